@@ -1,0 +1,1 @@
+"""From ZeRO checkpoints to weights: consolidate, average, choose."""

@@ -1,0 +1,56 @@
+"""The command line: `asrllm <verb> ...`, and the same verbs as scripts in launch/."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+
+from asrllm.errors import UserError
+
+VERBS = {
+    "shards": "write, index, check and describe WebDataset shards",
+    "train": "train a model",
+    "evaluate": "average checkpoints, decode test sets, score them",
+    "transcribe": "text for audio files",
+    "consolidate": "one ZeRO checkpoint -> a plain state dict",
+    "average": "the mean of several checkpoints",
+    "export": "a run -> a self-contained Hugging Face directory",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a user's mistake, 1 anything else (a traceback)."""
+    argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries will change one day is for our tests, not for users
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = argparse.ArgumentParser(prog="asrllm", description="Train a large language model to hear.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, what in VERBS.items():
+        subparser = verbs.add_parser(verb, help=what, description=what)
+        if verb in argv[:1]:  # only the verb that is asked for is imported
+            module = importlib.import_module(f"asrllm.commands.{verb}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"asrllm {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def forget_launcher_argument(argv: list[str]) -> list[str]:
+    """DeepSpeed's launcher appends --local_rank=N, which it also puts into the environment."""
+    return [argument for argument in argv if not argument.startswith("--local_rank=")]
+
+
+def console() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

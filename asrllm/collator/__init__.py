@@ -1,0 +1,1 @@
+"""From utterances to packed batches: prompts, the chat, the audio token's expansion, labels."""

@@ -1,0 +1,38 @@
+"""The prompts that training mixes."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from asrllm.errors import UserError
+
+DEFAULT_PROMPTS = ("Transcribe the speech.",)
+
+
+def read_prompts(path: str | Path | None) -> tuple[str, ...]:
+    """The prompts of a file: one a line, or a YAML list of strings. None: the default prompt."""
+    if path is None:
+        return DEFAULT_PROMPTS
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"prompt_file={str(path)!r} does not exist: check the path")
+    text = path.read_text(encoding="utf-8")
+    try:
+        listed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        listed = None  # free text that is no YAML: one prompt a line
+    lines = listed if isinstance(listed, list) else text.splitlines()
+    if isinstance(listed, dict) or not all(isinstance(line, str) for line in lines):
+        raise UserError(f"prompt_file={str(path)!r} holds a mapping: write one prompt a line")
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"prompt_file={str(path)!r} holds no prompt: write one a line")
+    return prompts
+
+
+def choose_prompt(prompts: Sequence[str], *, seed: int, epoch: int, key: str) -> str:
+    """Drawn from (seed, epoch, key) alone: workers and ranks change nothing."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return prompts[int.from_bytes(digest, "little") % len(prompts)]

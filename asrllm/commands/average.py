@@ -1,0 +1,22 @@
+"""asrllm average: the mean of several checkpoints."""
+
+import argparse
+from pathlib import Path
+
+from asrllm.commands.shards import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    end = parser.add_mutually_exclusive_group(required=True)
+    end.add_argument("--iter", type=positive, default=0, metavar="N", help="average the last K checkpoints up to this step")
+    end.add_argument("--epoch", type=positive, default=0, metavar="N", help="average the last K epochs' checkpoints up to this one")
+    parser.add_argument("--avg", type=positive, required=True, metavar="K", help="how many checkpoints")
+    parser.add_argument("--output", metavar="FILE", help="EXP/averaged-iter-N-avg-K.pt by default")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from asrllm.checkpoints.average import average
+
+    output = Path(arguments.output) if arguments.output else None
+    print(average(Path(arguments.exp_dir), iteration=arguments.iter, epoch=arguments.epoch, avg=arguments.avg, output=output))

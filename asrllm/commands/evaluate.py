@@ -1,0 +1,144 @@
+"""asrllm evaluate: choose the checkpoint, decode the test sets, score them, write the results."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from asrllm.collator.prompts import DEFAULT_PROMPTS
+from asrllm.commands.overrides import add_override_arguments
+from asrllm.config import load_config
+from asrllm.data.corpora import read_corpora
+from asrllm.errors import UserError
+from asrllm.evaluation.normalize import normalizer
+from asrllm.training import distributed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    filename: str | None
+    iter: int
+    epoch: int
+    avg: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointChoice:
+    model: ModelChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestData:
+    test_data_config: str | None
+    max_batch_duration: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun:
+    exp_dir: str | None
+    checkpoint: CheckpointChoice
+    data: TestData
+    decoding_method: Literal["greedy_search", "beam_search"]
+    num_beams: int
+    max_new_tokens: int
+    max_tokens_per_second: float
+    prompt: str | None
+    normalizer: str
+    precision: Literal["bf16", "fp32"]
+
+    def __post_init__(self) -> None:
+        if not self.exp_dir:
+            raise UserError("exp_dir is not set: give the directory of a trained run, exp_dir=exp/NAME")
+        if not self.data.test_data_config:
+            raise UserError("data.test_data_config is not set: give the YAML list of test sets")
+        if self.num_beams < 1 or self.max_new_tokens < 1:
+            raise UserError(f"num_beams={self.num_beams} and max_new_tokens={self.max_new_tokens} must be at least 1")
+        normalizer(self.normalizer)
+
+    @property
+    def suffix(self) -> str:
+        """Of the result files: iter-I-avg-A, epoch-E-avg-A, or the weights file's stem."""
+        choice = self.checkpoint.model
+        if choice.filename:
+            return Path(choice.filename).stem
+        if choice.avg > 0:
+            return f"iter-{choice.iter}-avg-{choice.avg}" if choice.iter > 0 else f"epoch-{choice.epoch}-avg-{choice.avg}"
+        return "pretrained"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_override_arguments(parser, "evaluate")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    evaluate(load_config("evaluate", arguments.overrides, EvaluationRun))
+
+
+def evaluate(config: EvaluationRun) -> dict[str, Any]:
+    """Gives what results.json holds."""
+    from asrllm import AutoModel
+    from asrllm.evaluation.decode import decode_corpus
+    from asrllm.evaluation.files import write_results, write_summary
+
+    exp_dir = Path(config.exp_dir or "")
+    corpora = read_corpora(config.data.test_data_config or "", filters=None, cache=exp_dir / "shards")
+    check_names([corpus.name for corpus in corpora])
+    weights = choose_weights(config, exp_dir)
+    device = distributed.start()
+    model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision])
+    model.to(device)
+    options = decoding_options(config, model.config.prompts or list(DEFAULT_PROMPTS))
+    folder = exp_dir / config.decoding_method
+    folder.mkdir(exist_ok=True)
+    results = {}
+    for corpus in corpora:
+        transcripts, rtfx = decode_corpus(model, corpus, options, normalizer(config.normalizer))
+        about = {"normalizer": config.normalizer, "rtfx": round(rtfx, 2), "prompt": options.prompt, "weights": str(weights)}
+        if distributed.rank() == 0:
+            results[corpus.name] = write_results(folder, corpus.name, config.suffix, transcripts, about)
+            r = results[corpus.name]
+            print(f"{corpus.name}: WER {r['wer']:.2f} % (95 %: {r['wer_ci95'][0]:.2f} to {r['wer_ci95'][1]:.2f}), CER {r['cer']:.2f} %, "
+                  f"{r['utterances']} utterances, {r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
+    if distributed.rank() == 0:
+        write_summary(folder, config.suffix, results)
+        print(f"results: {folder}")
+    distributed.finish()
+    return results
+
+
+def check_names(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data.test_data_config has two test sets named {name!r}: give each its own 'name'")
+
+
+def choose_weights(config: EvaluationRun, exp_dir: Path) -> Path:
+    """The same file on every rank; the first process to hold the lock averages."""
+    from filelock import FileLock
+
+    from asrllm.checkpoints.average import resolve_weights
+
+    choice = config.checkpoint.model
+    wanted = {"filename": choice.filename, "iteration": choice.iter, "epoch": choice.epoch, "avg": choice.avg}
+    if not exp_dir.is_dir() or not choice.avg:
+        return resolve_weights(exp_dir, **wanted)
+    with FileLock(exp_dir / ".averaging.lock"):
+        return resolve_weights(exp_dir, **wanted)
+
+
+def decoding_options(config: EvaluationRun, prompts: list[str]) -> Any:
+    from asrllm.evaluation.decode import DecodingOptions
+
+    prompt = config.prompt if config.prompt is not None else prompts[0]
+    if prompt not in prompts:
+        logger.warning("prompt=%r was never seen in training; seen were: %s", prompt, "; ".join(prompts))
+    return DecodingOptions(
+        prompt=prompt,
+        generation={"num_beams": config.num_beams if config.decoding_method == "beam_search" else 1},
+        max_new_tokens=config.max_new_tokens,
+        max_tokens_per_second=config.max_tokens_per_second,
+        max_batch_duration=config.data.max_batch_duration,
+    )

@@ -1,0 +1,26 @@
+"""asrllm transcribe: text for audio files."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR_OR_EXP", help="an exported directory, or a run's exp_dir")
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, mp3, ... files of at most 30 s")
+    parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="files decoded at once; default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from asrllm import AutoModel
+    from asrllm.audio.reader import read_audio
+    from asrllm.progress import ProgressBar
+    from asrllm.training.distributed import default_device
+
+    waves = [read_audio(path) for path in arguments.audio]  # every file is checked before the model loads
+    model = AutoModel.from_pretrained(arguments.model, weights=arguments.weights).to(default_device())
+    with ProgressBar("transcribing", len(waves)) as bar:
+        for start in range(0, len(waves), arguments.batch_size):
+            batch = slice(start, start + arguments.batch_size)
+            for path, text in zip(arguments.audio[batch], model.transcribe(waves[batch]), strict=True):
+                print(f"{path}\t{text}" if len(waves) > 1 else text, flush=True)
+            bar.advance(len(waves[batch]))

@@ -1,0 +1,1 @@
+"""Hydra's configuration tree: every key, its default and what it does."""

@@ -1,0 +1,154 @@
+"""From the Hydra tree in `asrllm/conf` and `key=value` overrides to checked dataclasses.
+
+Values and their explanations live in the YAML files; types and checks live in one dataclass per component, in the component's package.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from asrllm.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def load_config(name: str, overrides: Sequence[str], cls: type[T]) -> T:
+    """Compose `asrllm/conf/NAME.yaml` with the overrides and build the dataclass `cls` from it.
+
+    Raises UserError for an unknown key (naming the nearest known one), a wrong type or an override that is not `key=value`.
+    """
+    known = _leaf_keys(compose_config(name, []))
+    quoted = [_checked_override(text, known) for text in overrides]
+    return build(cls, compose_config(name, quoted))
+
+
+def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed tree as plain containers."""
+    with initialize_config_module("asrllm.conf", version_base="1.3"):
+        try:
+            config = compose(name, overrides=list(overrides))
+            return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"the configuration cannot be composed: {' '.join(str(error).split())}") from error
+
+
+def _leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key, value in tree.items():
+        keys.add(prefix + key)
+        if isinstance(value, Mapping):
+            keys |= _leaf_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _checked_override(text: str, known: set[str]) -> str:
+    """The override with a key that exists and a value that Hydra's grammar accepts: `<|AUDIO|>` and the like are quoted for the user."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{text!r} is not an override: write key=value")
+    key = key.lstrip("+~")
+    if key not in known and not key.startswith("hydra.") and not _below_free_mapping(key, known):
+        raise UserError(f"unknown key {key!r} in {text!r}: {nearest(key, known)}")
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        text = f"{key}='{escaped}'"
+    # Hydra knows only keys that its files spell out; a null that may become a mapping is opened with '+'
+    return text if key in known else f"++{key}={text.partition('=')[2]}"
+
+
+FREE_MAPPINGS = ("model.llm.lora",)  # null or a mapping: its keys are checked when the dataclass is built
+
+
+def _below_free_mapping(key: str, known: set[str]) -> bool:
+    return any(key.startswith(f"{free}.") for free in FREE_MAPPINGS if free in known)
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """The dataclass `cls` from nested mappings: every field given, no other key, every value of its type."""
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {where + str(key)!r}: {nearest(str(key), fields)}")
+    if missing := [name for name in fields if name not in values]:
+        raise UserError(f"missing key {where + missing[0]!r}")
+    return cls(**{name: _convert(hints[name], values[name], where + name) for name in fields})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, key + ".")  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        if len(options) == 1:
+            return _convert(options[0], value, key)
+        fitting = [a for a in options if _is_instance(a, value)]
+        if fitting:
+            return _convert(fitting[0], value, key)
+    elif origin is list and isinstance(value, list):
+        return [_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{key}={value!r} is not a choice: {nearest(str(value), map(str, args))}")
+    elif hint is float and _is_instance(float, value):
+        return float(value)
+    elif _is_instance(hint, value):
+        return value
+    raise UserError(f"{key}={value!r} has the wrong type: expected {_type_name(hint)}")
+
+
+def _is_instance(hint: Any, value: Any) -> bool:
+    hint = typing.get_origin(hint) or hint
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _type_name(hint: Any) -> str:
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return "a group of keys" if dataclasses.is_dataclass(hint) else text.replace("NoneType", "null").replace("None", "null")
+
+
+def as_yaml(config: Any) -> str:
+    """The configuration as YAML text, to be kept with the run."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def help_text(name: str) -> str:
+    """Every key of the tree with its default and its comment, as the YAML files say it."""
+    root = resources.files("asrllm.conf")
+    main = (root / f"{name}.yaml").read_text()
+    parts = [main.partition("\n\n")[2]]
+    for group, choice in re.findall(r"^  - (?:/)?(\w+): (\w+)$", main, flags=re.M):
+        body = (root / group / f"{choice}.yaml").read_text()
+        parts.append(f"{group}:\n" + "".join(f"  {line}\n" if line else "\n" for line in body.splitlines()))
+    return "\n".join(parts)
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """A YAML file's content; a missing or broken file is one sentence. `what` names the file's role."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} {str(path)!r} does not exist: check the path")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error

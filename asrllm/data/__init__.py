@@ -1,0 +1,1 @@
+"""Sources, shards, the index beside them, and the plan of batches."""

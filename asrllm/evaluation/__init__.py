@@ -1,0 +1,1 @@
+"""Decoding test sets and scoring what was decoded."""

@@ -1,0 +1,1 @@
+"""Audio encoders, projectors, the LLM and the model that joins them."""

@@ -1,0 +1,56 @@
+"""Loading whatever directory a user has: an exported model or a run's exp_dir."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from asrllm.errors import UserError
+from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.model import AsrLlmModel, load_model
+from asrllm.models.processor import AsrLlmProcessor
+
+transformers.AutoConfig.register("asrllm", AsrLlmConfig, exist_ok=True)
+transformers.AutoModel.register(AsrLlmConfig, AsrLlmModel, exist_ok=True)
+transformers.AutoProcessor.register(AsrLlmConfig, AsrLlmProcessor, exist_ok=True)
+
+
+class AutoModel:
+    """`AutoModel.from_pretrained(dir_or_exp)`"""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *, weights: str | Path | None = None, dtype: Any = None) -> AsrLlmModel:
+        """The model of an exported directory or of a run, in eval mode.
+
+        weights: a state dict file to take; of a run, pretrained.pt by default, else the newest averaged-*.pt. dtype: of the weights,
+        "bfloat16" or a torch.dtype; as saved when None. Raises UserError where there is no model or its keys do not fit.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{str(path)!r} has no config.json: give a directory written by training or by 'asrllm export'")
+        if weights is None and any(folder.glob("model*.safetensors")):
+            return AsrLlmModel.from_pretrained(folder, dtype=dtype)
+        return load_model(folder, read_state(Path(weights) if weights else newest_weights(folder)), dtype=dtype)
+
+
+def newest_weights(exp_dir: Path) -> Path:
+    averaged = sorted(exp_dir.glob("averaged-*.pt"), key=lambda p: p.stat().st_mtime)
+    candidates = [exp_dir / "pretrained.pt", *reversed(averaged)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(f"{str(exp_dir)!r} holds neither pretrained.pt nor averaged-*.pt: average its checkpoints with 'asrllm average {exp_dir}'")
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A plain state dict file; nothing in it is executed."""
+    if not path.is_file():
+        raise UserError(f"the weights {str(path)!r} do not exist: check the path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"the weights {str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"the weights {str(path)!r} are no plain state dict of tensors")
+    return state

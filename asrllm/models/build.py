@@ -1,0 +1,71 @@
+"""From the run's configuration to a model with pretrained parts."""
+
+import contextlib
+
+import torch
+from transformers import AutoConfig
+
+from asrllm.errors import UserError
+from asrllm.models.config import ModelConfig
+from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.encoders import encoder_class
+from asrllm.models.fingerprint import fingerprint, resolve_pretrained
+from asrllm.models.model import AsrLlmModel, pretrained_encoder, pretrained_llm
+from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
+
+
+def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]) -> AsrLlmProcessor:
+    """Everything of the model but its weights; every mistake that can be found without loading them is found here."""
+    encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or ""))
+    llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
+    tokenizer = load_llm_tokenizer(llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template)
+    llm = AutoConfig.from_pretrained(llm_path)
+    if config.llm.model_type not in (None, llm.model_type):
+        raise UserError(
+            f"model.llm.model_type={config.llm.model_type!r}, but {llm_path!r} is a {llm.model_type!r} model: correct it, or leave it null"
+        )
+    fields, _ = encoder_class(config.audio_encoder.model_type).read_pretrained(encoder_path)
+    description = AsrLlmConfig(
+        audio_encoder={"model_type": config.audio_encoder.model_type} | fields,
+        llm=llm.to_dict(),
+        lora=config.llm.lora.as_peft() if config.llm.lora else None,
+        projector=config.projector,
+        projector_hidden_size=config.projector_hidden_size,
+        audio_encoder_projector_ds_rate=config.audio_encoder_projector_ds_rate,
+        audio_token=config.audio_token,
+        audio_token_id=tokenizer.convert_tokens_to_ids(config.audio_token),
+        tag_audio_boundary=config.tag_audio_boundary,
+        pad_to_30s=pad_to_30s,
+        exclude_from_checkpoint=config.exclude_from_checkpoint,
+        base_models={
+            "audio_encoder": {"path": encoder_path, "fingerprint": fingerprint(encoder_path)},
+            "llm": {"path": llm_path, "fingerprint": fingerprint(llm_path)},
+        },
+        prompts=list(prompts),
+    )
+    return AsrLlmProcessor(tokenizer, description)
+
+
+def build_model(processor: AsrLlmProcessor, *, frozen: tuple[str, ...], dtype: torch.dtype) -> AsrLlmModel:
+    """The described model with its pretrained parts, the `frozen` ones out of training."""
+    description = processor.config
+    assert description.base_models is not None
+    encoder = pretrained_encoder(description, description.base_models["audio_encoder"]["path"])
+    llm = pretrained_llm(description.base_models["llm"]["path"], dtype)
+    model = AsrLlmModel(description, audio_encoder=encoder, llm=llm)
+    model.processor = processor
+    if hasattr(model.projector.mlp, "fit_embeddings"):
+        weight = model.llm.get_input_embeddings().weight
+        with _whole(weight):
+            model.projector.mlp.fit_embeddings(weight.detach()[:4096])
+    model.freeze(*frozen)
+    return model
+
+
+def _whole(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[None]:
+    """The parameter whole inside the block, where ZeRO-3 holds it in parts."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])

@@ -1,0 +1,40 @@
+"""What a saved model says of itself, in transformers' config.json."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from asrllm.models.encoders import encoder_class
+
+
+class AsrLlmConfig(PreTrainedConfig):
+    """Configuration of an AsrLlmModel.
+
+    audio_encoder: {"model_type", and the fields of that encoder}. llm: the causal LLM's own config.json. lora: PEFT options or None.
+    base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a checkpoint leaves out.
+    prompts: those that training mixed; the first is the default of transcribe().
+    """
+
+    model_type = "asrllm"
+
+    audio_encoder: dict[str, Any] | None = None
+    llm: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    projector: str = "mlp"
+    projector_hidden_size: int = 2048
+    audio_encoder_projector_ds_rate: int = 8
+    audio_token: str = "<|AUDIO|>"
+    audio_token_id: int | None = None
+    tag_audio_boundary: bool = False
+    pad_to_30s: bool = False
+    exclude_from_checkpoint: list[str] | None = None
+    base_models: dict[str, Any] | None = None
+    prompts: list[str] | None = None
+
+    def num_audio_tokens(self, samples: Any) -> Any:
+        """Samples of a waveform at 16 kHz -> tokens that the LLM sees of it; an int, array or tensor, as given. No forward is run.
+
+        The last token may be part silence: no frame is cut off.
+        """
+        frames = encoder_class((self.audio_encoder or {})["model_type"]).frame_lengths(samples)
+        return -(-frames // self.audio_encoder_projector_ds_rate) + (2 if self.tag_audio_boundary else 0)

@@ -1,0 +1,48 @@
+"""The audio encoders by name. Adding one: a file like whisper.py, a line in ENCODERS, a test like tests/models/test_whisper.py."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from asrllm.errors import UserError, nearest
+from asrllm.models.whisper import WhisperEncoder
+
+
+class AudioEncoder(Protocol):
+    """What the model asks of an encoder, an nn.Module.
+
+    features: module, waveforms (N, samples) at 16 kHz and lengths (N,) -> features (N, T, F) and lengths (N,).
+    frame_lengths: samples of a waveform -> frames that forward() gives, as arithmetic on ints, arrays or tensors.
+    """
+
+    output_dim: int
+    features: nn.Module
+
+    def __init__(self, *, pad_to_30s: bool, **fields: Any) -> None: ...
+
+    def __call__(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T, F), (N,) -> (N, T', output_dim), (N,)"""
+        ...
+
+    @staticmethod
+    def frame_lengths(samples: Any) -> Any: ...
+
+    @staticmethod
+    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(the fields of the encoder, its state dict) from a pretrained model's directory."""
+        ...
+
+
+ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder}
+
+
+def build_encoder(fields: dict[str, Any], *, pad_to_30s: bool) -> AudioEncoder:
+    """An encoder without its weights, from the `audio_encoder` part of AsrLlmConfig."""
+    kind = encoder_class(fields["model_type"])
+    return kind(pad_to_30s=pad_to_30s, **{k: v for k, v in fields.items() if k != "model_type"})
+
+
+def encoder_class(model_type: str) -> type[AudioEncoder]:
+    if model_type not in ENCODERS:
+        raise UserError(f"model.audio_encoder.model_type={model_type!r} is unknown: {nearest(model_type, ENCODERS)}")
+    return ENCODERS[model_type]

@@ -1,0 +1,80 @@
+"""Projectors: encoder frames -> LLM embeddings at a lower rate. Adding one: a class and a line in PROJECTORS."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asrllm.errors import UserError, nearest
+
+
+class MlpProjector(nn.Module):
+    """Stack `rate` frames, then linear1, ReLU, linear2 (the concatenating projector of SLAM-ASR, Ma et al., 2024)."""
+
+    def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.linear1 = nn.Linear(input_size * rate, hidden_size)
+        self.linear2 = nn.Linear(hidden_size, output_size)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, T, input_size) with zeros at padding, T a multiple of rate -> (N, T / rate, output_size)"""
+        return self.linear2(F.relu(self.linear1(stack(frames, self.rate))))
+
+
+class NormedProjector(nn.Module):
+    """Stack, LayerNorm, linear, GELU, linear, LayerNorm whose gain starts at the size of the LLM's embeddings: training starts near
+    where the LLM expects its input, and a frozen LLM listens within a hundred steps."""
+
+    def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.norm_in = nn.LayerNorm(input_size * rate)
+        self.linear1 = nn.Linear(input_size * rate, hidden_size)
+        self.linear2 = nn.Linear(hidden_size, output_size)
+        self.norm_out = nn.LayerNorm(output_size)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """As MlpProjector.forward."""
+        return self.norm_out(self.linear2(F.gelu(self.linear1(self.norm_in(stack(frames, self.rate))))))
+
+    def fit_embeddings(self, embeddings: Tensor) -> None:
+        """Set the output's gain to the embeddings' standard deviation. embeddings: (some rows, output_size)"""
+        nn.init.constant_(self.norm_out.weight, embeddings.float().std().item())
+
+
+def stack(frames: Tensor, rate: int) -> Tensor:
+    n, t, width = frames.shape
+    return frames.reshape(n, t // rate, width * rate)
+
+
+PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {"mlp": MlpProjector, "normed": NormedProjector}
+
+
+class AudioProjector(nn.Module):
+    """A projector with what surrounds it: the ragged end padded with zeros, true lengths, learned boundary embeddings if asked for."""
+
+    def __init__(
+        self, kind: str, *, input_size: int, output_size: int, rate: int, hidden_size: int, tag_boundary: bool
+    ) -> None:
+        super().__init__()
+        if kind not in PROJECTORS:
+            raise UserError(f"model.projector={kind!r} is unknown: {nearest(kind, PROJECTORS)}")
+        self.rate = rate
+        self.mlp = PROJECTORS[kind](input_size, output_size, rate, hidden_size)
+        self.boundary = nn.Parameter(torch.randn(2, output_size) * 0.02) if tag_boundary else None
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """frames (N, T, input_size), lengths (N,) -> (sum of AsrLlmConfig.num_audio_tokens, output_size), utterance after utterance."""
+        keep = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
+        frames = F.pad(frames * keep[..., None], (0, 0, 0, -frames.shape[1] % self.rate))
+        tokens = self.mlp(frames)
+        counts = -(-lengths // self.rate)
+        if self.boundary is not None:
+            # the end tag takes the first place after the last token, within the row's two added ones
+            n, t, width = tokens.shape
+            begin, end = (b.to(tokens.dtype).expand(n, 1, width) for b in self.boundary)
+            tokens = torch.cat([begin, tokens, end], 1)
+            at_end = torch.arange(t + 2, device=tokens.device) == (counts + 1)[:, None]
+            tokens = torch.where(at_end[..., None], end, tokens)
+            counts = counts + 2
+        return tokens[torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]]

@@ -1,0 +1,57 @@
+"""The `trainer` part of the configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from asrllm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    mode: Literal["disabled", "offline", "online"]
+    project: str
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    deepspeed_config: str
+    precision: Literal["bf16", "fp16", "fp32"]
+    num_epochs: int | None
+    num_steps: int | None
+    gradient_accumulation_steps: int
+    gradient_clipping: float
+    gradient_checkpointing: bool
+    lr: float
+    betas: list[float]
+    weight_decay: float
+    warmup_steps: int
+    min_lr_ratio: float
+    log_every: int
+    valid_every: int
+    save_every: int
+    keep_last_k: int
+    resume: Literal["auto", "never"]
+    tensorboard: bool
+    wandb: WandbConfig
+
+    def __post_init__(self) -> None:
+        if self.num_epochs is None and self.num_steps is None:
+            raise UserError("trainer.num_epochs and trainer.num_steps are both null: set the one that ends the training")
+        for key in ("gradient_accumulation_steps", "log_every", "valid_every", "save_every", "num_epochs", "num_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"trainer.{key}={value} must be at least 1")
+        for key in ("warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
+            if getattr(self, key) < 0:
+                raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
+        if self.lr <= 0:
+            raise UserError(f"trainer.lr={self.lr} must be above 0")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"trainer.betas={self.betas} must be two numbers from 0 to below 1")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]

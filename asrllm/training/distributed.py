@@ -1,0 +1,72 @@
+"""Ranks and processes, as whichever launcher started them says."""
+
+import logging
+import os
+import socket
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import DeepSpeedAccelerator, get_accelerator
+from torch import Tensor
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start() -> torch.device:
+    """Join the other processes and take this one's device. A process started plainly is a world of one."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    accelerator = find_accelerator()
+    if accelerator.device_name() == "cpu":
+        # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        return torch.device("cpu")
+    accelerator.set_device(local_rank())
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(accelerator.device_name(local_rank()))
+
+
+def find_accelerator() -> DeepSpeedAccelerator:
+    """DeepSpeed's view of the device; told outright where there is none, it does not warn about it."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return get_accelerator()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def default_device() -> torch.device:
+    """An accelerator where there is one."""
+    accelerator = find_accelerator()
+    return torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.device_name(0))

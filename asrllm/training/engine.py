@@ -1,0 +1,65 @@
+"""The DeepSpeed engine around the model."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from asrllm.errors import UserError
+from asrllm.training.config import TrainerConfig
+
+
+@contextlib.contextmanager
+def deepspeed_engine(
+    config: TrainerConfig, ds: dict[str, Any], build: Callable[[], nn.Module], device: torch.device
+) -> Iterator[deepspeed.DeepSpeedEngine]:
+    """The engine with the model that `build` makes.
+
+    Within the block transformers knows of ZeRO-3: `build` loads the LLM partition by partition, and generating gathers its layers.
+    """
+    if "scheduler" in ds:
+        raise UserError(f"{config.deepspeed_config}: 'scheduler' is not read: remove it and set trainer.warmup_steps and trainer.lr")
+    stage3 = HfDeepSpeedConfig(ds)  # transformers holds it weakly: this name keeps it alive
+    model = build()
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):  # ZeRO-3 wants one dtype: those outside its reach so far (LoRA, projector, encoder) follow
+            parameter.data = parameter.data.to(config.dtype)
+    if config.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.llm.enable_input_require_grads()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")
+    drop_frozen_aliases(model)
+    optimizer = None
+    if "optimizer" not in ds:
+        optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds)
+    yield engine
+    del stage3
+
+
+def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def full_shape(parameter: nn.Parameter) -> list[int]:
+    """The shape of a parameter that ZeRO-3 may hold in parts."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def drop_frozen_aliases(model: nn.Module) -> None:
+    """Keep the second names of frozen tied weights out of checkpoints: DeepSpeed leaves frozen weights out by their first name only."""
+    first = {name for name, _ in model.named_parameters()}
+    aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if name not in first and not p.requires_grad}
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in aliases:
+            state.pop(prefix + name, None)
+
+    model.register_state_dict_post_hook(drop)

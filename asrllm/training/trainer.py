@@ -1,0 +1,134 @@
+"""The training loop."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from asrllm.collator.batch import PackedBatch
+from asrllm.collator.loader import LoadedStep
+from asrllm.data.plan import Position
+from asrllm.training import distributed
+from asrllm.training.config import TrainerConfig
+from asrllm.training.engine import set_lr
+from asrllm.training.schedule import warmup_cosine
+
+MODEL_INPUTS = ("waves", "wave_lengths", "input_ids", "position_ids", "cu_seqlens", "target_positions", "targets")
+
+
+@dataclass(kw_only=True)
+class StepSums:
+    """What one rank counts in a step, or in several added up. Means are made after summing over ranks."""
+
+    loss: float = 0.0  # nats over all targets
+    correct: float = 0.0
+    targets: float = 0.0
+    tokens: float = 0.0  # audio and text tokens that the LLM reads
+    utterances: float = 0.0
+    audio_seconds: float = 0.0
+    read_seconds: float = 0.0  # of audio with the padding that batching adds
+    data_wait: float = 0.0  # seconds
+    bad: float = 0.0  # utterances that could not be read
+
+    def as_tensor(self) -> Tensor:
+        return torch.tensor(list(vars(self).values()), dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> "StepSums":
+        return cls(**dict(zip(cls.__dataclass_fields__, values.tolist(), strict=True)))
+
+    def __add__(self, other: "StepSums") -> "StepSums":
+        return self.from_tensor(self.as_tensor() + other.as_tensor())
+
+    def over_ranks(self, device: torch.device) -> "StepSums":
+        # MPS and some accelerators lack float64; float32 is exact for these counts
+        return self.from_tensor(distributed.sum_over_ranks(self.as_tensor().to(device, torch.float32)))
+
+
+class Hook(Protocol):
+    """Something beside the loop. Every rank calls it at every step."""
+
+    def after_step(self, trainer: "Trainer", loaded: LoadedStep, sums: StepSums) -> None: ...
+
+    def at_end(self, trainer: "Trainer") -> None: ...
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """step: optimizer steps done; position: where the data goes on; total_steps: where the schedule ends."""
+
+    engine: deepspeed.DeepSpeedEngine
+    config: TrainerConfig
+    device: torch.device
+    exp_dir: Path
+    seed: int
+    total_steps: int
+    hooks: Sequence[Hook] = ()
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    grad_norm: float | None = None
+    lr: float = 0.0
+
+    def fit(self, steps: Callable[[Position], Iterator[LoadedStep]]) -> None:
+        """Train from self.step to total_steps. steps: the data from a position on."""
+        self.engine.train()
+        if self.step < self.total_steps:
+            stream = steps(self.position)
+            while self.step < self.total_steps:
+                began = time.monotonic()
+                loaded = next(stream)
+                self.position, waited = loaded.position, time.monotonic() - began
+                sums = self.train_step(loaded)
+                sums.data_wait = waited
+                for hook in self.hooks:
+                    hook.after_step(self, loaded, sums)
+        for hook in self.hooks:
+            hook.at_end(self)
+
+    def train_step(self, loaded: LoadedStep) -> StepSums:
+        """One optimizer step. The loss is the sum over all supervised tokens of all ranks and micro-batches, divided by their number."""
+        seed_step(self.seed, self.step, distributed.rank())
+        self.lr = self.config.lr * warmup_cosine(
+            self.step, total=self.total_steps, warmup=self.config.warmup_steps, floor=self.config.min_lr_ratio
+        )
+        set_lr(self.engine, self.lr)
+        micro_batches = [batch.to(self.device) for batch in loaded.micro_batches]
+        targets = torch.tensor(float(sum(len(b.targets) for b in micro_batches)), device=self.device)
+        everywhere = distributed.sum_over_ranks(targets.clone())
+        # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets instead
+        scale = distributed.world_size() * len(micro_batches) / everywhere.clamp(min=1)
+        sums = StepSums()
+        for batch in micro_batches:
+            output = self.engine(**{name: getattr(batch, name) for name in MODEL_INPUTS})
+            self.engine.backward(output.loss * scale)
+            self.engine.step()
+            sums += count(batch, output.loss, output.correct)
+        self.step += 1
+        norm = self.engine.get_global_grad_norm()
+        self.grad_norm = None if norm is None else float(norm)
+        return sums
+
+
+def count(batch: PackedBatch, loss: Tensor, correct: Tensor) -> StepSums:
+    return StepSums(
+        loss=loss.item(),
+        correct=correct.item(),
+        targets=len(batch.targets),
+        tokens=batch.input_ids.shape[1],
+        utterances=len(batch.keys),
+        audio_seconds=batch.audio_seconds,
+        read_seconds=batch.waves.numel() / 16000,
+        bad=len(batch.bad),
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's randomness from (seed, step, rank): a resumed run draws what the uninterrupted one did, and nothing need be saved."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
