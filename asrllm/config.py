@@ -4,6 +4,7 @@ Values and their explanations live in the YAML files; types and checks live in o
 """
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
@@ -40,7 +41,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             config = compose(name, overrides=list(overrides))
             return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
             raise UserError(f"the configuration cannot be composed: {' '.join(str(error).split())}") from error
 
 
@@ -59,22 +60,23 @@ def _checked_override(text: str, known: set[str]) -> str:
     if not equals:
         raise UserError(f"{text!r} is not an override: write key=value")
     key = key.lstrip("+~")
-    if key not in known and not key.startswith("hydra.") and not _below_free_mapping(key, known):
-        raise UserError(f"unknown key {key!r} in {text!r}: {nearest(key, known)}")
+    if key not in known:
+        raise UserError(f"unknown key {key!r} in {text!r}: {_nearest_key(key, known)}")
     try:
         OverridesParser.create().parse_override(text)
     except HydraException:
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        text = f"{key}='{escaped}'"
-    # Hydra knows only keys that its files spell out; a null that may become a mapping is opened with '+'
-    return text if key in known else f"++{key}={text.partition('=')[2]}"
+        return f"{key}='{escaped}'"
+    return text
 
 
-FREE_MAPPINGS = ("model.llm.lora",)  # null or a mapping: its keys are checked when the dataclass is built
-
-
-def _below_free_mapping(key: str, known: set[str]) -> bool:
-    return any(key.startswith(f"{free}.") for free in FREE_MAPPINGS if free in known)
+def _nearest_key(key: str, known: set[str]) -> str:
+    """A hint: the known key most alike, or what there is beside it."""
+    if difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        return nearest(key, known)
+    group = key.rpartition(".")[0]
+    beside = {k for k in known if k.rpartition(".")[0] == group}
+    return nearest(key, beside or {k for k in known if "." not in k})
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -5,6 +5,7 @@ Both take waveforms of different lengths, padded with zeros to one length, and g
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,8 +51,8 @@ class WhisperFeatures(nn.Module):
         return features.mul(valid[:, None]).transpose(1, 2), true_frames
 
 
-def whisper_frames(samples: Tensor | np.ndarray | int) -> Tensor | np.ndarray | int:  # type: ignore[return]
-    """Frames that `samples` samples give."""
+def whisper_frames(samples: Any) -> Any:
+    """Frames that so many samples give: an int, array or tensor, as given."""
     return samples // WHISPER_HOP
 
 
@@ -108,7 +109,8 @@ class KaldiFeatures(nn.Module):
         return features * valid[..., None], counts
 
 
-def kaldi_frames(samples: Tensor | np.ndarray | int) -> Tensor | np.ndarray | int:  # type: ignore[return]
+def kaldi_frames(samples: Any) -> Any:
+    """As whisper_frames."""
     return (samples + KALDI_HOP // 2) // KALDI_HOP
 
 

@@ -1,6 +1,7 @@
 """Reading one utterance: a stretch of a tar -> waveform at 16 kHz and its fields; any audio file likewise."""
 
 import os
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -50,14 +51,12 @@ class Reader:
             data = os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
             (sample,) = iterate_tar(BytesIO(data), str(shard))
             wave = decode(BytesIO(sample.audio))
-        except (OSError, ValueError, RuntimeError, UserError) as error:
+        except (OSError, ValueError, RuntimeError, tarfile.TarError, UserError) as error:  # ValueError: broken JSON, or not one sample
             raise SampleError(f"utterance {item.row} of {corpus.name} in {shard}: {error}") from error
         if abs(len(wave) - int(row["samples"])) > 0.1 * RATE:
             raise SampleError(f"{sample.key} in {shard}: the index says {row['samples']} samples, the audio has {len(wave)}")
         text = sample.fields["text"]
-        return Sample(
-            key=sample.key, wave=wave, text=text, corpus=corpus, fields=sample.fields, weight=0 if item.filler else 1
-        )
+        return Sample(key=sample.key, wave=wave, text=text, corpus=corpus, fields=sample.fields, weight=0 if item.filler else 1)
 
 
 def decode(file: BinaryIO | str | Path) -> np.ndarray:

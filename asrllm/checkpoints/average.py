@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
 from torch import Tensor
 
 from asrllm.checkpoints.consolidate import read_weights, save_state
@@ -58,9 +59,10 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, iteration: int, epoc
         made = exp_dir / f"averaged-{kind}-{end}-avg-{avg}.pt"
         sources = last_checkpoints(exp_dir, iteration=iteration, epoch=epoch, avg=avg)
         newest = max((path / "asrllm.json").stat().st_mtime for path in sources)
-        if made.is_file() and made.stat().st_mtime > newest:
-            return made
-        return average(exp_dir, iteration=iteration, epoch=epoch, avg=avg)
+        with FileLock(exp_dir / ".averaging.lock"):  # of several ranks the first one averages
+            if made.is_file() and made.stat().st_mtime > newest:
+                return made
+            return average(exp_dir, iteration=iteration, epoch=epoch, avg=avg)
     path = exp_dir / "pretrained.pt"
     if not path.is_file():
         there = ", ".join(map(str, list_checkpoints(exp_dir))) or "none"

@@ -42,7 +42,9 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     state = dict(readers[manifest["zero_stage"]](checkpoint, manifest["world_size"], list(expected)))
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
-            raise UserError(f"{checkpoint}: {name!r} is {'missing' if name not in state else 'not in its manifest'}: the checkpoint is damaged")
+            raise UserError(
+                f"{checkpoint}: {name!r} is {'missing' if name not in state else 'not in its manifest'}: the checkpoint is damaged"
+            )
         if list(state[name].shape) != expected[name]["shape"]:
             raise UserError(f"{checkpoint}: {name!r} has the shape {list(state[name].shape)}, its manifest says {expected[name]['shape']}")
     return {name: state[name] for name in expected}
@@ -62,7 +64,9 @@ def _rank_states(checkpoint: Path, world_size: int) -> list[dict[str, Any]]:
     """The optimizer states of all ranks, in their order."""
     files = {int(match.group(1)): path for path in checkpoint.glob("*.pt") if (match := RANK_FILE.fullmatch(path.name))}
     if sorted(files) != list(range(world_size)):
-        raise UserError(f"{checkpoint}: optimizer files of ranks {sorted(files)}, but the run had {world_size} ranks: the checkpoint is damaged")
+        raise UserError(
+            f"{checkpoint}: optimizer files of ranks {sorted(files)}, but the run had {world_size} ranks: the checkpoint is damaged"
+        )
     return [_load(files[rank])["optimizer_state_dict"] for rank in range(world_size)]
 
 

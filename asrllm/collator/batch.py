@@ -45,9 +45,7 @@ class Collator:
     num_audio_tokens: samples of a waveform at 16 kHz -> how many tokens the LLM sees of it.
     """
 
-    def __init__(
-        self, renderer: ChatRenderer, prompts: Sequence[str], *, num_audio_tokens: Callable[[int], int], seed: int
-    ) -> None:
+    def __init__(self, renderer: ChatRenderer, prompts: Sequence[str], *, num_audio_tokens: Callable[[int], int], seed: int) -> None:
         self.renderer, self.prompts, self.seed = renderer, tuple(prompts), seed
         self.num_audio_tokens = num_audio_tokens
 

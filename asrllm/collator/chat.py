@@ -42,7 +42,8 @@ class ChatRenderer:
         found = ids.count(self.audio_token_id)
         if found != len(audio_tokens):
             raise UserError(
-                f"the chat {list(messages)!r} has {found} audio tokens for {len(audio_tokens)} audios: write {self.audio_token} once for each"
+                f"the chat {list(messages)!r} has {found} audio tokens for {len(audio_tokens)} audios: "
+                f"write {self.audio_token} once for each"
             )
         lengths = iter(audio_tokens)
         expanded: list[int] = []

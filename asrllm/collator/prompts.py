@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+from asrllm.config import read_yaml
 from asrllm.errors import UserError
 
 DEFAULT_PROMPTS = ("Transcribe the speech.",)
@@ -19,13 +19,11 @@ def read_prompts(path: str | Path | None) -> tuple[str, ...]:
     if not path.is_file():
         raise UserError(f"prompt_file={str(path)!r} does not exist: check the path")
     text = path.read_text(encoding="utf-8")
-    try:
-        listed = yaml.safe_load(text)
-    except yaml.YAMLError:
-        listed = None  # free text that is no YAML: one prompt a line
-    lines = listed if isinstance(listed, list) else text.splitlines()
-    if isinstance(listed, dict) or not all(isinstance(line, str) for line in lines):
-        raise UserError(f"prompt_file={str(path)!r} holds a mapping: write one prompt a line")
+    lines: list[Any] = text.splitlines()
+    if text.lstrip().startswith(("- ", "[")):  # a line of free text begins otherwise
+        lines = read_yaml(path, "prompt_file")
+    if not all(isinstance(line, str) for line in lines):
+        raise UserError(f"prompt_file={str(path)!r} is a YAML list with other things than text: write one prompt a line")
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise UserError(f"prompt_file={str(path)!r} holds no prompt: write one a line")

@@ -80,13 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
     """Gives what results.json holds."""
     from asrllm import AutoModel
+    from asrllm.checkpoints.average import resolve_weights
     from asrllm.evaluation.decode import decode_corpus
     from asrllm.evaluation.files import write_results, write_summary
 
     exp_dir = Path(config.exp_dir or "")
+    choice = config.checkpoint.model
+    weights = resolve_weights(exp_dir, filename=choice.filename, iteration=choice.iter, epoch=choice.epoch, avg=choice.avg)
     corpora = read_corpora(config.data.test_data_config or "", filters=None, cache=exp_dir / "shards")
     check_names([corpus.name for corpus in corpora])
-    weights = choose_weights(config, exp_dir)
     device = distributed.start()
     model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision])
     model.to(device)
@@ -113,20 +115,6 @@ def check_names(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"data.test_data_config has two test sets named {name!r}: give each its own 'name'")
-
-
-def choose_weights(config: EvaluationRun, exp_dir: Path) -> Path:
-    """The same file on every rank; the first process to hold the lock averages."""
-    from filelock import FileLock
-
-    from asrllm.checkpoints.average import resolve_weights
-
-    choice = config.checkpoint.model
-    wanted = {"filename": choice.filename, "iteration": choice.iter, "epoch": choice.epoch, "avg": choice.avg}
-    if not exp_dir.is_dir() or not choice.avg:
-        return resolve_weights(exp_dir, **wanted)
-    with FileLock(exp_dir / ".averaging.lock"):
-        return resolve_weights(exp_dir, **wanted)
 
 
 def decoding_options(config: EvaluationRun, prompts: list[str]) -> Any:

@@ -67,7 +67,6 @@ def train(config: TrainRun) -> None:
     data = TrainingData(config, processor, prompts)
     tag, manifest = find_resume(config, processor, zero_stage=ds["zero_optimization"]["stage"])
     device = distributed.start()
-    write_run_files(config, processor)
     frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
     torch.manual_seed(config.seed)
     build = functools.partial(build_model, processor, frozen=tuple(frozen), dtype=config.trainer.dtype)
@@ -85,6 +84,7 @@ def train(config: TrainRun) -> None:
             checkpoint.check_same_parameters(exp_dir, manifest, now["trainable"])
             checkpoint.load_checkpoint(engine, exp_dir, tag)
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
+        write_run_files(config, processor)
         trainer.hooks = make_hooks(config, data, trainer)
         trainer.fit(data.train_steps)
     if distributed.rank() == 0:
@@ -134,9 +134,7 @@ class TrainingData:
         for loaded in self._steps(plan, [corpus], Position(), 1, 1):
             yield from loaded.micro_batches
 
-    def _steps(
-        self, plan: Plan, corpora: list[Corpus], start: Position, accumulation: int, epochs: int | None
-    ) -> Iterator[LoadedStep]:
+    def _steps(self, plan: Plan, corpora: list[Corpus], start: Position, accumulation: int, epochs: int | None) -> Iterator[LoadedStep]:
         return steps(
             plan,
             PlannedDataset(Reader(corpora), self.collator),
@@ -181,7 +179,8 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
 def make_hooks(config: TrainRun, data: TrainingData, trainer: Any) -> list[Any]:
     from asrllm.training import hooks
 
-    settings, exp_dir, sinks = config.trainer, trainer.exp_dir, []
+    settings, exp_dir = config.trainer, trainer.exp_dir
+    sinks: list[hooks.Sink] = []
     if distributed.rank() == 0:
         sinks = [hooks.MetricsFile(exp_dir, trainer.step), hooks.ConsoleSink(trainer.total_steps, trainer.step)]
         if settings.tensorboard:
@@ -189,7 +188,7 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Any) -> list[Any]:
         if settings.wandb.mode != "disabled":
             sinks.append(hooks.WandbSink(settings.wandb, exp_dir, dataclasses.asdict(config)))
     metrics = hooks.Metrics(sinks, every=settings.log_every, max_bad_share=config.data.max_bad_share)
-    made = [metrics]
+    made: list[Any] = [metrics]
     if config.data.trace:
         made.append(hooks.Trace(exp_dir, trainer.step))
     if data.valid:

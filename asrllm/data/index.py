@@ -58,7 +58,7 @@ def open_index(folder: str | Path) -> Index:
             raise UserError(f"the shard {str(path)!r} has {path.stat().st_size} bytes, its index says {size}: index it again")
     if not about["utterances"]:
         raise UserError(f"the shards in {str(folder)!r} hold no utterance: see rejected.jsonl there for the reasons")
-    rows = np.memmap(folder / "index.bin", ROW, "r", shape=(about["utterances"],))
+    rows: np.ndarray = np.memmap(folder / "index.bin", ROW, "r", shape=(about["utterances"],))
     return Index(rows=rows, shards=[folder / name for name in about["shards"]])
 
 
@@ -140,6 +140,8 @@ def _sample(members: list[tuple[tarfile.TarInfo, bytes]], name: str) -> TarSampl
         fields = {"text": files["txt"].decode("utf-8").strip()}
     else:
         raise UserError(f"sample {key!r} in {name!r} has no transcript: expected {key}.json or {key}.txt")
+    if not isinstance(fields.get("text"), str):
+        raise UserError(f"sample {key!r} in {name!r} has no 'text' in its JSON: add the transcript there")
     last = members[-1][0]
     end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return TarSample(key=key, offset=members[0][0].offset, size=end - members[0][0].offset, audio=audio, fields=fields)

@@ -14,7 +14,6 @@ from asrllm.data.config import SamplerConfig
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
 
-
 LENGTH_JITTER = 0.05  # lengths are stretched by up to this before sorting, so that an utterance meets others in every epoch
 
 
@@ -65,7 +64,7 @@ class Plan:
         text = np.concatenate([c.index.rows["text_bytes"][c.rows] for c in corpora]).astype(np.int64)
         self.seconds = samples / RATE
         self.tokens = audio_tokens(samples) + -(-text // 3)
-        self.starts = np.cumsum([0] + [len(rows) for rows in self.rows])
+        self.starts: np.ndarray = np.cumsum([0] + [len(rows) for rows in self.rows])
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # of the epoch asked for last
 
     def epoch_size(self, epoch: int) -> int:
@@ -138,10 +137,8 @@ class Plan:
         return sum(-(-len(self.batches(epoch, w)) // unit) for w in range(self.windows(epoch)))
 
     def _items(self, numbers: np.ndarray) -> Batch:
-        corpora = np.searchsorted(self.starts, numbers, side="right") - 1
-        return [
-            Item(corpus=int(c), row=int(self.rows[c][n - self.starts[c]])) for c, n in zip(corpora, numbers, strict=True)
-        ]
+        corpora = np.atleast_1d(np.searchsorted(self.starts, numbers, side="right") - 1)
+        return [Item(corpus=int(c), row=int(self.rows[c][n - self.starts[c]])) for c, n in zip(corpora, numbers, strict=True)]
 
 
 def redeal(batches: list[Batch], unit: int) -> list[Batch]:

@@ -54,22 +54,37 @@ def write_shards(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        shards, rejected = _write_partial(partial, utterances, utterances_per_shard, workers, fields or {}, advance)
+        if not shards:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(rejected.items())) or "the source has no utterance"
+            raise UserError(f"no utterance could be written to {str(out)!r}: {reasons}")
+        index = write_index(partial, shards)
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return ShardSummary(index=Index(rows=index.rows, shards=[out / p.name for p in shards]), rejected=rejected)
+
+
+def _write_partial(
+    folder: Path,
+    utterances: Iterable[Utterance],
+    size: int,
+    workers: int,
+    fields: dict[str, Any],
+    advance: Callable[[], None],
+) -> tuple[list[Path], dict[str, int]]:
+    """The tars, and how many utterances were rejected for which reason; `rejected.jsonl` says which."""
     rejected: collections.Counter[str] = collections.Counter()
-    with open(partial / "rejected.jsonl", "w", encoding="utf-8") as log:
+    with open(folder / "rejected.jsonl", "w", encoding="utf-8") as log:
 
         def reject(key: str, reason: str, detail: str) -> None:
             rejected[reason] += 1
             log.write(json.dumps({"key": key, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n")
 
-        samples = _samples(utterances, fields or {}, workers, reject, advance)
-        shards = list(_write_tars(partial, samples, utterances_per_shard))
-    if not shards:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(rejected.items())) or "the source has no utterance"
-        shutil.rmtree(partial)
-        raise UserError(f"no utterance could be written to {str(out)!r}: {reasons}")
-    index = write_index(partial, shards)
-    partial.replace(out)
-    return ShardSummary(index=Index(rows=index.rows, shards=[out / p.name for p in shards]), rejected=dict(rejected))
+        samples = _samples(utterances, fields, workers, reject, advance)
+        return list(_write_tars(folder, samples, size)), dict(rejected)
 
 
 def _samples(

@@ -37,7 +37,7 @@ def read_cuts(path: str | Path) -> Iterator[Utterance]:
             supervision = part.supervisions[0] if part.supervisions else None
             fields = {"speaker": supervision.speaker, "lang": supervision.language} if supervision else {}
             yield Utterance(
-                key=part.id if len(cut.supervisions) <= 1 else supervision.id,
+                key=supervision.id if supervision and len(cut.supervisions) > 1 else part.id,
                 text=(supervision.text if supervision else "") or "",
                 load=_CutAudio(part),
                 duration=part.duration,
@@ -61,7 +61,7 @@ def read_kaldi(folder: str | Path) -> Iterator[Utterance]:
     for recording, where in recordings.items():
         if where.endswith("|"):
             raise UserError(f"{folder / 'wav.scp'}: recording {recording!r} is a pipe, which would run a command: write a file path")
-    segments = {key: (key, 0.0, None) for key in recordings}
+    segments: dict[str, tuple[str, float, float | None]] = {key: (key, 0.0, None) for key in recordings}
     if (folder / "segments").is_file():
         segments = {key: _segment(folder, key, value) for key, value in _table(folder, "segments").items()}
     for key, (recording, start, end) in segments.items():

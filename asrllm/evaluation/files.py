@@ -78,7 +78,5 @@ def errs_text(transcripts: Sequence[Transcript], words: Errors) -> str:
 
 
 def generations_text(transcripts: Sequence[Transcript]) -> str:
-    rows = [
-        {"key": t.key, "duration": round(t.duration, 3), "ref": t.raw_reference, "hyp": t.raw_hypothesis} for t in transcripts
-    ]
+    rows = [{"key": t.key, "duration": round(t.duration, 3), "ref": t.raw_reference, "hyp": t.raw_hypothesis} for t in transcripts]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -40,7 +40,9 @@ def newest_weights(exp_dir: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"{str(exp_dir)!r} holds neither pretrained.pt nor averaged-*.pt: average its checkpoints with 'asrllm average {exp_dir}'")
+    raise UserError(
+        f"{str(exp_dir)!r} holds neither pretrained.pt nor averaged-*.pt: average its checkpoints with 'asrllm average {exp_dir}'"
+    )
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:

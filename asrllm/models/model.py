@@ -118,9 +118,7 @@ class AsrLlmModel(PreTrainedModel):
     # --- text out ---
 
     @torch.no_grad()
-    def generate(
-        self, inputs: Any, messages: Sequence[Messages], max_new_tokens: int = 200, **generation: Any
-    ) -> list[str]:
+    def generate(self, inputs: Any, messages: Sequence[Messages], max_new_tokens: int = 200, **generation: Any) -> list[str]:
         """One text for each audio.
 
         inputs: features (x (N, T, F), x_lens (N,)), or a list of files and float arrays at 16 kHz. messages: N chats, each with the

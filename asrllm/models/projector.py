@@ -53,9 +53,7 @@ PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {"mlp": MlpP
 class AudioProjector(nn.Module):
     """A projector with what surrounds it: the ragged end padded with zeros, true lengths, learned boundary embeddings if asked for."""
 
-    def __init__(
-        self, kind: str, *, input_size: int, output_size: int, rate: int, hidden_size: int, tag_boundary: bool
-    ) -> None:
+    def __init__(self, kind: str, *, input_size: int, output_size: int, rate: int, hidden_size: int, tag_boundary: bool) -> None:
         super().__init__()
         if kind not in PROJECTORS:
             raise UserError(f"model.projector={kind!r} is unknown: {nearest(kind, PROJECTORS)}")

@@ -39,9 +39,7 @@ class WhisperEncoder(nn.Module):
         self.conv1 = nn.Conv1d(num_mel_bins, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(max_source_positions, d_model)
-        self.layers = nn.ModuleList(
-            WhisperLayer(d_model, encoder_attention_heads, encoder_ffn_dim) for _ in range(encoder_layers)
-        )
+        self.layers = nn.ModuleList(WhisperLayer(d_model, encoder_attention_heads, encoder_ffn_dim) for _ in range(encoder_layers))
         self.layer_norm = nn.LayerNorm(d_model)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +91,9 @@ class WhisperEncoder(nn.Module):
                     if found and head in ("", "model."):
                         state[name] = tensors.get_tensor(key)
         if not state:
-            raise UserError(f"model.audio_encoder.pretrained_model={path!r} has no *.safetensors with encoder weights: save it as safetensors")
+            raise UserError(
+                f"model.audio_encoder.pretrained_model={path!r} has no *.safetensors with encoder weights: save it as safetensors"
+            )
         return {field: config[field] for field in FIELDS if field in config}, state
 
 

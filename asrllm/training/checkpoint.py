@@ -115,9 +115,7 @@ def trusted_unpickling() -> Iterator[None]:
 def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict[int, Path]:
     """Complete checkpoints by step (or, with EPOCH_TAG, by epoch), in ascending order."""
     found = {
-        int(match.group(1)): path
-        for path in exp_dir.glob("*")
-        if (match := pattern.fullmatch(path.name)) and (path / MANIFEST).is_file()
+        int(match.group(1)): path for path in exp_dir.glob("*") if (match := pattern.fullmatch(path.name)) and (path / MANIFEST).is_file()
     }
     return dict(sorted(found.items()))
 
@@ -164,7 +162,9 @@ def check_same_parameters(exp_dir: Path, manifest: dict[str, Any], now: dict[str
     for name in sorted(then.keys() | now.keys()):
         if name not in now or name not in then:
             where = "the checkpoint alone" if name in then else "this run alone"
-            raise UserError(f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: {name!r} is trained in {where}; choose another exp_dir")
+            raise UserError(
+                f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: {name!r} is trained in {where}; choose another exp_dir"
+            )
         if then[name]["shape"] != now[name]["shape"]:
             raise UserError(
                 f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: {name!r} has the shape {then[name]['shape']} there and "

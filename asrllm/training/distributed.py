@@ -7,6 +7,7 @@ import socket
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.accelerator import DeepSpeedAccelerator, get_accelerator
 from torch import Tensor
 
@@ -28,6 +29,8 @@ def start() -> torch.device:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if rank() != 0:
+        transformers.utils.logging.disable_progress_bar()
     accelerator = find_accelerator()
     if accelerator.device_name() == "cpu":
         # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind

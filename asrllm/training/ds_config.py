@@ -57,5 +57,5 @@ def check_stage(path: Path, ds: dict[str, Any]) -> int:
 def _fill(ds: dict[str, Any], key: str, value: Any, path: Path, prefix: str = "") -> None:
     found = ds.get(key, "auto")
     if found not in ("auto", value):
-        raise UserError(f"{path}: {prefix}{key}={found!r} contradicts the run, which has {value!r}: write \"auto\" there")
+        raise UserError(f'{path}: {prefix}{key}={found!r} contradicts the run, which has {value!r}: write "auto" there')
     ds[key] = value

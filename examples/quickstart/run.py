@@ -34,7 +34,9 @@ ENVIRONMENT = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("quickstart"), help="directory for everything (default: %(default)s)")
-    parser.add_argument("--fsdd", type=Path, default=REPOSITORY.parent / "shared" / "data" / "fsdd", help="Kaldi directory of a further test set")
+    parser.add_argument(
+        "--fsdd", type=Path, default=REPOSITORY.parent / "shared" / "data" / "fsdd", help="Kaldi directory of a further test set"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -78,9 +80,9 @@ class Times:
 
 
 def prepare_weights(out: Path) -> None:
-    from weights import new_directory, write_smollm2, write_whisper
+    from weights import NewDirectory, write_smollm2, write_whisper
 
-    with new_directory(out) as folder:
+    with NewDirectory(out) as folder:
         write_whisper(folder / "whisper-tiny.en")
         write_smollm2(folder / "smollm2-135m-instruct")
 
@@ -115,7 +117,16 @@ def make_shards(work: Path) -> None:
 
 def train(work: Path, exp: Path, steps: int) -> None:
     """ZeRO-3 on two processes; run again, it goes on from the last checkpoint."""
-    command = [executable("deepspeed"), "--num_gpus", "2", "--log_level", "warning", "--master_port", str(free_port()), str(REPOSITORY / "launch" / "train.py")]
+    command = [
+        executable("deepspeed"),
+        "--num_gpus",
+        "2",
+        "--log_level",
+        "error",
+        "--master_port",
+        str(free_port()),
+        str(REPOSITORY / "launch" / "train.py"),
+    ]
     command += [
         f"exp_dir={exp}",
         "model.audio_encoder.model_type=whisper",
@@ -179,14 +190,13 @@ def free_port() -> int:
 
 
 def summarise(work: Path, exp: Path, averaged: Path, results: dict, recording: Path, text: str, times: Times) -> None:
-    reference = next(
-        line.split(maxsplit=1)[1] for line in open(work / "speech" / "recorded" / "text") if line.split()[0] == recording.stem
-    )
+    texts = (work / "speech" / "recorded" / "text").read_text().splitlines()
+    reference = dict(line.split(maxsplit=1) for line in texts)[recording.stem]
     print("\n== summary")
     for name, result in results.items():
         low, high = result["wer_ci95"]
         print(f"WER {result['wer']:5.2f} % (95 %: {low:.2f} to {high:.2f})  {name}: {TEST_SETS[name]}, {result['utterances']} utterances")
-    print(f"transcribed {recording.name}: {text!r}; spoken were {reference.strip()!r}")
+    print(f"transcribed {recording.name}: {text!r}; spoken were {reference!r}")
     print(f"times: {times.text()}")
     print(f"weights {work / 'weights'}\nspeech  {work / 'speech'}\nshards  {work / 'shards'}\nrun     {exp}")
     program = Path(sys.executable).parent / "asrllm"

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-
-from weights import new_directory
+from weights import NewDirectory
 
 RATE = 16000
-DIGITS = "zero one two three four five six seven eight nine".split()
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SEPARATORS = [" ", ", ", ". ", "; ", " ... "]
 TRAINING_STRINGS, VALID_STRINGS, TEST_STRINGS = 3000, 48, 100
 VOICE_SETTINGS = 30  # Piper takes its settings by the call: this many calls, each with its own pace and noise
@@ -32,8 +31,8 @@ Progress = Callable[[str, int], Callable[[], None]]  # (what, how many) -> the c
 
 
 def write_speech(out: Path, fsdd: Path | None, progress: Progress) -> None:
-    """`out/{train,valid,synthesised,recorded[,fsdd]}`: Kaldi data directories with their wavs; fsdd: the Kaldi directory of a further test set."""
-    with new_directory(out) as folder:
+    """Kaldi directories `out/{train,valid,synthesised,recorded}` with their wavs; `out/fsdd` too where `fsdd` names its source."""
+    with NewDirectory(out) as folder:
         strings, singles = synthesise(progress)
         held_out = VALID_STRINGS + TEST_STRINGS
         write_kaldi(folder / "valid", strings[:VALID_STRINGS])

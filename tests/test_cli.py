@@ -1,0 +1,95 @@
+"""Commands in this process, as `asrllm VERB ...` runs them: exit status and what stands on standard error."""
+
+import runpy
+import sys
+
+import pytest
+
+from asrllm.cli import VERBS, main
+from tests.conftest import REPOSITORY
+
+
+def fails(capsys, *argv):
+    """The sentence of a user's mistake."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"asrllm {argv[0]}: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out) > 150
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "launch").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: asrllm ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer__lrr": 1}, "unknown key 'trainer.lrr'"),
+        ({"prompt_file": "EMPTY"}, "holds no prompt"),
+        ({"trainer__deepspeed_config": "zero9.json"}, "does not exist"),
+        ({"trainer__deepspeed_config": "MISNAMED"}, "is named for ZeRO stage 2, but its zero_optimization.stage is 0"),
+        ({"data__train_data_config": "EMPTY"}, "must be a list of entries"),
+        ({"data__train_data_config": "no.yaml"}, "does not exist"),
+        ({"model__llm__pretrained_model": "WITHOUT_TOKENIZER"}, "has no tokenizer"),
+        ({"model__audio_encoder__pretrained_model": "LLM"}, "not whisper"),
+        ({"model__llm__model_type": "llama"}, "is a 'qwen2' model"),
+    ],
+)
+def test_a_mistake_in_training_ends_before_anything_is_written(world, tmp_path, capsys, change, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "my_zero2.json").write_text('{"zero_optimization": {}}')
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    (llm / "config.json").write_text((world.llm / "config.json").read_text())
+    places = {"EMPTY": tmp_path / "empty.txt", "MISNAMED": tmp_path / "my_zero2.json", "WITHOUT_TOKENIZER": llm, "LLM": world.llm}
+    change = {key: places.get(value, value) for key, value in change.items()}
+    assert message in fails(capsys, "train", *world.overrides(tmp_path / "exp", **change))
+    assert not (tmp_path / "exp").exists()
+
+
+def test_mistakes_in_evaluation(world, tmp_path, capsys):
+    test = f"data.test_data_config={world.root / 'test.yaml'}"
+    assert "does not exist" in fails(capsys, "evaluate", f"exp_dir={tmp_path / 'no'}", test)
+    exp = f"exp_dir={tmp_path}"
+    assert "has no pretrained.pt" in fails(capsys, "evaluate", exp, test)
+    assert "no complete checkpoint for iter=9" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9", "checkpoint.model.avg=1")
+    assert "give iter and avg" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9")
+    assert "does not exist, nor is it in" in fails(capsys, "evaluate", exp, test, "checkpoint.model.filename=x.pt")
+    assert "did you mean 'decoding_method'" in fails(capsys, "evaluate", exp, test, "decoding_methods=x")
+    assert "normalizer='x' is unknown" in fails(capsys, "evaluate", exp, test, "normalizer=x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
+    assert "holds no complete checkpoint" in fails(capsys, "consolidate", tmp_path)
+    assert "no complete checkpoint for iter=3" in fails(capsys, "average", tmp_path, "--iter", 3, "--avg", 2)
+    assert "has no config.json" in fails(capsys, "export", tmp_path, "--output", tmp_path / "out")
+    assert "cannot be read" in fails(capsys, "transcribe", tmp_path, tmp_path / "no.wav")
+    assert "does not exist" in fails(capsys, "shards", "make", tmp_path / "out", "--cuts", tmp_path / "no.jsonl")
+    assert "is no Kaldi data directory" in fails(capsys, "shards", "make", tmp_path / "out", "--kaldi", tmp_path)
+    assert "does not exist" in fails(capsys, "shards", "index", tmp_path / "no.tar")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_made_and_indexed_from_the_command_line(world, tmp_path, capsys):
+    assert main(["shards", "make", str(tmp_path / "out"), "--kaldi", str(world.root / "kaldi" / "test"), "--lang", "en"]) == 0
+    assert "9 utterances" in capsys.readouterr().out
+    before = (tmp_path / "out" / "index.bin").read_bytes()
+    (tmp_path / "out" / "index.json").unlink()
+    assert main(["shards", "index", str(tmp_path / "out" / "shard-000000.tar")]) == 0
+    assert (tmp_path / "out" / "index.bin").read_bytes() == before

@@ -1,0 +1,87 @@
+import dataclasses
+import typing
+
+import pytest
+
+from asrllm.commands.evaluate import EvaluationRun
+from asrllm.commands.train import TrainRun
+from asrllm.config import build, compose_config, help_text, load_config
+from asrllm.errors import UserError
+
+GIVEN = ["exp_dir=e", "model.audio_encoder.pretrained_model=a", "model.llm.pretrained_model=l", "data.train_data_config=t"]
+
+
+def load(*overrides):
+    return load_config("train", [*GIVEN, *overrides], TrainRun)
+
+
+def fields_of(cls, prefix=""):
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield prefix + field.name
+        for hint in (hints[field.name], *typing.get_args(hints[field.name])):
+            if dataclasses.is_dataclass(hint):
+                yield from fields_of(hint, f"{prefix}{field.name}.")
+
+
+def keys_of(tree, prefix=""):
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{key}.")
+
+
+@pytest.mark.parametrize(("name", "cls"), [("train", TrainRun), ("evaluate", EvaluationRun)])
+def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name, cls):
+    keys = set(keys_of(compose_config(name, [])))
+    assert keys == set(fields_of(cls))
+    text = help_text(name)
+    for key in keys:
+        assert f"{key.rpartition('.')[2]}:" in text
+
+
+def test_overrides_reach_the_dataclasses():
+    config = load("model.audio_token=<|A B|>", "model.llm.lora.r=64", "trainer.lr=1e-3", "trainer.num_steps=5", "data.trace=true")
+    assert config.model.audio_token == "<|A B|>"
+    assert (config.model.llm.lora.r, config.trainer.lr, config.trainer.num_steps, config.data.trace) == (64, 1e-3, 5, True)
+    assert load("model.llm.lora=null").model.llm.lora is None
+    assert load("prompt_file=/a dir/with=signs,(and)more.txt").prompt_file == "/a dir/with=signs,(and)more.txt"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.llm.lora.rank=4", r"unknown key 'model\.llm\.lora\.rank' .* did you mean 'model\.llm\.lora\.r'"),
+        ("trainer.learning_rate=1", "unknown key 'trainer.learning_rate'"),
+        ("modle.audio_token=x", r"unknown key 'modle\.audio_token' .* did you mean 'model\.audio_token'"),
+        ("+model.new=1", "unknown key 'model.new'"),
+        ("exp_dir", "is not an override: write key=value"),
+        ("trainer.lr=fast", r"trainer\.lr='fast' has the wrong type: expected float"),
+        ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 has the wrong type"),
+        ("data.trace=1", r"data\.trace=1 has the wrong type: expected bool"),
+        ("trainer.precision=bf17", r"trainer\.precision='bf17' is not a choice: did you mean 'bf16'"),
+        ("model.audio_encoder.model_type=wisper", "did you mean 'whisper'"),
+        ("trainer=3", r"trainer=3 has the wrong type: expected a group of keys|cannot be composed"),
+        ("trainer.num_epochs=null", "both null"),
+        ("trainer.log_every=0", r"trainer\.log_every=0 must be at least 1"),
+        ("trainer.betas=[0.9]", r"trainer\.betas=\[0\.9\] must be two numbers"),
+        ("trainer.warmup_steps=-1", r"trainer\.warmup_steps=-1 must not be below 0"),
+        ("data.max_bad_share=2", "must lie between 0 and 1"),
+        ("data.filter.min_duration=40", "must be at least 0 and below"),
+        ("data.whisper_fbank=false", "needs Whisper's features"),
+        ("model.llm.lora.r=0", "must be at least 1"),
+        ("model.exclude_from_checkpoint=[projector]", "'projector' is not a part"),
+        ("model.llm.pretrained_model=null", "is not set"),
+        ("exp_dir=null", "exp_dir is not set"),
+        ("data.train_data_config=null", r"data\.train_data_config is not set"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_that_names_the_key(override, message):
+    with pytest.raises(UserError, match=message) as raised:
+        load(override)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="missing key 'exp_dir'"):
+        build(TrainRun, {})

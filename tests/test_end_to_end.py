@@ -1,0 +1,296 @@
+"""The seed's commands with real processes: train, resume, evaluate, export; two ranks over gloo."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import asrllm
+from asrllm.checkpoints.consolidate import read_weights
+from asrllm.testing import tiny_llm
+from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def metrics(exp: Path) -> list[dict]:
+    return [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(exp: Path) -> list[float]:
+    return [record["loss"] for record in metrics(exp) if "loss" in record]
+
+
+def trained_keys(exp: Path) -> list[str]:
+    return [
+        key for path in sorted(exp.glob("keys-rank*.jsonl")) for line in path.read_text().splitlines() for key in json.loads(line)["keys"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps by `deepspeed` under ZeRO-3 on two processes."""
+    exp = tmp_path_factory.mktemp("runs") / "zero3"
+    overrides = world.overrides(
+        exp,
+        trainer__deepspeed_config="ds_configs/zero3.json",
+        trainer__tensorboard="true",
+        trainer__wandb__mode="offline",
+        prompt_file=world.root / "prompts.txt",
+        data__trace="true",
+    )
+    assert_done(run_script("train", *overrides, launcher="deepspeed"))
+    return exp
+
+
+def test_a_run_leaves_the_files_that_are_promised(finished):
+    assert losses(finished)[-1] < losses(finished)[0]
+    records = metrics(finished)
+    expected = {"step", "epoch", "loss", "acc", "lr", "grad_norm", "audio_seconds", "text_tokens", "padding", "data_wait"}
+    assert expected <= records[0].keys()
+    assert 0 < records[0]["grad_norm"] < 1e4
+    assert any("valid/valid/loss" in record for record in records)
+    names = ["config.yaml", "config.json", "tokenizer.json", "latest", "zero_to_fp32.py", "pretrained.pt", "checkpoint-4", "checkpoint-8"]
+    for name in names:
+        assert (finished / name).exists(), name
+    assert (finished / "latest").read_text() == "checkpoint-8"
+    assert not (finished / ".incomplete").exists()
+    assert list((finished / "tensorboard").glob("events*"))
+    assert set(trained_keys(finished)) <= {f"utt{i:04d}" for i in range(60)}
+
+
+def test_a_checkpoint_holds_what_is_trained_and_says_what_it_belongs_to(finished):
+    manifest = json.loads((finished / "checkpoint-8" / "asrllm.json").read_text())
+    assert (manifest["step"], manifest["zero_stage"], manifest["world_size"]) == (8, 3, 2)
+    assert manifest["prompts"] == ["Transcribe.", "Repeat what you hear.", "写下来。"]
+    assert all(name.startswith("projector.") or "lora_" in name for name in manifest["trainable"])
+    assert manifest["base_models"].keys() == {"audio_encoder", "llm"}
+    assert read_weights(finished / "checkpoint-8").keys() == manifest["trainable"].keys()
+
+
+def test_deepspeeds_own_converter_gives_the_same_weights(finished, tmp_path):
+    command = [
+        sys.executable,
+        str(finished / "zero_to_fp32.py"),
+        str(finished),
+        str(tmp_path),
+        "--tag",
+        "checkpoint-8",
+        "--exclude_frozen_parameters",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env=clean_environment())
+    theirs = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    mine = torch.load(finished / "pretrained.pt", weights_only=True)
+    assert theirs.keys() == mine.keys()
+    assert all(torch.equal(theirs[name], mine[name]) for name in mine)
+
+
+def wandb_records(path: Path):
+    """The records of an offline run: LevelDB's log format (32 KiB blocks; crc32, u16 length, u8 kind: whole, first, middle, last)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def test_the_wandb_run_holds_config_and_losses(finished):
+    (path,) = (finished / "wandb").rglob("run-*.wandb")
+    logged, config = [], {}
+    for record in wandb_records(path):
+        if record.HasField("history"):
+            logged.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+        if record.HasField("run"):
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    assert config["trainer"]["deepspeed_config"] == "ds_configs/zero3.json"
+    assert config["model"]["llm"]["lora"]["r"] == 4
+    assert [row["train/loss"] for row in logged if "train/loss" in row] == losses(finished)
+    assert any("valid/valid/loss" in row for row in logged)
+
+
+def test_averages_are_means_and_evaluation_writes_its_files(world, finished):
+    test = f"data.test_data_config={world.root / 'test.yaml'}"
+    choice = ("checkpoint.model.iter=8", "checkpoint.model.avg=2")
+    done = assert_done(run_script("evaluate", f"exp_dir={finished}", *choice, test, "decoding_method=greedy_search", "max_new_tokens=20"))
+    assert "WER" in done.stdout
+    averaged = torch.load(finished / "averaged-iter-8-avg-2.pt", weights_only=True)
+    parts = [read_weights(finished / f"checkpoint-{step}") for step in (4, 8)]
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(tensor, (parts[0][name] + parts[1][name]) / 2)
+    folder = finished / "greedy_search"
+    results = json.loads((folder / "results.json").read_text())["test"]
+    assert results["utterances"] == 9
+    assert results["normalizer"] == "basic"
+    assert results["wer_ci95"][0] <= results["wer"] <= results["wer_ci95"][1]
+    for name in ("recogs-test", "errs-test", "wer-summary-test", "wer-summary-all"):
+        assert (folder / f"{name}-iter-8-avg-2.txt").is_file()
+    generations = [json.loads(line) for line in (folder / "generations-test.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in generations] == [f"utt{i:04d}" for i in range(9)]
+    two = assert_done(run_script("evaluate", f"exp_dir={finished}", *choice, test, "max_new_tokens=20", launcher="torchrun"))
+    assert "WER" in two.stdout
+    assert json.loads((folder / "results.json").read_text())["test"]["utterances"] == 9
+    assert [json.loads(line) for line in (folder / "generations-test.jsonl").read_text().splitlines()] == generations
+    assert_done(run_script("evaluate", f"exp_dir={finished}", test, "decoding_method=beam_search", "max_new_tokens=5", "prompt=New."))
+    assert (finished / "beam_search" / "recogs-test-pretrained.txt").is_file()
+
+
+def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(finished):
+    from asrllm.checkpoints.average import resolve_weights
+
+    path = resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=1)
+    made = path.stat().st_mtime_ns
+    assert resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=1).stat().st_mtime_ns == made
+    os.utime(finished / "checkpoint-8" / "asrllm.json")
+    assert resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=1).stat().st_mtime_ns > made
+    with pytest.raises(asrllm.errors.UserError, match="avg=3 is more than the 2 checkpoints up to iter=8"):
+        resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=3)
+    assert resolve_weights(finished, filename="pretrained.pt", iteration=8, epoch=0, avg=1).name == "pretrained.pt"
+    assert resolve_weights(finished, filename=None, iteration=0, epoch=0, avg=0).name == "pretrained.pt"
+
+
+def test_export_transcribe_and_consolidate(world, finished, tmp_path):
+    wav = next((world.root / "kaldi" / "test" / "wav").glob("*.wav"))
+    assert_done(run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32"))
+    exported = assert_done(run_script("transcribe", tmp_path / "model", wav)).stdout
+    assert exported == assert_done(run_script("transcribe", finished, wav)).stdout
+    assert exported.strip() == asrllm.AutoModel.from_pretrained(tmp_path / "model").transcribe([wav])[0]
+    assert_done(run_script("zero_to_fp32", finished, "--tag", "checkpoint-4", "--output", tmp_path / "c.pt"))
+    assert torch.load(tmp_path / "c.pt", weights_only=True).keys() == read_weights(finished / "checkpoint-4").keys()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stage", "precision"), [("python", 0, "fp32"), ("torchrun", 1, "bf16"), ("deepspeed", 2, "bf16"), ("torchrun", 3, "fp32")]
+)
+def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, launcher, stage, precision):
+    settings = {
+        "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
+        "trainer__precision": precision,
+        "data__trace": "true",
+        "model__llm__lora__lora_dropout": 0.1,
+        "trainer__gradient_accumulation_steps": 2,
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert_done(run_script("train", *world.overrides(whole, **settings), launcher=launcher))
+    assert_done(run_script("train", *world.overrides(parts, **settings), launcher=launcher))
+    # as if it had been killed between steps 4 and 8: the later checkpoint is not there, the logs are
+    for path in (parts / "checkpoint-8" / "asrllm.json", parts / "pretrained.pt"):
+        path.unlink()
+    assert_done(run_script("train", *world.overrides(parts, **settings), launcher=launcher))
+    assert len(losses(whole)) == 8
+    assert losses(parts) == losses(whole)
+    assert trained_keys(parts) == trained_keys(whole)
+    for name, tensor in torch.load(whole / "pretrained.pt", weights_only=True).items():
+        assert torch.equal(torch.load(parts / "pretrained.pt", weights_only=True)[name], tensor), name
+
+
+def test_ranks_together_train_on_an_epoch_once_and_the_stages_agree(world, tmp_path):
+    seen = {}
+    for stage, launcher in ((0, "torchrun"), (3, "deepspeed")):
+        exp = tmp_path / str(stage)
+        settings = {"trainer__num_epochs": 1, "trainer__num_steps": "null", "data__trace": "true", "trainer__precision": "fp32"}
+        assert_done(
+            run_script(
+                "train", *world.overrides(exp, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", **settings), launcher=launcher
+            )
+        )
+        assert sorted(trained_keys(exp)) == [f"utt{i:04d}" for i in range(60)]
+        assert (exp / "epoch-1" / "asrllm.json").is_file()
+        seen[stage] = losses(exp)
+    np.testing.assert_allclose(seen[0], seen[3], rtol=1e-5)
+
+
+def test_a_killed_run_goes_on(world, tmp_path):
+    """kill -9 of all processes in the middle; the next run goes on from the last complete checkpoint."""
+    exp = tmp_path / "exp"
+    overrides = world.overrides(
+        exp, trainer__num_steps=400, trainer__save_every=3, trainer__log_every=1, data__valid_data_config="null", trainer__keep_last_k=2
+    )
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *overrides]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=clean_environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (exp / "checkpoint-9").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)  # waits for a condition, bounded
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = sorted(int(path.parent.name.partition("-")[2]) for path in exp.glob("checkpoint-*/asrllm.json"))
+    assert 9 in saved or saved[-1] > 9
+    assert len(saved) <= 3
+    end = saved[-1] + 2
+    assert_done(run_script("train", *(o for o in overrides if "num_steps" not in o), f"trainer.num_steps={end}"))
+    steps = [record["step"] for record in metrics(exp)]
+    assert steps == list(range(1, end + 1))
+
+
+def test_another_models_checkpoints_are_refused(world, finished, tmp_path):
+    other = tiny_llm(tmp_path / "other", seed=7)
+    settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
+    before = sorted(path.name for path in finished.iterdir())
+
+    def refused(message, **changes):
+        # one process is enough: the mistake is found before the others are waited for
+        environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        done = run_script("train", *world.overrides(finished, **settings | changes), **environment)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+    refused("holds checkpoints of another model: its llm was", model__llm__pretrained_model=other)
+    refused("was written with zero_stage=3, this run has 2", trainer__deepspeed_config="ds_configs/zero2.json")
+    refused("trainer.resume=never", trainer__resume="never")
+    assert sorted(path.name for path in finished.iterdir()) == before
+    done = run_script("train", *world.overrides(finished, **settings))
+    assert done.returncode == 2
+    assert "was written with world_size=2, this run has 1" in done.stderr
+
+
+def test_other_trained_parameters_are_refused(world, finished):
+    done = run_script(
+        "train",
+        *world.overrides(
+            finished, trainer__deepspeed_config="ds_configs/zero3.json", model__llm__lora__r=8, prompt_file=world.root / "prompts.txt"
+        ),
+        launcher="deepspeed",
+    )
+    assert done.returncode != 0
+    assert "has the shape" in done.stderr
+    assert json.loads((finished / "config.json").read_text())["lora"]["r"] == 4
+
+
+def test_offloading_to_the_processor_trains(world, tmp_path):
+    exp = tmp_path / "exp"
+    assert_done(run_script("train", *world.overrides(exp, trainer__deepspeed_config="ds_configs/zero2_offload.json", trainer__num_steps=4)))
+    assert losses(exp)[-1] < losses(exp)[0]
+
+
+def test_too_many_unreadable_utterances_stop_the_run(world, tmp_path):
+    shutil.copytree(world.shards, tmp_path / "shards")
+    shard = tmp_path / "shards" / "shard-000001.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    (tmp_path / "train.yaml").write_text(f"- {{shards: {tmp_path / 'shards'}}}\n")
+    done = run_script(
+        "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml", data__max_bad_share=0.005)
+    )
+    assert done.returncode == 2
+    assert "utterances could not be read, more than data.max_bad_share=0.005" in done.stderr
+    assert "unreadable: utterance" in done.stderr
