@@ -1,11 +1,14 @@
 """Commands in this process, as `asrllm VERB ...` runs them: exit status and what stands on standard error."""
 
+import gzip
 import runpy
 import sys
 
 import pytest
+from filelock import FileLock
 
 from asrllm.cli import VERBS, main
+from asrllm.commands import train
 from tests.conftest import REPOSITORY
 
 
@@ -60,6 +63,25 @@ def test_a_mistake_in_training_ends_before_anything_is_written(world, tmp_path, 
     change = {key: places.get(value, value) for key, value in change.items()}
     assert message in fails(capsys, "train", *world.overrides(tmp_path / "exp", **change))
     assert not (tmp_path / "exp").exists()
+
+
+def test_two_runs_in_one_directory_are_refused(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "SECONDS_TO_DIE", 0.1)
+    (tmp_path / "exp").mkdir()
+    with FileLock(tmp_path / "exp" / ".training.lock"):
+        assert "another process is training in exp_dir" in fails(capsys, "train", *world.overrides(tmp_path / "exp"))
+    (tmp_path / "file").touch()
+    assert "is a file: give a directory" in fails(capsys, "train", *world.overrides(tmp_path / "file"))
+
+
+def test_an_empty_manifest_ends_before_anything_is_written(world, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    for name, message in (("empty.jsonl", "is empty"), ("empty.jsonl.gz", "has no utterance")):
+        data = tmp_path / "train.yaml"
+        data.write_text(f"- {{manifest: {tmp_path / name}}}\n")
+        assert message in fails(capsys, "train", *world.overrides(tmp_path / "exp", data__train_data_config=data))
+        assert not (tmp_path / "exp").exists()
 
 
 def test_mistakes_in_evaluation(world, tmp_path, capsys):

@@ -224,6 +224,7 @@ def test_a_killed_run_goes_on(world, tmp_path):
     overrides = world.overrides(
         exp, trainer__num_steps=400, trainer__save_every=3, trainer__log_every=1, data__valid_data_config="null", trainer__keep_last_k=2
     )
+    overrides.append("trainer.wandb.mode=offline")
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *overrides]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=clean_environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -240,6 +241,9 @@ def test_a_killed_run_goes_on(world, tmp_path):
     assert_done(run_script("train", *(o for o in overrides if "num_steps" not in o), f"trainer.num_steps={end}"))
     steps = [record["step"] for record in metrics(exp)]
     assert steps == list(range(1, end + 1))
+    runs = [path.name.rpartition("-")[2] for path in (exp / "wandb").rglob("offline-run-*")]
+    assert len(runs) == 2
+    assert len(set(runs)) == 1, "a resumed run is the same W&B run"
 
 
 def test_another_models_checkpoints_are_refused(world, finished, tmp_path):

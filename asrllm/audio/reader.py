@@ -3,10 +3,10 @@
 import os
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -26,7 +26,6 @@ class Sample:
     wave: np.ndarray
     text: str
     corpus: Corpus
-    fields: dict[str, Any] = field(default_factory=dict)
     weight: int = 1
 
 
@@ -56,7 +55,7 @@ class Reader:
         if abs(len(wave) - int(row["samples"])) > 0.1 * RATE:
             raise SampleError(f"{sample.key} in {shard}: the index says {row['samples']} samples, the audio has {len(wave)}")
         text = sample.fields["text"]
-        return Sample(key=sample.key, wave=wave, text=text, corpus=corpus, fields=sample.fields, weight=0 if item.filler else 1)
+        return Sample(key=sample.key, wave=wave, text=text, corpus=corpus, weight=0 if item.filler else 1)
 
 
 def decode(file: BinaryIO | str | Path) -> np.ndarray:

@@ -29,8 +29,14 @@ class PlannedDataset(Dataset):
     def __init__(self, reader: Reader, collator: Collator) -> None:
         self.reader, self.collator = reader, collator
 
-    def __getitem__(self, planned: tuple[int, Batch]) -> PackedBatch:
-        epoch, items = planned
+    def __getitem__(self, planned: tuple[int, Batch]) -> PackedBatch | UserError:
+        """A user's mistake is given back, not raised: a worker's exception would reach the user as a traceback."""
+        try:
+            return self._load(*planned)
+        except UserError as error:
+            return error
+
+    def _load(self, epoch: int, items: Batch) -> PackedBatch:
         samples, bad = [], []
         for item in items:
             try:
@@ -86,4 +92,8 @@ def steps(
         )
     )
     for epoch, batches, after in planned():
-        yield LoadedStep(micro_batches=[next(loader) for _ in batches], position=after, epoch=epoch)
+        micro_batches = [next(loader) for _ in batches]
+        for batch in micro_batches:
+            if isinstance(batch, UserError):
+                raise batch
+        yield LoadedStep(micro_batches=micro_batches, position=after, epoch=epoch)

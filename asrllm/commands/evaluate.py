@@ -98,7 +98,13 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     results = {}
     for corpus in corpora:
         transcripts, rtfx = decode_corpus(model, corpus, options, normalizer(config.normalizer))
-        about = {"normalizer": config.normalizer, "rtfx": round(rtfx, 2), "prompt": options.prompt, "weights": str(weights)}
+        about = {
+            "normalizer": config.normalizer,
+            "rtfx": round(rtfx, 2),
+            "prompt": options.prompt,
+            "weights": str(weights),
+            "lang": corpus.lang,
+        }
         if distributed.rank() == 0:
             results[corpus.name] = write_results(folder, corpus.name, config.suffix, transcripts, about)
             r = results[corpus.name]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from asrllm.audio.reader import Reader
 from asrllm.collator.batch import Collator, PackedBatch
@@ -24,6 +25,8 @@ from asrllm.models.config import ModelConfig
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
+
+SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,9 @@ def train(config: TrainRun) -> None:
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=prompts)
     data = TrainingData(config, processor, prompts)
+    own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    processor.config.prompts = list(dict.fromkeys([*prompts, *own_prompts]))
+    lock = claim(exp_dir)
     tag, manifest = find_resume(config, processor, zero_stage=ds["zero_optimization"]["stage"])
     device = distributed.start()
     frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
@@ -80,8 +86,7 @@ def train(config: TrainRun) -> None:
             total_steps=data.total_steps(),
         )
         if tag is not None:
-            now = checkpoint.make_manifest(engine, processor.config, step=0, position=Position(), prompts=prompts)
-            checkpoint.check_same_parameters(exp_dir, manifest, now["trainable"])
+            checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
             checkpoint.load_checkpoint(engine, exp_dir, tag)
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
         write_run_files(config, processor)
@@ -91,6 +96,7 @@ def train(config: TrainRun) -> None:
         write_pretrained(exp_dir)
     distributed.barrier()
     distributed.finish()
+    lock.release()
 
 
 class TrainingData:
@@ -148,13 +154,27 @@ class TrainingData:
         )
 
 
+def claim(exp_dir: Path) -> FileLock:
+    """Two runs in one exp_dir would write over each other's checkpoints: the first rank holds a lock as long as it lives."""
+    if exp_dir.exists() and not exp_dir.is_dir():
+        raise UserError(f"exp_dir={str(exp_dir)!r} is a file: give a directory")
+    lock = FileLock(exp_dir / ".training.lock")
+    if distributed.rank() == 0:
+        exp_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=SECONDS_TO_DIE)
+        except Timeout as error:
+            raise UserError(
+                f"another process is training in exp_dir={str(exp_dir)!r}: wait for it, end it, or choose another exp_dir"
+            ) from error
+    return lock
+
+
 def find_resume(config: TrainRun, processor: AsrLlmProcessor, *, zero_stage: int) -> tuple[str | None, dict[str, Any]]:
     """The tag to go on from and its manifest; None to start anew."""
     from asrllm.training.checkpoint import check_same_model, latest_tag
 
     exp_dir = Path(config.exp_dir or "")
-    if exp_dir.exists() and not exp_dir.is_dir():
-        raise UserError(f"exp_dir={str(exp_dir)!r} is a file: give a directory")
     tag = latest_tag(exp_dir)
     if tag is None:
         return None, {}

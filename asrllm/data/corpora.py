@@ -76,6 +76,8 @@ def _manifest_index(manifest: Path, cache: Path) -> Index:
     """Shards made from a cuts manifest, once: the first process to hold the lock makes them."""
     if not manifest.is_file():
         raise UserError(f"the manifest {str(manifest)!r} does not exist: check the path")
+    if next(read_cuts(manifest), None) is None:
+        raise UserError(f"the manifest {str(manifest)!r} has no utterance: make it again")
     stamp = f"{manifest.resolve()} {manifest.stat().st_size} {manifest.stat().st_mtime_ns}"
     folder = cache / f"{manifest.name.partition('.')[0]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,8 @@ def read_cuts(path: str | Path) -> Iterator[Utterance]:
         raise UserError(f"the cuts manifest {str(path)!r} does not exist: check the path")
     if path.stat().st_size == 0:
         raise UserError(f"the cuts manifest {str(path)!r} is empty: make it again")
-    for cut in CutSet.from_file(path):
+    cuts = CutSet.from_file(path)
+    for cut in () if cuts is None else cuts:  # None: a compressed file without a line
         parts = cut.trim_to_supervisions(keep_overlapping=False) if len(cut.supervisions) > 1 else [cut]
         for part in parts:
             supervision = part.supervisions[0] if part.supervisions else None

@@ -69,9 +69,8 @@ def decode_batch(
         raise UserError(f"a test utterance cannot be read: {error}") from error
     assert model.processor is not None
     messages = [model.processor.renderer.user_messages(options.prompt)] * len(samples)
-    longest = max(len(s.wave) for s in samples) / RATE
-    limit = min(options.max_new_tokens, round(longest * options.max_tokens_per_second) + 10)
-    texts = model.generate([s.wave for s in samples], messages, limit, **options.generation)
+    limits = [min(options.max_new_tokens, round(len(s.wave) / RATE * options.max_tokens_per_second) + 10) for s in samples]
+    texts = model.generate([s.wave for s in samples], messages, limits, **options.generation)
     return [
         Transcript(
             key=s.key,

@@ -12,10 +12,12 @@ class AudioEncoder(Protocol):
     """What the model asks of an encoder, an nn.Module.
 
     features: module, waveforms (N, samples) at 16 kHz and lengths (N,) -> features (N, T, F) and lengths (N,).
+    unsplit_modules: names of the classes of its layers, each gathered as a whole under ZeRO-3.
     frame_lengths: samples of a waveform -> frames that forward() gives, as arithmetic on ints, arrays or tensors.
     """
 
     output_dim: int
+    unsplit_modules: tuple[str, ...]
     features: nn.Module
 
     def __init__(self, *, pad_to_30s: bool, **fields: Any) -> None: ...

@@ -100,6 +100,11 @@ class AsrLlmModel(PreTrainedModel):
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
 
+    def unsplit_modules(self) -> list[type[nn.Module]]:
+        """The classes of the encoder's and the LLM's layers: what is best gathered, checkpointed or placed as a whole."""
+        names = {*(self.llm._no_split_modules or ()), *self.audio_encoder.unsplit_modules}
+        return list({type(module) for module in self.modules() if type(module).__name__ in names})
+
     def freeze(self, *parts: str) -> None:
         """Take parts out of training: no gradients, eval mode for good. An LLM's adapters stay trainable."""
         for part in parts:
@@ -118,11 +123,14 @@ class AsrLlmModel(PreTrainedModel):
     # --- text out ---
 
     @torch.no_grad()
-    def generate(self, inputs: Any, messages: Sequence[Messages], max_new_tokens: int = 200, **generation: Any) -> list[str]:
+    def generate(
+        self, inputs: Any, messages: Sequence[Messages], max_new_tokens: int | Sequence[int] = 200, **generation: Any
+    ) -> list[str]:
         """One text for each audio.
 
         inputs: features (x (N, T, F), x_lens (N,)), or a list of files and float arrays at 16 kHz. messages: N chats, each with the
-        audio token once. generation: options of transformers' GenerationConfig, such as num_beams.
+        audio token once. max_new_tokens: the longest answer, one for all or one for each. generation: options of transformers'
+        GenerationConfig, such as num_beams.
         """
         processor = self._require_processor()
         device = self.llm.get_input_embeddings().weight.device
@@ -135,15 +143,17 @@ class AsrLlmModel(PreTrainedModel):
             counts = self.config.num_audio_tokens(wave_lengths).tolist()
         prompts = processor.encode_prompts(messages, counts)
         input_ids, mask = (x.to(device) for x in pad_left(prompts))
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         output = self.llm.generate(
             inputs_embeds=self._embed(input_ids, self.encode(features, lengths)),
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(limits),
             eos_token_id=processor.renderer.stop_ids,
             pad_token_id=processor.renderer.stop_ids[0],
             **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | generation),
         )
-        return [text.strip() for text in processor.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        rows = [row[:limit] for row, limit in zip(output, limits, strict=True)]
+        return [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
     def transcribe(self, audio: Sequence[Any], max_new_tokens: int = 200, **generation: Any) -> list[str]:
         """generate() with the checkpoint's default prompt."""

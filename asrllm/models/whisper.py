@@ -22,6 +22,8 @@ FIELDS = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads"
 class WhisperEncoder(nn.Module):
     """pad_to_30s: attend to the silence after an utterance, as in the published code; the frames given out are the true ones either way."""
 
+    unsplit_modules = ("WhisperLayer",)
+
     def __init__(
         self,
         *,

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
 import asrllm
 from asrllm.data.plan import Position
@@ -62,15 +63,9 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def make_manifest(
-    engine: deepspeed.DeepSpeedEngine, description: AsrLlmConfig, *, step: int, position: Position, prompts: tuple[str, ...]
-) -> dict[str, Any]:
+def make_manifest(engine: deepspeed.DeepSpeedEngine, *, step: int, position: Position) -> dict[str, Any]:
     """What the checkpoint holds and what it belongs to."""
-    trainable = {
-        name: {"shape": full_shape(p), "dtype": str(p.dtype).removeprefix("torch.")}
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad
-    }
+    description: AsrLlmConfig = engine.module.config
     return {
         "format": 1,
         "asrllm": asrllm.__version__,
@@ -78,11 +73,17 @@ def make_manifest(
         "position": position.as_dict(),
         "zero_stage": engine.zero_optimization_stage(),
         "world_size": distributed.world_size(),
-        "trainable": trainable,
+        "trainable": trained_parameters(engine.module),
         "base_models": description.base_models,
         "audio_token_id": description.audio_token_id,
-        "prompts": list(prompts),
+        "prompts": description.prompts,
     }
+
+
+def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Shape and dtype by name."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: {"shape": full_shape(p), "dtype": str(p.dtype).removeprefix("torch.")} for name, p in trained.items()}
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, exp_dir: Path, tag: str) -> None:

@@ -21,7 +21,9 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> dict[str, Any]:
         ds = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"trainer.deepspeed_config={str(path)!r} is not valid JSON: {error}") from error
-    check_stage(path, ds)
+    if not isinstance(ds, dict):
+        raise UserError(f"trainer.deepspeed_config={str(path)!r} must be a JSON object")
+    ds.setdefault("zero_optimization", {})["stage"] = check_stage(path, ds)
     accumulation = config.gradient_accumulation_steps
     _fill(ds, "train_micro_batch_size_per_gpu", 1, path)  # batches have a budget of tokens; DeepSpeed only multiplies this
     _fill(ds, "gradient_accumulation_steps", accumulation, path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -35,6 +36,8 @@ def deepspeed_engine(
     if not trainable:
         raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")
     drop_frozen_aliases(model)
+    if ds["zero_optimization"]["stage"] == 3:  # a layer is gathered at once rather than weight by weight
+        set_z3_leaf_modules(model, model.unsplit_modules())
     optimizer = None
     if "optimizer" not in ds:
         optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)

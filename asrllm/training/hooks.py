@@ -229,9 +229,7 @@ class Checkpoints:
                 prune(trainer.exp_dir, self.keep)
 
     def save(self, trainer: Trainer, tag: str) -> None:
-        description = trainer.engine.module.config
-        prompts = tuple(description.prompts or ())
-        manifest = make_manifest(trainer.engine, description, step=trainer.step, position=trainer.position, prompts=prompts)
+        manifest = make_manifest(trainer.engine, step=trainer.step, position=trainer.position)
         save_checkpoint(trainer.engine, trainer.exp_dir, tag, manifest)
         self.metrics.restart_clock()
 

@@ -47,8 +47,7 @@ class StepSums:
         return self.from_tensor(self.as_tensor() + other.as_tensor())
 
     def over_ranks(self, device: torch.device) -> "StepSums":
-        # MPS and some accelerators lack float64; float32 is exact for these counts
-        return self.from_tensor(distributed.sum_over_ranks(self.as_tensor().to(device, torch.float32)))
+        return self.from_tensor(distributed.sum_over_ranks(self.as_tensor().to(device)))
 
 
 class Hook(Protocol):

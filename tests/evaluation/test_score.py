@@ -7,7 +7,7 @@ import pytest
 from asrllm.errors import UserError
 from asrllm.evaluation.decode import make_batches
 from asrllm.evaluation.files import write_results, write_summary
-from asrllm.evaluation.normalize import basic, normalizer
+from asrllm.evaluation.normalize import basic, normalizer, zh
 from asrllm.evaluation.score import Transcript, character_errors, word_errors
 from tests.data.test_plan import make_corpus
 
@@ -83,6 +83,11 @@ def test_result_files_have_icefalls_forms(tmp_path):
 )
 def test_basic_normalisation(text, expected):
     assert basic(text) == expected
+
+
+def test_chinese_normalisation():
+    pytest.importorskip("opencc")
+    assert zh("開放 中文，ASR 模型。") == "开放中文 asr 模型"
 
 
 def test_an_unknown_normalizer_is_one_sentence():
