@@ -7,10 +7,13 @@ import os
 import sys
 import warnings
 
+import torch.distributed
+
+import asrllm
 from asrllm.errors import UserError
 
 VERBS = {
-    "shards": "write, index, check and describe WebDataset shards",
+    "shards": "write and index WebDataset shards",
     "train": "train a model",
     "evaluate": "average checkpoints, decode test sets, score them",
     "transcribe": "text for audio files",
@@ -26,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will change one day is for our tests, not for users
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = argparse.ArgumentParser(prog="asrllm", description="Train a large language model to hear.")
+    parser.add_argument("--version", action="version", version=asrllm.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, what in VERBS.items():
         subparser = verbs.add_parser(verb, help=what, description=what)
@@ -37,9 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"asrllm {arguments.verb}: {error}", file=sys.stderr)
+        # before the ranks have met they all find the same mistake, after it perhaps one alone
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0 or torch.distributed.is_initialized():
+            print(f"asrllm {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(f"asrllm {arguments.verb}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

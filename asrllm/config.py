@@ -5,6 +5,7 @@ Values and their explanations live in the YAML files; types and checks live in o
 
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -59,7 +60,6 @@ def _checked_override(text: str, known: set[str]) -> str:
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"{text!r} is not an override: write key=value")
-    key = key.lstrip("+~")
     if key not in known:
         raise UserError(f"unknown key {key!r} in {text!r}: {_nearest_key(key, known)}")
     try:
@@ -145,12 +145,31 @@ def help_text(name: str) -> str:
     return "\n".join(parts)
 
 
-def read_yaml(path: str | Path, what: str) -> Any:
-    """A YAML file's content; a missing or broken file is one sentence. `what` names the file's role."""
+def read_text(path: str | Path, what: str) -> str:
+    """A text file's content; a missing file or one that is not UTF-8 is one sentence. `what` names the file's role."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{what} {str(path)!r} does not exist: check the path")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {str(path)!r} is not UTF-8 text: {error}") from error
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """As read_text, parsed."""
+    try:
+        return yaml.safe_load(read_text(path, what))
     except yaml.YAMLError as error:
         raise UserError(f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
+    """As read_text, parsed; anything but an object is one sentence."""
+    try:
+        content = json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} {str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {str(path)!r} must be a JSON object")
+    return content

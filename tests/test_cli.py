@@ -51,15 +51,25 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
         ({"model__llm__pretrained_model": "WITHOUT_TOKENIZER"}, "has no tokenizer"),
         ({"model__audio_encoder__pretrained_model": "LLM"}, "not whisper"),
         ({"model__llm__model_type": "llama"}, "is a 'qwen2' model"),
+        ({"data__filter__max_duration": 100}, "data.filter.max_duration=100.0: the audio encoder takes 0.01 to 30.01 s"),
+        ({"data__filter__min_duration": 0}, "data.filter.min_duration=0.0"),
+        ({"prompt_file": "AUDIO_TOKEN"}, "holds the audio token"),
     ],
 )
 def test_a_mistake_in_training_ends_before_anything_is_written(world, tmp_path, capsys, change, message):
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "audio_token.txt").write_text("Listen: <|AUDIO|>")
     (tmp_path / "my_zero2.json").write_text('{"zero_optimization": {}}')
     llm = tmp_path / "llm"
     llm.mkdir()
     (llm / "config.json").write_text((world.llm / "config.json").read_text())
-    places = {"EMPTY": tmp_path / "empty.txt", "MISNAMED": tmp_path / "my_zero2.json", "WITHOUT_TOKENIZER": llm, "LLM": world.llm}
+    places = {
+        "AUDIO_TOKEN": tmp_path / "audio_token.txt",
+        "EMPTY": tmp_path / "empty.txt",
+        "MISNAMED": tmp_path / "my_zero2.json",
+        "WITHOUT_TOKENIZER": llm,
+        "LLM": world.llm,
+    }
     change = {key: places.get(value, value) for key, value in change.items()}
     assert message in fails(capsys, "train", *world.overrides(tmp_path / "exp", **change))
     assert not (tmp_path / "exp").exists()

@@ -54,7 +54,7 @@ def test_overrides_reach_the_dataclasses():
         ("model.llm.lora.rank=4", r"unknown key 'model\.llm\.lora\.rank' .* did you mean 'model\.llm\.lora\.r'"),
         ("trainer.learning_rate=1", "unknown key 'trainer.learning_rate'"),
         ("modle.audio_token=x", r"unknown key 'modle\.audio_token' .* did you mean 'model\.audio_token'"),
-        ("+model.new=1", "unknown key 'model.new'"),
+        ("+model.new=1", r"unknown key '\+model\.new'"),
         ("exp_dir", "is not an override: write key=value"),
         ("trainer.lr=fast", r"trainer\.lr='fast' has the wrong type: expected float"),
         ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 has the wrong type"),

@@ -170,6 +170,8 @@ def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(finished):
 def test_export_transcribe_and_consolidate(world, finished, tmp_path):
     wav = next((world.root / "kaldi" / "test" / "wav").glob("*.wav"))
     assert_done(run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32"))
+    again = run_script("export", finished, "--output", tmp_path / "model")
+    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
     exported = assert_done(run_script("transcribe", tmp_path / "model", wav)).stdout
     assert exported == assert_done(run_script("transcribe", finished, wav)).stdout
     assert exported.strip() == asrllm.AutoModel.from_pretrained(tmp_path / "model").transcribe([wav])[0]
@@ -262,6 +264,10 @@ def test_another_models_checkpoints_are_refused(world, finished, tmp_path):
     refused("holds checkpoints of another model: its llm was", model__llm__pretrained_model=other)
     refused("was written with zero_stage=3, this run has 2", trainer__deepspeed_config="ds_configs/zero2.json")
     refused("trainer.resume=never", trainer__resume="never")
+    refused("was written with lora={", model__llm__lora__lora_alpha=99)
+    refused("was written with precision=bf16, this run has fp32", trainer__precision="fp32")
+    refused("was written with seed=42, this run has 1", seed=1)
+    refused("was written with training data=[['train', 60", data__train_data_config=world.root / "test.yaml")
     assert sorted(path.name for path in finished.iterdir()) == before
     done = run_script("train", *world.overrides(finished, **settings))
     assert done.returncode == 2
@@ -269,16 +275,30 @@ def test_another_models_checkpoints_are_refused(world, finished, tmp_path):
 
 
 def test_other_trained_parameters_are_refused(world, finished):
-    done = run_script(
-        "train",
-        *world.overrides(
-            finished, trainer__deepspeed_config="ds_configs/zero3.json", model__llm__lora__r=8, prompt_file=world.root / "prompts.txt"
-        ),
-        launcher="deepspeed",
-    )
+    settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
+    before = (finished / "config.yaml").read_text()
+    done = run_script("train", *world.overrides(finished, model__audio_encoder__frozen="false", **settings), launcher="deepspeed")
     assert done.returncode != 0
-    assert "has the shape" in done.stderr
-    assert json.loads((finished / "config.json").read_text())["lora"]["r"] == 4
+    assert "is trained in this run alone; choose another exp_dir" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (finished / "config.yaml").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_one_sentence(world, tmp_path):
+    exp = tmp_path / "exp"
+    run = world.overrides(exp, trainer__num_steps=4, data__valid_data_config="null")
+    assert_done(run_script("train", *run))
+    (state,) = (exp / "checkpoint-4").glob("*optim_states.pt")
+    state.write_bytes(b"junk")
+    for script, arguments in (("train", run), ("zero_to_fp32", [exp])):
+        done = run_script(script, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert str(exp / "checkpoint-4") in done.stderr
+        assert "Traceback" not in done.stderr
+    (exp / "checkpoint-4" / "asrllm.json").write_text("{}")
+    done = run_script("train", *run)
+    assert done.returncode == 2
+    assert "the checkpoint is damaged" in done.stderr
 
 
 def test_offloading_to_the_processor_trains(world, tmp_path):

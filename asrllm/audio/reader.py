@@ -36,8 +36,9 @@ class SampleError(Exception):
 class Reader:
     """Reads the utterances that a plan names. Files stay open; one reader belongs to one process."""
 
-    def __init__(self, corpora: Sequence[Corpus]) -> None:
-        self.corpora = corpora
+    def __init__(self, corpora: Sequence[Corpus], *, limits: tuple[int, int] = (1, 1 << 40)) -> None:
+        """limits: the fewest and the most samples at RATE that the model takes."""
+        self.corpora, self.limits = corpora, limits
         self._files: dict[Path, int] = {}
 
     def read(self, item: Item) -> Sample:
@@ -54,6 +55,9 @@ class Reader:
             raise SampleError(f"utterance {item.row} of {corpus.name} in {shard}: {error}") from error
         if abs(len(wave) - int(row["samples"])) > 0.1 * RATE:
             raise SampleError(f"{sample.key} in {shard}: the index says {row['samples']} samples, the audio has {len(wave)}")
+        if not self.limits[0] <= len(wave) <= self.limits[1]:
+            low, high = (n / RATE for n in self.limits)
+            raise SampleError(f"{sample.key} in {shard}: {len(wave) / RATE:.2f} s of audio, the model takes {low:.2f} to {high:.2f} s")
         text = sample.fields["text"]
         return Sample(key=sample.key, wave=wave, text=text, corpus=corpus, weight=0 if item.filler else 1)
 

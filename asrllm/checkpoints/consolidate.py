@@ -26,6 +26,8 @@ def consolidate(checkpoint: str | Path, output: str | Path) -> Path:
 
 
 def save_state(state: dict[str, Tensor], output: Path) -> Path:
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"the output {str(output)!r} is a directory, or its directory does not exist: give a file's path")
     partial = output.with_name(output.name + ".partial")
     torch.save(state, partial)
     with open(partial, "rb") as file:

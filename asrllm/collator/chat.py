@@ -57,7 +57,7 @@ class ChatRenderer:
         The answer is tokenised by itself, so that training sees exactly the prompt ids that decoding starts from.
         """
         prompt = self.encode_prompt(messages, audio_tokens)
-        target = self._ids(answer) + self.end_ids
+        target = self._ids(answer, plain=True) + self.end_ids
         return prompt + target, [NO_LABEL] * len(prompt) + target
 
     def _find_end_of_turn(self) -> str:
@@ -75,5 +75,6 @@ class ChatRenderer:
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, text: str, *, plain: bool = False) -> list[int]:
+        """plain: what looks like a special token is text like any other."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]

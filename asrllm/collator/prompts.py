@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asrllm.config import read_yaml
+from asrllm.config import read_text, read_yaml
 from asrllm.errors import UserError
 
 DEFAULT_PROMPTS = ("Transcribe the speech.",)
@@ -16,13 +16,11 @@ def read_prompts(path: str | Path | None) -> tuple[str, ...]:
     if path is None:
         return DEFAULT_PROMPTS
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt_file={str(path)!r} does not exist: check the path")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "prompt_file")
     lines: list[Any] = text.splitlines()
-    if text.lstrip().startswith(("- ", "[")):  # a line of free text begins otherwise
+    if text.lstrip().startswith("- "):  # a line of free text begins otherwise
         lines = read_yaml(path, "prompt_file")
-    if not all(isinstance(line, str) for line in lines):
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise UserError(f"prompt_file={str(path)!r} is a YAML list with other things than text: write one prompt a line")
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:

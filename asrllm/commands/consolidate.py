@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> None:
     from asrllm.training.checkpoint import latest_tag
 
     exp_dir = Path(arguments.exp_dir)
-    tag = arguments.tag or latest_tag(exp_dir)
+    tag = (arguments.tag or "").strip("/") or latest_tag(exp_dir)
     if tag is None:
         raise UserError(f"{arguments.exp_dir!r} holds no complete checkpoint: give the exp_dir of a run that has saved one")
     print(consolidate(exp_dir / tag, arguments.output or exp_dir / f"{tag}.pt"))

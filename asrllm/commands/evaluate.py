@@ -9,7 +9,8 @@ from typing import Any, Literal
 from asrllm.collator.prompts import DEFAULT_PROMPTS
 from asrllm.commands.overrides import add_override_arguments
 from asrllm.config import load_config
-from asrllm.data.corpora import read_corpora
+from asrllm.data.corpora import Corpus, read_corpora
+from asrllm.data.index import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.normalize import normalizer
 from asrllm.training import distributed
@@ -56,6 +57,15 @@ class EvaluationRun:
             raise UserError("data.test_data_config is not set: give the YAML list of test sets")
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise UserError(f"num_beams={self.num_beams} and max_new_tokens={self.max_new_tokens} must be at least 1")
+        for key, value in (
+            ("max_tokens_per_second", self.max_tokens_per_second),
+            ("data.max_batch_duration", self.data.max_batch_duration),
+        ):
+            if not 0 < value < float("inf"):
+                raise UserError(f"{key}={value} must be a number above 0")
+        for key, number in vars(self.checkpoint.model).items():
+            if isinstance(number, int) and number < 0:
+                raise UserError(f"checkpoint.model.{key}={number} must not be below 0")
         normalizer(self.normalizer)
 
     @property
@@ -79,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
     """Gives what results.json holds."""
-    from asrllm import AutoModel
+    from asrllm import AsrLlmConfig, AutoModel
     from asrllm.checkpoints.average import resolve_weights
     from asrllm.evaluation.decode import decode_corpus
     from asrllm.evaluation.files import write_results, write_summary
@@ -89,6 +99,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     weights = resolve_weights(exp_dir, filename=choice.filename, iteration=choice.iter, epoch=choice.epoch, avg=choice.avg)
     corpora = read_corpora(config.data.test_data_config or "", filters=None, cache=exp_dir / "shards")
     check_names([corpus.name for corpus in corpora])
+    check_lengths(corpora, AsrLlmConfig.from_pretrained(exp_dir).sample_limits())
     device = distributed.start()
     model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision])
     model.to(device)
@@ -121,6 +132,18 @@ def check_names(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"data.test_data_config has two test sets named {name!r}: give each its own 'name'")
+
+
+def check_lengths(corpora: list[Corpus], limits: tuple[int, int]) -> None:
+    """An utterance that the model cannot take is found before it loads."""
+    low, high = (n / RATE for n in limits)
+    for corpus in corpora:
+        samples = corpus.index.rows["samples"][corpus.rows]
+        if unfit := int(((samples < limits[0]) | (samples > limits[1])).sum()):
+            raise UserError(
+                f"{unfit} utterances of the test set {corpus.name!r} are shorter than {low:.2f} s or longer than {high:.2f} s, which the "
+                "model takes: leave them out of the set"
+            )
 
 
 def decoding_options(config: EvaluationRun, prompts: list[str]) -> Any:

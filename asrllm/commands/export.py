@@ -1,6 +1,11 @@
 """asrllm export: a run -> a self-contained Hugging Face directory."""
 
 import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from asrllm.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,5 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from asrllm import AutoModel
 
-    AutoModel.from_pretrained(arguments.source, weights=arguments.weights, dtype=arguments.dtype).save_pretrained(arguments.output)
+    output = Path(arguments.output).absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {arguments.output!r} is not empty: choose another directory")
+    model = AutoModel.from_pretrained(arguments.source, weights=arguments.weights, dtype=arguments.dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        model.save_pretrained(partial)
+        partial.chmod(0o755)
+        partial.replace(output)  # appears when it is complete
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     print(f"{arguments.output}: load it with asrllm.AutoModel.from_pretrained({arguments.output!r})")

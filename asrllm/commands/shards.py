@@ -68,4 +68,6 @@ def index_tars(arguments: argparse.Namespace) -> None:
     (folder,) = folders
     with ProgressBar("indexing", len(tars)) as bar:
         index = write_index(folder, sorted(tars), advance=bar.advance)
+    if not len(index):
+        raise UserError(f"the tars in {str(folder)!r} hold no utterance")
     print(f"{folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards")

@@ -19,6 +19,7 @@ from asrllm.commands.overrides import add_override_arguments
 from asrllm.config import as_yaml, load_config
 from asrllm.data.config import DataConfig
 from asrllm.data.corpora import Corpus, read_corpora
+from asrllm.data.index import RATE
 from asrllm.data.plan import Plan, Position
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
@@ -67,11 +68,13 @@ def train(config: TrainRun) -> None:
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=prompts)
+    check_lengths(config, processor)
     data = TrainingData(config, processor, prompts)
     own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
     processor.config.prompts = list(dict.fromkeys([*prompts, *own_prompts]))
     lock = claim(exp_dir)
-    tag, manifest = find_resume(config, processor, zero_stage=ds["zero_optimization"]["stage"])
+    settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
+    tag, manifest = find_resume(config, processor, settings)
     device = distributed.start()
     frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
     torch.manual_seed(config.seed)
@@ -90,13 +93,22 @@ def train(config: TrainRun) -> None:
             checkpoint.load_checkpoint(engine, exp_dir, tag)
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
         write_run_files(config, processor)
-        trainer.hooks = make_hooks(config, data, trainer)
+        trainer.hooks = make_hooks(config, data, trainer, settings)
         trainer.fit(data.train_steps)
     if distributed.rank() == 0:
         write_pretrained(exp_dir)
     distributed.barrier()
     distributed.finish()
     lock.release()
+
+
+def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
+    """Filters that let through what the encoder cannot take are a mistake of the configuration, not of an utterance."""
+    low, high = (samples / RATE for samples in processor.config.sample_limits())
+    for key, fits in (("min_duration", config.data.filter.min_duration >= low), ("max_duration", config.data.filter.max_duration <= high)):
+        if not fits:
+            value = getattr(config.data.filter, key)
+            raise UserError(f"data.filter.{key}={value}: the audio encoder takes {low:.2f} to {high:.2f} s; set it within these")
 
 
 class TrainingData:
@@ -109,7 +121,7 @@ class TrainingData:
         self.corpora = read_corpora(config.data.train_data_config or "", filters=filters, cache=cache)
         valid = config.data.valid_data_config
         self.valid = read_corpora(valid, filters=filters, cache=cache) if valid else []
-        self.tokens = processor.config.num_audio_tokens
+        self.tokens, self.limits = processor.config.num_audio_tokens, processor.config.sample_limits()
         self.collator = Collator(processor.renderer, prompts, num_audio_tokens=self.tokens, seed=config.seed)
         self.plan = self._plan(self.corpora, shuffle=True)
         self.accumulation = config.trainer.gradient_accumulation_steps
@@ -143,7 +155,7 @@ class TrainingData:
     def _steps(self, plan: Plan, corpora: list[Corpus], start: Position, accumulation: int, epochs: int | None) -> Iterator[LoadedStep]:
         return steps(
             plan,
-            PlannedDataset(Reader(corpora), self.collator),
+            PlannedDataset(Reader(corpora, limits=self.limits), self.collator),
             start,
             rank=distributed.rank(),
             ranks=distributed.world_size(),
@@ -170,7 +182,24 @@ def claim(exp_dir: Path) -> FileLock:
     return lock
 
 
-def find_resume(config: TrainRun, processor: AsrLlmProcessor, *, zero_stage: int) -> tuple[str | None, dict[str, Any]]:
+def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: TrainingData) -> dict[str, Any]:
+    """What a resumed run must have in common with its checkpoint: the model, the order of the data, the arithmetic. Plain JSON values."""
+    description = processor.config
+    model = ("lora", "projector", "projector_hidden_size", "audio_encoder_projector_ds_rate", "tag_audio_boundary", "pad_to_30s", "prompts")
+    return {
+        "world_size": distributed.world_size(),
+        "audio_token_id": description.audio_token_id,
+        "chat_template": processor.tokenizer.chat_template,
+        **{key: getattr(description, key) for key in model},
+        "seed": config.seed,
+        "precision": config.trainer.precision,
+        "gradient_accumulation_steps": config.trainer.gradient_accumulation_steps,
+        "data.sampler": dataclasses.asdict(config.data.sampler),
+        "training data": [[c.name, len(c.rows), int(c.index.rows["samples"][c.rows].sum(dtype="int64")), c.weight] for c in data.corpora],
+    }
+
+
+def find_resume(config: TrainRun, processor: AsrLlmProcessor, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """The tag to go on from and its manifest; None to start anew."""
     from asrllm.training.checkpoint import check_same_model, latest_tag
 
@@ -180,7 +209,7 @@ def find_resume(config: TrainRun, processor: AsrLlmProcessor, *, zero_stage: int
         return None, {}
     if config.trainer.resume == "never":
         raise UserError(f"trainer.resume=never, but exp_dir={str(exp_dir)!r} holds {tag}: choose another exp_dir, or remove it")
-    return tag, check_same_model(exp_dir, tag, processor.config, zero_stage=zero_stage)
+    return tag, check_same_model(exp_dir, tag, processor.config, settings)
 
 
 def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
@@ -196,24 +225,24 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
     distributed.barrier()
 
 
-def make_hooks(config: TrainRun, data: TrainingData, trainer: Any) -> list[Any]:
+def make_hooks(config: TrainRun, data: TrainingData, trainer: Any, settings: dict[str, Any]) -> list[Any]:
     from asrllm.training import hooks
 
-    settings, exp_dir = config.trainer, trainer.exp_dir
+    keys, exp_dir = config.trainer, trainer.exp_dir
     sinks: list[hooks.Sink] = []
     if distributed.rank() == 0:
         sinks = [hooks.MetricsFile(exp_dir, trainer.step), hooks.ConsoleSink(trainer.total_steps, trainer.step)]
-        if settings.tensorboard:
+        if keys.tensorboard:
             sinks.append(hooks.TensorBoardSink(exp_dir))
-        if settings.wandb.mode != "disabled":
-            sinks.append(hooks.WandbSink(settings.wandb, exp_dir, dataclasses.asdict(config)))
-    metrics = hooks.Metrics(sinks, every=settings.log_every, max_bad_share=config.data.max_bad_share)
+        if keys.wandb.mode != "disabled":
+            sinks.append(hooks.WandbSink(keys.wandb, exp_dir, dataclasses.asdict(config)))
+    metrics = hooks.Metrics(sinks, every=keys.log_every, max_bad_share=config.data.max_bad_share)
     made: list[Any] = [metrics]
     if config.data.trace:
         made.append(hooks.Trace(exp_dir, trainer.step))
     if data.valid:
-        made.append(hooks.Validation(data.valid_sets(), metrics, every=settings.valid_every))
-    made.append(hooks.Checkpoints(metrics, every=settings.save_every, keep=settings.keep_last_k))
+        made.append(hooks.Validation(data.valid_sets(), metrics, every=keys.valid_every))
+    made.append(hooks.Checkpoints(metrics, settings, every=keys.save_every, keep=keys.keep_last_k))
     return made
 
 

@@ -2,21 +2,29 @@
 
 import argparse
 
+from asrllm.commands.shards import positive
+from asrllm.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR_OR_EXP", help="an exported directory, or a run's exp_dir")
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, mp3, ... files of at most 30 s")
     parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="files decoded at once; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="files decoded at once; default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm import AutoModel
+    from asrllm import AsrLlmConfig, AutoModel
     from asrllm.audio.reader import read_audio
+    from asrllm.data.index import RATE
     from asrllm.progress import ProgressBar
     from asrllm.training.distributed import default_device
 
     waves = [read_audio(path) for path in arguments.audio]  # every file is checked before the model loads
+    low, high = AsrLlmConfig.from_pretrained(arguments.model).sample_limits()
+    for path, wave in zip(arguments.audio, waves, strict=True):
+        if not low <= len(wave) <= high:
+            raise UserError(f"{path!r} has {len(wave) / RATE:.2f} s of audio, the model takes {low / RATE:.2f} to {high / RATE:.2f} s")
     model = AutoModel.from_pretrained(arguments.model, weights=arguments.weights).to(default_device())
     with ProgressBar("transcribing", len(waves)) as bar:
         for start in range(0, len(waves), arguments.batch_size):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from asrllm.data.sources import read_cuts
 from asrllm.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-CORPUS_KEYS = ("name", "manifest", "shards", "hours", "weights", "lang", "prompts")
+MAX_WEIGHT = 1000
+CORPUS_KEYS: dict[str, Any] = {
+    "name": str, "manifest": str, "shards": str, "hours": (int, float), "weights": (int, float), "lang": str, "prompts": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +54,24 @@ def _read_entry(entry: Any, where: str, filters: FilterConfig | None, cache: Pat
     for key in entry:
         if key not in CORPUS_KEYS:
             raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), CORPUS_KEYS)}")
+        if not isinstance(entry[key], CORPUS_KEYS[key]) or isinstance(entry[key], bool):
+            raise UserError(f"{where}: {key}={entry[key]!r} has the wrong type")
     if ("shards" in entry) == ("manifest" in entry):
         raise UserError(f"{where}: give either 'shards: DIR' or 'manifest: CUTS.jsonl.gz'")
     index = open_index(entry["shards"]) if "shards" in entry else _manifest_index(Path(entry["manifest"]), cache)
     name = str(entry.get("name") or Path(entry.get("shards") or entry["manifest"]).name.partition(".")[0])
     weight = float(entry.get("weights", 1.0))
-    if weight <= 0:
-        raise UserError(f"{where}: weights={weight} must be above 0: leave the entry out instead")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise UserError(f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0")
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise UserError(f"{where}: name={name!r} becomes a part of file names: use letters, digits, '-', '_', '.' and '+'")
     _check_hours(entry, index, where)
     prompts = tuple(entry.get("prompts") or ())
+    if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise UserError(f"{where}: prompts={list(prompts)!r} must be a list of texts")
     rows = _filtered(name, index, filters) if filters else np.arange(len(index))
-    if not len(rows):
-        raise UserError(f"{where}: no utterance passes data.filter: widen it")
+    if not len(rows) or not round(weight * len(rows)):
+        raise UserError(f"{where}: no utterance is left after data.filter and weights: widen them")
     return Corpus(name=name, index=index, rows=rows, weight=weight, lang=entry.get("lang"), prompts=prompts)
 
 

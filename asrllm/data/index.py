@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
+from asrllm.config import read_json_object
 from asrllm.errors import UserError
 
 RATE = 16000  # Hz; every waveform reaches the model at this rate
@@ -49,7 +50,14 @@ def open_index(folder: str | Path) -> Index:
         raise UserError(f"the shard directory {str(folder)!r} does not exist: make it with 'asrllm shards make {folder} ...'")
     if not (folder / "index.json").is_file():
         raise UserError(f"{str(folder)!r} has no index.json: make one with 'asrllm shards index {folder}/*.tar'")
-    about = json.loads((folder / "index.json").read_text())
+    about = read_json_object(folder / "index.json", "the index")
+    try:
+        return _open_index(folder, about)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"the index in {str(folder)!r} is damaged ({type(error).__name__}: {error}): make it again") from error
+
+
+def _open_index(folder: Path, about: dict[str, Any]) -> Index:
     for name, size in zip(about["shards"], about["shard_bytes"], strict=True):
         path = folder / name
         if not path.is_file():
@@ -73,6 +81,7 @@ def write_index(folder: Path, shards: Sequence[Path], *, advance: Callable[[], N
         parts.append(rows)
         advance()
     rows = np.concatenate(parts) if parts else np.empty(0, ROW)
+    (folder / "index.json").unlink(missing_ok=True)  # from here on there is no index, until there is a whole one
     rows.tofile(folder / "index.bin")
     about = {
         "format": 1,
@@ -135,12 +144,15 @@ def _sample(members: list[tuple[tarfile.TarInfo, bytes]], name: str) -> TarSampl
     if audio is None:
         raise UserError(f"sample {key!r} in {name!r} has no audio: expected one of {', '.join(AUDIO_EXTENSIONS)}")
     if "json" in files:
-        fields = json.loads(files["json"])
+        try:
+            fields = json.loads(files["json"])
+        except ValueError as error:
+            raise UserError(f"sample {key!r} in {name!r} has broken JSON: {error}") from error
     elif "txt" in files:
-        fields = {"text": files["txt"].decode("utf-8").strip()}
+        fields = {"text": files["txt"].decode("utf-8", errors="replace").strip()}
     else:
         raise UserError(f"sample {key!r} in {name!r} has no transcript: expected {key}.json or {key}.txt")
-    if not isinstance(fields.get("text"), str):
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise UserError(f"sample {key!r} in {name!r} has no 'text' in its JSON: add the transcript there")
     last = members[-1][0]
     end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -150,7 +162,12 @@ def _sample(members: list[tuple[tarfile.TarInfo, bytes]], name: str) -> TarSampl
 def _row(sample: TarSample, shard: int) -> tuple[int, int, int, int, int]:
     duration = sample.fields.get("duration")
     if duration is None:
-        info = soundfile.info(BytesIO(sample.audio))
+        try:
+            info = soundfile.info(BytesIO(sample.audio))
+        except RuntimeError as error:
+            raise UserError(f"sample {sample.key!r} has unreadable audio: {error}: remove it from the tar") from error
         duration = info.frames / info.samplerate
+    if not isinstance(duration, (int, float)) or not 0 < duration < 2**31 / RATE:
+        raise UserError(f"sample {sample.key!r} has the duration {duration!r}: it must be seconds above 0")
     text_bytes = len(sample.fields["text"].encode("utf-8"))
     return sample.offset, sample.size, round(duration * RATE), shard, min(text_bytes, 65535)

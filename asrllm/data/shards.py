@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,12 +49,15 @@ def write_shards(
     fields: written into every KEY.json where the utterance has none of that name (lang, corpus). advance: called once an utterance.
     Raises UserError where `out` exists, or where nothing could be written (its reasons are in the message).
     """
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{str(out)!r} is not empty: choose another directory, or remove it to make the shards again")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.parent))
+        partial.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{str(out)!r} cannot be written: {error}") from error
     try:
         shards, rejected = _write_partial(partial, utterances, utterances_per_shard, workers, fields or {}, advance)
         if not shards:
@@ -140,7 +144,10 @@ def make_sample(key: str, utterance: Utterance, fields: dict[str, Any]) -> dict[
     if utterance.duration is not None and abs(duration - utterance.duration) > MAX_DURATION_ERROR:
         raise RejectedError("duration_mismatch", f"the source says {utterance.duration:.3f} s, the audio has {duration:.3f} s")
     flac = io.BytesIO()
-    soundfile.write(flac, wave, rate, format="FLAC", subtype="PCM_16")
+    try:
+        soundfile.write(flac, wave, rate, format="FLAC", subtype="PCM_16")
+    except (RuntimeError, ValueError) as error:
+        raise RejectedError("not_encodable", f"{rate} Hz as FLAC: {error}") from error
     about = fields | {"text": text, "duration": duration, "sampling_rate": rate} | utterance.fields
     return {"__key__": key, "flac": flac.getvalue(), "json": json.dumps(about, ensure_ascii=False).encode("utf-8")}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from asrllm.config import read_text
 from asrllm.errors import UserError
 
 
@@ -31,8 +32,7 @@ def read_cuts(path: str | Path) -> Iterator[Utterance]:
         raise UserError(f"the cuts manifest {str(path)!r} does not exist: check the path")
     if path.stat().st_size == 0:
         raise UserError(f"the cuts manifest {str(path)!r} is empty: make it again")
-    cuts = CutSet.from_file(path)
-    for cut in () if cuts is None else cuts:  # None: a compressed file without a line
+    for cut in _iterate_cuts(CutSet, path):
         parts = cut.trim_to_supervisions(keep_overlapping=False) if len(cut.supervisions) > 1 else [cut]
         for part in parts:
             supervision = part.supervisions[0] if part.supervisions else None
@@ -44,6 +44,15 @@ def read_cuts(path: str | Path) -> Iterator[Utterance]:
                 duration=part.duration,
                 fields={k: v for k, v in fields.items() if v},
             )
+
+
+def _iterate_cuts(cut_set: Any, path: Path) -> Iterator[Any]:
+    try:
+        yield from cut_set.from_file(path) or ()  # None: a compressed file without a line
+    except GeneratorExit:
+        raise
+    except Exception as error:  # Lhotse raises what its parsers happen to
+        raise UserError(f"the cuts manifest {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,8 @@ def read_kaldi(folder: str | Path) -> Iterator[Utterance]:
         load = _Stretch(folder / recordings[recording], start, end)
         duration = None if end is None else end - start
         yield Utterance(key=key, text=texts.get(key, ""), load=load, duration=duration, fields=fields)
+    for key in sorted(texts.keys() - segments.keys()):
+        yield Utterance(key=key, text=texts[key], load=_NoAudio(folder))
 
 
 @dataclass(frozen=True)
@@ -88,14 +99,25 @@ class _Stretch:
             return wave.mean(1), file.samplerate
 
 
+@dataclass(frozen=True)
+class _NoAudio:
+    folder: Path
+
+    def __call__(self) -> tuple[np.ndarray, int]:
+        raise FileNotFoundError(f"the text has a key that {self.folder}/wav.scp (or segments) lacks")
+
+
 def _table(folder: Path, name: str) -> dict[str, str]:
     path = folder / name
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is no Kaldi data directory: the file {name} is missing")
-    rows = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split(maxsplit=1) for line in read_text(path, "the Kaldi table").splitlines() if line.strip()]
     if not rows:
         raise UserError(f"{str(path)!r} is empty: write one line an utterance")
-    return {row[0]: row[1].strip() if len(row) > 1 else "" for row in rows}
+    table = {row[0]: row[1].strip() if len(row) > 1 else "" for row in rows}
+    if len(table) < len(rows):
+        raise UserError(f"{str(path)!r} names {len(rows) - len(table)} keys more than once: give each a line of its own")
+    return table
 
 
 def _segment(folder: Path, key: str, value: str) -> tuple[str, float, float | None]:

@@ -35,7 +35,7 @@ def decode_corpus(
     """Every rank's share of the corpus decoded: (transcripts in the corpus's order, seconds of audio decoded in a second)."""
     batches = make_batches(corpus, options.max_batch_duration)
     mine = batches[distributed.rank() :: distributed.world_size()]
-    reader, began = Reader([corpus]), time.monotonic()
+    reader, began = Reader([corpus], limits=model.config.sample_limits()), time.monotonic()
     decoded: list[tuple[int, Transcript]] = []
     with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0) as bar:
         for batch in mine:
@@ -66,7 +66,7 @@ def decode_batch(
     try:
         samples = [reader.read(Item(corpus=0, row=row)) for row in rows]
     except SampleError as error:
-        raise UserError(f"a test utterance cannot be read: {error}") from error
+        raise UserError(f"an utterance of the test set cannot be decoded: {error}; leave it out of the set") from error
     assert model.processor is not None
     messages = [model.processor.renderer.user_messages(options.prompt)] * len(samples)
     limits = [min(options.max_new_tokens, round(len(s.wave) / RATE * options.max_tokens_per_second) + 10) for s in samples]

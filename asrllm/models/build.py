@@ -16,6 +16,9 @@ from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 
 def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]) -> AsrLlmProcessor:
     """Everything of the model but its weights; every mistake that can be found without loading them is found here."""
+    for prompt in prompts:
+        if config.audio_token in prompt:
+            raise UserError(f"the prompt {prompt!r} holds the audio token {config.audio_token!r}, which is put before it: take it out")
     encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or ""))
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
     tokenizer = load_llm_tokenizer(llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template)

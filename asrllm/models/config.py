@@ -25,6 +25,10 @@ class LoraPart:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"model.llm.lora.r={self.r} must be at least 1; model.llm.lora=null trains without adapters")
+        if not 0 <= self.lora_dropout < 1 or self.lora_alpha < 1:
+            raise UserError(
+                f"model.llm.lora: lora_dropout={self.lora_dropout} must be 0 to below 1, lora_alpha={self.lora_alpha} at least 1"
+            )
         if not self.target_modules:
             raise UserError("model.llm.lora.target_modules=[] names no layer: name some, such as [q_proj,v_proj]")
 
@@ -60,8 +64,9 @@ class ModelConfig:
         for key, part in (("audio_encoder", self.audio_encoder), ("llm", self.llm)):
             if not part.pretrained_model:
                 raise UserError(f"model.{key}.pretrained_model is not set: give the directory of a pretrained model")
-        if self.audio_encoder_projector_ds_rate < 1:
-            raise UserError(f"model.audio_encoder_projector_ds_rate={self.audio_encoder_projector_ds_rate} must be at least 1")
+        for key in ("audio_encoder_projector_ds_rate", "projector_hidden_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}={getattr(self, key)} must be at least 1")
         if not self.audio_token.strip():
             raise UserError("model.audio_token is empty: give a text that no prompt contains, such as <|AUDIO|>")
         for part_name in self.exclude_from_checkpoint:

@@ -38,3 +38,8 @@ class AsrLlmConfig(PreTrainedConfig):
         """
         frames = encoder_class((self.audio_encoder or {})["model_type"]).frame_lengths(samples)
         return -(-frames // self.audio_encoder_projector_ds_rate) + (2 if self.tag_audio_boundary else 0)
+
+    def sample_limits(self) -> tuple[int, int]:
+        """The fewest and the most samples at 16 kHz that the audio encoder takes."""
+        fields = self.audio_encoder or {}
+        return encoder_class(fields["model_type"]).sample_limits(fields)

@@ -30,6 +30,11 @@ class AudioEncoder(Protocol):
     def frame_lengths(samples: Any) -> Any: ...
 
     @staticmethod
+    def sample_limits(fields: dict[str, Any]) -> tuple[int, int]:
+        """The fewest and the most samples at 16 kHz that an encoder of these fields takes."""
+        ...
+
+    @staticmethod
     def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(the fields of the encoder, its state dict) from a pretrained model's directory."""
         ...

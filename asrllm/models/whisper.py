@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from asrllm.audio.features import WhisperFeatures, whisper_frames
+from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
 from asrllm.errors import UserError
 
 FIELDS = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions")
@@ -74,6 +74,10 @@ class WhisperEncoder(nn.Module):
         return (whisper_frames(samples) + 1) // 2
 
     @staticmethod
+    def sample_limits(fields: dict[str, Any]) -> tuple[int, int]:
+        return WHISPER_HOP, (2 * fields["max_source_positions"] + 1) * WHISPER_HOP - 1
+
+    @staticmethod
     def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Fields and encoder weights of a Hugging Face Whisper directory."""
         folder = Path(path)
@@ -96,7 +100,7 @@ class WhisperEncoder(nn.Module):
             raise UserError(
                 f"model.audio_encoder.pretrained_model={path!r} has no *.safetensors with encoder weights: save it as safetensors"
             )
-        return {field: config[field] for field in FIELDS if field in config}, state
+        return {field: config[field] for field in FIELDS}, state
 
 
 class WhisperLayer(nn.Module):

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 import asrllm
+from asrllm.config import read_json_object
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
@@ -63,8 +66,8 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def make_manifest(engine: deepspeed.DeepSpeedEngine, *, step: int, position: Position) -> dict[str, Any]:
-    """What the checkpoint holds and what it belongs to."""
+def make_manifest(engine: deepspeed.DeepSpeedEngine, settings: dict[str, Any], *, step: int, position: Position) -> dict[str, Any]:
+    """What the checkpoint holds and what it belongs to. settings: what a run that goes on from it must have in common."""
     description: AsrLlmConfig = engine.module.config
     return {
         "format": 1,
@@ -75,7 +78,7 @@ def make_manifest(engine: deepspeed.DeepSpeedEngine, *, step: int, position: Pos
         "world_size": distributed.world_size(),
         "trainable": trained_parameters(engine.module),
         "base_models": description.base_models,
-        "audio_token_id": description.audio_token_id,
+        "settings": settings,
         "prompts": description.prompts,
     }
 
@@ -88,10 +91,14 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, exp_dir: Path, tag: str) -> None:
     """Weights and optimizer of `exp_dir/tag`; pickles may build nothing but what DeepSpeed's checkpoints hold."""
-    with trusted_unpickling():
-        loaded, _ = engine.load_checkpoint(str(exp_dir), tag=tag, load_module_strict=False)
+    damaged = f"the checkpoint {str(exp_dir / tag)!r} is damaged: remove it to go on from the one before"
+    try:
+        with trusted_unpickling():
+            loaded, _ = engine.load_checkpoint(str(exp_dir), tag=tag, load_module_strict=False)
+    except (OSError, EOFError, RuntimeError, AssertionError, KeyError, ValueError, struct.error, pickle.UnpicklingError) as error:
+        raise UserError(f"{damaged} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
     if loaded is None:
-        raise UserError(f"the checkpoint {str(exp_dir / tag)!r} could not be loaded by DeepSpeed: it is incomplete; remove it")
+        raise UserError(damaged)
 
 
 @contextlib.contextmanager
@@ -134,11 +141,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise UserError(f"{str(checkpoint)!r} is no complete checkpoint: {MANIFEST} is missing")
-    return json.loads(path.read_text())
+    manifest = read_json_object(path, "the manifest")
+    if missing := {"step", "position", "zero_stage", "world_size", "trainable", "base_models", "settings", "prompts"} - manifest.keys():
+        raise UserError(f"the manifest {str(path)!r} lacks {sorted(missing)}: the checkpoint is damaged; remove it")
+    return manifest
 
 
-def check_same_model(exp_dir: Path, tag: str, description: AsrLlmConfig, *, zero_stage: int) -> dict[str, Any]:
-    """The manifest of the checkpoint to resume from; raises UserError where it belongs to another model or another set-up."""
+def check_same_model(exp_dir: Path, tag: str, description: AsrLlmConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the checkpoint to resume from; raises UserError where it belongs to another model or to other settings."""
     manifest = read_manifest(exp_dir / tag)
     for part, base in (description.base_models or {}).items():
         trained_on = manifest["base_models"][part]
@@ -147,12 +157,11 @@ def check_same_model(exp_dir: Path, tag: str, description: AsrLlmConfig, *, zero
                 f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: its {part} was {trained_on['path']!r}, now it is "
                 f"{base['path']!r} with other weights; choose another exp_dir"
             )
-    now = {"zero_stage": zero_stage, "world_size": distributed.world_size(), "audio_token_id": description.audio_token_id}
-    for key, value in now.items():
-        if manifest[key] != value:
+    for key, value in settings.items():
+        if manifest["settings"][key] != value:
             raise UserError(
-                f"exp_dir={str(exp_dir)!r}: {tag} was written with {key}={manifest[key]}, this run has {value}: "
-                f"go on with {manifest[key]}, or choose another exp_dir"
+                f"exp_dir={str(exp_dir)!r}: {tag} was written with {key}={manifest['settings'][key]}, this run has {value}: "
+                "go on as it was, or choose another exp_dir"
             )
     return manifest
 

@@ -45,10 +45,10 @@ class TrainerConfig:
             if value is not None and value < 1:
                 raise UserError(f"trainer.{key}={value} must be at least 1")
         for key in ("warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
-            if getattr(self, key) < 0:
+            if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
-        if self.lr <= 0:
-            raise UserError(f"trainer.lr={self.lr} must be above 0")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"trainer.lr={self.lr} must be a number above 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"trainer.betas={self.betas} must be two numbers from 0 to below 1")
 

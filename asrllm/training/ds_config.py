@@ -1,10 +1,10 @@
 """DeepSpeed's JSON: read, checked, its "auto" values filled from the run."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from asrllm.config import read_json_object
 from asrllm.errors import UserError
 from asrllm.training.config import TrainerConfig
 
@@ -17,12 +17,10 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> dict[str, Any]:
     Raises UserError where the file is missing or broken, where its stage is not what its name says, and where it contradicts the run.
     """
     path = find_ds_config(config.deepspeed_config)
-    try:
-        ds = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"trainer.deepspeed_config={str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(ds, dict):
-        raise UserError(f"trainer.deepspeed_config={str(path)!r} must be a JSON object")
+    ds = read_json_object(path, "trainer.deepspeed_config")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(ds.get(key, {}), dict):
+            raise UserError(f"{path}: {key}={ds[key]!r} must be an object")
     ds.setdefault("zero_optimization", {})["stage"] = check_stage(path, ds)
     accumulation = config.gradient_accumulation_steps
     _fill(ds, "train_micro_batch_size_per_gpu", 1, path)  # batches have a budget of tokens; DeepSpeed only multiplies this
@@ -47,7 +45,7 @@ def find_ds_config(name: str) -> Path:
 def check_stage(path: Path, ds: dict[str, Any]) -> int:
     """The stage of the file; DeepSpeed takes a missing one for 0, so a name that promises another is an error."""
     stage = ds.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
     if (named := STAGE_IN_NAME.search(path.stem)) and int(named.group(1)) != stage:
         raise UserError(

@@ -1,5 +1,6 @@
 """What happens beside the loop: logs, validation, checkpoints, the trace of keys."""
 
+import contextlib
 import json
 import secrets
 import sys
@@ -55,9 +56,12 @@ class Metrics:
         for sink in self.sinks:
             sink.write(record)
 
-    def restart_clock(self) -> None:
-        """Time spent beside training is not training's."""
-        self.since = time.monotonic()
+    @contextlib.contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """The time spent inside the block is not training's."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
 
     def _check_bad(self, total: StepSums) -> None:
         self.seen, self.bad = self.seen + total.utterances + total.bad, self.bad + total.bad
@@ -192,7 +196,8 @@ class Validation:
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
         if trainer.step % self.every == 0 or trainer.step == trainer.total_steps:
-            self.run(trainer)
+            with self.metrics.beside_training():
+                self.run(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
         """The last step has validated."""
@@ -211,14 +216,13 @@ class Validation:
             record |= {f"valid/{name}/loss": total.loss / max(total.targets, 1), f"valid/{name}/acc": total.correct / max(total.targets, 1)}
         self.metrics.write(record)
         trainer.engine.train()
-        self.metrics.restart_clock()
 
 
 class Checkpoints:
     """checkpoint-{step} every `every` steps and at the end; epoch-{n} after the n-th epoch."""
 
-    def __init__(self, metrics: Metrics, *, every: int, keep: int) -> None:
-        self.metrics, self.every, self.keep = metrics, every, keep
+    def __init__(self, metrics: Metrics, settings: dict[str, Any], *, every: int, keep: int) -> None:
+        self.metrics, self.settings, self.every, self.keep = metrics, settings, every, keep
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
         if loaded.position.epoch != loaded.epoch:
@@ -229,9 +233,9 @@ class Checkpoints:
                 prune(trainer.exp_dir, self.keep)
 
     def save(self, trainer: Trainer, tag: str) -> None:
-        manifest = make_manifest(trainer.engine, step=trainer.step, position=trainer.position)
-        save_checkpoint(trainer.engine, trainer.exp_dir, tag, manifest)
-        self.metrics.restart_clock()
+        manifest = make_manifest(trainer.engine, self.settings, step=trainer.step, position=trainer.position)
+        with self.metrics.beside_training():
+            save_checkpoint(trainer.engine, trainer.exp_dir, tag, manifest)
 
     def at_end(self, trainer: Trainer) -> None:
         """The last step has saved."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS, SAVE_EVERY, AVERAGED = 200, 20, 3
+STEPS, SAVE_EVERY, AVERAGED = 240, 20, 3
 TEST_SETS = {
     "synthesised": "held-out strings of the synthetic voice",
     "recorded": "a person's recorded digits, never trained on",
@@ -139,8 +139,8 @@ def train(work: Path, exp: Path, steps: int) -> None:
         "model.audio_encoder_projector_ds_rate=5",
         f"data.train_data_config={work / 'train.yaml'}",
         f"data.valid_data_config={work / 'valid.yaml'}",
-        "data.sampler.max_tokens=380",
-        "data.sampler.max_utterances=8",
+        "data.sampler.max_tokens=330",
+        "data.sampler.max_utterances=32",
         "data.num_workers=1",
         f"prompt_file={REPOSITORY / 'examples' / 'quickstart' / 'prompts.txt'}",
         f"trainer.deepspeed_config={REPOSITORY / 'ds_configs' / 'zero3.json'}",

@@ -227,7 +227,7 @@ def dirty(rng: np.random.Generator, wave: Wave) -> Wave:
         noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * tilt, n)[: len(wave)]
         level = clean.std() / noise.std() * 10 ** (-rng.uniform(8, 45) / 20)
         clean = clean + noise * level
-    if rng.random() < 0.5:  # what 8 kHz recordings keep, or telephones
+    if rng.random() < 0.6:  # what 8 kHz recordings keep, or telephones
         low, high = (300, 3400) if rng.random() < 1 / 3 else (0, 4000)
         spectrum, hz = np.fft.rfft(clean), np.fft.rfftfreq(len(clean), 1 / RATE)
         clean = np.fft.irfft(np.where((hz >= low) & (hz <= high), spectrum, 0), len(clean))

@@ -22,13 +22,16 @@ def make_renderer(template=None):
 @pytest.mark.parametrize(("template", "end"), [(None, "<|im_end|>"), (LLAMA, "<|endoftext|>"), (WITHOUT_END, "<|im_end|>")])
 def test_labels_are_the_answer_and_its_end(template, end):
     renderer = make_renderer(template)
-    answer = "assistant user one <|im_start|> two"  # words that a search for a role would trip over
+    answer = f"assistant user one <|im_start|> {AUDIO} two"  # words that a search for a role would trip over
     ids, labels = renderer.encode_training(renderer.user_messages("Say assistant."), answer, [3])
     supervised = [label for label in labels if label != NO_LABEL]
     assert renderer.tokenizer.decode(supervised) == answer + end
     assert ids[-len(supervised) :] == supervised
+    assert ids.count(renderer.audio_token_id) == 3
     assert labels[: -len(supervised)] == [NO_LABEL] * (len(ids) - len(supervised))
     assert supervised[-1] in renderer.stop_ids
+    special = set(renderer.tokenizer.all_special_ids) - set(renderer.end_ids)
+    assert not special & set(supervised), "what looks like a special token in a transcript is text"
 
 
 def test_training_begins_with_the_ids_that_decoding_begins_with():

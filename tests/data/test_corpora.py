@@ -53,6 +53,13 @@ def test_filters_drop_and_say_how_many(tmp_path, world, caplog):
         ([{"shards": "/no/such"}], "does not exist"),
         ([{"manifest": "/no/such.jsonl"}], "does not exist"),
         ([{"shards": "SHARDS", "weights": 0}], "weights=0.0 must be above 0"),
+        ([{"shards": "SHARDS", "weights": "abc"}], "weights='abc' has the wrong type"),
+        ([{"shards": "SHARDS", "weights": 0.001}], "no utterance is left"),
+        ([{"shards": "SHARDS", "hours": [1]}], "hours=\\[1\\] has the wrong type"),
+        ([{"shards": "SHARDS", "prompts": "Say."}], "prompts='Say.' has the wrong type"),
+        ([{"shards": "SHARDS", "prompts": [1]}], "must be a list of texts"),
+        ([{"shards": "SHARDS", "name": "../x"}], "becomes a part of file names"),
+        ([{"shards": 5}], "shards=5 has the wrong type"),
     ],
 )
 def test_a_wrong_data_config_is_one_sentence(tmp_path, world, entries, message):

@@ -78,6 +78,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         (utterance("bad", wave=np.full(9, np.nan, np.float32)), "non_finite_audio"),
         (utterance("bad", duration=0.7), "duration_mismatch"),
         (utterance("good"), "duplicate_key"),
+        (utterance("bad", rate=700_000), "not_encodable"),
     ],
 )
 def test_what_is_unfit_is_rejected_with_its_key_and_reason(tmp_path, bad, reason):
@@ -151,6 +152,9 @@ def test_a_tar_without_transcripts_is_refused(tmp_path):
     [
         (lambda out: (out / "index.json").unlink(), "has no index.json"),
         (lambda out: (out / "shard-000000.tar").unlink(), "is missing"),
+        (lambda out: (out / "index.json").write_text("{"), "is not valid JSON"),
+        (lambda out: (out / "index.json").write_text("{}"), "is damaged"),
+        (lambda out: (out / "index.bin").write_bytes(b"x"), "is damaged"),
         (lambda out: (out / "shard-000000.tar").write_bytes(b"x"), "its index says"),
     ],
 )

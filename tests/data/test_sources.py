@@ -29,6 +29,7 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
         ("wav.scp", "utt0000 cat x.wav |\n", "is a pipe"),
         ("segments", "a other 0 1\n", "names the recording 'other'"),
         ("segments", "a utt0000 0\n", "is not 'utterance recording start end'"),
+        ("text", "utt0000 one\nutt0000 two\n", "names 1 keys more than once"),
     ],
 )
 def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, message):
@@ -38,6 +39,21 @@ def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, messa
         (kaldi / file).write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_kaldi(kaldi))
+
+
+def test_a_transcript_without_audio_is_not_dropped_in_silence(tmp_path):
+    kaldi = kaldi_directory(tmp_path / "k", tone_sentences(1))
+    (kaldi / "text").write_text("utt0000 one\nlost two\n")
+    _, lost = read_kaldi(kaldi)
+    assert lost.key == "lost"
+    with pytest.raises(FileNotFoundError, match="lacks"):
+        lost.load()
+
+
+def test_a_broken_cuts_manifest_is_one_sentence(tmp_path):
+    (tmp_path / "cuts.jsonl").write_text('{"id": ')
+    with pytest.raises(UserError, match="cannot be read: JSONDecodeError"):
+        list(read_cuts(tmp_path / "cuts.jsonl"))
 
 
 def write_cuts(folder, name="cuts.jsonl.gz"):
