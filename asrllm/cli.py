@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 
+import torch
 import torch.distributed
 
 import asrllm
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user's mistake, 1 anything else (a traceback)."""
     argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will change one day is for our tests, not for users
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, when imported, that it found none
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = argparse.ArgumentParser(prog="asrllm", description="Train a large language model to hear.")
     parser.add_argument("--version", action="version", version=asrllm.__version__)

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.accelerator import DeepSpeedAccelerator, get_accelerator
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 
@@ -31,7 +31,7 @@ def start() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
-    accelerator = find_accelerator()
+    accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -40,13 +40,6 @@ def start() -> torch.device:
     accelerator.set_device(local_rank())
     deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.device_name(local_rank()))
-
-
-def find_accelerator() -> DeepSpeedAccelerator:
-    """DeepSpeed's view of the device; told outright where there is none, it does not warn about it."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return get_accelerator()
 
 
 def _free_port() -> int:
@@ -71,5 +64,5 @@ def barrier() -> None:
 
 def default_device() -> torch.device:
     """An accelerator where there is one."""
-    accelerator = find_accelerator()
+    accelerator = get_accelerator()
     return torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.device_name(0))

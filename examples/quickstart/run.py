@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS, SAVE_EVERY, AVERAGED = 240, 20, 3
+STEPS, SAVE_EVERY, AVERAGED = 220, 20, 3
 TEST_SETS = {
     "synthesised": "held-out strings of the synthetic voice",
     "recorded": "a person's recorded digits, never trained on",
