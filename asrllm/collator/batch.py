@@ -9,6 +9,7 @@ from torch import Tensor
 from asrllm.audio.reader import Sample
 from asrllm.collator.chat import NO_LABEL, ChatRenderer
 from asrllm.collator.prompts import choose_prompt
+from asrllm.data.index import RATE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Collator:
             target_positions=positions,
             targets=labels[positions],
             keys=[sample.key for sample in samples if sample.weight],
-            audio_seconds=sum(len(s.wave) for s in samples if s.weight) / 16000,
+            audio_seconds=sum(len(s.wave) for s in samples if s.weight) / RATE,
         )
 
     def _encode(self, sample: Sample, epoch: int) -> tuple[list[int], list[int]]:

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def train(config: TrainRun) -> None:
     """Everything that can be wrong without the weights is found before they are loaded; then build, resume, fit, finish."""
-    from asrllm.models.build import build_model, describe_model
+    from asrllm.models.build import build_model, check_prompts, describe_model
     from asrllm.training import checkpoint
     from asrllm.training.ds_config import read_ds_config
     from asrllm.training.engine import deepspeed_engine
@@ -71,6 +71,7 @@ def train(config: TrainRun) -> None:
     check_lengths(config, processor)
     data = TrainingData(config, processor, prompts)
     own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    check_prompts(own_prompts, config.model.audio_token)
     processor.config.prompts = list(dict.fromkeys([*prompts, *own_prompts]))
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}

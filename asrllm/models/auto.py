@@ -11,6 +11,7 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.model import AsrLlmModel, load_model
 from asrllm.models.processor import AsrLlmProcessor
 
+# Auto classes know the model after `import asrllm`: of all modules, this one does something when it is imported
 transformers.AutoConfig.register("asrllm", AsrLlmConfig, exist_ok=True)
 transformers.AutoModel.register(AsrLlmConfig, AsrLlmModel, exist_ok=True)
 transformers.AutoProcessor.register(AsrLlmConfig, AsrLlmProcessor, exist_ok=True)

@@ -1,6 +1,7 @@
 """From the run's configuration to a model with pretrained parts."""
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from transformers import AutoConfig
@@ -16,9 +17,7 @@ from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 
 def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]) -> AsrLlmProcessor:
     """Everything of the model but its weights; every mistake that can be found without loading them is found here."""
-    for prompt in prompts:
-        if config.audio_token in prompt:
-            raise UserError(f"the prompt {prompt!r} holds the audio token {config.audio_token!r}, which is put before it: take it out")
+    check_prompts(prompts, config.audio_token)
     encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or ""))
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
     tokenizer = load_llm_tokenizer(llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template)
@@ -47,6 +46,12 @@ def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str,
         prompts=list(prompts),
     )
     return AsrLlmProcessor(tokenizer, description)
+
+
+def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
+    for prompt in prompts:
+        if audio_token in prompt:
+            raise UserError(f"the prompt {prompt!r} holds the audio token {audio_token!r}, which is put before it: take it out")
 
 
 def build_model(processor: AsrLlmProcessor, *, frozen: tuple[str, ...], dtype: torch.dtype) -> AsrLlmModel:

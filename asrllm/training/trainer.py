@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asrllm.collator.batch import PackedBatch
 from asrllm.collator.loader import LoadedStep
+from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
@@ -122,7 +123,7 @@ def count(batch: PackedBatch, loss: Tensor, correct: Tensor) -> StepSums:
         tokens=batch.input_ids.shape[1],
         utterances=len(batch.keys),
         audio_seconds=batch.audio_seconds,
-        read_seconds=batch.waves.numel() / 16000,
+        read_seconds=batch.waves.numel() / RATE,
         bad=len(batch.bad),
     )
 
