@@ -52,7 +52,7 @@ def main() -> None:
     results = exp / "greedy_search" / "results.json"
     times.step("evaluation", results, lambda: evaluate(work, exp, arguments.steps))
     recording = next((work / "speech" / "recorded" / "wav").glob("*.wav"))
-    averaged = exp / f"averaged-iter-{arguments.steps}-avg-{AVERAGED}.pt"
+    averaged = exp / f"averaged-iter-{arguments.steps}-avg-{checkpoints_to_average(arguments.steps)}.pt"
     text = times.step("transcription", None, lambda: transcribe(exp, averaged, recording))
     summarise(work, exp, averaged, json.loads(results.read_text()), recording, str(text), times)
 
@@ -157,8 +157,13 @@ def train(work: Path, exp: Path, steps: int) -> None:
 
 
 def evaluate(work: Path, exp: Path, steps: int) -> None:
-    choice = [f"checkpoint.model.iter={steps}", f"checkpoint.model.avg={AVERAGED}"]
+    choice = [f"checkpoint.model.iter={steps}", f"checkpoint.model.avg={checkpoints_to_average(steps)}"]
     asrllm("evaluate", f"exp_dir={exp}", *choice, f"data.test_data_config={work / 'test.yaml'}", "decoding_method=greedy_search")
+
+
+def checkpoints_to_average(steps: int) -> int:
+    """A short training has fewer checkpoints than are averaged otherwise."""
+    return min(AVERAGED, -(-steps // SAVE_EVERY))
 
 
 def transcribe(exp: Path, averaged: Path, recording: Path) -> str:
