@@ -37,7 +37,7 @@ def make(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1):  
     return list(steps(plan, dataset, start, rank=rank, ranks=ranks, accumulation=2, epochs=epochs, num_workers=num_workers))
 
 
-def same(a, b):
+def assert_same(a, b):
     for x, y in zip(a, b, strict=True):
         assert (x.position, x.epoch) == (y.position, y.epoch)
         for m, n in zip(x.micro_batches, y.micro_batches, strict=True):
@@ -47,13 +47,13 @@ def same(a, b):
 
 
 def test_what_is_read_does_not_depend_on_the_workers(corpora):
-    same(make(corpora, num_workers=0), make(corpora, num_workers=2))
+    assert_same(make(corpora, num_workers=0), make(corpora, num_workers=2))
 
 
 def test_going_on_gives_the_rest(corpora):
     whole = make(corpora, epochs=2)
     for stop in (1, len(whole) // 2, len(whole) - 1):
-        same(make(corpora, start=whole[stop - 1].position, epochs=2), whole[stop:])
+        assert_same(make(corpora, start=whole[stop - 1].position, epochs=2), whole[stop:])
 
 
 def test_ranks_together_read_everything_once(corpora):
