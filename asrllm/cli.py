@@ -14,7 +14,7 @@ import asrllm
 from asrllm.errors import UserError
 
 VERBS = {
-    "shards": "write and index WebDataset shards",
+    "shards": "make, index, verify and describe WebDataset shards",
     "train": "train a model",
     "evaluate": "average checkpoints, decode test sets, score them",
     "transcribe": "text for audio files",
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will change one day is for our tests, not for users
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, when imported, that it found none
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR  # what one rank warns of, the others would repeat
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     parser = argparse.ArgumentParser(prog="asrllm", description="Train a large language model to hear.")
     parser.add_argument("--version", action="version", version=asrllm.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

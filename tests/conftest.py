@@ -47,6 +47,7 @@ class World:
             "data.train_data_config": self.root / "train.yaml",
             "data.valid_data_config": self.root / "valid.yaml",
             "data.sampler.max_tokens": 150,
+            "data.filter.min_duration": 0.1,
             "data.num_workers": 1,
             "trainer.num_steps": 8,
             "trainer.num_epochs": "null",

@@ -1,32 +1,47 @@
 """Reading one utterance: a stretch of a tar -> waveform at 16 kHz and its fields; any audio file likewise."""
 
+import contextlib
 import os
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
+from asrllm.audio.augment import NO_MASKS, Augmenter
+from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import RATE, iterate_tar
+from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, BadSample, Index, TarSample, iterate_tar
 from asrllm.data.plan import Item
+from asrllm.data.prompts import Prompt
+from asrllm.data.storage import is_url
 from asrllm.errors import UserError
+
+EVICTED_AGAIN = 3  # tries
+MAX_OPEN = 128  # files; a process may have 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """wave: (samples,) float32 at RATE; weight: 0 for a filler, else 1."""
+    """wave: (samples,) float32 at RATE; fields: of its JSON (lang, task, prompt, hotwords, ...); prompts: of its corpus.
+
+    round: how often it was dealt before. weight: 0 for a filler, else 1. masks: (masks, 2) float32 of Augmenter.masks, or (0, 2).
+    """
 
     key: str
     wave: np.ndarray
     text: str
-    corpus: Corpus
+    lang: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    prompts: tuple[Prompt, ...] = ()
+    round: int = 0
     weight: int = 1
+    masks: np.ndarray = field(default_factory=lambda: NO_MASKS)
 
 
 class SampleError(Exception):
@@ -34,32 +49,83 @@ class SampleError(Exception):
 
 
 class Reader:
-    """Reads the utterances that a plan names. Files stay open; one reader belongs to one process."""
+    """Reads the utterances that a plan names. Files stay open; one reader belongs to one process and to what is forked from it."""
 
-    def __init__(self, corpora: Sequence[Corpus], *, limits: tuple[int, int] = (1, 1 << 40)) -> None:
-        """limits: the fewest and the most samples at RATE that the model takes."""
-        self.corpora, self.limits = corpora, limits
-        self._files: dict[Path, int] = {}
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        *,
+        limits: tuple[int, int] = (1, 1 << 40),
+        cache: ShardCache | None = None,
+        augment: Augmenter | None = None,
+        normalize: Callable[[str], str] = str,
+    ) -> None:
+        """limits: the fewest and the most samples at RATE that the model takes; cache: of remote shards; normalize: the transcript."""
+        self.corpora, self.limits, self.cache, self.augment, self.normalize = corpora, limits, cache, augment, normalize
+        self._files: dict[tuple[int, int], int] = {}
 
     def read(self, item: Item) -> Sample:
+        """Raises SampleError for what is wrong with this utterance, UserError for what is wrong with more than it."""
         corpus = self.corpora[item.corpus]
         row = corpus.index.rows[item.row]
-        shard = corpus.index.shards[row["shard"]]
-        if shard not in self._files:
-            self._files[shard] = os.open(shard, os.O_RDONLY)
+        where = corpus.index.shards[row["shard"]]
         try:
-            data = os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
-            (sample,) = iterate_tar(BytesIO(data), str(shard))
-            wave = decode(BytesIO(sample.audio))
-        except (OSError, ValueError, RuntimeError, tarfile.TarError, UserError) as error:  # ValueError: broken JSON, or not one sample
-            raise SampleError(f"utterance {item.row} of {corpus.name} in {shard}: {error}") from error
-        if abs(len(wave) - int(row["samples"])) > 0.1 * RATE:
-            raise SampleError(f"{sample.key} in {shard}: the index says {row['samples']} samples, the audio has {len(wave)}")
+            found = self._tar_sample(item.corpus, row)
+            wave = decode(BytesIO(found.audio))
+        except (OSError, ValueError, RuntimeError, tarfile.TarError) as error:  # ValueError: not one sample
+            raise SampleError(f"utterance {item.row} of {corpus.name} in {where}: {error}") from error
+        text = self.normalize(found.fields["text"])
+        if problem := self._problem(wave, int(row["samples"]), text, found):
+            raise SampleError(f"{found.key} in {where}: {problem}")
+        masks = NO_MASKS
+        if self.augment is not None:
+            wave = self.augment(wave, key=found.key, round=item.round)
+            masks = self.augment.masks(found.key, item.round)
+        return Sample(
+            key=found.key,
+            wave=wave,
+            text=text,
+            lang=found.fields.get("lang") or corpus.lang,
+            fields=found.fields,
+            prompts=corpus.prompts,
+            round=item.round,
+            weight=0 if item.filler else 1,
+            masks=masks,
+        )
+
+    def _problem(self, wave: np.ndarray, expected: int, text: str, found: TarSample) -> str | None:
+        if abs(len(wave) - expected) > MAX_DURATION_ERROR * RATE:
+            return f"the index says {expected} samples, the audio has {len(wave)}"
         if not self.limits[0] <= len(wave) <= self.limits[1]:
             low, high = (n / RATE for n in self.limits)
-            raise SampleError(f"{sample.key} in {shard}: {len(wave) / RATE:.2f} s of audio, the model takes {low:.2f} to {high:.2f} s")
-        text = sample.fields["text"]
-        return Sample(key=sample.key, wave=wave, text=text, corpus=corpus, weight=0 if item.filler else 1)
+            return f"{len(wave) / RATE:.2f} s of audio, the model takes {low:.2f} to {high:.2f} s"
+        if found.fields["text"] and not text:
+            return f"nothing is left of its transcript {found.fields['text']!r} after normalisation"
+        return None
+
+    def _tar_sample(self, corpus: int, row: Any) -> TarSample:
+        data = os.pread(self._file(corpus, int(row["shard"])), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK)
+        (sample,) = iterate_tar(BytesIO(data))
+        if isinstance(sample, BadSample):
+            raise ValueError(f"{sample.key}: {sample.reason}: {sample.detail}")
+        return sample
+
+    def _file(self, corpus: int, shard: int) -> int:
+        """An open descriptor; the one that was opened first is closed when there are too many."""
+        if (corpus, shard) not in self._files:
+            if len(self._files) >= MAX_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[corpus, shard] = self._open(self.corpora[corpus].index, shard)
+        return self._files[corpus, shard]
+
+    def _open(self, index: Index, shard: int) -> int:
+        if not is_url(index.shards[shard]):
+            return os.open(index.shards[shard], os.O_RDONLY)
+        assert self.cache is not None
+        for _ in range(EVICTED_AGAIN):
+            with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
+                return os.open(self.cache.fetch(index.file(shard)), os.O_RDONLY)
+        raise UserError(f"{index.shards[shard]!r} was removed from the cache as soon as it was there: raise data.cache.max_gb")
 
 
 def decode(file: BinaryIO | str | Path) -> np.ndarray:

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asrllm.audio.reader import Sample
 from asrllm.collator.chat import NO_LABEL, ChatRenderer
-from asrllm.collator.prompts import choose_prompt
+from asrllm.collator.hotwords import Hotwords
 from asrllm.data.index import RATE
+from asrllm.data.prompts import Prompt, choose_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,8 @@ class PackedBatch:
 
     waves (N, samples) float32 at 16 kHz, zero-padded; wave_lengths (N,); input_ids (1, T); position_ids (1, T), from 0 in each utterance;
     cu_seqlens (N + 1,) int32, where utterances begin and end in the row; target_positions (S,), the positions whose next token is
-    supervised; targets (S,), those tokens. keys: of the utterances trained on, fillers apart. bad: utterances that could not be read.
+    supervised; targets (S,), those tokens. masks (N, M, 2): of SpecAugment, the first `time_masks` of them in time.
+    keys, prompts: of the utterances trained on, fillers apart. bad: what could not be read, and why.
     """
 
     waves: Tensor
@@ -28,7 +31,10 @@ class PackedBatch:
     cu_seqlens: Tensor
     target_positions: Tensor
     targets: Tensor
+    masks: Tensor
+    time_masks: int
     keys: list[str]
+    prompts: list[str]
     audio_seconds: float
     bad: tuple[str, ...] = ()
 
@@ -36,46 +42,75 @@ class PackedBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
-    def pin_memory(self) -> "PackedBatch":
-        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
-
 
 class Collator:
-    """Samples -> PackedBatch, with a prompt drawn for each.
+    """Samples -> PackedBatch. The prompt is the sample's own, else one of its corpus's, else one of `prompts`, drawn for it.
 
-    num_audio_tokens: samples of a waveform at 16 kHz -> how many tokens the LLM sees of it.
+    num_audio_tokens: samples of a waveform at 16 kHz -> how many tokens the LLM sees of it. time_masks: how many of a sample's masks are.
     """
 
-    def __init__(self, renderer: ChatRenderer, prompts: Sequence[str], *, num_audio_tokens: Callable[[int], int], seed: int) -> None:
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        prompts: Sequence[Prompt],
+        *,
+        num_audio_tokens: Callable[[int], int],
+        seed: int,
+        hotwords: Hotwords | None = None,
+        time_masks: int = 0,
+    ) -> None:
         self.renderer, self.prompts, self.seed = renderer, tuple(prompts), seed
-        self.num_audio_tokens = num_audio_tokens
+        self.num_audio_tokens, self.hotwords, self.time_masks = num_audio_tokens, hotwords, time_masks
 
-    def __call__(self, samples: Sequence[Sample], epoch: int) -> PackedBatch:
-        rows = [self._encode(sample, epoch) for sample in samples]
+    def __call__(self, samples: Sequence[Sample], out: np.ndarray | None = None) -> PackedBatch:
+        """out: (floats,) of float32 in which the waveforms are laid out if they fit."""
+        prompts = [self._prompt(sample) for sample in samples]
+        rows = [self._encode(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         ids = [torch.tensor(ids) for ids, _ in rows]
         lengths = torch.tensor([len(row) for row in ids])
         # a label stands at the position that predicts it: one to the left of its own token
         labels = torch.cat([torch.tensor([*labels[1:], NO_LABEL]) for _, labels in rows])
         positions = torch.nonzero(labels != NO_LABEL).flatten()
-        waves = [torch.from_numpy(sample.wave) for sample in samples]
         return PackedBatch(
-            waves=torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),
-            wave_lengths=torch.tensor([len(wave) for wave in waves]),
+            waves=torch.from_numpy(pad_waves([sample.wave for sample in samples], out)),
+            wave_lengths=torch.tensor([len(sample.wave) for sample in samples]),
             input_ids=torch.cat(ids)[None],
             position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
             target_positions=positions,
             targets=labels[positions],
+            masks=torch.from_numpy(np.stack([sample.masks for sample in samples])),
+            time_masks=self.time_masks,
             keys=[sample.key for sample in samples if sample.weight],
+            prompts=[prompt for sample, prompt in zip(samples, prompts, strict=True) if sample.weight],
             audio_seconds=sum(len(s.wave) for s in samples if s.weight) / RATE,
         )
 
-    def _encode(self, sample: Sample, epoch: int) -> tuple[list[int], list[int]]:
-        prompts = sample.corpus.prompts or self.prompts
-        prompt = choose_prompt(prompts, seed=self.seed, epoch=epoch, key=sample.key)
+    def _prompt(self, sample: Sample) -> str:
+        own = str(sample.fields.get("prompt") or "").replace(self.renderer.audio_token, "").strip()
+        task = sample.fields.get("task")
+        prompts = sample.prompts or self.prompts
+        prompt = own or choose_prompt(prompts, seed=self.seed, round=sample.round, key=sample.key, lang=sample.lang, task=task)
+        if self.hotwords is None:
+            return prompt
+        words = sample.fields.get("hotwords")
+        words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else ()
+        return f"{prompt} {self.hotwords.context(sample.text, key=sample.key, round=sample.round, own=words)}".rstrip()
+
+    def _encode(self, sample: Sample, prompt: str) -> tuple[list[int], list[int]]:
         audio = self.num_audio_tokens(len(sample.wave))
         ids, labels = self.renderer.encode_training(self.renderer.user_messages(prompt), sample.text, [audio])
         return ids, labels if sample.weight else [NO_LABEL] * len(ids)
+
+
+def pad_waves(waves: Sequence[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+    """(samples,) each -> (N, longest), zeros behind the shorter ones; in `out` if that is large enough."""
+    shape = (len(waves), max(map(len, waves)))
+    size = shape[0] * shape[1]
+    padded = (out[:size] if out is not None and size <= len(out) else np.empty(size, np.float32)).reshape(shape)
+    for row, wave in zip(padded, waves, strict=True):
+        row[: len(wave)], row[len(wave) :] = wave, 0
+    return padded
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NO_LABEL = -100
+KEPT = 1000  # rendered chats
 _PROBE = "asrllm probe"
 
 
@@ -24,6 +25,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, audio_token: str) -> None:
         self.tokenizer, self.audio_token = tokenizer, audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        self._rendered: dict[str, list[int]] = {}
         self.end_of_turn = self._find_end_of_turn()
         self.end_ids = self._ids(self.end_of_turn)
 
@@ -38,7 +40,7 @@ class ChatRenderer:
 
     def encode_prompt(self, messages: Messages, audio_tokens: Sequence[int]) -> list[int]:
         """Ids up to where the assistant begins to speak; the i-th audio token stands `audio_tokens[i]` times."""
-        ids = self._ids(self._render(messages, add_generation_prompt=True))
+        ids = self._prompt_ids(messages)
         found = ids.count(self.audio_token_id)
         if found != len(audio_tokens):
             raise UserError(
@@ -50,6 +52,15 @@ class ChatRenderer:
         for token in ids:
             expanded += [token] * (next(lengths) if token == self.audio_token_id else 1)
         return expanded
+
+    def _prompt_ids(self, messages: Messages) -> list[int]:
+        """Kept for the chats of the last prompts: rendering one takes longer than all the rest."""
+        key = repr(messages)
+        if key not in self._rendered:
+            if len(self._rendered) >= KEPT:
+                self._rendered.pop(next(iter(self._rendered)))
+            self._rendered[key] = self._ids(self._render(messages, add_generation_prompt=True))
+        return self._rendered[key]
 
     def encode_training(self, messages: Messages, answer: str, audio_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """(ids, labels) of the chat and its answer: the labels are the answer and its end, NO_LABEL elsewhere.

@@ -1,63 +1,97 @@
 """The stream of training steps: plan -> workers that read and collate -> micro-batches, with the position to resume from."""
 
+import collections
 import itertools
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.collator.batch import Collator, PackedBatch
-from asrllm.data.plan import Batch, Plan, Position
+from asrllm.data.plan import Batch, Item, Plan, Position, Step, planned_steps
+from asrllm.data.storage import RemoteFile
 from asrllm.errors import UserError
 
-SPARES = 8  # utterances tried in place of one that cannot be read
+PREFETCH = 4  # batches that each reading process is ahead
+LATER = 2  # windows whose plan and remote shards are made ready beforehand: the one that begins and the next
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedStep:
-    """What one rank trains on in one optimizer step; position: where the data goes on after it."""
+    """What one rank trains on in one optimizer step.
+
+    before: epochs that were done when it began; position: where the data goes on after it.
+    """
 
     micro_batches: list[PackedBatch]
     position: Position
+    before: float
     epoch: int
 
 
 class PlannedDataset(Dataset):
-    """(epoch, batch of the plan) -> PackedBatch."""
+    """A batch of the plan -> PackedBatch, or the mistake of the user's that was found."""
 
     def __init__(self, reader: Reader, collator: Collator) -> None:
         self.reader, self.collator = reader, collator
 
-    def __getitem__(self, planned: tuple[int, Batch]) -> PackedBatch | UserError:
-        """A user's mistake is given back, not raised: a worker's exception would reach the user as a traceback."""
+    def load(self, items: Batch, out: np.ndarray | None = None) -> PackedBatch:
+        """out: see Collator."""
+        bad: list[str] = []
+        samples = [sample for item in items if (sample := self._read(item, bad)) is not None]
+        if not samples:
+            raise UserError(f"{len(bad)} utterances in a row cannot be read, the last: {bad[-1]}")
+        return replace(self.collator(samples, out), bad=tuple(bad))
+
+    def _read(self, item: Item, bad: list[str]) -> Sample | None:
+        """The utterance, or the first of its spares that can be read."""
+        for candidate in (item, *item.spares):
+            try:
+                return self.reader.read(replace(candidate, filler=item.filler))
+            except SampleError as error:
+                bad.append(str(error))
+        return None
+
+
+class SharedSlots(Dataset):
+    """Runs a PlannedDataset in reading processes that lay the waveforms out in memory shared with this one.
+
+    A slot is mapped once, before the processes are forked, and used again and again: waveforms are neither sent nor copied nor allocated,
+    and none of it counts against /dev/shm, which containers keep small.
+    """
+
+    def __init__(self, dataset: PlannedDataset, count: int, floats: int) -> None:
+        self.dataset = dataset
+        self.slots: list[np.ndarray] = [np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(count)]
+        self.free = collections.deque(range(count))
+
+    def __getitem__(self, task: tuple[int, Batch]) -> dict[str, Any] | UserError:
+        """In a reading process. A mistake is given back, not raised: a worker's exception would reach the user as a traceback."""
+        slot, items = task
         try:
-            return self._load(*planned)
+            batch = self.dataset.load(items, self.slots[slot])
         except UserError as error:
             return error
+        sent = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(batch).items()}
+        if np.shares_memory(sent["waves"], self.slots[slot]):
+            sent["waves"] = sent["waves"].shape
+        return sent
 
-    def _load(self, epoch: int, items: Batch) -> PackedBatch:
-        samples, bad = [], []
-        for item in items:
-            try:
-                samples.append(self.reader.read(item))
-            except SampleError as error:
-                bad.append(str(error))
-        if not samples:
-            samples = [self._spare(items, bad)]
-        return replace(self.collator(samples, epoch), bad=tuple(bad))
-
-    def _spare(self, items: Batch, bad: list[str]) -> Sample:
-        """A neighbour of the batch, without loss, so that this rank still has a batch."""
-        first = items[0]
-        rows = self.reader.corpora[first.corpus].rows
-        for i in range(1, SPARES + 1):
-            row = int(rows[(first.row + i) % len(rows)])
-            try:
-                return self.reader.read(replace(first, row=row, filler=True))
-            except SampleError as error:
-                bad.append(str(error))
-        raise UserError(f"{len(bad)} utterances in a row cannot be read, the last: {bad[-1]}")
+    def received(self, slot: int, sent: dict[str, Any] | UserError) -> PackedBatch:
+        """In the main process: the batch, whose waveforms are valid until the slot is given out again."""
+        if isinstance(sent, UserError):
+            raise sent
+        if isinstance(sent["waves"], tuple):
+            shape = sent["waves"]
+            sent["waves"] = self.slots[slot][: shape[0] * shape[1]].reshape(shape)
+        return PackedBatch(**{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sent.items()})
 
 
 def steps(
@@ -70,30 +104,84 @@ def steps(
     accumulation: int,
     epochs: int | None,
     num_workers: int,
-    pin_memory: bool = False,
+    prefetch: Callable[[Sequence[RemoteFile]], None] | None = None,
 ) -> Iterator[LoadedStep]:
-    """Steps from `start` until `epochs` epochs are over, or without end. What is read does not depend on `num_workers`."""
+    """Steps from `start` until `epochs` epochs are over, or without end. What is read does not depend on `num_workers`.
 
-    def planned() -> Iterator[tuple[int, list[Batch], Position]]:
-        counter = itertools.count(start.epoch) if epochs is None else range(start.epoch, epochs)
-        for epoch in counter:
-            first = start if epoch == start.epoch else Position(epoch=epoch)
-            for dealt, after in plan.steps(first, ranks=ranks, accumulation=accumulation):
-                yield epoch, dealt[rank], after
-
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=((epoch, batch) for epoch, batches, _ in planned() for batch in batches),  # type: ignore[arg-type]
-            num_workers=num_workers,
-            prefetch_factor=4 if num_workers else None,
-            pin_memory=pin_memory,
+    A step's waveforms are valid until the next one is asked for. prefetch: told of the remote shards of a window and of the next when it
+    begins.
+    """
+    with ThreadPoolExecutor(1, "plan") as thread:
+        planned = _prepared(
+            planned_steps(plan, start, ranks=ranks, accumulation=accumulation, epochs=epochs), plan, thread, ranks, prefetch
         )
-    )
-    for epoch, batches, after in planned():
-        micro_batches = [next(loader) for _ in batches]
-        for batch in micro_batches:
-            if isinstance(batch, UserError):
-                raise batch
-        yield LoadedStep(micro_batches=micro_batches, position=after, epoch=epoch)
+        load = _in_processes(dataset, num_workers, accumulation, plan, ranks) if num_workers else _in_this_process(dataset)
+        for position, step, micro_batches in load(planned, rank):
+            yield LoadedStep(micro_batches=micro_batches, position=step.after, before=step.before, epoch=position.epoch)
+
+
+Planned = Iterator[tuple[Position, Step]]
+Loaded = Iterator[tuple[Position, Step, list[PackedBatch]]]
+
+
+def _in_this_process(dataset: PlannedDataset) -> Callable[[Planned, int], Loaded]:
+    def load(planned: Planned, rank: int) -> Loaded:
+        for position, step in planned:
+            yield position, step, [dataset.load(items) for items in step.of_rank(rank)]
+
+    return load
+
+
+def _in_processes(dataset: PlannedDataset, workers: int, accumulation: int, plan: Plan, ranks: int) -> Callable[[Planned, int], Loaded]:
+    def load(planned: Planned, rank: int) -> Loaded:
+        ahead: collections.deque[tuple[Position, Step, list[int]]] = collections.deque()  # given out and not received: their slots
+
+        def tasks() -> Iterator[tuple[int, Batch]]:
+            for position, step in planned:
+                ahead.append((position, step, []))
+                for items in step.of_rank(rank):
+                    ahead[-1][2].append(shared.free.popleft())
+                    yield ahead[-1][2][-1], items
+
+        shared = SharedSlots(dataset, workers * PREFETCH + accumulation + 1, plan.largest_batch(ranks))
+        loader = iter(
+            DataLoader(
+                shared,
+                batch_size=None,
+                sampler=tasks(),  # type: ignore[arg-type]
+                num_workers=workers,
+                prefetch_factor=PREFETCH,
+                collate_fn=_as_it_is,
+                multiprocessing_context="fork",  # the index and the slots are mapped, not copied
+            )
+        )
+        for first in loader:
+            position, step, slots = ahead.popleft()
+            sent = [first, *itertools.islice(loader, accumulation - 1)]
+            yield position, step, [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)]
+            shared.free.extend(slots)
+
+    return load
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _prepared(
+    planned: Planned, plan: Plan, thread: ThreadPoolExecutor, ranks: int, prefetch: Callable[[Sequence[RemoteFile]], None] | None
+) -> Planned:
+    """The steps; when a window begins, what it and the next one need is made ready beside them."""
+    window = (-1, -1)
+    for position, step in planned:
+        if (position.epoch, position.window) != window:
+            window = (position.epoch, position.window)
+            thread.submit(_prepare, plan, position, ranks, prefetch)
+        yield position, step
+
+
+def _prepare(plan: Plan, position: Position, ranks: int, prefetch: Callable[[Sequence[RemoteFile]], None] | None) -> None:
+    """What the window that begins and the one after it need."""
+    if prefetch is not None:
+        prefetch([file for window in range(LATER) for file in plan.files(position.epoch, position.window + window)])
+    plan.batches(*plan.following(position.epoch, position.window), ranks)

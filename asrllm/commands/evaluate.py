@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from asrllm.collator.prompts import DEFAULT_PROMPTS
 from asrllm.commands.overrides import add_override_arguments
 from asrllm.config import load_config
+from asrllm.data.cache import ShardCache
+from asrllm.data.config import CacheConfig
 from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.index import RATE
+from asrllm.data.prompts import DEFAULT_PROMPTS
+from asrllm.data.text import normalizer
 from asrllm.errors import UserError
-from asrllm.evaluation.normalize import normalizer
 from asrllm.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class CheckpointChoice:
 class TestData:
     test_data_config: str | None
     max_batch_duration: float
+    cache: CacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +100,19 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     weights = resolve_weights(exp_dir, filename=choice.filename, iteration=choice.iter, epoch=choice.epoch, avg=choice.avg)
-    corpora = read_corpora(config.data.test_data_config or "", filters=None, cache=exp_dir / "shards")
+    cache = ShardCache.of(config.data.cache)
+    corpora = read_corpora(config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache)
     check_names([corpus.name for corpus in corpora])
     check_lengths(corpora, AsrLlmConfig.from_pretrained(exp_dir).sample_limits())
     device = distributed.start()
     model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision])
     model.to(device)
-    options = decoding_options(config, model.config.prompts or list(DEFAULT_PROMPTS))
+    options = decoding_options(config, model.config.prompts or [prompt.text for prompt in DEFAULT_PROMPTS])
     folder = exp_dir / config.decoding_method
     folder.mkdir(exist_ok=True)
     results = {}
     for corpus in corpora:
-        transcripts, rtfx = decode_corpus(model, corpus, options, normalizer(config.normalizer))
+        transcripts, rtfx = decode_corpus(model, corpus, options, normalizer(config.normalizer), cache)
         about = {
             "normalizer": config.normalizer,
             "rtfx": round(rtfx, 2),
@@ -138,7 +142,7 @@ def check_lengths(corpora: list[Corpus], limits: tuple[int, int]) -> None:
     """An utterance that the model cannot take is found before it loads."""
     low, high = (n / RATE for n in limits)
     for corpus in corpora:
-        samples = corpus.index.rows["samples"][corpus.rows]
+        samples = corpus.index.rows["samples"]
         if unfit := int(((samples < limits[0]) | (samples > limits[1])).sum()):
             raise UserError(
                 f"{unfit} utterances of the test set {corpus.name!r} are shorter than {low:.2f} s or longer than {high:.2f} s, which the "

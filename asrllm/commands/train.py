@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from asrllm.audio.augment import Augmenter
 from asrllm.audio.reader import Reader
 from asrllm.collator.batch import Collator, PackedBatch
+from asrllm.collator.config import DataConfig
+from asrllm.collator.hotwords import Hotwords
 from asrllm.collator.loader import LoadedStep, PlannedDataset, steps
-from asrllm.collator.prompts import read_prompts
 from asrllm.commands.overrides import add_override_arguments
 from asrllm.config import as_yaml, load_config
-from asrllm.data.config import DataConfig
+from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.index import RATE
 from asrllm.data.plan import Plan, Position
+from asrllm.data.prompts import Prompt, read_prompts
+from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.processor import AsrLlmProcessor
@@ -44,6 +49,8 @@ class TrainRun:
             raise UserError("exp_dir is not set: give the directory that the run writes to, exp_dir=exp/NAME")
         if not self.data.train_data_config:
             raise UserError("data.train_data_config is not set: give the YAML list of training corpora")
+        if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
+            raise UserError("data.use_infinite_dataset=true has no epochs: give trainer.num_epochs=null trainer.num_steps=N with it")
         if self.data.whisper_fbank is False and self.model.audio_encoder.model_type == "whisper":
             raise UserError("data.whisper_fbank=false, but model.audio_encoder.model_type=whisper needs Whisper's features: leave it out")
 
@@ -67,12 +74,13 @@ def train(config: TrainRun) -> None:
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     prompts = read_prompts(config.prompt_file)
-    processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=prompts)
+    texts = tuple(prompt.text for prompt in prompts)
+    processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=texts)
     check_lengths(config, processor)
     data = TrainingData(config, processor, prompts)
-    own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    own_prompts = [prompt.text for corpus in data.corpora for prompt in corpus.prompts]
     check_prompts(own_prompts, config.model.audio_token)
-    processor.config.prompts = list(dict.fromkeys([*prompts, *own_prompts]))
+    processor.config.prompts = list(dict.fromkeys([*texts, *own_prompts]))
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
     tag, manifest = find_resume(config, processor, settings)
@@ -115,55 +123,76 @@ def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
 class TrainingData:
     """The corpora, their plans, and the streams of batches that this rank reads."""
 
-    def __init__(self, config: TrainRun, processor: AsrLlmProcessor, prompts: tuple[str, ...]) -> None:
-        self.config = config
-        cache = Path(config.exp_dir or "") / "shards"
-        filters = config.data.filter
-        self.corpora = read_corpora(config.data.train_data_config or "", filters=filters, cache=cache)
-        valid = config.data.valid_data_config
-        self.valid = read_corpora(valid, filters=filters, cache=cache) if valid else []
+    def __init__(self, config: TrainRun, processor: AsrLlmProcessor, prompts: Sequence[Prompt]) -> None:
+        self.config, self.prompts, self.renderer = config, prompts, processor.renderer
+        self.cache = ShardCache.of(config.data.cache)
         self.tokens, self.limits = processor.config.num_audio_tokens, processor.config.sample_limits()
-        self.collator = Collator(processor.renderer, prompts, num_audio_tokens=self.tokens, seed=config.seed)
-        self.plan = self._plan(self.corpora, shuffle=True)
+        self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
+        words = config.data.hotwords
+        self.hotwords = Hotwords(words, seed=config.seed, forbidden=processor.config.audio_token) if words.prob else None
+        self.corpora = self._corpora(config.data.train_data_config or "")
+        self.valid = self._corpora(config.data.valid_data_config) if config.data.valid_data_config else []
+        self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
         self.accumulation = config.trainer.gradient_accumulation_steps
 
-    def _plan(self, corpora: list[Corpus], *, shuffle: bool) -> Plan:
-        return Plan(corpora, self.config.data.sampler, audio_tokens=self.tokens, seed=self.config.seed, shuffle=shuffle)
+    def _corpora(self, path: str) -> list[Corpus]:
+        made = Path(self.config.exp_dir or "") / "shards"
+        return read_corpora(path, filters=self.config.data.filter, made=made, cache=self.cache)
+
+    def _plan(self, corpora: list[Corpus], *, shuffle: bool, endless: bool = False) -> Plan:
+        sampler, seed = self.config.data.sampler, self.config.seed
+        return Plan(corpora, sampler, audio_tokens=self.tokens, seed=seed, shuffle=shuffle, endless=endless)
 
     def total_steps(self) -> int:
-        """Steps until num_steps or num_epochs, whichever comes first."""
-        trainer = self.config.trainer
-        if trainer.num_epochs is None:
-            return trainer.num_steps or 0
-        ranks, total = distributed.world_size(), 0
-        for epoch in range(trainer.num_epochs):
-            total += self.plan.count_steps(epoch, ranks=ranks, accumulation=self.accumulation)
-            if trainer.num_steps is not None and total >= trainer.num_steps:
-                return trainer.num_steps
-        return total
+        """Until num_steps or num_epochs, whichever comes first; the latter is an estimate."""
+        steps, epochs = self.config.trainer.num_steps, self.config.trainer.num_epochs
+        if epochs is None:
+            return steps or 0
+        in_epochs = epochs * self.plan.estimate_steps(ranks=distributed.world_size(), accumulation=self.accumulation)
+        return min(steps or in_epochs, in_epochs)
+
+    def dropped(self) -> dict[str, int]:
+        """Utterances of the training corpora that data.filter leaves out, by reason."""
+        return dict(sum((Counter(corpus.dropped) for corpus in self.corpora), Counter()))
 
     def train_steps(self, start: Position) -> Iterator[LoadedStep]:
-        return self._steps(self.plan, self.corpora, start, self.accumulation, self.config.trainer.num_epochs)
+        collator = self._collator(self.hotwords, self.config.data.augment.spec_augment.time_masks)
+        reader = self._reader(self.corpora, self.augment)
+        return self._steps(self.plan, PlannedDataset(reader, collator), start, self.accumulation, self.config.trainer.num_epochs)
 
     def valid_sets(self) -> dict[str, Callable[[], Iterator[PackedBatch]]]:
         return {corpus.name: functools.partial(self._valid_batches, corpus) for corpus in self.valid}
 
     def _valid_batches(self, corpus: Corpus) -> Iterator[PackedBatch]:
-        plan = self._plan([corpus], shuffle=False)
-        for loaded in self._steps(plan, [corpus], Position(), 1, 1):
+        dataset = PlannedDataset(self._reader([corpus], None), self._collator(None, 0))
+        for loaded in self._steps(self._plan([corpus], shuffle=False), dataset, Position(), 1, 1):
             yield from loaded.micro_batches
 
-    def _steps(self, plan: Plan, corpora: list[Corpus], start: Position, accumulation: int, epochs: int | None) -> Iterator[LoadedStep]:
+    def _reader(self, corpora: list[Corpus], augment: Augmenter | None) -> Reader:
+        normalize = normalizer(self.config.data.text_normalization)
+        return Reader(corpora, limits=self.limits, cache=self.cache, augment=augment, normalize=normalize)
+
+    def _collator(self, hotwords: Hotwords | None, time_masks: int) -> Collator:
+        return Collator(
+            self.renderer,
+            self.prompts,
+            num_audio_tokens=self.tokens,
+            seed=self.config.seed,
+            hotwords=hotwords,
+            time_masks=time_masks,
+        )
+
+    def _steps(self, plan: Plan, dataset: PlannedDataset, start: Position, accumulation: int, epochs: int | None) -> Iterator[LoadedStep]:
         return steps(
             plan,
-            PlannedDataset(Reader(corpora, limits=self.limits), self.collator),
+            dataset,
             start,
             rank=distributed.rank(),
             ranks=distributed.world_size(),
             accumulation=accumulation,
             epochs=epochs,
             num_workers=self.config.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            prefetch=self.cache.prefetch if distributed.local_rank() == 0 else None,
         )
 
 
@@ -196,7 +225,11 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
         "precision": config.trainer.precision,
         "gradient_accumulation_steps": config.trainer.gradient_accumulation_steps,
         "data.sampler": dataclasses.asdict(config.data.sampler),
-        "training data": [[c.name, len(c.rows), int(c.index.rows["samples"][c.rows].sum(dtype="int64")), c.weight] for c in data.corpora],
+        "data.augment": dataclasses.asdict(config.data.augment),
+        "data.hotwords": dataclasses.asdict(config.data.hotwords),
+        "data.text_normalization": config.data.text_normalization,
+        "data.use_infinite_dataset": config.data.use_infinite_dataset,
+        "training data": [[c.name, len(c.index), c.kept, round(c.kept_hours * 3600, 1), c.hours, c.weight] for c in data.corpora],
     }
 
 
@@ -238,6 +271,8 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Any, settings: dic
         if keys.wandb.mode != "disabled":
             sinks.append(hooks.WandbSink(keys.wandb, exp_dir, dataclasses.asdict(config)))
     metrics = hooks.Metrics(sinks, every=keys.log_every, max_bad_share=config.data.max_bad_share)
+    if dropped := data.dropped():
+        metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
     made: list[Any] = [metrics]
     if config.data.trace:
         made.append(hooks.Trace(exp_dir, trainer.step))

@@ -24,29 +24,22 @@ class SamplerConfig:
 class FilterConfig:
     min_duration: float
     max_duration: float
-    max_bytes_per_second: float
+    max_chars_per_second: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_duration < self.max_duration:
             raise UserError(
                 f"data.filter.min_duration={self.min_duration} must be at least 0 and below data.filter.max_duration={self.max_duration}"
             )
+        if self.max_chars_per_second <= 0:
+            raise UserError(f"data.filter.max_chars_per_second={self.max_chars_per_second} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    train_data_config: str | None
-    valid_data_config: str | None
-    whisper_fbank: bool | None
-    pad_to_30s: bool
-    sampler: SamplerConfig
-    filter: FilterConfig
-    num_workers: int
-    max_bad_share: float
-    trace: bool
+class CacheConfig:
+    dir: str
+    max_gb: float
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers} must be 0 (read in the training process) or more")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share={self.max_bad_share} must lie between 0 and 1")
+        if self.max_gb <= 0:
+            raise UserError(f"data.cache.max_gb={self.max_gb} must be above 0 gigabytes")

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,17 @@ import numpy as np
 from filelock import FileLock
 
 from asrllm.config import read_yaml
+from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
 from asrllm.data.index import RATE, Index, open_index
+from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
 from asrllm.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000
+CHUNK = 1 << 18  # rows looked at together
 CORPUS_KEYS: dict[str, Any] = {
     "name": str, "manifest": str, "shards": str, "hours": (int, float), "weights": (int, float), "lang": str, "prompts": list,
 }  # fmt: skip
@@ -27,28 +31,91 @@ CORPUS_KEYS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One entry of a data config. rows: the rows of `index` that pass the filters."""
+    """One entry of a data config. kept, kept_hours: what passes the filters; dropped: utterances that do not, by reason.
+
+    hours: as the data config states them, else kept_hours.
+    """
 
     name: str
     index: Index
-    rows: np.ndarray
+    filters: FilterConfig | None
+    kept: int
+    kept_hours: float
+    dropped: dict[str, int]
+    hours: float
     weight: float = 1.0
     lang: str | None = None
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+
+    def passes(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) of index.ROW -> (n,) bool"""
+        return ~np.logical_or.reduce(list(_reasons(rows, self.filters).values()), axis=0)
 
 
-def read_corpora(path: str | Path, *, filters: FilterConfig | None, cache: Path) -> list[Corpus]:
+def make_corpus(name: str, index: Index, filters: FilterConfig | None, *, hours: float | None = None, **more: Any) -> Corpus:
+    """A corpus of an index, its utterances counted by one pass over the rows."""
+    dropped: Counter[str] = Counter()
+    kept = samples = 0
+    for start in range(0, len(index), CHUNK):
+        rows = index.rows[start : start + CHUNK]
+        reasons = _reasons(rows, filters)
+        passes = ~np.logical_or.reduce(list(reasons.values()), axis=0)
+        kept += int(passes.sum())
+        samples += int(rows["samples"][passes].sum(dtype=np.int64))
+        if kept < start + len(rows):
+            dropped += Counter({reason: int(mask.sum()) for reason, mask in reasons.items()})
+    seconds = samples / RATE / 3600
+    return Corpus(
+        name=name, index=index, filters=filters, kept=kept, kept_hours=seconds, dropped=dict(dropped), hours=hours or seconds, **more
+    )
+
+
+def _reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.ndarray]:
+    """Why rows are left out of training; an utterance may have several reasons."""
+    if filters is None:
+        return {"none": np.zeros(len(rows), bool)}
+    samples, characters = rows["samples"], rows["text_chars"]
+    return {
+        "too_short": samples < filters.min_duration * RATE,
+        "too_long": samples > filters.max_duration * RATE,
+        "too_fast": characters > filters.max_chars_per_second / RATE * samples,
+        "empty_text": characters == 0,
+    }
+
+
+def read_corpora(path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None) -> list[Corpus]:
     """The corpora of a data config: a list of `{manifest | shards, hours, weights, lang, prompts}`; `name` for test sets.
 
-    A `manifest` (Lhotse cuts) is written as shards below `cache` once and read from there. Raises UserError naming the file and the entry.
+    A `manifest` (Lhotse cuts) is written as shards below `made` once and read from there; `cache` keeps shards that are URLs.
+    Raises UserError naming the file and the entry.
     """
     entries = read_yaml(path, "the data config")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"the data config {str(path)!r} must be a list of entries with 'shards: DIR' or 'manifest: CUTS'")
-    return [_read_entry(entry, f"{path}, entry {i}", filters, cache) for i, entry in enumerate(entries, 1)]
+    return [_read_entry(entry, f"{path}, entry {i}", filters, made, cache) for i, entry in enumerate(entries, 1)]
 
 
-def _read_entry(entry: Any, where: str, filters: FilterConfig | None, cache: Path) -> Corpus:
+def _read_entry(entry: Any, where: str, filters: FilterConfig | None, made: Path, cache: ShardCache | None) -> Corpus:
+    _check_keys(entry, where)
+    name = str(entry.get("name") or Path(entry.get("shards") or entry["manifest"]).name.partition(".")[0])
+    weight = float(entry.get("weights", 1.0))
+    if not 0 < weight <= MAX_WEIGHT:
+        raise UserError(f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0")
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise UserError(f"{where}: name={name!r} becomes a part of file names: use letters, digits, '-', '_', '.' and '+'")
+    prompts = parse_prompts(entry.get("prompts") or [], where)
+    index = open_index(entry["shards"], cache) if "shards" in entry else _manifest_index(Path(entry["manifest"]), made)
+    hours = _stated_hours(entry, index, where)
+    corpus = make_corpus(name, index, filters, hours=hours, weight=weight, lang=entry.get("lang"), prompts=prompts)
+    if corpus.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.dropped.items())
+        logger.warning("%s: data.filter leaves %d of %d utterances; dropped: %s", name, corpus.kept, len(index), reasons)
+    if not corpus.kept or not round(weight * corpus.kept):
+        raise UserError(f"{where}: no utterance is left after data.filter and weights: widen them")
+    return corpus
+
+
+def _check_keys(entry: Any, where: str) -> None:
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: expected keys such as 'shards: DIR', found {entry!r}")
     for key in entry:
@@ -58,39 +125,28 @@ def _read_entry(entry: Any, where: str, filters: FilterConfig | None, cache: Pat
             raise UserError(f"{where}: {key}={entry[key]!r} has the wrong type")
     if ("shards" in entry) == ("manifest" in entry):
         raise UserError(f"{where}: give either 'shards: DIR' or 'manifest: CUTS.jsonl.gz'")
-    index = open_index(entry["shards"]) if "shards" in entry else _manifest_index(Path(entry["manifest"]), cache)
-    name = str(entry.get("name") or Path(entry.get("shards") or entry["manifest"]).name.partition(".")[0])
-    weight = float(entry.get("weights", 1.0))
-    if not 0 < weight <= MAX_WEIGHT:
-        raise UserError(f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0")
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise UserError(f"{where}: name={name!r} becomes a part of file names: use letters, digits, '-', '_', '.' and '+'")
-    _check_hours(entry, index, where)
-    prompts = tuple(entry.get("prompts") or ())
-    if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise UserError(f"{where}: prompts={list(prompts)!r} must be a list of texts")
-    rows = _filtered(name, index, filters) if filters else np.arange(len(index))
-    if not len(rows) or not round(weight * len(rows)):
-        raise UserError(f"{where}: no utterance is left after data.filter and weights: widen them")
-    return Corpus(name=name, index=index, rows=rows, weight=weight, lang=entry.get("lang"), prompts=prompts)
 
 
-def _check_hours(entry: Mapping[str, Any], index: Index, where: str) -> None:
+def _stated_hours(entry: Mapping[str, Any], index: Index, where: str) -> float | None:
     """`hours` is stated by people; the index has counted."""
     stated = entry.get("hours")
+    if stated is not None and stated <= 0:
+        raise UserError(f"{where}: hours={stated} must be above 0; leave it out to use what the index counts")
     if stated is not None and not 0.5 <= float(stated) / max(index.hours, 1e-9) <= 2:
-        logger.warning("%s: hours=%s, but the index counts %.2f h; the index is used", where, stated, index.hours)
+        message = "%s: hours=%s, but the index counts %.2f h; only data.use_infinite_dataset=true goes by the stated hours"
+        logger.warning(message, where, stated, index.hours)
+    return None if stated is None else float(stated)
 
 
-def _manifest_index(manifest: Path, cache: Path) -> Index:
+def _manifest_index(manifest: Path, made: Path) -> Index:
     """Shards made from a cuts manifest, once: the first process to hold the lock makes them."""
     if not manifest.is_file():
         raise UserError(f"the manifest {str(manifest)!r} does not exist: check the path")
     if next(read_cuts(manifest), None) is None:
         raise UserError(f"the manifest {str(manifest)!r} has no utterance: make it again")
     stamp = f"{manifest.resolve()} {manifest.stat().st_size} {manifest.stat().st_mtime_ns}"
-    folder = cache / f"{manifest.name.partition('.')[0]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
-    cache.mkdir(parents=True, exist_ok=True)
+    folder = made / f"{manifest.name.partition('.')[0]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    made.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             logger.warning("writing shards from %s to %s; 'asrllm shards make' does this ahead of training", manifest, folder)
@@ -98,17 +154,3 @@ def _manifest_index(manifest: Path, cache: Path) -> Index:
             if summary.rejected:
                 logger.warning("rejected of %s: %s; see %s", manifest, summary.rejected, folder / "rejected.jsonl")
     return open_index(folder)
-
-
-def _filtered(name: str, index: Index, filters: FilterConfig) -> np.ndarray:
-    seconds = index.rows["samples"] / RATE
-    reasons = {
-        "too_short": seconds < filters.min_duration,
-        "too_long": seconds > filters.max_duration,
-        "too_fast": index.rows["text_bytes"] > filters.max_bytes_per_second * seconds,
-        "empty_text": index.rows["text_bytes"] == 0,
-    }
-    dropped = {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
-    if dropped:
-        logger.warning("%s: data.filter drops %s of %d utterances", name, dropped, len(index))
-    return np.flatnonzero(~np.logical_or.reduce(list(reasons.values())))

@@ -1,10 +1,11 @@
-"""The index beside the shards: one row of 20 bytes an utterance, memory-mapped."""
+"""The index beside the shards: one row of 20 bytes an utterance, memory-mapped, and a record of every tar."""
 
+import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,27 +14,56 @@ import numpy as np
 import soundfile
 
 from asrllm.config import read_json_object
+from asrllm.data.cache import ShardCache
+from asrllm.data.storage import RemoteFile, is_url, join_url, read_bytes, remote_sizes
 from asrllm.errors import UserError
 
+FORMAT = 2
 RATE = 16000  # Hz; every waveform reaches the model at this rate
+BLOCK = tarfile.BLOCKSIZE  # bytes; members of a tar begin at multiples of it
 ROW = np.dtype(
     [
-        ("offset", "<u8"),  # of the sample's first tar header in the shard, in bytes
-        ("size", "<u4"),  # from there to the end of its last member, in bytes
+        ("offset", "<u4"),  # of the sample's first tar header in the shard, in blocks
+        ("size", "<u4"),  # from there to the end of its last member, in blocks
         ("samples", "<u4"),  # of the waveform at RATE
-        ("shard", "<u2"),  # position in Index.shards
+        ("shard", "<u4"),  # position in Index.shards
         ("text_bytes", "<u2"),  # of the transcript in UTF-8
+        ("text_chars", "<u2"),
     ]
 )
 AUDIO_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
+MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
+TALLIED = ("corpus", "lang", "speaker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What the index keeps of one tar.
+
+    name: a file name relative to the index, an absolute path or a URL. size: bytes. rows: (utterances,) of ROW in the tar's order.
+    tallies: {"corpus" | "lang" | "speaker": {its value, "" where a sample has none: [utterances, seconds]}}.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    rows: np.ndarray
+    tallies: dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """rows: (utterances,) of ROW, memory-mapped; shards: the tars' paths."""
+    """rows: (utterances,) of ROW, memory-mapped; shards: the tars' paths or URLs; starts: (shards + 1,), the first row of each.
+
+    sizes, sha256: of the tars, in bytes and hexadecimal. about: what index.json says of the whole: corpora, languages, speakers.
+    """
 
     rows: np.ndarray
-    shards: list[Path]
+    shards: list[str]
+    starts: np.ndarray
+    sizes: list[int] = field(default_factory=list)
+    sha256: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,81 +72,199 @@ class Index:
     def hours(self) -> float:
         return float(self.rows["samples"].sum(dtype=np.int64)) / RATE / 3600
 
+    def file(self, shard: int) -> RemoteFile:
+        return RemoteFile(url=self.shards[shard], size=self.sizes[shard], sha256=self.sha256[shard])
 
-def open_index(folder: str | Path) -> Index:
-    """The index of a directory of shards. Raises UserError where it, or a shard that it names, is missing or has another size."""
-    folder = Path(folder)
+
+# --- opening ---
+
+
+def open_index(folder: str | Path, cache: ShardCache | None = None) -> Index:
+    """The index of a directory of shards, local or at a URL; of the latter `index.bin` is kept in `cache`.
+
+    Raises UserError where the index, or a shard that it names, is missing or has another size.
+    """
+    where = str(folder)
+    about, rows_file = _open_remote(where, cache) if is_url(where) else _open_local(Path(folder))
+    try:
+        index = _open_index(where, about, rows_file)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"the index in {where!r} is damaged ({type(error).__name__}: {error}): make it again") from error
+    _check_shards(index)
+    return index
+
+
+def _open_local(folder: Path) -> tuple[dict[str, Any], Path]:
     if not folder.is_dir():
         raise UserError(f"the shard directory {str(folder)!r} does not exist: make it with 'asrllm shards make {folder} ...'")
     if not (folder / "index.json").is_file():
         raise UserError(f"{str(folder)!r} has no index.json: make one with 'asrllm shards index {folder}/*.tar'")
-    about = read_json_object(folder / "index.json", "the index")
+    return read_json_object(folder / "index.json", "the index"), folder / "index.bin"
+
+
+def _open_remote(url: str, cache: ShardCache | None) -> tuple[dict[str, Any], Path]:
+    if cache is None:
+        raise UserError(f"{url!r} is a URL, which needs a cache on local disk here: copy its index.json and index.bin to a directory")
+    text = read_bytes(join_url(url, "index.json"))
     try:
-        return _open_index(folder, about)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"the index in {str(folder)!r} is damaged ({type(error).__name__}: {error}): make it again") from error
+        about = json.loads(text)
+        file = RemoteFile(url=join_url(url, "index.bin"), size=about["utterances"] * ROW.itemsize, sha256=about["rows_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{url!r} holds no readable index.json ({type(error).__name__}: {error}): make the index again") from error
+    return about, cache.fetch(file)
 
 
-def _open_index(folder: Path, about: dict[str, Any]) -> Index:
-    for name, size in zip(about["shards"], about["shard_bytes"], strict=True):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"the shard {str(path)!r} is missing: restore it, or index the directory again")
-        if path.stat().st_size != size:
-            raise UserError(f"the shard {str(path)!r} has {path.stat().st_size} bytes, its index says {size}: index it again")
-    if not about["utterances"]:
-        raise UserError(f"the shards in {str(folder)!r} hold no utterance: see rejected.jsonl there for the reasons")
-    rows: np.ndarray = np.memmap(folder / "index.bin", ROW, "r", shape=(about["utterances"],))
-    return Index(rows=rows, shards=[folder / name for name in about["shards"]])
+def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
+    if about["format"] != FORMAT:
+        raise UserError(f"the index in {where!r} has the format {about['format']}, this version reads {FORMAT}: index the tars again")
+    count, shards = about["utterances"], about["shards"]
+    if not count:
+        raise UserError(f"the shards in {where!r} hold no utterance: see rejected.jsonl there for the reasons")
+    if rows_file.stat().st_size != count * ROW.itemsize:
+        raise ValueError(f"index.bin has {rows_file.stat().st_size} bytes for {count} utterances")
+    rows: np.ndarray = np.memmap(rows_file, ROW, "r", shape=(count,))
+    starts = np.cumsum([0] + [shard["utterances"] for shard in shards])
+    if starts[-1] != count:
+        raise ValueError(f"its shards have {starts[-1]} utterances, it has {count}")
+    return Index(
+        rows=rows,
+        shards=[join_url(where, s["name"]) if is_url(where) or is_url(s["name"]) else os.path.join(where, s["name"]) for s in shards],
+        starts=starts,
+        sizes=[shard["bytes"] for shard in shards],
+        sha256=[shard["sha256"] for shard in shards],
+        about=about,
+    )
 
 
-def write_index(folder: Path, shards: Sequence[Path], *, advance: Callable[[], None] = lambda: None) -> Index:
-    """Scan the tars and write `index.bin` and `index.json` into `folder`; the JSON comes last and makes the index valid.
+def _check_shards(index: Index) -> None:
+    """Every tar is there with the size that the index knows: found now, not in the middle of an epoch."""
+    remote = [name for name in index.shards if is_url(name)]
+    found = dict(zip(remote, remote_sizes(remote), strict=True)) if remote else {}
+    for name, size in zip(index.shards, index.sizes, strict=True):
+        has = found[name] if name in found else _local_size(name)
+        if has is None:
+            raise UserError(f"the shard {name!r} is missing: restore it, or index the directory again")
+        if has != size:
+            raise UserError(f"the shard {name!r} has {has} bytes, its index says {size}: index it again")
 
-    advance: called once a tar.
-    """
-    parts = []
-    for number, path in enumerate(shards):
-        rows = np.array([_row(sample, number) for sample in scan_tar(path)], ROW)
-        parts.append(rows)
-        advance()
-    rows = np.concatenate(parts) if parts else np.empty(0, ROW)
-    (folder / "index.json").unlink(missing_ok=True)  # from here on there is no index, until there is a whole one
-    rows.tofile(folder / "index.bin")
+
+def _local_size(name: str) -> int | None:
+    try:
+        return os.stat(name).st_size
+    except FileNotFoundError:
+        return None
+
+
+# --- writing ---
+
+
+def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
+    """Write `index.bin` and `index.json` into `folder`; the JSON comes last and makes the index valid."""
+    for number, record in enumerate(records):
+        record.rows["shard"] = number
+    rows = np.concatenate([record.rows for record in records]) if records else np.empty(0, ROW)
+    tallies = merge_tallies([record.tallies for record in records])
     about = {
-        "format": 1,
+        "format": FORMAT,
         "utterances": len(rows),
         "hours": round(float(rows["samples"].sum(dtype=np.int64)) / RATE / 3600, 4),
-        "shards": [os.path.relpath(path, folder) for path in shards],
-        "shard_bytes": [path.stat().st_size for path in shards],
+        "rows_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "corpora": _in_hours(tallies["corpus"]),
+        "languages": _in_hours(tallies["lang"]),
+        "speakers": len(tallies["speaker"].keys() - {""}),
+        "shards": [{"name": r.name, "bytes": r.size, "sha256": r.sha256, "utterances": len(r.rows)} for r in records],
     }
+    (folder / "index.json").unlink(missing_ok=True)  # from here on there is no index, until there is a whole one
+    partial = folder / "index.bin.partial"  # readers of an older index keep their file
+    rows.tofile(partial)
+    partial.replace(folder / "index.bin")
     partial = folder / "index.json.partial"
-    partial.write_text(json.dumps(about, indent=1))
+    partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     partial.replace(folder / "index.json")
-    return Index(rows=rows, shards=list(shards))
+    return _open_index(str(folder), about, folder / "index.bin") if len(rows) else Index(rows=rows, shards=[], starts=np.zeros(1, int))
+
+
+def merge_tallies(parts: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, list[float]]]:
+    merged: dict[str, dict[str, list[float]]] = {name: {} for name in TALLIED}
+    for part in parts:
+        for name, counts in part.items():
+            for value, (utterances, seconds) in counts.items():
+                entry = merged[name].setdefault(value, [0, 0.0])
+                entry[0] += utterances
+                entry[1] += seconds
+    return merged
+
+
+def _in_hours(tally: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    return {value: {"utterances": int(n), "hours": round(seconds / 3600, 4)} for value, (n, seconds) in sorted(tally.items())}
+
+
+# --- reading tars ---
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
-    """One utterance as it lies in a tar: files that share a name up to the first dot."""
+    """One utterance as it lies in a tar: files that share a name up to the first dot. offset, size: in blocks."""
 
     key: str
     offset: int
     size: int
     audio: bytes
+    extension: str
     fields: dict[str, Any]  # of KEY.json; KEY.txt stands as "text"
 
 
-def scan_tar(path: Path) -> Iterator[TarSample]:
-    """All samples of a tar, one at a time. Raises UserError for a broken tar or a sample without audio or text."""
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """One that cannot be used, and why; reason is a word to count by."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+def scan_shard(path: Path, *, name: str, skip: Collection[str] = ()) -> tuple[ShardRecord, list[BadSample], list[str]]:
+    """(the record of a local tar, what is left out of it, the keys of what is in it). skip: keys that other tars hold already.
+
+    Raises UserError where the file is no tar.
+    """
+    rows, bad, fields = [], [], []
+    keys: dict[str, None] = {}
+    for sample in scan_tar(path):
+        row = sample if isinstance(sample, BadSample) else _row(sample)
+        if sample.key in keys or sample.key in skip:
+            row = BadSample(key=sample.key, reason="duplicate_key", detail=f"{sample.key!r} stands in the tars more than once")
+        if isinstance(row, BadSample) or isinstance(sample, BadSample):
+            bad.append(row)
+            continue
+        keys[sample.key] = None
+        rows.append(row)
+        fields.append({tally: str(sample.fields.get(tally) or "") for tally in TALLIED})
+    table = np.array(rows, ROW)
+    seconds = (table["samples"] / RATE).tolist()
+    tallies = [{tally: {value: [1, s]} for tally, value in f.items()} for f, s in zip(fields, seconds, strict=True)]
+    record = ShardRecord(name=name, size=path.stat().st_size, sha256=file_sha256(path), rows=table, tallies=merge_tallies(tallies))
+    return record, bad, list(keys)  # type: ignore[return-value]
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
+    """All samples of a local tar, one at a time. Raises UserError for a broken tar."""
     try:
         with open(path, "rb") as file:
-            yield from iterate_tar(file, str(path))
+            yield from iterate_tar(file)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a tar: {error}") from error
 
 
-def iterate_tar(file: BinaryIO, name: str) -> Iterator[TarSample]:
+def iterate_tar(file: BinaryIO) -> Iterator[TarSample | BadSample]:
     """Samples of an open tar, or of the stretch of one that an index row names."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         members: list[tuple[tarfile.TarInfo, bytes]] = []
@@ -124,11 +272,11 @@ def iterate_tar(file: BinaryIO, name: str) -> Iterator[TarSample]:
             if not info.isfile():
                 continue
             if members and sample_key(members[0][0].name) != sample_key(info.name):
-                yield _sample(members, name)
+                yield _sample(members)
                 members = []
             members.append((info, tar.extractfile(info).read()))  # type: ignore[union-attr]
         if members:
-            yield _sample(members, name)
+            yield _sample(members)
 
 
 def sample_key(member: str) -> str:
@@ -137,37 +285,35 @@ def sample_key(member: str) -> str:
     return (folder + "/" if folder else "") + base.partition(".")[0]
 
 
-def _sample(members: list[tuple[tarfile.TarInfo, bytes]], name: str) -> TarSample:
+def _sample(members: list[tuple[tarfile.TarInfo, bytes]]) -> TarSample | BadSample:
     key = sample_key(members[0][0].name)
     files = {info.name.rpartition(".")[2].lower(): data for info, data in members}
-    audio = next((files[e] for e in AUDIO_EXTENSIONS if e in files), None)
-    if audio is None:
-        raise UserError(f"sample {key!r} in {name!r} has no audio: expected one of {', '.join(AUDIO_EXTENSIONS)}")
-    if "json" in files:
-        try:
-            fields = json.loads(files["json"])
-        except ValueError as error:
-            raise UserError(f"sample {key!r} in {name!r} has broken JSON: {error}") from error
-    elif "txt" in files:
-        fields = {"text": files["txt"].decode("utf-8", errors="replace").strip()}
-    else:
-        raise UserError(f"sample {key!r} in {name!r} has no transcript: expected {key}.json or {key}.txt")
+    extension = next((e for e in AUDIO_EXTENSIONS if e in files), None)
+    if extension is None:
+        return BadSample(key=key, reason="no_audio", detail=f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}")
+    try:
+        fields = json.loads(files["json"]) if "json" in files else {"text": files["txt"].decode("utf-8").strip()}
+    except KeyError:
+        return BadSample(key=key, reason="no_transcript", detail=f"expected {key}.json or {key}.txt")
+    except ValueError as error:  # of JSON or of UTF-8
+        return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        raise UserError(f"sample {key!r} in {name!r} has no 'text' in its JSON: add the transcript there")
+        return BadSample(key=key, reason="no_transcript", detail="its JSON has no 'text'")
     last = members[-1][0]
-    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return TarSample(key=key, offset=members[0][0].offset, size=end - members[0][0].offset, audio=audio, fields=fields)
+    offset, end = members[0][0].offset // BLOCK, -(-(last.offset_data + last.size) // BLOCK)
+    return TarSample(key=key, offset=offset, size=end - offset, audio=files[extension], extension=extension, fields=fields)
 
 
-def _row(sample: TarSample, shard: int) -> tuple[int, int, int, int, int]:
-    duration = sample.fields.get("duration")
-    if duration is None:
-        try:
-            info = soundfile.info(BytesIO(sample.audio))
-        except RuntimeError as error:
-            raise UserError(f"sample {sample.key!r} has unreadable audio: {error}: remove it from the tar") from error
-        duration = info.frames / info.samplerate
-    if not isinstance(duration, (int, float)) or not 0 < duration < 2**31 / RATE:
-        raise UserError(f"sample {sample.key!r} has the duration {duration!r}: it must be seconds above 0")
-    text_bytes = len(sample.fields["text"].encode("utf-8"))
-    return sample.offset, sample.size, round(duration * RATE), shard, min(text_bytes, 65535)
+def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
+    try:
+        info = soundfile.info(BytesIO(sample.audio))
+    except RuntimeError as error:
+        return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
+    duration, stated = info.frames / info.samplerate, sample.fields.get("duration")
+    if not info.frames:
+        return BadSample(key=sample.key, reason="empty_audio", detail="the audio has no sample")
+    if isinstance(stated, (int, float)) and abs(stated - duration) > MAX_DURATION_ERROR:
+        return BadSample(key=sample.key, reason="duration_mismatch", detail=f"its JSON says {stated} s, the audio has {duration:.3f} s")
+    text = sample.fields["text"]
+    lengths = (min(n, 65535) for n in (len(text.encode("utf-8")), len(text)))
+    return (sample.offset, sample.size, round(duration * RATE), 0, *lengths)

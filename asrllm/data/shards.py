@@ -1,38 +1,66 @@
-"""Writing shards: WebDataset tars of KEY.flac + KEY.json, the index, and a row for everything rejected."""
+"""Writing shards: WebDataset tars of KEY.flac + KEY.json, the index, and a row for everything rejected.
 
-import collections
+Shard k holds the source's utterances k*n to (k+1)*n without the rejected ones, so each is made by itself: by any of several processes, and
+again only where an interrupted run has not finished it. Until all are there, the work lies in `.OUT.partial` beside OUT:
+
+    shards/         the tars; becomes OUT by one rename
+    records/        what is known of each finished shard, and the digest of what it was made from; its presence makes the shard finished
+    lock            held by the process that writes; the only one that gives a shard its name
+"""
+
+import base64
+import dataclasses
+import hashlib
 import io
+import itertools
 import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.resource_tracker
+import os
+import random
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import soundfile
 import webdataset
+from filelock import FileLock, Timeout
 
-from asrllm.data.index import Index, write_index
-from asrllm.data.sources import Utterance
+from asrllm.data.index import AUDIO_EXTENSIONS, MAX_DURATION_ERROR, ROW, Index, ShardRecord, open_index, scan_shard, write_index
+from asrllm.data.sources import RejectedError, Utterance
 from asrllm.errors import UserError
 
+logger = logging.getLogger(__name__)
+MAKING = 1  # changes when the same utterances and options give other bytes
 MAX_TEXT_BYTES = 10_000
-MAX_DURATION_ERROR = 0.1  # seconds between what the source says and what the audio holds
-
-
-class RejectedError(Exception):
-    """Why an utterance does not become a sample: (reason, detail)."""
+TELL_EVERY = 0.2  # seconds between a worker's reports of progress
+FIELD_ORDER = ("text", "duration", "sampling_rate", "lang", "corpus", "speaker", "prompt", "task", "hotwords")
+Codec = Literal["flac", "keep"]
+Rejected = tuple[str, str, str]  # key, reason, detail
+Advance = Callable[[int], object]  # told how many utterances are done
+J = TypeVar("J")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """index: of what was written; rejected: utterances by reason."""
+    """index: of what was written; rejected: utterances by reason; kept: shards that an interrupted run had finished."""
 
     index: Index
     rejected: dict[str, int]
+    kept: int = 0
 
 
 def write_shards(
@@ -40,131 +68,449 @@ def write_shards(
     utterances: Iterable[Utterance],
     *,
     utterances_per_shard: int = 1000,
-    workers: int = 2,
+    workers: int = 1,
     fields: dict[str, Any] | None = None,
-    advance: Callable[[], None] = lambda: None,
+    codec: Codec = "flac",
+    seed: int | None = None,
+    advance: Advance = lambda count: None,
+    keep: Advance | None = None,
 ) -> ShardSummary:
     """Write `out/shard-NNNNNN.tar`, `index.bin`, `index.json` and `rejected.jsonl`; `out` appears when all is complete.
 
-    fields: written into every KEY.json where the utterance has none of that name (lang, corpus). advance: called once an utterance.
-    Raises UserError where `out` exists, or where nothing could be written (its reasons are in the message).
+    workers: processes; with 1 everything happens in this one, and utterances need not be picklable. fields: written into every KEY.json
+    where the utterance has none of that name (lang, corpus). codec: FLAC of 16 bits, or to keep the bytes of whole audio files. seed: to
+    shuffle the utterances, which are then held in memory. advance, keep: told of utterances that were written now, or by an earlier run.
+    The same utterances and options give the same bytes. A number without a shard is one whose utterances were all rejected. Raises
+    UserError where `out` exists, where another process writes it, or where nothing could be written.
     """
-    out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{str(out)!r} is not empty: choose another directory, or remove it to make the shards again")
+    work = _Workplace(Path(out).absolute())
+    if seed is not None:
+        utterances = list(utterances)
+        random.Random(seed).shuffle(utterances)
+    counts: Counter[str] = Counter()
+
+    def jobs() -> Iterator[_Job]:
+        """Of the shards that are not finished yet."""
+        for number, chunk in enumerate(_chunks(utterances, utterances_per_shard)):
+            job = _Job(number, chunk, work.shards, fields or {}, codec)
+            counts["all"] += 1
+            if work.is_finished(job):
+                counts["kept"] += 1
+                (keep or advance)(len(chunk))
+            else:
+                yield job
+
+    with work.locked():
+        with closing(run_parallel(_make_shard, jobs(), workers, advance)) as finished:
+            for _, made in finished:
+                work.commit(made)
+        return dataclasses.replace(work.finish(counts["all"]), kept=counts["kept"])
+
+
+def _chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
+    """The utterances of each shard; repeated keys are marked as a problem."""
+    iterator, seen = iter(utterances), SeenKeys()
+    while chunk := list(itertools.islice(iterator, size)):
+        usable = [i for i, utterance in enumerate(chunk) if utterance.problem is None]
+        keys = [tar_key(chunk[i].key) for i in usable]
+        for i, key, repeated in zip(usable, keys, seen.add(hash_keys(keys)), strict=True):
+            if repeated:
+                chunk[i] = dataclasses.replace(chunk[i], problem=("duplicate_key", f"the tar's key {key!r} is taken"))
+        yield chunk
+
+
+class SeenKeys:
+    """A set of 64-bit hashes that takes 8 bytes for each: sorted runs, each longer than twice the next."""
+
+    def __init__(self) -> None:
+        self.runs: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of them (n,) were there before, or earlier among these."""
+        _, first = np.unique(hashes, return_index=True)
+        repeated: np.ndarray = np.ones(len(hashes), bool)
+        repeated[first] = False
+        for run in self.runs:
+            places = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            repeated |= run[places] == hashes
+        if len(fresh := np.sort(hashes[~repeated])):
+            self.runs.append(fresh)
+        while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
+            last = self.runs.pop()
+            self.runs[-1] = np.union1d(self.runs[-1], last)
+        return repeated
+
+
+def hash_keys(keys: Sequence[str]) -> np.ndarray:
+    digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def tar_key(key: str) -> str:
+    """WebDataset ends a key at the first dot; a tar's names do not begin at the root."""
+    return key.replace(".", "_").lstrip("/")
+
+
+# --- one shard ---
+
+
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    utterances: list[Utterance]
+    folder: Path
+    fields: dict[str, Any]
+    codec: Codec
+
+    @property
+    def digest(self) -> str:
+        """Of the utterances, by what they and their `load` say of themselves, and of the options."""
+        digest = hashlib.sha256(repr((MAKING, self.fields, self.codec)).encode())
+        for utterance in self.utterances:
+            digest.update(repr(utterance).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A shard under a passing name; record None: all was rejected."""
+
+    number: int
+    digest: str
+    partial: Path
+    record: ShardRecord | None
+    rejected: list[Rejected]
+
+
+def _make_shard(job: _Job, advance: Advance) -> _Made:
+    name = f"shard-{job.number:06d}.tar"
+    partial = job.folder / f"{name}.{os.getpid()}"  # a worker that outlives its killed parent does not meet the next run's
+    rejected: list[Rejected] = []
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.parent))
-        partial.chmod(0o755)
-    except OSError as error:
-        raise UserError(f"{str(out)!r} cannot be written: {error}") from error
-    try:
-        shards, rejected = _write_partial(partial, utterances, utterances_per_shard, workers, fields or {}, advance)
-        if not shards:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(rejected.items())) or "the source has no utterance"
-            raise UserError(f"no utterance could be written to {str(out)!r}: {reasons}")
-        index = write_index(partial, shards)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial)
+        with open(partial, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+            for utterance in job.utterances:
+                try:
+                    sample = make_sample(utterance, job.fields, job.codec)
+                except RejectedError as why:
+                    rejected.append((utterance.key, *why.args))
+                else:
+                    tar.write(sample)
+                advance(1)
+            tar.close()
+            os.fsync(file.fileno())  # before its record says that it is whole, even if the power fails
+        record, bad, _ = scan_shard(partial, name=name)
+    except ConnectionError:  # of `advance`: nobody waits for this shard any more
         raise
-    return ShardSummary(index=Index(rows=index.rows, shards=[out / p.name for p in shards]), rejected=rejected)
+    except OSError as error:
+        raise UserError(f"{str(partial)!r} cannot be written: {error}") from error
+    rejected += [(sample.key, sample.reason, sample.detail) for sample in bad]
+    return _Made(job.number, job.digest, partial, record if len(record.rows) else None, rejected)
 
 
-def _write_partial(
-    folder: Path,
-    utterances: Iterable[Utterance],
-    size: int,
-    workers: int,
-    fields: dict[str, Any],
-    advance: Callable[[], None],
-) -> tuple[list[Path], dict[str, int]]:
-    """The tars, and how many utterances were rejected for which reason; `rejected.jsonl` says which."""
-    rejected: collections.Counter[str] = collections.Counter()
-    with open(folder / "rejected.jsonl", "w", encoding="utf-8") as log:
-
-        def reject(key: str, reason: str, detail: str) -> None:
-            rejected[reason] += 1
-            log.write(json.dumps({"key": key, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n")
-
-        samples = _samples(utterances, fields, workers, reject, advance)
-        return list(_write_tars(folder, samples, size)), dict(rejected)
-
-
-def _samples(
-    utterances: Iterable[Utterance],
-    fields: dict[str, Any],
-    workers: int,
-    reject: Callable[[str, str, str], None],
-    advance: Callable[[], None],
-) -> Iterator[dict[str, Any]]:
-    """WebDataset samples in the source's order; audio is read and encoded by threads, a bounded number ahead."""
-    seen: set[str] = set()
-    pending: collections.deque[tuple[str, Future[dict[str, Any]]]] = collections.deque()
-
-    def finished() -> Iterator[dict[str, Any]]:
-        key, future = pending.popleft()
-        advance()
-        try:
-            yield future.result()
-        except RejectedError as why:
-            reject(key, *why.args)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for utterance in utterances:
-            key = utterance.key.replace(".", "_")  # WebDataset ends a key at the first dot
-            if key in seen:
-                advance()
-                reject(utterance.key, "duplicate_key", f"the tar's key {key!r} is taken")
-                continue
-            seen.add(key)
-            pending.append((utterance.key, pool.submit(make_sample, key, utterance, fields)))
-            if len(pending) > 4 * workers:
-                yield from finished()
-        while pending:
-            yield from finished()
-
-
-def make_sample(key: str, utterance: Utterance, fields: dict[str, Any]) -> dict[str, Any]:
+def make_sample(utterance: Utterance, fields: dict[str, Any], codec: Codec = "flac") -> dict[str, Any]:
     """The tar members of one utterance; raises RejectedError with the reason where it is not fit to be one."""
-    text = utterance.text.strip()
+    key, text = tar_key(utterance.key), utterance.text.strip()
+    _check_names(utterance, key, text)
+    wave, rate = _load(utterance)
+    duration = len(wave) / rate
+    if utterance.duration is not None and abs(duration - utterance.duration) > MAX_DURATION_ERROR:
+        raise RejectedError("duration_mismatch", f"the source says {utterance.duration:.3f} s, the audio has {duration:.3f} s")
+    known = fields | utterance.fields | {"text": text, "duration": duration, "sampling_rate": rate}
+    about = {name: known[name] for name in (*FIELD_ORDER, *known) if name in known}
+    try:
+        content = json.dumps(about, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RejectedError("broken_text", str(error)) from error
+    extension, audio = _audio(utterance, wave, rate, codec)
+    return {"__key__": key, extension: audio, "json": content}
+
+
+def _check_names(utterance: Utterance, key: str, text: str) -> None:
+    """What is known without the audio."""
+    if utterance.problem is not None:
+        raise RejectedError(*utterance.problem)
+    if not key or key.endswith("/") or not key.isprintable():
+        raise RejectedError("bad_key", f"the key {utterance.key!r} cannot be a file name")
     if not text:
         raise RejectedError("empty_text", "the transcript is empty")
-    if len(text.encode("utf-8")) > MAX_TEXT_BYTES:
+    if len(text.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
         raise RejectedError("long_text", f"the transcript has more than {MAX_TEXT_BYTES} bytes")
+
+
+def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
     try:
         wave, rate = utterance.load()
+    except RejectedError:
+        raise
     except Exception as error:  # whatever a decoder raises, it is this utterance's row in rejected.jsonl
         raise RejectedError("unreadable_audio", f"{type(error).__name__}: {error}") from error
     if not len(wave):
         raise RejectedError("empty_audio", "the audio has no sample")
     if not np.isfinite(wave).all():
         raise RejectedError("non_finite_audio", "the audio holds NaN or infinite values")
-    duration = len(wave) / rate
-    if utterance.duration is not None and abs(duration - utterance.duration) > MAX_DURATION_ERROR:
-        raise RejectedError("duration_mismatch", f"the source says {utterance.duration:.3f} s, the audio has {duration:.3f} s")
+    return wave, rate
+
+
+def _audio(utterance: Utterance, wave: np.ndarray, rate: int, codec: Codec) -> tuple[str, bytes]:
+    """(extension, bytes) of the tar's member."""
+    extension = utterance.file.suffix.lower().removeprefix(".") if utterance.file else ""
+    if codec == "keep" and utterance.file and extension in AUDIO_EXTENSIONS:
+        return extension, utterance.file.read_bytes()
     flac = io.BytesIO()
     try:
         soundfile.write(flac, wave, rate, format="FLAC", subtype="PCM_16")
     except (RuntimeError, ValueError) as error:
         raise RejectedError("not_encodable", f"{rate} Hz as FLAC: {error}") from error
-    about = fields | {"text": text, "duration": duration, "sampling_rate": rate} | utterance.fields
-    return {"__key__": key, "flac": flac.getvalue(), "json": json.dumps(about, ensure_ascii=False).encode("utf-8")}
+    return "flac", flac.getvalue()
 
 
-def _write_tars(folder: Path, samples: Iterator[dict[str, Any]], size: int) -> Iterator[Path]:
-    """Tars of `size` samples; the same samples give the same bytes."""
-    writer, count = None, 0
+# --- the workplace beside OUT ---
+
+
+class _Workplace:
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, out.with_name(f".{out.name}.partial")
+        self.shards, self.records = self.folder / "shards", self.folder / "records"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the workplace; what stays in it after an error are finished shards, or nothing."""
+        self._check_free()
+        try:
+            for folder in (self.shards, self.records):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock", blocking=False)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another process is writing {str(self.out)!r}: wait for it, or choose another directory") from error
+        except OSError as error:
+            raise UserError(f"{str(self.out)!r} cannot be written: {error}") from error
+        try:
+            self._check_free()  # the other process may have finished while this one waited
+            self._tidy()
+            yield
+        except BaseException:
+            if finished := len(list(self.records.glob("shard-*.json"))):
+                logger.warning("%d finished shards are kept in %s: run the same again to go on from there", finished, self.folder)
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+
+    def _check_free(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{str(self.out)!r} is not empty: choose another directory, or remove it to make the shards again")
+
+    def _tidy(self) -> None:
+        """Remove what no record stands for."""
+        for path in (*self.shards.iterdir(), *self.records.iterdir()):
+            if not (self.records / f"{path.stem}.json").is_file() or path.suffix not in (".tar", ".json"):
+                path.unlink()
+
+    def is_finished(self, job: _Job) -> bool:
+        """Whether an interrupted run has made this very shard."""
+        path = self.records / f"shard-{job.number:06d}.json"
+        if not path.is_file():
+            return False
+        digest, record, _ = _read_record(path)
+        tar = self.shards / f"{path.stem}.tar"
+        whole = record is None or (tar.is_file() and tar.stat().st_size == record.size)
+        if whole and digest == job.digest:
+            return True
+        path.unlink()
+        return False
+
+    def commit(self, made: _Made) -> None:
+        path = self.records / f"shard-{made.number:06d}.json"
+        tar = self.shards / f"{path.stem}.tar"
+        if made.record is None:
+            made.partial.unlink()
+            tar.unlink(missing_ok=True)
+        else:
+            made.partial.replace(tar)
+        _write_record(path, made)
+
+    def finish(self, count: int) -> ShardSummary:
+        """Of the first `count` shards; OUT appears with everything in it."""
+        records: list[ShardRecord] = []
+        reasons: Counter[str] = Counter()
+        with open(self.shards / "rejected.jsonl", "w", encoding="utf-8", errors="backslashreplace") as log:
+            for number in range(count):
+                _, record, rejected = _read_record(self.records / f"shard-{number:06d}.json")
+                records += [record] if record else []
+                reasons.update(reason for _, reason, _ in rejected)
+                log.writelines(rejected_line(*row) for row in rejected)
+        if not records:
+            shutil.rmtree(self.folder)
+            said = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "the source has no utterance"
+            raise UserError(f"no utterance could be written to {str(self.out)!r}: {said}")
+        write_index(self.shards, records)
+        wanted = {record.name for record in records} | {"rejected.jsonl", "index.bin", "index.json"}
+        for path in self.shards.iterdir():  # shards of an earlier run that had more of them
+            if path.name not in wanted:
+                path.unlink()
+        self.shards.replace(self.out)
+        shutil.rmtree(self.folder)
+        return ShardSummary(index=open_index(self.out), rejected=dict(reasons))
+
+
+def rejected_line(key: str, reason: str, detail: str) -> str:
+    return json.dumps({"key": key, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n"
+
+
+def _write_record(path: Path, made: _Made) -> None:
+    record = made.record and dataclasses.asdict(made.record) | {"rows": base64.b64encode(made.record.rows.tobytes()).decode()}
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"digest": made.digest, "record": record, "rejected": made.rejected}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_record(path: Path) -> tuple[str, ShardRecord | None, list[Rejected]]:
+    """(digest, record, rejected) of a finished shard."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    record = about["record"]
+    if record is not None:
+        rows = np.frombuffer(base64.b64decode(record["rows"]), ROW).copy()  # writable: write_index numbers the shards
+        record = ShardRecord(**record | {"rows": rows})
+    return about["digest"], record, [tuple(row) for row in about["rejected"]]
+
+
+# --- worker processes ---
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_parallel(
+    work: Callable[[J, Advance], R], jobs: Iterable[J], workers: int, advance: Advance
+) -> Generator[tuple[int, R], None, None]:
+    """(the job's number, `work(job, advance)`) of every job, as they are done, by so many processes; with 1 in this one.
+
+    Each process has one job, and one more job is fetched ahead. A single job is not worth a process. Raises what `work` raises.
+    """
+    jobs = iter(jobs)
+    first = list(itertools.islice(jobs, min(workers, 2)))
+    jobs = itertools.chain(first, jobs)
+    if len(first) < 2:
+        yield from ((number, work(job, advance)) for number, job in enumerate(jobs))
+        return
+    crew = _Crew(work, workers, advance)
     try:
-        for sample in samples:
-            if writer is None or count % size == 0:
-                if writer is not None:
-                    writer.close()
-                path = folder / f"shard-{count // size:06d}.tar"
-                writer = webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="")
-                yield path
-            writer.write(sample)
-            count += 1
+        for number, job in enumerate(jobs):
+            while not crew.has_room():
+                yield from crew.wait()
+            crew.give(number, job)
+            yield from crew.wait(timeout=0)
+        while crew.busy:
+            yield from crew.wait()
     finally:
-        if writer is not None:
-            writer.close()
+        crew.end()
+
+
+class _Crew:
+    """Worker processes, each behind a pipe of its own: where either end dies, the other one notices."""
+
+    def __init__(self, work: Callable[[Any, Advance], Any], size: int, advance: Advance) -> None:
+        self.work, self.size, self.advance = work, size, advance
+        self.processes: dict[Any, Any] = {}  # by their pipes
+        self.busy: dict[Any, int] = {}  # pipe: number of its job
+        # a fork of this process could inherit locks that its threads hold; a server without threads, which has imported all, may fork
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([__name__, *(["lhotse"] if "lhotse" in sys.modules else [])])
+
+    def has_room(self) -> bool:
+        return len(self.busy) < self.size
+
+    def give(self, number: int, job: Any) -> None:
+        pipe = next((pipe for pipe in self.processes if pipe not in self.busy), None) or self._start()
+        with suppress(OSError):  # where it has died, the next wait finds that
+            pipe.send(job)
+        self.busy[pipe] = number
+
+    def _start(self) -> Any:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs, self.work), daemon=True)
+        multiprocessing.resource_tracker.ensure_running()  # else it is started below, and unblocks SIGINT
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone; the server inherits this
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+        self.processes[ours] = process
+        return ours
+
+    def wait(self, timeout: float | None = None) -> Iterator[tuple[int, Any]]:
+        """What is done, once somebody says something."""
+        pipes: list[Any] = multiprocessing.connection.wait(list(self.busy), timeout)
+        for pipe in pipes:
+            try:
+                what, value = pipe.recv()
+            except (EOFError, OSError) as error:
+                process = self.processes[pipe]
+                process.join()
+                raise UserError(
+                    f"a worker process ended with {process.exitcode}: where memory ran out (-9), give fewer --workers; then run again"
+                ) from error
+            if what == "advance":
+                self.advance(value)
+            elif what == "done":
+                yield self.busy.pop(pipe), value
+            else:
+                raise value
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for pipe, process in self.processes.items():
+            process.join()
+            pipe.close()
+
+
+def _serve(pipe: Any, work: Callable[[Any, Advance], Any]) -> None:
+    """A worker's life: until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        while True:
+            job, teller = pipe.recv(), _Teller(pipe)
+            try:
+                answer: tuple[str, Any] = ("done", work(job, teller))
+                teller.tell()
+            except (UserError, ConnectionError) as error:
+                answer = ("failed", error)
+            except Exception:
+                answer = ("failed", RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
+            pipe.send(answer)
+    except (EOFError, OSError):  # nobody is there any more
+        return
+
+
+class _Teller:
+    """A worker's `advance`: tells the parent at times, who would else do nothing but listen to many workers."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.count, self.told = pipe, 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self.count += count
+        if time.monotonic() - self.told >= TELL_EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        if self.count:
+            self.pipe.send(("advance", self.count))
+        self.count, self.told = 0, time.monotonic()
+
+
+def _end_with_parent() -> None:
+    """A killed parent's worker ends at once, in the middle of its utterance too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from asrllm.audio.reader import Reader, SampleError
+from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
 from asrllm.data.plan import Item
@@ -30,33 +29,37 @@ class DecodingOptions:
 
 
 def decode_corpus(
-    model: AsrLlmModel, corpus: Corpus, options: DecodingOptions, normalize: Callable[[str], str]
+    model: AsrLlmModel,
+    corpus: Corpus,
+    options: DecodingOptions,
+    normalize: Callable[[str], str],
+    cache: ShardCache,
 ) -> tuple[list[Transcript], float]:
     """Every rank's share of the corpus decoded: (transcripts in the corpus's order, seconds of audio decoded in a second)."""
     batches = make_batches(corpus, options.max_batch_duration)
     mine = batches[distributed.rank() :: distributed.world_size()]
-    reader, began = Reader([corpus], limits=model.config.sample_limits()), time.monotonic()
+    reader, began = Reader([corpus], limits=model.config.sample_limits(), cache=cache), time.monotonic()
     decoded: list[tuple[int, Transcript]] = []
     with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0) as bar:
         for batch in mine:
             decoded += zip(batch, decode_batch(model, reader, batch, options, normalize), strict=True)
             bar.advance(len(batch))
-    everything = gather(decoded)
+    everything = [pair for rank in distributed.gather_objects(decoded) for pair in rank]
     transcripts = [transcript for _, transcript in sorted(everything, key=lambda pair: pair[0])]
     _check_keys(corpus, transcripts)
     return transcripts, sum(t.duration for t in transcripts) / max(time.monotonic() - began, 1e-9)
 
 
 def make_batches(corpus: Corpus, max_duration: float) -> list[list[int]]:
-    """Rows of the corpus, longest first, in batches of at most `max_duration` seconds, padding included."""
-    seconds = corpus.index.rows["samples"][corpus.rows] / RATE
+    """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included."""
+    seconds = corpus.index.rows["samples"] / RATE
     batches: list[list[int]] = []
     longest = 0.0
     for i in (-seconds).argsort(kind="stable"):
         if not batches or longest * (len(batches[-1]) + 1) > max_duration:
             batches.append([])
             longest = float(seconds[i])
-        batches[-1].append(int(corpus.rows[i]))
+        batches[-1].append(int(i))
     return batches
 
 
@@ -82,15 +85,6 @@ def decode_batch(
         )
         for s, text in zip(samples, texts, strict=True)
     ]
-
-
-def gather(mine: list[Any]) -> list[Any]:
-    """The lists of all ranks, joined, on every rank."""
-    if not dist.is_initialized() or distributed.world_size() == 1:
-        return mine
-    lists: list[list[Any]] = [[] for _ in range(distributed.world_size())]
-    dist.all_gather_object(lists, mine)
-    return [item for part in lists for item in part]
 
 
 def _check_keys(corpus: Corpus, transcripts: Sequence[Transcript]) -> None:

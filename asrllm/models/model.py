@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from asrllm.audio.augment import mask_features
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.errors import UserError
@@ -67,9 +68,13 @@ class AsrLlmModel(PreTrainedModel):
         cu_seqlens: Tensor,
         target_positions: Tensor,
         targets: Tensor,
+        masks: Tensor | None = None,
+        time_masks: int = 0,
     ) -> StepOutput:
         """A packed batch (see PackedBatch for the shapes) -> summed loss. Logits exist for the supervised positions alone."""
         features, lengths = self.audio_encoder.features(waves, wave_lengths)
+        if masks is not None and masks.shape[1]:
+            features = mask_features(features, lengths, masks, time_masks)
         embeddings = self._embed(input_ids, self.encode(features, lengths))
         longest = int(cu_seqlens.diff().max())
         output = self.llm(

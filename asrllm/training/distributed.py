@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from typing import Any
 
 import deepspeed
 import torch
@@ -56,6 +57,15 @@ def finish() -> None:
 def sum_over_ranks(values: Tensor) -> Tensor:
     dist.all_reduce(values)
     return values
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """What every rank gives, in the order of the ranks, on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [mine]
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, mine)
+    return everywhere
 
 
 def barrier() -> None:

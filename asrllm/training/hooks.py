@@ -39,18 +39,20 @@ class Metrics:
         self.sinks, self.every, self.max_bad_share = sinks, every, max_bad_share
         self.sums, self.since, self.steps = StepSums(), time.monotonic(), 0
         self.seen = self.bad = 0.0
+        self.unreadable: list[str] = []  # by this rank
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
         self.sums, self.steps = self.sums + sums, self.steps + 1
         for batch in loaded.micro_batches:
             for message in batch.bad:
                 print(f"unreadable: {message}", file=sys.stderr, flush=True)
-        if trainer.step % self.every and trainer.step != trainer.total_steps:
+                self.unreadable.append(message)
+        if trainer.step % self.every and not trainer.last:
             return
         total, seconds = self.sums.over_ranks(trainer.device), time.monotonic() - self.since
         self.write(train_record(trainer, loaded.epoch, total, seconds, self.steps))
         self.sums, self.since, self.steps = StepSums(), time.monotonic(), 0
-        self._check_bad(total)
+        self._check_bad(total, trainer.exp_dir)
 
     def write(self, record: Record) -> None:
         for sink in self.sinks:
@@ -63,13 +65,18 @@ class Metrics:
         yield
         self.since += time.monotonic() - began
 
-    def _check_bad(self, total: StepSums) -> None:
+    def _check_bad(self, total: StepSums, exp_dir: Path) -> None:
         self.seen, self.bad = self.seen + total.utterances + total.bad, self.bad + total.bad
-        if self.bad > self.max_bad_share * max(self.seen, BAD_SHARE_OVER):
-            raise UserError(
-                f"{self.bad:.0f} of {self.seen:.0f} utterances could not be read, more than data.max_bad_share={self.max_bad_share} "
-                "allows: see the lines that begin with 'unreadable'"
-            )
+        if self.bad <= self.max_bad_share * max(self.seen, BAD_SHARE_OVER):
+            return
+        everywhere = distributed.gather_objects(self.unreadable)
+        lines = [line for rank in everywhere for line in rank]
+        if distributed.rank() == 0:
+            write_whole(exp_dir / "unreadable.txt", "".join(f"{line}\n" for line in lines))
+        raise UserError(
+            f"{self.bad:.0f} of {self.seen:.0f} utterances could not be read, more than data.max_bad_share={self.max_bad_share} allows: "
+            f"{exp_dir / 'unreadable.txt'} lists them; the first: {lines[0]}"
+        )
 
     def at_end(self, trainer: Trainer) -> None:
         for sink in self.sinks:
@@ -195,7 +202,7 @@ class Validation:
         self.sets, self.metrics, self.every = sets, metrics, every
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
-        if trainer.step % self.every == 0 or trainer.step == trainer.total_steps:
+        if trainer.step % self.every == 0 or trainer.last:
             with self.metrics.beside_training():
                 self.run(trainer)
 
@@ -227,7 +234,7 @@ class Checkpoints:
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
         if loaded.position.epoch != loaded.epoch:
             self.save(trainer, f"epoch-{loaded.position.epoch}")
-        if trainer.step % self.every == 0 or trainer.step == trainer.total_steps:
+        if trainer.step % self.every == 0 or trainer.last:
             self.save(trainer, f"checkpoint-{trainer.step}")
             if distributed.rank() == 0:
                 prune(trainer.exp_dir, self.keep)
@@ -242,14 +249,15 @@ class Checkpoints:
 
 
 class Trace:
-    """exp_dir/keys-rank{r}.jsonl: which utterances this rank trained on, step by step."""
+    """exp_dir/keys-rank{r}.jsonl: which utterances this rank trained on, step by step, and with which prompts."""
 
     def __init__(self, exp_dir: Path, step: int) -> None:
         self.file = reopen_log(exp_dir / f"keys-rank{distributed.rank()}.jsonl", step)
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
-        keys = [key for batch in loaded.micro_batches for key in batch.keys]
-        self.file.write(json.dumps({"step": trainer.step, "keys": keys}, ensure_ascii=False) + "\n")
+        batches = loaded.micro_batches
+        keys, prompts = ([value for batch in batches for value in getattr(batch, name)] for name in ("keys", "prompts"))
+        self.file.write(json.dumps({"step": trainer.step, "keys": keys, "prompts": prompts}, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def at_end(self, trainer: Trainer) -> None:

@@ -3,7 +3,7 @@
 import math
 
 
-def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> float:
+def warmup_cosine(step: float, *, total: int, warmup: int, floor: float = 0.0) -> float:
     """Factor on the peak learning rate for step 0, 1, ...: linear from 1/warmup to 1, then half a cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup

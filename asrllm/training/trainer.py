@@ -1,6 +1,7 @@
 """The training loop."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from asrllm.training.config import TrainerConfig
 from asrllm.training.engine import set_lr
 from asrllm.training.schedule import warmup_cosine
 
-MODEL_INPUTS = ("waves", "wave_lengths", "input_ids", "position_ids", "cu_seqlens", "target_positions", "targets")
+MODEL_INPUTS = ("waves", "wave_lengths", "input_ids", "position_ids", "cu_seqlens", "target_positions", "targets", "masks", "time_masks")
 
 
 @dataclass(kw_only=True)
@@ -61,7 +62,10 @@ class Hook(Protocol):
 
 @dataclass(kw_only=True)
 class Trainer:
-    """step: optimizer steps done; position: where the data goes on; total_steps: where the schedule ends."""
+    """step: optimizer steps done; position: where the data goes on; last: whether the step just done was the last of the training.
+
+    total_steps: where the training ends; an estimate where it ends with an epoch.
+    """
 
     engine: deepspeed.DeepSpeedEngine
     config: TrainerConfig
@@ -72,30 +76,44 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     step: int = 0
     position: Position = field(default_factory=Position)
+    last: bool = False
     grad_norm: float | None = None
     lr: float = 0.0
 
     def fit(self, steps: Callable[[Position], Iterator[LoadedStep]]) -> None:
-        """Train from self.step to total_steps. steps: the data from a position on."""
+        """Train from self.step and self.position to the end. steps: the data from a position on."""
         self.engine.train()
-        if self.step < self.total_steps:
-            stream = steps(self.position)
-            while self.step < self.total_steps:
-                began = time.monotonic()
-                loaded = next(stream)
-                self.position, waited = loaded.position, time.monotonic() - began
-                sums = self.train_step(loaded)
-                sums.data_wait = waited
-                for hook in self.hooks:
-                    hook.after_step(self, loaded, sums)
+        stream, self.last = steps(self.position), self._is_over()
+        while not self.last:
+            began = time.monotonic()
+            loaded = next(stream)
+            self.position, waited = loaded.position, time.monotonic() - began
+            sums = self.train_step(loaded)
+            sums.data_wait = waited
+            self.last = self._is_over()
+            for hook in self.hooks:
+                hook.after_step(self, loaded, sums)
         for hook in self.hooks:
             hook.at_end(self)
+
+    def _is_over(self) -> bool:
+        """After num_steps or num_epochs, whichever comes first."""
+        steps, epochs = self.config.num_steps, self.config.num_epochs
+        return (steps is not None and self.step >= steps) or (epochs is not None and self.position.epoch >= epochs)
+
+    def _schedule_step(self, loaded: LoadedStep) -> float:
+        """Where in the schedule the step stands, in steps. By the share of the epochs that is done where they end the training, since how
+        many steps those have is known for certain only when they are over, and changes with the number of ranks."""
+        if self.config.num_epochs is None or self.step < self.config.warmup_steps:
+            return self.step
+        by_epochs = loaded.before / self.config.num_epochs
+        return max(by_epochs, self.step / (self.config.num_steps or math.inf)) * self.total_steps
 
     def train_step(self, loaded: LoadedStep) -> StepSums:
         """One optimizer step. The loss is the sum over all supervised tokens of all ranks and micro-batches, divided by their number."""
         seed_step(self.seed, self.step, distributed.rank())
         self.lr = self.config.lr * warmup_cosine(
-            self.step, total=self.total_steps, warmup=self.config.warmup_steps, floor=self.config.min_lr_ratio
+            self._schedule_step(loaded), total=self.total_steps, warmup=self.config.warmup_steps, floor=self.config.min_lr_ratio
         )
         set_lr(self.engine, self.lr)
         micro_batches = [batch.to(self.device) for batch in loaded.micro_batches]

@@ -139,6 +139,7 @@ def train(work: Path, exp: Path, steps: int) -> None:
         "model.audio_encoder_projector_ds_rate=5",
         f"data.train_data_config={work / 'train.yaml'}",
         f"data.valid_data_config={work / 'valid.yaml'}",
+        "data.filter.min_duration=0.1",
         "data.sampler.max_tokens=330",
         "data.sampler.max_utterances=32",
         "data.num_workers=1",

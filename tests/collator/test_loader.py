@@ -10,8 +10,9 @@ from asrllm.collator.batch import Collator, pad_left
 from asrllm.collator.chat import ChatRenderer
 from asrllm.collator.loader import PlannedDataset, steps
 from asrllm.data.config import SamplerConfig
-from asrllm.data.corpora import read_corpora
+from asrllm.data.corpora import make_corpus, read_corpora
 from asrllm.data.plan import Plan, Position
+from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.testing import tiny_tokenizer
 
@@ -20,10 +21,10 @@ AUDIO = "<|AUDIO|>"
 
 @pytest.fixture
 def corpora(world):
-    return read_corpora(world.root / "train.yaml", filters=None, cache=world.root)
+    return read_corpora(world.root / "train.yaml", filters=None, made=world.root)
 
 
-def make(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1):  # noqa: B008 (frozen)
+def make(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1, accumulation=2, **reading):  # noqa: B008 (frozen)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AUDIO], special_tokens=True)
     plan = Plan(
@@ -32,16 +33,34 @@ def make(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1):  
         audio_tokens=lambda n: n // 1600,
         seed=0,
     )
-    collator = Collator(ChatRenderer(tokenizer, AUDIO), ["A.", "B.", "C."], num_audio_tokens=lambda n: n // 1600, seed=0)
-    dataset = PlannedDataset(Reader(corpora), collator)
-    return list(steps(plan, dataset, start, rank=rank, ranks=ranks, accumulation=2, epochs=epochs, num_workers=num_workers))
+    prompts = [Prompt(text=text) for text in ("A.", "B.", "C.")]
+    collator = Collator(ChatRenderer(tokenizer, AUDIO), prompts, num_audio_tokens=lambda n: n // 1600, seed=0)
+    dataset = PlannedDataset(Reader(corpora, **reading), collator)
+    options = {"rank": rank, "ranks": ranks, "accumulation": accumulation, "epochs": epochs, "num_workers": num_workers}
+    return list(steps(plan, dataset, start, **options))
+
+
+def keys_of(loaded):
+    return [key for step in loaded for batch in step.micro_batches for key in batch.keys]
+
+
+def damaged(corpus, *rows):
+    """The corpus with rows that point to somewhere else in the tar."""
+    table = np.array(corpus.index.rows)
+    table["offset"][list(rows)] += 1
+    return replace(corpus, index=replace(corpus.index, rows=table))
+
+
+def only(corpus, count):
+    """A corpus of the first rows."""
+    return make_corpus(corpus.name, replace(corpus.index, rows=corpus.index.rows[:count], starts=np.array([0, count])), None)
 
 
 def assert_same(a, b):
     for x, y in zip(a, b, strict=True):
-        assert (x.position, x.epoch) == (y.position, y.epoch)
+        assert (x.position, x.epoch, x.before) == (y.position, y.epoch, y.before)
         for m, n in zip(x.micro_batches, y.micro_batches, strict=True):
-            assert m.keys == n.keys
+            assert (m.keys, m.prompts) == (n.keys, n.prompts)
             assert torch.equal(m.input_ids, n.input_ids)
             assert torch.equal(m.waves, n.waves)
 
@@ -57,8 +76,18 @@ def test_going_on_gives_the_rest(corpora):
 
 
 def test_ranks_together_read_everything_once(corpora):
-    keys = [key for rank in range(3) for step in make(corpora, rank=rank, ranks=3) for b in step.micro_batches for key in b.keys]
+    keys = [key for rank in range(3) for key in keys_of(make(corpora, rank=rank, ranks=3))]
     assert sorted(keys) == [f"utt{i:04d}" for i in range(60)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_world_size_reads_what_is_left_of_the_epoch_once(corpora, workers):
+    """Three ranks stop after two steps, two go on."""
+    first = [make(corpora, rank=rank, ranks=3, num_workers=workers)[:2] for rank in range(3)]
+    position = first[0][-1].position
+    rest = [make(corpora, rank=rank, ranks=2, num_workers=workers, start=position) for rank in range(2)]
+    assert sorted(key for rank in first + rest for key in keys_of(rank)) == [f"utt{i:04d}" for i in range(60)]
+    assert all(rank[-1].position == Position(epoch=1) for rank in rest)
 
 
 def test_a_batch_is_one_row_of_true_tokens(corpora):
@@ -72,33 +101,48 @@ def test_a_batch_is_one_row_of_true_tokens(corpora):
 
 
 def test_a_filler_has_no_targets_and_no_key(corpora):
-    small = [replace(corpora[0], rows=corpora[0].rows[:1])]
-    (first,), (second,) = (make(small, rank=rank) for rank in range(2))
+    (first,), (second,) = (make([only(corpora[0], 1)], rank=rank) for rank in range(2))
     batches = first.micro_batches + second.micro_batches
     assert [len(b.keys) for b in batches] == [1, 0, 0, 0]
     assert [len(b.targets) > 0 for b in batches] == [True, False, False, False]
 
 
-def test_an_unreadable_utterance_is_named_and_the_batch_goes_on(corpora):
-    rows = np.array(corpora[0].index.rows)
-    rows["offset"][7] += 300
-    broken = [replace(corpora[0], index=replace(corpora[0].index, rows=rows))]
-    batches = [b for rank in range(2) for step in make(broken, rank=rank) for b in step.micro_batches]
-    assert sum(len(b.keys) for b in batches) == 59
-    (message,) = [m for b in batches for m in b.bad]
+@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 2), (1, 1)])
+def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(corpora, ranks, accumulation):
+    options = {"ranks": ranks, "accumulation": accumulation}
+    whole, broken = (
+        [b for rank in range(ranks) for step in make([corpus], rank=rank, **options) for b in step.micro_batches]
+        for corpus in (corpora[0], damaged(corpora[0], 7))
+    )
+    assert [len(b.keys) for b in broken] == [len(b.keys) for b in whole]  # no batch is smaller for it
+    keys = [key for b in broken for key in b.keys]
+    assert "utt0007" not in keys
+    assert len(set(keys)) == 59
+    (message,) = [m for b in broken for m in b.bad]
     assert "utterance 7 of train" in message
 
 
-def test_a_batch_of_unreadable_utterances_gets_a_spare(corpora):
-    rows = np.array(corpora[0].index.rows)
-    rows["offset"][0] += 300
-    broken = replace(corpora[0], index=replace(corpora[0].index, rows=rows), rows=np.arange(3))
-    only = replace(broken, rows=np.array([0, 1, 2]))
-    batches = [b for rank in range(2) for step in make([only], rank=rank, ranks=2) for b in step.micro_batches]
-    assert sorted(key for b in batches for key in b.keys) == ["utt0001", "utt0002"]
-    assert all(len(b.waves) for b in batches)
+def test_what_neither_it_nor_its_spares_can_be_read_is_left_out_and_without_any_the_run_stops(corpora):
+    few = only(corpora[0], 20)
+    options = {"ranks": 1, "accumulation": 1}
+    keys = keys_of(make([damaged(few, *range(12))], **options))
+    assert set(keys) <= {f"utt{i:04d}" for i in range(12, 20)}
+    assert len(keys) < 20
     with pytest.raises(UserError, match="in a row cannot be read"):
-        make([replace(broken, rows=np.array([0]))])
+        make([damaged(few, *range(20))], **options)
+
+
+def test_the_prompt_is_the_samples_own_else_its_corpuss_else_drawn(corpora):
+    drawn = [prompt for step in make(corpora) for b in step.micro_batches for prompt in b.prompts]
+    assert set(drawn) == {"A.", "B.", "C."}
+    own = [replace(corpora[0], prompts=(Prompt(text="Of the corpus."),))]
+    assert {prompt for step in make(own) for b in step.micro_batches for prompt in b.prompts} == {"Of the corpus."}
+
+
+def test_the_transcript_is_normalised(corpora):
+    first, other = (make(corpora, normalize=normalize)[0].micro_batches[0] for normalize in (str, str.upper))
+    assert first.keys == other.keys
+    assert not torch.equal(first.input_ids, other.input_ids)
 
 
 def test_padding_for_decoding_stands_left():

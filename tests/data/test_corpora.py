@@ -1,46 +1,50 @@
 import json
+import os
 
 import pytest
 
 from asrllm.data.config import FilterConfig
 from asrllm.data.corpora import read_corpora
+from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.testing import data_config
 from tests.data.test_sources import write_cuts
 
-FILTERS = FilterConfig(min_duration=0.0, max_duration=30.0, max_bytes_per_second=1000.0)
+FILTERS = FilterConfig(min_duration=0.0, max_duration=30.0, max_chars_per_second=1000.0)
 
 
 def read(tmp_path, *entries, filters=FILTERS):
-    return read_corpora(data_config(tmp_path / "data.yaml", entries), filters=filters, cache=tmp_path / "cache")
+    return read_corpora(data_config(tmp_path / "data.yaml", entries), filters=filters, made=tmp_path / "made")
 
 
 def test_shards_with_all_their_keys(tmp_path, world):
-    entry = {"name": "n", "shards": str(world.shards), "hours": 0.01, "weights": 2, "lang": "en", "prompts": ["Say."]}
+    prompts = ["Say.", {"prompt": "Schreib.", "weight": 2, "lang": "de"}]
+    entry = {"name": "n", "shards": str(world.shards), "hours": 0.01, "weights": 2, "lang": "en", "prompts": prompts}
     (corpus,) = read(tmp_path, entry)
-    assert (corpus.name, corpus.weight, corpus.lang, corpus.prompts) == ("n", 2.0, "en", ("Say.",))
-    assert len(corpus.rows) == len(corpus.index) == 60
+    assert (corpus.name, corpus.weight, corpus.lang, corpus.hours) == ("n", 2.0, "en", 0.01)
+    assert corpus.prompts == (Prompt(text="Say."), Prompt(text="Schreib.", weight=2.0, lang="de"))
+    assert corpus.kept == len(corpus.index) == 60
 
 
 def test_a_manifest_becomes_shards_once(tmp_path):
     manifest = write_cuts(tmp_path / "cuts")
     (corpus,) = read(tmp_path, {"manifest": str(manifest)})
-    assert len(corpus.rows) == 3
+    assert corpus.kept == 3
     (shard,) = corpus.index.shards
-    made = shard.stat().st_mtime_ns
+    made = os.stat(shard).st_mtime_ns
     (again,) = read(tmp_path, {"manifest": str(manifest)})
-    assert (again.index.shards[0], again.index.shards[0].stat().st_mtime_ns) == (shard, made)
+    assert (again.index.shards[0], os.stat(again.index.shards[0]).st_mtime_ns) == (shard, made)
 
 
 def test_filters_drop_and_say_how_many(tmp_path, world, caplog):
-    filters = FilterConfig(min_duration=0.5, max_duration=1.0, max_bytes_per_second=14.0)
+    filters = FilterConfig(min_duration=0.5, max_duration=1.0, max_chars_per_second=14.0)
     (corpus,) = read(tmp_path, {"shards": str(world.shards)}, filters=filters)
-    rows = corpus.index.rows[corpus.rows]
-    assert 0 < len(rows) < 60
+    rows = corpus.index.rows[corpus.passes(corpus.index.rows)]
+    assert 0 < len(rows) == corpus.kept < 60
+    assert corpus.kept_hours == pytest.approx(rows["samples"].sum() / 16000 / 3600)
     assert rows["samples"].min() >= 8000
     assert rows["samples"].max() <= 16000
-    assert "data.filter drops" in caplog.text
-    assert "too_short" in caplog.text
+    assert f"data.filter leaves {corpus.kept} of 60 utterances; dropped: {corpus.dropped['too_short']} too_short" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -55,9 +59,10 @@ def test_filters_drop_and_say_how_many(tmp_path, world, caplog):
         ([{"shards": "SHARDS", "weights": 0}], "weights=0.0 must be above 0"),
         ([{"shards": "SHARDS", "weights": "abc"}], "weights='abc' has the wrong type"),
         ([{"shards": "SHARDS", "weights": 0.001}], "no utterance is left"),
+        ([{"shards": "SHARDS", "hours": 0}], "hours=0 must be above 0"),
         ([{"shards": "SHARDS", "hours": [1]}], "hours=\\[1\\] has the wrong type"),
         ([{"shards": "SHARDS", "prompts": "Say."}], "prompts='Say.' has the wrong type"),
-        ([{"shards": "SHARDS", "prompts": [1]}], "must be a list of texts"),
+        ([{"shards": "SHARDS", "prompts": [1]}], "is neither a text"),
         ([{"shards": "SHARDS", "name": "../x"}], "becomes a part of file names"),
         ([{"shards": 5}], "shards=5 has the wrong type"),
     ],
@@ -70,7 +75,7 @@ def test_a_wrong_data_config_is_one_sentence(tmp_path, world, entries, message):
 
 def test_a_missing_and_a_broken_data_config_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"no\.yaml' does not exist"):
-        read_corpora(tmp_path / "no.yaml", filters=None, cache=tmp_path)
+        read_corpora(tmp_path / "no.yaml", filters=None, made=tmp_path)
     (tmp_path / "broken.yaml").write_text("- {shards: ")
     with pytest.raises(UserError, match="is not valid YAML"):
-        read_corpora(tmp_path / "broken.yaml", filters=None, cache=tmp_path)
+        read_corpora(tmp_path / "broken.yaml", filters=None, made=tmp_path)

@@ -1,17 +1,24 @@
 import io
 import json
-import tarfile
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import soundfile
 import webdataset
 
-from asrllm.data.index import RATE, open_index, scan_tar, write_index
-from asrllm.data.shards import write_shards
-from asrllm.data.sources import Utterance, read_kaldi
+from asrllm.data.index import open_index, scan_tar
+from asrllm.data.shards import SeenKeys, hash_keys, make_sample, run_parallel, write_shards
+from asrllm.data.sources import Utterance, read_kaldi, read_nemo
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
+from tests.conftest import REPOSITORY, clean_environment
 
 
 def utterance(key="a", text="one", wave=None, rate=16000, **more):
@@ -19,8 +26,41 @@ def utterance(key="a", text="one", wave=None, rate=16000, **more):
     return Utterance(key=key, text=text, load=lambda: (wave, rate), **more)
 
 
+@dataclass(frozen=True)
+class Tone:
+    """Loads a tone; picklable, and says what it is."""
+
+    word: str
+
+    def __call__(self):
+        return tone(self.word, 0.2), 16000
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """What kills the process that loads it."""
+
+    def __call__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tones(count):
+    return [Utterance(key=f"k{i}", text=f"text {i}", load=Tone("one" if i % 2 else "two")) for i in range(count)]
+
+
 def rejected(folder):
     return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def keys(folder):
+    return [sample.key for path in sorted(folder.glob("*.tar")) for sample in scan_tar(path)]
+
+
+# --- what is written ---
 
 
 def test_shards_hold_what_the_source_holds_and_webdataset_reads_them(tmp_path):
@@ -32,7 +72,7 @@ def test_shards_hold_what_the_source_holds_and_webdataset_reads_them(tmp_path):
         fields={"lang": "en"},
     )
     assert summary.rejected == {}
-    assert [p.name for p in summary.index.shards] == [f"shard-{i:06d}.tar" for i in range(3)]
+    assert summary.index.shards == [str(tmp_path / "out" / f"shard-{i:06d}.tar") for i in range(3)]
     urls = str(tmp_path / "out" / "shard-{000000..000002}.tar")
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert [s["json"]["text"] for s in read] == [words for words, _ in sentences]
@@ -47,26 +87,37 @@ def test_shards_hold_what_the_source_holds_and_webdataset_reads_them(tmp_path):
     np.testing.assert_allclose(flac, wave, atol=1e-4)
 
 
-def test_the_index_finds_every_sample(tmp_path):
-    sentences = tone_sentences(5)
-    write_shards(tmp_path / "out", read_kaldi(kaldi_directory(tmp_path / "kaldi", sentences)), utterances_per_shard=2)
-    index = open_index(tmp_path / "out")
-    assert index.rows.dtype.itemsize == 20
-    for row, (words, wave) in zip(index.rows, sentences, strict=True):
-        data = index.shards[row["shard"]].read_bytes()[int(row["offset"]) :][: int(row["size"])]
-        (tmp_path / "piece.tar").write_bytes(data)
-        (sample,) = scan_tar(tmp_path / "piece.tar")
-        assert sample.fields["text"] == words
-        assert row["samples"] == len(wave)
-        assert row["text_bytes"] == len(words)
+def test_the_fields_of_a_sample_stand_in_one_order():
+    fields = {"hotwords": ["x"], "task": "asr", "prompt": "p", "speaker": "s", "corpus": "mine"}
+    sample = make_sample(utterance("a.b", fields=fields), {"lang": "en", "corpus": "other"})
+    assert sample["__key__"] == "a_b"
+    about = json.loads(sample["json"])
+    assert list(about) == ["text", "duration", "sampling_rate", "lang", "corpus", "speaker", "prompt", "task", "hotwords"]
+    assert about["corpus"] == "mine"
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path):
-    kaldi = kaldi_directory(tmp_path / "kaldi", tone_sentences(5))
-    for name, workers in (("a", 1), ("b", 3)):
-        write_shards(tmp_path / name, read_kaldi(kaldi), utterances_per_shard=2, workers=workers)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+def test_files_are_kept_as_they_are(tmp_path):
+    """A whole file keeps its bytes; what is cut out of one, or of another format, becomes FLAC."""
+    wave = tone("one", 0.5)
+    for suffix, kind in (("wav", "WAV"), ("flac", "FLAC"), ("ogg", "OGG"), ("mp3", "MP3"), ("aiff", "AIFF")):
+        soundfile.write(tmp_path / f"{suffix}.{suffix}", wave, 16000, format=kind)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    (tmp_path / "m.json").write_text(
+        "".join(
+            json.dumps({"audio_filepath": name, "text": "one"} | more) + "\n"
+            for name, more in (
+                ("wav.wav", {}), ("flac.flac", {}), ("ogg.ogg", {}), ("mp3.mp3", {}), ("aiff.aiff", {}), ("broken.wav", {}),
+                ("wav.wav", {"offset": 0.1, "duration": 0.2}),
+            )
+        )
+    )  # fmt: skip
+    summary = write_shards(tmp_path / "out", read_nemo(tmp_path / "m.json"), codec="keep")
+    assert summary.rejected == {"unreadable_audio": 1}
+    samples = {sample.key: sample for sample in scan_tar(summary.index.shards[0])}
+    for suffix in ("wav", "flac", "ogg", "mp3"):
+        assert samples[suffix].extension == suffix
+        assert samples[suffix].audio == (tmp_path / f"{suffix}.{suffix}").read_bytes()
+    assert samples["aiff"].extension == samples["wav-100"].extension == "flac"
 
 
 @pytest.mark.parametrize(
@@ -74,11 +125,16 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     [
         (utterance("bad", text="  "), "empty_text"),
         (utterance("bad", text="x" * 10_001), "long_text"),
+        (utterance("bad", text="\ud800"), "broken_text"),
         (utterance("bad", wave=np.zeros(0, np.float32)), "empty_audio"),
         (utterance("bad", wave=np.full(9, np.nan, np.float32)), "non_finite_audio"),
         (utterance("bad", duration=0.7), "duration_mismatch"),
         (utterance("good"), "duplicate_key"),
+        (utterance("", text="x"), "bad_key"),
+        (utterance("a\nb", text="x"), "bad_key"),
         (utterance("bad", rate=700_000), "not_encodable"),
+        (utterance("bad", problem=("not_one_turn", "many")), "not_one_turn"),
+        (Utterance(key="bad", text="one"), "missing_audio"),
     ],
 )
 def test_what_is_unfit_is_rejected_with_its_key_and_reason(tmp_path, bad, reason):
@@ -96,13 +152,50 @@ def test_unreadable_audio_is_rejected_with_its_key(tmp_path):
     write_shards(tmp_path / "out", read_kaldi(kaldi))
     assert [(r["key"], r["reason"]) for r in rejected(tmp_path / "out")] == [
         ("utt0001", "unreadable_audio"),
-        ("utt0002", "unreadable_audio"),
+        ("utt0002", "missing_audio"),
     ]
+
+
+def test_a_shard_whose_utterances_are_all_rejected_is_left_out(tmp_path):
+    utterances = [utterance(str(i), text="" if i in (2, 3, 4) else "one") for i in range(6)]
+    index = write_shards(tmp_path / "out", utterances, utterances_per_shard=2).index
+    assert [os.path.basename(shard) for shard in index.shards] == ["shard-000000.tar", "shard-000002.tar"]
+    assert index.starts.tolist() == [0, 2, 3]
+    assert keys(tmp_path / "out") == ["0", "1", "5"]
+    assert [row["key"] for row in rejected(tmp_path / "out")] == ["2", "3", "4"]
+
+
+def test_a_seed_shuffles_the_utterances(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", None)):
+        write_shards(tmp_path / name, tones(9), utterances_per_shard=4, seed=seed)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    orders = [keys(tmp_path / name) for name in "acd"]
+    assert orders[0] != orders[1] != orders[2] == [f"k{i}" for i in range(9)]
+    assert {frozenset(order) for order in orders} == {frozenset(orders[2])}
+
+
+def test_seen_keys_are_those_of_a_set():
+    rng = np.random.default_rng(0)
+    seen, known = SeenKeys(), set()
+    for _ in range(200):
+        some = [str(n) for n in rng.integers(0, 5000, rng.integers(0, 60))]
+        expected = []
+        for key in some:
+            expected.append(key in known)
+            known.add(key)
+        assert seen.add(hash_keys(some)).tolist() == expected
+    assert sum(map(len, seen.runs)) == len(known)
+    assert len(seen.runs) < 14
+
+
+# --- nothing half-written ---
 
 
 def test_nothing_is_left_where_nothing_could_be_written(tmp_path):
     with pytest.raises(UserError, match=r"no utterance could be written.*1 empty_text"):
         write_shards(tmp_path / "out", [utterance(text="")])
+    with pytest.raises(UserError, match=r"the source has no utterance"):
+        write_shards(tmp_path / "out", [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,39 +205,161 @@ def test_shards_are_never_written_over_others(tmp_path):
         write_shards(tmp_path / "out", [utterance()])
 
 
-def test_an_interrupted_writing_leaves_no_shard_directory(tmp_path):
-    def interrupted():
-        yield utterance()
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_shards(tmp_path / "file" / "out", [utterance()])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("line 5 is broken")])
+def test_an_error_leaves_finished_shards_and_nothing_else(tmp_path, caplog, error):
+    def source(count):
+        yield from tones(count)
+        raise error
+
+    with pytest.raises(type(error)):
+        write_shards(tmp_path / "out", source(1), utterances_per_shard=2)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(type(error)):
+        write_shards(tmp_path / "out", source(5), utterances_per_shard=2)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert "2 finished shards are kept" in caplog.text
+    advanced, kept = [], []
+    summary = write_shards(tmp_path / "out", tones(7), utterances_per_shard=2, advance=advanced.append, keep=kept.append)
+    assert (summary.kept, sum(advanced), kept) == (2, 3, [2, 2])
+    write_shards(tmp_path / "whole", tones(7), utterances_per_shard=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def interrupted(out, utterances, **more):
+    """Leave the shards of all these utterances, finished, and the work interrupted."""
+
+    def source():
+        yield from utterances
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(tmp_path / "out", interrupted())
-    assert not (tmp_path / "out").exists()
+        write_shards(out, source(), utterances_per_shard=2, **more)
 
 
-def test_tars_of_others_are_indexed(tmp_path):
-    """wenet's form: KEY.wav + KEY.txt, in a folder inside the tar, with the names of directories among the members."""
-    for i in range(2):
-        soundfile.write(tmp_path / f"{i}.wav", tone("two", 0.25 * (i + 1), 8000), 8000)
-        (tmp_path / f"{i}.txt").write_text("二\n", encoding="utf-8")
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        folder = tarfile.TarInfo("d")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name in ("0.wav", "0.txt", "1.txt", "1.wav"):
-            tar.add(tmp_path / name, f"d/{name}")
-    index = write_index(tmp_path, [tmp_path / "x.tar"])
-    assert index.rows["samples"].tolist() == [0.25 * RATE, 0.5 * RATE]
-    assert index.rows["text_bytes"].tolist() == [3, 3]
-    assert [s.key for s in scan_tar(tmp_path / "x.tar")] == ["d/0", "d/1"]
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda out, u: None, 3),
+        (lambda out, u: u.insert(0, utterance("new")), 0),  # every shard has other utterances now
+        (lambda out, u: u.__setitem__(2, utterance("k2", "another text")), 2),
+        (lambda out, u: u.__setitem__(slice(1, None), []), 0),  # fewer shards than before
+        (lambda out, u: (out / "shards" / "shard-000001.tar").unlink(), 2),
+        (lambda out, u: (out / "shards" / "shard-000001.tar").write_bytes(b"x"), 2),
+        (lambda out, u: (out / "records" / "shard-000001.json").unlink(), 2),
+        (lambda out, u: (out / "shards" / "shard-000001.tar.7").write_bytes(b"x"), 3),
+    ],
+)
+def test_only_shards_of_the_same_source_are_kept(tmp_path, change, kept):
+    utterances = tones(6)
+    interrupted(tmp_path / "out", utterances)
+    change(tmp_path / ".out.partial", utterances)
+    assert write_shards(tmp_path / "out", utterances, utterances_per_shard=2).kept == kept
+    write_shards(tmp_path / "whole", utterances, utterances_per_shard=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_tar_without_transcripts_is_refused(tmp_path):
-    soundfile.write(tmp_path / "a.wav", tone("two", 0.2), 16000)
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        tar.add(tmp_path / "a.wav", "a.wav")
-    with pytest.raises(UserError, match=r"sample 'a' in .* has no transcript"):
-        write_index(tmp_path, [tmp_path / "x.tar"])
+@pytest.mark.parametrize("options", [{"fields": {"lang": "en"}}, {"codec": "keep"}, {"seed": 1}])
+def test_shards_of_other_options_are_made_anew(tmp_path, options):
+    interrupted(tmp_path / "out", tones(6))
+    assert write_shards(tmp_path / "out", tones(6), utterances_per_shard=2, **options).kept == 0
+
+
+def test_rejects_of_kept_shards_are_counted(tmp_path):
+    utterances = [*tones(2), utterance("x", text=""), utterance("y", text="", fields={"lang": "\ud800"}), *tones(4)]
+    utterances = [u if u.text else Utterance(key=u.key, text="") for u in utterances]
+    interrupted(tmp_path / "out", utterances[:4])
+    summary = write_shards(tmp_path / "out", utterances, utterances_per_shard=2)
+    assert (summary.kept, summary.rejected) == (2, {"empty_text": 2, "duplicate_key": 2})
+    assert [row["key"] for row in rejected(tmp_path / "out")] == ["x", "y", "k0", "k1"]
+
+
+# --- several processes ---
+
+
+@pytest.mark.slow  # the first of these starts the server that the others fork from
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    kaldi = kaldi_directory(tmp_path / "kaldi", tone_sentences(11))
+    (kaldi / "wav" / "utt0003.wav").unlink()
+    counts = {}
+    for name, workers in (("a", 1), ("b", 2), ("c", 3)):
+        advanced = []
+        write_shards(tmp_path / name, read_kaldi(kaldi), utterances_per_shard=2, workers=workers, advance=advanced.append)
+        counts[name] = sum(advanced)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+    assert counts == {"a": 11, "b": 11, "c": 11}
+
+
+@pytest.mark.slow
+def test_errors_in_workers_reach_the_user(tmp_path):
+    fatal = [Utterance(key=f"f{i}", text="one", load=Fatal()) for i in range(3)]
+    with pytest.raises(UserError, match=r"a worker process ended with -9: .*fewer --workers"):
+        write_shards(tmp_path / "out", [*tones(2), *fatal], utterances_per_shard=2, workers=2)
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*ZeroDivisionError"):
+        list(run_parallel(divide, [1, 0], 2, lambda count: None))
+    assert sorted(run_parallel(divide, [1, 2, 4, 5], 2, lambda count: None)) == [(0, 1.0), (1, 0.5), (2, 0.25), (3, 0.2)]
+
+
+def divide(number, advance):
+    return 1 / number
+
+
+def start_making(kaldi, out, workers):
+    command = [sys.executable, REPOSITORY / "launch" / "make_shards.py", out, "--kaldi", kaldi, "--allow-pipes"]
+    command += ["--utterances-per-shard", "2", "--workers", str(workers)]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=clean_environment())
+
+
+def wait_for(path, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, f"{path} has not appeared"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_work_goes_on_after_an_interruption_and_after_a_kill(tmp_path):
+    """Utterance 4, in the third shard, is a pipe that waits for a file: whoever writes shards stands there until it exists."""
+    kaldi, out = kaldi_directory(tmp_path / "kaldi", tone_sentences(9)), tmp_path / "out"
+    records = tmp_path / ".out.partial" / "records"
+    wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat {kaldi}/wav/utt0004.wav |"
+    (kaldi / "wav.scp").write_text((kaldi / "wav.scp").read_text().replace("wav/utt0004.wav", wait))
+
+    process = start_making(kaldi, out, workers=1)
+    wait_for(records / "shard-000001.json", process)
+    with pytest.raises(UserError, match="another process is writing"):
+        write_shards(out, read_kaldi(kaldi, allow_pipes=True), utterances_per_shard=2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"2 finished shards are kept in {tmp_path}/.out.partial: run the same again to go on" in errors
+    assert not out.exists()
+
+    process = start_making(kaldi, out, workers=2)
+    wait_for(records / "shard-000003.json", process)  # made by the other worker
+    process.kill()
+    process.communicate(timeout=60)  # until the last worker has noticed and closed its standard error
+    assert not out.exists()
+
+    (tmp_path / "go").touch()
+    fields = {"corpus": "out"}
+    source = {"utterances_per_shard": 2, "fields": fields}
+    summary = write_shards(out, read_kaldi(kaldi, allow_pipes=True), **source)
+    assert summary.kept in (3, 4)  # the fifth shard may have been finished before the kill
+    assert not (tmp_path / ".out.partial").exists()
+    write_shards(tmp_path / "whole", read_kaldi(kaldi, allow_pipes=True), **source)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert keys(out) == [f"utt{i:04d}" for i in range(9)]
+
+
+# --- opening ---
 
 
 @pytest.mark.parametrize(
@@ -156,6 +371,7 @@ def test_a_tar_without_transcripts_is_refused(tmp_path):
         (lambda out: (out / "index.json").write_text("{}"), "is damaged"),
         (lambda out: (out / "index.bin").write_bytes(b"x"), "is damaged"),
         (lambda out: (out / "shard-000000.tar").write_bytes(b"x"), "its index says"),
+        (shutil.rmtree, "does not exist"),
     ],
 )
 def test_a_damaged_shard_directory_is_one_sentence(tmp_path, damage, message):

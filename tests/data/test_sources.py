@@ -1,23 +1,31 @@
+import gzip
+import json
+
 import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
-from asrllm.data.sources import read_cuts, read_kaldi
+from asrllm.data.sources import SOURCES, RejectedError, read_cuts, read_kaldi
+from asrllm.data.sources import kaldi as kaldi_module
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
+
+# --- Kaldi ---
 
 
 def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
     kaldi = kaldi_directory(tmp_path / "k", [("one two", np.concatenate([tone("one", 1.0), tone("two", 1.0)]))])
-    (kaldi / "segments").write_text("a utt0000 0.0 1.0\nb utt0000 1.0 1.75\n")
-    (kaldi / "text").write_text("a one\nb two\n")
+    (kaldi / "segments").write_text("a utt0000 0.0 1.0\nb utt0000 1.0 1.75\nc utt0000 1.5 -1\n")
+    (kaldi / "text").write_text("a one\nb two\nc two\n")
     (kaldi / "utt2spk").write_text("a s\nb s\n")
-    a, b = read_kaldi(kaldi)
-    assert (a.key, a.text, a.duration, a.fields) == ("a", "one", 1.0, {"speaker": "s"})
+    (kaldi / "utt2lang").write_text("a en\nb en\n")
+    a, b, c = read_kaldi(kaldi)
+    assert (a.key, a.text, a.duration, a.fields, a.file) == ("a", "one", 1.0, {"speaker": "s", "lang": "en"}, None)
     wave, rate = b.load()
     assert (rate, len(wave)) == (16000, 12000)
     np.testing.assert_allclose(wave, tone("two", 0.75), atol=1e-4)
+    assert (c.duration, len(c.load()[0])) == (None, 8000)  # -1: to the end
 
 
 @pytest.mark.parametrize(
@@ -25,35 +33,103 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
     [
         ("wav.scp", None, r"the file wav\.scp is missing"),
         ("wav.scp", "", "is empty"),
-        ("text", "\n", "is empty"),
-        ("wav.scp", "utt0000 cat x.wav |\n", "is a pipe"),
+        ("wav.scp", "utt0000\n", "recording 'utt0000' has no path"),
+        ("text", "\n", "has no utterance"),
+        ("wav.scp", "utt0000 cat x.wav |\n", "is a pipe.*--allow-pipes"),
         ("segments", "a other 0 1\n", "names the recording 'other'"),
         ("segments", "a utt0000 0\n", "is not 'utterance recording start end'"),
+        ("segments", "a utt0000 2 1\n", "the end must lie after the start"),
         ("text", "utt0000 one\nutt0000 two\n", "names 1 keys more than once"),
+        ("text", "b one\na two\nb two\n", "names 1 keys more than once"),
+        ("utt2spk", "utt0000 \xff\n".encode("latin-1"), r"utt2spk:1 is not UTF-8"),
     ],
 )
 def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, message):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (kaldi / file).unlink(missing_ok=True)
     if content is not None:
-        (kaldi / file).write_text(content)
+        (kaldi / file).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=message):
         list(read_kaldi(kaldi))
 
 
-def test_a_transcript_without_audio_is_not_dropped_in_silence(tmp_path):
+def test_kaldi_tables_need_not_be_in_order(tmp_path):
+    sentences = tone_sentences(5)
+    kaldi = kaldi_directory(tmp_path / "k", sentences)
+    expected = [(u.key, u.text, u.fields) for u in read_kaldi(kaldi)]
+    assert [text for _, text, _ in expected] == [words for words, _ in sentences]
+    for name in ("text", "wav.scp"):
+        lines = (kaldi / name).read_text().splitlines(keepends=True)
+        (kaldi / name).write_text("".join(reversed(lines)))
+        assert sorted((u.key, u.text, u.fields) for u in read_kaldi(kaldi)) == expected
+
+
+@pytest.mark.parametrize("lost", ["utt0000a", "a", "z"])  # in the middle, before, behind
+def test_a_transcript_without_audio_is_not_dropped_in_silence(tmp_path, lost):
+    kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
+    (kaldi / "text").write_text("\n".join(sorted(["utt0000 one", "utt0001 one", f"{lost} two"])))
+    *_, last = read_kaldi(kaldi)
+    assert (last.key, last.text, last.problem[0]) == (lost, "two", "missing_audio")
+    assert len(list(read_kaldi(kaldi))) == 3
+
+
+def test_relative_paths_of_kaldi_may_start_at_the_current_directory(tmp_path, monkeypatch):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(1))
-    (kaldi / "text").write_text("utt0000 one\nlost two\n")
-    _, lost = read_kaldi(kaldi)
-    assert lost.key == "lost"
-    with pytest.raises(FileNotFoundError, match="lacks"):
-        lost.load()
+    (kaldi / "wav.scp").write_text("utt0000 k/wav/utt0000.wav\n")
+    monkeypatch.chdir(tmp_path)
+    (utterance,) = read_kaldi(kaldi)
+    assert utterance.file == tmp_path / "k/wav/utt0000.wav"
 
 
-def test_a_broken_cuts_manifest_is_one_sentence(tmp_path):
-    (tmp_path / "cuts.jsonl").write_text('{"id": ')
-    with pytest.raises(UserError, match="cannot be read: JSONDecodeError"):
-        list(read_cuts(tmp_path / "cuts.jsonl"))
+def test_kaldi_pipes_run_when_they_are_allowed(tmp_path, monkeypatch):
+    kaldi = kaldi_directory(tmp_path / "k", [("one", tone("one", 0.5))])
+    wav = kaldi / "wav" / "utt0000.wav"
+    stream = bytearray(wav.read_bytes())
+    stream[4:8] = stream[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes where it cannot seek
+    (kaldi / "stream.wav").write_bytes(stream)
+    (kaldi / "wav.scp").write_text(
+        f"a cat {wav} |\nb cat {kaldi}/stream.wav | cat |\nc echo first >&2; echo no such codec >&2; exit 3 |\nd sleep 60 & sleep 60 |\n"
+    )
+    (kaldi / "text").write_text("a one\nb one\nc one\nd one\n")
+    a, b, c, d = read_kaldi(kaldi, allow_pipes=True)
+    for utterance in (a, b):
+        np.testing.assert_allclose(utterance.load()[0], tone("one", 0.5), atol=1e-4)
+        assert utterance.file is None
+    with pytest.raises(RejectedError, match="ended with 3: no such codec") as failure:
+        c.load()
+    assert failure.value.args[0] == "failed_pipe"
+    monkeypatch.setattr(kaldi_module, "PIPE_TIMEOUT", 0.2)
+    with pytest.raises(RejectedError, match=r"gave no end within 0\.2 s"):
+        d.load()
+
+
+def test_a_pipe_runs_once_for_segments_that_follow_each_other(tmp_path):
+    kaldi = kaldi_directory(tmp_path / "k", [("one", tone("one", 0.5))])
+    (kaldi / "wav.scp").write_text(f"r echo x >> {kaldi}/runs; cat {kaldi}/wav/utt0000.wav |\n")
+    (kaldi / "segments").write_text("a r 0 0.2\nb r 0.2 0.5\n")
+    (kaldi / "text").write_text("a one\nb one\n")
+    assert [len(u.load()[0]) for u in read_kaldi(kaldi, allow_pipes=True)] == [3200, 4800]
+    assert (kaldi / "runs").read_text() == "x\n"
+
+
+def test_wavs_are_read_out_of_kaldi_archives(tmp_path):
+    kaldi = kaldi_directory(tmp_path / "k", [("one", tone("one", 0.5)), ("two", tone("two", 0.25))])
+    ark, lines = b"", []
+    for key in ("utt0000", "utt0001"):
+        ark += f"{key} ".encode()
+        lines.append(f"{key} wav.ark:{len(ark)}\n")
+        ark += (kaldi / "wav" / f"{key}.wav").read_bytes()
+    (kaldi / "wav.ark").write_bytes(ark)
+    (kaldi / "wav.scp").write_text("".join(lines))
+    one, two = read_kaldi(kaldi)
+    np.testing.assert_allclose(one.load()[0], tone("one", 0.5), atol=1e-4)
+    np.testing.assert_allclose(two.load()[0], tone("two", 0.25), atol=1e-4)
+    (kaldi / "wav.scp").write_text("utt0000 wav.ark:3\n")
+    with pytest.raises(RejectedError, match=r"no wav begins at .*wav\.ark:3"):
+        next(read_kaldi(kaldi)).load()
+
+
+# --- cuts ---
 
 
 def write_cuts(folder, name="cuts.jsonl.gz"):
@@ -62,30 +138,101 @@ def write_cuts(folder, name="cuts.jsonl.gz"):
     recording = Recording.from_file(folder / "r.wav")
 
     def supervision(key, start, duration, text):
-        return SupervisionSegment(key, recording.id, start, duration, text=text, language="en", speaker="s")
+        custom = {"prompt": "Write.", "other": 1} if key == "y" else None
+        return SupervisionSegment(key, recording.id, start, duration, text=text, language="en", speaker="s", custom=custom)
 
     whole = MonoCut("long", 0, 1.5, 0, [supervision("x", 0, 1.0, "one"), supervision("y", 1.0, 0.5, "two")], recording=recording)
-    single = MonoCut("short", 1.0, 0.5, 0, [supervision("z", 0, 0.5, "two")], recording=recording)
+    single = MonoCut("short", 1.0, 0.5, 0, [supervision("z", 0, 0.5, "two")], recording=recording, custom={"hotwords": ["two"]})
     CutSet.from_cuts([whole, single]).to_file(folder / name)
     return folder / name
 
 
 def test_a_cut_of_several_supervisions_gives_one_utterance_each(tmp_path):
-    utterances = list(read_cuts(write_cuts(tmp_path)))
-    assert [(u.key, u.text, u.duration, u.fields) for u in utterances] == [
-        ("x", "one", 1.0, {"speaker": "s", "lang": "en"}),
-        ("y", "two", 0.5, {"speaker": "s", "lang": "en"}),
-        ("short", "two", 0.5, {"speaker": "s", "lang": "en"}),
+    path = write_cuts(tmp_path)
+    utterances = list(read_cuts(path))
+    fields = {"speaker": "s", "lang": "en"}
+    assert [(u.key, u.text, u.duration, u.fields, u.file) for u in utterances] == [
+        ("x", "one", 1.0, fields, None),
+        ("y", "two", 0.5, fields | {"prompt": "Write."}, None),
+        ("short", "two", 0.5, fields | {"hotwords": ["two"]}, None),
     ]
-    for u in utterances[1:]:
+    assert SOURCES["cuts"].count(path) == 3
+    for u in utterances[1:3]:
         wave, rate = u.load()
         np.testing.assert_allclose(wave, tone("two", 0.5), atol=1e-4)
         assert rate == 16000
 
 
-def test_missing_and_empty_manifests_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        list(read_cuts(tmp_path / "no.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="is empty"):
-        list(read_cuts(tmp_path / "empty.jsonl"))
+def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
+    soundfile.write(tmp_path / "r.wav", np.stack([tone("one", 1.0), tone("two", 1.0)], 1), 16000)
+    recording = Recording.from_file(tmp_path / "r.wav")
+    cuts = [recording.to_cut(), MonoCut("left", 0, 1.0, 0, recording=recording), recording.perturb_speed(1.1).to_cut()]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
+    assert [u.file for u in read_cuts(tmp_path / "cuts.jsonl")] == [tmp_path / "r.wav", None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": ', r"cuts\.jsonl:1 is not valid JSON"),
+        ('{"id": "a"}', r"cuts\.jsonl:1 is not a cut"),
+        ('\n{"id": "a", "type": "MonoCut"}', r"cuts\.jsonl:2 cannot be read: TypeError"),
+        ("", "is empty"),
+        ("\n\n", "has no utterance"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_broken_cuts_manifest_is_one_sentence(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "cuts.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_cuts(tmp_path / "cuts.jsonl"))
+
+
+def test_a_damaged_gzip_is_one_sentence(tmp_path):
+    (tmp_path / "cuts.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:-20])
+    with pytest.raises(UserError, match=r"cannot be read after line|is not a cut"):
+        list(read_cuts(tmp_path / "cuts.jsonl.gz"))
+
+
+def test_a_cut_without_a_recording_is_rejected(tmp_path):
+    cut = {"id": "a", "start": 0, "duration": 1.0, "channel": 0, "supervisions": [], "type": "MonoCut"}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut))
+    (utterance,) = read_cuts(tmp_path / "cuts.jsonl")
+    assert utterance.problem[0] == "missing_audio"
+
+
+# --- all ---
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_says_that_it_is_missing(tmp_path, name):
+    assert SOURCES[name].count(tmp_path / "no") in (None, 0)
+    with pytest.raises(UserError, match=r"does not exist|is missing"):
+        list(SOURCES[name].read(tmp_path / "no"))
+
+
+def test_audio_formats_are_read_from_any_second_on(tmp_path):
+    """mp3, ogg and opus are cut in the middle as wav and flac are."""
+    wave = np.concatenate([tone("one", 1.0), tone("two", 1.0)])
+    for suffix, subtype in (("wav", "PCM_16"), ("flac", "PCM_16"), ("ogg", "VORBIS"), ("opus", "OPUS"), ("mp3", "MPEG_LAYER_III")):
+        file = tmp_path / f"a.{suffix}"
+        soundfile.write(file, wave, 16000, format={"opus": "OGG"}.get(suffix, suffix.upper()), subtype=subtype)
+        line = {"audio_filepath": file.name, "duration": 0.5, "offset": 1.25, "text": "two"}
+        (tmp_path / "m.json").write_text(json.dumps(line))
+        (utterance,) = SOURCES["nemo"].read(tmp_path / "m.json")
+        cut, rate = utterance.load()
+        assert len(cut) / rate == 0.5
+        spectrum = np.abs(np.fft.rfft(cut))
+        pitch = spectrum.argmax() * 2  # bins of 2 Hz
+        assert abs(pitch - 312.5) < 8, suffix
+
+
+def test_a_source_of_each_line_is_read_lazily(tmp_path):
+    """What is broken far behind does not hinder what comes first."""
+    line = json.dumps({"audio_filepath": "a.wav", "duration": 1, "text": "x"}) + "\n"
+    (tmp_path / "m.json").write_text(line * 500 + "broken\n")
+    utterances = SOURCES["nemo"].read(tmp_path / "m.json")
+    assert [next(utterances).key for _ in range(300)] == ["a"] * 300
+    with pytest.raises(UserError, match=r"m\.json:501 is not valid JSON"):
+        list(utterances)

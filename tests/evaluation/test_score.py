@@ -4,12 +4,10 @@ import jiwer
 import numpy as np
 import pytest
 
-from asrllm.errors import UserError
 from asrllm.evaluation.decode import make_batches
 from asrllm.evaluation.files import write_results, write_summary
-from asrllm.evaluation.normalize import basic, normalizer, zh
 from asrllm.evaluation.score import Transcript, character_errors, word_errors
-from tests.data.test_plan import make_corpus
+from tests.data.test_plan import corpus as corpus_of
 
 
 def transcript(reference, hypothesis, key="k"):
@@ -71,32 +69,8 @@ def test_result_files_have_icefalls_forms(tmp_path):
     assert generations[0] == {"key": "x-1", "duration": 2.0, "ref": "one two three", "hyp": "one too three"}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Hello,  WORLD!", "hello world"),
-        ("Don't 'quote' me — it’s 5%", "don't quote me it's 5"),
-        ("你好，世界。", "你好 世界"),
-        ("ＡＢＣ", "abc"),
-        ("...", ""),
-    ],
-)
-def test_basic_normalisation(text, expected):
-    assert basic(text) == expected
-
-
-def test_chinese_normalisation():
-    pytest.importorskip("opencc")
-    assert zh("開放 中文，ASR 模型。") == "开放中文 asr 模型"
-
-
-def test_an_unknown_normalizer_is_one_sentence():
-    with pytest.raises(UserError, match="did you mean 'basic'"):
-        normalizer("basics")
-
-
 def test_decoding_batches_hold_similar_lengths_within_the_budget():
-    corpus = make_corpus(np.random.default_rng(0).integers(1600, 320000, 200))
+    corpus = corpus_of(np.random.default_rng(0).integers(1600, 320000, 200))
     batches = make_batches(corpus, 60.0)
     seconds = corpus.index.rows["samples"] / 16000
     assert sorted(row for batch in batches for row in batch) == list(range(200))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import asrllm
 from asrllm.audio.reader import Sample
 from asrllm.collator.batch import Collator
-from asrllm.data.corpora import Corpus
+from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.config import EncoderPart, LlmPart, LoraPart, ModelConfig
@@ -44,14 +44,14 @@ def make_model(world, frozen=("audio_encoder", "llm"), **changes):
 
 
 def samples(count=4):
-    corpus = Corpus(name="c", index=None, rows=None)
-    return [Sample(key=str(i), wave=wave, text=words, corpus=corpus) for i, (words, wave) in enumerate(tone_sentences(count))]
+    return [Sample(key=str(i), wave=wave, text=words) for i, (words, wave) in enumerate(tone_sentences(count))]
 
 
 def batch_of(model, chosen):
     processor = model.processor
-    collator = Collator(processor.renderer, processor.config.prompts, num_audio_tokens=processor.config.num_audio_tokens, seed=0)
-    batch = collator(chosen, 0)
+    prompts = [Prompt(text=text) for text in processor.config.prompts]
+    collator = Collator(processor.renderer, prompts, num_audio_tokens=processor.config.num_audio_tokens, seed=0)
+    batch = collator(chosen)
     return {name: getattr(batch, name) for name in MODEL_INPUTS}
 
 

@@ -1,8 +1,10 @@
-"""Text normalisers, named in every result."""
+"""Text normalisers: of transcripts for training, of both sides for scoring, where each is named in the result."""
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 from asrllm.errors import UserError, nearest
 
@@ -18,12 +20,17 @@ def basic(text: str) -> str:
 
 def zh(text: str) -> str:
     """basic, traditional characters made simplified, no spaces between Chinese characters. Needs the extra `zh`."""
+    return re.sub(rf"(?<={HAN})\s+(?={HAN})", "", _simplifier().convert(basic(text)))
+
+
+@functools.lru_cache(maxsize=1)
+def _simplifier() -> Any:
+    """Made once in a process: it loads its dictionaries anew each time."""
     try:
         import opencc
     except ImportError as error:
-        raise UserError("normalizer=zh needs OpenCC: pip install 'asrllm[zh]'") from error
-    simplified = opencc.OpenCC("t2s").convert(basic(text))
-    return re.sub(rf"(?<={HAN})\s+(?={HAN})", "", simplified)
+        raise UserError("the normalizer 'zh' needs OpenCC: pip install 'asrllm[zh]'") from error
+    return opencc.OpenCC("t2s")
 
 
 def none(text: str) -> str:
@@ -33,7 +40,10 @@ def none(text: str) -> str:
 NORMALIZERS: dict[str, Callable[[str], str]] = {"basic": basic, "zh": zh, "none": none}
 
 
-def normalizer(name: str) -> Callable[[str], str]:
+def normalizer(name: str, key: str = "normalizer") -> Callable[[str], str]:
+    """The function of that name; key: where the user wrote it. UserError for an unknown name, or one whose extra is not installed."""
     if name not in NORMALIZERS:
-        raise UserError(f"normalizer={name!r} is unknown: {nearest(name, NORMALIZERS)}")
+        raise UserError(f"{key}={name!r} is unknown: {nearest(name, NORMALIZERS)}")
+    if name == "zh":
+        _simplifier()
     return NORMALIZERS[name]

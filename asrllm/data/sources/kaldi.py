@@ -1,0 +1,182 @@
+"""Kaldi data directories."""
+
+import functools
+import io
+import itertools
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from asrllm.data.sources.files import ahead, count_lines, find_root, read_lines
+from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
+from asrllm.errors import UserError
+
+PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
+ARK_OFFSET = r"(?<=\.ark):(\d+)$"
+
+
+def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utterance]:
+    """A Kaldi data directory: wav.scp and text, optionally segments, utt2spk and utt2lang.
+
+    wav.scp names files, entries of wav archives (FILE.ark:OFFSET) or, with allow_pipes, commands that the shell runs (`... |`). Relative
+    paths start at the directory, or at the current one where the first files lie there.
+    """
+    folder = Path(folder)
+    main = "segments" if (folder / "segments").is_file() else "wav.scp"
+    main_is_sorted = _check_table(folder / "wav.scp") if main == "wav.scp" else _check_table(folder / main)
+    texts = _Lookup(folder / "text", main_is_sorted)
+    others = {"speaker": "utt2spk", "lang": "utt2lang"}
+    tables = {field: _Lookup(folder / name, main_is_sorted) for field, name in others.items() if (folder / name).is_file()}
+    for key, stretch in _segments(folder, allow_pipes) if main == "segments" else _recordings(folder, allow_pipes):
+        fields = {field: table.pop(key) for field, table in tables.items()}
+        yield Utterance(
+            key=key,
+            text=texts.pop(key) or "",
+            load=stretch,
+            duration=None if stretch.end is None else stretch.end - stretch.start,
+            fields={field: value for field, value in fields.items() if value},
+            file=stretch.audio if main == "wav.scp" and isinstance(stretch.audio, Path) else None,
+        )
+    for key, text in texts.rest():
+        yield Utterance(key=key, text=text, problem=("missing_audio", f"the text has a key that {folder}/{main} lacks"))
+
+
+def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
+    segments = Path(folder) / "segments"
+    return count_lines(segments if segments.is_file() else Path(folder) / "wav.scp")
+
+
+# --- tables ---
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str]]:
+    """(key, value) of each line."""
+    if not path.is_file():
+        raise UserError(f"{str(path.parent)!r} is no Kaldi data directory: the file {path.name} is missing")
+    for _, line in read_lines(path, "the Kaldi table"):
+        key, *value = line.split(maxsplit=1)
+        yield key, value[0].strip() if value else ""
+
+
+def _check_table(path: Path) -> bool:
+    """Whether its keys are in order, as Kaldi's are; so found that no table in order is held in memory."""
+    last, count, repeated, in_order = "", 0, 0, True
+    for key, _ in _rows(path):
+        repeated += key == last
+        in_order = in_order and key >= last
+        last, count = key, count + 1
+    if not in_order:
+        repeated = count - len({key for key, _ in _rows(path)})
+    if repeated:
+        raise UserError(f"{str(path)!r} names {repeated} keys more than once: give each a line of its own")
+    return in_order
+
+
+class _Lookup:
+    """A table's values by key. Where it and the keys asked for are in order, it is read along with them and not held."""
+
+    def __init__(self, path: Path, asked_in_order: bool) -> None:
+        self.along = _check_table(path) and asked_in_order
+        self.rows = _rows(path)
+        self.held = {} if self.along else dict(self.rows)  # along: the rows that were passed and not asked for
+        self.next = next(self.rows, None)
+
+    def pop(self, key: str) -> str | None:
+        while self.next is not None and self.next[0] <= key:
+            self.held[self.next[0]] = self.next[1]
+            self.next = next(self.rows, None)
+        return self.held.pop(key, None)
+
+    def rest(self) -> Iterator[tuple[str, str]]:
+        """What was never asked for."""
+        yield from self.held.items()
+        yield from itertools.chain([self.next] if self.next else [], self.rows)
+
+
+# --- audio ---
+
+
+def _recordings(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch]]:
+    first, rows = ahead(_rows(folder / "wav.scp"))
+    files = [re.sub(ARK_OFFSET, "", value) for _, value in first if not value.endswith("|")]
+    root = find_root(files, [folder, Path.cwd()])
+    for key, value in rows:
+        yield key, Stretch(_audio(folder, root, key, value, allow_pipes))
+
+
+def _audio(folder: Path, root: Path, key: str, value: str, allow_pipes: bool) -> "Path | _ArkEntry | _Pipe":
+    where = f"{folder / 'wav.scp'}: recording {key!r}"
+    if not value:
+        raise UserError(f"{where} has no path: write 'key path'")
+    if value.endswith("|"):
+        if not allow_pipes:
+            raise UserError(f"{where} is a pipe: write a file path, or let its command run with --allow-pipes if you trust it")
+        return _Pipe(value[:-1].strip())
+    offset = re.search(ARK_OFFSET, value)
+    return _ArkEntry(root / value[: offset.start()], int(offset[1])) if offset else root / value
+
+
+def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch]]:
+    _check_table(folder / "wav.scp")
+    recordings = dict(_recordings(folder, allow_pipes))
+    for key, value in _rows(folder / "segments"):
+        try:
+            recording, start, end = value.split()
+            begin, finish = float(start), float(end)
+        except ValueError as error:
+            raise UserError(f"{folder / 'segments'}: the line of {key!r} is not 'utterance recording start end'") from error
+        if recording not in recordings:
+            raise UserError(f"{folder / 'segments'}: {key!r} names the recording {recording!r}, which wav.scp lacks: add it there")
+        if begin < 0 or (finish <= begin and finish != -1):
+            raise UserError(f"{folder / 'segments'}: {key!r} lasts from {start} to {end}: the end must lie after the start, in seconds")
+        yield key, Stretch(recordings[recording].audio, begin, None if finish == -1 else finish)  # -1: Kaldi's 'to its end'
+
+
+@dataclass(frozen=True)
+class _ArkEntry:
+    """A wav in an archive of Kaldi's `wav-copy`, from its first byte on."""
+
+    path: Path
+    offset: int
+
+    def __call__(self) -> BinaryIO:
+        if not self.path.exists():
+            raise RejectedError("missing_audio", f"{str(self.path)!r} does not exist")
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            header = file.read(8)  # RIFF and the bytes that follow
+            if header[:4] != b"RIFF":
+                raise RejectedError("unreadable_audio", f"no wav begins at {self.path}:{self.offset}")
+            return io.BytesIO(header + file.read(int.from_bytes(header[4:], "little")))
+
+
+@dataclass(frozen=True)
+class _Pipe:
+    """What a command writes to its standard output."""
+
+    command: str
+
+    def __call__(self) -> BinaryIO:
+        return io.BytesIO(_output(self.command))
+
+
+@functools.lru_cache(maxsize=1)  # the segments of one recording follow each other
+def _output(command: str) -> bytes:
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    with process:
+        try:
+            output, errors = process.communicate(timeout=PIPE_TIMEOUT)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # the shell's children too, which hold the pipe open
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RejectedError("failed_pipe", f"{command!r} gave no end within {PIPE_TIMEOUT} s") from error
+            raise
+    if process.returncode:
+        last = (errors.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"])[-1]
+        raise RejectedError("failed_pipe", f"{command!r} ended with {process.returncode}: {last}")
+    return output

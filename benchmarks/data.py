@@ -1,0 +1,357 @@
+"""How fast the data path is, in ratios: against a bare decoding loop, webdataset's pipeline and lhotse's Shar, on the same audio.
+
+    python benchmarks/data.py [--utterances N] [--rounds R] [--rows M] [--output FILE]
+
+The audio is made up (band-limited noise with the lengths of LibriSpeech, FLAC at 16 kHz, so that decoding is all the work there is).
+Every pipeline gives batches of padded waveforms and texts of about the same number of seconds, from the page cache; ours draws prompts and
+tokenises besides. Medians of several rounds, in which the pipelines take turns.
+"""
+
+import argparse
+import copy
+import functools
+import importlib.metadata
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import webdataset
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.dataset import DynamicBucketingSampler, IterableDatasetWrapper
+from lhotse.dataset.collation import collate_audio
+from torch.utils.data import DataLoader, Dataset
+
+from asrllm.audio.reader import Reader, decode
+from asrllm.collator.batch import Collator
+from asrllm.collator.chat import ChatRenderer
+from asrllm.collator.loader import PlannedDataset, steps
+from asrllm.data.config import SamplerConfig
+from asrllm.data.corpora import make_corpus
+from asrllm.data.index import ROW, Index, ShardRecord, open_index, write_index
+from asrllm.data.plan import Plan, Position
+from asrllm.data.prompts import DEFAULT_PROMPTS
+from asrllm.data.shards import write_shards
+from asrllm.data.sources import Utterance
+from asrllm.testing import tiny_tokenizer
+
+RATE, SECONDS, FIXED = 16000, 200.0, 16  # FIXED: utterances in webdataset's batches, about SECONDS of audio
+BUDGET = SamplerConfig(max_tokens=1 << 30, max_utterances=1 << 20, max_duration=SECONDS, window=100_000)
+
+
+BARRIER: Any = None  # of the processes that are measured together
+STATES: dict[float, dict[str, Any]] = {}  # of lhotse's sampler, by the share of the epoch that is done
+
+
+class Batch(NamedTuple):
+    """utterances; samples with and without padding."""
+
+    utterances: int
+    read: int
+    true: int
+
+
+# --- the corpus ---
+
+
+def lengths(count: int, seed: int = 0) -> np.ndarray:
+    """(count,) seconds as in LibriSpeech: most of 12 to 16 s, a tail of short ones."""
+    rng = np.random.default_rng(seed)
+    long = rng.random(count) < 0.65
+    return np.where(long, rng.normal(14.2, 1.3, count), rng.uniform(1.5, 16, count)).clip(1.3, 30)
+
+
+def make_wave(seconds: float, seed: int) -> tuple[np.ndarray, int]:
+    rng = np.random.default_rng(seed)
+    noise = np.cumsum(rng.normal(size=round(seconds * RATE))) * 1e-3
+    wave = noise - np.convolve(noise, np.ones(400) / 400, "same")
+    return (0.3 * wave / np.abs(wave).max()).astype(np.float32), RATE
+
+
+def make_corpus_files(folder: Path, count: int) -> None:
+    """folder/shards, ours and webdataset's; folder/flac, single files; folder/shar, lhotse's."""
+    seconds = lengths(count)
+    utterances = [
+        Utterance(key=f"utt{i:06d}", text="one two " * round(s), load=functools.partial(make_wave, s, i)) for i, s in enumerate(seconds)
+    ]
+    write_shards(folder / "shards", utterances, utterances_per_shard=100, workers=2)
+    (folder / "flac").mkdir()
+    cuts = []
+    for shard in open_index(folder / "shards").shards:
+        for sample in webdataset.WebDataset(shard, shardshuffle=False):
+            path = folder / "flac" / f"{sample['__key__']}.flac"
+            path.write_bytes(sample["flac"])
+            recording = Recording.from_file(path)
+            text = json.loads(sample["json"])["text"]
+            supervision = SupervisionSegment(id=recording.id, recording_id=recording.id, start=0, duration=recording.duration, text=text)
+            cuts.append(
+                MonoCut(id=recording.id, start=0, duration=recording.duration, channel=0, recording=recording, supervisions=[supervision])
+            )
+    (folder / "shar").mkdir()
+    CutSet.from_cuts(cuts).to_shar(folder / "shar", fields={"recording": "flac"}, shard_size=100)
+
+
+# --- the pipelines: each gives an epoch's batches, from a share of the epoch on ---
+
+
+def bare(folder: Path, workers: int, start: float) -> Iterator[Batch]:
+    """soundfile decodes file after file in this process; nothing else."""
+    for path in sorted((folder / "flac").iterdir()):
+        wave = decode(path)
+        yield Batch(1, len(wave), len(wave))
+
+
+def ours(folder: Path, workers: int, start: float) -> Iterator[Batch]:
+    corpus = make_corpus("c", open_index(folder / "shards"), None)
+    plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
+    at = Position(window=0, batch=int(start * len(plan.batches(0, 0, 1))), ranks=1)
+    dataset = PlannedDataset(Reader([corpus]), collator())
+    for step in steps(plan, dataset, at, rank=0, ranks=1, accumulation=1, epochs=1, num_workers=workers):
+        (batch,) = step.micro_batches
+        yield Batch(len(batch.keys), batch.waves.numel(), int(batch.wave_lengths.sum()))
+
+
+def collator() -> Collator:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|AUDIO|>"], special_tokens=True)
+    return Collator(ChatRenderer(tokenizer, "<|AUDIO|>"), DEFAULT_PROMPTS, num_audio_tokens=lambda samples: samples // 1280, seed=0)
+
+
+def webdatasets(folder: Path, workers: int, start: float) -> Iterator[Batch]:
+    """Shuffled shards, a buffer of 1000, batches of a fixed number; a resumed run skips what it has had before decoding it."""
+    shards = open_index(folder / "shards").shards
+    skipped = int(start * len(os.listdir(folder / "flac"))) // max(workers, 1)
+    data = webdataset.WebDataset(shards, shardshuffle=100, seed=0, nodesplitter=None).shuffle(1000, seed=0)
+    data = data.compose(functools.partial(skip, count=skipped))
+    data = data.map(decode_sample).batched(FIXED, collation_fn=pad)
+    for waves, read_lengths, _ in DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+        yield Batch(len(waves), waves.numel(), int(read_lengths.sum()))
+
+
+def skip(samples: Iterator[Any], count: int) -> Iterator[Any]:
+    return itertools.islice(samples, count, None)
+
+
+def decode_sample(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
+    wave, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+    return torch.from_numpy(wave), json.loads(sample["json"])["text"]
+
+
+def pad(samples: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    waves = [wave for wave, _ in samples]
+    padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+    return padded, torch.tensor([len(wave) for wave in waves]), [text for _, text in samples]
+
+
+class CutAudio(Dataset):
+    def __getitem__(self, cuts: CutSet) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        waves, wave_lengths = collate_audio(cuts)
+        return waves, wave_lengths, [cut.supervisions[0].text for cut in cuts]
+
+
+def lhotses(folder: Path, workers: int, start: float) -> Iterator[Batch]:
+    """Shar with DynamicBucketingSampler in the worker; a resumed run loads the sampler's state dict."""
+
+    def sampler(workers: int = workers) -> DynamicBucketingSampler:
+        cuts = CutSet.from_shar(in_dir=folder / "shar", shuffle_shards=True, seed=0, split_for_dataloading=workers > 1)
+        return DynamicBucketingSampler(cuts.repeat(1), max_duration=SECONDS, num_buckets=20, shuffle=True, rank=0, world_size=1, seed=0)
+
+    chosen = sampler()
+    if start:
+        chosen.load_state_dict(shar_state(folder, start, sampler))
+    data = IterableDatasetWrapper(CutAudio(), chosen)
+    for waves, wave_lengths, _ in DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+        yield Batch(len(waves), waves.numel(), int(wave_lengths.sum()))
+
+
+def shar_state(folder: Path, start: float, sampler: Callable[[int], DynamicBucketingSampler]) -> dict[str, Any]:
+    """The state of a sampler that has given the share `start` of an epoch: made ahead, its making is not timed."""
+    if start not in STATES:
+        past = sampler(0)
+        total, had = len(os.listdir(folder / "flac")), 0
+        for cuts in past:
+            had += len(cuts)
+            if had >= start * total:
+                break
+        STATES[start] = past.state_dict()
+    return copy.deepcopy(STATES[start])  # loading takes it apart
+
+
+OTHERS = {"webdataset": webdatasets, "lhotse Shar": lhotses}
+PIPELINES = {"asrllm": ours, **OTHERS}
+RESUME = "seconds to resume at 90 %"
+
+
+# --- measuring ---
+
+
+def rate(pipeline: Callable[..., Iterator[Batch]], folder: Path, workers: int) -> tuple[float, float]:
+    """(utterances a second after the first batch, share of padding)."""
+    batches = pipeline(folder, workers, 0.0)
+    seen = [next(batches)]
+    began = time.perf_counter()
+    seen += batches
+    seconds = time.perf_counter() - began
+    true, read = sum(b.true for b in seen), sum(b.read for b in seen)
+    return sum(b.utterances for b in seen[1:]) / seconds, 1 - true / read
+
+
+def resume_seconds(pipeline: Callable[..., Iterator[Batch]], folder: Path) -> float:
+    """From nothing to the first batch at nine tenths of an epoch."""
+    began = time.perf_counter()
+    next(pipeline(folder, 1, 0.9))
+    return time.perf_counter() - began
+
+
+def compare(folder: Path, rounds: int) -> dict[str, Any]:
+    measured: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        measured.setdefault(name, []).append(value)
+
+    lhotses_state = next(lhotses(folder, 0, 0.9))  # makes and keeps the state
+    assert lhotses_state.utterances
+    for _ in range(rounds):
+        note("bare loop/utterances per second", rate(bare, folder, 0)[0])
+        for name, pipeline in PIPELINES.items():
+            speed, padding = rate(pipeline, folder, 1)
+            note(f"{name}/utterances per second", speed)
+            note(f"{name}/padding", padding)
+            note(f"{name}/{RESUME}", resume_seconds(pipeline, folder))
+        note("asrllm/utterances per second, 2 workers", rate(ours, folder, 2)[0])
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    speed = "asrllm/utterances per second"
+    return {
+        "medians": {name: round(value, 4) for name, value in medians.items()},
+        "ratios": {
+            "one worker to the bare loop": round(medians[speed] / medians["bare loop/utterances per second"], 3),
+            "two workers to one": round(medians[f"{speed}, 2 workers"] / medians[speed], 3),
+            **{f"speed to {n}": round(medians[speed] / medians[f"{n}/utterances per second"], 3) for n in OTHERS},
+            **{f"padding of {n} to ours": round(medians[f"{n}/padding"] / medians["asrllm/padding"], 1) for n in OTHERS},
+            **{f"resuming of {n} to ours": round(medians[f"{n}/{RESUME}"] / medians[f"asrllm/{RESUME}"], 1) for n in OTHERS},
+        },
+    }
+
+
+def make_large_index(folder: Path, small: Index, count: int) -> None:
+    """An index of `count` rows, which go round and round through the small corpus's utterances; its tars are links to the small one's."""
+    folder.mkdir()
+    rows, records, per_shard = np.array(small.rows), [], len(small) // len(small.shards)
+    for number in range(count // per_shard):
+        shard = number % len(small.shards)
+        name = f"shard-{number:06d}.tar"
+        (folder / name).symlink_to(small.shards[shard])
+        part = rows[small.starts[shard] : small.starts[shard] + per_shard].copy()
+        records.append(ShardRecord(name=name, size=small.sizes[shard], sha256=small.sha256[shard], rows=part, tallies={}))
+    write_index(folder, records)
+
+
+def large(folder: Path, rounds: int) -> dict[str, Any]:
+    """Opening, planning and reading with a large index; each process is a fresh one."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, value in in_fresh_processes(_first_batch, folder, 1)[0].items():
+            seconds.setdefault(name, []).append(value)
+    resident = {n: sum(in_fresh_processes(_resident, folder, n)) for n in (1, 4)}
+    return {
+        **{name: round(statistics.median(values), 5) for name, values in seconds.items()},
+        **{f"MB resident, {n} processes together": round(value) for n, value in resident.items()},
+    }
+
+
+def in_fresh_processes(function: Callable[..., Any], folder: Path, count: int) -> list[Any]:
+    """The results of `count` processes that run the function at once."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _set_barrier, (context.Barrier(count),)) as pool:
+        return [future.result() for future in [pool.submit(function, folder) for _ in range(count)]]
+
+
+def _set_barrier(barrier: Any) -> None:
+    globals()["BARRIER"] = barrier
+
+
+def _first_batch(folder: Path) -> dict[str, float]:
+    made, began = collator(), time.perf_counter()
+    corpus = make_corpus("c", open_index(folder), None)
+    opened = time.perf_counter()
+    plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
+    dataset = PlannedDataset(Reader([corpus]), made)
+    later = Position(window=(plan.windows(0) or 1) * 9 // 10, batch=64, ranks=1)
+    stream = steps(plan, dataset, later, rank=0, ranks=1, accumulation=1, epochs=1, num_workers=1)
+    next(stream)
+    first = time.perf_counter()
+    fresh = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
+    dealt = sum(1 for step in fresh.steps(Position(), ranks=1) if step.of_rank(0) and step.after.window == 0)
+    planned = time.perf_counter()
+    return {
+        "seconds to open": opened - began,
+        "seconds to the first batch at 90 % of an epoch, opening included": first - began,
+        "milliseconds to plan a step": 1000 * (planned - first) / dealt,
+    }
+
+
+def _resident(folder: Path) -> float:
+    """Megabytes that opening and planning add: private pages, and this process's part of the shared ones."""
+    BARRIER.wait(120)  # every process has its imports, and a share of their pages
+    before = _proportional_mb()
+    corpus = make_corpus("c", open_index(folder), None)
+    plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
+    plan.batches(0, 0, 8)
+    BARRIER.wait(120)
+    after = _proportional_mb()
+    BARRIER.wait(120)
+    return after - before
+
+
+def _proportional_mb() -> float:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
+
+
+def machine() -> dict[str, Any]:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    packages = ("torch", "webdataset", "lhotse", "soundfile", "numpy")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--utterances", type=int, default=3000, help="of the corpus that is read; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=10_000_000, help="of the large index; default: %(default)s")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_corpus_files(folder, arguments.utterances)
+        results = {"machine": machine(), "utterances": arguments.utterances, "rounds": arguments.rounds}
+        results["reading"] = compare(folder, arguments.rounds)
+        make_large_index(folder / "large", open_index(folder / "shards"), arguments.rows)
+        results[f"index of {arguments.rows} rows of {ROW.itemsize} bytes"] = large(folder / "large", arguments.rounds)
+    text = json.dumps(results, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

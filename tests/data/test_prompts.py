@@ -1,0 +1,123 @@
+from collections import Counter
+
+import pytest
+
+from asrllm.data.prompts import DEFAULT_PROMPTS, Prompt, choose_prompt, parse_prompts, read_prompts
+from asrllm.errors import UserError
+
+
+def write(folder, text, name="p.txt"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def draw(prompts, count=3000, *, seed=1, dealt=0, **sample):
+    return [choose_prompt(prompts, seed=seed, round=dealt, key=str(i), **sample) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "Transcribe: all.\n\n 写下来。 \n"),
+        ("p.txt", "- 'Transcribe: all.'\n- 写下来。\n"),
+        ("p.yaml", "# comments are not prompts\n- 'Transcribe: all.'\n- prompt: 写下来。\n"),
+        ("p.yml", "['Transcribe: all.', 写下来。]"),
+    ],
+)
+def test_prompts_are_lines_or_a_yaml_list(tmp_path, name, text):
+    assert read_prompts(write(tmp_path, text, name)) == (Prompt(text="Transcribe: all."), Prompt(text="写下来。"))
+
+
+def test_yaml_says_weight_language_and_task(tmp_path):
+    path = write(tmp_path, "- {prompt: Transcribe., weight: 2}\n- {prompt: 写下来。, lang: zh, task: asr, weight: 0.5}\n", "p.yaml")
+    assert read_prompts(path) == (Prompt(text="Transcribe.", weight=2.0), Prompt(text="写下来。", weight=0.5, lang="zh", task="asr"))
+
+
+def test_no_file_gives_the_default():
+    assert read_prompts(None) == DEFAULT_PROMPTS
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.txt", ""), ("p.txt", "\n  \n"), ("p.yaml", ""), ("p.yaml", "[]")])
+def test_a_file_without_prompts_is_one_sentence(tmp_path, name, text):
+    with pytest.raises(UserError, match="holds no prompt: write one a line"):
+        read_prompts(write(tmp_path, text, name))
+
+
+def test_a_missing_file_and_yaml_without_a_list_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_prompts(tmp_path / "p.txt")
+    for text in ("Transcribe.\n", "prompts:\n  - Transcribe.\n"):
+        with pytest.raises(UserError, match=r"prompt_file='.*p\.yaml' is YAML, but no list"):
+            read_prompts(write(tmp_path, text, "p.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (5, "data.yaml, entry 1, prompt 2: 5 is neither a text"),
+        (None, "prompt 2: None is neither"),
+        ({"weight": 2}, "lacks the key 'prompt'"),
+        ({"prompt": "a", "wieght": 2}, "unknown key 'wieght': did you mean 'weight'"),
+        ({"prompt": "a", 1: 2}, "unknown key 1"),
+        ({"prompt": "a", "weight": "2"}, "weight='2' must be a number"),
+        ({"prompt": "a", "weight": True}, "weight=True must be a number"),
+        ({"prompt": "a", "weight": 0}, "weight=0.0 must be above 0"),
+        ({"prompt": "a", "weight": -1.5}, "weight=-1.5 must be above 0"),
+        ({"prompt": "a", "weight": float("nan")}, "weight=nan must be above 0"),
+        ({"prompt": "a", "weight": float("inf")}, "weight=inf must be above 0"),
+        ({"prompt": 3}, "prompt=3 must be text: put it in quotes"),
+        ({"prompt": "a", "lang": False}, "lang=False must be text: put it in quotes"),  # YAML reads no as false
+        ({"prompt": " "}, "prompt is empty"),
+        ("", "prompt is empty"),
+        ({"prompt": "a", "task": ""}, "task is empty"),
+    ],
+)
+def test_a_wrong_entry_is_one_sentence(entry, message):
+    with pytest.raises(UserError) as caught:
+        parse_prompts(["fine", entry], "data.yaml, entry 1")
+    assert message in str(caught.value)
+
+
+def test_the_choice_depends_on_seed_round_and_key_alone():
+    prompts = parse_prompts(["a", "b", "c"], "here")
+    assert draw(prompts) == draw(prompts)
+    assert draw(prompts) != draw(prompts, dealt=1)
+    assert draw(prompts) != draw(prompts, seed=2)
+    assert all(900 < n < 1100 for n in Counter(draw(prompts)).values())
+
+
+def test_weights_are_shares_among_those_that_fit():
+    entries = ["a", {"prompt": "b", "weight": 3}, {"prompt": "c", "weight": 1000, "lang": "zh"}]
+    counts = Counter(draw(parse_prompts(entries, "here"), lang="en"))
+    assert set(counts) == {"a", "b"}
+    assert 2150 < counts["b"] < 2350
+
+
+@pytest.mark.parametrize(
+    ("lang", "task", "expected"),
+    [
+        (None, None, {"any"}),
+        ("en", None, {"any"}),
+        ("zh", None, {"any", "zh"}),
+        ("ZH-cn", None, {"any", "zh", "zh-CN"}),
+        ("zh_CN", None, {"any", "zh", "zh-CN"}),
+        ("zha", None, {"any"}),  # Zhuang
+        (None, "st", {"any", "st"}),
+        ("zh", "st", {"any", "zh", "st", "zh st"}),
+    ],
+)
+def test_prompts_fit_language_and_task(lang, task, expected):
+    entries = [
+        "any",
+        {"prompt": "zh", "lang": "zh"},
+        {"prompt": "zh-CN", "lang": "zh-CN"},
+        {"prompt": "st", "task": "st"},
+        {"prompt": "zh st", "lang": "Zh", "task": "st"},
+    ]
+    assert set(draw(parse_prompts(entries, "here"), 200, lang=lang, task=task)) == expected
+
+
+def test_an_utterance_that_no_prompt_fits_is_one_sentence():
+    prompts = parse_prompts([{"prompt": "写下来。", "lang": "zh"}], "here")
+    with pytest.raises(UserError, match=r"no prompt fits the utterance 'utt7' of lang='en', task=None: .*'写下来。' \(lang=zh, task=any\)"):
+        choose_prompt(prompts, seed=1, round=0, key="utt7", lang="en")

@@ -1,0 +1,100 @@
+import base64
+import builtins
+import json
+import re
+
+import numpy as np
+import pytest
+
+from asrllm.data.index import RATE, ROW, Index
+from asrllm.data.stats import BINS, as_json, as_text, describe, draw
+from asrllm.errors import UserError
+
+
+def index(seconds, characters, **about):
+    rows = np.zeros(len(seconds), ROW)
+    rows["samples"] = np.asarray(seconds) * RATE
+    rows["text_chars"] = characters
+    return Index(rows=rows, shards=["a.tar"], starts=np.array([0, len(rows)]), about=about)
+
+
+def group(utterances, hours):
+    return {"utterances": utterances, "hours": hours}
+
+
+@pytest.fixture
+def statistics():
+    rng = np.random.default_rng(0)
+    first = index(rng.uniform(1, 20, 900), 100, corpora={"a": group(900, 2.5)}, languages={"en": group(900, 2.5)}, speakers=7)
+    second = index([36.0] * 100, 900, corpora={"a": group(60, 0.6), "b": group(40, 0.4)}, languages={"": group(100, 1.0)}, speakers=0)
+    return describe("<x>", [first, second])
+
+
+def test_directories_are_counted_together(statistics):
+    assert (statistics.utterances, statistics.shards, statistics.speakers) == (1000, 2, 7)
+    assert statistics.corpora == {"a": group(960, 3.1), "b": group(40, 0.4)}
+    assert statistics.languages == {"en": group(900, 2.5), "": group(100, 1.0)}
+    assert statistics.percentiles["seconds"]["100"] == 36.0
+    assert statistics.percentiles["characters"]["50"] == 100
+    assert statistics.percentiles["characters_per_second"]["95"] == pytest.approx(np.percentile(
+        np.concatenate([100 / np.random.default_rng(0).uniform(1, 20, 900), [25] * 100]), 95), rel=1e-3)  # fmt: skip
+    for histogram in statistics.histograms.values():
+        assert sum(histogram.counts) == 1000
+        assert len(histogram.edges) == len(histogram.counts) + 1 <= BINS + 1
+
+
+def test_outliers_stand_in_the_last_bin():
+    histogram = describe("x", [index([*np.linspace(1, 10, 999), 3000.0], 50)]).histograms["seconds"]
+    assert histogram.edges[-1] == 10
+    assert sum(histogram.counts) == 1000
+
+
+def test_equal_lengths_make_one_bin():
+    assert describe("x", [index([8.0] * 3, 4)]).histograms["seconds"].counts == [3]
+
+
+def test_the_terminal_shows_tables_and_bars(statistics):
+    text = as_text(statistics, width=60)
+    assert text.startswith("<x>: 1000 utterances, 3.")
+    assert re.search(r"^corpus +utterances +hours\na +960 +3\.10\nb +40 +0\.40$", text, flags=re.M)
+    assert re.search(r"^\(none\) +100 +1\.00$", text, flags=re.M)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "█" in text
+    assert len(as_text(describe("x", [index([1.0], 3)])).splitlines()) < 20
+
+
+def test_json_holds_everything(statistics):
+    about = json.loads(as_json(statistics))
+    assert about["corpora"]["b"] == group(40, 0.4)
+    assert len(about["histograms"]["seconds"]["counts"]) > 3
+
+
+def test_pictures_and_pages_are_drawn(tmp_path, statistics):
+    pytest.importorskip("matplotlib")
+    draw(statistics, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    draw(statistics, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert "<title>&lt;x&gt;</title>" in page
+    assert "<td>960</td>" in page
+    (picture,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
+    assert "http" not in page
+
+
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path, statistics, monkeypatch):
+    with pytest.raises(UserError, match=r"must end with \.png or \.html"):
+        draw(statistics, tmp_path / "a.pdf")
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="cannot be written"):
+        draw(statistics, tmp_path / "no" / "a.png")
+    imported = builtins.__import__
+
+    def without_matplotlib(name, *arguments):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return imported(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(UserError, match=r"pip install 'asrllm\[plot\]'"):
+        draw(statistics, tmp_path / "a.png")

@@ -1,0 +1,594 @@
+import hashlib
+import itertools
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import fsspec
+import pytest
+
+from asrllm.data import cache as cache_module
+from asrllm.data import storage
+from asrllm.data.cache import ShardCache
+from asrllm.data.storage import RemoteFile, is_url, join_url, read_bytes, remote_sizes
+from asrllm.errors import UserError
+from tests.conftest import REPOSITORY, clean_environment, free_port
+from tests.data.object_store import Fault, S3Server, WebServer, s3_server, web_server
+
+LIMIT = 20  # seconds for anything that may hang
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def web():
+    with web_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["http", "s3"])
+def server(request, web, s3) -> WebServer | S3Server:
+    return web if request.param == "http" else s3
+
+
+@pytest.fixture
+def cache(tmp_path):
+    made = make_cache(tmp_path)
+    yield made
+    made.close()
+
+
+def make_cache(tmp_path, max_bytes=10**7, attempts=4, delay=0.001):
+    return ShardCache(tmp_path / "cache", max_bytes=max_bytes, attempts=attempts, delay=delay)
+
+
+def put(server, size=30_000, name="shard"):
+    """A new file at the server: (path, content, RemoteFile with all that is known of it)."""
+    path, data = f"/train/{name}-{next(numbers)}.tar", os.urandom(size)
+    url = server.put(path, data)
+    return path, data, RemoteFile(url=url, size=size, sha256=hashlib.sha256(data).hexdigest())
+
+
+def cached(tmp_path):
+    return sorted(path.name.partition("-")[2] for path in (tmp_path / "cache").glob("*-*"))
+
+
+def leftovers(tmp_path):
+    return list((tmp_path / "cache" / ".partial").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("s3://b/x", True), ("https://h/x", True), ("file:///x", True), ("/x/y", False), ("x.tar", False), ("d/s3://x", False)],
+)
+def test_what_a_url_is(text, expected):
+    assert is_url(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "expected"),
+    [
+        ("s3://b/dir", "x.tar", "s3://b/dir/x.tar"),
+        ("s3://b/dir/", "./sub/x.tar", "s3://b/dir/sub/x.tar"),
+        ("s3://b/dir", "../x.tar", "s3://b/x.tar"),
+        ("s3://b", "x.tar", "s3://b/x.tar"),
+        ("s3://b/dir", "gs://c/x.tar", "gs://c/x.tar"),
+        ("s3://b/dir", "a b#1.tar", "s3://b/dir/a b#1.tar"),
+        ("https://h/dir", "a b#1.tar", "https://h/dir/a%20b%231.tar"),
+        ("https://h/dir?token=1/2", "x.tar", "https://h/dir/x.tar?token=1/2"),
+        ("file:///data", "x.tar", "file:///data/x.tar"),
+    ],
+)
+def test_joined_urls(base, name, expected):
+    assert join_url(base, name) == expected
+
+
+def test_a_name_outside_of_the_bucket_is_one_sentence():
+    with pytest.raises(UserError, match=r"'\.\./\.\./x\.tar' lies outside of s3://b/dir"):
+        join_url("s3://b/dir", "../../x.tar")
+
+
+def test_a_file_is_downloaded_once_and_marked_as_used(server, cache):
+    path, data, file = put(server)
+    local = cache.fetch(file)
+    assert local.read_bytes() == data
+    assert local.name.endswith(path.rpartition("/")[2])
+    os.utime(local, ns=(0, 0))
+    assert cache.fetch(file) == local
+    assert local.stat().st_mtime_ns > 0
+    assert server.gets(path) == 1
+
+
+def test_nothing_needs_to_be_known_of_a_file(server, cache):
+    _, data, file = put(server)
+    assert cache.fetch(RemoteFile(url=file.url)).read_bytes() == data
+
+
+def test_an_empty_file_and_any_protocol_of_fsspec(cache, tmp_path):
+    fsspec.filesystem("memory").pipe("/storage/a.tar", b"content")
+    assert cache.fetch(RemoteFile(url="memory://storage/a.tar", size=7)).read_bytes() == b"content"
+    (tmp_path / "b.tar").touch()
+    assert cache.fetch(RemoteFile(url=f"file://{tmp_path}/b.tar", size=0)).read_bytes() == b""
+
+
+def test_files_of_one_name_are_kept_apart_and_a_changed_one_is_fetched_again(web, cache):
+    one, other = (RemoteFile(url=web.put(f"/{folder}/x.tar", folder.encode())) for folder in ("one", "other"))
+    assert [cache.fetch(file).read_bytes() for file in (one, other, one)] == [b"one", b"other", b"one"]
+    web.put("/one/x.tar", b"longer")
+    assert cache.fetch(RemoteFile(url=one.url, size=6)).read_bytes() == b"longer"
+    web.put("/one/x.tar", b"LONGER")
+    assert cache.fetch(RemoteFile(url=one.url, sha256=hashlib.sha256(b"LONGER").hexdigest())).read_bytes() == b"LONGER"
+
+
+def test_small_files_and_sizes(server):
+    _, data, file = put(server)
+    _, _, other = put(server, size=7)
+    assert read_bytes(file.url) == data
+    assert remote_sizes([file.url, file.url + ".not", other.url]) == [len(data), None, 7]
+    assert remote_sizes([]) == []
+    with pytest.raises(UserError, match="does not exist"):
+        read_bytes(file.url + ".not")
+
+
+def test_sizes_with_faults(web, monkeypatch):
+    monkeypatch.setattr(storage, "DELAY", 0.001)
+    path, data, file = put(web)
+    for method in ("HEAD", "GET"):  # fsspec's http asks with both
+        web.faults.order(path, [Fault(status=503)] * 2, method)
+    assert remote_sizes([file.url]) == [len(data)]
+    for status, message in ((503, "6 attempts failed.*503"), (403, "may not be read.*403")):
+        for method in ("HEAD", "GET"):
+            web.faults.order(path, itertools.repeat(Fault(status=status)), method)
+        with pytest.raises(UserError, match=message):
+            remote_sizes([file.url] * 50)
+
+
+FAULTS = {
+    "dropped": Fault(sent=0.5),
+    "truncated": Fault(sent=0.5, honest=True),
+    "empty": Fault(sent=0, honest=True),
+    "damaged": Fault(flip=True),
+    "unavailable": Fault(status=503),
+    "error": Fault(status=500),
+    "too many": Fault(status=429),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_that_pass_are_mended(server, cache, tmp_path, name):
+    path, data, file = put(server)
+    server.faults.order(path, [FAULTS[name]] * 3)
+    assert cache.fetch(file).read_bytes() == data
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("truncated", "expected 30000 bytes, 15000 bytes came"),
+        ("damaged", r"expected the sha256 \w+, 30000 bytes with \w+ came"),
+        ("unavailable", "503"),
+        ("dropped", "ClientPayloadError"),
+    ],
+)
+def test_faults_that_stay_are_one_sentence(web, cache, tmp_path, name, message):
+    path, _, file = put(web)
+    web.faults.order(path, itertools.repeat(FAULTS[name]))
+    with pytest.raises(UserError, match=f"(?s){file.url} cannot be read: 4 attempts failed.*{message}"):
+        cache.fetch(file)
+    assert web.gets(path) == 4
+    assert leftovers(tmp_path) == [] == cached(tmp_path)
+    web.faults.order(path, [])
+    cache.fetch(file)
+
+
+def test_s3_faults_that_stay_are_one_sentence(s3, cache, tmp_path):
+    path, _, file = put(s3)
+    s3.faults.order(path, itertools.repeat(Fault(status=503)))
+    with pytest.raises(UserError, match=f"{file.url} cannot be read: 4 attempts failed.*Service Unavailable"):
+        cache.fetch(file)
+    assert leftovers(tmp_path) == [] == cached(tmp_path)
+
+
+def test_a_longer_body_is_not_taken(web, cache):
+    path, _, file = put(web)
+    with pytest.raises(UserError, match="expected 29000 bytes, more came"):
+        cache.fetch(RemoteFile(url=file.url, size=29_000))
+    assert web.gets(path) == 4
+
+
+def test_no_server_is_one_sentence(cache):
+    url = f"http://127.0.0.1:{free_port()}/x.tar"
+    with pytest.raises(UserError, match=f"{url} cannot be read: 4 attempts failed.*ClientConnectorError"):
+        cache.fetch(RemoteFile(url=url))
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(404, "does not exist"), (403, "may not be read"), (401, "may not be read"), (400, "400|Bad Request")]
+)
+def test_what_no_retry_mends_fails_at_once(server, cache, status, message):
+    path, _, file = put(server)
+    for method in ("HEAD", "GET"):
+        server.faults.order(path, itertools.repeat(Fault(status=status)), method)
+    with pytest.raises(UserError, match=f"{file.url} .*({message})"):
+        cache.fetch(file)
+    assert server.gets(path) <= 1
+
+
+def test_a_missing_bucket_and_missing_credentials(s3, cache, monkeypatch):
+    with pytest.raises(UserError, match=r"s3://nowhere/x\.tar does not exist"):
+        cache.fetch(RemoteFile(url="s3://nowhere/x.tar"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+    with pytest.raises(UserError, match=r"may not be read \(NoCredentialsError.*AWS_PROFILE"):
+        cache.fetch(RemoteFile(url="s3://corpus/x.tar"))
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+
+
+def test_secrets_stay_out_of_messages_and_names(web, cache):
+    url = web.url.replace("http://", "http://user:pass@") + "/secret/x.tar?token=abc"
+    with pytest.raises(UserError, match="does not exist") as error:
+        cache.fetch(RemoteFile(url=url))
+    assert "abc" not in str(error.value)
+    assert "pass" not in str(error.value)
+    web.put("/secret/x.tar", b"x")
+    assert cache.fetch(RemoteFile(url=url)).name.endswith("-x.tar")
+
+
+def test_an_unknown_protocol_is_one_sentence(cache):
+    with pytest.raises(UserError, match=r"nope://x/y\.tar has the unknown protocol 'nope': use s3://"):
+        cache.fetch(RemoteFile(url="nope://x/y.tar"))
+
+
+def test_a_missing_driver_is_one_sentence():
+    script = """
+        for url, package in (("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs"), ("https://h/x", "aiohttp")):
+            sys.modules[package] = None  # as if it were not installed
+            try:
+                storage.read_bytes(url)
+            except UserError as error:
+                print(error)
+    """
+    lines = run(script).splitlines()
+    for line, url, extra in zip(lines, ("s3://b/x", "gs://b/x", "https://h/x"), ("s3", "gcs", "http"), strict=True):
+        assert line.startswith(f"{url} cannot be read without another package")
+        assert line.endswith(f"pip install 'asrllm[{extra}]'")
+
+
+def test_a_dropped_download_goes_on_where_it_broke_off(web, cache):
+    path, data, file = put(web, size=2_000_000)
+    web.faults.order(path, [Fault(sent=0.5)])
+    assert cache.fetch(file).read_bytes() == data
+    first, second = web.faults.gets[path]
+    assert first is None
+    assert second.startswith("bytes=")  # what aiohttp had not handed out yet is asked for again
+
+
+def test_a_dropped_download_from_an_object_store_goes_on_too(s3, cache, monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK", 10_000)
+    monkeypatch.setattr(cache_module, "CHUNK", 10_000)
+    path, data, file = put(s3)
+    s3.faults.order(path, [Fault(), Fault(status=503)])
+    assert cache.fetch(file).read_bytes() == data
+    assert s3.faults.gets[path] == ["bytes=0-9999", "bytes=10000-19999", "bytes=10000-19999", "bytes=20000-29999"]
+
+
+@pytest.mark.parametrize("size", [30_000, None])
+def test_two_versions_of_a_file_are_never_mixed(server, cache, monkeypatch, size):
+    monkeypatch.setattr(storage, "CHUNK", 10_000)
+    monkeypatch.setattr(cache_module, "CHUNK", 10_000)
+    path, data, file = put(server)
+    new = bytes(reversed(data))
+
+    def faults():
+        yield Fault(sent=0.5) if isinstance(server, WebServer) else Fault()
+        server.put(path, new)
+        while True:
+            yield Fault()
+
+    server.faults.order(path, faults())
+    assert cache.fetch(RemoteFile(url=file.url, size=size)).read_bytes() == new
+
+
+def test_processes_that_ask_at_once_download_once(server, tmp_path):
+    path, _, file = put(server)
+    gate = threading.Event()
+    fault = Fault(gate=gate)
+    server.faults.order(path, [fault])
+    script = """
+        cache = ShardCache(Path(sys.argv[1]), max_bytes=10**7)
+        print("asks", flush=True)
+        print(hashlib.sha256(cache.fetch(RemoteFile(url=sys.argv[2])).read_bytes()).hexdigest())
+    """
+    with started(script, tmp_path / "cache", file.url) as one, started(script, tmp_path / "cache", file.url) as other:
+        assert fault.reached.wait(LIMIT)
+        for process in (one, other):
+            assert process.stdout.readline() == "asks\n"
+        gate.set()
+        for process in (one, other):
+            assert process.communicate(timeout=LIMIT)[0].split() == [file.sha256]
+    assert server.gets(path) == 1
+
+
+def test_a_killed_download_leaves_nothing_that_counts_as_whole(web, tmp_path):
+    path, data, file = put(web)
+    other_path, other_data, other = put(web)
+    gate = threading.Event()
+    for asked in (path, other_path):
+        fault = Fault(gate=gate)
+        web.faults.order(asked, [fault])
+        with started(
+            "ShardCache(Path(sys.argv[1]), max_bytes=10**7).fetch(RemoteFile(url=sys.argv[2]))", tmp_path / "cache", web.url + asked
+        ) as p:
+            assert fault.reached.wait(LIMIT)
+            p.kill()
+            p.wait(LIMIT)
+    gate.set()
+    assert len(leftovers(tmp_path)) == 2
+    cache = make_cache(tmp_path)
+    assert cached(tmp_path) == []
+    assert cache.fetch(RemoteFile(url=file.url)).read_bytes() == data
+    assert leftovers(tmp_path) == []  # of the other file too
+    assert cache.fetch(other).read_bytes() == other_data
+
+
+def test_the_least_recently_used_make_room(web, tmp_path):
+    cache = make_cache(tmp_path, max_bytes=3500)
+    files = [put(web, size=1000, name="abcde"[i])[2] for i in range(5)]
+    foreign = tmp_path / "cache" / "my-notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("x" * 5000)
+    for i, file in enumerate(files[:3]):
+        os.utime(cache.fetch(file), ns=(i, i))
+    assert len(cached(tmp_path)) == 3 + 1
+    os.utime(cache.fetch(files[0]), ns=(9, 9))
+    with open(cache.folder / files[1].local_name, "rb") as being_read:
+        cache.fetch(files[3])
+        assert not (cache.folder / files[1].local_name).exists()
+        assert len(being_read.read()) == 1000
+    assert sorted(path.name for path in cache.folder.glob("*.tar")) == sorted(files[i].local_name for i in (0, 2, 3))
+    assert foreign.exists()
+
+
+def test_a_file_larger_than_the_cache_is_one_sentence(server, tmp_path):
+    cache = make_cache(tmp_path, max_bytes=20_000)
+    _, _, file = put(server)
+    for known in (file, RemoteFile(url=file.url)):
+        with pytest.raises(UserError, match=f"{file.url} has .*: raise data.cache.max_gb"):
+            cache.fetch(known)
+    assert leftovers(tmp_path) == [] == cached(tmp_path)
+
+
+def test_downloads_under_way_count_and_are_waited_for(web, tmp_path, caplog):
+    cache = make_cache(tmp_path, max_bytes=50_000)
+    path, _, slow = put(web)
+    _, _, small = put(web, size=20_000)
+    _, data, other = put(web)
+    gate, waits = threading.Event(), threading.Event()
+    fault = Fault(gate=gate)
+    web.faults.order(path, [fault])
+    first = Background(lambda: cache.fetch(slow))
+    assert fault.reached.wait(LIMIT)
+    cache.fetch(small)  # 30 + 20 thousand
+    with log_event("is full of downloads under way", waits):
+        second = Background(lambda: cache.fetch(other).read_bytes())
+        assert waits.wait(LIMIT)
+    assert len(cached(tmp_path)) == 1  # what does not help is not thrown out
+    gate.set()
+    first.join(LIMIT)
+    second.join(LIMIT)
+    assert second.result == data
+    assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= 50_000
+
+
+def test_prefetched_files_need_no_second_request(server, cache):
+    files = [put(server) for _ in range(5)]
+    cache.prefetch([file for _, _, file in files])
+    for _, data, file in reversed(files):
+        assert cache.fetch(file).read_bytes() == data
+    cache.close()
+    assert [server.gets(path) for path, _, _ in files] == [1] * 5
+
+
+def test_a_new_prefetch_replaces_what_is_queued_and_failures_are_logged(web, cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "PREFETCH_THREADS", 1)
+    (slow_path, _, slow), (dropped_path, _, dropped), (path, _, file) = (put(web) for _ in range(3))
+    gate, failed = threading.Event(), threading.Event()
+    fault = Fault(gate=gate)
+    web.faults.order(slow_path, [fault])
+    cache.prefetch([slow, dropped])
+    assert fault.reached.wait(LIMIT)
+    missing = RemoteFile(url=f"{web.url}/missing.tar")
+    with log_event("missing.tar does not exist", failed):
+        cache.prefetch([file, missing])
+        gate.set()
+        assert failed.wait(LIMIT)
+    cache.close()
+    assert [web.gets(p) for p in (slow_path, dropped_path, path)] == [1, 0, 1]
+    with pytest.raises(UserError, match="does not exist"):
+        cache.fetch(missing)
+    cache.prefetch([RemoteFile(url="nope://x")])
+
+
+def test_closing_ends_retries(web, tmp_path):
+    cache = make_cache(tmp_path, delay=1000)
+    path, _, file = put(web)
+    web.faults.order(path, itertools.repeat(Fault(status=503)))
+    retries = threading.Event()
+    with log_event("attempt 1 of 4 failed", retries):
+        cache.prefetch([file])
+        assert retries.wait(LIMIT)
+    prefetcher = cache._prefetcher
+    cache.close()
+    assert not any(thread.is_alive() for thread in prefetcher.threads)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_cache_can_be_pickled(web, cache):
+    _, data, file = put(web)
+    cache.prefetch([file])
+    assert pickle.loads(pickle.dumps(cache)).fetch(file).read_bytes() == data
+
+
+def test_a_forked_process_fetches_while_its_parent_prefetches(web, s3, tmp_path):
+    """The child has its own connections, waits for the parent's download, and leaves the parent's connections as they are."""
+    slow_path, _, slow = put(web)
+    gate = threading.Event()
+    fault = Fault(gate=gate)
+    web.faults.order(slow_path, [fault])
+    files = [put(server) for server in (web, s3) * 3]
+    script = """
+        import signal, traceback
+        cache = ShardCache(Path(sys.argv[1]), max_bytes=10**7)
+        slow, *urls = sys.argv[2:]
+        before, child, parent = (urls[i:i + 2] for i in (0, 2, 4))
+        def fetch(urls):
+            for url in urls:
+                cache.fetch(RemoteFile(url=url))
+        fetch(before)
+        cache.prefetch([RemoteFile(url=slow)])
+        sys.stdin.readline()  # the download hangs now
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(15)
+            try:
+                fetch(child)
+                print("child", flush=True)
+                fetch([slow])
+                cache.prefetch([RemoteFile(url=url) for url in urls])
+                fetch(urls)
+                cache.close()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        fetch(parent)
+        print("parent", flush=True)
+        assert os.waitpid(pid, 0)[1] == 0
+        fetch([slow])
+        print("done", flush=True)
+    """
+    with started(script, tmp_path / "cache", slow.url, *(file.url for _, _, file in files)) as process:
+        assert fault.reached.wait(LIMIT)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert {process.stdout.readline(), process.stdout.readline()} == {"child\n", "parent\n"}
+        gate.set()
+        assert process.communicate(timeout=LIMIT)[0] == "done\n"
+        assert process.returncode == 0
+    assert web.gets(slow_path) == 1
+    assert [server.gets(path) for server, (path, _, _) in zip((web, s3) * 3, files, strict=True)] == [1] * 6
+
+
+def test_a_fork_leaves_the_connections_of_the_parent_open(web, tmp_path):
+    files = [put(web) for _ in range(3)]
+    script = """
+        cache = ShardCache(Path(sys.argv[1]), max_bytes=10**7, attempts=1)
+        before, child, after = (RemoteFile(url=url) for url in sys.argv[2:])
+        cache.fetch(before)  # leaves a connection to be used again
+        pid = os.fork()
+        if pid == 0:
+            cache.fetch(child)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        cache.fetch(after)
+    """
+    run(script, tmp_path / "cache", *(file.url for _, _, file in files))
+    assert [web.gets(path) for path, _, _ in files] == [1] * 3
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=f"'{tmp_path}/cache' cannot be written .*data.cache.dir"):
+        make_cache(tmp_path).fetch(RemoteFile(url="memory://storage/a.tar"))
+
+
+def test_a_full_disk_is_one_sentence(web, tmp_path):
+    _, _, file = put(web)
+    script = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            ShardCache(Path(sys.argv[1]), max_bytes=10**7).fetch(RemoteFile(url=sys.argv[2], size=eval(sys.argv[3])))
+        except UserError as error:
+            print(error)
+    """
+    for size in (30_000, None):  # found when the room is taken, or while writing
+        assert f"'{tmp_path}/cache' cannot be written (File too large): make room there" in run(script, tmp_path / "cache", file.url, size)
+    assert leftovers(tmp_path) == [] == cached(tmp_path)
+
+
+# what `import asrllm` loads takes seconds, and nothing of it is needed here
+HEADER = """
+import hashlib, os, sys, types
+from pathlib import Path
+sys.modules["asrllm"] = types.ModuleType("asrllm")
+sys.modules["asrllm"].__path__ = ["asrllm"]
+from asrllm.data import storage
+from asrllm.data.cache import ShardCache
+from asrllm.data.storage import RemoteFile
+from asrllm.errors import UserError
+"""
+
+
+def command(script, *arguments):
+    lines = script.strip("\n").splitlines()
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    return [sys.executable, "-c", HEADER + "\n".join(line[indent:] for line in lines), *map(str, arguments)]
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        command(script, *arguments), capture_output=True, text=True, timeout=LIMIT, cwd=REPOSITORY, env=clean_environment()
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def started(script, *arguments):
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command(script, *arguments), stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY, env=clean_environment())
+    watchdog = threading.Timer(LIMIT * 2, process.kill)
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait(LIMIT)
+
+
+class Background(threading.Thread):
+    """A call in the background, with its result."""
+
+    def __init__(self, call):
+        super().__init__(daemon=True)
+        self.call, self.result = call, None
+        self.start()
+
+    def run(self):
+        self.result = self.call()
+
+
+@contextmanager
+def log_event(text, event):
+    """Sets the event when the cache logs something with this text."""
+    handler = logging.Handler()
+    handler.emit = lambda record: event.set() if text in record.getMessage() else None
+    loggers = (storage.logger, cache_module.logger)
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)

@@ -1,0 +1,187 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+
+from asrllm.data.index import BLOCK, RATE, ROW, open_index
+from asrllm.data.shards import write_shards
+from asrllm.data.sources import read_kaldi
+from asrllm.data.verify import index_tars, verify_shards
+from asrllm.errors import UserError
+from asrllm.testing import kaldi_directory, tone, tone_sentences
+
+
+def wav(seconds=0.25, rate=8000):
+    file = io.BytesIO()
+    soundfile.write(file, tone("two", seconds, rate), rate, format="WAV")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    """members: {name: bytes}, or names of directories with None."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.REGTYPE, len(content)) if content is not None else (tarfile.DIRTYPE, 0)
+            tar.addfile(info, io.BytesIO(content or b""))
+    return str(path)
+
+
+def sample(key, text="二", **audio):
+    return {f"{key}.wav": wav(**audio), f"{key}.txt": text.encode()}
+
+
+def rejected(folder):
+    return [(row["key"], row["reason"]) for row in map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())]
+
+
+# --- indexing ---
+
+
+def test_tars_of_others_are_indexed(tmp_path):
+    """wenet's form: KEY.wav + KEY.txt, in a folder inside the tar, with the names of directories among the members."""
+    members = {"d": None} | sample("d/0") | {"d/1.txt": "三\n".encode(), "d/1.wav": wav(0.5)}
+    summary = index_tars([write_tar(tmp_path / "x.tar", members)])
+    assert summary.index.rows["samples"].tolist() == [0.25 * RATE, 0.5 * RATE]
+    assert summary.index.rows["text_bytes"].tolist() == [3, 3]
+    assert summary.rejected == {}
+    assert not (tmp_path / "rejected.jsonl").exists()
+    assert verify_shards(open_index(tmp_path)) == []
+    assert json.loads((tmp_path / "index.json").read_text())["shards"][0]["name"] == "x.tar"
+
+
+def test_bad_samples_and_repeated_keys_are_left_out(tmp_path):
+    write_tar(tmp_path / "a.tar", sample("a") | {"b.wav": wav()} | {"c.wav": b"RIFF", "c.txt": b"x"} | sample("d"))
+    write_tar(tmp_path / "b.tar", sample("e") | sample("d", "other") | sample("f"))
+    write_tar(tmp_path / "c.tar", sample("f") | sample("a"))
+    summary = index_tars([str(tmp_path / f"{name}.tar") for name in "cab"])
+    assert summary.rejected == {"no_transcript": 1, "unreadable_audio": 1, "duplicate_key": 3}
+    assert rejected(tmp_path) == [
+        ("b", "no_transcript"), ("c", "unreadable_audio"), ("d", "duplicate_key"), ("f", "duplicate_key"), ("a", "duplicate_key")
+    ]  # fmt: skip
+    index = open_index(tmp_path)
+    assert index.starts.tolist() == [0, 2, 4, 4]
+    assert verify_shards(index) == []
+
+
+def test_tars_of_several_directories_need_a_place_for_their_index(tmp_path):
+    tars = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        tars.append(write_tar(tmp_path / name / "x.tar", sample(name)))
+    with pytest.raises(UserError, match="in 2 directories: say with --output"):
+        index_tars(tars)
+    index_tars(tars, tmp_path / "deep" / "index")
+    index = open_index(tmp_path / "deep" / "index")
+    assert index.shards == tars
+    assert verify_shards(index) == []
+    index_tars(tars, tmp_path / "a")
+    assert [shard["name"] for shard in json.loads((tmp_path / "a" / "index.json").read_text())["shards"]] == ["x.tar", tars[1]]
+
+
+def test_tars_at_urls_are_indexed_and_verified(tmp_path):
+    (tmp_path / "far").mkdir()
+    urls = [f"file://{write_tar(tmp_path / 'far' / f'{name}.tar', sample(name))}" for name in "ab"]
+    with pytest.raises(UserError, match="at URLs: say with --output"):
+        index_tars(urls)
+    index_tars(urls, tmp_path / "near")
+    index = open_index(tmp_path / "near")
+    assert index.shards == urls
+    assert verify_shards(index) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.tar", None, "does not exist"),
+        ("x.tar", b"no tar" * 1000, "cannot be read as a tar"),
+        ("x.tar", b"\0" * 10240, "hold no utterance that could be used: they are empty"),
+    ],
+)
+def test_what_is_no_tar_of_samples_is_one_sentence(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        index_tars([str(tmp_path / name)])
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_a_tar_without_transcripts_is_refused(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a.wav": wav()})
+    with pytest.raises(UserError, match=r"1 no_transcript; the first: a: expected a\.json or a\.txt"):
+        index_tars([tar])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+# --- verifying ---
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shards(tmp_path / "out", read_kaldi(kaldi_directory(tmp_path / "kaldi", tone_sentences(5))), utterances_per_shard=3)
+    return tmp_path / "out"
+
+
+def problems(folder):
+    return [(problem.key, problem.reason) for problem in verify_shards(open_index(folder))]
+
+
+def overwrite(path, place, content):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+def test_sound_shards_have_no_problem(shards):
+    advanced = []
+    assert verify_shards(open_index(shards), advance=advanced.append) == []
+    assert sum(advanced) == 5
+
+
+def test_changed_audio_is_found(shards):
+    row = open_index(shards).rows[1]
+    overwrite(shards / "shard-000000.tar", (int(row["offset"]) + int(row["size"]) // 2) * BLOCK, b"\xff" * 600)
+    found = problems(shards)
+    assert found[0] == ("", "changed")
+    assert [key for key, _ in found[1:]] == ["utt0001"]
+
+
+def test_a_changed_byte_that_still_decodes_is_found(shards):
+    size = (shards / "shard-000001.tar").stat().st_size
+    overwrite(shards / "shard-000001.tar", size - 1, b"x")  # behind the last sample
+    assert problems(shards) == [("", "changed")]
+
+
+def test_rows_that_disagree_with_their_samples_are_found(shards):
+    rows = np.fromfile(shards / "index.bin", ROW)
+    rows["samples"][0] += RATE
+    rows["text_bytes"][1] += 1
+    rows["offset"][2] += 1
+    rows["size"][3] += rows["size"][4]  # two samples in one
+    rows["offset"][4] = rows["offset"][3]
+    rows["size"][4] = rows["size"][3] // 2
+    rows.tofile(shards / "index.bin")
+    found = problems(shards)
+    assert found[:3] == [("utt0000", "duration_mismatch"), ("utt0001", "changed_text"), ("row 2", "unreadable_tar")]
+    assert found[3] == ("row 0", "unreadable_tar")
+
+
+def test_repeated_keys_are_found(shards):
+    rows = np.fromfile(shards / "index.bin", ROW)
+    rows[1] = rows[0]
+    rows.tofile(shards / "index.bin")
+    assert problems(shards) == [("utt0000", "duplicate_key")]
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_same(tmp_path, shards):
+    overwrite(shards / "shard-000001.tar", 600, b"\xff" * 600)
+    index = open_index(shards)
+    assert verify_shards(index, workers=2) == verify_shards(index)
+    tars = [str(shards / "shard-000001.tar"), str(shards / "shard-000000.tar")]
+    for workers in (1, 2):
+        index_tars(tars, tmp_path / f"i{workers}", workers=workers)
+    assert (tmp_path / "i1" / "index.bin").read_bytes() == (tmp_path / "i2" / "index.bin").read_bytes()

@@ -1,0 +1,130 @@
+"""The data in training, with real processes: what a killed run trains on, what is augmented, dropped and fetched."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from asrllm.testing import kaldi_directory, tone_sentences
+from tests.conftest import REPOSITORY, assert_done, clean_environment, run_script
+from tests.data.object_store import s3_server, web_server
+from tests.test_end_to_end import losses, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def trace(exp):
+    return [(path.name, *map(json.loads, path.read_text().splitlines())) for path in sorted(exp.glob("keys-rank*.jsonl"))]
+
+
+def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(world, tmp_path):
+    """kill -9 of two ranks, twice, with other workers each time: keys, prompts and losses of the uninterrupted run, all augmentation on."""
+    (tmp_path / "words.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    noises = kaldi_directory(tmp_path / "noise", tone_sentences(4, seed=7)) / "wav"
+    settings = {
+        "prompt_file": world.root / "prompts.txt",
+        "data__trace": "true",
+        "data__augment__speed": "[0.9,1.0,1.1]",
+        "data__augment__noise__source": noises,
+        "data__augment__noise__prob": 0.5,
+        "data__augment__reverb__source": "synthetic",
+        "data__augment__reverb__prob": 0.5,
+        "data__augment__spec_augment__prob": 0.8,
+        "data__hotwords__file": tmp_path / "words.txt",
+        "data__hotwords__prob": 0.7,
+        "data__valid_data_config": "null",
+        "data__sampler__window": 25,
+        "trainer__num_steps": 40,
+        "trainer__save_every": 5,
+        "model__llm__lora__lora_dropout": 0.1,
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert_done(run_script("train", *world.overrides(whole, data__num_workers=0, **settings), launcher="torchrun"))
+    for workers, checkpoint in ((2, 5), (1, 15)):
+        kill_after(killed / f"checkpoint-{checkpoint}", world.overrides(killed, data__num_workers=workers, **settings))
+        assert not (killed / "pretrained.pt").exists(), "it was to be killed, and finished"
+    assert_done(run_script("train", *world.overrides(killed, data__num_workers=2, **settings), launcher="torchrun"))
+    assert trace(killed) == trace(whole)
+    assert losses(killed) == losses(whole)
+    prompts = {prompt for _, *steps in trace(whole) for step in steps for prompt in step["prompts"]}
+    assert any("Hotwords: " in prompt for prompt in prompts)
+    assert {prompt.partition(" Hotwords")[0] for prompt in prompts} == {"Transcribe.", "Repeat what you hear.", "写下来。"}
+
+
+def kill_after(path, overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*command, str(REPOSITORY / "launch" / "train.py"), *overrides],
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)  # waits for a condition, bounded
+    for pid in descendants(process.pid):  # torchrun starts sessions of its own
+        os.kill(pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def descendants(pid):
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
+    with (web_server if kind == "http" else s3_server)() as server:
+        for file in world.shards.iterdir():
+            url = server.put(f"/train/{file.name}", file.read_bytes())
+        (tmp_path / "train.yaml").write_text(f"- shards: {url.rpartition('/')[0]}\n")
+        settings = {"data__train_data_config": tmp_path / "train.yaml", "data__cache__dir": tmp_path / "cache", "data__trace": "true"}
+        local, remote = tmp_path / "local", tmp_path / "remote"
+        environment = server.environment if kind == "s3" else {}
+        assert_done(run_script("train", *world.overrides(remote, **settings), launcher="torchrun", **environment))
+        assert all(server.gets(f"/train/{shard.name}") == 1 for shard in world.shards.glob("*.tar"))
+    assert_done(run_script("train", *world.overrides(local, data__trace="true"), launcher="torchrun"))
+    assert trace(remote) == trace(local)
+    assert losses(remote) == losses(local)
+
+
+def test_what_the_filters_drop_is_counted_in_the_log(world, tmp_path):
+    settings = {"data__filter__max_duration": 1.0, "trainer__num_steps": 2, "trainer__wandb__mode": "offline"}
+    done = assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
+    (dropped,) = [record for record in metrics(tmp_path / "exp") if "dropped/too_long" in record]
+    assert 0 < dropped["dropped/too_long"] < 60
+    assert f"of 60 utterances; dropped: {dropped['dropped/too_long']} too_long" in done.stderr
+    (run,) = (tmp_path / "exp" / "wandb").rglob("run-*.wandb")
+    assert b"dropped/too_long" in run.read_bytes()
+
+
+def test_endless_mixing_trains_and_needs_a_number_of_steps(world, tmp_path):
+    settings = {"data__use_infinite_dataset": "true", "data__sampler__window": 10, "trainer__num_steps": 12, "data__trace": "true"}
+    assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
+    ((_, *steps),) = trace(tmp_path / "exp")
+    assert len(steps) == 12
+    refused = run_script("train", *world.overrides(tmp_path / "no", **settings | {"trainer__num_epochs": 2}))
+    assert refused.returncode == 2
+    assert "data.use_infinite_dataset=true has no epochs" in refused.stderr
+
+
+def test_a_missing_shard_ends_the_run_before_the_models_load(world, tmp_path):
+    shutil.copytree(world.shards, tmp_path / "shards")
+    (tmp_path / "shards" / "shard-000001.tar").unlink()
+    (tmp_path / "train.yaml").write_text(f"- shards: {tmp_path / 'shards'}\n")
+    refused = run_script("train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml"))
+    assert refused.returncode == 2
+    assert "shard-000001.tar' is missing" in refused.stderr
+    assert "Loading weights" not in refused.stderr
+    assert not (tmp_path / "exp").exists()

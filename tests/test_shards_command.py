@@ -1,0 +1,115 @@
+"""`asrllm shards ...` as a user types it, in this process."""
+
+import json
+
+import pytest
+import soundfile
+
+from asrllm.cli import main
+from asrllm.data.index import scan_tar
+from asrllm.data.sources import SOURCES
+from asrllm.testing import kaldi_directory, tone, tone_sentences
+
+
+@pytest.fixture
+def kaldi(tmp_path):
+    return kaldi_directory(tmp_path / "kaldi", tone_sentences(5))
+
+
+def shards(*arguments):
+    return main(["shards", *map(str, arguments), *(["--workers", "1"] if arguments[0] != "stats" else [])])
+
+
+def test_make_index_verify_and_stats(tmp_path, kaldi, capsys):
+    out = tmp_path / "out"
+    (kaldi / "wav" / "utt0001.wav").unlink()
+    assert shards("make", out, "--kaldi", kaldi, "--lang", "en", "--utterances-per-shard", 2) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"{out}: 4 utterances, 0.00 h, 3 shards",
+        f"rejected: 1 missing_audio; see {out}/rejected.jsonl",
+    ]
+    assert "writing shards: 5/5" in said.err
+    (sample, *_) = scan_tar(out / "shard-000000.tar")
+    assert (sample.fields["corpus"], sample.fields["lang"]) == ("out", "en")
+
+    assert shards("verify", out) == 0
+    assert capsys.readouterr().out == f"{out}: 4 utterances, 0.00 h, 3 shards: all is well\n"
+
+    before = (out / "index.bin").read_bytes()
+    assert shards("index", *sorted(out.glob("*.tar"))) == 0
+    assert capsys.readouterr().out == f"{out}: 4 utterances, 0.00 h, 3 shards\n"
+    assert (out / "index.bin").read_bytes() == before
+
+    assert shards("stats", out) == 0
+    assert "duration in seconds" in capsys.readouterr().out
+    assert shards("stats", "--json", out, out) == 0
+    assert json.loads(capsys.readouterr().out)["corpora"]["out"]["utterances"] == 8
+
+
+def test_problems_are_listed_and_end_with_2(tmp_path, kaldi, capsys):
+    out = tmp_path / "out"
+    shards("make", out, "--kaldi", kaldi)
+    about = json.loads((out / "index.json").read_text())
+    about["shards"][0]["sha256"] = "0" * 64
+    (out / "index.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    assert shards("verify", out, "--output", tmp_path / "problems.txt") == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{out}/shard-000000.tar: changed: its sha256 is")
+    assert "has 1 problems (1 changed): restore the shards" in said.err
+    assert (tmp_path / "problems.txt").read_text() == said.out
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for i in range(30):
+        soundfile.write(tmp_path / "a" / f"{i:02d}.wav", tone("one", 0.2), 16000)
+        (tmp_path / "a" / f"{i:02d}.txt").write_text("one")
+    out = tmp_path / "out"
+    shards("make", out, "--folder", tmp_path / "a")
+    (out / "index.bin").write_bytes((out / "index.bin").read_bytes()[:20] * 30)  # the same row again and again
+    capsys.readouterr()
+    assert shards("verify", out) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "... and 9 more: give --output FILE to have them all"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kaldi", "{kaldi}", "--table", "x"], "--table belongs to --folder, the source here is --kaldi: leave it out"),
+        (["--nemo", "x.json", "--allow-pipes"], "--allow-pipes belongs to --kaldi"),
+        (["--nemo", "x.json"], "'x.json' does not exist"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, kaldi, capsys, arguments, message):
+    assert shards("make", tmp_path / "out", *(a.format(kaldi=kaldi) for a in arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
+
+
+def test_a_mistake_far_behind_keeps_what_is_done(tmp_path, capsys, caplog):
+    soundfile.write(tmp_path / "a.wav", tone("one", 0.2), 16000)
+    line = json.dumps({"audio_filepath": "a.wav", "text": "one"}) + "\n"
+    (tmp_path / "m.json").write_text(line * 300 + "broken\n")
+    make = ("make", tmp_path / "out", "--nemo", tmp_path / "m.json", "--utterances-per-shard", 50)
+    assert shards(*make) == 2
+    assert "m.json:301 is not valid JSON" in capsys.readouterr().err
+    finished = int(caplog.messages[-1].partition(" finished shards are kept")[0])
+    assert finished >= 4
+    (tmp_path / "m.json").write_text(line * 300)
+    assert shards(*make) == 0
+    said = capsys.readouterr().out
+    assert f"kept {finished} finished shards of the earlier run" in said
+    assert "rejected: 299 duplicate_key" in said
+
+
+def test_the_help_names_every_source(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["shards", "make", "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for name in SOURCES:
+        assert f"--{name} " in said
