@@ -86,7 +86,7 @@ def make_corpus_files(folder: Path, count: int) -> None:
     utterances = [
         Utterance(key=f"utt{i:06d}", text="one two " * round(s), load=functools.partial(make_wave, s, i)) for i, s in enumerate(seconds)
     ]
-    write_shards(folder / "shards", utterances, utterances_per_shard=100, workers=2)
+    write_shards(folder / "shards", utterances, utterances_per_shard=500, workers=2)
     (folder / "flac").mkdir()
     cuts = []
     for shard in open_index(folder / "shards").shards:
@@ -100,7 +100,7 @@ def make_corpus_files(folder: Path, count: int) -> None:
                 MonoCut(id=recording.id, start=0, duration=recording.duration, channel=0, recording=recording, supervisions=[supervision])
             )
     (folder / "shar").mkdir()
-    CutSet.from_cuts(cuts).to_shar(folder / "shar", fields={"recording": "flac"}, shard_size=100)
+    CutSet.from_cuts(cuts).to_shar(folder / "shar", fields={"recording": "flac"}, shard_size=500)
 
 
 # --- the pipelines: each gives an epoch's batches, from a share of the epoch on ---
@@ -293,7 +293,7 @@ def _first_batch(folder: Path) -> dict[str, float]:
     next(stream)
     first = time.perf_counter()
     fresh = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
-    dealt = sum(1 for step in fresh.steps(Position(), ranks=1) if step.of_rank(0) and step.after.window == 0)
+    dealt = sum(len(step.of_rank(0)) for step in itertools.takewhile(lambda step: step.after.window == 0, fresh.steps(Position(), ranks=1)))
     planned = time.perf_counter()
     return {
         "seconds to open": opened - began,

@@ -16,7 +16,7 @@ import soxr
 from asrllm.audio.augment import NO_MASKS, Augmenter
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, BadSample, Index, TarSample, iterate_tar
+from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample
 from asrllm.data.plan import Item
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
@@ -104,11 +104,7 @@ class Reader:
         return None
 
     def _tar_sample(self, corpus: int, row: Any) -> TarSample:
-        data = os.pread(self._file(corpus, int(row["shard"])), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK)
-        (sample,) = iterate_tar(BytesIO(data))
-        if isinstance(sample, BadSample):
-            raise ValueError(f"{sample.key}: {sample.reason}: {sample.detail}")
-        return sample
+        return read_sample(os.pread(self._file(corpus, int(row["shard"])), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK))
 
     def _file(self, corpus: int, shard: int) -> int:
         """An open descriptor; the one that was opened first is closed when there are too many."""

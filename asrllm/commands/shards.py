@@ -12,7 +12,8 @@ from typing import Any
 
 from asrllm.data.cache import ShardCache
 from asrllm.data.index import Index, open_index
-from asrllm.data.shards import ShardSummary, usable_cores, write_shards
+from asrllm.data.parallel import usable_cores
+from asrllm.data.shards import ShardSummary, write_shards
 from asrllm.data.sources import SOURCES
 from asrllm.data.stats import as_json, as_text, describe, draw
 from asrllm.data.verify import UNBOUNDED, index_tars, verify_shards

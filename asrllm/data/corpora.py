@@ -16,6 +16,7 @@ from asrllm.config import read_yaml
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
 from asrllm.data.index import RATE, Index, open_index
+from asrllm.data.parallel import usable_cores
 from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
@@ -150,7 +151,7 @@ def _manifest_index(manifest: Path, made: Path) -> Index:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             logger.warning("writing shards from %s to %s; 'asrllm shards make' does this ahead of training", manifest, folder)
-            summary = write_shards(folder, read_cuts(manifest))
+            summary = write_shards(folder, read_cuts(manifest), workers=usable_cores())
             if summary.rejected:
                 logger.warning("rejected of %s: %s; see %s", manifest, summary.rejected, folder / "rejected.jsonl")
     return open_index(folder)

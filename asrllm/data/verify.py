@@ -26,7 +26,8 @@ from asrllm.data.index import (
     scan_shard,
     write_index,
 )
-from asrllm.data.shards import Advance, SeenKeys, ShardSummary, hash_keys, rejected_line, run_parallel
+from asrllm.data.parallel import Advance, run_parallel
+from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
 from asrllm.data.storage import RemoteFile, is_url
 from asrllm.errors import UserError
 

@@ -14,7 +14,8 @@ import soundfile
 import webdataset
 
 from asrllm.data.index import open_index, scan_tar
-from asrllm.data.shards import SeenKeys, hash_keys, make_sample, run_parallel, write_shards
+from asrllm.data.parallel import run_parallel
+from asrllm.data.shards import SeenKeys, hash_keys, make_sample, write_shards
 from asrllm.data.sources import Utterance, read_kaldi, read_nemo
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences

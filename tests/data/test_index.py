@@ -1,0 +1,59 @@
+import io
+import json
+import tarfile
+
+import pytest
+import soundfile
+
+from asrllm.data.index import BLOCK, _plain_members, read_sample, scan_tar
+from asrllm.testing import tone
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_tar(path, keys, form):
+    audio = io.BytesIO()
+    soundfile.write(audio, tone("one", 0.25), 16000, format="FLAC")
+    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
+        for key in keys:
+            for name, data in ((f"{key}.flac", audio.getvalue()), (f"{key}.json", json.dumps({"text": key}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [(form, key) for form in FORMATS for key in ("short", "folder/short", "很长" * 10, "long" * 40) if (form, len(key)) != ("ustar", 160)],
+)
+def test_a_stretch_is_read_as_tarfile_reads_it(tmp_path, form, key):
+    """Long names and those of other alphabets have headers that only tarfile understands."""
+    whole = write_tar(tmp_path / "x.tar", ["before", key, "after"], form).read_bytes()
+    for sample in scan_tar(tmp_path / "x.tar"):
+        stretch = whole[sample.offset * BLOCK :][: sample.size * BLOCK]
+        found = read_sample(stretch)
+        assert (found.key, found.fields, found.audio, found.extension) == (sample.key, sample.fields, sample.audio, "flac")
+    assert [s.key for s in scan_tar(tmp_path / "x.tar")] == ["before", key, "after"]
+
+
+def test_plain_headers_are_read_without_tarfile(tmp_path):
+    stretch = write_tar(tmp_path / "x.tar", ["a"], "gnu").read_bytes()
+    (sample,) = scan_tar(tmp_path / "x.tar")
+    stretch = stretch[: sample.size * BLOCK]
+    assert [member.name for member in _plain_members(stretch)] == ["a.flac", "a.json"]
+
+
+@pytest.mark.parametrize("damage", ["header", "cut", "two", "other"])
+def test_what_is_not_one_whole_sample_is_an_error(tmp_path, damage):
+    whole = write_tar(tmp_path / "x.tar", ["a", "b"], "gnu").read_bytes()
+    first, second = scan_tar(tmp_path / "x.tar")
+    stretch = whole[: first.size * BLOCK]
+    stretch = {
+        "header": stretch[:3] + b"?" + stretch[4:],
+        "cut": stretch[: -2 * BLOCK],
+        "two": whole[: second.offset * BLOCK + second.size * BLOCK],
+        "other": whole[BLOCK : (first.size + 1) * BLOCK],
+    }[damage]
+    with pytest.raises((ValueError, tarfile.TarError)):
+        read_sample(stretch)
