@@ -138,10 +138,11 @@ def _in_processes(dataset: PlannedDataset, workers: int, accumulation: int, plan
 
         def tasks() -> Iterator[tuple[int, Batch]]:
             for position, step in planned:
-                ahead.append((position, step, []))
+                slots: list[int] = []
+                ahead.append((position, step, slots))
                 for items in step.of_rank(rank):
-                    ahead[-1][2].append(shared.free.popleft())
-                    yield ahead[-1][2][-1], items
+                    slots.append(shared.free.popleft())
+                    yield slots[-1], items
 
         shared = SharedSlots(dataset, workers * PREFETCH + accumulation + 1, plan.largest_batch(ranks))
         loader = iter(

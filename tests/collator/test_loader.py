@@ -24,7 +24,11 @@ def corpora(world):
     return read_corpora(world.root / "train.yaml", filters=None, made=world.root)
 
 
-def make(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1, accumulation=2, **reading):  # noqa: B008 (frozen)
+def make(*arguments, **options):
+    return list(make_stream(*arguments, **options))
+
+
+def make_stream(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1, accumulation=2, **reading):  # noqa: B008 (frozen)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AUDIO], special_tokens=True)
     plan = Plan(
@@ -37,7 +41,7 @@ def make(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1, ac
     collator = Collator(ChatRenderer(tokenizer, AUDIO), prompts, num_audio_tokens=lambda n: n // 1600, seed=0)
     dataset = PlannedDataset(Reader(corpora, **reading), collator)
     options = {"rank": rank, "ranks": ranks, "accumulation": accumulation, "epochs": epochs, "num_workers": num_workers}
-    return list(steps(plan, dataset, start, **options))
+    return steps(plan, dataset, start, **options)
 
 
 def keys_of(loaded):
@@ -65,8 +69,19 @@ def assert_same(a, b):
             assert torch.equal(m.waves, n.waves)
 
 
-def test_what_is_read_does_not_depend_on_the_workers(corpora):
-    assert_same(make(corpora, num_workers=0), make(corpora, num_workers=2))
+@pytest.mark.parametrize(("workers", "accumulation"), [(2, 2), (1, 9), (2, 1)])
+def test_what_is_read_does_not_depend_on_the_workers(corpora, workers, accumulation):
+    here = make(corpora, accumulation=accumulation)
+    for given, step in zip(make_stream(corpora, num_workers=workers, accumulation=accumulation), here, strict=True):
+        assert_same([given], [step])  # at once: a step's waveforms are valid until the next
+
+
+def test_a_batch_larger_than_its_slot_and_a_bad_one_arrive_too(corpora, monkeypatch):
+    monkeypatch.setattr(Plan, "largest_batch", lambda plan, ranks: 1000)
+    for given, step in zip(make_stream(corpora, num_workers=1), make(corpora), strict=True):
+        assert_same([given], [step])
+    with pytest.raises(UserError, match="in a row cannot be read"):
+        list(make_stream([damaged(only(corpora[0], 20), *range(20))], num_workers=1))
 
 
 def test_going_on_gives_the_rest(corpora):
