@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
 
+logger = logging.getLogger(__name__)
 SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
 
 
@@ -130,10 +132,22 @@ class TrainingData:
         self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
         words = config.data.hotwords
         self.hotwords = Hotwords(words, seed=config.seed, forbidden=processor.config.audio_token) if words.prob else None
+        self.normalize = normalizer(config.data.text_normalization, key="data.text_normalization")
         self.corpora = self._corpora(config.data.train_data_config or "")
         self.valid = self._corpora(config.data.valid_data_config) if config.data.valid_data_config else []
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
         self.accumulation = config.trainer.gradient_accumulation_steps
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        sizes = {file.url: file.size or 0 for window in range(2) for file in self.plan.files(0, window)}
+        if sum(sizes.values()) > self.cache.max_bytes:
+            logger.warning(
+                "two windows read %.3g GB of remote shards and data.cache.max_gb=%g: shards will be fetched again and again; "
+                "raise it, or lower data.sampler.window",
+                sum(sizes.values()) / 1e9,
+                self.config.data.cache.max_gb,
+            )
 
     def _corpora(self, path: str) -> list[Corpus]:
         made = Path(self.config.exp_dir or "") / "shards"
@@ -169,8 +183,7 @@ class TrainingData:
             yield from loaded.micro_batches
 
     def _reader(self, corpora: list[Corpus], augment: Augmenter | None) -> Reader:
-        normalize = normalizer(self.config.data.text_normalization)
-        return Reader(corpora, limits=self.limits, cache=self.cache, augment=augment, normalize=normalize)
+        return Reader(corpora, limits=self.limits, cache=self.cache, augment=augment, normalize=self.normalize)
 
     def _collator(self, hotwords: Hotwords | None, time_masks: int) -> Collator:
         return Collator(
