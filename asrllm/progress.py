@@ -38,7 +38,7 @@ class ProgressBar:
         elapsed = time.monotonic() - self.began
         if self.total is None:
             return f"{self.what}: {self.done} in {_clock(elapsed)} {self.note}".rstrip()
-        left = elapsed / max(self.done - self.begun_at, 1) * (self.total - self.done)
+        left = elapsed / max(self.done - self.begun_at, 1) * max(self.total - self.done, 0)  # the total may be an estimate
         return f"{self.what}: {self.done}/{self.total}, {_clock(elapsed)} passed, {_clock(left)} left {self.note}".rstrip()
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from asrllm.data.storage import RemoteFile
 from asrllm.errors import UserError
 
 PREFETCH = 4  # batches that each reading process is ahead
+ROOM = 2  # a slot holds so many times the largest batch: speed perturbation makes longer ones, and another window may
 LATER = 2  # windows whose plan and remote shards are made ready beforehand: the one that begins and the next
 
 
@@ -112,11 +113,15 @@ def steps(
     begins.
     """
     with ThreadPoolExecutor(1, "plan") as thread:
-        planned = _prepared(
-            planned_steps(plan, start, ranks=ranks, accumulation=accumulation, epochs=epochs), plan, thread, ranks, prefetch
-        )
-        load = _in_processes(dataset, num_workers, accumulation, plan, ranks) if num_workers else _in_this_process(dataset)
-        for position, step, micro_batches in load(planned, rank):
+        planned = planned_steps(plan, start, ranks=ranks, accumulation=accumulation, epochs=epochs)
+        planned = _prepared(planned, plan, thread, ranks, prefetch)
+        if num_workers:
+            # none of the room that is not used is taken; a batch that does not fit is sent
+            shared = SharedSlots(dataset, num_workers * PREFETCH + accumulation + 1, ROOM * plan.largest_batch(ranks))
+            loaded = _read_in_processes(planned, rank, shared, num_workers, accumulation)
+        else:
+            loaded = _read_here(planned, rank, dataset)
+        for position, step, micro_batches in loaded:
             yield LoadedStep(micro_batches=micro_batches, position=step.after, before=step.before, epoch=position.epoch)
 
 
@@ -124,45 +129,38 @@ Planned = Iterator[tuple[Position, Step]]
 Loaded = Iterator[tuple[Position, Step, list[PackedBatch]]]
 
 
-def _in_this_process(dataset: PlannedDataset) -> Callable[[Planned, int], Loaded]:
-    def load(planned: Planned, rank: int) -> Loaded:
+def _read_here(planned: Planned, rank: int, dataset: PlannedDataset) -> Loaded:
+    for position, step in planned:
+        yield position, step, [dataset.load(items) for items in step.of_rank(rank)]
+
+
+def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers: int, accumulation: int) -> Loaded:
+    ahead: collections.deque[tuple[Position, Step, list[int]]] = collections.deque()  # given out and not received, with their slots
+
+    def tasks() -> Iterator[tuple[int, Batch]]:
         for position, step in planned:
-            yield position, step, [dataset.load(items) for items in step.of_rank(rank)]
+            slots: list[int] = []
+            ahead.append((position, step, slots))
+            for items in step.of_rank(rank):
+                slots.append(shared.free.popleft())
+                yield slots[-1], items
 
-    return load
-
-
-def _in_processes(dataset: PlannedDataset, workers: int, accumulation: int, plan: Plan, ranks: int) -> Callable[[Planned, int], Loaded]:
-    def load(planned: Planned, rank: int) -> Loaded:
-        ahead: collections.deque[tuple[Position, Step, list[int]]] = collections.deque()  # given out and not received: their slots
-
-        def tasks() -> Iterator[tuple[int, Batch]]:
-            for position, step in planned:
-                slots: list[int] = []
-                ahead.append((position, step, slots))
-                for items in step.of_rank(rank):
-                    slots.append(shared.free.popleft())
-                    yield slots[-1], items
-
-        shared = SharedSlots(dataset, workers * PREFETCH + accumulation + 1, plan.largest_batch(ranks))
-        loader = iter(
-            DataLoader(
-                shared,
-                batch_size=None,
-                sampler=tasks(),  # type: ignore[arg-type]
-                num_workers=workers,
-                prefetch_factor=PREFETCH,
-                collate_fn=_as_it_is,
-                multiprocessing_context="fork",  # the index and the slots are mapped, not copied
-            )
+    loader = iter(
+        DataLoader(
+            shared,
+            batch_size=None,
+            sampler=tasks(),  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=PREFETCH,
+            collate_fn=_as_it_is,
+            multiprocessing_context="fork",  # the index and the slots are mapped, not copied
         )
-        for first in loader:
-            position, step, slots = ahead.popleft()
-            sent = [first, *itertools.islice(loader, accumulation - 1)]
-            yield position, step, [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)]
-            shared.free.extend(slots)
-
-    return load
+    )
+    for first in loader:
+        position, step, slots = ahead.popleft()
+        sent = [first, *itertools.islice(loader, accumulation - 1)]
+        yield position, step, [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)]
+        shared.free.extend(slots)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -202,10 +202,10 @@ class Plan:
         return (epoch + 1, 0) if window + 1 == self.windows(epoch) else (epoch, window + 1)
 
     def _next_window(self, epoch: int, window: int, ranks: int) -> Position:
-        """The next window of the epoch that holds anything, or the next epoch."""
-        position = (epoch, window)
-        while (position := self.following(*position))[0] == epoch and not self.batches(*position, ranks):
-            pass
+        """The next window that holds anything, of this epoch or a later one."""
+        position = self.following(epoch, window)
+        while not self.batches(*position, ranks):
+            position = self.following(*position)
         return Position(epoch=position[0], window=position[1])
 
     def estimate_steps(self, *, ranks: int, accumulation: int = 1) -> int:
@@ -214,7 +214,7 @@ class Plan:
 
     def largest_batch(self, ranks: int) -> int:
         """Samples of the largest batch of the first window, padding included."""
-        return max(len(b) * int(b["samples"].max()) for b in self.batches(0, 0, ranks) if len(b))
+        return max((len(b) * int(b["samples"].max()) for b in self.batches(0, 0, ranks) if len(b)), default=RATE)
 
     def files(self, epoch: int, window: int) -> list[RemoteFile]:
         """The remote shards that a window reads."""

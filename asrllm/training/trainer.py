@@ -16,6 +16,7 @@ from asrllm.collator.batch import PackedBatch
 from asrllm.collator.loader import LoadedStep
 from asrllm.data.index import RATE
 from asrllm.data.plan import Position
+from asrllm.errors import UserError
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
 from asrllm.training.engine import set_lr
@@ -86,7 +87,11 @@ class Trainer:
         stream, self.last = steps(self.position), self._is_over()
         while not self.last:
             began = time.monotonic()
-            loaded = next(stream)
+            loaded = next(stream, None)
+            if loaded is None:
+                raise UserError(
+                    "no utterance is left to train on in these epochs: raise trainer.num_epochs, the weights, or widen data.filter"
+                )
             self.position, waited = loaded.position, time.monotonic() - began
             sums = self.train_step(loaded)
             sums.data_wait = waited

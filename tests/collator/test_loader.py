@@ -77,7 +77,7 @@ def test_what_is_read_does_not_depend_on_the_workers(corpora, workers, accumulat
 
 
 def test_a_batch_larger_than_its_slot_and_a_bad_one_arrive_too(corpora, monkeypatch):
-    monkeypatch.setattr(Plan, "largest_batch", lambda plan, ranks: 1000)
+    monkeypatch.setattr(Plan, "largest_batch", lambda plan, ranks: 500)
     for given, step in zip(make_stream(corpora, num_workers=1), make(corpora), strict=True):
         assert_same([given], [step])
     with pytest.raises(UserError, match="in a row cannot be read"):
