@@ -187,14 +187,17 @@ class Plan:
         window, at, cut = start.window, start.batch, start.ranks or ranks
         while windows is None or window < windows:
             batches = self.batches(start.epoch, window, cut)
-            while at < len(batches):
+            filled = [i for i, batch in enumerate(batches) if len(batch)]
+            while filled and at <= filled[-1]:
                 before = start.epoch + (window + at / len(batches)) / (windows or 1)
                 dealt = batches[at : at + unit]
                 at += len(dealt)
+                if not any(map(len, dealt)):  # of a window that was cut for more ranks
+                    continue
                 after = Position(epoch=start.epoch, window=window, batch=at, ranks=cut)
-                if at == len(batches):
+                if at > filled[-1]:
                     after = self._next_window(start.epoch, window, ranks)
-                following = batches[at % len(batches)]
+                following = batches[next((i for i in filled if i >= at), filled[0])]
                 yield Step(batches=split_to(dealt, unit), ranks=ranks, following=following, before=before, after=after)
             window, at, cut = window + 1, 0, ranks
 
