@@ -110,6 +110,10 @@ class AsrLlmModel(PreTrainedModel):
         names = {*(self.llm._no_split_modules or ()), *self.audio_encoder.unsplit_modules}
         return list({type(module) for module in self.modules() if type(module).__name__ in names})
 
+    def set_batch_count(self, step: int) -> None:
+        """The steps done, before each training step: an encoder that is trained may change with them."""
+        self.audio_encoder.set_batch_count(step)
+
     def freeze(self, *parts: str) -> None:
         """Take parts out of training: no gradients, eval mode for good. An LLM's adapters stay trainable."""
         for part in parts:

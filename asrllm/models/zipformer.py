@@ -212,7 +212,7 @@ class ZipformerStacks(Scheduled):
         return chunk, hidden if left < 0 else hidden | (behind > max(1, left // chunk))
 
     def _feature_masks(self, x: Tensor) -> list[Tensor | None]:
-        """For each stack (N, 1, C): 0 in some sequences for the channels above the unmasked ones, in more of them for the upper half of those."""
+        """For each stack (N, 1, C): in some sequences 0 for the channels above the unmasked ones, in more of them for their upper half."""
         shape = (len(x), 1, 1)
         lower = keep_mask(x, shape, FEATURE_SKIP)
         upper = lower * keep_mask(x, shape, FEATURE_SKIP)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ DEAD_KEY = re.compile(r"(.*\.layers\.\d+\.bypass_scale|(.*\.)?model_batch_count)
 CONTAINERS = ("model", "state_dict", "model_avg")
 POS_HEAD_DIM = 4  # icefall's, which its checkpoints do not say
 ICEFALL_CHUNKS = {"chunk_size": [16, 32, 64, -1], "left_context_frames": [64, 128, 256, -1]}  # what its causal recipes train with
+# what torch and safetensors raise at files that are cut short, of another kind, or hold more than tensors
+DAMAGED = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
 FILES = ("*.safetensors", "pytorch_model*.bin", "pretrained.pt", "*.pt", "*.pth")
 
 
@@ -68,7 +81,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (*DAMAGED, OSError) as error:
         raise UserError(
             f"{str(file)!r} cannot be read as plain tensors ({' '.join(str(error).split())[:160]}): save its state dict alone, with "
             "torch.save or as safetensors"

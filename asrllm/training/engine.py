@@ -32,6 +32,7 @@ def deepspeed_engine(
     if config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
         model.llm.enable_input_require_grads()
+        model.audio_encoder.gradient_checkpointing_enable()
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")
