@@ -58,10 +58,3 @@ def test_every_rank_has_every_gradient_at_the_lower_stages(world, tmp_path, stag
     assert_done(run_script("train", *world.overrides(exp, **more), launcher="torchrun"))
     assert losses(exp)[-1] < losses(exp)[0]
     assert sum(name.startswith("audio_encoder.") for name in read_weights(exp / "checkpoint-4")) > 100
-
-
-@pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
-def test_whispers_features_are_refused(world, tmp_path, key):
-    done = run_script("train", *world.overrides(tmp_path / "exp", **settings(world, **{f"data__{key}": "true"})))
-    assert done.returncode == 2
-    assert f"data.{key}=true is for Whisper" in done.stderr

@@ -97,7 +97,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 def encoder_weights(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The encoder's part by its own names: below whatever stands before its first weight's name. Without the dead keys."""
-    prefixes = sorted({key.removesuffix(FIRST_KEY) for key in tensors if key == FIRST_KEY or key.endswith("." + FIRST_KEY)}, key=len)
+    prefixes = sorted({key.removesuffix(FIRST_KEY) for key in tensors if key == FIRST_KEY or key.endswith("." + FIRST_KEY)})
     if not prefixes:
         raise UserError(
             f"{str(path)!r} holds no Zipformer encoder (no key ends in {FIRST_KEY!r}): check model.audio_encoder.pretrained_model"
