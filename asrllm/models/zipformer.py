@@ -41,8 +41,7 @@ FEATURE_SKIP = 0.125
 
 class ZipformerEncoder(nn.Module):
     """isolate: an utterance's frames are what they would be if it were alone in the batch, instead of the published code's, where the
-    padding reaches the last ones (through the front end and the downsampling) and by attention all others. Causal models excepted: their
-    chunks end where the longest utterance ends.
+    padding reaches the last ones (through the front end and the downsampling) and by attention all others.
     """
 
     unsplit_modules = ("ZipformerLayer",)
@@ -147,7 +146,7 @@ class FrontEnd(Scheduled):
         """x (N, T, feature_dim) -> (N, (T - 7) // 2, width). frames (N,): the true ones, beyond which silence is to be seen, or None."""
         x = self.conv(x.to(self.out.weight.dtype)[:, None])  # (N, 128, T', F')
         if frames is not None:
-            x = x * (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None, :, None]
+            x = x.masked_fill((torch.arange(x.shape[2], device=x.device) >= frames[:, None])[:, None, :, None], 0)
         x = self.convnext(x).transpose(1, 2).flatten(2)
         return dropout_shared_over_time(self.out_norm(self.whiten(self.out(x))), self.now(DROPOUT))
 
@@ -187,13 +186,14 @@ class ZipformerStacks(Scheduled):
         """x (N, T, first encoder_dim), padding (N, T) -> (N, ceil(T / 2), max(encoder_dim))"""
         chunk, context = self._chunks(x.shape[1], x.device)
         kept = self._feature_masks(x) if self.training else [None] * len(self.encoders)
+        ends = tuple((~padding).sum(1).tolist()) if isolate else None
         outputs = []
         for i, (stack, rate) in enumerate(zip(self.encoders, self.config.downsampling_factor, strict=True)):
             hidden = padding[:, ::rate][:, None, None]
             if context is not None:
                 hidden = hidden | context[::rate, ::rate]
             x = match_width(x, self.config.encoder_dim[i])
-            x = stack(x, hidden, padding, chunk // rate if chunk > 0 else -1, kept[i], isolate)
+            x = stack(x, hidden, padding, chunk // rate if chunk > 0 else -1, kept[i], ends)
             outputs.append(x)
         x = join_outputs(outputs)
         return self.downsample_output(repeat_last_frame(x, padding) if isolate else x)
@@ -270,13 +270,14 @@ class ZipformerStack(nn.Module):
             for j in range(count)
         )
 
-    def forward(self, x: Tensor, hidden: Tensor, padding: Tensor, chunk: int, kept: Tensor | None, isolate: bool) -> Tensor:
-        """x (N, T, C), hidden (N, 1, 1 or T, T) and padding (N, T): see ZipformerLayer; kept (N, 1, C): the mask on the channels."""
+    def forward(self, x: Tensor, hidden: Tensor, padding: Tensor, chunk: int, kept: Tensor | None, ends: tuple[int, ...] | None) -> Tensor:
+        """x (N, T, C), hidden (N, 1, 1 or T, T) and padding (N, T): see ZipformerLayer; kept (N, 1, C): the mask on the channels.
+        ends: the N true lengths where utterances are isolated, else None."""
         positions = relative_positions(x.shape[1], self.pos_dim, x.device)
         positions = F.dropout(positions, POSITION_DROPOUT, self.training).to(x.dtype)
         x = x if kept is None else x * kept
         for layer in self.layers:
-            inputs = (x, positions, hidden, padding, chunk)
+            inputs = (x, positions, hidden, padding, chunk, ends)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute and self.training else layer(*inputs)
             x = x if kept is None else x * kept
         return x
@@ -298,8 +299,9 @@ class DownsampledStack(nn.Module):
         self.encoder = ZipformerStack(config, i)
         self.out_combiner = Bypass(config.encoder_dim[i])
 
-    def forward(self, x: Tensor, hidden: Tensor, padding: Tensor, chunk: int, kept: Tensor | None, isolate: bool) -> Tensor:
-        """x (N, T, C), padding (N, T); hidden and chunk at the lower rate."""
-        slow = self.downsample(repeat_last_frame(x, padding) if isolate else x)
-        slow = self.encoder(slow, hidden, padding[:, :: self.rate], chunk, kept, isolate)
+    def forward(self, x: Tensor, hidden: Tensor, padding: Tensor, chunk: int, kept: Tensor | None, ends: tuple[int, ...] | None) -> Tensor:
+        """As ZipformerStack; hidden and chunk are of the lower rate, padding and ends are not."""
+        slow = self.downsample(x if ends is None else repeat_last_frame(x, padding))
+        ends = None if ends is None else tuple(-(-end // self.rate) for end in ends)
+        slow = self.encoder(slow, hidden, padding[:, :: self.rate], chunk, kept, ends)
         return self.out_combiner(x, slow.repeat_interleave(self.rate, 1)[:, : x.shape[1]])

@@ -233,11 +233,11 @@ class ConvModule(nn.Module):
         )
         self.whiten = Whiten(WHITENING)
 
-    def forward(self, x: Tensor, padding: Tensor, chunk: int) -> Tensor:
-        """x (N, T, C), padding (N, T) true behind an utterance's end, chunk: frames, -1 for all"""
+    def forward(self, x: Tensor, padding: Tensor, chunk: int, ends: tuple[int, ...] | None) -> Tensor:
+        """x (N, T, C), padding (N, T) true behind an utterance's end, chunk: frames, -1 for all; ends: see ChunkCausalConv"""
         x, gate = self.in_proj(x).chunk(2, 2)
         x = (x * self.balance_gate(gate).sigmoid()).masked_fill(padding[..., None], 0).transpose(1, 2)
-        x = self.depthwise_conv(x, chunk) if self.causal else self.depthwise_conv(x)
+        x = self.depthwise_conv(x, chunk, ends) if self.causal else self.depthwise_conv(x)
         return self.out_proj(swoosh_r(self.whiten(self.balance_conv(x).transpose(1, 2))))
 
 
@@ -251,14 +251,21 @@ class ChunkCausalConv(nn.Module):
         self.chunkwise_conv = nn.Conv1d(width, width, kernel, groups=width, padding=kernel // 2)
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, width, kernel))  # at the left and at the right edge
 
-    def forward(self, x: Tensor, chunk: int) -> Tensor:
-        """x (N, C, T) -> the same shape"""
+    def forward(self, x: Tensor, chunk: int, ends: tuple[int, ...] | None) -> Tensor:
+        """x (N, C, T) -> the same shape. ends: the N true lengths, for the chunk of an utterance shorter than one to end with it."""
         frames = x.shape[2]
         chunk = frames if not 0 < chunk <= frames else chunk
         causal = self.causal_conv(F.pad(x, (self.kernel // 2, 0)))
         chunks = F.pad(x, (0, -frames % chunk)).unflatten(2, (-1, chunk)).transpose(1, 2)  # (N, chunks, C, chunk)
-        within = self.chunkwise_conv(chunks.flatten(0, 1)).view(chunks.shape) * self._edge_scale(chunk)
+        within = self.chunkwise_conv(chunks.flatten(0, 1)).view(chunks.shape) * self._edge_scales(chunk, ends)
         return causal + within.transpose(1, 2).flatten(2)[..., :frames]
+
+    def _edge_scales(self, chunk: int, ends: tuple[int, ...] | None) -> Tensor:
+        """(C, chunk), or (N, 1, C, chunk) with `ends`."""
+        if ends is None:
+            return self._edge_scale(chunk)
+        scales = {end: F.pad(self._edge_scale(end), (0, chunk - end)) for end in {min(end, chunk) for end in ends}}
+        return torch.stack([scales[min(end, chunk)] for end in ends])[:, None]
 
     def _edge_scale(self, chunk: int) -> Tensor:
         """(C, chunk): 1 + the left edge's scale at the first `kernel` frames + the right edge's at the last."""
@@ -293,8 +300,10 @@ class ZipformerLayer(Scheduled):
         self.balance_out = Balancer(min_positive=0.45, max_positive=0.55, min_abs=0.1, max_abs=4.0)
         self.whiten = Whiten(((0, 4.0), (20000, 8.0)))
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, padding: Tensor, chunk: int) -> Tensor:
-        """x (N, T, C); positions and mask as AttentionWeights, padding and chunk as ConvModule."""
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor, padding: Tensor, chunk: int = -1, ends: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """x (N, T, C); positions and mask as AttentionWeights, the others as ConvModule."""
         before = x
         weights = self.self_attn_weights(x, positions, mask)
         first = constant_where_allowed(weights[:, 0]) if chance(self.now(CONSTANT_ATTENTION)) else weights[:, 0]
@@ -302,11 +311,11 @@ class ZipformerLayer(Scheduled):
         x = x + self.feed_forward1(x)
         x = x + skip_sequences(self.balance_nonlin(self.nonlin_attention(x, first)), attention)
         x = x + skip_sequences(self.self_attn1(x, weights), attention)
-        x = x + skip_sequences(self.conv_module1(x, padding, chunk), conv)
+        x = x + skip_sequences(self.conv_module1(x, padding, chunk, ends), conv)
         x = x + skip_sequences(self.balance_ff2(self.feed_forward2(x)), ff)
         x = self.bypass_mid(before, x)
         x = x + skip_sequences(self.self_attn2(x, weights), attention)
-        x = x + skip_sequences(self.conv_module2(x, padding, chunk), conv)
+        x = x + skip_sequences(self.conv_module2(x, padding, chunk, ends), conv)
         x = x + skip_sequences(self.balance_ff3(self.feed_forward3(x)), ff)
         x = self.bypass(before, self.norm(self.balance_sum(x)))
         return self.whiten(self.balance_out(x))

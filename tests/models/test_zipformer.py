@@ -240,14 +240,15 @@ def test_the_rest_of_the_batch_changes_nothing():
 
 
 @torch.no_grad()
-def test_isolated_utterances_are_the_same_alone_and_in_a_batch():
+@pytest.mark.parametrize("chunk", [None, 16, 48, -1])
+def test_isolated_utterances_are_the_same_alone_and_in_a_batch(chunk):
     """The published code lets the padding reach the end of an utterance; an encoder in a model does not."""
     x, lengths = features(200, 9, 41, 97, 150)
     padded = x.clone()
     for i, n in enumerate(lengths):
         padded[i, n:] = 100.0  # whatever stands in the padding
-    rates = {"downsampling_factor": [1, 8]}
-    encoder, published = tiny(isolate=True, **rates), tiny(**rates)
+    rates = {"downsampling_factor": [1, 8]} | ({"causal": True, "chunk_size": chunk, "left_context_frames": 64} if chunk else {})
+    encoder, published = random_again(tiny(isolate=True, **rates)), random_again(tiny(**rates))
     together, out_lengths = encoder(padded, lengths)
     differs = False
     for i, (n, out_n) in enumerate(zip(lengths.tolist(), out_lengths.tolist(), strict=True)):
