@@ -11,7 +11,7 @@ import pytest
 
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
-from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tone_sentences
+from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -25,6 +25,10 @@ class World:
     @property
     def whisper(self) -> Path:
         return self.root / "whisper"
+
+    @property
+    def zipformer(self) -> Path:
+        return self.root / "zipformer"
 
     @property
     def llm(self) -> Path:
@@ -66,6 +70,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     tiny_whisper(root / "whisper")
+    tiny_zipformer(root / "zipformer")
     tiny_llm(root / "llm")
     for name, count, seed in (("train", 60, 0), ("valid", 7, 1), ("test", 9, 2)):
         write_shards(

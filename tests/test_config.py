@@ -85,3 +85,10 @@ def test_a_wrong_override_is_one_sentence_that_names_the_key(override, message):
 def test_a_missing_key_is_named():
     with pytest.raises(UserError, match="missing key 'exp_dir'"):
         build(TrainRun, {})
+
+
+@pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
+def test_whispers_features_are_for_whisper(key):
+    with pytest.raises(UserError, match=rf"data\.{key}=true is for Whisper"):
+        load("model.audio_encoder.model_type=zipformer", f"data.{key}=true")
+    load("model.audio_encoder.model_type=zipformer", f"data.{key}=false")

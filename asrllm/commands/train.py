@@ -53,6 +53,9 @@ class TrainRun:
             raise UserError("data.train_data_config is not set: give the YAML list of training corpora")
         if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
             raise UserError("data.use_infinite_dataset=true has no epochs: give trainer.num_epochs=null trainer.num_steps=N with it")
+        if self.model.audio_encoder.model_type == "zipformer" and (self.data.whisper_fbank or self.data.pad_to_30s):
+            key = "whisper_fbank" if self.data.whisper_fbank else "pad_to_30s"
+            raise UserError(f"data.{key}=true is for Whisper, but model.audio_encoder.model_type=zipformer: leave it out")
         if self.data.whisper_fbank is False and self.model.audio_encoder.model_type == "whisper":
             raise UserError("data.whisper_fbank=false, but model.audio_encoder.model_type=whisper needs Whisper's features: leave it out")
 

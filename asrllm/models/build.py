@@ -18,7 +18,7 @@ from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]) -> AsrLlmProcessor:
     """Everything of the model but its weights; every mistake that can be found without loading them is found here."""
     check_prompts(prompts, config.audio_token)
-    encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or ""))
+    encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True))
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
     tokenizer = load_llm_tokenizer(llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template)
     llm = AutoConfig.from_pretrained(llm_path)

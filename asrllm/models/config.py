@@ -8,7 +8,7 @@ from asrllm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPart:
-    model_type: Literal["whisper"]
+    model_type: Literal["whisper", "zipformer"]
     pretrained_model: str | None
     frozen: bool
 

@@ -1,4 +1,5 @@
-"""The audio encoders by name. Adding one: a file like whisper.py, a line in ENCODERS, a test like tests/models/test_whisper.py."""
+"""The audio encoders by name. Adding one: a file like whisper.py, a line in ENCODERS, one in EncoderPart and a test like
+tests/models/test_whisper.py."""
 
 from typing import Any, Protocol
 
@@ -6,6 +7,7 @@ from torch import Tensor, nn
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.whisper import WhisperEncoder
+from asrllm.models.zipformer import ZipformerEncoder
 
 
 class AudioEncoder(Protocol):
@@ -20,33 +22,44 @@ class AudioEncoder(Protocol):
     unsplit_modules: tuple[str, ...]
     features: nn.Module
 
-    def __init__(self, *, pad_to_30s: bool, **fields: Any) -> None: ...
-
     def __call__(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(N, T, F), (N,) -> (N, T', output_dim), (N,)"""
+        ...
+
+    def set_batch_count(self, step: int) -> None:
+        """Called before every training step with the steps done, for what depends on it."""
+        ...
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        ...
+
+    @classmethod
+    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "AudioEncoder":
+        """An encoder without its weights. Raises UserError where pad_to_30s is not for it."""
         ...
 
     @staticmethod
     def frame_lengths(samples: Any) -> Any: ...
 
     @staticmethod
-    def sample_limits(fields: dict[str, Any]) -> tuple[int, int]:
+    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
         """The fewest and the most samples at 16 kHz that an encoder of these fields takes."""
         ...
 
     @staticmethod
     def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(the fields of the encoder, its state dict) from a pretrained model's directory."""
+        """(the fields of the encoder, its state dict) from a pretrained model's directory or file."""
         ...
 
 
-ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder}
+ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder, "zipformer": ZipformerEncoder}
 
 
 def build_encoder(fields: dict[str, Any], *, pad_to_30s: bool) -> AudioEncoder:
     """An encoder without its weights, from the `audio_encoder` part of AsrLlmConfig."""
     kind = encoder_class(fields["model_type"])
-    return kind(pad_to_30s=pad_to_30s, **{k: v for k, v in fields.items() if k != "model_type"})
+    return kind.from_fields({k: v for k, v in fields.items() if k != "model_type"}, pad_to_30s=pad_to_30s)
 
 
 def encoder_class(model_type: str) -> type[AudioEncoder]:

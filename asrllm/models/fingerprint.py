@@ -6,7 +6,7 @@ from pathlib import Path
 from asrllm.errors import UserError
 
 BLOCKS, BLOCK_SIZE = 64, 1 << 16
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.pt")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
 
 
 def fingerprint(path: str | Path) -> str:
@@ -23,18 +23,20 @@ def fingerprint(path: str | Path) -> str:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The weight files of a pretrained model's directory; the first kind that is there."""
-    folder = resolve_pretrained(path)
+    """The weight files of a pretrained model's directory, the first kind that is there; or the one file given."""
+    folder = resolve_pretrained(path, file=True)
+    if folder.is_file():
+        return [folder]
     for pattern in WEIGHT_FILES:
         if files := sorted(folder.glob(pattern)):
             return files
     raise UserError(f"the pretrained model {str(path)!r} has no weights (none of {', '.join(WEIGHT_FILES)}): download it again")
 
 
-def resolve_pretrained(path: str | Path) -> Path:
-    """A directory as it is; a hub id as its local snapshot, downloaded where a hub is reached."""
+def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
+    """A directory, or with `file` a file, as it is; a hub id as its local snapshot, downloaded where a hub is reached."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (file and folder.is_file()):
         return folder
     if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
         raise UserError(f"the pretrained model {str(path)!r} does not exist: give a directory or a hub id such as Qwen/Qwen2.5-7B-Instruct")

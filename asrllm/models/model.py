@@ -110,6 +110,10 @@ class AsrLlmModel(PreTrainedModel):
         names = {*(self.llm._no_split_modules or ()), *self.audio_encoder.unsplit_modules}
         return list({type(module) for module in self.modules() if type(module).__name__ in names})
 
+    def set_batch_count(self, step: int) -> None:
+        """The steps done, before each training step: an encoder that is trained may change with them."""
+        self.audio_encoder.set_batch_count(step)
+
     def freeze(self, *parts: str) -> None:
         """Take parts out of training: no gradients, eval mode for good. An LLM's adapters stay trainable."""
         for part in parts:
@@ -225,11 +229,18 @@ def load_model(path: str | Path, state: Mapping[str, Tensor], *, dtype: Any = No
         llm = pretrained_llm(base_path(config, "llm"), dtype)
     model = AsrLlmModel(config, audio_encoder=encoder, llm=llm)
     given = tuple(f"{part}." for part, module in (("audio_encoder", encoder), ("llm", llm)) if module is not None)
+    state = scalars_again(model, state)
     check_keys(model, state, from_base=given, where=str(path))
     model.load_state_dict(state, strict=False)
     model.llm.tie_weights()
     model.processor = AsrLlmProcessor.from_pretrained(path)
     return model.to(dtype).eval()
+
+
+def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the model's scalars as such: training holds them as vectors of one element."""
+    scalars = {name for name, tensor in model.weights().items() if tensor.dim() == 0}
+    return {name: tensor.reshape(()) if name in scalars and tensor.numel() == 1 else tensor for name, tensor in state.items()}
 
 
 def check_keys(model: AsrLlmModel, state: Mapping[str, Tensor], *, from_base: tuple[str, ...], where: str) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
 from asrllm.errors import UserError
@@ -37,6 +38,7 @@ class WhisperEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.output_dim, self.max_frames, self.pad_to_30s = d_model, max_source_positions, pad_to_30s
+        self.recompute = False
         self.features = WhisperFeatures(num_mel_bins, pad_to_30s)
         self.conv1 = nn.Conv1d(num_mel_bins, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
@@ -66,16 +68,27 @@ class WhisperEncoder(nn.Module):
         if not self.pad_to_30s:
             mask = (torch.arange(x.shape[1], device=x.device) < frames[:, None])[:, None, None]  # (N, 1, 1, T')
         for layer in self.layers:
-            x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.recompute and self.training else layer(x, mask)
         return self.layer_norm(x), frames
+
+    def set_batch_count(self, step: int) -> None:
+        """Nothing here changes in the course of training."""
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute each layer's activations in the backward pass."""
+        self.recompute = True
+
+    @classmethod
+    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "WhisperEncoder":
+        return cls(pad_to_30s=pad_to_30s, **values)
 
     @staticmethod
     def frame_lengths(samples: Any) -> Any:
         return (whisper_frames(samples) + 1) // 2
 
     @staticmethod
-    def sample_limits(fields: dict[str, Any]) -> tuple[int, int]:
-        return WHISPER_HOP, (2 * fields["max_source_positions"] + 1) * WHISPER_HOP - 1
+    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
+        return WHISPER_HOP, (2 * values["max_source_positions"] + 1) * WHISPER_HOP - 1
 
     @staticmethod
     def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

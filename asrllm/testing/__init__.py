@@ -23,6 +23,27 @@ def tiny_whisper(folder: Path, *, seed: int = 0, num_mel_bins: int = 80) -> Path
     return folder
 
 
+TINY_ZIPFORMER = {
+    "encoder_dim": [16, 24], "encoder_unmasked_dim": [8, 16], "num_encoder_layers": [1, 2], "feedforward_dim": [24, 32],
+    "downsampling_factor": [1, 2], "cnn_module_kernel": [7, 5], "num_heads": [2, 4], "query_head_dim": [8], "value_head_dim": [4],
+    "pos_dim": 16,
+}  # fmt: skip
+
+
+def tiny_zipformer(folder: Path, *, seed: int = 0) -> Path:
+    """A Zipformer directory, as Auden's, of random weights: 3 layers in 2 stacks."""
+    from safetensors.torch import save_file
+
+    from asrllm.models.zipformer import ZipformerConfig, ZipformerEncoder
+
+    torch.manual_seed(seed)
+    encoder = ZipformerEncoder(ZipformerConfig(**TINY_ZIPFORMER))  # type: ignore[arg-type]
+    folder.mkdir(parents=True)
+    save_file(encoder.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "zipformer"} | TINY_ZIPFORMER))
+    return folder
+
+
 def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
     """A Hugging Face Qwen2 directory of random weights, 2 layers of width 32, with a tokenizer of bytes and words."""
     from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -28,10 +28,11 @@ def deepspeed_engine(
     model = build()
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id"):  # ZeRO-3 wants one dtype: those outside its reach so far (LoRA, projector, encoder) follow
-            parameter.data = parameter.data.to(config.dtype)
+            parameter.data = torch.atleast_1d(parameter.data.to(config.dtype))  # stage 3 cannot divide a scalar; load_model turns it back
     if config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
         model.llm.enable_input_require_grads()
+        model.audio_encoder.gradient_checkpointing_enable()
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")

@@ -121,6 +121,7 @@ class Trainer:
             self._schedule_step(loaded), total=self.total_steps, warmup=self.config.warmup_steps, floor=self.config.min_lr_ratio
         )
         set_lr(self.engine, self.lr)
+        self.engine.module.set_batch_count(self.step)
         micro_batches = [batch.to(self.device) for batch in loaded.micro_batches]
         targets = torch.tensor(float(sum(len(b.targets) for b in micro_batches)), device=self.device)
         everywhere = distributed.sum_over_ranks(targets.clone())

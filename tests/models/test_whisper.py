@@ -86,3 +86,15 @@ def test_a_directory_of_another_model_is_one_sentence(world, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper"}))
     with pytest.raises(UserError, match=r"no \*\.safetensors with encoder weights"):
         WhisperEncoder.read_pretrained(str(tmp_path))
+
+
+def test_activation_checkpointing_changes_nothing(world):
+    x, lengths = features(60, 41)
+    grads = []
+    for recompute in (False, True):
+        encoder = load(world.whisper).train()
+        if recompute:
+            encoder.gradient_checkpointing_enable()
+        encoder(x, lengths)[0].square().mean().backward()
+        grads.append([p.grad for p in encoder.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))

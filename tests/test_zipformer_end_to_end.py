@@ -1,0 +1,60 @@
+"""Training and evaluation with Zipformer by real processes, the encoder fine-tuned."""
+
+import json
+
+import pytest
+import torch
+
+import asrllm
+from asrllm.checkpoints.consolidate import read_weights
+from asrllm.models.zipformer import ZipformerEncoder
+from tests.conftest import assert_done, run_script
+from tests.test_end_to_end import losses
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def settings(world, **more):
+    encoder = {"model_type": "zipformer", "pretrained_model": world.zipformer, "frozen": "false"}
+    return {f"model__audio_encoder__{key}": value for key, value in encoder.items()} | more
+
+
+def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path):
+    """ZeRO-3 on two processes; layers recomputed, an encoder that draws its skips on each rank."""
+    exp = tmp_path / "exp"
+    more = settings(world, trainer__deepspeed_config="ds_configs/zero3.json", trainer__gradient_checkpointing="true")
+    assert_done(run_script("train", *world.overrides(exp, **more), launcher="deepspeed"))
+    whole = losses(exp)
+    assert len(whole) == 8
+    assert whole[-1] < whole[0]
+    trained = torch.load(exp / "pretrained.pt", weights_only=True)
+    before = ZipformerEncoder.from_pretrained(world.zipformer).state_dict()
+    for name, tensor in before.items():
+        assert not torch.equal(trained[f"audio_encoder.{name}"].reshape(tensor.shape), tensor.bfloat16().float()), name
+    # as if it had been killed between steps 4 and 8
+    for path in (exp / "checkpoint-8" / "asrllm.json", exp / "pretrained.pt"):
+        path.unlink()
+    assert_done(run_script("train", *world.overrides(exp, **more), launcher="deepspeed"))
+    assert losses(exp) == whole
+    test = f"data.test_data_config={world.root / 'test.yaml'}"
+    done = assert_done(run_script("evaluate", f"exp_dir={exp}", test, "max_new_tokens=10"))
+    assert "WER" in done.stdout
+    assert json.loads((exp / "greedy_search" / "results.json").read_text())["test"]["utterances"] == 9
+    wavs = sorted((world.root / "kaldi" / "test" / "wav").glob("*.wav"))[:4]
+    model = asrllm.AutoModel.from_pretrained(exp)
+    together = model.transcribe(wavs, 10)
+    assert together == [model.transcribe([wav], 10)[0] for wav in wavs]
+    model.save_pretrained(tmp_path / "exported")
+    assert asrllm.AutoModel.from_pretrained(tmp_path / "exported").transcribe(wavs, 10) == together
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_rank_has_every_gradient_at_the_lower_stages(world, tmp_path, stage):
+    """A checkpoint's file is given instead of a directory."""
+    exp, file = tmp_path / "exp", tmp_path / "icefall.pt"
+    torch.save({"model": ZipformerEncoder.from_pretrained(world.zipformer).state_dict()}, file)
+    more = settings(world, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", trainer__num_steps=4)
+    more["model__audio_encoder__pretrained_model"] = file
+    assert_done(run_script("train", *world.overrides(exp, **more), launcher="torchrun"))
+    assert losses(exp)[-1] < losses(exp)[0]
+    assert sum(name.startswith("audio_encoder.") for name in read_weights(exp / "checkpoint-4")) > 100
