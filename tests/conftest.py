@@ -52,6 +52,7 @@ class World:
             "data.valid_data_config": self.root / "valid.yaml",
             "data.sampler.max_tokens": 150,
             "data.filter.min_duration": 0.1,
+            "data.filter.max_chars_per_second": 100,
             "data.num_workers": 1,
             "trainer.num_steps": 8,
             "trainer.num_epochs": "null",

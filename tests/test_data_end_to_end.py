@@ -109,6 +109,27 @@ def test_what_the_filters_drop_is_counted_in_the_log(world, tmp_path):
     assert b"dropped/too_long" in run.read_bytes()
 
 
+def test_other_data_under_the_same_name_is_not_gone_on_with(world, tmp_path):
+    for name, options in (("a", []), ("b", ["--seed", "3"])):
+        command = [tmp_path / name / "train", "--kaldi", world.root / "kaldi" / "train", *options]
+        assert_done(run_script("make_shards", *command))
+        (tmp_path / f"{name}.yaml").write_text(f"- shards: {tmp_path / name / 'train'}\n")
+    settings = {"data__valid_data_config": "null", "trainer__save_every": 2}
+    run = {name: world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / f"{name}.yaml", **settings) for name in "ab"}
+    assert_done(run_script("train", *run["a"]))
+    refused = run_script("train", *run["b"])
+    assert refused.returncode == 2
+    assert "training data" in refused.stderr
+
+
+def test_a_language_without_a_prompt_ends_the_run_before_the_models_load(world, tmp_path):
+    (tmp_path / "train.yaml").write_text(f"- {{shards: {world.shards}, lang: en, prompts: [{{prompt: Schreib., lang: de}}]}}\n")
+    refused = run_script("train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml"))
+    assert refused.returncode == 2
+    assert "no prompt is for lang='en', which the corpus 'train' has" in refused.stderr
+    assert "Loading weights" not in refused.stderr
+
+
 def test_endless_mixing_trains_and_needs_a_number_of_steps(world, tmp_path):
     settings = {"data__use_infinite_dataset": "true", "data__sampler__window": 10, "trainer__num_steps": 12, "data__trace": "true"}
     assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))

@@ -1,6 +1,7 @@
 """Reading one utterance: a stretch of a tar -> waveform at 16 kHz and its fields; any audio file likewise."""
 
 import contextlib
+import io
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import soxr
 from asrllm.audio.augment import NO_MASKS, Augmenter
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample
+from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample, said
 from asrllm.data.plan import Item
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
@@ -62,7 +63,7 @@ class Reader:
     ) -> None:
         """limits: the fewest and the most samples at RATE that the model takes; cache: of remote shards; normalize: the transcript."""
         self.corpora, self.limits, self.cache, self.augment, self.normalize = corpora, limits, cache, augment, normalize
-        self._files: dict[tuple[int, int], int] = {}
+        self._files: dict[tuple[int, int], io.FileIO] = {}
 
     def read(self, item: Item) -> Sample:
         """Raises SampleError for what is wrong with this utterance, UserError for what is wrong with more than it."""
@@ -71,13 +72,16 @@ class Reader:
         where = corpus.index.shards[row["shard"]]
         try:
             found = self._tar_sample(item.corpus, row)
-            wave = decode(BytesIO(found.audio))
-        except (OSError, ValueError, RuntimeError, tarfile.TarError) as error:  # ValueError: not one sample
+        except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: not one sample
             raise SampleError(f"utterance {item.row} of {corpus.name} in {where}: {error}") from error
+        try:
+            wave = decode(BytesIO(found.audio))
+        except (OSError, RuntimeError) as error:
+            raise SampleError(f"{found.key} in {where}: {said(error)}") from error
         text = self.normalize(found.fields["text"])
         if problem := self._problem(wave, int(row["samples"]), text, found):
             raise SampleError(f"{found.key} in {where}: {problem}")
-        masks = NO_MASKS
+        masks, lang = NO_MASKS, found.fields.get("lang")
         if self.augment is not None:
             wave = self.augment(wave, key=found.key, round=item.round)
             masks = self.augment.masks(found.key, item.round)
@@ -85,7 +89,7 @@ class Reader:
             key=found.key,
             wave=wave,
             text=text,
-            lang=found.fields.get("lang") or corpus.lang,
+            lang=lang if isinstance(lang, str) and lang else corpus.lang,
             fields=found.fields,
             prompts=corpus.prompts,
             round=item.round,
@@ -104,23 +108,23 @@ class Reader:
         return None
 
     def _tar_sample(self, corpus: int, row: Any) -> TarSample:
-        return read_sample(os.pread(self._file(corpus, int(row["shard"])), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK))
+        return read_sample(os.pread(self._file(corpus, int(row["shard"])).fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK))
 
-    def _file(self, corpus: int, shard: int) -> int:
-        """An open descriptor; the one that was opened first is closed when there are too many."""
+    def _file(self, corpus: int, shard: int) -> io.FileIO:
+        """An open file; the one that was opened first is closed when there are too many."""
         if (corpus, shard) not in self._files:
             if len(self._files) >= MAX_OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
+                self._files.pop(next(iter(self._files))).close()
             self._files[corpus, shard] = self._open(self.corpora[corpus].index, shard)
         return self._files[corpus, shard]
 
-    def _open(self, index: Index, shard: int) -> int:
+    def _open(self, index: Index, shard: int) -> io.FileIO:
         if not is_url(index.shards[shard]):
-            return os.open(index.shards[shard], os.O_RDONLY)
+            return io.FileIO(index.shards[shard])
         assert self.cache is not None
         for _ in range(EVICTED_AGAIN):
             with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
-                return os.open(self.cache.fetch(index.file(shard)), os.O_RDONLY)
+                return io.FileIO(self.cache.fetch(index.file(shard)))
         raise UserError(f"{index.shards[shard]!r} was removed from the cache as soon as it was there: raise data.cache.max_gb")
 
 

@@ -87,8 +87,8 @@ class Collator:
         )
 
     def _prompt(self, sample: Sample) -> str:
-        own = str(sample.fields.get("prompt") or "").replace(self.renderer.audio_token, "").strip()
-        task = sample.fields.get("task")
+        own, task = sample.fields.get("prompt"), sample.fields.get("task")
+        own = own.replace(self.renderer.audio_token, "").strip() if isinstance(own, str) else ""
         prompts = sample.prompts or self.prompts
         prompt = own or choose_prompt(prompts, seed=self.seed, round=sample.round, key=sample.key, lang=sample.lang, task=task)
         if self.hotwords is None:

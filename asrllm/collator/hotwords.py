@@ -31,8 +31,8 @@ class HotwordConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.prob <= 1:
             raise UserError(f"data.hotwords.prob={self.prob} must lie between 0 and 1")
-        if self.max_words < 1:
-            raise UserError(f"data.hotwords.max_words={self.max_words} must be at least 1; data.hotwords.prob=0 gives no lists")
+        if not 1 <= self.max_words <= 10_000:
+            raise UserError(f"data.hotwords.max_words={self.max_words} must be from 1 to 10000; data.hotwords.prob=0 gives no lists")
         if not 0 <= self.distractor_rate < 1:
             raise UserError(f"data.hotwords.distractor_rate={self.distractor_rate} must be at least 0 and below 1")
         if self.template.count(PLACE) != 1:

@@ -48,16 +48,17 @@ class PlannedDataset(Dataset):
         bad: list[str] = []
         samples = [sample for item in items if (sample := self._read(item, bad)) is not None]
         if not samples:
-            raise UserError(f"{len(bad)} utterances in a row cannot be read, the last: {bad[-1]}")
+            raise UserError(f"{len(bad)} utterances in a row and what could stand in for them cannot be read, the last: {bad[-1]}")
         return replace(self.collator(samples, out), bad=tuple(bad))
 
     def _read(self, item: Item, bad: list[str]) -> Sample | None:
-        """The utterance, or the first of its spares that can be read."""
+        """The utterance, or the first of its spares that can be read; what is wrong with a spare is told where it is dealt out itself."""
         for candidate in (item, *item.spares):
             try:
                 return self.reader.read(replace(candidate, filler=item.filler))
             except SampleError as error:
-                bad.append(str(error))
+                if candidate is item:
+                    bad.append(str(error))
         return None
 
 

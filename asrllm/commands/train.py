@@ -26,6 +26,7 @@ from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.index import RATE
 from asrllm.data.plan import Plan, Position
 from asrllm.data.prompts import Prompt, read_prompts
+from asrllm.data.storage import is_url
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
@@ -51,6 +52,8 @@ class TrainRun:
             raise UserError("exp_dir is not set: give the directory that the run writes to, exp_dir=exp/NAME")
         if not self.data.train_data_config:
             raise UserError("data.train_data_config is not set: give the YAML list of training corpora")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed={self.seed} must be a whole number from 0 to 4294967295")
         if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
             raise UserError("data.use_infinite_dataset=true has no epochs: give trainer.num_epochs=null trainer.num_steps=N with it")
         if self.model.audio_encoder.model_type == "zipformer" and (self.data.whisper_fbank or self.data.pad_to_30s):
@@ -141,8 +144,27 @@ class TrainingData:
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
         self.accumulation = config.trainer.gradient_accumulation_steps
         self._check_cache()
+        self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        """Every language of a corpus has a prompt."""
+        for corpus in self.corpora + self.valid:
+            for written in corpus.index.about["languages"]:
+                lang = written or corpus.lang
+                if not any(prompt.fits(lang, prompt.task) for prompt in corpus.prompts or self.prompts):
+                    raise UserError(
+                        f"no prompt is for lang={lang!r}, which the corpus {corpus.name!r} has: add one to prompt_file or to its prompts"
+                    )
 
     def _check_cache(self) -> None:
+        largest = max(
+            (size for c in self.corpora for size, name in zip(c.index.sizes, c.index.shards, strict=True) if is_url(name)), default=0
+        )
+        if largest > self.cache.max_bytes:
+            limit = self.config.data.cache.max_gb
+            raise UserError(
+                f"data.cache.max_gb={limit:g} is less than the largest remote shard, which has {largest / 1e9:.3g} GB: raise it"
+            )
         sizes = {file.url: file.size or 0 for window in range(2) for file in self.plan.files(0, window)}
         if sum(sizes.values()) > self.cache.max_bytes:
             logger.warning(
@@ -245,7 +267,11 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
         "data.hotwords": dataclasses.asdict(config.data.hotwords),
         "data.text_normalization": config.data.text_normalization,
         "data.use_infinite_dataset": config.data.use_infinite_dataset,
-        "training data": [[c.name, len(c.index), c.kept, round(c.kept_hours * 3600, 1), c.hours, c.weight] for c in data.corpora],
+        "the prompts' weights, languages and tasks": [dataclasses.asdict(prompt) for prompt in data.prompts],
+        "training data": [
+            [c.name, c.index.about["rows_sha256"], c.kept, c.hours, c.weight, c.lang, [dataclasses.asdict(p) for p in c.prompts]]
+            for c in data.corpora
+        ],
     }
 
 
@@ -287,7 +313,7 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Any, settings: dic
         if keys.wandb.mode != "disabled":
             sinks.append(hooks.WandbSink(keys.wandb, exp_dir, dataclasses.asdict(config)))
     metrics = hooks.Metrics(sinks, every=keys.log_every, max_bad_share=config.data.max_bad_share)
-    if dropped := data.dropped():
+    if trainer.step == 0 and (dropped := data.dropped()):
         metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
     made: list[Any] = [metrics]
     if config.data.trace:

@@ -14,9 +14,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         for key in ("max_tokens", "max_utterances", "window"):
-            if getattr(self, key) < 1:
-                raise UserError(f"data.sampler.{key}={getattr(self, key)} must be at least 1")
-        if self.max_duration is not None and self.max_duration <= 0:
+            if not 1 <= getattr(self, key) <= 10**9:
+                raise UserError(f"data.sampler.{key}={getattr(self, key)} must be at least 1 and at most 1000000000")
+        if self.max_duration is not None and not 0 < self.max_duration <= 10**9:
             raise UserError(f"data.sampler.max_duration={self.max_duration} must be above 0 seconds, or null for no limit")
 
 
@@ -31,7 +31,7 @@ class FilterConfig:
             raise UserError(
                 f"data.filter.min_duration={self.min_duration} must be at least 0 and below data.filter.max_duration={self.max_duration}"
             )
-        if self.max_chars_per_second <= 0:
+        if not self.max_chars_per_second > 0:
             raise UserError(f"data.filter.max_chars_per_second={self.max_chars_per_second} must be above 0")
 
 
@@ -41,5 +41,5 @@ class CacheConfig:
     max_gb: float
 
     def __post_init__(self) -> None:
-        if self.max_gb <= 0:
+        if not 0 < self.max_gb <= 10**9:
             raise UserError(f"data.cache.max_gb={self.max_gb} must be above 0 gigabytes")

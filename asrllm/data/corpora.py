@@ -98,7 +98,7 @@ def read_corpora(path: str | Path, *, filters: FilterConfig | None, made: Path, 
 
 def _read_entry(entry: Any, where: str, filters: FilterConfig | None, made: Path, cache: ShardCache | None) -> Corpus:
     _check_keys(entry, where)
-    name = str(entry.get("name") or Path(entry.get("shards") or entry["manifest"]).name.partition(".")[0])
+    name = str(entry.get("name") or Path(entry.get("shards", entry.get("manifest"))).name.partition(".")[0])
     weight = float(entry.get("weights", 1.0))
     if not 0 < weight <= MAX_WEIGHT:
         raise UserError(f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0")
@@ -123,7 +123,8 @@ def _check_keys(entry: Any, where: str) -> None:
         if key not in CORPUS_KEYS:
             raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), CORPUS_KEYS)}")
         if not isinstance(entry[key], CORPUS_KEYS[key]) or isinstance(entry[key], bool):
-            raise UserError(f"{where}: {key}={entry[key]!r} has the wrong type")
+            expected = {str: "text: put it in quotes", list: "a list"}.get(CORPUS_KEYS[key], "a number")
+            raise UserError(f"{where}: {key}={entry[key]!r} has the wrong type: it must be {expected}")
     if ("shards" in entry) == ("manifest" in entry):
         raise UserError(f"{where}: give either 'shards: DIR' or 'manifest: CUTS.jsonl.gz'")
 
@@ -131,8 +132,8 @@ def _check_keys(entry: Any, where: str) -> None:
 def _stated_hours(entry: Mapping[str, Any], index: Index, where: str) -> float | None:
     """`hours` is stated by people; the index has counted."""
     stated = entry.get("hours")
-    if stated is not None and stated <= 0:
-        raise UserError(f"{where}: hours={stated} must be above 0; leave it out to use what the index counts")
+    if stated is not None and not 0 < stated <= 10**9:
+        raise UserError(f"{where}: hours={stated} must be above 0 and at most 1000000000; leave it out to use what the index counts")
     if stated is not None and not 0.5 <= float(stated) / max(index.hours, 1e-9) <= 2:
         message = "%s: hours=%s, but the index counts %.2f h; only data.use_infinite_dataset=true goes by the stated hours"
         logger.warning(message, where, stated, index.hours)

@@ -139,10 +139,11 @@ def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
 
 def _check_shards(index: Index) -> None:
     """Every tar is there with the size that the index knows: found now, not in the middle of an epoch."""
-    remote = [name for name in index.shards if is_url(name)]
+    # of many processes one asks for all: shards times ranks would be millions of requests
+    remote = [name for name in index.shards if is_url(name)] if os.environ.get("RANK", "0") == "0" else []
     found = dict(zip(remote, remote_sizes(remote), strict=True)) if remote else {}
     for name, size in zip(index.shards, index.sizes, strict=True):
-        has = found[name] if name in found else _local_size(name)
+        has = found.get(name, size) if is_url(name) else _local_size(name)
         if has is None:
             raise UserError(f"the shard {name!r} is missing: restore it, or index the directory again")
         if has != size:
@@ -326,26 +327,36 @@ def sample_key(member: str) -> str:
 def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     key = sample_key(members[0].name)
     files = {member.name.rpartition(".")[2].lower(): member.data for member in members}
+    if len(files) < len(members):
+        names = ", ".join(member.name for member in members[:4])
+        return BadSample(
+            key=key, reason="repeated_file", detail=f"several files of one kind have this key, which ends at the first dot: {names}"
+        )
     extension = next((e for e in AUDIO_EXTENSIONS if e in files), None)
     if extension is None:
         return BadSample(key=key, reason="no_audio", detail=f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}")
     try:
-        fields = json.loads(files["json"]) if "json" in files else {"text": files["txt"].decode("utf-8").strip()}
-    except KeyError:
-        return BadSample(key=key, reason="no_transcript", detail=f"expected {key}.json or {key}.txt")
+        fields = json.loads(files["json"]) if "json" in files else {}
+        if isinstance(fields, dict) and "text" not in fields and "txt" in files:
+            fields["text"] = files["txt"].decode("utf-8").strip()
     except ValueError as error:  # of JSON or of UTF-8
         return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        return BadSample(key=key, reason="no_transcript", detail="its JSON has no 'text'")
+        return BadSample(key=key, reason="no_transcript", detail=f"expected {key}.txt, or {key}.json with 'text'")
     offset, end = members[0].start // BLOCK, -(-members[-1].end // BLOCK)
     return TarSample(key=key, offset=offset, size=end - offset, audio=files[extension], extension=extension, fields=fields)
+
+
+def said(error: Exception) -> str:
+    """What a decoder complains of, without the address of the buffer that it read from."""
+    return str(getattr(error, "error_string", error))
 
 
 def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
     try:
         info = soundfile.info(BytesIO(sample.audio))
     except RuntimeError as error:
-        return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
+        return BadSample(key=sample.key, reason="unreadable_audio", detail=said(error))
     duration, stated = info.frames / info.samplerate, sample.fields.get("duration")
     if not info.frames:
         return BadSample(key=sample.key, reason="empty_audio", detail="the audio has no sample")

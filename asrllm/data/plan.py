@@ -211,13 +211,20 @@ class Plan:
             position = self.following(*position)
         return Position(epoch=position[0], window=position[1])
 
+    def _typical(self, ranks: int) -> list[np.ndarray]:
+        """The batches of the first window that holds anything."""
+        position = (0, 0)
+        while not self.batches(*position, ranks):
+            position = self.following(*position)
+        return self.batches(*position, ranks)
+
     def estimate_steps(self, *, ranks: int, accumulation: int = 1) -> int:
         """About how many steps an epoch has: exact where it is one window."""
-        return -(-len(self.batches(0, 0, ranks)) // (ranks * accumulation)) * (self.windows(0) or 1)
+        return -(-len(self._typical(ranks)) // (ranks * accumulation)) * (self.windows(0) or 1)
 
     def largest_batch(self, ranks: int) -> int:
-        """Samples of the largest batch of the first window, padding included."""
-        return max((len(b) * int(b["samples"].max()) for b in self.batches(0, 0, ranks) if len(b)), default=RATE)
+        """Samples of the largest batch of a window, padding included."""
+        return max(len(b) * int(b["samples"].max()) for b in self._typical(ranks) if len(b))
 
     def files(self, epoch: int, window: int) -> list[RemoteFile]:
         """The remote shards that a window reads."""

@@ -66,7 +66,7 @@ class Metrics:
         self.since += time.monotonic() - began
 
     def _check_bad(self, total: StepSums, exp_dir: Path) -> None:
-        self.seen, self.bad = self.seen + total.utterances + total.bad, self.bad + total.bad
+        self.seen, self.bad = self.seen + total.utterances, self.bad + total.bad
         if self.bad <= self.max_bad_share * max(self.seen, BAD_SHARE_OVER):
             return
         everywhere = distributed.gather_objects(self.unreadable)
@@ -135,7 +135,7 @@ class ConsoleSink:
 
     def write(self, record: Record) -> None:
         if "loss" not in record:
-            values = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float))
+            values = ", ".join(f"{k} {v:.6g}" for k, v in record.items() if k != "step")
             print(f"step {record['step']}: {values}", file=sys.stderr, flush=True)
             return
         note = f"loss {record['loss']:.3f}  acc {record['acc']:.3f}  lr {record['lr']:.2e}  {record['seconds_per_step']:.2f} s/step"

@@ -42,6 +42,18 @@ def test_a_broken_sample_names_its_shard(tmp_path):
         broken.read(Item(corpus=0, row=1))
 
 
+def test_damaged_audio_is_named_by_its_key(tmp_path):
+    reader = make_reader(tmp_path, tone_sentences(3))
+    shard = tmp_path / "s" / "shard-000000.tar"
+    row = reader.corpora[0].index.rows[1]
+    data = bytearray(shard.read_bytes())
+    begin = (int(row["offset"]) + 1) * 512
+    data[begin : begin + 512] = bytes(512)
+    shard.write_bytes(data)
+    with pytest.raises(SampleError, match=r"^utt0001 in .*shard-000000\.tar: Format not recognised\.$"):
+        reader.read(Item(corpus=0, row=1))
+
+
 def test_an_index_of_other_lengths_is_noticed(tmp_path):
     reader = make_reader(tmp_path, tone_sentences(1))
     index = open_index(tmp_path / "s")

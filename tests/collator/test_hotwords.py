@@ -156,7 +156,7 @@ def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
     ("changes", "message"),
     [
         ({"prob": 2.0}, r"data\.hotwords\.prob=2\.0 must lie"),
-        ({"max_words": 0}, r"data\.hotwords\.max_words=0 must be at least 1"),
+        ({"max_words": 0}, r"data\.hotwords\.max_words=0 must be from 1"),
         ({"distractor_rate": 1.0}, r"distractor_rate=1\.0 must be at least 0 and below 1"),
         ({"template": "Hotwords: {word}."}, r"template='Hotwords: \{word\}\.' must hold \{words\} once"),
         ({"template": f"{AUDIO} {{words}}"}, "holds the audio token"),

@@ -64,7 +64,10 @@ def test_filters_drop_and_say_how_many(tmp_path, world, caplog):
         ([{"shards": "SHARDS", "prompts": "Say."}], "prompts='Say.' has the wrong type"),
         ([{"shards": "SHARDS", "prompts": [1]}], "is neither a text"),
         ([{"shards": "SHARDS", "name": "../x"}], "becomes a part of file names"),
-        ([{"shards": 5}], "shards=5 has the wrong type"),
+        ([{"shards": 5}], "shards=5 has the wrong type: it must be text"),
+        ([{"shards": "SHARDS", "lang": False}], "lang=False has the wrong type: it must be text: put it in quotes"),
+        ([{"shards": ""}], "name='' becomes a part of file names"),
+        ([{"shards": "SHARDS", "hours": 1e12}], "hours=1000000000000.0 must be above 0 and at most"),
     ],
 )
 def test_a_wrong_data_config_is_one_sentence(tmp_path, world, entries, message):

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, _plain_members, read_sample, scan_tar
+from asrllm.data.index import BLOCK, _plain_members, read_sample, scan_shard, scan_tar
 from asrllm.testing import tone
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -42,6 +42,26 @@ def test_plain_headers_are_read_without_tarfile(tmp_path):
     (sample,) = scan_tar(tmp_path / "x.tar")
     stretch = stretch[: sample.size * BLOCK]
     assert [member.name for member in _plain_members(stretch)] == ["a.flac", "a.json"]
+
+
+@pytest.mark.parametrize("keys", [["b", "b"], ["a.0", "a.1", "a.2"]])
+def test_files_that_share_a_key_are_rejected_and_not_lost(tmp_path, keys):
+    """A key twice in a row, or keys with dots, of which WebDataset sees the part before the first alone."""
+    record, bad, found = scan_shard(write_tar(tmp_path / "x.tar", [*keys, "good"], "gnu"), name="x.tar")
+    assert (len(record.rows), found) == (1, ["good"])
+    assert [(b.key, b.reason) for b in bad] == [(keys[0][0], "repeated_file")]
+
+
+def test_a_transcript_beside_json_without_one(tmp_path):
+    write_tar(tmp_path / "x.tar", ["a"], "gnu")
+    with tarfile.open(tmp_path / "y.tar", "w") as tar, tarfile.open(tmp_path / "x.tar") as old:
+        tar.addfile(old.getmember("a.flac"), old.extractfile("a.flac"))
+        for name, data in (("a.json", b'{"lang": "en"}'), ("a.txt", b"one\n")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (sample,) = scan_tar(tmp_path / "y.tar")
+    assert sample.fields == {"lang": "en", "text": "one"}
 
 
 @pytest.mark.parametrize("damage", ["header", "cut", "two", "other"])

@@ -190,7 +190,7 @@ def test_the_cost_of_a_step_is_near_equal_over_the_ranks_and_padding_is_little(r
     assert 1 - true / read < 0.05
 
 
-@pytest.mark.parametrize("at", range(0, 17))
+@pytest.mark.parametrize("at", range(17))
 def test_a_window_cut_for_more_ranks_than_it_has_utterances_goes_on_with_fewer(at):
     plan = make_plan([corpus([16000 * (i + 1) for i in range(5)])])
     rest = list(plan.steps(Position(batch=at, ranks=16), ranks=2))

@@ -111,7 +111,7 @@ def test_what_is_no_tar_of_samples_is_one_sentence(tmp_path, name, content, mess
 
 def test_a_tar_without_transcripts_is_refused(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a.wav": wav()})
-    with pytest.raises(UserError, match=r"1 no_transcript; the first: a: expected a\.json or a\.txt"):
+    with pytest.raises(UserError, match=r"1 no_transcript; the first: a: expected a\.txt, or a\.json with"):
         index_tars([tar])
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
 
