@@ -48,7 +48,7 @@ from asrllm.data.sources import Utterance
 from asrllm.testing import tiny_tokenizer
 
 RATE, SECONDS, FIXED = 16000, 200.0, 16  # FIXED: utterances in webdataset's batches, about SECONDS of audio
-BUDGET = SamplerConfig(max_tokens=1 << 30, max_utterances=1 << 20, max_duration=SECONDS, window=100_000)
+BUDGET = SamplerConfig(max_tokens=10**9, max_utterances=10**6, max_duration=SECONDS, window=100_000)
 
 
 BARRIER: Any = None  # of the processes that are measured together
