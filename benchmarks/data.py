@@ -123,6 +123,16 @@ def ours(folder: Path, workers: int, start: float) -> Iterator[Batch]:
         yield Batch(len(batch.keys), batch.waves.numel(), int(batch.wave_lengths.sum()))
 
 
+def reading(folder: Path, workers: int, start: float) -> Iterator[Batch]:
+    """What reading adds to decoding: the same utterances out of the tars, in the plan's order, in this process; nothing is collated."""
+    corpus = make_corpus("c", open_index(folder / "shards"), None)
+    reader = Reader([corpus])
+    for step in Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0).steps(Position(), ranks=1):
+        for item in step.of_rank(0)[0]:
+            wave = reader.read(item).wave
+            yield Batch(1, len(wave), len(wave))
+
+
 def collator() -> Collator:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|AUDIO|>"], special_tokens=True)
@@ -225,6 +235,7 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
     assert lhotses_state.utterances
     for _ in range(rounds):
         note("bare loop/utterances per second", rate(bare, folder, 0)[0])
+        note("reading alone/utterances per second", rate(reading, folder, 0)[0])
         for name, pipeline in PIPELINES.items():
             speed, padding = rate(pipeline, folder, 1)
             note(f"{name}/utterances per second", speed)
@@ -236,6 +247,9 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
     return {
         "medians": {name: round(value, 4) for name, value in medians.items()},
         "ratios": {
+            "reading alone to the bare loop": round(
+                medians["reading alone/utterances per second"] / medians["bare loop/utterances per second"], 3
+            ),
             "one worker to the bare loop": round(medians[speed] / medians["bare loop/utterances per second"], 3),
             "two workers to one": round(medians[f"{speed}, 2 workers"] / medians[speed], 3),
             **{f"speed to {n}": round(medians[speed] / medians[f"{n}/utterances per second"], 3) for n in OTHERS},

@@ -108,10 +108,17 @@ def trusted_unpickling() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def stage_named(kind: type, name: str) -> ZeroStageEnum:
+        """Python 3.11.0 to 3.11.3 pickle an enum as getattr(its class, its name); of getattr nothing else is let through."""
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"the checkpoint asks for {name!r} of {kind!r}")
+        return ZeroStageEnum[name]
+
+    plain = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address, (stage_named, "builtins.getattr")]
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+        with torch.serialization.safe_globals(plain):
             yield
     finally:
         if before is None:
