@@ -108,11 +108,11 @@ def trusted_unpickling() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    def stage_named(kind: type, name: str) -> ZeroStageEnum:
+    def stage_named(kind: Any, name: str) -> Any:
         """Python 3.11.0 to 3.11.3 pickle an enum as getattr(its class, its name); of getattr nothing else is let through."""
         if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
             raise pickle.UnpicklingError(f"the checkpoint asks for {name!r} of {kind!r}")
-        return ZeroStageEnum[name]
+        return getattr(ZeroStageEnum, name)
 
     plain = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address, (stage_named, "builtins.getattr")]
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
