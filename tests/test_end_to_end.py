@@ -303,8 +303,10 @@ def test_a_damaged_checkpoint_is_one_sentence(world, tmp_path):
 
 def test_offloading_to_the_processor_trains(world, tmp_path):
     exp = tmp_path / "exp"
-    assert_done(run_script("train", *world.overrides(exp, trainer__deepspeed_config="ds_configs/zero2_offload.json", trainer__num_steps=4)))
-    assert losses(exp)[-1] < losses(exp)[0]
+    assert_done(
+        run_script("train", *world.overrides(exp, trainer__deepspeed_config="ds_configs/zero2_offload.json", trainer__num_steps=24))
+    )
+    assert np.mean(losses(exp)[-6:]) < np.mean(losses(exp)[:3]) - 0.2  # steps differ in the lengths of their utterances, hence in loss
 
 
 def test_too_many_unreadable_utterances_stop_the_run(world, tmp_path):

@@ -269,7 +269,7 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
         "data.use_infinite_dataset": config.data.use_infinite_dataset,
         "the prompts' weights, languages and tasks": [dataclasses.asdict(prompt) for prompt in data.prompts],
         "training data": [
-            [c.name, c.index.about["rows_sha256"], c.kept, c.hours, c.weight, c.lang, [dataclasses.asdict(p) for p in c.prompts]]
+            [c.name, c.kept, c.hours, c.weight, c.lang, c.index.about["rows_sha256"], [dataclasses.asdict(p) for p in c.prompts]]
             for c in data.corpora
         ],
     }

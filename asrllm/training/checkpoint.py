@@ -165,9 +165,9 @@ def check_same_model(exp_dir: Path, tag: str, description: AsrLlmConfig, setting
                 f"{base['path']!r} with other weights; choose another exp_dir"
             )
     for key, value in settings.items():
-        if manifest["settings"][key] != value:
+        if manifest["settings"].get(key) != value:  # an older version may not have written it
             raise UserError(
-                f"exp_dir={str(exp_dir)!r}: {tag} was written with {key}={manifest['settings'][key]}, this run has {value}: "
+                f"exp_dir={str(exp_dir)!r}: {tag} was written with {key}={manifest['settings'].get(key)}, this run has {value}: "
                 "go on as it was, or choose another exp_dir"
             )
     return manifest
