@@ -302,7 +302,7 @@ def _first_batch(folder: Path) -> dict[str, float]:
     opened = time.perf_counter()
     plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
     dataset = PlannedDataset(Reader([corpus]), made)
-    later = Position(window=(plan.windows(0) or 1) * 9 // 10, batch=64, ranks=1)
+    later = Position(window=(plan.windows or 1) * 9 // 10, batch=64, ranks=1)
     stream = steps(plan, dataset, later, rank=0, ranks=1, accumulation=1, epochs=1, num_workers=1)
     next(stream)
     first = time.perf_counter()

@@ -144,9 +144,9 @@ class TrainingData:
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
         self.accumulation = config.trainer.gradient_accumulation_steps
         self._check_cache()
-        self._check_prompts()
+        self._check_languages()
 
-    def _check_prompts(self) -> None:
+    def _check_languages(self) -> None:
         """Every language of a corpus has a prompt."""
         for corpus in self.corpora + self.valid:
             for written in corpus.index.about["languages"]:

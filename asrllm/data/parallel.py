@@ -124,7 +124,7 @@ def _serve(pipe: Any, work: Callable[[Any, Advance], Any]) -> None:
                 teller.tell()
             except (UserError, ConnectionError) as error:
                 answer = ("failed", error)
-            except Exception:
+            except Exception:  # the parent raises it
                 answer = ("failed", RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
             pipe.send(answer)
     except (EOFError, OSError):  # nobody is there any more

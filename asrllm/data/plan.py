@@ -6,6 +6,7 @@ that a window holds whole shards as far as it can (a cache of shards then serves
 by length and cut into groups of one batch a rank, of near-equal cost; the groups come in random order.
 """
 
+import bisect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -114,7 +115,8 @@ class Plan:
         self._windows: dict[tuple[int, int, int], list[np.ndarray]] = {}
         self._lock = threading.Lock()
 
-    def windows(self, epoch: int) -> int | None:
+    @property
+    def windows(self) -> int | None:
         """Windows of an epoch; None without end."""
         return None if self.endless else max(1, -(-sum(self._takes) // self.config.window))
 
@@ -138,7 +140,7 @@ class Plan:
         if self.endless:
             share = self._shares[corpus] * self.config.window
             return int(window * share), int((window + 1) * share)
-        take, windows = self._takes[corpus], self.windows(epoch) or 1
+        take, windows = self._takes[corpus], self.windows or 1
         return epoch * take + window * take // windows, epoch * take + (window + 1) * take // windows
 
     def batches(self, epoch: int, window: int, ranks: int) -> list[np.ndarray]:
@@ -183,7 +185,7 @@ class Plan:
 
     def steps(self, start: Position, *, ranks: int, accumulation: int = 1) -> Iterator[Step]:
         """From `start` to the end of its epoch, or without end."""
-        unit, windows = ranks * accumulation, self.windows(start.epoch)
+        unit, windows = ranks * accumulation, self.windows
         window, at, cut = start.window, start.batch, start.ranks or ranks
         while windows is None or window < windows:
             batches = self.batches(start.epoch, window, cut)
@@ -197,12 +199,12 @@ class Plan:
                 after = Position(epoch=start.epoch, window=window, batch=at, ranks=cut)
                 if at > filled[-1]:
                     after = self._next_window(start.epoch, window, ranks)
-                following = batches[next((i for i in filled if i >= at), filled[0])]
+                following = batches[filled[bisect.bisect_left(filled, at) % len(filled)]]
                 yield Step(batches=split_to(dealt, unit), ranks=ranks, following=following, before=before, after=after)
             window, at, cut = window + 1, 0, ranks
 
     def following(self, epoch: int, window: int) -> tuple[int, int]:
-        return (epoch + 1, 0) if window + 1 == self.windows(epoch) else (epoch, window + 1)
+        return (epoch + 1, 0) if window + 1 == self.windows else (epoch, window + 1)
 
     def _next_window(self, epoch: int, window: int, ranks: int) -> Position:
         """The next window that holds anything, of this epoch or a later one."""
@@ -220,7 +222,7 @@ class Plan:
 
     def estimate_steps(self, *, ranks: int, accumulation: int = 1) -> int:
         """About how many steps an epoch has: exact where it is one window."""
-        return -(-len(self._typical(ranks)) // (ranks * accumulation)) * (self.windows(0) or 1)
+        return -(-len(self._typical(ranks)) // (ranks * accumulation)) * (self.windows or 1)
 
     def largest_batch(self, ranks: int) -> int:
         """Samples of the largest batch of a window, padding included."""

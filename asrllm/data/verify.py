@@ -23,6 +23,7 @@ from asrllm.data.index import (
     ShardRecord,
     file_sha256,
     iterate_tar,
+    said,
     scan_shard,
     write_index,
 )
@@ -223,7 +224,7 @@ def _check_sample(data: bytes, row: np.void) -> tuple[str, str, str]:
     try:
         wave, rate = soundfile.read(BytesIO(sample.audio), dtype="float32", always_2d=True)
     except RuntimeError as error:
-        return sample.key, "unreadable_audio", str(error)
+        return sample.key, "unreadable_audio", said(error)
     seconds, expected = len(wave) / rate, int(row["samples"]) / RATE
     if abs(seconds - expected) > MAX_DURATION_ERROR:
         return sample.key, "duration_mismatch", f"the index says {expected:.3f} s, the audio has {seconds:.3f} s"

@@ -42,7 +42,7 @@ def items(step):
 
 
 def entries(plan, epoch=0, ranks=1):
-    return np.concatenate([b for w in range(plan.windows(epoch)) for b in plan.batches(epoch, w, ranks)])
+    return np.concatenate([b for w in range(plan.windows) for b in plan.batches(epoch, w, ranks)])
 
 
 lengths = st.lists(st.integers(1600, 480000), min_size=1, max_size=200)
@@ -114,7 +114,7 @@ def test_epochs_differ_and_the_seed_decides():
 
 def test_without_shuffling_the_windows_go_through_the_rows_in_order():
     plan = make_plan([corpus([16000] * 25)], window=10, shuffle=False)
-    found = [sorted(np.concatenate(plan.batches(0, w, 1))["row"].tolist()) for w in range(plan.windows(0))]
+    found = [sorted(np.concatenate(plan.batches(0, w, 1))["row"].tolist()) for w in range(plan.windows)]
     assert [row for rows in found for row in rows] == list(range(25))
 
 
@@ -133,7 +133,7 @@ def test_weights_repeat_a_corpus_and_no_utterance_more_often_than_another():
 
 def test_every_window_holds_every_corpus_in_its_share():
     plan = make_plan([corpus([16000] * 1000, per_shard=100), corpus([16000] * 30, per_shard=30)], window=103)
-    for window in range(plan.windows(0)):
+    for window in range(plan.windows):
         found = plan.utterances(0, window)
         assert np.bincount(found["corpus"]).tolist() == [100, 3]
 
@@ -156,7 +156,7 @@ def test_endless_mixing_gives_every_corpus_its_share_of_the_audio_time(stated):
     assert seconds[0] / seconds.sum() == pytest.approx(1 / 2 if stated else 1 / 7, rel=0.01)
     rows = found[found["corpus"] == 1]
     assert np.ptp(np.bincount(rows["row"])) <= 1
-    assert plan.windows(0) is None
+    assert plan.windows is None
 
 
 def test_filters_leave_out_and_count_by_reason():

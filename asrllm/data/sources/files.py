@@ -129,6 +129,14 @@ def ahead(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
     return first, itertools.chain(first, rows)
 
 
+def audio_rows(path: Path, what: str, field: str) -> Iterator[tuple[str, dict[str, Any], Path]]:
+    """(where it stands, the row, its audio file) of a manifest of JSON lines; field: of the audio's path."""
+    first, rows = ahead(read_json_lines(path, what))
+    root = find_root([take(row, f"{what} {place}", field) for place, row in first], [path.parent, Path.cwd()])
+    for place, row in rows:
+        yield f"{what} {place}", row, root / take(row, f"{what} {place}", field)
+
+
 def find_root(names: Sequence[str], roots: Sequence[Path]) -> Path:
     """The first of the directories that holds one of the files; the first of all where none does.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from asrllm.data.index import AUDIO_EXTENSIONS
-from asrllm.data.sources.files import ahead, count_lines, find_root, read_json_lines, read_lines, sample_fields, take, take_number
+from asrllm.data.sources.files import ahead, audio_rows, count_lines, find_root, read_lines, sample_fields, take, take_number
 from asrllm.data.sources.utterance import Stretch, Utterance
 from asrllm.errors import UserError
 
@@ -34,11 +34,7 @@ def count_wenet(path: str | Path) -> int | None:
 
 
 def _raw(path: Path) -> Iterator[Utterance]:
-    first, rows = ahead(read_json_lines(path, WHAT))
-    root = find_root([take(row, f"{WHAT} {where}", "wav") for where, row in first], [path.parent, Path.cwd()])
-    for place, row in rows:
-        where = f"{WHAT} {place}"
-        file = root / take(row, where, "wav")
+    for where, row, file in audio_rows(path, WHAT, "wav"):
         start, end = take_number(row, where, "start"), take_number(row, where, "end")
         whole = start is None and end is None
         yield Utterance(
