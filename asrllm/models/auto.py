@@ -8,7 +8,8 @@ import transformers
 
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.model import AsrLlmModel, load_model
+from asrllm.models.files import load_model
+from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 
 # Auto classes know the model after `import asrllm`: of all modules, this one does something when it is imported

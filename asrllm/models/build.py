@@ -11,7 +11,8 @@ from asrllm.models.config import ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
-from asrllm.models.model import AsrLlmModel, pretrained_encoder, pretrained_llm
+from asrllm.models.model import AsrLlmModel
+from asrllm.models.parts import pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 
 
