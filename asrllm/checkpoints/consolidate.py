@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.training.checkpoint import read_manifest, trusted_unpickling
+from asrllm.training.checkpoint import read_carried, read_manifest, trusted_unpickling
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
@@ -49,7 +49,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
             )
         if list(state[name].shape) != expected[name]["shape"]:
             raise UserError(f"{checkpoint}: {name!r} has the shape {list(state[name].shape)}, its manifest says {expected[name]['shape']}")
-    return {name: state[name] for name in expected}
+    carried = read_carried(checkpoint.parent, manifest)
+    return {name: state[name] for name in expected} | {name: tensor.float() for name, tensor in carried.items()}
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
 class TrainRun:
     exp_dir: str | None
     prompt_file: str | None
+    init_from: str | None
     seed: int
     model: ModelConfig
     data: DataConfig
@@ -95,7 +96,14 @@ def train(config: TrainRun) -> None:
     device = distributed.start()
     frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
     torch.manual_seed(config.seed)
-    build = functools.partial(build_model, processor, frozen=tuple(frozen), dtype=config.trainer.dtype)
+    build = functools.partial(
+        build_model,
+        processor,
+        frozen=frozen,
+        patterns=config.model.frozen_parameters,
+        init_from=config.init_from if tag is None else None,
+        dtype=config.trainer.dtype,
+    )
     with deepspeed_engine(config.trainer, ds, build, device) as engine:
         trainer = Trainer(
             engine=engine,
@@ -105,11 +113,15 @@ def train(config: TrainRun) -> None:
             seed=config.seed,
             total_steps=data.total_steps(),
         )
-        if tag is not None:
+        engine.module.label_smoothing = config.trainer.label_smoothing
+        write_run_files(config, processor)
+        if tag is None:
+            checkpoint.write_carried(engine.module, exp_dir)
+        else:
             checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
             checkpoint.load_checkpoint(engine, exp_dir, tag)
+            checkpoint.restore_carried(engine.module, exp_dir, manifest)
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
-        write_run_files(config, processor)
         trainer.hooks = make_hooks(config, data, trainer, settings)
         trainer.fit(data.train_steps)
     if distributed.rank() == 0:
@@ -252,8 +264,10 @@ def claim(exp_dir: Path) -> FileLock:
 
 def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: TrainingData) -> dict[str, Any]:
     """What a resumed run must have in common with its checkpoint: the model, the order of the data, the arithmetic. Plain JSON values."""
+    from asrllm.models.earlier import PROJECTOR_FIELDS
+
     description = processor.config
-    model = ("lora", "projector", "projector_hidden_size", "audio_encoder_projector_ds_rate", "tag_audio_boundary", "pad_to_30s", "prompts")
+    model = ("lora", "audio_encoder_lora", *PROJECTOR_FIELDS, "prompts")
     return {
         "world_size": distributed.world_size(),
         "audio_token_id": description.audio_token_id,
@@ -261,6 +275,7 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
         **{key: getattr(description, key) for key in model},
         "seed": config.seed,
         "precision": config.trainer.precision,
+        "label_smoothing": config.trainer.label_smoothing,
         "gradient_accumulation_steps": config.trainer.gradient_accumulation_steps,
         "data.sampler": dataclasses.asdict(config.data.sampler),
         "data.augment": dataclasses.asdict(config.data.augment),

@@ -1,7 +1,7 @@
 """From the run's configuration to a model with pretrained parts."""
 
-import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.earlier import take_over, whole
 from asrllm.models.encoders import encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.model import AsrLlmModel
@@ -32,6 +33,7 @@ def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str,
         audio_encoder={"model_type": config.audio_encoder.model_type} | fields,
         llm=llm.to_dict(),
         lora=config.llm.lora.as_peft() if config.llm.lora else None,
+        audio_encoder_lora=config.audio_encoder.lora.as_peft() if config.audio_encoder.lora else None,
         projector=config.projector,
         projector_hidden_size=config.projector_hidden_size,
         audio_encoder_projector_ds_rate=config.audio_encoder_projector_ds_rate,
@@ -55,8 +57,18 @@ def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
             raise UserError(f"the prompt {prompt!r} holds the audio token {audio_token!r}, which is put before it: take it out")
 
 
-def build_model(processor: AsrLlmProcessor, *, frozen: tuple[str, ...], dtype: torch.dtype) -> AsrLlmModel:
-    """The described model with its pretrained parts, the `frozen` ones out of training."""
+def build_model(
+    processor: AsrLlmProcessor,
+    *,
+    frozen: Sequence[str],
+    patterns: Sequence[str] = (),
+    init_from: str | None = None,
+    dtype: torch.dtype,
+) -> AsrLlmModel:
+    """The described model with its pretrained parts, or with what the run `init_from` made of them.
+
+    frozen: parts out of training; patterns: of further parameters' names.
+    """
     description = processor.config
     assert description.base_models is not None
     encoder = pretrained_encoder(description, description.base_models["audio_encoder"]["path"])
@@ -65,16 +77,13 @@ def build_model(processor: AsrLlmProcessor, *, frozen: tuple[str, ...], dtype: t
     model.processor = processor
     if hasattr(model.projector.mlp, "fit_embeddings"):
         weight = model.llm.get_input_embeddings().weight
-        with _whole(weight):
+        with whole(weight):
             model.projector.mlp.fit_embeddings(weight.detach()[:4096])
-    model.freeze(*frozen)
+    taken = take_over(model, Path(init_from)) if init_from else set()
+    model.freeze(*frozen, patterns=patterns)
+    model.carried = tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and (name in taken or name.startswith("projector.") or "lora_" in name)
+    )
     return model
-
-
-def _whole(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[None]:
-    """The parameter whole inside the block, where ZeRO-3 holds it in parts."""
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])

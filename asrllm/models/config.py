@@ -1,9 +1,44 @@
 """The `model` part of the run's configuration."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from asrllm.errors import UserError
+from asrllm.errors import UserError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPart:
+    """PEFT's LoraConfig (https://huggingface.co/docs/peft): Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023); Liu et al., "DoRA"
+    (2024). r = 0: no adapters. options: any more of its fields."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: list[str] | str
+    use_rslora: bool = False
+    use_dora: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise UserError(f"lora.r={self.r} must not be below 0; 0 trains without adapters")
+        if not 0 <= self.lora_dropout < 1 or self.lora_alpha < 1:
+            raise UserError(f"lora: lora_dropout={self.lora_dropout} must be 0 to below 1, lora_alpha={self.lora_alpha} at least 1")
+        if self.r and not self.target_modules:
+            raise UserError("lora.target_modules names no layer: name some, such as [q_proj,v_proj]")
+        from peft import LoraConfig
+
+        known = {f.name for f in fields(LoraConfig)}
+        for key in self.options:
+            if key in vars(self) or key not in known:
+                raise UserError(f"lora.options: {key!r} is a key of its own, or no field of PEFT's LoraConfig: {nearest(key, known)}")
+
+    def as_peft(self) -> dict[str, Any] | None:
+        """The fields for PEFT; None without adapters. Those that are off are left out."""
+        if not self.r:
+            return None
+        given = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, "target_modules": self.target_modules}
+        return given | {key: True for key in ("use_rslora", "use_dora") if getattr(self, key)} | self.options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,29 +46,10 @@ class EncoderPart:
     model_type: Literal["whisper", "zipformer"]
     pretrained_model: str | None
     frozen: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraPart:
-    """PEFT's LoraConfig: https://huggingface.co/docs/peft, Hu et al., "LoRA" (2021)."""
-
-    r: int
-    lora_alpha: int
-    lora_dropout: float
-    target_modules: list[str]
+    lora: LoraPart | None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"model.llm.lora.r={self.r} must be at least 1; model.llm.lora=null trains without adapters")
-        if not 0 <= self.lora_dropout < 1 or self.lora_alpha < 1:
-            raise UserError(
-                f"model.llm.lora: lora_dropout={self.lora_dropout} must be 0 to below 1, lora_alpha={self.lora_alpha} at least 1"
-            )
-        if not self.target_modules:
-            raise UserError("model.llm.lora.target_modules=[] names no layer: name some, such as [q_proj,v_proj]")
-
-    def as_peft(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        check_lora("audio_encoder", self.lora, frozen=self.frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +61,12 @@ class LlmPart:
     chat_template: Literal["chatml"] | None
 
     def __post_init__(self) -> None:
-        if self.lora is not None and not self.frozen:
-            raise UserError("model.llm.frozen=false trains the whole LLM, and model.llm.lora adds adapters: set model.llm.lora=null")
+        check_lora("llm", self.lora, frozen=self.frozen)
+
+
+def check_lora(part: str, lora: LoraPart | None, *, frozen: bool) -> None:
+    if lora is not None and lora.r and not frozen:
+        raise UserError(f"model.{part}.frozen=false trains all of it, and model.{part}.lora adds adapters: set model.{part}.lora.r=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +78,7 @@ class ModelConfig:
     audio_encoder_projector_ds_rate: int
     audio_token: str
     tag_audio_boundary: bool
+    frozen_parameters: list[str]
     exclude_from_checkpoint: list[str]
 
     def __post_init__(self) -> None:

@@ -10,7 +10,8 @@ from asrllm.models.encoders import encoder_class
 class AsrLlmConfig(PreTrainedConfig):
     """Configuration of an AsrLlmModel.
 
-    audio_encoder: {"model_type", and the fields of that encoder}. llm: the causal LLM's own config.json. lora: PEFT options or None.
+    audio_encoder: {"model_type", and the fields of that encoder}. llm: the causal LLM's own config.json. lora, audio_encoder_lora:
+    options of PEFT's LoraConfig, or None.
     base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a checkpoint leaves out.
     prompts: those that training mixed; the first is the default of transcribe().
     """
@@ -20,6 +21,7 @@ class AsrLlmConfig(PreTrainedConfig):
     audio_encoder: dict[str, Any] | None = None
     llm: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
+    audio_encoder_lora: dict[str, Any] | None = None
     projector: str = "mlp"
     projector_hidden_size: int = 2048
     audio_encoder_projector_ds_rate: int = 8

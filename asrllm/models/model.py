@@ -1,20 +1,21 @@
 """The model: audio encoder -> projector -> causal LLM."""
 
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from asrllm.audio.augment import mask_features
 from asrllm.collator.chat import Messages
-from asrllm.errors import UserError
+from asrllm.errors import UserError, nearest
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import build_encoder
-from asrllm.models.parts import empty_llm, with_lora
+from asrllm.models.loss import SupervisedLoss, head_of
+from asrllm.models.parts import add_lora, empty_llm, with_lora
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.projector import AudioProjector
 
@@ -32,18 +33,23 @@ class AsrLlmModel(PreTrainedModel):
     """Audio in, text out. The projector's tokens take the places of the audio token in the chat.
 
     processor: tokenizer, chat and prompts; set by from_pretrained and by the builder, needed to generate.
+    label_smoothing: of the loss, in training alone. carried: names of frozen parameters that no base model holds.
     """
 
     config_class = AsrLlmConfig
     main_input_name = "waves"
     supports_gradient_checkpointing = True
     processor: AsrLlmProcessor | None = None
+    label_smoothing: float = 0.0
+    carried: tuple[str, ...] = ()
 
     def __init__(self, config: AsrLlmConfig, audio_encoder: nn.Module | None = None, llm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         encoder = audio_encoder or build_encoder(config.audio_encoder or {}, pad_to_30s=config.pad_to_30s)
         self.audio_encoder = cast(Any, encoder)
         self.llm = cast(Any, llm if llm is not None else empty_llm(config.llm or {}))
+        if config.audio_encoder_lora:
+            add_lora(self.audio_encoder, config.audio_encoder_lora, key="model.audio_encoder.lora")
         if config.lora:
             self.llm = with_lora(self.llm, config.lora)
         self.projector = AudioProjector(
@@ -54,6 +60,7 @@ class AsrLlmModel(PreTrainedModel):
             hidden_size=config.projector_hidden_size,
             tag_boundary=config.tag_audio_boundary,
         )
+        self.loss = SupervisedLoss()
 
     def forward(
         self,
@@ -73,19 +80,23 @@ class AsrLlmModel(PreTrainedModel):
             features = mask_features(features, lengths, masks, time_masks)
         embeddings = self.embed(input_ids, self.encode(features, lengths))
         longest = int(cu_seqlens.diff().max())
-        output = self.llm(
+        causal_lm = self.causal_lm
+        hidden = causal_lm.base_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
             use_cache=False,
-            logits_to_keep=target_positions,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
             max_length_q=longest,
             max_length_k=longest,
-        )
-        logits = output.logits[0].float()  # (S, vocabulary)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        return StepOutput(loss=loss, correct=(logits.detach().argmax(-1) == targets).sum().float())
+        ).last_hidden_state
+        head, options = head_of(causal_lm, self.label_smoothing if self.training else 0.0)
+        return StepOutput(*self.loss(hidden[0, target_positions], head, targets, options))
+
+    @property
+    def causal_lm(self) -> Any:
+        """transformers' own model, below PEFT's wrapper if there is one."""
+        return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
 
     def encode(self, features: Tensor, lengths: Tensor) -> Tensor:
         """features (N, T, F), lengths (N,) -> (audio tokens of all utterances, LLM width), utterance after utterance."""
@@ -110,11 +121,21 @@ class AsrLlmModel(PreTrainedModel):
         """The steps done, before each training step: an encoder that is trained may change with them."""
         self.audio_encoder.set_batch_count(step)
 
-    def freeze(self, *parts: str) -> None:
-        """Take parts out of training: no gradients, eval mode for good. An LLM's adapters stay trainable."""
-        for part in parts:
-            for name, parameter in getattr(self, part).named_parameters():
-                parameter.requires_grad_("lora_" in name)
+    def freeze(self, *parts: str, patterns: Sequence[str] = ()) -> None:
+        """Take parts, or parameters by glob patterns of their names, out of training. The adapters of a frozen part stay trainable.
+
+        Raises UserError where a pattern fits no name.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                modules = {name.rpartition(".")[0] for name in names}
+                raise UserError(f"model.frozen_parameters: {pattern!r} fits no parameter: {nearest(pattern.removesuffix('.*'), modules)}")
+        for name, parameter in self.named_parameters():
+            if (name.startswith(tuple(f"{part}." for part in parts)) and "lora_" not in name) or any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+            ):
+                parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "AsrLlmModel":
         """As nn.Module.train, but parts without a trainable parameter stay in eval mode."""

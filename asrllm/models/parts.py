@@ -1,5 +1,7 @@
 """The model's parts by themselves: an encoder or an LLM with pretrained weights or without, adapters on it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -33,9 +35,30 @@ def empty_llm(fields: dict[str, Any]) -> PreTrainedModel:
 
 
 def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    """The LLM inside PEFT's wrapper. options: of PEFT's LoraConfig."""
+    from peft import get_peft_model
 
+    with _explained("model.llm.lora"):
+        return get_peft_model(llm, lora_config(options, task_type="CAUSAL_LM"))
+
+
+def add_lora(module: nn.Module, options: dict[str, Any], *, key: str) -> None:
+    """Adapters in a module that is no transformers model, without a wrapper around it."""
+    from peft import inject_adapter_in_model
+
+    with _explained(key):
+        inject_adapter_in_model(lora_config(options), module)
+
+
+def lora_config(options: dict[str, Any], **more: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(**options, **more)
+
+
+@contextlib.contextmanager
+def _explained(key: str) -> Iterator[None]:
     try:
-        return get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **options))
-    except ValueError as error:
-        raise UserError(f"model.llm.lora does not fit the LLM: {' '.join(str(error).split())}") from error
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key} does not fit: {' '.join(str(error).split())}") from error

@@ -19,11 +19,14 @@ import asrllm
 from asrllm.config import read_json_object
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
+from asrllm.models.auto import read_state
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.earlier import copy_into, whole
 from asrllm.training import distributed
 from asrllm.training.engine import full_shape
 
 MANIFEST = "asrllm.json"
+CARRIED = "carried.pt"  # below exp_dir: frozen weights that no base model holds; they are the same in every checkpoint
 STAGING = ".incomplete"  # below exp_dir: what is being written
 STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")
 
@@ -77,6 +80,7 @@ def make_manifest(engine: deepspeed.DeepSpeedEngine, settings: dict[str, Any], *
         "zero_stage": engine.zero_optimization_stage(),
         "world_size": distributed.world_size(),
         "trainable": trained_parameters(engine.module),
+        "carried": list(engine.module.carried),
         "base_models": description.base_models,
         "settings": settings,
         "prompts": description.prompts,
@@ -87,6 +91,35 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Shape and dtype by name."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: {"shape": full_shape(p), "dtype": str(p.dtype).removeprefix("torch.")} for name, p in trained.items()}
+
+
+def write_carried(model: nn.Module, exp_dir: Path) -> None:
+    """Write exp_dir/carried.pt on all ranks, if there is anything to carry."""
+    parameters, state = dict(model.named_parameters()), {}
+    for name in model.carried:
+        with whole(parameters[name]):
+            if distributed.rank() == 0:
+                state[name] = parameters[name].detach().cpu().clone()
+    if state:
+        partial = exp_dir / f"{CARRIED}.partial"
+        torch.save(state, partial)
+        _sync(partial)
+        partial.replace(exp_dir / CARRIED)
+    distributed.barrier()
+
+
+def read_carried(exp_dir: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The frozen weights that belong to a checkpoint and lie beside it."""
+    names = manifest.get("carried", [])
+    state = read_state(exp_dir / CARRIED) if names else {}
+    if missing := sorted(set(names) - state.keys()):
+        raise UserError(f"{str(exp_dir / CARRIED)!r} lacks {missing[0]!r}, which its checkpoints need: it is of another run")
+    return {name: state[name] for name in names}
+
+
+def restore_carried(model: nn.Module, exp_dir: Path, manifest: dict[str, Any]) -> None:
+    copy_into(model, read_carried(exp_dir, manifest))
+    model.carried = tuple(manifest.get("carried", []))
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, exp_dir: Path, tag: str) -> None:

@@ -27,6 +27,7 @@ class TrainerConfig:
     lr: float
     betas: list[float]
     weight_decay: float
+    label_smoothing: float
     warmup_steps: int
     min_lr_ratio: float
     log_every: int
@@ -49,6 +50,8 @@ class TrainerConfig:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
         if not 0 < self.lr < float("inf"):
             raise UserError(f"trainer.lr={self.lr} must be a number above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"trainer.label_smoothing={self.label_smoothing} must be 0 to below 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"trainer.betas={self.betas} must be two numbers from 0 to below 1")
 

@@ -39,12 +39,19 @@ def deepspeed_engine(
     drop_frozen_aliases(model)
     if ds["zero_optimization"]["stage"] == 3:  # a layer is gathered at once rather than weight by weight
         set_z3_leaf_modules(model, model.unsplit_modules())
+        gather_head_for_loss(model)
     optimizer = None
     if "optimizer" not in ds:
         optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
     engine, *_ = deepspeed.initialize(model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds)
     yield engine
     del stage3
+
+
+def gather_head_for_loss(model: nn.Module) -> None:
+    """ZeRO-3 gathers a module's own parameters: the loss uses those of the LLM's head."""
+    for parameter in model.causal_lm.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model.loss, parameter)
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

@@ -21,13 +21,14 @@ def make_config(world, **changes):
     lora = LoraPart(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
     llm = {"model_type": "qwen2", "pretrained_model": str(world.llm), "frozen": True, "lora": lora, "chat_template": None}
     whole = {
-        "audio_encoder": EncoderPart(model_type="whisper", pretrained_model=str(world.whisper), frozen=True),
+        "audio_encoder": EncoderPart(model_type="whisper", pretrained_model=str(world.whisper), frozen=True, lora=None),
         "llm": LlmPart(**llm | changes.pop("llm", {})),
         "projector": "mlp",
         "projector_hidden_size": 32,
         "audio_encoder_projector_ds_rate": 4,
         "audio_token": "<|AUDIO|>",
         "tag_audio_boundary": False,
+        "frozen_parameters": [],
         "exclude_from_checkpoint": [],
     }
     return ModelConfig(**whole | changes)
@@ -204,7 +205,7 @@ def test_mistakes_are_found_before_weights_are_loaded(world, tmp_path):
         describe(llm={"pretrained_model": "/no/such/llm"})
     with pytest.raises(UserError, match="is already a token"):
         describe(audio_token="<|im_end|>")
-    with pytest.raises(UserError, match=r"set model\.llm\.lora=null"):
+    with pytest.raises(UserError, match=r"set model\.llm\.lora\.r=0"):
         describe(llm={"frozen": False})
     with pytest.raises(UserError, match=r"model\.llm\.lora does not fit"):
         make_model(world, llm={"lora": LoraPart(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["nothing"])})
