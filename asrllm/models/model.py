@@ -1,5 +1,6 @@
 """The model: audio encoder -> projector -> causal LLM."""
 
+import difflib
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from asrllm.audio.augment import mask_features
 from asrllm.collator.chat import Messages
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import build_encoder
 from asrllm.models.loss import SupervisedLoss, head_of
@@ -129,8 +130,8 @@ class AsrLlmModel(PreTrainedModel):
         names = [name for name, _ in self.named_parameters()]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
-                modules = {name.rpartition(".")[0] for name in names}
-                raise UserError(f"model.frozen_parameters: {pattern!r} fits no parameter: {nearest(pattern.removesuffix('.*'), modules)}")
+                closest = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
+                raise UserError(f"model.frozen_parameters: {pattern!r} fits no parameter; names are such as {closest!r}")
         for name, parameter in self.named_parameters():
             if (name.startswith(tuple(f"{part}." for part in parts)) and "lora_" not in name) or any(
                 fnmatch.fnmatchcase(name, pattern) for pattern in patterns

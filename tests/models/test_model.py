@@ -34,10 +34,10 @@ def make_config(world, **changes):
     return ModelConfig(**whole | changes)
 
 
-def make_model(world, frozen=("audio_encoder", "llm"), **changes):
+def make_model(world, frozen=("audio_encoder", "llm"), patterns=(), init_from=None, **changes):
     processor = describe_model(make_config(world, **changes), pad_to_30s=False, prompts=("Transcribe.", "Write."))
     torch.manual_seed(0)
-    model = build_model(processor, frozen=frozen, dtype=torch.float32)
+    model = build_model(processor, frozen=frozen, patterns=patterns, init_from=init_from, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first: the adapters would not be tested
             torch.nn.init.normal_(parameter, std=0.1)

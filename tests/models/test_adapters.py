@@ -1,0 +1,147 @@
+"""What is trained: adapters on either part, parts in full, patterns; and training in stages."""
+
+import json
+
+import pytest
+import torch
+
+from asrllm.errors import UserError
+from asrllm.models.config import EncoderPart, LoraPart
+from asrllm.models.earlier import take_over
+from tests.models.test_model import batch_of, make_model, samples
+
+WHISPER_LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "fc1"]}
+ZIPFORMER_LORA = WHISPER_LORA | {"target_modules": ["in_proj", "out_proj"]}
+
+
+def encoder_part(world, kind, **changes):
+    lora = {"whisper": WHISPER_LORA, "zipformer": ZIPFORMER_LORA}[kind]
+    values = {"model_type": kind, "pretrained_model": str(getattr(world, kind)), "frozen": True, "lora": LoraPart(**lora)}
+    return EncoderPart(**values | changes)
+
+
+def llm_lora(**options):
+    values = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    return {"lora": LoraPart(**values | options)}
+
+
+def trained_names(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["whisper", "zipformer"])
+def test_adapters_on_the_encoder_are_trained_saved_and_loaded(world, tmp_path, kind):
+    model = make_model(world, audio_encoder=encoder_part(world, kind), audio_encoder_projector_ds_rate=2)
+    adapters = {name for name, _ in model.audio_encoder.named_parameters() if "lora_" in name}
+    assert len(adapters) >= 4
+    assert {n.removeprefix("audio_encoder.") for n in trained_names(model) if n.startswith("audio_encoder.")} == adapters
+    model(**batch_of(model, samples())).loss.backward()
+    for name, parameter in model.audio_encoder.named_parameters():
+        assert (parameter.grad is not None) == (name in adapters), name
+        assert name not in adapters or parameter.grad.abs().max() > 0, name
+    model.save_pretrained(tmp_path)
+    waves = [s.wave for s in samples()]
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.transcribe(waves, max_new_tokens=8) == model.transcribe(waves, max_new_tokens=8)
+    assert json.loads((tmp_path / "config.json").read_text())["audio_encoder_lora"]["r"] == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear"}, {"target_modules": r".*layers\.1\..*q_proj"},
+     {"options": {"rank_pattern": {"q_proj": 2}}}],
+)  # fmt: skip
+def test_options_of_peft_reach_it(world, tmp_path, options):
+    model = make_model(world, llm=llm_lora(**options))
+    given = model.llm.peft_config["default"]
+    for key, value in (options | options.get("options", {})).items():
+        assert key in ("options", "target_modules") or getattr(given, key) == value
+    counts = {"all-linear": 14, r".*layers\.1\..*q_proj": 1}
+    targets = [name for name, _ in model.llm.named_parameters() if "lora_A" in name]
+    assert len(targets) == counts.get(options.get("target_modules"), 4)
+    model(**batch_of(model, samples())).loss.backward()
+    assert all(p.grad is not None for p in model.llm.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    waves = [s.wave for s in samples()]
+    assert type(model).from_pretrained(tmp_path).transcribe(waves, max_new_tokens=8) == model.transcribe(waves, max_new_tokens=8)
+
+
+def test_mistakes_in_the_options_are_one_sentence(world):
+    with pytest.raises(UserError, match=r"lora\.options: 'rank_patern' .* did you mean 'rank_pattern'"):
+        llm_lora(options={"rank_patern": {}})
+    with pytest.raises(UserError, match=r"'r' is a key of its own"):
+        llm_lora(options={"r": 3})
+    lora = LoraPart(**WHISPER_LORA | {"target_modules": ["nothing"]})
+    with pytest.raises(UserError, match=r"model\.audio_encoder\.lora does not fit"):
+        make_model(world, audio_encoder=encoder_part(world, "whisper", lora=lora))
+    with pytest.raises(UserError, match=r"set model\.audio_encoder\.lora\.r=0"):
+        encoder_part(world, "whisper", frozen=False)
+
+
+def test_no_adapters_leave_the_projector_alone(world):
+    model = make_model(world, llm=llm_lora(r=0))
+    assert {name.partition(".")[0] for name in trained_names(model)} == {"projector"}
+
+
+def test_patterns_freeze_parameters_by_name(world):
+    encoder = encoder_part(world, "whisper", frozen=False, lora=None)
+    patterns = ["audio_encoder.layers.0.*", "audio_encoder.conv?.*", "projector.*"]
+    model = make_model(world, frozen=("llm",), patterns=patterns, audio_encoder=encoder)
+    names = trained_names(model)
+    assert {"audio_encoder.layers.1.fc1.weight", "audio_encoder.layer_norm.bias"} <= names
+    assert not [n for n in names if n.startswith(("audio_encoder.layers.0.", "audio_encoder.conv", "projector."))]
+    assert model.carried == tuple(n for n, _ in model.named_parameters() if n.startswith("projector."))
+    with pytest.raises(UserError, match=r"'projektor\.\*' fits no parameter; names are such as 'projector"):
+        make_model(world, patterns=["projektor.*"])
+
+
+# --- stages ---
+
+
+def finished_run(model, folder):
+    """What take_over reads of a run."""
+    model.config.save_pretrained(folder)
+    torch.save({name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}, folder / "pretrained.pt")
+    return folder
+
+
+def test_a_run_takes_over_all_that_an_earlier_one_trained(world, tmp_path):
+    first = make_model(world, llm=llm_lora(r=0))
+    with torch.no_grad():
+        first.projector.mlp.linear1.weight.add_(1)
+    second = make_model(world, audio_encoder=encoder_part(world, "whisper"))
+    taken = take_over(second, finished_run(first, tmp_path))
+    assert taken == {name for name, _ in first.named_parameters() if name.startswith("projector.")}
+    for name, parameter in first.projector.named_parameters():
+        assert torch.equal(parameter, second.projector.get_parameter(name))
+    third = make_model(world, frozen=("llm", "audio_encoder"), init_from=str(tmp_path), patterns=["projector.*"])
+    assert set(third.carried) == taken
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"audio_encoder_projector_ds_rate": 2}, "was trained with audio_encoder_projector_ds_rate=4, this run has 2"),
+        ({"tag_audio_boundary": True}, "was trained with tag_audio_boundary=False"),
+        ({"llm": llm_lora(lora_alpha=9)}, "was trained with lora=.*'lora_alpha': 8"),
+        ({"llm": llm_lora(r=0)}, "was trained with lora="),
+    ],
+)
+def test_what_does_not_fit_an_earlier_run_is_named(world, tmp_path, changes, message):
+    finished_run(make_model(world), tmp_path)
+    with pytest.raises(UserError, match=message):
+        take_over(make_model(world, **changes), tmp_path)
+
+
+def test_dropout_may_differ_and_weights_must_be_whole(world, tmp_path):
+    finished_run(make_model(world), tmp_path)
+    state = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    assert take_over(make_model(world, llm=llm_lora(lora_dropout=0.5)), tmp_path) == set(state)
+    name = "projector.mlp.linear1.weight"
+    for change, message in (({name: None}, f"has no '{name}'"), ({"projector.x": torch.zeros(1)}, "'projector.x' was trained there"),
+                            ({name: torch.zeros(2, 2)}, rf"'{name}' has the shape \(2, 2\) there")):  # fmt: skip
+        torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / "pretrained.pt")
+        with pytest.raises(UserError, match=message):
+            take_over(make_model(world), tmp_path)
+    with pytest.raises(UserError, match="is no run"):
+        take_over(make_model(world), tmp_path / "nothing")

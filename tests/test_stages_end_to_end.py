@@ -1,0 +1,75 @@
+"""Training in stages, with adapters on both parts, by real processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from asrllm import AutoModel
+from asrllm.testing import tone_sentences
+from tests.conftest import assert_done, run_script
+
+STAGE_1 = {"model__llm__lora__r": 0, "trainer__precision": "fp32", "data__valid_data_config": "null", "trainer__label_smoothing": 0.1}
+ADAPTERS = {
+    "model__llm__lora__r": 4,
+    "model__llm__lora__use_rslora": "true",
+    "model__audio_encoder__lora__r": 2,
+    "model__audio_encoder__lora__target_modules": "[q_proj,fc1]",
+    "model__frozen_parameters": "[projector.*]",
+}
+
+
+def losses(exp):
+    return [json.loads(line)["loss"] for line in (exp / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 2), ("deepspeed", 3)])
+def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path, launcher, stage):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert_done(run_script("train", *world.overrides(first, **STAGE_1)))
+    settings = STAGE_1 | ADAPTERS | {"trainer__deepspeed_config": f"ds_configs/zero{stage}.json", "init_from": first}
+    assert_done(run_script("train", *world.overrides(second, **settings), launcher=launcher))
+    whole = losses(second)
+    assert len(whole) == 8
+    projector = torch.load(first / "pretrained.pt", weights_only=True)
+    trained = torch.load(second / "pretrained.pt", weights_only=True)
+    assert {name for name in trained if "lora_" not in name} == set(projector)
+    assert any(name.startswith("audio_encoder.") for name in trained)
+    for name, tensor in projector.items():
+        assert torch.equal(trained[name], tensor), name
+    waves = [wave for _, wave in tone_sentences(3)]
+    texts = AutoModel.from_pretrained(second).transcribe(waves, max_new_tokens=8)
+    # the second run goes on without the first one: what it took over is its own
+    shutil.rmtree(first)
+    for path in (second / "checkpoint-8" / "asrllm.json", second / "pretrained.pt"):
+        path.unlink()
+    assert_done(run_script("train", *world.overrides(second, **settings), launcher=launcher))
+    assert losses(second) == whole
+    assert AutoModel.from_pretrained(second).transcribe(waves, max_new_tokens=8) == texts
+    (second / "carried.pt").unlink()
+    done = run_script("consolidate", second, "--tag", "checkpoint-4", "--output", tmp_path / "w.pt")
+    assert done.returncode == 2
+    assert "carried.pt" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_part_of_the_encoder_and_the_whole_llm_are_fine_tuned(world, tmp_path, stage):
+    """Layers that stay frozen come from the base model, those trained from the checkpoint."""
+    settings = {
+        "model__audio_encoder__frozen": "false",
+        "model__frozen_parameters": "['audio_encoder.layers.0.*','audio_encoder.conv*']",
+        "model__llm__frozen": "false",
+        "model__llm__lora__r": 0,
+        "trainer__precision": "fp32",
+        "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
+    }
+    assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings), launcher="deepspeed"))
+    model = AutoModel.from_pretrained(tmp_path / "exp")
+    trained = torch.load(tmp_path / "exp" / "pretrained.pt", weights_only=True)
+    assert not [name for name in trained if name.startswith("audio_encoder.layers.0.")]
+    for name, tensor in model.weights().items():
+        assert name not in trained or torch.equal(tensor, trained[name]), name
+    assert len(model.transcribe([wave for _, wave in tone_sentences(3)], max_new_tokens=8)) == 3
