@@ -102,6 +102,8 @@ def why_not(backend: str, query: Tensor, value: Tensor, options: Options) -> str
             return f"it takes float16 or bfloat16 on CUDA, not {str(query.dtype).removeprefix('torch.')} on {query.device.type}"
         if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
             return f"it takes heads of at most 256 channels, a multiple of 8, not {query.shape[-1]}"
+    if backend == "flex" and not query.is_cuda and torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
+        return "it has no backward pass on the CPU"
     if backend == "flex" and query.is_cuda and query.shape[-1] < 16:
         return f"it takes heads of 16 channels or more, not {query.shape[-1]}"
     if backend == "varlen" and options.softcap is not None:
@@ -247,7 +249,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, optio
 def _flex(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = _compiled_flex() if query.is_cuda else flex_attention
+    attend = _compiled_flex()
+    if not query.is_cuda:  # for tests: not compiled, and it refuses parameters even where no gradient is asked for
+        attend, query, key, value = flex_attention, query.detach(), key.detach(), value.detach()
     kind = ("flex", options.causal, options.window)
     output = attend(
         query,

@@ -1,5 +1,6 @@
 """Every backend against a softmax with a dense mask, in float64; and the rows of whole LLMs against transformers' own attention."""
 
+import copy
 import itertools
 
 import pytest
@@ -167,7 +168,9 @@ def test_a_backend_that_cannot_run_here_is_one_sentence():
     for backend in ("flash", "varlen"):
         with pytest.raises(UserError, match=rf"backend '{backend}' cannot run here \(.+\): set it to 'auto' or 'sdpa'"):
             packed(*inputs, cu_seqlens, causal=True, backend=backend)
-    with pytest.raises(UserError, match=r"'flex' cannot run here \(it has no dropout"):
+    with pytest.raises(UserError, match=r"'flex' cannot run here \(it has no backward pass on the CPU"):
+        packed(*inputs, cu_seqlens, causal=True, backend="flex")
+    with torch.no_grad(), pytest.raises(UserError, match=r"'flex' cannot run here \(it has no dropout"):
         packed(*inputs, cu_seqlens, causal=True, backend="flex", dropout=0.1)
     with pytest.raises(UserError, match="'flahs' is unknown: did you mean 'flash'"):
         packed(*inputs, cu_seqlens, causal=True, backend="flahs")
@@ -200,8 +203,9 @@ def llms(kind):
     config = transformers.AutoConfig.for_model(kind, **SIZE, **HEADS, **LLMS[kind])
     config.initializer_range = 0.5
     mine = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=register_packed_attention()).eval()
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     theirs.load_state_dict(mine.state_dict())
+    assert (mine.config._attn_implementation, theirs.config._attn_implementation) == ("asrllm_packed", "eager")
     return mine, theirs
 
 
