@@ -1,23 +1,21 @@
 """Whisper's encoder (Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision", 2022) on audio of any length to 30 s.
 
-The published code pads every utterance to 30 s. Here the frames are the true ones, padding within a batch is masked in the convolutions
-and in attention, and the state dict has transformers' key names below `model.encoder.`.
+The published code pads every utterance to 30 s. Here the frames are the true ones: padding within a batch is masked in the convolutions,
+and the layers run on one row of all utterances' frames without any. The state dict has transformers' key names below `model.encoder.`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
 from asrllm.errors import UserError
-
-FIELDS = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions")
+from asrllm.models.attention import packed
+from asrllm.models.whisper_files import read_whisper
 
 
 class WhisperEncoder(nn.Module):
@@ -64,12 +62,18 @@ class WhisperEncoder(nn.Module):
         x = F.gelu(self.conv1(x)).mul(valid[:, None])  # what the second convolution sees past the end is zero, as for one alone
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))
-        mask = None
-        if not self.pad_to_30s:
-            mask = (torch.arange(x.shape[1], device=x.device) < frames[:, None])[:, None, None]  # (N, 1, 1, T')
+        return self.transform(x, torch.full_like(frames, x.shape[1]) if self.pad_to_30s else frames), frames
+
+    def transform(self, x: Tensor, frames: Tensor) -> Tensor:
+        """The layers. x (N, T', d_model), frames (N,): how many of each are attended to -> (N, T', d_model), zero after those."""
+        lengths = frames.tolist()
+        row = torch.cat([part[:length] for part, length in zip(x, lengths, strict=True)])[None]  # (1, all frames, d_model)
+        cu_seqlens = F.pad(frames.cumsum(0), (1, 0)).int()
         for layer in self.layers:
-            x = checkpoint(layer, x, mask, use_reentrant=False) if self.recompute and self.training else layer(x, mask)
-        return self.layer_norm(x), frames
+            args = (row, cu_seqlens, max(lengths))
+            row = checkpoint(layer, *args, use_reentrant=False) if self.recompute and self.training else layer(*args)
+        parts = self.layer_norm(row)[0].split(lengths)
+        return torch.stack([F.pad(part, (0, 0, 0, x.shape[1] - len(part))) for part in parts])
 
     def set_batch_count(self, step: int) -> None:
         """Nothing here changes in the course of training."""
@@ -92,28 +96,8 @@ class WhisperEncoder(nn.Module):
 
     @staticmethod
     def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Fields and encoder weights of a Hugging Face Whisper directory."""
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.audio_encoder.pretrained_model={path!r} has no config.json: give a Hugging Face Whisper directory")
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("model_type") != "whisper":
-            raise UserError(
-                f"model.audio_encoder.pretrained_model={path!r} is a {config.get('model_type')!r} model, not whisper: "
-                "set model.audio_encoder.model_type to match"
-            )
-        state = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    head, found, name = key.partition("encoder.")
-                    if found and head in ("", "model."):
-                        state[name] = tensors.get_tensor(key)
-        if not state:
-            raise UserError(
-                f"model.audio_encoder.pretrained_model={path!r} has no *.safetensors with encoder weights: save it as safetensors"
-            )
-        return {field: config[field] for field in FIELDS}, state
+        """Fields and encoder weights of a Hugging Face Whisper directory or of OpenAI's own file."""
+        return read_whisper(Path(path))
 
 
 class WhisperLayer(nn.Module):
@@ -125,8 +109,8 @@ class WhisperLayer(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), cu_seqlens, longest)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -139,7 +123,7 @@ class WhisperAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (N, T, width), mask (N, 1, 1, T) bool or None"""
+    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """x (1, frames of all utterances, width), cu_seqlens (N + 1,)"""
         q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.out_proj(packed(q, k, v, cu_seqlens, causal=False, longest=longest).flatten(2))
