@@ -22,7 +22,7 @@ SIZE = {
 WINDOW = {"sliding_window": 12}  # shorter than every prompt
 FAMILIES = {
     "llama": {},
-    "mistral": WINDOW,
+    "mistral": {"sliding_window": 20},
     "gemma2": {**WINDOW, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
     "gemma3_text": {**WINDOW, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
 }
