@@ -49,6 +49,7 @@ class EvaluationRun:
     num_beams: int
     max_new_tokens: int
     max_tokens_per_second: float
+    repetition_guard: int | None
     prompt: str | None
     normalizer: str
     precision: Literal["bf16", "fp32"]
@@ -60,6 +61,8 @@ class EvaluationRun:
             raise UserError("data.test_data_config is not set: give the YAML list of test sets")
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise UserError(f"num_beams={self.num_beams} and max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.repetition_guard is not None and self.repetition_guard < 1:
+            raise UserError(f"repetition_guard={self.repetition_guard} must be at least 1, or null for no guard")
         for key, value in (
             ("max_tokens_per_second", self.max_tokens_per_second),
             ("data.max_batch_duration", self.data.max_batch_duration),
@@ -158,8 +161,11 @@ def decoding_options(config: EvaluationRun, prompts: list[str]) -> Any:
         logger.warning("prompt=%r was never seen in training; seen were: %s", prompt, "; ".join(prompts))
     return DecodingOptions(
         prompt=prompt,
-        generation={"num_beams": config.num_beams if config.decoding_method == "beam_search" else 1},
-        max_new_tokens=config.max_new_tokens,
-        max_tokens_per_second=config.max_tokens_per_second,
+        generation={
+            "num_beams": config.num_beams if config.decoding_method == "beam_search" else 1,
+            "max_new_tokens": config.max_new_tokens,
+            "max_tokens_per_second": config.max_tokens_per_second,
+            "repetition_guard": config.repetition_guard,
+        },
         max_batch_duration=config.data.max_batch_duration,
     )

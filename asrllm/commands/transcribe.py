@@ -4,6 +4,7 @@ import argparse
 
 from asrllm.commands.shards import positive
 from asrllm.errors import UserError
+from asrllm.models.generation import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +12,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, mp3, ... files of at most 30 s")
     parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="files decoded at once; default: %(default)s")
+    parser.add_argument(
+        "--num-beams", type=positive, default=1, metavar="N", help="hypotheses of beam search; default: %(default)s, greedy"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, metavar="N", help="the longest text; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-tokens-per-second", type=positive, default=MAX_TOKENS_PER_SECOND, metavar="N",
+        help="a text is at most N tokens a second of audio long, and ten more; default: %(default)g",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repetition-guard", type=int, default=REPETITION_GUARD, metavar="N",
+        help="a text that repeats a few tokens for longer than N tokens ends there, with one copy; 0: no guard; default: %(default)s",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,6 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
     from asrllm.progress import ProgressBar
     from asrllm.training.distributed import default_device
 
+    if arguments.repetition_guard < 0:
+        raise UserError(f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard")
+    options = {name: getattr(arguments, name) for name in ("num_beams", "max_new_tokens", "max_tokens_per_second")}
+    options["repetition_guard"] = arguments.repetition_guard or None
     waves = [read_audio(path) for path in arguments.audio]  # every file is checked before the model loads
     low, high = AsrLlmConfig.from_pretrained(arguments.model).sample_limits()
     for path, wave in zip(arguments.audio, waves, strict=True):
@@ -29,6 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
     with ProgressBar("transcribing", len(waves)) as bar:
         for start in range(0, len(waves), arguments.batch_size):
             batch = slice(start, start + arguments.batch_size)
-            for path, text in zip(arguments.audio[batch], model.transcribe(waves[batch]), strict=True):
+            for path, text in zip(arguments.audio[batch], model.transcribe(waves[batch], **options), strict=True):
                 print(f"{path}\t{text}" if len(waves) > 1 else text, flush=True)
             bar.advance(len(waves[batch]))

@@ -19,12 +19,10 @@ from asrllm.training import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """prompt: of every utterance. generation: options for transformers' generate. max_batch_duration: seconds of audio in a batch."""
+    """prompt: of every utterance. generation: options of AsrLlmModel.generate. max_batch_duration: seconds of audio in a batch."""
 
     prompt: str
     generation: dict[str, Any]
-    max_new_tokens: int
-    max_tokens_per_second: float
     max_batch_duration: float
 
 
@@ -72,8 +70,7 @@ def decode_batch(
         raise UserError(f"an utterance of the test set cannot be decoded: {error}; leave it out of the set") from error
     assert model.processor is not None
     messages = [model.processor.renderer.user_messages(options.prompt)] * len(samples)
-    limits = [min(options.max_new_tokens, round(len(s.wave) / RATE * options.max_tokens_per_second) + 10) for s in samples]
-    texts = model.generate([s.wave for s in samples], messages, limits, **options.generation)
+    texts = model.generate([s.wave for s in samples], messages, **options.generation)
     return [
         Transcript(
             key=s.key,

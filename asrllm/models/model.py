@@ -8,16 +8,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.audio.augment import mask_features
 from asrllm.collator.chat import Messages
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import build_encoder
+from asrllm.models.generation import MAX_TOKENS_PER_SECOND, REPETITION_GUARD, generate
 from asrllm.models.loss import SupervisedLoss, head_of
 from asrllm.models.parts import add_lora, empty_llm, with_lora
-from asrllm.models.processor import AsrLlmProcessor
+from asrllm.models.processor import AsrLlmProcessor, as_list
 from asrllm.models.projector import AudioProjector
 
 PARTS = ("audio_encoder", "projector", "llm")
@@ -150,23 +151,50 @@ class AsrLlmModel(PreTrainedModel):
     # --- text out ---
 
     def generate(
-        self, inputs: Any, messages: Sequence[Messages], max_new_tokens: int | Sequence[int] = 200, **generation: Any
+        self,
+        inputs: Any,
+        messages: Sequence[Messages],
+        max_new_tokens: int | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        max_tokens_per_second: float | None = None,
+        repetition_guard: int | None = None,
+        **generation: Any,
     ) -> list[str]:
-        """One text for each audio.
+        """One text for each chat.
 
-        inputs: features (x (N, T, F), x_lens (N,)), or a list of files and float arrays at 16 kHz. messages: N chats, each with the
-        audio token once. max_new_tokens: the longest answer, one for all or one for each. generation: options of transformers'
-        GenerationConfig, such as num_beams.
+        inputs: features (x (N, T, F), x_lens (N,)), or a list of files, float arrays or tensors at 16 kHz, and pairs (array, rate), in the
+        order in which their audio tokens stand in the chats. messages: chats, each with the audio token once for each of its audios.
+        max_new_tokens: the longest answer, 200 where generation_config says nothing. max_tokens_per_second: an answer is at most so many
+        tokens a second of its audio long, and ten more. repetition_guard: an answer that says nothing but the same few tokens for longer
+        than so many tokens ends there and keeps one copy (see generation.first_loop). generation: options of transformers'
+        GenerationConfig, such as num_beams; the LLM's own generation_config.json is not used, the default is greedy search.
+        Raises UserError that names the audio or the chat, counted from 0.
         """
-        from asrllm.models.generation import generate
+        limits = (max_new_tokens, generation_config, max_tokens_per_second, repetition_guard)
+        return generate(self, inputs, messages, *limits, **generation)
 
-        return generate(self, inputs, messages, max_new_tokens, **generation)
-
-    def transcribe(self, audio: Sequence[Any], max_new_tokens: int = 200, **generation: Any) -> list[str]:
-        """generate() with the checkpoint's default prompt."""
+    def transcribe(
+        self,
+        audio: Sequence[Any],
+        max_new_tokens: int | None = None,
+        *,
+        max_tokens_per_second: float | None = MAX_TOKENS_PER_SECOND,
+        repetition_guard: int | None = REPETITION_GUARD,
+        **generation: Any,
+    ) -> list[str]:
+        """generate() of raw input with the checkpoint's default prompt, limited by duration and guarded against loops."""
         processor = self.require_processor()
+        audio = as_list(audio)
         messages = [processor.renderer.user_messages(processor.default_prompt)] * len(audio)
-        return self.generate(list(audio), messages, max_new_tokens, **generation)
+        return self.generate(
+            audio,
+            messages,
+            max_new_tokens,
+            max_tokens_per_second=max_tokens_per_second,
+            repetition_guard=repetition_guard,
+            **generation,
+        )
 
     def require_processor(self) -> AsrLlmProcessor:
         if self.processor is None:

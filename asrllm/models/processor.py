@@ -1,20 +1,24 @@
 """Everything around the weights: tokenizer, chat, features' rate, prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from asrllm.audio.reader import read_audio
+from asrllm.audio.reader import read_audio, resample
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
+from asrllm.data.index import RATE
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+HOP = 160  # samples a feature frame, for Whisper and for Kaldi features
+SHOWN = 20  # chats of a message
+Result = TypeVar("Result")
 
 
 class AsrLlmProcessor:
@@ -37,24 +41,121 @@ class AsrLlmProcessor:
         self.tokenizer.save_pretrained(path)
 
     def load_waves(self, audio: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Files, or float arrays at 16 kHz -> waves (N, samples), lengths (N,)."""
-        waves = [torch.as_tensor(self._wave(item, i)) for i, item in enumerate(audio)]
+        """Files, float arrays or tensors at 16 kHz, or pairs (array, rate) -> waves (N, samples), lengths (N,).
+
+        Raises UserError that names the audio by its place in the list, and a file by its name.
+        """
+        waves = [torch.from_numpy(self._wave(item, i)) for i, item in enumerate(as_list(audio))]
+        if not waves:
+            raise UserError("the list of audios is empty: give one at least")
         return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor([len(w) for w in waves])
 
     def _wave(self, item: Any, i: int) -> np.ndarray:
-        wave = read_audio(item) if isinstance(item, (str, Path)) else np.asarray(item, dtype=np.float32)
-        if wave.ndim != 1:
-            raise UserError(f"audio {i} has the shape {wave.shape}: give one channel of samples at 16 kHz")
-        if not np.isfinite(wave).all():
-            raise UserError(f"audio {i} holds NaN or infinite values")
-        if self.config.num_audio_tokens(len(wave)) < 1 or not len(wave):
-            raise UserError(f"audio {i} is too short: {len(wave)} samples at 16 kHz")
+        if isinstance(item, (str, Path)):
+            name, wave = f"audio {i} ({str(item)!r})", read_audio(item)
+        else:
+            name = f"audio {i}"
+            wave = read_array(item, name)
+        low, high = self.config.sample_limits()
+        if len(wave) < low:
+            raise UserError(f"{name} is too short: {len(wave)} samples at 16 kHz, the model takes {low} ({low / RATE:.3f} s) at least")
+        if len(wave) > high:
+            raise UserError(f"{name} is too long: {len(wave) / RATE:.2f} s, the model takes {high / RATE:.2f} s at most: cut it")
         return wave
 
-    def encode_prompts(self, messages: Sequence[Messages], audio_tokens: Sequence[int]) -> list[list[int]]:
-        if len(messages) != len(audio_tokens):
-            raise UserError(f"{len(messages)} chats for {len(audio_tokens)} audios: give one chat for each")
-        return [self.renderer.encode_prompt(m, [n]) for m, n in zip(messages, audio_tokens, strict=True)]
+    def check_features(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, x_lens) as they are given. Raises UserError for other shapes, lengths beyond x, and NaN."""
+        width = feature_width(self.config)
+        if x.dim() != 3 or not x.is_floating_point() or x.shape[2] != width:
+            raise UserError(f"the features have the shape {tuple(x.shape)} and are {x.dtype}: give (N, T, {width}) of floats")
+        whole = not (x_lens.is_floating_point() or x_lens.dtype == torch.bool)
+        if x_lens.shape != x.shape[:1] or not len(x) or not whole:
+            raise UserError(
+                f"x_lens has the shape {tuple(x_lens.shape)} and is {x_lens.dtype}: give whole numbers, one for each of {len(x)}"
+            )
+        low, high = (max(1, round(n / HOP)) for n in self.config.sample_limits())
+        for i, length in enumerate(x_lens.tolist()):
+            if not 1 <= length <= x.shape[1]:
+                raise UserError(f"x_lens[{i}]={length} is not from 1 to {x.shape[1]}, the frames that x has")
+            if not low <= length <= high:
+                raise UserError(f"x_lens[{i}]={length} is not from {low} to {high}, the frames that the model takes")
+        if not (finite := torch.isfinite(x).all(2).all(1)).all():
+            raise UserError(f"the features of audio {int((~finite).nonzero()[0])} hold NaN or infinite values")
+        return x, x_lens
+
+    def share_out(self, messages: Sequence[Messages], audios: int) -> list[int]:
+        """How many of the audios each chat takes, in order. Raises UserError where a chat takes none or all take another number."""
+        if isinstance(messages, (str, dict)) or (len(messages) and isinstance(messages[0], dict)):
+            raise UserError("messages is one chat: give a list of chats, [messages]")
+        token = self.renderer.audio_token
+        counts = [_of_chat(i, self.renderer.count_audios, chat) for i, chat in enumerate(messages)]
+        if 0 in counts:
+            raise UserError(f"chat {counts.index(0)} has no audio token: write {token} where its audio is to be heard")
+        if sum(counts) != audios or not counts:
+            shown = ", ".join(map(str, counts[:SHOWN])) + (", ..." if len(counts) > SHOWN else "")
+            raise UserError(
+                f"{len(counts)} chats for {audios} audios: the chats hold {shown or 0} audio tokens; write {token} once for each audio"
+            )
+        return counts
+
+    def encode_prompts(self, messages: Sequence[Messages], counts: Sequence[int], audio_tokens: Sequence[int]) -> list[list[int]]:
+        """Ids of each chat; counts: of share_out; audio_tokens: how many tokens each audio has."""
+        lengths = iter(audio_tokens)
+        return [
+            _of_chat(i, self.renderer.encode_prompt, chat, [next(lengths) for _ in range(count)])
+            for i, (chat, count) in enumerate(zip(messages, counts, strict=True))
+        ]
+
+
+def _of_chat(i: int, do: Callable[..., Result], *arguments: Any) -> Result:
+    try:
+        return do(*arguments)
+    except UserError as error:
+        raise UserError(f"chat {i}: {error}") from error
+
+
+def feature_width(config: AsrLlmConfig) -> int:
+    """The features a frame has; an encoder whose fields do not say takes Kaldi's 80."""
+    fields = config.audio_encoder or {}
+    return fields.get("num_mel_bins") or 80
+
+
+def as_list(audio: Any) -> list[Any]:
+    """A list of audios. Raises UserError for what is one audio by itself."""
+    alone = isinstance(audio, (str, Path, np.ndarray, Tensor)) or (isinstance(audio, tuple) and len(audio) == 2 and _is_rate(audio[1]))
+    if alone or not isinstance(audio, (list, tuple)):
+        raise UserError(f"the input is a {type(audio).__name__}: give a list of audios, [audio], or features as (x, x_lens)")
+    return list(audio)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def read_array(item: Any, name: str) -> np.ndarray:
+    """A float array or tensor at 16 kHz, or a pair (array, rate) -> (samples,) float32 at RATE.
+
+    name: what a UserError calls it.
+    """
+    item, rate = item if isinstance(item, tuple) and len(item) == 2 and _is_rate(item[1]) else (item, RATE)
+    if isinstance(item, Tensor):
+        item = item.detach().cpu()
+        item = (item.float() if item.is_floating_point() else item).numpy()  # numpy has no bfloat16
+    try:
+        wave = np.asarray(item)
+    except ValueError as error:  # rows of different lengths
+        raise UserError(f"{name} is no array of samples: {error}") from error
+    if wave.ndim != 1:
+        raise UserError(f"{name} has the shape {wave.shape}: give one channel of samples, such as the mean of them")
+    if not len(wave):
+        raise UserError(f"{name} is empty")
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise UserError(f"{name} holds samples of the type {wave.dtype}: give floats from -1 to 1, 16-bit samples divided by 32768")
+    if not np.isfinite(wave).all():
+        raise UserError(f"{name} holds NaN or infinite values")
+    if not 1000 <= rate <= 1_000_000:
+        raise UserError(f"{name} has the sampling rate {rate}: give it in Hz, (array, 48000)")
+    return np.ascontiguousarray(resample(wave.astype(np.float32), int(rate)))
 
 
 def load_llm_tokenizer(path: str, *, audio_token: str, chat_template: str | None) -> Any:

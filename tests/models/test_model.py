@@ -184,7 +184,7 @@ def test_bad_input_is_one_sentence(world):
         ([wave * float("nan")], [chat], "NaN"),
         ([wave[None]], [chat], "one channel"),
         ([wave, wave], [chat], "1 chats for 2 audios"),
-        ([wave], [[{"role": "user", "content": "hi"}]], "0 audio tokens for 1 audios"),
+        ([wave], [[{"role": "user", "content": "hi"}]], "chat 0 has no audio token"),
     ):
         with pytest.raises(UserError, match=message):
             model.generate(audio, chats)
