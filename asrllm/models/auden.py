@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import as_dtype, assemble, prevailing_dtype, read_json, read_tensors, weight_files
+from asrllm.models.files import as_dtype, assemble, prevailing_dtype, read_json, read_tensors, set_generation_config, weight_files
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.whisper import FIELDS as WHISPER_FIELDS
@@ -59,7 +59,9 @@ def load_auden(folder: Path, *, weights: str | Path | None = None, dtype: Any = 
     state = read_weights(folder, Path(weights) if weights else None, fields)
     chosen = as_dtype(dtype) or prevailing_dtype(state, str(folder))
     processor = read_processor(folder, fields)
-    return assemble(processor.config, processor, state, dtype=chosen, where=str(folder))
+    model = assemble(processor.config, processor, state, dtype=chosen, where=str(folder))
+    set_generation_config(model.llm, folder / "llm")
+    return model
 
 
 def config_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -52,13 +52,22 @@ def save_model(model: AsrLlmModel, folder: Path, *, merge_adapter: bool = False,
     partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         model.require_processor().save_pretrained(partial)
-        model.llm.generation_config.save_pretrained(partial)
+        write_generation_config(model.llm.generation_config, partial)
         config.save_pretrained(partial)
         write_weights(state, tuned, partial, max_shard_size)
         put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(folder if made else partial, ignore_errors=True)
         raise
+
+
+def write_generation_config(settings: GenerationConfig, folder: Path) -> None:
+    try:
+        settings.save_pretrained(folder)
+    except ValueError as error:
+        raise UserError(
+            f"the LLM's generation settings cannot be saved: {' '.join(str(error).split())[:300]}: correct its generation_config.json"
+        ) from error
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
