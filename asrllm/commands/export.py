@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="EXP", help="the run's exp_dir, or an exported directory")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--weights", metavar="FILE", help="state dict; EXP/pretrained.pt by default, else the newest averaged-*.pt")
+    parser.add_argument("--merge-adapter", action="store_true", help="merge the adapters into the layers; default: beside them")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; default: %(default)s")
 
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, merge_adapter=arguments.merge_adapter)
         partial.chmod(0o755)
         partial.replace(output)  # appears when it is complete
     except BaseException:

@@ -1,4 +1,4 @@
-"""Loading whatever directory a user has: an exported model or a run's exp_dir."""
+"""Loading whatever directory a user has: an exported model, a run's exp_dir, or one of Auden's."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,12 @@ import torch
 import transformers
 
 from asrllm.errors import UserError
+from asrllm.models.auden import MODEL_TYPES, load_auden
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import load_model
+from asrllm.models.files import load_model, read_json, read_tensors
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
+from asrllm.models.zipformer_files import DAMAGED
 
 # Auto classes know the model after `import asrllm`: of all modules, this one does something when it is imported
 transformers.AutoConfig.register("asrllm", AsrLlmConfig, exist_ok=True)
@@ -26,12 +28,14 @@ class AutoModel:
         """The model of an exported directory or of a run, in eval mode.
 
         weights: a state dict file to take; of a run, pretrained.pt by default, else the newest averaged-*.pt. dtype: of the weights,
-        "bfloat16" or a torch.dtype; as saved when None. Raises UserError where there is no model or its keys do not fit.
+        "bfloat16" or a torch.dtype; as saved when None or "auto". Raises UserError where there is no model or its keys do not fit.
         """
         folder = Path(path)
         if not (folder / "config.json").is_file():
             raise UserError(f"{str(path)!r} has no config.json: give a directory written by training or by 'asrllm export'")
-        if weights is None and any(folder.glob("model*.safetensors")):
+        if read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
+            return load_auden(folder, weights=weights, dtype=dtype)
+        if weights is None and any(folder.glob("model*.safetensors*")):
             return AsrLlmModel.from_pretrained(folder, dtype=dtype)
         return load_model(folder, read_state(Path(weights) if weights else newest_weights(folder)), dtype=dtype)
 
@@ -51,9 +55,11 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """A plain state dict file; nothing in it is executed."""
     if not path.is_file():
         raise UserError(f"the weights {str(path)!r} do not exist: check the path")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (*DAMAGED, OSError) as error:
         raise UserError(f"the weights {str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"the weights {str(path)!r} are no plain state dict of tensors")

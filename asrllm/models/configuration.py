@@ -13,6 +13,7 @@ class AsrLlmConfig(PreTrainedConfig):
     audio_encoder: {"model_type", and the fields of that encoder}. llm: the causal LLM's own config.json. lora, audio_encoder_lora:
     options of PEFT's LoraConfig, or None.
     base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a checkpoint leaves out.
+    drop_ragged_frames: the frames behind the last full stack of audio_encoder_projector_ds_rate are dropped instead of padded with zeros.
     prompts: those that training mixed; the first is the default of transcribe().
     """
 
@@ -25,6 +26,7 @@ class AsrLlmConfig(PreTrainedConfig):
     projector: str = "mlp"
     projector_hidden_size: int = 2048
     audio_encoder_projector_ds_rate: int = 8
+    drop_ragged_frames: bool = False
     audio_token: str = "<|AUDIO|>"
     audio_token_id: int | None = None
     tag_audio_boundary: bool = False
@@ -36,10 +38,12 @@ class AsrLlmConfig(PreTrainedConfig):
     def num_audio_tokens(self, samples: Any) -> Any:
         """Samples of a waveform at 16 kHz -> tokens that the LLM sees of it; an int, array or tensor, as given. No forward is run.
 
-        The last token may be part silence: no frame is cut off.
+        The last token may be part silence: no frame is cut off, unless drop_ragged_frames says so.
         """
         frames = encoder_class((self.audio_encoder or {})["model_type"]).frame_lengths(samples)
-        return -(-frames // self.audio_encoder_projector_ds_rate) + (2 if self.tag_audio_boundary else 0)
+        rate = self.audio_encoder_projector_ds_rate
+        tokens = frames // rate if self.drop_ragged_frames else -(-frames // rate)
+        return tokens + (2 if self.tag_audio_boundary else 0)
 
     def sample_limits(self) -> tuple[int, int]:
         """The fewest and the most samples at 16 kHz that the audio encoder takes."""

@@ -1,67 +1,301 @@
 """A model's directory on disk: what save_pretrained writes, and loading it back, strict about keys."""
 
-from collections.abc import Mapping
+import contextlib
+import copy
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
-from torch import Tensor
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import GenerationConfig, PreTrainedModel
 
-from asrllm.errors import UserError
+from asrllm.errors import UserError, nearest
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
-from asrllm.models.parts import pretrained_encoder, pretrained_llm
+from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a directory with neither holds no complete model
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+REOPEN = 1 << 26  # bytes read of a file before its pages are let go
 
-def save_model(model: AsrLlmModel, folder: Path) -> None:
-    """See AsrLlmModel.save_pretrained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.require_processor().save_pretrained(folder)
-    model.llm.generation_config.save_pretrained(folder)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    left_out = tuple(f"{part}." for part in model.config.exclude_from_checkpoint or [])
+# --- writing ---
+
+
+def save_model(model: AsrLlmModel, folder: Path, *, merge_adapter: bool = False, max_shard_size: int | str = "5GB") -> None:
+    """See AsrLlmModel.save_pretrained. What stands in the directory is replaced when all is written, the weights' list last."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    left_out = tuple(f"{part}." for part in config.exclude_from_checkpoint or [])
     state = {k: v for k, v in model.weights().items() if not k.startswith(left_out) or "lora_" in k}
-    save_torch_state_dict(state, folder)
+    tuned: dict[str, Any] = {}
+    if merge_adapter:
+        state, tuned = merged_names(model, state)
+        config.lora = None
+        if hasattr(config, "audio_encoder_lora"):
+            config.audio_encoder_lora = None
+        config.base_models = {part: base for part, base in (config.base_models or {}).items() if f"{part}." in left_out} or None
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file: give a directory to save to")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        model.require_processor().save_pretrained(partial)
+        write_generation_config(model.llm.generation_config, partial)
+        config.save_pretrained(partial)
+        write_weights(state, tuned, partial, max_shard_size)
+        put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(folder if made else partial, ignore_errors=True)
+        raise
+
+
+def write_generation_config(settings: GenerationConfig, folder: Path) -> None:
+    try:
+        settings.save_pretrained(folder)
+    except ValueError as error:
+        raise UserError(
+            f"the LLM's generation settings cannot be saved: {' '.join(str(error).split())[:300]}: correct its generation_config.json"
+        ) from error
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Move everything from `partial`, which lies in `folder`, there. A death on the way leaves a directory that does not load."""
+    for name in (SINGLE, INDEX):
+        (folder / name).unlink(missing_ok=True)
+    for stale in folder.glob("model-*-of-*.safetensors"):
+        stale.unlink()
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name in (SINGLE, INDEX)):
+        target = folder / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)
+    partial.rmdir()
+
+
+def write_weights(state: Mapping[str, Tensor], tuned: Mapping[str, Any], folder: Path, max_shard_size: int | str) -> None:
+    """Safetensors of at most max_shard_size each. tuned: key -> the layer whose adapter is to be merged into it, a shard at a time."""
+    plan = split_torch_state_dict_into_shards({k: v.to("meta") for k, v in state.items()}, max_shard_size=max_shard_size)
+    for name, keys in plan.filename_to_tensors.items():
+        shard = {k: merged_parameter(tuned[k], k.rpartition(".")[2]) if k in tuned else state[k].contiguous() for k in keys}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the state by the names of the model without adapters, those of its keys that an adapter changes with their layers).
+
+    Raises UserError where there are no adapters, where they are of a part that is left out, or where they are more than layers'.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = dict(model.named_modules())
+    wrapped = tuple(name for name, module in modules.items() if isinstance(module, PeftModel))
+    layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    if not layers:
+        raise UserError("merge_adapter=True, but the model has no adapters: save it without")
+    for part in model.config.exclude_from_checkpoint or []:
+        if any(name.startswith(f"{part}.") for name in layers):
+            raise UserError(f"merge_adapter=True puts the adapters into the {part}, which exclude_from_checkpoint leaves out: choose one")
+    if kept := next((key for key in state if ".modules_to_save." in key or ".token_adapter." in key), None):
+        raise UserError(f"merge_adapter=True: {kept!r} is trained beside the adapters' layers and cannot be merged: save without merging")
+
+    def plain(key: str) -> str:
+        for name in wrapped:
+            key = f"{name}." + key.removeprefix(f"{name}.base_model.model.") if key.startswith(f"{name}.base_model.model.") else key
+        return key.replace(".base_layer.", ".")
+
+    factors = {key for name, layer in layers.items() for key, _ in layer.named_parameters(name) if not is_base(key, name)}
+    tuned = {plain(f"{name}.base_layer.weight"): layer for name, layer in layers.items()}
+    tuned |= {plain(f"{name}.base_layer.bias"): layer for name, layer in layers.items() if any(getattr(layer, "lora_bias", {}).values())}
+    return {plain(key): tensor for key, tensor in state.items() if key not in factors}, tuned
+
+
+def is_base(key: str, layer: str) -> bool:
+    return key.startswith(f"{layer}.base_layer.")
+
+
+@torch.no_grad()
+def merged_parameter(layer: Any, name: str) -> Tensor:
+    """The base layer's parameter with the adapters in it, computed in float32 at least and rounded once. The layer stays as it is."""
+    dtype = getattr(layer.get_base_layer(), name).dtype
+    layer = copy.deepcopy(layer).to(torch.promote_types(dtype, torch.float32))
+    layer.merge()
+    return getattr(layer.get_base_layer(), name).to(dtype).contiguous()
+
+
+# --- reading ---
 
 
 def load_directory(path: str | Path, *, dtype: Any = None) -> AsrLlmModel:
     """See AsrLlmModel.from_pretrained."""
-    files = sorted(Path(path).glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{str(path)!r} holds no model*.safetensors: give a directory written by save_pretrained or 'asrllm export'")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state |= load_file(file)
-    return load_model(path, state, dtype=dtype)
+    config, processor = read_description(path)
+    files = weight_files(Path(path))
+    state = {name: tensor for file in files for name, tensor in read_tensors(file, as_dtype(dtype)).items()}
+    return assemble(config, processor, state, dtype=dtype, where=str(path))
 
 
 def load_model(path: str | Path, state: Mapping[str, Tensor], *, dtype: Any = None) -> AsrLlmModel:
     """The model described in directory `path` with the weights `state`; parts that `state` leaves out come from the base models.
 
-    Raises UserError naming a missing, unexpected or wrong-shaped key, or a base model that is not the one of training.
+    dtype: of the weights; None or "auto" is the one that most numbers of `state` have. Raises UserError naming a missing, unexpected or
+    wrong-shaped key, or a base model that is not the one of training.
     """
-    config = AsrLlmConfig.from_pretrained(path)
+    return assemble(*read_description(path), state, dtype=dtype, where=str(path))
+
+
+def read_description(path: str | Path) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
+    kind = read_json(Path(path) / "config.json").get("model_type")
+    if kind != AsrLlmConfig.model_type:
+        raise UserError(f"{str(path)!r} is a {kind!r} model, not {AsrLlmConfig.model_type!r}: give a directory of 'asrllm export'")
+    processor = AsrLlmProcessor.from_pretrained(path)
+    config = processor.config
+    found = processor.tokenizer.convert_tokens_to_ids(config.audio_token)
+    if found != config.audio_token_id:
+        raise UserError(
+            f"the tokenizer in {str(path)!r} has {config.audio_token!r} as {found}, config.json as {config.audio_token_id}: copy the "
+            "tokenizer files that were saved with the model"
+        )
+    return config, processor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{str(path.parent)!r} has no {path.name}: give a directory written by training or by 'asrllm export'")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is no JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is no JSON object: copy it again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a directory that save_pretrained wrote."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise UserError(f"{str(folder)!r} holds both {SINGLE} and {INDEX}: remove the one that is not of this model")
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{str(folder)!r} holds neither {SINGLE} nor {INDEX}: give a directory written by 'asrllm export' to its end")
+    files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{str(folder)!r} lacks {missing[0]}, which {INDEX} names: copy it again")
+    return files
+
+
+def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A safetensors file in memory, floating numbers as `dtype` where one is given.
+
+    The tensors are copies, so that the file may be replaced while the model lives; its pages are let go on the way, so that they do not
+    take the room of a second model.
+    """
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+        while len(state) < len(names):
+            taken = 0
+            with safe_open(file, "pt") as tensors:
+                for name in names[len(state) :]:
+                    tensor = tensors.get_tensor(name)
+                    taken += tensor.nbytes
+                    state[name] = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+                    if taken > REOPEN:
+                        break
+                del tensor
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the weights {str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): copy the file again") from error
+    return state
+
+
+def as_dtype(dtype: Any) -> torch.dtype | None:
+    """A user's dtype: None and "auto" are None."""
     if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
-    dtype = dtype if isinstance(dtype, torch.dtype) else next(iter(state.values())).dtype
-    encoder, llm = None, None
-    if not any(k.startswith("audio_encoder.") for k in state):
-        encoder = pretrained_encoder(config, base_path(config, "audio_encoder"))
-    if not any(k.startswith("llm.") and "lora_" not in k for k in state):
-        llm = pretrained_llm(base_path(config, "llm"), dtype)
-    model = AsrLlmModel(config, audio_encoder=encoder, llm=llm)
-    given = tuple(f"{part}." for part, module in (("audio_encoder", encoder), ("llm", llm)) if module is not None)
+        if dtype.removeprefix("torch.") not in DTYPES:
+            raise UserError(f"dtype={dtype!r} is unknown: {nearest(dtype, DTYPES)}")
+        dtype = DTYPES[dtype.removeprefix("torch.")]
+    if isinstance(dtype, torch.dtype) and dtype not in DTYPES.values():
+        raise UserError(f"dtype={dtype} is none for weights: choose from {', '.join(DTYPES)}")
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def prevailing_dtype(state: Mapping[str, Tensor], where: str) -> torch.dtype:
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        numbers[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    if not numbers.total():
+        raise UserError(f"the weights of {where!r} are empty: save the model again")
+    return numbers.most_common(1)[0][0]
+
+
+def assemble(config: AsrLlmConfig, processor: AsrLlmProcessor, state: Mapping[str, Tensor], *, dtype: Any, where: str) -> AsrLlmModel:
+    """The model in eval mode. Its parameters are the tensors of `state`, not copies of them; none is initialised first."""
+    chosen = as_dtype(dtype) or prevailing_dtype(state, where)
+    encoder = None
+    if not any(k.startswith("audio_encoder.") and "lora_" not in k for k in state):
+        encoder = cast_parameters(pretrained_encoder(config, base_path(config, "audio_encoder")), chosen)
+    from_llm = not any(k.startswith("llm.") and "lora_" not in k for k in state)
+    llm = pretrained_llm(base_path(config, "llm"), chosen) if from_llm else None
+    with parameters_on_meta():
+        llm = llm or empty_llm(config.llm or {}, chosen)
+        set_generation_config(llm, Path(where))
+        model = AsrLlmModel(config, audio_encoder=encoder, llm=llm)
+    given = tuple(f"{part}." for part, is_given in (("audio_encoder", encoder is not None), ("llm", from_llm)) if is_given)
     state = scalars_again(model, state)
-    check_keys(model, state, from_base=given, where=str(path))
-    model.load_state_dict(state, strict=False)
+    check_keys(model, state, from_base=given, where=where)
+    for key in list(state):  # a tensor at a time: the ones of another dtype are let go, where nobody else holds them
+        state[key] = state[key].to(chosen) if state[key].is_floating_point() else state[key]
+    model.load_state_dict(state, strict=False, assign=True)
     model.llm.tie_weights()
-    model.processor = AsrLlmProcessor.from_pretrained(path)
-    return model.to(dtype).eval()
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    model.processor = processor
+    return cast(AsrLlmModel, model.eval())
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside have a shape and no memory, and initialising them takes no time; buffers are made as ever."""
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # the same object again, where weights are tied
+            return parameter
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_memory)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Buffers keep theirs: a rotary embedding's frequencies lose the far positions in bfloat16."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def set_generation_config(llm: PreTrainedModel, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+        llm.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +312,10 @@ def check_keys(model: AsrLlmModel, state: Mapping[str, Tensor], *, from_base: tu
         raise UserError(f"the weights of {where!r} have {len(extra)} unexpected keys, the first {extra[0]!r}: they are of another model")
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
-            raise UserError(f"the weights of {where!r}: {key!r} has the shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}")
+            raise UserError(
+                f"the weights of {where!r}: {key!r} has the shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}: they are of "
+                "another model"
+            )
 
 
 def base_path(config: AsrLlmConfig, part: str) -> str:

@@ -61,6 +61,7 @@ class AsrLlmModel(PreTrainedModel):
             rate=config.audio_encoder_projector_ds_rate,
             hidden_size=config.projector_hidden_size,
             tag_boundary=config.tag_audio_boundary,
+            drop_ragged=config.drop_ragged_frames,
         )
         self.loss = SupervisedLoss()
 
@@ -208,18 +209,24 @@ class AsrLlmModel(PreTrainedModel):
         first_names = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
         return {name: tensor for name, tensor in self.state_dict().items() if name in first_names}
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, merge_adapter: bool = False, max_shard_size: int | str = "5GB", **_: Any
+    ) -> None:
         """Write a self-contained directory: weights (safetensors), config, tokenizer, chat template, generation config.
 
-        Parts named in config.exclude_from_checkpoint are left out; they are loaded from where config.base_models says.
+        Parts named in config.exclude_from_checkpoint are left out; they are loaded from where config.base_models says. merge_adapter:
+        write the model with its adapters merged into its layers, as one without adapters; this model stays as it is. max_shard_size:
+        bytes, or a text such as "5GB"; merging takes memory for one shard. Raises UserError where merging cannot be done.
         """
         from asrllm.models.files import save_model
 
-        save_model(self, Path(save_directory))
+        save_model(self, Path(save_directory), merge_adapter=merge_adapter, max_shard_size=max_shard_size)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *_: Any, dtype: Any = None, **__: Any) -> "AsrLlmModel":  # type: ignore[override]
-        """A directory of save_pretrained, in eval mode. dtype: of the weights, as saved when None."""
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *_: Any, dtype: Any = None, torch_dtype: Any = None, **__: Any
+    ) -> "AsrLlmModel":
+        """A directory of save_pretrained, in eval mode. dtype: of the weights, as saved when None or "auto"; torch_dtype: its old name."""
         from asrllm.models.files import load_directory
 
-        return load_directory(path, dtype=dtype)
+        return load_directory(path, dtype=torch_dtype if dtype is None else dtype)

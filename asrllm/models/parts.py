@@ -42,10 +42,11 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=register_packed_attention())
 
 
-def empty_llm(fields: dict[str, Any]) -> PreTrainedModel:
+def empty_llm(fields: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """An LLM without its weights, from its config.json. dtype: as config.json says when None."""
     register_packed_attention()
     config = AutoConfig.for_model(**fields)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, **({"dtype": dtype} if dtype else {}))
 
 
 def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:

@@ -35,7 +35,16 @@ class AsrLlmProcessor:
     @classmethod
     def from_pretrained(cls, path: str | Path, **_: Any) -> "AsrLlmProcessor":
         """From a saved model's directory or a run's exp_dir."""
+        cls.check_files(path)
         return cls(AutoTokenizer.from_pretrained(path), AsrLlmConfig.from_pretrained(path))
+
+    @staticmethod
+    def check_files(path: str | Path) -> None:
+        """Raises UserError where a file of the tokenizer is missing: transformers would do with what is left, without a word."""
+        has_vocabulary = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+        if not has_vocabulary or not (Path(path) / "tokenizer_config.json").is_file():
+            lacking = "tokenizer_config.json" if has_vocabulary else f"tokenizer (none of {', '.join(TOKENIZER_FILES)})"
+            raise UserError(f"{str(path)!r} has no {lacking}: copy the tokenizer files that were saved with the model")
 
     def save_pretrained(self, path: str | Path) -> None:
         self.tokenizer.save_pretrained(path)

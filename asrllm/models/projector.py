@@ -51,13 +51,24 @@ PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {"mlp": MlpP
 
 
 class AudioProjector(nn.Module):
-    """A projector with what surrounds it: the ragged end padded with zeros, true lengths, learned boundary embeddings if asked for."""
+    """A projector with what surrounds it: the ragged end padded with zeros or dropped, true lengths, learned boundary embeddings if asked
+    for."""
 
-    def __init__(self, kind: str, *, input_size: int, output_size: int, rate: int, hidden_size: int, tag_boundary: bool) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        input_size: int,
+        output_size: int,
+        rate: int,
+        hidden_size: int,
+        tag_boundary: bool,
+        drop_ragged: bool = False,
+    ) -> None:
         super().__init__()
         if kind not in PROJECTORS:
             raise UserError(f"model.projector={kind!r} is unknown: {nearest(kind, PROJECTORS)}")
-        self.rate = rate
+        self.rate, self.drop_ragged = rate, drop_ragged
         self.mlp = PROJECTORS[kind](input_size, output_size, rate, hidden_size)
         self.boundary = nn.Parameter(torch.randn(2, output_size) * 0.02) if tag_boundary else None
 
@@ -66,7 +77,7 @@ class AudioProjector(nn.Module):
         keep = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
         frames = F.pad(frames * keep[..., None], (0, 0, 0, -frames.shape[1] % self.rate))
         tokens = self.mlp(frames)
-        counts = -(-lengths // self.rate)
+        counts = lengths // self.rate if self.drop_ragged else -(-lengths // self.rate)
         if self.boundary is not None:
             # the end tag takes the first place after the last token, within the row's two added ones
             n, t, width = tokens.shape
