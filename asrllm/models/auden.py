@@ -28,7 +28,7 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.files import as_dtype, assemble, prevailing_dtype, read_json, read_tensors, set_generation_config, weight_files
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
-from asrllm.models.whisper import FIELDS as WHISPER_FIELDS
+from asrllm.models.whisper_files import FIELDS as WHISPER_FIELDS
 from asrllm.models.zipformer_config import FIELDS as ZIPFORMER_FIELDS
 from asrllm.models.zipformer_config import ZipformerConfig
 from asrllm.models.zipformer_files import load_tensors, read_zipformer, without_dead_keys
@@ -59,7 +59,7 @@ def load_auden(folder: Path, *, weights: str | Path | None = None, dtype: Any = 
     state = read_weights(folder, Path(weights) if weights else None, fields)
     chosen = as_dtype(dtype) or prevailing_dtype(state, str(folder))
     processor = read_processor(folder, fields)
-    model = assemble(processor.config, processor, state, dtype=chosen, where=str(folder))
+    model = assemble(processor.config, processor, state, from_base=(), dtype=chosen, where=str(folder))
     set_generation_config(model.llm, folder / "llm")
     return model
 

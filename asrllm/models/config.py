@@ -46,7 +46,7 @@ class EncoderPart:
     model_type: Literal["whisper", "zipformer"]
     pretrained_model: str | None
     frozen: bool
-    lora: LoraPart | None
+    lora: LoraPart | None = None
 
     def __post_init__(self) -> None:
         check_lora("audio_encoder", self.lora, frozen=self.frozen)

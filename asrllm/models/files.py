@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -146,16 +146,17 @@ def load_directory(path: str | Path, *, dtype: Any = None) -> AsrLlmModel:
     config, processor = read_description(path)
     files = weight_files(Path(path))
     state = {name: tensor for file in files for name, tensor in read_tensors(file, as_dtype(dtype)).items()}
-    return assemble(config, processor, state, dtype=dtype, where=str(path))
+    return assemble(config, processor, state, from_base=config.exclude_from_checkpoint or [], dtype=dtype, where=str(path))
 
 
 def load_model(path: str | Path, state: Mapping[str, Tensor], *, dtype: Any = None) -> AsrLlmModel:
-    """The model described in directory `path` with the weights `state`; parts that `state` leaves out come from the base models.
+    """The model described in directory `path` with the weights `state`; those of encoder and LLM that it leaves out come from the base
+    models.
 
     dtype: of the weights; None or "auto" is the one that most numbers of `state` have. Raises UserError naming a missing, unexpected or
     wrong-shaped key, or a base model that is not the one of training.
     """
-    return assemble(*read_description(path), state, dtype=dtype, where=str(path))
+    return assemble(*read_description(path), state, from_base=("audio_encoder", "llm"), dtype=dtype, where=str(path))
 
 
 def read_description(path: str | Path) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
@@ -245,21 +246,28 @@ def prevailing_dtype(state: Mapping[str, Tensor], where: str) -> torch.dtype:
     return numbers.most_common(1)[0][0]
 
 
-def assemble(config: AsrLlmConfig, processor: AsrLlmProcessor, state: Mapping[str, Tensor], *, dtype: Any, where: str) -> AsrLlmModel:
-    """The model in eval mode. Its parameters are the tensors of `state`, not copies of them; none is initialised first."""
+def assemble(
+    config: AsrLlmConfig,
+    processor: AsrLlmProcessor,
+    state: Mapping[str, Tensor],
+    *,
+    from_base: Sequence[str],
+    dtype: Any,
+    where: str,
+) -> AsrLlmModel:
+    """The model in eval mode. Its parameters are the tensors of `state`, not copies of them; none is initialised first.
+
+    from_base: parts that `state` need not hold, or not whole; what it lacks of them comes from their base models.
+    """
     chosen = as_dtype(dtype) or prevailing_dtype(state, where)
-    encoder = None
-    if not any(k.startswith("audio_encoder.") and "lora_" not in k for k in state):
-        encoder = cast_parameters(pretrained_encoder(config, base_path(config, "audio_encoder")), chosen)
-    from_llm = not any(k.startswith("llm.") and "lora_" not in k for k in state)
-    llm = pretrained_llm(base_path(config, "llm"), chosen) if from_llm else None
     with parameters_on_meta():
-        llm = llm or empty_llm(config.llm or {}, chosen)
-        set_generation_config(llm, Path(where))
-        model = AsrLlmModel(config, audio_encoder=encoder, llm=llm)
-    given = tuple(f"{part}." for part, is_given in (("audio_encoder", encoder is not None), ("llm", from_llm)) if is_given)
+        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+    based = [part for part in from_base if any(in_base(key, part) for key in model.weights().keys() - state.keys())]
+    if based:
+        model = with_base_parts(config, based, chosen)
+    set_generation_config(model.causal_lm, Path(where))
     state = scalars_again(model, state)
-    check_keys(model, state, from_base=given, where=where)
+    check_keys(model, state, from_base=based, where=where)
     for key in list(state):  # a tensor at a time: the ones of another dtype are let go, where nobody else holds them
         state[key] = state[key].to(chosen) if state[key].is_floating_point() else state[key]
     model.load_state_dict(state, strict=False, assign=True)
@@ -267,6 +275,21 @@ def assemble(config: AsrLlmConfig, processor: AsrLlmProcessor, state: Mapping[st
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     model.processor = processor
     return cast(AsrLlmModel, model.eval())
+
+
+def in_base(key: str, part: str) -> bool:
+    return key.startswith(f"{part}.") and "lora_" not in key
+
+
+def with_base_parts(config: AsrLlmConfig, parts: Sequence[str], dtype: torch.dtype) -> AsrLlmModel:
+    """The model with the pretrained weights of some parts, and without memory for the others."""
+    encoder = llm = None
+    if "audio_encoder" in parts:
+        encoder = cast_parameters(pretrained_encoder(config, base_path(config, "audio_encoder")), dtype)
+    if "llm" in parts:
+        llm = pretrained_llm(base_path(config, "llm"), dtype)
+    with parameters_on_meta():
+        return AsrLlmModel(config, audio_encoder=encoder, llm=llm or empty_llm(config.llm or {}, dtype))
 
 
 @contextlib.contextmanager
@@ -304,17 +327,18 @@ def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, 
     return {name: tensor.reshape(()) if name in scalars and tensor.numel() == 1 else tensor for name, tensor in state.items()}
 
 
-def check_keys(model: AsrLlmModel, state: Mapping[str, Tensor], *, from_base: tuple[str, ...], where: str) -> None:
-    expected = {k: v for k, v in model.weights().items() if not k.startswith(from_base) or "lora_" in k}
-    if missing := sorted(expected.keys() - state.keys()):
+def check_keys(model: AsrLlmModel, state: Mapping[str, Tensor], *, from_base: Sequence[str], where: str) -> None:
+    expected = model.weights()
+    needed = {key for key in expected if not any(in_base(key, part) for part in from_base)}
+    if missing := sorted(needed - state.keys()):
         raise UserError(f"the weights of {where!r} lack {len(missing)} keys, the first {missing[0]!r}: they are of another model")
     if extra := sorted(state.keys() - expected.keys()):
         raise UserError(f"the weights of {where!r} have {len(extra)} unexpected keys, the first {extra[0]!r}: they are of another model")
-    for key, tensor in expected.items():
-        if tensor.shape != state[key].shape:
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
             raise UserError(
-                f"the weights of {where!r}: {key!r} has the shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}: they are of "
-                "another model"
+                f"the weights of {where!r}: {key!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}: they are "
+                "of another model"
             )
 
 

@@ -1,5 +1,6 @@
 """The model: audio encoder -> projector -> causal LLM."""
 
+import contextlib
 import difflib
 import fnmatch
 from collections.abc import Sequence
@@ -22,6 +23,11 @@ from asrllm.models.processor import AsrLlmProcessor, as_list
 from asrllm.models.projector import AudioProjector
 
 PARTS = ("audio_encoder", "projector", "llm")
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    """ZeRO-3 lets a layer's weights go when the gradient of its input is done, and too early where the input has none."""
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
 
 class StepOutput(NamedTuple):  # a tuple, because DeepSpeed looks for the tensors that leave a module in tuples
@@ -81,7 +87,7 @@ class AsrLlmModel(PreTrainedModel):
         features, lengths = self.audio_encoder.features(waves, wave_lengths)
         if masks is not None and masks.shape[1]:
             features = mask_features(features, lengths, masks, time_masks)
-        embeddings = self.embed(input_ids, self.encode(features, lengths))
+        embeddings = with_gradient(self.embed(input_ids, self.encode(features, lengths)))
         longest = int(cu_seqlens.diff().max())
         causal_lm = self.causal_lm
         hidden = causal_lm.base_model(
@@ -103,9 +109,10 @@ class AsrLlmModel(PreTrainedModel):
 
     def encode(self, features: Tensor, lengths: Tensor) -> Tensor:
         """features (N, T, F), lengths (N,) -> (audio tokens of all utterances, LLM width), utterance after utterance."""
-        frozen = not any(p.requires_grad for p in self.audio_encoder.parameters())
-        with torch.no_grad() if frozen else torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
-            frames, frame_lengths = self.audio_encoder(features, lengths)
+        parameters = list(self.audio_encoder.parameters())
+        frozen, zero3 = not any(p.requires_grad for p in parameters), any(hasattr(p, "ds_id") for p in parameters)
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            frames, frame_lengths = self.audio_encoder(with_gradient(features) if zero3 and not frozen else features, lengths)
         return self.projector(frames, frame_lengths)
 
     def embed(self, input_ids: Tensor, audio: Tensor) -> Tensor:

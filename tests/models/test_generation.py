@@ -49,6 +49,7 @@ def make_model(world, llm, encoder="whisper", model_type="qwen2"):
         audio_encoder_projector_ds_rate=4,
         audio_token="<|AUDIO|>",
         tag_audio_boundary=False,
+        frozen_parameters=[],
         exclude_from_checkpoint=[],
     )
     processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
@@ -106,7 +107,6 @@ def test_what_an_utterance_is_batched_with_changes_nothing(world, tmp_path, enco
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_no_family_of_llms_minds_the_batch(world, tmp_path, model_type):
     model = make_model(world, family(tmp_path / "llm", model_type), model_type=model_type)
-    model.llm.set_attn_implementation("eager")  # softcap and sliding windows as transformers computes them
     assert_batch_invariant(model, 8)
 
 
