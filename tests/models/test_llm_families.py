@@ -75,8 +75,9 @@ def reference_loss(model, wave, ids, labels):
     """One utterance through transformers' own forward, eager attention, logits everywhere and its own loss, summed over the labels."""
     features, lengths = model.audio_encoder.features(wave[None], torch.tensor([len(wave)]))
     audio = model.projector(*model.audio_encoder(features, lengths))
-    embeddings = model.llm.get_input_embeddings()(ids.masked_fill(ids == AUDIO, 0))
-    embeddings = embeddings.masked_scatter((ids == AUDIO)[:, None], audio)
+    audio_token = model.config.audio_token_id
+    embeddings = model.llm.get_input_embeddings()(ids.masked_fill(ids == audio_token, 0))
+    embeddings = embeddings.masked_scatter((ids == audio_token)[:, None], audio)
     return model.llm(inputs_embeds=embeddings[None], labels=labels[None], use_cache=False).loss * int((labels[1:] != -100).sum())
 
 

@@ -1,0 +1,66 @@
+"""SmolLM2 with its real weights, out of the package that the quickstart takes them from."""
+
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asrllm import AutoModel
+from asrllm.testing import tone_sentences
+from tests.conftest import REPOSITORY
+from tests.models.test_generation import assert_batch_invariant, make_model
+from tests.models.test_llm_families import gradients, reference_loss
+from tests.models.test_model import batch_of, samples
+
+sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(world, tmp_path_factory):
+    from weights import write_smollm2
+
+    folder = tmp_path_factory.mktemp("weights") / "smollm2"
+    write_smollm2(folder)
+    return make_model(world, folder, model_type="llama")
+
+
+def test_the_llm_loads_as_transformers_loads_it(model):
+    plain = AutoModelForCausalLM.from_pretrained(model.config.base_models["llm"]["path"], dtype=torch.float32)
+    prompt = model.processor.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        mine, theirs = (llm(**prompt).logits for llm in (model.llm, plain))
+    torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=0)
+    assert model.processor.tokenizer.decode(theirs[0, -1].argmax()).strip() == "Paris"
+    assert len(model.llm.get_input_embeddings().weight) == len(plain.get_input_embeddings().weight)  # not resized for the audio token
+
+
+def test_the_packed_step_is_transformers_own(model):
+    chosen = samples(3)
+    mine = model(**batch_of(model, chosen)).loss
+    mine.backward()
+    packed = gradients(model)
+    theirs = 0
+    for sample in chosen:
+        batch = batch_of(model, [sample])
+        labels = torch.full_like(batch["input_ids"][0], -100)
+        labels[batch["target_positions"] + 1] = batch["targets"]
+        theirs = theirs + reference_loss(model, batch["waves"][0], batch["input_ids"][0], labels)
+    theirs.backward()
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(
+            packed[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_what_an_utterance_is_batched_with_changes_nothing(model):
+    assert_batch_invariant(model, 6)
+
+
+def test_a_saved_directory_says_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    waves = [wave for _, wave in tone_sentences(3)]
+    assert AutoModel.from_pretrained(tmp_path).transcribe(waves, 8) == model.transcribe(waves, 8)
