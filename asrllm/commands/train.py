@@ -101,6 +101,7 @@ def train(config: TrainRun) -> None:
         processor,
         frozen=frozen,
         patterns=config.model.frozen_parameters,
+        attention=config.model.llm.attention,
         init_from=config.init_from if tag is None else None,
         dtype=config.trainer.dtype,
     )

@@ -63,11 +63,12 @@ def build_model(
     frozen: Sequence[str],
     patterns: Sequence[str] = (),
     init_from: str | None = None,
+    attention: str = "auto",
     dtype: torch.dtype,
 ) -> AsrLlmModel:
     """The described model with its pretrained parts, or with what the run `init_from` made of them.
 
-    frozen: parts out of training; patterns: of further parameters' names.
+    frozen: parts out of training; patterns: of further parameters' names. attention: the backend of the LLM's.
     """
     description = processor.config
     assert description.base_models is not None
@@ -75,6 +76,7 @@ def build_model(
     llm = pretrained_llm(description.base_models["llm"]["path"], dtype)
     model = AsrLlmModel(description, audio_encoder=encoder, llm=llm)
     model.processor = processor
+    model.causal_lm.config.asrllm_attention = attention
     if hasattr(model.projector.mlp, "fit_embeddings"):
         weight = model.llm.get_input_embeddings().weight
         with whole(weight):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from asrllm.errors import UserError, nearest
+from asrllm.models.attention import backends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,12 @@ class LlmPart:
     frozen: bool
     lora: LoraPart | None
     chat_template: Literal["chatml"] | None
+    attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
 
     def __post_init__(self) -> None:
         check_lora("llm", self.lora, frozen=self.frozen)
+        if self.attention != "auto" and (reason := backends()[self.attention]):
+            raise UserError(f"model.llm.attention={self.attention} cannot run here ({reason}): leave it at auto")
 
 
 def check_lora(part: str, lora: LoraPart | None, *, frozen: bool) -> None:
