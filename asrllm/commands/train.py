@@ -30,6 +30,7 @@ from asrllm.data.storage import is_url
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
+from asrllm.models.encoders import encoder_class
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
@@ -57,11 +58,17 @@ class TrainRun:
             raise UserError(f"seed={self.seed} must be a whole number from 0 to 4294967295")
         if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
             raise UserError("data.use_infinite_dataset=true has no epochs: give trainer.num_epochs=null trainer.num_steps=N with it")
-        if self.model.audio_encoder.model_type == "zipformer" and (self.data.whisper_fbank or self.data.pad_to_30s):
-            key = "whisper_fbank" if self.data.whisper_fbank else "pad_to_30s"
-            raise UserError(f"data.{key}=true is for Whisper, but model.audio_encoder.model_type=zipformer: leave it out")
-        if self.data.whisper_fbank is False and self.model.audio_encoder.model_type == "whisper":
-            raise UserError("data.whisper_fbank=false, but model.audio_encoder.model_type=whisper needs Whisper's features: leave it out")
+        kind = self.model.audio_encoder.model_type
+        takes_whispers = encoder_class(kind).whisper_features
+        for key, wrong in (
+            ("whisper_fbank", self.data.whisper_fbank not in (None, takes_whispers)),
+            ("pad_to_30s", self.data.pad_to_30s and not takes_whispers),
+        ):
+            if wrong:
+                value, features = str(getattr(self.data, key)).lower(), "Whisper's features" if takes_whispers else "Kaldi's filter banks"
+                raise UserError(
+                    f"data.{key}={value} does not go with model.audio_encoder.model_type={kind}, which takes {features}: leave it out"
+                )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

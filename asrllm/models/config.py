@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
+from asrllm.models.encoders import encoder_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,13 @@ class LoraPart:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPart:
-    model_type: Literal["whisper", "zipformer"]
+    model_type: str
     pretrained_model: str | None
     frozen: bool
     lora: LoraPart | None = None
 
     def __post_init__(self) -> None:
+        encoder_class(self.model_type)
         check_lora("audio_encoder", self.lora, frozen=self.frozen)
 
 

@@ -1,5 +1,4 @@
-"""The audio encoders by name. Adding one: a file like whisper.py, a line in ENCODERS, one in EncoderPart and a test like
-tests/models/test_whisper.py."""
+"""The audio encoders by name. Adding one: a file like whisper.py, a line in ENCODERS and a test like tests/models/test_whisper.py."""
 
 from typing import Any, Protocol
 
@@ -14,11 +13,12 @@ class AudioEncoder(Protocol):
     """What the model asks of an encoder, an nn.Module.
 
     features: module, waveforms (N, samples) at 16 kHz and lengths (N,) -> features (N, T, F) and lengths (N,).
-    unsplit_modules: names of the classes of its layers, each gathered as a whole under ZeRO-3.
+    whisper_features: whether those are Whisper's, and may be padded to 30 s. unsplit_modules: names of the classes of its layers, each gathered as a whole under ZeRO-3.
     frame_lengths: samples of a waveform -> frames that forward() gives, as arithmetic on ints, arrays or tensors.
     """
 
     output_dim: int
+    whisper_features: bool
     unsplit_modules: tuple[str, ...]
     features: nn.Module
 

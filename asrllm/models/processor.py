@@ -124,9 +124,9 @@ def _of_chat(i: int, do: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def feature_width(config: AsrLlmConfig) -> int:
-    """The features a frame has; an encoder whose fields do not say takes Kaldi's 80."""
+    """The features a frame has; an encoder whose fields do not say has 80."""
     fields = config.audio_encoder or {}
-    return fields.get("num_mel_bins") or 80
+    return fields.get("num_mel_bins") or fields.get("feature_dim") or 80
 
 
 def as_list(audio: Any) -> list[Any]:

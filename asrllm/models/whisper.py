@@ -21,6 +21,7 @@ from asrllm.models.whisper_files import read_whisper
 class WhisperEncoder(nn.Module):
     """pad_to_30s: attend to the silence after an utterance, as in the published code; the frames given out are the true ones either way."""
 
+    whisper_features = True
     unsplit_modules = ("WhisperLayer",)
 
     def __init__(

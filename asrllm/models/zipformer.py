@@ -44,6 +44,7 @@ class ZipformerEncoder(nn.Module):
     padding reaches the last ones (through the front end and the downsampling) and by attention all others.
     """
 
+    whisper_features = False
     unsplit_modules = ("ZipformerLayer",)
 
     def __init__(self, config: ZipformerConfig, *, isolate: bool = False) -> None:
