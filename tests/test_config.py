@@ -77,7 +77,7 @@ def test_overrides_reach_the_dataclasses():
         ("data.augment.speed=[]", "must be a list of factors"),
         ("data.text_normalization=lower", "is not a choice"),
         ("seed=-1", "seed=-1 must be a whole number"),
-        ("data.whisper_fbank=false", "needs Whisper's features"),
+        ("data.whisper_fbank=false", "takes Whisper's features"),
         ("model.llm.lora.r=-1", "must not be below 0"),
         ("model.exclude_from_checkpoint=[projector]", "'projector' is not a part"),
         ("model.llm.pretrained_model=null", "is not set"),
@@ -98,6 +98,6 @@ def test_a_missing_key_is_named():
 
 @pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
 def test_whispers_features_are_for_whisper(key):
-    with pytest.raises(UserError, match=rf"data\.{key}=true is for Whisper"):
+    with pytest.raises(UserError, match=rf"data\.{key}=true, but model\.audio_encoder\.model_type=zipformer takes Kaldi"):
         load("model.audio_encoder.model_type=zipformer", f"data.{key}=true")
     load("model.audio_encoder.model_type=zipformer", f"data.{key}=false")

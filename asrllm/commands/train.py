@@ -66,9 +66,7 @@ class TrainRun:
         ):
             if wrong:
                 value, features = str(getattr(self.data, key)).lower(), "Whisper's features" if takes_whispers else "Kaldi's filter banks"
-                raise UserError(
-                    f"data.{key}={value} does not go with model.audio_encoder.model_type={kind}, which takes {features}: leave it out"
-                )
+                raise UserError(f"data.{key}={value}, but model.audio_encoder.model_type={kind} takes {features}: leave it out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

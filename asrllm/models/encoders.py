@@ -13,7 +13,8 @@ class AudioEncoder(Protocol):
     """What the model asks of an encoder, an nn.Module.
 
     features: module, waveforms (N, samples) at 16 kHz and lengths (N,) -> features (N, T, F) and lengths (N,).
-    whisper_features: whether those are Whisper's, and may be padded to 30 s. unsplit_modules: names of the classes of its layers, each gathered as a whole under ZeRO-3.
+    whisper_features: whether those are Whisper's, which may be padded to 30 s.
+    unsplit_modules: names of the classes of its layers, each gathered as a whole under ZeRO-3.
     frame_lengths: samples of a waveform -> frames that forward() gives, as arithmetic on ints, arrays or tensors.
     """
 
