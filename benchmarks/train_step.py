@@ -66,7 +66,14 @@ class Shape:
         return self.llm["vocab_size"] + 1  # as if it had been added to the tokenizer
 
 
-CPU = Shape(TINY, SMOLLM2, {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}, utterances=8)
+CPU_LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+CPU = Shape(TINY, SMOLLM2, CPU_LORA, utterances=8)
+FEW = Shape(
+    TINY | {"d_model": 16, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "encoder_layers": 1},
+    SMOLLM2 | {"hidden_size": 36, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 99},
+    CPU_LORA,
+    utterances=2,
+)  # to see that the script runs
 GPU = Shape(LARGE, QWEN, {"r": 64, "lora_alpha": 128, "target_modules": ALL_LINEAR}, utterances=64, projector_hidden=2048)
 
 
@@ -301,9 +308,17 @@ def time_alone(build_step: Callable[[], Step], device: torch.device, rounds: int
     return {"seconds": statistics.median(times), "all": times, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
 
 
-def cpu_peak(name: str, utterances: int) -> float:
+def cpu_peak(name: str, shape: Shape) -> float:
     """Peak memory of a variant's steps beyond its model, in GB, in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", name, "--utterances", str(utterances)]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak-of",
+        name,
+        "--utterances",
+        str(shape.utterances),
+        *(["--tiny"] if shape.llm["vocab_size"] == 99 else []),
+    ]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -358,14 +373,14 @@ def build_meta(shape: Shape) -> AsrLlmModel:
     return build(shape, torch.device("meta"), torch.float32)
 
 
-def loss_at_152k(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Head and loss of Qwen2.5's vocabulary: 400 supervised of 1600 tokens, ours against logits everywhere (width 896)."""
+def time_loss(device: torch.device, rounds: int, vocabulary: int) -> dict[str, Any]:
+    """Head and loss alone, of Qwen2.5's vocabulary: 400 supervised of 1600 tokens, ours against logits everywhere (width 896)."""
     from asrllm.models.loss import HeadOptions, SupervisedLoss
 
     torch.manual_seed(0)
-    head = nn.Linear(896, 151936, bias=False, device=device).requires_grad_(False)
+    head = nn.Linear(896, vocabulary, bias=False, device=device).requires_grad_(False)
     hidden = torch.randn(1600, 896, device=device, requires_grad=True)
-    at, targets = torch.arange(0, 1600, 4, device=device), torch.randint(0, 151936, (400,), device=device)
+    at, targets = torch.arange(0, 1600, 4, device=device), torch.randint(0, vocabulary, (400,), device=device)
     labels = torch.full((1600,), -100, device=device)
     labels[at] = targets
     ours: Step = lambda: SupervisedLoss()(hidden[at], head, targets, HeadOptions())[0].backward() or 0.0  # noqa: E731
@@ -376,7 +391,7 @@ def loss_at_152k(device: torch.device, rounds: int) -> dict[str, Any]:
             began = synchronised(device)
             step()
             seconds[name].append(synchronised(device) - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {"vocabulary": vocabulary} | {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def agreement(shape: Shape, device: torch.device) -> float:
@@ -404,7 +419,7 @@ def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
         result["true tokens/s"] = tokens / result["seconds"]
         result["MFU"] = operations / result["seconds"] / peaks[dtype]
         if device.type == "cpu":
-            result["peak GB"] = cpu_peak(name, shape.utterances)
+            result["peak GB"] = cpu_peak(name, shape)
     about = {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
@@ -414,7 +429,11 @@ def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
         "tokens of a step": tokens,
         "note": "" if device.type == "cuda" else "no GPU was at hand: the true shapes were not measured",
     }
-    return {"about": about, "steps": results, "head and loss at 152k, seconds": loss_at_152k(device, rounds)}
+    return {
+        "about": about,
+        "steps": results,
+        "head and loss, seconds": time_loss(device, rounds, 1000 if shape.llm["vocab_size"] == 99 else 151936),
+    }
 
 
 def cpu_name() -> str:
@@ -441,10 +460,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind; default: %(default)s")
     parser.add_argument("--utterances", type=int, help="in a batch; default: 8, on a GPU 64")
     parser.add_argument("--output", type=Path, help="write the results as JSON")
+    parser.add_argument("--tiny", action="store_true", help="models of a few weights, to see that the script runs")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = GPU if device.type == "cuda" else CPU
+    shape = FEW if arguments.tiny else GPU if device.type == "cuda" else CPU
     shape = replace(shape, utterances=arguments.utterances or shape.utterances)
     if arguments.peak_of:
         print_peak(variants(shape, device)[arguments.peak_of])
