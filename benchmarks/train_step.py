@@ -60,6 +60,7 @@ class Shape:
     utterances: int
     projector_rate: int = 5
     projector_hidden: int = 1024
+    name: str = ""
 
     @property
     def audio_token(self) -> int:
@@ -73,6 +74,7 @@ FEW = Shape(
     SMOLLM2 | {"hidden_size": 36, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 99},
     CPU_LORA,
     utterances=2,
+    name="tiny",
 )  # to see that the script runs
 GPU = Shape(LARGE, QWEN, {"r": 64, "lora_alpha": 128, "target_modules": ALL_LINEAR}, utterances=64, projector_hidden=2048)
 
@@ -310,15 +312,8 @@ def time_alone(build_step: Callable[[], Step], device: torch.device, rounds: int
 
 def cpu_peak(name: str, shape: Shape) -> float:
     """Peak memory of a variant's steps beyond its model, in GB, in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--peak-of",
-        name,
-        "--utterances",
-        str(shape.utterances),
-        *(["--tiny"] if shape.llm["vocab_size"] == 99 else []),
-    ]
+    command = [sys.executable, __file__, "--peak-of", name, "--utterances", str(shape.utterances)]
+    command += ["--tiny"] if shape.name else []
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -432,7 +427,7 @@ def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     return {
         "about": about,
         "steps": results,
-        "head and loss, seconds": time_loss(device, rounds, 1000 if shape.llm["vocab_size"] == 99 else 151936),
+        "head and loss, seconds": time_loss(device, rounds, 1000 if shape.name else 151936),
     }
 
 
