@@ -13,6 +13,7 @@ A step is forward, backward and AdamW. Its operations: 2 for each weight and tok
 """
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import json
@@ -34,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirEncoder
 
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.loss import HeadOptions, SupervisedLoss
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import with_lora
 
@@ -60,7 +62,7 @@ class Shape:
     utterances: int
     projector_rate: int = 5
     projector_hidden: int = 1024
-    name: str = ""
+    loss_vocabulary: int = 151936
 
     @property
     def audio_token(self) -> int:
@@ -74,7 +76,7 @@ FEW = Shape(
     SMOLLM2 | {"hidden_size": 36, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 99},
     CPU_LORA,
     utterances=2,
-    name="tiny",
+    loss_vocabulary=1000,
 )  # to see that the script runs
 GPU = Shape(LARGE, QWEN, {"r": 64, "lora_alpha": 128, "target_modules": ALL_LINEAR}, utterances=64, projector_hidden=2048)
 
@@ -313,7 +315,7 @@ def time_alone(build_step: Callable[[], Step], device: torch.device, rounds: int
 def cpu_peak(name: str, shape: Shape) -> float:
     """Peak memory of a variant's steps beyond its model, in GB, in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", name, "--utterances", str(shape.utterances)]
-    command += ["--tiny"] if shape.name else []
+    command += ["--tiny"] if shape.loss_vocabulary == FEW.loss_vocabulary else []
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -368,25 +370,29 @@ def build_meta(shape: Shape) -> AsrLlmModel:
     return build(shape, torch.device("meta"), torch.float32)
 
 
-def time_loss(device: torch.device, rounds: int, vocabulary: int) -> dict[str, Any]:
-    """Head and loss alone, of Qwen2.5's vocabulary: 400 supervised of 1600 tokens, ours against logits everywhere (width 896)."""
-    from asrllm.models.loss import HeadOptions, SupervisedLoss
+def loss_steps(device: torch.device, vocabulary: int) -> dict[str, Callable[[], Step]]:
+    """Head and loss alone, forward and backward: 400 supervised of 1600 tokens (width 896), ours and with logits everywhere."""
 
-    torch.manual_seed(0)
-    head = nn.Linear(896, vocabulary, bias=False, device=device).requires_grad_(False)
-    hidden = torch.randn(1600, 896, device=device, requires_grad=True)
-    at, targets = torch.arange(0, 1600, 4, device=device), torch.randint(0, vocabulary, (400,), device=device)
-    labels = torch.full((1600,), -100, device=device)
-    labels[at] = targets
-    ours: Step = lambda: SupervisedLoss()(hidden[at], head, targets, HeadOptions())[0].backward() or 0.0  # noqa: E731
-    theirs: Step = lambda: nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum").backward() or 0.0  # noqa: E731
-    seconds: dict[str, list[float]] = {"ours": [], "logits everywhere": []}
-    for _ in range(rounds):
-        for name, step in (("ours", ours), ("logits everywhere", theirs)):
-            began = synchronised(device)
-            step()
-            seconds[name].append(synchronised(device) - began)
-    return {"vocabulary": vocabulary} | {name: statistics.median(times) for name, times in seconds.items()}
+    def build_step(ours: bool) -> Step:
+        torch.manual_seed(0)
+        head = nn.Linear(896, vocabulary, bias=False, device=device).requires_grad_(False)
+        hidden = torch.randn(1600, 896, device=device, requires_grad=True)
+        at, targets = torch.arange(0, 1600, 4, device=device), torch.randint(0, vocabulary, (400,), device=device)
+        labels = torch.full((1600,), -100, device=device)
+        labels[at] = targets
+
+        def step() -> float:
+            if ours:
+                loss, _ = SupervisedLoss()(hidden[at], head, targets, HeadOptions())
+            else:
+                loss = nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
+            loss.backward()
+            return loss.item()
+
+        return step
+
+    names = {True: "supervised tokens, in chunks", False: "logits everywhere"}
+    return {f"head and loss: {name}": functools.partial(build_step, ours) for ours, name in names.items()}
 
 
 def agreement(shape: Shape, device: torch.device) -> float:
@@ -403,32 +409,30 @@ def agreement(shape: Shape, device: torch.device) -> float:
 
 
 def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
-    results = time_steps(variants(shape, device), device, rounds)
-    operations = step_operations(shape)
+    results = {
+        "steps": time_steps(variants(shape, device), device, rounds),
+        "head and loss": time_steps(loss_steps(device, shape.loss_vocabulary), device, rounds),
+    }
+    operations, tokens = step_operations(shape), packed_inputs(make_utterances(shape), shape)["input_ids"].shape[1]
     peaks = {name: matmul_peak(device, dtype) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
-    tokens = packed_inputs(make_utterances(shape), shape)["input_ids"].shape[1]
-    for name, result in results.items():
-        if result["seconds"] is None:
-            continue
-        dtype = "bf16" if "bf16" in name else "float32"
-        result["true tokens/s"] = tokens / result["seconds"]
-        result["MFU"] = operations / result["seconds"] / peaks[dtype]
+    for name, result in (results["steps"] | results["head and loss"]).items():
         if device.type == "cpu":
             result["peak GB"] = cpu_peak(name, shape)
+    for name, result in results["steps"].items():
+        if result["seconds"] is not None:
+            result["true tokens/s"] = tokens / result["seconds"]
+            result["MFU"] = operations / result["seconds"] / peaks["bf16" if "bf16" in name else "float32"]
     about = {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "vocabulary of head and loss": shape.loss_vocabulary,
         "operations of a step": operations,
         "matrix product, operations a second": peaks,
         "tokens of a step": tokens,
         "note": "" if device.type == "cuda" else "no GPU was at hand: the true shapes were not measured",
     }
-    return {
-        "about": about,
-        "steps": results,
-        "head and loss, seconds": time_loss(device, rounds, 1000 if shape.name else 151936),
-    }
+    return {"about": about, **results}
 
 
 def cpu_name() -> str:
@@ -439,7 +443,7 @@ def cpu_name() -> str:
 def print_table(results: dict[str, Any]) -> None:
     steps = results["steps"]
     references = [name for name in steps if name.startswith("padded")]
-    print(f"{'':44s} {'s a step':>9s} {'tokens/s':>9s} {'MFU':>6s} {'peak GB':>8s}  ratio to each padded one")
+    print(f"{'':44s} {'s a step':>9s} {'tokens/s':>9s} {'MFU':>6s} {'peak GB':>8s}  times as fast as each padded one")
     for name, result in steps.items():
         if result["seconds"] is None:
             print(f"{name:44s} {result['why']}")
@@ -447,7 +451,9 @@ def print_table(results: dict[str, Any]) -> None:
         ratios = [f"{steps[r]['seconds'] / result['seconds']:.2f}" for r in references if steps[r]["seconds"]]
         print(f"{name:44s} {result['seconds']:9.3f} {result['true tokens/s']:9.0f} {100 * result['MFU']:5.1f}% {result['peak GB']:8.2f}  "
               f"{' '.join(ratios)}")  # fmt: skip
-    print(json.dumps({key: value for key, value in results.items() if key != "steps"}, indent=1))
+    for name, result in results["head and loss"].items():
+        print(f"{name:44s} {result['seconds']:9.3f} {'':16s} {result['peak GB']:8.2f}")
+    print(json.dumps(results["about"], indent=1))
 
 
 def main() -> None:
@@ -462,7 +468,7 @@ def main() -> None:
     shape = FEW if arguments.tiny else GPU if device.type == "cuda" else CPU
     shape = replace(shape, utterances=arguments.utterances or shape.utterances)
     if arguments.peak_of:
-        print_peak(variants(shape, device)[arguments.peak_of])
+        print_peak((variants(shape, device) | loss_steps(device, shape.loss_vocabulary))[arguments.peak_of])
         return
     if device.type == "cpu":
         print(f"largest difference of the losses, float32, utterance by utterance: {agreement(shape, device):.2e}")

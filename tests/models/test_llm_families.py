@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from asrllm.errors import UserError
+from asrllm.models import loss
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.model import AsrLlmModel
+from tests.models.test_loss import Largest
 
 SIZE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -109,3 +111,16 @@ def test_adapters_on_the_head_are_refused():
     model = AsrLlmModel(AsrLlmConfig(**model.config.to_dict() | {"lora": options}))
     with pytest.raises(UserError, match="the LLM's head is a Linear, not a plain linear layer"):
         model(**packed(rows))
+
+
+def test_no_tensor_of_the_step_is_all_tokens_by_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS", 8 * 20_000)
+    monkeypatch.setitem(FAMILIES, "llama", {"vocab_size": 20_000})
+    model, rows = make_model("llama", True), list(chats((3.0, 2.0, 4.0)))
+    inputs = packed(rows)
+    with Largest() as largest:
+        model(**inputs).loss.backward()
+    tokens = inputs["input_ids"].shape[1]
+    assert tokens > 100
+    assert largest.elements == 32 * 20_000  # the embeddings, turned over for the head's product
+    assert largest.elements < tokens * 20_000 / 3
