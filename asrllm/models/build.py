@@ -78,9 +78,9 @@ def build_model(
     model.processor = processor
     model.causal_lm.config.asrllm_attention = attention
     if hasattr(model.projector.mlp, "fit_embeddings"):
-        weight = model.llm.get_input_embeddings().weight
-        with whole(weight):
-            model.projector.mlp.fit_embeddings(weight.detach()[:4096])
+        table = model.llm.get_input_embeddings()
+        with whole(table.weight), torch.no_grad():  # its output: Gemma 3 scales the rows
+            model.projector.mlp.fit_embeddings(table(torch.arange(min(4096, table.num_embeddings), device=table.weight.device)))
     taken = take_over(model, Path(init_from)) if init_from else set()
     model.freeze(*frozen, patterns=patterns)
     model.carried = tuple(

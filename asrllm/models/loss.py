@@ -27,7 +27,10 @@ class SupervisedLoss(nn.Module):
 
     def forward(self, hidden: Tensor, head: nn.Linear, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
         """hidden (S, width), targets (S,) -> (loss summed over S in nats, targets that are the most probable token), float32 scalars."""
-        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, options)
+        weight, bias = head.weight, head.bias
+        if not torch.is_grad_enabled():  # a function does not see that no gradient is wanted of a trained head
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, options)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -12,13 +12,12 @@ class MlpProjector(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
         super().__init__()
-        self.rate = rate
         self.linear1 = nn.Linear(input_size * rate, hidden_size)
         self.linear2 = nn.Linear(hidden_size, output_size)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """(N, T, input_size) with zeros at padding, T a multiple of rate -> (N, T / rate, output_size)"""
-        return self.linear2(F.relu(self.linear1(stack(frames, self.rate))))
+    def forward(self, stacked: Tensor) -> Tensor:
+        """(M, rate x input_size) -> (M, output_size)"""
+        return self.linear2(F.relu(self.linear1(stacked)))
 
 
 class NormedProjector(nn.Module):
@@ -27,24 +26,18 @@ class NormedProjector(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
         super().__init__()
-        self.rate = rate
         self.norm_in = nn.LayerNorm(input_size * rate)
         self.linear1 = nn.Linear(input_size * rate, hidden_size)
         self.linear2 = nn.Linear(hidden_size, output_size)
         self.norm_out = nn.LayerNorm(output_size)
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, stacked: Tensor) -> Tensor:
         """As MlpProjector.forward."""
-        return self.norm_out(self.linear2(F.gelu(self.linear1(self.norm_in(stack(frames, self.rate))))))
+        return self.norm_out(self.linear2(F.gelu(self.linear1(self.norm_in(stacked)))))
 
     def fit_embeddings(self, embeddings: Tensor) -> None:
         """Set the output's gain to the embeddings' standard deviation. embeddings: (some rows, output_size)"""
         nn.init.constant_(self.norm_out.weight, embeddings.float().std().item())
-
-
-def stack(frames: Tensor, rate: int) -> Tensor:
-    n, t, width = frames.shape
-    return frames.reshape(n, t // rate, width * rate)
 
 
 PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {"mlp": MlpProjector, "normed": NormedProjector}
@@ -76,14 +69,10 @@ class AudioProjector(nn.Module):
         """frames (N, T, input_size), lengths (N,) -> (sum of AsrLlmConfig.num_audio_tokens, output_size), utterance after utterance."""
         keep = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
         frames = F.pad(frames * keep[..., None], (0, 0, 0, -frames.shape[1] % self.rate))
-        tokens = self.mlp(frames)
         counts = lengths // self.rate if self.drop_ragged else -(-lengths // self.rate)
-        if self.boundary is not None:
-            # the end tag takes the first place after the last token, within the row's two added ones
-            n, t, width = tokens.shape
-            begin, end = (b.to(tokens.dtype).expand(n, 1, width) for b in self.boundary)
-            tokens = torch.cat([begin, tokens, end], 1)
-            at_end = torch.arange(t + 2, device=tokens.device) == (counts + 1)[:, None]
-            tokens = torch.where(at_end[..., None], end, tokens)
-            counts = counts + 2
-        return tokens[torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]]
+        stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
+        tokens = self.mlp(stacked[torch.arange(stacked.shape[1], device=frames.device) < counts[:, None]])  # padding is not projected
+        if self.boundary is None:
+            return tokens
+        begin, end = self.boundary.to(tokens.dtype).split(1)
+        return torch.cat([row for part in tokens.split(counts.tolist()) for row in (begin, part, end)])

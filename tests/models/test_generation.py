@@ -40,11 +40,11 @@ def family(folder, model_type):
     return folder
 
 
-def make_model(world, llm, encoder="whisper", model_type="qwen2"):
+def make_model(world, llm, encoder="whisper", model_type="qwen2", projector="mlp"):
     config = ModelConfig(
         audio_encoder=EncoderPart(model_type=encoder, pretrained_model=str(getattr(world, encoder)), frozen=True),
         llm=LlmPart(model_type=model_type, pretrained_model=str(llm), frozen=True, lora=None, chat_template=None),
-        projector="mlp",
+        projector=projector,
         projector_hidden_size=32,
         audio_encoder_projector_ds_rate=4,
         audio_token="<|AUDIO|>",
@@ -320,3 +320,11 @@ def test_evaluation_says_the_same_limits(model, monkeypatch):
     options = DecodingOptions(prompt="p", generation=generation, max_batch_duration=9.0)
     decode_batch(model, reader, [0], options, str)
     assert seen == generation
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_normed_projector_speaks_as_loud_as_the_embeddings(world, tmp_path, model_type):
+    """Gemma 3 scales its embeddings where they are looked up."""
+    model = make_model(world, family(tmp_path / "llm", model_type), model_type=model_type, projector="normed")
+    spoken = model.llm.get_input_embeddings()(torch.arange(97))
+    torch.testing.assert_close(model.projector.mlp.norm_out.weight.mean(), spoken.std(), rtol=0.05, atol=0)
