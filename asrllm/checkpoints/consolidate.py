@@ -77,7 +77,7 @@ def _stage_0(checkpoint: Path, world_size: int, names: list[str]) -> Iterator[tu
     saved = _load(checkpoint / "mp_rank_00_model_states.pt")
     groups = saved["optimizer"].get("fp32_groups")
     if groups is None:  # trained in float32: the weights are the masters
-        yield from saved["module"].items()
+        yield from ((name, tensor) for name, tensor in saved["module"].items() if name in names)  # not the second names of tied weights
         return
     masters = [tensor for group in groups for tensor in group]
     for name, tensor in zip(names, masters, strict=True):

@@ -122,6 +122,8 @@ def train(config: TrainRun) -> None:
         engine.module.label_smoothing = config.trainer.label_smoothing
         if tag is not None:
             checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
+            engine.module.carried = tuple(manifest.get("carried", []))
+        processor.config.stored = engine.module.stored_weights()
         write_run_files(config, processor)
         if tag is None:
             checkpoint.write_carried(engine.module, exp_dir)

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.earlier import take_over, whole
 from asrllm.models.encoders import encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
+from asrllm.models.loss import head_of
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
@@ -48,7 +50,23 @@ def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str,
         },
         prompts=list(prompts),
     )
-    return AsrLlmProcessor(tokenizer, description)
+    processor = AsrLlmProcessor(tokenizer, description)
+    check_vocabulary(processor, llm.get_text_config().vocab_size, llm_path)
+    return processor
+
+
+def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
+    """Raises UserError where the chat holds a token that the LLM has no embedding for, or is not written in tokens of its own."""
+    renderer, tokenizer = processor.renderer, processor.tokenizer
+    ids = [*renderer.encode_prompt(renderer.user_messages("?"), [1]), *renderer.stop_ids]
+    for token in ids:
+        if token >= size and token != renderer.audio_token_id:
+            text = tokenizer.convert_ids_to_tokens(token)
+            raise UserError(
+                f"the LLM {path!r} has {size} embeddings, none for the token {text!r} ({token}) of its chat: give its own tokenizer"
+            )
+    if tokenizer.chat_template == CHATML and tokenizer.convert_tokens_to_ids("<|im_start|>") in (None, tokenizer.unk_token_id):
+        raise UserError(f"the chat is ChatML, and {path!r} has no token '<|im_start|>': take an instruction-tuned LLM")
 
 
 def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
@@ -88,4 +106,8 @@ def build_model(
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad and (name in taken or name.startswith("projector.") or "lora_" in name)
     )
+    for part in description.exclude_from_checkpoint or []:
+        if name := next((name for name in model.carried if name.startswith(f"{part}.") and "lora_" not in name), None):
+            raise UserError(f"model.exclude_from_checkpoint=[{part}], but init_from brings such as {name!r}: leave it out")
+    head_of(model.causal_lm)  # a head that the loss cannot take is found here
     return model

@@ -1,17 +1,28 @@
 """The `model` part of the run's configuration."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders import encoder_class
 
+# of PEFT's LoraConfig, beside LoraPart's own: those that neither train something beside the adapters nor change the weights below them
+PEFT_OPTIONS = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "lora_bias",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPart:
     """PEFT's LoraConfig (https://huggingface.co/docs/peft): Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023); Liu et al., "DoRA"
-    (2024). r = 0: no adapters. options: any more of its fields."""
+    (2024). r = 0: no adapters. options: those of PEFT_OPTIONS."""
 
     r: int
     lora_alpha: int
@@ -19,7 +30,7 @@ class LoraPart:
     target_modules: list[str] | str
     use_rslora: bool = False
     use_dora: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.r < 0:
@@ -28,19 +39,18 @@ class LoraPart:
             raise UserError(f"lora: lora_dropout={self.lora_dropout} must be 0 to below 1, lora_alpha={self.lora_alpha} at least 1")
         if self.r and not self.target_modules:
             raise UserError("lora.target_modules names no layer: name some, such as [q_proj,v_proj]")
-        from peft import LoraConfig
-
-        known = {f.name for f in fields(LoraConfig)}
-        for key in self.options:
-            if key in vars(self) or key not in known:
-                raise UserError(f"lora.options: {key!r} is a key of its own, or no field of PEFT's LoraConfig: {nearest(key, known)}")
+        for key, value in (self.options or {}).items():
+            if key not in PEFT_OPTIONS:
+                raise UserError(f"lora.options: {key!r} is none of those that go with packed training: {nearest(key, PEFT_OPTIONS)}")
+            if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
+                raise UserError(f"lora.options.init_lora_weights={value!r} changes the base weights: take true or gaussian")
 
     def as_peft(self) -> dict[str, Any] | None:
         """The fields for PEFT; None without adapters. Those that are off are left out."""
         if not self.r:
             return None
         given = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, "target_modules": self.target_modules}
-        return given | {key: True for key in ("use_rslora", "use_dora") if getattr(self, key)} | self.options
+        return given | {key: True for key in ("use_rslora", "use_dora") if getattr(self, key)} | (self.options or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,5 +107,10 @@ class ModelConfig:
         if not self.audio_token.strip():
             raise UserError("model.audio_token is empty: give a text that no prompt contains, such as <|AUDIO|>")
         for part_name in self.exclude_from_checkpoint:
+            if part_name in ("audio_encoder", "llm") and not getattr(self, part_name).frozen:
+                raise UserError(
+                    f"model.exclude_from_checkpoint=[{part_name}], but model.{part_name}.frozen=false trains it: what it learns would be "
+                    "lost; leave it out of the list"
+                )
             if part_name not in ("audio_encoder", "llm"):
                 raise UserError(f"model.exclude_from_checkpoint: {part_name!r} is not a part: choose from audio_encoder, llm")

@@ -14,6 +14,7 @@ class AsrLlmConfig(PreTrainedConfig):
     options of PEFT's LoraConfig, or None.
     base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a checkpoint leaves out.
     drop_ragged_frames: the frames behind the last full stack of audio_encoder_projector_ds_rate are dropped instead of padded with zeros.
+    stored: of a run, how many weights of each part its checkpoints hold, adapters apart.
     prompts: those that training mixed; the first is the default of transcribe().
     """
 
@@ -33,6 +34,7 @@ class AsrLlmConfig(PreTrainedConfig):
     pad_to_30s: bool = False
     exclude_from_checkpoint: list[str] | None = None
     base_models: dict[str, Any] | None = None
+    stored: dict[str, int] | None = None
     prompts: list[str] | None = None
 
     def num_audio_tokens(self, samples: Any) -> Any:

@@ -29,11 +29,13 @@ def take_over(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     earlier, state = AsrLlmConfig.from_pretrained(exp_dir), read_state(newest_weights(exp_dir))
     check_meaning(earlier, model.config, state, exp_dir)
     parameters = dict(model.named_parameters())
+    now = {plain_name(name): name for name in parameters}
+    state = {now.get(plain_name(name), name): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         if name not in parameters:
             raise UserError(f"init_from={str(exp_dir)!r}: {name!r} was trained there and is not in this model: choose the same adapters")
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
-        if tensor.numel() != shape.numel():
+        if tensor.shape != shape and tensor.shape != (1,):  # scalars are trained as vectors
             raise UserError(f"init_from={str(exp_dir)!r}: {name!r} has the shape {tuple(tensor.shape)} there and {tuple(shape)} here")
     for group in {group_of(name) for name in state}:
         lacking = [name for name in parameters if group_of(name) == group and name not in state]
@@ -44,6 +46,11 @@ def take_over(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     copy_into(model, state)
     logger.info("%s: took over %d weights of %s", exp_dir, len(state), ", ".join(sorted({group_of(name) for name in state})))
     return set(state)
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without adapters around it: a part that was trained in full may be given adapters in the next stage."""
+    return name.replace("llm.base_model.model.", "llm.", 1).replace(".base_layer.", ".")
 
 
 def group_of(name: str) -> str:

@@ -35,7 +35,7 @@ REOPEN = 1 << 26  # bytes read of a file before its pages are let go
 def save_model(model: AsrLlmModel, folder: Path, *, merge_adapter: bool = False, max_shard_size: int | str = "5GB") -> None:
     """See AsrLlmModel.save_pretrained. What stands in the directory is replaced when all is written, the weights' list last."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures, config.stored = [type(model).__name__], None
     left_out = tuple(f"{part}." for part in config.exclude_from_checkpoint or [])
     state = {k: v for k, v in model.weights().items() if not k.startswith(left_out) or "lora_" in k}
     tuned: dict[str, Any] = {}
@@ -113,6 +113,10 @@ def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[
             raise UserError(f"merge_adapter=True puts the adapters into the {part}, which exclude_from_checkpoint leaves out: choose one")
     if kept := next((key for key in state if ".modules_to_save." in key or ".token_adapter." in key), None):
         raise UserError(f"merge_adapter=True: {kept!r} is trained beside the adapters' layers and cannot be merged: save without merging")
+
+    tied = model.causal_lm.get_output_embeddings().weight
+    if tied is model.causal_lm.get_input_embeddings().weight and any(layer.get_base_layer().weight is tied for layer in layers.values()):
+        raise UserError("merge_adapter=True: the adapter of the embeddings would change the head, which shares them: save unmerged")
 
     def plain(key: str) -> str:
         for name in wrapped:
@@ -262,6 +266,10 @@ def assemble(
     chosen = as_dtype(dtype) or prevailing_dtype(state, where)
     with parameters_on_meta():
         model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+    for part, count in (config.stored or {}).items():
+        found = sum(in_base(key, part) for key in state.keys() & model.weights().keys())
+        if found != count:
+            raise UserError(f"the weights of {where!r} hold {found} of the {part}, its checkpoints {count}: they are of another run")
     based = [part for part in from_base if any(in_base(key, part) for key in model.weights().keys() - state.keys())]
     if based:
         model = with_base_parts(config, based, chosen)

@@ -99,11 +99,22 @@ def _chunk(logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: b
 
 
 def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOptions]:
-    """The head of a transformers causal LLM and what its family does with the logits."""
+    """The head of a transformers causal LLM and what its family does with the logits.
+
+    Raises UserError for adapters on the head, and for a family whose scale of the logits is not known here.
+    """
     head, config = llm.get_output_embeddings(), llm.config.get_text_config()
     if type(head) is not nn.Linear:
-        raise UserError(
-            f"the LLM's head is a {type(head).__name__}, not a plain linear layer: leave it out of model.llm.lora.target_modules"
-        )
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere's; Granite's
+        raise UserError("the adapters' target_modules name the LLM's head, which the loss takes as it is: leave it out of them")
+    scale = 1.0
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value in (None, 1):
+            continue
+        if config.model_type.startswith("cohere") and name == "logit_scale":
+            scale *= value
+        elif config.model_type.startswith("granite") and name == "logits_scaling":
+            scale /= value
+        else:
+            raise UserError(f"the LLM is a {config.model_type!r} model with {name}={value}, which the loss does not know: take another LLM")
     return head, HeadOptions(scale, getattr(config, "final_logit_softcapping", None), label_smoothing)

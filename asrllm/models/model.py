@@ -122,6 +122,11 @@ class AsrLlmModel(PreTrainedModel):
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
 
+    def stored_weights(self) -> dict[str, int]:
+        """How many weights of encoder and LLM a checkpoint holds: those trained, and those carried; adapters apart."""
+        names = [name for name, p in self.named_parameters() if (p.requires_grad or name in self.carried) and "lora_" not in name]
+        return {part: sum(name.startswith(f"{part}.") for name in names) for part in ("audio_encoder", "llm")}
+
     def unsplit_modules(self) -> list[type[nn.Module]]:
         """The classes of the encoder's and the LLM's layers: what is best gathered, checkpointed or placed as a whole."""
         names = {*(self.llm._no_split_modules or ()), *self.audio_encoder.unsplit_modules}
@@ -154,6 +159,8 @@ class AsrLlmModel(PreTrainedModel):
             module = getattr(self, part)
             if not any(p.requires_grad for p in module.parameters()):
                 module.eval()
+                for layer in module.modules() if mode else ():
+                    layer.training = getattr(layer, "gradient_checkpointing", False)  # transformers recomputes in training alone
         return self
 
     # --- text out ---

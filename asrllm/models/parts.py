@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -38,15 +39,37 @@ def check_weights(encoder: nn.Module, state: dict[str, torch.Tensor], path: str)
 
 
 def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Under a live HfDeepSpeedConfig of stage 3, every rank keeps its partition alone."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=register_packed_attention())
+    """Under a live HfDeepSpeedConfig of stage 3, every rank keeps its partition alone.
+
+    Raises UserError for files that cannot be read, for a missing, unexpected or wrong-shaped key, and for a family that cannot be packed.
+    """
+    attention = register_packed_attention()
+    try:
+        llm, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the LLM {path!r} cannot be loaded ({' '.join(str(error).split())[:300]}): download it again") from error
+    for what in ("missing", "unexpected", "mismatched"):  # mismatched: of another shape; (key, shape, shape)
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in found[f"{what}_keys"]):
+            raise UserError(f"the LLM {path!r} has {len(keys)} {what} keys, the first {keys[0]}: download it again")
+    return check_family(llm)
+
+
+def check_family(llm: PreTrainedModel) -> PreTrainedModel:
+    """Raises UserError where the utterances of a packed row would see each other."""
+    kinds = set(getattr(llm.config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if llm._is_stateful or not llm._supports_attention_backend or kinds:
+        what = f"layers of the kind {min(kinds)!r}" if kinds else "an attention of its own"
+        raise UserError(f"the LLM is a {llm.config.model_type!r} model with {what}, which cannot be packed: take a Qwen, Llama or Gemma")
+    return llm
 
 
 def empty_llm(fields: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
     """An LLM without its weights, from its config.json. dtype: as config.json says when None."""
     register_packed_attention()
     config = AutoConfig.for_model(**fields)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, **({"dtype": dtype} if dtype else {}))
+    return check_family(AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, **({"dtype": dtype} if dtype else {})))
 
 
 def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:

@@ -119,7 +119,6 @@ def read_carried(exp_dir: Path, manifest: dict[str, Any]) -> dict[str, torch.Ten
 
 def restore_carried(model: nn.Module, exp_dir: Path, manifest: dict[str, Any]) -> None:
     copy_into(model, read_carried(exp_dir, manifest))
-    model.carried = tuple(manifest.get("carried", []))
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, exp_dir: Path, tag: str) -> None:

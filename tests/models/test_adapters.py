@@ -8,6 +8,7 @@ import torch
 from asrllm.errors import UserError
 from asrllm.models.config import EncoderPart, LoraPart
 from asrllm.models.earlier import take_over
+from asrllm.testing import tiny_llm
 from tests.models.test_model import batch_of, make_model, samples
 
 WHISPER_LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "fc1"]}
@@ -69,8 +70,11 @@ def test_options_of_peft_reach_it(world, tmp_path, options):
 def test_mistakes_in_the_options_are_one_sentence(world):
     with pytest.raises(UserError, match=r"lora\.options: 'rank_patern' .* did you mean 'rank_pattern'"):
         llm_lora(options={"rank_patern": {}})
-    with pytest.raises(UserError, match=r"'r' is a key of its own"):
-        llm_lora(options={"r": 3})
+    for options in ({"r": 3}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"inference_mode": True}):
+        with pytest.raises(UserError, match="none of those that go with packed training"):
+            llm_lora(options=options)
+    with pytest.raises(UserError, match="changes the base weights"):
+        llm_lora(options={"init_lora_weights": "pissa"})
     lora = LoraPart(**WHISPER_LORA | {"target_modules": ["nothing"]})
     with pytest.raises(UserError, match=r"model\.audio_encoder\.lora does not fit"):
         make_model(world, audio_encoder=encoder_part(world, "whisper", lora=lora))
@@ -116,6 +120,55 @@ def test_a_run_takes_over_all_that_an_earlier_one_trained(world, tmp_path):
         assert torch.equal(parameter, second.projector.get_parameter(name))
     third = make_model(world, frozen=("llm", "audio_encoder"), init_from=str(tmp_path), patterns=["projector.*"])
     assert set(third.carried) == taken
+
+
+def test_a_part_trained_in_full_may_be_frozen_or_given_adapters_next(world, tmp_path):
+    first = make_model(world, frozen=("llm",), audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None))
+    with torch.no_grad():
+        first.audio_encoder.layers[0].self_attn.q_proj.weight.add_(1)
+    run = str(finished_run(first, tmp_path))
+    second = make_model(world, init_from=run, audio_encoder=encoder_part(world, "whisper"), patterns=["llm.*lora_*"])
+    changed = second.audio_encoder.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.equal(changed, first.audio_encoder.layers[0].self_attn.q_proj.weight)
+    base = {name for name, _ in second.named_parameters() if name.startswith("audio_encoder.") and "lora_" not in name}
+    adapters = {name for name, _ in second.named_parameters() if name.startswith("llm.") and "lora_" in name}
+    assert set(second.carried) == base | adapters
+    assert second.stored_weights() == {"audio_encoder": len(base), "llm": 0}
+    with pytest.raises(UserError, match=r"exclude_from_checkpoint=\[audio_encoder\], but init_from brings"):
+        make_model(world, init_from=run, exclude_from_checkpoint=["audio_encoder"])
+    with pytest.raises(UserError, match="trains it: what it learns would be lost"):
+        make_model(world, audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None), exclude_from_checkpoint=["audio_encoder"])
+
+
+def test_another_base_model_is_refused(world, tmp_path):
+    finished_run(make_model(world), tmp_path)
+    other = tiny_llm(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="was trained on another llm"):
+        take_over(make_model(world, llm=llm_lora() | {"pretrained_model": str(other)}), tmp_path)
+
+
+def test_recomputation_reaches_an_llm_that_is_frozen(world):
+    """transformers recomputes in training mode alone; the dropout of a frozen LLM stays off all the same."""
+    model = make_model(world, llm=llm_lora(r=0))
+    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    calls = []
+    model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(**batch_of(model, samples())).loss.backward()
+    assert len(calls) == 2
+    assert not model.llm.model.layers[0].mlp.training
+    model.eval()
+    assert not model.llm.model.layers[0].training
+
+
+def test_label_smoothing_is_of_training_alone(world):
+    model = make_model(world)
+    batch = batch_of(model, samples())
+    plain = model(**batch).loss
+    model.label_smoothing = 0.2
+    assert model(**batch).loss == plain
+    smoothed = model.train()(**batch).loss
+    assert abs(smoothed - plain) > 1
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,53 @@ def test_merging_and_what_contradicts_it(world, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT warns of it
+def test_an_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
+    model = lora_model(world, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UserError, match="would change the head, which shares them"):
+        model.save_pretrained(tmp_path / "merged", merge_adapter=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_rounds_once(world, tmp_path):
+    """A bfloat16 model: the merged weight is the sum in float32, rounded."""
+    model = lora_model(world, target_modules=["q_proj"]).bfloat16()
+    layer = model.causal_lm.model.layers[0].self_attn.q_proj
+    a, b, base = (x.weight.detach().float() for x in (layer.lora_A["default"], layer.lora_B["default"], layer.base_layer))
+    model.save_pretrained(tmp_path, merge_adapter=True)
+    merged = load_file(tmp_path / "model.safetensors")["llm.model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(merged, (base + layer.scaling["default"] * b @ a).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.layers.0.mlp.up_proj.weight"), r"has 1 missing keys, the first model\.layers\.0\.mlp\.up_proj\.weight"),
+        (lambda s: s.update({"model.extra": torch.zeros(1)}), r"has 1 unexpected keys, the first model\.extra"),
+        (lambda s: s.update({"model.norm.weight": torch.zeros(3)}), r"has 1 mismatched keys, the first model\.norm\.weight"),
+        (None, "cannot be loaded"),
+    ],
+)
+def test_a_damaged_base_llm_is_one_sentence(world, tmp_path, change, message):
+    folder = shutil.copytree(world.llm, tmp_path / "llm")
+    state = load_file(folder / "model.safetensors")
+    if change:
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:900])
+    with pytest.raises(UserError, match=message):
+        make_model(world, llm={"pretrained_model": str(folder)})
+
+
+def test_a_chat_beyond_the_llms_vocabulary_is_one_sentence(world, tmp_path):
+    folder = shutil.copytree(world.llm, tmp_path / "llm")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
+    with pytest.raises(UserError, match=r"has 2 embeddings, none for the token"):
+        make_model(world, llm={"pretrained_model": str(folder)})
+
+
 def test_the_command_merges(world, tmp_path, capsys):
     model = make_model(world)
     model.save_pretrained(tmp_path / "saved")

@@ -6,7 +6,9 @@ import torch
 from asrllm.errors import UserError
 from asrllm.models import loss
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.loss import head_of
 from asrllm.models.model import AsrLlmModel
+from asrllm.models.parts import empty_llm
 from tests.models.test_loss import Largest
 
 SIZE = {
@@ -109,7 +111,7 @@ def test_adapters_on_the_head_are_refused():
     model, rows = make_model("llama", False), list(chats())
     options = {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
     model = AsrLlmModel(AsrLlmConfig(**model.config.to_dict() | {"lora": options}))
-    with pytest.raises(UserError, match="the LLM's head is a Linear, not a plain linear layer"):
+    with pytest.raises(UserError, match="the adapters' target_modules name the LLM's head"):
         model(**packed(rows))
 
 
@@ -124,3 +126,26 @@ def test_no_tensor_of_the_step_is_all_tokens_by_the_vocabulary(monkeypatch):
     assert tokens > 100
     assert largest.elements == 32 * 20_000  # the embeddings, turned over for the head's product
     assert largest.elements < tokens * 20_000 / 3
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mamba", {}, "which cannot be packed"),
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}, "which cannot be packed"),
+        (
+            "llama4_text",
+            {"intermediate_size_mlp": 32, "num_local_experts": 2},
+            "of the kind 'chunked_attention', which cannot",
+        ),
+    ],
+)
+def test_families_that_cannot_be_packed_are_refused(family, fields, message):
+    with pytest.raises(UserError, match=message):
+        empty_llm({"model_type": family} | SIZE | fields)
+
+
+def test_an_unknown_scale_of_the_logits_is_refused():
+    llm = empty_llm({"model_type": "llama", "logits_scaling": 3.0} | SIZE)
+    with pytest.raises(UserError, match="a 'llama' model with logits_scaling="):
+        head_of(llm)
