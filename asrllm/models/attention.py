@@ -23,7 +23,7 @@ from asrllm.errors import UserError, nearest
 
 PACKED = "asrllm_packed"
 HALF = (torch.float16, torch.bfloat16)
-# scores of an utterance that are held whole, at most: for halves on the CPU that takes 0.4 of the fused kernel's time; they are rounded
+# scores of an utterance that are held whole, at most: for halves on the CPU that takes half of the fused kernel's time; they are rounded
 # to halves, as in transformers' eager attention, which the fused kernel's are not
 MOST_SCORES = 1 << 22
 _facts = WeakTensorKeyDictionary()  # cu_seqlens -> what was worked out from it

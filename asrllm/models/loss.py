@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *(None if grad is None else grad * outer[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else grad * outer[0] for grad in ctx.saved_tensors), None, None
 
 
 def _zeros(parameter: Tensor) -> Tensor:

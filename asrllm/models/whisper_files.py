@@ -15,8 +15,8 @@ from asrllm.models.zipformer_files import DAMAGED, load_tensors
 
 KEY = "model.audio_encoder.pretrained_model"
 FIELDS = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions")
-# the hub's large models hold a second copy, model.fp32-*: the plain names come first
-FILES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "*.safetensors")
+# the hub's large models hold a second copy, model.fp32-*: the plain names come first; safetensors before others, as in fingerprints
+FILES = ("model.safetensors", "model-*.safetensors", "*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 DIMS = {
     "num_mel_bins": "n_mels",
     "d_model": "n_audio_state",
