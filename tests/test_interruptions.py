@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def started(logs: Path, *commands: list[str], **environment: str) -> Iterator[li
 
 def train_command(*overrides: object, script: Path = TRAIN, how: dict | None = None) -> list[str]:
     return [sys.executable, str(script), *([json.dumps(how)] if how else []), *map(str, overrides)]
+
+
+def run_both(logs: Path, command: list[str]) -> None:
+    with started(logs, command, command) as ranks:
+        assert [process.wait(90) for process in ranks] == [0, 0], (logs / "1").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +212,7 @@ def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "precision", "what"),
-    [(0, "fp32", "gradient"), (0, "bf16", "loss"), (1, "bf16", "loss"), (2, "fp32", "loss"), (3, "bf16", "loss")],
+    [(0, "fp32", "gradient"), (0, "bf16", "loss"), (1, "bf16", "gradient"), (2, "fp32", "loss"), (3, "bf16", "loss")],
 )
 def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(world, settings, tmp_path, stage, precision, what):
     """Steps 3 and 4 of 8, on the second rank; what follows is what follows when the run is resumed from just after them."""
@@ -219,14 +225,9 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(world, settings, tmp_
         "trainer__gradient_accumulation_steps": 2,
     }
     how = {"what": what, "steps": [3, 4], "ranks": [1]}
-    for path in (exp, again):
-        command = train_command(*world.overrides(path, **settings | changes), script=MISBEHAVE, how=how)
-        for resumed in range(1 + (path == again)):
-            with started(tmp_path / "logs", command, command) as ranks:
-                assert [process.wait(90) for process in ranks] == [0, 0], (tmp_path / "logs" / "1").read_text()[-3000:]
-            if path == again and not resumed:
-                for tag in (6, 8):
-                    (again / f"checkpoint-{tag}" / "asrllm.json").unlink()
+    run_both(tmp_path / "logs", train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how))
+    shutil.copytree(exp, again, ignore=shutil.ignore_patterns("checkpoint-6", "checkpoint-8", "pretrained.pt"))
+    run_both(tmp_path / "logs", train_command(*world.overrides(again, **settings | changes), script=MISBEHAVE, how=how))
     assert [record["skipped"] for record in records(exp)] == [0, 0, 1, 1, 0, 0, 0, 0]
     assert losses(exp) == losses(again)
     assert records(exp)[2]["grad_norm"] is None

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TextIO
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+MOST_BETWEEN_LOOKS = 5.0  # seconds
 LAST_RESORT = 10  # seconds for telling, whose file system may be what hangs
 
 
@@ -19,7 +20,8 @@ class Watchdog:
     """Within its block the process must call `beat` every `timeout` seconds (None or 0: need not).
 
     Else the stacks of all threads, with the keys of the last batch, go to stderr and to exp_dir/hang-rank{rank}.txt; the reading processes
-    are killed and this one exits with status 75. A thread does it, since the main one may be in a collective that never returns.
+    are killed and this one exits with status 75 (1, with the stacks on stderr alone, where the interpreter's lock is never given back). A
+    thread does it, since the main one may be in a collective that never returns.
     """
 
     def __init__(self, timeout: float | None = None, exp_dir: Path = Path(), *, rank: int = 0) -> None:
@@ -32,6 +34,7 @@ class Watchdog:
         self.beat("beginning")
         if self.timeout:
             self.file.unlink(missing_ok=True)
+            self._arm()
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.thread.start()
         return self
@@ -48,12 +51,14 @@ class Watchdog:
         self.doing, self.since = doing, time.monotonic()
 
     def _watch(self) -> None:
-        tick = min(self.timeout / 4, 10.0)
-        while not self.ended.wait(tick):
-            # should the main thread hang with the interpreter's lock, this thread stops too: C code then does what is left to do
-            faulthandler.dump_traceback_later(self.timeout + 2 * tick, exit=True)
+        while not self.ended.wait(min(self.timeout / 4, MOST_BETWEEN_LOOKS)):
+            self._arm()
             if time.monotonic() - self.since >= self.timeout:
                 self._end()
+
+    def _arm(self) -> None:
+        """Should the main thread hang with the interpreter's lock, the watching one stops too: C code then prints the stacks and exits."""
+        faulthandler.dump_traceback_later(self.timeout + 2 * MOST_BETWEEN_LOOKS, exit=True)
 
     def _end(self) -> None:
         faulthandler.dump_traceback_later(LAST_RESORT, exit=True)
