@@ -26,6 +26,7 @@ class Watchdog:
 
     def __init__(self, timeout: float | None = None, exp_dir: Path = Path(), *, rank: int = 0) -> None:
         self.timeout, self.rank, self.file = timeout or 0.0, rank, exp_dir / f"hang-rank{rank}.txt"
+        self.look = min(self.timeout / 4, MOST_BETWEEN_LOOKS)
         self.ended = threading.Event()
         self.keys: Sequence[str] = ()
         self.doing, self.since = "beginning", time.monotonic()
@@ -51,14 +52,14 @@ class Watchdog:
         self.doing, self.since = doing, time.monotonic()
 
     def _watch(self) -> None:
-        while not self.ended.wait(min(self.timeout / 4, MOST_BETWEEN_LOOKS)):
+        while not self.ended.wait(self.look):
             self._arm()
             if time.monotonic() - self.since >= self.timeout:
                 self._end()
 
     def _arm(self) -> None:
         """Should the main thread hang with the interpreter's lock, the watching one stops too: C code then prints the stacks and exits."""
-        faulthandler.dump_traceback_later(self.timeout + 2 * MOST_BETWEEN_LOOKS, exit=True)
+        faulthandler.dump_traceback_later(self.timeout + 2 * self.look, exit=True)
 
     def _end(self) -> None:
         faulthandler.dump_traceback_later(LAST_RESORT, exit=True)

@@ -43,9 +43,8 @@ def slurm(tmp_path: Path) -> Path:
     """A directory with a stand-in for each of Slurm's commands."""
     scripts = {"scontrol": f'if [ "$1" = show ]; then echo host1; else echo "$@" > {tmp_path}/requeued; fi', "srun": 'shift; exec "$@"'}
     ran = f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*" > {tmp_path}/run'
-    scripts["python"] = (
-        f"{ran}; touch $EXP/config.yaml; if [ $FINISHED = True ]; then touch -d '+1 second' $EXP/pretrained.pt; fi; exit $STATUS"
-    )
+    finished = "if [ $FINISHED = True ]; then touch -d '+1 second' $EXP/pretrained.pt; fi"
+    scripts["python"] = f"{ran}; touch $EXP/config.yaml; {finished}; exit $STATUS"
     (tmp_path / "exp").mkdir()
     for name, text in scripts.items():
         path = tmp_path / name
