@@ -132,11 +132,12 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         )
         skip_nonfinite(engine)
         engine.module.label_smoothing = config.trainer.label_smoothing
+        if tag is not None:
+            checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
         write_run_files(config, processor)
         if tag is None:
             checkpoint.write_carried(engine.module, exp_dir)
         else:
-            checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
             checkpoint.load_checkpoint(engine, exp_dir, tag)
             checkpoint.restore_carried(engine.module, exp_dir, manifest)
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
