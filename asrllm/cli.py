@@ -25,7 +25,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake, 1 anything else (a traceback)."""
+    """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 1 anything else (a traceback)."""
     argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will change one day is for our tests, not for users
     if not torch.accelerator.is_available():

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import mmap
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -154,6 +155,7 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
             num_workers=workers,
             prefetch_factor=PREFETCH,
             collate_fn=_as_it_is,
+            worker_init_fn=_ignore_signals,
             multiprocessing_context="fork",  # the index and the slots are mapped, not copied
         )
     )
@@ -166,6 +168,12 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Launchers and schedulers signal all processes; the training one saves, and needs this one until then. It says when to end."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _prepared(

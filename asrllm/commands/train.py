@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from asrllm.models.encoders import encoder_class
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
+from asrllm.training.preemption import Preemption
 
 logger = logging.getLogger(__name__)
 SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
@@ -78,12 +80,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(config: TrainRun) -> None:
+    with Preemption(config.trainer.preemption_signals) as preemption:
+        build_and_fit(config, preemption)
+
+
+def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     """Everything that can be wrong without the weights is found before they are loaded; then build, resume, fit, finish."""
     from asrllm.models.build import build_model, check_prompts, describe_model
     from asrllm.training import checkpoint
     from asrllm.training.ds_config import read_ds_config
     from asrllm.training.engine import deepspeed_engine
+    from asrllm.training.nonfinite import skip_nonfinite
     from asrllm.training.trainer import Trainer
+    from asrllm.training.watchdog import Watchdog
 
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
@@ -98,6 +107,7 @@ def train(config: TrainRun) -> None:
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
     tag, manifest = find_resume(config, processor, settings)
+    preemption.meet()
     device = distributed.start()
     frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
     torch.manual_seed(config.seed)
@@ -118,7 +128,9 @@ def train(config: TrainRun) -> None:
             exp_dir=exp_dir,
             seed=config.seed,
             total_steps=data.total_steps(),
+            preemption=preemption,
         )
+        skip_nonfinite(engine)
         engine.module.label_smoothing = config.trainer.label_smoothing
         if tag is not None:
             checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
@@ -132,8 +144,11 @@ def train(config: TrainRun) -> None:
             checkpoint.restore_carried(engine.module, exp_dir, manifest)
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
         trainer.hooks = make_hooks(config, data, trainer, settings)
-        trainer.fit(data.train_steps)
-    if distributed.rank() == 0:
+        with Watchdog(config.trainer.step_timeout, exp_dir, rank=distributed.rank()) as trainer.watchdog:
+            trainer.fit(data.train_steps)
+    if distributed.rank() == 0 and trainer.preempted:
+        tell_preempted(preemption, trainer.step, begun_at=manifest.get("step", 0))
+    elif distributed.rank() == 0:
         write_pretrained(exp_dir)
     distributed.barrier()
     distributed.finish()
@@ -327,6 +342,7 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
 
 def make_hooks(config: TrainRun, data: TrainingData, trainer: Any, settings: dict[str, Any]) -> list[Any]:
     from asrllm.training import hooks
+    from asrllm.training.nonfinite import NonFiniteGuard
 
     keys, exp_dir = config.trainer, trainer.exp_dir
     sinks: list[hooks.Sink] = []
@@ -339,13 +355,19 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Any, settings: dic
     metrics = hooks.Metrics(sinks, every=keys.log_every, max_bad_share=config.data.max_bad_share)
     if trainer.step == 0 and (dropped := data.dropped()):
         metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
-    made: list[Any] = [metrics]
+    made: list[Any] = [metrics, NonFiniteGuard(most=keys.max_nonfinite_steps)]
     if config.data.trace:
         made.append(hooks.Trace(exp_dir, trainer.step))
     if data.valid:
         made.append(hooks.Validation(data.valid_sets(), metrics, every=keys.valid_every))
     made.append(hooks.Checkpoints(metrics, settings, every=keys.save_every, keep=keys.keep_last_k))
     return made
+
+
+def tell_preempted(preemption: Preemption, step: int, *, begun_at: int) -> None:
+    what = f"saved checkpoint-{step}" if step > begun_at else "no step was done"
+    asked = preemption.asked or "a signal to another rank"
+    print(f"asrllm train: {asked}: {what}, ended; the same command goes on from there", file=sys.stderr, flush=True)
 
 
 def write_pretrained(exp_dir: Path) -> None:

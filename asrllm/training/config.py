@@ -1,11 +1,13 @@
 """The `trainer` part of the configuration."""
 
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from asrllm.errors import UserError
+from asrllm.training.preemption import check_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +37,26 @@ class TrainerConfig:
     save_every: int
     keep_last_k: int
     resume: Literal["auto", "never"]
+    preemption_signals: list[str]
+    step_timeout: float | None
+    max_nonfinite_steps: int
     tensorboard: bool
     wandb: WandbConfig
 
     def __post_init__(self) -> None:
         if self.num_epochs is None and self.num_steps is None:
             raise UserError("trainer.num_epochs and trainer.num_steps are both null: set the one that ends the training")
-        for key in ("gradient_accumulation_steps", "log_every", "valid_every", "save_every", "num_epochs", "num_steps"):
+        counts = ("gradient_accumulation_steps", "log_every", "valid_every", "save_every", "max_nonfinite_steps", "num_epochs", "num_steps")
+        for key in counts:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"trainer.{key}={value} must be at least 1")
         for key in ("warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
+        if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
+            raise UserError(f"trainer.step_timeout={self.step_timeout} must be a number of seconds; 0 or null: none")
+        check_signals(self.preemption_signals)
         if not 0 < self.lr < float("inf"):
             raise UserError(f"trainer.lr={self.lr} must be a number above 0")
         if not 0 <= self.label_smoothing < 1:

@@ -47,7 +47,7 @@ class Metrics:
             for message in batch.bad:
                 print(f"unreadable: {message}", file=sys.stderr, flush=True)
                 self.unreadable.append(message)
-        if trainer.step % self.every and not trainer.last:
+        if trainer.step % self.every and not trainer.ending:
             return
         total, seconds = self.sums.over_ranks(trainer.device), time.monotonic() - self.since
         self.write(train_record(trainer, loaded.epoch, total, seconds, self.steps))
@@ -84,12 +84,12 @@ class Metrics:
 
 
 def train_record(trainer: Trainer, epoch: int, total: StepSums, seconds: float, steps: int) -> Record:
-    targets, ranks = max(total.targets, 1), distributed.world_size()
+    targets, ranks = total.targets, distributed.world_size()
     return {
         "step": trainer.step,
         "epoch": epoch,
-        "loss": total.loss / targets,
-        "acc": total.correct / targets,
+        "loss": total.loss / targets if targets else None,  # no loss was finite
+        "acc": total.correct / targets if targets else None,
         "lr": trainer.lr,
         "grad_norm": trainer.grad_norm,
         "utterances": int(total.utterances),
@@ -97,6 +97,7 @@ def train_record(trainer: Trainer, epoch: int, total: StepSums, seconds: float, 
         "text_tokens": int(total.targets),
         "padding": round(1 - total.audio_seconds / max(total.read_seconds, 1e-9), 4),
         "bad": int(total.bad),
+        "skipped": round(total.skipped / ranks),
         "tokens_per_second": round(total.tokens / seconds, 1),
         "audio_hours_per_hour": round(total.audio_seconds / seconds, 2),
         "data_wait": round(total.data_wait / ranks / seconds, 4),
@@ -138,7 +139,8 @@ class ConsoleSink:
             values = ", ".join(f"{k} {v:.6g}" for k, v in record.items() if k != "step")
             print(f"step {record['step']}: {values}", file=sys.stderr, flush=True)
             return
-        note = f"loss {record['loss']:.3f}  acc {record['acc']:.3f}  lr {record['lr']:.2e}  {record['seconds_per_step']:.2f} s/step"
+        loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.3f}  acc {record['acc']:.3f}"
+        note = f"{loss}  lr {record['lr']:.2e}  {record['seconds_per_step']:.2f} s/step"
         self.bar.advance(record["step"] - self.step, note)
         self.step = record["step"]
 
@@ -196,37 +198,51 @@ def _run_id(exp_dir: Path) -> str:
 
 
 class Validation:
-    """Loss and token accuracy of each validation set, every `every` steps and at the end; all ranks take part."""
+    """Loss and token accuracy of each validation set, every `every` steps and at the end; all ranks take part.
+
+    A run that is asked to end leaves it out or breaks it off: its time is for saving.
+    """
 
     def __init__(self, sets: dict[str, Callable[[], Iterator[PackedBatch]]], metrics: Metrics, *, every: int) -> None:
         self.sets, self.metrics, self.every = sets, metrics, every
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
-        if trainer.step % self.every == 0 or trainer.last:
+        if (trainer.step % self.every == 0 or trainer.last) and not trainer.preempted:
             with self.metrics.beside_training():
-                self.run(trainer)
+                record = self.run(trainer)
+            if record is not None:
+                self.metrics.write(record)
 
     def at_end(self, trainer: Trainer) -> None:
         """The last step has validated."""
 
-    @torch.no_grad()
-    def run(self, trainer: Trainer) -> None:
+    def run(self, trainer: Trainer) -> Record | None:
+        """None: the run was asked to end."""
         trainer.engine.eval()
+        try:
+            return self._measure(trainer)
+        finally:
+            trainer.engine.train()
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer) -> Record | None:
         record: Record = {"step": trainer.step}
         for name, batches in self.sets.items():
             sums = StepSums()
             for batch in batches():
+                trainer.watchdog.beat(f"validating on {name}", batch.keys)
+                if trainer.agree_to_end():
+                    return None
                 batch = batch.to(trainer.device)
                 output = trainer.engine(**{key: getattr(batch, key) for key in MODEL_INPUTS})
                 sums += count(batch, output.loss, output.correct)
             total = sums.over_ranks(trainer.device)
             record |= {f"valid/{name}/loss": total.loss / max(total.targets, 1), f"valid/{name}/acc": total.correct / max(total.targets, 1)}
-        self.metrics.write(record)
-        trainer.engine.train()
+        return record
 
 
 class Checkpoints:
-    """checkpoint-{step} every `every` steps and at the end; epoch-{n} after the n-th epoch."""
+    """checkpoint-{step} every `every` steps and at the run's end; epoch-{n} after the n-th epoch."""
 
     def __init__(self, metrics: Metrics, settings: dict[str, Any], *, every: int, keep: int) -> None:
         self.metrics, self.settings, self.every, self.keep = metrics, settings, every, keep
@@ -234,12 +250,13 @@ class Checkpoints:
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
         if loaded.position.epoch != loaded.epoch:
             self.save(trainer, f"epoch-{loaded.position.epoch}")
-        if trainer.step % self.every == 0 or trainer.last:
+        if trainer.step % self.every == 0 or trainer.ending:
             self.save(trainer, f"checkpoint-{trainer.step}")
             if distributed.rank() == 0:
                 prune(trainer.exp_dir, self.keep)
 
     def save(self, trainer: Trainer, tag: str) -> None:
+        trainer.watchdog.beat(f"saving {tag}")
         manifest = make_manifest(trainer.engine, self.settings, step=trainer.step, position=trainer.position)
         with self.metrics.beside_training():
             save_checkpoint(trainer.engine, trainer.exp_dir, tag, manifest)

@@ -20,7 +20,9 @@ from asrllm.errors import UserError
 from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
 from asrllm.training.engine import set_lr
+from asrllm.training.preemption import Preemption
 from asrllm.training.schedule import warmup_cosine
+from asrllm.training.watchdog import Watchdog
 
 MODEL_INPUTS = ("waves", "wave_lengths", "input_ids", "position_ids", "cu_seqlens", "target_positions", "targets", "masks", "time_masks")
 
@@ -38,6 +40,7 @@ class StepSums:
     read_seconds: float = 0.0  # of audio with the padding that batching adds
     data_wait: float = 0.0  # seconds
     bad: float = 0.0  # utterances that could not be read
+    skipped: float = 0.0  # steps that changed nothing, for want of a finite gradient; every rank counts them
 
     def as_tensor(self) -> Tensor:
         return torch.tensor(list(vars(self).values()), dtype=torch.float64)
@@ -65,7 +68,8 @@ class Hook(Protocol):
 class Trainer:
     """step: optimizer steps done; position: where the data goes on; last: whether the step just done was the last of the training.
 
-    total_steps: where the training ends; an estimate where it ends with an epoch.
+    total_steps: where the training ends; an estimate where it ends with an epoch. preempted: whether a rank was asked to end, so that this
+    step is the run's last; it is known to all ranks alike. nonfinite_keys: of this rank's utterances in the step whose loss was not finite.
     """
 
     engine: deepspeed.DeepSpeedEngine
@@ -75,9 +79,13 @@ class Trainer:
     seed: int
     total_steps: int
     hooks: Sequence[Hook] = ()
+    preemption: Preemption = field(default_factory=Preemption)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     step: int = 0
     position: Position = field(default_factory=Position)
     last: bool = False
+    preempted: bool = False
+    nonfinite_keys: list[str] = field(default_factory=list)
     grad_norm: float | None = None
     lr: float = 0.0
 
@@ -85,21 +93,36 @@ class Trainer:
         """Train from self.step and self.position to the end. steps: the data from a position on."""
         self.engine.train()
         stream, self.last = steps(self.position), self._is_over()
-        while not self.last:
+        self.agree_to_end()
+        while not self.ending:
             began = time.monotonic()
+            self.watchdog.beat("waiting for data")
             loaded = next(stream, None)
             if loaded is None:
                 raise UserError(
                     "no utterance is left to train on in these epochs: raise trainer.num_epochs, the weights, or widen data.filter"
                 )
             self.position, waited = loaded.position, time.monotonic() - began
+            self.watchdog.beat(f"in step {self.step + 1}", [key for batch in loaded.micro_batches for key in batch.keys])
             sums = self.train_step(loaded)
             sums.data_wait = waited
             self.last = self._is_over()
             for hook in self.hooks:
+                self.watchdog.beat(f"in {type(hook).__name__} after step {self.step}")
                 hook.after_step(self, loaded, sums)
         for hook in self.hooks:
             hook.at_end(self)
+
+    @property
+    def ending(self) -> bool:
+        """The step is the run's last, be the training over or not."""
+        return self.last or self.preempted
+
+    def agree_to_end(self) -> bool:
+        """Whether any rank was asked to end. A collective; train_step has it in one of its own."""
+        asked = torch.tensor(float(self.preemption.asked is not None), device=self.device)
+        self.preempted |= bool(distributed.sum_over_ranks(asked))
+        return self.preempted
 
     def _is_over(self) -> bool:
         """After num_steps or num_epochs, whichever comes first."""
@@ -123,19 +146,27 @@ class Trainer:
         set_lr(self.engine, self.lr)
         self.engine.module.set_batch_count(self.step)
         micro_batches = [batch.to(self.device) for batch in loaded.micro_batches]
-        targets = torch.tensor(float(sum(len(b.targets) for b in micro_batches)), device=self.device)
-        everywhere = distributed.sum_over_ranks(targets.clone())
+        targets = sum(len(b.targets) for b in micro_batches)
+        mine = torch.tensor([float(targets), float(self.preemption.asked is not None)], device=self.device)
+        everywhere, asked = distributed.sum_over_ranks(mine)
         # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets instead
         scale = distributed.world_size() * len(micro_batches) / everywhere.clamp(min=1)
-        sums = StepSums()
+        sums, self.nonfinite_keys = StepSums(), []
         for batch in micro_batches:
             output = self.engine(**{name: getattr(batch, name) for name in MODEL_INPUTS})
+            counted = count(batch, output.loss, output.correct)
+            if not math.isfinite(counted.loss):
+                counted.loss = counted.correct = counted.targets = 0.0
+                self.nonfinite_keys += batch.keys
+                scale = scale * math.nan  # of every gradient, by which all ranks skip the step
             self.engine.backward(output.loss * scale)
             self.engine.step()
-            sums += count(batch, output.loss, output.correct)
+            sums += counted
         self.step += 1
+        self.preempted |= bool(asked)
+        sums.skipped = float(not self.engine.was_step_applied())
         norm = self.engine.get_global_grad_norm()
-        self.grad_norm = None if norm is None else float(norm)
+        self.grad_norm = None if norm is None or sums.skipped else float(norm)
         return sums
 
 

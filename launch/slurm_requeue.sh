@@ -1,0 +1,31 @@
+#!/bin/bash
+# A training job that is asked to save two minutes before its time is over, and queued again until the training is done:
+#   EXP=exp/whisper_qwen2 sbatch launch/slurm_requeue.sh data.train_data_config=train.yaml model.llm.pretrained_model=/path/to/llm ...
+#SBATCH --job-name=asrllm
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR1@120   # to every rank: at most the step under way, one more and the saving must fit into these seconds
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+
+: "${EXP:?give the directory that the run writes to: EXP=exp/NAME sbatch launch/slurm_requeue.sh ...}"
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+WORLD_SIZE=$SLURM_NTASKS
+export MASTER_ADDR MASTER_PORT WORLD_SIZE
+
+# srun starts the ranks itself: torchrun's agent and deepspeed's launcher would die of SIGUSR1 rather than pass it on
+# shellcheck disable=SC2016  # the variables are those of each task
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python launch/train.py "$@"' train "exp_dir=$EXP" "$@"
+status=$?
+
+# 0: done, or saved and ended early; 75: it hung, hang-rank*.txt says where. Anything else would come again.
+# pretrained.pt is written when the training is over, config.yaml whenever it begins or goes on.
+if { [ "$status" -eq 0 ] && [ ! "$EXP/pretrained.pt" -nt "$EXP/config.yaml" ]; } || [ "$status" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,57 @@
+"""launch/train.py with a model that misbehaves: python tests/misbehave.py '{"what": ..., "steps": [...], "ranks": [...]}' OVERRIDES.
+
+what: loss or gradient: it is not finite in these steps (from 1) of these ranks; build: building waits for exp_dir/go.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from asrllm.cli import main
+from asrllm.models import build
+from asrllm.models.model import AsrLlmModel
+
+
+def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
+    now = 0
+    count, forward = AsrLlmModel.set_batch_count, AsrLlmModel.forward
+
+    def set_batch_count(self, step):
+        nonlocal now
+        now = step + 1
+        count(self, step)
+
+    def bad_forward(self, **batch):
+        output = forward(self, **batch)
+        if self.training and now in steps and int(os.environ.get("RANK", "0")) in ranks:
+            if what == "loss":
+                return output._replace(loss=output.loss + math.inf)
+            output.loss.register_hook(lambda gradient: gradient * math.inf)
+        return output
+
+    AsrLlmModel.set_batch_count, AsrLlmModel.forward = set_batch_count, bad_forward
+
+
+def wait_before_building(exp: Path) -> None:
+    make = build.build_model
+
+    def build_model(*arguments, **options):
+        (exp / f"building-{os.environ.get('RANK', '0')}").touch()
+        deadline = time.monotonic() + 60
+        while not (exp / "go").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # waits for a condition, bounded
+        return make(*arguments, **options)
+
+    build.build_model = build_model
+
+
+if __name__ == "__main__":
+    how = json.loads(sys.argv[1])
+    if how["what"] == "build":
+        wait_before_building(Path(next(a for a in sys.argv if a.startswith("exp_dir=")).partition("=")[2]))
+    else:
+        misbehave(**how)
+    sys.exit(main(["train", *sys.argv[2:]]))

@@ -1,0 +1,253 @@
+"""Runs that are asked to end, that hang, and whose losses are not finite, with real processes over gloo."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from asrllm.checkpoints.consolidate import read_weights
+from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+TRAIN, MISBEHAVE = REPOSITORY / "launch" / "train.py", REPOSITORY / "tests" / "misbehave.py"
+STEPS = 40
+
+
+def records(exp: Path) -> list[dict]:
+    path = exp / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [record for line in lines if line.endswith("\n") and "loss" in (record := json.loads(line))]
+
+
+def losses(exp: Path) -> list[float]:
+    return [record["loss"] for record in records(exp)]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)  # waits for a condition, bounded
+
+
+def readers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+@contextlib.contextmanager
+def started(logs: Path, *commands: list[str], **environment: str) -> Iterator[list[subprocess.Popen]]:
+    """The processes, each with logs/{number} for its output; none of them, nor of theirs, outlives the block."""
+    logs.mkdir(parents=True, exist_ok=True)
+    processes = []
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ranks = len(commands)
+    common = clean_environment(PATH=path, **environment)
+    if ranks > 1:
+        common |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    try:
+        for rank, command in enumerate(commands):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            with open(logs / str(rank), "w") as log:
+                processes.append(
+                    subprocess.Popen(command, cwd=REPOSITORY, env=common | own, stdout=log, stderr=log, start_new_session=True)
+                )
+        yield processes
+    finally:
+        everything = [child for process in processes for child in readers_of(process)]
+        for process in processes:
+            process.kill()
+            process.wait()
+        for child in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def train_command(*overrides: object, script: Path = TRAIN, how: dict | None = None) -> list[str]:
+    return [sys.executable, str(script), *([json.dumps(how)] if how else []), *map(str, overrides)]
+
+
+def run_both(logs: Path, command: list[str]) -> None:
+    with started(logs, command, command) as ranks:
+        assert [process.wait(90) for process in ranks] == [0, 0], (logs / "1").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, object]:
+    return {
+        "trainer__num_steps": STEPS,
+        "trainer__save_every": 1000,
+        "data__valid_data_config": "null",
+        "model__llm__lora__lora_dropout": 0.1,
+        "data__trace": "true",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, settings, tmp_path_factory) -> Path:
+    exp = tmp_path_factory.mktemp("interruptions") / "whole"
+    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="torchrun"))
+    assert len(losses(exp)) == STEPS
+    return exp
+
+
+def assert_goes_on(world: World, exp: Path, settings: dict, whole: Path) -> None:
+    """exp was ended early, with a complete checkpoint of its last step; the next run ends it as the uninterrupted one did."""
+    done = len(losses(exp))
+    assert 3 <= done < STEPS
+    assert (exp / "latest").read_text() == f"checkpoint-{done}"
+    assert json.loads((exp / f"checkpoint-{done}" / "asrllm.json").read_text())["step"] == done
+    assert not (exp / ".incomplete").exists()
+    assert not (exp / "pretrained.pt").exists()
+    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="torchrun"))
+    assert losses(exp) == losses(whole)
+    for rank in range(2):
+        assert (exp / f"keys-rank{rank}.jsonl").read_text() == (whole / f"keys-rank{rank}.jsonl").read_text()
+    ends = [torch.load(path / "pretrained.pt", weights_only=True) for path in (exp, whole)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(world, settings, whole, tmp_path, number, rank):
+    exp, command = tmp_path / "exp", train_command(*world.overrides(tmp_path / "exp", **settings))
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: len(losses(exp)) >= 3)
+        readers = [child for process in ranks for child in readers_of(process)]
+        began = time.monotonic()
+        ranks[rank].send_signal(number)
+        for reader in readers if number == signal.SIGTERM else []:  # as DeepSpeed's launcher does
+            reader.terminate()
+        assert [process.wait(60) for process in ranks] == [0, 0], (tmp_path / "logs" / "0").read_text()
+        print(f"{time.monotonic() - began:.2f} s from the signal to the exit")
+        assert len(readers) == 2
+        wait_for(lambda: not any(reader.is_running() for reader in readers), 15)
+    said = (tmp_path / "logs" / "0").read_text()
+    assert said.count("the same command goes on from there") == 1
+    assert f"saved checkpoint-{len(losses(exp))}" in said
+    assert "the same command" not in (tmp_path / "logs" / "1").read_text()
+    assert_goes_on(world, exp, settings, whole)
+
+
+def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for child in readers_of(process):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "RANK" in child.environ() and "train.py" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(world, settings, whole, tmp_path, launcher):
+    """torchrun's agent, and DeepSpeed's launcher of a node, pass SIGTERM on; both end with a status of their own."""
+    exp = tmp_path / "exp"
+    start = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"],
+        "deepspeed": [
+            *("-m", "deepspeed.launcher.launch", f"--master_port={free_port()}", "--master_addr=127.0.0.1"),
+            "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19",  # {"localhost": [0, 1]}
+        ],
+    }[launcher]
+    command = [sys.executable, *start, str(TRAIN), *world.overrides(exp, **settings)]
+    with started(tmp_path / "logs", command) as (process,):
+        wait_for(lambda: len(losses(exp)) >= 3)
+        below = ranks_below(process)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        print(f"{time.monotonic() - began:.2f} s from the signal to the launcher's exit")
+        wait_for(lambda: not any(child.is_running() for child in below), 15)
+    assert "the same command goes on from there" in (tmp_path / "logs" / "0").read_text()
+    assert_goes_on(world, exp, settings, whole)
+
+
+def test_a_signal_while_the_model_is_built_ends_the_run_with_nothing_half_written(world, settings, tmp_path):
+    exp = tmp_path / "exp"
+    command = train_command(*world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"})
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: all((exp / f"building-{rank}").exists() for rank in range(2)))
+        ranks[1].send_signal(signal.SIGTERM)
+        (exp / "go").touch()
+        assert [process.wait(60) for process in ranks] == [0, 0], (tmp_path / "logs" / "0").read_text()
+    assert "no step was done" in (tmp_path / "logs" / "0").read_text()
+    assert not list(exp.glob("checkpoint*"))
+    assert not (exp / "latest").exists()
+    assert losses(exp) == []
+
+
+def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
+    exp = tmp_path / "exp"
+    command = train_command(*world.overrides(exp, **settings | {"trainer__step_timeout": 5, "trainer__num_steps": 4000}))
+    with started(tmp_path / "logs", command, command) as (rank0, rank1):
+        wait_for(lambda: len(losses(exp)) >= 3)
+        readers = readers_of(rank0)
+        rank1.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert rank0.wait(20) == 75
+        took = time.monotonic() - began
+        assert 3 < took < 10
+        wait_for(lambda: not any(reader.is_running() for reader in readers), 5)
+        rank1.kill()
+    assert len(readers) == 1
+    told = (exp / "hang-rank0.txt").read_text()
+    assert "rank 0: no progress for 5 s (trainer.step_timeout) while" in told
+    assert "the last batch: utt" in told
+    assert "most recent call first" in told
+    assert "in fit" in told
+    assert "no progress for 5 s" in (tmp_path / "logs" / "0").read_text()
+    pids = [str(process.pid) for process in (rank0, rank1, *readers)]
+    assert not [name for name in os.listdir("/dev/shm") if any(pid in name.split("_") for pid in pids)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "what"),
+    [(0, "fp32", "gradient"), (0, "bf16", "loss"), (1, "bf16", "gradient"), (2, "fp32", "loss"), (3, "bf16", "loss")],
+)
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(world, settings, tmp_path, stage, precision, what):
+    """Steps 3 and 4 of 8, on the second rank; what follows is what follows when the run is resumed from just after them."""
+    exp, again = tmp_path / "exp", tmp_path / "again"
+    changes = {
+        "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
+        "trainer__precision": precision,
+        "trainer__num_steps": 8,
+        "trainer__save_every": 2,
+        "trainer__gradient_accumulation_steps": 2,
+    }
+    how = {"what": what, "steps": [3, 4], "ranks": [1]}
+    run_both(tmp_path / "logs", train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how))
+    shutil.copytree(exp, again, ignore=shutil.ignore_patterns("checkpoint-6", "checkpoint-8", "pretrained.pt"))
+    run_both(tmp_path / "logs", train_command(*world.overrides(again, **settings | changes), script=MISBEHAVE, how=how))
+    assert [record["skipped"] for record in records(exp)] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert losses(exp) == losses(again)
+    assert records(exp)[2]["grad_norm"] is None
+    assert all(loss is not None and loss > 0 for loss in losses(exp))
+    weights = [read_weights(exp / f"checkpoint-{step}") for step in (2, 4, 6)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+    assert all(bool(tensor.isfinite().all()) for tensor in weights[2].values())
+
+
+def test_too_many_steps_in_a_row_end_the_run(world, settings, tmp_path):
+    exp = tmp_path / "exp"
+    changes = {"trainer__num_steps": 8, "trainer__max_nonfinite_steps": 2}
+    how = {"what": "loss", "steps": [2, 4, 5, 6], "ranks": [0, 1]}
+    command = train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how)
+    with started(tmp_path / "logs", command, command) as ranks:
+        assert [process.wait(90) for process in ranks] == [2, 2]
+    said = (tmp_path / "logs" / "0").read_text()
+    assert "step 2 is skipped, its loss is not finite; rank 0: utt" in said
+    assert "the loss was not finite in 2 steps in a row (trainer.max_nonfinite_steps), the last, 5, with utt" in said
+    assert "Traceback" not in said
+    assert losses(exp)[1] is None
+    assert len(losses(exp)) == 5

@@ -1,0 +1,84 @@
+"""A process without progress ends with its stacks on the record."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from asrllm.errors import UserError
+from asrllm.training.watchdog import EXIT_STATUS, Watchdog
+from tests.conftest import clean_environment
+
+HANG = """
+import ctypes, multiprocessing, sys, threading
+from pathlib import Path
+from asrllm.training.watchdog import Watchdog
+
+def stuck_here(how):
+    if how == "lock":
+        threading.Lock().acquire() and threading.Event().wait()
+    elif how == "interpreter":
+        ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock
+
+def read_for_ever():
+    print("reading", flush=True)
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    reader = multiprocessing.get_context("fork").Process(target=read_for_ever, daemon=True)
+    reader.start()
+    print(reader.pid, flush=True)
+    with Watchdog(1, Path(sys.argv[2]), rank=3) as watchdog:
+        watchdog.beat("in step 5", ["utt1", "utt2"])
+        stuck_here(sys.argv[1])
+"""
+
+
+def hang(how: str, exp: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", HANG, how, str(exp)], capture_output=True, text=True, timeout=40, env=clean_environment())
+
+
+def test_it_tells_where_and_on_what_and_leaves_no_reader(tmp_path):
+    done = hang("lock", tmp_path)  # the pipe that the reader holds is closed too, or this would not return
+    assert done.returncode == EXIT_STATUS == 75
+    told = (tmp_path / "hang-rank3.txt").read_text()
+    for text in (told, done.stderr):
+        assert "rank 3: no progress for 1 s (trainer.step_timeout) while in step 5\nthe last batch: utt1 utt2\n" in text
+        assert "in stuck_here" in text
+
+
+def test_a_hang_with_the_interpreters_lock_ends_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HANG.replace("reader.start()", "reader.pid"), "interpreter", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=40,
+        env=clean_environment(),
+    )
+    assert done.returncode == 1
+    assert "in stuck_here" in done.stderr
+
+
+def test_a_run_that_moves_or_asks_for_none_is_left_alone(tmp_path):
+    for timeout in (0, None, 1000):
+        with Watchdog(timeout, tmp_path) as watchdog:
+            watchdog.beat("in step 1", ["utt1"])
+    assert not list(tmp_path.iterdir())
+    with Watchdog(1, tmp_path) as watchdog:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:  # longer than the limit, with progress
+            watchdog.beat("in step 1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_below_zero_is_refused():
+    from asrllm.commands.train import TrainRun
+    from asrllm.config import load_config
+
+    keys = ["exp_dir=x", "data.train_data_config=x", "model.audio_encoder.pretrained_model=x", "model.llm.pretrained_model=x"]
+    with pytest.raises(UserError, match=r"trainer.step_timeout=-1.0 must be a number of seconds; 0 or null: none"):
+        load_config("train", [*keys, "trainer.step_timeout=-1"], TrainRun)
+    with pytest.raises(UserError, match=r"trainer.max_nonfinite_steps=0 must be at least 1"):
+        load_config("train", [*keys, "trainer.max_nonfinite_steps=0"], TrainRun)
