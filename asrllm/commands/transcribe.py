@@ -8,12 +8,12 @@ from asrllm.models.generation import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR_OR_EXP", help="an exported directory, or a run's exp_dir")
+    parser.add_argument("model", metavar="DIR_OR_EXP", help="an exported directory, a run's exp_dir, or a directory of Auden's")
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, mp3, ... files of at most 30 s")
     parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"),
-        help="of the weights; default: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 takes half the memory and more time",
+        help="of the weights; default: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 halves the memory and is often slower",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="files decoded at once; default: %(default)s")
     parser.add_argument(

@@ -139,7 +139,7 @@ def generate(
             inputs_embeds=model.embed(input_ids, model.encode(features, lengths)),
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([FirstLogits(len(messages))]),
+            logits_processor=LogitsProcessorList([FirstLogits(len(counts))]),
             stopping_criteria=StoppingCriteriaList([ends]),
             **({"tokenizer": processor.tokenizer} if config.stop_strings else {}),
         ).tolist()
@@ -193,10 +193,10 @@ def decoding_config(given: GenerationConfig | None, max_new_tokens: int | None, 
     check_options(said | {"max_new_tokens": longest})
     given_stops = said.get("eos_token_id", [])
     stops = sorted({*stops, *(given_stops if isinstance(given_stops, list) else [given_stops])})
-    outputs = {k: PLAIN[k] for k in PLAIN if k.startswith(("output_", "return_"))}  # rows of ids are what is read here
+    said = {k: v for k, v in said.items() if k not in WITHOUT_EFFECT}
     fixed = {"max_new_tokens": longest, "eos_token_id": stops, "pad_token_id": stops[0]}
     try:
-        return GenerationConfig(**PLAIN | said | outputs | fixed)
+        return GenerationConfig(**PLAIN | said | fixed)
     except ValueError as error:
         raise UserError(f"the generation options do not fit together: {' '.join(str(error).split())}") from error
 

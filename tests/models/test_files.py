@@ -305,7 +305,7 @@ DAMAGES = {
         lambda f: set_part(f, "audio_encoder", d_model=DROPPED),
         r"audio_encoder is of no .*d_model",
     ),
-    "an encoder's text": (lambda f: set_part(f, "audio_encoder", d_model="16"), r"audio_encoder\.d_model='16' is no whole number"),
+    "an encoder's text": (lambda f: set_part(f, "audio_encoder", d_model="16"), r"json': audio_encoder, with d_model='16', is of no"),
     "an LLM of no type": (lambda f: set_part(f, "llm", model_type="qwen99"), r"config\.json': llm\.model_type='qwen99' is no LLM that tra"),
     "an LLM that writes nothing": (lambda f: set_part(f, "llm", model_type="vit"), r"llm\.model_type='vit' is no causal LLM"),
     "an LLM's text": (lambda f: set_part(f, "llm", hidden_size="x"), r"config\.json': llm is no configuration of a 'qwen2' .*hidden_size"),

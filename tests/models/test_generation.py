@@ -236,7 +236,7 @@ def test_wrong_options_are_one_sentence(model, options, message):
         {"num_beams": 2, "length_penalty": -1, "early_stopping": "never", "max_time": 60},
         {"suppress_tokens": [3], "begin_suppress_tokens": [4], "bad_words_ids": [[5, 6]], "sequence_bias": {(7,): 1.0}},
         {"exponential_decay_length_penalty": (2, 1.1), "renormalize_logits": True, "min_new_tokens": 2, "use_cache": False},
-        {"eos_token_id": [5, 6], "forced_eos_token_id": 5, "pad_token_id": 0, "output_scores": True},
+        {"eos_token_id": [5, 6], "forced_eos_token_id": 5, "pad_token_id": 0, "bos_token_id": 1, "output_scores": True},
     ],
 )
 def test_every_option_that_is_taken_works(model, options):
