@@ -9,7 +9,7 @@ from asrllm.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="EXP", help="the run's exp_dir, or an exported directory")
+    parser.add_argument("source", metavar="EXP", help="the run's exp_dir, an exported directory, or one of Auden's")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--weights", metavar="FILE", help="state dict; EXP/pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument("--merge-adapter", action="store_true", help="merge the adapters into the layers; default: beside them")

@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoTokenizer
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import as_dtype, assemble, prevailing_dtype, read_json, read_tensors, set_generation_config, weight_files
+from asrllm.models.description import check_fields, read_json
+from asrllm.models.files import as_dtype, assemble, prevailing_dtype, read_tensors, set_generation_config, weight_files
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.whisper_files import FIELDS as WHISPER_FIELDS
@@ -55,13 +56,24 @@ def load_auden(folder: Path, *, weights: str | Path | None = None, dtype: Any = 
     weights: another file of the directory's model. dtype: as for AutoModel; None is the one that most of the numbers have.
     Raises UserError where the directory is not of the layout above, or has what would be computed otherwise.
     """
-    fields = config_fields(read_json(folder / "config.json"), str(folder))
+    fields = read_fields(folder)
     state = read_weights(folder, Path(weights) if weights else None, fields)
     chosen = as_dtype(dtype) or prevailing_dtype(state, str(folder))
     processor = read_processor(folder, fields)
     model = assemble(processor.config, processor, state, from_base=(), dtype=chosen, where=str(folder))
     set_generation_config(model.llm, folder / "llm")
     return model
+
+
+def read_auden_config(folder: Path) -> AsrLlmConfig:
+    """What config.json says; the audio token's id is the tokenizer's to say."""
+    return AsrLlmConfig(**read_fields(folder))
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    fields = config_fields(read_json(folder / "config.json"), str(folder))
+    check_fields(fields, str(folder / "config.json"))
+    return fields
 
 
 def config_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -111,14 +123,16 @@ def encoder_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def read_processor(folder: Path, fields: dict[str, Any]) -> AsrLlmProcessor:
     AsrLlmProcessor.check_files(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AsrLlmConfig(**fields)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)  # else it reads config.json, whose kind it does not know
     tokenizer.chat_template = CHATML
     token = fields["audio_token"]
     if token not in tokenizer.get_vocab():
         raise UserError(
             f"the tokenizer in {str(folder)!r} lacks the audio token {token!r}: copy the tokenizer files that Auden wrote there"
         )
-    return AsrLlmProcessor(tokenizer, AsrLlmConfig(**fields, audio_token_id=tokenizer.convert_tokens_to_ids(token)))
+    config.audio_token_id = tokenizer.convert_tokens_to_ids(token)
+    return AsrLlmProcessor(tokenizer, config)
 
 
 def read_weights(folder: Path, file: Path | None, fields: dict[str, Any]) -> dict[str, Tensor]:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import transformers
 
-from asrllm.errors import UserError
-from asrllm.models.auden import MODEL_TYPES, load_auden
+from asrllm.errors import UserError, refuse_unknown
+from asrllm.models.auden import MODEL_TYPES, load_auden, read_auden_config
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import load_model, read_json, read_tensors
+from asrllm.models.description import read_config, read_json
+from asrllm.models.files import load_model, read_tensors, set_generation_config
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.zipformer_files import DAMAGED
@@ -24,20 +25,33 @@ class AutoModel:
     """`AutoModel.from_pretrained(dir_or_exp)`"""
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, weights: str | Path | None = None, dtype: Any = None) -> AsrLlmModel:
+    def from_pretrained(path: str | Path, *, weights: str | Path | None = None, dtype: Any = None, **unknown: Any) -> AsrLlmModel:
         """The model of an exported directory or of a run, in eval mode.
 
         weights: a state dict file to take; of a run, pretrained.pt by default, else the newest averaged-*.pt. dtype: of the weights,
         "bfloat16" or a torch.dtype; as saved when None or "auto". Raises UserError where there is no model or its keys do not fit.
         """
+        if unknown.pop("device_map", None) is not None:
+            raise UserError("AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)")
+        refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype"))
         folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{str(path)!r} has no config.json: give a directory written by training or by 'asrllm export'")
-        if read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
+        if is_auden(folder):
             return load_auden(folder, weights=weights, dtype=dtype)
         if weights is None and any(folder.glob("model*.safetensors*")):
             return AsrLlmModel.from_pretrained(folder, dtype=dtype)
-        return load_model(folder, read_state(Path(weights) if weights else newest_weights(folder)), dtype=dtype)
+        model = load_model(folder, read_state(Path(weights) if weights else newest_weights(folder)), dtype=dtype)
+        if not (folder / "generation_config.json").is_file():  # training writes none: an LLM trained as a whole keeps its base's
+            set_generation_config(model.causal_lm, Path((model.config.base_models or {}).get("llm", {}).get("path", folder)))
+        return model
+
+
+def is_auden(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("model_type") in MODEL_TYPES
+
+
+def describe(path: str | Path) -> AsrLlmConfig:
+    """The configuration of whatever directory AutoModel loads, without its weights."""
+    return read_auden_config(Path(path)) if is_auden(Path(path)) else read_config(path)
 
 
 def newest_weights(exp_dir: Path) -> Path:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
@@ -164,9 +165,6 @@ def load_model(path: str | Path, state: Mapping[str, Tensor], *, dtype: Any = No
 
 
 def read_description(path: str | Path) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
-    kind = read_json(Path(path) / "config.json").get("model_type")
-    if kind != AsrLlmConfig.model_type:
-        raise UserError(f"{str(path)!r} is a {kind!r} model, not {AsrLlmConfig.model_type!r}: give a directory of 'asrllm export'")
     processor = AsrLlmProcessor.from_pretrained(path)
     config = processor.config
     found = processor.tokenizer.convert_tokens_to_ids(config.audio_token)
@@ -176,18 +174,6 @@ def read_description(path: str | Path) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
             "tokenizer files that were saved with the model"
         )
     return config, processor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{str(path.parent)!r} has no {path.name}: give a directory written by training or by 'asrllm export'")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is no JSON ({error}): copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is no JSON object: copy it again")
-    return content
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
-from asrllm.errors import UserError
-from asrllm.models.processor import HOP
+from asrllm.errors import UserError, nearest
+from asrllm.models.processor import HOP, as_list, audio_name, check_finite
 
 if TYPE_CHECKING:
     from asrllm.models.model import AsrLlmModel
@@ -30,6 +32,71 @@ PLAIN = {
     "num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False, "output_scores": False,
     "return_dict_in_generate": False, "use_cache": True,
 }  # fmt: skip
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(is_whole(i) and i >= 0 for i in value)
+
+
+Rule = tuple[Callable[[Any], bool], str]
+ABOVE_0: Rule = (lambda v: is_number(v) and v > 0, "a number above 0")
+COUNT: Rule = (lambda v: is_whole(v) and v >= 0, "a whole number, not below 0")
+COUNT_ABOVE_0: Rule = (lambda v: is_whole(v) and v > 0, "a whole number above 0")
+SHARE: Rule = (lambda v: is_number(v) and 0 < v <= 1, "a number above 0, 1 at most")
+CUTOFF: Rule = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+YES_OR_NO: Rule = (lambda v: isinstance(v, bool), "True or False")
+IDS: Rule = (is_ids, "a list of token ids")
+ID_OR_IDS: Rule = (lambda v: is_ids([v]) or is_ids(v), "a token id or a list of them")
+# the options of transformers' GenerationConfig that mean something where the prompt is given as embeddings
+OPTIONS: dict[str, Rule] = {
+    "num_beams": COUNT_ABOVE_0,
+    "length_penalty": (is_number, "a number"),
+    "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
+    "do_sample": YES_OR_NO,
+    "temperature": ABOVE_0,
+    "top_k": COUNT,
+    "top_p": SHARE,
+    "min_p": CUTOFF,
+    "top_h": SHARE,
+    "typical_p": SHARE,
+    "epsilon_cutoff": CUTOFF,
+    "eta_cutoff": CUTOFF,
+    "repetition_penalty": ABOVE_0,
+    "no_repeat_ngram_size": COUNT,
+    "max_new_tokens": COUNT_ABOVE_0,
+    "min_new_tokens": COUNT,
+    "max_time": ABOVE_0,
+    "stop_strings": (
+        lambda v: all(isinstance(s, str) and s for s in ([v] if isinstance(v, str) else v if isinstance(v, list) and v else [None])),
+        "a text or a list of texts",
+    ),
+    "eos_token_id": ID_OR_IDS,
+    "forced_eos_token_id": ID_OR_IDS,
+    "suppress_tokens": IDS,
+    "begin_suppress_tokens": IDS,
+    "bad_words_ids": (lambda v: isinstance(v, list) and bool(v) and all(map(is_ids, v)), "a list of lists of token ids"),
+    "sequence_bias": (
+        lambda v: isinstance(v, dict) and bool(v) and all(is_ids(k) and is_number(x) for k, x in v.items()),
+        "{(token id, ...): number}",
+    ),
+    "exponential_decay_length_penalty": (
+        lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and is_whole(v[0]) and is_number(v[1]),
+        "(tokens before it begins, factor)",
+    ),
+    "renormalize_logits": YES_OR_NO,
+    "use_cache": YES_OR_NO,
+}
+# what an LLM's generation_config.json says beside; fixed below, or without a meaning for one text a chat
+WITHOUT_EFFECT = ("pad_token_id", "bos_token_id", "transformers_version", "num_return_sequences", "output_attentions",
+                  "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")  # fmt: skip
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -48,8 +115,7 @@ def generate(
     processor = model.require_processor()
     stops = processor.renderer.stop_ids
     config = decoding_config(generation_config, max_new_tokens, stops, **options)
-    if repetition_guard is not None and (not isinstance(repetition_guard, int) or repetition_guard < 1):
-        raise UserError(f"repetition_guard={repetition_guard!r} must be a whole number above 0, or None for no guard")
+    check_limits(max_tokens_per_second, repetition_guard)
     device = model.llm.get_input_embeddings().weight.device
     if is_features(inputs):
         features, lengths = processor.check_features(*inputs)
@@ -60,18 +126,23 @@ def generate(
         waves, samples = processor.load_waves(inputs)
         counts = processor.share_out(messages, len(samples))
         features, lengths = model.audio_encoder.features(waves.to(device), samples.to(device))
+        names = [audio_name(item, i) for i, item in enumerate(as_list(inputs))]
+        check_finite(features, names, "are not finite: its samples are too large, give floats from -1 to 1")
     prompts = processor.encode_prompts(messages, counts, model.config.num_audio_tokens(samples).tolist())
     input_ids, mask = (x.to(device) for x in pad_left(prompts))
     seconds = [float(part.sum()) / RATE for part in samples.split(counts)]
     limits = [token_limit(s, config.max_new_tokens, max_tokens_per_second) for s in seconds]
     set_length(config, max(limits), input_ids.shape[1], model.llm.generation_config)
     ends = RowEnds(limits, repetition_guard if config.num_beams == 1 else None)
-    rows = model.llm.generate(
-        inputs_embeds=model.embed(input_ids, model.encode(features, lengths)),
-        attention_mask=mask,
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([ends]),
-    ).tolist()
+    with eval_mode(model):
+        rows = model.llm.generate(
+            inputs_embeds=model.embed(input_ids, model.encode(features, lengths)),
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([FirstLogits(len(counts))]),
+            stopping_criteria=StoppingCriteriaList([ends]),
+            **({"tokenizer": processor.tokenizer} if config.stop_strings else {}),
+        ).tolist()
     rows = [cut(row[:limit], stops, repetition_guard) for row, limit in zip(rows, limits, strict=True)]
     return [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
@@ -81,40 +152,71 @@ def is_features(inputs: Any) -> bool:
     return isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(x, Tensor) for x in inputs)
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; a model in training is put back as it was, module by module."""
+    in_training = [module for module in model.modules() if module.training]
+    if in_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def check_limits(max_tokens_per_second: float | None, repetition_guard: int | None) -> None:
+    if max_tokens_per_second is not None and not (is_number(max_tokens_per_second) and max_tokens_per_second > 0):
+        raise UserError(f"max_tokens_per_second={max_tokens_per_second!r} must be a number above 0, or None for no limit by duration")
+    if repetition_guard is not None and not (is_whole(repetition_guard) and repetition_guard > 0):
+        raise UserError(f"repetition_guard={repetition_guard!r} must be a whole number above 0, or None for no guard")
+
+
 def token_limit(seconds: float, max_new_tokens: int, max_tokens_per_second: float | None) -> int:
     """The longest answer to so much audio: `max_tokens_per_second` of it and ten more, `max_new_tokens` at most."""
     if max_tokens_per_second is None:
         return max_new_tokens
-    if not 0 < max_tokens_per_second < float("inf"):
-        raise UserError(f"max_tokens_per_second={max_tokens_per_second} must be a number above 0, or None for no limit by duration")
     return min(max_new_tokens, round(seconds * max_tokens_per_second) + 10)
 
 
 def decoding_config(given: GenerationConfig | None, max_new_tokens: int | None, stops: list[int], **options: Any) -> GenerationConfig:
     """What the caller said, keywords before `given`, and PLAIN for the rest."""
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise UserError(f"generation_config is a {type(given).__name__}: give a GenerationConfig of transformers")
     said = {k: v for k, v in vars(given or GenerationConfig()).items() if v is not None and not k.startswith("_")}
-    if unknown := [k for k in options if k not in vars(GenerationConfig())]:
-        raise UserError(f"{unknown[0]!r} is no option of generate() nor of transformers' GenerationConfig: correct its name")
     said |= {k: v for k, v in options.items() if v is not None}
     longest = max_new_tokens if max_new_tokens is not None else said.get("max_new_tokens", MAX_NEW_TOKENS)
-    if not isinstance(longest, int) or longest < 1:
-        raise UserError(f"max_new_tokens={longest!r} must be a whole number above 0")
-    if "max_length" in said:
-        raise UserError("max_length counts the prompt and the audio's tokens too: give max_new_tokens in its place")
-    if said.get("num_return_sequences", 1) != 1:
-        raise UserError(f"num_return_sequences={said['num_return_sequences']} is not possible: generate() gives one text for each chat")
     if not said.get("do_sample"):
         if wrong := [k for k in SAMPLING if k in options and options[k] is not None]:
             raise UserError(f"{wrong[0]}={options[wrong[0]]} is an option of sampling: give do_sample=True with it")
         said = {k: v for k, v in said.items() if k not in SAMPLING}
+    check_options(said | {"max_new_tokens": longest})
     given_stops = said.get("eos_token_id", [])
     stops = sorted({*stops, *(given_stops if isinstance(given_stops, list) else [given_stops])})
-    outputs = {k: PLAIN[k] for k in PLAIN if k.startswith(("output_", "return_"))}  # rows of ids are what is read here
+    said = {k: v for k, v in said.items() if k not in WITHOUT_EFFECT}
     fixed = {"max_new_tokens": longest, "eos_token_id": stops, "pad_token_id": stops[0]}
     try:
-        return GenerationConfig(**PLAIN | said | outputs | fixed)
+        return GenerationConfig(**PLAIN | said | fixed)
     except ValueError as error:
         raise UserError(f"the generation options do not fit together: {' '.join(str(error).split())}") from error
+
+
+def check_options(said: dict[str, Any]) -> None:
+    """Raises UserError for an option that is unknown, not possible or of another value than it may have."""
+    if "max_length" in said:
+        raise UserError("max_length counts the prompt and the audio's tokens too: give max_new_tokens in its place")
+    if said.get("num_return_sequences", 1) != 1:
+        raise UserError(f"num_return_sequences={said['num_return_sequences']!r} is not possible: generate() gives one text for each chat")
+    for name, value in said.items():
+        if name in WITHOUT_EFFECT:
+            continue
+        if name not in OPTIONS and name in vars(GenerationConfig()):
+            raise UserError(f"{name} is not possible in generate(), whose prompt holds audio: leave it out")
+        if name not in OPTIONS:
+            raise UserError(f"{name!r} is no option of generate(): {nearest(name, OPTIONS)}")
+        fits, what = OPTIONS[name]
+        if not fits(value):
+            raise UserError(f"{name}={value!r} must be {what}")
 
 
 def set_length(config: GenerationConfig, tokens: int, prompt: int, defaults: GenerationConfig) -> None:
@@ -123,6 +225,23 @@ def set_length(config: GenerationConfig, tokens: int, prompt: int, defaults: Gen
         config.max_new_tokens = tokens
     else:
         config.max_new_tokens, config.max_length = None, prompt + tokens
+
+
+class FirstLogits(LogitsProcessor):
+    """Raises UserError where an answer's first token has no probabilities: it would be an empty text, as if nothing had been said."""
+
+    def __init__(self, chats: int) -> None:
+        self.chats, self.seen = chats, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores (rows, vocabulary), of which beam search has several rows for each chat; given out as they are"""
+        if not self.seen and (bad := scores.isnan().any(1)).any():
+            raise UserError(
+                f"the model answers chat {int(bad.nonzero()[0]) // (len(bad) // self.chats)} with NaN: its weights hold NaN, or numbers "
+                f"too large for {str(scores.dtype).removeprefix('torch.')}: load other weights, or with dtype='float32'"
+            )
+        self.seen = True
+        return scores
 
 
 class RowEnds(StoppingCriteria):

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import fnmatch
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,13 +14,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.audio.augment import mask_features
 from asrllm.collator.chat import Messages
-from asrllm.errors import UserError
+from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.description import check_same
 from asrllm.models.encoders import build_encoder
 from asrllm.models.generation import MAX_TOKENS_PER_SECOND, REPETITION_GUARD, generate
 from asrllm.models.loss import SupervisedLoss, head_of
 from asrllm.models.parts import add_lora, empty_llm, with_lora
-from asrllm.models.processor import AsrLlmProcessor, as_list
+from asrllm.models.processor import WITHOUT_EFFECT, AsrLlmProcessor, as_list
 from asrllm.models.projector import AudioProjector
 
 PARTS = ("audio_encoder", "projector", "llm")
@@ -28,6 +30,12 @@ PARTS = ("audio_encoder", "projector", "llm")
 def with_gradient(x: Tensor) -> Tensor:
     """ZeRO-3 lets a layer's weights go when the gradient of its input is done, and too early where the input has none."""
     return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+
+
+def check_shard_size(size: int | str) -> None:
+    fits = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if not fits and not (isinstance(size, str) and re.fullmatch(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE)):
+        raise UserError(f"max_shard_size={size!r} is no size: give bytes above 0, or a text such as '5GB'")
 
 
 class StepOutput(NamedTuple):  # a tuple, because DeepSpeed looks for the tensors that leave a module in tuples
@@ -224,7 +232,7 @@ class AsrLlmModel(PreTrainedModel):
         return {name: tensor for name, tensor in self.state_dict().items() if name in first_names}
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, merge_adapter: bool = False, max_shard_size: int | str = "5GB", **_: Any
+        self, save_directory: str | Path, *, merge_adapter: bool = False, max_shard_size: int | str = "5GB", **unknown: Any
     ) -> None:
         """Write a self-contained directory: weights (safetensors), config, tokenizer, chat template, generation config.
 
@@ -234,13 +242,24 @@ class AsrLlmModel(PreTrainedModel):
         """
         from asrllm.models.files import save_model
 
+        refuse_unknown("save_pretrained()", unknown, ("merge_adapter", "max_shard_size"))
+        check_shard_size(max_shard_size)
         save_model(self, Path(save_directory), merge_adapter=merge_adapter, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, *_: Any, dtype: Any = None, torch_dtype: Any = None, **__: Any
+        cls, path: str | Path, *, dtype: Any = None, torch_dtype: Any = None, config: Any = None, **more: Any
     ) -> "AsrLlmModel":
-        """A directory of save_pretrained, in eval mode. dtype: of the weights, as saved when None or "auto"; torch_dtype: its old name."""
+        """A directory of save_pretrained, in eval mode. dtype: of the weights, as saved when None or "auto"; torch_dtype: its old name.
+
+        config, more: what transformers' AutoModel passes on (see WITHOUT_EFFECT); config is the one that it has read in the directory.
+        Raises UserError for another keyword, or another config.
+        """
         from asrllm.models.files import load_directory
 
+        if more.get("device_map") is not None:
+            raise UserError("from_pretrained() does not place weights by device_map: leave it out, and use .to(device) on the model")
+        if config is not None:
+            check_same(config, path)
+        refuse_unknown("from_pretrained()", {k: v for k, v in more.items() if k not in (*WITHOUT_EFFECT, "device_map")}, ("dtype",))
         return load_directory(path, dtype=torch_dtype if dtype is None else dtype)

@@ -12,12 +12,17 @@ from transformers import AutoTokenizer
 from asrllm.audio.reader import read_audio, resample
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
 from asrllm.data.index import RATE
-from asrllm.errors import UserError
+from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.description import read_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HOP = 160  # samples a feature frame, for Whisper and for Kaldi features
 SHOWN = 20  # chats of a message
+# keywords of transformers' Auto classes that change nothing in what is read from a local directory without code of its own: _from_auto,
+# revision, trust_remote_code, adapter_kwargs and _commit_hash come with every call of them, the others are about downloading
+WITHOUT_EFFECT = ("_from_auto", "_commit_hash", "adapter_kwargs", "trust_remote_code", "code_revision", "revision", "cache_dir",
+                  "force_download", "local_files_only", "proxies", "token")  # fmt: skip
 Result = TypeVar("Result")
 
 
@@ -33,10 +38,12 @@ class AsrLlmProcessor:
         return (self.config.prompts or [""])[0]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **_: Any) -> "AsrLlmProcessor":
-        """From a saved model's directory or a run's exp_dir."""
+    def from_pretrained(cls, path: str | Path, **more: Any) -> "AsrLlmProcessor":
+        """From a saved model's directory or a run's exp_dir. more: of transformers' AutoProcessor, see WITHOUT_EFFECT."""
+        refuse_unknown("AsrLlmProcessor.from_pretrained()", {k: v for k, v in more.items() if k not in WITHOUT_EFFECT}, ())
+        config = read_config(path)
         cls.check_files(path)
-        return cls(AutoTokenizer.from_pretrained(path), AsrLlmConfig.from_pretrained(path))
+        return cls(AutoTokenizer.from_pretrained(path, config=config), config)
 
     @staticmethod
     def check_files(path: str | Path) -> None:
@@ -60,11 +67,8 @@ class AsrLlmProcessor:
         return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor([len(w) for w in waves])
 
     def _wave(self, item: Any, i: int) -> np.ndarray:
-        if isinstance(item, (str, Path)):
-            name, wave = f"audio {i} ({str(item)!r})", read_audio(item)
-        else:
-            name = f"audio {i}"
-            wave = read_array(item, name)
+        name = audio_name(item, i)
+        wave = read_audio(item) if isinstance(item, (str, Path)) else read_array(item, name)
         low, high = self.config.sample_limits()
         if len(wave) < low:
             raise UserError(f"{name} is too short: {len(wave)} samples at 16 kHz, the model takes {low} ({low / RATE:.3f} s) at least")
@@ -88,14 +92,18 @@ class AsrLlmProcessor:
                 raise UserError(f"x_lens[{i}]={length} is not from 1 to {x.shape[1]}, the frames that x has")
             if not low <= length <= high:
                 raise UserError(f"x_lens[{i}]={length} is not from {low} to {high}, the frames that the model takes")
-        if not (finite := torch.isfinite(x).all(2).all(1)).all():
-            raise UserError(f"the features of audio {int((~finite).nonzero()[0])} hold NaN or infinite values")
+        check_finite(x, [f"audio {i}" for i in range(len(x))], "hold NaN or infinite values")
         return x, x_lens
 
     def share_out(self, messages: Sequence[Messages], audios: int) -> list[int]:
         """How many of the audios each chat takes, in order. Raises UserError where a chat takes none or all take another number."""
-        if isinstance(messages, (str, dict)) or (len(messages) and isinstance(messages[0], dict)):
+        if isinstance(messages, (str, dict)) or (isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict)):
             raise UserError("messages is one chat: give a list of chats, [messages]")
+        if not isinstance(messages, (list, tuple)):
+            raise UserError(f"messages is a {type(messages).__name__}: give a list of chats")
+        for i, chat in enumerate(messages):
+            if not isinstance(chat, (list, tuple)):
+                raise UserError(f"chat {i} is a {type(chat).__name__}: give a list of messages, [{{'role': 'user', 'content': ...}}]")
         token = self.renderer.audio_token
         counts = [_of_chat(i, self.renderer.count_audios, chat) for i, chat in enumerate(messages)]
         if 0 in counts:
@@ -127,6 +135,17 @@ def feature_width(config: AsrLlmConfig) -> int:
     """The features a frame has; an encoder whose fields do not say has 80."""
     fields = config.audio_encoder or {}
     return fields.get("num_mel_bins") or fields.get("feature_dim") or 80
+
+
+def audio_name(item: Any, i: int) -> str:
+    """What a UserError calls the i-th audio."""
+    return f"audio {i} ({str(item)!r})" if isinstance(item, (str, Path)) else f"audio {i}"
+
+
+def check_finite(features: Tensor, names: Sequence[str], problem: str) -> None:
+    """Raises UserError naming the first of the audios whose features (N, T, F) are not finite."""
+    if not (finite := torch.isfinite(features).all(2).all(1)).all():
+        raise UserError(f"the features of {names[int((~finite).nonzero()[0])]} {problem}")
 
 
 def as_list(audio: Any) -> list[Any]:
@@ -164,7 +183,11 @@ def read_array(item: Any, name: str) -> np.ndarray:
         raise UserError(f"{name} holds NaN or infinite values")
     if not 1000 <= rate <= 1_000_000:
         raise UserError(f"{name} has the sampling rate {rate}: give it in Hz, (array, 48000)")
-    return np.ascontiguousarray(resample(wave.astype(np.float32), int(rate)))
+    with np.errstate(over="ignore"):
+        single = wave.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise UserError(f"{name} holds samples beyond the numbers of float32: give floats from -1 to 1")
+    return np.ascontiguousarray(resample(single, int(rate)))
 
 
 def load_llm_tokenizer(path: str, *, audio_token: str, chat_template: str | None) -> Any:

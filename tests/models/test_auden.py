@@ -1,6 +1,7 @@
 """Directories of Auden's audio LLM, made by hand here as its training lays them out."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ import asrllm
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.auden import KEYS, config_fields, renamed
+from asrllm.models.auto import describe
 from asrllm.models.files import load_model
 from asrllm.models.zipformer import ZipformerEncoder
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer
@@ -128,6 +130,19 @@ def test_the_key_table_names_every_key_of_the_projector():
         renamed({"ctc_head": torch.zeros(1)}, "x")
     with pytest.raises(UserError, match="merge them into the LLM first"):
         renamed({"llm.model.q_proj.lora_A.default.weight": torch.zeros(1)}, "x")
+
+
+def test_what_its_config_describes_is_known_without_its_weights(world, tmp_path, caplog, monkeypatch):
+    folder = auden_directory(world, tmp_path / "auden")
+    caplog.clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = asrllm.AutoModel.from_pretrained(folder).config
+    assert not caplog.records
+    assert describe(folder).sample_limits() == config.sample_limits() == (160, 480159)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"audio_encoder_projector_ds_rate": "4"}))
+    with pytest.raises(UserError, match=r"config\.json': audio_encoder_projector_ds_rate='4' is not of the type int"):
+        describe(folder)
 
 
 def test_the_chat_is_audens(world, tmp_path):

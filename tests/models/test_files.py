@@ -325,6 +325,14 @@ def set_config(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+DROPPED = object()
+
+
+def set_part(folder, part, **values):
+    fields = json.loads((folder / "config.json").read_text())[part] | values
+    set_config(folder, **{part: {key: value for key, value in fields.items() if value is not DROPPED}})
+
+
 DAMAGES = {
     "truncated": (truncate, r"model\.safetensors' cannot be read"),
     "no tensors at all": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "cannot be read"),
@@ -338,6 +346,24 @@ DAMAGES = {
     "no tokenizer settings": (lambda f: (f / "tokenizer_config.json").unlink(), r"has no tokenizer_config\.json"),
     "another tokenizer": (lambda f: set_config(f, audio_token_id=7), r"has '<\|AUDIO\|>' as \d+, config\.json as 7"),
     "no generation settings": (lambda f: (f / "generation_config.json").write_text("{"), r"generation_config\.json' is no JSON"),
+    "no encoder": (lambda f: set_config(f, audio_encoder=None), r"config\.json': audio_encoder\.model_type=None is none of whisper, "),
+    "an encoder's field too many": (lambda f: set_part(f, "audio_encoder", extra=1), r"config\.json': audio_encoder is of no .*'extra'"),
+    "an encoder's field lost": (
+        lambda f: set_part(f, "audio_encoder", d_model=DROPPED),
+        r"audio_encoder is of no .*d_model",
+    ),
+    "an encoder's text": (lambda f: set_part(f, "audio_encoder", d_model="16"), r"json': audio_encoder, with d_model='16', is of no"),
+    "an LLM of no type": (lambda f: set_part(f, "llm", model_type="qwen99"), r"config\.json': llm\.model_type='qwen99' is no LLM that tra"),
+    "an LLM that writes nothing": (lambda f: set_part(f, "llm", model_type="vit"), r"llm\.model_type='vit' is no causal LLM"),
+    "an LLM's text": (lambda f: set_part(f, "llm", hidden_size="x"), r"config\.json': llm is no configuration of a 'qwen2' .*hidden_size"),
+    "no LLM": (lambda f: set_config(f, llm=None), r"llm\.model_type=None"),
+    "a rate in words": (
+        lambda f: set_config(f, audio_encoder_projector_ds_rate="4"),
+        r"json': audio_encoder_projector_ds_rate='4'",
+    ),
+    "no rate": (lambda f: set_config(f, audio_encoder_projector_ds_rate=0), r"audio_encoder_projector_ds_rate=0 must be above 0"),
+    "prompts of no list": (lambda f: set_config(f, prompts="x"), r"config\.json': prompts='x' is not of the type list\[str\] \| None"),
+    "another projector": (lambda f: set_config(f, projector="q"), r"config\.json': projector='q' is none of mlp, normed"),
     "empty": (lambda f: save_file({}, f / "model.safetensors"), "are empty"),
 }
 
@@ -383,3 +409,52 @@ def test_a_state_dict_file_of_a_run(world, tmp_path):
     (tmp_path / "pretrained.pt").write_bytes((tmp_path / "pretrained.pt").read_bytes()[:500])
     with pytest.raises(UserError, match=r"pretrained\.pt' cannot be read"):
         asrllm.AutoModel.from_pretrained(tmp_path)
+
+
+def test_unknown_keywords_are_refused_by_name(world, tmp_path):
+    model = make_model(world)
+    for options, message in (
+        ({"merge_adapters": True}, r"save_pretrained\(\) does not know the keyword 'merge_adapters': did you mean 'merge_adapter'"),
+        ({"state_dict": {}}, "does not know the keyword 'state_dict': it takes merge_adapter, max_shard_size"),
+        ({"max_shard_size": "banana"}, "max_shard_size='banana' is no size: give bytes above 0"),
+        ({"max_shard_size": 0}, "max_shard_size=0 is no size"),
+        ({"max_shard_size": "0.0GB"}, "is no size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.save_pretrained(tmp_path / "saved", **options)
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "saved", max_shard_size="0.5 gb")
+    for options, message in (
+        ({"atn_implementation": "sdpa"}, "does not know the keyword 'atn_implementation'"),
+        ({"dtyp": "bfloat16"}, "did you mean 'dtype'"),
+        ({"device_map": "auto"}, r"use \.to\(device\)"),
+    ):
+        for load in (asrllm.AutoModel.from_pretrained, AsrLlmModel.from_pretrained, transformers.AutoModel.from_pretrained):
+            with pytest.raises(UserError, match=message):
+                load(tmp_path / "saved", **options)
+    with pytest.raises(UserError, match="does not know the keyword 'chat_template'"):
+        asrllm.AsrLlmProcessor.from_pretrained(tmp_path / "saved", chat_template="x")
+    config = copy.deepcopy(model.config)
+    assert AsrLlmModel.from_pretrained(tmp_path / "saved", config=config)
+    config.projector_hidden_size = 7
+    for load in (AsrLlmModel.from_pretrained, transformers.AutoModel.from_pretrained):
+        with pytest.raises(UserError, match="leave out config and projector_hidden_size"):
+            load(tmp_path / "saved", config=config)
+    given = {"revision": "main", "trust_remote_code": True, "local_files_only": True}
+    assert transformers.AutoModel.from_pretrained(tmp_path / "saved", **given, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert transformers.AutoProcessor.from_pretrained(tmp_path / "saved", **given).default_prompt == "Transcribe."
+
+
+def test_an_llm_trained_as_a_whole_keeps_its_bases_generation_settings(world, tmp_path):
+    llm = tiny_llm(tmp_path / "llm")
+    transformers.GenerationConfig(pad_token_id=0, max_new_tokens=77).save_pretrained(llm)
+    model = make_model(world, llm={"pretrained_model": str(llm), "frozen": False, "lora": None})
+    exp = tmp_path / "exp"
+    model.config.save_pretrained(exp)
+    model.processor.save_pretrained(exp)
+    torch.save({k: v for k, v in model.weights().items() if not k.startswith("audio_encoder.")}, exp / "pretrained.pt")
+    asrllm.AutoModel.from_pretrained(exp).save_pretrained(tmp_path / "saved")
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (settings.pad_token_id, settings.max_new_tokens) == (0, 77)
+    shutil.rmtree(llm)
+    assert asrllm.AutoModel.from_pretrained(exp).causal_lm.generation_config.max_new_tokens is None

@@ -208,11 +208,119 @@ def test_options_come_as_a_config_or_as_keywords(model, caplog, monkeypatch):
         ({"temperature": 0.5}, "give do_sample=True"),
         ({"repetition_guard": 0}, "repetition_guard=0"),
         ({"max_tokens_per_second": -1.0}, "max_tokens_per_second=-1"),
+        ({"max_tokens_per_second": "two"}, "max_tokens_per_second='two'"),
+        ({"num_beams": 0}, "num_beams=0 must be a whole number above 0"),
+        ({"num_beams": "two"}, "num_beams='two' must be a whole number above 0"),
+        ({"num_beams": True}, "num_beams=True must be"),
+        ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 must be a number above 0"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 must be"),
+        ({"do_sample": "yes"}, "do_sample='yes' must be True or False"),
+        ({"guidance_scale": 1.5}, "guidance_scale is not possible"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit is not possible"),
+        ({"stop_strings": [1]}, r"stop_strings=\[1\] must be a text or a list of texts"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids=\[3\] must be a list of lists"),
+        ({"eos_token_id": "x"}, "eos_token_id='x' must be a token id"),
+        ({"generation_config": {"num_beams": 2}}, "generation_config is a dict: give a GenerationConfig"),
     ],
 )
 def test_wrong_options_are_one_sentence(model, options, message):
     with pytest.raises(UserError, match=message):
         model.generate(waves_of(1), chats_of(model, 1), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+        {"do_sample": True, "top_h": 0.5, "typical_p": 0.9, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+        {"num_beams": 2, "length_penalty": -1, "early_stopping": "never", "max_time": 60},
+        {"suppress_tokens": [3], "begin_suppress_tokens": [4], "bad_words_ids": [[5, 6]], "sequence_bias": {(7,): 1.0}},
+        {"exponential_decay_length_penalty": (2, 1.1), "renormalize_logits": True, "min_new_tokens": 2, "use_cache": False},
+        {"eos_token_id": [5, 6], "forced_eos_token_id": 5, "pad_token_id": 0, "bos_token_id": 1, "output_scores": True},
+    ],
+)
+def test_every_option_that_is_taken_works(model, options):
+    assert len(model.generate(waves_of(2), chats_of(model, 2), 5, **options)) == 2
+
+
+def test_a_text_may_end_the_answer(model):
+    waves, chats = waves_of(2), chats_of(model, 2)
+    said, steps = model.processor.tokenizer("one two six eight")["input_ids"], []
+
+    def forward(_, __, output):
+        output.logits[..., said[len(steps) % len(said)]] += 1e4
+        steps.append(1)
+
+    hook = model.llm.register_forward_hook(forward)
+    assert model.generate(waves, chats, len(said)) == ["one two six eight"] * 2
+    for stop in ("six", ["never said", "o six"]):
+        steps.clear()
+        assert model.generate(waves, chats, len(said), stop_strings=stop) == ["one two six"] * 2
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ((chat for chat in ()), "messages is a generator: give a list of chats"),
+        (None, "messages is a NoneType"),
+        ([None], "chat 0 is a NoneType: give a list of messages"),
+        ([(m for m in ())], "chat 0 is a generator"),
+    ],
+)
+def test_messages_of_another_form_are_one_sentence(model, messages, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(waves_of(1), messages)
+
+
+def test_samples_too_large_for_features_are_one_sentence(model, tmp_path):
+    wave = waves_of(1)[0]
+    soundfile.write(tmp_path / "loud.wav", wave * 1e30, 16000, subtype="FLOAT")
+    for loud, name in ((wave * np.float32(1e30), "audio 1"), (tmp_path / "loud.wav", r"audio 1 \('.*loud\.wav'\)")):
+        with pytest.raises(UserError, match=f"the features of {name} are not finite: its samples are too large"):
+            model.transcribe([wave, loud])
+    with pytest.raises(UserError, match="audio 1 holds samples beyond"):
+        model.transcribe([wave, wave.astype(np.float64) * 1e300])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}])
+@pytest.mark.parametrize("name", ["projector.mlp.linear1.bias", "llm.model.norm.weight"])
+def test_weights_of_nan_are_one_sentence(model, name, options):
+    broken = copy.deepcopy(model)
+    broken.get_parameter(name).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="answers chat 0 with NaN: its weights hold NaN"):
+        broken.generate(waves_of(2), chats_of(model, 2), 5, **options)
+
+
+def test_an_answer_of_nan_is_named_by_its_chat(model):
+    def forward(_, __, output):
+        output.logits[2:] = float("nan")  # the second chat's, of two beams each
+
+    hook = model.llm.register_forward_hook(forward)
+    with pytest.raises(UserError, match="answers chat 1 with NaN"):
+        model.generate(waves_of(2), chats_of(model, 2), 5, num_beams=2)
+    hook.remove()
+
+
+def test_a_model_in_training_decodes_without_dropout_and_goes_on_training(model):
+    training = copy.deepcopy(model)
+    for parameter in training.parameters():
+        parameter.requires_grad_(True)
+    for layer in training.llm.model.layers:
+        layer.mlp.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.mlp.down_proj)
+    training.train()
+    training.audio_encoder.layers[0].eval()  # as a caller may have it
+    modes = {name: module.training for name, module in training.named_modules()}
+    waves, chats = waves_of(2), chats_of(model, 2)
+    expected = model.generate(waves, chats, 8)
+    assert [training.generate(waves, chats, 8) for _ in range(3)] == [expected] * 3
+    assert {name: module.training for name, module in training.named_modules()} == modes
+    with pytest.raises(UserError):
+        training.generate(waves, chats, 8, num_beams=0)
+    training.llm.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="with NaN"):
+        training.generate(waves, chats, 8)
+    assert {name: module.training for name, module in training.named_modules()} == modes
 
 
 def test_the_tokenizer_is_left_as_it_was(model):

@@ -29,6 +29,7 @@ WAVE = tone("one", 0.5)
         (np.zeros(16000 * 31, np.float32), r"audio 1 is too long: 31\.00 s, the model takes 30\.01 s at most: cut it"),
         (WAVE * np.nan, "audio 1 holds NaN"),
         (np.full(9000, np.inf), "audio 1 holds NaN or infinite"),
+        (WAVE.astype(np.float64) * 1e300, "audio 1 holds samples beyond the numbers of float32: give floats from -1 to 1"),
         ((WAVE * 32767).astype(np.int16), "audio 1 holds samples of the type int16: give floats from -1 to 1, 16-bit samples divided by"),
         (torch.zeros(9000, dtype=torch.int32), "of the type int32"),
         ([0, 1, 2], "of the type int64"),

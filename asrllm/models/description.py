@@ -1,0 +1,101 @@
+"""What the config.json of a model's directory says, checked before anything is built from it."""
+
+import json
+from collections.abc import Mapping
+from inspect import get_annotations
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from asrllm.errors import UserError
+from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.encoders import ENCODERS, build_encoder
+from asrllm.models.projector import PROJECTORS
+
+TYPES = get_annotations(AsrLlmConfig)
+SIZES = ("projector_hidden_size", "audio_encoder_projector_ds_rate")
+MEND = "correct it, or copy the config.json that was saved with the model"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{str(path.parent)!r} has no {path.name}: give a directory written by training or by 'asrllm export'")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is no JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is no JSON object: copy it again")
+    return content
+
+
+def read_config(folder: str | Path) -> AsrLlmConfig:
+    """The configuration of a run's exp_dir or of an exported directory. Raises UserError naming a field that is wrong."""
+    path = Path(folder) / "config.json"
+    fields = read_json(path)
+    if fields.get("model_type") != AsrLlmConfig.model_type:
+        raise UserError(
+            f"{str(folder)!r} is a {fields.get('model_type')!r} model, not {AsrLlmConfig.model_type!r}: give a directory of 'asrllm export'"
+        )
+    check_fields(fields, str(path))
+    return AsrLlmConfig.from_pretrained(folder)
+
+
+def check_same(config: Any, folder: str | Path) -> None:
+    """Raises UserError where a caller's configuration says something else than the directory's own, which is the one that is taken."""
+    own, given = (json.loads(json.dumps({name: getattr(c, name, None) for name in TYPES})) for c in (read_config(folder), config))
+    if other := [name for name in TYPES if own[name] != given[name]]:
+        raise UserError(f"from_pretrained() builds what {str(Path(folder) / 'config.json')!r} says: leave out config and {other[0]}")
+
+
+def check_fields(fields: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where a field of AsrLlmConfig has another type than it says, or nothing can be built from it."""
+    for name, hint in TYPES.items():
+        if name in fields and not has_type(fields[name], hint):
+            wanted = str(hint) if get_args(hint) else hint.__name__
+            raise UserError(f"{where!r}: {name}={repr(fields[name])[:60]} is not of the type {wanted}: {MEND}")
+    for name in SIZES:
+        if fields.get(name, 1) < 1:
+            raise UserError(f"{where!r}: {name}={fields[name]} must be above 0: {MEND}")
+    if fields.get("projector", "mlp") not in PROJECTORS:
+        raise UserError(f"{where!r}: projector={fields['projector']!r} is none of {', '.join(PROJECTORS)}: {MEND}")
+    check_encoder(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
+    check_llm(fields.get("llm") or {}, where)
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    return isinstance(value, tuple(kinds)) and (not isinstance(value, bool) or bool in kinds)
+
+
+def check_encoder(fields: Mapping[str, Any], pad_to_30s: bool, where: str) -> None:
+    kind = fields.get("model_type")
+    if kind not in ENCODERS:
+        raise UserError(f"{where!r}: audio_encoder.model_type={kind!r} is none of {', '.join(ENCODERS)}: {MEND}")
+    try:
+        with torch.device("meta"):
+            build_encoder(dict(fields), pad_to_30s=pad_to_30s)
+    except (UserError, TypeError, ValueError, RuntimeError) as error:
+        texts = [f"{name}={value!r}" for name, value in fields.items() if isinstance(value, str) and name != "model_type"]
+        which = f", with {texts[0]}," if texts else ""  # torch does not say which of its arguments was a text
+        raise UserError(f"{where!r}: audio_encoder{which} is of no {kind} ({said(error)}): {MEND}") from error
+
+
+def check_llm(fields: Mapping[str, Any], where: str) -> None:
+    kind = fields.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(f"{where!r}: llm.model_type={kind!r} is no LLM that transformers {transformers.__version__} knows: {MEND}")
+    try:
+        config = transformers.AutoConfig.for_model(**fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{where!r}: llm is no configuration of a {kind!r} ({said(error)}): {MEND}") from error
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{where!r}: llm.model_type={kind!r} is no causal LLM: {MEND}")
+
+
+def said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
