@@ -95,10 +95,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
     """Gives what results.json holds."""
-    from asrllm import AsrLlmConfig, AutoModel
+    from asrllm import AutoModel
     from asrllm.checkpoints.average import resolve_weights
     from asrllm.evaluation.decode import decode_corpus
     from asrllm.evaluation.files import write_results, write_summary
+    from asrllm.models.auto import describe
 
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
@@ -106,7 +107,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     cache = ShardCache.of(config.data.cache)
     corpora = read_corpora(config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache)
     check_names([corpus.name for corpus in corpora])
-    check_lengths(corpora, AsrLlmConfig.from_pretrained(exp_dir).sample_limits())
+    check_lengths(corpora, describe(exp_dir).sample_limits())
     device = distributed.start()
     model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision])
     model.to(device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from asrllm.errors import UserError
 from asrllm.models.auto import newest_weights, read_state
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.description import read_config
 from asrllm.models.model import AsrLlmModel
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def take_over(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     """
     if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
         raise UserError(f"init_from={str(exp_dir)!r} is no run: give the exp_dir of a training that has ended")
-    earlier, state = AsrLlmConfig.from_pretrained(exp_dir), read_state(newest_weights(exp_dir))
+    earlier, state = read_config(exp_dir), read_state(newest_weights(exp_dir))
     check_meaning(earlier, model.config, state, exp_dir)
     parameters = dict(model.named_parameters())
     now = {plain_name(name): name for name in parameters}
