@@ -109,7 +109,7 @@ def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOpti
     scale = 1.0
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(config, name, None)
-        if value in (None, 1):
+        if value is None or value == 1:
             continue
         if config.model_type.startswith("cohere") and name == "logit_scale":
             scale *= value
