@@ -1,8 +1,11 @@
 """The stream of training steps: plan -> workers that read and collate -> micro-batches, with the position to resume from."""
 
+import atexit
 import collections
+import functools
 import itertools
 import mmap
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +150,7 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
                 slots.append(shared.free.popleft())
                 yield slots[-1], items
 
+    _kill_readers_at_exit()
     loader = iter(
         DataLoader(
             shared,
@@ -168,6 +172,18 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+@functools.cache  # once a process
+def _kill_readers_at_exit() -> None:
+    """A process that ends in the middle of the data sends its readers SIGTERM, which they ignore, and would wait for them for ever."""
+    atexit.register(_kill_readers)
+
+
+def _kill_readers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore_signals(worker: int) -> None:

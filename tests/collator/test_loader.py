@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from asrllm.data.plan import Plan, Position
 from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.testing import tiny_tokenizer
+from tests.conftest import REPOSITORY, clean_environment
 
 AUDIO = "<|AUDIO|>"
 
@@ -164,3 +167,20 @@ def test_padding_for_decoding_stands_left():
     ids, mask = pad_left([[1, 2, 3], [4]])
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_process_that_ends_in_the_middle_of_the_data_does_not_wait_for_its_readers(world):
+    """They ignore SIGTERM; the stream is alive when the interpreter ends."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.collator.test_loader import make_stream
+from asrllm.data.corpora import read_corpora
+from pathlib import Path
+corpora = read_corpora({str(world.root / "train.yaml")!r}, filters=None, made=Path({str(world.root)!r}))
+stream = make_stream(corpora, num_workers=2)
+next(stream)
+print("read")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean_environment(), cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr[-2000:]
