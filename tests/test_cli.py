@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from asrllm.cli import VERBS, main
-from asrllm.commands import train
+from asrllm.training import resume
 from tests.conftest import REPOSITORY
 
 
@@ -76,7 +76,7 @@ def test_a_mistake_in_training_ends_before_anything_is_written(world, tmp_path, 
 
 
 def test_two_runs_in_one_directory_are_refused(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "SECONDS_TO_DIE", 0.1)
+    monkeypatch.setattr(resume, "SECONDS_TO_DIE", 0.1)
     (tmp_path / "exp").mkdir()
     with FileLock(tmp_path / "exp" / ".training.lock"):
         assert "another process is training in exp_dir" in fails(capsys, "train", *world.overrides(tmp_path / "exp"))

@@ -4,9 +4,9 @@ import typing
 import pytest
 
 from asrllm.commands.evaluate import EvaluationRun
-from asrllm.commands.train import TrainRun
 from asrllm.config import build, compose_config, help_text, load_config
 from asrllm.errors import UserError
+from asrllm.training.config import TrainRun
 
 GIVEN = ["exp_dir=e", "model.audio_encoder.pretrained_model=a", "model.llm.pretrained_model=l", "data.train_data_config=t"]
 

@@ -1,4 +1,4 @@
-"""The `trainer` part of the configuration."""
+"""The configuration of a run, and its `trainer` part."""
 
 import threading
 from dataclasses import dataclass
@@ -6,7 +6,10 @@ from typing import Literal
 
 import torch
 
+from asrllm.collator.config import DataConfig
 from asrllm.errors import UserError
+from asrllm.models.config import ModelConfig
+from asrllm.models.encoders import encoder_class
 from asrllm.training.preemption import check_signals
 
 
@@ -67,3 +70,33 @@ class TrainerConfig:
     @property
     def dtype(self) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    exp_dir: str | None
+    prompt_file: str | None
+    init_from: str | None
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    trainer: TrainerConfig
+
+    def __post_init__(self) -> None:
+        if not self.exp_dir:
+            raise UserError("exp_dir is not set: give the directory that the run writes to, exp_dir=exp/NAME")
+        if not self.data.train_data_config:
+            raise UserError("data.train_data_config is not set: give the YAML list of training corpora")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed={self.seed} must be a whole number from 0 to 4294967295")
+        if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
+            raise UserError("data.use_infinite_dataset=true has no epochs: give trainer.num_epochs=null trainer.num_steps=N with it")
+        kind = self.model.audio_encoder.model_type
+        takes_whispers = encoder_class(kind).whisper_features
+        for key, wrong in (
+            ("whisper_fbank", self.data.whisper_fbank not in (None, takes_whispers)),
+            ("pad_to_30s", self.data.pad_to_30s and not takes_whispers),
+        ):
+            if wrong:
+                value, features = str(getattr(self.data, key)).lower(), "Whisper's features" if takes_whispers else "Kaldi's filter banks"
+                raise UserError(f"data.{key}={value}, but model.audio_encoder.model_type={kind} takes {features}: leave it out")

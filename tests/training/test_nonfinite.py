@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asrllm.errors import UserError
-from asrllm.training.nonfinite import NonFiniteGuard, skip_nonfinite
+from asrllm.training.hooks.nonfinite import NonFiniteGuard, skip_nonfinite
 from asrllm.training.trainer import StepSums
 
 

@@ -74,8 +74,8 @@ def test_a_run_that_moves_or_asks_for_none_is_left_alone(tmp_path):
 
 
 def test_a_limit_below_zero_is_refused():
-    from asrllm.commands.train import TrainRun
     from asrllm.config import load_config
+    from asrllm.training.config import TrainRun
 
     keys = ["exp_dir=x", "data.train_data_config=x", "model.audio_encoder.pretrained_model=x", "model.llm.pretrained_model=x"]
     with pytest.raises(UserError, match=r"trainer.step_timeout=-1.0 must be a number of seconds; 0 or null: none"):

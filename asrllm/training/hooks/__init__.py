@@ -1,0 +1,1 @@
+"""What happens beside the loop, a hook a file."""

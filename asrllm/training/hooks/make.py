@@ -1,0 +1,36 @@
+"""The hooks of a run, in the order in which they are called."""
+
+import dataclasses
+from typing import Any
+
+from asrllm.training import distributed
+from asrllm.training.config import TrainRun
+from asrllm.training.data import TrainingData
+from asrllm.training.hooks import sinks
+from asrllm.training.hooks.metrics import Metrics
+from asrllm.training.hooks.nonfinite import NonFiniteGuard
+from asrllm.training.hooks.saving import Checkpoints
+from asrllm.training.hooks.trace import Trace
+from asrllm.training.hooks.validation import Validation
+from asrllm.training.trainer import Hook, Trainer
+
+
+def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, settings: dict[str, Any]) -> list[Hook]:
+    keys, exp_dir = config.trainer, trainer.exp_dir
+    to: list[sinks.Sink] = []
+    if distributed.rank() == 0:
+        to = [sinks.MetricsFile(exp_dir, trainer.step), sinks.ConsoleSink(trainer.total_steps, trainer.step)]
+        if keys.tensorboard:
+            to.append(sinks.TensorBoardSink(exp_dir))
+        if keys.wandb.mode != "disabled":
+            to.append(sinks.WandbSink(keys.wandb, exp_dir, dataclasses.asdict(config)))
+    metrics = Metrics(to, every=keys.log_every, max_bad_share=config.data.max_bad_share)
+    if trainer.step == 0 and (dropped := data.dropped()):
+        metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
+    made: list[Hook] = [metrics, NonFiniteGuard(most=keys.max_nonfinite_steps)]
+    if config.data.trace:
+        made.append(Trace(exp_dir, trainer.step))
+    if data.valid:
+        made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every))
+    made.append(Checkpoints(metrics, settings, every=keys.save_every, keep=keys.keep_last_k))
+    return made

@@ -1,0 +1,103 @@
+"""Where log records go."""
+
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from asrllm.progress import ProgressBar
+from asrllm.training.config import WandbConfig
+from asrllm.training.hooks.log import reopen_log
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where log records go, on rank 0."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """exp_dir/metrics.jsonl"""
+
+    def __init__(self, exp_dir: Path, step: int) -> None:
+        self.file = reopen_log(exp_dir / "metrics.jsonl", step)
+
+    def write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class ConsoleSink:
+    def __init__(self, total_steps: int, step: int) -> None:
+        self.bar = ProgressBar("training", total_steps, done=step)
+        self.step = step
+
+    def write(self, record: Record) -> None:
+        if "loss" not in record:
+            values = ", ".join(f"{k} {v:.6g}" for k, v in record.items() if k != "step")
+            print(f"step {record['step']}: {values}", file=sys.stderr, flush=True)
+            return
+        loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.3f}  acc {record['acc']:.3f}"
+        note = f"{loss}  lr {record['lr']:.2e}  {record['seconds_per_step']:.2f} s/step"
+        self.bar.advance(record["step"] - self.step, note)
+        self.step = record["step"]
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class TensorBoardSink:
+    def __init__(self, exp_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(exp_dir / "tensorboard"))
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    """exp_dir/wandb. run_config: shown with the run."""
+
+    def __init__(self, config: WandbConfig, exp_dir: Path, run_config: dict[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            mode=config.mode,
+            project=config.project,
+            name=config.name or exp_dir.name,
+            id=_run_id(exp_dir),
+            resume="allow",
+            dir=str(exp_dir),
+            config=run_config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log({k if "/" in k else f"train/{k}": v for k, v in record.items() if v is not None}, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _run_id(exp_dir: Path) -> str:
+    """One W&B run for one exp_dir, also after a resume."""
+    path = exp_dir / "wandb" / "run-id"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()
