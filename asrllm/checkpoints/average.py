@@ -8,7 +8,7 @@ from torch import Tensor
 
 from asrllm.checkpoints.consolidate import read_weights, save_state
 from asrllm.errors import UserError
-from asrllm.training.checkpoint import EPOCH_TAG, STEP_TAG, list_checkpoints
+from asrllm.training.manifest import EPOCH_TAG, STEP_TAG, list_checkpoints
 
 
 def average_weights(checkpoints: Sequence[Path]) -> dict[str, Tensor]:

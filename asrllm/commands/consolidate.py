@@ -14,10 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from asrllm.checkpoints.consolidate import consolidate
-    from asrllm.training.checkpoint import latest_tag
+    from asrllm.training.manifest import newest_checkpoint
 
     exp_dir = Path(arguments.exp_dir)
-    tag = (arguments.tag or "").strip("/") or latest_tag(exp_dir)
-    if tag is None:
+    chosen = (arguments.tag or "").strip("/")
+    checkpoint = exp_dir / chosen if chosen else newest_checkpoint(exp_dir)
+    if checkpoint is None:
         raise UserError(f"{arguments.exp_dir!r} holds no complete checkpoint: give the exp_dir of a run that has saved one")
-    print(consolidate(exp_dir / tag, arguments.output or exp_dir / f"{tag}.pt"))
+    print(consolidate(checkpoint, arguments.output or exp_dir / f"{checkpoint.name}.pt"))

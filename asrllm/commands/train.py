@@ -35,13 +35,14 @@ def train(config: TrainRun) -> None:
 def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     """Everything that can be wrong without the weights is found before they are loaded; then build, resume, fit, finish."""
     from asrllm.models.build import build_model, check_prompts, describe_model
-    from asrllm.training import checkpoint
+    from asrllm.training.checkpoint import CheckpointSaver, write_carried
     from asrllm.training.data import TrainingData
     from asrllm.training.ds_config import read_ds_config
     from asrllm.training.engine import deepspeed_engine
     from asrllm.training.hooks.make import make_hooks
     from asrllm.training.hooks.nonfinite import skip_nonfinite
-    from asrllm.training.resume import claim, find_resume, lasting_settings
+    from asrllm.training.hooks.saving import Checkpoints
+    from asrllm.training.resume import claim, find_resume, lasting_settings, restore
     from asrllm.training.trainer import Trainer
     from asrllm.training.watchdog import Watchdog
 
@@ -57,7 +58,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     processor.config.prompts = list(dict.fromkeys([*texts, *own_prompts]))
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
-    tag, manifest = find_resume(config, processor, settings)
+    checkpoint, manifest = find_resume(config, processor, settings)
     preemption.meet()
     device = distributed.start()
     frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
@@ -68,7 +69,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         frozen=frozen,
         patterns=config.model.frozen_parameters,
         attention=config.model.llm.attention,
-        init_from=config.init_from if tag is None else None,
+        init_from=None if checkpoint else config.init_from,
         dtype=config.trainer.dtype,
     )
     with deepspeed_engine(config.trainer, ds, build, device) as engine:
@@ -83,25 +84,20 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         )
         skip_nonfinite(engine)
         engine.module.label_smoothing = config.trainer.label_smoothing
-        if tag is not None:
-            checkpoint.check_same_parameters(exp_dir, manifest, checkpoint.trained_parameters(engine.module))
-            engine.module.carried = tuple(manifest.get("carried", []))
+        average = restore(engine, config.trainer, checkpoint, manifest)
+        if checkpoint:
+            trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
         processor.config.stored = engine.module.stored_weights()
         write_run_files(config, processor)
-        if tag is None:
-            checkpoint.write_carried(engine.module, exp_dir)
-        else:
-            checkpoint.load_checkpoint(engine, exp_dir, tag)
-            checkpoint.restore_carried(engine.module, exp_dir, manifest)
-            trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
-        trainer.hooks = make_hooks(config, data, trainer, settings)
+        write_carried(engine.module, exp_dir)
+        saver = CheckpointSaver(exp_dir, background=config.trainer.background_checkpoints, keep=config.trainer.keep_last_k)
+        trainer.hooks = make_hooks(config, data, trainer, Checkpoints(settings, saver, every=config.trainer.save_every, average=average))
         with Watchdog(config.trainer.step_timeout, exp_dir, rank=distributed.rank()) as trainer.watchdog:
             trainer.fit(data.train_steps)
     if distributed.rank() == 0 and trainer.preempted:
         tell_preempted(preemption, trainer.step, begun_at=manifest.get("step", 0))
-    elif distributed.rank() == 0:
-        write_pretrained(exp_dir)
-    distributed.barrier()
+    if not trainer.preempted:
+        distributed.first_rank_does(lambda: write_pretrained(exp_dir))
     distributed.finish()
     lock.release()
 
@@ -117,7 +113,7 @@ def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
 
 def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
     """exp_dir/config.yaml, and what inference needs beside weights."""
-    from asrllm.training.checkpoint import write_whole
+    from asrllm.writing import write_whole
 
     exp_dir = Path(config.exp_dir or "")
     if distributed.rank() == 0:
@@ -137,9 +133,9 @@ def tell_preempted(preemption: Preemption, step: int, *, begun_at: int) -> None:
 def write_pretrained(exp_dir: Path) -> None:
     """exp_dir/pretrained.pt: the last checkpoint's weights."""
     from asrllm.checkpoints.consolidate import consolidate
-    from asrllm.training.checkpoint import latest_tag
+    from asrllm.training.manifest import newest_checkpoint
 
-    tag = latest_tag(exp_dir)
-    assert tag is not None
-    consolidate(exp_dir / tag, exp_dir / "pretrained.pt")
+    newest = newest_checkpoint(exp_dir)
+    assert newest is not None
+    consolidate(newest, exp_dir / "pretrained.pt")
     print(f"trained: {exp_dir / 'pretrained.pt'}; evaluate it with 'asrllm evaluate exp_dir={exp_dir} data.test_data_config=...'")

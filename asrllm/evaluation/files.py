@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asrllm.evaluation.score import EPSILON, Errors, Transcript, align, character_errors, word_errors
-from asrllm.training.checkpoint import write_whole
+from asrllm.writing import write_whole
 
 
 def write_results(folder: Path, name: str, suffix: str, transcripts: Sequence[Transcript], about: dict[str, Any]) -> dict[str, Any]:

@@ -4,82 +4,165 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import zero_to_fp32
 from torch import nn
 
 import asrllm
-from asrllm.config import read_json_object
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.auto import read_state
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.earlier import copy_into, whole
+from asrllm.models.earlier import whole
 from asrllm.training import distributed
 from asrllm.training.engine import full_shape
+from asrllm.training.manifest import MANIFEST, list_checkpoints, newest_checkpoint
+from asrllm.training.writer import CheckpointWriter
+from asrllm.training.zero_files import trusted_unpickling
+from asrllm.writing import sync, write_whole
 
-MANIFEST = "asrllm.json"
-CARRIED = "carried.pt"  # below exp_dir: frozen weights that no base model holds; they are the same in every checkpoint
-STAGING = ".incomplete"  # below exp_dir: what is being written
-STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")
-
-
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, exp_dir: Path, tag: str, manifest: dict[str, Any]) -> None:
-    """Write `exp_dir/tag` on all ranks. It is built aside and renamed when it is complete; `latest` follows."""
-    staging = exp_dir / STAGING
-    if distributed.rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(staging), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-    distributed.barrier()
-    if distributed.rank() == 0:
-        (staging / tag / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in (staging / tag).iterdir():
-            _sync(file)
-        if (exp_dir / tag).exists():  # written before, by a run that was resumed from an earlier step
-            shutil.rmtree(exp_dir / tag)
-        (staging / tag).rename(exp_dir / tag)
-        script = staging / "zero_to_fp32.py"
-        if script.exists():
-            script.replace(exp_dir / "zero_to_fp32.py")
-        write_whole(exp_dir / "latest", tag)
-        shutil.rmtree(staging)
-    distributed.barrier()
+CARRIED = "carried.pt"  # beside the checkpoints: frozen weights that no base model holds; they are the same in every checkpoint
+STAGING = ".incomplete"  # below exp_dir: what is being written, or removed
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+class CheckpointSaver:
+    """Writes checkpoints on all ranks: built aside, renamed when every rank's files are on the disk; `latest` follows.
+
+    With `background` the ranks go on training meanwhile, and `look` publishes what they have written. Every method is a collective. Raises
+    UserError on all ranks where one of them cannot write: what it began is removed, earlier checkpoints stay. keep: step checkpoints to
+    keep; 0: all.
+    """
+
+    def __init__(self, exp_dir: Path, *, background: bool, keep: int) -> None:
+        self.exp_dir, self.staging, self.keep = exp_dir, exp_dir / STAGING, keep
+        self.writer = CheckpointWriter(background=background)
+        self.pending: tuple[Sequence[str], dict[str, Any]] | None = None
+
+    def begin(
+        self, engine: deepspeed.DeepSpeedEngine, tags: Sequence[str], manifest: dict[str, Any], more: dict[str, Any] | None = None
+    ) -> None:
+        """Copy all that the checkpoint holds, under one or several names. more: further files of this rank's."""
+        self.finish()
+        self._on_first_rank(self._clear, tags)
+        with _written_by(engine, self.writer):
+            engine.save_checkpoint(str(self.staging), tag=tags[0], save_latest=False, exclude_frozen_parameters=True)
+        for name, state in (more or {}).items():
+            self.writer.save(state, str(self.staging / tags[0] / name))
+        self.pending = (tags, manifest)
+        self.writer.start()
+        if not self.writer.background:
+            self.finish()
+
+    def look(self, device: torch.device) -> None:
+        """Publish what is being written if all ranks are done with it."""
+        if self.pending is None:
+            return
+        busy = torch.tensor(float(self.writer.writing), device=device)
+        if not distributed.sum_over_ranks(busy):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written, and publish it."""
+        if self.pending is None:
+            return
+        self.writer.wait()
+        (tags, manifest), self.pending = self.pending, None
+        self._agree(self.writer.error, tags)
+        self._on_first_rank(lambda: self._publish(tags, manifest), tags)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+
+    def _publish(self, tags: Sequence[str], manifest: dict[str, Any]) -> None:
+        first = self.staging / tags[0]
+        write_whole(first / MANIFEST, json.dumps(manifest, indent=1))
+        for tag in tags[1:]:
+            _link_files(first, self.staging / tag)
+        for tag in tags:
+            sync(self.staging / tag)
+            if (self.exp_dir / tag).exists():  # what is there is no complete checkpoint
+                (self.exp_dir / tag).rename(self.staging / f"replaced-{tag}")
+            (self.staging / tag).rename(self.exp_dir / tag)
+        shutil.copyfile(zero_to_fp32.__file__, self.staging / "zero_to_fp32.py")
+        (self.staging / "zero_to_fp32.py").replace(self.exp_dir / "zero_to_fp32.py")
+        write_whole(self.exp_dir / "latest", tags[-1])
+        sync(self.exp_dir)
+        for path in list(list_checkpoints(self.exp_dir).values())[: -self.keep] if self.keep else []:
+            path.rename(self.staging / path.name)  # from here on it is no checkpoint any more, whatever happens to the rest
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _on_first_rank(self, action: Callable[[], None], tags: Sequence[str]) -> None:
+        error = None
+        if distributed.rank() == 0:
+            try:
+                action()
+            except OSError as failure:
+                error = str(failure)
+        self._agree(error, tags)
+
+    def _agree(self, mine: str | None, tags: Sequence[str]) -> None:
+        """All ranks know of a failure of one."""
+        errors = {rank: error for rank, error in enumerate(distributed.gather_objects(mine)) if error}
+        if not errors:
+            return
+        if distributed.rank() == 0:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        rank, error = min(errors.items())
+        free = shutil.disk_usage(self.exp_dir).free / 1e6
+        last = newest_checkpoint(self.exp_dir)
+        raise UserError(
+            f"rank {rank} could not write {tags[-1]} to exp_dir={str(self.exp_dir)!r} ({error}; {free:.0f} MB are free there): make room; "
+            f"the same command goes on from {last.name if last else 'the beginning'}"
+        )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of its text or stays as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
+@contextlib.contextmanager
+def _written_by(engine: deepspeed.DeepSpeedEngine, writer: CheckpointWriter) -> Iterator[None]:
+    """DeepSpeed's own writing would fail on one rank, and leave the others waiting."""
+    before = engine.checkpoint_engine
+    engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda _: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = before
+        del engine._copy_recovery_script
 
 
-def make_manifest(engine: deepspeed.DeepSpeedEngine, settings: dict[str, Any], *, step: int, position: Position) -> dict[str, Any]:
+def _link_files(source: Path, target: Path) -> None:
+    """The same files under another directory's name; copied where the file system has no links."""
+    target.mkdir()
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copyfile(file, target / file.name)
+            sync(target / file.name)
+
+
+def make_manifest(
+    engine: deepspeed.DeepSpeedEngine, settings: dict[str, Any], *, step: int, position: Position, averaged: bool
+) -> dict[str, Any]:
     """What the checkpoint holds and what it belongs to. settings: what a run that goes on from it must have in common."""
     description: AsrLlmConfig = engine.module.config
+    trainable = trained_parameters(engine.module)
     return {
-        "format": 1,
+        "format": 2,
         "asrllm": asrllm.__version__,
         "step": step,
         "position": position.as_dict(),
         "zero_stage": engine.zero_optimization_stage(),
         "world_size": distributed.world_size(),
-        "trainable": trained_parameters(engine.module),
+        "trainable": trainable,
+        "param_groups": [list(trainable)],
+        "running_average": averaged,
         "carried": list(engine.module.carried),
         "base_models": description.base_models,
         "settings": settings,
@@ -96,133 +179,40 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
 def write_carried(model: nn.Module, exp_dir: Path) -> None:
     """Write exp_dir/carried.pt on all ranks, if there is anything to carry."""
     parameters, state = dict(model.named_parameters()), {}
-    for name in model.carried:
+    for name in model.carried:  # a resumed run may be below another exp_dir than its checkpoint
         with whole(parameters[name]):
             if distributed.rank() == 0:
                 state[name] = parameters[name].detach().cpu().clone()
     if state:
         partial = exp_dir / f"{CARRIED}.partial"
         torch.save(state, partial)
-        _sync(partial)
+        sync(partial)
         partial.replace(exp_dir / CARRIED)
     distributed.barrier()
 
 
-def read_carried(exp_dir: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+def read_carried(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The frozen weights that belong to a checkpoint and lie beside it."""
     names = manifest.get("carried", [])
-    state = read_state(exp_dir / CARRIED) if names else {}
+    path = checkpoint.parent / CARRIED
+    state = read_state(path) if names else {}
     if missing := sorted(set(names) - state.keys()):
-        raise UserError(f"{str(exp_dir / CARRIED)!r} lacks {missing[0]!r}, which its checkpoints need: it is of another run")
+        raise UserError(f"{str(path)!r} lacks {missing[0]!r}, which its checkpoints need: it is of another run")
     return {name: state[name] for name in names}
 
 
-def restore_carried(model: nn.Module, exp_dir: Path, manifest: dict[str, Any]) -> None:
-    copy_into(model, read_carried(exp_dir, manifest))
-
-
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, exp_dir: Path, tag: str) -> None:
-    """Weights and optimizer of `exp_dir/tag`; pickles may build nothing but what DeepSpeed's checkpoints hold."""
-    damaged = f"the checkpoint {str(exp_dir / tag)!r} is damaged: remove it to go on from the one before"
-    try:
-        with trusted_unpickling():
-            loaded, _ = engine.load_checkpoint(str(exp_dir), tag=tag, load_module_strict=False)
-    except (OSError, EOFError, RuntimeError, AssertionError, KeyError, ValueError, struct.error, pickle.UnpicklingError) as error:
-        raise UserError(f"{damaged} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    if loaded is None:
-        raise UserError(damaged)
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Weights and optimizer, on as many ranks as wrote it; pickles may build nothing but what DeepSpeed's checkpoints hold."""
+    with trusted_unpickling():
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+        if loaded is None:
+            raise ValueError("DeepSpeed found no file")
 
 
 @contextlib.contextmanager
-def trusted_unpickling() -> Iterator[None]:
-    """torch.load refuses, inside the block, whatever is neither a tensor nor one of DeepSpeed's plain classes."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    def stage_named(kind: Any, name: str) -> Any:
-        """Python 3.11.0 to 3.11.3 pickle an enum as getattr(its class, its name); of getattr nothing else is let through."""
-        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
-            raise pickle.UnpicklingError(f"the checkpoint asks for {name!r} of {kind!r}")
-        return getattr(ZeroStageEnum, name)
-
-    plain = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address, (stage_named, "builtins.getattr")]
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+def explain_damage(checkpoint: Path) -> Iterator[None]:
     try:
-        with torch.serialization.safe_globals(plain):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
-def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict[int, Path]:
-    """Complete checkpoints by step (or, with EPOCH_TAG, by epoch), in ascending order."""
-    found = {
-        int(match.group(1)): path for path in exp_dir.glob("*") if (match := pattern.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    }
-    return dict(sorted(found.items()))
-
-
-def latest_tag(exp_dir: Path) -> str | None:
-    """The newest complete checkpoint's tag."""
-    latest = exp_dir / "latest"
-    if latest.is_file() and (exp_dir / latest.read_text().strip() / MANIFEST).is_file():
-        return latest.read_text().strip()
-    found = [*list_checkpoints(exp_dir).values(), *list_checkpoints(exp_dir, EPOCH_TAG).values()]
-    return max(found, key=lambda path: read_manifest(path)["step"]).name if found else None
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{str(checkpoint)!r} is no complete checkpoint: {MANIFEST} is missing")
-    manifest = read_json_object(path, "the manifest")
-    if missing := {"step", "position", "zero_stage", "world_size", "trainable", "base_models", "settings", "prompts"} - manifest.keys():
-        raise UserError(f"the manifest {str(path)!r} lacks {sorted(missing)}: the checkpoint is damaged; remove it")
-    return manifest
-
-
-def check_same_model(exp_dir: Path, tag: str, description: AsrLlmConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the checkpoint to resume from; raises UserError where it belongs to another model or to other settings."""
-    manifest = read_manifest(exp_dir / tag)
-    for part, base in (description.base_models or {}).items():
-        trained_on = manifest["base_models"][part]
-        if trained_on["fingerprint"] != base["fingerprint"]:
-            raise UserError(
-                f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: its {part} was {trained_on['path']!r}, now it is "
-                f"{base['path']!r} with other weights; choose another exp_dir"
-            )
-    for key, value in settings.items():
-        if manifest["settings"].get(key) != value:  # an older version may not have written it
-            raise UserError(
-                f"exp_dir={str(exp_dir)!r}: {tag} was written with {key}={manifest['settings'].get(key)}, this run has {value}: "
-                "go on as it was, or choose another exp_dir"
-            )
-    return manifest
-
-
-def check_same_parameters(exp_dir: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
-    """The trained parameters by name and shape are those of the checkpoint."""
-    then = manifest["trainable"]
-    for name in sorted(then.keys() | now.keys()):
-        if name not in now or name not in then:
-            where = "the checkpoint alone" if name in then else "this run alone"
-            raise UserError(
-                f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: {name!r} is trained in {where}; choose another exp_dir"
-            )
-        if then[name]["shape"] != now[name]["shape"]:
-            raise UserError(
-                f"exp_dir={str(exp_dir)!r} holds checkpoints of another model: {name!r} has the shape {then[name]['shape']} there and "
-                f"{now[name]['shape']} here; choose another exp_dir"
-            )
-
-
-def prune(exp_dir: Path, keep: int) -> None:
-    """Remove all but the last `keep` step checkpoints; 0 keeps all."""
-    for path in list(list_checkpoints(exp_dir).values())[:-keep] if keep else []:
-        (path / MANIFEST).unlink()  # from here on it is no checkpoint any more, whatever happens to the rest
-        shutil.rmtree(path)
+        yield
+    except (OSError, EOFError, RuntimeError, AssertionError, KeyError, ValueError, struct.error, pickle.UnpicklingError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"the checkpoint {str(checkpoint)!r} is damaged: remove it to go on from the one before ({said})") from error

@@ -39,7 +39,10 @@ class TrainerConfig:
     valid_every: int
     save_every: int
     keep_last_k: int
-    resume: Literal["auto", "never"]
+    background_checkpoints: bool
+    use_averaged_model: bool
+    average_period: int
+    resume: str
     preemption_signals: list[str]
     step_timeout: float | None
     max_nonfinite_steps: int
@@ -49,7 +52,16 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.num_epochs is None and self.num_steps is None:
             raise UserError("trainer.num_epochs and trainer.num_steps are both null: set the one that ends the training")
-        counts = ("gradient_accumulation_steps", "log_every", "valid_every", "save_every", "max_nonfinite_steps", "num_epochs", "num_steps")
+        counts = (
+            "gradient_accumulation_steps",
+            "log_every",
+            "valid_every",
+            "save_every",
+            "max_nonfinite_steps",
+            "average_period",
+            "num_epochs",
+            "num_steps",
+        )
         for key in counts:
             value = getattr(self, key)
             if value is not None and value < 1:

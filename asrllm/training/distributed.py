@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,8 @@ import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+
+from asrllm.errors import UserError
 
 
 def rank() -> int:
@@ -66,6 +69,19 @@ def gather_objects(mine: Any) -> list[Any]:
     everywhere: list[Any] = [None] * world_size()
     dist.all_gather_object(everywhere, mine)
     return everywhere
+
+
+def first_rank_does(action: Callable[[], None]) -> None:
+    """Run it on the first rank while the others wait; a UserError or OSError there is a UserError on all."""
+    failure = None
+    if rank() == 0:
+        try:
+            action()
+        except (UserError, OSError) as error:
+            failure = str(error)
+    for failed in gather_objects(failure):
+        if failed:
+            raise UserError(failed)
 
 
 def barrier() -> None:

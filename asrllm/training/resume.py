@@ -7,12 +7,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from asrllm.errors import UserError
-from asrllm.models.earlier import PROJECTOR_FIELDS
+from asrllm.models.earlier import PROJECTOR_FIELDS, copy_into
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
-from asrllm.training.checkpoint import check_same_model, latest_tag
-from asrllm.training.config import TrainRun
+from asrllm.training.averaging import RunningAverage
+from asrllm.training.checkpoint import explain_damage, load_checkpoint, read_carried, trained_parameters
+from asrllm.training.config import TrainerConfig, TrainRun
 from asrllm.training.data import TrainingData
+from asrllm.training.manifest import MANIFEST, check_same_model, check_same_parameters, newest_checkpoint, read_manifest
+from asrllm.training.partitions import load_from_other_ranks
 
 SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
 
@@ -38,7 +41,6 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
     description = processor.config
     model = ("lora", "audio_encoder_lora", *PROJECTOR_FIELDS, "prompts")
     return {
-        "world_size": distributed.world_size(),
         "audio_token_id": description.audio_token_id,
         "chat_template": processor.tokenizer.chat_template,
         **{key: getattr(description, key) for key in model},
@@ -59,12 +61,51 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
     }
 
 
-def find_resume(config: TrainRun, processor: AsrLlmProcessor, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The tag to go on from and its manifest; None to start anew."""
-    exp_dir = Path(config.exp_dir or "")
-    tag = latest_tag(exp_dir)
-    if tag is None:
+def find_resume(config: TrainRun, processor: AsrLlmProcessor, settings: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its manifest; None to start anew.
+
+    On another number of ranks gradient_accumulation_steps may change too, so that the batch can stay as large as it was.
+    """
+    exp_dir, resume = Path(config.exp_dir or ""), config.trainer.resume
+    newest = newest_checkpoint(exp_dir)
+    if resume == "never" and newest is not None:
+        raise UserError(f"trainer.resume=never, but exp_dir={str(exp_dir)!r} holds {newest.name}: choose another exp_dir, or remove it")
+    checkpoint = newest if resume in ("auto", "never") else chosen_checkpoint(Path(resume), newest)
+    if checkpoint is None:
         return None, {}
-    if config.trainer.resume == "never":
-        raise UserError(f"trainer.resume=never, but exp_dir={str(exp_dir)!r} holds {tag}: choose another exp_dir, or remove it")
-    return tag, check_same_model(exp_dir, tag, processor.config, settings)
+    if read_manifest(checkpoint)["world_size"] != distributed.world_size():
+        settings = {key: value for key, value in settings.items() if key != "gradient_accumulation_steps"}
+    return checkpoint, check_same_model(checkpoint, processor.config, settings)
+
+
+def chosen_checkpoint(path: Path, newest: Path | None) -> Path:
+    """A checkpoint given by name, which what exp_dir holds must not be ahead of: the next run would go on from there again."""
+    path = path.resolve()
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"trainer.resume={str(path)!r} is no complete checkpoint: give auto, never, or such as exp/NAME/checkpoint-1000")
+    if newest is not None and newest.resolve() != path and read_manifest(newest)["step"] >= read_manifest(path)["step"]:
+        raise UserError(
+            f"trainer.resume={str(path)!r}, but {str(newest)!r} is not before it: remove what is later, or choose another exp_dir"
+        )
+    return path
+
+
+def restore(engine: Any, config: TrainerConfig, checkpoint: Path | None, manifest: dict[str, Any]) -> RunningAverage | None:
+    """Weights, optimizer and running average of the checkpoint, written by as many ranks as there are now or by others.
+
+    Gives the running average, where one is kept. Raises UserError where the checkpoint has other weights, is damaged, or has no average.
+    """
+    if checkpoint is None:
+        return RunningAverage(engine, period=config.average_period) if config.use_averaged_model else None
+    check_same_parameters(checkpoint, manifest, trained_parameters(engine.module))
+    if config.use_averaged_model and not manifest["running_average"]:
+        raise UserError(f"trainer.use_averaged_model=true, but {str(checkpoint)!r} was written without: go on as it was")
+    engine.module.carried = tuple(manifest["carried"])
+    same_ranks = manifest["world_size"] == distributed.world_size() or manifest["zero_stage"] == 0
+    with explain_damage(checkpoint):
+        (load_checkpoint if same_ranks else load_from_other_ranks)(engine, checkpoint, manifest)
+    copy_into(engine.module, read_carried(checkpoint, manifest))
+    average = RunningAverage(engine, period=config.average_period) if config.use_averaged_model else None
+    if average:
+        average.load(checkpoint, manifest)
+    return average

@@ -5,7 +5,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from asrllm.training.checkpoint import trusted_unpickling
+from asrllm.training.zero_files import trusted_unpickling
 
 
 class Reduced:

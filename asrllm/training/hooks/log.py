@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TextIO
 
-from asrllm.training.checkpoint import write_whole
+from asrllm.writing import write_whole
 
 
 def reopen_log(path: Path, step: int) -> TextIO:

@@ -1,7 +1,6 @@
 """The hooks of a run, in the order in which they are called."""
 
 import dataclasses
-from typing import Any
 
 from asrllm.training import distributed
 from asrllm.training.config import TrainRun
@@ -15,7 +14,7 @@ from asrllm.training.hooks.validation import Validation
 from asrllm.training.trainer import Hook, Trainer
 
 
-def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, settings: dict[str, Any]) -> list[Hook]:
+def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoints: Checkpoints) -> list[Hook]:
     keys, exp_dir = config.trainer, trainer.exp_dir
     to: list[sinks.Sink] = []
     if distributed.rank() == 0:
@@ -32,5 +31,5 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, settings:
         made.append(Trace(exp_dir, trainer.step))
     if data.valid:
         made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every))
-    made.append(Checkpoints(metrics, settings, every=keys.save_every, keep=keys.keep_last_k))
+    made.append(checkpoints)
     return made

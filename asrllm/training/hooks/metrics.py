@@ -9,9 +9,9 @@ from pathlib import Path
 from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training import distributed
-from asrllm.training.checkpoint import write_whole
 from asrllm.training.hooks.sinks import Record, Sink
 from asrllm.training.trainer import StepSums, Trainer
+from asrllm.writing import write_whole
 
 BAD_SHARE_OVER = 1000  # utterances that the share of unreadable ones is at least counted over
 

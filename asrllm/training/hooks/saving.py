@@ -3,31 +3,33 @@
 from typing import Any
 
 from asrllm.collator.loader import LoadedStep
-from asrllm.training import distributed
-from asrllm.training.checkpoint import make_manifest, prune, save_checkpoint
-from asrllm.training.hooks.metrics import Metrics
+from asrllm.training.averaging import RunningAverage
+from asrllm.training.checkpoint import CheckpointSaver, make_manifest
 from asrllm.training.trainer import StepSums, Trainer
 
 
 class Checkpoints:
-    """checkpoint-{step} every `every` steps and at the run's end; epoch-{n} after the n-th epoch."""
+    """checkpoint-{step} every `every` steps and at the run's end; epoch-{n} after the n-th epoch. They hold the running average too."""
 
-    def __init__(self, metrics: Metrics, settings: dict[str, Any], *, every: int, keep: int) -> None:
-        self.metrics, self.settings, self.every, self.keep = metrics, settings, every, keep
+    def __init__(self, settings: dict[str, Any], saver: CheckpointSaver, *, every: int, average: RunningAverage | None) -> None:
+        self.settings, self.saver, self.every, self.average = settings, saver, every, average
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
-        if loaded.position.epoch != loaded.epoch:
-            self.save(trainer, f"epoch-{loaded.position.epoch}")
+        if self.average:
+            self.average.update(trainer.step)
+        self.saver.look(trainer.device)
+        tags = [f"epoch-{loaded.position.epoch}"] if loaded.position.epoch != loaded.epoch else []
         if trainer.step % self.every == 0 or trainer.ending:
-            self.save(trainer, f"checkpoint-{trainer.step}")
-            if distributed.rank() == 0:
-                prune(trainer.exp_dir, self.keep)
+            tags.append(f"checkpoint-{trainer.step}")
+        if tags:
+            self.save(trainer, tags)
 
-    def save(self, trainer: Trainer, tag: str) -> None:
-        trainer.watchdog.beat(f"saving {tag}")
-        manifest = make_manifest(trainer.engine, self.settings, step=trainer.step, position=trainer.position)
-        with self.metrics.beside_training():
-            save_checkpoint(trainer.engine, trainer.exp_dir, tag, manifest)
+    def save(self, trainer: Trainer, tags: list[str]) -> None:
+        trainer.watchdog.beat(f"saving {tags[-1]}")
+        averaged = self.average is not None
+        manifest = make_manifest(trainer.engine, self.settings, step=trainer.step, position=trainer.position, averaged=averaged)
+        self.saver.begin(trainer.engine, tags, manifest, self.average.files() if self.average else None)
 
     def at_end(self, trainer: Trainer) -> None:
-        """The last step has saved."""
+        trainer.watchdog.beat(f"waiting for checkpoint-{trainer.step}")
+        self.saver.finish()

@@ -1,0 +1,69 @@
+"""What a checkpoint says of itself, and which checkpoints a run has."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from asrllm.config import read_json_object
+from asrllm.errors import UserError
+from asrllm.models.configuration import AsrLlmConfig
+
+MANIFEST = "asrllm.json"
+STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")
+KEYS = {"step", "position", "zero_stage", "world_size", "trainable", "param_groups", "base_models", "settings", "prompts"}
+
+
+def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict[int, Path]:
+    """Complete checkpoints by step (or, with EPOCH_TAG, by epoch), in ascending order."""
+    found = {
+        int(match.group(1)): path for path in exp_dir.glob("*") if (match := pattern.fullmatch(path.name)) and (path / MANIFEST).is_file()
+    }
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(exp_dir: Path) -> Path | None:
+    """The complete checkpoint of the highest step, whatever `latest` says: a run may be killed just before it is written."""
+    found = [*list_checkpoints(exp_dir, EPOCH_TAG).values(), *list_checkpoints(exp_dir).values()]
+    return max(found, key=lambda path: read_manifest(path)["step"], default=None)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{str(checkpoint)!r} is no complete checkpoint: {MANIFEST} is missing")
+    manifest = read_json_object(path, "the manifest")
+    if missing := KEYS - manifest.keys():
+        raise UserError(f"the manifest {str(path)!r} lacks {sorted(missing)}: the checkpoint is damaged; remove it")
+    return manifest
+
+
+def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the checkpoint to go on from; raises UserError where it belongs to another model or to other settings."""
+    manifest = read_manifest(checkpoint)
+    for part, base in (description.base_models or {}).items():
+        trained_on = manifest["base_models"][part]
+        if trained_on["fingerprint"] != base["fingerprint"]:
+            raise UserError(
+                f"{str(checkpoint)!r} is a checkpoint of another model: its {part} was {trained_on['path']!r}, now it is "
+                f"{base['path']!r} with other weights; choose another exp_dir"
+            )
+    for key, value in settings.items():
+        if manifest["settings"].get(key) != value:  # an older version may not have written it
+            raise UserError(
+                f"{str(checkpoint)!r} was written with {key}={manifest['settings'].get(key)}, this run has {value}: "
+                "go on as it was, or choose another exp_dir"
+            )
+    return manifest
+
+
+def check_same_parameters(checkpoint: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
+    """The trained parameters by name and shape are those of the checkpoint."""
+    then, another = manifest["trainable"], f"{str(checkpoint)!r} is a checkpoint of another model"
+    for name in sorted(then.keys() | now.keys()):
+        if name not in now or name not in then:
+            where = "the checkpoint alone" if name in then else "this run alone"
+            raise UserError(f"{another}: {name!r} is trained in {where}; choose another exp_dir")
+        if then[name]["shape"] != now[name]["shape"]:
+            raise UserError(
+                f"{another}: {name!r} has the shape {then[name]['shape']} there and {now[name]['shape']} here; choose another exp_dir"
+            )

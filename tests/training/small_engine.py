@@ -1,0 +1,106 @@
+"""A small model under DeepSpeed in as many processes as a test wants: `start` runs a function of this file in each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from tests.conftest import REPOSITORY, clean_environment, free_port
+
+
+class Small(nn.Module):
+    """Weights of awkward sizes, a frozen one among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(7, 5), nn.Linear(5, 13), nn.Linear(13, 3, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+        self.config, self.carried = SimpleNamespace(base_models={}, prompts=[]), ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.second(torch.tanh(self.first(x.to(self.scale.dtype)))))
+        return (self.frozen(self.last(x)) * self.scale).float().pow(2).mean()
+
+
+def engine_of(stage: int, precision: str, *, width: int = 0):
+    """width: of a further square layer, to make it as large as wanted."""
+    import deepspeed
+
+    from asrllm.training import distributed
+
+    model = Small()
+    if width:
+        model.second = nn.Sequential(nn.Linear(5, width), *(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, 13))
+    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    names = dict(model.named_parameters())
+    matrices = [p for p in names.values() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in names.values() if p.requires_grad and p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=0.01)
+    ds = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": distributed.world_size(),
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 20},
+        "steps_per_print": 1 << 60,
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=[*matrices, *vectors], optimizer=optimizer, config=ds)
+    return engine
+
+
+def train_step(engine, step: int, *, rows: int = 8) -> float:
+    """The same batch over all ranks, however many there are; gives its loss."""
+    from asrllm.training import distributed
+
+    rank, ranks = distributed.rank(), distributed.world_size()
+    x = torch.randn(rows, 7, generator=torch.Generator().manual_seed(step))[rank::ranks]
+    loss = engine(x)
+    engine.backward(loss)
+    engine.step()
+    return float(distributed.sum_over_ranks(loss.detach().clone())) / ranks
+
+
+def start(function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object) -> list[subprocess.Popen]:
+    """Run `function(**arguments)` of tests.training.<module> ("module:name") in `ranks` processes and wait for them."""
+    port = str(free_port())
+    command = [sys.executable, "-m", "tests.training.small_engine", function, json.dumps(arguments)]
+    environments = [
+        clean_environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for r in range(ranks)
+    ]
+    processes = [
+        subprocess.Popen(command, cwd=REPOSITORY, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in environments
+    ]
+    try:
+        for process in processes:
+            process.output = process.communicate(timeout=timeout)[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process in processes if check else []:
+        assert process.returncode == 0, process.output[-3000:]
+    return processes
+
+
+if __name__ == "__main__":
+    import importlib
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from asrllm.training import distributed
+
+    module, _, name = sys.argv[1].partition(":")
+    distributed.start()
+    getattr(importlib.import_module(f"tests.training.{module}"), name)(**json.loads(sys.argv[2]))
+    distributed.finish()
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for threads of DeepSpeed's
