@@ -17,6 +17,7 @@ import torch
 import asrllm
 from asrllm.checkpoints.consolidate import read_weights
 from asrllm.testing import tiny_llm
+from asrllm.training.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -220,6 +221,43 @@ def test_ranks_together_train_on_an_epoch_once_and_the_stages_agree(world, tmp_p
     np.testing.assert_allclose(seen[0], seen[3], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("stage", "first", "then"), [(2, 2, 1), (3, 1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_batches(world, tmp_path, stage, first, then):
+    """As many micro-batches a step on fewer processes: the losses stay, no utterance is lost or repeated."""
+
+    def settings(exp, processes, **more):
+        keys = {
+            "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
+            "trainer__precision": "fp32",
+            "trainer__num_epochs": 1,
+            "trainer__num_steps": "null",
+            "trainer__save_every": 2,
+            "trainer__use_averaged_model": "true",
+            "trainer__average_period": 2,
+            "trainer__gradient_accumulation_steps": 2 // processes,
+            "data__trace": "true",
+        }
+        return world.overrides(exp, **keys | more)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launcher = {1: "python", 2: "torchrun"}
+    assert_done(run_script("train", *settings(whole, first), launcher=launcher[first]))
+    checkpoint = whole / "checkpoint-2"
+    assert_done(run_script("train", *settings(parts, then, trainer__resume=checkpoint), launcher=launcher[then]))
+    np.testing.assert_allclose(losses(parts), losses(whole)[2:], rtol=2e-5)
+    trained_before = [key for line in lines(whole) if line["step"] <= 2 for key in line["keys"]]
+    assert sorted(trained_before + trained_keys(parts)) == [f"utt{i:04d}" for i in range(60)]
+    last = f"checkpoint-{metrics(whole)[-1]['step']}"
+    for key, close in ((MASTERS, 1e-4), (AVERAGE, 1e-4)):
+        expected, found = read_weights(whole / last, key), read_weights(parts / last, key)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=close, atol=1e-5)
+
+
+def lines(exp: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(exp.glob("keys-rank*.jsonl")) for line in path.read_text().splitlines()]
+
+
 def test_a_killed_run_goes_on(world, tmp_path):
     """kill -9 of all processes in the middle; the next run goes on from the last complete checkpoint."""
     exp = tmp_path / "exp"
@@ -261,7 +299,7 @@ def test_another_models_checkpoints_are_refused(world, finished, tmp_path):
         assert message in done.stderr
         assert "Traceback" not in done.stderr
 
-    refused("holds checkpoints of another model: its llm was", model__llm__pretrained_model=other)
+    refused("is a checkpoint of another model: its llm was", model__llm__pretrained_model=other)
     refused("was written with zero_stage=3, this run has 2", trainer__deepspeed_config="ds_configs/zero2.json")
     refused("trainer.resume=never", trainer__resume="never")
     refused("was written with lora={", model__llm__lora__lora_alpha=99)
@@ -269,9 +307,8 @@ def test_another_models_checkpoints_are_refused(world, finished, tmp_path):
     refused("was written with seed=42, this run has 1", seed=1)
     refused("was written with training data=[['train', 60", data__train_data_config=world.root / "test.yaml")
     assert sorted(path.name for path in finished.iterdir()) == before
-    done = run_script("train", *world.overrides(finished, **settings))
-    assert done.returncode == 2
-    assert "was written with world_size=2, this run has 1" in done.stderr
+    refused("give auto, never, or such as exp/NAME/checkpoint-1000", trainer__resume=finished)
+    refused("is not before it: remove what is later", trainer__resume=finished / "checkpoint-4")
 
 
 def test_other_trained_parameters_are_refused(world, finished):

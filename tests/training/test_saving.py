@@ -1,0 +1,107 @@
+"""Checkpoints are complete or invisible, whatever happens while they are written."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from asrllm.data.plan import Position
+from asrllm.training.manifest import list_checkpoints, newest_checkpoint, read_manifest
+from asrllm.training.writer import CheckpointWriter, Copies
+from asrllm.training.zero_files import ZeroFiles
+from tests.conftest import REPOSITORY, clean_environment
+from tests.training.small_engine import engine_of, start, train_step
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_fifty_kills_lose_no_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "tests.training.kill_loop", str(tmp_path), "50", "7"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["lost"] == 0
+    assert seen["same"], "the run that was killed has other weights than the uninterrupted one"
+    assert seen["steps"][-1] > 50
+    assert seen["killed_while_writing"] > 10, "the kills did not meet the writing"
+
+
+def save_until_full(out: str, megabytes: int) -> None:
+    """In every process: files may be so large on the second rank, and not larger."""
+    from asrllm.errors import UserError
+    from asrllm.training import distributed
+    from asrllm.training.checkpoint import CheckpointSaver, make_manifest
+
+    engine = engine_of(2, "fp32")
+    train_step(engine, 0)
+    for background in (True, False):
+        saver = CheckpointSaver(Path(out), background=background, keep=0)
+        saver.begin(engine, ["checkpoint-1"], make_manifest(engine, {}, step=1, position=Position(), averaged=False))
+        saver.finish()
+        if distributed.rank() == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes, resource.RLIM_INFINITY))
+        try:
+            saver.begin(engine, ["checkpoint-2"], make_manifest(engine, {}, step=2, position=Position(), averaged=False))
+            saver.finish()
+        except UserError as error:
+            print(f"refused: {error}")
+        else:
+            print("saved")
+        if distributed.rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_is_one_sentence_on_all_and_keeps_what_was_there(tmp_path):
+    for process in start("test_saving:save_until_full", 2, out=str(tmp_path), megabytes=2000):
+        sentences = [line for line in process.output.splitlines() if line.startswith(("refused", "saved"))]
+        assert len(sentences) == 2
+        for sentence in sentences:
+            assert sentence.startswith("refused: rank 1 could not write checkpoint-2 to exp_dir=")
+            assert "make room; the same command goes on from checkpoint-1" in sentence
+    assert list(list_checkpoints(tmp_path)) == [1]
+    assert not (tmp_path / ".incomplete").exists()
+    assert ZeroFiles(tmp_path / "checkpoint-1", read_manifest(tmp_path / "checkpoint-1")).read("scale").shape == (1,)
+
+
+def test_copies_are_apart_from_what_goes_on_changing_and_share_what_was_shared():
+    copies, weight = Copies(), torch.arange(6.0)
+    state = {"a": weight, "b": [weight, {"c": weight[2:]}], "n": 3}
+    first = copies.of(state)
+    copies.end()
+    weight.zero_()
+    assert first["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert first["b"][1]["c"].tolist() == [2, 3, 4, 5]
+    assert first["a"] is first["b"][0]
+    assert first["n"] == 3
+    again = copies.of(state)
+    assert again["a"].data_ptr() == first["a"].data_ptr(), "the memory is used again"
+
+
+def test_a_failed_write_is_told_and_the_next_one_is_not(tmp_path):
+    writer = CheckpointWriter(background=True)
+    for path, fails in ((tmp_path / "none" / "x.pt", True), (tmp_path / "x.pt", False)):
+        writer.save({"x": torch.ones(3)}, str(path))
+        writer.start()
+        writer.wait()
+        assert (writer.error is not None) is fails
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["x"].tolist() == [1, 1, 1]
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    needed = {"position": {}, "zero_stage": 0, "world_size": 1, "trainable": {}, "param_groups": [], "base_models": {}, "settings": {}}
+    for name, step in (("checkpoint-4", 4), ("checkpoint-8", 8), ("epoch-1", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "asrllm.json").write_text(json.dumps({"step": step, "prompts": [], **needed}))
+    (tmp_path / "checkpoint-12").mkdir()  # not complete
+    (tmp_path / "latest").write_text("checkpoint-4")  # killed before it was written
+    assert newest_checkpoint(tmp_path).name == "epoch-1"
+    shutil.rmtree(tmp_path / "epoch-1")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-8"
