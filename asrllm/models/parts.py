@@ -8,11 +8,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from asrllm.errors import UserError
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import build_encoder, encoder_class
+from asrllm.models.partitioned import partitioned_llm
 
 
 def pretrained_encoder(config: AsrLlmConfig, path: str) -> nn.Module:
@@ -44,6 +46,8 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises UserError for files that cannot be read, for a missing, unexpected or wrong-shaped key, and for a family that cannot be packed.
     """
     attention = register_packed_attention()
+    if is_deepspeed_zero3_enabled() and (llm := partitioned_llm(path, dtype, attention)) is not None:
+        return check_family(llm)
     try:
         llm, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True

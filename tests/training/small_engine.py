@@ -68,7 +68,7 @@ def train_step(engine, step: int, *, rows: int = 8) -> float:
 
 
 def start(function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object) -> list[subprocess.Popen]:
-    """Run `function(**arguments)` of tests.training.<module> ("module:name") in `ranks` processes and wait for them."""
+    """Run `function(**arguments)` of tests.<module> ("module:name") in `ranks` processes and wait for them."""
     port = str(free_port())
     command = [sys.executable, "-m", "tests.training.small_engine", function, json.dumps(arguments)]
     environments = [
@@ -99,7 +99,7 @@ if __name__ == "__main__":
 
     module, _, name = sys.argv[1].partition(":")
     distributed.start()
-    getattr(importlib.import_module(f"tests.training.{module}"), name)(**json.loads(sys.argv[2]))
+    getattr(importlib.import_module(f"tests.{module}"), name)(**json.loads(sys.argv[2]))
     distributed.finish()
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads of DeepSpeed's

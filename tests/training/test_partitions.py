@@ -71,10 +71,10 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_weights_moments_and_averages_are_the_same_on_another_number_of_ranks(tmp_path):
-    start("test_partitions:train_and_save", 2, out=str(tmp_path / "two"), kinds=KINDS, steps=6)
+    start("training.test_partitions:train_and_save", 2, out=str(tmp_path / "two"), kinds=KINDS, steps=6)
     for source, ranks in (("two", 1), ("two", 4), ("on-1", 2)):
         out = tmp_path / f"on-{ranks}"
-        start("test_partitions:load_and_save", ranks, source=str(tmp_path / source), out=str(out), kinds=KINDS, steps=6)
+        start("training.test_partitions:load_and_save", ranks, source=str(tmp_path / source), out=str(out), kinds=KINDS, steps=6)
         for stage, precision in KINDS:
             before, after, uninterrupted = (
                 folder / f"{stage}-{precision}" / tag

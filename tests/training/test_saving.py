@@ -60,7 +60,7 @@ def save_until_full(out: str, megabytes: int) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_write_is_one_sentence_on_all_and_keeps_what_was_there(tmp_path):
-    for process in start("test_saving:save_until_full", 2, out=str(tmp_path), megabytes=2000):
+    for process in start("training.test_saving:save_until_full", 2, out=str(tmp_path), megabytes=2000):
         sentences = [line for line in process.output.splitlines() if line.startswith(("refused", "saved"))]
         assert len(sentences) == 2
         for sentence in sentences:
