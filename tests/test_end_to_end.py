@@ -253,6 +253,15 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(world, tmp_pa
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=close, atol=1e-5)
 
+    averaged = run_script("average", whole, "--iter", last.split("-")[1], "--avg", 1, "--use-averaged-model")
+    assert assert_done(averaged).stdout.strip().endswith("-avg-1-use-averaged-model.pt")
+    choice = [f"checkpoint.model.iter={last.split('-')[1]}", "checkpoint.model.avg=1", "checkpoint.model.use_averaged_model=true"]
+    assert_done(
+        run_script("evaluate", f"exp_dir={whole}", f"data.test_data_config={world.root / 'test.yaml'}", *choice, "max_new_tokens=5")
+    )
+    (results,) = (whole / "greedy_search").glob("results*.json")
+    assert "use-averaged-model" in results.read_text()
+
 
 def lines(exp: Path) -> list[dict]:
     return [json.loads(line) for path in sorted(exp.glob("keys-rank*.jsonl")) for line in path.read_text().splitlines()]

@@ -12,11 +12,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end.add_argument("--iter", type=positive, default=0, metavar="N", help="average the last K checkpoints up to this step")
     end.add_argument("--epoch", type=positive, default=0, metavar="N", help="average the last K epochs' checkpoints up to this one")
     parser.add_argument("--avg", type=positive, required=True, metavar="K", help="how many checkpoints")
+    parser.add_argument(
+        "--use-averaged-model",
+        action="store_true",
+        help="the mean over all steps since the checkpoint before these, of a run with trainer.use_averaged_model=true",
+    )
     parser.add_argument("--output", metavar="FILE", help="EXP/averaged-iter-N-avg-K.pt by default")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm.checkpoints.average import average
+    from asrllm.checkpoints.average import Average, average
 
     output = Path(arguments.output) if arguments.output else None
-    print(average(Path(arguments.exp_dir), iteration=arguments.iter, epoch=arguments.epoch, avg=arguments.avg, output=output))
+    what = Average(iteration=arguments.iter, epoch=arguments.epoch, avg=arguments.avg, running=arguments.use_averaged_model)
+    print(average(Path(arguments.exp_dir), what, output))

@@ -26,6 +26,13 @@ class ModelChoice:
     iter: int
     epoch: int
     avg: int
+    use_averaged_model: bool
+
+    @property
+    def average(self) -> Any:
+        from asrllm.checkpoints.average import Average
+
+        return Average(iteration=self.iter, epoch=self.epoch if self.iter == 0 else 0, avg=self.avg, running=self.use_averaged_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,7 @@ class EvaluationRun:
         if choice.filename:
             return Path(choice.filename).stem
         if choice.avg > 0:
-            return f"iter-{choice.iter}-avg-{choice.avg}" if choice.iter > 0 else f"epoch-{choice.epoch}-avg-{choice.avg}"
+            return choice.average.suffix
         return "pretrained"
 
 
@@ -103,7 +110,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
 
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
-    weights = resolve_weights(exp_dir, filename=choice.filename, iteration=choice.iter, epoch=choice.epoch, avg=choice.avg)
+    weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.of(config.data.cache)
     corpora = read_corpora(config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache)
     check_names([corpus.name for corpus in corpora])

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from asrllm.checkpoints.average import mean_between
+from asrllm.checkpoints.consolidate import read_weights
 from asrllm.data.plan import Position
 from asrllm.training.manifest import read_manifest
 from asrllm.training.zero_files import AVERAGE, MASTERS, ZeroFiles
 from tests.training.small_engine import engine_of, start, train_step
 
+PERIOD = 2  # of the running average
 KINDS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 
 
@@ -20,7 +23,7 @@ def train_and_save(out: str, kinds: list, steps: int) -> None:
 
     for stage, precision in kinds:
         engine = engine_of(stage, precision)
-        average = RunningAverage(engine, period=2)
+        average = RunningAverage(engine, period=PERIOD)
         losses = []
         for step in range(steps):
             losses.append(train_step(engine, step))
@@ -40,7 +43,7 @@ def load_and_save(source: str, out: str, kinds: list, steps: int) -> None:
         checkpoint = Path(source) / f"{stage}-{precision}" / "checkpoint-4"
         manifest = read_manifest(checkpoint)
         load_from_other_ranks(engine, checkpoint, manifest)
-        average = RunningAverage(engine, period=2)
+        average = RunningAverage(engine, period=PERIOD)
         average.load(checkpoint, manifest)
         save(engine, average, Path(out) / f"{stage}-{precision}", "checkpoint-4", [])
         losses = []
@@ -72,6 +75,13 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_weights_moments_and_averages_are_the_same_on_another_number_of_ranks(tmp_path):
     start("training.test_partitions:train_and_save", 2, out=str(tmp_path / "two"), kinds=KINDS, steps=6)
+    for stage, precision in KINDS:
+        early, late = (tmp_path / "two" / f"{stage}-{precision}" / f"checkpoint-{step}" for step in (4, 6))
+        between, since, weights = mean_between(early, late), mean_between(None, late), read_weights(late)
+        average_of_two = read_weights(early, AVERAGE)  # of the weights after steps 2 and 4
+        for name, tensor in weights.items():
+            torch.testing.assert_close(between[name], tensor)  # one update, after step 6
+            torch.testing.assert_close(since[name], ((2 * average_of_two[name] + tensor) / 3).float())
     for source, ranks in (("two", 1), ("two", 4), ("on-1", 2)):
         out = tmp_path / f"on-{ranks}"
         start("training.test_partitions:load_and_save", ranks, source=str(tmp_path / source), out=str(out), kinds=KINDS, steps=6)
