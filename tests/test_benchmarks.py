@@ -26,6 +26,13 @@ def test_the_training_steps_benchmark_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_saving_benchmark_runs(tmp_path):
+    run_benchmark("saving.py", "--tiny", "--rounds", 1, "--steps", 13, "--every", 4, "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["ratios to it"]["beside training"]["saves"] > 0
+
+
+@pytest.mark.slow
 def test_the_data_benchmark_runs(tmp_path):
     run_benchmark("data.py", "--utterances", 64, "--rounds", 1, "--rows", 6400, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())

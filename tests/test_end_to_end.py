@@ -190,19 +190,25 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, lau
         "data__trace": "true",
         "model__llm__lora__lora_dropout": 0.1,
         "trainer__gradient_accumulation_steps": 2,
+        "trainer__use_averaged_model": "true",
+        "trainer__average_period": 3,
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert_done(run_script("train", *world.overrides(whole, **settings), launcher=launcher))
     assert_done(run_script("train", *world.overrides(parts, **settings), launcher=launcher))
-    # as if it had been killed between steps 4 and 8: the later checkpoint is not there, the logs are
-    for path in (parts / "checkpoint-8" / "asrllm.json", parts / "pretrained.pt"):
-        path.unlink()
+    # as if it had been killed between steps 4 and 8: the later checkpoints are not there, the logs are
+    for path in parts.glob("*/asrllm.json"):
+        if json.loads(path.read_text())["step"] > 4:
+            path.unlink()
+    (parts / "pretrained.pt").unlink()
     assert_done(run_script("train", *world.overrides(parts, **settings), launcher=launcher))
     assert len(losses(whole)) == 8
     assert losses(parts) == losses(whole)
     assert trained_keys(parts) == trained_keys(whole)
     for name, tensor in torch.load(whole / "pretrained.pt", weights_only=True).items():
         assert torch.equal(torch.load(parts / "pretrained.pt", weights_only=True)[name], tensor), name
+    for name, tensor in read_weights(whole / "checkpoint-8", AVERAGE).items():
+        assert torch.equal(read_weights(parts / "checkpoint-8", AVERAGE)[name], tensor), name
 
 
 def test_ranks_together_train_on_an_epoch_once_and_the_stages_agree(world, tmp_path):
@@ -314,6 +320,12 @@ def test_another_models_checkpoints_are_refused(world, finished, tmp_path):
     refused("was written with lora={", model__llm__lora__lora_alpha=99)
     refused("was written with precision=bf16, this run has fp32", trainer__precision="fp32")
     refused("was written with seed=42, this run has 1", seed=1)
+    words = shutil.copytree(world.llm, tmp_path / "words")  # the same weights, other words
+    vocabulary = json.loads((words / "tokenizer.json").read_text())
+    first, second = list(vocabulary["model"]["vocab"].items())[10:12]
+    vocabulary["model"]["vocab"] |= {first[0]: second[1], second[0]: first[1]}
+    (words / "tokenizer.json").write_text(json.dumps(vocabulary))
+    refused("was written with vocabulary=", model__llm__pretrained_model=words)
     refused("was written with training data=[['train', 60", data__train_data_config=world.root / "test.yaml")
     assert sorted(path.name for path in finished.iterdir()) == before
     refused("give auto, never, or such as exp/NAME/checkpoint-1000", trainer__resume=finished)

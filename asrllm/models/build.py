@@ -10,13 +10,14 @@ from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.earlier import take_over, whole
 from asrllm.models.encoders import encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.loss import head_of
 from asrllm.models.model import AsrLlmModel
+from asrllm.models.names import is_adapter
 from asrllm.models.parts import pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
+from asrllm.models.stages import take_over, whole
 
 
 def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]) -> AsrLlmProcessor:
@@ -104,10 +105,10 @@ def build_model(
     model.carried = tuple(
         name
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and (name in taken or name.startswith("projector.") or "lora_" in name)
+        if not parameter.requires_grad and (name in taken or name.startswith("projector.") or is_adapter(name))
     )
     for part in description.exclude_from_checkpoint or []:
-        if name := next((name for name in model.carried if name.startswith(f"{part}.") and "lora_" not in name), None):
+        if name := next((name for name in model.carried if name.startswith(f"{part}.") and not is_adapter(name)), None):
             raise UserError(f"model.exclude_from_checkpoint=[{part}], but init_from brings such as {name!r}: leave it out")
     head_of(model.causal_lm)  # a head that the loss cannot take is found here
     return model

@@ -23,6 +23,7 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
+from asrllm.models.names import check_state, is_adapter, plain_name
 from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
 
@@ -38,7 +39,7 @@ def save_model(model: AsrLlmModel, folder: Path, *, merge_adapter: bool = False,
     config = copy.deepcopy(model.config)
     config.architectures, config.stored = [type(model).__name__], None
     left_out = tuple(f"{part}." for part in config.exclude_from_checkpoint or [])
-    state = {k: v for k, v in model.weights().items() if not k.startswith(left_out) or "lora_" in k}
+    state = {k: v for k, v in model.weights().items() if not k.startswith(left_out) or is_adapter(k)}
     tuned: dict[str, Any] = {}
     if merge_adapter:
         state, tuned = merged_names(model, state)
@@ -101,11 +102,9 @@ def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[
 
     Raises UserError where there are no adapters, where they are of a part that is left out, or where they are more than layers'.
     """
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = dict(model.named_modules())
-    wrapped = tuple(name for name, module in modules.items() if isinstance(module, PeftModel))
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     if not layers:
         raise UserError("merge_adapter=True, but the model has no adapters: save it without")
@@ -119,15 +118,12 @@ def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[
     if tied is model.causal_lm.get_input_embeddings().weight and any(layer.get_base_layer().weight is tied for layer in layers.values()):
         raise UserError("merge_adapter=True: the adapter of the embeddings would change the head, which shares them: save unmerged")
 
-    def plain(key: str) -> str:
-        for name in wrapped:
-            key = f"{name}." + key.removeprefix(f"{name}.base_model.model.") if key.startswith(f"{name}.base_model.model.") else key
-        return key.replace(".base_layer.", ".")
-
     factors = {key for name, layer in layers.items() for key, _ in layer.named_parameters(name) if not is_base(key, name)}
-    tuned = {plain(f"{name}.base_layer.weight"): layer for name, layer in layers.items()}
-    tuned |= {plain(f"{name}.base_layer.bias"): layer for name, layer in layers.items() if any(getattr(layer, "lora_bias", {}).values())}
-    return {plain(key): tensor for key, tensor in state.items() if key not in factors}, tuned
+    tuned = {plain_name(f"{name}.base_layer.weight"): layer for name, layer in layers.items()}
+    tuned |= {
+        plain_name(f"{name}.base_layer.bias"): layer for name, layer in layers.items() if any(getattr(layer, "lora_bias", {}).values())
+    }
+    return {plain_name(key): tensor for key, tensor in state.items() if key not in factors}, tuned
 
 
 def is_base(key: str, layer: str) -> bool:
@@ -261,7 +257,9 @@ def assemble(
         model = with_base_parts(config, based, chosen)
     set_generation_config(model.causal_lm, Path(where))
     state = scalars_again(model, state)
-    check_keys(model, state, from_base=based, where=where)
+    expected = model.weights()
+    needed = [key for key in expected if not any(in_base(key, part) for part in based)]
+    check_state(state, expected, f"the weights of {where!r}", "they are of another model", needed=needed)
     for key in list(state):  # a tensor at a time: the ones of another dtype are let go, where nobody else holds them
         state[key] = state[key].to(chosen) if state[key].is_floating_point() else state[key]
     model.load_state_dict(state, strict=False, assign=True)
@@ -272,7 +270,7 @@ def assemble(
 
 
 def in_base(key: str, part: str) -> bool:
-    return key.startswith(f"{part}.") and "lora_" not in key
+    return key.startswith(f"{part}.") and not is_adapter(key)
 
 
 def with_base_parts(config: AsrLlmConfig, parts: Sequence[str], dtype: torch.dtype) -> AsrLlmModel:
@@ -319,21 +317,6 @@ def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, 
     """The state dict with the model's scalars as such: training holds them as vectors of one element."""
     scalars = {name for name, tensor in model.weights().items() if tensor.dim() == 0}
     return {name: tensor.reshape(()) if name in scalars and tensor.numel() == 1 else tensor for name, tensor in state.items()}
-
-
-def check_keys(model: AsrLlmModel, state: Mapping[str, Tensor], *, from_base: Sequence[str], where: str) -> None:
-    expected = model.weights()
-    needed = {key for key in expected if not any(in_base(key, part) for part in from_base)}
-    if missing := sorted(needed - state.keys()):
-        raise UserError(f"the weights of {where!r} lack {len(missing)} keys, the first {missing[0]!r}: they are of another model")
-    if extra := sorted(state.keys() - expected.keys()):
-        raise UserError(f"the weights of {where!r} have {len(extra)} unexpected keys, the first {extra[0]!r}: they are of another model")
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise UserError(
-                f"the weights of {where!r}: {key!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}: they are "
-                "of another model"
-            )
 
 
 def base_path(config: AsrLlmConfig, part: str) -> str:

@@ -20,6 +20,7 @@ from asrllm.models.description import check_same
 from asrllm.models.encoders import build_encoder
 from asrllm.models.generation import MAX_TOKENS_PER_SECOND, REPETITION_GUARD, generate
 from asrllm.models.loss import SupervisedLoss, head_of
+from asrllm.models.names import is_adapter
 from asrllm.models.parts import add_lora, empty_llm, with_lora
 from asrllm.models.processor import WITHOUT_EFFECT, AsrLlmProcessor, as_list
 from asrllm.models.projector import AudioProjector
@@ -132,7 +133,7 @@ class AsrLlmModel(PreTrainedModel):
 
     def stored_weights(self) -> dict[str, int]:
         """How many weights of encoder and LLM a checkpoint holds: those trained, and those carried; adapters apart."""
-        names = [name for name, p in self.named_parameters() if (p.requires_grad or name in self.carried) and "lora_" not in name]
+        names = [name for name, p in self.named_parameters() if (p.requires_grad or name in self.carried) and not is_adapter(name)]
         return {part: sum(name.startswith(f"{part}.") for name in names) for part in ("audio_encoder", "llm")}
 
     def unsplit_modules(self) -> list[type[nn.Module]]:
@@ -155,7 +156,7 @@ class AsrLlmModel(PreTrainedModel):
                 closest = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
                 raise UserError(f"model.frozen_parameters: {pattern!r} fits no parameter; names are such as {closest!r}")
         for name, parameter in self.named_parameters():
-            if (name.startswith(tuple(f"{part}." for part in parts)) and "lora_" not in name) or any(
+            if (name.startswith(tuple(f"{part}." for part in parts)) and not is_adapter(name)) or any(
                 fnmatch.fnmatchcase(name, pattern) for pattern in patterns
             ):
                 parameter.requires_grad_(False)

@@ -14,6 +14,7 @@ from asrllm.errors import UserError
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import build_encoder, encoder_class
+from asrllm.models.names import check_state
 from asrllm.models.partitioned import partitioned_llm
 
 
@@ -22,22 +23,10 @@ def pretrained_encoder(config: AsrLlmConfig, path: str) -> nn.Module:
     fields = config.audio_encoder or {}
     _, state = encoder_class(fields["model_type"]).read_pretrained(path)
     encoder = cast(nn.Module, build_encoder(fields, pad_to_30s=config.pad_to_30s))
-    check_weights(encoder, state, path)
+    where = f"the encoder's weights at model.audio_encoder.pretrained_model={path!r}"
+    check_state(state, encoder.state_dict(), where, "download it again, or give the model that its configuration describes")
     encoder.load_state_dict(state)
     return encoder
-
-
-def check_weights(encoder: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    where = f"the encoder's weights at model.audio_encoder.pretrained_model={path!r}"
-    mend = "download it again, or give the model that its configuration describes"
-    expected = encoder.state_dict()
-    if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(f"{where} lack {len(missing)} keys, the first {missing[0]!r}: {mend}")
-    if extra := sorted(state.keys() - expected.keys()):
-        raise UserError(f"{where} have {len(extra)} unexpected keys, the first {extra[0]!r}: {mend}")
-    for key, tensor in expected.items():
-        if tensor.shape != state[key].shape:
-            raise UserError(f"{where}: {key!r} has the shape {tuple(state[key].shape)}, expected {tuple(tensor.shape)}: {mend}")
 
 
 def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.auto import read_state
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.earlier import whole
+from asrllm.models.stages import whole
 from asrllm.training import distributed
 from asrllm.training.engine import full_shape
 from asrllm.training.manifest import MANIFEST, list_checkpoints, newest_checkpoint

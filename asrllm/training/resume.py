@@ -1,14 +1,15 @@
 """Which checkpoint a run goes on from, and what it must have in common with it."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from asrllm.errors import UserError
-from asrllm.models.earlier import PROJECTOR_FIELDS, copy_into
 from asrllm.models.processor import AsrLlmProcessor
+from asrllm.models.stages import PROJECTOR_FIELDS, copy_into
 from asrllm.training import distributed
 from asrllm.training.averaging import RunningAverage
 from asrllm.training.checkpoint import explain_damage, load_checkpoint, read_carried, trained_parameters
@@ -42,6 +43,7 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
     model = ("lora", "audio_encoder_lora", *PROJECTOR_FIELDS, "prompts")
     return {
         "audio_token_id": description.audio_token_id,
+        "vocabulary": hashlib.sha256(repr(sorted(processor.tokenizer.get_vocab().items())).encode()).hexdigest()[:16],
         "chat_template": processor.tokenizer.chat_template,
         **{key: getattr(description, key) for key in model},
         "seed": config.seed,

@@ -7,7 +7,7 @@ import torch
 
 from asrllm.errors import UserError
 from asrllm.models.config import EncoderPart, LoraPart
-from asrllm.models.earlier import take_over
+from asrllm.models.stages import take_over
 from asrllm.testing import tiny_llm
 from tests.models.test_model import batch_of, make_model, samples
 

@@ -13,6 +13,7 @@ from asrllm.models.auto import newest_weights, read_state
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_config
 from asrllm.models.model import AsrLlmModel
+from asrllm.models.names import is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
 # what the trained weights of a part mean only together with
@@ -30,7 +31,7 @@ def take_over(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     earlier, state = read_config(exp_dir), read_state(newest_weights(exp_dir))
     check_meaning(earlier, model.config, state, exp_dir)
     parameters = dict(model.named_parameters())
-    now = {plain_name(name): name for name in parameters}
+    now = {plain_name(name): name for name in parameters}  # a part trained in full may be given adapters in the next stage
     state = {now.get(plain_name(name), name): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         if name not in parameters:
@@ -49,14 +50,9 @@ def take_over(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     return set(state)
 
 
-def plain_name(name: str) -> str:
-    """A weight's name without adapters around it: a part that was trained in full may be given adapters in the next stage."""
-    return name.replace("llm.base_model.model.", "llm.", 1).replace(".base_layer.", ".")
-
-
 def group_of(name: str) -> str:
     part = name.partition(".")[0]
-    return f"{part} adapters" if "lora_" in name else part
+    return f"{part} adapters" if is_adapter(name) else part
 
 
 def check_meaning(earlier: AsrLlmConfig, now: AsrLlmConfig, state: Mapping[str, Tensor], exp_dir: Path) -> None:

@@ -1,0 +1,30 @@
+"""Weights by name: which are adapters, what PEFT's wrappers add to a name, and whether a state dict fits."""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from asrllm.errors import UserError
+
+
+def is_adapter(name: str) -> bool:
+    return "lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without adapters around it."""
+    part, dot, rest = name.partition(".")
+    return (part + dot + rest.removeprefix("base_model.model.")).replace(".base_layer.", ".")
+
+
+def check_state(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, mend: str, *, needed: Collection[str] | None = None
+) -> None:
+    """Raises UserError naming a key that is missing (of `needed`, all that are expected by default), unexpected, or of another shape."""
+    if missing := sorted(set(expected if needed is None else needed) - state.keys()):
+        raise UserError(f"{where} lack {len(missing)} keys, the first {missing[0]!r}: {mend}")
+    if extra := sorted(state.keys() - expected.keys()):
+        raise UserError(f"{where} have {len(extra)} unexpected keys, the first {extra[0]!r}: {mend}")
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise UserError(f"{where}: {key!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}: {mend}")
