@@ -12,6 +12,7 @@ import torch.distributed
 
 import asrllm
 from asrllm.errors import UserError
+from asrllm.training.launchers import adopt_launcher
 
 VERBS = {
     "shards": "make, index, verify and describe WebDataset shards",
@@ -27,6 +28,12 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 1 anything else (a traceback)."""
     argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["train"], ["evaluate"]):
+        try:
+            adopt_launcher()
+        except UserError as error:
+            print(f"asrllm {argv[0]}: {error}", file=sys.stderr, flush=True)
+            return 2
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will change one day is for our tests, not for users
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, when imported, that it found none

@@ -13,14 +13,8 @@
 set -u
 
 : "${EXP:?give the directory that the run writes to: EXP=exp/NAME sbatch launch/slurm_requeue.sh ...}"
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-WORLD_SIZE=$SLURM_NTASKS
-export MASTER_ADDR MASTER_PORT WORLD_SIZE
-
 # srun starts the ranks itself: torchrun's agent and deepspeed's launcher would die of SIGUSR1 rather than pass it on
-# shellcheck disable=SC2016  # the variables are those of each task
-srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python launch/train.py "$@"' train "exp_dir=$EXP" "$@"
+srun --kill-on-bad-exit=1 python launch/train.py "exp_dir=$EXP" "$@"
 status=$?
 
 # 0: done, or saved and ended early; 75: it hung, hang-rank*.txt says where. Anything else would come again.

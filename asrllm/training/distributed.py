@@ -41,9 +41,21 @@ def start() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         return torch.device("cpu")
-    accelerator.set_device(local_rank())
+    index = device_index(accelerator.device_count())
+    accelerator.set_device(index)
     deepspeed.init_distributed(verbose=False)
-    return torch.device(accelerator.device_name(local_rank()))
+    return torch.device(accelerator.device_name(index))
+
+
+def device_index(devices: int) -> int:
+    """Of this process on its host. Where Slurm shows each task a device of its own, that one. Raises UserError where there is none."""
+    if local_rank() < devices:
+        return local_rank()
+    if devices == 1 and "SLURM_STEP_ID" in os.environ:
+        return 0
+    raise UserError(
+        f"process {local_rank()} of {socket.gethostname()!r} has no device, there are {devices}: start as many processes as GPUs"
+    )
 
 
 def _free_port() -> int:

@@ -41,8 +41,8 @@ def test_other_signals_are_refused():
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
     """A directory with a stand-in for each of Slurm's commands."""
-    scripts = {"scontrol": f'if [ "$1" = show ]; then echo host1; else echo "$@" > {tmp_path}/requeued; fi', "srun": 'shift; exec "$@"'}
-    ran = f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*" > {tmp_path}/run'
+    scripts = {"scontrol": f'echo "$@" > {tmp_path}/requeued', "srun": 'shift; exec "$@"'}
+    ran = f'echo "$*" > {tmp_path}/run'
     finished = "if [ $FINISHED = True ]; then touch -d '+1 second' $EXP/pretrained.pt; fi"
     scripts["python"] = f"{ran}; touch $EXP/config.yaml; {finished}; exit $STATUS"
     (tmp_path / "exp").mkdir()
@@ -57,10 +57,10 @@ def slurm(tmp_path: Path) -> Path:
 def test_the_slurm_script_queues_the_job_again_until_it_is_done(slurm, status, finished, requeued):
     exp = slurm / "exp"
     environment = {"EXP": str(exp), "FINISHED": str(finished), "STATUS": str(status), "PATH": f"{slurm}:{os.environ['PATH']}"}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "host[1-2]"}
+    environment["SLURM_JOB_ID"] = "7"
     done = subprocess.run(
         ["bash", str(REPOSITORY / "launch" / "slurm_requeue.sh"), "seed=1"], env=environment, capture_output=True, text=True, timeout=20
     )
     assert (done.returncode, done.stderr) == (status, "")
-    assert (slurm / "run").read_text() == f"1 1 2 host1 launch/train.py exp_dir={exp} seed=1\n"
+    assert (slurm / "run").read_text() == f"launch/train.py exp_dir={exp} seed=1\n"
     assert (slurm / "requeued").exists() == requeued

@@ -1,0 +1,59 @@
+"""Which rank a process is, as its launcher says: torchrun's and DeepSpeed's names are taken as they are, others' are turned into them."""
+
+import os
+import re
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+from asrllm.errors import UserError
+
+DEFAULT_PORT = 29500
+
+
+class Names(NamedTuple):
+    """Under which names a launcher tells a process where it stands."""
+
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: str
+
+
+# a shell or a batch script within a Slurm job has most of its names too, but only what srun starts is a step
+SLURM = Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+MPI = (
+    Names("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Names("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
+def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has other names for them. What is set stays.
+
+    A process that no launcher started is left alone. Raises UserError where the first rank's address is not known.
+    """
+    if "RANK" in environment:
+        return
+    known = (SLURM, *MPI) if "SLURM_STEP_ID" in environment else MPI
+    names = next((names for names in known if names.rank in environment and int(environment.get(names.world_size, "1")) > 1), None)
+    if names is None:
+        return
+    if "MASTER_ADDR" not in environment:
+        if names is not SLURM or not (hosts := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))):
+            raise UserError(f"{names.launcher} does not say where the first rank is: set MASTER_ADDR to its host's name, for all ranks")
+        environment["MASTER_ADDR"] = first_host(hosts)
+    environment.setdefault("MASTER_PORT", str(port_of_job(environment.get("SLURM_JOB_ID"))))
+    environment["WORLD_SIZE"] = environment[names.world_size]
+    environment["LOCAL_RANK"] = environment.get(names.local_rank, "0")
+    environment["RANK"] = environment[names.rank]
+
+
+def first_host(nodes: str) -> str:
+    """Of Slurm's node list: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+
+
+def port_of_job(job: str | None) -> int:
+    """Jobs that share a node have ports of their own."""
+    return 20000 + int(job) % 20000 if job else DEFAULT_PORT

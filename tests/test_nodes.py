@@ -1,0 +1,133 @@
+"""Two hosts: network namespaces with their own addresses, a process in each."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def ip(*arguments: object, check: bool = True) -> str:
+    return subprocess.run(["ip", *map(str, arguments)], check=check, capture_output=True, text=True, timeout=20).stdout
+
+
+class Hosts:
+    """Two namespaces, joined by a cable."""
+
+    def __init__(self) -> None:
+        self.names = [f"asrllm{os.getpid()}{letter}" for letter in "ab"]
+        self.cables = [f"as{os.getpid()}{letter}" for letter in "ab"]
+        self.addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def set_up(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", self.cables[0], "type", "veth", "peer", "name", self.cables[1])
+        for name, cable, address in zip(self.names, self.cables, self.addresses, strict=True):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def take_down(self) -> None:
+        for name in self.names:
+            for pid in self.processes(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            ip("netns", "delete", name, check=False)
+
+    def processes(self, name: str) -> list[int]:
+        return [int(pid) for pid in ip("netns", "pids", name, check=False).split()]
+
+    def start(self, node: int, command: list[str], log: Path) -> subprocess.Popen:
+        environment = clean_environment(
+            GLOO_SOCKET_IFNAME=self.cables[node], PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        )
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.names[node], *command], cwd=REPOSITORY, env=environment, stdout=file, stderr=file
+            )
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if shutil.which("ip") is None:
+        pytest.skip("no ip command (iproute2)")
+    hosts = Hosts()
+    try:
+        try:
+            hosts.set_up()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
+        yield hosts
+    finally:
+        hosts.take_down()
+
+
+def command(launcher: str, node: int, hosts: Hosts, port: int, folder: Path, overrides: list[str]) -> list[str]:
+    script = str(REPOSITORY / "launch" / "train.py")
+    where = [f"--node_rank={node}", f"--master_addr={hosts.addresses[0]}", f"--master_port={port}"]
+    if launcher == "torchrun":
+        return ["torchrun", "--nnodes=2", "--nproc_per_node=1", *where, script, *overrides]
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
+    return ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", *where, script, *overrides]
+
+
+def losses(exp: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (exp / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, object]:
+    return {"trainer__deepspeed_config": "ds_configs/zero3.json", "trainer__precision": "fp32", "data__valid_data_config": "null"}
+
+
+@pytest.fixture(scope="module")
+def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
+    exp = tmp_path_factory.mktemp("nodes") / "one"
+    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="torchrun"))
+    return losses(exp)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, tmp_path, launcher):
+    overrides, port = world.overrides(tmp_path / "exp", **settings), free_port()
+    nodes = [hosts.start(n, command(launcher, n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log") for n in range(2)]
+    for number, node in enumerate(nodes):
+        assert node.wait(timeout=120) == 0, (tmp_path / f"{number}.log").read_text()[-3000:]
+    assert losses(tmp_path / "exp") == on_one_node
+
+
+def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
+    """Its cable is cut first: nothing tells the other that it is gone."""
+    exp, port, timeout = tmp_path / "exp", free_port(), 10
+    shared_memory = set(os.listdir("/dev/shm"))
+    overrides = world.overrides(exp, **settings | {"trainer__num_steps": 100000, "trainer__step_timeout": timeout})
+    nodes = [hosts.start(n, command("torchrun", n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log") for n in range(2)]
+    deadline = time.monotonic() + 100
+    while not (exp / "checkpoint-4" / "asrllm.json").exists():
+        assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()[-3000:]
+        assert nodes[0].poll() is None, (tmp_path / "0.log").read_text()[-3000:]
+        time.sleep(0.05)  # waits for a condition, bounded
+    ip("-n", hosts.names[1], "link", "set", hosts.cables[1], "down")
+    for pid in hosts.processes(hosts.names[1]):
+        os.kill(pid, signal.SIGKILL)
+    cut = time.monotonic()
+    assert nodes[0].wait(timeout=timeout + 60) != 0
+    hang = (exp / "hang-rank0.txt").read_text()
+    assert f"no progress for {timeout} s" in hang
+    assert (exp / "hang-rank0.txt").stat().st_mtime - time.time() + time.monotonic() - cut < timeout + 8
+    assert hosts.processes(hosts.names[0]) == [], "a process is left"
+    assert set(os.listdir("/dev/shm")) - shared_memory == set()
