@@ -16,6 +16,7 @@ from asrllm.training.launchers import adopt_launcher
 
 VERBS = {
     "shards": "make, index, verify and describe WebDataset shards",
+    "plan": "what a run will take: steps, padding, memory by ZeRO stage",
     "train": "train a model",
     "evaluate": "average checkpoints, decode test sets, score them",
     "transcribe": "text for audio files",

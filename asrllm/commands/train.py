@@ -61,12 +61,11 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     checkpoint, manifest = find_resume(config, processor, settings)
     preemption.meet()
     device = distributed.start()
-    frozen = [name for name, part in (("audio_encoder", config.model.audio_encoder), ("llm", config.model.llm)) if part.frozen]
     torch.manual_seed(config.seed)
     build = functools.partial(
         build_model,
         processor,
-        frozen=frozen,
+        frozen=config.model.frozen_parts,
         patterns=config.model.frozen_parameters,
         attention=config.model.llm.attention,
         init_from=None if checkpoint else config.init_from,

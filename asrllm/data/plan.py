@@ -213,7 +213,7 @@ class Plan:
             position = self.following(*position)
         return Position(epoch=position[0], window=position[1])
 
-    def _typical(self, ranks: int) -> list[np.ndarray]:
+    def typical_batches(self, ranks: int) -> list[np.ndarray]:
         """The batches of the first window that holds anything."""
         position = (0, 0)
         while not self.batches(*position, ranks):
@@ -222,11 +222,11 @@ class Plan:
 
     def estimate_steps(self, *, ranks: int, accumulation: int = 1) -> int:
         """About how many steps an epoch has: exact where it is one window."""
-        return -(-len(self._typical(ranks)) // (ranks * accumulation)) * (self.windows or 1)
+        return -(-len(self.typical_batches(ranks)) // (ranks * accumulation)) * (self.windows or 1)
 
     def largest_batch(self, ranks: int) -> int:
         """Samples of the largest batch of a window, padding included."""
-        return max(len(b) * int(b["samples"].max()) for b in self._typical(ranks) if len(b))
+        return max(len(b) * int(b["samples"].max()) for b in self.typical_batches(ranks) if len(b))
 
     def files(self, epoch: int, window: int) -> list[RemoteFile]:
         """The remote shards that a window reads."""

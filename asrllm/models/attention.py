@@ -162,6 +162,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options
 def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """query (1, heads, L, d), key and value (1, kv heads, L, d) -> (1, L, heads, d)"""
     heads, length = query.shape[1:3]
+    if query.is_meta:
+        return _Shapes.apply(query, key, value).transpose(1, 2)
     window = options.window if options.window is not None and options.window < length else None
     small_half = not query.is_cuda and query.dtype in HALF and heads * length * length <= MOST_SCORES
     if options.softcap is not None or small_half:
@@ -178,6 +180,16 @@ def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) 
         enable_gqa=heads != key.shape[1],
     )
     return output.transpose(1, 2)
+
+
+class _Shapes(torch.autograd.Function):
+    """On the meta device: the shapes, and what a fused kernel keeps for its backward pass; torch's own takes one that keeps all scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:3], value.shape[3])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
 
 
 def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:

@@ -97,6 +97,10 @@ class ModelConfig:
     frozen_parameters: list[str]
     exclude_from_checkpoint: list[str]
 
+    @property
+    def frozen_parts(self) -> list[str]:
+        return [name for name, part in (("audio_encoder", self.audio_encoder), ("llm", self.llm)) if part.frozen]
+
     def __post_init__(self) -> None:
         for key, part in (("audio_encoder", self.audio_encoder), ("llm", self.llm)):
             if not part.pretrained_model:
