@@ -1,6 +1,7 @@
 """The command line: `asrllm <verb> ...`, and the same verbs as scripts in launch/."""
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -56,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         # before the ranks have met they all find the same mistake, after it perhaps one alone
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 or torch.distributed.is_initialized():
             print(f"asrllm {arguments.verb}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"asrllm {arguments.verb}: no space is left on the disk ({error}): make room, and give the same command again", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(f"asrllm {arguments.verb}: interrupted", file=sys.stderr)

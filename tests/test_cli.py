@@ -1,5 +1,6 @@
 """Commands in this process, as `asrllm VERB ...` runs them: exit status and what stands on standard error."""
 
+import errno
 import gzip
 import runpy
 import sys
@@ -126,3 +127,18 @@ def test_shards_are_made_and_indexed_from_the_command_line(world, tmp_path, caps
     (tmp_path / "out" / "index.json").unlink()
     assert main(["shards", "index", str(tmp_path / "out" / "shard-000000.tar")]) == 0
     assert (tmp_path / "out" / "index.bin").read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    from asrllm import cli
+    from asrllm.commands import transcribe
+
+    def full(arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "out.txt")
+
+    monkeypatch.setattr(transcribe, "run", full)
+    assert cli.main(["transcribe", "x", "a.wav"]) == 2
+    assert capsys.readouterr().err == (
+        "asrllm transcribe: no space is left on the disk ([Errno 28] No space left on device: 'out.txt'): make room, and give the same "
+        "command again\n"
+    )

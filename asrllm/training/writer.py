@@ -54,12 +54,16 @@ class CheckpointWriter(CheckpointEngine):
     def _write_all(self) -> None:
         if self.background:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        try:
-            for path, state in self.noted:
+        for path, state in self.noted:
+            try:
                 torch.save(state, path)
                 sync(path)
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
-            self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            except OSError as error:
+                self.error = str(error)
+            except RuntimeError as error:  # so torch says that the disk is full, and does not say why
+                self.error = f"{path.name} was cut short, {' '.join(str(error).split())[:100]}"
+            if self.error:
+                break
         self.noted.clear()
 
     def create(self, info: CheckpointCommitInfo) -> None:
