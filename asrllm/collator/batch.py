@@ -64,7 +64,7 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample], out: np.ndarray | None = None) -> PackedBatch:
         """out: (floats,) of float32 in which the waveforms are laid out if they fit."""
-        prompts = [self._prompt(sample) for sample in samples]
+        prompts = [self.prompt(sample) for sample in samples]
         rows = [self._encode(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         ids = [torch.tensor(ids) for ids, _ in rows]
         lengths = torch.tensor([len(row) for row in ids])
@@ -86,7 +86,7 @@ class Collator:
             audio_seconds=sum(len(s.wave) for s in samples if s.weight) / RATE,
         )
 
-    def _prompt(self, sample: Sample) -> str:
+    def prompt(self, sample: Sample) -> str:
         own, task = sample.fields.get("prompt"), sample.fields.get("task")
         own = own.replace(self.renderer.audio_token, "").strip() if isinstance(own, str) else ""
         prompts = sample.prompts or self.prompts

@@ -37,6 +37,7 @@ class TrainerConfig:
     min_lr_ratio: float
     log_every: int
     valid_every: int
+    valid_decode: int
     save_every: int
     keep_last_k: int
     background_checkpoints: bool
@@ -66,7 +67,7 @@ class TrainerConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"trainer.{key}={value} must be at least 1")
-        for key in ("warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
+        for key in ("valid_decode", "warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
         if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import deepspeed
 import torch
@@ -56,12 +55,17 @@ class StepSums:
         return self.from_tensor(distributed.sum_over_ranks(self.as_tensor().to(device)))
 
 
-class Hook(Protocol):
-    """Something beside the loop. Every rank calls it at every step."""
+class Hook:
+    """Something beside the loop. Every rank calls it at every step; a hook defines what it needs of this."""
 
-    def after_step(self, trainer: "Trainer", loaded: LoadedStep, sums: StepSums) -> None: ...
+    def before_step(self, trainer: "Trainer", loaded: LoadedStep) -> None:
+        """The data is there, the step is not begun."""
 
-    def at_end(self, trainer: "Trainer") -> None: ...
+    def after_step(self, trainer: "Trainer", loaded: LoadedStep, sums: StepSums) -> None:
+        """The step is done and counted in trainer.step."""
+
+    def at_end(self, trainer: "Trainer") -> None:
+        """All steps are done."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +108,8 @@ class Trainer:
                 )
             self.position, waited = loaded.position, time.monotonic() - began
             self.watchdog.beat(f"in step {self.step + 1}", [key for batch in loaded.micro_batches for key in batch.keys])
+            for hook in self.hooks:
+                hook.before_step(self, loaded)
             sums = self.train_step(loaded)
             sums.data_wait = waited
             self.last = self._is_over()

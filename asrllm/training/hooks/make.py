@@ -6,6 +6,7 @@ from asrllm.training import distributed
 from asrllm.training.config import TrainRun
 from asrllm.training.data import TrainingData
 from asrllm.training.hooks import sinks
+from asrllm.training.hooks.decoding import Decoder
 from asrllm.training.hooks.metrics import Metrics
 from asrllm.training.hooks.nonfinite import NonFiniteGuard
 from asrllm.training.hooks.saving import Checkpoints
@@ -19,6 +20,8 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoin
     to: list[sinks.Sink] = []
     if distributed.rank() == 0:
         to = [sinks.MetricsFile(exp_dir, trainer.step), sinks.ConsoleSink(trainer.total_steps, trainer.step)]
+        if data.valid and keys.valid_decode:
+            to.append(sinks.SamplesFile(exp_dir, trainer.step))
         if keys.tensorboard:
             to.append(sinks.TensorBoardSink(exp_dir))
         if keys.wandb.mode != "disabled":
@@ -30,6 +33,7 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoin
     if config.data.trace:
         made.append(Trace(exp_dir, trainer.step))
     if data.valid:
-        made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every))
+        decoder = Decoder(data.valid_subsets(keys.valid_decode), data.normalize) if keys.valid_decode else None
+        made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every, decoder=decoder))
     made.append(checkpoints)
     return made

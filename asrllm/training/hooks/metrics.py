@@ -9,14 +9,15 @@ from pathlib import Path
 from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training import distributed
+from asrllm.training.hooks.decoding import Decoded
 from asrllm.training.hooks.sinks import Record, Sink
-from asrllm.training.trainer import StepSums, Trainer
+from asrllm.training.trainer import Hook, StepSums, Trainer
 from asrllm.writing import write_whole
 
 BAD_SHARE_OVER = 1000  # utterances that the share of unreadable ones is at least counted over
 
 
-class Metrics:
+class Metrics(Hook):
     """Sums over ranks every `every` steps, made into one record for the sinks."""
 
     def __init__(self, sinks: Sequence[Sink], *, every: int, max_bad_share: float) -> None:
@@ -41,6 +42,10 @@ class Metrics:
     def write(self, record: Record) -> None:
         for sink in self.sinks:
             sink.write(record)
+
+    def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
+        for sink in self.sinks:
+            sink.write_samples(step, samples)
 
     @contextlib.contextmanager
     def beside_training(self) -> Iterator[None]:
