@@ -36,6 +36,7 @@ class TrainerConfig:
     warmup_steps: int
     min_lr_ratio: float
     log_every: int
+    peak_tflops: float | None
     valid_every: int
     valid_decode: int
     save_every: int
@@ -72,6 +73,8 @@ class TrainerConfig:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
         if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
             raise UserError(f"trainer.step_timeout={self.step_timeout} must be a number of seconds; 0 or null: none")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise UserError(f"trainer.peak_tflops={self.peak_tflops} must be a number above 0; null: by the device's name")
         check_signals(self.preemption_signals)
         if not 0 < self.lr < float("inf"):
             raise UserError(f"trainer.lr={self.lr} must be a number above 0")

@@ -74,6 +74,7 @@ class Trainer:
 
     total_steps: where the training ends; an estimate where it ends with an epoch. preempted: whether a rank was asked to end, so that this
     step is the run's last; it is known to all ranks alike. nonfinite_keys: of this rank's utterances in the step whose loss was not finite.
+    losses: of each supervised token in the step, micro-batch by micro-batch.
     """
 
     engine: deepspeed.DeepSpeedEngine
@@ -90,6 +91,7 @@ class Trainer:
     last: bool = False
     preempted: bool = False
     nonfinite_keys: list[str] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     grad_norm: float | None = None
     lr: float = 0.0
 
@@ -157,10 +159,11 @@ class Trainer:
         everywhere, asked = distributed.sum_over_ranks(mine)
         # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets instead
         scale = distributed.world_size() * len(micro_batches) / everywhere.clamp(min=1)
-        sums, self.nonfinite_keys = StepSums(), []
+        sums, self.nonfinite_keys, self.losses = StepSums(), [], []
         for batch in micro_batches:
             output = self.engine(**{name: getattr(batch, name) for name in MODEL_INPUTS})
             counted = count(batch, output.loss, output.correct)
+            self.losses.append(output.losses)
             if not math.isfinite(counted.loss):
                 counted.loss = counted.correct = counted.targets = 0.0
                 self.nonfinite_keys += batch.keys

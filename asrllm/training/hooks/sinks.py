@@ -1,6 +1,7 @@
 """Where log records go."""
 
 import json
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from asrllm.progress import ProgressBar
 from asrllm.training.config import WandbConfig
 from asrllm.training.hooks.decoding import Decoded
 from asrllm.training.hooks.log import reopen_log
+from asrllm.training.hooks.names import METRICS, describe
 
 Record = dict[str, Any]
 
@@ -84,7 +86,7 @@ class TensorBoardSink(Sink):
     def write(self, record: Record) -> None:
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
-                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+                self.writer.add_scalar(full_name(name), value, record["step"])
         self.writer.flush()
 
     def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
@@ -112,12 +114,15 @@ class WandbSink(Sink):
             id=_run_id(exp_dir),
             resume="allow",
             dir=str(exp_dir),
-            config=run_config,
+            config=run_config | {"metrics": {name: describe(name) for name in METRICS}},
             settings=wandb.Settings(silent=True, console="off"),
         )
 
+        for name in dict.fromkeys(map(wandb_name, METRICS)):
+            self.run.define_metric(name, summary="last")
+
     def write(self, record: Record) -> None:
-        self.run.log({k if "/" in k else f"train/{k}": v for k, v in record.items() if v is not None}, step=record["step"])
+        self.run.log({full_name(k): v for k, v in record.items() if v is not None}, step=record["step"])
 
     def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
         rows = [list(vars(sample).values()) for sample in samples]
@@ -125,6 +130,16 @@ class WandbSink(Sink):
 
     def close(self) -> None:
         self.run.finish()
+
+
+def full_name(name: str) -> str:
+    """Without a group of its own it is training's."""
+    return name if "/" in name else f"train/{name}"
+
+
+def wandb_name(name: str) -> str:
+    """Of METRICS; W&B takes a star for what varies."""
+    return re.sub(r"{\w+}.*", "*", full_name(name))
 
 
 def _run_id(exp_dir: Path) -> str:
