@@ -7,9 +7,8 @@ Whisper-large-v3's encoder and Qwen2.5-7B's shape, LoRA r=64 on all linear layer
 checkpointing. Weights are random, audio is noise: neither changes the time. The baseline is written as such systems are today: audio
 padded to 30 s, a padded batch for the LLM, logits everywhere. It gets its features for nothing; ours computes them in the step.
 
-A step is forward, backward and AdamW. Its operations: 2 for each weight and token forward, 2 more backward where a gradient passes through,
-2 more where the weight is trained (a frozen weight has no weight gradient); attention 4 for each pair that attends, channel and direction
-(twice that backward). Only true tokens count. MFU is their rate over that of a large matrix product measured in the same run.
+A step is forward, backward and AdamW. Its operations are counted by asrllm/models/flops.py; only true tokens count. MFU is their rate over
+that of a large matrix product measured in the same run.
 """
 
 import argparse
@@ -35,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirEncoder
 
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.flops import count_flops
 from asrllm.models.loss import HeadOptions, SupervisedLoss
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import with_lora
@@ -342,28 +342,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def step_operations(shape: Shape) -> float:
-    """See the module's docstring; embeddings, norms and features are not counted."""
-    model = build_meta(shape)
-    utterances = make_utterances(shape)
-    frames = [u.frames(padded=False) for u in utterances]
-    audio = [-(-f // shape.projector_rate) for f in frames]
-    tokens = [a + len(u.before) + len(u.after) + len(u.answer) for a, u in zip(audio, utterances, strict=True)]
-    targets = sum(len(u.answer) for u in utterances)
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    total = 0.0
-    for name, module in linear.items():
-        size = module.weight.numel()
-        if name.startswith("audio_encoder."):
-            total += 2 * size * sum(frames)
-        elif name.startswith("projector."):  # nothing below its first layer wants a gradient
-            total += (4 if name.endswith("linear1") else 6) * size * sum(audio)
-        elif "lm_head" in name:
-            total += 4 * size * targets
-        else:
-            total += (6 if "lora_" in name else 4) * size * sum(tokens)
-    total += shape.encoder["encoder_layers"] * 4 * shape.encoder["d_model"] * sum(f * f for f in frames)
-    width = shape.llm["hidden_size"]
-    return total + shape.llm["num_hidden_layers"] * 3 * 4 * width * sum(t * (t + 1) / 2 for t in tokens)
+    inputs = packed_inputs(make_utterances(shape), shape)
+    return count_flops(build_meta(shape)).of_batch(inputs["wave_lengths"], inputs["cu_seqlens"], len(inputs["targets"]))
 
 
 def build_meta(shape: Shape) -> AsrLlmModel:
@@ -383,7 +363,7 @@ def loss_steps(device: torch.device, vocabulary: int) -> dict[str, Callable[[], 
 
         def step() -> float:
             if ours:
-                loss, _ = SupervisedLoss()(hidden[at], head, targets, HeadOptions())
+                loss, *_ = SupervisedLoss()(hidden[at], head, targets, HeadOptions())
             else:
                 loss = nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
             loss.backward()

@@ -17,6 +17,7 @@ import torch
 import asrllm
 from asrllm.checkpoints.consolidate import read_weights
 from asrllm.testing import tiny_llm
+from asrllm.training.hooks.names import METRICS
 from asrllm.training.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
 
@@ -56,8 +57,21 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_the_files_that_are_promised(finished):
     assert losses(finished)[-1] < losses(finished)[0]
     records = metrics(finished)
-    expected = {"step", "epoch", "loss", "acc", "lr", "grad_norm", "audio_seconds", "text_tokens", "padding", "data_wait"}
-    assert expected <= records[0].keys()
+    expected = {
+        "step",
+        "epoch",
+        "loss",
+        "acc",
+        "lr",
+        "grad_norm",
+        "audio_seconds",
+        "text_tokens",
+        "padding",
+        "data_wait",
+        "tflops",
+        "memory_gb",
+    }
+    assert expected <= records[0].keys() <= {"step", *METRICS}
     assert 0 < records[0]["grad_norm"] < 1e4
     assert any("valid/valid/loss" in record for record in records)
     names = ["config.yaml", "config.json", "tokenizer.json", "latest", "zero_to_fp32.py", "pretrained.pt", "checkpoint-4", "checkpoint-8"]

@@ -31,7 +31,8 @@ MAX_OPEN = 128  # files; a process may have 1024
 class Sample:
     """wave: (samples,) float32 at RATE; fields: of its JSON (lang, task, prompt, hotwords, ...); prompts: of its corpus.
 
-    round: how often it was dealt before. weight: 0 for a filler, else 1. masks: (masks, 2) float32 of Augmenter.masks, or (0, 2).
+    corpus: its number among the reader's. round: how often it was dealt before. weight: 0 for a filler, else 1.
+    masks: (masks, 2) float32 of Augmenter.masks, or (0, 2).
     """
 
     key: str
@@ -40,6 +41,7 @@ class Sample:
     lang: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()
+    corpus: int = 0
     round: int = 0
     weight: int = 1
     masks: np.ndarray = field(default_factory=lambda: NO_MASKS)
@@ -92,6 +94,7 @@ class Reader:
             lang=lang if isinstance(lang, str) and lang else corpus.lang,
             fields=found.fields,
             prompts=corpus.prompts,
+            corpus=item.corpus,
             round=item.round,
             weight=0 if item.filler else 1,
             masks=masks,

@@ -21,7 +21,7 @@ class PackedBatch:
     waves (N, samples) float32 at 16 kHz, zero-padded; wave_lengths (N,); input_ids (1, T); position_ids (1, T), from 0 in each utterance;
     cu_seqlens (N + 1,) int32, where utterances begin and end in the row; target_positions (S,), the positions whose next token is
     supervised; targets (S,), those tokens. masks (N, M, 2): of SpecAugment, the first `time_masks` of them in time.
-    keys, prompts: of the utterances trained on, fillers apart. bad: what could not be read, and why.
+    corpora: the number of each utterance's. keys, prompts: of the utterances trained on, fillers apart. bad: what could not be read.
     """
 
     waves: Tensor
@@ -36,6 +36,7 @@ class PackedBatch:
     keys: list[str]
     prompts: list[str]
     audio_seconds: float
+    corpora: tuple[int, ...] = ()
     bad: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -64,7 +65,7 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample], out: np.ndarray | None = None) -> PackedBatch:
         """out: (floats,) of float32 in which the waveforms are laid out if they fit."""
-        prompts = [self._prompt(sample) for sample in samples]
+        prompts = [self.prompt(sample) for sample in samples]
         rows = [self._encode(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         ids = [torch.tensor(ids) for ids, _ in rows]
         lengths = torch.tensor([len(row) for row in ids])
@@ -83,10 +84,11 @@ class Collator:
             time_masks=self.time_masks,
             keys=[sample.key for sample in samples if sample.weight],
             prompts=[prompt for sample, prompt in zip(samples, prompts, strict=True) if sample.weight],
+            corpora=tuple(sample.corpus for sample in samples),
             audio_seconds=sum(len(s.wave) for s in samples if s.weight) / RATE,
         )
 
-    def _prompt(self, sample: Sample) -> str:
+    def prompt(self, sample: Sample) -> str:
         own, task = sample.fields.get("prompt"), sample.fields.get("task")
         own = own.replace(self.renderer.audio_token, "").strip() if isinstance(own, str) else ""
         prompts = sample.prompts or self.prompts

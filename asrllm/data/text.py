@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+import kaldialign
+
 from asrllm.errors import UserError, nearest
 
 HAN = "[\u3400-\u9fff]"
@@ -47,3 +49,8 @@ def normalizer(name: str, key: str = "normalizer") -> Callable[[str], str]:
     if name == "zh":
         _simplifier()
     return NORMALIZERS[name]
+
+
+def word_errors(reference: str, hypothesis: str) -> int:
+    """Insertions, deletions and substitutions between two texts' words, at the fewest."""
+    return int(kaldialign.edit_distance(reference.split(), hypothesis.split())["total"])

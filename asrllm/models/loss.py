@@ -25,8 +25,9 @@ class HeadOptions(NamedTuple):
 class SupervisedLoss(nn.Module):
     """A module of its own, without parameters, so that ZeRO-3 gathers the head's weights for as long as they are used."""
 
-    def forward(self, hidden: Tensor, head: nn.Linear, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
-        """hidden (S, width), targets (S,) -> (loss summed over S in nats, targets that are the most probable token), float32 scalars."""
+    def forward(self, hidden: Tensor, head: nn.Linear, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (S, width), targets (S,) -> (loss summed over S in nats, targets that are the most probable token), float32 scalars, and
+        each target's loss (S,), without a gradient."""
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a function does not see that no gradient is wanted of a trained head
             weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -37,21 +38,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants = ctx.needs_input_grad
         grads = [torch.empty_like(hidden) if wants[0] else None, *(_zeros(p) if wants[i] else None for i, p in ((1, weight), (2, bias)))]
         loss, correct = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         size = max(1, LOGITS // len(weight))
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = nn.functional.linear(hidden[rows], weight, bias).float()
-            part, hits, grad = _chunk(logits, targets[rows], options, backward=any(wants))
+            part, losses[rows], hits, grad = _chunk(logits, targets[rows], options, backward=any(wants))
             loss, correct = loss + part, correct + hits
             if grad is not None:
                 _accumulate(grads, grad.to(hidden.dtype), hidden[rows], weight, rows)
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(correct, losses)
+        return loss, correct, losses
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -73,8 +75,8 @@ def _accumulate(grads: list[Tensor | None], grad: Tensor, hidden: Tensor, weight
         of_bias += grad.sum(0)
 
 
-def _chunk(logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, correct, gradient of the loss with respect to the given logits) of some rows; the logits' memory is used up."""
+def _chunk(logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(loss, of each row, correct, gradient of the loss with respect to the given logits) of some rows; the logits' memory is used up."""
     scale, softcap, smoothing = options
     if scale != 1:
         logits *= scale
@@ -82,12 +84,15 @@ def _chunk(logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: b
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     normaliser = logits.logsumexp(1)
     picked = logits.gather(1, targets[:, None]).squeeze(1)
-    loss = (normaliser - picked).sum()
+    losses = normaliser - picked
+    loss = losses.sum()
     if smoothing:  # the target distribution is (1 - smoothing) one-hot + smoothing uniform
-        loss = (1 - smoothing) * loss + smoothing * (normaliser - logits.mean(1)).sum()
+        spread = normaliser - logits.mean(1)
+        loss = (1 - smoothing) * loss + smoothing * spread.sum()
+        losses = torch.lerp(losses, spread, smoothing)
     correct = (logits.argmax(1) == targets).sum().float()
     if not backward:
-        return loss, correct, None
+        return loss, losses, correct, None
     slope = 1 - (logits / softcap).square() if softcap else None
     grad = logits.sub_(normaliser[:, None]).exp_()
     if smoothing:
@@ -95,7 +100,7 @@ def _chunk(logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: b
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
     if slope is not None:
         grad *= slope
-    return loss, correct, grad.mul_(scale) if scale != 1 else grad
+    return loss, losses, correct, grad.mul_(scale) if scale != 1 else grad
 
 
 def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOptions]:

@@ -40,10 +40,11 @@ def check_shard_size(size: int | str) -> None:
 
 
 class StepOutput(NamedTuple):  # a tuple, because DeepSpeed looks for the tensors that leave a module in tuples
-    """Sums over a micro-batch's supervised tokens, float32 scalars: loss in nats, correct by the most probable token."""
+    """Sums over a micro-batch's supervised tokens, float32 scalars: loss in nats, correct by the most probable token; losses: of each."""
 
     loss: Tensor
     correct: Tensor
+    losses: Tensor
 
 
 class AsrLlmModel(PreTrainedModel):

@@ -36,7 +36,9 @@ class TrainerConfig:
     warmup_steps: int
     min_lr_ratio: float
     log_every: int
+    peak_tflops: float | None
     valid_every: int
+    valid_decode: int
     save_every: int
     keep_last_k: int
     background_checkpoints: bool
@@ -66,11 +68,13 @@ class TrainerConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"trainer.{key}={value} must be at least 1")
-        for key in ("warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
+        for key in ("valid_decode", "warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
         if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
             raise UserError(f"trainer.step_timeout={self.step_timeout} must be a number of seconds; 0 or null: none")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise UserError(f"trainer.peak_tflops={self.peak_tflops} must be a number above 0; null: by the device's name")
         check_signals(self.preemption_signals)
         if not 0 < self.lr < float("inf"):
             raise UserError(f"trainer.lr={self.lr} must be a number above 0")

@@ -21,6 +21,7 @@ from asrllm.errors import UserError
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.config import TrainRun
+from asrllm.training.subset import Subset
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,10 @@ class TrainingData:
         dataset = PlannedDataset(self._reader([corpus], None), self._collator(None, 0))
         for loaded in self._steps(self._plan([corpus], shuffle=False), dataset, Position(), 1, 1):
             yield from loaded.micro_batches
+
+    def valid_subsets(self, count: int) -> dict[str, Subset]:
+        """What is decoded of each validation set."""
+        return {c.name: Subset(c, self._reader([c], None), self._collator(None, 0), count=count) for c in self.valid}
 
     def _reader(self, corpora: list[Corpus], augment: Augmenter | None) -> Reader:
         return Reader(corpora, limits=self.limits, cache=self.cache, augment=augment, normalize=self.normalize)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import deepspeed
 import torch
@@ -56,12 +55,17 @@ class StepSums:
         return self.from_tensor(distributed.sum_over_ranks(self.as_tensor().to(device)))
 
 
-class Hook(Protocol):
-    """Something beside the loop. Every rank calls it at every step."""
+class Hook:
+    """Something beside the loop. Every rank calls it at every step; a hook defines what it needs of this."""
 
-    def after_step(self, trainer: "Trainer", loaded: LoadedStep, sums: StepSums) -> None: ...
+    def before_step(self, trainer: "Trainer", loaded: LoadedStep) -> None:
+        """The data is there, the step is not begun."""
 
-    def at_end(self, trainer: "Trainer") -> None: ...
+    def after_step(self, trainer: "Trainer", loaded: LoadedStep, sums: StepSums) -> None:
+        """The step is done and counted in trainer.step."""
+
+    def at_end(self, trainer: "Trainer") -> None:
+        """All steps are done."""
 
 
 @dataclass(kw_only=True)
@@ -70,6 +74,7 @@ class Trainer:
 
     total_steps: where the training ends; an estimate where it ends with an epoch. preempted: whether a rank was asked to end, so that this
     step is the run's last; it is known to all ranks alike. nonfinite_keys: of this rank's utterances in the step whose loss was not finite.
+    losses: of each supervised token in the step, micro-batch by micro-batch.
     """
 
     engine: deepspeed.DeepSpeedEngine
@@ -86,6 +91,7 @@ class Trainer:
     last: bool = False
     preempted: bool = False
     nonfinite_keys: list[str] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     grad_norm: float | None = None
     lr: float = 0.0
 
@@ -104,6 +110,8 @@ class Trainer:
                 )
             self.position, waited = loaded.position, time.monotonic() - began
             self.watchdog.beat(f"in step {self.step + 1}", [key for batch in loaded.micro_batches for key in batch.keys])
+            for hook in self.hooks:
+                hook.before_step(self, loaded)
             sums = self.train_step(loaded)
             sums.data_wait = waited
             self.last = self._is_over()
@@ -151,10 +159,11 @@ class Trainer:
         everywhere, asked = distributed.sum_over_ranks(mine)
         # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets instead
         scale = distributed.world_size() * len(micro_batches) / everywhere.clamp(min=1)
-        sums, self.nonfinite_keys = StepSums(), []
+        sums, self.nonfinite_keys, self.losses = StepSums(), [], []
         for batch in micro_batches:
             output = self.engine(**{name: getattr(batch, name) for name in MODEL_INPUTS})
             counted = count(batch, output.loss, output.correct)
+            self.losses.append(output.losses)
             if not math.isfinite(counted.loss):
                 counted.loss = counted.correct = counted.targets = 0.0
                 self.nonfinite_keys += batch.keys

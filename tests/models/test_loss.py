@@ -30,7 +30,7 @@ def plain(hidden, head, targets, options):
 def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, bias, options, rows_at_once):
     monkeypatch.setattr(loss, "LOGITS", rows_at_once * 50)
     hidden, head, targets = inputs(bias=bias)
-    mine, correct = SupervisedLoss()(hidden, head, targets, options)
+    mine, correct, losses = SupervisedLoss()(hidden, head, targets, options)
     (3 * mine).backward()
     grads = [p.grad.clone() for p in (hidden, *head.parameters())]
     hidden.grad = None
@@ -39,6 +39,8 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, bias, opt
     (3 * theirs).backward()
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
     assert correct == their_correct
+    torch.testing.assert_close(losses.sum(), theirs, rtol=1e-6, atol=1e-6)
+    assert not losses.requires_grad
     for grad, p in zip(grads, (hidden, *head.parameters()), strict=True):
         assert p.grad.abs().max() > 0.01
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-5)
@@ -56,10 +58,10 @@ def test_without_gradients_and_without_targets(monkeypatch):
     hidden, head, targets = inputs()
     monkeypatch.setattr(loss, "_zeros", None)  # there is no room made for a gradient of the head
     with torch.no_grad():
-        value, _ = SupervisedLoss()(hidden, head, targets, HeadOptions())
+        value, *_ = SupervisedLoss()(hidden, head, targets, HeadOptions())
     monkeypatch.undo()
     torch.testing.assert_close(value, plain(hidden, head, targets, HeadOptions())[0], rtol=1e-6, atol=1e-6)
-    nothing, correct = SupervisedLoss()(hidden[:0], head, targets[:0], HeadOptions())
+    nothing, correct, _ = SupervisedLoss()(hidden[:0], head, targets[:0], HeadOptions())
     nothing.backward()
     assert nothing == correct == 0
     assert hidden.grad.abs().max() == 0
@@ -67,10 +69,10 @@ def test_without_gradients_and_without_targets(monkeypatch):
 
 def test_bfloat16_is_near_float32():
     hidden, head, targets = inputs(rows=200, width=64, dtype=torch.float32)
-    whole, _ = SupervisedLoss()(hidden, head, targets, HeadOptions())
+    whole, *_ = SupervisedLoss()(hidden, head, targets, HeadOptions())
     whole.backward()
     half = hidden.detach().bfloat16().requires_grad_()
-    rough, _ = SupervisedLoss()(half, head.bfloat16(), targets, HeadOptions())
+    rough, *_ = SupervisedLoss()(half, head.bfloat16(), targets, HeadOptions())
     rough.backward()
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, whole, rtol=1e-3, atol=0)

@@ -2,10 +2,16 @@
 
 import dataclasses
 
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from asrllm.models.flops import count_flops, peak_tflops
 from asrllm.training import distributed
 from asrllm.training.config import TrainRun
 from asrllm.training.data import TrainingData
 from asrllm.training.hooks import sinks
+from asrllm.training.hooks.decoding import Decoder
+from asrllm.training.hooks.meters import CorpusLosses, Meter, PeakMemory, Rate, Stragglers
 from asrllm.training.hooks.metrics import Metrics
 from asrllm.training.hooks.nonfinite import NonFiniteGuard
 from asrllm.training.hooks.saving import Checkpoints
@@ -19,17 +25,30 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoin
     to: list[sinks.Sink] = []
     if distributed.rank() == 0:
         to = [sinks.MetricsFile(exp_dir, trainer.step), sinks.ConsoleSink(trainer.total_steps, trainer.step)]
+        if data.valid and keys.valid_decode:
+            to.append(sinks.SamplesFile(exp_dir, trainer.step))
         if keys.tensorboard:
             to.append(sinks.TensorBoardSink(exp_dir))
         if keys.wandb.mode != "disabled":
             to.append(sinks.WandbSink(keys.wandb, exp_dir, dataclasses.asdict(config)))
-    metrics = Metrics(to, every=keys.log_every, max_bad_share=config.data.max_bad_share)
+    metrics = Metrics(to, make_meters(config, data, trainer), every=keys.log_every, max_bad_share=config.data.max_bad_share)
     if trainer.step == 0 and (dropped := data.dropped()):
         metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
     made: list[Hook] = [metrics, NonFiniteGuard(most=keys.max_nonfinite_steps)]
     if config.data.trace:
         made.append(Trace(exp_dir, trainer.step))
     if data.valid:
-        made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every))
+        decoder = Decoder(data.valid_subsets(keys.valid_decode), data.normalize) if keys.valid_decode else None
+        made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every, decoder=decoder))
     made.append(checkpoints)
+    return made
+
+
+def make_meters(config: TrainRun, data: TrainingData, trainer: Trainer) -> list[Meter]:
+    known = None
+    if torch.cuda.is_available() and get_accelerator().device_name() != "cpu":
+        known = peak_tflops(torch.cuda.get_device_name(trainer.device))
+    made: list[Meter] = [Rate(count_flops(trainer.engine.module), config.trainer.peak_tflops or known), PeakMemory(), Stragglers()]
+    if len(data.corpora) > 1:
+        made.append(CorpusLosses([corpus.name for corpus in data.corpora]))
     return made

@@ -9,24 +9,33 @@ from pathlib import Path
 from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training import distributed
+from asrllm.training.hooks.decoding import Decoded
+from asrllm.training.hooks.meters import Meter
 from asrllm.training.hooks.sinks import Record, Sink
-from asrllm.training.trainer import StepSums, Trainer
+from asrllm.training.trainer import Hook, StepSums, Trainer
 from asrllm.writing import write_whole
 
 BAD_SHARE_OVER = 1000  # utterances that the share of unreadable ones is at least counted over
 
 
-class Metrics:
-    """Sums over ranks every `every` steps, made into one record for the sinks."""
+class Metrics(Hook):
+    """Sums over ranks every `every` steps, made into one record for the sinks, with what the meters say."""
 
-    def __init__(self, sinks: Sequence[Sink], *, every: int, max_bad_share: float) -> None:
+    def __init__(self, sinks: Sequence[Sink], meters: Sequence[Meter] = (), *, every: int, max_bad_share: float) -> None:
+        self.meters = meters
         self.sinks, self.every, self.max_bad_share = sinks, every, max_bad_share
         self.sums, self.since, self.steps = StepSums(), time.monotonic(), 0
         self.seen = self.bad = 0.0
         self.unreadable: list[str] = []  # by this rank
 
+    def before_step(self, trainer: Trainer, loaded: LoadedStep) -> None:
+        for meter in self.meters:
+            meter.before_step(trainer, loaded)
+
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
         self.sums, self.steps = self.sums + sums, self.steps + 1
+        for meter in self.meters:
+            meter.after_step(trainer, loaded, sums)
         for batch in loaded.micro_batches:
             for message in batch.bad:
                 print(f"unreadable: {message}", file=sys.stderr, flush=True)
@@ -34,13 +43,24 @@ class Metrics:
         if trainer.step % self.every and not trainer.ending:
             return
         total, seconds = self.sums.over_ranks(trainer.device), time.monotonic() - self.since
-        self.write(train_record(trainer, loaded.epoch, total, seconds, self.steps))
+        self.write(train_record(trainer, loaded.epoch, total, seconds, self.steps) | self._meter(seconds))
         self.sums, self.since, self.steps = StepSums(), time.monotonic(), 0
         self._check_bad(total, trainer.exp_dir)
+
+    def _meter(self, seconds: float) -> Record:
+        everywhere = distributed.gather_objects([meter.take() for meter in self.meters])
+        record: Record = {}
+        for meter, of_ranks in zip(self.meters, zip(*everywhere, strict=True), strict=True):
+            record |= meter.record(of_ranks, seconds)
+        return record
 
     def write(self, record: Record) -> None:
         for sink in self.sinks:
             sink.write(record)
+
+    def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
+        for sink in self.sinks:
+            sink.write_samples(step, samples)
 
     @contextlib.contextmanager
     def beside_training(self) -> Iterator[None]:

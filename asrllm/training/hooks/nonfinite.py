@@ -16,7 +16,7 @@ import torch
 from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training import distributed
-from asrllm.training.trainer import StepSums, Trainer
+from asrllm.training.trainer import Hook, StepSums, Trainer
 
 NAMED = 20  # utterances that an error names
 
@@ -39,7 +39,7 @@ def _step_if_finite(optimizer: Any, step: Callable[[], Any]) -> None:
         step()
 
 
-class NonFiniteGuard:
+class NonFiniteGuard(Hook):
     """Names the utterances of skipped steps; raises UserError after `most` such steps in a row.
 
     What fp16's loss scaling skips is its way of finding a scale, and no error, as long as the losses are finite.
@@ -74,6 +74,3 @@ class NonFiniteGuard:
         if trainer.config.precision == "fp16":
             return None
         return "gradient", distributed.gather_objects([key for batch in loaded.micro_batches for key in batch.keys])
-
-    def at_end(self, trainer: Trainer) -> None:
-        """Nothing is open."""

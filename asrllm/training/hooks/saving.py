@@ -5,10 +5,10 @@ from typing import Any
 from asrllm.collator.loader import LoadedStep
 from asrllm.training.averaging import RunningAverage
 from asrllm.training.checkpoint import CheckpointSaver, make_manifest
-from asrllm.training.trainer import StepSums, Trainer
+from asrllm.training.trainer import Hook, StepSums, Trainer
 
 
-class Checkpoints:
+class Checkpoints(Hook):
     """checkpoint-{step} every `every` steps and at the run's end; epoch-{n} after the n-th epoch. They hold the running average too."""
 
     def __init__(self, settings: dict[str, Any], saver: CheckpointSaver, *, every: int, average: RunningAverage | None) -> None:

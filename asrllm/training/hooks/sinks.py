@@ -1,27 +1,50 @@
 """Where log records go."""
 
 import json
+import re
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from asrllm.progress import ProgressBar
 from asrllm.training.config import WandbConfig
+from asrllm.training.hooks.decoding import Decoded
 from asrllm.training.hooks.log import reopen_log
+from asrllm.training.hooks.names import METRICS, describe
 
 Record = dict[str, Any]
 
 
-class Sink(Protocol):
-    """Where log records go, on rank 0."""
+class Sink:
+    """Where log records go, on rank 0; a sink defines what it takes."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: Record) -> None:
+        """Numbers of a step."""
 
-    def close(self) -> None: ...
+    def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
+        """What was decoded after a step."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
 
 
-class MetricsFile:
+class SamplesFile(Sink):
+    """exp_dir/samples.jsonl"""
+
+    def __init__(self, exp_dir: Path, step: int) -> None:
+        self.file = reopen_log(exp_dir / "samples.jsonl", step)
+
+    def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
+        self.file.writelines(json.dumps({"step": step, **vars(sample)}, ensure_ascii=False) + "\n" for sample in samples)
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class MetricsFile(Sink):
     """exp_dir/metrics.jsonl"""
 
     def __init__(self, exp_dir: Path, step: int) -> None:
@@ -35,14 +58,14 @@ class MetricsFile:
         self.file.close()
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     def __init__(self, total_steps: int, step: int) -> None:
         self.bar = ProgressBar("training", total_steps, done=step)
         self.step = step
 
     def write(self, record: Record) -> None:
         if "loss" not in record:
-            values = ", ".join(f"{k} {v:.6g}" for k, v in record.items() if k != "step")
+            values = ", ".join(f"{k} {v:.6g}" for k, v in record.items() if k != "step" and v is not None)
             print(f"step {record['step']}: {values}", file=sys.stderr, flush=True)
             return
         loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.3f}  acc {record['acc']:.3f}"
@@ -54,7 +77,7 @@ class ConsoleSink:
         self.bar.close()
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     def __init__(self, exp_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -63,19 +86,27 @@ class TensorBoardSink:
     def write(self, record: Record) -> None:
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
-                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+                self.writer.add_scalar(full_name(name), value, record["step"])
+        self.writer.flush()
+
+    def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
+        for corpus in dict.fromkeys(sample.corpus for sample in samples):
+            rows = [f"| {s.key} | {s.reference} | {s.hypothesis} | {s.errors} |" for s in samples if s.corpus == corpus]
+            table = "\n".join(["| key | reference | hypothesis | errors |", "| --- | --- | --- | --- |", *rows])
+            self.writer.add_text(f"samples/{corpus}", table, step)
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """exp_dir/wandb. run_config: shown with the run."""
 
     def __init__(self, config: WandbConfig, exp_dir: Path, run_config: dict[str, Any]) -> None:
         import wandb
 
+        self.table = wandb.Table
         self.run = wandb.init(
             mode=config.mode,
             project=config.project,
@@ -83,15 +114,32 @@ class WandbSink:
             id=_run_id(exp_dir),
             resume="allow",
             dir=str(exp_dir),
-            config=run_config,
+            config=run_config | {"metrics": {name: describe(name) for name in METRICS}},
             settings=wandb.Settings(silent=True, console="off"),
         )
 
+        for name in dict.fromkeys(map(wandb_name, METRICS)):
+            self.run.define_metric(name, summary="last")
+
     def write(self, record: Record) -> None:
-        self.run.log({k if "/" in k else f"train/{k}": v for k, v in record.items() if v is not None}, step=record["step"])
+        self.run.log({full_name(k): v for k, v in record.items() if v is not None}, step=record["step"])
+
+    def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
+        rows = [list(vars(sample).values()) for sample in samples]
+        self.run.log({"valid/samples": self.table(columns=list(vars(samples[0])), data=rows)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def full_name(name: str) -> str:
+    """Without a group of its own it is training's."""
+    return name if "/" in name else f"train/{name}"
+
+
+def wandb_name(name: str) -> str:
+    """Of METRICS; W&B takes a star for what varies."""
+    return re.sub(r"{\w+}.*", "*", full_name(name))
 
 
 def _run_id(exp_dir: Path) -> str:

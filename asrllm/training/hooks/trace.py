@@ -6,10 +6,10 @@ from pathlib import Path
 from asrllm.collator.loader import LoadedStep
 from asrllm.training import distributed
 from asrllm.training.hooks.log import reopen_log
-from asrllm.training.trainer import StepSums, Trainer
+from asrllm.training.trainer import Hook, StepSums, Trainer
 
 
-class Trace:
+class Trace(Hook):
     """exp_dir/keys-rank{r}.jsonl: which utterances this rank trained on, step by step, and with which prompts."""
 
     def __init__(self, exp_dir: Path, step: int) -> None:

@@ -1,0 +1,77 @@
+"""Counted operations against torch's counter, which sees every product of a forward and backward pass."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.flops import count_flops, peak_tflops
+from asrllm.models.model import AsrLlmModel
+from asrllm.testing import TINY_ZIPFORMER
+
+WHISPER = {"model_type": "whisper", "num_mel_bins": 80, "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2}
+ENCODERS = {"whisper": WHISPER | {"encoder_ffn_dim": 128}, "zipformer": {"model_type": "zipformer"} | TINY_ZIPFORMER}
+LLM = {
+    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": False,
+}  # fmt: skip
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def make_model(kind: str, lora: dict | None, frozen: tuple[str, ...]) -> AsrLlmModel:
+    torch.manual_seed(0)
+    more = {"audio_token_id": 301, "projector_hidden_size": 48, "audio_encoder_projector_ds_rate": 4}
+    model = AsrLlmModel(AsrLlmConfig(audio_encoder=ENCODERS[kind], llm=LLM, lora=lora, **more))
+    model.freeze(*frozen)
+    return model.train()
+
+
+def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
+    """Three utterances of one length: padding would be counted by torch and not here."""
+    lengths = torch.full((3,), 64000)
+    audio = [int(n) for n in model.config.num_audio_tokens(lengths)]
+    rows = [torch.cat([torch.full((n,), 301), torch.randint(0, 300, (40,))]) for n in audio]
+    size = torch.tensor([len(row) for row in rows])
+    ends = size.cumsum(0)
+    positions = torch.cat([torch.arange(int(end) - 20, int(end) - 1) for end in ends])
+    return {
+        "waves": torch.randn(3, 64000) * 0.1,
+        "wave_lengths": lengths,
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(int(n)) for n in size])[None],
+        "cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).int(),
+        "target_positions": positions,
+        "targets": torch.randint(0, 300, (len(positions),)),
+    }
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    ("lora", "frozen"), [(LORA, ("audio_encoder", "llm")), (None, ("llm",)), (LORA, ("audio_encoder", "llm", "projector")), (None, ())]
+)
+def test_the_count_is_torchs(kind, lora, frozen):
+    model = make_model(kind, lora, frozen)
+    batch = make_batch(model)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernel of the CPU is not counted
+        model(**batch).loss.backward()
+    counts = {name: sum(of_module.values()) for name, of_module in counter.get_flop_counts().items()}
+    flops = count_flops(model)
+    mine = flops.of_batch(batch["wave_lengths"], batch["cu_seqlens"], len(batch["targets"]))
+    tokens = batch["cu_seqlens"].diff().double()
+    mine += flops.pair * float((tokens**2 - tokens * (tokens + 1) / 2).sum())  # plain products do what causality spares too
+    assert mine == pytest.approx(counts["Global"] - counts["AsrLlmModel.audio_encoder.features"], rel=0.05)
+
+
+def convolution_backward(gradient, x, weight, *arguments, out_shape, **_):
+    """torch counts the weights' gradient of a convolution in groups as if there were none."""
+    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(arguments[-1][:2])
+
+
+def test_devices_are_known_by_their_names():
+    names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA L40S": 362}
+    names |= {"Tesla V100-SXM2-32GB": 112, "NVIDIA GeForce RTX 4090": 165, "NVIDIA H200": 989, "NVIDIA GeForce GTX 1080": None}
+    assert {name: peak_tflops(name) for name in names} == names
