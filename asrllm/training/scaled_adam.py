@@ -76,17 +76,17 @@ class ScaledAdam(torch.optim.Optimizer):
             "eps": eps,
         }
         super().__init__(params, defaults)
-        self.layouts: list[Layout] = []
+        self.layouts: dict[Tensor, Layout] = {}  # by the first vector of a group
         self.device, self.spread = torch.device("cpu"), False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:  # ZeRO shows one at a time, with the others empty or absent
             for vector in group["params"]:
                 if "delta" not in self.state[vector]:
                     self.state[vector].update(delta=torch.zeros_like(vector), exp_avg_sq=torch.zeros_like(vector))
-            if group["params"] and self.layouts:  # under ZeRO-3 the groups are stepped one by one, the others empty meanwhile
-                self._step_group(group, self.layouts[number])
+            if group["params"] and self.layouts:
+                self._step_group(group, self.layouts[group["params"][0]])
 
     def _step_group(self, group: dict[str, Any], layout: Layout) -> None:
         held = list(self._held(group, layout))
@@ -191,4 +191,5 @@ def bind(optimizer: ScaledAdam, engine: deepspeed.DeepSpeedEngine) -> None:
         vectors, held = (held[: len(names)], held[len(names) :]) if not optimizer.spread else (held[:1], held[1:])
         index = {name: i for i, name in enumerate(names)}
         pieces = [[Piece(index[s.name], s.offset, s.offset + s.numel) for s in segments] for _, segments in vectors]
-        optimizer.layouts.append(Layout(torch.tensor([numels[name] for name in names], device=vectors[0][0].device), pieces))
+        first = vectors[0][0]
+        optimizer.layouts[first] = Layout(torch.tensor([numels[name] for name in names], device=first.device), pieces)
