@@ -22,8 +22,8 @@ from asrllm.models.auto import read_state
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.stages import whole
 from asrllm.training import distributed
-from asrllm.training.engine import full_shape
 from asrllm.training.manifest import MANIFEST, list_checkpoints, newest_checkpoint
+from asrllm.training.partitions import full_shape, parameter_names
 from asrllm.training.writer import CheckpointWriter
 from asrllm.training.zero_files import trusted_unpickling
 from asrllm.writing import sync, write_whole
@@ -161,7 +161,7 @@ def make_manifest(
         "zero_stage": engine.zero_optimization_stage(),
         "world_size": distributed.world_size(),
         "trainable": trainable,
-        "param_groups": [list(trainable)],
+        "param_groups": parameter_names(engine),
         "running_average": averaged,
         "carried": list(engine.module.carried),
         "base_models": description.base_models,

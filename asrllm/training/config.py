@@ -1,5 +1,6 @@
 """The configuration of a run, and its `trainer` part."""
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.encoders import encoder_class
 from asrllm.training.preemption import check_signals
+from asrllm.training.schedule import ScheduleConfig, check_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,26 @@ class WandbConfig:
     mode: Literal["disabled", "offline", "online"]
     project: str
     name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakRates:
+    """Peak learning rates by part; None: that of the run."""
+
+    projector: float | None
+    lora: float | None
+    audio_encoder: float | None
+    llm: float | None
+
+    def __post_init__(self) -> None:
+        for part, lr in vars(self).items():
+            if lr is not None and not 0 < lr < math.inf:
+                raise UserError(f"trainer.lr_of.{part}={lr} must be a number above 0; null: trainer.lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw", "deepspeed_adamw", "scaled_adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +51,13 @@ class TrainerConfig:
     gradient_accumulation_steps: int
     gradient_clipping: float
     gradient_checkpointing: bool
+    optimizer: OptimizerConfig
     lr: float
+    lr_of: PeakRates
     betas: list[float]
     weight_decay: float
     label_smoothing: float
+    schedule: ScheduleConfig
     warmup_steps: int
     min_lr_ratio: float
     log_every: int
@@ -82,6 +107,10 @@ class TrainerConfig:
             raise UserError(f"trainer.label_smoothing={self.label_smoothing} must be 0 to below 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"trainer.betas={self.betas} must be two numbers from 0 to below 1")
+        if self.optimizer.name == "scaled_adam" and self.weight_decay:
+            raise UserError(f"trainer.weight_decay={self.weight_decay} is not read with trainer.optimizer.name=scaled_adam: leave it out")
+        beside = {key: getattr(self, key) for key in ("warmup_steps", "min_lr_ratio")}
+        check_read(self.schedule, beside | {f"schedule.{key}": value for key, value in vars(self.schedule).items()})
 
     @property
     def dtype(self) -> torch.dtype:

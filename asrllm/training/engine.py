@@ -12,6 +12,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from asrllm.errors import UserError
 from asrllm.training.config import TrainerConfig
+from asrllm.training.optimizers import make_optimizer, parameter_groups
+from asrllm.training.scaled_adam import ScaledAdam, bind
 
 
 @contextlib.contextmanager
@@ -40,12 +42,23 @@ def deepspeed_engine(
     if ds["zero_optimization"]["stage"] == 3:  # a layer is gathered at once rather than weight by weight
         set_z3_leaf_modules(model, model.unsplit_modules())
         gather_head_for_loss(model)
-    optimizer = None
-    if "optimizer" not in ds:
-        optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+    optimizer = None if "optimizer" in ds else build_optimizer(config, ds, model, device)
     engine, *_ = deepspeed.initialize(model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds)
+    if isinstance(optimizer, ScaledAdam):
+        bind(optimizer, engine)
     yield engine
     del stage3
+
+
+def build_optimizer(config: TrainerConfig, ds: dict[str, Any], model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    zero, name = ds["zero_optimization"], config.optimizer.name
+    groups = parameter_groups(dict(model.named_parameters()), lr=config.lr, lr_of=config.lr_of, weight_decay=config.weight_decay)
+    if name == "deepspeed_adamw" and zero["stage"] == 0:
+        raise UserError("trainer.optimizer.name=deepspeed_adamw has no checkpoints at ZeRO stage 0: choose adamw, or ds_configs/zero1.json")
+    if name == "scaled_adam":
+        ds["zero_allow_untested_optimizer"], ds["zero_force_ds_cpu_optimizer"] = True, False
+    betas = (config.betas[0], config.betas[1])
+    return make_optimizer(name, groups, lr=config.lr, betas=betas, device=device, offload="offload_optimizer" in zero)
 
 
 def gather_head_for_loss(model: nn.Module) -> None:
@@ -56,12 +69,7 @@ def gather_head_for_loss(model: nn.Module) -> None:
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-
-
-def full_shape(parameter: nn.Parameter) -> list[int]:
-    """The shape of a parameter that ZeRO-3 may hold in parts."""
-    return list(getattr(parameter, "ds_shape", parameter.shape))
+        group["lr"] = lr * group.get("lr_ratio", 1.0)  # an optimizer of the DeepSpeed JSON's has one group without
 
 
 def drop_frozen_aliases(model: nn.Module) -> None:

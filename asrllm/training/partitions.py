@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asrllm.training import distributed
 from asrllm.training.zero_files import MASTERS, ZeroFiles
@@ -25,6 +25,20 @@ def partitions(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[Tensor, list
     """This rank's float32 vectors with what lies in them; padding apart. At stage 0 every vector is a whole weight."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     yield from {0: _whole, 1: _flat, 2: _flat, 3: _sub_groups}[engine.zero_optimization_stage()](engine.optimizer, names)
+
+
+def parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[list[str]]:
+    """The trained weights by parameter group, in the order in which DeepSpeed holds them."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    held = next((key for key in ("bf16_groups", "bit16_groups", "fp16_groups") if hasattr(optimizer, key)), None)
+    groups = getattr(optimizer, held) if held else [group["params"] for group in optimizer.param_groups]
+    return [[names[parameter] for parameter in group] for group in groups]
+
+
+def full_shape(parameter: nn.Parameter) -> list[int]:
+    """The shape of a parameter that ZeRO-3 may hold in parts."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _whole(optimizer: Any, names: dict[Any, str]) -> Iterator[tuple[Tensor, list[Segment]]]:

@@ -20,7 +20,7 @@ from asrllm.training import distributed
 from asrllm.training.config import TrainerConfig
 from asrllm.training.engine import set_lr
 from asrllm.training.preemption import Preemption
-from asrllm.training.schedule import warmup_cosine
+from asrllm.training.schedule import lr_factor
 from asrllm.training.watchdog import Watchdog
 
 MODEL_INPUTS = ("waves", "wave_lengths", "input_ids", "position_ids", "cu_seqlens", "target_positions", "targets", "masks", "time_masks")
@@ -148,8 +148,14 @@ class Trainer:
     def train_step(self, loaded: LoadedStep) -> StepSums:
         """One optimizer step. The loss is the sum over all supervised tokens of all ranks and micro-batches, divided by their number."""
         seed_step(self.seed, self.step, distributed.rank())
-        self.lr = self.config.lr * warmup_cosine(
-            self._schedule_step(loaded), total=self.total_steps, warmup=self.config.warmup_steps, floor=self.config.min_lr_ratio
+        self.lr = self.config.lr * lr_factor(
+            self.config.schedule,
+            self._schedule_step(loaded),
+            total=self.total_steps,
+            warmup=self.config.warmup_steps,
+            floor=self.config.min_lr_ratio,
+            batch=self.step,
+            epoch=loaded.before,
         )
         set_lr(self.engine, self.lr)
         self.engine.module.set_batch_count(self.step)

@@ -20,6 +20,7 @@ from asrllm.errors import UserError
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 MASTERS = "fp32"
+SHARED = "shared_"  # begins the names of what an optimizer keeps of a group, whatever its size
 AVERAGE = "average"  # of the masters, over the training
 MODEL_FILES = {0: "mp_rank_00_model_states.pt", 1: "mp_rank_00_model_states.pt", 2: "mp_rank_00_model_states.pt"}
 MODEL_FILE_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -80,7 +81,11 @@ class ZeroFiles:
         """What the optimizer keeps of each element, such as exp_avg."""
         state, held = self._state_of(0, 0), self._vector(MASTERS, 0, 0)
         size = held.numel() + (self.optimizers[0]["group_paddings"][0] if self.stage in (1, 2) else 0)
-        return [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim and value.numel() == size]
+        return [
+            key
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.ndim and value.numel() == size and not key.startswith(SHARED)
+        ]
 
     def shared_state(self, group: int) -> dict[str, Any]:
         """What the optimizer keeps of a group as a whole, such as its number of steps."""

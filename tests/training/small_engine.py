@@ -29,11 +29,12 @@ class Small(nn.Module):
         return (self.frozen(self.last(x)) * self.scale).float().pow(2).mean()
 
 
-def engine_of(stage: int, precision: str, *, width: int = 0):
+def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool = False):
     """width: of a further square layer, to make it as large as wanted."""
     import deepspeed
 
     from asrllm.training import distributed
+    from asrllm.training.scaled_adam import ScaledAdam, bind
 
     model = Small()
     if width:
@@ -42,16 +43,20 @@ def engine_of(stage: int, precision: str, *, width: int = 0):
     names = dict(model.named_parameters())
     matrices = [p for p in names.values() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in names.values() if p.requires_grad and p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=0.01)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = ScaledAdam(groups, lr=0.03) if scaled_adam else torch.optim.AdamW(groups, lr=0.01)
     ds = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": distributed.world_size(),
         "gradient_clipping": 1.0,
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 20},
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=[*matrices, *vectors], optimizer=optimizer, config=ds)
+    if scaled_adam:
+        bind(optimizer, engine)
     return engine
 
 

@@ -1,0 +1,106 @@
+"""Parameter groups: what is in them, at which rate, and that checkpoints with several are read right."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from asrllm.config import build, compose_config
+from asrllm.errors import UserError
+from asrllm.training.config import PeakRates, TrainerConfig
+from asrllm.training.engine import set_lr
+from asrllm.training.manifest import read_manifest
+from asrllm.training.optimizers import make_optimizer, parameter_groups, part_of
+from tests.training.small_engine import start, train_step
+
+RATES = PeakRates(projector=None, lora=None, audio_encoder=None, llm=None)
+
+
+def parts() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.audio_encoder, model.projector = nn.Linear(7, 5), nn.Linear(5, 13)
+    model.llm = nn.ModuleDict({"base": nn.Linear(13, 3), "lora_A": nn.Linear(13, 2, bias=False), "lora_B": nn.Linear(2, 3, bias=False)})
+    model.llm["base"].requires_grad_(False)
+    return model
+
+
+def groups_of(model: nn.Module, **rates: float):
+    return parameter_groups(dict(model.named_parameters()), lr=1e-3, lr_of=dataclasses.replace(RATES, **rates), weight_decay=0.1)
+
+
+def test_groups_are_parts_by_decay():
+    model = parts()
+    found = groups_of(model, projector=5e-4, lora=2e-3)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [([names[p] for p in g["params"]], g["lr_ratio"], g["weight_decay"]) for g in found] == [
+        (["projector.weight"], 0.5, 0.1),
+        (["projector.bias"], 0.5, 0.0),
+        (["llm.lora_A.weight", "llm.lora_B.weight"], 2.0, 0.1),
+        (["audio_encoder.weight"], 1.0, 0.1),
+        (["audio_encoder.bias"], 1.0, 0.0),
+    ]
+    optimizer = make_optimizer("adamw", found, lr=1e-3, betas=(0.9, 0.98), device=torch.device("cpu"), offload=False)
+    set_lr(SimpleNamespace(optimizer=optimizer), 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125, 0.5, 0.25, 0.25]
+
+
+def test_adapters_of_the_encoder_are_lora():
+    assert [part_of(f"{part}.layers.0.{kind}") for part in ("llm", "audio_encoder") for kind in ("q.lora_A.weight", "q.weight")] == [
+        "lora",
+        "llm",
+        "lora",
+        "audio_encoder",
+    ]
+
+
+def test_a_rate_that_means_nothing_is_refused():
+    with pytest.raises(UserError, match=r"trainer\.lr_of\.llm=0\.001, but nothing of llm is trained"):
+        groups_of(parts(), llm=1e-3)
+    with pytest.raises(UserError, match=r"trainer\.lr_of\.lora=-1 must be a number above 0"):
+        dataclasses.replace(RATES, lora=-1)
+    config = build(TrainerConfig, compose_config("train", [])["trainer"])
+    with pytest.raises(UserError, match=r"weight_decay=0\.1 is not read with trainer\.optimizer\.name=scaled_adam"):
+        dataclasses.replace(config, weight_decay=0.1, optimizer=dataclasses.replace(config.optimizer, name="scaled_adam"))
+
+
+def save_whole(out: str) -> None:
+    """In every process, at every stage and in both precisions: a checkpoint, and the masters as the engine itself gathers them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from asrllm.training import distributed
+    from tests.training.small_engine import engine_of
+    from tests.training.test_partitions import save
+
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            engine, folder = engine_of(stage, precision), Path(out) / f"{stage}-{precision}"
+            for step in range(3):
+                train_step(engine, step)
+            save(engine, SimpleNamespace(files=dict), folder, "checkpoint-3", [])
+            trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+            if stage:
+                whole = {n: safe_get_full_fp32_param(p).clone() for n, p in trained.items()}
+            else:
+                from asrllm.training.partitions import partitions
+
+                whole = {segments[0].name: vector.detach().clone() for vector, segments in partitions(engine)}
+            if distributed.rank() == 0:
+                torch.save(whole, folder / "whole.pt")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_several_groups_are_read_right(tmp_path):
+    from asrllm.checkpoints.consolidate import read_weights
+
+    start("training.test_optimizers:save_whole", 2, out=str(tmp_path))
+    for folder in tmp_path.iterdir():
+        checkpoint = folder / "checkpoint-3"
+        assert [len(group) for group in read_manifest(checkpoint)["param_groups"]] == [3, 3]
+        found, expected = read_weights(checkpoint), torch.load(folder / "whole.pt")
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name].float(), tensor.view(found[name].shape)), (folder.name, name)
