@@ -1,6 +1,7 @@
 """launch/train.py with a model that misbehaves: python tests/misbehave.py '{"what": ..., "steps": [...], "ranks": [...]}' OVERRIDES.
 
-what: loss or gradient: it is not finite in these steps (from 1) of these ranks; build: building waits for exp_dir/go.
+what: loss or gradient: it is not finite in these steps (from 1) of these ranks; build: building waits for exp_dir/go; mode: after these
+steps of these ranks the projector is in eval mode.
 """
 
 import json
@@ -22,11 +23,13 @@ def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
     def set_batch_count(self, step):
         nonlocal now
         now = step + 1
+        if what == "mode" and now in steps and int(os.environ.get("RANK", "0")) in ranks:
+            self.projector.eval()
         count(self, step)
 
     def bad_forward(self, **batch):
         output = forward(self, **batch)
-        if self.training and now in steps and int(os.environ.get("RANK", "0")) in ranks:
+        if what != "mode" and self.training and now in steps and int(os.environ.get("RANK", "0")) in ranks:
             if what == "loss":
                 return output._replace(loss=output.loss + math.inf)
             output.loss.register_hook(lambda gradient: gradient * math.inf)

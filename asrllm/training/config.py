@@ -73,6 +73,9 @@ class TrainerConfig:
     preemption_signals: list[str]
     step_timeout: float | None
     max_nonfinite_steps: int
+    profile_steps: list[int] | None
+    gc_every: int
+    check_ranks: bool
     tensorboard: bool
     wandb: WandbConfig
 
@@ -93,13 +96,17 @@ class TrainerConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"trainer.{key}={value} must be at least 1")
-        for key in ("valid_decode", "warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
+        for key in ("valid_decode", "gc_every", "warmup_steps", "keep_last_k", "gradient_clipping", "weight_decay", "min_lr_ratio"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise UserError(f"trainer.{key}={getattr(self, key)} must not be below 0")
         if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
             raise UserError(f"trainer.step_timeout={self.step_timeout} must be a number of seconds; 0 or null: none")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
             raise UserError(f"trainer.peak_tflops={self.peak_tflops} must be a number above 0; null: by the device's name")
+        if self.profile_steps is not None and not (len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]):
+            raise UserError(
+                f"trainer.profile_steps={self.profile_steps} must be the first and the last step, from 1, such as [10,12]; null: none"
+            )
         check_signals(self.preemption_signals)
         if not 0 < self.lr < float("inf"):
             raise UserError(f"trainer.lr={self.lr} must be a number above 0")

@@ -65,7 +65,7 @@ class Hook:
         """The step is done and counted in trainer.step."""
 
     def at_end(self, trainer: "Trainer") -> None:
-        """All steps are done."""
+        """All steps are done; the last hook is called first."""
 
 
 @dataclass(kw_only=True)
@@ -118,7 +118,7 @@ class Trainer:
             for hook in self.hooks:
                 self.watchdog.beat(f"in {type(hook).__name__} after step {self.step}")
                 hook.after_step(self, loaded, sums)
-        for hook in self.hooks:
+        for hook in reversed(self.hooks):
             hook.at_end(self)
 
     @property

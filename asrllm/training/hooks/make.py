@@ -10,10 +10,13 @@ from asrllm.training import distributed
 from asrllm.training.config import TrainRun
 from asrllm.training.data import TrainingData
 from asrllm.training.hooks import sinks
+from asrllm.training.hooks.agreement import RankCheck
 from asrllm.training.hooks.decoding import Decoder
+from asrllm.training.hooks.garbage import GarbageCollection
 from asrllm.training.hooks.meters import CorpusLosses, Meter, PeakMemory, Rate, Stragglers
 from asrllm.training.hooks.metrics import Metrics
 from asrllm.training.hooks.nonfinite import NonFiniteGuard
+from asrllm.training.hooks.profiling import Profiler
 from asrllm.training.hooks.saving import Checkpoints
 from asrllm.training.hooks.trace import Trace
 from asrllm.training.hooks.validation import Validation
@@ -34,7 +37,14 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoin
     metrics = Metrics(to, make_meters(config, data, trainer), every=keys.log_every, max_bad_share=config.data.max_bad_share)
     if trainer.step == 0 and (dropped := data.dropped()):
         metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
-    made: list[Hook] = [metrics, NonFiniteGuard(most=keys.max_nonfinite_steps)]
+    made: list[Hook] = [metrics]
+    if keys.profile_steps:
+        made.append(Profiler(exp_dir, *keys.profile_steps))
+    if keys.check_ranks:
+        made.append(RankCheck())
+    if keys.gc_every:
+        made.append(GarbageCollection(every=keys.gc_every))
+    made.append(NonFiniteGuard(most=keys.max_nonfinite_steps))
     if config.data.trace:
         made.append(Trace(exp_dir, trainer.step))
     if data.valid:

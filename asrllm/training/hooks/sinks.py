@@ -106,7 +106,7 @@ class WandbSink(Sink):
     def __init__(self, config: WandbConfig, exp_dir: Path, run_config: dict[str, Any]) -> None:
         import wandb
 
-        self.table = wandb.Table
+        self.wandb, self.exp_dir, self.checkpoint = wandb, exp_dir, newest_tag(exp_dir)
         self.run = wandb.init(
             mode=config.mode,
             project=config.project,
@@ -123,13 +123,31 @@ class WandbSink(Sink):
 
     def write(self, record: Record) -> None:
         self.run.log({full_name(k): v for k, v in record.items() if v is not None}, step=record["step"])
+        self._look_for_checkpoint()
 
     def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
         rows = [list(vars(sample).values()) for sample in samples]
-        self.run.log({"valid/samples": self.table(columns=list(vars(samples[0])), data=rows)}, step=step)
+        self.run.log({"valid/samples": self.wandb.Table(columns=list(vars(samples[0])), data=rows)}, step=step)
+
+    def _look_for_checkpoint(self) -> None:
+        """A new complete one becomes an artifact that says where it lies; nothing of it is read or sent."""
+        tag = newest_tag(self.exp_dir)
+        if tag is None or tag == self.checkpoint:
+            return
+        self.checkpoint = tag
+        artifact = self.wandb.Artifact(f"checkpoints-{self.run.id}", type="model", metadata={"tag": tag})
+        artifact.add_reference(f"file://{(self.exp_dir / tag).resolve()}", name=tag, checksum=False)
+        self.run.log_artifact(artifact, aliases=["latest", tag])
 
     def close(self) -> None:
+        self._look_for_checkpoint()
         self.run.finish()
+
+
+def newest_tag(exp_dir: Path) -> str | None:
+    """Of the newest complete checkpoint."""
+    latest = exp_dir / "latest"
+    return latest.read_text().strip() if latest.is_file() else None
 
 
 def full_name(name: str) -> str:
