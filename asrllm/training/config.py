@@ -52,6 +52,7 @@ class TrainerConfig:
     gradient_accumulation_steps: int
     gradient_clipping: float
     gradient_checkpointing: bool
+    compile: bool
     optimizer: OptimizerConfig
     lr: float
     lr_of: PeakRates

@@ -35,6 +35,8 @@ def deepspeed_engine(
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
         model.llm.enable_input_require_grads()
         model.audio_encoder.gradient_checkpointing_enable()
+    if config.compile:
+        compile_layers(model, ds)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")
@@ -48,6 +50,16 @@ def deepspeed_engine(
         bind(optimizer, engine)
     yield engine
     del stage3
+
+
+def compile_layers(model: nn.Module, ds: dict[str, Any]) -> None:
+    """torch.compile of the LLM's layers, each by itself, for rows of any length."""
+    if ds["zero_optimization"]["stage"] == 3:
+        raise UserError("trainer.compile=true does not go with ZeRO-3, which gathers a layer's weights as it is run: take stage 0, 1 or 2")
+    kinds = set(model.causal_lm._no_split_modules or ())
+    for layer in model.causal_lm.modules():
+        if type(layer).__name__ in kinds:
+            layer.compile(dynamic=True)
 
 
 def build_optimizer(config: TrainerConfig, ds: dict[str, Any], model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
