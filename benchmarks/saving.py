@@ -2,7 +2,7 @@
 
     python benchmarks/saving.py [--rounds R] [--steps N] [--every K] [--tiny] [--output FILE]
 
-A run of `launch/train.py`: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in bf16 with float32 masters and AdamW under
+A run of `launch/train.py`: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in float32 with AdamW under
 ZeRO-1 in one process. The ways take turns; medians over all steps of a kind. A step that saves is the time from the end of its arithmetic
 to the end of the next step's; "steps after" are those during which the files may still be written.
 """
@@ -53,11 +53,13 @@ def seconds_of_steps(folder: Path, exp: Path, background: str, steps: int, every
         "model.llm.lora.r": 0,
         "data.train_data_config": folder / "train.yaml",
         "data.sampler.max_tokens": 600,
+        "data.sampler.max_utterances": 6,  # steps of about the same work
         "data.filter.min_duration": 0.1,
         "data.filter.max_chars_per_second": 100,
         "data.use_infinite_dataset": "true",
         "trainer.deepspeed_config": "ds_configs/zero1.json",
         "trainer.num_epochs": "null",
+        "trainer.precision": "fp32",  # the faster one on a processor
         "trainer.num_steps": steps,
         "trainer.log_every": 1,
         "trainer.save_every": every,

@@ -45,6 +45,7 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     deepspeed_config: str
+    nvme_path: str | None
     precision: Literal["bf16", "fp16", "fp32"]
     num_epochs: int | None
     num_steps: int | None

@@ -16,7 +16,7 @@ from asrllm.training.checkpoint import explain_damage, load_checkpoint, read_car
 from asrllm.training.config import TrainerConfig, TrainRun
 from asrllm.training.data import TrainingData
 from asrllm.training.manifest import MANIFEST, check_same_model, check_same_parameters, newest_checkpoint, read_manifest
-from asrllm.training.partitions import load_from_other_ranks
+from asrllm.training.partitions import load_from_other_ranks, parameter_names
 
 SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
 
@@ -48,6 +48,7 @@ def lasting_settings(config: TrainRun, processor: AsrLlmProcessor, data: Trainin
         **{key: getattr(description, key) for key in model},
         "seed": config.seed,
         "precision": config.trainer.precision,
+        "trainer.optimizer.name": config.trainer.optimizer.name,
         "label_smoothing": config.trainer.label_smoothing,
         "gradient_accumulation_steps": config.trainer.gradient_accumulation_steps,
         "data.sampler": dataclasses.asdict(config.data.sampler),
@@ -100,6 +101,8 @@ def restore(engine: Any, config: TrainerConfig, checkpoint: Path | None, manifes
     if checkpoint is None:
         return RunningAverage(engine, period=config.average_period) if config.use_averaged_model else None
     check_same_parameters(checkpoint, manifest, trained_parameters(engine.module))
+    if manifest["param_groups"] != parameter_names(engine):
+        raise UserError(f"{str(checkpoint)!r} was written with other parameter groups: give the same optimizer and DeepSpeed JSON")
     if config.use_averaged_model and not manifest["running_average"]:
         raise UserError(f"trainer.use_averaged_model=true, but {str(checkpoint)!r} was written without: go on as it was")
     engine.module.carried = tuple(manifest["carried"])

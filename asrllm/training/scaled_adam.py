@@ -21,9 +21,9 @@ EARLY = (10, 20, 40)  # steps at which the clipping threshold is set for the fir
 
 
 class Piece(NamedTuple):
-    """The elements of weight `index` of its group that lie in one of this rank's vectors."""
+    """The elements of weight `number` of its group that lie in one of this rank's vectors."""
 
-    index: int
+    number: int
     begin: int
     end: int
 
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 class Held(NamedTuple):
     """A piece of a weight with what belongs to it."""
 
-    index: int
+    number: int
     weight: Tensor
     grad: Tensor
     delta: Tensor
@@ -109,8 +109,8 @@ class ScaledAdam(torch.optim.Optimizer):
     def _held(self, group: dict[str, Any], layout: Layout) -> Iterator[Held]:
         for vector, pieces in zip(group["params"], layout.pieces, strict=True):
             state, grad = self.state[vector], torch.zeros_like(vector) if vector.grad is None else vector.grad
-            for index, begin, end in pieces:
-                yield Held(index, *(t.view(-1)[begin:end] for t in (vector, grad.contiguous(), state["delta"], state["exp_avg_sq"])))
+            for number, begin, end in pieces:
+                yield Held(number, *(t.view(-1)[begin:end] for t in (vector, grad.contiguous(), state["delta"], state["exp_avg_sq"])))
 
     def _first_state(self, group: dict[str, Any], layout: Layout, held: list[Held]) -> dict[str, Any]:
         """What is kept of each weight of a group, the same on all ranks, in the order of the model: it fits any number of ranks."""
@@ -131,7 +131,7 @@ class ScaledAdam(torch.optim.Optimizer):
         """Of each weight's products, over all ranks."""
         total = torch.zeros(len(layout.numel), dtype=torch.float64, device=layout.numel.device)
         for held, one, other in factors:
-            total[held.index] += (one * other).sum(dtype=torch.float64)
+            total[held.number] += (one * other).sum(dtype=torch.float64)
         return (distributed.sum_over_ranks(total.to(self.device)) if self.spread else total).to(layout.numel.device, torch.float32)
 
 
@@ -168,15 +168,15 @@ def _move(
     """The elementwise part. pace: learning rate of each weight; resize: its growth."""
     beta1, beta2 = group["betas"]
     correction = 1 - beta2 ** (step + 1)
-    for index, weight, grad, delta, squares in held:
+    for number, weight, grad, delta, squares in held:
         grad = grad * clip
         squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         corrected = squares / correction if correction < 0.99 else squares
-        update = pace[index] * grad / (corrected.sqrt() + group["eps"])
-        if resize[index]:
-            update += weight * resize[index]
+        update = pace[number] * grad / (corrected.sqrt() + group["eps"])
+        if resize[number]:
+            update += weight * resize[number]
         weight.add_(delta.mul_(beta1).add_(update, alpha=1 - beta1))
-        if scalar[index]:
+        if scalar[number]:
             weight.clamp_(-group["scalar_max"], group["scalar_max"])
 
 
