@@ -1,14 +1,18 @@
 """Which utterances are decoded, in which batches, and what it does to training: nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from asrllm.audio.reader import Reader
 from asrllm.data.corpora import read_corpora
 from asrllm.data.text import word_errors
-from asrllm.training.hooks.decoding import Decoded, word_error_rate
+from asrllm.training.hooks.decoding import AskedToEnd, Decoded, Decoder, word_error_rate
+from asrllm.training.hooks.validation import Validation
 from asrllm.training.subset import SILENCE, TOGETHER, Subset
+from asrllm.training.watchdog import Watchdog
 from tests.conftest import assert_done, run_script
 from tests.test_end_to_end import losses, metrics
 
@@ -59,6 +63,18 @@ def test_errors_are_counted_over_all_words():
     decoded = [Decoded(key="k", corpus="c", reference=r, hypothesis=h, errors=word_errors(r, h)) for r, h in texts]
     assert word_error_rate(decoded) == pytest.approx(100 * 3 / 4)
     assert word_error_rate([]) is None
+
+
+def test_a_run_that_is_asked_to_end_breaks_decoding_off_and_records_nothing(corpus):
+    modes, written = [], []
+    engine = SimpleNamespace(module=None, eval=lambda: modes.append("eval"), train=lambda: modes.append("train"))
+    trainer = SimpleNamespace(step=3, engine=engine, watchdog=Watchdog(), device=torch.device("cpu"), agree_to_end=lambda: True)
+    decoder = Decoder({"set": Subset(corpus, Reader([corpus]), Prompts(), count=2)}, str)
+    metrics = SimpleNamespace(write=written.append, write_samples=lambda *_: written.append("samples"))
+    with pytest.raises(AskedToEnd):
+        decoder.decode(trainer, "set")
+    Validation({"set": lambda: iter([SimpleNamespace(keys=[])])}, metrics, every=1, decoder=decoder).run(trainer)
+    assert (modes, written) == (["eval", "train"], [])
 
 
 @pytest.mark.slow

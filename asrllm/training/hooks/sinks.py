@@ -117,7 +117,6 @@ class WandbSink(Sink):
             config=run_config | {"metrics": {name: describe(name) for name in METRICS}},
             settings=wandb.Settings(silent=True, console="off"),
         )
-
         for name in dict.fromkeys(map(wandb_name, METRICS)):
             self.run.define_metric(name, summary="last")
 
