@@ -169,17 +169,18 @@ def test_averages_are_means_and_evaluation_writes_its_files(world, finished):
 
 
 def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(finished):
-    from asrllm.checkpoints.average import resolve_weights
+    from asrllm.checkpoints.average import Average, resolve_weights
 
-    path = resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=1)
+    last = Average(iteration=8, avg=1)
+    path = resolve_weights(finished, filename=None, what=last)
     made = path.stat().st_mtime_ns
-    assert resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=1).stat().st_mtime_ns == made
+    assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns == made
     os.utime(finished / "checkpoint-8" / "asrllm.json")
-    assert resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=1).stat().st_mtime_ns > made
+    assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns > made
     with pytest.raises(asrllm.errors.UserError, match="avg=3 is more than the 2 checkpoints up to iter=8"):
-        resolve_weights(finished, filename=None, iteration=8, epoch=0, avg=3)
-    assert resolve_weights(finished, filename="pretrained.pt", iteration=8, epoch=0, avg=1).name == "pretrained.pt"
-    assert resolve_weights(finished, filename=None, iteration=0, epoch=0, avg=0).name == "pretrained.pt"
+        resolve_weights(finished, filename=None, what=Average(iteration=8, avg=3))
+    assert resolve_weights(finished, filename="pretrained.pt", what=last).name == "pretrained.pt"
+    assert resolve_weights(finished, filename=None, what=Average(avg=0)).name == "pretrained.pt"
 
 
 def test_export_transcribe_and_consolidate(world, finished, tmp_path):
