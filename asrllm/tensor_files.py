@@ -1,0 +1,153 @@
+"""Weights written to files piece by piece: memory holds one piece, whatever the model's size."""
+
+import contextlib
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from asrllm.errors import UserError
+from asrllm.progress import ProgressBar
+from asrllm.writing import sync
+
+PIECE = 1 << 22  # elements
+DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
+ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
+SAFETENSORS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Spec(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A state dict whose tensors are made when they are wanted.
+
+    pieces: name -> the flat pieces of that tensor in order, of its dtype; together as many elements as its shape has. about: what the file
+    is to say of itself, as JSON has it.
+    """
+
+    specs: Mapping[str, Spec]
+    pieces: Callable[[str], Iterable[Tensor]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> dict[str, Tensor]:
+        """All of it, in memory."""
+        return {name: torch.cat([*self.pieces(name)]).view(spec.shape) for name, spec in self.specs.items()}
+
+
+def write_file(source: TensorSource, path: Path) -> Path:
+    """One file, safetensors by its suffix or else a state dict for torch.load(weights_only=True); it appears when it is complete."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"the output {str(path)!r} is a directory, or its directory does not exist: give a file's path")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
+            (_write_safetensors if path.suffix == ".safetensors" else _write_torch)(source, list(source.specs), partial, bar)
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Safetensors and, of several, their index, in transformers' form (model.safetensors, or model-0000i-of-0000n.safetensors).
+
+    folder: an empty directory, which the caller makes and removes where writing fails.
+    """
+    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in source.specs.items()}
+    plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+    with ProgressBar(f"writing {folder.name}", len(meta)) as bar:
+        for file, names in plan.filename_to_tensors.items():
+            _write_safetensors(source, names, folder / file, bar)
+            sync(folder / file)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
+    """https://github.com/huggingface/safetensors: the header's length, the header as JSON, the tensors without gaps."""
+    names = sorted(names, key=lambda name: (-source.specs[name].dtype.itemsize, name))  # each begins at a multiple of its elements' size
+    metadata = {"format": "pt"} | ({ABOUT: json.dumps(source.about)} if source.about else {})
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        spec, start = source.specs[name], end
+        end += spec.nbytes
+        header[name] = {"dtype": SAFETENSORS[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _write_tensor(file, source, name)
+            bar.advance()
+
+
+def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
+    """torch lays the file out around memory that nobody touches; the tensors are put in their places after it."""
+    state: OrderedDict[str, Tensor] = OrderedDict((name, torch.empty(source.specs[name].shape, dtype=source.specs[name].dtype)) for name in names)
+    setattr(state, ABOUT, dict(source.about))
+    with torch.serialization.skip_data():
+        torch.save(state, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {int(record.filename.rpartition("/")[2]): record for record in archive.infolist() if "/data/" in record.filename}
+    with path.open("r+b") as file:
+        for number, name in enumerate(names):
+            file.seek(_begin(file, records[number]))
+            _write_tensor(file, source, name)
+            bar.advance()
+
+
+def _begin(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin: behind its local header of 30 bytes, its name and its extra field (PKWARE's APPNOTE, 4.3.7)."""
+    file.seek(record.header_offset + 26)
+    return record.header_offset + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+
+
+def _write_tensor(file: BinaryIO, source: TensorSource, name: str) -> None:
+    begin, spec = file.tell(), source.specs[name]
+    for piece in source.pieces(name):
+        assert piece.dtype == spec.dtype, (name, piece.dtype, spec.dtype)
+        file.write(piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    assert file.tell() - begin == spec.nbytes, name
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a .pt file says of itself; empty where it says nothing or cannot be read."""
+    with contextlib.suppress(*DAMAGED, OSError):
+        return dict(getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {}))
+    return {}
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.flatten().split(PIECE)
