@@ -18,7 +18,7 @@ from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
 from asrllm.writing import sync
 
-PIECE = 1 << 22  # elements
+PIECE = 1 << 18  # elements: so small that freed ones are used again
 DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
 ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
@@ -115,7 +115,8 @@ def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: 
 
 def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
     """torch lays the file out around memory that nobody touches; the tensors are put in their places after it."""
-    state: OrderedDict[str, Tensor] = OrderedDict((name, torch.empty(source.specs[name].shape, dtype=source.specs[name].dtype)) for name in names)
+    specs = source.specs
+    state: OrderedDict[str, Tensor] = OrderedDict((name, torch.empty(specs[name].shape, dtype=specs[name].dtype)) for name in names)
     setattr(state, ABOUT, dict(source.about))
     with torch.serialization.skip_data():
         torch.save(state, path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asrllm import AutoModel
-from asrllm.checkpoints.consolidate import read_weights
+from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.testing import tone_sentences
 from tests.conftest import REPOSITORY, assert_done, run_script
@@ -56,7 +56,7 @@ def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path
     assert AutoModel.from_pretrained(second).transcribe(waves, max_new_tokens=8) == texts
     (second / "carried.pt").unlink()
     with pytest.raises(UserError, match=r"carried\.pt"):
-        read_weights(second / "checkpoint-4")
+        checkpoint_weights(second / "checkpoint-4").load()
 
 
 @pytest.mark.slow

@@ -1,16 +1,26 @@
 """The mean of several checkpoints, and which weights an evaluation takes."""
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from filelock import FileLock
 from torch import Tensor
 
-from asrllm.checkpoints.consolidate import read_weights, save_state
+from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
-from asrllm.training.manifest import EPOCH_TAG, MANIFEST, STEP_TAG, list_checkpoints, read_manifest
+from asrllm.models.description import read_config
+from asrllm.tensor_files import Spec, TensorSource, read_about, write_file
+from asrllm.training.manifest import EPOCH_TAG, STEP_TAG, list_checkpoints, read_manifest
 from asrllm.training.zero_files import AVERAGE
+
+LoraMean = Literal["product", "factors"]
+FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
+STACKED = {"A": 0, "B": 1}  # the dimension of the rank, in PEFT's factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +28,14 @@ class Average:
     """What is averaged: the last `avg` step checkpoints up to `iteration`, or epoch checkpoints up to `epoch`.
 
     running: the mean over every step between the checkpoint before those and the last one, from their running averages (icefall's
-    use_averaged_model), instead of the mean of the checkpoints themselves.
+    use_averaged_model), instead of the mean of the checkpoints themselves. lora: see mean_weights.
     """
 
     iteration: int = 0
     epoch: int = 0
     avg: int
     running: bool = False
+    lora: LoraMean = "product"
 
     @property
     def suffix(self) -> str:
@@ -45,42 +56,94 @@ class Average:
             raise UserError(f"{what} is more than the {len(chosen)} checkpoints up to {key}={end} in {str(exp_dir)!r}; there are: {there}")
         return chosen[-wanted:]
 
-    def weights(self, exp_dir: Path) -> dict[str, Tensor]:
+    def weights(self, exp_dir: Path) -> TensorSource:
+        """The averaged weights, float32, made piece by piece: the number of checkpoints takes no memory."""
         sources = self.sources(exp_dir)
-        if not self.running:
-            return mean_weights(sources)
-        return mean_between(sources[0] if len(sources) > self.avg else None, sources[-1])
+        if self.running:
+            return mean_between(sources[0] if len(sources) > self.avg else None, sources[-1])
+        return mean_weights(sources, lora=self.lora, rslora=adapters_with_rslora(exp_dir))
 
 
-def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Tensor]:
-    """The plain mean of the checkpoints' weights, float32; two of them are in memory at a time."""
-    mean = read_weights(checkpoints[0])
-    for checkpoint in checkpoints[1:]:
-        for name, tensor in read_weights(checkpoint).items():
-            mean[name] = mean[name] + tensor
-    return {name: tensor / len(checkpoints) for name, tensor in mean.items()}
+def adapters_with_rslora(exp_dir: Path) -> tuple[str, ...]:
+    """The parts whose adapters are scaled by the root of their rank (PEFT's use_rslora)."""
+    config = read_config(exp_dir)
+    options = {"llm": config.lora, "audio_encoder": config.audio_encoder_lora}
+    return tuple(part for part, chosen in options.items() if (chosen or {}).get("use_rslora"))
 
 
-def mean_between(start: Path | None, end: Path) -> dict[str, Tensor]:
-    """The mean of the weights over the steps after `start` (None: all) up to `end`, float32: (end * average - start * average) / steps."""
+def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rslora: Sequence[str] = ()) -> TensorSource:
+    """The mean of the checkpoints' weights, float32.
+
+    lora="product": of adapters, the mean of the products B A, exactly: the checkpoints' factors one after another, so that the rank is as
+    many times as great; a model that is loaded with them scales by alpha / that rank. "factors": of each factor by itself, as the other
+    weights; it is no mean of what the adapters do. rslora: the parts whose adapters are scaled by alpha / sqrt(rank).
+    """
+    parts = [checkpoint_weights(path) for path in checkpoints]
+    count, first = len(parts), parts[0]
+    for path, part in zip(checkpoints, parts, strict=True):
+        if part.specs != first.specs:
+            name = min(name for name in first.specs.keys() | part.specs.keys() if first.specs.get(name) != part.specs.get(name))
+            raise UserError(f"{str(path)!r} and {str(checkpoints[0])!r} differ in {name!r}: they are of different runs")
+    stacked: dict[str, int] = {}
+    if lora == "product" and count > 1:
+        if dora := next((name for name in first.specs if "lora_magnitude" in name), None):
+            raise UserError(f"adapters with magnitudes (DoRA, {dora!r}) have no exact mean: average their factors (--lora factors)")
+        stacked = {name: STACKED[match.group(1)] for name in first.specs if (match := FACTOR.search(name))}
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        if name not in stacked:
+            for together in zip(*(part.pieces(name) for part in parts), strict=True):
+                yield sum(together[1:], start=together[0]) / count
+            return
+        factors = [torch.cat([*part.pieces(name)]).view(first.specs[name].shape) for part in parts]
+        scale = count**-0.5 if name.startswith(tuple(rslora)) else 1.0  # of B: 1 / count against the greater rank in alpha / rank
+        if factors[0].ndim == 1:  # the bias of B, which is scaled with it
+            yield sum(factors[1:], start=factors[0]) * scale
+        else:
+            yield (torch.cat(factors, dim=stacked[name]) * (scale if stacked[name] else 1.0)).flatten()
+
+    specs = {name: _stacked(spec, stacked[name], count) if name in stacked else spec for name, spec in first.specs.items()}
+    return TensorSource(specs, pieces, {"sources": _sources(parts), "mean": "checkpoints", "lora": lora})
+
+
+def _stacked(spec: Spec, dim: int, count: int) -> Spec:
+    if len(spec.shape) == 1:
+        return spec
+    return Spec(tuple(size * count if i == dim else size for i, size in enumerate(spec.shape)), spec.dtype)
+
+
+def _sources(parts: Sequence[TensorSource]) -> list[dict[str, Any]]:
+    return [source for part in parts for source in part.about["sources"]]
+
+
+def mean_between(start: Path | None, end: Path) -> TensorSource:
+    """The mean of the weights over the steps after `start` (None: all) up to `end`, float32: (end * average - start * average) / steps.
+
+    Adapters' factors are averaged as such: so the running average has them.
+    """
     for path in (start, end):
         if path is not None and not read_manifest(path)["running_average"]:
             raise UserError(f"{str(path)!r} has no running average: train with trainer.use_averaged_model=true, or evaluate without it")
-    last = read_manifest(end)["step"]
-    mean = read_weights(end, AVERAGE)
-    if start is not None:
-        first, before = read_manifest(start)["step"], read_weights(start, AVERAGE)
-        mean = {name: tensor + (tensor - before[name]) * (first / (last - first)) for name, tensor in mean.items()}
-    return {name: tensor.float() for name, tensor in mean.items()}
+    until = checkpoint_weights(end, AVERAGE)
+    before = checkpoint_weights(start, AVERAGE) if start is not None else None
+    last, first = read_manifest(end)["step"], read_manifest(start)["step"] if start is not None else 0
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        for average, earlier in zip(until.pieces(name), before.pieces(name) if before else itertools.repeat(None)):  # noqa: B905
+            yield (average if earlier is None else average + (average - earlier) * (first / (last - first))).float()
+
+    specs = {name: Spec(spec.shape, torch.float32) for name, spec in until.specs.items()}
+    about = {"sources": _sources([before, until] if before else [until]), "mean": "every step between", "lora": "factors"}
+    return TensorSource(specs, pieces, about)
 
 
 def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:
-    """Write the averaged weights, to exp_dir/averaged-{iter|epoch}-N-avg-K.pt by default."""
-    return save_state(what.weights(exp_dir), output or exp_dir / f"averaged-{what.suffix}.pt")
+    """Write the averaged weights, to exp_dir/averaged-{iter|epoch}-N-avg-K.pt by default; the file names its sources."""
+    return write_file(what.weights(exp_dir), output or exp_dir / f"averaged-{what.suffix}.pt")
 
 
 def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Path:
-    """The weights file that an evaluation takes; an averaged one is made where its checkpoints are newer or it is missing.
+    """The weights file that an evaluation takes; an averaged one is made where it is missing or of other checkpoints.
 
     In this order: filename (absolute, or below exp_dir); iter and avg; epoch and avg; exp_dir/pretrained.pt.
     """
@@ -88,18 +151,15 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
         raise UserError(f"exp_dir={str(exp_dir)!r} does not exist: give the directory of a trained run")
     if filename:
         path = exp_dir / filename  # an absolute filename stays as it is
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"checkpoint.model.filename={filename!r} does not exist, nor is it in {str(exp_dir)!r}: check the path")
         return path
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
         raise UserError(f"checkpoint.model: iter={what.iteration}, epoch={what.epoch}, avg={what.avg}: give iter and avg, or epoch and avg")
     if what.avg > 0:
-        made = exp_dir / f"averaged-{what.suffix}.pt"
-        newest = max((path / MANIFEST).stat().st_mtime for path in what.sources(exp_dir))
+        made, weights = exp_dir / f"averaged-{what.suffix}.pt", what.weights(exp_dir)
         with FileLock(exp_dir / ".averaging.lock"):  # of several ranks the first one averages
-            if made.is_file() and made.stat().st_mtime > newest:
-                return made
-            return average(exp_dir, what)
+            return made if read_about(made) == weights.about else write_file(weights, made)
     if what.running:
         raise UserError("checkpoint.model.use_averaged_model=true needs iter and avg, or epoch and avg")
     path = exp_dir / "pretrained.pt"

@@ -1,40 +1,71 @@
-"""One ZeRO checkpoint -> the trained weights as a plain state dict in float32."""
+"""One ZeRO checkpoint -> the trained weights in float32."""
 
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asrllm.errors import UserError
+from asrllm.tensor_files import Spec, TensorSource, in_pieces, write_file, write_sharded
 from asrllm.training.checkpoint import read_carried
-from asrllm.training.manifest import read_manifest
-from asrllm.training.zero_files import MASTERS, ZeroFiles
-from asrllm.writing import sync
+from asrllm.training.manifest import MANIFEST, read_manifest
+from asrllm.training.zero_files import AVERAGE, MASTERS, ZeroFiles
+
+DTYPES = {MASTERS: torch.float32, AVERAGE: torch.float64}
+FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
 
 
-def consolidate(checkpoint: str | Path, output: str | Path) -> Path:
-    """Write the trained weights of `checkpoint` to `output`; the file appears when it is complete."""
-    return save_state(read_weights(Path(checkpoint)), Path(output))
+def consolidate(checkpoint: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
+    """Write the trained weights of `checkpoint` to `output`, which appears when it is complete.
+
+    A name that ends in .pt, .bin or .safetensors is one file; another is a directory of safetensors of at most max_shard_size each.
+    Beyond its imports it takes less than 100 MB of memory.
+    """
+    source, output = checkpoint_weights(Path(checkpoint)), Path(output)
+    return write_file(source, output) if output.suffix in FILE_SUFFIXES else write_folder(source, output, max_shard_size)
 
 
-def save_state(state: dict[str, Tensor], output: Path) -> Path:
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"the output {str(output)!r} is a directory, or its directory does not exist: give a file's path")
-    partial = output.with_name(output.name + ".partial")
-    torch.save(state, partial)
-    sync(partial)
-    partial.replace(output)
-    return output
+def write_folder(source: TensorSource, folder: Path, max_shard_size: int | str) -> Path:
+    if folder.exists() or not folder.parent.is_dir():
+        raise UserError(f"the output {str(folder)!r} exists, or its directory does not: give a new directory, or a file's name (.pt)")
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write_sharded(source, partial, max_shard_size=max_shard_size)
+        partial.chmod(0o755)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
-def read_weights(checkpoint: Path, key: str = MASTERS) -> dict[str, Tensor]:
+def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     """The trained weights by name, float32, and the carried ones; with key=AVERAGE their running average, float64.
 
     Raises UserError naming the missing file, key or shape.
     """
     manifest = read_manifest(checkpoint)
     files = ZeroFiles(checkpoint, manifest)
-    if unknown := sorted(set(files.names) - files.shapes.keys()):
-        raise UserError(f"{checkpoint}: {unknown[0]!r} is not in its manifest: the checkpoint is damaged")
-    carried = read_carried(checkpoint, manifest)
-    return {name: files.read(name, key).clone() for name in files.shapes} | {name: tensor.float() for name, tensor in carried.items()}
+    if wrong := sorted(files.shapes.keys() ^ set(files.names)):
+        where = "its files alone" if wrong[0] in files.names else "its manifest alone"
+        raise UserError(f"{checkpoint}: {wrong[0]!r} is in {where}: the checkpoint is damaged")
+    carried, dtype = read_carried(checkpoint, manifest), DTYPES[key]
+    shapes = {name: tuple(shape) for name, shape in files.shapes.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in carried.items()}
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        found = in_pieces(carried[name]) if name in carried else files.pieces(name, key)
+        return (piece.to(dtype) for piece in found)
+
+    about = {"sources": [describe_source(checkpoint, manifest)]}
+    return TensorSource({name: Spec(shape, dtype) for name, shape in shapes.items()}, pieces, about)
+
+
+def describe_source(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a weights file says of a checkpoint that it is made of; the manifest has its files' digests."""
+    digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
+    return {"checkpoint": checkpoint.name, "step": manifest["step"], "manifest": digest}

@@ -17,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the mean over all steps since the checkpoint before these, of a run with trainer.use_averaged_model=true",
     )
+    parser.add_argument(
+        "--lora",
+        choices=("product", "factors"),
+        default="product",
+        help="how adapters are averaged: their products B A, exactly, by factors of a greater rank (the default), or factor by factor",
+    )
     parser.add_argument("--output", metavar="FILE", help="EXP/averaged-iter-N-avg-K.pt by default")
 
 
@@ -24,5 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from asrllm.checkpoints.average import Average, average
 
     output = Path(arguments.output) if arguments.output else None
-    what = Average(iteration=arguments.iter, epoch=arguments.epoch, avg=arguments.avg, running=arguments.use_averaged_model)
+    what = Average(
+        iteration=arguments.iter, epoch=arguments.epoch, avg=arguments.avg, running=arguments.use_averaged_model, lora=arguments.lora
+    )
     print(average(Path(arguments.exp_dir), what, output))

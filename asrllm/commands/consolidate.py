@@ -9,7 +9,10 @@ from asrllm.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
     parser.add_argument("--tag", help="checkpoint-N or epoch-N; the newest complete one by default")
-    parser.add_argument("--output", metavar="FILE", help="EXP/TAG.pt by default")
+    parser.add_argument(
+        "--output", metavar="FILE", help="EXP/TAG.pt by default; .pt, .bin or .safetensors, else a directory of safetensors"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a directory; default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -21,4 +24,4 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = exp_dir / chosen if chosen else newest_checkpoint(exp_dir)
     if checkpoint is None:
         raise UserError(f"{arguments.exp_dir!r} holds no complete checkpoint: give the exp_dir of a run that has saved one")
-    print(consolidate(checkpoint, arguments.output or exp_dir / f"{checkpoint.name}.pt"))
+    print(consolidate(checkpoint, arguments.output or exp_dir / f"{checkpoint.name}.pt", max_shard_size=arguments.max_shard_size))

@@ -27,12 +27,14 @@ class ModelChoice:
     epoch: int
     avg: int
     use_averaged_model: bool
+    lora: Literal["product", "factors"]
 
     @property
     def average(self) -> Any:
         from asrllm.checkpoints.average import Average
 
-        return Average(iteration=self.iter, epoch=self.epoch if self.iter == 0 else 0, avg=self.avg, running=self.use_averaged_model)
+        epoch = self.epoch if self.iter == 0 else 0
+        return Average(iteration=self.iter, epoch=epoch, avg=self.avg, running=self.use_averaged_model, lora=self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,10 @@ transformers.AutoModel.register(AsrLlmConfig, AsrLlmModel, exist_ok=True)
 transformers.AutoProcessor.register(AsrLlmConfig, AsrLlmProcessor, exist_ok=True)
 
 
+# of a directory of weights, as transformers and DeepSpeed's zero_to_fp32.py write it
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
 class AutoModel:
     """`AutoModel.from_pretrained(dir_or_exp)`"""
 
@@ -28,8 +32,9 @@ class AutoModel:
     def from_pretrained(path: str | Path, *, weights: str | Path | None = None, dtype: Any = None, **unknown: Any) -> AsrLlmModel:
         """The model of an exported directory or of a run, in eval mode.
 
-        weights: a state dict file to take; of a run, pretrained.pt by default, else the newest averaged-*.pt. dtype: of the weights,
-        "bfloat16" or a torch.dtype; as saved when None or "auto". Raises UserError where there is no model or its keys do not fit.
+        weights: a state dict file to take, or a directory of several; of a run, pretrained.pt by default, else the newest averaged-*.pt.
+        dtype: of the weights, "bfloat16" or a torch.dtype; as saved when None or "auto". Raises UserError where there is no model or its
+        keys do not fit.
         """
         if unknown.pop("device_map", None) is not None:
             raise UserError("AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)")
@@ -66,9 +71,14 @@ def newest_weights(exp_dir: Path) -> Path:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A plain state dict file; nothing in it is executed."""
+    """A plain state dict file, or a directory or an index of several; nothing in it is executed."""
+    if path.is_dir():
+        path = next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILES[0])
     if not path.is_file():
         raise UserError(f"the weights {str(path)!r} do not exist: check the path")
+    if path.suffix == ".json":
+        files = sorted(set(read_json(path).get("weight_map", {}).values()))
+        return {name: tensor for file in files for name, tensor in read_state(path.parent / file).items()}
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:

@@ -248,6 +248,9 @@ def assemble(
     chosen = as_dtype(dtype) or prevailing_dtype(state, where)
     with parameters_on_meta():
         model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+        if (times := rank_in_file(model, state)) > 1:
+            config = processor.config = with_ranks(config, times)
+            model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
     for part, count in (config.stored or {}).items():
         found = sum(in_base(key, part) for key in state.keys() & model.weights().keys())
         if found != count:
@@ -267,6 +270,24 @@ def assemble(
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     model.processor = processor
     return cast(AsrLlmModel, model.eval())
+
+
+def rank_in_file(model: AsrLlmModel, state: Mapping[str, Tensor]) -> int:
+    """How many times the rank of the model's adapters those of `state` have: averaged ones hold several checkpoints' factors."""
+    for key, tensor in model.weights().items():
+        if ".lora_A." in key and key in state and tensor.shape[1:] == state[key].shape[1:]:
+            return state[key].shape[0] // tensor.shape[0] if state[key].shape[0] % tensor.shape[0] == 0 else 1
+    return 1
+
+
+def with_ranks(config: AsrLlmConfig, times: int) -> AsrLlmConfig:
+    """The configuration with adapters of so many times the rank, and the same alpha."""
+    config = copy.deepcopy(config)
+    for options in (config.lora, config.audio_encoder_lora):
+        if options is not None:
+            options["r"] = options.get("r", 8) * times  # PEFT's default
+            options["rank_pattern"] = {name: rank * times for name, rank in (options.get("rank_pattern") or {}).items()}
+    return config
 
 
 def in_base(key: str, part: str) -> bool:

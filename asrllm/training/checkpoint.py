@@ -25,7 +25,7 @@ from asrllm.training import distributed
 from asrllm.training.manifest import MANIFEST, list_checkpoints, newest_checkpoint
 from asrllm.training.partitions import full_shape, parameter_names
 from asrllm.training.writer import CheckpointWriter
-from asrllm.training.zero_files import trusted_unpickling
+from asrllm.training.zero_files import check_files, file_digest, trusted_unpickling
 from asrllm.writing import sync, write_whole
 
 CARRIED = "carried.pt"  # beside the checkpoints: frozen weights that no base model holds; they are the same in every checkpoint
@@ -83,7 +83,8 @@ class CheckpointSaver:
 
     def _publish(self, tags: Sequence[str], manifest: dict[str, Any]) -> None:
         first = self.staging / tags[0]
-        write_whole(first / MANIFEST, json.dumps(manifest, indent=1))
+        files = {path.name: file_digest(path) for path in sorted(first.glob("*.pt"))}
+        write_whole(first / MANIFEST, json.dumps(manifest | {"files": files}, indent=1))
         for tag in tags[1:]:
             _link_files(first, self.staging / tag)
         for tag in tags:
@@ -203,6 +204,7 @@ def read_carried(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, torch.
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Weights and optimizer, on as many ranks as wrote it; pickles may build nothing but what DeepSpeed's checkpoints hold."""
+    check_files(checkpoint, manifest)
     with trusted_unpickling():
         loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
         if loaded is None:

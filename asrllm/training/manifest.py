@@ -10,7 +10,7 @@ from asrllm.models.configuration import AsrLlmConfig
 
 MANIFEST = "asrllm.json"
 STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")
-KEYS = {"step", "position", "zero_stage", "world_size", "trainable", "param_groups", "base_models", "settings", "prompts"}
+KEYS = {"step", "position", "zero_stage", "world_size", "trainable", "param_groups", "base_models", "settings", "prompts", "files"}
 
 
 def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict[int, Path]:

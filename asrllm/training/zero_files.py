@@ -6,9 +6,14 @@ The optimizer's float32 masters are read, not the rounded working copies. Where 
 """
 
 import contextlib
+import ctypes
+import hashlib
+import json
+import mmap
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 
 from asrllm.errors import UserError
+from asrllm.tensor_files import PIECE
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 MASTERS = "fp32"
@@ -37,12 +43,14 @@ class ZeroFiles:
     """One checkpoint's files, mapped: what is read is what is touched. Raises UserError naming a file that is missing or damaged."""
 
     def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        check_files(checkpoint, manifest)
         self.checkpoint, self.manifest = checkpoint, manifest
         self.stage, self.ranks = manifest["zero_stage"], manifest["world_size"]
         self.shapes: dict[str, list[int]] = {name: about["shape"] for name, about in manifest["trainable"].items()}
         self.model = load_file(checkpoint / MODEL_FILES.get(self.stage, MODEL_FILE_3))
         self.optimizers = [self.model["optimizer"]] if self.stage == 0 else self._optimizers()
         self.averages: list[dict[str, Any]] = []
+        self.touched: dict[int, Tensor] = {}  # flat vectors whose pages are in memory, by their address
         self.places = self._places()
 
     def _optimizers(self) -> list[dict[str, Any]]:
@@ -63,6 +71,8 @@ class ZeroFiles:
             if self.stage != 3:
                 group, offset = number, 0
             for name, shape in named.items():
+                if list(shape) != self.shapes.get(name):
+                    raise UserError(f"{self.checkpoint}: {name!r} is {list(shape)}, in its manifest {self.shapes.get(name)}: it is damaged")
                 if self.stage == 3 and offset >= self.optimizers[0]["fp32_flat_groups"][group].numel():
                     group, offset = group + 1, 0
                 places[name] = Place(group, offset)
@@ -99,6 +109,17 @@ class ZeroFiles:
         return saved["optimizer_state_dict"]["state"].get(group, {}) if "optimizer_state_dict" in saved else saved["state"].get(group, {})
 
     def _vector(self, key: str, rank: int, group: int) -> Tensor:
+        vector = self._find_vector(key, rank, group)
+        self.touched[vector.data_ptr()] = vector
+        return vector
+
+    def forget(self) -> None:
+        """Give back the memory of all that was read; tensors that are views of the files are read again where they are used again."""
+        for vector in self.touched.values():
+            drop_pages(vector)
+        self.touched.clear()
+
+    def _find_vector(self, key: str, rank: int, group: int) -> Tensor:
         """A flat vector of one rank's; at stage 0 a whole parameter."""
         if key == AVERAGE:
             return self._average_of(rank)[group]
@@ -122,19 +143,36 @@ class ZeroFiles:
 
     def read(self, name: str, key: str = MASTERS) -> Tensor:
         """A weight, or what is kept of it, in its shape. Raises UserError where it is missing or of another size."""
+        numel = self._numel(name)
+        found = self.read_range(name, 0, numel, key)
+        self._check_numel(name, found.numel())
+        return found.view(self.shapes[name])
+
+    def pieces(self, name: str, key: str = MASTERS) -> Iterator[Tensor]:
+        """The same, flat and piece by piece; what was read is let go when the next piece is wanted."""
+        numel = self._numel(name)
+        for start in range(0, max(numel, 1), PIECE):
+            piece = self.read_range(name, start, min(PIECE, numel - start), key)
+            self._check_numel(name, start + piece.numel(), min(start + PIECE, numel))
+            yield piece
+            self.forget()
+
+    def _numel(self, name: str) -> int:
         if name not in self.places:
             raise UserError(f"{self.checkpoint}: {name!r} is missing: the checkpoint is damaged")
-        numel = torch.Size(self.shapes[name]).numel()
-        found = self.read_range(name, 0, numel, key) if self.stage else self._vector(key, 0, self.places[name].group).detach().flatten()
-        if found.numel() != numel:
-            raise UserError(f"{self.checkpoint}: {name!r} has {found.numel()} values, its manifest says {self.shapes[name]}: it is damaged")
-        return found.view(self.shapes[name])
+        return torch.Size(self.shapes[name]).numel()
+
+    def _check_numel(self, name: str, found: int, expected: int | None = None) -> None:
+        if found != (self._numel(name) if expected is None else expected):
+            raise UserError(f"{self.checkpoint}: {name!r} has {found} values, its manifest says {self.shapes[name]}: it is damaged")
 
     def read_range(self, name: str, start: int, numel: int, key: str = MASTERS) -> Tensor:
         """(numel,) of a flattened weight from `start` on."""
         group, offset = self.places[name]
         if self.stage == 0:
-            return self._vector(key, 0, group).flatten()[start : start + numel]
+            whole = self._vector(key, 0, group).detach().flatten()
+            self._check_numel(name, whole.numel())
+            return whole[start : start + numel]
         if self.stage == 3:
             pieces = self._pieces(start, numel, self._stride(torch.Size(self.shapes[name]).numel()))
             return torch.cat([self._vector(key, rank, group)[offset + begin : offset + end] for rank, begin, end in pieces])
@@ -150,6 +188,34 @@ class ZeroFiles:
 
 def average_file(rank: int) -> str:
     return f"average_rank_{rank}.pt"
+
+
+def file_digest(path: Path) -> str:
+    """Of what torch.save wrote, by the checksums in its directory: the tensors are not read."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
+    return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
+
+
+def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError naming a file that is missing, cut short or of another checkpoint."""
+    for name, digest in manifest["files"].items():
+        file = f"the checkpoint file {str(checkpoint / name)!r}"
+        try:
+            found = file_digest(checkpoint / name)
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is missing: copy it again, or remove the checkpoint") from error
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{file} is cut short or damaged ({error}): copy it again, or remove the checkpoint") from error
+        if found != digest:
+            raise UserError(f"{file} is of another checkpoint: copy the right one again, or remove the checkpoint")
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that is a view of a file, unchanged (madvise(2), MADV_DONTNEED)."""
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - begin
+    ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def load_file(path: Path) -> dict[str, Any]:

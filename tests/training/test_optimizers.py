@@ -94,13 +94,13 @@ def save_whole(out: str) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_of_several_groups_are_read_right(tmp_path):
-    from asrllm.checkpoints.consolidate import read_weights
+    from asrllm.checkpoints.consolidate import checkpoint_weights
 
     start("training.test_optimizers:save_whole", 2, out=str(tmp_path))
     for folder in tmp_path.iterdir():
         checkpoint = folder / "checkpoint-3"
         assert [len(group) for group in read_manifest(checkpoint)["param_groups"]] == [3, 3]
-        found, expected = read_weights(checkpoint), torch.load(folder / "whole.pt")
+        found, expected = checkpoint_weights(checkpoint).load(), torch.load(folder / "whole.pt")
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name].float(), tensor.view(found[name].shape)), (folder.name, name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asrllm.checkpoints.average import mean_between
-from asrllm.checkpoints.consolidate import read_weights
+from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.data.plan import Position
 from asrllm.training.manifest import read_manifest
 from asrllm.training.zero_files import AVERAGE, MASTERS, ZeroFiles
@@ -77,8 +77,8 @@ def test_weights_moments_and_averages_are_the_same_on_another_number_of_ranks(tm
     start("training.test_partitions:train_and_save", 2, out=str(tmp_path / "two"), kinds=KINDS, steps=6)
     for stage, precision in KINDS:
         early, late = (tmp_path / "two" / f"{stage}-{precision}" / f"checkpoint-{step}" for step in (4, 6))
-        between, since, weights = mean_between(early, late), mean_between(None, late), read_weights(late)
-        average_of_two = read_weights(early, AVERAGE)  # of the weights after steps 2 and 4
+        between, since, weights = mean_between(early, late), mean_between(None, late), checkpoint_weights(late).load()
+        average_of_two = checkpoint_weights(early, AVERAGE).load()  # of the weights after steps 2 and 4
         for name, tensor in weights.items():
             torch.testing.assert_close(between[name], tensor)  # one update, after step 6
             torch.testing.assert_close(since[name], ((2 * average_of_two[name] + tensor) / 3).float())

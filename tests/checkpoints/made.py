@@ -1,0 +1,42 @@
+"""Checkpoints made by hand, in DeepSpeed's layout."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asrllm.training.zero_files import file_digest
+
+
+def write_checkpoint(folder: Path, state: dict[str, Tensor], *, ranks: int = 0, step: int = 1) -> Path:
+    """ranks: stage 3 on so many; 0: stage 0 in float32."""
+    folder.mkdir(parents=True)
+    if ranks == 0:
+        torch.save({"module": state, "optimizer": {}}, folder / "mp_rank_00_model_states.pt")
+    else:
+        shapes = [{name: tensor.shape for name, tensor in state.items()}]
+        torch.save({"param_shapes": shapes}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    for rank in range(ranks):
+        parts = []
+        for tensor in state.values():
+            share = -(-tensor.numel() // ranks)
+            padded = torch.nn.functional.pad(tensor.flatten(), (0, share * ranks - tensor.numel()))
+            parts.append(padded[rank * share : (rank + 1) * share])
+        saved = {"optimizer_state_dict": {"fp32_flat_groups": [torch.cat(parts)]}}
+        torch.save(saved, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    manifest = {
+        "step": step,
+        "position": {},
+        "zero_stage": 3 if ranks else 0,
+        "world_size": ranks or 1,
+        "trainable": {name: {"shape": list(tensor.shape), "dtype": "float32"} for name, tensor in state.items()},
+        "param_groups": [list(state)],
+        "running_average": False,
+        "base_models": {},
+        "settings": {},
+        "prompts": [],
+        "files": {path.name: file_digest(path) for path in folder.glob("*.pt")},
+    }
+    (folder / "asrllm.json").write_text(json.dumps(manifest))
+    return folder
