@@ -1,10 +1,17 @@
 """The optimizer and its parameter groups."""
 
-from collections.abc import Mapping
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from asrllm.errors import UserError
 from asrllm.training.config import PeakRates
@@ -52,6 +59,29 @@ def make_optimizer(
     if name == "deepspeed_adamw":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        kind = FusedAdam if device.type != "cpu" and not offload else DeepSpeedCPUAdam
-        return kind(groups, lr=lr, betas=betas)
+        on_device = device.type != "cpu" and not offload
+        kind, op = (FusedAdam, "fused_adam") if on_device else (DeepSpeedCPUAdam, "cpu_adam")
+        with building(op):
+            return kind(groups, lr=lr, betas=betas)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type == "cuda" and not offload)
+
+
+@contextlib.contextmanager
+def building(op: str) -> Iterator[None]:
+    """An operator of DeepSpeed's is compiled inside at its first use, by one process at a time. Raises UserError where it cannot be."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    folder.mkdir(parents=True, exist_ok=True)
+    before, programs = os.environ["PATH"], str(Path(sys.executable).parent)  # ninja is there, also where the environment is not activated
+    os.environ["PATH"] = f"{programs}{os.pathsep}{before}"
+    try:
+        with FileLock(folder / f"{op}.asrllm.lock"):
+            for left in folder.glob(f"**/{op}/lock"):  # by a build that was killed; torch would wait for it without end
+                left.unlink()
+            yield
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"trainer.optimizer.name=deepspeed_adamw: its operator {op} cannot be compiled in {str(folder)!r} "
+            f"({' '.join(str(error).split())[:200]}): install a C++ compiler, or take trainer.optimizer.name=adamw"
+        ) from error
+    finally:
+        os.environ["PATH"] = before

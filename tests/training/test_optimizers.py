@@ -1,6 +1,7 @@
 """Parameter groups: what is in them, at which rate, and that checkpoints with several are read right."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,38 @@ def test_adapters_of_the_encoder_are_lora():
         "lora",
         "audio_encoder",
     ]
+
+
+def test_an_operator_that_cannot_be_compiled_is_one_sentence(monkeypatch, tmp_path):
+    compiler = tmp_path / "bin" / "broken-compiler"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    left = tmp_path / "built" / "cpu_adam" / "lock"  # by a build that was killed
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with pytest.raises(UserError, match=r"operator cpu_adam cannot be compiled in .*install a C\+\+ compiler"):
+        make_optimizer("deepspeed_adamw", groups_of(parts()), lr=1e-3, betas=(0.9, 0.98), device=torch.device("cpu"), offload=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_deepspeeds_adamw_steps_as_torchs(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    found = []
+    for name in ("adamw", "deepspeed_adamw"):
+        model = parts()
+        optimizer = make_optimizer(name, groups_of(model), lr=1e-2, betas=(0.9, 0.98), device=torch.device("cpu"), offload=False)
+        for step in range(3):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+            optimizer.step()
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, msg=name)
 
 
 def test_a_rate_that_means_nothing_is_refused():
