@@ -23,6 +23,7 @@ VERBS = {
     "transcribe": "text for audio files",
     "consolidate": "one ZeRO checkpoint -> a plain state dict",
     "average": "the mean of several checkpoints",
+    "merge-lora": "the LLM with its adapters in it, as a plain Hugging Face directory",
     "export": "a run -> a self-contained Hugging Face directory",
 }
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     for verb, what in VERBS.items():
         subparser = verbs.add_parser(verb, help=what, description=what)
         if verb in argv[:1]:  # only the verb that is asked for is imported
-            module = importlib.import_module(f"asrllm.commands.{verb}")
+            module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)

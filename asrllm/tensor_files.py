@@ -85,7 +85,7 @@ def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | s
     """
     meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in source.specs.items()}
     plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
-    with ProgressBar(f"writing {folder.name}", len(meta)) as bar:
+    with ProgressBar("writing safetensors", len(meta)) as bar:
         for file, names in plan.filename_to_tensors.items():
             _write_safetensors(source, names, folder / file, bar)
             sync(folder / file)

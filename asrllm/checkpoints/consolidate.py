@@ -1,8 +1,6 @@
 """One ZeRO checkpoint -> the trained weights in float32."""
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from asrllm.tensor_files import Spec, TensorSource, in_pieces, write_file, write
 from asrllm.training.checkpoint import read_carried
 from asrllm.training.manifest import MANIFEST, read_manifest
 from asrllm.training.zero_files import AVERAGE, MASTERS, ZeroFiles
+from asrllm.writing import new_folder
 
 DTYPES = {MASTERS: torch.float32, AVERAGE: torch.float64}
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
@@ -27,20 +26,11 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, max_shard_size: i
     Beyond its imports it takes less than 100 MB of memory.
     """
     source, output = checkpoint_weights(Path(checkpoint)), Path(output)
-    return write_file(source, output) if output.suffix in FILE_SUFFIXES else write_folder(source, output, max_shard_size)
-
-
-def write_folder(source: TensorSource, folder: Path, max_shard_size: int | str) -> Path:
-    if folder.exists() or not folder.parent.is_dir():
-        raise UserError(f"the output {str(folder)!r} exists, or its directory does not: give a new directory, or a file's name (.pt)")
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    if output.suffix in FILE_SUFFIXES:
+        return write_file(source, output)
+    with new_folder(output) as partial:
         write_sharded(source, partial, max_shard_size=max_shard_size)
-        partial.chmod(0o755)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return output
 
 
 def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_model import make_config, make_model, samples
 
 import asrllm
 from asrllm.commands import export
@@ -22,6 +21,7 @@ from asrllm.models.files import as_dtype, parameters_on_meta, read_tensors
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import empty_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
+from tests.models.test_model import make_config, make_model, samples
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = {"qwen2": {}, "qwen3": {"head_dim": 8}, "llama": {}, "mistral": {}, "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8},

@@ -1,0 +1,40 @@
+"""asrllm merge-lora: the LLM with its adapters in it, as a plain Hugging Face directory."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="EXP_OR_FILE", help="a run's exp_dir, a weights file in it, or an exported directory")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--weights", metavar="FILE", help="of an exp_dir; EXP/pretrained.pt by default, else the newest averaged-*.pt")
+    parser.add_argument("--adapter-only", action="store_true", help="write the adapters alone, in PEFT's form, instead of merging them")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights; default: the base model's")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s")
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare logits before and after, which takes memory for the model as a whole"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from asrllm.checkpoints.merge import LlmFiles, check_parity, merge_lora, save_adapter
+    from asrllm.errors import UserError
+    from asrllm.models.model import check_shard_size
+
+    check_shard_size(arguments.max_shard_size)
+    source, output = Path(arguments.source), Path(arguments.output)
+    if not source.exists():
+        raise UserError(f"{arguments.source!r} does not exist: give a run's exp_dir, a weights file in it, or an exported directory")
+    files = LlmFiles(source, Path(arguments.weights) if arguments.weights else None)
+    if arguments.adapter_only:
+        save_adapter(files, output)
+        print(f"{output}: load it with peft.PeftModel.from_pretrained(LLM, {str(output)!r})")
+        return
+    merge_lora(files, output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+    if not arguments.no_check:
+        found = check_parity(files, output)
+        print(
+            f"logits of {found.tokens} tokens before and after: off by at most {found.difference:.3g} of {found.largest:.3g}, "
+            f"the same most probable word at {found.same}"
+        )
+    print(f"{output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
