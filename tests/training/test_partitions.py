@@ -77,7 +77,7 @@ def test_weights_moments_and_averages_are_the_same_on_another_number_of_ranks(tm
     start("training.test_partitions:train_and_save", 2, out=str(tmp_path / "two"), kinds=KINDS, steps=6)
     for stage, precision in KINDS:
         early, late = (tmp_path / "two" / f"{stage}-{precision}" / f"checkpoint-{step}" for step in (4, 6))
-        between, since, weights = mean_between(early, late), mean_between(None, late), checkpoint_weights(late).load()
+        between, since, weights = mean_between(early, late).load(), mean_between(None, late).load(), checkpoint_weights(late).load()
         average_of_two = checkpoint_weights(early, AVERAGE).load()  # of the weights after steps 2 and 4
         for name, tensor in weights.items():
             torch.testing.assert_close(between[name], tensor)  # one update, after step 6

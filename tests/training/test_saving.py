@@ -99,7 +99,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     needed = {"position": {}, "zero_stage": 0, "world_size": 1, "trainable": {}, "param_groups": [], "base_models": {}, "settings": {}}
     for name, step in (("checkpoint-4", 4), ("checkpoint-8", 8), ("epoch-1", 10)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "asrllm.json").write_text(json.dumps({"step": step, "prompts": [], **needed}))
+        (tmp_path / name / "asrllm.json").write_text(json.dumps({"step": step, "prompts": [], "files": {}, **needed}))
     (tmp_path / "checkpoint-12").mkdir()  # not complete
     (tmp_path / "latest").write_text("checkpoint-4")  # killed before it was written
     assert newest_checkpoint(tmp_path).name == "epoch-1"
