@@ -1,0 +1,145 @@
+"""A model as a directory for others: whole, its parts by themselves, a card that says what it is."""
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from asrllm.errors import UserError
+from asrllm.models.auto import AutoModel
+from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.files import merged_names, merged_parameter, write_generation_config
+from asrllm.models.model import PARTS, AsrLlmModel
+from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.writing import new_folder
+
+PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
+KEYS_THERE = {"whisper": "model.encoder."}  # how the weights of an encoder begin in its own framework
+
+
+def export(
+    source: Path,
+    output: Path,
+    *,
+    weights: str | Path | None = None,
+    dtype: str = "bfloat16",
+    merge_adapter: bool = False,
+    parts: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a self-contained directory with a model card; it appears when it is complete.
+
+    source: an exp_dir, a weights file in one, or an exported directory. parts: also audio_encoder/, projector/ and llm/, each by itself,
+    with the adapters merged.
+    """
+    folder, chosen = source, Path(weights) if weights else None
+    if source.is_file():
+        folder, chosen = source.parent, source
+    with new_folder(output) as partial:
+        model = AutoModel.from_pretrained(folder, weights=chosen, dtype=dtype)
+        model.save_pretrained(partial, merge_adapter=merge_adapter, max_shard_size=max_shard_size)
+        if parts:
+            save_parts(model, partial, max_shard_size)
+        card = model_card(model.config, folder, output.name, weights=chosen.name if chosen else "pretrained.pt")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> None:
+    """The encoder as `model.audio_encoder.pretrained_model` reads it, the LLM as transformers does, the projector by its own names."""
+    encoder, config = model.config.audio_encoder or {}, model.config
+    size = {"input_size": model.audio_encoder.output_dim, "output_size": model.llm.config.get_text_config().hidden_size}
+    projector = {"projector": config.projector, "projector_hidden_size": config.projector_hidden_size} | size
+    projector["audio_encoder_projector_ds_rate"] = config.audio_encoder_projector_ds_rate
+    for part in PARTS:
+        (folder / part).mkdir()
+        source = part_weights(model, part, KEYS_THERE.get(encoder["model_type"], "") if part == "audio_encoder" else "")
+        write_sharded(source, folder / part, max_shard_size=max_shard_size)
+    (folder / "audio_encoder" / "config.json").write_text(json.dumps(encoder, indent=2) + "\n")
+    (folder / "projector" / "config.json").write_text(json.dumps(projector, indent=2) + "\n")
+    model.causal_lm.config.save_pretrained(folder / "llm")
+    write_generation_config(model.llm.generation_config, folder / "llm")
+    model.require_processor().tokenizer.save_pretrained(folder / "llm")
+
+
+def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
+    """A part's weights without adapters, which are merged into their layers one at a time. prefix: put before every name."""
+    state, tuned = model.weights(), dict[str, Any]()
+    if model.config.lora or model.config.audio_encoder_lora:
+        state, tuned = merged_names(model, state)
+    own = {prefix + key.removeprefix(f"{part}."): key for key in state if key.startswith(f"{part}.")}
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        key = own[name]
+        yield (merged_parameter(tuned[key], key.rpartition(".")[2]) if key in tuned else state[key]).flatten()
+
+    return TensorSource({name: Spec(tuple(state[key].shape), state[key].dtype) for name, key in own.items()}, pieces)
+
+
+def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: str) -> str:
+    """README.md in the form of Hugging Face's model cards: base models, training data, prompts, error rates, versions; what is known.
+
+    weights: the file's name; error rates of others of the run's are left out.
+    """
+    bases = {part: base["path"] for part, base in (config.base_models or {}).items()}
+    header = {"library_name": "asrllm", "pipeline_tag": "automatic-speech-recognition", "tags": ["asrllm", "speech", "llm"]}
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
+    lines += ["An audio encoder, a projector and a large language model that writes what is said.", "", "```python"]
+    lines += ["from asrllm import AutoModel", "", f'AutoModel.from_pretrained("{name}").transcribe(["speech.wav"])', "```", ""]
+    kinds = {"audio_encoder": (config.audio_encoder or {}).get("model_type"), "llm": (config.llm or {}).get("model_type")}
+    lines += ["| part | kind | trained from |", "| --- | --- | --- |"]
+    lines += [f"| {part} | {kind} | {bases.get(part, 'see above')} |" for part, kind in kinds.items()]
+    lines += [f"| projector | {config.projector}, {config.audio_encoder_projector_ds_rate} frames to a token | random weights |", ""]
+    lines += ["The licences of the base models and of the training data apply to it.", ""]
+    for title, rows in (("Training data", training_data(source)), ("Error rates", error_rates(source, weights))):
+        if rows:
+            lines += [f"## {title}", "", *rows, ""]
+    if config.prompts:
+        lines += ["## Prompts", "", *(f"- {prompt}" for prompt in config.prompts), ""]
+    return "\n".join([*lines, "## Versions", "", ", ".join(f"{package} {version(package)}" for package in PACKAGES), ""])
+
+
+def training_data(exp_dir: Path) -> list[str]:
+    """A table of the corpora that the run's configuration names, where its files are still there."""
+    path = exp_dir / "config.yaml"
+    named = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data", {}).get("train_data_config") if path.is_file() else None
+    if not named or not Path(named).is_file():
+        return []
+    corpora: list[dict[str, Any]] = yaml.safe_load(Path(named).read_text(encoding="utf-8"))
+    rows = [(Path(str(c.get("shards") or c.get("manifest"))).name, c.get("hours", ""), c.get("lang", "")) for c in corpora]
+    return ["| corpus | hours | language |", "| --- | --- | --- |", *(f"| {name} | {hours} | {lang or ''} |" for name, hours, lang in rows)]
+
+
+def error_rates(exp_dir: Path, weights: str) -> list[str]:
+    """A table of what evaluations of the run have measured with these weights."""
+    rows = []
+    for path in sorted(exp_dir.glob("*/results.json")):
+        for test, found in json.loads(path.read_text(encoding="utf-8")).items():
+            if Path(found["weights"]).name != weights:
+                continue
+            low, high = found["wer_ci95"]
+            rows.append(
+                f"| {test} | {found['wer']:.2f} | {low:.2f} to {high:.2f} | {found['cer']:.2f} | {found['utterances']} | "
+                f"{found['normalizer']} | {path.parent.name} |"
+            )
+    head = "| test set | WER % | 95 % | CER % | utterances | normalizer | decoding |"
+    return [head, "| --- " * 7 + "|", *rows] if rows else []
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload a directory to the hub; gives its address. Raises UserError where the hub cannot be reached or refuses."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model exported by asrllm")
+    except Exception as error:  # the hub's own and its HTTP client's, which is another in other versions
+        raise UserError(
+            f"--push-to-hub {repository!r} failed ({' '.join(str(error).split())[:200]}): log in with 'hf auth login' and check the name; "
+            f"{str(folder)!r} is complete, upload it with 'hf upload {repository} {folder}'"
+        ) from error
+    return str(address)

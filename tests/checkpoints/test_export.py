@@ -1,0 +1,79 @@
+"""Exported directories: what stands beside the model, its parts by themselves, and the way to the hub."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asrllm.checkpoints.export import export, push
+from asrllm.errors import UserError
+from asrllm.models.config import EncoderPart
+from asrllm.models.encoders import encoder_class
+from tests.checkpoints.test_merge import logits, run_of
+from tests.models.test_files import lora_model
+from tests.models.test_model import make_model
+
+
+@pytest.fixture
+def exp(world, tmp_path):
+    exp = run_of(lora_model(world), tmp_path / "exp")
+    (tmp_path / "train.yaml").write_text("- {shards: /data/libri, hours: 960, lang: en}\n- {manifest: /data/wenet.jsonl, hours: 10000}\n")
+    (exp / "config.yaml").write_text(f"data: {{train_data_config: {tmp_path / 'train.yaml'}}}\n")
+    (exp / "greedy_search").mkdir()
+    found = {"wer": 2.5, "cer": 1.25, "wer_ci95": [2.0, 3.0], "utterances": 9, "normalizer": "basic", "weights": "pretrained.pt"}
+    (exp / "greedy_search" / "results.json").write_text(json.dumps({"test-clean": found, "of-others": found | {"weights": "averaged.pt"}}))
+    return exp
+
+
+def test_the_card_says_what_it_was_trained_on_and_what_was_measured(exp, tmp_path):
+    export(exp / "pretrained.pt", tmp_path / "model", dtype="float32")
+    card = (tmp_path / "model" / "README.md").read_text()
+    for said in (
+        "pipeline_tag: automatic-speech-recognition",
+        "| libri | 960 | en |",
+        "| wenet.jsonl | 10000 |  |",
+        "| test-clean | 2.50 | 2.00 to 3.00 | 1.25 | 9 | basic | greedy_search |",
+        "- Transcribe.",
+        f"torch {torch.__version__}",
+    ):
+        assert said in card
+    assert "of-others" not in card
+    export(tmp_path / "model", tmp_path / "again", dtype="float32")  # of an exported directory less is known
+    assert "## Training data" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
+    export(exp, tmp_path / "model", dtype="float32", parts=True)
+    model = lora_model(world)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "llm")), logits(model.llm), rtol=1e-4, atol=1e-4
+    )
+    fields, state = encoder_class("whisper").read_pretrained(str(tmp_path / "model" / "audio_encoder"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.audio_encoder.state_dict().items())
+    assert fields | {"model_type": "whisper"} == model.config.audio_encoder
+    assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
+
+
+def test_a_zipformer_is_read_again(world, tmp_path):
+    encoder = EncoderPart(model_type="zipformer", pretrained_model=str(world.zipformer), frozen=True, lora=None)
+    model = make_model(world, audio_encoder=encoder)
+    export(run_of(model, tmp_path / "exp"), tmp_path / "model", dtype="float32", parts=True)
+    _, state = encoder_class("zipformer").read_pretrained(str(tmp_path / "model" / "audio_encoder"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.audio_encoder.state_dict().items())
+
+
+def test_uploading_makes_the_repository_and_says_where_it_is(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: calls.append((a, k)) or "https://hub/me/model")
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: calls.append(k))
+    assert push(tmp_path, "me/model", private=True) == "https://hub/me/model"
+    assert calls[0] == (("me/model",), {"private": True, "exist_ok": True})
+    assert (calls[1]["repo_id"], calls[1]["folder_path"]) == ("me/model", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["me/model", "a b"])
+def test_a_hub_that_is_not_reached_leaves_the_directory(monkeypatch, tmp_path, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="is complete, upload it with"):
+        push(tmp_path, name, private=False)
