@@ -24,6 +24,7 @@ VERBS = {
     "consolidate": "one ZeRO checkpoint -> a plain state dict",
     "average": "the mean of several checkpoints",
     "merge-lora": "the LLM with its adapters in it, as a plain Hugging Face directory",
+    "import-icefall": "weights of icefall's ASR_LLM -> a directory as a run leaves it",
     "export": "a run -> a self-contained Hugging Face directory",
 }
 

@@ -1,0 +1,63 @@
+"""Weights of icefall's ASR_LLM: the key table, what is read out of the shapes, and the same numbers afterwards."""
+
+import pytest
+import torch
+
+from asrllm import AutoModel
+from asrllm.cli import main
+from asrllm.errors import UserError
+from asrllm.models.icefall import KEYS, import_icefall, renamed
+from tests.models.test_files import logits
+from tests.models.test_model import make_model, samples
+
+PROJECTOR = ["linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"]
+
+
+@pytest.fixture
+def theirs(world, tmp_path):
+    """A model of ours, and its trained weights under icefall's names."""
+    model = make_model(world, audio_token="<speech>", llm={"chat_template": "chatml"})
+    back = {ours: name for name, ours in KEYS.items()}
+    state = {back.get(n, n): t for n, t in model.weights().items() if n.startswith("projector") or "lora_" in n}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    return model, tmp_path / "pytorch_model.bin"
+
+
+def test_the_key_table():
+    adapter = "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    state = {f"encoder_projector.{name}": torch.zeros(1) for name in PROJECTOR} | {adapter: torch.zeros(1)}
+    state |= {"encoder.blocks.3.attn.query.weight": torch.zeros(1), "encoder.conv1.bias": torch.zeros(1)}
+    assert sorted(renamed(state, "x")) == sorted(
+        [f"projector.mlp.{name}" for name in PROJECTOR]
+        + [adapter, "audio_encoder.layers.3.self_attn.q_proj.weight", "audio_encoder.conv1.bias"]
+    )
+    with pytest.raises(UserError, match=r"'ctc\.weight' is no key of icefall"):
+        renamed(state | {"ctc.weight": torch.zeros(1)}, "x")
+    state.pop("encoder_projector.linear2.bias")
+    with pytest.raises(UserError, match=r"lacks the projector's 'projector\.mlp\.linear2\.bias'"):
+        renamed(state, "x")
+
+
+def test_an_imported_model_computes_the_same(world, theirs, tmp_path):
+    model, file = theirs
+    arguments = ["--audio-encoder", str(world.whisper), "--llm", str(world.llm), "--lora-alpha", "8", "--output", str(tmp_path / "out")]
+    assert main(["import-icefall", str(file), *arguments]) == 0
+    found = AutoModel.from_pretrained(tmp_path / "out", dtype="float32")
+    assert (found.config.lora["r"], found.config.lora["target_modules"]) == (4, ["q_proj", "v_proj"])
+    assert (found.config.audio_encoder_projector_ds_rate, found.config.projector_hidden_size) == (4, 32)
+    assert (found.config.drop_ragged_frames, found.config.prompts) == (True, ["请转写音频为文字"])
+    for name, tensor in model.weights().items():
+        assert torch.equal(found.weights()[name], tensor), name
+    model.config.drop_ragged_frames = model.projector.drop_ragged = True
+    torch.testing.assert_close(logits(found), logits(model))
+    assert isinstance(found.transcribe([samples(1)[0].wave], max_new_tokens=3)[0], str)
+
+
+def test_another_encoder_is_refused(world, theirs, tmp_path):
+    _, file = theirs
+    state = torch.load(file, weights_only=True)
+    state["encoder_projector.linear1.weight"] = state["encoder_projector.linear1.weight"][:, :-1].clone()
+    torch.save(state, file)
+    with pytest.raises(UserError, match="no whole frames"):
+        import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
+    assert not (tmp_path / "out").exists()
