@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -43,7 +44,8 @@ def make_world(folder: Path, *, tiny: bool) -> None:
     data_config(folder / "train.yaml", [{"name": "train", "shards": str(folder / "shards")}])
 
 
-def seconds_of_steps(folder: Path, exp: Path, background: str, steps: int, every: int) -> list[float]:
+def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
+    """A run over make_world's data. launcher: the command before the script; others: overrides, '__' for '.'."""
     overrides = {
         "exp_dir": exp,
         "model.audio_encoder.model_type": "whisper",
@@ -60,15 +62,18 @@ def seconds_of_steps(folder: Path, exp: Path, background: str, steps: int, every
         "trainer.deepspeed_config": "ds_configs/zero1.json",
         "trainer.num_epochs": "null",
         "trainer.precision": "fp32",  # the faster one on a processor
-        "trainer.num_steps": steps,
         "trainer.log_every": 1,
-        "trainer.save_every": every,
-        "trainer.keep_last_k": 1,
         "trainer.tensorboard": "false",
-        "trainer.background_checkpoints": background,
-    }
-    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *(f"{key}={value}" for key, value in overrides.items())]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+    } | {key.replace("__", "."): value for key, value in others.items()}
+    command = [*(launcher or [sys.executable]), str(REPOSITORY / "launch" / "train.py"), *(f"{k}={v}" for k, v in overrides.items())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+
+
+def seconds_of_steps(folder: Path, exp: Path, background: str, steps: int, every: int) -> list[float]:
+    settings = {"num_steps": steps, "save_every": every, "keep_last_k": 1, "background_checkpoints": background}
+    train(folder, exp, **{f"trainer__{key}": value for key, value in settings.items()})
     records = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
     return [record["seconds_per_step"] for record in records if "loss" in record]
 
@@ -78,7 +83,7 @@ def kinds(seconds: list[float], every: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"saves": [], "steps after": [], "others": []}
     for step, value in enumerate(seconds[:-1], start=1):
         place = (step - 1) % every
-        if step > every:  # the first checkpoint allocates the copies' memory, and steps before it warm up
+        if step > 2 * every:  # the first checkpoint allocates the copies' memory, and steps before it warm up
             found["saves" if place == 0 else "steps after" if place <= 2 else "others"].append(value)
     return found
 

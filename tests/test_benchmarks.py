@@ -38,3 +38,11 @@ def test_the_data_benchmark_runs(tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     assert "one worker to the bare loop" in results["reading"]["ratios"]
     assert results["index of 6400 rows of 20 bytes"]["milliseconds to plan a step"] > 0
+
+
+@pytest.mark.slow
+def test_the_checkpoint_tools_benchmark_runs(tmp_path):
+    run_benchmark("checkpoints.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert min(results["peak MiB"].values()) > 0
+    assert results["ratios"]["consolidate to deepspeed, peak"] > 0

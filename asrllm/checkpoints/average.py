@@ -92,8 +92,11 @@ def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rsl
 
     def pieces(name: str) -> Iterator[Tensor]:
         if name not in stacked:
-            for together in zip(*(part.pieces(name) for part in parts), strict=True):
-                yield sum(together[1:], start=together[0]) / count
+            running = [iter(part.pieces(name)) for part in parts]
+            while (total := next(running[0], None)) is not None:
+                for others in running[1:]:
+                    total = total + next(others)  # one piece of one checkpoint at a time
+                yield total / count
             return
         factors = [torch.cat([*part.pieces(name)]).view(first.specs[name].shape) for part in parts]
         scale = count**-0.5 if name.startswith(tuple(rslora)) else 1.0  # of B: 1 / count against the greater rank in alpha / rank

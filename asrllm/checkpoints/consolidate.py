@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
 
     def pieces(name: str) -> Iterator[Tensor]:
         found = in_pieces(carried[name]) if name in carried else files.pieces(name, key)
-        return (piece.to(dtype) for piece in found)
+        return map(methodcaller("to", dtype), found)
 
     about = {"sources": [describe_source(checkpoint, manifest)]}
     return TensorSource({name: Spec(shape, dtype) for name, shape in shapes.items()}, pieces, about)

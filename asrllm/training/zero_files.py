@@ -149,13 +149,16 @@ class ZeroFiles:
         return found.view(self.shapes[name])
 
     def pieces(self, name: str, key: str = MASTERS) -> Iterator[Tensor]:
-        """The same, flat and piece by piece; what was read is let go when the next piece is wanted."""
+        """The same, flat and piece by piece, in memory of its own: nothing of the files, and no piece, is kept while others are read."""
         numel = self._numel(name)
         for start in range(0, max(numel, 1), PIECE):
-            piece = self.read_range(name, start, min(PIECE, numel - start), key)
-            self._check_numel(name, start + piece.numel(), min(start + PIECE, numel))
-            yield piece
-            self.forget()
+            yield self._piece(name, start, min(PIECE, numel - start), key)
+
+    def _piece(self, name: str, start: int, numel: int, key: str) -> Tensor:
+        piece = self.read_range(name, start, numel, key).clone()
+        self.forget()
+        self._check_numel(name, start + piece.numel(), start + numel)
+        return piece
 
     def _numel(self, name: str) -> int:
         if name not in self.places:

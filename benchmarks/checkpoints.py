@@ -1,0 +1,127 @@
+"""Memory and time of the checkpoint tools: consolidating against DeepSpeed's own converter, averages of 2 and of 10, merging.
+
+    python benchmarks/checkpoints.py [--rounds R] [--tiny] [--output FILE]
+
+The checkpoint is of a run of two processes at ZeRO-2: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in float32 with
+AdamW. The ten that are averaged are hard links to it under other steps. The adapters (rank 16, every linear layer) are of another run.
+Every tool works in a process of its own; the ways take turns. Peaks are the process's peak of resident memory (VmHWM, pages of mapped
+files counted) beyond what it had after its imports.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from saving import make_world, train
+
+from asrllm.checkpoints.average import Average, average
+
+STEPS = 2
+TOOLS = {
+    "consolidate": ("from asrllm.checkpoints.consolidate import consolidate", "consolidate(exp / 'checkpoint-2', out)"),
+    "deepspeed": (
+        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
+        "convert(str(exp), str(out), tag='checkpoint-2', max_shard_size='100GB')",
+    ),
+    "average 2": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=2), out)"),
+    "average 10": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=10), out)"),
+    "merge": ("from asrllm.checkpoints.merge import LlmFiles, merge_lora", "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
+}  # fmt: skip
+SCRIPT = """
+import sys, time, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+exp, lora, out, shard = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+{imports}
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+before, began = peak(), time.perf_counter()
+{call}
+print(); print(peak() - before, time.perf_counter() - began)
+"""
+
+
+def make_runs(folder: Path, *, tiny: bool) -> tuple[Path, Path]:
+    """(the run trained as a whole with its checkpoints, the run with adapters)"""
+    make_world(folder, tiny=tiny)
+    whole, lora = folder / "whole", folder / "lora"
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29571"]
+    settings = {"trainer__num_steps": STEPS, "trainer__save_every": STEPS}
+    train(folder, whole, *deepspeed, **settings, trainer__deepspeed_config="ds_configs/zero2.json")
+    train(folder, lora, **settings, model__llm__lora__r=16, model__llm__frozen="true")
+    average(lora, Average(iteration=STEPS, avg=1), lora / "pretrained.pt")
+    return whole, lora
+
+
+def link_checkpoints(exp: Path, count: int) -> None:
+    made = exp / f"checkpoint-{STEPS}"
+    for step in range(1, count + 1):
+        if step == STEPS:
+            continue
+        copy = shutil.copytree(made, exp / f"checkpoint-{step}", copy_function=os.link)
+        manifest = json.loads((copy / "asrllm.json").read_text()) | {"step": step}
+        (copy / "asrllm.json").unlink()
+        (copy / "asrllm.json").write_text(json.dumps(manifest))
+
+
+def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tuple[float, float]:
+    """(peak MiB beyond the imports, seconds)"""
+    imports, call = TOOLS[tool]
+    output = scratch / ("out.pt" if tool.startswith(("average", "consolidate")) else "out")
+    command = [sys.executable, "-c", SCRIPT.format(imports=imports, call=call), *map(str, (exp, lora, output, shard))]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{tool}: {done.stderr[-3000:]}")
+    peak, seconds = map(float, done.stdout.split()[-2:])
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    return peak, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="a tiny LLM, to see that it runs")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    measured: dict[str, list[tuple[float, float]]] = {tool: [] for tool in TOOLS}
+    shard = 10**5 if arguments.tiny else 10**8
+    with tempfile.TemporaryDirectory() as name:
+        exp, lora = make_runs(Path(name), tiny=arguments.tiny)
+        link_checkpoints(exp, 10)
+        for _ in range(arguments.rounds):
+            for tool, values in measured.items():
+                values.append(measure(tool, exp, lora, shard, Path(name)))
+        size = sum(file.stat().st_size for file in (exp / f"checkpoint-{STEPS}").glob("*"))
+    peaks = {tool: round(statistics.median(peak for peak, _ in values), 1) for tool, values in measured.items()}
+    seconds = {tool: round(statistics.median(s for _, s in values), 2) for tool, values in measured.items()}
+    results = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "rounds": arguments.rounds,
+        "checkpoint bytes": size,
+        "LLM shard MiB": round(shard / 2**20, 1),
+        "peak MiB": peaks,
+        "seconds": seconds,
+        "ratios": {
+            "consolidate to deepspeed, peak": round(peaks["consolidate"] / peaks["deepspeed"], 3),
+            "consolidate to deepspeed, seconds": round(seconds["consolidate"] / seconds["deepspeed"], 3),
+            "average 10 to average 2, peak": round(peaks["average 10"] / peaks["average 2"], 3),
+            "merge to shard, peak": round(peaks["merge"] / (shard / 2**20), 3),
+        },
+    }
+    text = json.dumps(results, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
