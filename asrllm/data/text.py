@@ -3,6 +3,7 @@
 import functools
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import kaldialign
 
 from asrllm.errors import UserError, nearest
 
-HAN = "[\u3400-\u9fff]"
+HAN = "[\u3400-\u9fff\U00020000-\U0003ffff]"
 
 
 def basic(text: str) -> str:
@@ -25,6 +26,21 @@ def zh(text: str) -> str:
     return re.sub(rf"(?<={HAN})\s+(?={HAN})", "", _simplifier().convert(basic(text)))
 
 
+def zh_numbers(text: str) -> str:
+    """zh with numbers as digits, so that 一百二十三 and 123 are the same. Needs the extra `zh`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # cn2an's, of what is no number and stays as it is: 万一
+        return zh(_digits()(unicodedata.normalize("NFKC", text)))
+
+
+def en(text: str) -> str:
+    """Whisper's English normaliser: contractions, numbers and British spelling in one form, fillers and brackets out.
+
+    Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision", appendix C. Spoken digits become one number.
+    """
+    return str(_english()(text))
+
+
 @functools.lru_cache(maxsize=1)
 def _simplifier() -> Any:
     """Made once in a process: it loads its dictionaries anew each time."""
@@ -35,20 +51,41 @@ def _simplifier() -> Any:
     return opencc.OpenCC("t2s")
 
 
+@functools.lru_cache(maxsize=1)
+def _digits() -> Callable[[str], str]:
+    try:
+        import cn2an
+    except ImportError as error:
+        raise UserError("the normalizer 'zh-numbers' needs cn2an: pip install 'asrllm[zh]'") from error
+    return functools.partial(cn2an.transform, method="cn2an")
+
+
+@functools.lru_cache(maxsize=1)
+def _english() -> Callable[[str], str]:
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()
+
+
 def none(text: str) -> str:
     return " ".join(text.split())
 
 
-NORMALIZERS: dict[str, Callable[[str], str]] = {"basic": basic, "zh": zh, "none": none}
+NORMALIZERS: dict[str, Callable[[str], str]] = {"basic": basic, "en": en, "zh": zh, "zh-numbers": zh_numbers, "none": none}
+BY_LANGUAGE = {"en": "en", "zh": "zh", "yue": "zh", "cmn": "zh"}
 
 
 def normalizer(name: str, key: str = "normalizer") -> Callable[[str], str]:
     """The function of that name; key: where the user wrote it. UserError for an unknown name, or one whose extra is not installed."""
     if name not in NORMALIZERS:
         raise UserError(f"{key}={name!r} is unknown: {nearest(name, NORMALIZERS)}")
-    if name == "zh":
-        _simplifier()
+    NORMALIZERS[name]("")
     return NORMALIZERS[name]
+
+
+def normalizer_of(lang: str | None) -> str:
+    """The name of a language's normaliser: 'en-US' -> 'en', 'zh' -> 'zh', others -> 'basic'."""
+    return BY_LANGUAGE.get(re.split("[-_]", (lang or "").lower())[0], "basic")
 
 
 def word_errors(reference: str, hypothesis: str) -> int:

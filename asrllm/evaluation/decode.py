@@ -1,59 +1,69 @@
-"""Decoding a test set: batches of similar length, dealt out to the ranks, gathered by utterance."""
+"""Decoding a test set: batches of similar length, dealt out to the ranks, gathered by utterance; a killed decoding goes on."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from asrllm.audio.reader import Reader, SampleError
+from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
 from asrllm.data.plan import Item
 from asrllm.errors import UserError
+from asrllm.evaluation.engine import Engine
+from asrllm.evaluation.journal import Journal, Said
 from asrllm.evaluation.score import Transcript
-from asrllm.models.model import AsrLlmModel
+from asrllm.models.generation import Answer
 from asrllm.progress import ProgressBar
 from asrllm.training import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """prompt: of every utterance. generation: options of AsrLlmModel.generate. max_batch_duration: seconds of audio in a batch."""
+    """prompt: of every utterance. max_batch_duration: seconds of audio in a batch."""
 
     prompt: str
-    generation: dict[str, Any]
     max_batch_duration: float
 
 
 def decode_corpus(
-    model: AsrLlmModel,
-    corpus: Corpus,
-    options: DecodingOptions,
-    normalize: Callable[[str], str],
-    cache: ShardCache,
+    engine: Engine, corpus: Corpus, options: DecodingOptions, normalize: Callable[[str], str], cache: ShardCache, journal: Journal
 ) -> tuple[list[Transcript], float]:
-    """Every rank's share of the corpus decoded: (transcripts in the corpus's order, seconds of audio decoded in a second)."""
-    batches = make_batches(corpus, options.max_batch_duration)
+    """Every rank's share of the corpus decoded: (transcripts in the corpus's order, seconds of audio decoded in a second).
+
+    What `journal` has is not decoded again.
+    """
+    done = {said.row: said for said in journal.read()}
+    batches = make_batches(corpus, options.max_batch_duration, skip=done)
     mine = batches[distributed.rank() :: distributed.world_size()]
-    reader, began = Reader([corpus], limits=model.config.sample_limits(), cache=cache), time.monotonic()
-    decoded: list[tuple[int, Transcript]] = []
-    with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0) as bar:
-        for batch in mine:
-            decoded += zip(batch, decode_batch(model, reader, batch, options, normalize), strict=True)
-            bar.advance(len(batch))
-    everything = [pair for rank in distributed.gather_objects(decoded) for pair in rank]
-    transcripts = [transcript for _, transcript in sorted(everything, key=lambda pair: pair[0])]
-    _check_keys(corpus, transcripts)
-    return transcripts, sum(t.duration for t in transcripts) / max(time.monotonic() - began, 1e-9)
+    reader = Reader([corpus], limits=engine.limits, cache=cache)
+    decoded: list[Said] = []
+    with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0) as bar, journal:
+        began = time.monotonic()
+        for rows, samples in read_ahead(reader, mine):
+            answers = engine.answer([s.wave for s in samples], [options.prompt] * len(samples))
+            took = (time.monotonic() - began) / len(rows)
+            said = [make_said(*each, took) for each in zip(rows, samples, answers, strict=True)]
+            journal.write(said)
+            decoded += said
+            bar.advance(len(rows))
+            began = time.monotonic()
+    everything = [*done.values(), *(said for rank in distributed.gather_objects(decoded) for said in rank)]
+    transcripts = [make_transcript(said, normalize) for said in sorted(everything, key=lambda said: said.row)]
+    check_transcripts(corpus, transcripts)
+    seconds = sum(said.took for said in everything) / distributed.world_size()
+    return transcripts, sum(t.duration for t in transcripts) / max(seconds, 1e-9)
 
 
-def make_batches(corpus: Corpus, max_duration: float) -> list[list[int]]:
+def make_batches(corpus: Corpus, max_duration: float, skip: "dict[int, Said] | None" = None) -> list[list[int]]:
     """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included."""
     seconds = corpus.index.rows["samples"] / RATE
     batches: list[list[int]] = []
     longest = 0.0
     for i in (-seconds).argsort(kind="stable"):
+        if skip and int(i) in skip:
+            continue
         if not batches or longest * (len(batches[-1]) + 1) > max_duration:
             batches.append([])
             longest = float(seconds[i])
@@ -61,30 +71,55 @@ def make_batches(corpus: Corpus, max_duration: float) -> list[list[int]]:
     return batches
 
 
-def decode_batch(
-    model: AsrLlmModel, reader: Reader, rows: Sequence[int], options: DecodingOptions, normalize: Callable[[str], str]
-) -> list[Transcript]:
+def read_ahead(reader: Reader, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], list[Sample]]]:
+    """The next batch is read while one is decoded."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(read_batch, reader, rows) for rows in batches[:1]]
+        for i, rows in enumerate(batches):
+            samples = ahead.pop().result()
+            if i + 1 < len(batches):
+                ahead.append(pool.submit(read_batch, reader, batches[i + 1]))
+            yield rows, samples
+
+
+def read_batch(reader: Reader, rows: Sequence[int]) -> list[Sample]:
     try:
-        samples = [reader.read(Item(corpus=0, row=row)) for row in rows]
+        return [reader.read(Item(corpus=0, row=row)) for row in rows]
     except SampleError as error:
         raise UserError(f"an utterance of the test set cannot be decoded: {error}; leave it out of the set") from error
-    assert model.processor is not None
-    messages = [model.processor.renderer.user_messages(options.prompt)] * len(samples)
-    texts = model.generate([s.wave for s in samples], messages, **options.generation)
-    return [
-        Transcript(
-            key=s.key,
-            reference=normalize(s.text),
-            hypothesis=normalize(text),
-            raw_reference=s.text,
-            raw_hypothesis=text,
-            duration=len(s.wave) / RATE,
-        )
-        for s, text in zip(samples, texts, strict=True)
-    ]
 
 
-def _check_keys(corpus: Corpus, transcripts: Sequence[Transcript]) -> None:
+def make_said(row: int, sample: Sample, answer: Answer, took: float) -> Said:
+    speaker, recording = (str(sample.fields.get(name) or "") for name in ("speaker", "recording"))
+    return Said(
+        row=row,
+        key=sample.key,
+        reference=sample.text,
+        hypothesis=answer.text,
+        end=answer.end,
+        duration=len(sample.wave) / RATE,
+        speaker=speaker,
+        recording=recording,
+        took=took,
+    )
+
+
+def make_transcript(said: Said, normalize: Callable[[str], str]) -> Transcript:
+    return Transcript(
+        key=said.key,
+        reference=normalize(said.reference),
+        hypothesis=normalize(said.hypothesis),
+        raw_reference=said.reference,
+        raw_hypothesis=said.hypothesis,
+        duration=said.duration,
+        speaker=said.speaker,
+        recording=said.recording,
+        end=said.end,
+        row=said.row,
+    )
+
+
+def check_transcripts(corpus: Corpus, transcripts: Sequence[Transcript]) -> None:
     keys = {t.key for t in transcripts}
     if len(keys) != len(transcripts):
         raise UserError(f"the test set {corpus.name!r} has {len(transcripts) - len(keys)} repeated keys: index each utterance once")

@@ -1,18 +1,25 @@
 """Error rates by exact alignment, with their confidence intervals."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import kaldialign
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 1000
-EPSILON = "*"  # stands for nothing in an alignment
+FEWEST_GROUPS = 5  # speakers or recordings; intervals over fewer say little
+NOTHING = ""  # in an alignment
+# kana, Chinese characters, Thai, Lao, Myanmar, Khmer
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """One utterance's reference and hypothesis after normalisation, as they were before it, and its audio's length in seconds."""
+    """One utterance's reference and hypothesis after normalisation, as they were before it, and its audio's length in seconds.
+
+    speaker, recording: "" where they are not known. end: what ended the hypothesis, as in generation.Answer. row: in the corpus's index.
+    """
 
     key: str
     reference: str
@@ -20,6 +27,34 @@ class Transcript:
     raw_reference: str
     raw_hypothesis: str
     duration: float
+    speaker: str = ""
+    recording: str = ""
+    end: str = "stop"
+    row: int = -1
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def characters(text: str) -> list[str]:
+    """Spaces do not count."""
+    return list(text.replace(" ", ""))
+
+
+def mixed(text: str) -> list[str]:
+    """The units of the mixed error rate: characters of scripts without spaces, words of the others (as for SEAME's Mandarin-English)."""
+    return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
+
+
+UNITS: dict[str, Callable[[str], list[str]]] = {"wer": words, "cer": characters, "mer": mixed}
+
+
+def fitting_metric(references: Sequence[str]) -> str:
+    """wer for scripts with spaces between words, cer for those without, mer for both together."""
+    unspaced = any(re.search(f"[{UNSPACED}]", text) for text in references)
+    spaced = any(re.search(rf"[^\W\d{UNSPACED}]", text) for text in references)
+    return ("mer" if spaced else "cer") if unspaced else "wer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,32 +73,58 @@ class Errors:
     @property
     def rate(self) -> float:
         """Per cent of the reference's units."""
-        return 100 * float(self.total.sum()) / max(float(self.units.sum()), 1.0)
+        return self.share(self.total)
 
-    def confidence_interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of the rate over utterances (Bisani and Ney, "Bootstrap Estimates for Confidence Intervals", 2004)."""
-        draws = np.random.default_rng(0).integers(len(self.units), size=(BOOTSTRAP_SAMPLES, len(self.units)))
-        rates = 100 * self.total[draws].sum(1) / np.maximum(self.units[draws].sum(1), 1)
+    def share(self, counts: np.ndarray) -> float:
+        return 100 * float(counts.sum()) / max(float(self.units.sum()), 1.0)
+
+    def of(self, chosen: Sequence[int]) -> "Errors":
+        """Of some of the utterances."""
+        i = np.asarray(chosen, dtype=int)
+        return Errors(ins=self.ins[i], dels=self.dels[i], subs=self.subs[i], units=self.units[i])
+
+    def confidence_interval(self, groups: np.ndarray | None = None) -> tuple[float, float]:
+        """95 % bootstrap interval of the rate over utterances (Bisani and Ney, "Bootstrap Estimates for Confidence Intervals", 2004).
+
+        groups: (utterances,) numbers of the speaker or recording, which are then drawn as a whole (Liu and Peng, "Statistical Testing on
+        ASR Performance via Blockwise Bootstrap", 2020).
+        """
+        total, units = (sum_by(groups, counts) for counts in (self.total, self.units))
+        rng, rates = np.random.default_rng(0), np.empty(BOOTSTRAP_SAMPLES)
+        for i in range(BOOTSTRAP_SAMPLES):
+            drawn = rng.integers(len(units), size=len(units))
+            rates[i] = 100 * total[drawn].sum() / max(units[drawn].sum(), 1)
         low, high = np.percentile(rates, [2.5, 97.5])
         return float(low), float(high)
 
 
-def word_errors(transcripts: Sequence[Transcript]) -> Errors:
-    return count_errors([(t.reference.split(), t.hypothesis.split()) for t in transcripts])
+def sum_by(groups: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
+    """(utterances,) -> (groups,)"""
+    return counts if groups is None else np.bincount(groups, weights=counts)
 
 
-def character_errors(transcripts: Sequence[Transcript]) -> Errors:
-    """Spaces do not count."""
-    return count_errors([(list(t.reference.replace(" ", "")), list(t.hypothesis.replace(" ", ""))) for t in transcripts])
+def groups_of(transcripts: Sequence[Transcript]) -> tuple[str, np.ndarray | None]:
+    """What is drawn as a whole: ("speaker" | "recording" | "utterance", (utterances,) the group of each; None of utterances)."""
+    for kind in ("speaker", "recording"):
+        names = [getattr(t, kind) for t in transcripts]
+        if all(names) and len(set(names)) >= FEWEST_GROUPS:
+            return kind, np.unique(names, return_inverse=True)[1]
+    return "utterance", None
+
+
+def errors(transcripts: Sequence[Transcript], metric: str = "wer") -> Errors:
+    """metric: of UNITS"""
+    units = UNITS[metric]
+    return count_errors([(units(t.reference), units(t.hypothesis)) for t in transcripts])
 
 
 def count_errors(pairs: Sequence[tuple[list[str], list[str]]]) -> Errors:
     counts = [kaldialign.edit_distance(reference, hypothesis) for reference, hypothesis in pairs]
-    columns = {key: np.array([c[key] for c in counts]) for key in ("ins", "del", "sub")}
-    units = np.array([len(reference) for reference, _ in pairs])
+    columns = {key: np.array([c[key] for c in counts], dtype=int) for key in ("ins", "del", "sub")}
+    units = np.array([len(reference) for reference, _ in pairs], dtype=int)
     return Errors(ins=columns["ins"], dels=columns["del"], subs=columns["sub"], units=units)
 
 
 def align(reference: list[str], hypothesis: list[str]) -> list[tuple[str, str]]:
-    """Pairs of (reference word, hypothesis word); EPSILON where there is none."""
-    return kaldialign.align(reference, hypothesis, EPSILON)
+    """Pairs of (reference unit, hypothesis unit); NOTHING where there is none."""
+    return kaldialign.align(reference, hypothesis, NOTHING)

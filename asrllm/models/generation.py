@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
 from asrllm.errors import UserError, nearest
+from asrllm.models.greedy import greedy
 from asrllm.models.processor import HOP, as_list, audio_name, check_finite
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def generate(
     max_tokens_per_second: float | None,
     repetition_guard: int | None,
     **options: Any,
-) -> list[str]:
+) -> list[Answer]:
     """See AsrLlmModel.generate."""
     processor = model.require_processor()
     stops = processor.renderer.stop_ids
@@ -132,19 +134,50 @@ def generate(
     input_ids, mask = (x.to(device) for x in pad_left(prompts))
     seconds = [float(part.sum()) / RATE for part in samples.split(counts)]
     limits = [token_limit(s, config.max_new_tokens, max_tokens_per_second) for s in seconds]
-    set_length(config, max(limits), input_ids.shape[1], model.llm.generation_config)
-    ends = RowEnds(limits, repetition_guard if config.num_beams == 1 else None)
     with eval_mode(model):
-        rows = model.llm.generate(
-            inputs_embeds=model.embed(input_ids, model.encode(features, lengths)),
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([FirstLogits(len(counts))]),
-            stopping_criteria=StoppingCriteriaList([ends]),
-            **({"tokenizer": processor.tokenizer} if config.stop_strings else {}),
-        ).tolist()
-    rows = [cut(row[:limit], stops, repetition_guard) for row, limit in zip(rows, limits, strict=True)]
-    return [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        embeddings = model.embed(input_ids, model.encode(features, lengths))
+        rows = decode(model, embeddings, mask, config, RowEnds(limits, repetition_guard if config.num_beams == 1 else None), len(counts))
+    return [make_answer(processor.tokenizer, row[:limit], stops, repetition_guard) for row, limit in zip(rows, limits, strict=True)]
+
+
+def decode(
+    model: AsrLlmModel, embeddings: Tensor, mask: Tensor, config: GenerationConfig, ends: RowEnds, chats: int
+) -> list[list[int]]:
+    """The new tokens of each chat. Greedy search is our own, but where the LLM is partitioned: there transformers keeps the ranks in step."""
+    first, stops = FirstLogits(chats), config.eos_token_id
+    partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
+    if is_plain(config) and not partitioned and model.causal_lm._supports_default_dynamic_cache():
+        return greedy(model.llm, model.causal_lm, embeddings, mask, stops, ends, first.check)
+    set_length(config, int(ends.limits.max()), mask.shape[1], model.llm.generation_config)
+    return model.llm.generate(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([first]),
+        stopping_criteria=StoppingCriteriaList([ends]),
+        **({"tokenizer": model.require_processor().tokenizer} if config.stop_strings else {}),
+    ).tolist()
+
+
+def is_plain(config: GenerationConfig) -> bool:
+    """Greedy search with no option that changes what is probable."""
+    said = {name: value for name in OPTIONS if (value := getattr(config, name, None)) is not None}
+    return all(value == PLAIN.get(name) for name, value in said.items() if name not in ("max_new_tokens", "eos_token_id"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the LLM says. end: of what it was: "stop", by itself; "loop", of which one copy is kept; "limit", of its length."""
+
+    text: str
+    end: str = "stop"
+
+
+def make_answer(tokenizer: Any, row: list[int], stops: Sequence[int], guard: int | None) -> Answer:
+    until = next((i for i, token in enumerate(row) if token in stops), len(row))
+    kept = cut(row, stops, guard)
+    end = "loop" if len(kept) < until else "stop" if until < len(row) else "limit"
+    return Answer(text=tokenizer.decode(kept, skip_special_tokens=True).strip(), end=end)
 
 
 def is_features(inputs: Any) -> bool:
@@ -235,13 +268,17 @@ class FirstLogits(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores (rows, vocabulary), of which beam search has several rows for each chat; given out as they are"""
-        if not self.seen and (bad := scores.isnan().any(1)).any():
+        if not self.seen:
+            self.check(scores)
+        self.seen = True
+        return scores
+
+    def check(self, scores: Tensor) -> None:
+        if (bad := scores.isnan().any(1)).any():
             raise UserError(
                 f"the model answers chat {int(bad.nonzero()[0]) // (len(bad) // self.chats)} with NaN: its weights hold NaN, or numbers "
                 f"too large for {str(scores.dtype).removeprefix('torch.')}: load other weights, or with dtype='float32'"
             )
-        self.seen = True
-        return scores
 
 
 class RowEnds(StoppingCriteria):
@@ -252,6 +289,10 @@ class RowEnds(StoppingCriteria):
 
     def __init__(self, limits: Sequence[int], guard: int | None) -> None:
         self.limits, self.guard = torch.tensor(limits), guard
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.limits = self.limits[rows]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """input_ids (rows, new tokens), of which beam search has several for each answer -> (rows,) bool"""

@@ -197,7 +197,7 @@ class AsrLlmModel(PreTrainedModel):
         Raises UserError that names the audio or the chat, counted from 0.
         """
         limits = (max_new_tokens, generation_config, max_tokens_per_second, repetition_guard)
-        return generate(self, inputs, messages, *limits, **generation)
+        return [answer.text for answer in generate(self, inputs, messages, *limits, **generation)]
 
     def transcribe(
         self,

@@ -1,0 +1,67 @@
+"""The baseline: the audio encoder's own Whisper, with the decoder that it came with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asrllm.data.index import RATE
+from asrllm.errors import UserError
+from asrllm.models.generation import Answer
+
+LIMITS = (1, 30 * RATE)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+def find_whisper(path: str | Path | None) -> Path | str:
+    """The directory of a Whisper with its decoder and its tokenizer, or why there is no baseline."""
+    if path is None:
+        return "the audio encoder is of no directory"
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return f"{str(path)!r} is no Hugging Face directory"
+    if '"whisper"' not in (folder / "config.json").read_text(encoding="utf-8"):
+        return "the audio encoder is no Whisper"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return f"{str(path)!r} has no tokenizer, which Whisper's decoder needs"
+    return folder
+
+
+class WhisperEngine:
+    """Whisper's greedy search on 30 s windows. lang: of the speech, where the weights know several; None: Whisper finds it."""
+
+    limits = LIMITS
+
+    def __init__(self, folder: Path, *, lang: str | None, dtype: torch.dtype, device: torch.device, max_new_tokens: int) -> None:
+        """Raises UserError where the directory's weights have no decoder."""
+        from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+        try:
+            model, report = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"the baseline {str(folder)!r} cannot be loaded ({error}): set whisper_baseline=false") from error
+        if missing := sorted(name for name in report["missing_keys"] if name != "proj_out.weight"):
+            raise UserError(f"the baseline {str(folder)!r} lacks {missing[0]!r}: set whisper_baseline=false")
+        self.model: Any = model.to(device).eval()
+        self.extract = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+        several = bool(getattr(model.generation_config, "is_multilingual", False))
+        longest = model.config.max_target_positions // 2
+        self.options: dict[str, Any] = {"max_new_tokens": min(max_new_tokens, longest)}
+        if several:
+            self.options |= {"task": "transcribe"} | ({"language": lang.split("-")[0]} if lang else {})
+
+    @torch.no_grad()
+    def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
+        """Whisper is asked nothing: prompts are not read."""
+        features = self.extract(list(waves), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+        rows = self.model.generate(
+            features.input_features.to(self.model.device, self.model.dtype),
+            attention_mask=features.attention_mask.to(self.model.device),
+            **self.options,
+        )
+        return [Answer(text=text.strip()) for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
