@@ -73,7 +73,7 @@ class Reader:
         row = corpus.index.rows[item.row]
         where = corpus.index.shards[row["shard"]]
         try:
-            found = self._tar_sample(item.corpus, row)
+            found = self.tar_sample(item)
         except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: not one sample
             raise SampleError(f"utterance {item.row} of {corpus.name} in {where}: {error}") from error
         try:
@@ -110,8 +110,11 @@ class Reader:
             return f"nothing is left of its transcript {found.fields['text']!r} after normalisation"
         return None
 
-    def _tar_sample(self, corpus: int, row: Any) -> TarSample:
-        return read_sample(os.pread(self._file(corpus, int(row["shard"])).fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK))
+    def tar_sample(self, item: Item) -> TarSample:
+        """Its files, not decoded. Raises OSError, ValueError or tarfile.TarError."""
+        row = self.corpora[item.corpus].index.rows[item.row]
+        file = self._file(item.corpus, int(row["shard"]))
+        return read_sample(os.pread(file.fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK))
 
     def _file(self, corpus: int, shard: int) -> io.FileIO:
         """An open file; the one that was opened first is closed when there are too many."""

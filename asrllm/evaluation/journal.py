@@ -24,6 +24,7 @@ class Said:
     duration: float
     speaker: str
     recording: str
+    corpus: str
     took: float
 
 

@@ -18,7 +18,7 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U0
 class Transcript:
     """One utterance's reference and hypothesis after normalisation, as they were before it, and its audio's length in seconds.
 
-    speaker, recording: "" where they are not known. end: what ended the hypothesis, as in generation.Answer. row: in the corpus's index.
+    speaker, recording, corpus: "" where they are not known. end: what ended the hypothesis, as in generation.Answer. row: in the index.
     """
 
     key: str
@@ -29,6 +29,7 @@ class Transcript:
     duration: float
     speaker: str = ""
     recording: str = ""
+    corpus: str = ""
     end: str = "stop"
     row: int = -1
 
@@ -89,13 +90,17 @@ class Errors:
         groups: (utterances,) numbers of the speaker or recording, which are then drawn as a whole (Liu and Peng, "Statistical Testing on
         ASR Performance via Blockwise Bootstrap", 2020).
         """
-        total, units = (sum_by(groups, counts) for counts in (self.total, self.units))
-        rng, rates = np.random.default_rng(0), np.empty(BOOTSTRAP_SAMPLES)
-        for i in range(BOOTSTRAP_SAMPLES):
-            drawn = rng.integers(len(units), size=len(units))
-            rates[i] = 100 * total[drawn].sum() / max(units[drawn].sum(), 1)
-        low, high = np.percentile(rates, [2.5, 97.5])
-        return float(low), float(high)
+        return bootstrap_interval(sum_by(groups, self.total), sum_by(groups, self.units))
+
+
+def bootstrap_interval(total: np.ndarray, units: np.ndarray) -> tuple[float, float]:
+    """95 % interval of 100 * sum(total) / sum(units) over utterances or groups drawn with replacement; total, units: (drawn,)."""
+    rng, rates = np.random.default_rng(0), np.empty(BOOTSTRAP_SAMPLES)
+    for i in range(BOOTSTRAP_SAMPLES):
+        drawn = rng.integers(len(units), size=len(units))
+        rates[i] = 100 * total[drawn].sum() / max(units[drawn].sum(), 1)
+    ends: np.ndarray = np.percentile(rates, [2.5, 97.5])
+    return float(ends[0]), float(ends[1])
 
 
 def sum_by(groups: np.ndarray | None, counts: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What is said of a decoded test set: rates, signs of hallucination, and both by duration and speaker."""
 
+import bisect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -66,13 +67,18 @@ class Scored:
     def by_duration(self) -> dict[str, dict[str, Any]]:
         borders = [0, *DURATIONS, float("inf")]
         names = [f"{low:g}-{high:g} s" if high < float("inf") else f"over {low:g} s" for low, high in itertools.pairwise(borders)]
-        bins = np.searchsorted(DURATIONS, [t.duration for t in self.transcripts], side="right")
+        bins = [bisect.bisect_right(DURATIONS, t.duration) for t in self.transcripts]
         return self._by(lambda i: names[bins[i]], order=names)
 
     def by_speaker(self) -> dict[str, dict[str, Any]]:
         """Worst first; empty where no speaker is known."""
         found = self._by(lambda i: self.transcripts[i].speaker)
         return dict(sorted(found.items(), key=lambda item: -item[1][self.metric])) if found.keys() - {""} else {}
+
+    def by_corpus(self) -> dict[str, dict[str, Any]]:
+        """Empty where the test set is of one."""
+        found = self._by(lambda i: self.transcripts[i].corpus)
+        return found if len(found) > 1 else {}
 
     def _by(self, of: Callable[[int], str], order: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
         chosen: dict[str, list[int]] = {name: [] for name in order}
@@ -104,6 +110,7 @@ class Scored:
             "hallucinations": self.hallucinations(),
             "by_duration": self.by_duration(),
             "by_speaker": self.by_speaker(),
+            "by_corpus": self.by_corpus(),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,10 +140,8 @@ def generate(
     return [make_answer(processor.tokenizer, row[:limit], stops, repetition_guard) for row, limit in zip(rows, limits, strict=True)]
 
 
-def decode(
-    model: AsrLlmModel, embeddings: Tensor, mask: Tensor, config: GenerationConfig, ends: RowEnds, chats: int
-) -> list[list[int]]:
-    """The new tokens of each chat. Greedy search is our own, but where the LLM is partitioned: there transformers keeps the ranks in step."""
+def decode(model: AsrLlmModel, embeddings: Tensor, mask: Tensor, config: GenerationConfig, ends: RowEnds, chats: int) -> list[list[int]]:
+    """The new tokens of each chat. Greedy search is our own, but not of a partitioned LLM: there transformers keeps the ranks in step."""
     first, stops = FirstLogits(chats), config.eos_token_id
     partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
     if is_plain(config) and not partitioned and model.causal_lm._supports_default_dynamic_cache():
@@ -311,7 +309,7 @@ def copies_of_loop(n: int, guard: int) -> int:
     return max(FEWEST_COPIES, guard // n + 1)
 
 
-def first_loop(row: Sequence[int], guard: int) -> int | None:
+def first_loop(row: Sequence[Hashable], guard: int) -> int | None:
     """Where the first loop's second copy begins.
 
     A loop is the same 1 to LONGEST_LOOP tokens at least FEWEST_COPIES times in a row, which together are more than `guard` tokens. With

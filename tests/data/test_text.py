@@ -1,6 +1,6 @@
 import pytest
 
-from asrllm.data.text import basic, normalizer, zh
+from asrllm.data.text import basic, en, normalizer, normalizer_of, zh, zh_numbers
 from asrllm.errors import UserError
 
 
@@ -26,3 +26,33 @@ def test_chinese_normalisation():
 def test_an_unknown_normalizer_is_one_sentence():
     with pytest.raises(UserError, match="did you mean 'basic'"):
         normalizer("basics")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Mr. Smith's colour [laughs] isn't grey, um, it won't be", "mister smith is color is not gray it will not be"),
+        ("twenty-five dollars", "$25"),
+        ("(noise)", ""),
+    ],
+)
+def test_english_normalisation_is_whispers(text, expected):
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer as Same
+
+    spelling = Same().standardize_spellings.mapping
+    assert en(text) == expected == EnglishTextNormalizer(spelling)(text)
+
+
+def test_numbers_in_chinese_are_one_where_they_are_asked_for():
+    pytest.importorskip("cn2an")
+    assert zh("一百二十三個") == "一百二十三个"
+    assert zh_numbers("一百二十三個，萬一") == "123个万一"
+    assert zh_numbers("二零二四年") == zh_numbers("2024年") == "2024年"
+
+
+@pytest.mark.parametrize(
+    ("lang", "name"), [("en", "en"), ("EN-us", "en"), ("zh_TW", "zh"), ("yue", "zh"), ("de", "basic"), (None, "basic"), ("", "basic")]
+)
+def test_languages_have_their_normalizers(lang, name):
+    assert normalizer_of(lang) == name

@@ -1,17 +1,24 @@
 import json
 
 import jiwer
+import kaldialign
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asrllm.evaluation.decode import make_batches
 from asrllm.evaluation.files import write_results, write_summary
-from asrllm.evaluation.score import Transcript, character_errors, word_errors
+from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
+from asrllm.evaluation.summary import score, signs_of
 from tests.data.test_plan import corpus as corpus_of
 
+WORDS = st.lists(st.sampled_from(["a", "bb", "cab", "d", "你", "好吗"]), min_size=1, max_size=8).map(" ".join)
 
-def transcript(reference, hypothesis, key="k"):
-    return Transcript(key=key, reference=reference, hypothesis=hypothesis, raw_reference=reference, raw_hypothesis=hypothesis, duration=2.0)
+
+def transcript(reference, hypothesis, key="k", **more):
+    about = {"duration": 2.0, "raw_reference": reference, "raw_hypothesis": hypothesis} | more
+    return Transcript(key=key, reference=reference, hypothesis=hypothesis, **about)
 
 
 def random_transcripts(count=60):
@@ -23,24 +30,92 @@ def random_transcripts(count=60):
     return [transcript(words(), words(), str(i)) for i in range(count)]
 
 
-def test_error_rates_are_jiwers():
-    transcripts = random_transcripts()
-    references, hypotheses = [t.reference for t in transcripts], [t.hypothesis for t in transcripts]
-    errors = word_errors(transcripts)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12))
+def test_error_rates_are_jiwers_and_kaldialigns(pairs):
+    transcripts = [transcript(*pair) for pair in pairs]
+    references, hypotheses = map(list, zip(*pairs, strict=True))
+    found = errors(transcripts)
     theirs = jiwer.process_words(references, hypotheses)
-    assert errors.rate == pytest.approx(100 * theirs.wer)
-    assert errors.total.sum() == theirs.insertions + theirs.deletions + theirs.substitutions
+    assert found.rate == pytest.approx(100 * theirs.wer)
+    assert found.total.sum() == theirs.insertions + theirs.deletions + theirs.substitutions
     squeezed = [[text.replace(" ", "") for text in texts] for texts in (references, hypotheses)]
-    assert character_errors(transcripts).rate == pytest.approx(100 * jiwer.cer(*squeezed))
+    assert errors(transcripts, "cer").rate == pytest.approx(100 * jiwer.cer(*squeezed))
+    aligned = [kaldialign.align(r.split(), h.split(), "*") for r, h in pairs]
+    assert score(transcripts).errors["wer"].total.tolist() == [sum(r != h for r, h in a) for a in aligned]
+
+
+def test_the_mixed_rate_counts_characters_here_and_words_there():
+    assert mixed("我想 play piano 吗 ok") == ["我", "想", "play", "piano", "吗", "ok"]
+    assert mixed("café 42") == ["café", "42"]
+    assert errors([transcript("我想 play piano", "我 想 pray piano")], "mer").rate == pytest.approx(25.0)
+    assert fitting_metric(["a b", "c"]) == "wer"
+    assert fitting_metric(["你好", "三 2"]) == "cer"
+    assert fitting_metric(["你好", "open 门"]) == "mer"
 
 
 def test_the_confidence_interval_holds_the_rate_and_narrows():
-    few, many = (word_errors(random_transcripts(n)) for n in (20, 500))
-    for errors in (few, many):
-        low, high = errors.confidence_interval()
-        assert low < errors.rate < high
+    few, many = (errors(random_transcripts(n)) for n in (20, 500))
+    for found in (few, many):
+        low, high = found.confidence_interval()
+        assert low < found.rate < high
     assert np.diff(many.confidence_interval()) < np.diff(few.confidence_interval()) / 2
-    assert word_errors([transcript("a b", "a b")]).confidence_interval() == (0.0, 0.0)
+    assert errors([transcript("a b", "a b")]).confidence_interval() == (0.0, 0.0)
+
+
+def test_the_interval_covers_the_true_rate_as_often_as_it_says():
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(100):
+        wrong = rng.random((80, 5)) < 0.2
+        found = errors([transcript("a b c d e", " ".join("x" if w else c for w, c in zip(row, "abcde", strict=True))) for row in wrong])
+        low, high = found.confidence_interval()
+        held += low <= 20 <= high
+    assert held >= 86  # of 95 expected, four standard deviations less
+
+
+def test_utterances_of_one_speaker_are_drawn_together():
+    """Eight speakers, each wholly right or wholly wrong: utterances by themselves would seem to say much more than they do."""
+    said = [transcript("a b", "a b" if s % 2 else "x y", f"{s}-{i}", speaker=f"s{s}") for s in range(8) for i in range(30)]
+    kind, groups = groups_of(said)
+    assert (kind, len(set(groups))) == ("speaker", 8)
+    narrow, wide = errors(said).confidence_interval(), errors(said).confidence_interval(groups)
+    assert np.diff(wide) > 3 * np.diff(narrow)
+    assert groups_of(said[:90]) == ("utterance", None)
+    assert groups_of([*said, transcript("a", "a")])[0] == "utterance"
+    assert groups_of([transcript("a", "a", str(i), recording=f"r{i % 6}") for i in range(12)])[0] == "recording"
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "end", "signs"),
+    [
+        ("a b c", "a b c", "stop", []),
+        ("a b c", "", "stop", ["empty"]),
+        ("", "a", "stop", []),
+        ("no no no", "no no no", "stop", []),
+        ("a b", "a " + "ha " * 9, "stop", ["loop", "burst", "long"]),
+        ("a b", "a b c", "loop", ["loop"]),
+        ("a b c d", "a b v w x y z c d", "stop", ["burst", "long"]),
+        ("a b c d e f g h", "a b", "stop", ["short"]),
+        ("a b c", "a b c", "limit", ["limit"]),
+    ],
+)
+def test_signs_of_hallucination(reference, hypothesis, end, signs):
+    said = transcript(reference, hypothesis.strip(), end=end)
+    assert signs_of(said, score([said]).pairs[0]) == signs
+
+
+def test_rates_are_broken_down():
+    said = [
+        transcript("a b", "a b", "0", duration=1.0, speaker="x", corpus="p"),
+        transcript("a b", "a c", "1", duration=12.0, speaker="y", corpus="q"),
+        transcript("a b", "b", "2", duration=40.0, speaker="y", corpus="q"),
+    ]
+    entry = score(said).entry()
+    assert {name: row["wer"] for name, row in entry["by_duration"].items()} == {"0-2 s": 0.0, "10-15 s": 50.0, "over 30 s": 50.0}
+    assert list(entry["by_speaker"]) == ["y", "x"]
+    assert entry["by_corpus"]["q"] == {"utterances": 2, "hours": round(52 / 3600, 4), "wer": 50.0}
+    assert entry["shares"]["wer"] == {"ins": 0.0, "del": pytest.approx(16.667), "sub": pytest.approx(16.667)}
+    assert entry["hallucinations"]["length_ratio"] == round(5 / 6, 4)
+    assert (entry["ci95_by"], entry["metric"]) == ("utterance", "wer")
 
 
 def test_result_files_have_icefalls_forms(tmp_path):
@@ -49,7 +124,7 @@ def test_result_files_have_icefalls_forms(tmp_path):
         transcript("four", "four five", "x-2"),
         transcript("six six", "six", "x-3"),
     ]
-    result = write_results(tmp_path, "test", "iter-9-avg-2", transcripts, {"normalizer": "basic", "rtfx": 3.0})
+    result = write_results(tmp_path, "test", "iter-9-avg-2", score(transcripts), {"normalizer": "basic", "rtfx": 3.0})
     write_summary(tmp_path, "iter-9-avg-2", {"test": result})
     assert (tmp_path / "recogs-test-iter-9-avg-2.txt").read_text().splitlines()[:2] == [
         "x-1:\tref=['one', 'two', 'three']",
@@ -69,6 +144,13 @@ def test_result_files_have_icefalls_forms(tmp_path):
     assert generations[0] == {"key": "x-1", "duration": 2.0, "ref": "one two three", "hyp": "one too three"}
 
 
+def test_chinese_results_are_in_characters(tmp_path):
+    result = write_results(tmp_path, "zh", "pretrained", score([transcript("你好世界", "你好师姐", "u")]), {"normalizer": "zh"})
+    assert (result["metric"], result["cer"], result["wer"]) == ("cer", 50.0, 100.0)
+    assert "u:\tref=['你', '好', '世', '界']" in (tmp_path / "recogs-zh-pretrained.txt").read_text()
+    assert (tmp_path / "errs-zh-pretrained.txt").read_text().startswith("%WER = 50.00\nErrors: 0 insertions, 0 deletions, 2 substi")
+
+
 def test_decoding_batches_hold_similar_lengths_within_the_budget():
     corpus = corpus_of(np.random.default_rng(0).integers(1600, 320000, 200))
     batches = make_batches(corpus, 60.0)
@@ -77,3 +159,4 @@ def test_decoding_batches_hold_similar_lengths_within_the_budget():
     assert all(len(b) * seconds[b].max() <= 60.0 for b in batches)
     assert 1 - seconds.sum() / sum(len(b) * seconds[b].max() for b in batches) < 0.1
     assert [len(b) for b in make_batches(corpus, 0.01)] == [1] * 200
+    assert sorted(row for batch in make_batches(corpus, 60.0, skip={3, 5}) for row in batch) == [r for r in range(200) if r not in (3, 5)]

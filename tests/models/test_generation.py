@@ -1,6 +1,5 @@
 import copy
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -417,17 +416,15 @@ def test_stops_given_by_the_caller_are_added():
     assert config.max_new_tokens == 200
 
 
-def test_evaluation_says_the_same_limits(model, monkeypatch):
-    from asrllm.evaluation.decode import DecodingOptions, decode_batch
+def test_evaluation_says_the_same_limits(model):
+    from asrllm.evaluation.engine import TorchEngine
 
-    seen = {}
-    monkeypatch.setattr(model, "generate", lambda waves, chats, **options: seen.update(options) or ["x"] * len(waves))
-    sample = SimpleNamespace(key="a", wave=waves_of(1)[0], text="x")
-    reader = SimpleNamespace(read=lambda item: sample)
-    generation = {"num_beams": 1, "max_new_tokens": 9, "max_tokens_per_second": 15, "repetition_guard": 32}
-    options = DecodingOptions(prompt="p", generation=generation, max_batch_duration=9.0)
-    decode_batch(model, reader, [0], options, str)
-    assert seen == generation
+    waves = waves_of(3)
+    limits = {"num_beams": 1, "max_new_tokens": 12, "max_tokens_per_second": 2, "repetition_guard": 32}
+    answers = TorchEngine(model, limits).answer(waves, ["p", "q", "p"])
+    chats = [model.processor.renderer.user_messages(prompt) for prompt in ("p", "q", "p")]
+    assert [answer.text for answer in answers] == model.generate(waves, chats, **limits)
+    assert {answer.end for answer in answers} <= {"stop", "limit"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

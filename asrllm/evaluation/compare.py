@@ -1,0 +1,166 @@
+"""Two results on the same utterances: is one better, and by how much?"""
+
+import ast
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asrllm.config import read_json_object, read_text
+from asrllm.data.text import normalizer
+from asrllm.errors import UserError
+from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, errors, fitting_metric, groups_of, sum_by
+
+PERMUTATIONS = 10_000
+RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp)=(?P<units>\[.*\])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """b against a. difference: points of the rate, b - a, with its 95 % interval; p: how often chance alone would give one as large.
+
+    better, worse: utterances with fewer and with more errors in b. by: what is drawn and exchanged as a whole.
+    """
+
+    metric: str
+    a: float
+    b: float
+    difference: float
+    difference_ci95: list[float]
+    p: float
+    better: int
+    worse: int
+    utterances: int
+    by: str
+
+    def entry(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(a: Sequence[Transcript], b: Sequence[Transcript]) -> Comparison:
+    """a, b: of the same utterances in the same order. The metric is the one that fits a's references."""
+    metric = fitting_metric([t.reference for t in a])
+    first, second = errors(a, metric), errors(b, metric)
+    by, groups = groups_of(a)
+    low, high = difference_interval(first, second, groups)
+    return Comparison(
+        metric=metric,
+        a=round(first.rate, 3),
+        b=round(second.rate, 3),
+        difference=round(second.rate - first.rate, 3),
+        difference_ci95=[round(low, 3), round(high, 3)],
+        p=round(p_value(first, second, groups), 5),
+        better=int((second.total < first.total).sum()),
+        worse=int((second.total > first.total).sum()),
+        utterances=len(a),
+        by=by,
+    )
+
+
+def difference_interval(a: Errors, b: Errors, groups: np.ndarray | None) -> tuple[float, float]:
+    """95 % bootstrap interval of b's rate less a's, both over the same drawn utterances or groups (Bisani and Ney, 2004)."""
+    return bootstrap_interval(sum_by(groups, b.total - a.total), sum_by(groups, a.units))
+
+
+def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
+    """Two-sided, of the paired permutation test: a's and b's errors of an utterance, or of a group, are exchanged by chance.
+
+    Fisher's randomisation test as in Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989.
+    """
+    more = sum_by(groups, b.total - a.total)
+    more = more[more != 0]
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(PERMUTATIONS):
+        signs = rng.integers(2, size=len(more)) * 2 - 1
+        found += abs(int((signs * more).sum())) >= abs(int(more.sum()))
+    return (found + 1) / (PERMUTATIONS + 1)
+
+
+# --- results on the disk ---
+
+
+def compare_results(a: Path, b: Path) -> dict[str, Comparison]:
+    """Test sets that both have -> their comparison. a, b: directories of `asrllm evaluate`, generations-*.jsonl or recogs-*.txt."""
+    of_a, of_b = find_sets(a), find_sets(b)
+    if a.is_file() and b.is_file():
+        of_a, of_b = ({a.stem: path} for path in (a, b))
+    names = [name for name in of_a if name in of_b]
+    if not names:
+        raise UserError(f"{str(a)!r} (sets: {', '.join(of_a)}) and {str(b)!r} (sets: {', '.join(of_b)}) have no test set in common")
+    return {name: compare_files(of_a[name], of_b[name]) for name in names}
+
+
+def find_sets(place: Path) -> dict[str, Path]:
+    """{test set: its file of generations}; a file is one set."""
+    if place.is_file():
+        return {re.sub("^(generations|recogs)-", "", place.stem): place}
+    folders = [place, *sorted(path.parent for path in place.glob("*/results.json"))]
+    found = [{path.stem.removeprefix("generations-"): path for path in sorted(folder.glob("generations-*.jsonl"))} for folder in folders]
+    found = [sets for sets in found if sets]
+    if len(found) != 1:
+        what = "has several decodings" if found else "holds no generations-*.jsonl"
+        raise UserError(f"{str(place)!r} {what}: give such as EXP/greedy_search, or a file generations-*.jsonl or recogs-*.txt")
+    return found[0]
+
+
+def compare_files(a: Path, b: Path) -> Comparison:
+    """Raises UserError where they are not of the same utterances with the same references."""
+    name = "none" if "recogs" in (a.name[:6], b.name[:6]) else normalizer_in(a)
+    first, second = ({t.key: t for t in read_transcripts(path, name)} for path in (a, b))
+    if only := sorted(first.keys() ^ second.keys()):
+        raise UserError(f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone")
+    if other := [key for key in first if first[key].reference.split() != second[key].reference.split()]:
+        raise UserError(f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}")
+    return compare(list(first.values()), [second[key] for key in first])
+
+
+def normalizer_in(path: Path) -> str:
+    """The one that results.json beside the generations names."""
+    results = read_json_object(path.with_name("results.json"), "the results")
+    return str(results.get(path.stem.removeprefix("generations-"), {}).get("normalizer", "none"))
+
+
+def read_transcripts(path: Path, name: str) -> list[Transcript]:
+    """Of generations-*.jsonl, normalised by `name`; of recogs-*.txt (icefall's too), as they are."""
+    text = read_text(path, "the results")
+    rows = _read_recogs(text) if path.name.startswith("recogs") else _read_generations(text)
+    if not rows:
+        raise UserError(f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt")
+    normalize = normalizer(name)
+    return [
+        Transcript(
+            key=str(row["key"]), reference=normalize(row["ref"]), hypothesis=normalize(row["hyp"]), raw_reference=row["ref"],
+            raw_hypothesis=row["hyp"], duration=float(row.get("duration", 0)), speaker=row.get("speaker", ""),
+            recording=row.get("recording", ""),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _read_generations(text: str) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in text.splitlines()]
+    except ValueError as error:
+        raise UserError(f"the generations are no JSON lines: {error}") from error
+
+
+def _read_recogs(text: str) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for match in map(RECOGS_LINE.fullmatch, text.splitlines()):
+        if match:
+            units = ast.literal_eval(match["units"])
+            found.setdefault(match["key"], {"key": match["key"]})[match["what"]] = " ".join(units)
+    return [row for row in found.values() if {"ref", "hyp"} <= row.keys()]
+
+
+def as_text(name: str, found: Comparison) -> str:
+    low, high = found.difference_ci95
+    what = found.metric.upper()
+    return (
+        f"{name}: {what} {found.a:.2f} % -> {found.b:.2f} %, {found.difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f}), "
+        f"p = {found.p:.2g} (permutations by {found.by}); of {found.utterances} utterances {found.better} better, {found.worse} worse"
+    )

@@ -1,0 +1,122 @@
+"""An evaluation: every test set decoded, by the model and by its encoder's own Whisper, scored, written and reported."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asrllm.data.cache import ShardCache
+from asrllm.data.corpora import Corpus
+from asrllm.data.text import normalizer
+from asrllm.evaluation.compare import as_text, compare
+from asrllm.evaluation.config import EvaluationRun
+from asrllm.evaluation.decode import Decoded, DecodingOptions, decode_corpus
+from asrllm.evaluation.engine import Engine
+from asrllm.evaluation.files import write_results, write_summary
+from asrllm.evaluation.journal import Journal
+from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
+from asrllm.evaluation.summary import Scored, score
+from asrllm.evaluation.whisper import WhisperEngine, find_whisper
+from asrllm.models.auto import describe
+from asrllm.training import distributed
+
+BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what the baseline said
+
+
+class Evaluation:
+    """All ranks decode; the first one scores and writes. results: what results.json holds, on that rank."""
+
+    def __init__(self, config: EvaluationRun, corpora: Sequence[Corpus], cache: ShardCache, *, prompt: str, weights: Path) -> None:
+        self.config, self.corpora, self.cache, self.weights = config, corpora, cache, weights
+        self.exp_dir = Path(config.exp_dir or "")
+        self.folder = self.exp_dir / config.decoding_method
+        self.options = DecodingOptions(prompt=prompt, max_batch_duration=config.data.max_batch_duration)
+        self.normalizers = {corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora}
+        self.scored: dict[str, Scored] = {}
+        self.baselines: dict[str, Scored] = {}
+        self.results: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Raises UserError for a test set that cannot be scored."""
+        for corpus in self.corpora:
+            name = self.normalizers[corpus.name]
+            distributed.first_rank_does(functools.partial(check_test_set, corpus, self.cache, name, normalizer(name)))
+
+    def decode(self, engine: Engine) -> None:
+        self.folder.mkdir(exist_ok=True)
+        of = {
+            "weights": identity_of(self.weights),
+            "model": (self.exp_dir / "config.json").read_text(encoding="utf-8"),
+            "options": self.config.generation,
+            "prompt": self.options.prompt,
+            "precision": self.config.precision,
+        }
+        for corpus in self.corpora:
+            journal = Journal(self.folder, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
+            decoded = self._decode(engine, corpus, journal)
+            if distributed.rank() == 0:
+                self._write(corpus, decoded)
+                journal.remove()
+
+    def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
+        return decode_corpus(engine, corpus, self.options, normalizer(self.normalizers[corpus.name]), self.cache, journal)
+
+    def _write(self, corpus: Corpus, decoded: Decoded) -> None:
+        name = corpus.name
+        about = {
+            "normalizer": self.normalizers[name],
+            "rtfx": round(decoded.rtfx, 2),
+            "prompt": self.options.prompt,
+            "weights": str(self.weights),
+            "lang": language_of(corpus),
+        }
+        self.scored[name] = score(decoded.transcripts)
+        r = self.results[name] = write_results(self.folder, name, self.config.suffix, self.scored[name], about)
+        write_summary(self.folder, self.config.suffix, self.results)
+        low, high = r["wer_ci95"]
+        print(f"{name}: WER {r['wer']:.2f} % (95 %: {low:.2f} to {high:.2f}), CER {r['cer']:.2f} %, MER {r['mer']:.2f} %, "
+              f"{r['utterances']} utterances, {r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
+
+    def decode_baseline(self, device: torch.device) -> None:
+        """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
+        base = (describe(self.exp_dir).base_models or {}).get("audio_encoder", {})
+        found = find_whisper(base.get("path"))
+        if isinstance(found, str):
+            if distributed.rank() == 0:
+                print(f"no Whisper baseline: {found}", flush=True)
+            return
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config.precision]
+        whisper = WhisperEngine(found, dtype=dtype, device=device, max_new_tokens=self.config.max_new_tokens)
+        (self.exp_dir / BASELINE).mkdir(exist_ok=True)
+        for corpus in self.corpora:
+            engine = whisper.of_language(language_of(corpus))
+            of = {"whisper": identity_of(found), "options": engine.options, "precision": self.config.precision}
+            journal = Journal(self.exp_dir / BASELINE, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
+            decoded = self._decode(engine, corpus, journal)
+            if distributed.rank() == 0:
+                self._add_baseline(corpus.name, decoded)
+
+    def _add_baseline(self, name: str, decoded: Decoded) -> None:
+        baseline = self.baselines[name] = score(decoded.transcripts)
+        against = compare(baseline.transcripts, self.scored[name].transcripts)
+        self.results[name]["baseline"] = baseline.rates() | {"rtfx": round(decoded.rtfx, 2), "paired": against.entry()}
+        print(f"  from the encoder's own Whisper to it: {as_text(name, against)}", flush=True)
+
+    def report(self) -> None:
+        if distributed.rank() != 0:
+            return
+        write_summary(self.folder, self.config.suffix, self.results)
+        print(f"results: {self.folder}")
+
+
+def identity_of(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a file, or of a directory's."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def identity_of_corpus(corpus: Corpus) -> str:
+    return hashlib.sha256("".join([str(corpus.index.about["rows_sha256"]), *corpus.index.sha256]).encode()).hexdigest()

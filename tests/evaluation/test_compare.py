@@ -1,0 +1,85 @@
+"""Paired comparisons, from transcripts and from files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from asrllm.cli import main
+from asrllm.errors import UserError
+from asrllm.evaluation.compare import compare, compare_files, compare_results
+from asrllm.evaluation.files import write_results, write_summary
+from asrllm.evaluation.summary import score
+from tests.evaluation.test_score import transcript
+from tests.test_cli import fails
+
+
+def noisy(rate, seed, count=200, **more):
+    rng = np.random.default_rng(seed)
+    words = [("a b c d e", " ".join("x" if rng.random() < rate else c for c in "abcde")) for _ in range(count)]
+    return [transcript(r, h, f"u{i}", **more) for i, (r, h) in enumerate(words)]
+
+
+def test_a_difference_is_found_and_none_is_not():
+    a, better = noisy(0.3, 1), noisy(0.15, 2)
+    found = compare(a, better)
+    assert found.difference == pytest.approx(found.b - found.a, abs=1e-3)
+    assert found.difference < 0
+    assert found.difference_ci95[1] < 0
+    assert found.p < 0.001
+    assert (found.better > found.worse, found.utterances, found.by) == (True, 200, "utterance")
+    back = compare(better, a)
+    assert (back.difference, back.better, back.worse) == (-found.difference, found.worse, found.better)
+    same = compare(a, a)
+    assert (same.difference, same.p, same.difference_ci95) == (0.0, 1.0, [0.0, 0.0])
+
+
+def test_p_values_of_equal_systems_are_evenly_spread():
+    """Below 0.1 as often as one in ten, and as exact enumeration has it where there are few."""
+    below = sum(compare(noisy(0.3, 2 * i, 40), noisy(0.3, 2 * i + 1, 40)).p < 0.1 for i in range(60))
+    assert 1 <= below <= 14
+    few = compare([transcript("a b", "a x", str(i)) for i in range(4)], [transcript("a b", "a b", str(i)) for i in range(4)])
+    assert few.p == pytest.approx(2 / 16, abs=0.02)
+
+
+def test_speakers_are_exchanged_as_a_whole():
+    a = [transcript("a b", "a x" if s == 0 else "a b", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(20)]
+    b = [transcript("a b", "a b", t.key, speaker=t.speaker) for t in a]
+    assert (compare(a, b).by, compare(a, b).p) == ("speaker", 1.0)  # one speaker says nothing about others
+
+
+def results(folder, transcripts, normalizer="basic", name="test"):
+    folder.mkdir(parents=True)
+    write_summary(folder, "s", {name: write_results(folder, name, "s", score(transcripts), {"normalizer": normalizer})})
+    return folder
+
+
+def test_results_on_the_disk_are_compared(tmp_path, capsys):
+    a, b = noisy(0.3, 1, speaker="x"), noisy(0.2, 2, speaker="x")
+    first, second = results(tmp_path / "a" / "greedy_search", a), results(tmp_path / "b" / "greedy_search", b)
+    expected = compare(a, b)
+    assert compare_results(first, second) == {"test": expected}
+    assert compare_results(tmp_path / "a", tmp_path / "b") == {"test": expected}
+    assert compare_results(first / "generations-test.jsonl", second / "generations-test.jsonl") == {"generations-test": expected}
+    assert compare_files(first / "recogs-test-s.txt", second / "generations-test.jsonl") == expected
+    assert main(["evaluate", "compare", str(first), str(second)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"test: WER {expected.a:.2f} % -> {expected.b:.2f} %, {expected.difference:+.2f} points")
+    assert said.count("\n") == 1
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
+    a, b = results(tmp_path / "a", noisy(0.3, 1)), results(tmp_path / "b", noisy(0.3, 1)[:-2])
+    assert "are of other utterances: 2, such as 'u198'" in fails(capsys, "evaluate", "compare", a, b)
+    other = results(tmp_path / "c", [transcript("q", "q", t.key) for t in noisy(0.3, 1)])
+    assert "have different references for 200 utterances" in fails(capsys, "evaluate", "compare", a, other)
+    assert "have no test set in common" in fails(capsys, "evaluate", "compare", a, results(tmp_path / "d", noisy(0.3, 1), name="x"))
+    assert "holds no generations-*.jsonl" in fails(capsys, "evaluate", "compare", a, tmp_path / "no")
+    assert "takes two results, not 1" in fails(capsys, "evaluate", "compare", a)
+    (tmp_path / "recogs-x.txt").write_text("nothing of the kind\n")
+    with pytest.raises(UserError, match="holds no utterance"):
+        compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")
+    (tmp_path / "generations-x.jsonl").write_text("{")
+    (tmp_path / "results.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match="no JSON lines"):
+        compare_results(tmp_path / "generations-x.jsonl", tmp_path / "generations-x.jsonl")
