@@ -133,6 +133,7 @@ def set_data(name: str, scored: Scored, entry: dict[str, Any], baseline: Scored 
         "empty_references": entry["empty_references"],
         "units": int(scored.main.units.sum()),
         "by_duration": breakdown(scored.metric, entry["by_duration"], other and other["by_duration"]),
+        "by_corpus": breakdown(scored.metric, entry["by_corpus"], other and other["by_corpus"]),
         "by_speaker": speakers[:SPEAKERS],
         "speakers": len(speakers),
         "rate_bins": rate_names(),

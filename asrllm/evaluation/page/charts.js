@@ -1,4 +1,4 @@
-// Drawings in a box 400 units wide. Rows: {label, note, rate, baseline}; baseline is null where there is none.
+// Drawings in a box WIDTH units wide. Rows: {label, note, rate, baseline}; baseline is null where there is none.
 
 const WIDTH = 400;
 
@@ -10,12 +10,12 @@ function text(x, y, words, attributes = {}) {
   return svg("text", {x, y, ...attributes}, words);
 }
 
-/** Horizontal bars, the baseline's below this model's. */
-function bars(rows) {
+/** Horizontal bars, the baseline's below this model's. least: what the longest stands for, or more. */
+function bars(rows, least = 1e-9) {
   const left = 104, room = WIDTH - left - 62;
   const both = rows.some((row) => row.baseline !== null);
   const height = both ? 36 : 24;
-  const most = Math.max(...rows.flatMap((row) => [row.rate, row.baseline ?? 0]), 1e-9);
+  const most = Math.max(...rows.flatMap((row) => [row.rate, row.baseline ?? 0]), least);
   const bar = (kind, value, y) => [
     svg("rect", {class: kind, x: left, y, width: Math.max((room * value) / most, 1), height: 12, rx: 2}),
     text(left + (room * value) / most + 5, y + 10, percent(value), {class: "value"}),
@@ -57,7 +57,7 @@ function histogram(names, series) {
 
 /** Rates with their intervals. points: {label, kind, rate, low, high}. */
 function forest(points) {
-  const left = 116, right = WIDTH - 100, height = 22, bottom = points.length * height + 6;
+  const left = 150, right = WIDTH - 102, height = 20, bottom = points.length * height + 6;
   const end = niceEnd(Math.max(...points.map((point) => point.high), 1e-9));
   const at = (rate) => left + ((right - left) * rate) / end;
   const grid = [0, 0.25, 0.5, 0.75, 1].map((part) => [
@@ -65,10 +65,10 @@ function forest(points) {
     text(at(part * end), bottom + 12, `${+(part * end).toPrecision(3)}`, {class: "value", "text-anchor": "middle"}),
   ]);
   const marks = points.map((point, i) => {
-    const y = i * height + 14;
+    const y = i * height + 12;
     return svg("g", {},
       svg("title", {}, interval(point)),
-      text(left - 8, y + 4, shorten(point.label, 17), {"text-anchor": "end"}),
+      text(left - 8, y + 4, shorten(point.label, 23), {"text-anchor": "end"}),
       svg("line", {class: `whisker ${point.kind}`, x1: at(point.low), x2: at(point.high), y1: y, y2: y}),
       svg("circle", {class: point.kind, cx: at(point.rate), cy: y, r: 4.5}),
       text(right + 10, y + 4, `${point.rate.toFixed(2)} (${point.low.toFixed(1)}\u2013${point.high.toFixed(1)})`, {class: "value"}));

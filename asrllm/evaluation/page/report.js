@@ -25,6 +25,7 @@
 
   const hours = sets.filter((set) => !set.pooled).reduce((sum, set) => sum + set.hours, 0);
   byId("headline").textContent = `${plural(data.utterances.length, "utterance")}, ${hours.toFixed(2)} h`;
+  byId("about").replaceChildren(...aboutList(sets));
   byId("forest").replaceChildren(...forestOf(sets));
   byId("summary").replaceChildren(...summaryTable(sets));
   chooser.append(...sets.map((set, i) => html("option", {value: i}, set.name)));

@@ -3,13 +3,25 @@
 const NAMES = {wer: "WER", cer: "CER", mer: "MER"};
 const UNITS = {wer: "words", cer: "characters", mer: "words and characters"};
 const KINDS = {sub: "substitutions", del: "deletions", ins: "insertions"};
+const SPEAKERS = 15; // in a figure
 const WRONG = {SUBSTITUTIONS: "Substitutions", DELETIONS: "Deletions", INSERTIONS: "Insertions"};
 
+const ABOUT = {normalizer: "normalizer", prompt: "prompt", weights: "weights"};
+
+/** What of ABOUT is the same for all sets, and what is not. */
+function aboutKeys(sets) {
+  const values = (key) => new Set(sets.filter((set) => !set.pooled).map((set) => set.about[key]));
+  const keys = Object.keys(ABOUT).filter((key) => values(key).size > 1 || !values(key).has(undefined));
+  return {same: keys.filter((key) => values(key).size === 1), different: keys.filter((key) => values(key).size > 1)};
+}
+
+function aboutList(sets) {
+  return aboutKeys(sets).same.flatMap((key) => [html("dt", {}, ABOUT[key]), html("dd", {}, sets[0].about[key])]);
+}
+
 function summaryTable(sets) {
-  const hasAbout = (key) => sets.some((set) => set.about[key] !== undefined);
-  const about = ["normalizer", "rtfx", "prompt", "weights"].filter(hasAbout);
-  const titles = {normalizer: "normalizer", rtfx: "\u00d7 real time", prompt: "prompt", weights: "weights"};
-  const head = ["set", "", ...Object.values(NAMES), "intervals over", "utterances", "hours", ...about.map((key) => titles[key])];
+  const about = aboutKeys(sets).different;
+  const head = ["set", "", ...Object.values(NAMES), "intervals over", "utterances", "hours", "\u00d7 real time", ...about.map((key) => ABOUT[key])];
   return [
     html("caption", {class: "unseen"}, "Error rates of the test sets in per cent with their 95 % intervals"),
     html("thead", {}, html("tr", {}, head.map((title) => html("th", {scope: "col"}, title)))),
@@ -24,8 +36,8 @@ function summaryOf(set, about) {
     html("th", {scope: "rowgroup", rowspan: rows}, set.name),
     html("td", {}, "this model"),
     rateCells(set, set.model),
-    once(`${set.model.ci95_by}s`), once(count(set.utterances)), once(set.hours.toFixed(2)),
-    about.map((key) => once(String(set.about[key] ?? "\u2013"), {class: ["prompt", "weights"].includes(key) ? "long" : null}))));
+    once(`${set.model.ci95_by}s`), once(count(set.utterances)), once(set.hours.toFixed(2)), once(set.about.rtfx ?? "\u2013"),
+    about.map((key) => once(set.about[key] ?? "\u2013", {class: "long"}))));
   if (set.baseline) {
     body.append(html("tr", {}, html("td", {}, "Whisper"), rateCells(set, set.baseline)));
     body.append(html("tr", {}, html("td", {}, "difference"), Object.keys(NAMES).map((name) => differenceCell(set, name))));
@@ -37,7 +49,7 @@ function rateCells(set, side) {
   return Object.keys(NAMES).map((name) => {
     const [low, high] = side[`${name}_ci95`];
     return html("td", {class: name === set.metric ? "main" : "aside"},
-      html("span", {class: "rate"}, side[name].toFixed(2)), " ",
+      html("span", {class: "rate"}, side[name].toFixed(2)),
       html("span", {class: "interval"}, `${low.toFixed(2)}\u2013${high.toFixed(2)}`));
   });
 }
@@ -46,11 +58,11 @@ function rateCells(set, side) {
 function differenceCell(set, name) {
   const {difference, difference_ci95: [low, high], p} = set.comparison;
   if (name !== set.metric) return html("td", {class: "aside"}, signed(set.model[name] - set.baseline[name]));
-  const verdict = high < 0 ? "better" : low > 0 ? "worse" : "unclear";
+  const verdict = high < 0 ? "better" : low > 0 ? "worse" : "alike";
   return html("td", {class: `main ${verdict}`},
-    html("span", {class: "rate"}, signed(difference)), " ",
-    html("span", {class: "interval"}, `${signed(low)} to ${signed(high)}`), " ",
-    html("span", {class: "verdict"}, `${verdict}, p = ${p.toPrecision(2)}`));
+    html("span", {class: "rate"}, signed(difference)),
+    html("span", {class: "interval"}, `${signed(low)} to ${signed(high)}`),
+    html("span", {class: "verdict"}, `${verdict === "alike" ? "no clear difference" : verdict}, p = ${p.toPrecision(2)}`));
 }
 
 function forestOf(sets) {
@@ -77,14 +89,17 @@ function figures(set) {
   const share = (kind) => ({
     label: KINDS[kind], note: count(model.counts[kind]), rate: model.shares[kind], baseline: baseline ? baseline.shares[kind] : null,
   });
-  const row = (of) => ({label: of.name || "(unknown)", note: plural(of.utterances, "utt."), rate: of.rate, baseline: of.baseline});
+  const row = (of) => ({label: of.name || "(unknown)", note: `${count(of.utterances)} utt.`, rate: of.rate, baseline: of.baseline});
   const series = {model: model.rates, ...(baseline ? {baseline: baseline.rates} : {})};
-  const speakers = set.speakers > set.by_speaker.length ? `the worst ${set.by_speaker.length} of ${count(set.speakers)}` : "worst first";
+  const most = Math.max(...set.by_speaker.flatMap((of) => [of.rate, of.baseline ?? 0]));
+  const speakers = (first) => figure(`${NAMES[metric]} by speaker`, `${first + 1}\u2013${Math.min(first + SPEAKERS, set.speakers)} of ${count(set.speakers)}, worst first`,
+    bars(set.by_speaker.slice(first, first + SPEAKERS).map(row), most));
   return [
     figure("Kinds of error", `% of ${count(set.units)} reference ${UNITS[metric]}`, bars(Object.keys(KINDS).map(share))),
     figure("Utterances by error rate", `${NAMES[metric]} in %, and how many utterances have it`, histogram(set.rate_bins, series)),
     figure(`${NAMES[metric]} by duration`, "", bars(set.by_duration.map(row))),
-    set.by_speaker.length > 0 && figure(`${NAMES[metric]} by speaker`, speakers, bars(set.by_speaker.map(row))),
+    set.by_corpus.length > 0 && figure(`${NAMES[metric]} by corpus`, "", bars(set.by_corpus.map(row))),
+    ...set.by_speaker.flatMap((_, i) => (i % SPEAKERS === 0 ? [speakers(i)] : [])),
   ].filter(Boolean);
 }
 

@@ -2,18 +2,19 @@
 
 const PAGE = 50;
 const rateOf = (errors, units) => (errors === 0 ? 0 : units === 0 ? Infinity : (100 * errors) / units);
+const ownRate = (row) => rateOf(row.errors, row.units);
+const baselineRate = (row) => (row.baseline ? rateOf(row.baseline.errors, row.units) : -1);
 const shownRate = (rate) => (rate === Infinity ? "\u221e" : percent(rate, 1));
 
 // descending: how a first click sorts
 const COLUMNS = [
-  {id: "key", title: "key", of: (row) => row.key},
-  {id: "speaker", title: "speaker", of: (row) => row.speaker},
-  {id: "duration", title: "seconds", of: (row) => row.duration, descending: true, show: (row) => row.duration.toFixed(2)},
-  {id: "errors", title: "errors", of: (row) => row.errors, descending: true, show: (row) => count(row.errors)},
-  {id: "rate", title: "rate", of: (row) => rateOf(row.errors, row.units), descending: true, show: (row) => shownRate(rateOf(row.errors, row.units))},
-  {id: "signs", title: "signs", of: (row) => row.signs.length, descending: true, show: (row) => row.signs.map((sign) => html("span", {class: "chip"}, sign))},
-  {id: "baseline", title: "Whisper", of: (row) => (row.baseline ? rateOf(row.baseline.errors, row.units) : -1), descending: true,
-    show: (row) => (row.baseline ? shownRate(rateOf(row.baseline.errors, row.units)) : "\u2013")},
+  {id: "key", of: (row) => row.key},
+  {id: "errors", of: (row) => row.errors, descending: true, show: (row) => count(row.errors)},
+  {id: "rate", of: ownRate, descending: true, show: (row) => shownRate(ownRate(row))},
+  {id: "Whisper", of: baselineRate, descending: true, show: (row) => (row.baseline ? shownRate(baselineRate(row)) : "\u2013")},
+  {id: "signs", of: (row) => row.signs.length, descending: true, show: (row) => row.signs.map((sign) => html("span", {class: "chip"}, sign))},
+  {id: "speaker", of: (row) => row.speaker},
+  {id: "seconds", of: (row) => row.duration, descending: true, show: (row) => row.duration.toFixed(2)},
 ];
 
 class Utterances {
@@ -37,12 +38,12 @@ class Utterances {
 
   has(id) {
     if (id === "speaker") return this.data.utterances.some((row) => row.speaker);
-    return id !== "baseline" || this.data.sets.some((set) => set.baseline);
+    return id !== "Whisper" || this.data.sets.some((set) => set.baseline);
   }
 
   makeHead() {
     const heads = this.columns.map((column) => html("th", {scope: "col", "data-column": column.id, class: column.descending ? "number" : null},
-      html("button", {type: "button", click: () => this.sortBy(column)}, column.title)));
+      html("button", {type: "button", click: () => this.sortBy(column)}, column.id)));
     byId("table").tHead.rows[0].replaceChildren(html("td", {}), ...heads);
   }
 
