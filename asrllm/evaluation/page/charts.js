@@ -14,7 +14,7 @@ function text(x, y, words, attributes = {}) {
 function bars(rows, least = 1e-9) {
   const left = 104, room = WIDTH - left - 62;
   const both = rows.some((row) => row.baseline !== null);
-  const height = both ? 36 : 24;
+  const height = both ? 36 : 32;
   const most = Math.max(...rows.flatMap((row) => [row.rate, row.baseline ?? 0]), least);
   const bar = (kind, value, y) => [
     svg("rect", {class: kind, x: left, y, width: Math.max((room * value) / most, 1), height: 12, rx: 2}),
@@ -25,7 +25,7 @@ function bars(rows, least = 1e-9) {
     return svg("g", {},
       svg("title", {}, describe(row)),
       text(left - 6, y + 10, shorten(row.label, 15), {"text-anchor": "end"}),
-      both && text(left - 6, y + 24, row.note, {class: "value", "text-anchor": "end"}),
+      text(left - 6, y + 23, row.note, {class: "value", "text-anchor": "end"}),
       bar("model", row.rate, y),
       row.baseline !== null && bar("baseline", row.baseline, y + 15));
   });

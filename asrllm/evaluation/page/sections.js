@@ -58,11 +58,11 @@ function rateCells(set, side) {
 function differenceCell(set, name) {
   const {difference, difference_ci95: [low, high], p} = set.comparison;
   if (name !== set.metric) return html("td", {class: "aside"}, signed(set.model[name] - set.baseline[name]));
-  const verdict = high < 0 ? "better" : low > 0 ? "worse" : "alike";
+  const verdict = high < 0 ? "better" : low > 0 ? "worse" : "unclear";
   return html("td", {class: `main ${verdict}`},
     html("span", {class: "rate"}, signed(difference)),
     html("span", {class: "interval"}, `${signed(low)} to ${signed(high)}`),
-    html("span", {class: "verdict"}, `${verdict === "alike" ? "no clear difference" : verdict}, p = ${p.toPrecision(2)}`));
+    html("span", {class: "verdict"}, `${verdict}, p = ${p.toPrecision(2)}`));
 }
 
 function forestOf(sets) {
@@ -108,10 +108,10 @@ function signTable(set, signs, choose) {
     const n = side.hallucinations[sign];
     return `${count(n)} (${percent((100 * n) / Math.max(set.utterances, 1), 1)})`;
   };
-  const head = ["sign", "meaning", "utterances", ...(set.baseline ? ["Whisper"] : [])];
+  const head = [["sign"], ["meaning"], ["utterances", "number"], ...(set.baseline ? [["Whisper", "number"]] : [])];
   return [
     html("caption", {class: "unseen"}, "Utterances with signs of hallucination"),
-    html("thead", {}, html("tr", {}, head.map((title) => html("th", {scope: "col"}, title)))),
+    html("thead", {}, html("tr", {}, head.map(([title, kind]) => html("th", {scope: "col", class: kind}, title)))),
     html("tbody", {}, Object.entries(signs).map(([sign, meaning]) => html("tr", {},
       html("th", {scope: "row"}, html("button", {type: "button", class: "chip", title: "show them", click: () => choose(sign)}, sign)),
       html("td", {}, meaning),
