@@ -12,18 +12,17 @@ COLUMNS = ("key", "speaker", "duration", "reference", "hypothesis", "errors", "r
 
 
 def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) -> None:
-    """A run of its own beside the training run of exp_dir, in its group: the numbers of results.json, and a table of each set."""
+    """A run of its own, so that the training run's steps stay as they are: the numbers of results.json, and a table of each set."""
     if config.mode == "disabled":
         return
     import wandb
 
-    name = config.name or exp_dir.name
     (exp_dir / "wandb").mkdir(parents=True, exist_ok=True)  # otherwise wandb takes another directory
     run = wandb.init(
         mode=config.mode,
         project=config.project,
-        name=f"{name}-evaluate",
-        group=name,
+        name=config.name or f"{exp_dir.name}-evaluate",
+        group=exp_dir.name,
         job_type="evaluate",
         dir=str(exp_dir),
         config={"exp_dir": str(exp_dir), "sets": {s.name: settings(s.entry) for s in sets}},
@@ -42,11 +41,16 @@ def settings(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """Of an entry of results.json, with the ends of the intervals and the counts of SIGNS."""
-    found = {key: value for key, value in entry.items() if isinstance(value, (int, float))}
-    for name in ("wer", "cer", "mer"):
-        found[f"{name}_low"], found[f"{name}_high"] = entry[f"{name}_ci95"]
-    return found | {f"hallucinations/{sign}": n for sign, n in entry["hallucinations"].items()}
+    """Of an entry of results.json, also of the baseline and the signs of hallucination in it; intervals by their ends."""
+    found: dict[str, float] = {}
+    for key, value in entry.items():
+        if isinstance(value, (int, float)):
+            found[key] = value
+        elif key.endswith("_ci95"):
+            found[key.replace("_ci95", "_low")], found[key.replace("_ci95", "_high")] = value
+        elif key in ("baseline", "paired", "hallucinations"):
+            found |= {f"{key}/{name}": number for name, number in numbers(value).items()}
+    return found
 
 
 def table_rows(of: ReportSet, folder: Path) -> list[list[Any]]:

@@ -159,6 +159,7 @@ def test_rates_fall_into_their_bins():
 def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     exp, s = tmp_path / "exp", report_set("test", heard(), audio={"utt003": encode_audio(tone("one", 0.5))})
+    s.entry["baseline"] = {"wer": 30.0, "wer_ci95": [25.0, 35.0], "paired": {"difference": -3.0, "by": "speaker"}}
     exp.mkdir()
     log_to_wandb(WandbConfig(mode="offline", project="p", name=None), exp, [s])
     (path,) = (exp / "wandb").rglob("run-*.wandb")
@@ -173,6 +174,9 @@ def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
     assert (runs_found[0].display_name, runs_found[0].run_group, runs_found[0].job_type) == ("exp-evaluate", "exp", "evaluate")
     assert logged["test/wer"] == s.entry["wer"]
     assert [logged["test/wer_low"], logged["test/wer_high"]] == s.entry["wer_ci95"]
+    assert {key: value for key, value in logged.items() if key.startswith("test/baseline/")} == {
+        "test/baseline/wer": 30.0, "test/baseline/wer_low": 25.0, "test/baseline/wer_high": 35.0, "test/baseline/paired/difference": -3.0
+    }  # fmt: skip
     assert sum(name.endswith(".mp3") for name in files) == 1
     (table,) = (path.parent / "files" / "media").rglob("*.table.json")
     rows = json.loads(table.read_text())
