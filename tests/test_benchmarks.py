@@ -46,3 +46,11 @@ def test_the_checkpoint_tools_benchmark_runs(tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     assert min(results["peak MiB"].values()) > 0
     assert results["ratios"]["consolidate to deepspeed, peak"] > 0
+
+
+@pytest.mark.slow
+def test_the_decoding_benchmark_runs(tmp_path):
+    run_benchmark("decode.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert set(results["texts that differ"].values()) == {0}
+    assert results["speed to one by one"] > 0

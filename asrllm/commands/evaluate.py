@@ -61,12 +61,15 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     description = describe(exp_dir)
     check_lengths(corpora, description.sample_limits())
     device = distributed.start()
-    evaluation = Evaluation(config, corpora, cache, prompt=choose_prompt(config.prompt, description.prompts), weights=weights)
+    evaluation = Evaluation(
+        config, corpora, cache, prompt=choose_prompt(config.prompt, description.prompts), weights=weights, device=device
+    )
     evaluation.check()
-    model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision])
+    model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype=config.dtype(device))
+    model.cuda_graphs = config.cuda_graphs
     evaluation.decode(TorchEngine(model.to(device), config.generation))
     if config.whisper_baseline:
-        evaluation.decode_baseline(device)
+        evaluation.decode_baseline()
     evaluation.report()
     distributed.finish()
     return evaluation.results

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import logging
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.config import TrainRun
 from asrllm.training.preemption import Preemption
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +64,8 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     checkpoint, manifest = find_resume(config, processor, settings)
     preemption.meet()
     device = distributed.start()
+    if config.trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
+        logger.warning("this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here")
     torch.manual_seed(config.seed)
     build = functools.partial(
         build_model,

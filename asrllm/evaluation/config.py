@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from asrllm.checkpoints.average import Average
 from asrllm.data.config import CacheConfig
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.training.config import WandbConfig
+from asrllm.training.distributed import multiplies_bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,8 @@ class EvaluationRun:
     repetition_guard: int | None
     prompt: str | None
     normalizer: str
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp32"]
+    cuda_graphs: bool
     whisper_baseline: bool
     report_audio: int
     wandb: WandbConfig
@@ -87,6 +91,10 @@ class EvaluationRun:
         if choice.avg > 0:
             return choice.average.suffix
         return "pretrained"
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        is_bf16 = multiplies_bfloat16(device) if self.precision == "auto" else self.precision == "bf16"
+        return torch.bfloat16 if is_bf16 else torch.float32
 
     @property
     def generation(self) -> dict[str, int | float | None]:

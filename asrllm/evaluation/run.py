@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from asrllm.audio.reader import Reader
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
+from asrllm.data.plan import Item
 from asrllm.data.text import normalizer
 from asrllm.evaluation.compare import as_text, compare
 from asrllm.evaluation.config import EvaluationRun
@@ -18,7 +20,9 @@ from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.journal import Journal
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
+from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
 from asrllm.evaluation.summary import Scored, score
+from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.models.auto import describe
 from asrllm.training import distributed
@@ -29,8 +33,11 @@ BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what 
 class Evaluation:
     """All ranks decode; the first one scores and writes. results: what results.json holds, on that rank."""
 
-    def __init__(self, config: EvaluationRun, corpora: Sequence[Corpus], cache: ShardCache, *, prompt: str, weights: Path) -> None:
+    def __init__(
+        self, config: EvaluationRun, corpora: Sequence[Corpus], cache: ShardCache, *, prompt: str, weights: Path, device: torch.device
+    ) -> None:
         self.config, self.corpora, self.cache, self.weights = config, corpora, cache, weights
+        self.device, self.dtype = device, config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
         self.folder = self.exp_dir / config.decoding_method
         self.options = DecodingOptions(prompt=prompt, max_batch_duration=config.data.max_batch_duration)
@@ -52,7 +59,7 @@ class Evaluation:
             "model": (self.exp_dir / "config.json").read_text(encoding="utf-8"),
             "options": self.config.generation,
             "prompt": self.options.prompt,
-            "precision": self.config.precision,
+            "dtype": str(self.dtype),
         }
         for corpus in self.corpora:
             journal = Journal(self.folder, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
@@ -80,7 +87,7 @@ class Evaluation:
         print(f"{name}: WER {r['wer']:.2f} % (95 %: {low:.2f} to {high:.2f}), CER {r['cer']:.2f} %, MER {r['mer']:.2f} %, "
               f"{r['utterances']} utterances, {r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
 
-    def decode_baseline(self, device: torch.device) -> None:
+    def decode_baseline(self) -> None:
         """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
         base = (describe(self.exp_dir).base_models or {}).get("audio_encoder", {})
         found = find_whisper(base.get("path"))
@@ -88,12 +95,11 @@ class Evaluation:
             if distributed.rank() == 0:
                 print(f"no Whisper baseline: {found}", flush=True)
             return
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config.precision]
-        whisper = WhisperEngine(found, dtype=dtype, device=device, max_new_tokens=self.config.max_new_tokens)
+        whisper = WhisperEngine(found, dtype=self.dtype, device=self.device, max_new_tokens=self.config.max_new_tokens)
         (self.exp_dir / BASELINE).mkdir(exist_ok=True)
         for corpus in self.corpora:
             engine = whisper.of_language(language_of(corpus))
-            of = {"whisper": identity_of(found), "options": engine.options, "precision": self.config.precision}
+            of = {"whisper": identity_of(found), "options": engine.options, "dtype": str(self.dtype)}
             journal = Journal(self.exp_dir / BASELINE, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
@@ -109,7 +115,16 @@ class Evaluation:
         if distributed.rank() != 0:
             return
         write_summary(self.folder, self.config.suffix, self.results)
-        print(f"results: {self.folder}")
+        sets = [self._report_set(corpus) for corpus in self.corpora]
+        write_report(self.folder / "report.html", f"{self.exp_dir.name}, {self.config.suffix}", sets)
+        log_to_wandb(self.config.wandb, self.exp_dir, sets)
+        print(f"results: {self.folder}, to be looked at in {self.folder / 'report.html'}")
+
+    def _report_set(self, corpus: Corpus) -> ReportSet:
+        name, scored, reader = corpus.name, self.scored[corpus.name], Reader([corpus], cache=self.cache)
+        heard = [scored.transcripts[i] for i in choose_audio(scored, self.config.report_audio)]
+        audio = {t.key: encode_audio(reader.read(Item(corpus=0, row=t.row)).wave) for t in heard}
+        return ReportSet(name=name, scored=scored, entry=self.results[name], baseline=self.baselines.get(name), audio=audio)
 
 
 def identity_of(path: Path) -> list[tuple[str, int, int]]:

@@ -16,7 +16,7 @@ from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
 from asrllm.errors import UserError, nearest
-from asrllm.models.greedy import greedy
+from asrllm.models.greedy import Growing, Recorded, can_be_recorded, greedy
 from asrllm.models.processor import HOP, as_list, audio_name, check_finite
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def generate(
 ) -> list[Answer]:
     """See AsrLlmModel.generate."""
     processor = model.require_processor()
-    stops = processor.renderer.stop_ids
-    config = decoding_config(generation_config, max_new_tokens, stops, **options)
+    config = decoding_config(generation_config, max_new_tokens, processor.renderer.stop_ids, **options)
     check_limits(max_tokens_per_second, repetition_guard)
     device = model.llm.get_input_embeddings().weight.device
     if is_features(inputs):
@@ -137,7 +136,8 @@ def generate(
     with eval_mode(model):
         embeddings = model.embed(input_ids, model.encode(features, lengths))
         rows = decode(model, embeddings, mask, config, RowEnds(limits, repetition_guard if config.num_beams == 1 else None), len(counts))
-    return [make_answer(processor.tokenizer, row[:limit], stops, repetition_guard) for row, limit in zip(rows, limits, strict=True)]
+    ends = config.eos_token_id
+    return [make_answer(processor.tokenizer, row[:limit], ends, repetition_guard) for row, limit in zip(rows, limits, strict=True)]
 
 
 def decode(model: AsrLlmModel, embeddings: Tensor, mask: Tensor, config: GenerationConfig, ends: RowEnds, chats: int) -> list[list[int]]:
@@ -145,7 +145,10 @@ def decode(model: AsrLlmModel, embeddings: Tensor, mask: Tensor, config: Generat
     first, stops = FirstLogits(chats), config.eos_token_id
     partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
     if is_plain(config) and not partitioned and model.causal_lm._supports_default_dynamic_cache():
-        return greedy(model.llm, model.causal_lm, embeddings, mask, stops, ends, first.check)
+        llms = model.llm, model.causal_lm
+        recorded = model.cuda_graphs and can_be_recorded(model.causal_lm)
+        steps = Recorded.fitting(*llms, mask, int(ends.limits.max())) if recorded else Growing(*llms)
+        return greedy(steps, embeddings, mask, stops, ends, first.check)
     set_length(config, int(ends.limits.max()), mask.shape[1], model.llm.generation_config)
     return model.llm.generate(
         inputs_embeds=embeddings,

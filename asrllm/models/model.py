@@ -52,6 +52,7 @@ class AsrLlmModel(PreTrainedModel):
 
     processor: tokenizer, chat and prompts; set by from_pretrained and by the builder, needed to generate.
     label_smoothing: of the loss, in training alone. carried: names of frozen parameters that no base model holds.
+    cuda_graphs: greedy search records a step on CUDA and replays it; keys and values have places of fixed sizes.
     """
 
     config_class = AsrLlmConfig
@@ -60,6 +61,7 @@ class AsrLlmModel(PreTrainedModel):
     processor: AsrLlmProcessor | None = None
     label_smoothing: float = 0.0
     carried: tuple[str, ...] = ()
+    cuda_graphs: bool = False
 
     def __init__(self, config: AsrLlmConfig, audio_encoder: nn.Module | None = None, llm: PreTrainedModel | None = None) -> None:
         super().__init__(config)

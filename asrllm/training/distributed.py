@@ -100,6 +100,11 @@ def barrier() -> None:
     dist.barrier()
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for it; a processor without them takes some twenty times as long as for float32."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def default_device() -> torch.device:
     """An accelerator where there is one."""
     accelerator = get_accelerator()

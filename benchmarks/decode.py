@@ -1,0 +1,152 @@
+"""Decoding a test set: ours, and transformers' generate on the same model, utterance by utterance and in batches of a fixed size.
+
+    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] [--rounds R] [--output FILE]
+    python benchmarks/decode.py --tiny
+
+All ways get the same waveforms, out of the shards, and the same model; the ways take turns. transformers' ways take the utterances in the
+order of the shards and pad each batch to its longest. Ours is what `asrllm evaluate` does: batches of similar lengths within a budget of
+seconds, the next one read meanwhile, rows that are done leave. Texts are compared; ours end where transformers' do, or at the limits that
+evaluation has, which are given to neither here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asrllm import AutoModel
+from asrllm.audio.reader import Reader
+from asrllm.collator.batch import pad_left
+from asrllm.data.cache import ShardCache
+from asrllm.data.config import CacheConfig
+from asrllm.data.corpora import Corpus, make_corpus
+from asrllm.data.index import open_index
+from asrllm.data.plan import Item
+from asrllm.evaluation.decode import DecodingOptions, decode_corpus
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.journal import Journal
+
+MAX_NEW_TOKENS = 100
+
+
+@torch.no_grad()
+def plain(model: Any, corpus: Corpus, prompt: str, batch_size: int) -> list[str]:
+    """transformers' generate, as its users write it."""
+    reader, processor = Reader([corpus]), model.processor
+    stops, texts = processor.renderer.stop_ids, []
+    for start in range(0, len(corpus.index), batch_size):
+        rows = range(start, min(start + batch_size, len(corpus.index)))
+        waves, samples = processor.load_waves([reader.read(Item(corpus=0, row=row)).wave for row in rows])
+        chats = [processor.renderer.user_messages(prompt)] * len(rows)
+        features, lengths = model.audio_encoder.features(waves, samples)
+        ids, mask = pad_left(processor.encode_prompts(chats, [1] * len(rows), model.config.num_audio_tokens(samples).tolist()))
+        answers = model.llm.generate(
+            inputs_embeds=model.embed(ids, model.encode(features, lengths)),
+            attention_mask=mask,
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )
+        texts += [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return texts
+
+
+def ours(model: Any, corpus: Corpus, prompt: str) -> list[str]:
+    engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS})
+    options = DecodingOptions(prompt=prompt, max_batch_duration=60.0)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = ShardCache.of(CacheConfig(dir=folder, max_gb=1.0))
+        transcripts, _ = decode_corpus(engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, of=None))
+    return [t.raw_hypothesis for t in transcripts]
+
+
+def measure(ways: dict[str, Callable[[], list[str]]], rounds: int) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """(median seconds, texts) of each way; the ways take turns."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    texts = {}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            began = time.perf_counter()
+            texts[way] = run()
+            seconds[way].append(time.perf_counter() - began)
+    return {way: round(statistics.median(values), 3) for way, values in seconds.items()}, texts
+
+
+def tiny(folder: Path) -> tuple[Path, Path]:
+    """A model of random weights and a few tones."""
+    from asrllm.data.shards import write_shards
+    from asrllm.data.sources import read_kaldi
+    from asrllm.models.build import build_model, describe_model
+    from asrllm.models.config import EncoderPart, LlmPart, ModelConfig
+    from asrllm.testing import kaldi_directory, tiny_llm, tiny_whisper, tone_sentences
+
+    config = ModelConfig(
+        audio_encoder=EncoderPart(model_type="whisper", pretrained_model=str(tiny_whisper(folder / "whisper")), frozen=True),
+        llm=LlmPart(model_type="qwen2", pretrained_model=str(tiny_llm(folder / "llm")), frozen=True, lora=None, chat_template=None),
+        projector="mlp", projector_hidden_size=32, audio_encoder_projector_ds_rate=4, audio_token="<|AUDIO|>", tag_audio_boundary=False,
+        frozen_parameters=[], exclude_from_checkpoint=[],
+    )  # fmt: skip
+    processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
+    build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).save_pretrained(folder / "model")
+    write_shards(folder / "shards", read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(12))))
+    return folder / "model", folder / "shards"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="an exported directory, or a run's exp_dir")
+    parser.add_argument("--weights", type=Path, help="a run's weights file")
+    parser.add_argument("--shards", type=Path, help="the utterances")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the fixed batches; default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        where, shards = tiny(Path(folder)) if arguments.tiny else (arguments.model, arguments.shards)
+        if where is None or shards is None:
+            parser.error("give MODEL and --shards, or --tiny")
+        results = compare(where, shards, arguments)
+    text = json.dumps(results, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    model = AutoModel.from_pretrained(where, weights=arguments.weights, dtype=arguments.dtype)
+    corpus = make_corpus("test", open_index(shards), None)
+    prompt, fixed = (model.config.prompts or ["Transcribe."])[0], f"batches of {arguments.batch_size}"
+    ways: dict[str, Callable[[], list[str]]] = {
+        "ours": lambda: ours(model, corpus, prompt),
+        fixed: lambda: plain(model, corpus, prompt, arguments.batch_size),
+        "one by one": lambda: plain(model, corpus, prompt, 1),
+    }
+    seconds, texts = measure(ways, arguments.rounds)
+    audio = corpus.index.hours * 3600
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "dtype": arguments.dtype,
+        "rounds": arguments.rounds,
+        "utterances": len(corpus.index),
+        "seconds of audio": round(audio, 1),
+        "seconds": seconds,
+        "RTFx": {way: round(audio / s, 2) for way, s in seconds.items()},
+        "speed to one by one": round(seconds["one by one"] / seconds["ours"], 2),
+        f"speed to {fixed}": round(seconds[fixed] / seconds["ours"], 2),
+        "texts that differ": {way: sum(a != b for a, b in zip(texts["ours"], other, strict=True)) for way, other in texts.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

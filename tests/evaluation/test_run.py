@@ -1,0 +1,269 @@
+"""Whole evaluations of tiny models: results, reports, baselines, going on after a kill, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from asrllm.config import load_config
+from asrllm.data.cache import ShardCache
+from asrllm.data.corpora import read_corpora
+from asrllm.data.shards import write_shards
+from asrllm.data.sources import read_kaldi
+from asrllm.errors import UserError
+from asrllm.evaluation.config import EvaluationRun
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.references import check_references, choose_normalizer
+from asrllm.evaluation.run import Evaluation
+from asrllm.evaluation.whisper import WhisperEngine, find_whisper
+from asrllm.testing import data_config, kaldi_directory, tiny_tokenizer, tone_sentences
+from tests.conftest import REPOSITORY, assert_done, clean_environment, free_port, run_script
+from tests.models.test_generation import make_model, waves_of
+from tests.test_cli import fails
+
+
+def whole_whisper(folder: Path) -> Path:
+    """A tiny Whisper with its decoder and a tokenizer."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(3)
+    size = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": len(tokenizer), "num_mel_bins": 80}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = WhisperForConditionalGeneration(WhisperConfig(**size, **heads, **tokens, init_std=0.3))
+    model.generation_config.update(no_timestamps_token_id=0, is_multilingual=False, suppress_tokens=None, begin_suppress_tokens=None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exp(world, tmp_path_factory):
+    """A run of random weights, as training leaves it."""
+    root = tmp_path_factory.mktemp("evaluated")
+    model = make_model(SimpleNamespace(whisper=whole_whisper(root / "whisper")), world.llm)
+    run = root / "run"
+    model.config.save_pretrained(run)
+    model.processor.save_pretrained(run)
+    torch.save(model.weights(), run / "pretrained.pt")
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(exp):
+    from asrllm import AutoModel
+
+    return AutoModel.from_pretrained(exp)
+
+
+def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
+    config = load_config(
+        "evaluate",
+        [f"exp_dir={exp}", f"data.test_data_config={world.root / tests}", "max_new_tokens=12", f"whisper_baseline={str(whisper).lower()}",
+         "precision=fp32", "data.max_batch_duration=4", "report_audio=3", *overrides],
+        EvaluationRun,
+    )  # fmt: skip
+    cache = ShardCache.of(config.data.cache)
+    corpora = read_corpora(config.data.test_data_config, filters=None, made=exp / "shards", cache=cache)
+    return Evaluation(config, corpora, cache, prompt="Transcribe.", weights=exp / "pretrained.pt", device=torch.device("cpu"))
+
+
+class Counting(TorchEngine):
+    """Counts the utterances, and is killed in the middle of a batch."""
+
+    def __init__(self, model, options, killed_after=None):
+        super().__init__(model, options)
+        self.answered, self.killed_after = 0, killed_after
+
+    def answer(self, waves, prompts):
+        if self.killed_after is not None and self.answered >= self.killed_after:
+            raise KeyboardInterrupt
+        self.answered += len(waves)
+        return super().answer(waves, prompts)
+
+
+def generations(folder):
+    return [json.loads(line) for line in (folder / "generations-train.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
+    run = evaluation(world, exp)
+    whole = Counting(model, run.config.generation)
+    run.decode(whole)
+    expected, results = generations(run.folder), run.results["train"]
+    assert whole.answered == 60 == results["utterances"]
+    killed = Counting(model, run.config.generation, killed_after=20)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(world, exp).decode(killed)
+    (journal,) = run.folder.glob(".decoding-train.rank0.jsonl")
+    with journal.open("a") as file:
+        file.write('{"row": 3, "key": "utt00')  # as a kill in the middle of a line leaves it
+    rest = Counting(model, run.config.generation)
+    again = evaluation(world, exp)
+    again.decode(rest)
+    assert killed.answered >= 20
+    assert rest.answered == 60 - killed.answered
+    assert generations(run.folder) == expected
+    varying = ("rtfx", "weights")
+    assert {k: v for k, v in again.results["train"].items() if k not in varying} == {k: v for k, v in results.items() if k not in varying}
+    assert not list(run.folder.glob(".decoding-*"))
+
+
+def test_what_was_decoded_otherwise_is_decoded_again(world, exp, model):
+    killed = Counting(model, evaluation(world, exp).config.generation, killed_after=20)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(world, exp).decode(killed)
+    other = evaluation(world, exp, "max_new_tokens=3")
+    engine = Counting(model, other.config.generation)
+    other.decode(engine)
+    assert engine.answered == 60
+
+
+def test_texts_do_not_depend_on_the_batches(world, exp, model):
+    texts = []
+    for seconds in ("0.1", "4", "100"):
+        run = evaluation(world, exp, f"data.max_batch_duration={seconds}")
+        run.decode(TorchEngine(model, run.config.generation))
+        texts.append(generations(run.folder))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_encoders_own_whisper_stands_beside_and_is_kept(world, exp, model, capsys, monkeypatch):
+    for _ in range(2):
+        run = evaluation(world, exp, whisper=True)
+        run.check()
+        run.decode(TorchEngine(model, run.config.generation))
+        run.decode_baseline()
+        run.report()
+        monkeypatch.setattr(WhisperEngine, "answer", lambda *_: pytest.fail("the baseline is kept"))
+    said = capsys.readouterr().out
+    assert said.count("from the encoder's own Whisper to it: train: WER") == 2
+    results = json.loads((run.folder / "results.json").read_text())["train"]
+    paired = results["baseline"]["paired"]
+    assert (paired["a"], paired["b"]) == (results["baseline"]["wer"], results["wer"])
+    assert results["normalizer"] == "basic"
+    page = (run.folder / "report.html").read_text()
+    assert page.count("SUQz") >= 3 or page.count('"audio":"') == 3  # MP3 files in base64
+    assert "Whisper" in page
+
+
+def test_whisper_says_what_transformers_makes_it_say(exp, model):
+    folder = find_whisper(model.config.base_models["audio_encoder"]["path"])
+    engine = WhisperEngine(folder, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
+    waves = waves_of(3)
+    texts = [answer.text for answer in engine.answer(waves, [])]
+    alone = [engine.answer([wave], [])[0].text for wave in waves]
+    assert texts == alone
+    assert any(texts)
+
+
+def test_why_there_is_no_baseline_is_said(world, tmp_path):
+    assert "is of no directory" in find_whisper(None)
+    assert "has no tokenizer" in find_whisper(world.whisper)
+    assert "is no Whisper" in find_whisper(world.llm)
+    assert "does not exist" in find_whisper(tmp_path / "no")
+    assert "no Hugging Face directory" in find_whisper(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((world.whisper / "config.json").read_text())
+    with pytest.raises(UserError, match="cannot be loaded"):
+        WhisperEngine(tmp_path, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
+
+
+def test_normalizers_go_by_the_language(world):
+    corpora = {name: SimpleNamespace(lang=None, index=SimpleNamespace(about={"languages": tags})) for name, tags in (
+        ("english", {"en-GB": {}}), ("both", {"en": {}, "zh": {}}), ("none", {"": {}}), ("known", {"zh": {}, "": {}}))}  # fmt: skip
+    assert {name: choose_normalizer("auto", corpus) for name, corpus in corpora.items()} == {
+        "english": "en", "both": "basic", "none": "basic", "known": "zh"
+    }  # fmt: skip
+    assert choose_normalizer("auto", SimpleNamespace(lang="yue", index=corpora["english"].index)) == "zh"
+    assert choose_normalizer("none", corpora["english"]) == "none"
+
+
+@pytest.mark.parametrize(
+    ("references", "name", "message"),
+    [
+        (["", "  "], "basic", "all 2 references of the test set 'dev' are empty"),
+        (["...", "!"], "basic", "all 2 references"),
+        (["你好", "世界", "hello"], "en", "2 of 3 references .* are in another script than the normalizer 'en' is for, such as '你好'"),
+        (["hello there", "42"], "zh", "1 of 1 references .* another script"),
+    ],
+)
+def test_references_that_cannot_be_scored_are_refused(references, name, message):
+    from asrllm.data.text import normalizer
+
+    with pytest.raises(UserError, match=message):
+        check_references("dev", references, name, normalizer(name))
+
+
+@pytest.mark.parametrize(
+    ("references", "name"), [(["hello", "", "12"], "en"), (["你好", "open 门"], "zh"), (["12", "7"], "zh"), (["привет"], "basic")]
+)
+def test_references_that_can_be_scored_are_taken(references, name):
+    from asrllm.data.text import normalizer
+
+    check_references("dev", references, name, normalizer(name))
+
+
+def test_a_test_set_that_cannot_be_scored_ends_before_the_model_loads(world, exp, tmp_path, capsys):
+    sentences = tone_sentences(3)
+    write_shards(tmp_path / "one", read_kaldi(kaldi_directory(tmp_path / "kaldi", sentences)))
+    (tar,) = (tmp_path / "one").glob("*.tar")
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("a.tar", "b.tar"):
+        (twice / name).write_bytes(tar.read_bytes())
+    from asrllm.data.index import scan_shard, write_index
+
+    write_index(twice, [scan_shard(twice / name, name=name)[0] for name in ("a.tar", "b.tar")])
+    data_config(tmp_path / "twice.yaml", [{"name": "twice", "shards": str(twice)}])
+    arguments = (f"exp_dir={exp}", f"data.test_data_config={tmp_path / 'twice.yaml'}")
+    before = sorted(path.name for path in exp.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "0" if "RANK" in name else "1")  # set, so that what start() sets is taken back
+            patch.delenv(name)
+        patch.setattr("asrllm.training.distributed.start", lambda: torch.device("cpu"))
+        assert "the test set 'twice' has 3 repeated keys, such as 'utt0000'" in fails(capsys, "evaluate", *arguments)
+        data_config(tmp_path / "zh.yaml", [{"name": "one", "shards": str(tmp_path / "one"), "lang": "zh"}])
+        assert "in another script than the normalizer 'zh'" in fails(
+            capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'zh.yaml'}"
+        )
+    assert sorted(path.name for path in exp.iterdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
+    """kill -9 of both; what either had written is not decoded again, and the results are those of an undisturbed evaluation."""
+    arguments = [
+        f"exp_dir={exp}", f"data.test_data_config={world.root / 'train.yaml'}", "whisper_baseline=false", "data.max_batch_duration=0.3",
+        "precision=fp32", "max_new_tokens=30", "max_tokens_per_second=200", "repetition_guard=null",
+        "decoding_method=beam_search", "num_beams=2",
+    ]  # fmt: skip
+    folder = exp / "beam_search"
+    assert_done(run_script("evaluate", *arguments))
+    expected = generations(folder)
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
+    process = subprocess.Popen(
+        [*torchrun, str(REPOSITORY / "launch" / "evaluate.py"), *arguments], cwd=REPOSITORY, env=clean_environment(),
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline, written = time.monotonic() + 120, 0
+    while written < 5 and time.monotonic() < deadline and process.poll() is None:
+        written = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
+        time.sleep(0.01)  # waits for a condition, bounded
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
+    assert 5 <= kept < 60
+    done = assert_done(run_script("evaluate", *arguments, launcher="torchrun"))
+    assert f"decoding train: {(60 - kept + 1) // 2}/{(60 - kept + 1) // 2}" in done.stderr
+    assert generations(folder) == expected
+    assert not list(folder.glob(".decoding-*"))
