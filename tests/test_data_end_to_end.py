@@ -53,6 +53,7 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
     assert losses(killed) == losses(whole)
     prompts = {prompt for _, *steps in trace(whole) for step in steps for prompt in step["prompts"]}
     assert any("Hotwords: " in prompt for prompt in prompts)
+    assert json.loads((whole / "config.json").read_text())["hotwords_template"] == "Hotwords: {words}."
     assert {prompt.partition(" Hotwords")[0] for prompt in prompts} == {"Transcribe.", "Repeat what you hear.", "写下来。"}
 
 

@@ -198,15 +198,15 @@ def test_export_transcribe_and_consolidate(world, finished, tmp_path):
     assert_done(run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32"))
     again = run_script("export", finished, "--output", tmp_path / "model")
     assert (again.returncode, "is not empty" in again.stderr) == (2, True)
-    exported = assert_done(run_script("transcribe", tmp_path / "model", wav)).stdout
-    assert exported == assert_done(run_script("transcribe", finished, wav)).stdout
+    exported = assert_done(run_script("transcribe", tmp_path / "model", wav, "--no-vad")).stdout
+    assert exported == assert_done(run_script("transcribe", finished, wav, "--no-vad")).stdout
     averaged = finished / "averaged-iter-8-avg-2.pt"
     assert_done(run_script("average", finished, "--iter", "8", "--avg", "2", "--output", averaged))
     done = assert_done(run_script("merge_lora", averaged, "--output", tmp_path / "llm"))
     assert "logits of" in done.stdout
     assert_done(run_script("export", averaged, "--output", tmp_path / "merged", "--merge-adapter", "--dtype", "float32"))
-    of_run = assert_done(run_script("transcribe", finished, wav, "--weights", averaged)).stdout
-    assert of_run == assert_done(run_script("transcribe", tmp_path / "merged", wav)).stdout
+    of_run = assert_done(run_script("transcribe", finished, wav, "--no-vad", "--weights", averaged)).stdout
+    assert of_run == assert_done(run_script("transcribe", tmp_path / "merged", wav, "--no-vad")).stdout
     assert exported.strip() == asrllm.AutoModel.from_pretrained(tmp_path / "model").transcribe([wav])[0]
     assert_done(run_script("zero_to_fp32", finished, "--tag", "checkpoint-4", "--output", tmp_path / "c.pt"))
     assert torch.load(tmp_path / "c.pt", weights_only=True).keys() == checkpoint_weights(finished / "checkpoint-4").load().keys()

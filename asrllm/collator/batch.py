@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asrllm.audio.reader import Sample
 from asrllm.collator.chat import NO_LABEL, ChatRenderer
-from asrllm.collator.hotwords import Hotwords
+from asrllm.collator.hotwords import Hotwords, with_context
 from asrllm.data.index import RATE
 from asrllm.data.prompts import Prompt, choose_prompt
 
@@ -97,7 +97,7 @@ class Collator:
             return prompt
         words = sample.fields.get("hotwords")
         words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else ()
-        return f"{prompt} {self.hotwords.context(sample.text, key=sample.key, round=sample.round, own=words)}".rstrip()
+        return with_context(prompt, self.hotwords.context(sample.text, key=sample.key, round=sample.round, own=words))
 
     def _encode(self, sample: Sample, prompt: str) -> tuple[list[int], list[int]]:
         audio = self.num_audio_tokens(len(sample.wave))

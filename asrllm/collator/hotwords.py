@@ -39,6 +39,15 @@ class HotwordConfig:
             raise UserError(f"data.hotwords.template={self.template!r} must hold {PLACE} once, where the list stands")
 
 
+def filled(template: str, words: Sequence[str]) -> str:
+    return template.replace(PLACE, ", ".join(words)) if words else ""
+
+
+def with_context(prompt: str, context: str) -> str:
+    """The prompt as training and decoding give it; context: of `filled`."""
+    return f"{prompt} {context}".rstrip()
+
+
 class Hotwords:
     """The list of hotwords for each utterance. forbidden: the audio token, which may stand in no hotword."""
 
@@ -68,7 +77,7 @@ class Hotwords:
         words = draws.sample(list(phrases.values()), true)
         words += self._distractors(others, phrases, own_phrases, draws)
         draws.shuffle(words)  # else the true ones would be told by their place
-        return self.config.template.replace(PLACE, ", ".join(words)) if words else ""
+        return filled(self.config.template, words)
 
     def _occurring(self, text: str, own: dict[str, str]) -> list[str]:
         """Names of the phrases in the text, in its order: every run of units of a length that some phrase with its first unit has."""

@@ -37,7 +37,7 @@ def train(config: TrainRun) -> None:
 
 def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     """Everything that can be wrong without the weights is found before they are loaded; then build, resume, fit, finish."""
-    from asrllm.models.build import build_model, check_prompts, describe_model
+    from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
     from asrllm.training.checkpoint import CheckpointSaver, write_carried
     from asrllm.training.data import TrainingData
     from asrllm.training.ds_config import read_ds_config
@@ -56,9 +56,10 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=texts)
     check_lengths(config, processor)
     data = TrainingData(config, processor, prompts)
-    own_prompts = [prompt.text for corpus in data.corpora for prompt in corpus.prompts]
-    check_prompts(own_prompts, config.model.audio_token)
-    processor.config.prompts = list(dict.fromkeys([*texts, *own_prompts]))
+    own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    check_prompts([prompt.text for prompt in own_prompts], config.model.audio_token)
+    describe_prompts(processor.config, [*prompts, *own_prompts])
+    processor.config.hotwords_template = config.data.hotwords.template if config.data.hotwords.prob else None
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
     checkpoint, manifest = find_resume(config, processor, settings)

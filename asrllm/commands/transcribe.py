@@ -1,26 +1,56 @@
 """asrllm transcribe: text for audio files."""
 
 import argparse
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from asrllm.audio.stream import AudioFile, find_audio, open_audio
+from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.commands.shards import positive
-from asrllm.errors import UserError
+from asrllm.data.index import RATE
+from asrllm.errors import UserError, nearest
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.prompt import choose_prompt
+from asrllm.evaluation.subtitles import FORMATS, as_json
+from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
+from asrllm.models.auto import AutoModel, describe
 from asrllm.models.generation import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.progress import ProgressBar
+from asrllm.training.distributed import default_device
+from asrllm.writing import write_whole
+
+LONGEST = {True: 28, False: 30}  # seconds of a segment, with --vad and without; the model may take less
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR_OR_EXP", help="an exported directory, a run's exp_dir, or a directory of Auden's")
-    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, mp3, ... files of at most 30 s")
+    parser.add_argument(
+        "audio", nargs="+", metavar="AUDIO",
+        help="wav, flac, mp3, ogg, opus, ... files of any length, with ffmpeg on PATH m4a, mp4, webm, ... too, or directories of them",
+    )  # fmt: skip
+    add_output_arguments(parser)
+    add_prompt_arguments(parser)
+    parser.add_argument(
+        "--vad", action=argparse.BooleanOptionalAction, default=True,
+        help="hear only where somebody speaks, in segments cut at pauses; --no-vad: all of it, cut where it is quiet; default: --vad",
+    )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"),
         help="of the weights; default: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 halves the memory and is often slower",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="files decoded at once; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="segments decoded at once; default: %(default)s")
     parser.add_argument(
         "--num-beams", type=positive, default=1, metavar="N", help="hypotheses of beam search; default: %(default)s, greedy"
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, metavar="N", help="the longest text; default: %(default)s"
+        "--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, metavar="N", help="the longest text of a segment; default: %(default)s"
     )
     parser.add_argument(
         "--max-tokens-per-second", type=positive, default=MAX_TOKENS_PER_SECOND, metavar="N",
@@ -32,29 +62,135 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> None:
-    from asrllm import AutoModel
-    from asrllm.audio.reader import read_audio
-    from asrllm.data.index import RATE
-    from asrllm.models.auto import describe
-    from asrllm.progress import ProgressBar
-    from asrllm.training.distributed import default_device
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", action="append", metavar="F[,F]", default=[],
+        help=f"of the output: {', '.join(FORMATS)}; several go to --output-dir; default: txt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR",
+        help="write NAME.FORMAT for each file there, over what is there; default: standard output, with several files PATH TAB TEXT lines "
+        "or a line of JSON for each",
+    )  # fmt: skip
 
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", help="what the model is asked; default: the first prompt that it was trained with")
+    parser.add_argument(
+        "--language", metavar="LANG",
+        help="of the speech, such as en: the first of the trained prompts that is for it is asked, and the JSON names it",
+    )  # fmt: skip
+    parser.add_argument("--hotwords", metavar="W,W|@FILE", help="words that may be said, or a file of one a line: listed in the prompt")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything that can be wrong without the weights is found before they are loaded."""
     if arguments.repetition_guard < 0:
         raise UserError(f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard")
+    formats = chosen_formats(arguments.format)
+    files = [open_audio(path) for path in find_audio(arguments.audio)]
+    check_output(formats, arguments.output_dir, files)
+    description = describe(arguments.model)
+    shortest, longest = description.sample_limits()
+    for file in files:
+        if file.seconds is not None and round(file.seconds * RATE) < shortest:
+            raise too_short(file, file.seconds, shortest)
+    prompt = choose_prompt(description, prompt=arguments.prompt, language=arguments.language, hotwords=arguments.hotwords)
+    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
+    listening = Listening(detector=detector, longest=min(longest, LONGEST[arguments.vad] * RATE))
+    engine = load_engine(arguments)
+    problems, seconds, began = [], 0.0, time.monotonic()
+    with bar_over(files) as bar:
+        advance = whole_seconds(bar)
+        for transcript in transcribe_files(engine, files, listening, prompt=prompt, batch_size=arguments.batch_size, advance=advance):
+            if transcript.problem:
+                problems.append(transcript.problem)
+                continue
+            warn_of(transcript)
+            write(transcript, formats, arguments, several=len(files) > 1)
+            seconds += transcript.duration
+    if seconds:
+        took = time.monotonic() - began
+        print(f"{seconds / 3600:.2f} h of audio transcribed in {took:.1f} s, {seconds / took:.1f} x real time", file=sys.stderr)
+    if problems:
+        left = len(files) - len(problems)
+        raise UserError("; ".join(problems) + (f"; the other files ({left}) are transcribed" if left else ""))
+
+
+def load_engine(arguments: argparse.Namespace) -> TorchEngine:
     options = {name: getattr(arguments, name) for name in ("num_beams", "max_new_tokens", "max_tokens_per_second")}
     options["repetition_guard"] = arguments.repetition_guard or None
-    files, device = arguments.audio, default_device()
-    lengths = [len(read_audio(path)) for path in files]  # every file is checked before the model loads, and read again in its turn
-    low, high = describe(arguments.model).sample_limits()
-    for path, length in zip(files, lengths, strict=True):
-        if not low <= length <= high:
-            raise UserError(f"{path!r} has {length / RATE:.2f} s of audio, the model takes {low / RATE:.2f} to {high / RATE:.2f} s")
+    device = default_device()
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model = AutoModel.from_pretrained(arguments.model, weights=arguments.weights, dtype=dtype).to(device)
-    with ProgressBar("transcribing", len(files)) as bar:
-        for start in range(0, len(files), arguments.batch_size):
-            batch = files[start : start + arguments.batch_size]
-            for path, text in zip(batch, model.transcribe(batch, **options), strict=True):
-                print(f"{path}\t{text}" if len(files) > 1 else text, flush=True)
-            bar.advance(len(batch))
+    return TorchEngine(model, options)
+
+
+def chosen_formats(given: Sequence[str]) -> list[str]:
+    """Each once, in the order given. Raises UserError for an unknown one."""
+    names = [name.strip() for part in given for name in part.split(",")] or ["txt"]
+    for name in names:
+        if name not in FORMATS:
+            raise UserError(f"--format {name!r} is unknown: {nearest(name, FORMATS)}")
+    return list(dict.fromkeys(names))
+
+
+def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[AudioFile]) -> None:
+    """Raises UserError where the output has no place, or two files would have the same."""
+    if folder is None:
+        if len(formats) > 1:
+            raise UserError(f"--format {','.join(formats)} are several: give --output-dir, where each is a file")
+        if len(files) > 1 and formats[0] in ("srt", "vtt"):
+            raise UserError(f"--format {formats[0]} of {len(files)} files does not fit on standard output: give --output-dir")
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {str(folder)!r} is a file: give a directory")
+    sources: dict[str, str] = {}
+    for file in files:
+        first = sources.setdefault(Path(file.path).stem, file.path)
+        if Path(first).resolve() != Path(file.path).resolve():
+            raise UserError(
+                f"{first!r} and {file.path!r} would both be written to {Path(file.path).stem}.{formats[0]} in --output-dir: rename one, "
+                "or transcribe them one after the other into two directories"
+            )
+
+
+def write(transcript: FileTranscript, formats: Sequence[str], arguments: argparse.Namespace, *, several: bool) -> None:
+    if arguments.output_dir is not None:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        for name in formats:
+            path = arguments.output_dir / f"{Path(transcript.audio).stem}.{name}"
+            write_whole(path, FORMATS[name](transcript, arguments.language))
+        return
+    if several and formats[0] == "json":
+        text = as_json(transcript, arguments.language, indent=None)
+    elif several:
+        text = f"{transcript.audio}\t{' '.join(transcript.text.split())}\n"  # a row, whatever the LLM says
+    else:
+        text = FORMATS[formats[0]](transcript, arguments.language)
+    print(text, end="", flush=True)
+
+
+def warn_of(transcript: FileTranscript) -> None:
+    if not transcript.segments:
+        logger.warning("no speech was found in %r: its text is empty; --no-vad would hear all of it", transcript.audio)
+    if cut := sum(spoken.end_reason == "limit" for spoken in transcript.segments):
+        logger.warning("%d of %d texts of %r were cut off at their longest: raise --max-new-tokens or --max-tokens-per-second", cut,
+                       len(transcript.segments), transcript.audio)  # fmt: skip
+
+
+def bar_over(files: Sequence[AudioFile]) -> ProgressBar:
+    seconds = [file.seconds for file in files]
+    return ProgressBar("transcribing, seconds", None if None in seconds else int(sum(s or 0.0 for s in seconds)))
+
+
+def whole_seconds(bar: ProgressBar) -> Callable[[float], None]:
+    done = 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal done
+        done += seconds
+        if int(done) > bar.done:
+            bar.advance(int(done) - bar.done)
+
+    return advance

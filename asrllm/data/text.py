@@ -4,7 +4,7 @@ import functools
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import kaldialign
@@ -12,6 +12,8 @@ import kaldialign
 from asrllm.errors import UserError, nearest
 
 HAN = "[\u3400-\u9fff\U00020000-\U0003ffff]"
+# Chinese and Japanese, and their punctuation
+NO_SPACE_BETWEEN = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uff9f\U00020000-\U0003ffff]")
 
 
 def basic(text: str) -> str:
@@ -69,6 +71,15 @@ def _english() -> Callable[[str], str]:
 
 def none(text: str) -> str:
     return " ".join(text.split())
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Texts that follow one another, with a space between two, but none where Chinese or Japanese stands on both sides."""
+    joined = ""
+    for text in texts:
+        beside = NO_SPACE_BETWEEN.match(joined[-1:]) and NO_SPACE_BETWEEN.match(text)
+        joined += f" {text}" if joined and text and not beside else text
+    return joined
 
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {"basic": basic, "en": en, "zh": zh, "zh-numbers": zh_numbers, "none": none}

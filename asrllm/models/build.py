@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from asrllm.collator.chat import CHATML
+from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
@@ -74,6 +75,12 @@ def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
     for prompt in prompts:
         if audio_token in prompt:
             raise UserError(f"the prompt {prompt!r} holds the audio token {audio_token!r}, which is put before it: take it out")
+
+
+def describe_prompts(description: AsrLlmConfig, prompts: Sequence[Prompt]) -> None:
+    """What is stored of the prompts: each text once, and the language of those that are for one."""
+    description.prompts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    description.prompt_languages = {prompt.text: prompt.lang for prompt in prompts if prompt.lang} or None
 
 
 def build_model(

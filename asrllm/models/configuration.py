@@ -15,7 +15,8 @@ class AsrLlmConfig(PreTrainedConfig):
     base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a checkpoint leaves out.
     drop_ragged_frames: the frames behind the last full stack of audio_encoder_projector_ds_rate are dropped instead of padded with zeros.
     stored: of a run, how many weights of each part its checkpoints hold, adapters apart.
-    prompts: those that training mixed; the first is the default of transcribe().
+    prompts: those that training mixed; the first is the default of transcribe(). prompt_languages: {prompt: lang} of those for one.
+    hotwords_template: what training filled its lists of hotwords into; None: it gave none.
     """
 
     model_type = "asrllm"
@@ -36,6 +37,8 @@ class AsrLlmConfig(PreTrainedConfig):
     base_models: dict[str, Any] | None = None
     stored: dict[str, int] | None = None
     prompts: list[str] | None = None
+    prompt_languages: dict[str, str] | None = None
+    hotwords_template: str | None = None
 
     def num_audio_tokens(self, samples: Any) -> Any:
         """Samples of a waveform at 16 kHz -> tokens that the LLM sees of it; an int, array or tensor, as given. No forward is run.

@@ -88,6 +88,24 @@ def tone(word: str, seconds: float, rate: int = 16000) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * 200 * 1.25 ** WORDS.index(word) * t)).astype(np.float32)
 
 
+VOWELS = ((730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410))  # formants in Hz
+
+
+def vowels(seconds: float, *, seed: int = 0, rate: int = 16000) -> np.ndarray:
+    """Vowels one after the other, which voice activity detection takes for speech. (samples,) float32"""
+    rng = np.random.default_rng(seed)
+    harmonics = np.arange(1, 36)[:, None]
+    sounds: list[np.ndarray] = []
+    while sum(map(len, sounds)) < seconds * rate:
+        pitch = rng.uniform(100, 140) * np.linspace(1, rng.uniform(0.85, 1.1), round(rng.uniform(0.12, 0.25) * rate))
+        gains = sum(
+            1 / (1 + ((harmonics * pitch.mean() - f) / width) ** 2) for f, width in zip(rng.choice(VOWELS), (80, 100, 140), strict=True)
+        )
+        wave = (gains / harmonics**0.5 * np.sin(2 * np.pi * harmonics * np.cumsum(pitch) / rate)).sum(0)
+        sounds.append(wave / np.abs(wave).max() * np.hanning(len(wave)) ** 0.3)
+    return (0.3 * np.concatenate(sounds)[: round(seconds * rate)]).astype(np.float32)
+
+
 def tone_sentences(count: int, *, seed: int = 0, rate: int = 16000) -> list[tuple[str, np.ndarray]]:
     """(words, waveform) of sentences of one to four tones, 0.1 to 0.4 s each."""
     rng = np.random.default_rng(seed)

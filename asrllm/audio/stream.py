@@ -1,0 +1,149 @@
+"""Audio files of any length and format, in blocks at 16 kHz; what is wrong with one is a sentence."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from asrllm.data.index import AUDIO_EXTENSIONS, RATE
+from asrllm.errors import UserError
+
+BLOCK = 1 << 16  # samples of each channel, at the file's own rate
+FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")  # that soundfile reads, the best known
+# by which files of a directory are taken
+ENDINGS = {*AUDIO_EXTENSIONS, *FORMATS, "oga", "aif", "aifc", "m4a", "mp4", "aac", "webm", "mkv", "mov", "wma", "amr", "3gp"}
+MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
+LOUDEST = 1000.0  # times full scale; more is no audio between -1 and 1
+UNKNOWN_SIZE = 0x7FFF0000  # bytes; what is written for the size of a stream whose length was not known is larger
+CUT_SHORT = re.compile(r":\s*(\d+) \(should be (\d+)\)")  # libsndfile's log of a header that promises more bytes than there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioFile:
+    """seconds: as the header says, None where it does not. decoder: "soundfile" or "ffmpeg"."""
+
+    path: str
+    seconds: float | None
+    decoder: str = "soundfile"
+
+    def wrong(self, problem: str) -> UserError:
+        return UserError(f"the audio file {self.path!r} {problem}")
+
+
+def find_audio(paths: Sequence[str]) -> list[str]:
+    """The files, and the audio files below the directories, sorted. Raises UserError for a directory without any."""
+    files: list[str] = []
+    for path in paths:
+        found = sorted(map(str, filter(is_audio, Path(path).rglob("*")))) if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f"the directory {path!r} holds no audio file ({', '.join(FORMATS)}, m4a, mp4, ...): give another")
+        files += found
+    return files
+
+
+def is_audio(path: Path) -> bool:
+    """By its name; hidden files are something else, such as macOS's notes about a file."""
+    return path.suffix.lower().removeprefix(".") in ENDINGS and not path.name.startswith(".") and path.is_file()
+
+
+def open_audio(path: str) -> AudioFile:
+    """Reads the header alone. Raises UserError where there is nothing to read, or less than it promises."""
+    try:
+        size = os.stat(path).st_size
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"the audio file {path!r} cannot be read: {error}") from error
+    if not size:
+        raise UserError(f"the audio file {path!r} is empty, 0 bytes: copy it again")
+    try:
+        with soundfile.SoundFile(path) as file:
+            found = AudioFile(path=path, seconds=file.frames / file.samplerate)
+            log = file.extra_info
+    except (OSError, RuntimeError, TypeError) as error:  # TypeError: .raw without a rate
+        if "malformed" in str(error):
+            raise UserError(f"the audio file {path!r} is damaged ({error}): copy it again") from error
+        return open_by_ffmpeg(path, str(error))
+    if not found.seconds:
+        raise found.wrong("holds no sample: copy it again")
+    for promised, there in CUT_SHORT.findall(log):
+        if int(there) < int(promised) < UNKNOWN_SIZE:
+            raise found.wrong(f"is cut short, its header promises {promised} bytes and {there} are there: copy it again")
+    return found
+
+
+def open_by_ffmpeg(path: str, error: str) -> AudioFile:
+    """error: why soundfile does not read it."""
+    if not shutil.which("ffmpeg") or not shutil.which("ffprobe"):
+        raise UserError(
+            f"the audio file {path!r} cannot be read ({error}): read are {', '.join(FORMATS)}, and with ffmpeg, which is not on PATH, "
+            "also m4a, mp4, webm and more"
+        )
+    fields = ("-select_streams", "a:0", "-show_entries", "stream=codec_name:format=duration", "-of", "json")
+    said = subprocess.run(["ffprobe", "-v", "error", *fields, f"file:{path}"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    found = json.loads(said.stdout or b"{}")
+    if said.returncode or not found.get("streams"):
+        raise UserError(f"the audio file {path!r} cannot be read ({error}), and ffmpeg finds no audio in it: give an audio file")
+    seconds = found.get("format", {}).get("duration")
+    return AudioFile(path=path, seconds=float(seconds) if seconds else None, decoder="ffmpeg")
+
+
+def read_blocks(file: AudioFile) -> Iterator[np.ndarray]:
+    """(samples,) float32 mono at RATE, block after block; channels are averaged.
+
+    Raises UserError where the file is damaged, ends before its header says, or holds what is no sound.
+    """
+    samples = 0
+    for block in _by_ffmpeg(file) if file.decoder == "ffmpeg" else _by_soundfile(file):
+        loudest = np.abs(block).max(initial=0)
+        if not np.isfinite(loudest):
+            at = samples + int(np.isfinite(block).argmin())
+            raise file.wrong(f"holds NaN or infinite values at {at / RATE:.2f} s: write it anew")
+        if loudest > LOUDEST:
+            raise file.wrong(f"holds samples as large as {loudest:.3g}: scale them to lie from -1 to 1")
+        samples += len(block)
+        yield block
+    if not samples:
+        raise file.wrong("holds no sample: copy it again")
+    if file.seconds and samples / RATE < file.seconds - MISSING:
+        raise file.wrong(f"is damaged, it ends after {samples / RATE:.1f} s of {file.seconds:.1f} s: copy it again")
+
+
+def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
+    try:
+        with soundfile.SoundFile(file.path) as opened:
+            rate = opened.samplerate
+            resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
+            while len(block := opened.read(BLOCK, dtype="float32", always_2d=True)):
+                mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
+                yield resampler.resample_chunk(mono) if resampler else mono
+            if resampler:
+                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    except (OSError, RuntimeError) as error:
+        raise file.wrong(f"is damaged ({error}): copy it again") from error
+
+
+def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{file.path}", "-f", "f32le", "-ac", "1", "-ar", str(RATE), "-"]
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            while data := process.stdout.read(4 * BLOCK):
+                yield np.frombuffer(data[: len(data) // 4 * 4], "<f4")
+        except GeneratorExit:  # the reader wants no more
+            process.kill()
+            raise
+        if process.wait():
+            log.seek(0)
+            lines = log.read().decode(errors="replace").split("\n")
+            raise file.wrong(f"is damaged (ffmpeg: {lines[0][:200]}): copy it again")
