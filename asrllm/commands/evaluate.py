@@ -1,7 +1,6 @@
 """asrllm evaluate: choose the checkpoint, decode the test sets, score them, write the results; or compare two results."""
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ from asrllm.config import load_config
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.index import RATE
-from asrllm.data.prompts import DEFAULT_PROMPTS
 from asrllm.errors import UserError
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.training import distributed
 
-logger = logging.getLogger(__name__)
 COMPARE = "compare"
 COMPARE_HELP = f"""
 asrllm evaluate {COMPARE} A B: which of two results is better on the same utterances, by how much, and whether chance would do it
@@ -61,9 +58,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     description = describe(exp_dir)
     check_lengths(corpora, description.sample_limits())
     device = distributed.start()
-    evaluation = Evaluation(
-        config, corpora, cache, prompt=choose_prompt(config.prompt, description.prompts), weights=weights, device=device
-    )
+    evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     evaluation.check()
     model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype=config.dtype(device))
     model.cuda_graphs = config.cuda_graphs
@@ -91,11 +86,3 @@ def check_lengths(corpora: list[Corpus], limits: tuple[int, int]) -> None:
                 f"{unfit} utterances of the test set {corpus.name!r} are shorter than {low:.2f} s or longer than {high:.2f} s, which the "
                 "model takes: leave them out of the set"
             )
-
-
-def choose_prompt(prompt: str | None, trained: list[str] | None) -> str:
-    """The one that was asked for, else the first of training's."""
-    prompts = trained or [p.text for p in DEFAULT_PROMPTS]
-    if prompt is not None and prompt not in prompts:
-        logger.warning("prompt=%r was never seen in training; seen were: %s", prompt, "; ".join(prompts))
-    return prompts[0] if prompt is None else prompt

@@ -14,7 +14,7 @@ from asrllm.commands.shards import positive
 from asrllm.data.index import RATE
 from asrllm.errors import UserError, nearest
 from asrllm.evaluation.engine import TorchEngine
-from asrllm.evaluation.prompt import choose_prompt
+from asrllm.evaluation.prompt import of_language, prompt_to_ask
 from asrllm.evaluation.subtitles import FORMATS, as_json
 from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
 from asrllm.models.auto import AutoModel, describe
@@ -95,7 +95,9 @@ def run(arguments: argparse.Namespace) -> None:
     for file in files:
         if file.seconds is not None and round(file.seconds * RATE) < shortest:
             raise too_short(file, file.seconds, shortest)
-    prompt = choose_prompt(description, prompt=arguments.prompt, language=arguments.language, hotwords=arguments.hotwords)
+    if arguments.prompt is None and arguments.language and of_language(description, arguments.language) is None:
+        logger.warning("no prompt of training is for --language %s alone: the first is asked, as for any language", arguments.language)
+    prompt = prompt_to_ask(description, prompt=arguments.prompt, language=arguments.language, hotwords=arguments.hotwords)
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
     listening = Listening(detector=detector, longest=min(longest, LONGEST[arguments.vad] * RATE))
     engine = load_engine(arguments)

@@ -5,7 +5,7 @@ import re
 
 from asrllm.collator.hotwords import filled, with_context
 from asrllm.config import read_text
-from asrllm.data.prompts import Prompt
+from asrllm.data.prompts import DEFAULT_PROMPTS, Prompt
 from asrllm.errors import UserError
 from asrllm.models.build import check_prompts
 from asrllm.models.configuration import AsrLlmConfig
@@ -15,7 +15,7 @@ TEMPLATE = "Hotwords: {words}."  # where training had none
 logger = logging.getLogger(__name__)
 
 
-def choose_prompt(description: AsrLlmConfig, *, prompt: str | None, language: str | None, hotwords: str | None) -> str:
+def prompt_to_ask(description: AsrLlmConfig, *, prompt: str | None, language: str | None, hotwords: str | None) -> str:
     """`prompt`, else the first trained one that is for `language`, else the first; behind it the hotwords.
 
     hotwords: words parted by commas, or @FILE of one a line. Warns of what training never saw. Raises UserError for a prompt or a
@@ -23,7 +23,7 @@ def choose_prompt(description: AsrLlmConfig, *, prompt: str | None, language: st
     """
     prompts = description.prompts or []
     if prompt is None:
-        prompt = of_language(description, language) or (prompts or [""])[0]
+        prompt = of_language(description, language) or (prompts or [DEFAULT_PROMPTS[0].text])[0]
     elif prompts and prompt not in prompts:
         logger.warning("prompt=%r was never seen in training; seen were: %s", prompt, "; ".join(prompts))
     words = read_hotwords(hotwords) if hotwords is not None else []
@@ -35,14 +35,12 @@ def choose_prompt(description: AsrLlmConfig, *, prompt: str | None, language: st
 
 
 def of_language(description: AsrLlmConfig, language: str | None) -> str | None:
+    """The first trained prompt that is for this language and not for any."""
     if language is None:
         return None
     of = description.prompt_languages or {}
-    for text in description.prompts or []:
-        if text in of and Prompt(text=text, lang=of[text]).fits(language, None):
-            return text
-    logger.warning("no prompt of training is for --language %s alone: the first is asked, as for any language", language)
-    return None
+    fitting = (text for text in description.prompts or [] if text in of and Prompt(text=text, lang=of[text]).fits(language, None))
+    return next(fitting, None)
 
 
 def read_hotwords(given: str) -> list[str]:

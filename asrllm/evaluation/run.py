@@ -19,6 +19,7 @@ from asrllm.evaluation.decode import Decoded, DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.journal import Journal
+from asrllm.evaluation.prompt import prompt_to_ask
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
 from asrllm.evaluation.summary import Scored, score
@@ -33,18 +34,20 @@ BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what 
 class Evaluation:
     """All ranks decode; the first one scores and writes. results: what results.json holds, on that rank."""
 
-    def __init__(
-        self, config: EvaluationRun, corpora: Sequence[Corpus], cache: ShardCache, *, prompt: str, weights: Path, device: torch.device
-    ) -> None:
+    def __init__(self, config: EvaluationRun, corpora: Sequence[Corpus], cache: ShardCache, *, weights: Path, device: torch.device) -> None:
         self.config, self.corpora, self.cache, self.weights = config, corpora, cache, weights
         self.device, self.dtype = device, config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
         self.folder = self.exp_dir / config.decoding_method
-        self.options = DecodingOptions(prompt=prompt, max_batch_duration=config.data.max_batch_duration)
+        self.description = describe(self.exp_dir)
+        self.prompts = {corpus.name: self._prompt(corpus) for corpus in corpora}
         self.normalizers = {corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora}
         self.scored: dict[str, Scored] = {}
         self.baselines: dict[str, Scored] = {}
         self.results: dict[str, Any] = {}
+
+    def _prompt(self, corpus: Corpus) -> str:
+        return prompt_to_ask(self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None)
 
     def check(self) -> None:
         """Raises UserError for a test set that cannot be scored."""
@@ -58,25 +61,25 @@ class Evaluation:
             "weights": identity_of(self.weights),
             "model": (self.exp_dir / "config.json").read_text(encoding="utf-8"),
             "options": self.config.generation,
-            "prompt": self.options.prompt,
             "dtype": str(self.dtype),
         }
         for corpus in self.corpora:
-            journal = Journal(self.folder, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
+            journal = Journal(self.folder, corpus.name, of | {"corpus": identity_of_corpus(corpus), "prompt": self.prompts[corpus.name]})
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
                 self._write(corpus, decoded)
                 journal.remove()
 
     def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
-        return decode_corpus(engine, corpus, self.options, normalizer(self.normalizers[corpus.name]), self.cache, journal)
+        options = DecodingOptions(prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration)
+        return decode_corpus(engine, corpus, options, normalizer(self.normalizers[corpus.name]), self.cache, journal)
 
     def _write(self, corpus: Corpus, decoded: Decoded) -> None:
         name = corpus.name
         about = {
             "normalizer": self.normalizers[name],
             "rtfx": round(decoded.rtfx, 2),
-            "prompt": self.options.prompt,
+            "prompt": self.prompts[name],
             "weights": str(self.weights),
             "lang": language_of(corpus),
         }
@@ -89,7 +92,7 @@ class Evaluation:
 
     def decode_baseline(self) -> None:
         """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
-        base = (describe(self.exp_dir).base_models or {}).get("audio_encoder", {})
+        base = (self.description.base_models or {}).get("audio_encoder", {})
         found = find_whisper(base.get("path"))
         if isinstance(found, str):
             if distributed.rank() == 0:

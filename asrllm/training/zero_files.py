@@ -49,7 +49,7 @@ class ZeroFiles:
         self.shapes: dict[str, list[int]] = {name: about["shape"] for name, about in manifest["trainable"].items()}
         self.model = load_file(checkpoint / MODEL_FILES.get(self.stage, MODEL_FILE_3))
         if self.stage != 0:
-            del self.model["module"]  # the rounded copies: a thousand tensors' worth of objects in each of the checkpoints that are averaged
+            del self.model["module"]  # rounded copies, whose objects take room in each of the checkpoints that are averaged
         self.optimizers = [self.model["optimizer"]] if self.stage == 0 else self._optimizers()
         self.averages: list[dict[str, Any]] = []
         self.touched: dict[int, Tensor] = {}  # flat vectors whose pages are in memory, by their address

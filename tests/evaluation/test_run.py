@@ -72,7 +72,7 @@ def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
     )  # fmt: skip
     cache = ShardCache.of(config.data.cache)
     corpora = read_corpora(config.data.test_data_config, filters=None, made=exp / "shards", cache=cache)
-    return Evaluation(config, corpora, cache, prompt="Transcribe.", weights=exp / "pretrained.pt", device=torch.device("cpu"))
+    return Evaluation(config, corpora, cache, weights=exp / "pretrained.pt", device=torch.device("cpu"))
 
 
 class Counting(TorchEngine):
