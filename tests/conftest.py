@@ -1,6 +1,9 @@
 """What the tests share: tiny models, a tiny corpus, and a way to run commands as a user does."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: threads that wait for one another take minutes beside another job
+
 import socket
 import subprocess
 import sys

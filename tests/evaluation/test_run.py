@@ -1,14 +1,13 @@
 """Whole evaluations of tiny models: results, reports, baselines, going on after a kill, and what is refused."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -259,7 +258,8 @@ def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
     while written < 5 and time.monotonic() < deadline and process.poll() is None:
         written = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
         time.sleep(0.01)  # waits for a condition, bounded
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:  # ranks have sessions of their own
+        each.kill()
     process.wait()
     kept = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
     assert 5 <= kept < 60
