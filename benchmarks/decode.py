@@ -1,12 +1,12 @@
 """Decoding a test set: ours, and transformers' generate on the same model, utterance by utterance and in batches of a fixed size.
 
-    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] [--rounds R] [--output FILE]
+    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] [--tokens-per-second R] [--rounds R] [--output FILE]
     python benchmarks/decode.py --tiny
 
 All ways get the same waveforms, out of the shards, and the same model; the ways take turns. transformers' ways take the utterances in the
 order of the shards and pad each batch to its longest. Ours is what `asrllm evaluate` does: batches of similar lengths within a budget of
-seconds, the next one read meanwhile, rows that are done leave. Texts are compared; ours end where transformers' do, or at the limits that
-evaluation has, which are given to neither here.
+seconds, the next one read meanwhile, rows that are done leave. Texts are compared. With --tokens-per-second no answer ends by itself, each
+is as long as its audio says (and ten tokens more): what long answers would take of a model that gives short ones.
 """
 
 import argparse
@@ -28,45 +28,57 @@ from asrllm.collator.batch import pad_left
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import CacheConfig
 from asrllm.data.corpora import Corpus, make_corpus
-from asrllm.data.index import open_index
+from asrllm.data.index import RATE, open_index
 from asrllm.data.plan import Item
 from asrllm.evaluation.decode import DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.journal import Journal
+from asrllm.models.generation import token_limit
 
 MAX_NEW_TOKENS = 100
+Rate = float | None  # tokens a second
 
 
 @torch.no_grad()
-def plain(model: Any, corpus: Corpus, prompt: str, batch_size: int) -> list[str]:
+def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) -> list[str]:
     """transformers' generate, as its users write it."""
     reader, processor = Reader([corpus]), model.processor
     stops, texts = processor.renderer.stop_ids, []
     for start in range(0, len(corpus.index), batch_size):
         rows = range(start, min(start + batch_size, len(corpus.index)))
         waves, samples = processor.load_waves([reader.read(Item(corpus=0, row=row)).wave for row in rows])
+        limits = [token_limit(n / RATE, MAX_NEW_TOKENS, rate) for n in samples.tolist()]
         chats = [processor.renderer.user_messages(prompt)] * len(rows)
         features, lengths = model.audio_encoder.features(waves, samples)
         ids, mask = pad_left(processor.encode_prompts(chats, [1] * len(rows), model.config.num_audio_tokens(samples).tolist()))
         answers = model.llm.generate(
             inputs_embeds=model.embed(ids, model.encode(features, lengths)),
             attention_mask=mask,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max(limits),
             do_sample=False,
             eos_token_id=stops,
             pad_token_id=stops[0],
         )
-        texts += [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        kept = [row[:limit] for row, limit in zip(answers, limits, strict=True)]
+        texts += [text.strip() for text in processor.tokenizer.batch_decode(kept, skip_special_tokens=True)]
     return texts
 
 
-def ours(model: Any, corpus: Corpus, prompt: str) -> list[str]:
-    engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS})
+def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
+    engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS, "max_tokens_per_second": rate})
     options = DecodingOptions(prompt=prompt, max_batch_duration=60.0)
     with tempfile.TemporaryDirectory() as folder:
         cache = ShardCache.of(CacheConfig(dir=folder, max_gb=1.0))
         transcripts, _ = decode_corpus(engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, of=None))
     return [t.raw_hypothesis for t in transcripts]
+
+
+def never_end(model: Any) -> None:
+    def forward(_: Any, __: Any, output: Any) -> Any:
+        output.logits[..., model.processor.renderer.stop_ids] = -1e4
+        return output
+
+    model.causal_lm.register_forward_hook(forward)
 
 
 def measure(ways: dict[str, Callable[[], list[str]]], rounds: int) -> tuple[dict[str, float], dict[str, list[str]]]:
@@ -107,6 +119,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a run's weights file")
     parser.add_argument("--shards", type=Path, help="the utterances")
     parser.add_argument("--batch-size", type=int, default=8, help="of the fixed batches; default: %(default)s")
+    parser.add_argument("--tokens-per-second", type=float, metavar="R", help="answers of this length; default: as the model ends them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
@@ -127,16 +140,21 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
     model = AutoModel.from_pretrained(where, weights=arguments.weights, dtype=arguments.dtype)
     corpus = make_corpus("test", open_index(shards), None)
     prompt, fixed = (model.config.prompts or ["Transcribe."])[0], f"batches of {arguments.batch_size}"
+    given = model, corpus, prompt, arguments.tokens_per_second
+    if arguments.tokens_per_second:
+        never_end(model)
     ways: dict[str, Callable[[], list[str]]] = {
-        "ours": lambda: ours(model, corpus, prompt),
-        fixed: lambda: plain(model, corpus, prompt, arguments.batch_size),
-        "one by one": lambda: plain(model, corpus, prompt, 1),
+        "ours": lambda: ours(*given),
+        fixed: lambda: plain(*given, arguments.batch_size),
+        "one by one": lambda: plain(*given, 1),
     }
     seconds, texts = measure(ways, arguments.rounds)
     audio = corpus.index.hours * 3600
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
+        "tokens a second": arguments.tokens_per_second,
         "rounds": arguments.rounds,
         "utterances": len(corpus.index),
         "seconds of audio": round(audio, 1),
