@@ -23,7 +23,7 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
-from asrllm.models.names import check_state, is_adapter, plain_name
+from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
 from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
 
@@ -251,6 +251,7 @@ def assemble(
         if (times := rank_in_file(model, state)) > 1:
             config = processor.config = with_ranks(config, times)
             model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+    state = without_second_names(model, state, where)
     for part, count in (config.stored or {}).items():
         found = sum(in_base(key, part) for key in state.keys() & model.weights().keys())
         if found != count:

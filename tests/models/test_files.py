@@ -17,7 +17,7 @@ from asrllm.commands import export
 from asrllm.errors import UserError
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders import build_encoder
-from asrllm.models.files import as_dtype, parameters_on_meta, read_tensors
+from asrllm.models.files import as_dtype, load_model, parameters_on_meta, read_tensors
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import empty_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
@@ -60,6 +60,19 @@ def logits(model):
     audio = model.encode(features, lengths)
     ids = torch.tensor([[3, 5] + [model.config.audio_token_id] * len(audio) + [7, 9]])
     return model.llm(inputs_embeds=model.embed(ids, audio), attention_mask=torch.ones_like(ids)).logits
+
+
+def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
+    model = make_model(world, frozen=("audio_encoder",), llm={"frozen": False, "lora": None})
+    model.require_processor().save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.weights().items() if not name.startswith("audio_encoder.")}
+    twice = state | {"llm.lm_head.weight": state["llm.model.embed_tokens.weight"].clone()}  # as DeepSpeed's converter had it
+    found = load_model(tmp_path, twice)
+    torch.testing.assert_close(logits(found), logits(model))
+    twice["llm.lm_head.weight"] += 1
+    with pytest.raises(UserError, match=r"'llm\.lm_head\.weight' differs from 'llm\.model\.embed_tokens\.weight'"):
+        load_model(tmp_path, twice)
 
 
 def assert_same_buffers(model, other):
