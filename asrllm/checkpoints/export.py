@@ -1,20 +1,18 @@
 """A model as a directory for others: whole, its parts by themselves, a card that says what it is."""
 
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.models.auto import AutoModel
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import merged_names, merged_parameter, write_generation_config
+from asrllm.models.files import merged_names, weight_source, write_generation_config
 from asrllm.models.model import PARTS, AsrLlmModel
-from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.tensor_files import TensorSource, write_sharded
 from asrllm.writing import new_folder
 
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
@@ -57,7 +55,7 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
     for part in PARTS:
         (folder / part).mkdir()
         source = part_weights(model, part, KEYS_THERE.get(encoder["model_type"], "") if part == "audio_encoder" else "")
-        write_sharded(source, folder / part, max_shard_size=max_shard_size)
+        write_sharded(source, folder / part, max_shard_size=max_shard_size, what=part)
     (folder / "audio_encoder" / "config.json").write_text(json.dumps(encoder, indent=2) + "\n")
     (folder / "projector" / "config.json").write_text(json.dumps(projector, indent=2) + "\n")
     model.causal_lm.config.save_pretrained(folder / "llm")
@@ -70,13 +68,8 @@ def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
     state, tuned = model.weights(), dict[str, Any]()
     if model.config.lora or model.config.audio_encoder_lora:
         state, tuned = merged_names(model, state)
-    own = {prefix + key.removeprefix(f"{part}."): key for key in state if key.startswith(f"{part}.")}
-
-    def pieces(name: str) -> Iterator[Tensor]:
-        key = own[name]
-        yield (merged_parameter(tuned[key], key.rpartition(".")[2]) if key in tuned else state[key]).flatten()
-
-    return TensorSource({name: Spec(tuple(state[key].shape), state[key].dtype) for name, key in own.items()}, pieces)
+    own = {key: prefix + key.removeprefix(f"{part}.") for key in state if key.startswith(f"{part}.")}
+    return weight_source({name: state[key] for key, name in own.items()}, {name: tuned[key] for key, name in own.items() if key in tuned})
 
 
 def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: str) -> str:

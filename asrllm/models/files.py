@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,6 +23,7 @@ from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
 from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
+from asrllm.tensor_files import Spec, TensorSource, write_sharded
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a directory with neither holds no complete model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -56,7 +54,7 @@ def save_model(model: AsrLlmModel, folder: Path, *, merge_adapter: bool = False,
         model.require_processor().save_pretrained(partial)
         write_generation_config(model.llm.generation_config, partial)
         config.save_pretrained(partial)
-        write_weights(state, tuned, partial, max_shard_size)
+        write_sharded(weight_source(state, tuned), partial, max_shard_size=max_shard_size, what="model")
         put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(folder if made else partial, ignore_errors=True)
@@ -86,15 +84,13 @@ def put_in_place(partial: Path, folder: Path) -> None:
     partial.rmdir()
 
 
-def write_weights(state: Mapping[str, Tensor], tuned: Mapping[str, Any], folder: Path, max_shard_size: int | str) -> None:
-    """Safetensors of at most max_shard_size each. tuned: key -> the layer whose adapter is to be merged into it, a shard at a time."""
-    plan = split_torch_state_dict_into_shards({k: v.to("meta") for k, v in state.items()}, max_shard_size=max_shard_size)
-    for name, keys in plan.filename_to_tensors.items():
-        shard = {k: merged_parameter(tuned[k], k.rpartition(".")[2]) if k in tuned else state[k].contiguous() for k in keys}
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, Any]) -> TensorSource:
+    """A state dict to be written. tuned: key -> the layer whose adapters are merged into it, when it is written."""
+
+    def pieces(key: str) -> Iterator[Tensor]:
+        yield (merged_parameter(tuned[key], key.rpartition(".")[2]) if key in tuned else state[key]).flatten()
+
+    return TensorSource({key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}, pieces)
 
 
 def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

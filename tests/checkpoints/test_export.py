@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asrllm.checkpoints.export import export, push
+from asrllm.cli import main
 from asrllm.errors import UserError
 from asrllm.models.config import EncoderPart
 from asrllm.models.encoders import encoder_class
@@ -53,6 +55,15 @@ def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.audio_encoder.state_dict().items())
     assert fields | {"model_type": "whisper"} == model.config.audio_encoder
     assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
+
+
+def test_each_write_has_a_bar_of_its_own_and_half_precision_may_be_asked_for(exp, tmp_path, capsys):
+    assert main(["export", str(exp), "--output", str(tmp_path / "model"), "--parts", "--dtype", "float16"]) == 0
+    said = capsys.readouterr().err
+    for what in ("model", "audio_encoder", "projector", "llm"):
+        assert said.count(f"writing {what}: ") == 1
+        file = tmp_path / "model" / ("" if what == "model" else what) / "model.safetensors"
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
 def test_a_zipformer_is_read_again(world, tmp_path):

@@ -257,7 +257,7 @@ def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "saved")
     expected = logits(model)
     torch.nn.init.normal_(model.projector.mlp.linear1.bias)
-    monkeypatch.setattr("asrllm.models.files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr("asrllm.models.files.write_sharded", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
     for folder in (tmp_path / "saved", tmp_path / "new"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(folder)
