@@ -127,12 +127,15 @@ def is_base(key: str, layer: str) -> bool:
 
 
 @torch.no_grad()
-def merged_parameter(layer: Any, name: str) -> Tensor:
-    """The base layer's parameter with the adapters in it, computed in float32 at least and rounded once. The layer stays as it is."""
-    dtype = getattr(layer.get_base_layer(), name).dtype
-    layer = copy.deepcopy(layer).to(torch.promote_types(dtype, torch.float32))
+def merged_parameter(layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The base layer's parameter with the adapters in it, computed in float32 at least and rounded once, to its own dtype or to `dtype`.
+
+    The layer stays as it is.
+    """
+    own = getattr(layer.get_base_layer(), name).dtype
+    layer = copy.deepcopy(layer).to(torch.promote_types(own, torch.float32))
     layer.merge()
-    return getattr(layer.get_base_layer(), name).to(dtype).contiguous()
+    return getattr(layer.get_base_layer(), name).to(dtype or own).contiguous()
 
 
 # --- reading ---
@@ -190,22 +193,29 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     take the room of a second model.
     """
     state: dict[str, Tensor] = {}
+    with open_tensors(file) as tensors:
+        names = list(tensors.keys())
+    while len(state) < len(names):
+        taken = 0
+        with open_tensors(file) as tensors:
+            for name in names[len(state) :]:
+                tensor = tensors.get_tensor(name)
+                taken += tensor.nbytes
+                state[name] = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+                if taken > REOPEN:
+                    break
+            del tensor
+    return state
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped. Raises UserError where it cannot be read, inside the block too."""
     try:
         with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-        while len(state) < len(names):
-            taken = 0
-            with safe_open(file, "pt") as tensors:
-                for name in names[len(state) :]:
-                    tensor = tensors.get_tensor(name)
-                    taken += tensor.nbytes
-                    state[name] = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
-                    if taken > REOPEN:
-                        break
-                del tensor
+            yield tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"the weights {str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): copy the file again") from error
-    return state
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:
