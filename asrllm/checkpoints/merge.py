@@ -135,6 +135,12 @@ class LlmFiles:
             self.config.exclude_from_checkpoint = None
             return AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}))
 
+    @property
+    def rank(self) -> int:
+        """The largest of the adapters'."""
+        options = self.config.lora or {}
+        return max([options.get("r", 8), *(options.get("rank_pattern") or {}).values()])  # PEFT's default
+
     @cached_property
     def merged(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As merged_names: the LLM's weights without adapters, and which of them adapters change, with their layers."""

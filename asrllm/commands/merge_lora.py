@@ -29,6 +29,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.adapter_only:
         save_adapter(files, output)
         print(f"{output}: load it with peft.PeftModel.from_pretrained(LLM, {str(output)!r})")
+        if files.times > 1:
+            print(
+                f"its rank is {files.rank}, that of {files.times} checkpoints together: vLLM needs a max_lora_rank of as much; "
+                f"'asrllm average --lora factors' keeps {files.rank // files.times}"
+            )
         return
     found = merge_lora(files, output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size, check=not arguments.no_check)
     if found:

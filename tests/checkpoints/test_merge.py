@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
+from asrllm.cli import main
 from asrllm.errors import UserError
 from asrllm.models.files import merged_parameter
 from tests.conftest import clean_environment
@@ -77,7 +78,7 @@ def test_adapters_alone_are_pefts(world, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model.llm))
 
 
-def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path):
+def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path, capsys):
     model = lora_model(world)
     exp = run_of(model, tmp_path / "exp")
     state = torch.load(exp / "pretrained.pt", weights_only=True)
@@ -88,8 +89,10 @@ def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path
     files = LlmFiles(exp / "averaged-iter-2-avg-2.pt")
     merge_lora(files, tmp_path / "merged")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model.llm), rtol=1e-4, atol=1e-4)
-    save_adapter(files, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.llm), tmp_path / "adapter").eval()
+    adapter = tmp_path / "adapter"
+    assert main(["merge-lora", str(exp / "averaged-iter-2-avg-2.pt"), "--adapter-only", "--output", str(adapter)]) == 0
+    assert "its rank is 8, that of 2 checkpoints together: vLLM needs a max_lora_rank" in capsys.readouterr().out
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.llm), adapter).eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm), rtol=1e-4, atol=1e-4)
 
 
