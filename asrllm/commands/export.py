@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         merge_adapter=arguments.merge_adapter,
         parts=arguments.parts,
         max_shard_size=arguments.max_shard_size,
+        repository=arguments.push_to_hub,
     )
     print(f"{arguments.output}: load it with asrllm.AutoModel.from_pretrained({arguments.output!r})")
     if arguments.push_to_hub:

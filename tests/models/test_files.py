@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import asrllm
 from asrllm.commands import export
 from asrllm.errors import UserError
+from asrllm.models.auto import describe
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders import build_encoder
 from asrllm.models.files import as_dtype, load_model, parameters_on_meta, read_tensors
@@ -275,6 +276,18 @@ def test_a_model_may_be_saved_over_the_directory_it_came_from(world, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path)), expected)
+
+
+def test_a_hub_id_is_loaded_as_a_directory_is(world, tmp_path, monkeypatch):
+    make_model(world).save_pretrained(tmp_path / "snapshot")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "snapshot"))
+    assert asrllm.AutoModel.from_pretrained("me/model").config.lora["r"] == 4
+    assert describe("me/model").lora["r"] == 4
+    assert asked == ["me/model"] * 2
+    for path in ("nowhere", "./a/b", "/no/where"):
+        with pytest.raises(UserError, match=r"has no config\.json"):
+            asrllm.AutoModel.from_pretrained(path)
 
 
 def test_features_and_generation_settings_come_back(world, tmp_path):
