@@ -34,10 +34,10 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
-    """A directory, or with `file` a file, as it is; a hub id as its local snapshot, downloaded where a hub is reached."""
+    """A directory, or with `file` a file, by its absolute path; a hub id as its local snapshot, downloaded where a hub is reached."""
     folder = Path(path).expanduser()
     if folder.is_dir() or (file and folder.is_file()):
-        return folder
+        return folder.absolute()  # links are kept: what the hub's cache links to has other names, hence other fingerprints
     if not is_hub_id(path):
         raise UserError(f"the pretrained model {str(path)!r} does not exist: give a directory or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     from huggingface_hub import snapshot_download
