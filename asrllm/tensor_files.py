@@ -78,14 +78,14 @@ def write_file(source: TensorSource, path: Path) -> Path:
     return path
 
 
-def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | str = "5GB") -> None:
+def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | str = "5GB", what: str = "safetensors") -> None:
     """Safetensors and, of several, their index, in transformers' form (model.safetensors, or model-0000i-of-0000n.safetensors).
 
-    folder: an empty directory, which the caller makes and removes where writing fails.
+    folder: an empty directory, which the caller makes and removes where writing fails. what: is written, as the progress bar says it.
     """
     meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in source.specs.items()}
     plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
-    with ProgressBar("writing safetensors", len(meta)) as bar:
+    with ProgressBar(f"writing {what}", len(meta)) as bar:
         for file, names in plan.filename_to_tensors.items():
             _write_safetensors(source, names, folder / file, bar)
             sync(folder / file)

@@ -93,23 +93,36 @@ def test_a_checkpoint_holds_what_is_trained_and_says_what_it_belongs_to(finished
     assert checkpoint_weights(finished / "checkpoint-8").load().keys() == manifest["trainable"].keys()
 
 
-@pytest.mark.parametrize("form", [[], ["--safe_serialization"], ["--max_shard_size", "20KB"]])
+FORMS = ([], ["--safe_serialization"], ["--max_shard_size", "20KB"])
+
+
+def converted(exp: Path, output: Path, *form: str) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's own script makes of the newest checkpoint."""
+    command = [sys.executable, str(exp / "zero_to_fp32.py"), str(exp), str(output), "--exclude_frozen_parameters", *form]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environment())
+    assert_done(done)
+    return read_state(output)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_deepspeeds_own_converter_gives_the_same_weights(finished, tmp_path, form):
-    command = [
-        sys.executable,
-        str(finished / "zero_to_fp32.py"),
-        str(finished),
-        str(tmp_path),
-        "--tag",
-        "checkpoint-8",
-        "--exclude_frozen_parameters",
-        *form,
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=clean_environment())
-    theirs = read_state(tmp_path)
+    theirs = converted(finished, tmp_path, *form)
     mine = torch.load(finished / "pretrained.pt", weights_only=True)
     assert theirs.keys() == mine.keys()
     assert all(torch.equal(theirs[name], mine[name]) for name in mine)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_own_converter_takes_a_trained_llm_with_a_tied_head(world, tmp_path, stage):
+    exp, full = tmp_path / "exp", {"model__llm__lora": "null", "model__llm__lora__r": None, "model__llm__frozen": "false"}
+    settings = {"trainer__deepspeed_config": f"ds_configs/zero{stage}.json", "trainer__num_steps": 2, "data__valid_data_config": "null"}
+    assert_done(run_script("train", *world.overrides(exp, **settings, **full), launcher="torchrun"))
+    mine = asrllm.AutoModel.from_pretrained(exp).weights()
+    for number, form in enumerate(FORMS):
+        assert "llm.lm_head.weight" not in converted(exp, tmp_path / str(number), *form)
+        theirs = asrllm.AutoModel.from_pretrained(exp, weights=tmp_path / str(number)).weights()
+        assert theirs.keys() == mine.keys()
+        assert all(torch.equal(theirs[name], mine[name]) for name in mine)
 
 
 def wandb_records(path: Path):

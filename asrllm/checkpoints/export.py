@@ -1,22 +1,23 @@
 """A model as a directory for others: whole, its parts by themselves, a card that says what it is."""
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.models.auto import AutoModel
+from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import merged_names, merged_parameter, write_generation_config
+from asrllm.models.files import merged_names, weight_source, write_generation_config
 from asrllm.models.model import PARTS, AsrLlmModel
-from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.tensor_files import TensorSource, read_about, write_sharded
 from asrllm.writing import new_folder
 
+logger = logging.getLogger(__name__)
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
 KEYS_THERE = {"whisper": "model.encoder."}  # how the weights of an encoder begin in its own framework
 
@@ -30,21 +31,21 @@ def export(
     merge_adapter: bool = False,
     parts: bool = False,
     max_shard_size: int | str = "5GB",
+    repository: str | None = None,
 ) -> None:
     """Write a self-contained directory with a model card; it appears when it is complete.
 
     source: an exp_dir, a weights file in one, or an exported directory. parts: also audio_encoder/, projector/ and llm/, each by itself,
-    with the adapters merged.
+    with the adapters merged. repository: of the hub, by which the card loads the model.
     """
-    folder, chosen = source, Path(weights) if weights else None
-    if source.is_file():
-        folder, chosen = source.parent, source
+    folder = source.parent if source.is_file() else model_folder(source)
+    chosen = source if source.is_file() else Path(weights) if weights else default_weights(folder)
     with new_folder(output) as partial:
         model = AutoModel.from_pretrained(folder, weights=chosen, dtype=dtype)
         model.save_pretrained(partial, merge_adapter=merge_adapter, max_shard_size=max_shard_size)
         if parts:
             save_parts(model, partial, max_shard_size)
-        card = model_card(model.config, folder, output.name, weights=chosen.name if chosen else "pretrained.pt")
+        card = model_card(model.config, folder, repository or output.name, weights=chosen)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -57,7 +58,7 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
     for part in PARTS:
         (folder / part).mkdir()
         source = part_weights(model, part, KEYS_THERE.get(encoder["model_type"], "") if part == "audio_encoder" else "")
-        write_sharded(source, folder / part, max_shard_size=max_shard_size)
+        write_sharded(source, folder / part, max_shard_size=max_shard_size, what=part)
     (folder / "audio_encoder" / "config.json").write_text(json.dumps(encoder, indent=2) + "\n")
     (folder / "projector" / "config.json").write_text(json.dumps(projector, indent=2) + "\n")
     model.causal_lm.config.save_pretrained(folder / "llm")
@@ -70,21 +71,16 @@ def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
     state, tuned = model.weights(), dict[str, Any]()
     if model.config.lora or model.config.audio_encoder_lora:
         state, tuned = merged_names(model, state)
-    own = {prefix + key.removeprefix(f"{part}."): key for key in state if key.startswith(f"{part}.")}
-
-    def pieces(name: str) -> Iterator[Tensor]:
-        key = own[name]
-        yield (merged_parameter(tuned[key], key.rpartition(".")[2]) if key in tuned else state[key]).flatten()
-
-    return TensorSource({name: Spec(tuple(state[key].shape), state[key].dtype) for name, key in own.items()}, pieces)
+    own = {key: prefix + key.removeprefix(f"{part}.") for key in state if key.startswith(f"{part}.")}
+    return weight_source({name: state[key] for key, name in own.items()}, {name: tuned[key] for key, name in own.items() if key in tuned})
 
 
-def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: str) -> str:
+def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path | None) -> str:
     """README.md in the form of Hugging Face's model cards: base models, training data, prompts, error rates, versions; what is known.
 
-    weights: the file's name; error rates of others of the run's are left out.
+    name: by which the model is loaded. weights: the file of the run's that was taken; error rates of others are left out.
     """
-    bases = {part: base["path"] for part, base in (config.base_models or {}).items()}
+    bases = {part: public_name(base["path"]) for part, base in (config.base_models or {}).items()}
     header = {"library_name": "asrllm", "pipeline_tag": "automatic-speech-recognition", "tags": ["asrllm", "speech", "llm"]}
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
     lines += ["An audio encoder, a projector and a large language model that writes what is said.", "", "```python"]
@@ -93,8 +89,8 @@ def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: str) -
     lines += ["| part | kind | trained from |", "| --- | --- | --- |"]
     lines += [f"| {part} | {kind} | {bases.get(part, 'see above')} |" for part, kind in kinds.items()]
     lines += [f"| projector | {config.projector}, {config.audio_encoder_projector_ds_rate} frames to a token | random weights |", ""]
-    lines += ["The licences of the base models and of the training data apply to it.", ""]
-    for title, rows in (("Training data", training_data(source)), ("Error rates", error_rates(source, weights))):
+    lines += [*made_of(read_about(weights) if weights else {}), "The licences of the base models and of the training data apply to it.", ""]
+    for title, rows in (("Training data", training_data(source)), ("Error rates", error_rates(source, weights.name if weights else ""))):
         if rows:
             lines += [f"## {title}", "", *rows, ""]
     if config.prompts:
@@ -102,10 +98,34 @@ def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: str) -
     return "\n".join([*lines, "## Versions", "", ", ".join(f"{package} {version(package)}" for package in PACKAGES), ""])
 
 
+def public_name(path: str) -> str:
+    """A base model's hub id, or its directory's name: where it lay is nobody else's business."""
+    cached = next((part for part in Path(path).parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/", 1) if cached else Path(path).name
+
+
+def made_of(about: Mapping[str, Any]) -> list[str]:
+    """A paragraph on the checkpoints of which the weights are, where their file names them."""
+    names = [source["checkpoint"] for source in about.get("sources", [])]
+    if not names:
+        return []
+    if about.get("mean") == "every step between":
+        what = f"the mean over all steps {f'after {names[0]} ' if len(names) > 1 else ''}up to {names[-1]}"
+    elif len(names) > 1:
+        what = f"the mean of {', '.join(names[:-1])} and {names[-1]}"
+    else:
+        what = f"those of {names[0]}"
+    return [f"The weights are {what}.", ""]
+
+
 def training_data(exp_dir: Path) -> list[str]:
     """A table of the corpora that the run's configuration names, where its files are still there."""
     path = exp_dir / "config.yaml"
     named = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data", {}).get("train_data_config") if path.is_file() else None
+    if named and not Path(named).is_file():
+        logger.warning(
+            "the model card has no table of training data: %r is not there, as %s names it: export where training ran", named, path
+        )
     if not named or not Path(named).is_file():
         return []
     corpora: list[dict[str, Any]] = yaml.safe_load(Path(named).read_text(encoding="utf-8"))
@@ -117,16 +137,20 @@ def error_rates(exp_dir: Path, weights: str) -> list[str]:
     """A table of what evaluations of the run have measured with these weights."""
     rows = []
     for path in sorted(exp_dir.glob("*/results.json")):
-        for test, found in json.loads(path.read_text(encoding="utf-8")).items():
-            if Path(found["weights"]).name != weights:
-                continue
-            low, high = found["wer_ci95"]
-            rows.append(
-                f"| {test} | {found['wer']:.2f} | {low:.2f} to {high:.2f} | {found['cer']:.2f} | {found['utterances']} | "
-                f"{found['normalizer']} | {path.parent.name} |"
-            )
+        try:
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            of_these = {test: found for test, found in measured.items() if Path(found["weights"]).name == weights}
+            rows += [_error_rate(test, found, path.parent.name) for test, found in of_these.items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("the model card has no error rates of %s, which 'asrllm evaluate' did not write so (%r)", path, error)
     head = "| test set | WER % | 95 % | CER % | utterances | normalizer | decoding |"
     return [head, "| --- " * 7 + "|", *rows] if rows else []
+
+
+def _error_rate(test: str, found: Mapping[str, Any], decoding: str) -> str:
+    low, high = found["wer_ci95"]
+    rates = f"{found['wer']:.2f} | {low:.2f} to {high:.2f} | {found['cer']:.2f}"
+    return f"| {test} | {rates} | {found['utterances']} | {found['normalizer']} | {decoding} |"
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:

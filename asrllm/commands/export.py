@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="FILE", help="state dict; EXP/pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument("--merge-adapter", action="store_true", help="merge the adapters into the layers; default: beside them")
     parser.add_argument("--parts", action="store_true", help="write audio_encoder/, projector/ and llm/ too, each by itself, merged")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; default: %(default)s")
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of the weights; default: %(default)s")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the directory to this repository of the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make that repository private, where it is new")
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         merge_adapter=arguments.merge_adapter,
         parts=arguments.parts,
         max_shard_size=arguments.max_shard_size,
+        repository=arguments.push_to_hub,
     )
     print(f"{arguments.output}: load it with asrllm.AutoModel.from_pretrained({arguments.output!r})")
     if arguments.push_to_hub:

@@ -12,12 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights; default: the base model's")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s")
     parser.add_argument(
-        "--no-check", action="store_true", help="do not compare logits before and after, which takes memory for the model as a whole"
+        "--no-check", action="store_true", help="do not compare logits before and after, which takes memory for the LLM in float32"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm.checkpoints.merge import LlmFiles, check_parity, merge_lora, save_adapter
+    from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
     from asrllm.errors import UserError
     from asrllm.models.model import check_shard_size
 
@@ -29,12 +29,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.adapter_only:
         save_adapter(files, output)
         print(f"{output}: load it with peft.PeftModel.from_pretrained(LLM, {str(output)!r})")
+        if files.times > 1:
+            print(
+                f"its rank is {files.rank}, that of {files.times} checkpoints together: vLLM needs a max_lora_rank of as much; "
+                f"'asrllm average --lora factors' keeps {files.rank // files.times}"
+            )
         return
-    merge_lora(files, output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
-    if not arguments.no_check:
-        found = check_parity(files, output)
+    found = merge_lora(files, output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size, check=not arguments.no_check)
+    if found:
         print(
-            f"logits of {found.tokens} tokens before and after: off by at most {found.difference:.3g} of {found.largest:.3g}, "
-            f"the same most probable word at {found.same}"
+            f"logits of {found.tokens} tokens before and after: {found.difference:.3g} apart (root mean square; of them {found.size:.3g}), "
+            f"where the adapters change them by {found.change:.3g}; the same most probable word at {found.same}"
         )
     print(f"{output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")

@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -150,7 +149,7 @@ def read_weights(folder: Path, file: Path | None, fields: dict[str, Any]) -> dic
             raise UserError(f"{str(folder)!r}: the {part} {found}")
         if beside:
             state |= {f"{part}.{key}": tensor for key, tensor in read(folder / part, fields).items()}
-    return without_second_head(without_dead_keys(state), fields, str(folder))
+    return without_dead_keys(state)
 
 
 def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -180,13 +179,3 @@ def read_llm(folder: Path, fields: dict[str, Any]) -> dict[str, Tensor]:
             f"{str(folder)!r} is a {kind!r} model, and llm_config says {fields['llm']['model_type']!r}: copy the one of training"
         )
     return {key: tensor for file in weight_files(folder) for key, tensor in read_tensors(file).items()}
-
-
-def without_second_head(state: dict[str, Tensor], fields: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """A head tied to the embeddings has no weights of its own; the .pt files hold them twice."""
-    head, table = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
-    if not fields["llm"].get("tie_word_embeddings") or head not in state or table not in state:
-        return state
-    if not torch.equal(state[head], state[table]):
-        raise UserError(f"{where!r}: {head!r} differs from the embeddings, to which llm_config ties it: set tie_word_embeddings to false")
-    return {key: tensor for key, tensor in state.items() if key != head}

@@ -11,6 +11,7 @@ from asrllm.models.auden import MODEL_TYPES, load_auden, read_auden_config
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_config, read_json
 from asrllm.models.files import load_model, read_tensors, set_generation_config
+from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.zipformer_files import DAMAGED
@@ -30,7 +31,7 @@ class AutoModel:
 
     @staticmethod
     def from_pretrained(path: str | Path, *, weights: str | Path | None = None, dtype: Any = None, **unknown: Any) -> AsrLlmModel:
-        """The model of an exported directory or of a run, in eval mode.
+        """The model of an exported directory, here or on the Hugging Face hub, or of a run, in eval mode.
 
         weights: a state dict file to take, or a directory of several; of a run, pretrained.pt by default, else the newest averaged-*.pt.
         dtype: of the weights, "bfloat16" or a torch.dtype; as saved when None or "auto". Raises UserError where there is no model or its
@@ -39,15 +40,27 @@ class AutoModel:
         if unknown.pop("device_map", None) is not None:
             raise UserError("AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)")
         refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype"))
-        folder = Path(path)
+        folder = model_folder(path)
         if is_auden(folder):
             return load_auden(folder, weights=weights, dtype=dtype)
-        if weights is None and any(folder.glob("model*.safetensors*")):
+        file = Path(weights) if weights else default_weights(folder)
+        if file is None:
             return AsrLlmModel.from_pretrained(folder, dtype=dtype)
-        model = load_model(folder, read_state(Path(weights) if weights else newest_weights(folder)), dtype=dtype)
+        model = load_model(folder, read_state(file), dtype=dtype)
         if not (folder / "generation_config.json").is_file():  # training writes none: an LLM trained as a whole keeps its base's
             set_generation_config(model.causal_lm, Path((model.config.base_models or {}).get("llm", {}).get("path", folder)))
         return model
+
+
+def model_folder(path: str | Path) -> Path:
+    """A directory as it is; what is none and may be a hub id as its local snapshot, downloaded where a hub is reached."""
+    folder = Path(path)
+    return folder if folder.exists() or not is_hub_id(path) else resolve_pretrained(path)
+
+
+def default_weights(folder: Path) -> Path | None:
+    """The weights file that is taken where none is given; None where the directory is a model by itself."""
+    return None if is_auden(folder) or any(folder.glob("model*.safetensors*")) else newest_weights(folder)
 
 
 def is_auden(folder: Path) -> bool:
@@ -56,7 +69,8 @@ def is_auden(folder: Path) -> bool:
 
 def describe(path: str | Path) -> AsrLlmConfig:
     """The configuration of whatever directory AutoModel loads, without its weights."""
-    return read_auden_config(Path(path)) if is_auden(Path(path)) else read_config(path)
+    folder = model_folder(path)
+    return read_auden_config(folder) if is_auden(folder) else read_config(folder)
 
 
 def newest_weights(exp_dir: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig, PreTrainedModel
@@ -23,9 +20,10 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
-from asrllm.models.names import check_state, is_adapter, plain_name
+from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
 from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
+from asrllm.tensor_files import Spec, TensorSource, write_sharded
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a directory with neither holds no complete model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -56,7 +54,7 @@ def save_model(model: AsrLlmModel, folder: Path, *, merge_adapter: bool = False,
         model.require_processor().save_pretrained(partial)
         write_generation_config(model.llm.generation_config, partial)
         config.save_pretrained(partial)
-        write_weights(state, tuned, partial, max_shard_size)
+        write_sharded(weight_source(state, tuned), partial, max_shard_size=max_shard_size, what="model")
         put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(folder if made else partial, ignore_errors=True)
@@ -86,15 +84,13 @@ def put_in_place(partial: Path, folder: Path) -> None:
     partial.rmdir()
 
 
-def write_weights(state: Mapping[str, Tensor], tuned: Mapping[str, Any], folder: Path, max_shard_size: int | str) -> None:
-    """Safetensors of at most max_shard_size each. tuned: key -> the layer whose adapter is to be merged into it, a shard at a time."""
-    plan = split_torch_state_dict_into_shards({k: v.to("meta") for k, v in state.items()}, max_shard_size=max_shard_size)
-    for name, keys in plan.filename_to_tensors.items():
-        shard = {k: merged_parameter(tuned[k], k.rpartition(".")[2]) if k in tuned else state[k].contiguous() for k in keys}
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, Any]) -> TensorSource:
+    """A state dict to be written. tuned: key -> the layer whose adapters are merged into it, when it is written."""
+
+    def pieces(key: str) -> Iterator[Tensor]:
+        yield (merged_parameter(tuned[key], key.rpartition(".")[2]) if key in tuned else state[key]).flatten()
+
+    return TensorSource({key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}, pieces)
 
 
 def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -131,12 +127,15 @@ def is_base(key: str, layer: str) -> bool:
 
 
 @torch.no_grad()
-def merged_parameter(layer: Any, name: str) -> Tensor:
-    """The base layer's parameter with the adapters in it, computed in float32 at least and rounded once. The layer stays as it is."""
-    dtype = getattr(layer.get_base_layer(), name).dtype
-    layer = copy.deepcopy(layer).to(torch.promote_types(dtype, torch.float32))
+def merged_parameter(layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The base layer's parameter with the adapters in it, computed in float32 at least and rounded once, to its own dtype or to `dtype`.
+
+    The layer stays as it is.
+    """
+    own = getattr(layer.get_base_layer(), name).dtype
+    layer = copy.deepcopy(layer).to(torch.promote_types(own, torch.float32))
     layer.merge()
-    return getattr(layer.get_base_layer(), name).to(dtype).contiguous()
+    return getattr(layer.get_base_layer(), name).to(dtype or own).contiguous()
 
 
 # --- reading ---
@@ -194,22 +193,29 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     take the room of a second model.
     """
     state: dict[str, Tensor] = {}
+    with open_tensors(file) as tensors:
+        names = list(tensors.keys())
+    while len(state) < len(names):
+        taken = 0
+        with open_tensors(file) as tensors:
+            for name in names[len(state) :]:
+                tensor = tensors.get_tensor(name)
+                taken += tensor.nbytes
+                state[name] = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+                if taken > REOPEN:
+                    break
+            del tensor
+    return state
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped. Raises UserError where it cannot be read, inside the block too."""
     try:
         with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-        while len(state) < len(names):
-            taken = 0
-            with safe_open(file, "pt") as tensors:
-                for name in names[len(state) :]:
-                    tensor = tensors.get_tensor(name)
-                    taken += tensor.nbytes
-                    state[name] = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
-                    if taken > REOPEN:
-                        break
-                del tensor
+            yield tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"the weights {str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): copy the file again") from error
-    return state
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:
@@ -251,6 +257,7 @@ def assemble(
         if (times := rank_in_file(model, state)) > 1:
             config = processor.config = with_ranks(config, times)
             model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+    state = without_second_names(model, state, where)
     for part, count in (config.stored or {}).items():
         found = sum(in_base(key, part) for key in state.keys() & model.weights().keys())
         if found != count:

@@ -34,11 +34,11 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
-    """A directory, or with `file` a file, as it is; a hub id as its local snapshot, downloaded where a hub is reached."""
+    """A directory, or with `file` a file, by its absolute path; a hub id as its local snapshot, downloaded where a hub is reached."""
     folder = Path(path).expanduser()
     if folder.is_dir() or (file and folder.is_file()):
-        return folder
-    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        return folder.absolute()  # links are kept: what the hub's cache links to has other names, hence other fingerprints
+    if not is_hub_id(path):
         raise UserError(f"the pretrained model {str(path)!r} does not exist: give a directory or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -46,7 +46,12 @@ def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
     try:
         return Path(snapshot_download(str(path), ignore_patterns=["*.gguf", "*.onnx", "*.msgpack", "*.h5"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"the pretrained model {str(path)!r} is no directory and could not be fetched from the hub: {error}") from error
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"the pretrained model {str(path)!r} is no directory and could not be fetched from the hub: {said}") from error
+
+
+def is_hub_id(path: str | Path) -> bool:
+    return str(path).count("/") == 1 and not str(path).startswith(("/", ".", "~"))
 
 
 def check_fingerprint(part: str, path: str | Path, expected: str) -> None:

@@ -17,12 +17,17 @@ from asrllm.models.auden import KEYS as AUDEN_KEYS
 from asrllm.models.auto import read_state
 from asrllm.models.build import describe_model
 from asrllm.models.config import EncoderPart, LlmPart, LoraPart, ModelConfig
-from asrllm.models.names import is_adapter
+from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.files import in_base, parameters_on_meta
+from asrllm.models.model import AsrLlmModel
+from asrllm.models.names import check_state, is_adapter, without_second_names
+from asrllm.models.parts import empty_llm
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.whisper_files import from_openai
 from asrllm.writing import new_folder
 
 KEYS = {theirs: ours for theirs, ours in AUDEN_KEYS.items() if theirs.startswith("encoder_projector.")}
+POSITIONS = "audio_encoder.embed_positions.weight"
 AUDIO_TOKEN, PROMPT, LORA_ALPHA = "<speech>", "请转写音频为文字", 16
 
 
@@ -33,6 +38,7 @@ def import_icefall(file: Path, output: Path, *, encoder: str, llm: str, lora_alp
     """
     state = renamed(read_state(file), str(file))
     processor = describe(state, encoder=encoder, llm=llm, lora_alpha=lora_alpha, prompt=prompt)
+    state = checked(processor.config, state, str(file))
     with new_folder(output) as partial:
         processor.save_pretrained(partial)
         processor.config.save_pretrained(partial)
@@ -42,7 +48,7 @@ def import_icefall(file: Path, output: Path, *, encoder: str, llm: str, lora_alp
 def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """icefall's keys -> ours."""
     ours, encoder = dict[str, Tensor](), dict[str, Tensor]()
-    for key, tensor in state.items():
+    for key, tensor in ((key.removeprefix("module."), tensor) for key, tensor in state.items()):
         if key in KEYS:
             ours[KEYS[key]] = tensor
         elif key.startswith("encoder."):
@@ -54,6 +60,22 @@ def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     if lacking := sorted(set(KEYS.values()) - ours.keys()):
         raise UserError(f"{where!r} lacks the projector's {lacking[0]!r}: give a file of icefall's ASR_LLM, such as pytorch_model.bin")
     return ours | {f"audio_encoder.{key}": tensor for key, tensor in from_openai(encoder, where).items()}
+
+
+def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights of the described model: all of the projector and of the adapters, and of the encoder and the LLM all or none. POSITIONS
+    are a buffer of OpenAI's Whisper, which DeepSpeed's converter writes of a frozen encoder too.
+
+    Raises UserError naming a key that is missing, unexpected or of another shape.
+    """
+    with parameters_on_meta():
+        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}))
+    state = without_second_names(model, state, where)
+    based = [part for part in ("audio_encoder", "llm") if not any(in_base(key, part) for key in state.keys() - {POSITIONS})]
+    expected = model.weights()
+    needed = [key for key in expected if key != POSITIONS and not any(in_base(key, part) for part in based)]
+    check_state(state, expected, f"the weights of {where!r}", "give the encoder and the LLM of that training", needed=needed)
+    return state
 
 
 def describe(state: Mapping[str, Tensor], *, encoder: str, llm: str, lora_alpha: int, prompt: str) -> AsrLlmProcessor:

@@ -242,7 +242,7 @@ class AsrLlmModel(PreTrainedModel):
 
         Parts named in config.exclude_from_checkpoint are left out; they are loaded from where config.base_models says. merge_adapter:
         write the model with its adapters merged into its layers, as one without adapters; this model stays as it is. max_shard_size:
-        bytes, or a text such as "5GB"; merging takes memory for one shard. Raises UserError where merging cannot be done.
+        bytes, or a text such as "5GB"; merging takes memory for one layer. Raises UserError where merging cannot be done.
         """
         from asrllm.models.files import save_model
 

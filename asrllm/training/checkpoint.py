@@ -127,14 +127,18 @@ class CheckpointSaver:
 
 @contextlib.contextmanager
 def _written_by(engine: deepspeed.DeepSpeedEngine, writer: CheckpointWriter) -> Iterator[None]:
-    """DeepSpeed's own writing would fail on one rank, and leave the others waiting."""
+    """DeepSpeed's own writing would fail on one rank, and leave the others waiting.
+
+    What shares its weights is not noted: from such a note zero_to_fp32.py makes a second tensor of a tied head, which is no key of the
+    model and which safetensors refuses.
+    """
     before = engine.checkpoint_engine
-    engine.checkpoint_engine, engine._copy_recovery_script = writer, lambda _: None
+    engine.checkpoint_engine, engine._copy_recovery_script, engine._get_shared_params = writer, lambda _: None, dict
     try:
         yield
     finally:
         engine.checkpoint_engine = before
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine._get_shared_params
 
 
 def _link_files(source: Path, target: Path) -> None:

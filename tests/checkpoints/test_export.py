@@ -1,12 +1,15 @@
 """Exported directories: what stands beside the model, its parts by themselves, and the way to the hub."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from asrllm.checkpoints.export import export, push
+from asrllm.checkpoints.export import export, made_of, public_name, push
+from asrllm.cli import main
 from asrllm.errors import UserError
 from asrllm.models.config import EncoderPart
 from asrllm.models.encoders import encoder_class
@@ -39,8 +42,45 @@ def test_the_card_says_what_it_was_trained_on_and_what_was_measured(exp, tmp_pat
     ):
         assert said in card
     assert "of-others" not in card
+    assert 'from_pretrained("model")' in card
+    assert str(tmp_path) not in card
+    assert "| llm | qwen2 | llm |" in card
+    assert "The weights are" not in card, "the file does not say of what"
     export(tmp_path / "model", tmp_path / "again", dtype="float32")  # of an exported directory less is known
     assert "## Training data" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_the_card_is_of_the_weights_that_were_taken(exp, tmp_path):
+    state = OrderedDict(torch.load(exp / "pretrained.pt", weights_only=True))
+    (exp / "pretrained.pt").unlink()
+    state.about = {"sources": [{"checkpoint": f"checkpoint-{n}"} for n in (4, 6, 8)], "mean": "checkpoints", "lora": "factors"}
+    torch.save(state, exp / "averaged.pt")
+    (exp / "averaged.pt").rename(exp / "averaged-iter-8-avg-3.pt")
+    results = exp / "greedy_search" / "results.json"
+    results.write_text(results.read_text().replace('"averaged.pt"', '"/private/exp/averaged-iter-8-avg-3.pt"'))
+    export(exp, tmp_path / "model", dtype="float32", repository="me/model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "The weights are the mean of checkpoint-4, checkpoint-6 and checkpoint-8." in card
+    assert "| of-others | 2.50" in card
+    assert "| test-clean |" not in card
+    assert 'AutoModel.from_pretrained("me/model")' in card
+
+
+def test_what_a_card_says_of_weights_and_of_base_models():
+    steps = {"sources": [{"checkpoint": "checkpoint-2"}, {"checkpoint": "checkpoint-8"}], "mean": "every step between"}
+    assert made_of(steps)[0] == "The weights are the mean over all steps after checkpoint-2 up to checkpoint-8."
+    assert made_of({"sources": steps["sources"][1:]})[0] == "The weights are those of checkpoint-8."
+    assert public_name("/home/me/hub/models--Qwen--Qwen2.5-7B/snapshots/0a1b") == "Qwen/Qwen2.5-7B"
+    assert public_name("/home/me/models/whisper") == "whisper"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"test": {"wer": 1}}', '{"test": 1}'])
+def test_what_the_card_leaves_out_is_said(exp, tmp_path, caplog, text):
+    (exp / "greedy_search" / "results.json").write_text(text)
+    (exp / "config.yaml").write_text("data: {train_data_config: gone.yaml}\n")
+    export(exp, tmp_path / "model", dtype="float32")
+    assert "no error rates of" in caplog.text
+    assert "no table of training data: 'gone.yaml'" in caplog.text
 
 
 def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
@@ -53,6 +93,15 @@ def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.audio_encoder.state_dict().items())
     assert fields | {"model_type": "whisper"} == model.config.audio_encoder
     assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
+
+
+def test_each_write_has_a_bar_of_its_own_and_half_precision_may_be_asked_for(exp, tmp_path, capsys):
+    assert main(["export", str(exp), "--output", str(tmp_path / "model"), "--parts", "--dtype", "float16"]) == 0
+    said = capsys.readouterr().err
+    for what in ("model", "audio_encoder", "projector", "llm"):
+        assert said.count(f"writing {what}: ") == 1
+        file = tmp_path / "model" / ("" if what == "model" else what) / "model.safetensors"
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
 def test_a_zipformer_is_read_again(world, tmp_path):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import asrllm
 from asrllm.commands import export
 from asrllm.errors import UserError
+from asrllm.models.auto import describe
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders import build_encoder
-from asrllm.models.files import as_dtype, parameters_on_meta, read_tensors
+from asrllm.models.files import as_dtype, load_model, parameters_on_meta, read_tensors
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import empty_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
@@ -60,6 +61,19 @@ def logits(model):
     audio = model.encode(features, lengths)
     ids = torch.tensor([[3, 5] + [model.config.audio_token_id] * len(audio) + [7, 9]])
     return model.llm(inputs_embeds=model.embed(ids, audio), attention_mask=torch.ones_like(ids)).logits
+
+
+def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
+    model = make_model(world, frozen=("audio_encoder",), llm={"frozen": False, "lora": None})
+    model.require_processor().save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.weights().items() if not name.startswith("audio_encoder.")}
+    twice = state | {"llm.lm_head.weight": state["llm.model.embed_tokens.weight"].clone()}  # as DeepSpeed's converter had it
+    found = load_model(tmp_path, twice)
+    torch.testing.assert_close(logits(found), logits(model))
+    twice["llm.lm_head.weight"] += 1
+    with pytest.raises(UserError, match=r"'llm\.lm_head\.weight' differs from 'llm\.model\.embed_tokens\.weight'"):
+        load_model(tmp_path, twice)
 
 
 def assert_same_buffers(model, other):
@@ -244,7 +258,7 @@ def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "saved")
     expected = logits(model)
     torch.nn.init.normal_(model.projector.mlp.linear1.bias)
-    monkeypatch.setattr("asrllm.models.files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr("asrllm.models.files.write_sharded", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
     for folder in (tmp_path / "saved", tmp_path / "new"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(folder)
@@ -262,6 +276,18 @@ def test_a_model_may_be_saved_over_the_directory_it_came_from(world, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path)), expected)
+
+
+def test_a_hub_id_is_loaded_as_a_directory_is(world, tmp_path, monkeypatch):
+    make_model(world).save_pretrained(tmp_path / "snapshot")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "snapshot"))
+    assert asrllm.AutoModel.from_pretrained("me/model").config.lora["r"] == 4
+    assert describe("me/model").lora["r"] == 4
+    assert asked == ["me/model"] * 2
+    for path in ("nowhere", "./a/b", "/no/where"):
+        with pytest.raises(UserError, match=r"has no config\.json"):
+            asrllm.AutoModel.from_pretrained(path)
 
 
 def test_features_and_generation_settings_come_back(world, tmp_path):

@@ -19,7 +19,8 @@ def theirs(world, tmp_path):
     model = make_model(world, audio_token="<speech>", llm={"chat_template": "chatml"})
     back = {ours: name for name, ours in KEYS.items()}
     state = {back.get(n, n): t for n, t in model.weights().items() if n.startswith("projector") or "lora_" in n}
-    torch.save(state, tmp_path / "pytorch_model.bin")
+    positions = model.weights()["audio_encoder.embed_positions.weight"]
+    torch.save(state | {"encoder.positional_embedding": positions}, tmp_path / "pytorch_model.bin")
     return model, tmp_path / "pytorch_model.bin"
 
 
@@ -31,6 +32,7 @@ def test_the_key_table():
         [f"projector.mlp.{name}" for name in PROJECTOR]
         + [adapter, "audio_encoder.layers.3.self_attn.q_proj.weight", "audio_encoder.conv1.bias"]
     )
+    assert renamed({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys() == renamed(state, "x").keys()
     with pytest.raises(UserError, match=r"'ctc\.weight' is no key of icefall"):
         renamed(state | {"ctc.weight": torch.zeros(1)}, "x")
     state.pop("encoder_projector.linear2.bias")
@@ -59,5 +61,32 @@ def test_another_encoder_is_refused(world, theirs, tmp_path):
     state["encoder_projector.linear1.weight"] = state["encoder_projector.linear1.weight"][:, :-1].clone()
     torch.save(state, file)
     with pytest.raises(UserError, match="no whole frames"):
+        import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
+    assert not (tmp_path / "out").exists()
+
+
+def one_row_less(state):
+    name = next(name for name in state if "lora_B" in name)
+    state[name] = state[name][:31].clone()
+
+
+HARMS = {
+    "a factor of other rows": (one_row_less, r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)"),
+    "a layer more": (
+        lambda state: state.update({k.replace(".1.", ".77."): t for k, t in state.items()}),
+        r"unexpected.*layers\.77",
+    ),
+    "a layer without": (lambda state: state.pop(next(k for k in state if "layers.1" in k and "lora_A" in k)), r"lack 1 keys.*layers\.1"),
+    "part of an encoder": (lambda state: state.update({"encoder.conv1.bias": torch.zeros(16)}), r"lack \d+ keys, the first 'audio_encoder"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_weights_that_fit_no_model_are_refused(world, theirs, tmp_path, harm):
+    _, file = theirs
+    state = torch.load(file, weights_only=True)
+    HARMS[harm][0](state)
+    torch.save(state, file)
+    with pytest.raises(UserError, match=HARMS[harm][1]):
         import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.config import EncoderPart, LlmPart, LoraPart, ModelConfig
+from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.testing import tiny_llm, tone_sentences
 from asrllm.training.trainer import MODEL_INPUTS
 
@@ -54,6 +55,19 @@ def batch_of(model, chosen):
     collator = Collator(processor.renderer, prompts, num_audio_tokens=processor.config.num_audio_tokens, seed=0)
     batch = collator(chosen)
     return {name: getattr(batch, name) for name in MODEL_INPUTS}
+
+
+def test_base_models_are_kept_by_their_absolute_paths(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world.root)
+    encoder = EncoderPart(model_type="whisper", pretrained_model="whisper", frozen=True, lora=None)
+    config = make_config(world, audio_encoder=encoder, llm={"pretrained_model": "llm"})
+    described = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",)).config
+    assert {part: base["path"] for part, base in described.base_models.items()} == {
+        "audio_encoder": str(world.whisper),
+        "llm": str(world.llm),
+    }
+    (tmp_path / "link.pt").symlink_to(world.llm / "model.safetensors")
+    assert resolve_pretrained(tmp_path / "link.pt", file=True) == tmp_path / "link.pt"
 
 
 @pytest.mark.parametrize("boundary", [False, True])

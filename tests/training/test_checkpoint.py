@@ -1,11 +1,20 @@
+import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from asrllm.config import load_config
+from asrllm.models.build import describe_model
+from asrllm.training.config import TrainRun
+from asrllm.training.manifest import check_same_model
+from asrllm.training.resume import lasting_settings
 from asrllm.training.zero_files import trusted_unpickling
+from tests.checkpoints.made import write_checkpoint
+from tests.models.test_model import make_config
 
 
 class Reduced:
@@ -28,3 +37,23 @@ def test_nothing_else_is_reached_that_way(tmp_path, arguments):
     torch.save({"x": Reduced(*arguments)}, tmp_path / "x.pt")
     with trusted_unpickling(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pt")
+
+
+def test_a_run_goes_on_wherever_its_base_models_are_named_from(world, tmp_path, monkeypatch):
+    """Relative to another directory, as earlier versions kept it, or by a link: the weights are what counts."""
+    config = load_config("train", world.overrides(tmp_path), TrainRun)
+    data = SimpleNamespace(prompts=[], corpora=[])
+    (tmp_path / "linked").symlink_to(world.llm)
+    monkeypatch.chdir(world.root)
+    descriptions = [
+        describe_model(make_config(world, llm={"pretrained_model": str(path)}), pad_to_30s=False, prompts=("Transcribe.",))
+        for path in ("llm", world.llm, tmp_path / "linked")
+    ]
+    settings = [lasting_settings(config, processor, data) for processor in descriptions]
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", {"projector.a": torch.ones(1)})
+    manifest = json.loads((checkpoint / "asrllm.json").read_text())
+    bases = descriptions[0].config.base_models
+    bases = {part: base | {"path": base["path"].removeprefix(f"{world.root}/")} for part, base in bases.items()}
+    (checkpoint / "asrllm.json").write_text(json.dumps(manifest | {"base_models": bases, "settings": settings[0]}))
+    for processor, now in zip(descriptions, settings, strict=True):
+        assert check_same_model(checkpoint, processor.config, json.loads(json.dumps(now)))["base_models"] == bases
