@@ -5,7 +5,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,7 +18,7 @@ from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
 from asrllm.writing import sync
 
-PIECE = 1 << 18  # elements: so small that freed ones are used again
+PIECE = 1 << 17  # elements: so small that freed ones are used again
 DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
 ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
@@ -51,12 +51,13 @@ class TensorSource:
     """A state dict whose tensors are made when they are wanted.
 
     pieces: name -> the flat pieces of that tensor in order, of its dtype; together as many elements as its shape has. about: what the file
-    is to say of itself, as JSON has it.
+    is to say of itself, as JSON has it. check: raises UserError, after all has been read, where something of it was damaged.
     """
 
     specs: Mapping[str, Spec]
-    pieces: Callable[[str], Iterable[Tensor]]
+    pieces: Callable[..., Iterable[Tensor]]
     about: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
 
     def load(self) -> dict[str, Tensor]:
         """All of it, in memory."""
@@ -71,6 +72,7 @@ def write_file(source: TensorSource, path: Path) -> Path:
     try:
         with ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
             (_write_safetensors if path.suffix == ".safetensors" else _write_torch)(source, list(source.specs), partial, bar)
+        source.check()
         sync(partial)
         partial.replace(path)
     finally:
@@ -124,15 +126,15 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
         records = {int(record.filename.rpartition("/")[2]): record for record in archive.infolist() if "/data/" in record.filename}
     with path.open("r+b") as file:
         for number, name in enumerate(names):
-            file.seek(_begin(file, records[number]))
+            file.seek(begin_of_record(file, records[number].header_offset))
             _write_tensor(file, source, name)
             bar.advance()
 
 
-def _begin(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+def begin_of_record(file: BinaryIO, header: int) -> int:
     """Where a record's bytes begin: behind its local header of 30 bytes, its name and its extra field (PKWARE's APPNOTE, 4.3.7)."""
-    file.seek(record.header_offset + 26)
-    return record.header_offset + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+    file.seek(header + 26)
+    return header + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
 
 
 def _write_tensor(file: BinaryIO, source: TensorSource, name: str) -> None:
@@ -148,7 +150,3 @@ def read_about(path: Path) -> dict[str, Any]:
     with contextlib.suppress(*DAMAGED, OSError):
         return dict(getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {}))
     return {}
-
-
-def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.flatten().split(PIECE)

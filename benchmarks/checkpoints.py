@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py [--rounds R] [--tiny] [--output FILE]
 
 The checkpoint is of a run of two processes at ZeRO-2: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in float32 with
-AdamW. The ten that are averaged are hard links to it under other steps. The adapters (rank 16, every linear layer) are of another run.
+AdamW. The adapters (rank 16, every linear layer) are of another run. The ten of each that are averaged are hard links under other steps.
 Every tool works in a process of its own; the ways take turns. Peaks are the process's peak of resident memory (VmHWM, pages of mapped
 files counted) beyond what it had after its imports.
 """
@@ -33,6 +33,8 @@ TOOLS = {
     ),
     "average 2": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=2), out)"),
     "average 10": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=10), out)"),
+    "average 2, adapters": ("from asrllm.checkpoints.average import Average, average", "average(lora, Average(iteration=10, avg=2), out)"),
+    "average 10, adapters": ("from asrllm.checkpoints.average import Average, average", "average(lora, Average(iteration=10, avg=10), out)"),
     "merge": ("from asrllm.checkpoints.merge import LlmFiles, merge_lora", "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
 }  # fmt: skip
 SCRIPT = """
@@ -97,6 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         exp, lora = make_runs(Path(name), tiny=arguments.tiny)
         link_checkpoints(exp, 10)
+        link_checkpoints(lora, 10)
         for _ in range(arguments.rounds):
             for tool, values in measured.items():
                 values.append(measure(tool, exp, lora, shard, Path(name)))
@@ -114,6 +117,7 @@ def main() -> None:
             "consolidate to deepspeed, peak": round(peaks["consolidate"] / peaks["deepspeed"], 3),
             "consolidate to deepspeed, seconds": round(seconds["consolidate"] / seconds["deepspeed"], 3),
             "average 10 to average 2, peak": round(peaks["average 10"] / peaks["average 2"], 3),
+            "average 10 to average 2 of adapters, peak": round(peaks["average 10, adapters"] / peaks["average 2, adapters"], 3),
             "merge to shard, peak": round(peaks["merge"] / (shard / 2**20), 3),
         },
     }
