@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import os
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,6 +23,7 @@ from asrllm.writing import sync
 
 PIECE = 1 << 17  # elements: so small that freed ones are used again
 DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
+DESCRIPTOR = b"PK\x07\x08"  # begins what stands behind a record's bytes in a zip file
 ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
     torch.float64: "F64",
@@ -111,7 +115,8 @@ def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            _write_tensor(file, source, name)
+            for piece in _bytes_of(source, name):
+                file.write(piece)
             bar.advance()
 
 
@@ -123,12 +128,39 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
     with torch.serialization.skip_data():
         torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
-        records = {int(record.filename.rpartition("/")[2]): record for record in archive.infolist() if "/data/" in record.filename}
+        records, directory = archive.infolist(), archive.start_dir
+    headers = {int(record.filename.rpartition("/")[2]): record.header_offset for record in records if "/data/" in record.filename}
+    checksums: dict[int, int] = {}
     with path.open("r+b") as file:
         for number, name in enumerate(names):
-            file.seek(begin_of_record(file, records[number].header_offset))
-            _write_tensor(file, source, name)
+            file.seek(begin_of_record(file, headers[number]))
+            checksums[headers[number]] = _write_record(file, source, name)
             bar.advance()
+        _write_checksums(file, directory, [checksums.get(record.header_offset) for record in records])
+
+
+def _write_record(file: BinaryIO, source: TensorSource, name: str) -> int:
+    """The bytes of a tensor, and their CRC-32 in the descriptor that stands behind them; gives it (PKWARE's APPNOTE, 4.3.9)."""
+    checksum = 0
+    for piece in _bytes_of(source, name):
+        checksum = zlib.crc32(piece, checksum)
+        file.write(piece)
+    if source.specs[name].nbytes:  # nothing stands behind an empty one
+        file.seek(len(DESCRIPTOR), os.SEEK_CUR)
+        file.write(checksum.to_bytes(4, "little"))
+    return checksum
+
+
+def _write_checksums(file: BinaryIO, directory: int, checksums: Sequence[int | None]) -> None:
+    """Into the entries of the central directory, in their order; None: as it is (PKWARE's APPNOTE, 4.3.12)."""
+    at = directory
+    for checksum in checksums:
+        file.seek(at + 28)
+        name, extra, comment = struct.unpack("<3H", file.read(6))
+        if checksum is not None:
+            file.seek(at + 16)
+            file.write(checksum.to_bytes(4, "little"))
+        at += 46 + name + extra + comment
 
 
 def begin_of_record(file: BinaryIO, header: int) -> int:
@@ -137,12 +169,13 @@ def begin_of_record(file: BinaryIO, header: int) -> int:
     return header + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
 
 
-def _write_tensor(file: BinaryIO, source: TensorSource, name: str) -> None:
-    begin, spec = file.tell(), source.specs[name]
+def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
+    spec, count = source.specs[name], 0
     for piece in source.pieces(name):
         assert piece.dtype == spec.dtype, (name, piece.dtype, spec.dtype)
-        file.write(piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    assert file.tell() - begin == spec.nbytes, name
+        count += piece.numel()
+        yield piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    assert count == spec.numel, name
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -25,16 +25,17 @@ from saving import make_world, train
 from asrllm.checkpoints.average import Average, average
 
 STEPS = 2
+AVERAGE = "from asrllm.checkpoints.average import Average, average"
 TOOLS = {
     "consolidate": ("from asrllm.checkpoints.consolidate import consolidate", "consolidate(exp / 'checkpoint-2', out)"),
     "deepspeed": (
         "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
         "convert(str(exp), str(out), tag='checkpoint-2', max_shard_size='100GB')",
     ),
-    "average 2": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=2), out)"),
-    "average 10": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=10), out)"),
-    "average 2, adapters": ("from asrllm.checkpoints.average import Average, average", "average(lora, Average(iteration=10, avg=2), out)"),
-    "average 10, adapters": ("from asrllm.checkpoints.average import Average, average", "average(lora, Average(iteration=10, avg=10), out)"),
+    "average 2": (AVERAGE, "average(exp, Average(iteration=10, avg=2), out)"),
+    "average 10": (AVERAGE, "average(exp, Average(iteration=10, avg=10), out)"),
+    "average 2, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=2), out)"),
+    "average 10, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=10), out)"),
     "merge": ("from asrllm.checkpoints.merge import LlmFiles, merge_lora", "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
 }  # fmt: skip
 SCRIPT = """

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from asrllm.checkpoints.consolidate import checkpoint_weights, consolidate
 from asrllm.errors import UserError
 from asrllm.models.auto import read_state
-from asrllm.tensor_files import read_about
+from asrllm.tensor_files import PIECE, begin_of_record, read_about
 from asrllm.training.zero_files import file_digest
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY, clean_environment
@@ -44,6 +45,25 @@ def test_files_name_their_source(tmp_path, state):
     assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [("checkpoint-7", 7)]
     consolidate(checkpoint, tmp_path / "w.safetensors")
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
+
+
+def checksums(path):
+    """Of every tensor: the one in the central directory, and the descriptor behind it."""
+    found = []
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        assert archive.testzip() is None
+        for record in archive.infolist():
+            if "/data/" in record.filename:
+                file.seek(begin_of_record(file, record.header_offset) + record.file_size)
+                found.append((record.CRC, file.read(16) if record.file_size else b""))
+    return found
+
+
+def test_checksums_are_those_that_torch_would_write(tmp_path, state):
+    state |= {"llm.empty": torch.empty(0), "llm.large": torch.ones(PIECE + 3)}
+    made = consolidate(write_checkpoint(tmp_path / "checkpoint-1", state), tmp_path / "w.pt")
+    torch.save(state, tmp_path / "theirs.pt")
+    assert checksums(made) == checksums(tmp_path / "theirs.pt")
 
 
 def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, state):
