@@ -19,7 +19,7 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
-from asrllm.writing import sync
+from asrllm.writing import new_file, sync
 
 PIECE = 1 << 17  # elements: so small that freed ones are used again
 DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
@@ -72,15 +72,10 @@ def write_file(source: TensorSource, path: Path) -> Path:
     """One file, safetensors by its suffix or else a state dict for torch.load(weights_only=True); it appears when it is complete."""
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"the output {str(path)!r} is a directory, or its directory does not exist: give a file's path")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
-            (_write_safetensors if path.suffix == ".safetensors" else _write_torch)(source, list(source.specs), partial, bar)
+    write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
+    with new_file(path) as partial, ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
+        write(source, list(source.specs), partial, bar)
         source.check()
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -234,6 +234,8 @@ def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
             found = file_digest(checkpoint / name)
         except FileNotFoundError as error:
             raise UserError(f"{file} is missing: copy it again, or remove the checkpoint") from error
+        except PermissionError as error:
+            raise UserError(f"{file} may not be read ({error.strerror}): change its permissions") from error
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"{file} is cut short or damaged ({error}): copy it again, or remove the checkpoint") from error
         if found != digest:

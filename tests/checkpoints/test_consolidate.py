@@ -1,5 +1,6 @@
 """A checkpoint's files -> weights: lean, and nothing passes that is not the checkpoint's own."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -81,6 +82,16 @@ def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, 
         with pytest.raises(UserError, match=f"{name}' {said}"):
             consolidate(checkpoint, tmp_path / "w.pt")
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, state, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
+    monkeypatch.setattr("asrllm.training.zero_files.file_digest", refused)
+    with pytest.raises(UserError, match="may not be read .Permission denied.: change its permissions"):
+        checkpoint_weights(checkpoint)
 
 
 @pytest.mark.parametrize("output", ["w.pt", "w.safetensors", "w"])
