@@ -1,6 +1,7 @@
 """The command line: `asrllm <verb> ...`, and the same verbs as scripts in launch/."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -14,6 +15,7 @@ import torch.distributed
 import asrllm
 from asrllm.errors import UserError
 from asrllm.training.launchers import adopt_launcher
+from asrllm.writing import MENDED, Terminated, sigterm_raises
 
 VERBS = {
     "shards": "make, index, verify and describe WebDataset shards",
@@ -27,10 +29,12 @@ VERBS = {
     "import-icefall": "weights of icefall's ASR_LLM -> a directory as a run leaves it",
     "export": "a run -> a self-contained Hugging Face directory",
 }
+WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 1 anything else (a traceback)."""
+    """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 130, 143 ended by
+    SIGINT, SIGTERM; 1 anything else (a traceback)."""
     argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["train"], ["evaluate"]):
         try:
@@ -54,19 +58,25 @@ def main(argv: list[str] | None = None) -> int:
             subparser.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        with sigterm_raises() if arguments.verb in WRITE_MUCH else contextlib.nullcontext():
+            arguments.run(arguments)
     except UserError as error:
         # before the ranks have met they all find the same mistake, after it perhaps one alone
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 or torch.distributed.is_initialized():
             print(f"asrllm {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            said = f"no space is left on the disk ({error}): make room, and give the same command again"
+        elif error.errno in MENDED and error.filename:
+            said = f"{error.filename!r} cannot be read or written ({error.strerror}): {MENDED[error.errno]}"
+        else:
             raise
-        print(
-            f"asrllm {arguments.verb}: no space is left on the disk ({error}): make room, and give the same command again", file=sys.stderr
-        )
+        print(f"asrllm {arguments.verb}: {said}", file=sys.stderr)
         return 2
+    except Terminated as ended:
+        print(f"asrllm {arguments.verb}: ended by SIGTERM: give the same command again", file=sys.stderr)
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         print(f"asrllm {arguments.verb}: interrupted", file=sys.stderr)
         return 130

@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import os
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,10 +19,11 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
-from asrllm.writing import sync
+from asrllm.writing import new_file, sync
 
-PIECE = 1 << 18  # elements: so small that freed ones are used again
+PIECE = 1 << 17  # elements: so small that freed ones are used again
 DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
+DESCRIPTOR = b"PK\x07\x08"  # begins what stands behind a record's bytes in a zip file
 ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
     torch.float64: "F64",
@@ -51,12 +55,13 @@ class TensorSource:
     """A state dict whose tensors are made when they are wanted.
 
     pieces: name -> the flat pieces of that tensor in order, of its dtype; together as many elements as its shape has. about: what the file
-    is to say of itself, as JSON has it.
+    is to say of itself, as JSON has it. check: raises UserError, after all has been read, where something of it was damaged.
     """
 
     specs: Mapping[str, Spec]
-    pieces: Callable[[str], Iterable[Tensor]]
+    pieces: Callable[..., Iterable[Tensor]]
     about: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
 
     def load(self) -> dict[str, Tensor]:
         """All of it, in memory."""
@@ -67,14 +72,10 @@ def write_file(source: TensorSource, path: Path) -> Path:
     """One file, safetensors by its suffix or else a state dict for torch.load(weights_only=True); it appears when it is complete."""
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"the output {str(path)!r} is a directory, or its directory does not exist: give a file's path")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
-            (_write_safetensors if path.suffix == ".safetensors" else _write_torch)(source, list(source.specs), partial, bar)
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
+    with new_file(path) as partial, ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
+        write(source, list(source.specs), partial, bar)
+        source.check()
     return path
 
 
@@ -109,7 +110,8 @@ def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            _write_tensor(file, source, name)
+            for piece in _bytes_of(source, name):
+                file.write(piece)
             bar.advance()
 
 
@@ -121,26 +123,54 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
     with torch.serialization.skip_data():
         torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
-        records = {int(record.filename.rpartition("/")[2]): record for record in archive.infolist() if "/data/" in record.filename}
+        records, directory = archive.infolist(), archive.start_dir
+    headers = {int(record.filename.rpartition("/")[2]): record.header_offset for record in records if "/data/" in record.filename}
+    checksums: dict[int, int] = {}
     with path.open("r+b") as file:
         for number, name in enumerate(names):
-            file.seek(_begin(file, records[number]))
-            _write_tensor(file, source, name)
+            file.seek(begin_of_record(file, headers[number]))
+            checksums[headers[number]] = _write_record(file, source, name)
             bar.advance()
+        _write_checksums(file, directory, [checksums.get(record.header_offset) for record in records])
 
 
-def _begin(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+def _write_record(file: BinaryIO, source: TensorSource, name: str) -> int:
+    """The bytes of a tensor, and their CRC-32 in the descriptor that stands behind them; gives it (PKWARE's APPNOTE, 4.3.9)."""
+    checksum = 0
+    for piece in _bytes_of(source, name):
+        checksum = zlib.crc32(piece, checksum)
+        file.write(piece)
+    if source.specs[name].nbytes:  # nothing stands behind an empty one
+        file.seek(len(DESCRIPTOR), os.SEEK_CUR)
+        file.write(checksum.to_bytes(4, "little"))
+    return checksum
+
+
+def _write_checksums(file: BinaryIO, directory: int, checksums: Sequence[int | None]) -> None:
+    """Into the entries of the central directory, in their order; None: as it is (PKWARE's APPNOTE, 4.3.12)."""
+    at = directory
+    for checksum in checksums:
+        file.seek(at + 28)
+        name, extra, comment = struct.unpack("<3H", file.read(6))
+        if checksum is not None:
+            file.seek(at + 16)
+            file.write(checksum.to_bytes(4, "little"))
+        at += 46 + name + extra + comment
+
+
+def begin_of_record(file: BinaryIO, header: int) -> int:
     """Where a record's bytes begin: behind its local header of 30 bytes, its name and its extra field (PKWARE's APPNOTE, 4.3.7)."""
-    file.seek(record.header_offset + 26)
-    return record.header_offset + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+    file.seek(header + 26)
+    return header + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
 
 
-def _write_tensor(file: BinaryIO, source: TensorSource, name: str) -> None:
-    begin, spec = file.tell(), source.specs[name]
+def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
+    spec, count = source.specs[name], 0
     for piece in source.pieces(name):
         assert piece.dtype == spec.dtype, (name, piece.dtype, spec.dtype)
-        file.write(piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    assert file.tell() - begin == spec.nbytes, name
+        count += piece.numel()
+        yield piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    assert count == spec.numel, name
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -148,7 +178,3 @@ def read_about(path: Path) -> dict[str, Any]:
     with contextlib.suppress(*DAMAGED, OSError):
         return dict(getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {}))
     return {}
-
-
-def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.flatten().split(PIECE)

@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py [--rounds R] [--tiny] [--output FILE]
 
 The checkpoint is of a run of two processes at ZeRO-2: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in float32 with
-AdamW. The ten that are averaged are hard links to it under other steps. The adapters (rank 16, every linear layer) are of another run.
+AdamW. The adapters (rank 16, every linear layer) are of another run. The ten of each that are averaged are hard links under other steps.
 Every tool works in a process of its own; the ways take turns. Peaks are the process's peak of resident memory (VmHWM, pages of mapped
 files counted) beyond what it had after its imports.
 """
@@ -25,14 +25,17 @@ from saving import make_world, train
 from asrllm.checkpoints.average import Average, average
 
 STEPS = 2
+AVERAGE = "from asrllm.checkpoints.average import Average, average"
 TOOLS = {
     "consolidate": ("from asrllm.checkpoints.consolidate import consolidate", "consolidate(exp / 'checkpoint-2', out)"),
     "deepspeed": (
         "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
         "convert(str(exp), str(out), tag='checkpoint-2', max_shard_size='100GB')",
     ),
-    "average 2": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=2), out)"),
-    "average 10": ("from asrllm.checkpoints.average import Average, average", "average(exp, Average(iteration=10, avg=10), out)"),
+    "average 2": (AVERAGE, "average(exp, Average(iteration=10, avg=2), out)"),
+    "average 10": (AVERAGE, "average(exp, Average(iteration=10, avg=10), out)"),
+    "average 2, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=2), out)"),
+    "average 10, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=10), out)"),
     "merge": ("from asrllm.checkpoints.merge import LlmFiles, merge_lora", "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
 }  # fmt: skip
 SCRIPT = """
@@ -97,6 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         exp, lora = make_runs(Path(name), tiny=arguments.tiny)
         link_checkpoints(exp, 10)
+        link_checkpoints(lora, 10)
         for _ in range(arguments.rounds):
             for tool, values in measured.items():
                 values.append(measure(tool, exp, lora, shard, Path(name)))
@@ -114,6 +118,7 @@ def main() -> None:
             "consolidate to deepspeed, peak": round(peaks["consolidate"] / peaks["deepspeed"], 3),
             "consolidate to deepspeed, seconds": round(seconds["consolidate"] / seconds["deepspeed"], 3),
             "average 10 to average 2, peak": round(peaks["average 10"] / peaks["average 2"], 3),
+            "average 10 to average 2 of adapters, peak": round(peaks["average 10, adapters"] / peaks["average 2, adapters"], 3),
             "merge to shard, peak": round(peaks["merge"] / (shard / 2**20), 3),
         },
     }

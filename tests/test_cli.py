@@ -2,14 +2,17 @@
 
 import errno
 import gzip
+import os
 import runpy
 import sys
 
 import pytest
+import torch
 from filelock import FileLock
 
 from asrllm.cli import VERBS, main
 from asrllm.training import resume
+from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY
 
 
@@ -118,6 +121,28 @@ def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
     assert "is no Kaldi data directory" in fails(capsys, "shards", "make", tmp_path / "out", "--kaldi", tmp_path)
     assert "does not exist" in fails(capsys, "shards", "index", tmp_path / "no.tar")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    write_checkpoint(tmp_path / "checkpoint-1", {"projector.a": torch.ones(3)})
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "folder", "/sys/folder", "/sys/w.pt"):  # nobody may write in /sys, root neither
+        error = fails(capsys, "consolidate", tmp_path, "--output", output)
+        assert f"{str(output)!r} cannot be written (" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "file"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EACCES, "its permissions"), (errno.EROFS, "read only"), (errno.ENOTDIR, "is a file")])
+def test_what_the_system_refuses_is_one_sentence_in_every_verb(monkeypatch, capsys, number, said):
+    from asrllm.commands import transcribe
+
+    def refused(arguments):
+        raise OSError(number, os.strerror(number), "out/x.txt")
+
+    monkeypatch.setattr(transcribe, "run", refused)
+    error = fails(capsys, "transcribe", "x", "a.wav")
+    assert "'out/x.txt' cannot be read or written" in error
+    assert said in error
 
 
 def test_shards_are_made_and_indexed_from_the_command_line(world, tmp_path, capsys):

@@ -2,8 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.models.description import read_config
-from asrllm.tensor_files import Spec, TensorSource, read_about, write_file
+from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.training.manifest import EPOCH_TAG, STEP_TAG, list_checkpoints, read_manifest
 from asrllm.training.zero_files import AVERAGE
 
@@ -78,35 +78,68 @@ def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rsl
     many times as great; a model that is loaded with them scales by alpha / that rank. "factors": of each factor by itself, as the other
     weights; it is no mean of what the adapters do. rslora: the parts whose adapters are scaled by alpha / sqrt(rank).
     """
-    parts = [checkpoint_weights(path) for path in checkpoints]
-    count, first = len(parts), parts[0]
-    for path, part in zip(checkpoints, parts, strict=True):
-        if part.specs != first.specs:
-            name = min(name for name in first.specs.keys() | part.specs.keys() if first.specs.get(name) != part.specs.get(name))
-            raise UserError(f"{str(path)!r} and {str(checkpoints[0])!r} differ in {name!r}: they are of different runs")
+    parts: list[TensorSource] = []
+    for path in checkpoints:
+        part = checkpoint_weights(path)
+        check_same(checkpoints[0], parts[0] if parts else part, path, part)
+        parts.append(replace(part, specs=parts[0].specs) if parts else part)  # one copy, however many there are
+    count, specs = len(parts), parts[0].specs
+    adapted = [name for name in specs if FACTOR.search(name)]
     stacked: dict[str, int] = {}
     if lora == "product" and count > 1:
-        if dora := next((name for name in first.specs if "lora_magnitude" in name), None):
+        if dora := next((name for name in specs if "lora_magnitude" in name), None):
             raise UserError(f"adapters with magnitudes (DoRA, {dora!r}) have no exact mean: average their factors (--lora factors)")
-        stacked = {name: STACKED[match.group(1)] for name in first.specs if (match := FACTOR.search(name))}
+        stacked = {name: STACKED[match.group(1)] for name in adapted if (match := FACTOR.search(name))}
+    readers = [part.pieces for part in parts]
 
     def pieces(name: str) -> Iterator[Tensor]:
-        if name not in stacked:
-            running = [iter(part.pieces(name)) for part in parts]
-            while (total := next(running[0], None)) is not None:
-                for others in running[1:]:
-                    total = total + next(others)  # one piece of one checkpoint at a time
-                yield total / count
-            return
-        factors = [torch.cat([*part.pieces(name)]).view(first.specs[name].shape) for part in parts]
         scale = count**-0.5 if name.startswith(tuple(rslora)) else 1.0  # of B: 1 / count against the greater rank in alpha / rank
-        if factors[0].ndim == 1:  # the bias of B, which is scaled with it
-            yield sum(factors[1:], start=factors[0]) * scale
-        else:
-            yield (torch.cat(factors, dim=stacked[name]) * (scale if stacked[name] else 1.0)).flatten()
+        if name not in stacked:
+            return (total.div_(count) for total in _sums([pieces(name) for pieces in readers]))
+        if len(specs[name].shape) == 1:  # the bias of B, which is scaled with it
+            return (total.mul_(scale) for total in _sums([pieces(name) for pieces in readers]))
+        if stacked[name] == 0:
+            return itertools.chain.from_iterable(pieces(name) for pieces in readers)
+        width = specs[name].numel // specs[name].shape[0]
+        rows = max(PIECE // (width * count), 1)
+        return _side_by_side([pieces(name, rows * width) for pieces in readers], width, scale)
 
-    specs = {name: _stacked(spec, stacked[name], count) if name in stacked else spec for name, spec in first.specs.items()}
-    return TensorSource(specs, pieces, {"sources": _sources(parts), "mean": "checkpoints", "lora": lora})
+    about = {"sources": _sources(parts), "mean": "checkpoints"} | ({"lora": lora} if adapted else {})
+    made = {name: _stacked(spec, stacked[name], count) if name in stacked else spec for name, spec in specs.items()}
+    return TensorSource(made, pieces, about, _all_checks(parts))
+
+
+def check_same(first: Path, weights: TensorSource, second: Path, others: TensorSource) -> None:
+    """Raises UserError where two checkpoints' weights differ in a name or a shape."""
+    mine, theirs = weights.specs, others.specs
+    if mine != theirs:
+        name = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        raise UserError(f"{str(second)!r} and {str(first)!r} differ in {name!r}: they are of different runs")
+
+
+def _sums(running: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
+    """Of tensors in equal pieces, one piece of one of them at a time."""
+    first, *others = map(iter, running)
+    for total in first:
+        for other in others:
+            total += next(other)
+        yield total
+
+
+def _side_by_side(running: Sequence[Iterable[Tensor]], width: int, scale: float) -> Iterator[Tensor]:
+    """Matrices that come in equal blocks of whole rows, `width` elements each, next to each other."""
+    for blocks in zip(*running, strict=True):
+        yield torch.cat([block.view(-1, width) for block in blocks], dim=1).mul_(scale).flatten()
+
+
+def _all_checks(parts: Sequence[TensorSource]) -> Callable[[], None]:
+    checks = [part.check for part in parts]
+
+    def check() -> None:
+        for one in checks:
+            one()
+
+    return check
 
 
 def _stacked(spec: Spec, dim: int, count: int) -> Spec:
@@ -129,6 +162,9 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
             raise UserError(f"{str(path)!r} has no running average: train with trainer.use_averaged_model=true, or evaluate without it")
     until = checkpoint_weights(end, AVERAGE)
     before = checkpoint_weights(start, AVERAGE) if start is not None else None
+    if start is not None and before is not None:
+        check_same(start, before, end, until)
+    parts = [before, until] if before else [until]
     last, first = read_manifest(end)["step"], read_manifest(start)["step"] if start is not None else 0
 
     def pieces(name: str) -> Iterator[Tensor]:
@@ -136,8 +172,8 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
             yield (average if earlier is None else average + (average - earlier) * (first / (last - first))).float()
 
     specs = {name: Spec(spec.shape, torch.float32) for name, spec in until.specs.items()}
-    about = {"sources": _sources([before, until] if before else [until]), "mean": "every step between", "lora": "factors"}
-    return TensorSource(specs, pieces, about)
+    about = {"sources": _sources(parts), "mean": "every step between"} | ({"lora": "factors"} if any(map(FACTOR.search, specs)) else {})
+    return TensorSource(specs, pieces, about, _all_checks(parts))
 
 
 def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:

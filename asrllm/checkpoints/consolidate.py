@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asrllm.errors import UserError
-from asrllm.tensor_files import Spec, TensorSource, in_pieces, write_file, write_sharded
+from asrllm.tensor_files import PIECE, Spec, TensorSource, write_file, write_sharded
 from asrllm.training.checkpoint import read_carried
 from asrllm.training.manifest import MANIFEST, read_manifest
 from asrllm.training.zero_files import AVERAGE, MASTERS, ZeroFiles
@@ -21,7 +20,7 @@ FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
 
 
 def consolidate(checkpoint: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
-    """Write the trained weights of `checkpoint` to `output`, which appears when it is complete.
+    """Write the trained weights of `checkpoint` to `output`, which appears when it is complete and what was read is what was saved.
 
     A name that ends in .pt, .bin or .safetensors is one file; another is a directory of safetensors of at most max_shard_size each.
     Beyond its imports it takes less than 100 MB of memory.
@@ -31,29 +30,32 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, max_shard_size: i
         return write_file(source, output)
     with new_folder(output) as partial:
         write_sharded(source, partial, max_shard_size=max_shard_size)
+        source.check()
     return output
 
 
 def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     """The trained weights by name, float32, and the carried ones; with key=AVERAGE their running average, float64.
 
-    Raises UserError naming the missing file, key or shape.
+    Its pieces may be asked for in another size. Raises UserError naming the missing file, key or shape; its check a file whose bytes are
+    not those that were written.
     """
     manifest = read_manifest(checkpoint)
     files = ZeroFiles(checkpoint, manifest)
-    if wrong := sorted(files.shapes.keys() ^ set(files.names)):
-        where = "its files alone" if wrong[0] in files.names else "its manifest alone"
-        raise UserError(f"{checkpoint}: {wrong[0]!r} is in {where}: the checkpoint is damaged")
     carried, dtype = read_carried(checkpoint, manifest), DTYPES[key]
-    shapes = {name: tuple(shape) for name, shape in files.shapes.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in carried.items()}
+    shapes = {name: files.places[name].shape for name in manifest["trainable"]} | {name: tensor.shape for name, tensor in carried.items()}
 
-    def pieces(name: str) -> Iterator[Tensor]:
-        found = in_pieces(carried[name]) if name in carried else files.pieces(name, key)
+    def pieces(name: str, size: int = PIECE) -> Iterator[Tensor]:
+        found = carried[name].pieces(size) if name in carried else files.pieces(name, key, size)
         return map(methodcaller("to", dtype), found)
 
+    def check() -> None:
+        files.check(key)
+        for tensor in carried.values():
+            tensor.storage.check()
+
     about = {"sources": [describe_source(checkpoint, manifest)]}
-    return TensorSource({name: Spec(shape, dtype) for name, shape in shapes.items()}, pieces, about)
+    return TensorSource({name: Spec(shape, dtype) for name, shape in shapes.items()}, pieces, about, check)
 
 
 def describe_source(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:

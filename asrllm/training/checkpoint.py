@@ -18,9 +18,9 @@ from torch import nn
 import asrllm
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
-from asrllm.models.auto import read_state
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.stages import whole
+from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.training import distributed
 from asrllm.training.manifest import MANIFEST, list_checkpoints, newest_checkpoint
 from asrllm.training.partitions import full_shape, parameter_names
@@ -196,11 +196,11 @@ def write_carried(model: nn.Module, exp_dir: Path) -> None:
     distributed.barrier()
 
 
-def read_carried(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+def read_carried(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
     """The frozen weights that belong to a checkpoint and lie beside it."""
     names = manifest.get("carried", [])
     path = checkpoint.parent / CARRIED
-    state = read_state(path) if names else {}
+    state = read_stored(path) if names else {}
     if missing := sorted(set(names) - state.keys()):
         raise UserError(f"{str(path)!r} lacks {missing[0]!r}, which its checkpoints need: it is of another run")
     return {name: state[name] for name in names}

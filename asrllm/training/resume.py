@@ -109,7 +109,7 @@ def restore(engine: Any, config: TrainerConfig, checkpoint: Path | None, manifes
     same_ranks = manifest["world_size"] == distributed.world_size() or manifest["zero_stage"] == 0
     with explain_damage(checkpoint):
         (load_checkpoint if same_ranks else load_from_other_ranks)(engine, checkpoint, manifest)
-    copy_into(engine.module, read_carried(checkpoint, manifest))
+    copy_into(engine.module, {name: tensor.load() for name, tensor in read_carried(checkpoint, manifest).items()})
     average = RunningAverage(engine, period=config.average_period) if config.use_averaged_model else None
     if average:
         average.load(checkpoint, manifest)

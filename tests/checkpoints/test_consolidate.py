@@ -1,9 +1,11 @@
 """A checkpoint's files -> weights: lean, and nothing passes that is not the checkpoint's own."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from safetensors.torch import load_file
 from asrllm.checkpoints.consolidate import checkpoint_weights, consolidate
 from asrllm.errors import UserError
 from asrllm.models.auto import read_state
-from asrllm.tensor_files import read_about
+from asrllm.tensor_files import PIECE, begin_of_record, read_about
+from asrllm.training.zero_files import file_digest
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY, clean_environment
 
@@ -45,6 +48,25 @@ def test_files_name_their_source(tmp_path, state):
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
 
 
+def checksums(path):
+    """Of every tensor: the one in the central directory, and the descriptor behind it."""
+    found = []
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        assert archive.testzip() is None
+        for record in archive.infolist():
+            if "/data/" in record.filename:
+                file.seek(begin_of_record(file, record.header_offset) + record.file_size)
+                found.append((record.CRC, file.read(16) if record.file_size else b""))
+    return found
+
+
+def test_checksums_are_those_that_torch_would_write(tmp_path, state):
+    state |= {"llm.empty": torch.empty(0), "llm.large": torch.ones(PIECE + 3)}
+    made = consolidate(write_checkpoint(tmp_path / "checkpoint-1", state), tmp_path / "w.pt")
+    torch.save(state, tmp_path / "theirs.pt")
+    assert checksums(made) == checksums(tmp_path / "theirs.pt")
+
+
 def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, state):
     other = write_checkpoint(tmp_path / "checkpoint-2", {name: tensor + 1 for name, tensor in state.items()}, ranks=2)
     name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -60,6 +82,55 @@ def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, 
         with pytest.raises(UserError, match=f"{name}' {said}"):
             consolidate(checkpoint, tmp_path / "w.pt")
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, state, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
+    monkeypatch.setattr("asrllm.training.zero_files.file_digest", refused)
+    with pytest.raises(UserError, match="may not be read .Permission denied.: change its permissions"):
+        checkpoint_weights(checkpoint)
+
+
+@pytest.mark.parametrize("output", ["w.pt", "w.safetensors", "w"])
+@pytest.mark.parametrize(("ranks", "name"), [(0, "mp_rank_00_model_states.pt"), (2, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")])
+def test_bytes_that_changed_are_found(tmp_path, state, ranks, name, output):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=ranks)
+    content = (checkpoint / name).read_bytes()
+    at = content.index(state["projector.b"][-5:].numpy().tobytes()[:16])
+    (checkpoint / name).write_bytes(content[:at] + bytes(8) + content[at + 8 :])
+    with pytest.raises(UserError, match=f"{name}' is damaged .it holds other bytes than were written"):
+        consolidate(checkpoint, tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_weights_of_another_dtype_are_refused(tmp_path, state, ranks):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", {name: tensor.double() for name, tensor in state.items()}, ranks=ranks)
+    with pytest.raises(UserError, match=r"torch\.float64.*damaged"):
+        checkpoint_weights(checkpoint)
+
+
+def test_tensors_that_are_no_rows_of_numbers_are_read(tmp_path, state):
+    turned = {name: tensor.mT if tensor.ndim > 1 else tensor for name, tensor in state.items()}
+    found = checkpoint_weights(write_checkpoint(tmp_path / "checkpoint-1", turned)).load()
+    assert all(torch.equal(found[name], tensor) for name, tensor in turned.items())
+
+
+def test_a_pickle_that_asks_for_more_is_refused(tmp_path, state):
+    class Harm:
+        def __reduce__(self):
+            return print, ("harm",)
+
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
+    file = checkpoint / "mp_rank_00_model_states.pt"
+    torch.save({"module": state, "optimizer": Harm()}, file)
+    manifest = json.loads((checkpoint / "asrllm.json").read_text())
+    (checkpoint / "asrllm.json").write_text(json.dumps(manifest | {"files": {file.name: file_digest(file)}}))
+    with pytest.raises(UserError, match=r"asks for __builtin__\.print"):
+        checkpoint_weights(checkpoint)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

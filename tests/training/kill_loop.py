@@ -67,7 +67,7 @@ def run_life(exp_dir: Path, seconds: float | None, until: int = 1 << 30) -> bool
 def state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every weight and moment; raises where a file is not whole."""
     files = ZeroFiles(checkpoint, read_manifest(checkpoint))
-    return {f"{name}/{key}": files.read(name, key).clone() for name in files.shapes for key in ("fp32", *files.state_keys())}
+    return {f"{name}/{key}": files.read(name, key).clone() for name in files.places for key in ("fp32", *files.state_keys())}
 
 
 def main(folder: Path, kills: int, seed: int) -> dict:

@@ -8,11 +8,12 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from asrllm.config import load_config
+from asrllm.errors import UserError
 from asrllm.models.build import describe_model
 from asrllm.training.config import TrainRun
 from asrllm.training.manifest import check_same_model
 from asrllm.training.resume import lasting_settings
-from asrllm.training.zero_files import trusted_unpickling
+from asrllm.training.zero_files import read_zero_file, trusted_unpickling
 from tests.checkpoints.made import write_checkpoint
 from tests.models.test_model import make_config
 
@@ -30,6 +31,7 @@ def test_a_stage_is_read_as_every_python_pickles_it(tmp_path):
     torch.save({"old": Reduced(ZeroStageEnum, "weights"), "new": ZeroStageEnum.weights}, tmp_path / "x.pt")
     with trusted_unpickling():
         assert torch.load(tmp_path / "x.pt") == {"old": ZeroStageEnum.weights, "new": ZeroStageEnum.weights}
+    assert read_zero_file(tmp_path / "x.pt") == {"old": ZeroStageEnum.weights, "new": ZeroStageEnum.weights}
 
 
 @pytest.mark.parametrize("arguments", [(LossScaler, "__init__"), (ZeroStageEnum, "__class__")])
@@ -37,6 +39,8 @@ def test_nothing_else_is_reached_that_way(tmp_path, arguments):
     torch.save({"x": Reduced(*arguments)}, tmp_path / "x.pt")
     with trusted_unpickling(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="the checkpoint asks for"):
+        read_zero_file(tmp_path / "x.pt")
 
 
 def test_a_run_goes_on_wherever_its_base_models_are_named_from(world, tmp_path, monkeypatch):

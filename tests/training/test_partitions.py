@@ -69,7 +69,7 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     keys = [MASTERS, AVERAGE, *files.state_keys()]
     assert {"exp_avg", "exp_avg_sq"} <= set(keys)
     steps = {f"step/{g}": files.shared_state(g)["step"] for g in range(2)}
-    return {f"{name}/{key}": files.read(name, key) for name in files.shapes for key in keys} | steps
+    return {f"{name}/{key}": files.read(name, key) for name in files.places for key in keys} | steps
 
 
 @pytest.mark.slow

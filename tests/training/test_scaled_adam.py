@@ -109,7 +109,7 @@ def train_all(out: str, stages: list, precision: str, source: str = "", steps: i
                 save(engine, none, folder, f"checkpoint-{step + 1}", losses)
         if distributed.rank() == 0:
             files = ZeroFiles(folder / f"checkpoint-{steps}", read_manifest(folder / f"checkpoint-{steps}"))
-            torch.save({name: files.read(name) for name in files.shapes}, folder / "weights.pt")
+            torch.save({name: files.read(name) for name in files.places}, folder / "weights.pt")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
