@@ -116,7 +116,8 @@ def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
     assert "no complete checkpoint for iter=3" in fails(capsys, "average", tmp_path, "--iter", 3, "--avg", 2)
     assert "has no config.json" in fails(capsys, "export", tmp_path, "--output", tmp_path / "out")
     assert "cannot be read" in fails(capsys, "transcribe", tmp_path, tmp_path / "no.wav")
-    assert "has no config.json" in fails(capsys, "export", tmp_path / "no", "--output", tmp_path / "out")
+    for verb, *options in (("consolidate",), ("average", "--iter", 3, "--avg", 2), ("export", "--output", tmp_path / "out")):
+        assert "does not exist: give " in fails(capsys, verb, tmp_path / "no" / "x.pt", *options)
     assert "does not exist" in fails(capsys, "shards", "make", tmp_path / "out", "--cuts", tmp_path / "no.jsonl")
     assert "is no Kaldi data directory" in fails(capsys, "shards", "make", tmp_path / "out", "--kaldi", tmp_path)
     assert "does not exist" in fails(capsys, "shards", "index", tmp_path / "no.tar")
@@ -143,6 +144,22 @@ def test_what_the_system_refuses_is_one_sentence_in_every_verb(monkeypatch, caps
     error = fails(capsys, "transcribe", "x", "a.wav")
     assert "'out/x.txt' cannot be read or written" in error
     assert said in error
+
+
+def test_mistakes_in_consolidating(tmp_path, capsys):
+    for step in (2, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", {"projector.a": torch.ones(3)}, step=step)
+    for tag in ("checkpoint-5", tmp_path / "checkpoint-2", "/checkpoint-2"):
+        assert "(there are: checkpoint-2, checkpoint-10)" in fails(capsys, "consolidate", tmp_path, "--tag", tag)
+    for size in ("nonsense", "0"):
+        for output in ("x", "x.pt"):
+            options = ("--max-shard-size", size, "--output", tmp_path / output)
+            assert "is no size" in fails(capsys, "consolidate", tmp_path, *options)
+    error = fails(capsys, "consolidate", tmp_path, "--output", tmp_path / "x.pth")
+    assert "give a file that ends in .pt, .bin, .safetensors, or a directory's name" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert main(["consolidate", str(tmp_path), "--tag", "checkpoint-2/", "--output", str(tmp_path / "exp-0.5")]) == 0
+    assert (tmp_path / "exp-0.5" / "model.safetensors").is_file()
 
 
 def test_shards_are_made_and_indexed_from_the_command_line(world, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The mean of several checkpoints, and which weights an evaluation takes."""
 
 import itertools
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,9 @@ from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.models.description import read_config
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
-from asrllm.training.manifest import EPOCH_TAG, STEP_TAG, list_checkpoints, read_manifest
+from asrllm.training.manifest import EPOCH_TAG, MANIFEST, STEP_TAG, check_run, list_checkpoints, read_manifest
 from asrllm.training.zero_files import AVERAGE
+from asrllm.writing import sigterm_raises
 
 LoraMean = Literal["product", "factors"]
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
@@ -40,10 +43,12 @@ class Average:
     @property
     def suffix(self) -> str:
         last = f"iter-{self.iteration}" if self.iteration else f"epoch-{self.epoch}"
-        return f"{last}-avg-{self.avg}{'-use-averaged-model' if self.running else ''}"
+        how = "-use-averaged-model" if self.running else "-lora-factors" if self.lora == "factors" else ""
+        return f"{last}-avg-{self.avg}{how}"
 
     def sources(self, exp_dir: Path) -> list[Path]:
         """The checkpoints, in ascending order; with `running` the one before them too, but where they begin with the training."""
+        check_run(exp_dir)
         pattern, end, key = (STEP_TAG, self.iteration, "iter") if self.iteration else (EPOCH_TAG, self.epoch, "epoch")
         found = list_checkpoints(exp_dir, pattern)
         there = ", ".join(map(str, found)) or "none"
@@ -177,8 +182,52 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
 
 
 def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:
-    """Write the averaged weights, to exp_dir/averaged-{iter|epoch}-N-avg-K.pt by default; the file names its sources."""
-    return write_file(what.weights(exp_dir), output or exp_dir / f"averaged-{what.suffix}.pt")
+    """Write the averaged weights, to exp_dir/averaged-{iter|epoch}-N-avg-K.pt by default; the file names its sources.
+
+    By default it raises UserError where what is there by that name cannot be made again.
+    """
+    return write_file(what.weights(exp_dir), output) if output else averaged_file(exp_dir, what, again=True)
+
+
+def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
+    """The file of that name in exp_dir; made where it is missing or of other checkpoints, or `again`."""
+    made = exp_dir / f"averaged-{what.suffix}.pt"
+    try:
+        weights = what.weights(exp_dir)
+    except UserError as error:
+        if not made.is_file():
+            raise
+        raise UserError(f"{error}; {made.name} is there, checkpoint.model.filename={made.name} takes it as it is") from error
+    with FileLock(exp_dir / ".averaging.lock"):  # of several ranks the first one averages
+        there = read_about(made)
+        if there == weights.about and not again:
+            return made
+        check_replaceable(made, there, weights.about)
+        with sigterm_raises():
+            return write_file(weights, made)
+
+
+def check_replaceable(made: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say why an averaged file is made again. Raises UserError where it is of somebody else's, or of checkpoints that are gone."""
+    if there == now or not made.exists():
+        return
+    take = f"give checkpoint.model.filename={made.name} to take it, or move it away to have the mean made"
+    if not there and zipfile.is_zipfile(made):  # one that is cut short is no loss
+        raise UserError(f"{str(made)!r} does not say of which checkpoints it is the mean, so it is not written over: {take}")
+    before, after = _names(there), _names(now)
+    if gone := [name for name in before if not (made.parent / name).exists()]:
+        raise UserError(f"{str(made)!r} is the mean of {', '.join(before)}, of which {gone[0]} is gone, so it is not written over: {take}")
+    if not there:
+        why = "it was cut short"
+    elif before != after:
+        why = f"it is the mean of {', '.join(before)}, and is to be that of {', '.join(after)}"
+    else:
+        why = "it was averaged otherwise" if there["sources"] == now["sources"] else "its checkpoints have changed since"
+    logging.getLogger(__name__).warning("%s is made again: %s", made.name, why)
+
+
+def _names(about: Mapping[str, Any]) -> list[str]:
+    return [source["checkpoint"] for source in about.get("sources", [])]
 
 
 def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Path:
@@ -186,19 +235,15 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
 
     In this order: filename (absolute, or below exp_dir); iter and avg; epoch and avg; exp_dir/pretrained.pt.
     """
-    if not exp_dir.is_dir():
-        raise UserError(f"exp_dir={str(exp_dir)!r} does not exist: give the directory of a trained run")
+    check_run(exp_dir)
     if filename:
-        path = exp_dir / filename  # an absolute filename stays as it is
-        if not path.exists():
-            raise UserError(f"checkpoint.model.filename={filename!r} does not exist, nor is it in {str(exp_dir)!r}: check the path")
-        return path
+        return _named(exp_dir, filename)
+    if not (exp_dir / "pretrained.pt").is_file() and not list_checkpoints(exp_dir) and any(exp_dir.glob("model*.safetensors")):
+        raise UserError(f"exp_dir={str(exp_dir)!r} is an exported model: give the exp_dir of the run that it was exported from")
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
         raise UserError(f"checkpoint.model: iter={what.iteration}, epoch={what.epoch}, avg={what.avg}: give iter and avg, or epoch and avg")
     if what.avg > 0:
-        made, weights = exp_dir / f"averaged-{what.suffix}.pt", what.weights(exp_dir)
-        with FileLock(exp_dir / ".averaging.lock"):  # of several ranks the first one averages
-            return made if read_about(made) == weights.about else write_file(weights, made)
+        return averaged_file(exp_dir, what)
     if what.running:
         raise UserError("checkpoint.model.use_averaged_model=true needs iter and avg, or epoch and avg")
     path = exp_dir / "pretrained.pt"
@@ -207,5 +252,20 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
         raise UserError(
             f"exp_dir={str(exp_dir)!r} has no pretrained.pt: train to the end, or give checkpoint.model.iter and checkpoint.model.avg "
             f"(checkpoints there: {there})"
+        )
+    return path
+
+
+def _named(exp_dir: Path, filename: str) -> Path:
+    path = exp_dir / filename  # an absolute filename stays as it is
+    given = f"checkpoint.model.filename={filename!r}"
+    if not path.exists():
+        raise UserError(f"{given} does not exist, nor is it in {str(exp_dir)!r}: check the path")
+    if (path / MANIFEST).is_file():
+        step, epoch = STEP_TAG.fullmatch(path.name), EPOCH_TAG.fullmatch(path.name)
+        choice = f"iter={step[1]} " if step else f"epoch={epoch[1]} " if epoch else "iter=N "
+        raise UserError(
+            f"{given} is a ZeRO checkpoint: give checkpoint.model.{choice}checkpoint.model.avg=1 instead, or make weights of it with "
+            f"'asrllm consolidate {path.parent} --tag {path.name}'"
         )
     return path

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asrllm.errors import UserError
 from asrllm.tensor_files import PIECE, Spec, TensorSource, write_file, write_sharded
 from asrllm.training.checkpoint import read_carried
 from asrllm.training.manifest import MANIFEST, read_manifest
@@ -17,6 +18,7 @@ from asrllm.writing import new_folder
 
 DTYPES = {MASTERS: torch.float32, AVERAGE: torch.float64}
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
+OTHER_SUFFIXES = (".pth", ".ckpt", ".th", ".pkl", ".safetensor", ".npz", ".h5", ".gguf", ".onnx", ".zip", ".tar")  # no directory's name
 
 
 def consolidate(checkpoint: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
@@ -25,7 +27,10 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, max_shard_size: i
     A name that ends in .pt, .bin or .safetensors is one file; another is a directory of safetensors of at most max_shard_size each.
     Beyond its imports it takes less than 100 MB of memory.
     """
-    source, output = checkpoint_weights(Path(checkpoint)), Path(output)
+    output = Path(output)
+    if output.suffix in OTHER_SUFFIXES:
+        raise UserError(f"the output {str(output)!r}: give a file that ends in {', '.join(FILE_SUFFIXES)}, or a directory's name")
+    source = checkpoint_weights(Path(checkpoint))
     if output.suffix in FILE_SUFFIXES:
         return write_file(source, output)
     with new_folder(output) as partial:

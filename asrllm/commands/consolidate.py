@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from asrllm.errors import UserError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
@@ -17,11 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from asrllm.checkpoints.consolidate import consolidate
-    from asrllm.training.manifest import newest_checkpoint
+    from asrllm.models.model import check_shard_size
+    from asrllm.training.manifest import chosen_checkpoint
 
+    check_shard_size(arguments.max_shard_size)
     exp_dir = Path(arguments.exp_dir)
-    chosen = (arguments.tag or "").strip("/")
-    checkpoint = exp_dir / chosen if chosen else newest_checkpoint(exp_dir)
-    if checkpoint is None:
-        raise UserError(f"{arguments.exp_dir!r} holds no complete checkpoint: give the exp_dir of a run that has saved one")
+    checkpoint = chosen_checkpoint(exp_dir, arguments.tag)
     print(consolidate(checkpoint, arguments.output or exp_dir / f"{checkpoint.name}.pt", max_shard_size=arguments.max_shard_size))

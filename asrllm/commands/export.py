@@ -21,12 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from asrllm.checkpoints.export import export, push
+    from asrllm.errors import UserError
     from asrllm.models.model import check_shard_size
 
     check_shard_size(arguments.max_shard_size)
-    output = Path(arguments.output)
+    source, output = Path(arguments.source), Path(arguments.output)
+    if not source.exists():
+        raise UserError(f"{arguments.source!r} does not exist: give a run's exp_dir, a weights file in it, or an exported directory")
     export(
-        Path(arguments.source),
+        source,
         output,
         weights=arguments.weights,
         dtype=arguments.dtype,

@@ -87,6 +87,8 @@ def newest_weights(exp_dir: Path) -> Path:
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """A plain state dict file, or a directory or an index of several; nothing in it is executed."""
     if path.is_dir():
+        if any(path.glob("*mp_rank_*_states.pt")):
+            raise UserError(f"{str(path)!r} is a ZeRO checkpoint: 'asrllm consolidate {path.parent} --tag {path.name}' makes weights of it")
         path = next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILES[0])
     if not path.is_file():
         raise UserError(f"the weights {str(path)!r} do not exist: check the path")
@@ -98,7 +100,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (*DAMAGED, OSError) as error:
-        raise UserError(f"the weights {str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights {str(path)!r} are cut short or damaged ({said}): copy the file again, or make it again") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"the weights {str(path)!r} are no plain state dict of tensors")
     return state

@@ -21,6 +21,27 @@ def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict
     return dict(sorted(found.items()))
 
 
+def check_run(exp_dir: Path) -> None:
+    if not exp_dir.is_dir():
+        raise UserError(f"exp_dir={str(exp_dir)!r} does not exist: give the directory of a trained run")
+
+
+def chosen_checkpoint(exp_dir: Path, tag: str | None) -> Path:
+    """The checkpoint of that name in exp_dir, or without one the newest. Raises UserError naming those that are there."""
+    check_run(exp_dir)
+    found = [path.name for pattern in (EPOCH_TAG, STEP_TAG) for path in list_checkpoints(exp_dir, pattern).values()]
+    if not tag:
+        if (newest := newest_checkpoint(exp_dir)) is None:
+            raise UserError(f"{str(exp_dir)!r} holds no complete checkpoint: give the exp_dir of a run that has saved one")
+        return newest
+    name = tag.rstrip("/")
+    if "/" in name or not (exp_dir / name / MANIFEST).is_file():
+        raise UserError(
+            f"--tag {tag!r} is no complete checkpoint in {str(exp_dir)!r}: give the name of one (there are: {', '.join(found) or 'none'})"
+        )
+    return exp_dir / name
+
+
 def newest_checkpoint(exp_dir: Path) -> Path | None:
     """The complete checkpoint of the highest step, whatever `latest` says: a run may be killed just before it is written."""
     found = [*list_checkpoints(exp_dir, EPOCH_TAG).values(), *list_checkpoints(exp_dir).values()]

@@ -1,15 +1,18 @@
 """The mean of checkpoints' weights, adapters' in what they do."""
 
+import threading
 import tracemalloc
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from asrllm.checkpoints.average import mean_between, mean_weights
+from asrllm.checkpoints.average import Average, average, mean_between, mean_weights, resolve_weights
 from asrllm.errors import UserError
+from asrllm.models.auto import read_state
 from asrllm.tensor_files import PIECE
 from tests.checkpoints.made import write_checkpoint
 
@@ -111,6 +114,90 @@ def test_a_further_checkpoint_takes_next_to_no_memory(tmp_path):
         del source
     tracemalloc.stop()
     assert taken[9] - taken[2] < 7 * 30_000
+
+
+@pytest.fixture
+def exp(tmp_path, monkeypatch):
+    """Checkpoints of an adapter, two steps apart."""
+    monkeypatch.setattr("asrllm.checkpoints.average.adapters_with_rslora", lambda exp_dir: ())
+    exp = tmp_path / "exp"
+    for step in (2, 4, 6, 8):
+        write_checkpoint(exp / f"checkpoint-{step}", {"llm.up.lora_A.default.weight": torch.full((2, 3), float(step))}, step=step)
+    return exp
+
+
+def resolve(exp, avg=3, **how):
+    return resolve_weights(exp, filename=None, what=Average(iteration=8, avg=avg, **how))
+
+
+def test_product_and_factors_have_files_of_their_own(exp):
+    assert resolve(exp).name == "averaged-iter-8-avg-3.pt"
+    assert resolve(exp, lora="factors").name == "averaged-iter-8-avg-3-lora-factors.pt"
+    assert [torch.load(path, weights_only=True).about["lora"] for path in (resolve(exp), resolve(exp, lora="factors"))] == [
+        "product",
+        "factors",
+    ]
+
+
+def test_a_file_that_is_made_again_says_why(exp, caplog):
+    made = resolve(exp)
+    assert caplog.text == ""
+    manifest = exp / "checkpoint-4" / "asrllm.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert resolve(exp) == made
+    assert "averaged-iter-8-avg-3.pt is made again: its checkpoints have changed since" in caplog.text
+    write_checkpoint(exp / "checkpoint-7", {"llm.up.lora_A.default.weight": torch.ones(2, 3)}, step=7)
+    resolve(exp)
+    assert "it is the mean of checkpoint-4, checkpoint-6, checkpoint-8, and is to be that of checkpoint-6, checkpoint-7" in caplog.text
+    made.write_bytes(made.read_bytes()[:-100])
+    resolve(exp)
+    assert "it was cut short" in caplog.text
+
+
+@pytest.mark.parametrize("make", [resolve, lambda exp: average(exp, Average(iteration=8, avg=3))])
+def test_what_cannot_be_made_again_is_not_written_over(exp, make):
+    content = resolve(exp).read_bytes()
+    (exp / "checkpoint-4").rename(exp / "aside")
+    with pytest.raises(UserError, match=r"checkpoint-4 is gone.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt"):
+        make(exp)
+    (exp / "checkpoint-8").rename(exp / "aside-too")
+    with pytest.raises(UserError, match=r"no complete checkpoint for iter=8.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt"):
+        make(exp)
+    assert (exp / "averaged-iter-8-avg-3.pt").read_bytes() == content
+    (exp / "aside").rename(exp / "checkpoint-4")
+    (exp / "aside-too").rename(exp / "checkpoint-8")
+    torch.save({"x": torch.ones(1)}, exp / "averaged-iter-8-avg-3.pt")
+    with pytest.raises(UserError, match="does not say of which checkpoints"):
+        make(exp)
+
+
+def test_averaging_waits_for_another_process_that_averages(exp):
+    with FileLock(exp / ".averaging.lock"):
+        thread = threading.Thread(target=average, args=(exp, Average(iteration=8, avg=3)), daemon=True)
+        thread.start()
+        thread.join(0.5)
+        assert not list(exp.glob("averaged-*"))
+    thread.join(30)
+    assert (exp / "averaged-iter-8-avg-3.pt").is_file()
+
+
+def test_what_is_no_weights_file_is_said(exp, tmp_path):
+    def said(folder, filename=None, **what):
+        with pytest.raises(UserError) as error:
+            resolve_weights(folder, filename=filename, what=Average(**{"avg": 0} | what))
+        return str(error.value)
+
+    assert "is a ZeRO checkpoint: give checkpoint.model.iter=8 checkpoint.model.avg=1" in said(exp, "checkpoint-8")
+    assert f"'asrllm consolidate {exp} --tag checkpoint-8'" in said(exp, "checkpoint-8")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").touch()
+    assert "is an exported model: give the exp_dir of the run" in said(tmp_path / "exported")
+    assert "is an exported model: give the exp_dir of the run" in said(tmp_path / "exported", iteration=8, avg=1)
+    with pytest.raises(UserError, match=f"is a ZeRO checkpoint: 'asrllm consolidate {exp} --tag checkpoint-8'"):
+        read_state(exp / "checkpoint-8")
+    (exp / "short.pt").write_bytes(resolve(exp).read_bytes()[:-100])
+    with pytest.raises(UserError, match="copy the file again, or make it again"):
+        read_state(exp / "short.pt")
 
 
 def test_dora_has_no_exact_mean(tmp_path):
