@@ -10,6 +10,7 @@ import torch
 
 from asrllm.commands.overrides import add_override_arguments
 from asrllm.config import as_yaml, load_config
+from asrllm.data.corpora import long_utterance
 from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.data.prompts import read_prompts
@@ -59,6 +60,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
     check_prompts([prompt.text for prompt in own_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *own_prompts])
+    processor.config.trained_seconds = long_utterance(data.corpora) or None
     processor.config.hotwords_template = config.data.hotwords.template if config.data.hotwords.prob else None
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}

@@ -18,12 +18,14 @@ from asrllm.evaluation.prompt import of_language, prompt_to_ask
 from asrllm.evaluation.subtitles import FORMATS, as_json
 from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
 from asrllm.models.auto import AutoModel, describe
+from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.generation import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.progress import ProgressBar
 from asrllm.training.distributed import default_device
 from asrllm.writing import write_whole
 
-LONGEST = {True: 28, False: 30}  # seconds of a segment, with --vad and without; the model may take less
+LONGEST = {True: 28.0, False: 30.0}  # seconds of a segment, with --vad and without; the model may take less
+SHORTEST = 2.0  # seconds that a segment may always have, whatever was trained
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vad", action=argparse.BooleanOptionalAction, default=True,
         help="hear only where somebody speaks, in segments cut at pauses; --no-vad: all of it, cut where it is quiet; default: --vad",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-segment", type=float, metavar="SECONDS",
+        help="the longest segment; default: as long as utterances in training were, 28 s where that is not known or longer",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument(
@@ -99,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         logger.warning("no prompt of training is for --language %s alone: the first is asked, as for any language", arguments.language)
     prompt = prompt_to_ask(description, prompt=arguments.prompt, language=arguments.language, hotwords=arguments.hotwords)
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    listening = Listening(detector=detector, longest=min(longest, LONGEST[arguments.vad] * RATE))
+    listening = Listening(detector=detector, longest=min(longest, round(segment_seconds(arguments, description) * RATE)))
     engine = load_engine(arguments)
     problems, seconds, began = [], 0.0, time.monotonic()
     with bar_over(files) as bar:
@@ -117,6 +123,19 @@ def run(arguments: argparse.Namespace) -> None:
     if problems:
         left = len(files) - len(problems)
         raise UserError("; ".join(problems) + (f"; the other files ({left}) are transcribed" if left else ""))
+
+
+def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) -> float:
+    """The longest segment: what was asked for, else as long as utterances in training were, beyond which a model leaves words out."""
+    trained, longest = description.trained_seconds, LONGEST[arguments.vad]
+    asked = arguments.max_segment
+    if asked is None:
+        return longest if trained is None else min(longest, max(trained, SHORTEST))
+    if not SHORTEST <= asked <= LONGEST[False]:
+        raise UserError(f"--max-segment {asked:g} must be from {SHORTEST:g} to {LONGEST[False]:g} seconds")
+    if trained is not None and asked > max(trained, SHORTEST):
+        logger.warning("--max-segment %g is longer than what the model was trained on (%g s): it may leave words out", asked, trained)
+    return float(asked)
 
 
 def load_engine(arguments: argparse.Namespace) -> TorchEngine:

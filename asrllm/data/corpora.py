@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from asrllm.errors import UserError, nearest
 logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000
 CHUNK = 1 << 18  # rows looked at together
+SEEN = 100_000
 CORPUS_KEYS: dict[str, Any] = {
     "name": str, "manifest": str, "shards": str, "hours": (int, float), "weights": (int, float), "lang": str, "prompts": list,
 }  # fmt: skip
@@ -69,6 +70,13 @@ def make_corpus(name: str, index: Index, filters: FilterConfig | None, *, hours:
     return Corpus(
         name=name, index=index, filters=filters, kept=kept, kept_hours=seconds, dropped=dict(dropped), hours=hours or seconds, **more
     )
+
+
+def long_utterance(corpora: Sequence[Corpus]) -> float:
+    """Seconds: of all that pass the filters, one utterance in a hundred is longer; looked for among at most SEEN of each corpus."""
+    chosen = [corpus.index.rows[:: -(-len(corpus.index) // SEEN)] for corpus in corpora]
+    samples = np.concatenate([rows["samples"][corpus.passes(rows)] for corpus, rows in zip(corpora, chosen, strict=True)])
+    return round(float(np.percentile(samples, 99)) / RATE, 2) if len(samples) else 0.0
 
 
 def _reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.ndarray]:

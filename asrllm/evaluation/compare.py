@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from asrllm.config import read_json_object, read_text
+from asrllm.config import read_text
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, errors, fitting_metric, groups_of, sum_by
@@ -23,10 +23,11 @@ RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp)=(?P<units>\[.*\])")
 class Comparison:
     """b against a. difference: points of the rate, b - a, with its 95 % interval; p: how often chance alone would give one as large.
 
-    better, worse: utterances with fewer and with more errors in b. by: what is drawn and exchanged as a whole.
+    better, worse: utterances with fewer and with more errors in b. by: what is drawn and exchanged as a whole. normalizer: of both.
     """
 
     metric: str
+    normalizer: str
     a: float
     b: float
     difference: float
@@ -41,7 +42,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(a: Sequence[Transcript], b: Sequence[Transcript]) -> Comparison:
+def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str) -> Comparison:
     """a, b: of the same utterances in the same order. The metric is the one that fits a's references."""
     metric = fitting_metric([t.reference for t in a])
     first, second = errors(a, metric), errors(b, metric)
@@ -49,6 +50,7 @@ def compare(a: Sequence[Transcript], b: Sequence[Transcript]) -> Comparison:
     low, high = difference_interval(first, second, groups)
     return Comparison(
         metric=metric,
+        normalizer=normalizer,
         a=round(first.rate, 3),
         b=round(second.rate, 3),
         difference=round(second.rate - first.rate, 3),
@@ -108,53 +110,62 @@ def find_sets(place: Path) -> dict[str, Path]:
 
 
 def compare_files(a: Path, b: Path) -> Comparison:
-    """Raises UserError where they are not of the same utterances with the same references."""
-    name = "none" if "recogs" in (a.name[:6], b.name[:6]) else normalizer_in(a)
-    first, second = ({t.key: t for t in read_transcripts(path, name)} for path in (a, b))
+    """Raises UserError where they are not of the same utterances with the same references, or were scored by other normalisers."""
+    rows, others = read_rows(a), read_rows(b)
+    name = one_normalizer(a, rows, b, others)
+    first, second = ({t.key: t for t in transcripts(found, name)} for found in (rows, others))
     if only := sorted(first.keys() ^ second.keys()):
         raise UserError(f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone")
     if other := [key for key in first if first[key].reference.split() != second[key].reference.split()]:
-        raise UserError(f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}")
-    return compare(list(first.values()), [second[key] for key in first])
+        pair = f"{first[other[0]].reference!r} and {second[other[0]].reference!r}"
+        raise UserError(f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}: {pair}")
+    return compare(list(first.values()), [second[key] for key in first], normalizer=name)
 
 
-def normalizer_in(path: Path) -> str:
-    """The one that results.json beside the generations names."""
-    results = read_json_object(path.with_name("results.json"), "the results")
-    return str(results.get(path.stem.removeprefix("generations-"), {}).get("normalizer", "none"))
+def one_normalizer(a: Path, rows: Sequence[dict[str, Any]], b: Path, others: Sequence[dict[str, Any]]) -> str:
+    """The one that both were scored by; recogs-*.txt say none, and hold texts after it, which it leaves as they are."""
+    named = {str(path): str(row["normalizer"]) for path, found in ((a, rows), (b, others)) for row in found[:1] if "normalizer" in row}
+    if len(set(named.values())) > 1:
+        said = " and ".join(f"{path!r} by {name!r}" for path, name in named.items())
+        raise UserError(f"two normalizers are no comparison, {said}: evaluate one of them again with normalizer=")
+    return next(iter(named.values()), "none")
 
 
-def read_transcripts(path: Path, name: str) -> list[Transcript]:
-    """Of generations-*.jsonl, normalised by `name`; of recogs-*.txt (icefall's too), as they are."""
-    text = read_text(path, "the results")
-    rows = _read_recogs(text) if path.name.startswith("recogs") else _read_generations(text)
-    if not rows:
-        raise UserError(f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt")
+def transcripts(rows: Sequence[dict[str, Any]], name: str) -> list[Transcript]:
+    """Of read_rows, normalised by `name`."""
     normalize = normalizer(name)
     return [
         Transcript(
-            key=str(row["key"]), reference=normalize(row["ref"]), hypothesis=normalize(row["hyp"]), raw_reference=row["ref"],
-            raw_hypothesis=row["hyp"], duration=float(row.get("duration", 0)), speaker=row.get("speaker", ""),
-            recording=row.get("recording", ""),
+            key=row["key"], reference=normalize(row["ref"]), hypothesis=normalize(row["hyp"]), raw_reference=row["ref"],
+            raw_hypothesis=row["hyp"], duration=float(row.get("duration", 0)), speaker=str(row.get("speaker", "")),
+            recording=str(row.get("recording", "")),
         )
         for row in rows
     ]  # fmt: skip
 
 
-def _read_generations(text: str) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """{"key", "ref", "hyp", ...} of each utterance in a generations-*.jsonl or a recogs-*.txt (icefall's too)."""
+    lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may hold U+2028
     try:
-        return [json.loads(line) for line in text.splitlines()]
-    except ValueError as error:
-        raise UserError(f"the generations are no JSON lines: {error}") from error
+        rows = _read_recogs(lines) if path.name.startswith("recogs") else [json.loads(line) for line in lines if line]
+        rows = [row | {name: row[name] for name in ("key", "ref", "hyp")} for row in rows]
+        if not all(isinstance(row[name], str) for row in rows for name in ("key", "ref", "hyp")):
+            raise ValueError("key, ref and hyp must be texts")
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is no file generations-*.jsonl or recogs-*.txt: {type(error).__name__}: {error}") from error
+    if not rows:
+        raise UserError(f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt")
+    return rows
 
 
-def _read_recogs(text: str) -> list[dict[str, Any]]:
+def _read_recogs(lines: Sequence[str]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for match in map(RECOGS_LINE.fullmatch, text.splitlines()):
+    for match in map(RECOGS_LINE.fullmatch, lines):
         if match:
             units = ast.literal_eval(match["units"])
             found.setdefault(match["key"], {"key": match["key"]})[match["what"]] = " ".join(units)
-    return [row for row in found.values() if {"ref", "hyp"} <= row.keys()]
+    return list(found.values())
 
 
 def as_text(name: str, found: Comparison) -> str:
@@ -162,5 +173,6 @@ def as_text(name: str, found: Comparison) -> str:
     what = found.metric.upper()
     return (
         f"{name}: {what} {found.a:.2f} % -> {found.b:.2f} %, {found.difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f}), "
-        f"p = {found.p:.2g} (permutations by {found.by}); of {found.utterances} utterances {found.better} better, {found.worse} worse"
+        f"p = {found.p:.2g} (permutations by {found.by}); of {found.utterances} utterances {found.better} better, {found.worse} worse; "
+        f"normalizer {found.normalizer}"
     )

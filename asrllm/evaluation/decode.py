@@ -1,6 +1,7 @@
 """Decoding a test set: batches of similar length, dealt out to the ranks, gathered by utterance; a killed decoding goes on."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class DecodingOptions:
 
 
 class Decoded(NamedTuple):
-    """Transcripts in the corpus's order; rtfx: seconds of audio decoded in a second, by all ranks together."""
+    """Transcripts in the corpus's order; rtfx: seconds of audio decoded in a second of the rank that took longest."""
 
     transcripts: list[Transcript]
     rtfx: float
@@ -40,7 +41,8 @@ def decode_corpus(
 ) -> Decoded:
     """Every rank's share of the corpus decoded, but for what `journal` has; all of it on every rank."""
     done = {said.row: said for said in journal.read()}
-    batches = make_batches(corpus, options.max_batch_duration, skip=done)
+    share = corpus.index.hours * 3600 / distributed.world_size()  # a small set is work for every rank
+    batches = make_batches(corpus, min(options.max_batch_duration, share), skip=done)
     mine = batches[distributed.rank() :: distributed.world_size()]
     reader = Reader([corpus], limits=engine.limits, cache=cache)
     decoded: list[Said] = []
@@ -56,8 +58,10 @@ def decode_corpus(
             began = time.monotonic()
     everything = [*done.values(), *(said for rank in distributed.gather_objects(decoded) for said in rank)]
     transcripts = [make_transcript(said, normalize) for said in sorted(everything, key=lambda said: said.row)]
-    seconds = sum(said.took for said in everything) / distributed.world_size()
-    return Decoded(transcripts, sum(t.duration for t in transcripts) / max(seconds, 1e-9))
+    seconds: Counter[int] = Counter()
+    for said in everything:
+        seconds[said.rank] += said.took
+    return Decoded(transcripts, sum(t.duration for t in transcripts) / max(*seconds.values(), 1e-9))
 
 
 def make_batches(corpus: Corpus, max_duration: float, skip: Container[int] = ()) -> list[list[int]]:
@@ -106,6 +110,7 @@ def make_said(row: int, sample: Sample, answer: Answer, took: float) -> Said:
         recording=recording,
         corpus=source,
         took=took,
+        rank=distributed.rank(),
     )
 
 

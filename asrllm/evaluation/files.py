@@ -14,12 +14,15 @@ SHOWN_FOR_NOTHING = "*"
 
 
 def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: dict[str, Any]) -> dict[str, Any]:
-    """Write recogs-, errs-, wer-summary- and generations- of one test set; gives its entry for results.json."""
+    """Write recogs-, errs-, wer-summary- and generations- of one test set; gives its entry for results.json.
+
+    about: what the entry says beside, "normalizer" at least.
+    """
     rate = f"{scored.main.rate:.2f}"
     write_whole(folder / f"recogs-{name}-{suffix}.txt", recogs_text(scored))
     write_whole(folder / f"errs-{name}-{suffix}.txt", errs_text(scored))
     write_whole(folder / f"wer-summary-{name}-{suffix}.txt", f"settings\tWER\n{folder.name}\t{rate}\n")
-    write_whole(folder / f"generations-{name}.jsonl", generations_text(scored.transcripts))
+    write_whole(folder / f"generations-{name}.jsonl", generations_text(scored.transcripts, about["normalizer"]))
     return scored.entry() | about
 
 
@@ -80,9 +83,10 @@ def most_wrong(aligned: Sequence[Pairs]) -> dict[str, collections.Counter[str]]:
     return wrong
 
 
-def generations_text(transcripts: Sequence[Transcript]) -> str:
+def generations_text(transcripts: Sequence[Transcript], normalizer: str) -> str:
+    """Texts as they are; normalizer: the one that they were scored by."""
     rows = [
-        {"key": t.key, "duration": round(t.duration, 3), "ref": t.raw_reference, "hyp": t.raw_hypothesis}
+        {"key": t.key, "duration": round(t.duration, 3), "ref": t.raw_reference, "hyp": t.raw_hypothesis, "normalizer": normalizer}
         | {name: value for name in ("speaker", "recording") if (value := getattr(t, name))}
         | ({"end": t.end} if t.end != "stop" else {})
         for t in transcripts

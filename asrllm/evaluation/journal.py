@@ -14,7 +14,7 @@ from asrllm.training import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """One decoded utterance, texts as they are. row: in the corpus's index; took: seconds, its share of the batch's."""
+    """One decoded utterance, texts as they are. row: in the corpus's index; took: seconds of `rank`, its share of the batch's."""
 
     row: int
     key: str
@@ -26,6 +26,7 @@ class Said:
     recording: str
     corpus: str
     took: float
+    rank: int
 
 
 class Journal:
@@ -51,7 +52,7 @@ class Journal:
         return distributed.gather_objects(found)[0]
 
     def _read_file(self, path: Path) -> list[Said] | None:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): texts may hold U+2028
         if not lines or lines[0] != self.head:
             return None
         found = []
@@ -61,6 +62,7 @@ class Journal:
         return found
 
     def __enter__(self) -> "Journal":
+        self.folder.mkdir(exist_ok=True)
         path = self.folder / f".decoding-{self.name}.rank{distributed.rank()}.jsonl"
         is_new = not path.exists()
         self.file = path.open("a", encoding="utf-8")

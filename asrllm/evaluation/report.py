@@ -119,7 +119,9 @@ def pooled_data(sets: Sequence[ReportSet]) -> dict[str, Any]:
 
 def set_data(name: str, scored: Scored, entry: dict[str, Any], baseline: Scored | None) -> dict[str, Any]:
     other = baseline.entry() if baseline else None
-    comparison = compare(baseline.transcripts, scored.transcripts).entry() if baseline else None
+    comparison = None
+    if baseline:
+        comparison = compare(baseline.transcripts, scored.transcripts, normalizer=entry.get("normalizer", "")).entry()
     speakers = breakdown(scored.metric, entry["by_speaker"], other and other["by_speaker"])
     return {
         "name": name,

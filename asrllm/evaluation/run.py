@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from asrllm.audio.reader import Reader
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
 from asrllm.data.text import normalizer
+from asrllm.errors import UserError
 from asrllm.evaluation.compare import as_text, compare
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.decode import Decoded, DecodingOptions, decode_corpus
@@ -22,6 +24,7 @@ from asrllm.evaluation.journal import Journal
 from asrllm.evaluation.prompt import prompt_to_ask
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
+from asrllm.evaluation.score import UNITS
 from asrllm.evaluation.summary import Scored, score
 from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
@@ -39,6 +42,7 @@ class Evaluation:
         self.device, self.dtype = device, config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
         self.folder = self.exp_dir / config.decoding_method
+        self.lock = FileLock(self.folder / ".evaluating.lock", blocking=False)
         self.description = describe(self.exp_dir)
         self.prompts = {corpus.name: self._prompt(corpus) for corpus in corpora}
         self.normalizers = {corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora}
@@ -50,13 +54,20 @@ class Evaluation:
         return prompt_to_ask(self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None)
 
     def check(self) -> None:
-        """Raises UserError for a test set that cannot be scored."""
+        """Raises UserError for a test set that cannot be scored, and where another evaluation writes to the same folder."""
+        distributed.first_rank_does(self._claim)
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
             distributed.first_rank_does(functools.partial(check_test_set, corpus, self.cache, name, normalizer(name)))
 
-    def decode(self, engine: Engine) -> None:
+    def _claim(self) -> None:
         self.folder.mkdir(exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another evaluation writes to {str(self.folder)!r}: wait for its end") from error
+
+    def decode(self, engine: Engine) -> None:
         of = {
             "weights": identity_of(self.weights),
             "model": (self.exp_dir / "config.json").read_text(encoding="utf-8"),
@@ -82,13 +93,17 @@ class Evaluation:
             "prompt": self.prompts[name],
             "weights": str(self.weights),
             "lang": language_of(corpus),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "options": self.config.generation,
         }
         self.scored[name] = score(decoded.transcripts)
         r = self.results[name] = write_results(self.folder, name, self.config.suffix, self.scored[name], about)
         write_summary(self.folder, self.config.suffix, self.results)
-        low, high = r["wer_ci95"]
-        print(f"{name}: WER {r['wer']:.2f} % (95 %: {low:.2f} to {high:.2f}), CER {r['cer']:.2f} %, MER {r['mer']:.2f} %, "
-              f"{r['utterances']} utterances, {r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
+        metric = r["metric"]
+        low, high = r[f"{metric}_ci95"]
+        others = ", ".join(f"{other.upper()} {r[other]:.2f} %" for other in UNITS if other != metric)
+        print(f"{name}: {metric.upper()} {r[metric]:.2f} % (95 %: {low:.2f} to {high:.2f}), {others}, {r['utterances']} utterances, "
+              f"{r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
 
     def decode_baseline(self) -> None:
         """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
@@ -99,7 +114,6 @@ class Evaluation:
                 print(f"no Whisper baseline: {found}", flush=True)
             return
         whisper = WhisperEngine(found, dtype=self.dtype, device=self.device, max_new_tokens=self.config.max_new_tokens)
-        (self.exp_dir / BASELINE).mkdir(exist_ok=True)
         for corpus in self.corpora:
             engine = whisper.of_language(language_of(corpus))
             of = {"whisper": identity_of(found), "options": engine.options, "dtype": str(self.dtype)}
@@ -110,7 +124,7 @@ class Evaluation:
 
     def _add_baseline(self, name: str, decoded: Decoded) -> None:
         baseline = self.baselines[name] = score(decoded.transcripts)
-        against = compare(baseline.transcripts, self.scored[name].transcripts)
+        against = compare(baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name])
         self.results[name]["baseline"] = baseline.rates() | {"rtfx": round(decoded.rtfx, 2), "paired": against.entry()}
         print(f"  from the encoder's own Whisper to it: {as_text(name, against)}", flush=True)
 
@@ -121,6 +135,7 @@ class Evaluation:
         sets = [self._report_set(corpus) for corpus in self.corpora]
         write_report(self.folder / "report.html", f"{self.exp_dir.name}, {self.config.suffix}", sets)
         log_to_wandb(self.config.wandb, self.exp_dir, sets)
+        self.lock.release()
         print(f"results: {self.folder}, to be looked at in {self.folder / 'report.html'}")
 
     def _report_set(self, corpus: Corpus) -> ReportSet:

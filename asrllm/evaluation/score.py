@@ -10,6 +10,7 @@ import numpy as np
 BOOTSTRAP_SAMPLES = 1000
 FEWEST_GROUPS = 5  # speakers or recordings; intervals over fewer say little
 NOTHING = ""  # in an alignment
+STRAY = 0.02  # of the units: so few of another script change nothing about what is counted
 # kana, Chinese characters, Thai, Lao, Myanmar, Khmer
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 
@@ -52,10 +53,10 @@ UNITS: dict[str, Callable[[str], list[str]]] = {"wer": words, "cer": characters,
 
 
 def fitting_metric(references: Sequence[str]) -> str:
-    """wer for scripts with spaces between words, cer for those without, mer for both together."""
-    unspaced = any(re.search(f"[{UNSPACED}]", text) for text in references)
-    spaced = any(re.search(rf"[^\W\d{UNSPACED}]", text) for text in references)
-    return ("mer" if spaced else "cer") if unspaced else "wer"
+    """wer for scripts with spaces between words, cer for those without, mer for both together; a letter here and there is no other."""
+    units = [unit for text in references for unit in mixed(text) if re.search(r"[^\W\d]", unit)]
+    share = sum(bool(re.match(f"[{UNSPACED}]", unit)) for unit in units) / max(len(units), 1)
+    return "wer" if share < STRAY else "cer" if share > 1 - STRAY else "mer"
 
 
 @dataclass(frozen=True, kw_only=True)

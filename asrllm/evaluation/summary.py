@@ -18,6 +18,7 @@ LOOP = 8  # units; a text whose same few units last longer is a loop
 FAR_OFF, FEWEST = 2.0, 5  # a text that is so many times as long or short as the reference, and so many units longer or shorter
 SIGNS = {
     "empty": "nothing was heard, something was said",
+    "invented": "something was heard, nothing was said",
     "loop": "a few units over and over",
     "burst": f"at least {BURST} units inserted in a row",
     "long": f"more than {FAR_OFF:g} times as long as the reference",
@@ -139,6 +140,7 @@ def signs_of(transcript: Transcript, pairs: Pairs) -> list[str]:
     loops = first_loop(hypothesis, LOOP) is not None and first_loop(reference, LOOP) is None
     found = {
         "empty": bool(reference) and not hypothesis,
+        "invented": bool(hypothesis) and not reference,
         "loop": loops or transcript.end == "loop",
         "burst": max(inserted, default=0) >= BURST,
         "long": longer >= FEWEST and len(hypothesis) > FAR_OFF * len(reference),

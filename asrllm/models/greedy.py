@@ -84,13 +84,13 @@ class Growing:
 
 class Recorded:
     """Keys and values have their whole place from the start. On CUDA a step is recorded as a graph, which is replayed without launching
-    its kernels one by one; it is kept for the next batch that fits in. For LLMs whose layers all attend to all that was said."""
+    its kernels one by one; it is kept for the next batch of as many rows and tokens. For LLMs whose layers all attend to everything."""
 
     def __init__(self, llm: Any, causal_lm: Any, rows: int, length: int) -> None:
         self.llm, self.rows, self.length = weakref.proxy(llm), rows, length
         self.cache = StaticCache(config=causal_lm.config.get_text_config(decoder=True), max_cache_len=length)
         self.name, weight = cache_name(causal_lm), next(causal_lm.parameters())
-        self.last, self.device, self.key = only_last(causal_lm), weight.device, (rows, length, weight.device, weight.dtype)
+        self.last, self.device, self.key = only_last(causal_lm), weight.device, recording_key(llm, causal_lm, rows, length)
         self.tokens, self.positions = (torch.zeros(rows, 1, dtype=torch.long, device=self.device) for _ in range(2))
         self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -101,8 +101,8 @@ class Recorded:
     def fitting(cls, llm: Any, causal_lm: Any, mask: Tensor, tokens: int) -> Recorded:
         """For a batch of prompts with the mask (N, T) and answers of so many tokens."""
         rows, length = 1 << (len(mask) - 1).bit_length(), -(-(mask.shape[1] + tokens) // LENGTHS) * LENGTHS
-        weight, kept = next(causal_lm.parameters()), RECORDED.get(causal_lm)
-        if kept is None or kept.key != (rows, length, weight.device, weight.dtype):
+        kept = RECORDED.get(causal_lm)
+        if kept is None or kept.key != recording_key(llm, causal_lm, rows, length):
             RECORDED.pop(causal_lm, None)  # before there is another
             kept = RECORDED[causal_lm] = cls(llm, causal_lm, rows, length)
         return kept
@@ -141,15 +141,17 @@ class Recorded:
 
     def _record(self) -> None:
         """The step is done once as it is, which gives its logits and warms libraries up, then recorded, which does nothing."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            logits = self._one_step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._one_step()
-        self.logits.copy_(logits)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                logits = self._one_step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self._one_step()
+            self.logits.copy_(logits)
+        self.graph = graph
 
     def _forward(self, mask: Tensor, **inputs: Any) -> Tensor:
         return self.llm(**inputs, attention_mask=mask, **{self.name: self.cache}, use_cache=True).logits[:, -1].float()
@@ -162,7 +164,15 @@ def can_be_recorded(causal_lm: Any) -> bool:
     config = causal_lm.config.get_text_config(decoder=True)
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return not windowed and kinds == {"full_attention"}
+    rope = getattr(config, "rope_parameters", None) or {}
+    waits = rope.get("rope_type") == "dynamic"  # it reads on the processor how long the row is
+    return not windowed and not waits and kinds == {"full_attention"} and len({p.device for p in causal_lm.parameters()}) == 1
+
+
+def recording_key(llm: Any, causal_lm: Any, rows: int, length: int) -> tuple[Any, ...]:
+    """What a recording holds on to: shapes, where the weights lie, and the adapters that were on."""
+    adapters = (getattr(llm, "active_adapter", None), getattr(llm, "_adapters_disabled", None))
+    return rows, length, id(llm), str(adapters), *(p.data_ptr() for p in causal_lm.parameters())
 
 
 def only_last(causal_lm: Any) -> dict[str, int]:

@@ -1,13 +1,15 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from asrllm.data.config import FilterConfig
-from asrllm.data.corpora import read_corpora
+from asrllm.data.corpora import long_utterance, read_corpora
 from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.testing import data_config
+from tests.data.test_plan import corpus as corpus_of
 from tests.data.test_sources import write_cuts
 
 FILTERS = FilterConfig(min_duration=0.0, max_duration=30.0, max_chars_per_second=1000.0)
@@ -82,3 +84,12 @@ def test_a_missing_and_a_broken_data_config_are_one_sentence(tmp_path):
     (tmp_path / "broken.yaml").write_text("- {shards: ")
     with pytest.raises(UserError, match="is not valid YAML"):
         read_corpora(tmp_path / "broken.yaml", filters=None, made=tmp_path)
+
+
+def test_how_long_utterances_of_training_are():
+    """Of what passes the filters; of large corpora a part is looked at."""
+    filters = FilterConfig(min_duration=1.0, max_duration=10.0, max_chars_per_second=99)
+    kept = corpus_of(np.repeat([16000, 48000, 320000], [50, 150, 2]), filters=filters)
+    assert long_utterance([kept]) == 3.0
+    assert long_utterance([kept, corpus_of([160000] * 40)]) == 10.0
+    assert long_utterance([corpus_of([16000] * 250_000)]) == 1.0

@@ -1,17 +1,20 @@
 """Paired comparisons, from transcripts and from files."""
 
-import json
-
 import numpy as np
 import pytest
 
 from asrllm.cli import main
 from asrllm.errors import UserError
-from asrllm.evaluation.compare import compare, compare_files, compare_results
+from asrllm.evaluation import compare as module
+from asrllm.evaluation.compare import compare_files, compare_results
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.summary import score
 from tests.evaluation.test_score import transcript
 from tests.test_cli import fails
+
+
+def compare(a, b):
+    return module.compare(a, b, normalizer="basic")
 
 
 def noisy(rate, seed, count=200, **more):
@@ -65,7 +68,23 @@ def test_results_on_the_disk_are_compared(tmp_path, capsys):
     assert main(["evaluate", "compare", str(first), str(second)]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"test: WER {expected.a:.2f} % -> {expected.b:.2f} %, {expected.difference:+.2f} points")
+    assert said.endswith("; normalizer basic\n")
     assert said.count("\n") == 1
+
+
+def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
+    """Normalisation changes these texts; icefall's own have words of another case."""
+    said = [
+        transcript("it is 25", "it is 24", "u1", raw_reference="It's twenty-five.", raw_hypothesis="It's twenty-four"),
+        transcript("hello\u2028there", "hello there", "u2", raw_reference="Hello\u2028there!"),
+    ]
+    folder = results(tmp_path / "a", said, "en")
+    found = compare_files(folder / "generations-test.jsonl", folder / "recogs-test-s.txt")
+    assert (found.difference, found.normalizer, found.utterances) == (0.0, "en", 2)
+    icefall = tmp_path / "recogs-icefall.txt"
+    icefall.write_text("u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\nu2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n")
+    assert compare_files(folder / "generations-test.jsonl", icefall).better == 1
+    assert compare_files(icefall, icefall).normalizer == "none"
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
@@ -79,7 +98,16 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     (tmp_path / "recogs-x.txt").write_text("nothing of the kind\n")
     with pytest.raises(UserError, match="holds no utterance"):
         compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")
-    (tmp_path / "generations-x.jsonl").write_text("{")
-    (tmp_path / "results.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="no JSON lines"):
-        compare_results(tmp_path / "generations-x.jsonl", tmp_path / "generations-x.jsonl")
+    assert "two normalizers are no comparison" in fails(capsys, "evaluate", "compare", a, results(tmp_path / "e", noisy(0.3, 1), "en"))
+    for name, text in (
+        ("generations-x.jsonl", "{"),
+        ("generations-y.jsonl", '{"key": "k"}'),
+        ("generations-z.jsonl", "[1]"),
+        ("recogs-y.txt", "k:\tref=['a]"),
+        ("recogs-z.txt", "k:\tref=[b]\n"),
+        ("recogs-v.txt", "k:\tref=['b']\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert f"{name}' is no file generations-*.jsonl or recogs-*.txt" in fails(
+            capsys, "evaluate", "compare", tmp_path / name, tmp_path / name
+        )

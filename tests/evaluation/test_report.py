@@ -107,7 +107,8 @@ def test_the_data_is_that_of_the_results_and_worst_first(tmp_path):
 
 
 def test_several_sets_are_also_one(tmp_path):
-    english, chinese = heard(), score([transcript("z1", "今天天气好", "今天气真好", raw_reference="今天天气好。")])
+    said = [transcript(f"z{i}", "今天天气好", "今天气真好", raw_reference="今天天气好。") for i in range(30)]
+    english, chinese = heard(), score(said)
     sets = [report_set("en", english), report_set("zh", chinese)]
     data = read_page(tmp_path / "report.html", *sets).data
     assert [(s["name"], s["metric"], s.get("pooled")) for s in data["sets"]] == [
@@ -116,7 +117,7 @@ def test_several_sets_are_also_one(tmp_path):
     total = english.errors["mer"].total.sum() + chinese.errors["mer"].total.sum()
     units = english.errors["mer"].units.sum() + chinese.errors["mer"].units.sum()
     assert data["sets"][2]["model"]["mer"] == pytest.approx(100 * total / units, abs=1e-3)
-    (row,) = [row for row in data["utterances"] if row["set"] == 1]
+    row = next(row for row in data["utterances"] if row["set"] == 1)
     assert row["aligned"] == ["今天", [["天", ""]], "气", [["", "真"]], "好"]
     assert row["ref"] == "今天天气好。"
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from asrllm.data.sources import read_kaldi
 from asrllm.errors import UserError
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.journal import Journal, Said
 from asrllm.evaluation.references import check_references, choose_normalizer
 from asrllm.evaluation.run import Evaluation
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
@@ -151,6 +153,41 @@ def test_the_encoders_own_whisper_stands_beside_and_is_kept(world, exp, model, c
     page = (run.folder / "report.html").read_text()
     assert page.count("SUQz") >= 3 or page.count('"audio":"') == 3  # MP3 files in base64
     assert "Whisper" in page
+
+
+def test_two_evaluations_of_one_folder_are_refused(world, exp):
+    first, second = evaluation(world, exp), evaluation(world, exp)
+    first.check()
+    with pytest.raises(UserError, match="another evaluation writes to"):
+        second.check()
+    first.lock.release()
+    second.check()
+    second.lock.release()
+
+
+def test_the_speed_is_of_the_rank_that_took_longest(world, exp, model, monkeypatch):
+    """A journal of two ranks, one of which had nearly all the work."""
+    run = evaluation(world, exp)
+    engine = TorchEngine(model, run.config.generation)
+    journal = Journal(run.folder, "train", of="x")
+    run.folder.mkdir(exist_ok=True)
+    decoded = run._decode(engine, run.corpora[0], journal)
+    rows = journal.read()
+    path = run.folder / ".decoding-train.rank0.jsonl"
+    said = [asdict(each) | {"took": 1.0, "rank": int(i == 0)} for i, each in enumerate(rows)]
+    path.write_text("\n".join([journal.head, *map(json.dumps, said)]) + "\n")
+    again = run._decode(engine, run.corpora[0], journal)
+    assert again.rtfx == pytest.approx(sum(t.duration for t in decoded.transcripts) / (len(rows) - 1))
+    journal.remove()
+
+
+def test_a_text_with_a_line_separator_is_decoded_once(world, exp, tmp_path):
+    said = {"key": "k", "reference": "a\u2028b\u0085c", "hypothesis": "a", "end": "stop", "duration": 1.0, "speaker": "", "recording": "",
+            "corpus": "", "took": 1.0, "rank": 0, "row": 0}  # fmt: skip
+    journal = Journal(tmp_path, "s", of=1)
+    with journal:
+        journal.write([Said(**said)])
+    assert [asdict(each) for each in journal.read()] == [said]
 
 
 def test_whisper_says_what_transformers_makes_it_say(exp, model):

@@ -51,6 +51,9 @@ def test_the_mixed_rate_counts_characters_here_and_words_there():
     assert fitting_metric(["a b", "c"]) == "wer"
     assert fitting_metric(["你好", "三 2"]) == "cer"
     assert fitting_metric(["你好", "open 门"]) == "mer"
+    assert fitting_metric(["穿 t 恤", "你好世界" * 40]) == "cer"
+    assert fitting_metric(["he wrote 好", "so it is " * 40]) == "wer"
+    assert fitting_metric(["", "12"]) == "wer"
 
 
 def test_the_confidence_interval_holds_the_rate_and_narrows():
@@ -89,7 +92,7 @@ def test_utterances_of_one_speaker_are_drawn_together():
     [
         ("a b c", "a b c", "stop", []),
         ("a b c", "", "stop", ["empty"]),
-        ("", "a", "stop", []),
+        ("", "a", "stop", ["invented"]),
         ("no no no", "no no no", "stop", []),
         ("a b", "a " + "ha " * 9, "stop", ["loop", "burst", "long"]),
         ("a b", "a b c", "loop", ["loop"]),
@@ -141,7 +144,7 @@ def test_result_files_have_icefalls_forms(tmp_path):
         "wer": 50.0, "utterances": 3, "normalizer": "basic", "rtfx": 3.0
     }  # fmt: skip
     generations = [json.loads(line) for line in (tmp_path / "generations-test.jsonl").read_text().splitlines()]
-    assert generations[0] == {"key": "x-1", "duration": 2.0, "ref": "one two three", "hyp": "one too three"}
+    assert generations[0] == {"key": "x-1", "duration": 2.0, "ref": "one two three", "hyp": "one too three", "normalizer": "basic"}
 
 
 def test_chinese_results_are_in_characters(tmp_path):

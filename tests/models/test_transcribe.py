@@ -225,3 +225,25 @@ def test_what_is_damaged_in_the_middle_is_told_at_the_end(model, speech, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["speech.txt"]
     assert main(["transcribe", str(model), str(files[0])]) == 2
     assert capsys.readouterr().err.endswith(f"the audio file {str(files[0])!r} holds NaN or infinite values at 2.50 s: write it anew\n")
+
+
+def test_segments_are_as_long_as_what_was_trained(world, tmp_path, monkeypatch, caplog, capsys):
+    rate = 16000
+    soundfile.write(tmp_path / "long.wav", np.concatenate([np.append(vowels(1.2, seed=i), np.zeros(rate // 2)) for i in range(12)]), rate)
+    made = make_model(world)
+    longest = {}
+    for trained in (None, 4.0, 0.5):
+        made.config.trained_seconds = trained
+        made.save_pretrained(tmp_path / str(trained))
+        heard = Heard(monkeypatch)
+        assert warned(caplog, monkeypatch, "transcribe", tmp_path / str(trained), tmp_path / "long.wav") == []
+        longest[trained] = max(heard.seconds)
+    assert longest[None] > 12
+    assert 2 < longest[4.0] <= 4
+    assert longest[0.5] <= 2
+    heard = Heard(monkeypatch)
+    given = ("transcribe", tmp_path / "4.0", tmp_path / "long.wav", "--max-segment")
+    (warning,) = warned(caplog, monkeypatch, *given, 10)
+    assert "--max-segment 10 is longer than what the model was trained on (4 s)" in warning
+    assert 4 < max(heard.seconds) <= 10
+    assert "--max-segment 1 must be from 2 to 30 seconds" in fails(capsys, *given, 1)

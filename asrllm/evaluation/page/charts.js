@@ -11,11 +11,11 @@ function text(x, y, words, attributes = {}) {
 }
 
 /** Horizontal bars, the baseline's below this model's. least: what the longest stands for, or more. */
-function bars(rows, least = 1e-9) {
+function bars(rows, least = 0) {
   const left = 104, room = WIDTH - left - 62;
   const both = rows.some((row) => row.baseline !== null);
   const height = both ? 36 : 32;
-  const most = Math.max(...rows.flatMap((row) => [row.rate, row.baseline ?? 0]), least);
+  const most = Math.max(...rows.flatMap((row) => [row.rate, row.baseline ?? 0]), least, 1e-9);
   const bar = (kind, value, y) => [
     svg("rect", {class: kind, x: left, y, width: Math.max((room * value) / most, 1), height: 12, rx: 2}),
     text(left + (room * value) / most + 5, y + 10, percent(value), {class: "value"}),
@@ -57,7 +57,7 @@ function histogram(names, series) {
 
 /** Rates with their intervals. points: {label, kind, rate, low, high}. */
 function forest(points) {
-  const left = 150, right = WIDTH - 102, height = 20, bottom = points.length * height + 6;
+  const left = 150, right = WIDTH - 124, height = 20, bottom = points.length * height + 6;
   const end = niceEnd(Math.max(...points.map((point) => point.high), 1e-9));
   const at = (rate) => left + ((right - left) * rate) / end;
   const grid = [0, 0.25, 0.5, 0.75, 1].map((part) => [
