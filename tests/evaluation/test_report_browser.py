@@ -11,7 +11,7 @@ from PIL import Image
 
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
 from asrllm.evaluation.score import Transcript
-from asrllm.evaluation.summary import score
+from asrllm.evaluation.summary import SIGNS, score
 from asrllm.testing import tone
 from tests.evaluation.test_report import ATTACK, heard, report_set, transcript
 
@@ -192,7 +192,7 @@ def test_the_figures_follow_the_set(page):
     assert of_all[0] != of_one[0]
     assert of_one[0].startswith("substitutions: ")
     assert len(find(page, "#summary tbody")) == 3
-    assert [row.text for row in find(page, "#signs tbody th")] == ["empty", "loop", "burst", "long", "short", "limit"]
+    assert [row.text for row in find(page, "#signs tbody th")] == list(SIGNS)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
