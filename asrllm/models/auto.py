@@ -101,7 +101,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (*DAMAGED, OSError) as error:
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights {str(path)!r} are cut short or damaged ({said}): copy the file again, or make it again") from error
+        raise UserError(f"the weights {str(path)!r} cannot be read ({said}): copy the file again, or make it again") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"the weights {str(path)!r} are no plain state dict of tensors")
     return state
