@@ -329,9 +329,8 @@ def print_peak(build_step: Callable[[], Step]) -> None:
     print((peak * 1024 - held) / 1e9)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product, the best of several."""
-    n = 8192 if device.type == "cuda" else 2048
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int) -> float:
+    """Operations a second of a product of matrices (n, n), the best of several."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
@@ -394,7 +393,8 @@ def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
         "head and loss": time_steps(loss_steps(device, shape.loss_vocabulary), device, rounds),
     }
     operations, tokens = step_operations(shape), packed_inputs(make_utterances(shape), shape)["input_ids"].shape[1]
-    peaks = {name: matmul_peak(device, dtype) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
+    n = 256 if shape.loss_vocabulary == FEW.loss_vocabulary else 8192 if device.type == "cuda" else 2048
+    peaks = {name: matmul_peak(device, dtype, n) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
     for name, result in (results["steps"] | results["head and loss"]).items():
         if device.type == "cpu":
             result["peak GB"] = cpu_peak(name, shape)
