@@ -329,7 +329,7 @@ def test_a_killed_run_goes_on(world, tmp_path):
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=clean_environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (exp / "checkpoint-9").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)  # waits for a condition, bounded
     os.killpg(process.pid, signal.SIGKILL)
