@@ -1,6 +1,7 @@
 """The command line: `asrllm <verb> ...`, and the same verbs as scripts in launch/."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import importlib
@@ -29,6 +30,7 @@ VERBS = {
     "import-icefall": "weights of icefall's ASR_LLM -> a directory as a run leaves it",
     "export": "a run -> a self-contained Hugging Face directory",
 }
+RANKS = (["train"], ["evaluate"])  # as one process or as many
 WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 130, 143 ended by
     SIGINT, SIGTERM; 1 anything else (a traceback)."""
     argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["train"], ["evaluate"]):
+    if argv[:1] in RANKS:
         try:
             adopt_launcher()
         except UserError as error:
@@ -88,8 +90,17 @@ def forget_launcher_argument(argv: list[str]) -> list[str]:
     return [argument for argument in argv if not argument.startswith("--local_rank=")]
 
 
-def console() -> None:
-    sys.exit(main())
+def console(*verb: str) -> None:
+    """Ends the process. verb: what a script of launch/ leaves out of its command line."""
+    argv = [*verb, *sys.argv[1:]]
+    status = main(argv)
+    if argv[:1] not in RANKS:
+        sys.exit(status)
+    # the interpreter's own end is left out: it aborts the process where a thread of gloo's lets go of its last tensors only then
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

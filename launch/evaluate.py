@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """`asrllm evaluate` as a script."""
 
-import sys
-
-from asrllm.cli import main
+from asrllm.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    console("evaluate")

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """`asrllm shards make` as a script."""
 
-import sys
-
-from asrllm.cli import main
+from asrllm.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main(["shards", "make", *sys.argv[1:]]))
+    console("shards", "make")

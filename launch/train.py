@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """`asrllm train` as a script."""
 
-import sys
-
-from asrllm.cli import main
+from asrllm.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    console("train")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 
 import asrllm
 from asrllm.checkpoints.consolidate import checkpoint_weights
@@ -320,6 +321,8 @@ def lines(exp: Path) -> list[dict]:
 
 def test_a_killed_run_goes_on(world, tmp_path):
     """kill -9 of all processes in the middle; the next run goes on from the last complete checkpoint."""
+    wandb.setup().ensure_service()  # one that outlives the killed run, as a notebook's does
+    assert "WANDB_SERVICE" in os.environ
     exp = tmp_path / "exp"
     overrides = world.overrides(
         exp, trainer__num_steps=400, trainer__save_every=3, trainer__log_every=1, data__valid_data_config="null", trainer__keep_last_k=2

@@ -1,6 +1,7 @@
 """Where log records go."""
 
 import json
+import os
 import re
 import secrets
 import sys
@@ -107,6 +108,7 @@ class WandbSink(Sink):
         import wandb
 
         self.wandb, self.exp_dir, self.checkpoint = wandb, exp_dir, newest_tag(exp_dir)
+        os.environ.pop("WANDB_SERVICE", None)  # a parent's service outlives a killed run, whose id it then calls in use
         self.run = wandb.init(
             mode=config.mode,
             project=config.project,
