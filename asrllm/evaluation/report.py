@@ -31,7 +31,9 @@ STYLES, SCRIPTS = ("report.css",), ("dom.js", "charts.js", "sections.js", "utter
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSet:
-    """A test set in the report. entry: its entry of results.json. baseline: another's texts of the same utterances in the same order.
+    """A test set in the report. entry: its entry of results.json.
+
+    baseline: another's texts of the same utterances in the same order; the entry's "baseline" then has their comparison as "paired".
 
     audio: {key: file of encode_audio} of the utterances that can be heard.
     """
@@ -114,14 +116,14 @@ def pooled_data(sets: Sequence[ReportSet]) -> dict[str, Any]:
     scored = score([t for s in sets for t in s.scored.transcripts])
     others = [s.baseline for s in sets if s.baseline is not None]
     baseline = score([t for other in others for t in other.transcripts]) if len(others) == len(sets) else None
-    return set_data("all sets", scored, scored.entry(), baseline) | {"pooled": True}
+    entry = scored.entry()
+    if baseline is not None:
+        entry["baseline"] = {"paired": compare(baseline.transcripts, scored.transcripts, normalizer="").entry()}
+    return set_data("all sets", scored, entry, baseline) | {"pooled": True}
 
 
 def set_data(name: str, scored: Scored, entry: dict[str, Any], baseline: Scored | None) -> dict[str, Any]:
     other = baseline.entry() if baseline else None
-    comparison = None
-    if baseline:
-        comparison = compare(baseline.transcripts, scored.transcripts, normalizer=entry.get("normalizer", "")).entry()
     speakers = breakdown(scored.metric, entry["by_speaker"], other and other["by_speaker"])
     return {
         "name": name,
@@ -129,7 +131,7 @@ def set_data(name: str, scored: Scored, entry: dict[str, Any], baseline: Scored 
         "about": {key: entry[key] for key in ABOUT if entry.get(key) is not None},
         "model": side(scored, entry),
         "baseline": side(baseline, other) if baseline and other else None,
-        "comparison": comparison,
+        "comparison": entry["baseline"]["paired"] if baseline else None,
         "utterances": entry["utterances"],
         "hours": entry["hours"],
         "empty_references": entry["empty_references"],

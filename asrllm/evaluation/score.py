@@ -89,9 +89,15 @@ class Errors:
         """95 % bootstrap interval of the rate over utterances (Bisani and Ney, "Bootstrap Estimates for Confidence Intervals", 2004).
 
         groups: (utterances,) numbers of the speaker or recording, which are then drawn as a whole (Liu and Peng, "Statistical Testing on
-        ASR Performance via Blockwise Bootstrap", 2020).
+        ASR Performance via Blockwise Bootstrap", 2020). Without an error: up to 3 in all units (Hanley and Lippman-Hand, "If Nothing Goes
+        Wrong, Is Everything All Right?", 1983). One utterance or group alone bounds nothing.
         """
-        return bootstrap_interval(sum_by(groups, self.total), sum_by(groups, self.units))
+        total, units = sum_by(groups, self.total), sum_by(groups, self.units)
+        if len(units) < 2:
+            return 0.0, max(100.0, self.rate)
+        if not total.any():
+            return 0.0, min(100.0, 300 / max(float(units.sum()), 1.0))
+        return bootstrap_interval(total, units)
 
 
 def bootstrap_interval(total: np.ndarray, units: np.ndarray) -> tuple[float, float]:

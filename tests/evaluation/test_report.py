@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from asrllm.evaluation.compare import compare
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, joined, rate_counts, rate_names, runs, write_report
 from asrllm.evaluation.score import Errors, Transcript, align
 from asrllm.evaluation.summary import Scored, score
@@ -40,7 +41,10 @@ def heard(count: int = 40, *, seed: int = 0, speakers: int = 7, share: float = 0
 
 
 def report_set(name: str, scored: Scored, **more: object) -> ReportSet:
-    return ReportSet(name=name, scored=scored, entry=scored.entry() | ABOUT, **more)  # type: ignore[arg-type]
+    entry = scored.entry() | ABOUT
+    if "baseline" in more:
+        entry["baseline"] = {"paired": compare(more["baseline"].transcripts, scored.transcripts, normalizer="").entry()}
+    return ReportSet(name=name, scored=scored, entry=entry, **more)  # type: ignore[arg-type]
 
 
 class Page(html.parser.HTMLParser):

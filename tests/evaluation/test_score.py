@@ -62,7 +62,9 @@ def test_the_confidence_interval_holds_the_rate_and_narrows():
         low, high = found.confidence_interval()
         assert low < found.rate < high
     assert np.diff(many.confidence_interval()) < np.diff(few.confidence_interval()) / 2
-    assert errors([transcript("a b", "a b")]).confidence_interval() == (0.0, 0.0)
+    assert errors([transcript("a b", "a b")] * 50).confidence_interval() == (0.0, 3.0), "the rule of three: 3 in 100 words"
+    assert errors([transcript("a b", "a b")]).confidence_interval() == (0.0, 100.0)
+    assert errors([transcript("a", "b c d")]).confidence_interval() == (0.0, 300.0), "one utterance bounds nothing"
 
 
 def test_the_interval_covers_the_true_rate_as_often_as_it_says():
