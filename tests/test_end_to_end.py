@@ -242,7 +242,7 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, lau
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert_done(run_script("train", *world.overrides(whole, **settings), launcher=launcher))
-    assert_done(run_script("train", *world.overrides(parts, **settings), launcher=launcher))
+    shutil.copytree(whole, parts)
     # as if it had been killed between steps 4 and 8: the later checkpoints are not there, the logs are
     for path in parts.glob("*/asrllm.json"):
         if json.loads(path.read_text())["step"] > 4:

@@ -36,9 +36,9 @@ from asrllm.data.sources import RejectedError, Utterance
 from asrllm.errors import UserError
 
 logger = logging.getLogger(__name__)
-MAKING = 1  # changes when the same utterances and options give other bytes
+MAKING = 2  # changes when the same utterances and options give other bytes
 MAX_TEXT_BYTES = 10_000
-FIELD_ORDER = ("text", "duration", "sampling_rate", "lang", "corpus", "speaker", "prompt", "task", "hotwords")
+FIELD_ORDER = ("text", "duration", "sampling_rate", "lang", "corpus", "speaker", "recording", "prompt", "task", "hotwords")
 Codec = Literal["flac", "keep"]
 Rejected = tuple[str, str, str]  # key, reason, detail
 

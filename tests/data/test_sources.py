@@ -21,7 +21,7 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
     (kaldi / "utt2spk").write_text("a s\nb s\n")
     (kaldi / "utt2lang").write_text("a en\nb en\n")
     a, b, c = read_kaldi(kaldi)
-    assert (a.key, a.text, a.duration, a.fields, a.file) == ("a", "one", 1.0, {"speaker": "s", "lang": "en"}, None)
+    assert (a.key, a.text, a.duration, a.fields, a.file) == ("a", "one", 1.0, {"speaker": "s", "lang": "en", "recording": "utt0000"}, None)
     wave, rate = b.load()
     assert (rate, len(wave)) == (16000, 12000)
     np.testing.assert_allclose(wave, tone("two", 0.75), atol=1e-4)
@@ -150,7 +150,7 @@ def write_cuts(folder, name="cuts.jsonl.gz"):
 def test_a_cut_of_several_supervisions_gives_one_utterance_each(tmp_path):
     path = write_cuts(tmp_path)
     utterances = list(read_cuts(path))
-    fields = {"speaker": "s", "lang": "en"}
+    fields = {"speaker": "s", "lang": "en", "recording": "r"}
     assert [(u.key, u.text, u.duration, u.fields, u.file) for u in utterances] == [
         ("x", "one", 1.0, fields, None),
         ("y", "two", 0.5, fields | {"prompt": "Write."}, None),

@@ -35,6 +35,9 @@ def read_cuts(path: str | Path) -> Iterator[Utterance]:
 def _utterance(cut: Any, several: bool) -> Utterance:
     supervision = cut.supervisions[0] if cut.supervisions else None
     about = {"speaker": supervision.speaker, "lang": supervision.language} if supervision else {}
+    file, recording = _whole_file(cut), getattr(cut, "recording", None)  # a mixed cut has none of its own
+    if file is None and recording is not None:
+        about["recording"] = recording.id
     for custom in (getattr(cut, "custom", None), supervision and supervision.custom):
         about |= {name: custom[name] for name in CUSTOM if name in custom} if custom else {}
     return Utterance(
@@ -43,14 +46,14 @@ def _utterance(cut: Any, several: bool) -> Utterance:
         load=_CutAudio(cut),
         duration=cut.duration,
         fields=sample_fields(about),
-        file=_whole_file(cut),
+        file=file,
         problem=None if cut.has_recording else ("missing_audio", "the cut has no recording"),
     )
 
 
 def _whole_file(cut: Any) -> Path | None:
     """The cut's file, where the cut is all of it, with every channel and as it was recorded."""
-    recording = getattr(cut, "recording", None)  # a mixed cut has none of its own
+    recording = getattr(cut, "recording", None)
     if recording is None or recording.transforms or len(recording.sources) != 1 or recording.sources[0].type != "file":
         return None
     channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]

@@ -14,6 +14,7 @@ T = TypeVar("T")
 FIELDS = {  # field of a sample: its names in manifests
     "lang": ("lang", "language", "locale"),
     "speaker": ("speaker", "speaker_id", "client_id", "speaker_name"),
+    "recording": ("recording", "recording_id"),
     "prompt": ("prompt",),
     "task": ("task",),
     "hotwords": ("hotwords",),

@@ -32,8 +32,8 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
     texts = _Lookup(folder / "text", main_is_sorted)
     others = {"speaker": "utt2spk", "lang": "utt2lang"}
     tables = {field: _Lookup(folder / name, main_is_sorted) for field, name in others.items() if (folder / name).is_file()}
-    for key, stretch in _segments(folder, allow_pipes) if main == "segments" else _recordings(folder, allow_pipes):
-        fields = {field: table.pop(key) for field, table in tables.items()}
+    for key, recording, stretch in _segments(folder, allow_pipes) if main == "segments" else _whole(folder, allow_pipes):
+        fields = {field: table.pop(key) for field, table in tables.items()} | {"recording": recording}
         yield Utterance(
             key=key,
             text=texts.pop(key) or "",
@@ -121,7 +121,12 @@ def _audio(folder: Path, root: Path, key: str, value: str, allow_pipes: bool) ->
     return _ArkEntry(root / value[: offset.start()], int(offset[1])) if offset else root / value
 
 
-def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch]]:
+def _whole(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch]]:
+    return ((key, None, stretch) for key, stretch in _recordings(folder, allow_pipes))
+
+
+def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch]]:
+    """(utterance, recording, its part)"""
     _check_table(folder / "wav.scp")
     recordings = dict(_recordings(folder, allow_pipes))
     for key, value in _rows(folder / "segments"):
@@ -134,7 +139,7 @@ def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch]]:
             raise UserError(f"{folder / 'segments'}: {key!r} names the recording {recording!r}, which wav.scp lacks: add it there")
         if begin < 0 or (finish <= begin and finish != -1):
             raise UserError(f"{folder / 'segments'}: {key!r} lasts from {start} to {end}: the end must lie after the start, in seconds")
-        yield key, Stretch(recordings[recording].audio, begin, None if finish == -1 else finish)  # -1: Kaldi's 'to its end'
+        yield key, recording, Stretch(recordings[recording].audio, begin, None if finish == -1 else finish)  # -1: Kaldi's 'to its end'
 
 
 @dataclass(frozen=True)
