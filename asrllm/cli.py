@@ -35,8 +35,8 @@ WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 130, 143 ended by
-    SIGINT, SIGTERM; 1 anything else (a traceback)."""
+    """Exit status: 0 done, or asked to end and saved; 2 a user's mistake; 75 training hung (Watchdog); 130, 141, 143 ended
+    by SIGINT, SIGPIPE, SIGTERM; 1 anything else (a traceback)."""
     argv = forget_launcher_argument(sys.argv[1:] if argv is None else argv)
     if argv[:1] in RANKS:
         try:
@@ -62,11 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with sigterm_raises() if arguments.verb in WRITE_MUCH else contextlib.nullcontext():
             arguments.run(arguments)
+            sys.stdout.flush()
     except UserError as error:
         # before the ranks have met they all find the same mistake, after it perhaps one alone
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 or torch.distributed.is_initialized():
             print(f"asrllm {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:  # `| head` wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno == errno.ENOSPC:
             said = f"no space is left on the disk ({error}): make room, and give the same command again"

@@ -107,6 +107,8 @@ class Segmenter:
             end, after = max(pauses, key=lambda pause: (pause[1] - pause[0], pause[0]))
         else:
             end = after = middle + least(self.probabilities[middle - begin :])
+            if self.quiet is not None and end >= self.quiet:  # a pause begins there, of which too little is known
+                return self._close(self.quiet)
         segment = self._tell(begin, end, min(PADDING, (after - end) // 2))
         self.begin, self.torn = after, end == after
         self.pauses = [pause for pause in self.pauses if pause[0] > end]

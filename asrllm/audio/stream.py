@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -86,13 +87,20 @@ def open_by_ffmpeg(path: str, error: str) -> AudioFile:
             f"the audio file {path!r} cannot be read ({error}): read are {', '.join(FORMATS)}, and with ffmpeg, which is not on PATH, "
             "also m4a, mp4, webm and more"
         )
-    fields = ("-select_streams", "a:0", "-show_entries", "stream=codec_name:format=duration", "-of", "json")
+    fields = ("-select_streams", "a:0", "-show_entries", "stream=codec_name,duration:format=format_name,nb_streams,duration", "-of", "json")
     said = subprocess.run(["ffprobe", "-v", "error", *fields, f"file:{path}"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
     found = json.loads(said.stdout or b"{}")
     if said.returncode or not found.get("streams"):
         raise UserError(f"the audio file {path!r} cannot be read ({error}), and ffmpeg finds no audio in it: give an audio file")
-    seconds = found.get("format", {}).get("duration")
-    return AudioFile(path=path, seconds=float(seconds) if seconds else None, decoder="ffmpeg")
+    return AudioFile(path=path, seconds=_promised(found["streams"][0], found.get("format", {})), decoder="ffmpeg")
+
+
+def _promised(stream: dict[str, Any], container: dict[str, Any]) -> float | None:
+    """The seconds of sound that a file says it has; a container lasts as long as the longest of what is in it, such as a picture."""
+    if container.get("format_name") == "aac":  # has no header: ffprobe guesses from the first bitrate
+        return None
+    seconds = stream.get("duration") or (container.get("duration") if container.get("nb_streams") == 1 else None)
+    return float(seconds) if seconds else None
 
 
 def read_blocks(file: AudioFile) -> Iterator[np.ndarray]:

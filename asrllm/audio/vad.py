@@ -66,9 +66,11 @@ def load_silero() -> SileroNetwork:
     path = silero_file()
     if path is None:
         raise UserError("finding speech needs the package silero-vad: pip install 'silero-vad>=6.2.3,<7', or give --no-vad")
-    weights = torch.jit.load(path, map_location="cpu").state_dict()
-    network = SileroNetwork()
-    network.load_state_dict({name: weights[f"_model.{part}"] for name, part in PARTS.items()})
+    weights, network = torch.jit.load(path, map_location="cpu").state_dict(), SileroNetwork()
+    try:
+        network.load_state_dict({name: weights[f"_model.{part}"] for name, part in PARTS.items()})
+    except (KeyError, RuntimeError) as error:
+        raise UserError("the package silero-vad has another network: pip install 'silero-vad>=6.2.3,<7', or give --no-vad") from error
     return network.eval()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asrllm.config import read_text, read_yaml
+from asrllm.data.text import language_tag
 from asrllm.errors import UserError, nearest
 
 KEYS: dict[str, Any] = {"prompt": str, "weight": (int, float), "lang": str, "task": str}
@@ -23,8 +24,9 @@ class Prompt:
     task: str | None = None
 
     def fits(self, lang: str | None, task: str | None) -> bool:
-        """'zh' fits utterances of 'zh-CN' and 'ZH_tw', not the other way round."""
-        return (self.task is None or self.task == task) and (self.lang is None or f"{_tag(lang)}-".startswith(f"{_tag(self.lang)}-"))
+        """'zh' fits utterances of 'zh-CN', 'ZH_tw' and 'Chinese', not the other way round."""
+        is_spoken = self.lang is None or f"{language_tag(lang)}-".startswith(f"{language_tag(self.lang)}-")
+        return is_spoken and (self.task is None or self.task == task)
 
 
 DEFAULT_PROMPTS = (Prompt(text="Transcribe the speech."),)
@@ -96,7 +98,3 @@ def choose_prompt(
     digest = hashlib.blake2b(f"{seed}/{round}/prompt/{key}".encode(), digest_size=8).digest()
     draws = random.Random(int.from_bytes(digest, "little"))
     return draws.choices(fitting, [prompt.weight for prompt in fitting])[0].text
-
-
-def _tag(lang: str | None) -> str:
-    return (lang or "").replace("_", "-").lower()

@@ -83,7 +83,8 @@ def join_texts(texts: Iterable[str]) -> str:
 
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {"basic": basic, "en": en, "zh": zh, "zh-numbers": zh_numbers, "none": none}
-BY_LANGUAGE = {"en": "en", "zh": "zh", "yue": "zh", "cmn": "zh"}
+BY_LANGUAGE = {"en": "en", "zh": "zh", "yue": "zh"}
+THREE_LETTERS = {"eng": "en", "zho": "zh", "chi": "zh", "cmn": "zh"}  # ISO 639-2 and -3 -> 639-1
 
 
 def normalizer(name: str, key: str = "normalizer") -> Callable[[str], str]:
@@ -94,9 +95,20 @@ def normalizer(name: str, key: str = "normalizer") -> Callable[[str], str]:
     return NORMALIZERS[name]
 
 
+@functools.lru_cache(maxsize=1000)
+def language_tag(lang: str | None) -> str:
+    """One form of what corpora write: 'en_US' -> 'en-us', 'English' (as Lhotse's recipes have it) and 'eng' -> 'en', None -> ''."""
+    first, *rest = re.split("[-_]", (lang or "").strip().lower())
+    if len(first) > 3:
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+        first = TO_LANGUAGE_CODE.get(first, first)
+    return "-".join([THREE_LETTERS.get(first, first), *rest])
+
+
 def normalizer_of(lang: str | None) -> str:
     """The name of a language's normaliser: 'en-US' -> 'en', 'zh' -> 'zh', others -> 'basic'."""
-    return BY_LANGUAGE.get(re.split("[-_]", (lang or "").lower())[0], "basic")
+    return BY_LANGUAGE.get(language_tag(lang).split("-")[0], "basic")
 
 
 def word_errors(reference: str, hypothesis: str) -> int:

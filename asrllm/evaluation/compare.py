@@ -13,7 +13,7 @@ import numpy as np
 from asrllm.config import read_text
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
-from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, errors, fitting_metric, groups_of, sum_by
+from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, characters, errors, fitting_metric, groups_of, sum_by
 
 PERMUTATIONS = 10_000
 RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp)=(?P<units>\[.*\])")
@@ -64,8 +64,14 @@ def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str
 
 
 def difference_interval(a: Errors, b: Errors, groups: np.ndarray | None) -> tuple[float, float]:
-    """95 % bootstrap interval of b's rate less a's, both over the same drawn utterances or groups (Bisani and Ney, 2004)."""
-    return bootstrap_interval(sum_by(groups, b.total - a.total), sum_by(groups, a.units))
+    """95 % bootstrap interval of b's rate less a's, both over the same drawn utterances or groups (Bisani and Ney, 2004).
+
+    One of them alone bounds nothing.
+    """
+    more, units = sum_by(groups, b.total - a.total), sum_by(groups, a.units)
+    if len(units) < 2:
+        return -max(100.0, a.rate), max(100.0, b.rate)
+    return bootstrap_interval(more, units)
 
 
 def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
@@ -116,7 +122,8 @@ def compare_files(a: Path, b: Path) -> Comparison:
     first, second = ({t.key: t for t in transcripts(found, name)} for found in (rows, others))
     if only := sorted(first.keys() ^ second.keys()):
         raise UserError(f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone")
-    if other := [key for key in first if first[key].reference.split() != second[key].reference.split()]:
+    # recogs-*.txt of a character error rate have a space between any two
+    if other := [key for key in first if characters(first[key].reference) != characters(second[key].reference)]:
         pair = f"{first[other[0]].reference!r} and {second[other[0]].reference!r}"
         raise UserError(f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}: {pair}")
     return compare(list(first.values()), [second[key] for key in first], normalizer=name)

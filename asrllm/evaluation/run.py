@@ -49,6 +49,7 @@ class Evaluation:
         self.scored: dict[str, Scored] = {}
         self.baselines: dict[str, Scored] = {}
         self.results: dict[str, Any] = {}
+        self.journals: list[Journal] = []
 
     def _prompt(self, corpus: Corpus) -> str:
         return prompt_to_ask(self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None)
@@ -76,10 +77,10 @@ class Evaluation:
         }
         for corpus in self.corpora:
             journal = Journal(self.folder, corpus.name, of | {"corpus": identity_of_corpus(corpus), "prompt": self.prompts[corpus.name]})
+            self.journals.append(journal)
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
                 self._write(corpus, decoded)
-                journal.remove()
 
     def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
         options = DecodingOptions(prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration)
@@ -98,7 +99,6 @@ class Evaluation:
         }
         self.scored[name] = score(decoded.transcripts)
         r = self.results[name] = write_results(self.folder, name, self.config.suffix, self.scored[name], about)
-        write_summary(self.folder, self.config.suffix, self.results)
         metric = r["metric"]
         low, high = r[f"{metric}_ci95"]
         others = ", ".join(f"{other.upper()} {r[other]:.2f} %" for other in UNITS if other != metric)
@@ -108,15 +108,21 @@ class Evaluation:
     def decode_baseline(self) -> None:
         """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
         base = (self.description.base_models or {}).get("audio_encoder", {})
-        found = find_whisper(base.get("path"))
-        if isinstance(found, str):
+        whisper, why_not = None, None
+        try:
+            whisper = WhisperEngine(
+                find_whisper(base.get("path")), dtype=self.dtype, device=self.device, max_new_tokens=self.config.max_new_tokens
+            )
+        except UserError as error:
+            why_not = str(error)
+        reasons = [reason for reason in distributed.gather_objects(why_not) if reason]
+        if whisper is None or reasons:
             if distributed.rank() == 0:
-                print(f"no Whisper baseline: {found}", flush=True)
+                print(f"no Whisper baseline: {reasons[0]}", flush=True)
             return
-        whisper = WhisperEngine(found, dtype=self.dtype, device=self.device, max_new_tokens=self.config.max_new_tokens)
         for corpus in self.corpora:
             engine = whisper.of_language(language_of(corpus))
-            of = {"whisper": identity_of(found), "options": engine.options, "dtype": str(self.dtype)}
+            of = {"whisper": identity_of(whisper.folder), "options": engine.options, "dtype": str(self.dtype)}
             journal = Journal(self.exp_dir / BASELINE, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
@@ -135,6 +141,8 @@ class Evaluation:
         sets = [self._report_set(corpus) for corpus in self.corpora]
         write_report(self.folder / "report.html", f"{self.exp_dir.name}, {self.config.suffix}", sets)
         log_to_wandb(self.config.wandb, self.exp_dir, sets)
+        for journal in self.journals:
+            journal.remove()
         self.lock.release()
         print(f"results: {self.folder}, to be looked at in {self.folder / 'report.html'}")
 

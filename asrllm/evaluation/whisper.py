@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from asrllm.data.index import RATE
+from asrllm.data.text import language_tag
 from asrllm.errors import UserError
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.generation import Answer
@@ -19,20 +20,17 @@ LIMITS = (1, 31 * RATE)  # the test set's own limits are those of the model's en
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
-def find_whisper(path: str | Path | None) -> Path | str:
-    """The directory of a Whisper with its decoder and its tokenizer, or why there is no baseline."""
+def find_whisper(path: str | Path | None) -> Path:
+    """The directory of a Whisper with its tokenizer. Raises UserError where the encoder is of none."""
     if path is None:
-        return "the audio encoder is of no directory"
-    try:
-        folder = resolve_pretrained(path)
-    except UserError as error:
-        return str(error)
+        raise UserError("the audio encoder is of no directory")
+    folder = resolve_pretrained(path)
     if not (folder / "config.json").is_file():
-        return f"{str(path)!r} is no Hugging Face directory"
+        raise UserError(f"{str(path)!r} is no Hugging Face directory")
     if '"whisper"' not in (folder / "config.json").read_text(encoding="utf-8"):
-        return "the audio encoder is no Whisper"
+        raise UserError("the audio encoder is no Whisper")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return f"{str(path)!r} has no tokenizer, which Whisper's decoder needs"
+        raise UserError(f"{str(path)!r} has no tokenizer, which Whisper's decoder needs")
     return folder
 
 
@@ -42,26 +40,29 @@ class WhisperEngine:
     limits = LIMITS
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int) -> None:
-        """Raises UserError where the directory's weights have no decoder."""
+        """Raises UserError where the directory cannot be loaded, or its weights have no decoder."""
         from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
         try:
             model, report = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the baseline {str(folder)!r} cannot be loaded ({error}): set whisper_baseline=false") from error
+            raise UserError(f"{str(folder)!r} cannot be loaded ({error})") from error
         if missing := sorted(name for name in report["missing_keys"] if name != "proj_out.weight"):
-            raise UserError(f"the baseline {str(folder)!r} lacks {missing[0]!r}: set whisper_baseline=false")
+            raise UserError(f"{str(folder)!r} lacks {missing[0]!r}")
+        self.folder = folder
         self.model: Any = model.to(device).eval()
         self.extract = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
         longest = model.config.max_target_positions // 2
         self.options: dict[str, Any] = {"max_new_tokens": min(max_new_tokens, longest)}
 
     def of_language(self, lang: str | None) -> WhisperEngine:
-        """The same weights, told the language of the speech."""
-        engine = copy.copy(self)
-        if getattr(self.model.generation_config, "is_multilingual", False):
-            engine.options = self.options | {"task": "transcribe"} | ({"language": lang.split("-")[0]} if lang else {})
+        """The same weights, told the language of the speech where they know it."""
+        engine, config = copy.copy(self), self.model.generation_config
+        if getattr(config, "is_multilingual", False):
+            code = language_tag(lang).split("-")[0]
+            known = f"<|{code}|>" in getattr(config, "lang_to_id", {})
+            engine.options = self.options | {"task": "transcribe"} | ({"language": code} if known else {})
         return engine
 
     @torch.no_grad()

@@ -79,6 +79,10 @@ def test_without_a_pause_the_cut_is_where_speech_is_least_probable():
     assert segments(probabilities) == [(0, 32), (32, 75)]
 
 
+def test_a_pause_that_begins_where_the_room_ends_is_no_segment():
+    assert segments([0.9] * 43 + [0.1] * 100) == segments([0.9] * 42 + [0.1] * 100) == [(0, 43)]
+
+
 def test_a_long_silence_ends_a_segment_and_a_short_one_does_not():
     assert len(segments(runs(0, 5, LONGEST_PAUSE, 5), longest=1000 * FRAME)) == 2
     assert len(segments(runs(0, 5, LONGEST_PAUSE - 1, 5), longest=1000 * FRAME)) == 1

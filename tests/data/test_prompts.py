@@ -101,6 +101,7 @@ def test_weights_are_shares_among_those_that_fit():
         ("zh", None, {"any", "zh"}),
         ("ZH-cn", None, {"any", "zh", "zh-CN"}),
         ("zh_CN", None, {"any", "zh", "zh-CN"}),
+        ("Chinese", None, {"any", "zh"}),
         ("zha", None, {"any"}),  # Zhuang
         (None, "st", {"any", "st"}),
         ("zh", "st", {"any", "zh", "st", "zh st"}),

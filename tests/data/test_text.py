@@ -52,7 +52,11 @@ def test_numbers_in_chinese_are_one_where_they_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("lang", "name"), [("en", "en"), ("EN-us", "en"), ("zh_TW", "zh"), ("yue", "zh"), ("de", "basic"), (None, "basic"), ("", "basic")]
-)
+    ("lang", "name"),
+    [
+        ("en", "en"), ("EN-us", "en"), ("English", "en"), ("eng", "en"), ("zh_TW", "zh"), ("Chinese", "zh"), ("cmn", "zh"), ("yue", "zh"),
+        ("Cantonese", "zh"), ("de", "basic"), ("German", "basic"), ("Klingon", "basic"), (None, "basic"), ("", "basic"),
+    ],
+)  # fmt: skip
 def test_languages_have_their_normalizers(lang, name):
     assert normalizer_of(lang) == name

@@ -1,5 +1,9 @@
 """Paired comparisons, from transcripts and from files."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -9,6 +13,7 @@ from asrllm.evaluation import compare as module
 from asrllm.evaluation.compare import compare_files, compare_results
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.summary import score
+from tests.conftest import clean_environment
 from tests.evaluation.test_score import transcript
 from tests.test_cli import fails
 
@@ -35,6 +40,11 @@ def test_a_difference_is_found_and_none_is_not():
     assert (back.difference, back.better, back.worse) == (-found.difference, found.worse, found.better)
     same = compare(a, a)
     assert (same.difference, same.p, same.difference_ci95) == (0.0, 1.0, [0.0, 0.0])
+
+
+def test_one_utterance_bounds_nothing():
+    found = compare([transcript("a b", "a x")], [transcript("a b", "a b")])
+    assert (found.difference, found.difference_ci95, found.p) == (-50.0, [-100.0, 100.0], 1.0)
 
 
 def test_p_values_of_equal_systems_are_evenly_spread():
@@ -81,10 +91,23 @@ def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
     folder = results(tmp_path / "a", said, "en")
     found = compare_files(folder / "generations-test.jsonl", folder / "recogs-test-s.txt")
     assert (found.difference, found.normalizer, found.utterances) == (0.0, "en", 2)
+    chinese = results(tmp_path / "zh", [transcript("打开 abc", "打开 ab", "u1"), transcript("你好" * 200, "你好" * 200, "u2")], "zh")
+    assert compare_files(chinese / "generations-test.jsonl", chinese / "recogs-test-s.txt").difference == 0.0
     icefall = tmp_path / "recogs-icefall.txt"
     icefall.write_text("u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\nu2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n")
     assert compare_files(folder / "generations-test.jsonl", icefall).better == 1
     assert compare_files(icefall, icefall).normalizer == "none"
+
+
+@pytest.mark.slow
+def test_a_reader_that_wants_no_more_is_no_mistake(tmp_path):
+    folder = results(tmp_path / "a", noisy(0.3, 1, speaker="x"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "asrllm.cli", "evaluate", "compare", folder, folder]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120, env=clean_environment(), text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):

@@ -98,6 +98,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
     run = evaluation(world, exp)
     whole = Counting(model, run.config.generation)
     run.decode(whole)
+    run.report()
     expected, results = generations(run.folder), run.results["train"]
     assert whole.answered == 60 == results["utterances"]
     killed = Counting(model, run.config.generation, killed_after=20)
@@ -112,9 +113,27 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
     assert killed.answered >= 20
     assert rest.answered == 60 - killed.answered
     assert generations(run.folder) == expected
+    again.report()
     varying = ("rtfx", "weights")
     assert {k: v for k, v in again.results["train"].items() if k not in varying} == {k: v for k, v in results.items() if k not in varying}
     assert not list(run.folder.glob(".decoding-*"))
+
+
+def test_sets_that_are_decoded_stay_so_until_the_report_is_written(world, exp, model):
+    tests = exp.parent / "two.yaml"
+    data_config(tests, [{"name": name, "shards": str(world.root / "shards" / name)} for name in ("test", "train")])
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(world, exp, tests=tests).decode(Counting(model, evaluation(world, exp).config.generation, killed_after=20))
+    run = evaluation(world, exp, tests=tests)
+    rest = Counting(model, run.config.generation)
+    run.decode(rest)
+    assert rest.answered < 60 + 9 - 20 + 1
+    again = evaluation(world, exp, tests=tests)
+    nothing = Counting(model, run.config.generation)
+    again.decode(nothing)
+    again.report()
+    assert nothing.answered == 0
+    assert not list(again.folder.glob(".decoding-*"))
 
 
 def test_what_was_decoded_otherwise_is_decoded_again(world, exp, model):
@@ -132,6 +151,7 @@ def test_texts_do_not_depend_on_the_batches(world, exp, model):
     for seconds in ("0.1", "4", "100"):
         run = evaluation(world, exp, f"data.max_batch_duration={seconds}")
         run.decode(TorchEngine(model, run.config.generation))
+        run.report()
         texts.append(generations(run.folder))
     assert texts[0] == texts[1] == texts[2]
 
@@ -200,12 +220,26 @@ def test_whisper_says_what_transformers_makes_it_say(exp, model):
     assert any(texts)
 
 
+@pytest.mark.parametrize(
+    ("lang", "language"), [("en-US", "en"), ("Chinese", "zh"), ("zh_CN", "zh"), ("cmn", "zh"), ("yue", None), ("x", None), (None, None)]
+)
+def test_whisper_is_told_a_language_that_it_knows(exp, model, lang, language):
+    folder = find_whisper(model.config.base_models["audio_encoder"]["path"])
+    engine = WhisperEngine(folder, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
+    engine.model.generation_config.is_multilingual, engine.model.generation_config.lang_to_id = True, {"<|en|>": 3, "<|zh|>": 4}
+    assert engine.of_language(lang).options.get("language") == language
+
+
 def test_why_there_is_no_baseline_is_said(world, tmp_path):
-    assert "is of no directory" in find_whisper(None)
-    assert "has no tokenizer" in find_whisper(world.whisper)
-    assert "is no Whisper" in find_whisper(world.llm)
-    assert "does not exist" in find_whisper(tmp_path / "no")
-    assert "no Hugging Face directory" in find_whisper(tmp_path)
+    for path, message in (
+        (None, "is of no directory"),
+        (world.whisper, "has no tokenizer"),
+        (world.llm, "is no Whisper"),
+        (tmp_path / "no", "does not exist"),
+        (tmp_path, "no Hugging Face directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_whisper(path)
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((world.whisper / "config.json").read_text())
     with pytest.raises(UserError, match="cannot be loaded"):

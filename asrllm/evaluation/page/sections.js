@@ -58,7 +58,8 @@ function rateCells(set, side) {
 function differenceCell(set, name) {
   const {difference, difference_ci95: [low, high], p} = set.comparison;
   if (name !== set.metric) return html("td", {class: "aside"}, signed(set.model[name] - set.baseline[name]));
-  const verdict = high < 0 ? "better" : low > 0 ? "worse" : "unclear";
+  const sure = p < 0.05;
+  const verdict = sure && high < 0 ? "better" : sure && low > 0 ? "worse" : "unclear";
   return html("td", {class: `main ${verdict}`},
     html("span", {class: "rate"}, signed(difference)),
     html("span", {class: "interval"}, `${signed(low)} to ${signed(high)}`),
