@@ -106,6 +106,7 @@ class LlmFiles:
         own = {name: tensor for name, tensor in self.places.meta.items() if name.startswith(LLM)}
         where, mend = f"the weights of {str(self.weights or self.folder)!r}", f"they are not of {str(self.folder / 'config.json')!r}"
         check_state(own, expected, where, mend, needed=[name for name in expected if is_adapter(name)])
+        self.own_llm = self.weights is not None and not all(map(is_adapter, own))  # trained beside the adapters, or in a stage before
         self.base = Path(resolve_pretrained(base_path(self.config, "llm"))) if expected.keys() - own.keys() else None
         if self.base is not None:
             self._add_base(self.base, expected)
@@ -192,15 +193,32 @@ def merge_lora(
         config.dtype = as_dtype(dtype) or prevailing_dtype({key: files.places.meta[key] for key in files.merged[0]}, str(files.folder))
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(partial)
-        home = files.base or files.folder
-        AutoTokenizer.from_pretrained(home).save_pretrained(partial)
-        if (home / "generation_config.json").is_file():
-            shutil.copyfile(home / "generation_config.json", partial / "generation_config.json")
+        write_tokenizer(files, partial)
         return check_parity(files, partial, config.dtype) if check else None
 
 
+def write_tokenizer(files: LlmFiles, folder: Path) -> None:
+    """Of the base model where it is read, with the chat template of the run; and the base model's generation settings."""
+    home = files.base or files.folder
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(files.folder).chat_template
+    tokenizer.save_pretrained(folder)
+    name = "generation_config.json"
+    homes = [home, Path((_base(files.config) or {}).get("path", home))]  # training writes none
+    if settings := next((path / name for path in homes if (path / name).is_file()), None):
+        shutil.copyfile(settings, folder / name)
+
+
 def save_adapter(files: LlmFiles, output: Path) -> None:
-    """Write the adapters in PEFT's own form: PeftModel.from_pretrained(base LLM, output)."""
+    """Write the adapters in PEFT's own form: PeftModel.from_pretrained(base LLM, output).
+
+    Raises UserError where they belong to an LLM that is not the base model any more.
+    """
+    if files.own_llm:
+        raise UserError(
+            f"the weights {str(files.weights)!r} hold weights of the LLM beside its adapters, which do not fit the base model without "
+            "them: merge them (without --adapter-only), or take 'asrllm export --parts'"
+        )
     with new_folder(output) as partial:
         names = [key for key in files.places.where if is_adapter(key) and key.startswith(LLM)]
         state = {key.removeprefix(LLM).replace(".default", ""): files.places.read(key).contiguous() for key in names}

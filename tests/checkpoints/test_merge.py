@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
 from asrllm.cli import main
@@ -76,6 +76,27 @@ def test_adapters_alone_are_pefts(world, tmp_path):
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm))
+
+
+def test_an_llm_that_was_trained_itself_is_not_taken_for_its_base(world, tmp_path):
+    model = lora_model(world)
+    exp = run_of(model, tmp_path / "exp")
+    torch.save(model.weights(), exp / "pretrained.pt")
+    files = LlmFiles(exp)
+    with pytest.raises(UserError, match="hold weights of the LLM beside its adapters"):
+        save_adapter(files, tmp_path / "adapter")
+    merge_lora(files, tmp_path / "merged")
+    settings = "generation_config.json"
+    assert (tmp_path / "merged" / settings).read_bytes() == (world.llm / settings).read_bytes()
+
+
+def test_a_merged_llm_has_the_chat_template_that_it_was_trained_with(world, tmp_path):
+    model = lora_model(world)
+    model.require_processor().tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    merge_lora(LlmFiles(run_of(model, tmp_path / "exp")), tmp_path / "merged", check=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(world.llm).get_vocab()
 
 
 def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path, capsys):
