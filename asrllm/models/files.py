@@ -21,7 +21,7 @@ from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
-from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
+from asrllm.models.parts import empty_llm, layer_without_bias, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.tensor_files import Spec, TensorSource, write_sharded
 
@@ -96,7 +96,7 @@ def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, Any]) -> Tens
 def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the state by the names of the model without adapters, those of its keys that an adapter changes with their layers).
 
-    Raises UserError where there are no adapters, where they are of a part that is left out, or where they are more than layers'.
+    Raises UserError where there are no adapters, where they are of a part that is left out, or where a layer cannot hold them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -109,6 +109,8 @@ def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[
             raise UserError(f"merge_adapter=True puts the adapters into the {part}, which exclude_from_checkpoint leaves out: choose one")
     if kept := next((key for key in state if ".modules_to_save." in key or ".token_adapter." in key), None):
         raise UserError(f"merge_adapter=True: {kept!r} is trained beside the adapters' layers and cannot be merged: save without merging")
+    if biased := layer_without_bias(model):
+        raise UserError(f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), its layer has none: save without merging")
 
     tied = model.causal_lm.get_output_embeddings().weight
     if tied is model.causal_lm.get_input_embeddings().weight and any(layer.get_base_layer().weight is tied for layer in layers.values()):

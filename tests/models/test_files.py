@@ -151,6 +151,17 @@ def test_merging_leaves_the_model_as_it_is_and_gives_a_plain_one(world, tmp_path
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path / "beside")), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")
+def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
+    options = {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}
+    with pytest.raises(UserError, match=r"model\.llm\.lora\.options\.lora_bias=true, but 'llm\..*layers\.0\.mlp\.down_proj' has no bias"):
+        lora_model(world, **options)
+    config = make_model(world).config
+    config.lora |= options
+    with pytest.raises(UserError, match=r"the adapter of 'llm\..*layers\.0\.mlp\.down_proj' has a bias"):
+        AsrLlmModel(config).save_pretrained(tmp_path / "merged", merge_adapter=True)
+
+
 def test_an_encoders_adapters_are_merged_too(world, tmp_path):
     from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
