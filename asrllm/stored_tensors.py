@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Storage:
         """(nbytes,) uint8. Raises UserError where the file is cut short or holds other bytes than were written."""
         piece = torch.empty(nbytes, dtype=torch.uint8)
         view = memoryview(piece.numpy())
-        with self.path.open("rb", buffering=0) as file:
+        with self._open() as file:
             if self.begin is None:
                 self.begin = begin_of_record(file, self.header)
             file.seek(self.begin + start)
@@ -42,6 +42,14 @@ class Storage:
             if self.summed == self.nbytes and self.sum != self.written:
                 raise UserError(damaged(self.path, "it holds other bytes than were written"))
         return piece
+
+    def _open(self) -> BinaryIO:
+        try:
+            return self.path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the file {str(self.path)!r} was removed while it was read (trainer.keep_last_k?): choose checkpoints that stay"
+            ) from error
 
     def check(self) -> None:
         """Read what has not been compared yet."""

@@ -84,6 +84,14 @@ def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, 
     assert not (tmp_path / "w.pt").exists()
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_is_said(tmp_path, state):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=2)
+    source = checkpoint_weights(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match=r"was removed while it was read \(trainer\.keep_last_k"):
+        source.load()
+
+
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, state, monkeypatch):
     def refused(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
