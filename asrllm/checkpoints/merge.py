@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +26,7 @@ from asrllm.models.files import (
     prevailing_dtype,
     rank_in_file,
     weight_files,
+    weight_source,
     with_ranks,
 )
 from asrllm.models.fingerprint import resolve_pretrained
@@ -34,7 +34,7 @@ from asrllm.models.fingerprint import weight_files as base_files
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name
 from asrllm.models.parts import empty_llm, lora_config, pretrained_llm
-from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.tensor_files import Spec, TensorSource, write_file, write_sharded
 from asrllm.writing import new_folder
 
 LLM = "llm."
@@ -221,8 +221,8 @@ def save_adapter(files: LlmFiles, output: Path) -> None:
         )
     with new_folder(output) as partial:
         names = [key for key in files.places.where if is_adapter(key) and key.startswith(LLM)]
-        state = {key.removeprefix(LLM).replace(".default", ""): files.places.read(key).contiguous() for key in names}
-        save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        state = {key.removeprefix(LLM).replace(".default", ""): files.places.read(key) for key in names}
+        write_file(weight_source(state, {}), partial / "adapter_model.safetensors")
         about = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": (_base(files.config) or {}).get("path")}
         lora_config(files.config.lora or {}, **about).save_pretrained(partial)
 

@@ -1,5 +1,6 @@
 """The LLM with its adapters in it, and the adapters alone, as others load them."""
 
+import errno
 import json
 import re
 import shutil
@@ -76,6 +77,16 @@ def test_adapters_alone_are_pefts(world, tmp_path):
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm))
+
+
+def test_adapters_on_a_full_disk_are_one_sentence(world, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    exp = run_of(lora_model(world), tmp_path / "exp")
+    monkeypatch.setattr("asrllm.tensor_files._bytes_of", full)
+    assert main(["merge-lora", str(exp), "--adapter-only", "--output", str(tmp_path / "adapter")]) == 2
+    assert "no space is left on the disk" in capsys.readouterr().err
 
 
 def test_an_llm_that_was_trained_itself_is_not_taken_for_its_base(world, tmp_path):
