@@ -42,9 +42,9 @@ def test_every_kind_of_output_holds_the_same_weights(tmp_path, state, ranks, out
 
 def test_files_name_their_source(tmp_path, state):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-7", state, step=7)
-    about = read_about(consolidate(checkpoint, tmp_path / "w.pt"))
-    assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [("checkpoint-7", 7)]
-    consolidate(checkpoint, tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        about = read_about(consolidate(checkpoint, tmp_path / name))
+        assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [("checkpoint-7", 7)]
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
 
 
