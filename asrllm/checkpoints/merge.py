@@ -18,6 +18,7 @@ from asrllm.models.description import read_config
 from asrllm.models.files import (
     as_dtype,
     base_path,
+    check_stored,
     is_base,
     merged_names,
     merged_parameter,
@@ -106,6 +107,8 @@ class LlmFiles:
         own = {name: tensor for name, tensor in self.places.meta.items() if name.startswith(LLM)}
         where, mend = f"the weights of {str(self.weights or self.folder)!r}", f"they are not of {str(self.folder / 'config.json')!r}"
         check_state(own, expected, where, mend, needed=[name for name in expected if is_adapter(name)])
+        if self.weights is not None:
+            check_stored(self.config, "llm", sum(not is_adapter(name) for name in own), str(self.folder))
         self.own_llm = self.weights is not None and not all(map(is_adapter, own))  # trained beside the adapters, or in a stage before
         self.base = Path(resolve_pretrained(base_path(self.config, "llm"))) if expected.keys() - own.keys() else None
         if self.base is not None:

@@ -260,10 +260,8 @@ def assemble(
             config = processor.config = with_ranks(config, times)
             model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
     state = without_second_names(model, state, where)
-    for part, count in (config.stored or {}).items():
-        found = sum(in_base(key, part) for key in state.keys() & model.weights().keys())
-        if found != count:
-            raise UserError(f"the weights of {where!r} hold {found} of the {part}, its checkpoints {count}: they are of another run")
+    for part in config.stored or {}:
+        check_stored(config, part, sum(in_base(key, part) for key in state.keys() & model.weights().keys()), where)
     based = [part for part in from_base if any(in_base(key, part) for key in model.weights().keys() - state.keys())]
     if based:
         model = with_base_parts(config, based, chosen)
@@ -271,7 +269,7 @@ def assemble(
     state = scalars_again(model, state)
     expected = model.weights()
     needed = [key for key in expected if not any(in_base(key, part) for part in based)]
-    check_state(state, expected, f"the weights of {where!r}", "they are of another model", needed=needed)
+    check_state(state, expected, f"the weights of {where!r}", of_another("model", where), needed=needed)
     for key in list(state):  # a tensor at a time: the ones of another dtype are let go, where nobody else holds them
         state[key] = state[key].to(chosen) if state[key].is_floating_point() else state[key]
     model.load_state_dict(state, strict=False, assign=True)
@@ -279,6 +277,19 @@ def assemble(
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     model.processor = processor
     return cast(AsrLlmModel, model.eval())
+
+
+def check_stored(config: AsrLlmConfig, part: str, found: int, where: str) -> None:
+    """Raises UserError where weights hold more or fewer of a part than the run's checkpoints do."""
+    count = (config.stored or {}).get(part, found)
+    if found != count:
+        raise UserError(f"the weights of {where!r} hold {found} of the {part}, its checkpoints {count}: {of_another('run', where)}")
+
+
+def of_another(what: str, where: str) -> str:
+    """Why weights do not fit the run in directory `where`."""
+    without = " or, of zero_to_fp32.py, lack those in carried.pt: make them with 'asrllm consolidate'"
+    return f"they are of another {what}{without if (Path(where) / 'carried.pt').is_file() else ''}"
 
 
 def rank_in_file(model: AsrLlmModel, state: Mapping[str, Tensor]) -> int:

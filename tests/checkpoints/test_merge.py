@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
 from asrllm.cli import main
 from asrllm.errors import UserError
-from asrllm.models.files import merged_parameter
+from asrllm.models.files import in_base, merged_parameter
 from tests.conftest import clean_environment
 from tests.models.test_files import family_llm, lora_model
 from tests.models.test_model import make_model
@@ -99,6 +99,17 @@ def test_an_llm_that_was_trained_itself_is_not_taken_for_its_base(world, tmp_pat
     merge_lora(files, tmp_path / "merged")
     settings = "generation_config.json"
     assert (tmp_path / "merged" / settings).read_bytes() == (world.llm / settings).read_bytes()
+
+
+def test_an_llm_of_an_earlier_stage_is_not_replaced_by_its_base(world, tmp_path):
+    model = lora_model(world)
+    model.config.stored = {"llm": sum(in_base(name, "llm") for name in model.weights())}
+    exp = run_of(model, tmp_path / "exp")  # what zero_to_fp32.py makes of it
+    (exp / "carried.pt").touch()
+    with pytest.raises(UserError, match=r"hold 0 of the llm, .* lack those in carried\.pt: make them with 'asrllm consolidate'"):
+        LlmFiles(exp)
+    torch.save(model.weights(), exp / "pretrained.pt")
+    LlmFiles(exp)
 
 
 def test_a_merged_llm_has_the_chat_template_that_it_was_trained_with(world, tmp_path):
