@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from asrllm.errors import UserError
-from asrllm.models.auto import AutoModel, newest_weights, read_state
+from asrllm.models.auto import AutoModel, load_state, newest_weights, read_state
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_config
 from asrllm.models.files import (
@@ -65,7 +65,7 @@ class Places:
     def add_file(self, file: Path, name_of: Callable[[str], str]) -> None:
         """What is there already, by names of the file's keys, stays."""
         if file.suffix != ".safetensors":
-            self.add(torch.load(file, map_location="cpu", weights_only=True, mmap=True), name_of)
+            self.add(load_state(file, mapped=True), name_of)
             return
         with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -116,10 +116,10 @@ class LlmFiles:
 
     def _own_places(self) -> Places:
         places = Places()
-        if self.weights is not None:
+        if self.weights and (self.weights.suffix == ".json" or not self.weights.is_file()):  # several files, or none
             places.add(read_state(self.weights), _name)
             return places
-        for file in weight_files(self.folder):
+        for file in [self.weights] if self.weights else weight_files(self.folder):
             places.add_file(file, _name)
         return places
 

@@ -295,7 +295,7 @@ def of_another(what: str, where: str) -> str:
 def rank_in_file(model: AsrLlmModel, state: Mapping[str, Tensor]) -> int:
     """How many times the rank of the model's adapters those of `state` have: averaged ones hold several checkpoints' factors."""
     for key, tensor in model.weights().items():
-        if ".lora_A." in key and key in state and tensor.shape[1:] == state[key].shape[1:]:
+        if (".lora_A." in key or ".lora_embedding_A." in key) and key in state and tensor.shape[1:] == state[key].shape[1:]:
             return state[key].shape[0] // tensor.shape[0] if state[key].shape[0] % tensor.shape[0] == 0 else 1
     return 1
 
