@@ -6,8 +6,9 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Storage:
                 raise UserError(damaged(self.path, "it holds other bytes than were written"))
         return piece
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         try:
             return self.path.open("rb", buffering=0)
         except FileNotFoundError as error:
