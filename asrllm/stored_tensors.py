@@ -6,6 +6,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Storage:
         """(nbytes,) uint8. Raises UserError where the file is cut short or holds other bytes than were written."""
         piece = torch.empty(nbytes, dtype=torch.uint8)
         view = memoryview(piece.numpy())
-        with self.path.open("rb", buffering=0) as file:
+        with self._open() as file:
             if self.begin is None:
                 self.begin = begin_of_record(file, self.header)
             file.seek(self.begin + start)
@@ -42,6 +43,14 @@ class Storage:
             if self.summed == self.nbytes and self.sum != self.written:
                 raise UserError(damaged(self.path, "it holds other bytes than were written"))
         return piece
+
+    def _open(self) -> FileIO:
+        try:
+            return self.path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the file {str(self.path)!r} was removed while it was read (trainer.keep_last_k?): choose checkpoints that stay"
+            ) from error
 
     def check(self) -> None:
         """Read what has not been compared yet."""

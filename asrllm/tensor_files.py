@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrllm.errors import UserError
@@ -174,7 +175,10 @@ def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a .pt file says of itself; empty where it says nothing or cannot be read."""
-    with contextlib.suppress(*DAMAGED, OSError):
+    """What a weights file says of itself; empty where it says nothing or cannot be read."""
+    with contextlib.suppress(*DAMAGED, OSError, TypeError, SafetensorError):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                return dict(json.loads((tensors.metadata() or {}).get(ABOUT, "{}")))
         return dict(getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {}))
     return {}

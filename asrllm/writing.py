@@ -79,7 +79,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     with place_for(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"--output {str(path)!r} is not empty: choose another directory")
-        path = path.absolute()
+        path = path.resolve()  # a link may be given for a directory
+        if path.is_mount():
+            raise UserError(f"--output {str(path)!r} is a mount point, which cannot be replaced: give a directory below it")
         path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as partial:
         yield partial
@@ -106,10 +108,13 @@ def _beside(path: Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another writer took it for a stale one
+            continue
         with contextlib.suppress(OSError):  # a file system without locks: nobody takes it for a stale one there
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else another writer took it for a stale one before it was locked
+        if folder.exists():  # else the same, before it was locked
             return folder, lock
         os.close(lock)
 

@@ -1,4 +1,5 @@
-"""Memory and time of the checkpoint tools: consolidating against DeepSpeed's own converter, averages of 2 and of 10, merging.
+"""Memory and time of the checkpoint tools: consolidating against DeepSpeed's own converter, averages of 2 and of 10, merging
+(writing by itself, and with the comparison of logits, which loads the LLM).
 
     python benchmarks/checkpoints.py [--rounds R] [--tiny] [--output FILE]
 
@@ -22,10 +23,9 @@ from pathlib import Path
 import torch
 from saving import make_world, train
 
-from asrllm.checkpoints.average import Average, average
-
 STEPS = 2
 AVERAGE = "from asrllm.checkpoints.average import Average, average"
+MERGE = "from asrllm.checkpoints.merge import LlmFiles, merge_lora"
 TOOLS = {
     "consolidate": ("from asrllm.checkpoints.consolidate import consolidate", "consolidate(exp / 'checkpoint-2', out)"),
     "deepspeed": (
@@ -36,7 +36,8 @@ TOOLS = {
     "average 10": (AVERAGE, "average(exp, Average(iteration=10, avg=10), out)"),
     "average 2, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=2), out)"),
     "average 10, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=10), out)"),
-    "merge": ("from asrllm.checkpoints.merge import LlmFiles, merge_lora", "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
+    "merge": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard, check=False)"),
+    "merge, checked": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
 }  # fmt: skip
 SCRIPT = """
 import sys, time, warnings
@@ -60,7 +61,6 @@ def make_runs(folder: Path, *, tiny: bool) -> tuple[Path, Path]:
     settings = {"trainer__num_steps": STEPS, "trainer__save_every": STEPS}
     train(folder, whole, *deepspeed, **settings, trainer__deepspeed_config="ds_configs/zero2.json")
     train(folder, lora, **settings, model__llm__lora__r=16, model__llm__frozen="true")
-    average(lora, Average(iteration=STEPS, avg=1), lora / "pretrained.pt")
     return whole, lora
 
 

@@ -124,6 +124,21 @@ def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_that_would_not_be_read_are_refused(tmp_path, capsys):
+    write_checkpoint(tmp_path / "checkpoint-1", {"projector.a": torch.ones(3)})
+    (tmp_path / "a.pt").touch()
+    out = ("--output", tmp_path / "out")
+    for verb in ("merge-lora", "export"):
+        assert "is a weights file too" in fails(capsys, verb, tmp_path / "a.pt", "--weights", tmp_path / "b.pt", *out)
+    for option in (["--dtype", "float32"], ["--no-check"], ["--max-shard-size", "5GB"]):
+        assert f"{option[0]} says how" in fails(capsys, "merge-lora", tmp_path, "--adapter-only", *option, *out)
+    assert "--private is of the repository" in fails(capsys, "export", tmp_path, "--private", *out)
+    average = ("average", tmp_path, "--iter", 1, "--avg", 1, "--use-averaged-model")
+    assert "running averages are of the factors" in fails(capsys, *average, "--lora", "product")
+    assert "is one file" in fails(capsys, "consolidate", tmp_path, "--max-shard-size", "5GB")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "checkpoint-1"]
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     write_checkpoint(tmp_path / "checkpoint-1", {"projector.a": torch.ones(3)})
     (tmp_path / "file").touch()

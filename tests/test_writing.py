@@ -3,7 +3,9 @@
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,36 @@ def test_what_fails_leaves_what_was_there(tmp_path):
     with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / "x" / "below"):
         pass
     assert (names(tmp_path), (tmp_path / "x").read_text()) == (["x"], "before")
+
+
+def test_a_folder_may_be_given_by_a_link_and_is_no_mount_point(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with new_folder(tmp_path / "link") as partial:
+        (partial / "x").touch()
+    assert (names(tmp_path), names(tmp_path / "there")) == (["link", "there"], ["x"])
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(UserError, match="give a directory below it"), new_folder(tmp_path / "disk"):
+        pytest.fail("it is found before anything is written")
+    with new_folder(tmp_path / "disk" / "below"):
+        pass
+
+
+def test_a_writer_whose_folder_was_taken_for_a_stale_one_makes_another(tmp_path, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose_the_first(**options):
+        made.append(make(**options))
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose_the_first)
+    write_whole(tmp_path / "x", "whole")
+    assert len(made) == 2
+    assert names(tmp_path) == ["x"]
 
 
 def test_sigterm_is_an_exception_inside_the_block_alone():

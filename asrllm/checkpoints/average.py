@@ -93,7 +93,10 @@ def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rsl
     stacked: dict[str, int] = {}
     if lora == "product" and count > 1:
         if dora := next((name for name in specs if "lora_magnitude" in name), None):
-            raise UserError(f"adapters with magnitudes (DoRA, {dora!r}) have no exact mean: average their factors (--lora factors)")
+            raise UserError(
+                f"adapters with magnitudes (DoRA, {dora!r}) have no exact mean: average their factors (--lora factors, or "
+                "checkpoint.model.lora=factors)"
+            )
         stacked = {name: STACKED[match.group(1)] for name in adapted if (match := FACTOR.search(name))}
     readers = [part.pieces for part in parts]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from asrllm.config import read_yaml
 from asrllm.errors import UserError
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.configuration import AsrLlmConfig
@@ -42,10 +43,10 @@ def export(
     chosen = source if source.is_file() else Path(weights) if weights else default_weights(folder)
     with new_folder(output) as partial:
         model = AutoModel.from_pretrained(folder, weights=chosen, dtype=dtype)
+        card = model_card(model.config, folder, repository or output.name, weights=chosen)  # before much is written
         model.save_pretrained(partial, merge_adapter=merge_adapter, max_shard_size=max_shard_size)
         if parts:
             save_parts(model, partial, max_shard_size)
-        card = model_card(model.config, folder, repository or output.name, weights=chosen)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -121,15 +122,15 @@ def made_of(about: Mapping[str, Any]) -> list[str]:
 def training_data(exp_dir: Path) -> list[str]:
     """A table of the corpora that the run's configuration names, where its files are still there."""
     path = exp_dir / "config.yaml"
-    named = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data", {}).get("train_data_config") if path.is_file() else None
-    if named and not Path(named).is_file():
-        logger.warning(
-            "the model card has no table of training data: %r is not there, as %s names it: export where training ran", named, path
-        )
-    if not named or not Path(named).is_file():
+    try:
+        run = read_yaml(path, "the run's configuration") if path.is_file() else {}
+        if not (named := run.get("data", {}).get("train_data_config")):
+            return []
+        corpora: list[dict[str, Any]] = read_yaml(named, "the list of training data")
+        rows = [(Path(str(c.get("shards") or c.get("manifest"))).name, c.get("hours", ""), c.get("lang", "")) for c in corpora]
+    except (UserError, TypeError, AttributeError) as error:
+        logger.warning("the model card has no table of training data: what %s names is not there so (%s): export where it ran", path, error)
         return []
-    corpora: list[dict[str, Any]] = yaml.safe_load(Path(named).read_text(encoding="utf-8"))
-    rows = [(Path(str(c.get("shards") or c.get("manifest"))).name, c.get("hours", ""), c.get("lang", "")) for c in corpora]
     return ["| corpus | hours | language |", "| --- | --- | --- |", *(f"| {name} | {hours} | {lang or ''} |" for name, hours, lang in rows)]
 
 

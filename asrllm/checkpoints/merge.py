@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from asrllm.errors import UserError
-from asrllm.models.auto import AutoModel, newest_weights, read_state
+from asrllm.models.auto import AutoModel, load_state, newest_weights, read_state
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_config
 from asrllm.models.files import (
     as_dtype,
     base_path,
+    check_stored,
     is_base,
     merged_names,
     merged_parameter,
@@ -27,6 +27,7 @@ from asrllm.models.files import (
     prevailing_dtype,
     rank_in_file,
     weight_files,
+    weight_source,
     with_ranks,
 )
 from asrllm.models.fingerprint import resolve_pretrained
@@ -34,7 +35,7 @@ from asrllm.models.fingerprint import weight_files as base_files
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name
 from asrllm.models.parts import empty_llm, lora_config, pretrained_llm
-from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.tensor_files import Spec, TensorSource, write_file, write_sharded
 from asrllm.writing import new_folder
 
 LLM = "llm."
@@ -64,7 +65,7 @@ class Places:
     def add_file(self, file: Path, name_of: Callable[[str], str]) -> None:
         """What is there already, by names of the file's keys, stays."""
         if file.suffix != ".safetensors":
-            self.add(torch.load(file, map_location="cpu", weights_only=True, mmap=True), name_of)
+            self.add(load_state(file, mapped=True), name_of)
             return
         with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -106,16 +107,19 @@ class LlmFiles:
         own = {name: tensor for name, tensor in self.places.meta.items() if name.startswith(LLM)}
         where, mend = f"the weights of {str(self.weights or self.folder)!r}", f"they are not of {str(self.folder / 'config.json')!r}"
         check_state(own, expected, where, mend, needed=[name for name in expected if is_adapter(name)])
+        if self.weights is not None:
+            check_stored(self.config, "llm", sum(not is_adapter(name) for name in own), str(self.folder))
+        self.own_llm = self.weights is not None and not all(map(is_adapter, own))  # trained beside the adapters, or in a stage before
         self.base = Path(resolve_pretrained(base_path(self.config, "llm"))) if expected.keys() - own.keys() else None
         if self.base is not None:
             self._add_base(self.base, expected)
 
     def _own_places(self) -> Places:
         places = Places()
-        if self.weights is not None:
+        if self.weights and (self.weights.suffix == ".json" or not self.weights.is_file()):  # several files, or none
             places.add(read_state(self.weights), _name)
             return places
-        for file in weight_files(self.folder):
+        for file in [self.weights] if self.weights else weight_files(self.folder):
             places.add_file(file, _name)
         return places
 
@@ -192,19 +196,36 @@ def merge_lora(
         config.dtype = as_dtype(dtype) or prevailing_dtype({key: files.places.meta[key] for key in files.merged[0]}, str(files.folder))
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(partial)
-        home = files.base or files.folder
-        AutoTokenizer.from_pretrained(home).save_pretrained(partial)
-        if (home / "generation_config.json").is_file():
-            shutil.copyfile(home / "generation_config.json", partial / "generation_config.json")
+        write_tokenizer(files, partial)
         return check_parity(files, partial, config.dtype) if check else None
 
 
+def write_tokenizer(files: LlmFiles, folder: Path) -> None:
+    """Of the base model where it is read, with the chat template of the run; and the base model's generation settings."""
+    home = files.base or files.folder
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(files.folder).chat_template
+    tokenizer.save_pretrained(folder)
+    name = "generation_config.json"
+    homes = [home, Path((_base(files.config) or {}).get("path", home))]  # training writes none
+    if settings := next((path / name for path in homes if (path / name).is_file()), None):
+        shutil.copyfile(settings, folder / name)
+
+
 def save_adapter(files: LlmFiles, output: Path) -> None:
-    """Write the adapters in PEFT's own form: PeftModel.from_pretrained(base LLM, output)."""
+    """Write the adapters in PEFT's own form: PeftModel.from_pretrained(base LLM, output).
+
+    Raises UserError where they belong to an LLM that is not the base model any more.
+    """
+    if files.own_llm:
+        raise UserError(
+            f"the weights {str(files.weights)!r} hold weights of the LLM beside its adapters, which do not fit the base model without "
+            "them: merge them (without --adapter-only), or take 'asrllm export --parts'"
+        )
     with new_folder(output) as partial:
         names = [key for key in files.places.where if is_adapter(key) and key.startswith(LLM)]
-        state = {key.removeprefix(LLM).replace(".default", ""): files.places.read(key).contiguous() for key in names}
-        save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        state = {key.removeprefix(LLM).replace(".default", ""): files.places.read(key) for key in names}
+        write_file(weight_source(state, {}), partial / "adapter_model.safetensors")
         about = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": (_base(files.config) or {}).get("path")}
         lora_config(files.config.lora or {}, **about).save_pretrained(partial)
 

@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora",
         choices=("product", "factors"),
-        default="product",
         help="how adapters are averaged: their products B A, exactly, by factors of a greater rank (the default), or factor by factor",
     )
     parser.add_argument("--output", metavar="FILE", help="EXP/averaged-iter-N-avg-K.pt by default")
@@ -28,9 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from asrllm.checkpoints.average import Average, average
+    from asrllm.errors import UserError
 
+    if arguments.lora and arguments.use_averaged_model:
+        raise UserError(f"--lora {arguments.lora}: running averages are of the factors, whatever it says: leave out one of the two")
     output = Path(arguments.output) if arguments.output else None
     what = Average(
-        iteration=arguments.iter, epoch=arguments.epoch, avg=arguments.avg, running=arguments.use_averaged_model, lora=arguments.lora
+        iteration=arguments.iter,
+        epoch=arguments.epoch,
+        avg=arguments.avg,
+        running=arguments.use_averaged_model,
+        lora=arguments.lora or "product",
     )
     print(average(Path(arguments.exp_dir), what, output))

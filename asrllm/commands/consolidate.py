@@ -10,15 +10,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="EXP/TAG.pt by default; .pt, .bin or .safetensors, else a directory of safetensors"
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a directory; default: %(default)s")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file in a directory; 5GB by default")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm.checkpoints.consolidate import consolidate
+    from asrllm.checkpoints.consolidate import FILE_SUFFIXES, consolidate
+    from asrllm.errors import UserError
     from asrllm.models.model import check_shard_size
     from asrllm.training.manifest import chosen_checkpoint
 
-    check_shard_size(arguments.max_shard_size)
+    size = arguments.max_shard_size
+    check_shard_size(size or "5GB")
     exp_dir = Path(arguments.exp_dir)
     checkpoint = chosen_checkpoint(exp_dir, arguments.tag)
-    print(consolidate(checkpoint, arguments.output or exp_dir / f"{checkpoint.name}.pt", max_shard_size=arguments.max_shard_size))
+    output = Path(arguments.output or exp_dir / f"{checkpoint.name}.pt")
+    if size and output.suffix in FILE_SUFFIXES:
+        raise UserError(f"--max-shard-size={size} is for a directory, and {str(output)!r} is one file: leave it out, or name a directory")
+    print(consolidate(checkpoint, output, max_shard_size=size or "5GB"))

@@ -19,15 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make that repository private, where it is new")
 
 
+def source_of(arguments: argparse.Namespace) -> Path:
+    """Raises UserError where it does not exist, and where weights are given twice."""
+    from asrllm.errors import UserError
+
+    source = Path(arguments.source)
+    if not source.exists():
+        raise UserError(f"{arguments.source!r} does not exist: give a run's exp_dir, a weights file in it, or an exported directory")
+    if source.is_file() and arguments.weights:
+        raise UserError(f"--weights {arguments.weights!r}, but {arguments.source!r} is a weights file too: leave out one of the two")
+    return source
+
+
 def run(arguments: argparse.Namespace) -> None:
     from asrllm.checkpoints.export import export, push
     from asrllm.errors import UserError
     from asrllm.models.model import check_shard_size
 
     check_shard_size(arguments.max_shard_size)
-    source, output = Path(arguments.source), Path(arguments.output)
-    if not source.exists():
-        raise UserError(f"{arguments.source!r} does not exist: give a run's exp_dir, a weights file in it, or an exported directory")
+    if arguments.private and not arguments.push_to_hub:
+        raise UserError("--private is of the repository that --push-to-hub uploads to: give that too, or leave it out")
+    source, output = source_of(arguments), Path(arguments.output)
     export(
         source,
         output,

@@ -3,14 +3,17 @@
 import argparse
 from pathlib import Path
 
+from asrllm.commands.export import source_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="EXP_OR_FILE", help="a run's exp_dir, a weights file in it, or an exported directory")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--weights", metavar="FILE", help="of an exp_dir; EXP/pretrained.pt by default, else the newest averaged-*.pt")
     parser.add_argument("--adapter-only", action="store_true", help="write the adapters alone, in PEFT's form, instead of merging them")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights; default: the base model's")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s")
+    kept = "as they are in the base model, or in the run's weights where it trained them"
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=f"of the weights; default: {kept}")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file; 5GB by default")
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare logits before and after, which takes memory for the LLM in float32"
     )
@@ -21,10 +24,12 @@ def run(arguments: argparse.Namespace) -> None:
     from asrllm.errors import UserError
     from asrllm.models.model import check_shard_size
 
-    check_shard_size(arguments.max_shard_size)
-    source, output = Path(arguments.source), Path(arguments.output)
-    if not source.exists():
-        raise UserError(f"{arguments.source!r} does not exist: give a run's exp_dir, a weights file in it, or an exported directory")
+    size = arguments.max_shard_size
+    check_shard_size(size or "5GB")
+    how = {"--dtype": arguments.dtype, "--max-shard-size": size, "--no-check": arguments.no_check}
+    if arguments.adapter_only and (given := [option for option, value in how.items() if value]):
+        raise UserError(f"{given[0]} says how the LLM is merged, and --adapter-only merges nothing: leave out one of the two")
+    source, output = source_of(arguments), Path(arguments.output)
     files = LlmFiles(source, Path(arguments.weights) if arguments.weights else None)
     if arguments.adapter_only:
         save_adapter(files, output)
@@ -35,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
                 f"'asrllm average --lora factors' keeps {files.rank // files.times}"
             )
         return
-    found = merge_lora(files, output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size, check=not arguments.no_check)
+    found = merge_lora(files, output, dtype=arguments.dtype, max_shard_size=size or "5GB", check=not arguments.no_check)
     if found:
         print(
             f"logits of {found.tokens} tokens before and after: {found.difference:.3g} apart (root mean square; of them {found.size:.3g}), "

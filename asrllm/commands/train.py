@@ -96,7 +96,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
         processor.config.stored = engine.module.stored_weights()
         write_run_files(config, processor)
-        write_carried(engine.module, exp_dir)
+        write_carried(engine.module, exp_dir, checkpoint)
         saver = CheckpointSaver(exp_dir, background=config.trainer.background_checkpoints, keep=config.trainer.keep_last_k)
         trainer.hooks = make_hooks(config, data, trainer, Checkpoints(settings, saver, every=config.trainer.save_every, average=average))
         with Watchdog(config.trainer.step_timeout, exp_dir, rank=distributed.rank()) as trainer.watchdog:

@@ -1,5 +1,6 @@
 """Loading whatever directory a user has: an exported model, a run's exp_dir, or one of Auden's."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,13 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         return {name: tensor for file in files for name, tensor in read_state(path.parent / file).items()}
     if path.suffix == ".safetensors":
         return read_tensors(path)
+    return load_state(path)
+
+
+def load_state(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
+    """A state dict of torch.save's. mapped: read when it is used, where the file's form allows it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (*DAMAGED, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"the weights {str(path)!r} cannot be read ({said}): copy the file again, or make it again") from error

@@ -16,7 +16,7 @@ from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.loss import head_of
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import is_adapter
-from asrllm.models.parts import pretrained_encoder, pretrained_llm
+from asrllm.models.parts import layer_without_bias, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.stages import take_over, whole
 
@@ -101,6 +101,11 @@ def build_model(
     encoder = pretrained_encoder(description, description.base_models["audio_encoder"]["path"])
     llm = pretrained_llm(description.base_models["llm"]["path"], dtype)
     model = AsrLlmModel(description, audio_encoder=encoder, llm=llm)
+    if biased := layer_without_bias(model):
+        raise UserError(
+            f"model.{biased.partition('.')[0]}.lora.options.lora_bias=true, but {biased!r} has no bias to merge the adapter's into: "
+            "leave it out of target_modules, or leave lora_bias out"
+        )
     model.processor = processor
     model.causal_lm.config.asrllm_attention = attention
     if hasattr(model.projector.mlp, "fit_embeddings"):

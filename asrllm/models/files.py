@@ -21,7 +21,7 @@ from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
-from asrllm.models.parts import empty_llm, pretrained_encoder, pretrained_llm
+from asrllm.models.parts import empty_llm, layer_without_bias, pretrained_encoder, pretrained_llm
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.tensor_files import Spec, TensorSource, write_sharded
 
@@ -96,7 +96,7 @@ def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, Any]) -> Tens
 def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the state by the names of the model without adapters, those of its keys that an adapter changes with their layers).
 
-    Raises UserError where there are no adapters, where they are of a part that is left out, or where they are more than layers'.
+    Raises UserError where there are no adapters, where they are of a part that is left out, or where a layer cannot hold them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -109,6 +109,8 @@ def merged_names(model: AsrLlmModel, state: Mapping[str, Tensor]) -> tuple[dict[
             raise UserError(f"merge_adapter=True puts the adapters into the {part}, which exclude_from_checkpoint leaves out: choose one")
     if kept := next((key for key in state if ".modules_to_save." in key or ".token_adapter." in key), None):
         raise UserError(f"merge_adapter=True: {kept!r} is trained beside the adapters' layers and cannot be merged: save without merging")
+    if biased := layer_without_bias(model):
+        raise UserError(f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), its layer has none: save without merging")
 
     tied = model.causal_lm.get_output_embeddings().weight
     if tied is model.causal_lm.get_input_embeddings().weight and any(layer.get_base_layer().weight is tied for layer in layers.values()):
@@ -258,10 +260,8 @@ def assemble(
             config = processor.config = with_ranks(config, times)
             model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
     state = without_second_names(model, state, where)
-    for part, count in (config.stored or {}).items():
-        found = sum(in_base(key, part) for key in state.keys() & model.weights().keys())
-        if found != count:
-            raise UserError(f"the weights of {where!r} hold {found} of the {part}, its checkpoints {count}: they are of another run")
+    for part in config.stored or {}:
+        check_stored(config, part, sum(in_base(key, part) for key in state.keys() & model.weights().keys()), where)
     based = [part for part in from_base if any(in_base(key, part) for key in model.weights().keys() - state.keys())]
     if based:
         model = with_base_parts(config, based, chosen)
@@ -269,7 +269,7 @@ def assemble(
     state = scalars_again(model, state)
     expected = model.weights()
     needed = [key for key in expected if not any(in_base(key, part) for part in based)]
-    check_state(state, expected, f"the weights of {where!r}", "they are of another model", needed=needed)
+    check_state(state, expected, f"the weights of {where!r}", of_another("model", where), needed=needed)
     for key in list(state):  # a tensor at a time: the ones of another dtype are let go, where nobody else holds them
         state[key] = state[key].to(chosen) if state[key].is_floating_point() else state[key]
     model.load_state_dict(state, strict=False, assign=True)
@@ -279,10 +279,23 @@ def assemble(
     return cast(AsrLlmModel, model.eval())
 
 
+def check_stored(config: AsrLlmConfig, part: str, found: int, where: str) -> None:
+    """Raises UserError where weights hold more or fewer of a part than the run's checkpoints do."""
+    count = (config.stored or {}).get(part, found)
+    if found != count:
+        raise UserError(f"the weights of {where!r} hold {found} of the {part}, its checkpoints {count}: {of_another('run', where)}")
+
+
+def of_another(what: str, where: str) -> str:
+    """Why weights do not fit the run in directory `where`."""
+    without = " or, of zero_to_fp32.py, lack those in carried.pt: make them with 'asrllm consolidate'"
+    return f"they are of another {what}{without if (Path(where) / 'carried.pt').is_file() else ''}"
+
+
 def rank_in_file(model: AsrLlmModel, state: Mapping[str, Tensor]) -> int:
     """How many times the rank of the model's adapters those of `state` have: averaged ones hold several checkpoints' factors."""
     for key, tensor in model.weights().items():
-        if ".lora_A." in key and key in state and tensor.shape[1:] == state[key].shape[1:]:
+        if (".lora_A." in key or ".lora_embedding_A." in key) and key in state and tensor.shape[1:] == state[key].shape[1:]:
             return state[key].shape[0] // tensor.shape[0] if state[key].shape[0] % tensor.shape[0] == 0 else 1
     return 1
 

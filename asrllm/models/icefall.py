@@ -9,7 +9,6 @@ scale of the adapters is in train.py alone: alpha 16.
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from asrllm.errors import UserError
@@ -18,12 +17,13 @@ from asrllm.models.auto import read_state
 from asrllm.models.build import describe_model
 from asrllm.models.config import EncoderPart, LlmPart, LoraPart, ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import in_base, parameters_on_meta
+from asrllm.models.files import in_base, parameters_on_meta, weight_source
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, without_second_names
 from asrllm.models.parts import empty_llm
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.whisper_files import from_openai
+from asrllm.tensor_files import write_file
 from asrllm.writing import new_folder
 
 KEYS = {theirs: ours for theirs, ours in AUDEN_KEYS.items() if theirs.startswith("encoder_projector.")}
@@ -42,7 +42,7 @@ def import_icefall(file: Path, output: Path, *, encoder: str, llm: str, lora_alp
     with new_folder(output) as partial:
         processor.save_pretrained(partial)
         processor.config.save_pretrained(partial)
-        torch.save(state, partial / "pretrained.pt")
+        write_file(weight_source(state, {}), partial / "pretrained.pt")
 
 
 def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -87,6 +87,14 @@ def lora_config(options: dict[str, Any], **more: Any) -> Any:
     return LoraConfig(**options, **more)
 
 
+def layer_without_bias(model: nn.Module) -> str | None:
+    """The first layer that has no bias while its adapter has one (PEFT's lora_bias): the two cannot be merged."""
+    for name, layer in model.named_modules():
+        if any(getattr(layer, "lora_bias", {}).values()) and getattr(layer.get_base_layer(), "bias", None) is None:
+            return name
+    return None
+
+
 @contextlib.contextmanager
 def _explained(key: str) -> Iterator[None]:
     try:

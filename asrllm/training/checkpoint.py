@@ -84,7 +84,8 @@ class CheckpointSaver:
     def _publish(self, tags: Sequence[str], manifest: dict[str, Any]) -> None:
         first = self.staging / tags[0]
         files = {path.name: file_digest(path) for path in sorted(first.glob("*.pt"))}
-        write_whole(first / MANIFEST, json.dumps(manifest | {"files": files}, indent=1))
+        carried = {"carried_file": file_digest(self.exp_dir / CARRIED)} if manifest["carried"] else {}
+        write_whole(first / MANIFEST, json.dumps(manifest | {"files": files} | carried, indent=1))
         for tag in tags[1:]:
             _link_files(first, self.staging / tag)
         for tag in tags:
@@ -181,10 +182,12 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: {"shape": full_shape(p), "dtype": str(p.dtype).removeprefix("torch.")} for name, p in trained.items()}
 
 
-def write_carried(model: nn.Module, exp_dir: Path) -> None:
-    """Write exp_dir/carried.pt on all ranks, if there is anything to carry."""
+def write_carried(model: nn.Module, exp_dir: Path, checkpoint: Path | None = None) -> None:
+    """Write exp_dir/carried.pt on all ranks, if there is anything to carry. checkpoint: that the run goes on from."""
+    if checkpoint is not None and checkpoint.parent.resolve() == exp_dir.resolve():
+        return  # the file is there, and the manifests of exp_dir name its digest
     parameters, state = dict(model.named_parameters()), {}
-    for name in model.carried:  # a resumed run may be below another exp_dir than its checkpoint
+    for name in model.carried:
         with whole(parameters[name]):
             if distributed.rank() == 0:
                 state[name] = parameters[name].detach().cpu().clone()
@@ -197,12 +200,18 @@ def write_carried(model: nn.Module, exp_dir: Path) -> None:
 
 
 def read_carried(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
-    """The frozen weights that belong to a checkpoint and lie beside it."""
+    """The frozen weights that belong to a checkpoint and lie beside it. Raises UserError where they are others than it was written with."""
     names = manifest.get("carried", [])
     path = checkpoint.parent / CARRIED
     state = read_stored(path) if names else {}
     if missing := sorted(set(names) - state.keys()):
         raise UserError(f"{str(path)!r} lacks {missing[0]!r}, which its checkpoints need: it is of another run")
+    written = manifest.get("carried_file")  # an older version has not written it
+    if names and written and file_digest(path) != written:
+        raise UserError(
+            f"{str(path)!r} is not the file that {checkpoint.name} was written with: a run that went on here from a checkpoint of another "
+            "exp_dir has replaced it, or it was copied from another run; copy the right one again, or remove the checkpoint"
+        )
     return {name: state[name] for name in names}
 
 

@@ -203,5 +203,5 @@ def test_what_is_no_weights_file_is_said(exp, tmp_path):
 def test_dora_has_no_exact_mean(tmp_path):
     state = {"llm.up.lora_magnitude_vector.default.weight": torch.ones(3)}
     checkpoints = [write_checkpoint(tmp_path / f"checkpoint-{step}", state) for step in (1, 2)]
-    with pytest.raises(UserError, match="--lora factors"):
+    with pytest.raises(UserError, match=r"--lora factors, or checkpoint\.model\.lora=factors"):
         mean_weights(checkpoints)

@@ -42,9 +42,9 @@ def test_every_kind_of_output_holds_the_same_weights(tmp_path, state, ranks, out
 
 def test_files_name_their_source(tmp_path, state):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-7", state, step=7)
-    about = read_about(consolidate(checkpoint, tmp_path / "w.pt"))
-    assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [("checkpoint-7", 7)]
-    consolidate(checkpoint, tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        about = read_about(consolidate(checkpoint, tmp_path / name))
+        assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [("checkpoint-7", 7)]
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
 
 
@@ -82,6 +82,14 @@ def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, 
         with pytest.raises(UserError, match=f"{name}' {said}"):
             consolidate(checkpoint, tmp_path / "w.pt")
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_said(tmp_path, state):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=2)
+    source = checkpoint_weights(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match=r"was removed while it was read \(trainer\.keep_last_k"):
+        source.load()
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, state, monkeypatch):

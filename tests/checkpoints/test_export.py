@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from asrllm.checkpoints.export import export, made_of, public_name, push
+from asrllm.checkpoints.export import export, made_of, public_name, push, training_data
 from asrllm.cli import main
 from asrllm.errors import UserError
 from asrllm.models.config import EncoderPart
@@ -80,7 +80,15 @@ def test_what_the_card_leaves_out_is_said(exp, tmp_path, caplog, text):
     (exp / "config.yaml").write_text("data: {train_data_config: gone.yaml}\n")
     export(exp, tmp_path / "model", dtype="float32")
     assert "no error rates of" in caplog.text
-    assert "no table of training data: 'gone.yaml'" in caplog.text
+    assert "no table of training data" in caplog.text
+    assert "'gone.yaml'" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "3", "[libri]", "{"])
+def test_training_data_that_is_no_list_of_corpora_is_left_out(exp, tmp_path, caplog, text):
+    (tmp_path / "train.yaml").write_text(text)
+    assert training_data(exp) == []
+    assert "no table of training data" in caplog.text
 
 
 def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):

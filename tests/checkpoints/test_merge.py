@@ -1,5 +1,6 @@
 """The LLM with its adapters in it, and the adapters alone, as others load them."""
 
+import errno
 import json
 import re
 import shutil
@@ -10,12 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
 from asrllm.cli import main
 from asrllm.errors import UserError
-from asrllm.models.files import merged_parameter
+from asrllm.models.files import in_base, merged_parameter
 from tests.conftest import clean_environment
 from tests.models.test_files import family_llm, lora_model
 from tests.models.test_model import make_model
@@ -76,6 +77,48 @@ def test_adapters_alone_are_pefts(world, tmp_path):
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm))
+
+
+def test_adapters_on_a_full_disk_are_one_sentence(world, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    exp = run_of(lora_model(world), tmp_path / "exp")
+    monkeypatch.setattr("asrllm.tensor_files._bytes_of", full)
+    assert main(["merge-lora", str(exp), "--adapter-only", "--output", str(tmp_path / "adapter")]) == 2
+    assert "no space is left on the disk" in capsys.readouterr().err
+
+
+def test_an_llm_that_was_trained_itself_is_not_taken_for_its_base(world, tmp_path):
+    model = lora_model(world)
+    exp = run_of(model, tmp_path / "exp")
+    torch.save(model.weights(), exp / "pretrained.pt")
+    files = LlmFiles(exp)
+    with pytest.raises(UserError, match="hold weights of the LLM beside its adapters"):
+        save_adapter(files, tmp_path / "adapter")
+    merge_lora(files, tmp_path / "merged")
+    settings = "generation_config.json"
+    assert (tmp_path / "merged" / settings).read_bytes() == (world.llm / settings).read_bytes()
+
+
+def test_an_llm_of_an_earlier_stage_is_not_replaced_by_its_base(world, tmp_path):
+    model = lora_model(world)
+    model.config.stored = {"llm": sum(in_base(name, "llm") for name in model.weights())}
+    exp = run_of(model, tmp_path / "exp")  # what zero_to_fp32.py makes of it
+    (exp / "carried.pt").touch()
+    with pytest.raises(UserError, match=r"hold 0 of the llm, .* lack those in carried\.pt: make them with 'asrllm consolidate'"):
+        LlmFiles(exp)
+    torch.save(model.weights(), exp / "pretrained.pt")
+    LlmFiles(exp)
+
+
+def test_a_merged_llm_has_the_chat_template_that_it_was_trained_with(world, tmp_path):
+    model = lora_model(world)
+    model.require_processor().tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    merge_lora(LlmFiles(run_of(model, tmp_path / "exp")), tmp_path / "merged", check=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(world.llm).get_vocab()
 
 
 def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path, capsys):

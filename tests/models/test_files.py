@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from asrllm.errors import UserError
 from asrllm.models.auto import describe
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders import build_encoder
-from asrllm.models.files import as_dtype, load_model, parameters_on_meta, read_tensors
+from asrllm.models.files import as_dtype, load_model, parameters_on_meta, rank_in_file, read_tensors
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import empty_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
@@ -149,6 +150,23 @@ def test_merging_leaves_the_model_as_it_is_and_gives_a_plain_one(world, tmp_path
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "beside")
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path / "beside")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")
+def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
+    options = {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}
+    with pytest.raises(UserError, match=r"model\.llm\.lora\.options\.lora_bias=true, but 'llm\..*layers\.0\.mlp\.down_proj' has no bias"):
+        lora_model(world, **options)
+    config = make_model(world).config
+    config.lora |= options
+    with pytest.raises(UserError, match=r"the adapter of 'llm\..*layers\.0\.mlp\.down_proj' has a bias"):
+        AsrLlmModel(config).save_pretrained(tmp_path / "merged", merge_adapter=True)
+
+
+def test_the_rank_is_seen_in_adapters_of_the_embeddings_alone():
+    key = "llm.base_model.model.model.embed_tokens.lora_embedding_A.default"
+    model = SimpleNamespace(weights=lambda: {key: torch.zeros(2, 11)})
+    assert rank_in_file(model, {key: torch.zeros(6, 11)}) == 3
 
 
 def test_an_encoders_adapters_are_merged_too(world, tmp_path):

@@ -1,5 +1,7 @@
 """Weights of icefall's ASR_LLM: the key table, what is read out of the shapes, and the same numbers afterwards."""
 
+import errno
+
 import pytest
 import torch
 
@@ -53,6 +55,17 @@ def test_an_imported_model_computes_the_same(world, theirs, tmp_path):
     model.config.drop_ragged_frames = model.projector.drop_ragged = True
     torch.testing.assert_close(logits(found), logits(model))
     assert isinstance(found.transcribe([samples(1)[0].wave], max_new_tokens=3)[0], str)
+
+
+def test_a_full_disk_is_one_sentence(world, theirs, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("asrllm.tensor_files._bytes_of", full)
+    arguments = ["--audio-encoder", str(world.whisper), "--llm", str(world.llm), "--output", str(tmp_path / "out")]
+    assert main(["import-icefall", str(theirs[1]), *arguments]) == 2
+    assert "no space is left on the disk" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_encoder_is_refused(world, theirs, tmp_path):

@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from asrllm.config import load_config
 from asrllm.errors import UserError
 from asrllm.models.build import describe_model
+from asrllm.training.checkpoint import CheckpointSaver, read_carried, write_carried
 from asrllm.training.config import TrainRun
 from asrllm.training.manifest import check_same_model
 from asrllm.training.resume import lasting_settings
@@ -61,3 +62,19 @@ def test_a_run_goes_on_wherever_its_base_models_are_named_from(world, tmp_path, 
     (checkpoint / "asrllm.json").write_text(json.dumps(manifest | {"base_models": bases, "settings": settings[0]}))
     for processor, now in zip(descriptions, settings, strict=True):
         assert check_same_model(checkpoint, processor.config, json.loads(json.dumps(now)))["base_models"] == bases
+
+
+def test_carried_weights_are_those_that_the_checkpoint_was_written_with(tmp_path):
+    torch.save({"projector.a": torch.ones(2)}, tmp_path / "carried.pt")
+    saver, checkpoint = CheckpointSaver(tmp_path, background=False, keep=0), tmp_path / "checkpoint-1"
+    (saver.staging / "checkpoint-1").mkdir(parents=True)
+    saver._publish(["checkpoint-1"], {"carried": ["projector.a"]})
+    manifest = json.loads((checkpoint / "asrllm.json").read_text())
+    going_on = SimpleNamespace(carried=("projector.a",), named_parameters=lambda: [("projector.a", torch.zeros(2))])
+    write_carried(going_on, tmp_path, checkpoint)
+    assert read_carried(checkpoint, manifest)["projector.a"].load().tolist() == [1, 1]
+    torch.save({"projector.a": torch.zeros(2)}, tmp_path / "carried.pt")
+    with pytest.raises(UserError, match="is not the file that checkpoint-1 was written with"):
+        read_carried(checkpoint, manifest)
+    del manifest["carried_file"]  # of an earlier version
+    assert read_carried(checkpoint, manifest)["projector.a"].load().tolist() == [0, 0]
