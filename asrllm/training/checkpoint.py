@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import zero_to_fp32
-from torch import nn
+from torch import Tensor, nn
 
 import asrllm
 from asrllm.data.plan import Position
@@ -183,7 +183,7 @@ def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def write_carried(model: nn.Module, exp_dir: Path, checkpoint: Path | None = None) -> None:
-    """Write exp_dir/carried.pt on all ranks, if there is anything to carry. checkpoint: that the run goes on from."""
+    """Write exp_dir/carried.pt, if there is anything to carry, called on all ranks. checkpoint: that the run goes on from."""
     if checkpoint is not None and checkpoint.parent.resolve() == exp_dir.resolve():
         return  # the file is there, and the manifests of exp_dir name its digest
     parameters, state = dict(model.named_parameters()), {}
@@ -191,12 +191,19 @@ def write_carried(model: nn.Module, exp_dir: Path, checkpoint: Path | None = Non
         with whole(parameters[name]):
             if distributed.rank() == 0:
                 state[name] = parameters[name].detach().cpu().clone()
-    if state:
-        partial = exp_dir / f"{CARRIED}.partial"
+    if model.carried:
+        distributed.first_rank_does(lambda: _write_carried(state, exp_dir / CARRIED))
+
+
+def _write_carried(state: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
         torch.save(state, partial)
-        sync(partial)
-        partial.replace(exp_dir / CARRIED)
-    distributed.barrier()
+    except RuntimeError as error:  # so torch says that the disk is full
+        partial.unlink()
+        raise UserError(f"{str(path)!r} was cut short ({' '.join(str(error).split())[:100]}): make room on its disk") from error
+    sync(partial)
+    partial.replace(path)
 
 
 def read_carried(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor]:

@@ -78,3 +78,16 @@ def test_carried_weights_are_those_that_the_checkpoint_was_written_with(tmp_path
         read_carried(checkpoint, manifest)
     del manifest["carried_file"]  # of an earlier version
     assert read_carried(checkpoint, manifest)["projector.a"].load().tolist() == [0, 0]
+
+
+def test_carried_weights_on_a_full_disk_are_one_sentence(tmp_path, monkeypatch):
+    model = SimpleNamespace(carried=("projector.a",), named_parameters=lambda: [("projector.a", torch.zeros(2))])
+
+    def full(state, path):
+        path.write_bytes(b"a part")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"carried\.pt' was cut short .* make room on its disk"):
+        write_carried(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
