@@ -83,4 +83,4 @@ def test_every_file_of_launch_is_what_it_should_be(path):
     else:
         assert path.suffix == ".py"
         compile(path.read_text(), path, "exec")
-        assert re.search(r'main\(\["\w[\w-]*"', path.read_text())
+        assert re.search(r'console\("\w[\w-]*"', path.read_text())
