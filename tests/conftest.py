@@ -1,8 +1,10 @@
 """What the tests share: tiny models, a tiny corpus, and a way to run commands as a user does."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: threads that wait for one another take minutes beside another job
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that the tests start compiles asrllm again
 
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from asrllm.data.sources import read_kaldi
 from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+gc.freeze()  # what is imported stays
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The DeepSpeed engine around the model."""
 
 import contextlib
+import importlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,8 @@ from asrllm.errors import UserError
 from asrllm.training.config import TrainerConfig
 from asrllm.training.optimizers import make_optimizer, parameter_groups
 from asrllm.training.scaled_adam import ScaledAdam, bind
+
+NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it where a function is decorated
 
 
 @contextlib.contextmanager
@@ -45,11 +49,27 @@ def deepspeed_engine(
         set_z3_leaf_modules(model, model.unsplit_modules())
         gather_head_for_loss(model)
     optimizer = None if "optimizer" in ds else build_optimizer(config, ds, model, device)
+    if "optimizer" not in ds:
+        import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds)
     if isinstance(optimizer, ScaledAdam):
         bind(optimizer, engine)
     yield engine
     del stage3
+
+
+def import_muon_uncompiled() -> None:
+    """deepspeed.initialize asks of every optimizer whether it is DeepSpeed's Muon, whose module loads torch's compiler for two seconds."""
+    before = os.environ.get(NO_COMPILER)
+    os.environ[NO_COMPILER] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:
+        pass  # a DeepSpeed without it
+    finally:
+        os.environ.pop(NO_COMPILER)
+        if before is not None:
+            os.environ[NO_COMPILER] = before
 
 
 def compile_layers(model: nn.Module, ds: dict[str, Any]) -> None:
