@@ -1,6 +1,5 @@
 """What the tests share: tiny models, a tiny corpus, and a way to run commands as a user does."""
 
-import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: threads that wait for one another take minutes beside another job
@@ -19,7 +18,6 @@ from asrllm.data.sources import read_kaldi
 from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-gc.freeze()  # what is imported stays
 
 
 @dataclass(frozen=True)
