@@ -13,7 +13,7 @@ from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
 from asrllm.data.plan import Item
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine
+from asrllm.evaluation.engine import Engine, answer_within_memory
 from asrllm.evaluation.journal import Journal, Said
 from asrllm.evaluation.score import Transcript
 from asrllm.models.generation import Answer
@@ -49,7 +49,7 @@ def decode_corpus(
     with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0 and bool(mine)) as bar, journal:
         began = time.monotonic()
         for rows, samples in read_ahead(reader, mine):
-            answers = engine.answer([s.wave for s in samples], [options.prompt] * len(samples))
+            answers = answer_within_memory(engine, [s.wave for s in samples], [options.prompt] * len(samples))
             took = (time.monotonic() - began) / len(rows)
             said = [make_said(*each, took) for each in zip(rows, samples, answers, strict=True)]
             journal.write(said)

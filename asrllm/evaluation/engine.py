@@ -1,12 +1,18 @@
 """What decodes: audio and prompts in, answers out. Evaluation and transcription know no more of it than this."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from asrllm.data.index import RATE
+from asrllm.errors import UserError
 from asrllm.models.generation import Answer, generate
 from asrllm.models.model import AsrLlmModel
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -28,3 +34,15 @@ class TorchEngine:
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         renderer = self.model.require_processor().renderer
         return generate(self.model, list(waves), [renderer.user_messages(prompt) for prompt in prompts], **self.options)
+
+
+def answer_within_memory(engine: Engine, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
+    """The engine's answers; where the GPU's memory ends, of one half and then of the other. Raises UserError where one is too much."""
+    try:
+        return engine.answer(waves, prompts)
+    except torch.OutOfMemoryError as error:
+        if len(waves) == 1:
+            raise UserError(f"the memory ends while {len(waves[0]) / RATE:.1f} s of audio are decoded: free some ({error})") from error
+    logger.warning("the memory ended with a batch of %d utterances: it is decoded in halves; smaller batches are faster", len(waves))
+    half = len(waves) // 2
+    return answer_within_memory(engine, waves[:half], prompts[:half]) + answer_within_memory(engine, waves[half:], prompts[half:])

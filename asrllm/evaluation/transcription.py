@@ -12,7 +12,7 @@ from asrllm.audio.vad import Detector
 from asrllm.data.index import RATE
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine
+from asrllm.evaluation.engine import Engine, answer_within_memory
 from asrllm.models.generation import Answer
 
 SORTED = 2  # batches whose segments are sorted by length
@@ -131,6 +131,6 @@ def answer(engine: Engine, segments: list[Segment], prompt: str, batch_size: int
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        found = engine.answer([segments[i].wave for i in batch], [prompt] * len(batch))
+        found = answer_within_memory(engine, [segments[i].wave for i in batch], [prompt] * len(batch))
         answers |= zip(batch, found, strict=True)
     return [answers[i] for i in range(len(segments))]

@@ -175,9 +175,10 @@ def recording_key(llm: Any, causal_lm: Any, rows: int, length: int) -> tuple[Any
     return rows, length, id(llm), str(adapters), *(p.data_ptr() for p in causal_lm.parameters())
 
 
-def only_last(causal_lm: Any) -> dict[str, int]:
-    """Logits of a prompt's last token alone, where the LLM can."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
+def only_last(causal_lm: Any) -> dict[str, Tensor]:
+    """Logits of a prompt's last token alone, where the LLM can; taken by its index, since the head is slow for a view of the rows."""
+    last = torch.tensor([-1], device=next(causal_lm.parameters()).device)
+    return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters else {}
 
 
 def cache_name(causal_lm: Any) -> str:
