@@ -25,7 +25,7 @@ from saving import make_world, train
 
 STEPS = 2
 AVERAGE = "from asrllm.checkpoints.average import Average, average"
-MERGE = "from asrllm.checkpoints.merge import LlmFiles, merge_lora"
+MERGE = "from asrllm.checkpoints.llm_files import LlmFiles; from asrllm.checkpoints.merge import merge_lora"
 TOOLS = {
     "consolidate": ("from asrllm.checkpoints.consolidate import consolidate", "consolidate(exp / 'checkpoint-2', out)"),
     "deepspeed": (

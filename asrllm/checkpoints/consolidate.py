@@ -47,6 +47,7 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     """
     manifest = read_manifest(checkpoint)
     files = ZeroFiles(checkpoint, manifest)
+    files.keep_weights_alone()
     carried, dtype = read_carried(checkpoint, manifest), DTYPES[key]
     shapes = {name: files.places[name].shape for name in manifest["trainable"]} | {name: tensor.shape for name, tensor in carried.items()}
 

@@ -15,12 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=f"of the weights; default: {kept}")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file; 5GB by default")
     parser.add_argument(
-        "--no-check", action="store_true", help="do not compare logits before and after, which takes memory for the LLM in float32"
+        "--no-check", action="store_true", help="do not compare logits before and after, which reads the weights three times more"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
+    from asrllm.checkpoints.llm_files import LlmFiles
+    from asrllm.checkpoints.merge import merge_lora, save_adapter
     from asrllm.errors import UserError
     from asrllm.models.model import check_shard_size
 

@@ -107,6 +107,10 @@ class ZeroFiles:
                 raise UserError(f"{self.checkpoint}: {name!r} is {list(shape)}, in its manifest {list(shapes[name])}: it is damaged")
         return places(self.stage, self.ranks, groups, tuple(vector.numel() for vector in self.masters[0]))
 
+    def keep_weights_alone(self) -> None:
+        """Forget the optimizer's states: of many checkpoints that are open at once they add up."""
+        self.model, self.optimizers = {}, [{"group_paddings": saved.get("group_paddings")} for saved in self.optimizers]
+
     def state_keys(self) -> list[str]:
         """What the optimizer keeps of each element, such as exp_avg."""
         size = self.masters[0][0].numel() + (self.optimizers[0]["group_paddings"][0] if self.stage in (1, 2) else 0)

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asrllm.checkpoints.merge import LlmFiles, merge_lora, save_adapter
+from asrllm.checkpoints.llm_files import LlmFiles
+from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.cli import main
 from asrllm.errors import UserError
 from asrllm.models.files import in_base, merged_parameter
