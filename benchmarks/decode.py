@@ -2,11 +2,13 @@
 
     python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] [--tokens-per-second R] [--rounds R] [--output FILE]
     python benchmarks/decode.py --tiny
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=CORES benchmarks/decode.py ...
 
 All ways get the same waveforms, out of the shards, and the same model; the ways take turns. transformers' ways take the utterances in the
 order of the shards and pad each batch to its longest. Ours is what `asrllm evaluate` does: batches of similar lengths within a budget of
 seconds, the next one read meanwhile, rows that are done leave. Texts are compared. With --tokens-per-second no answer ends by itself, each
-is as long as its audio says (and ten tokens more): what long answers would take of a model that gives short ones.
+is as long as its audio says (and ten tokens more): what long answers would take of a model that gives short ones. With torchrun ours is
+shared out to the ranks, as in an evaluation, and transformers' ways have as many threads as there are ranks: each has the whole machine.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from asrllm.evaluation.decode import DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.journal import Journal
 from asrllm.models.generation import token_limit
+from asrllm.training import distributed
 
 MAX_NEW_TOKENS = 100
 Rate = float | None  # tokens a second
@@ -82,14 +85,20 @@ def never_end(model: Any) -> None:
 
 
 def measure(ways: dict[str, Callable[[], list[str]]], rounds: int) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """(median seconds, texts) of each way; the ways take turns."""
+    """(median seconds, texts) of each way; the ways take turns. All ranks run ours, the first one the others, with the threads of all."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    texts = {}
-    for _ in range(rounds):
-        for way, run in ways.items():
-            began = time.perf_counter()
+    texts: dict[str, list[str]] = {}
+    threads = torch.get_num_threads()
+    for way, run in list(ways.items()) * rounds:
+        distributed.gather_objects(None)  # the others wait
+        began = time.perf_counter()
+        if way == "ours":
             texts[way] = run()
-            seconds[way].append(time.perf_counter() - began)
+        elif distributed.rank() == 0:
+            torch.set_num_threads(threads * distributed.world_size())
+            texts[way] = run()
+            torch.set_num_threads(threads)
+        seconds[way].append(time.perf_counter() - began)
     return {way: round(statistics.median(values), 3) for way, values in seconds.items()}, texts
 
 
@@ -130,6 +139,8 @@ def main() -> None:
         if where is None or shards is None:
             parser.error("give MODEL and --shards, or --tiny")
         results = compare(where, shards, arguments)
+    if distributed.rank() != 0:
+        return
     text = json.dumps(results, indent=1)
     print(text)
     if arguments.output:
@@ -137,6 +148,8 @@ def main() -> None:
 
 
 def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    if distributed.world_size() > 1:
+        distributed.start()
     model = AutoModel.from_pretrained(where, weights=arguments.weights, dtype=arguments.dtype)
     corpus = make_corpus("test", open_index(shards), None)
     prompt, fixed = (model.config.prompts or ["Transcribe."])[0], f"batches of {arguments.batch_size}"
@@ -152,7 +165,8 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
     audio = corpus.index.hours * 3600
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "threads": torch.get_num_threads(),
+        "ranks": distributed.world_size(),
+        "threads a rank": torch.get_num_threads(),
         "dtype": arguments.dtype,
         "tokens a second": arguments.tokens_per_second,
         "rounds": arguments.rounds,

@@ -26,6 +26,13 @@ def fails(capsys, *argv):
     return error
 
 
+def does(capsys, *argv):
+    """What a command prints, run in this process."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
