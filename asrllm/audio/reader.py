@@ -15,6 +15,7 @@ import soundfile
 import soxr
 
 from asrllm.audio.augment import NO_MASKS, Augmenter
+from asrllm.audio.stream import open_audio, read_blocks
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample, said
@@ -146,13 +147,5 @@ def resample(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def read_audio(path: str | Path) -> np.ndarray:
-    """An audio file of any rate and format -> (samples,) float32 at RATE; a user's mistake is one sentence."""
-    try:
-        wave = decode(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the audio file {str(path)!r} cannot be read: {error}") from error
-    if not len(wave):
-        raise UserError(f"the audio file {str(path)!r} holds no sample")
-    if not np.isfinite(wave).all():
-        raise UserError(f"the audio file {str(path)!r} holds NaN or infinite values")
-    return wave
+    """An audio file of any rate and format -> (samples,) float32 mono at RATE. Raises UserError as open_audio and read_blocks do."""
+    return np.concatenate(list(read_blocks(open_audio(str(path)))))

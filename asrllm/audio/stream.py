@@ -1,13 +1,14 @@
 """Audio files of any length and format, in blocks at 16 kHz; what is wrong with one is a sentence."""
 
 import json
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ ENDINGS = {*AUDIO_EXTENSIONS, *FORMATS, "oga", "aif", "aifc", "m4a", "mp4", "aac
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
 LOUDEST = 1000.0  # times full scale; more is no audio between -1 and 1
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; what is written for the size of a stream whose length was not known is larger
+NO_LENGTH = 1 << 40  # samples; libsndfile gives more for a file that does not say how many it has
+SOUND_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # samples end in it
+FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of a stream
 CUT_SHORT = re.compile(r":\s*(\d+) \(should be (\d+)\)")  # libsndfile's log of a header that promises more bytes than there are
 
 
@@ -67,17 +71,51 @@ def open_audio(path: str) -> AudioFile:
     try:
         with soundfile.SoundFile(path) as file:
             found = AudioFile(path=path, seconds=file.frames / file.samplerate)
-            log = file.extra_info
+            log, guessed = file.extra_info, length_is_guessed(path, file)
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: .raw without a rate
         if "malformed" in str(error):
             raise UserError(f"the audio file {path!r} is damaged ({error}): copy it again") from error
         return open_by_ffmpeg(path, str(error))
+    if guessed:
+        return replace(open_by_ffmpeg(path, guessed), seconds=None)
     if not found.seconds:
         raise found.wrong("holds no sample: copy it again")
     for promised, there in CUT_SHORT.findall(log):
         if int(there) < int(promised) < UNKNOWN_SIZE:
             raise found.wrong(f"is cut short, its header promises {promised} bytes and {there} are there: copy it again")
     return found
+
+
+def length_is_guessed(path: str, file: soundfile.SoundFile) -> str:
+    """Why soundfile, which reads to the length that it believes in, may end too soon; "" where the file says its length."""
+    if file.format in ("MP3", "MPEG") and not says_its_frames(Path(path)):
+        return "an MP3 without a count of its frames is read wholly by ffmpeg alone"
+    if file.format == "FLAC" and not 0 < file.frames < NO_LENGTH:
+        return "a FLAC without a count of its samples is read by ffmpeg alone"
+    if file.format == "OGG" and is_chained(Path(path)):
+        return "an Ogg file of several recordings one after another is read wholly by ffmpeg alone"
+    return ""
+
+
+def says_its_frames(path: Path) -> bool:
+    """Whether an MP3 begins, behind an ID3 tag, with the frame that counts the others (Xing's, LAME's or Fraunhofer's)."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        tag = 0
+        if head[:3] == b"ID3":
+            for byte in head[6:10]:  # four times seven bits
+                tag = tag << 7 | byte
+            tag += 10
+        file.seek(tag)
+        first = file.read(1 << 12)
+    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def is_chained(path: Path) -> bool:
+    """Whether another stream begins in an Ogg file where the first has had its sound (RFC 3533)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        sound = SOUND_PAGE.search(pages)
+        return sound is not None and FIRST_PAGE.search(pages, sound.end()) is not None
 
 
 def open_by_ffmpeg(path: str, error: str) -> AudioFile:

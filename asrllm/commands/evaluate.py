@@ -74,6 +74,8 @@ def check_names(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"data.test_data_config has two test sets named {name!r}: give each its own 'name'")
+        if name == "all":
+            raise UserError("data.test_data_config has a test set named 'all', as the table of all sets is: give it another 'name'")
 
 
 def check_lengths(corpora: list[Corpus], limits: tuple[int, int]) -> None:

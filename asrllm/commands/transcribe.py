@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -94,20 +95,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.repetition_guard < 0:
         raise UserError(f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard")
     formats = chosen_formats(arguments.format)
-    files = [open_audio(path) for path in find_audio(arguments.audio)]
-    check_output(formats, arguments.output_dir, files)
     description = describe(arguments.model)
     shortest, longest = description.sample_limits()
-    for file in files:
-        if file.seconds is not None and round(file.seconds * RATE) < shortest:
-            raise too_short(file, file.seconds, shortest)
+    files, problems = open_all(find_audio(arguments.audio), shortest)
+    check_output(formats, arguments.output_dir, files)
     if arguments.prompt is None and arguments.language and of_language(description, arguments.language) is None:
         logger.warning("no prompt of training is for --language %s alone: the first is asked, as for any language", arguments.language)
     prompt = prompt_to_ask(description, prompt=arguments.prompt, language=arguments.language, hotwords=arguments.hotwords)
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
     listening = Listening(detector=detector, longest=min(longest, round(segment_seconds(arguments, description) * RATE)))
-    engine = load_engine(arguments)
-    problems, seconds, began = [], 0.0, time.monotonic()
+    engine, several = load_engine(arguments), len(files) + len(problems) > 1
+    seconds, done, began = 0.0, 0, time.monotonic()
     with bar_over(files) as bar:
         advance = whole_seconds(bar)
         for transcript in transcribe_files(engine, files, listening, prompt=prompt, batch_size=arguments.batch_size, advance=advance):
@@ -115,14 +113,33 @@ def run(arguments: argparse.Namespace) -> None:
                 problems.append(transcript.problem)
                 continue
             warn_of(transcript)
-            write(transcript, formats, arguments, several=len(files) > 1)
+            write(transcript, formats, arguments, several=several)
             seconds += transcript.duration
+            done += 1
     if seconds:
         took = time.monotonic() - began
         print(f"{seconds / 3600:.2f} h of audio transcribed in {took:.1f} s, {seconds / took:.1f} x real time", file=sys.stderr)
     if problems:
-        left = len(files) - len(problems)
-        raise UserError("; ".join(problems) + (f"; the other files ({left}) are transcribed" if left else ""))
+        raise UserError("; ".join(problems) + (f"; the other files ({done}) are transcribed" if done else ""))
+
+
+def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list[str]]:
+    """The files, and what is wrong with those that cannot be heard. Raises UserError where none can."""
+    files, problems = [], []
+    for path in paths:
+        try:
+            file = open_audio(path)
+            if file.seconds is not None and round(file.seconds * RATE) < shortest:
+                raise too_short(file, file.seconds, shortest)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            files.append(file)
+    if not files:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        logger.warning("%s; the other files are transcribed first", problem)
+    return files, problems
 
 
 def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) -> float:
@@ -164,8 +181,11 @@ def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[Au
         if len(files) > 1 and formats[0] in ("srt", "vtt"):
             raise UserError(f"--format {formats[0]} of {len(files)} files does not fit on standard output: give --output-dir")
         return
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {str(folder)!r} is a file: give a directory")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"--output-dir {str(folder)!r}: {str(there)!r} is a file: give a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {str(folder)!r} cannot be written: change the permissions of {str(there)!r}, or give another")
     sources: dict[str, str] = {}
     for file in files:
         first = sources.setdefault(Path(file.path).stem, file.path)

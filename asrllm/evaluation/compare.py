@@ -66,11 +66,14 @@ def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str
 def difference_interval(a: Errors, b: Errors, groups: np.ndarray | None) -> tuple[float, float]:
     """95 % bootstrap interval of b's rate less a's, both over the same drawn utterances or groups (Bisani and Ney, 2004).
 
-    One of them alone bounds nothing.
+    One of them alone bounds nothing; where none differs it is the rule of three's.
     """
     more, units = sum_by(groups, b.total - a.total), sum_by(groups, a.units)
     if len(units) < 2:
         return -max(100.0, a.rate), max(100.0, b.rate)
+    if not more.any():
+        most = min(100.0, 300 / max(float(units.sum()), 1.0))
+        return -most, most
     return bootstrap_interval(more, units)
 
 
@@ -131,11 +134,11 @@ def compare_files(a: Path, b: Path) -> Comparison:
 
 def one_normalizer(a: Path, rows: Sequence[dict[str, Any]], b: Path, others: Sequence[dict[str, Any]]) -> str:
     """The one that both were scored by; recogs-*.txt say none, and hold texts after it, which it leaves as they are."""
-    named = {str(path): str(row["normalizer"]) for path, found in ((a, rows), (b, others)) for row in found[:1] if "normalizer" in row}
-    if len(set(named.values())) > 1:
-        said = " and ".join(f"{path!r} by {name!r}" for path, name in named.items())
+    named = {str(row["normalizer"]): str(path) for path, found in ((a, rows), (b, others)) for row in found if "normalizer" in row}
+    if len(named) > 1:
+        said = " and ".join(f"{path!r} by {name!r}" for name, path in named.items())
         raise UserError(f"two normalizers are no comparison, {said}: evaluate one of them again with normalizer=")
-    return next(iter(named.values()), "none")
+    return next(iter(named), "none")
 
 
 def transcripts(rows: Sequence[dict[str, Any]], name: str) -> list[Transcript]:
@@ -144,7 +147,7 @@ def transcripts(rows: Sequence[dict[str, Any]], name: str) -> list[Transcript]:
     return [
         Transcript(
             key=row["key"], reference=normalize(row["ref"]), hypothesis=normalize(row["hyp"]), raw_reference=row["ref"],
-            raw_hypothesis=row["hyp"], duration=float(row.get("duration", 0)), speaker=str(row.get("speaker", "")),
+            raw_hypothesis=row["hyp"], duration=row["duration"], speaker=str(row.get("speaker", "")),
             recording=str(row.get("recording", "")),
         )
         for row in rows
@@ -156,7 +159,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may hold U+2028
     try:
         rows = _read_recogs(lines) if path.name.startswith("recogs") else [json.loads(line) for line in lines if line]
-        rows = [row | {name: row[name] for name in ("key", "ref", "hyp")} for row in rows]
+        rows = [row | {name: row[name] for name in ("key", "ref", "hyp")} | {"duration": float(row.get("duration", 0))} for row in rows]
         if not all(isinstance(row[name], str) for row in rows for name in ("key", "ref", "hyp")):
             raise ValueError("key, ref and hyp must be texts")
     except (ValueError, SyntaxError, KeyError, TypeError) as error:

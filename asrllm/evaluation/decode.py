@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
 from asrllm.data.plan import Item
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine, answer_within_memory
+from asrllm.evaluation.engine import Engine, WithinMemory
 from asrllm.evaluation.journal import Journal, Said
 from asrllm.evaluation.score import Transcript
 from asrllm.models.generation import Answer
@@ -40,16 +42,17 @@ def decode_corpus(
     engine: Engine, corpus: Corpus, options: DecodingOptions, normalize: Callable[[str], str], cache: ShardCache, journal: Journal
 ) -> Decoded:
     """Every rank's share of the corpus decoded, but for what `journal` has; all of it on every rank."""
+    engine = WithinMemory(engine)
     done = {said.row: said for said in journal.read()}
     share = corpus.index.hours * 3600 / distributed.world_size()  # a small set is work for every rank
-    batches = make_batches(corpus, min(options.max_batch_duration, share), skip=done)
+    batches = make_batches(corpus, min(options.max_batch_duration, share), padded_to=engine.padded_to, skip=done)
     mine = batches[distributed.rank() :: distributed.world_size()]
     reader = Reader([corpus], limits=engine.limits, cache=cache)
     decoded: list[Said] = []
     with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0 and bool(mine)) as bar, journal:
         began = time.monotonic()
         for rows, samples in read_ahead(reader, mine):
-            answers = answer_within_memory(engine, [s.wave for s in samples], [options.prompt] * len(samples))
+            answers = engine.answer([s.wave for s in samples], [options.prompt] * len(samples))
             took = (time.monotonic() - began) / len(rows)
             said = [make_said(*each, took) for each in zip(rows, samples, answers, strict=True)]
             journal.write(said)
@@ -64,9 +67,9 @@ def decode_corpus(
     return Decoded(transcripts, sum(t.duration for t in transcripts) / max(*seconds.values(), 1e-9))
 
 
-def make_batches(corpus: Corpus, max_duration: float, skip: Container[int] = ()) -> list[list[int]]:
+def make_batches(corpus: Corpus, max_duration: float, *, padded_to: float = 0.0, skip: Container[int] = ()) -> list[list[int]]:
     """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included."""
-    seconds = corpus.index.rows["samples"] / RATE
+    seconds = np.maximum(corpus.index.rows["samples"] / RATE, padded_to)
     batches: list[list[int]] = []
     longest = 0.0
     for i in (-seconds).argsort(kind="stable"):

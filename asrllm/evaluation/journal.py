@@ -52,12 +52,12 @@ class Journal:
         return distributed.gather_objects(found)[0]
 
     def _read_file(self, path: Path) -> list[Said] | None:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): texts may hold U+2028
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # not splitlines(): texts may hold U+2028
         if not lines or lines[0] != self.head:
             return None
         found = []
         for line in lines[1:]:
-            with contextlib.suppress(ValueError, TypeError):  # the line that was being written
+            with contextlib.suppress(ValueError, TypeError):  # the line that was being written, perhaps cut within a character
                 found.append(Said(**json.loads(line)))
         return found
 

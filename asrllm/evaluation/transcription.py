@@ -12,7 +12,7 @@ from asrllm.audio.vad import Detector
 from asrllm.data.index import RATE
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine, answer_within_memory
+from asrllm.evaluation.engine import Engine, WithinMemory
 from asrllm.models.generation import Answer
 
 SORTED = 2  # batches whose segments are sorted by length
@@ -66,6 +66,7 @@ def transcribe_files(
 
     Held are the waveforms of SORTED batches, however long the files are. advance: told of seconds of audio that are done.
     """
+    engine = WithinMemory(engine)
     heard = itertools.chain.from_iterable(listen(file, engine.limits[0], listening) for file in files)
     spoken: list[Spoken] = []
     done = 0.0  # seconds of the file
@@ -131,6 +132,6 @@ def answer(engine: Engine, segments: list[Segment], prompt: str, batch_size: int
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        found = answer_within_memory(engine, [segments[i].wave for i in batch], [prompt] * len(batch))
+        found = engine.answer([segments[i].wave for i in batch], [prompt] * len(batch))
         answers |= zip(batch, found, strict=True)
     return [answers[i] for i in range(len(segments))]

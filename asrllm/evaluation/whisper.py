@@ -13,6 +13,7 @@ import torch
 from asrllm.data.index import RATE
 from asrllm.data.text import language_tag
 from asrllm.errors import UserError
+from asrllm.evaluation.engine import WINDOW
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.generation import Answer
 
@@ -37,7 +38,7 @@ def find_whisper(path: str | Path | None) -> Path:
 class WhisperEngine:
     """Whisper's greedy search on 30 s windows; it finds the language where several are known and none is given."""
 
-    limits = LIMITS
+    limits, padded_to = LIMITS, WINDOW
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int) -> None:
         """Raises UserError where the directory cannot be loaded, or its weights have no decoder."""
@@ -46,12 +47,12 @@ class WhisperEngine:
         try:
             model, report = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model: Any = model.to(device).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{str(folder)!r} cannot be loaded ({error})") from error
         if missing := sorted(name for name in report["missing_keys"] if name != "proj_out.weight"):
             raise UserError(f"{str(folder)!r} lacks {missing[0]!r}")
         self.folder = folder
-        self.model: Any = model.to(device).eval()
         self.extract = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
         longest = model.config.max_target_positions // 2
         self.options: dict[str, Any] = {"max_new_tokens": min(max_new_tokens, longest)}

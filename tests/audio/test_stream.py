@@ -84,6 +84,31 @@ def test_ffmpeg_reads_the_rest(tmp_path, ending):
     assert "cannot be read" in fails(cut) or "is damaged" in fails(cut)
 
 
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("quiet.mp3", ["-q:a", "4", "-write_xing", "0"]),
+        ("loud.mp3", ["-q:a", "4", "-write_xing", "0"]),
+        ("a.flac", ["-f", "flac"]),
+        ("chained.opus", ["-c:a", "libopus", "-f", "ogg"]),
+    ],
+)
+def test_a_file_without_its_length_is_read_wholly(tmp_path, monkeypatch, name, how):
+    """Its beginning says more or less than there is; written into a pipe, where ffmpeg cannot go back to say it."""
+    noise = np.random.default_rng(0).normal(0, 0.2 if name == "loud.mp3" else 1e-4, 8000)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([noise, vowels(9)]), 16000)
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", *how, *([] if "-f" in how else ["-f", "mp3"]), "-"]
+    made = subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True).stdout
+    (tmp_path / name).write_bytes(made * 2 if name == "chained.opus" else made)
+    assert open_audio(str(tmp_path / name)).seconds is None
+    assert len(read(tmp_path / name)) / 16000 == pytest.approx(
+        len(read(tmp_path / "a.wav")) / 16000 * (1 + (name == "chained.opus")), abs=0.2
+    )
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "ffmpeg alone" in fails(tmp_path / name)
+
+
 def test_without_ffmpeg_its_formats_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -39,7 +39,8 @@ def test_a_difference_is_found_and_none_is_not():
     back = compare(better, a)
     assert (back.difference, back.better, back.worse) == (-found.difference, found.worse, found.better)
     same = compare(a, a)
-    assert (same.difference, same.p, same.difference_ci95) == (0.0, 1.0, [0.0, 0.0])
+    assert (same.difference, same.p, same.difference_ci95) == (0.0, 1.0, [-same.difference_ci95[1], same.difference_ci95[1]])
+    assert same.difference_ci95[1] == pytest.approx(300 / sum(len(t.reference.split()) for t in a), abs=1e-3)  # the rule of three
 
 
 def test_one_utterance_bounds_nothing():
@@ -129,6 +130,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
         ("recogs-y.txt", "k:\tref=['a]"),
         ("recogs-z.txt", "k:\tref=[b]\n"),
         ("recogs-v.txt", "k:\tref=['b']\n"),
+        ("generations-w.jsonl", '{"key": "k", "ref": "a", "hyp": "a", "duration": null}'),
     ):
         (tmp_path / name).write_text(text)
         assert f"{name}' is no file generations-*.jsonl or recogs-*.txt" in fails(

@@ -105,8 +105,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
     with pytest.raises(KeyboardInterrupt):
         evaluation(world, exp).decode(killed)
     (journal,) = run.folder.glob(".decoding-train.rank0.jsonl")
-    with journal.open("a") as file:
-        file.write('{"row": 3, "key": "utt00')  # as a kill in the middle of a line leaves it
+    with journal.open("ab") as file:
+        file.write('{"row": 3, "key": "写'.encode()[:-1])  # as a kill in the middle of a character leaves it
     rest = Counting(model, run.config.generation)
     again = evaluation(world, exp)
     again.decode(rest)
@@ -305,6 +305,8 @@ def test_a_test_set_that_cannot_be_scored_ends_before_the_model_loads(world, exp
         assert "in another script than the normalizer 'zh'" in fails(
             capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'zh.yaml'}"
         )
+        data_config(tmp_path / "all.yaml", [{"name": "all", "shards": str(tmp_path / "one")}])
+        assert "has a test set named 'all'" in fails(capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'all.yaml'}")
     assert sorted(path.name for path in exp.iterdir()) == before
 
 

@@ -22,7 +22,7 @@ PIECES = Listening(detector=Loudness, longest=2 * 16000)
 class Stub:
     """Says how much it heard, and keeps what it was asked."""
 
-    limits = (160, 30 * 16000)
+    limits, padded_to = (160, 30 * 16000), 0.0
 
     def __init__(self):
         self.batches = []
@@ -109,7 +109,7 @@ from asrllm.models.generation import Answer
 from asrllm.testing import vowels
 
 class Stub:
-    limits = (160, 30 * 16000)
+    limits, padded_to = (160, 30 * 16000), 0.0
     def answer(self, waves, prompts):
         return [Answer(text="x") for _ in waves]
 

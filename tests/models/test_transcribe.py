@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_the_directories_that_transcribe_takes(world, tmp_path, capsys, monkeypa
     ):
         assert message in fails(capsys, "transcribe", folder, files[0])
     soundfile.write(files[1], np.zeros(100), 16000)
-    assert f"{files[1]!r} has 0.01 s of audio, the model takes" in fails(capsys, "transcribe", auden, *files)
+    assert f"{files[1]!r} has 0.01 s of audio, the model takes" in fails(capsys, "transcribe", auden, files[1])
 
 
 def test_it_says_what_the_model_says_of_each_segment(model, tmp_path, speech, capsys, monkeypatch):
@@ -185,22 +186,15 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
     (tmp_path / "none").mkdir()
     (tmp_path / "other").mkdir()
     shutil.copy(speech, tmp_path / "other" / "speech.flac")
-    (tmp_path / "empty.wav").touch()
     (tmp_path / "text.txt").write_text("words\n")
-    cut = tmp_path / "cut.wav"
-    soundfile.write(cut, vowels(1), 16000)
-    cut.write_bytes(cut.read_bytes()[:9000])
     for arguments, message in (
         (["--format", "svt"], "--format 'svt' is unknown: did you mean 'vtt'"),
         (["--format", "srt,vtt"], "--format srt,vtt are several: give --output-dir"),
         ([speech, "--format", "srt"], "--format srt of 2 files does not fit on standard output: give --output-dir"),
         (["--output-dir", tmp_path / "text.txt"], "is a file: give a directory"),
+        (["--output-dir", tmp_path / "text.txt" / "a" / "b"], "text.txt' is a file: give a directory"),
         ([tmp_path / "other", "--output-dir", tmp_path / "out"], "would both be written to speech.txt"),
         ([tmp_path / "none"], "holds no audio file"),
-        ([tmp_path / "empty.wav"], "is empty, 0 bytes"),
-        ([tmp_path / "text.txt"], "cannot be read"),
-        ([tmp_path / "no.wav"], "cannot be read"),
-        ([cut], "is cut short"),
         (["--hotwords", ","], "holds no word"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
         (["--prompt", "Hear <|AUDIO|>"], "holds the audio token"),
@@ -208,6 +202,32 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
     ):
         assert message in fails(capsys, "transcribe", model, speech, *arguments)
     assert not (tmp_path / "out").exists()
+    if os.geteuid():  # root may write everywhere
+        (tmp_path / "none").chmod(0o500)
+        assert "cannot be written: change" in fails(capsys, "transcribe", model, speech, "--output-dir", tmp_path / "none" / "out")
+
+
+def test_files_that_cannot_be_heard_are_told_and_the_others_transcribed(model, speech, tmp_path, capsys, monkeypatch):
+    heard, loaded = Heard(monkeypatch), transcribe.load_engine
+    cut = tmp_path / "cut.wav"
+    soundfile.write(cut, vowels(1), 16000)
+    cut.write_bytes(cut.read_bytes()[:9000])
+    soundfile.write(tmp_path / "short.wav", np.zeros(10), 16000)
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.txt").write_text("words\n")
+    bad = {"empty.wav": "is empty, 0 bytes", "text.txt": "cannot be read", "no.wav": "cannot be read", "cut.wav": "is cut short",
+           "short.wav": "has 0.00 s of audio"}  # fmt: skip
+    monkeypatch.setattr(transcribe, "load_engine", lambda arguments: pytest.fail("the model was loaded"))
+    for name, message in bad.items():
+        assert message in fails(capsys, "transcribe", model, tmp_path / name)
+    monkeypatch.setattr(transcribe, "load_engine", loaded)
+    files = [str(tmp_path / name) for name in bad]
+    assert main(["transcribe", str(model), *files[:2], str(speech), *files[2:]]) == 2
+    said = capsys.readouterr()
+    assert heard.prompts
+    assert said.out.startswith(f"{speech}\t")
+    assert all(message in said.err.splitlines()[-1] for message in bad.values())
+    assert said.err.endswith("; the other files (1) are transcribed\n")
 
 
 def test_what_is_damaged_in_the_middle_is_told_at_the_end(model, speech, tmp_path, capsys, monkeypatch):
