@@ -139,7 +139,7 @@ def main() -> None:
         if where is None or shards is None:
             parser.error("give MODEL and --shards, or --tiny")
         results = compare(where, shards, arguments)
-    if distributed.rank() != 0:
+    if not results:
         return
     text = json.dumps(results, indent=1)
     print(text)
@@ -162,6 +162,8 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         "one by one": lambda: plain(*given, 1),
     }
     seconds, texts = measure(ways, arguments.rounds)
+    if distributed.rank() != 0:
+        return {}
     audio = corpus.index.hours * 3600
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",

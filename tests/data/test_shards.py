@@ -314,7 +314,8 @@ def divide(number, advance):
 def start_making(kaldi, out, workers):
     command = [sys.executable, REPOSITORY / "launch" / "make_shards.py", out, "--kaldi", kaldi, "--allow-pipes"]
     command += ["--utterances-per-shard", "2", "--workers", str(workers)]
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=clean_environment())
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a shell's background jobs do not)
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=clean_environment(), preexec_fn=listen)
 
 
 def wait_for(path, process, seconds=60):
