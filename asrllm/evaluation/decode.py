@@ -22,6 +22,8 @@ from asrllm.models.generation import Answer
 from asrllm.progress import ProgressBar
 from asrllm.training import distributed
 
+FEWEST_BATCHES = 4  # of a rank, about: else one of a small set may have twice the work of another
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
@@ -44,8 +46,10 @@ def decode_corpus(
     """Every rank's share of the corpus decoded, but for what `journal` has; all of it on every rank."""
     engine = WithinMemory(engine)
     done = {said.row: said for said in journal.read()}
-    share = corpus.index.hours * 3600 / distributed.world_size()  # a small set is work for every rank
-    batches = make_batches(corpus, min(options.max_batch_duration, share), padded_to=engine.padded_to, skip=done)
+    lengths, longest = np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to), options.max_batch_duration
+    if (ranks := distributed.world_size()) > 1:
+        longest = min(longest, float(lengths.sum()) / ranks / FEWEST_BATCHES)
+    batches = make_batches(lengths, longest, skip=done)
     mine = batches[distributed.rank() :: distributed.world_size()]
     reader = Reader([corpus], limits=engine.limits, cache=cache)
     decoded: list[Said] = []
@@ -67,9 +71,8 @@ def decode_corpus(
     return Decoded(transcripts, sum(t.duration for t in transcripts) / max(*seconds.values(), 1e-9))
 
 
-def make_batches(corpus: Corpus, max_duration: float, *, padded_to: float = 0.0, skip: Container[int] = ()) -> list[list[int]]:
-    """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included."""
-    seconds = np.maximum(corpus.index.rows["samples"] / RATE, padded_to)
+def make_batches(seconds: np.ndarray, max_duration: float, skip: Container[int] = ()) -> list[list[int]]:
+    """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included. seconds: (rows,) of each."""
     batches: list[list[int]] = []
     longest = 0.0
     for i in (-seconds).argsort(kind="stable"):

@@ -7,8 +7,9 @@ import torch
 from asrllm.data.corpora import make_corpus
 from asrllm.data.index import open_index
 from asrllm.errors import UserError
-from asrllm.evaluation.decode import make_batches
+from asrllm.evaluation.decode import DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import WithinMemory
+from asrllm.evaluation.journal import Journal
 from asrllm.models.generation import Answer
 
 
@@ -58,9 +59,11 @@ def test_other_errors_are_not_of_memory():
         WithinMemory(Small(0, RuntimeError("shape"))).answer([np.zeros(9, np.float32)] * 4, ["a"] * 4)
 
 
-def test_what_an_engine_pads_counts_in_its_batches(world):
-    corpus = make_corpus("train", open_index(world.shards), None)
-    assert len(make_batches(corpus, 240.0)) == 1
-    batches = make_batches(corpus, 240.0, padded_to=30.0)
-    assert {len(batch) for batch in batches[:-1]} == {8}
-    assert sum(map(len, batches)) == len(corpus.index)
+def test_what_an_engine_pads_counts_in_its_batches(world, tmp_path):
+    corpus = make_corpus("test", open_index(world.root / "shards" / "test"), None)
+    for padded_to, sizes in ((0.0, [9]), (30.0, [8, 1])):
+        engine = Small(100, None)
+        engine.padded_to, engine.limits = padded_to, (1, 1 << 40)
+        journal = Journal(tmp_path / str(padded_to), "test", of=None)
+        decode_corpus(engine, corpus, DecodingOptions(prompt="", max_batch_duration=240.0), str, None, journal)
+        assert engine.batches == sizes
