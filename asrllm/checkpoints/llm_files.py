@@ -57,12 +57,14 @@ class Places:
         if name not in self.where:
             self.where[name], self.meta[name] = place, tensor.to("meta")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: its own when None."""
         place = self.where[name]
         if isinstance(place, Tensor):
-            return place
+            return place.to(dtype or place.dtype)
         with open_tensors(place[0]) as tensors:
-            return tensors.get_tensor(place[1]).clone()
+            tensor = tensors.get_tensor(place[1])
+            return tensor.to(dtype or tensor.dtype, copy=True)
 
 
 class LlmFiles:

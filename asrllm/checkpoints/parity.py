@@ -77,7 +77,7 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
     """
     tokens = AutoTokenizer.from_pretrained(merged)(CHECKED, return_tensors="pt").input_ids
     llm = files.model.llm.eval()
-    with weights_while_run(llm, lambda name: files.places.read(stored_name(LLM + name))):
+    with weights_while_run(llm, lambda name: files.places.read(stored_name(LLM + name), torch.float32)):
         before = llm(input_ids=tokens, use_cache=False).logits[0]
         with llm.disable_adapter():
             base = llm(input_ids=tokens, use_cache=False).logits[0]
@@ -86,7 +86,7 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
         found.add_file(file, str)
     with parameters_on_meta():
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(merged)).eval()
-    with weights_while_run(plain, found.read):
+    with weights_while_run(plain, lambda name: found.read(name, torch.float32)):
         after = plain(input_ids=tokens, use_cache=False).logits[0]
     difference, change, size = (float(logits.square().mean().sqrt()) for logits in (after - before, before - base, before))
     parity = Parity(difference, change, size, int((after.argmax(-1) == before.argmax(-1)).sum()), len(before))
@@ -101,7 +101,7 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
 
 @contextlib.contextmanager
 def weights_while_run(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
-    """Within the block each layer of a model without weights has its own, in float32, only while it runs. read: one by its name."""
+    """Within the block each layer of a model without weights has its own only while it runs. read: one by its name."""
     first: dict[Any, str] = {}  # of tied weights, which are stored once
     names = {name: first.setdefault(tensor, name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -109,7 +109,7 @@ def weights_while_run(model: nn.Module, read: Callable[[str], Tensor]) -> Iterat
         empty = layer.state_dict(keep_vars=True)
 
         def fill(*_: Any) -> None:
-            layer.load_state_dict({name: read(names[f"{prefix}.{name}"]).float() for name in empty}, assign=True)
+            layer.load_state_dict({name: read(names[f"{prefix}.{name}"]) for name in empty}, assign=True)
 
         def drain(*_: Any) -> None:
             layer.load_state_dict(empty, assign=True)
