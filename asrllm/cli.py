@@ -4,7 +4,6 @@ import argparse
 import atexit
 import contextlib
 import errno
-import gc
 import importlib
 import logging
 import os
@@ -97,7 +96,6 @@ def forget_launcher_argument(argv: list[str]) -> list[str]:
 
 def console(*verb: str) -> None:
     """Ends the process. verb: what a script of launch/ leaves out of its command line."""
-    gc.freeze()  # what is imported stays
     status = main([*verb, *sys.argv[1:]])
     # the interpreter's own end is left out: it takes a second for all that was imported, and aborts the process where a thread of gloo's
     # lets go of its last tensors only then

@@ -122,7 +122,7 @@ def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
     assert "holds no complete checkpoint" in fails(capsys, "consolidate", tmp_path)
     assert "no complete checkpoint for iter=3" in fails(capsys, "average", tmp_path, "--iter", 3, "--avg", 2)
     assert "has no config.json" in fails(capsys, "export", tmp_path, "--output", tmp_path / "out")
-    assert "cannot be read" in fails(capsys, "transcribe", tmp_path, tmp_path / "no.wav")
+    assert "has no config.json" in fails(capsys, "transcribe", tmp_path, tmp_path / "no.wav")
     for verb, *options in (("consolidate",), ("average", "--iter", 3, "--avg", 2), ("export", "--output", tmp_path / "out")):
         assert "does not exist: give " in fails(capsys, verb, tmp_path / "no" / "x.pt", *options)
     assert "does not exist" in fails(capsys, "shards", "make", tmp_path / "out", "--cuts", tmp_path / "no.jsonl")
