@@ -275,9 +275,10 @@ def test_messages_of_another_form_are_one_sentence(model, messages, message):
 def test_samples_too_large_for_features_are_one_sentence(model, tmp_path):
     wave = waves_of(1)[0]
     soundfile.write(tmp_path / "loud.wav", wave * 1e30, 16000, subtype="FLOAT")
-    for loud, name in ((wave * np.float32(1e30), "audio 1"), (tmp_path / "loud.wav", r"audio 1 \('.*loud\.wav'\)")):
-        with pytest.raises(UserError, match=f"the features of {name} are not finite: its samples are too large"):
-            model.transcribe([wave, loud])
+    with pytest.raises(UserError, match="the features of audio 1 are not finite: its samples are too large"):
+        model.transcribe([wave, wave * np.float32(1e30)])
+    with pytest.raises(UserError, match=r"'.*loud\.wav' holds samples as large as \de\+\d\d: scale them"):
+        model.transcribe([wave, tmp_path / "loud.wav"])
     with pytest.raises(UserError, match="audio 1 holds samples beyond"):
         model.transcribe([wave, wave.astype(np.float64) * 1e300])
 
