@@ -14,5 +14,6 @@ try:
 finally:
     if collecting:
         gc.enable()
+    del collecting
 
 __all__ = ["AsrLlmConfig", "AsrLlmModel", "AsrLlmProcessor", "AutoModel", "__version__"]

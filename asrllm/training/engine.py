@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +13,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from asrllm.errors import UserError
 from asrllm.training.config import TrainerConfig
+from asrllm.training.launchers import switched_on
 from asrllm.training.optimizers import make_optimizer, parameter_groups
 from asrllm.training.scaled_adam import ScaledAdam, bind
-
-NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it where a function is decorated
 
 
 @contextlib.contextmanager
@@ -60,16 +58,8 @@ def deepspeed_engine(
 
 def import_muon_uncompiled() -> None:
     """deepspeed.initialize asks of every optimizer whether it is DeepSpeed's Muon, whose module loads torch's compiler for two seconds."""
-    before = os.environ.get(NO_COMPILER)
-    os.environ[NO_COMPILER] = "1"
-    try:
+    with switched_on("TORCHDYNAMO_DISABLE"), contextlib.suppress(ImportError):  # torch reads it where a function is decorated
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    except ImportError:
-        pass  # a DeepSpeed without it
-    finally:
-        os.environ.pop(NO_COMPILER)
-        if before is not None:
-            os.environ[NO_COMPILER] = before
 
 
 def compile_layers(model: nn.Module, ds: dict[str, Any]) -> None:

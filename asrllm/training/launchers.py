@@ -1,8 +1,9 @@
 """Which rank a process is, as its launcher says: torchrun's and DeepSpeed's names are taken as they are, others' are turned into them."""
 
+import contextlib
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import NamedTuple
 
 from asrllm.errors import UserError
@@ -25,6 +26,19 @@ MPI = (
     Names("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     Names("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
+
+
+@contextlib.contextmanager
+def switched_on(variable: str) -> Iterator[None]:
+    """Within the block an environment variable is 1."""
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:

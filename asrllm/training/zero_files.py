@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -24,6 +23,7 @@ from torch import Tensor
 from asrllm.errors import UserError
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.tensor_files import PIECE
+from asrllm.training.launchers import switched_on
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 MASTERS = "fp32"
@@ -283,13 +283,6 @@ def stage_named(kind: Any, name: str) -> Any:
 @contextlib.contextmanager
 def trusted_unpickling() -> Iterator[None]:
     """torch.load refuses, inside the block, whatever is neither a tensor nor one of DeepSpeed's plain classes."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals([*plain_classes(), (stage_named, "builtins.getattr")]):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+    safe = [*plain_classes(), (stage_named, "builtins.getattr")]
+    with switched_on("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), torch.serialization.safe_globals(safe):
+        yield
