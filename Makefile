@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test soak lint
 
 quickstart: $(VENV)/installed-demo
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/installed-test
+	$(BIN)/python -m pytest --soak -m soak -n 0
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,19 +1,27 @@
 """asrllm: train a large language model to hear."""
 
-import gc
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-collecting = gc.isenabled()
-gc.disable()  # what libraries define stays: looking through it again and again is a fifth of the import's time
-try:
+if TYPE_CHECKING:
     from asrllm.models.auto import AutoModel
     from asrllm.models.configuration import AsrLlmConfig
     from asrllm.models.model import AsrLlmModel
     from asrllm.models.processor import AsrLlmProcessor
-finally:
-    if collecting:
-        gc.enable()
-    del collecting
 
+__version__ = "0.1.0"
 __all__ = ["AsrLlmConfig", "AsrLlmModel", "AsrLlmProcessor", "AutoModel", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public class on first use (PEP 562), so that `import asrllm` does not load torch.
+
+    All four come from one module, which also registers them with transformers' Auto classes.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("asrllm.models.auto"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

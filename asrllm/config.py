@@ -5,13 +5,9 @@ Values and their explanations live in the YAML files; types and checks live in o
 
 import dataclasses
 import difflib
-import json
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -132,44 +128,3 @@ def _type_name(hint: Any) -> str:
 def as_yaml(config: Any) -> str:
     """The configuration as YAML text, to be kept with the run."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
-
-
-def help_text(name: str) -> str:
-    """Every key of the tree with its default and its comment, as the YAML files say it."""
-    root = resources.files("asrllm.conf")
-    main = (root / f"{name}.yaml").read_text()
-    parts = [main.partition("\n\n")[2]]
-    for group, choice in re.findall(r"^  - (?:/)?(\w+): (\w+)$", main, flags=re.M):
-        body = (root / group / f"{choice}.yaml").read_text()
-        parts.append(f"{group}:\n" + "".join(f"  {line}\n" if line else "\n" for line in body.splitlines()))
-    return "\n".join(parts)
-
-
-def read_text(path: str | Path, what: str) -> str:
-    """A text file's content; a missing file or one that is not UTF-8 is one sentence. `what` names the file's role."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{what} {str(path)!r} does not exist: check the path")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {str(path)!r} is not UTF-8 text: {error}") from error
-
-
-def read_yaml(path: str | Path, what: str) -> Any:
-    """As read_text, parsed."""
-    try:
-        return yaml.safe_load(read_text(path, what))
-    except yaml.YAMLError as error:
-        raise UserError(f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
-    """As read_text, parsed; anything but an object is one sentence."""
-    try:
-        content = json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{what} {str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{what} {str(path)!r} must be a JSON object")
-    return content

@@ -3,21 +3,107 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: threads that wait for one another take minutes beside another job
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that the tests start compiles asrllm again
 
-import socket
-import subprocess
-import sys
+import shutil
+import timeit
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
 from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
+from tests import processes
+from tests.processes import REPOSITORY, assert_done, clean_environment, free_port, run_script
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+__all__ = ["REPOSITORY", "World", "assert_done", "clean_environment", "free_port", "run_script"]
+
+
+LONGEST = 20.0  # seconds that one test may take
+SECONDS_OF_LOOP = 0.022  # of `slowness`, on the machine whose LONGEST this is
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+        processes.share_cores(run)
+    elif not config.getoption("--soak"):
+        config.pluginmanager.register(LongTests(config.getoption("--longest")))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="tests with the mark 'soak' at their full size")
+    parser.addoption("--longest", type=float, default=LONGEST, metavar="S", help="seconds that a test may take, on a machine like CI's")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak"):
+        return
+    for item in items:
+        if (mark := item.get_closest_marker("soak")) and mark.kwargs.get("only"):
+            item.add_marker(pytest.mark.skip(reason="make soak"))
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether a test runs at its full size."""
+    return request.config.getoption("--soak")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    report.waited = processes.take_waited()
+    return report
+
+
+class LongTests:
+    """Ends a run whose tests all passed with an error where one took longer than it may; waiting for the other worker does not count."""
+
+    def __init__(self, longest: float) -> None:
+        self.longest = longest * slowness()
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        spent = report.duration - getattr(report, "waited", 0.0)
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + spent
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.long() and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("slowest 20 tests, seconds without waiting")
+        for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1])[:20]:
+            terminalreporter.write_line(f"{seconds:6.2f} {name}")
+        for name, seconds in self.long().items():
+            terminalreporter.write_line(
+                f"ERROR: {name} took {seconds:.1f} s, which is above the limit of {self.longest:.0f} s. Make it faster, or split it.",
+                red=True,
+            )
+
+    def long(self) -> dict[str, float]:
+        return {name: seconds for name, seconds in self.seconds.items() if seconds > self.longest}
+
+
+def slowness() -> float:
+    """How many times as long a fixed computation takes here, now, as on the machine whose LONGEST was chosen; at least 1."""
+    fastest = min(timeit.repeat(lambda: sum(i * i for i in range(400_000)), number=1, repeat=5))
+    return max(1.0, fastest / SECONDS_OF_LOOP)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Each test, with its fixtures, computes on one core; time-outs begin when it has one."""
+    with processes.one_core():
+        processes.take_waited()
+        return (yield)
 
 
 @dataclass(frozen=True)
@@ -71,9 +157,29 @@ class World:
         return [f"{key}={value}" for key, value in keys.items() if value is not None]
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that the first worker which wants it makes, for all of them to read."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / f"made-{name}"
+    lock = FileLock(shared / f"{name}.lock")
+    with processes.no_core():
+        lock.acquire()
+    with lock:
+        if not (folder / ".done").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            (folder / ".done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
+    return World(made_once(tmp_path_factory, "world", make_world))
+
+
+def make_world(root: Path) -> None:
     tiny_whisper(root / "whisper")
     tiny_zipformer(root / "zipformer")
     tiny_llm(root / "llm")
@@ -85,39 +191,3 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         )
         data_config(root / f"{name}.yaml", [{"name": name, "shards": str(root / "shards" / name)}])
     (root / "prompts.txt").write_text("Transcribe.\nRepeat what you hear.\n写下来。\n")
-    return World(root)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without a launcher's traces, on the processor, one thread a process."""
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in launchers}
-    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
-
-
-def run_script(
-    script: str, *arguments: object, launcher: str = "python", timeout: float = 150, **environment: str
-) -> subprocess.CompletedProcess:
-    """launch/SCRIPT.py run by a launcher: python, torchrun or deepspeed (the latter two with 2 processes)."""
-    binaries = Path(sys.executable).parent
-    start = {
-        "python": [sys.executable],
-        "torchrun": [str(binaries / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"],
-        "deepspeed": [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())],
-    }[launcher]
-    command = [*start, str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
-    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=clean_environment(PATH=path, **environment)
-    )
-
-
-def assert_done(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return result

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from asrllm.cli import main
-from asrllm.models import build
+from asrllm.commands import train
+from asrllm.commands.dispatch import main
 from asrllm.models.model import AsrLlmModel
 
 
@@ -39,7 +39,7 @@ def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
 
 
 def wait_before_building(exp: Path) -> None:
-    make = build.build_model
+    make = train.build_model
 
     def build_model(*arguments, **options):
         (exp / f"building-{os.environ.get('RANK', '0')}").touch()
@@ -48,7 +48,7 @@ def wait_before_building(exp: Path) -> None:
             time.sleep(0.05)  # waits for a condition, bounded
         return make(*arguments, **options)
 
-    build.build_model = build_model
+    train.build_model = build_model
 
 
 if __name__ == "__main__":

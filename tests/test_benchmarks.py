@@ -1,21 +1,68 @@
-"""The benchmarks run: what they measure is not asserted."""
+"""The benchmarks run: what they measure is not asserted. `make soak` runs each whole; here their parts run once, at their smallest."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+import torch
 
-from tests.conftest import REPOSITORY, clean_environment
+from tests.processes import REPOSITORY, assert_done, both_cores, run_forked
+
+BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.py"))
 
 
 def run_benchmark(script, *arguments):
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=REPOSITORY, env=clean_environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    with both_cores():  # some start ranks
+        assert_done(run_forked([REPOSITORY / "benchmarks" / script, *arguments], timeout=250))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a benchmark by its name, as it is imported when it is run."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+
+    def load(name):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        module = __import__(name)
+        monkeypatch.delitem(sys.modules, name)
+        return module
+
+    return load
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)
+def test_every_benchmark_explains_itself(script):
+    assert "--rounds" in assert_done(run_forked([script, "--help"])).stdout
+
+
+@pytest.mark.slow
+def test_the_compared_training_steps_agree_and_run(benchmark):
+    module = benchmark("train_step")
+    cpu = torch.device("cpu")
+    assert module.agreement(module.FEW, cpu) < 1e-4
+    for make_step in (module.variants(module.FEW, cpu) | module.loss_steps(cpu, module.FEW.loss_vocabulary)).values():
+        assert make_step()() > 0
+
+
+@pytest.mark.slow
+def test_the_compared_data_pipelines_read_the_same_utterances(benchmark, tmp_path):
+    module = benchmark("data")
+    module.make_corpus_files(tmp_path, 24)
+    for pipeline in (module.bare, module.reading, *module.PIPELINES.values()):
+        assert sum(batch.utterances for batch in pipeline(tmp_path, 0, 0.0)) == 24
+
+
+@pytest.mark.slow
+def test_the_decoding_benchmark_runs(tmp_path):
+    run_benchmark("decode.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert set(results["texts that differ"].values()) == {0}
+    assert results["speed to one by one"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.soak(only=True)
 def test_the_training_steps_benchmark_runs(tmp_path):
     run_benchmark("train_step.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
@@ -26,6 +73,7 @@ def test_the_training_steps_benchmark_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak(only=True)
 def test_the_saving_benchmark_runs(tmp_path):
     run_benchmark("saving.py", "--tiny", "--rounds", 1, "--steps", 13, "--every", 4, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
@@ -33,6 +81,7 @@ def test_the_saving_benchmark_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak(only=True)
 def test_the_data_benchmark_runs(tmp_path):
     run_benchmark("data.py", "--utterances", 64, "--rounds", 1, "--rows", 6400, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
@@ -41,16 +90,9 @@ def test_the_data_benchmark_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak(only=True)
 def test_the_checkpoint_tools_benchmark_runs(tmp_path):
     run_benchmark("checkpoints.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
     assert min(results["peak MiB"].values()) > 0
     assert results["ratios"]["consolidate to deepspeed, peak"] > 0
-
-
-@pytest.mark.slow
-def test_the_decoding_benchmark_runs(tmp_path):
-    run_benchmark("decode.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert set(results["texts that differ"].values()) == {0}
-    assert results["speed to one by one"] > 0

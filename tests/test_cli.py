@@ -10,7 +10,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from asrllm.cli import VERBS, main
+from asrllm.commands.dispatch import main
+from asrllm.commands.parsers import VERBS
 from asrllm.training import resume
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY
@@ -194,14 +195,14 @@ def test_shards_are_made_and_indexed_from_the_command_line(world, tmp_path, caps
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
-    from asrllm import cli
+
     from asrllm.commands import transcribe
 
     def full(arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "out.txt")
 
     monkeypatch.setattr(transcribe, "run", full)
-    assert cli.main(["transcribe", "x", "a.wav"]) == 2
+    assert main(["transcribe", "x", "a.wav"]) == 2
     assert capsys.readouterr().err == (
         "asrllm transcribe: no space is left on the disk ([Errno 28] No space left on device: 'out.txt'): make room, and give the same "
         "command again\n"

@@ -4,7 +4,8 @@ import typing
 import pytest
 
 from asrllm.commands.evaluate import EvaluationRun
-from asrllm.config import build, compose_config, help_text, load_config
+from asrllm.conf import help_text
+from asrllm.config import build, compose_config, load_config
 from asrllm.errors import UserError
 from asrllm.training.config import TrainRun
 

@@ -1,18 +1,15 @@
 """The data in training, with real processes: what a killed run trains on, what is augmented, dropped and fetched."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from asrllm.testing import kaldi_directory, tone_sentences
-from tests.conftest import REPOSITORY, assert_done, clean_environment, run_script
+from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.data.object_store import s3_server, web_server
+from tests.processes import started
 from tests.test_end_to_end import losses, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -44,11 +41,11 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
         "model__llm__lora__lora_dropout": 0.1,
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert_done(run_script("train", *world.overrides(whole, data__num_workers=0, **settings), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(whole, data__num_workers=0, **settings), launcher="ranks"))
     for workers, checkpoint in ((2, 5), (1, 15)):
         kill_after(killed / f"checkpoint-{checkpoint}", world.overrides(killed, data__num_workers=workers, **settings))
         assert not (killed / "pretrained.pt").exists(), "it was to be killed, and finished"
-    assert_done(run_script("train", *world.overrides(killed, data__num_workers=2, **settings), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(killed, data__num_workers=2, **settings), launcher="ranks"))
     assert trace(killed) == trace(whole)
     assert losses(killed) == losses(whole)
     prompts = {prompt for _, *steps in trace(whole) for step in steps for prompt in step["prompts"]}
@@ -58,30 +55,11 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
 
 
 def kill_after(path, overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*command, str(REPOSITORY / "launch" / "train.py"), *overrides],
-        cwd=REPOSITORY,
-        env=clean_environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)  # waits for a condition, bounded
-    for pid in descendants(process.pid):  # torchrun starts sessions of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait(30)
-
-
-def descendants(pid):
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
-    parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+    command = [REPOSITORY / "launch" / "train.py", *overrides]
+    with started(path.parent.with_name("logs"), command, command) as ranks:  # at its end all are killed, their readers too
+        deadline = time.monotonic() + 120
+        while not path.exists() and time.monotonic() < deadline and ranks[0].poll() is None:
+            time.sleep(0.02)  # waits for a condition, bounded
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
@@ -93,9 +71,9 @@ def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
         settings = {"data__train_data_config": tmp_path / "train.yaml", "data__cache__dir": tmp_path / "cache", "data__trace": "true"}
         local, remote = tmp_path / "local", tmp_path / "remote"
         environment = server.environment if kind == "s3" else {}
-        assert_done(run_script("train", *world.overrides(remote, **settings), launcher="torchrun", **environment))
+        assert_done(run_script("train", *world.overrides(remote, **settings), launcher="ranks", **environment))
         assert all(server.gets(f"/train/{shard.name}") == 1 for shard in world.shards.glob("*.tar"))
-    assert_done(run_script("train", *world.overrides(local, data__trace="true"), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(local, data__trace="true"), launcher="ranks"))
     assert trace(remote) == trace(local)
     assert losses(remote) == losses(local)
 

@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from asrllm.models.auto import read_state
 from asrllm.testing import tiny_llm
 from asrllm.training.hooks.names import METRICS
 from asrllm.training.zero_files import AVERAGE, MASTERS
-from tests.conftest import REPOSITORY, World, assert_done, clean_environment, run_script
+from tests.conftest import REPOSITORY, World, assert_done, clean_environment, made_once, run_script
+from tests.processes import Process, run_forked
 from tests.test_cli import does, fails
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -41,10 +40,19 @@ def trained_keys(exp: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps by `deepspeed` under ZeRO-3 on two processes."""
-    exp = tmp_path_factory.mktemp("runs") / "zero3"
+    """A run of 8 steps by `deepspeed` under ZeRO-3 on two processes. To be read alone: `own` is a copy."""
+    return made_once(tmp_path_factory, "finished", lambda folder: train_finished(world, folder / "exp")) / "exp"
+
+
+@pytest.fixture
+def own(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "own")
+
+
+def train_finished(world: World, exp: Path) -> None:
     overrides = world.overrides(
         exp,
         trainer__deepspeed_config="ds_configs/zero3.json",
@@ -54,7 +62,6 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         data__trace="true",
     )
     assert_done(run_script("train", *overrides, launcher="deepspeed"))
-    return exp
 
 
 def test_a_run_leaves_the_files_that_are_promised(finished):
@@ -100,9 +107,7 @@ FORMS = ([], ["--safe_serialization"], ["--max_shard_size", "20KB"])
 
 def converted(exp: Path, output: Path, *form: str) -> dict[str, torch.Tensor]:
     """What DeepSpeed's own script makes of the newest checkpoint."""
-    command = [sys.executable, str(exp / "zero_to_fp32.py"), str(exp), str(output), "--exclude_frozen_parameters", *form]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environment())
-    assert_done(done)
+    assert_done(run_forked([exp / "zero_to_fp32.py", exp, output, "--exclude_frozen_parameters", *form]))
     return read_state(output)
 
 
@@ -118,7 +123,7 @@ def test_deepspeeds_own_converter_gives_the_same_weights(finished, tmp_path, for
 def test_deepspeeds_own_converter_takes_a_trained_llm_with_a_tied_head(world, tmp_path, stage):
     exp, full = tmp_path / "exp", {"model__llm__lora": "null", "model__llm__lora__r": None, "model__llm__frozen": "false"}
     settings = {"trainer__deepspeed_config": f"ds_configs/zero{stage}.json", "trainer__num_steps": 2, "data__valid_data_config": "null"}
-    assert_done(run_script("train", *world.overrides(exp, **settings, **full), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(exp, **settings, **full), launcher="ranks"))
     mine = asrllm.AutoModel.from_pretrained(exp).weights()
     for number, form in enumerate(FORMS):
         assert "llm.lm_head.weight" not in converted(exp, tmp_path / str(number), *form)
@@ -160,7 +165,8 @@ def test_the_wandb_run_holds_config_and_losses(finished):
     assert any("valid/valid/loss" in row for row in logged)
 
 
-def test_averages_are_means_and_evaluation_writes_its_files(world, finished):
+def test_averages_are_means_and_evaluation_writes_its_files(world, own):
+    finished = own
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     choice = ("checkpoint.model.iter=8", "checkpoint.model.avg=2")
     done = assert_done(run_script("evaluate", f"exp_dir={finished}", *choice, test, "decoding_method=greedy_search", "max_new_tokens=20"))
@@ -190,7 +196,8 @@ def test_averages_are_means_and_evaluation_writes_its_files(world, finished):
     assert (finished / "beam_search" / "recogs-test-pretrained.txt").is_file()
 
 
-def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(finished):
+def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(own):
+    finished = own
     from asrllm.checkpoints.average import Average, resolve_weights
 
     last = Average(iteration=8, avg=1)
@@ -208,7 +215,8 @@ def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(finished):
     assert resolve_weights(finished, filename=None, what=Average(avg=0)).name == "pretrained.pt"
 
 
-def test_export_transcribe_and_consolidate(world, finished, tmp_path, capsys):
+def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
+    finished = own
     wav = next((world.root / "kaldi" / "test" / "wav").glob("*.wav"))
     assert_done(run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32"))
     assert "is not empty" in fails(capsys, "export", finished, "--output", tmp_path / "model")
@@ -226,9 +234,15 @@ def test_export_transcribe_and_consolidate(world, finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "stage", "precision"), [("python", 0, "fp32"), ("torchrun", 1, "bf16"), ("deepspeed", 2, "bf16"), ("torchrun", 3, "fp32")]
+    ("launcher", "again", "stage", "precision"),
+    [
+        ("interpreter", "python", 0, "fp32"),
+        ("torchrun", "ranks", 1, "bf16"),
+        ("ranks", "ranks", 2, "bf16"),
+        ("ranks", "ranks", 3, "fp32"),
+    ],
 )
-def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, launcher, stage, precision):
+def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, launcher, again, stage, precision):
     settings = {
         "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
         "trainer__precision": precision,
@@ -246,7 +260,7 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, lau
         if json.loads(path.read_text())["step"] > 4:
             path.unlink()
     (parts / "pretrained.pt").unlink()
-    assert_done(run_script("train", *world.overrides(parts, **settings), launcher=launcher))
+    assert_done(run_script("train", *world.overrides(parts, **settings), launcher=again))
     assert len(losses(whole)) == 8
     assert losses(parts) == losses(whole)
     assert trained_keys(parts) == trained_keys(whole)
@@ -258,7 +272,7 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, lau
 
 def test_ranks_together_train_on_an_epoch_once_and_the_stages_agree(world, tmp_path):
     seen = {}
-    for stage, launcher in ((0, "torchrun"), (3, "deepspeed")):
+    for stage, launcher in ((0, "ranks"), (3, "ranks")):
         exp = tmp_path / str(stage)
         settings = {"trainer__num_epochs": 1, "trainer__num_steps": "null", "data__trace": "true", "trainer__precision": "fp32"}
         assert_done(
@@ -291,7 +305,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(world, tmp_pa
         return world.overrides(exp, **keys | more)
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    launcher = {1: "python", 2: "torchrun"}
+    launcher = {1: "python", 2: "ranks"}
     assert_done(run_script("train", *settings(whole, first), launcher=launcher[first]))
     checkpoint = whole / "checkpoint-2"
     assert_done(run_script("train", *settings(parts, then, trainer__resume=checkpoint), launcher=launcher[then]))
@@ -327,10 +341,7 @@ def test_a_killed_run_goes_on(world, tmp_path):
         exp, trainer__num_steps=400, trainer__save_every=3, trainer__log_every=1, data__valid_data_config="null", trainer__keep_last_k=2
     )
     overrides.append("trainer.wandb.mode=offline")
-    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *overrides]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=clean_environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Process([REPOSITORY / "launch" / "train.py", *overrides], clean_environment(), tmp_path / "log")
     deadline = time.monotonic() + 240
     while not (exp / "checkpoint-9").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)  # waits for a condition, bounded
@@ -348,7 +359,8 @@ def test_a_killed_run_goes_on(world, tmp_path):
     assert len(set(runs)) == 1, "a resumed run is the same W&B run"
 
 
-def test_another_models_checkpoints_are_refused(world, finished, tmp_path, monkeypatch, capsys):
+def test_another_models_checkpoints_are_refused(world, own, tmp_path, monkeypatch, capsys):
+    finished = own
     other = tiny_llm(tmp_path / "other", seed=7)
     settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
     before = sorted(path.name for path in finished.iterdir())
@@ -378,10 +390,11 @@ def test_another_models_checkpoints_are_refused(world, finished, tmp_path, monke
     refused("is not before it: remove what is later", trainer__resume=finished / "checkpoint-4")
 
 
-def test_other_trained_parameters_are_refused(world, finished):
+def test_other_trained_parameters_are_refused(world, own):
+    finished = own
     settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
     before = (finished / "config.yaml").read_text()
-    done = run_script("train", *world.overrides(finished, model__audio_encoder__frozen="false", **settings), launcher="deepspeed")
+    done = run_script("train", *world.overrides(finished, model__audio_encoder__frozen="false", **settings), launcher="ranks")
     assert done.returncode != 0
     assert "is trained in this run alone; choose another exp_dir" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from asrllm.checkpoints.consolidate import checkpoint_weights
-from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
+from tests.conftest import REPOSITORY, World, assert_done, free_port, made_once, run_script
+from tests.processes import both_cores, clean_environment, descendants, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 TRAIN, MISBEHAVE = REPOSITORY / "launch" / "train.py", REPOSITORY / "tests" / "misbehave.py"
@@ -40,42 +41,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
         time.sleep(0.02)  # waits for a condition, bounded
 
 
-def readers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process.pid).children(recursive=True)
-    return []
-
-
-@contextlib.contextmanager
-def started(logs: Path, *commands: list[str], **environment: str) -> Iterator[list[subprocess.Popen]]:
-    """The processes, each with logs/{number} for its output; none of them, nor of theirs, outlives the block."""
-    logs.mkdir(parents=True, exist_ok=True)
-    processes = []
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ranks = len(commands)
-    common = clean_environment(PATH=path, **environment)
-    if ranks > 1:
-        common |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    try:
-        for rank, command in enumerate(commands):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            with open(logs / str(rank), "w") as log:
-                processes.append(
-                    subprocess.Popen(command, cwd=REPOSITORY, env=common | own, stdout=log, stderr=log, start_new_session=True)
-                )
-        yield processes
-    finally:
-        everything = [child for process in processes for child in readers_of(process)]
-        for process in processes:
-            process.kill()
-            process.wait()
-        for child in everything:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-
-
 def train_command(*overrides: object, script: Path = TRAIN, how: dict | None = None) -> list[str]:
-    return [sys.executable, str(script), *([json.dumps(how)] if how else []), *map(str, overrides)]
+    return [str(script), *([json.dumps(how)] if how else []), *map(str, overrides)]
 
 
 def run_both(logs: Path, command: list[str]) -> None:
@@ -96,10 +63,13 @@ def settings() -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def whole(world: World, settings, tmp_path_factory) -> Path:
-    exp = tmp_path_factory.mktemp("interruptions") / "whole"
-    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="torchrun"))
-    assert len(losses(exp)) == STEPS
-    return exp
+    """The uninterrupted run, to be read alone."""
+
+    def train(folder: Path) -> None:
+        assert_done(run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks"))
+        assert len(losses(folder / "exp")) == STEPS
+
+    return made_once(tmp_path_factory, "uninterrupted", train) / "exp"
 
 
 def assert_goes_on(world: World, exp: Path, settings: dict, whole: Path) -> None:
@@ -110,7 +80,7 @@ def assert_goes_on(world: World, exp: Path, settings: dict, whole: Path) -> None
     assert json.loads((exp / f"checkpoint-{done}" / "asrllm.json").read_text())["step"] == done
     assert not (exp / ".incomplete").exists()
     assert not (exp / "pretrained.pt").exists()
-    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="ranks"))
     assert losses(exp) == losses(whole)
     for rank in range(2):
         assert (exp / f"keys-rank{rank}.jsonl").read_text() == (whole / f"keys-rank{rank}.jsonl").read_text()
@@ -123,7 +93,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(world, setti
     exp, command = tmp_path / "exp", train_command(*world.overrides(tmp_path / "exp", **settings))
     with started(tmp_path / "logs", command, command) as ranks:
         wait_for(lambda: len(losses(exp)) >= 3)
-        readers = [child for process in ranks for child in readers_of(process)]
+        readers = [child for process in ranks for child in descendants(process.pid)]
         began = time.monotonic()
         ranks[rank].send_signal(number)
         for reader in readers if number == signal.SIGTERM else []:  # as DeepSpeed's launcher does
@@ -139,9 +109,23 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(world, setti
     assert_goes_on(world, exp, settings, whole)
 
 
+@contextlib.contextmanager
+def launched(log: Path, command: list[str]) -> Iterator[subprocess.Popen]:
+    """A real launcher of two ranks; neither it nor they outlive the block."""
+    with both_cores(), open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stdout=file, stderr=file, start_new_session=True)
+        try:
+            yield process
+        finally:
+            for each in [*descendants(process.pid), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait()
+
+
 def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
     found = []
-    for child in readers_of(process):
+    for child in descendants(process.pid):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if "RANK" in child.environ() and "train.py" in " ".join(child.cmdline()):
                 found.append(child)
@@ -160,7 +144,7 @@ def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(world, settings, 
         ],
     }[launcher]
     command = [sys.executable, *start, str(TRAIN), *world.overrides(exp, **settings)]
-    with started(tmp_path / "logs", command) as (process,):
+    with launched(tmp_path / "log", command) as process:
         wait_for(lambda: len(losses(exp)) >= 3)
         below = ranks_below(process)
         began = time.monotonic()
@@ -168,7 +152,7 @@ def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(world, settings, 
         process.wait(60)
         print(f"{time.monotonic() - began:.2f} s from the signal to the launcher's exit")
         wait_for(lambda: not any(child.is_running() for child in below), 15)
-    assert "the same command goes on from there" in (tmp_path / "logs" / "0").read_text()
+    assert "the same command goes on from there" in (tmp_path / "log").read_text()
     assert_goes_on(world, exp, settings, whole)
 
 
@@ -191,7 +175,7 @@ def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
     command = train_command(*world.overrides(exp, **settings | {"trainer__step_timeout": 5, "trainer__num_steps": 4000}))
     with started(tmp_path / "logs", command, command) as (rank0, rank1):
         wait_for(lambda: len(losses(exp)) >= 3)
-        readers = readers_of(rank0)
+        readers = descendants(rank0.pid)
         rank1.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         assert rank0.wait(20) == 75

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, run_script
+from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, made_once, run_script
+from tests.processes import both_cores
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -70,7 +71,8 @@ def hosts() -> Iterator[Hosts]:
             hosts.set_up()
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
-        yield hosts
+        with both_cores():
+            yield hosts
     finally:
         hosts.take_down()
 
@@ -96,9 +98,10 @@ def settings() -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
-    exp = tmp_path_factory.mktemp("nodes") / "one"
-    assert_done(run_script("train", *world.overrides(exp, **settings), launcher="torchrun"))
-    return losses(exp)
+    def train(folder: Path) -> None:
+        assert_done(run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks"))
+
+    return losses(made_once(tmp_path_factory, "one-node", train) / "exp")
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

@@ -5,7 +5,7 @@ import json
 import pytest
 import soundfile
 
-from asrllm.cli import main
+from asrllm.commands.dispatch import main
 from asrllm.data.index import scan_tar
 from asrllm.data.sources import SOURCES
 from asrllm.testing import kaldi_directory, tone, tone_sentences

@@ -27,7 +27,7 @@ def losses(exp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(("launcher", "stage"), [("ranks", 2), ("ranks", 3)])
 def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path, launcher, stage):
     first, second = tmp_path / "first", tmp_path / "second"
     assert_done(run_script("train", *world.overrides(first, **STAGE_1)))
@@ -60,7 +60,7 @@ def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("deepspeed", 1), ("deepspeed", 3)])
+@pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("ranks", 1), ("ranks", 3)])
 def test_a_part_of_the_encoder_and_the_whole_llm_are_fine_tuned(world, tmp_path, launcher, stage):
     """Layers that stay frozen come from the base model, those trained from the checkpoint."""
     settings = {

@@ -23,7 +23,7 @@ def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path
     """ZeRO-3 on two processes; layers recomputed, an encoder that draws its skips on each rank."""
     exp = tmp_path / "exp"
     more = settings(world, trainer__deepspeed_config="ds_configs/zero3.json", trainer__gradient_checkpointing="true")
-    assert_done(run_script("train", *world.overrides(exp, **more), launcher="deepspeed"))
+    assert_done(run_script("train", *world.overrides(exp, **more), launcher="ranks"))
     whole = losses(exp)
     assert len(whole) == 8
     assert whole[-1] < whole[0]
@@ -34,7 +34,7 @@ def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path
     # as if it had been killed between steps 4 and 8
     for path in (exp / "checkpoint-8" / "asrllm.json", exp / "pretrained.pt"):
         path.unlink()
-    assert_done(run_script("train", *world.overrides(exp, **more), launcher="deepspeed"))
+    assert_done(run_script("train", *world.overrides(exp, **more), launcher="ranks"))
     assert losses(exp) == whole
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     done = assert_done(run_script("evaluate", f"exp_dir={exp}", test, "max_new_tokens=10"))
@@ -55,6 +55,6 @@ def test_every_rank_has_every_gradient_at_the_lower_stages(world, tmp_path, stag
     torch.save({"model": ZipformerEncoder.from_pretrained(world.zipformer).state_dict()}, file)
     more = settings(world, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", trainer__num_steps=4)
     more["model__audio_encoder__pretrained_model"] = file
-    assert_done(run_script("train", *world.overrides(exp, **more), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(exp, **more), launcher="ranks"))
     assert losses(exp)[-1] < losses(exp)[0]
     assert sum(name.startswith("audio_encoder.") for name in checkpoint_weights(exp / "checkpoint-4").load()) > 100

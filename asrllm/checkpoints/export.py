@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from asrllm.config import read_yaml
 from asrllm.errors import UserError
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.files import merged_names, weight_source, write_generation_config
 from asrllm.models.model import PARTS, AsrLlmModel
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
+from asrllm.text_files import read_yaml
 from asrllm.writing import new_folder
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from asrllm.config import read_text
 from asrllm.errors import UserError
+from asrllm.text_files import read_text
 
 PLACE = "{words}"
 # scripts without spaces between words, and Hangul, whose particles are written onto the word: any character may begin or end a hotword

@@ -181,14 +181,19 @@ def _kill_readers_at_exit() -> None:
 
 
 def _kill_readers() -> None:
+    # torch's handler would raise an error for each of them in whatever runs at exit after this
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
 def _ignore_signals(worker: int) -> None:
-    """Launchers and schedulers signal all processes; the training one saves, and needs this one until then. It says when to end."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    """Leave signals to the training process, which says when a reader ends.
+
+    Launchers, schedulers and terminals signal all processes; the training one saves, and needs its readers until then.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

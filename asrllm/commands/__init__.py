@@ -1,1 +1,1 @@
-"""The verbs of the command line, one module each: `add_arguments` and `run`."""
+"""The verbs of the command line: `parsers` has their arguments, one module each has `run`."""

@@ -3,22 +3,13 @@
 import argparse
 from pathlib import Path
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
-    parser.add_argument("--tag", help="checkpoint-N or epoch-N; the newest complete one by default")
-    parser.add_argument(
-        "--output", metavar="FILE", help="EXP/TAG.pt by default; .pt, .bin or .safetensors, else a directory of safetensors"
-    )
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file in a directory; 5GB by default")
+from asrllm.checkpoints.consolidate import FILE_SUFFIXES, consolidate
+from asrllm.errors import UserError
+from asrllm.models.model import check_shard_size
+from asrllm.training.manifest import chosen_checkpoint
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm.checkpoints.consolidate import FILE_SUFFIXES, consolidate
-    from asrllm.errors import UserError
-    from asrllm.models.model import check_shard_size
-    from asrllm.training.manifest import chosen_checkpoint
-
     size = arguments.max_shard_size
     check_shard_size(size or "5GB")
     exp_dir = Path(arguments.exp_dir)

@@ -4,25 +4,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from asrllm.commands.overrides import add_override_arguments
+from asrllm import AutoModel
+from asrllm.checkpoints.average import resolve_weights
+from asrllm.commands.parsers import COMPARE
 from asrllm.config import load_config
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.index import RATE
 from asrllm.errors import UserError
+from asrllm.evaluation.compare import as_text, compare_results
 from asrllm.evaluation.config import EvaluationRun
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.run import Evaluation
+from asrllm.models.auto import describe
 from asrllm.training import distributed
-
-COMPARE = "compare"
-COMPARE_HELP = f"""
-asrllm evaluate {COMPARE} A B: which of two results is better on the same utterances, by how much, and whether chance would do it
-(paired bootstrap interval, permutation test). A, B: exp_dir/greedy_search, or files generations-*.jsonl or recogs-*.txt, icefall's too.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_override_arguments(parser, "evaluate")
-    parser.epilog = f"{COMPARE_HELP}\n{parser.epilog}"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,8 +28,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare(places: list[str]) -> None:
-    from asrllm.evaluation.compare import as_text, compare_results
-
     if len(places) != 2:
         raise UserError(f"'{COMPARE}' takes two results, not {len(places)}: asrllm evaluate {COMPARE} A B")
     for name, found in compare_results(*map(Path, places)).items():
@@ -43,12 +36,6 @@ def compare(places: list[str]) -> None:
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
     """Gives what results.json holds."""
-    from asrllm import AutoModel
-    from asrllm.checkpoints.average import resolve_weights
-    from asrllm.evaluation.engine import TorchEngine
-    from asrllm.evaluation.run import Evaluation
-    from asrllm.models.auto import describe
-
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)

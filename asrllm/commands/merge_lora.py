@@ -3,28 +3,14 @@
 import argparse
 from pathlib import Path
 
+from asrllm.checkpoints.llm_files import LlmFiles
+from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.export import source_of
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="EXP_OR_FILE", help="a run's exp_dir, a weights file in it, or an exported directory")
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--weights", metavar="FILE", help="of an exp_dir; EXP/pretrained.pt by default, else the newest averaged-*.pt")
-    parser.add_argument("--adapter-only", action="store_true", help="write the adapters alone, in PEFT's form, instead of merging them")
-    kept = "as they are in the base model, or in the run's weights where it trained them"
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=f"of the weights; default: {kept}")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file; 5GB by default")
-    parser.add_argument(
-        "--no-check", action="store_true", help="do not compare logits before and after, which reads the weights three times more"
-    )
+from asrllm.errors import UserError
+from asrllm.models.model import check_shard_size
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from asrllm.checkpoints.llm_files import LlmFiles
-    from asrllm.checkpoints.merge import merge_lora, save_adapter
-    from asrllm.errors import UserError
-    from asrllm.models.model import check_shard_size
-
     size = arguments.max_shard_size
     check_shard_size(size or "5GB")
     how = {"--dtype": arguments.dtype, "--max-shard-size": size, "--no-check": arguments.no_check}

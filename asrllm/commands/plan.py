@@ -11,13 +11,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from asrllm.commands.overrides import add_override_arguments
 from asrllm.config import load_config
 from asrllm.data.index import RATE
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
+from asrllm.models.build import describe_model
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training.config import TrainRun
+from asrllm.training.data import TrainingData
+from asrllm.training.ds_config import read_ds_config
+from asrllm.training.memory import CONTEXT, SLACK, count_sizes, measure_activations, on_meta, state_memory
 from asrllm.writing import write_whole
 
 DS_CONFIGS = tuple(f"ds_configs/{name}.json" for name in ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"))
@@ -38,10 +41,6 @@ class PlanRun(TrainRun):
             raise UserError(f"gpu_memory={self.gpu_memory} must be a number of GB above 0; null: of the GPU at hand, else 80")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_override_arguments(parser, "plan")
-
-
 def run(arguments: argparse.Namespace) -> None:
     config = load_config("plan", arguments.overrides, PlanRun)
     found = plan(config)
@@ -52,9 +51,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan(config: PlanRun) -> dict[str, Any]:
     """{"data": of an epoch, "model": numbers of weights, "memory": by DeepSpeed JSON}; bytes."""
-    from asrllm.models.build import describe_model
-    from asrllm.training.data import TrainingData
-
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=tuple(prompt.text for prompt in prompts))
     data = data_of_an_epoch(TrainingData(config, processor, prompts), config.gpus)
@@ -80,9 +76,6 @@ def data_of_an_epoch(data: Any, ranks: int) -> dict[str, Any]:
 
 
 def memory_by_stage(config: PlanRun, processor: AsrLlmProcessor, tokens: int, audio: float) -> dict[str, Any]:
-    from asrllm.training.ds_config import read_ds_config
-    from asrllm.training.memory import CONTEXT, SLACK, count_sizes, measure_activations, on_meta, state_memory
-
     trainer, budget = config.trainer, config.data.sampler.max_tokens
     model = on_meta(processor.config, config.model, trainer.dtype)
     activations = measure_activations(model, dtype=trainer.dtype, recompute=trainer.gradient_checkpointing, audio=audio)

@@ -8,23 +8,34 @@ from pathlib import Path
 
 import torch
 
-from asrllm.commands.overrides import add_override_arguments
+from asrllm.checkpoints.consolidate import consolidate
 from asrllm.config import as_yaml, load_config
 from asrllm.data.corpora import long_utterance
 from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
+from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
+from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
+from asrllm.training.checkpoint import CheckpointSaver, write_carried
 from asrllm.training.config import TrainRun
+from asrllm.training.data import TrainingData
+from asrllm.training.ds_config import read_ds_config
+from asrllm.training.engine import deepspeed_engine
+from asrllm.training.hooks.make import make_hooks
+from asrllm.training.hooks.nonfinite import skip_nonfinite
+from asrllm.training.hooks.saving import Checkpoints
+from asrllm.training.manifest import newest_checkpoint
 from asrllm.training.preemption import Preemption
+from asrllm.training.resume import claim, find_resume, lasting_settings, restore
+from asrllm.training.startup import Startup
+from asrllm.training.trainer import Trainer
+from asrllm.training.watchdog import Watchdog
+from asrllm.writing import write_whole
 
 logger = logging.getLogger(__name__)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_override_arguments(parser, "train")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,18 +49,8 @@ def train(config: TrainRun) -> None:
 
 def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     """Everything that can be wrong without the weights is found before they are loaded; then build, resume, fit, finish."""
-    from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
-    from asrllm.training.checkpoint import CheckpointSaver, write_carried
-    from asrllm.training.data import TrainingData
-    from asrllm.training.ds_config import read_ds_config
-    from asrllm.training.engine import deepspeed_engine
-    from asrllm.training.hooks.make import make_hooks
-    from asrllm.training.hooks.nonfinite import skip_nonfinite
-    from asrllm.training.hooks.saving import Checkpoints
-    from asrllm.training.resume import claim, find_resume, lasting_settings, restore
-    from asrllm.training.trainer import Trainer
-    from asrllm.training.watchdog import Watchdog
-
+    startup = Startup()
+    startup.finish("imports")
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     prompts = read_prompts(config.prompt_file)
@@ -65,8 +66,10 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     lock = claim(exp_dir)
     settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
     checkpoint, manifest = find_resume(config, processor, settings)
+    startup.finish("data")
     preemption.meet()
     device = distributed.start()
+    startup.finish("ranks")
     if config.trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
         logger.warning("this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here")
     torch.manual_seed(config.seed)
@@ -79,7 +82,13 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         init_from=None if checkpoint else config.init_from,
         dtype=config.trainer.dtype,
     )
-    with deepspeed_engine(config.trainer, ds, build, device) as engine:
+
+    def timed_build() -> AsrLlmModel:
+        model = build()
+        startup.finish("model")
+        return model
+
+    with deepspeed_engine(config.trainer, ds, timed_build, device) as engine:
         trainer = Trainer(
             engine=engine,
             config=config.trainer,
@@ -98,7 +107,9 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         write_run_files(config, processor)
         write_carried(engine.module, exp_dir, checkpoint)
         saver = CheckpointSaver(exp_dir, background=config.trainer.background_checkpoints, keep=config.trainer.keep_last_k)
-        trainer.hooks = make_hooks(config, data, trainer, Checkpoints(settings, saver, every=config.trainer.save_every, average=average))
+        checkpoints = Checkpoints(settings, saver, every=config.trainer.save_every, average=average)
+        trainer.hooks = make_hooks(config, data, trainer, checkpoints, startup)
+        startup.finish("engine")
         with Watchdog(config.trainer.step_timeout, exp_dir, rank=distributed.rank()) as trainer.watchdog:
             trainer.fit(data.train_steps)
     if distributed.rank() == 0 and trainer.preempted:
@@ -120,8 +131,6 @@ def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
 
 def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
     """exp_dir/config.yaml, and what inference needs beside weights."""
-    from asrllm.writing import write_whole
-
     exp_dir = Path(config.exp_dir or "")
     if distributed.rank() == 0:
         exp_dir.mkdir(parents=True, exist_ok=True)
@@ -139,9 +148,6 @@ def tell_preempted(preemption: Preemption, step: int, *, begun_at: int) -> None:
 
 def write_pretrained(exp_dir: Path) -> None:
     """exp_dir/pretrained.pt: the last checkpoint's weights."""
-    from asrllm.checkpoints.consolidate import consolidate
-    from asrllm.training.manifest import newest_checkpoint
-
     newest = newest_checkpoint(exp_dir)
     assert newest is not None
     consolidate(newest, exp_dir / "pretrained.pt")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from asrllm.audio.stream import AudioFile, find_audio, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
-from asrllm.commands.shards import positive
 from asrllm.data.index import RATE
 from asrllm.errors import UserError, nearest
 from asrllm.evaluation.engine import TorchEngine
@@ -20,7 +19,6 @@ from asrllm.evaluation.subtitles import FORMATS, as_json
 from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
 from asrllm.models.auto import AutoModel, describe
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.generation import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.progress import ProgressBar
 from asrllm.training.distributed import default_device
 from asrllm.writing import write_whole
@@ -29,65 +27,6 @@ LONGEST = {True: 28.0, False: 30.0}  # seconds of a segment, with --vad and with
 SHORTEST = 2.0  # seconds that a segment may always have, whatever was trained
 
 logger = logging.getLogger(__name__)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR_OR_EXP", help="an exported directory, a run's exp_dir, or a directory of Auden's")
-    parser.add_argument(
-        "audio", nargs="+", metavar="AUDIO",
-        help="wav, flac, mp3, ogg, opus, ... files of any length, with ffmpeg on PATH m4a, mp4, webm, ... too, or directories of them",
-    )  # fmt: skip
-    add_output_arguments(parser)
-    add_prompt_arguments(parser)
-    parser.add_argument(
-        "--vad", action=argparse.BooleanOptionalAction, default=True,
-        help="hear only where somebody speaks, in segments cut at pauses; --no-vad: all of it, cut where it is quiet; default: --vad",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-segment", type=float, metavar="SECONDS",
-        help="the longest segment; default: as long as utterances in training were, 28 s where that is not known or longer",
-    )  # fmt: skip
-    parser.add_argument("--weights", metavar="FILE", help="state dict of a run; pretrained.pt by default, else the newest averaged-*.pt")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"),
-        help="of the weights; default: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 halves the memory and is often slower",
-    )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="segments decoded at once; default: %(default)s")
-    parser.add_argument(
-        "--num-beams", type=positive, default=1, metavar="N", help="hypotheses of beam search; default: %(default)s, greedy"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, metavar="N", help="the longest text of a segment; default: %(default)s"
-    )
-    parser.add_argument(
-        "--max-tokens-per-second", type=positive, default=MAX_TOKENS_PER_SECOND, metavar="N",
-        help="a text is at most N tokens a second of audio long, and ten more; default: %(default)g",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repetition-guard", type=int, default=REPETITION_GUARD, metavar="N",
-        help="a text that repeats a few tokens for longer than N tokens ends there, with one copy; 0: no guard; default: %(default)s",
-    )  # fmt: skip
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format", action="append", metavar="F[,F]", default=[],
-        help=f"of the output: {', '.join(FORMATS)}; several go to --output-dir; default: txt",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR",
-        help="write NAME.FORMAT for each file there, over what is there; default: standard output, with several files PATH TAB TEXT lines "
-        "or a line of JSON for each",
-    )  # fmt: skip
-
-
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", metavar="TEXT", help="what the model is asked; default: the first prompt that it was trained with")
-    parser.add_argument(
-        "--language", metavar="LANG",
-        help="of the speech, such as en: the first of the trained prompts that is for it is asked, and the JSON names it",
-    )  # fmt: skip
-    parser.add_argument("--hotwords", metavar="W,W|@FILE", help="words that may be said, or a file of one a line: listed in the prompt")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from fsspec.asyn import get_loop
 
 from asrllm.data.config import CacheConfig
 from asrllm.data.storage import (
@@ -110,6 +109,8 @@ class ShardCache:
         What another process is downloading is passed over, so processes with the same list share the work. Name what is needed next,
         well below max_bytes: a longer list makes its own first files the least recently used.
         """
+        from fsspec.asyn import get_loop
+
         try:
             for file in {file.url.partition("://")[0]: file for file in files}.values():
                 import_driver(file.url)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from asrllm.config import read_yaml
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
 from asrllm.data.index import RATE, Index, open_index
@@ -21,6 +20,7 @@ from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
 from asrllm.errors import UserError, nearest
+from asrllm.text_files import read_yaml
 
 logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000

@@ -9,15 +9,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
 
-from asrllm.config import read_json_object
-from asrllm.data.cache import ShardCache
 from asrllm.data.storage import RemoteFile, is_url, join_url, read_bytes, remote_sizes
 from asrllm.errors import UserError
+from asrllm.text_files import read_json_object
+
+if TYPE_CHECKING:
+    from asrllm.data.cache import ShardCache
 
 FORMAT = 2
 RATE = 16000  # Hz; every waveform reaches the model at this rate
@@ -80,7 +82,7 @@ class Index:
 # --- opening ---
 
 
-def open_index(folder: str | Path, cache: ShardCache | None = None) -> Index:
+def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
     """The index of a directory of shards, local or at a URL; of the latter `index.bin` is kept in `cache`.
 
     Raises UserError where the index, or a shard that it names, is missing or has another size.
@@ -103,7 +105,7 @@ def _open_local(folder: Path) -> tuple[dict[str, Any], Path]:
     return read_json_object(folder / "index.json", "the index"), folder / "index.bin"
 
 
-def _open_remote(url: str, cache: ShardCache | None) -> tuple[dict[str, Any], Path]:
+def _open_remote(url: str, cache: "ShardCache | None") -> tuple[dict[str, Any], Path]:
     if cache is None:
         raise UserError(f"{url!r} is a URL, which needs a cache on local disk here: copy its index.json and index.bin to a directory")
     text = read_bytes(join_url(url, "index.json"))

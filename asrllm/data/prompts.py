@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asrllm.config import read_text, read_yaml
 from asrllm.data.text import language_tag
 from asrllm.errors import UserError, nearest
+from asrllm.text_files import read_text, read_yaml
 
 KEYS: dict[str, Any] = {"prompt": str, "weight": (int, float), "lang": str, "task": str}
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from asrllm.errors import UserError
 
 T = TypeVar("T")
@@ -118,6 +115,8 @@ def _remote_size(url: str) -> int | None:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """The URL's filesystem in this process, and the file's path there."""
+    from fsspec.core import url_to_fs  # 60 ms, which local files need not spend
+
     import_driver(url)
     fs, path = url_to_fs(url, use_listings_cache=False)  # a listing from before must not decide whether a file exists
     # After a fork fsspec drops the parent's instances. Freed in the child, they would take their connections out of the epoll set that
@@ -128,6 +127,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 def import_driver(url: str) -> None:
     """Raises UserError for an unknown protocol or a missing package."""
+    import fsspec
+
     scheme = url.partition("://")[0].lower()
     try:
         fsspec.get_filesystem_class(scheme)

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from asrllm.data.cache import ShardCache
 from asrllm.data.index import (
     BLOCK,
     MAX_DURATION_ERROR,
@@ -115,6 +114,8 @@ def _local(file: RemoteFile, cache: Path) -> Iterator[Path]:
     if not is_url(file.url):
         yield Path(file.url)
         return
+    from asrllm.data.cache import ShardCache  # 30 ms, for remote tars alone
+
     path = ShardCache(cache, max_bytes=UNBOUNDED).fetch(file)
     try:
         yield path

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from asrllm.config import read_text
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, characters, errors, fitting_metric, groups_of, sum_by
+from asrllm.text_files import read_text
 
 PERMUTATIONS = 10_000
 RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp)=(?P<units>\[.*\])")

@@ -4,11 +4,11 @@ import logging
 import re
 
 from asrllm.collator.hotwords import filled, with_context
-from asrllm.config import read_text
 from asrllm.data.prompts import DEFAULT_PROMPTS, Prompt
 from asrllm.errors import UserError
 from asrllm.models.build import check_prompts
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.text_files import read_text
 
 TEMPLATE = "Hotwords: {words}."  # where training had none
 

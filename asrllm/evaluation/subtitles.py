@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from asrllm.defaults import TRANSCRIPT_FORMATS
 from asrllm.evaluation.score import UNSPACED
 from asrllm.evaluation.transcription import FileTranscript, Spoken
 
@@ -50,7 +51,8 @@ def numbered(transcript: FileTranscript, point: str, *, escape: bool = False) ->
         yield f"{number}\n{clock(begin, point)} --> {clock(end, point)}\n{text}\n\n"
 
 
-FORMATS: dict[str, Callable[[FileTranscript, str | None], str]] = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt}
+Format = Callable[[FileTranscript, str | None], str]
+FORMATS: dict[str, Format] = dict(zip(TRANSCRIPT_FORMATS, (as_txt, as_json, as_srt, as_vtt), strict=True))
 
 
 def cues_of(spoken: Spoken) -> Iterator[Cue]:

@@ -17,7 +17,7 @@ from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.zipformer_files import DAMAGED
 
-# Auto classes know the model after `import asrllm`: of all modules, this one does something when it is imported
+# Importing this module makes the model known to transformers' Auto classes; no other module has such an effect.
 transformers.AutoConfig.register("asrllm", AsrLlmConfig, exist_ok=True)
 transformers.AutoModel.register(AsrLlmConfig, AsrLlmModel, exist_ok=True)
 transformers.AutoProcessor.register(AsrLlmConfig, AsrLlmProcessor, exist_ok=True)

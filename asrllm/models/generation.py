@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
+from asrllm.defaults import MAX_NEW_TOKENS
 from asrllm.errors import UserError, nearest
 from asrllm.models.greedy import Growing, Recorded, can_be_recorded, greedy
 from asrllm.models.processor import HOP, as_list, audio_name, check_finite
@@ -22,9 +23,6 @@ from asrllm.models.processor import HOP, as_list, audio_name, check_finite
 if TYPE_CHECKING:
     from asrllm.models.model import AsrLlmModel
 
-MAX_NEW_TOKENS = 200
-MAX_TOKENS_PER_SECOND = 15.0
-REPETITION_GUARD = 32
 LONGEST_LOOP, FEWEST_COPIES = 16, 5  # tokens that repeat themselves, and how often they must to be a loop
 # greedy search, said in full: transformers would fill what is None from the LLM's generation_config.json (Qwen's has a temperature and a
 # repetition penalty), which is meant for conversation

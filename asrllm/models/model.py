@@ -14,11 +14,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.audio.augment import mask_features
 from asrllm.collator.chat import Messages
+from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import check_same
 from asrllm.models.encoders import build_encoder
-from asrllm.models.generation import MAX_TOKENS_PER_SECOND, REPETITION_GUARD, generate
+from asrllm.models.generation import generate
 from asrllm.models.loss import SupervisedLoss, head_of
 from asrllm.models.names import is_adapter
 from asrllm.models.parts import add_lora, empty_llm, with_lora

@@ -1,5 +1,6 @@
 """Ranks and processes, as whichever launcher started them says."""
 
+import atexit
 import logging
 import os
 import socket
@@ -40,6 +41,9 @@ def start() -> torch.device:
         # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        # gloo's threads would release their tensors while the interpreter ends and abort the
+        # process: https://github.com/pytorch/pytorch/issues/190489
+        atexit.register(finish)
         return torch.device("cpu")
     index = device_index(accelerator.device_count())
     accelerator.set_device(index)

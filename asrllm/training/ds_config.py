@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from asrllm.config import read_json_object
 from asrllm.errors import UserError
+from asrllm.text_files import read_json_object
 from asrllm.training.config import TrainerConfig
 
 # what "auto" is for sizes: as in the files in ds_configs

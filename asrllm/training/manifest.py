@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from asrllm.config import read_json_object
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.text_files import read_json_object
 
 MANIFEST = "asrllm.json"
 STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asrllm.checkpoints.export import export, made_of, public_name, push, training_data
-from asrllm.cli import main
+from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.models.config import EncoderPart
 from asrllm.models.encoders import encoder_class

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from asrllm.cli import main
+from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.evaluation import compare as module
 from asrllm.evaluation.compare import compare_files, compare_results

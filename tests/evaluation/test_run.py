@@ -1,14 +1,11 @@
 """Whole evaluations of tiny models: results, reports, baselines, going on after a kill, and what is refused."""
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -26,8 +23,9 @@ from asrllm.evaluation.references import check_references, choose_normalizer
 from asrllm.evaluation.run import Evaluation
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.testing import data_config, kaldi_directory, tiny_tokenizer, tone_sentences
-from tests.conftest import REPOSITORY, assert_done, clean_environment, free_port, run_script
+from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.models.test_generation import make_model, waves_of
+from tests.processes import started
 from tests.test_cli import fails
 
 
@@ -322,21 +320,15 @@ def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
     folder = exp / "beam_search"
     assert_done(run_script("evaluate", *arguments))
     expected = generations(folder)
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
-    process = subprocess.Popen(
-        [*torchrun, str(REPOSITORY / "launch" / "evaluate.py"), *arguments], cwd=REPOSITORY, env=clean_environment(),
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline, written = time.monotonic() + 120, 0
-    while written < 5 and time.monotonic() < deadline and process.poll() is None:
-        written = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
-        time.sleep(0.01)  # waits for a condition, bounded
-    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:  # ranks have sessions of their own
-        each.kill()
-    process.wait()
+    command = [REPOSITORY / "launch" / "evaluate.py", *arguments]
+    with started(tmp_path / "logs", command, command) as ranks:  # at its end both are killed
+        deadline, written = time.monotonic() + 120, 0
+        while written < 5 and time.monotonic() < deadline and ranks[0].poll() is None:
+            written = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
+            time.sleep(0.01)  # waits for a condition, bounded
     kept = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
     assert 5 <= kept < 60
-    done = assert_done(run_script("evaluate", *arguments, launcher="torchrun"))
+    done = assert_done(run_script("evaluate", *arguments, launcher="ranks"))
     assert f"decoding train: {(60 - kept + 1) // 2}/{(60 - kept + 1) // 2}" in done.stderr
     assert generations(folder) == expected
     assert not list(folder.glob(".decoding-*"))

@@ -1,6 +1,5 @@
 """Directories that save_pretrained writes: whole, merged, sharded, damaged; and loading without a second copy."""
 
-import argparse
 import copy
 import json
 import shutil
@@ -14,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import asrllm
-from asrllm.commands import export
+from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.models.auto import describe
 from asrllm.models.build import build_model, describe_model
@@ -244,10 +243,7 @@ def test_a_chat_beyond_the_llms_vocabulary_is_one_sentence(world, tmp_path):
 def test_the_command_merges(world, tmp_path, capsys):
     model = make_model(world)
     model.save_pretrained(tmp_path / "saved")
-    parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
-    arguments = [str(tmp_path / "saved"), "--output", str(tmp_path / "out"), "--dtype", "float32", "--merge-adapter"]
-    export.run(parser.parse_args(arguments))
+    assert main(["export", str(tmp_path / "saved"), "--output", str(tmp_path / "out"), "--dtype", "float32", "--merge-adapter"]) == 0
     assert "load it with" in capsys.readouterr().out
     assert not any("lora_" in key for key in load_file(tmp_path / "out" / "model.safetensors"))
     torch.testing.assert_close(logits(asrllm.AutoModel.from_pretrained(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
@@ -338,7 +334,8 @@ def test_the_auto_classes_of_a_fresh_process_need_the_directory_alone(world, tmp
     shutil.rmtree(whisper)
     shutil.rmtree(llm)
     program = f"""
-import asrllm, transformers, torch
+import transformers, torch
+from asrllm import AutoModel  # registers the classes with transformers
 from asrllm.testing import tone_sentences
 folder = {str(tmp_path / "saved")!r}
 wave = tone_sentences(4)[0][1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asrllm import AutoModel
-from asrllm.cli import main
+from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.models.icefall import KEYS, import_icefall, renamed
 from tests.models.test_files import logits

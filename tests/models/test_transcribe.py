@@ -13,8 +13,8 @@ from test_auden import auden_directory
 from test_model import make_model
 
 from asrllm.audio.reader import read_audio
-from asrllm.cli import main
 from asrllm.commands import transcribe
+from asrllm.commands.dispatch import main
 from asrllm.data.prompts import Prompt
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.models.auto import AutoModel

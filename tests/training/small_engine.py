@@ -1,15 +1,15 @@
 """A small model under DeepSpeed in as many processes as a test wants: `start` runs a function of this file in each."""
 
 import json
-import os
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from tests.conftest import REPOSITORY, clean_environment, free_port
+from tests.processes import Process, started
 
 
 class Small(nn.Module):
@@ -72,24 +72,16 @@ def train_step(engine, step: int, *, rows: int = 8) -> float:
     return float(distributed.sum_over_ranks(loss.detach().clone())) / ranks
 
 
-def start(function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object) -> list[subprocess.Popen]:
+def start(function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object) -> list[Process]:
     """Run `function(**arguments)` of tests.<module> ("module:name") in `ranks` processes and wait for them."""
-    port = str(free_port())
-    command = [sys.executable, "-m", "tests.training.small_engine", function, json.dumps(arguments)]
-    environments = [
-        clean_environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for r in range(ranks)
-    ]
-    processes = [
-        subprocess.Popen(command, cwd=REPOSITORY, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in environments
-    ]
-    try:
-        for process in processes:
-            process.output = process.communicate(timeout=timeout)[0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    command = ["-m", "tests.training.small_engine", function, json.dumps(arguments)]
+    with tempfile.TemporaryDirectory() as name:
+        logs = Path(name)
+        with started(logs, *[command] * ranks) as processes:
+            for process in processes:
+                process.wait(timeout)
+        for rank, process in enumerate(processes):
+            process.output = (logs / str(rank)).read_text()
     for process in processes if check else []:
         assert process.returncode == 0, process.output[-3000:]
     return processes
@@ -106,5 +98,3 @@ if __name__ == "__main__":
     distributed.start()
     getattr(importlib.import_module(f"tests.{module}"), name)(**json.loads(sys.argv[2]))
     distributed.finish()
-    sys.stdout.flush()
-    os._exit(0)  # without waiting for threads of DeepSpeed's

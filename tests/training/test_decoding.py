@@ -79,7 +79,7 @@ def test_a_run_that_is_asked_to_end_breaks_decoding_off_and_records_nothing(corp
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("torchrun", 3)])
+@pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("ranks", 3)])
 def test_decoding_leaves_the_losses_as_they_are(world, tmp_path, launcher, stage):
     """Bit for bit; 7 utterances on two ranks: one of them has fewer."""
     runs = {}

@@ -4,7 +4,6 @@ import gc
 import io
 import json
 import os
-import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -21,7 +20,8 @@ from asrllm.training.hooks.garbage import GarbageCollection
 from asrllm.training.hooks.names import METRICS
 from asrllm.training.hooks.profiling import Profiler
 from asrllm.training.hooks.sinks import ConsoleSink, wandb_name
-from tests.conftest import REPOSITORY, assert_done, clean_environment, free_port, run_script
+from tests.conftest import REPOSITORY, assert_done, run_script
+from tests.processes import run_forked
 from tests.test_end_to_end import metrics, wandb_records
 
 
@@ -106,16 +106,8 @@ def test_wandb_takes_a_star_for_what_varies():
 @pytest.mark.timeout(150)
 def test_a_rank_that_differs_ends_the_run_with_a_sentence(world, tmp_path):
     how = json.dumps({"what": "mode", "steps": [2], "ranks": [1]})
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
     overrides = world.overrides(tmp_path / "exp", trainer__check_ranks="true", data__valid_data_config="null")
-    done = subprocess.run(
-        [*torchrun, str(REPOSITORY / "tests" / "misbehave.py"), how, *overrides],
-        cwd=REPOSITORY,
-        env=clean_environment(PYTHONPATH=str(REPOSITORY)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_forked([REPOSITORY / "tests" / "misbehave.py", how, *overrides], ranks=2)
     assert done.returncode != 0
     assert "the ranks differ before step 3 in modules in training mode: " in done.stderr
     assert [record["step"] for record in metrics(tmp_path / "exp")] == [1, 2]

@@ -66,7 +66,7 @@ def test_corpora_have_losses_of_their_own_that_make_up_the_loss(world, tmp_path)
         f"- {{name: long, shards: {world.root / 'shards' / 'train'}}}\n- {{name: short, shards: {world.root / 'shards' / 'test'}}}\n"
     )
     settings = {"data__train_data_config": tmp_path / "two.yaml", "data__valid_data_config": "null", "trainer__peak_tflops": 0.5}
-    assert_done(run_script("train", *world.overrides(tmp_path / "exp", trainer__log_every=2, **settings), launcher="torchrun"))
+    assert_done(run_script("train", *world.overrides(tmp_path / "exp", trainer__log_every=2, **settings), launcher="ranks"))
     for record in metrics(tmp_path / "exp"):
         parts = [record[f"loss/{name}"] for name in ("long", "short") if f"loss/{name}" in record]
         assert min(parts) - 1e-4 <= record["loss"] <= max(parts) + 1e-4

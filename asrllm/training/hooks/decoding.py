@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from asrllm.data.text import word_errors
-from asrllm.models.generation import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.training import distributed
 from asrllm.training.subset import SILENCE, Subset
 from asrllm.training.trainer import Trainer

@@ -12,6 +12,7 @@ from asrllm.training.data import TrainingData
 from asrllm.training.hooks import sinks
 from asrllm.training.hooks.agreement import RankCheck
 from asrllm.training.hooks.decoding import Decoder
+from asrllm.training.hooks.first_step import FirstStep
 from asrllm.training.hooks.garbage import GarbageCollection
 from asrllm.training.hooks.meters import CorpusLosses, Meter, PeakMemory, Rate, Stragglers
 from asrllm.training.hooks.metrics import Metrics
@@ -20,10 +21,11 @@ from asrllm.training.hooks.profiling import Profiler
 from asrllm.training.hooks.saving import Checkpoints
 from asrllm.training.hooks.trace import Trace
 from asrllm.training.hooks.validation import Validation
+from asrllm.training.startup import Startup
 from asrllm.training.trainer import Hook, Trainer
 
 
-def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoints: Checkpoints) -> list[Hook]:
+def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoints: Checkpoints, startup: Startup) -> list[Hook]:
     keys, exp_dir = config.trainer, trainer.exp_dir
     to: list[sinks.Sink] = []
     if distributed.rank() == 0:
@@ -37,7 +39,7 @@ def make_hooks(config: TrainRun, data: TrainingData, trainer: Trainer, checkpoin
     metrics = Metrics(to, make_meters(config, data, trainer), every=keys.log_every, max_bad_share=config.data.max_bad_share)
     if trainer.step == 0 and (dropped := data.dropped()):
         metrics.write({"step": trainer.step, **{f"dropped/{reason}": count for reason, count in dropped.items()}})
-    made: list[Hook] = [metrics]
+    made: list[Hook] = [FirstStep(startup), metrics]
     if keys.profile_steps:
         made.append(Profiler(exp_dir, *keys.profile_steps))
     if keys.check_ranks:

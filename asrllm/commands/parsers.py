@@ -1,0 +1,423 @@
+"""Command lines of all verbs. Importing this module loads neither torch nor numpy."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from asrllm.conf import help_text
+from asrllm.defaults import (
+    MAX_NEW_TOKENS,
+    MAX_TOKENS_PER_SECOND,
+    REPETITION_GUARD,
+    TRANSCRIPT_FORMATS,
+)
+
+DTYPES = ("bfloat16", "float16", "float32")
+COMPARE = "compare"  # the one action of `asrllm evaluate` that takes no key=value
+COMPARE_HELP = f"""
+asrllm evaluate {COMPARE} A B: compare two results on the same utterances, with a paired bootstrap
+interval and a permutation test. A and B are exp_dir/greedy_search directories, or files
+generations-*.jsonl or recogs-*.txt (icefall's too).
+"""
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def add_shards(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, add, help_line in (
+        ("make", add_shards_make, "write shards, their index and rejected.jsonl"),
+        (
+            "index",
+            add_shards_index,
+            "write the index of existing tars: KEY.flac, wav, ... with KEY.json or KEY.txt",
+        ),
+        ("verify", add_shards_verify, "check every sample of a directory of shards"),
+        ("stats", add_shards_stats, "show hours, lengths, corpora and languages from the index"),
+    ):
+        action = actions.add_parser(name, help=help_line, description=help_line)
+        if name in argv[:1]:
+            add(action)
+
+
+def add_shards_make(parser: argparse.ArgumentParser) -> None:
+    from asrllm.data.sources import SOURCES  # numpy and libsndfile
+
+    parser.epilog = (
+        "Unusable utterances are listed in OUT/rejected.jsonl with the reason. An interrupted run "
+        "keeps its finished shards in .OUT.partial; the same command resumes from there. The "
+        "result has the same bytes as an uninterrupted run, for any number of workers."
+    )
+    parser.add_argument("out", metavar="OUT", help="directory to write; appears when complete")
+    group = parser.add_argument_group("source, one of")
+    choice = group.add_mutually_exclusive_group(required=True)
+    for name, source in SOURCES.items():
+        choice.add_argument(f"--{name}", metavar=source.metavar, help=source.help)
+    options = parser.add_argument_group("source options")
+    options.add_argument(
+        "--allow-pipes",
+        action="store_true",
+        default=None,
+        help="with --kaldi: run the commands (... |) of wav.scp",
+    )
+    options.add_argument(
+        "--table",
+        metavar="FILE",
+        help="with --folder: csv or tsv; default: its metadata.csv or metadata.tsv",
+    )
+    samples = parser.add_argument_group("samples")
+    samples.add_argument("--lang", help="language of samples whose source names none")
+    samples.add_argument("--corpus", help="corpus name of every sample; default: the name of OUT")
+    samples.add_argument(
+        "--codec",
+        choices=["flac", "keep"],
+        default="flac",
+        help="flac: 16-bit FLAC; keep: the bytes of files that hold one utterance, FLAC for the rest; default: %(default)s",
+    )
+    samples.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="shuffle, which holds the manifest in memory; default: the order of the source",
+    )
+    samples.add_argument(
+        "--utterances-per-shard",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add_workers(parser)
+
+
+def add_shards_index(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Unusable samples are listed in rejected.jsonl beside the index."
+    parser.add_argument("tars", nargs="+", metavar="TAR", help="paths or URLs (s3://, gs://, https://, ...)")
+    parser.add_argument("--output", metavar="DIR", help="directory of the index; default: that of the tars")
+    add_workers(parser)
+
+
+def add_shards_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="directory or URL with an index")
+    parser.add_argument("--output", metavar="FILE", help="write all problems there, one per line")
+    add_workers(parser)
+
+
+def add_shards_stats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="directories or URLs with an index, summed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", metavar="FILE", help="draw the histograms: .png, or .html with the tables")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    from asrllm.data.parallel import usable_cores
+
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=usable_cores(),
+        metavar="N",
+        help="processes; default: all cores (%(default)s)",
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
+    """Add the `key=value` arguments, and the keys of `asrllm/conf/CONFIG.yaml` to the help."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a configuration key and its new value")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"keys, defaults and meanings:\n\n{help_text(config)}"
+
+
+def add_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    add_overrides(parser, "train")
+
+
+def add_plan(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    add_overrides(parser, "plan")
+
+
+def add_evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    add_overrides(parser, "evaluate")
+    parser.epilog = f"{COMPARE_HELP}\n{parser.epilog}"
+
+
+def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument(
+        "model",
+        metavar="DIR_OR_EXP",
+        help="an exported directory, a run's exp_dir, or a directory of Auden's",
+    )
+    parser.add_argument(
+        "audio",
+        nargs="+",
+        metavar="AUDIO",
+        help="audio files of any length (wav, flac, mp3, ogg, opus, ...; m4a, mp4, webm, ... with ffmpeg on PATH), or directories of them",
+    )
+    add_output(parser)
+    add_prompt(parser)
+    add_decoding(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(TRANSCRIPT_FORMATS)
+    parser.add_argument(
+        "--format",
+        action="append",
+        metavar="F[,F]",
+        default=[],
+        help=f"output formats: {names}; several need --output-dir; default: txt",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="write DIR/NAME.FORMAT for each file, replacing existing ones; default: standard "
+        "output, where several files are lines of PATH TAB TEXT or of JSON",
+    )
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", help="instruction; default: the first prompt of training")
+    parser.add_argument(
+        "--language",
+        metavar="LANG",
+        help="language of the speech, for example en: selects the first prompt that was trained for it and is stated in the JSON",
+    )
+    parser.add_argument(
+        "--hotwords",
+        metavar="W,W|@FILE",
+        help="words that may occur, or a file with one per line: listed in the prompt",
+    )
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vad",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="transcribe speech only, in segments cut at pauses; --no-vad: all audio, cut where it is quiet; default: --vad",
+    )
+    parser.add_argument(
+        "--max-segment",
+        type=float,
+        metavar="SECONDS",
+        help="longest segment; default: the longest utterances of training, at most 28 s",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state dict of a run; default: pretrained.pt, else the newest averaged-*.pt",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the weights; default: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 halves the memory and is often slower",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="segments decoded together; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num-beams",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="beam size; default: %(default)s (greedy search)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest text of a segment; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-tokens-per-second",
+        type=positive,
+        default=MAX_TOKENS_PER_SECOND,
+        metavar="N",
+        help="a text has at most N tokens per second of audio, plus ten; default: %(default)g",
+    )
+    parser.add_argument(
+        "--repetition-guard",
+        type=int,
+        default=REPETITION_GUARD,
+        metavar="N",
+        help="cut a text that repeats a few tokens for more than N tokens down to one copy; 0: no guard; default: %(default)s",
+    )
+
+
+def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    end = parser.add_mutually_exclusive_group(required=True)
+    end.add_argument(
+        "--iter",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="average the last K checkpoints up to this step",
+    )
+    end.add_argument(
+        "--epoch",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="average the checkpoints of the last K epochs up to this one",
+    )
+    parser.add_argument("--avg", type=positive, required=True, metavar="K", help="number of checkpoints")
+    parser.add_argument(
+        "--use-averaged-model",
+        action="store_true",
+        help="average over all steps since the checkpoint before these; needs a run with trainer.use_averaged_model=true",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("product", "factors"),
+        help="how adapters are averaged: product (default): the products B A, exactly, with "
+        "factors of a greater rank; factors: factor by factor",
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
+
+
+def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    parser.add_argument("--tag", help="checkpoint-N or epoch-N; default: the newest complete checkpoint")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="a .pt, .bin or .safetensors file, else a directory of safetensors; default: EXP/TAG.pt",
+    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file of a directory; default: 5GB")
+
+
+def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument(
+        "source",
+        metavar="EXP_OR_FILE",
+        help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden's",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state dict; default: EXP/pretrained.pt, else the newest averaged-*.pt",
+    )
+    parser.add_argument(
+        "--merge-adapter",
+        action="store_true",
+        help="merge the adapters into the layers; default: store them beside the layers",
+    )
+    parser.add_argument(
+        "--parts",
+        action="store_true",
+        help="also write audio_encoder/, projector/ and llm/ as directories of their own, merged",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+
+
+def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument(
+        "source",
+        metavar="EXP_OR_FILE",
+        help="a run's exp_dir, a weights file in it, or an exported directory",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state dict of a run; default: EXP/pretrained.pt, else the newest averaged-*.pt",
+    )
+    parser.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="write only the adapters, in PEFT's format, instead of merging them",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights; default: that of the base model, or of the run where it trained them",
+    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file; default: 5GB")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the logits before and after, which reads the weights three more times",
+    )
+
+
+def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="pytorch_model.bin of icefall's egs/speech_llm/ASR_LLM, or a directory of shards",
+    )
+    parser.add_argument(
+        "--audio-encoder",
+        required=True,
+        metavar="PATH",
+        help="the Whisper of that training: a directory, or OpenAI's .pt",
+    )
+    parser.add_argument(
+        "--llm",
+        required=True,
+        metavar="DIR",
+        help="the LLM of that training: a directory, or a hub id",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="directory to write; transcribe, evaluate and export read it",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=int,
+        default=16,
+        metavar="N",
+        help="of its train.py; default: %(default)s",
+    )
+    parser.add_argument(
+        "--prompt",
+        default="请转写音频为文字",
+        metavar="TEXT",
+        help="of its training; default: %(default)s",
+    )
+
+
+class Verb(NamedTuple):
+    """One verb of `asrllm`; its implementation is `run` in `asrllm.commands.NAME`.
+
+    Args:
+        help: one line.
+        add_arguments: adds the arguments of the verb to its parser; also takes the words that
+            follow the verb.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser, Sequence[str]], None]
+
+
+VERBS = {
+    "shards": Verb("make, index, verify and describe WebDataset shards", add_shards),
+    "plan": Verb("show steps, padding and memory by ZeRO stage before a run", add_plan),
+    "train": Verb("train a model", add_train),
+    "evaluate": Verb("average checkpoints, decode test sets, score them", add_evaluate),
+    "transcribe": Verb("transcribe audio files", add_transcribe),
+    "consolidate": Verb("convert one ZeRO checkpoint to a plain state dict", add_consolidate),
+    "average": Verb("average several checkpoints", add_average),
+    "merge-lora": Verb("write the LLM with merged adapters as a Hugging Face directory", add_merge_lora),
+    "import-icefall": Verb("convert weights of icefall's ASR_LLM to a run's directory", add_import_icefall),
+    "export": Verb("write a run as a self-contained Hugging Face directory", add_export),
+}

@@ -1,0 +1,137 @@
+"""How the command line starts: what it imports, how Ctrl-C ends it, and what a training run says about its start."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import asrllm
+from asrllm.commands.parsers import VERBS
+from asrllm.training.startup import Startup, process_age
+from tests.conftest import REPOSITORY
+from tests.processes import clean_environment, descendants, started
+from tests.test_interruptions import losses, wait_for
+
+HEAVY = {"torch", "transformers", "deepspeed", "lhotse", "webdataset", "hydra"}
+# prints what a command line has imported when it ends
+IMPORTED = """
+import atexit, sys
+from asrllm.cli import console
+atexit.register(lambda: print("imported:", *{module.partition(".")[0] for module in sys.modules}))
+sys.argv = ["asrllm", *sys.argv[1:]]
+console()
+"""
+# sends SIGINT to its own process when a module is about to be imported
+INTERRUPTED = """
+import os, signal, sys
+
+target_module = sys.argv[1]
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == target_module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from asrllm.cli import console
+sys.argv = ["asrllm", *sys.argv[2:]]
+console()
+"""
+
+
+def run_python(code, *arguments, timeout=60):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_environment(), cwd=REPOSITORY)
+
+
+def imported(*arguments):
+    done = run_python(IMPORTED, *arguments)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("imported:")[2].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments):
+    assert not imported(*arguments) & {*HEAVY, "numpy"}
+
+
+@pytest.mark.parametrize("action", ["make", "index", "verify", "stats"])
+def test_shard_verbs_work_without_torch(world, tmp_path, action):
+    shards = world.root / "shards" / "test"
+    arguments = {
+        "make": [tmp_path / "out", "--kaldi", world.root / "kaldi" / "test"],
+        "index": [shards / "shard-000000.tar", "--output", tmp_path],
+        "verify": [shards],
+        "stats": [shards],
+    }[action]
+    assert not imported("shards", action, *arguments) & HEAVY
+
+
+def test_public_names_are_listed_and_imported_on_first_use():
+    listed = run_python("import sys, asrllm; print(*dir(asrllm)); sys.exit('torch' in sys.modules)")
+    assert listed.returncode == 0
+    assert set(asrllm.__all__) <= set(listed.stdout.split())
+    for name in asrllm.__all__:
+        assert getattr(asrllm, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = asrllm.no_such_name
+
+
+@pytest.mark.parametrize("module", ["argparse", "asrllm.commands.parsers", "asrllm.commands.shards", "numpy"])
+def test_ctrl_c_while_a_light_verb_is_imported(module, tmp_path):
+    done = run_python(INTERRUPTED, module, "shards", "stats", tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["torch", "torch.nn", "deepspeed", "transformers.modeling_utils", "asrllm.training.trainer"])
+def test_ctrl_c_while_training_is_imported(module, tmp_path):
+    done = run_python(INTERRUPTED, module, "train", f"exp_dir={tmp_path / 'exp'}")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "exp").exists()
+
+
+def test_an_ignored_sigint_stays_ignored(tmp_path):
+    """As a shell starts what runs in the background."""
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"
+    done = run_python(code, "asrllm.commands.shards", "shards", "stats", tmp_path)
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_while_training_ends_every_process_without_a_traceback(world, tmp_path, ranks):
+    exp = tmp_path / "exp"
+    command = [REPOSITORY / "launch" / "train.py", *world.overrides(exp, trainer__num_steps=4000, data__valid_data_config="null")]
+    with started(tmp_path / "logs", *[command] * ranks) as processes:
+        wait_for(lambda: len(losses(exp)) >= 3)
+        readers = [child for process in processes for child in descendants(process.pid)]
+        for process in processes:  # a terminal sends it to all of its processes, each of which has a session here
+            os.killpg(process.pid, signal.SIGINT)
+        assert [process.wait(30) for process in processes] == [130] * ranks
+        wait_for(lambda: not any(reader.is_running() for reader in readers), 15)
+    logs = [(tmp_path / "logs" / str(rank)).read_text() for rank in range(ranks)]
+    assert not any("Traceback" in log for log in logs), logs
+    assert "interrupted" in logs[0]
+    assert "first step after" in logs[0]
+
+
+def test_the_parts_of_a_start_add_up_to_the_age_of_the_process():
+    before = process_age()
+    startup = Startup()
+    startup.finish("imports")
+    startup.finish("data")
+    assert list(startup.seconds) == ["imports", "data"]
+    assert before <= sum(startup.seconds.values()) <= process_age()
+    assert startup.seconds["imports"] > startup.seconds["data"]
+    assert "imports" in startup.summary()
+
+
+def test_a_process_is_as_old_as_the_system_says(tmp_path):
+    code = "from asrllm.training.startup import process_age; print(process_age())"
+    assert 0 < float(run_python(code).stdout) < 30
