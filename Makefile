@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test soak lint
+.PHONY: quickstart test soak coverage lint
 
 quickstart: $(VENV)/installed-demo
 	$(BIN)/python examples/quickstart/run.py
@@ -12,6 +12,11 @@ test: $(VENV)/installed-test
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest --soak -m soak -n 0
+
+coverage: $(VENV)/installed-test
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -16,9 +16,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from asrllm.data.shards import write_shards
-from asrllm.data.sources import read_kaldi
-from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
 from tests import processes
 from tests.processes import REPOSITORY, assert_done, clean_environment, free_port, run_script
 
@@ -180,6 +177,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def make_world(root: Path) -> None:
+    from asrllm.data.shards import write_shards  # not above: the process that hands out the tests needs none of it
+    from asrllm.data.sources import read_kaldi
+    from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
+
     tiny_whisper(root / "whisper")
     tiny_zipformer(root / "zipformer")
     tiny_llm(root / "llm")

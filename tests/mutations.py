@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Small faults in the core, and whether the tests notice each of them.
+
+    python tests/mutations.py [--only AREA ...] [--repository DIR] [--jobs N] [--output FILE]
+
+Each fault replaces one piece of one file in a copy of the repository, where the tests named for its area run until the first failure:
+the fast ones first, then the slow ones. `--repository` takes another checkout. A fault that no test notices asks for a test.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """In `file`, `right` becomes `wrong`."""
+
+    area: str
+    name: str
+    file: str
+    right: str
+    wrong: str
+
+
+TESTS = {
+    "plan": ["tests/data/test_plan.py", "tests/test_data_end_to_end.py"],
+    "packing": ["tests/collator", "tests/models/test_attention.py", "tests/models/test_model.py"],
+    "labels": ["tests/collator/test_chat.py", "tests/collator/test_loader.py"],
+    "loss": ["tests/models/test_loss.py", "tests/training/test_nonfinite.py", "tests/test_end_to_end.py"],
+    "zero": ["tests/checkpoints/test_consolidate.py", "tests/training/test_partitions.py"],
+    "average": ["tests/checkpoints/test_average.py", "tests/training/test_partitions.py", "tests/test_end_to_end.py"],
+    "resume": ["tests/collator/test_loader.py", "tests/data/test_plan.py", "tests/test_end_to_end.py"],
+    "score": ["tests/evaluation/test_score.py", "tests/evaluation/test_compare.py"],
+    "normalise": ["tests/data/test_text.py", "tests/evaluation/test_score.py"],
+    "cache": ["tests/data/test_storage.py"],
+    "index": ["tests/data/test_index.py", "tests/data/test_shards.py", "tests/data/test_verify.py"],
+}
+
+PLAN, BATCH, CHAT = "asrllm/data/plan.py", "asrllm/collator/batch.py", "asrllm/collator/chat.py"
+LOSS, TRAINER = "asrllm/models/loss.py", "asrllm/training/trainer.py"
+ZERO, PARTITIONS = "asrllm/training/zero_files.py", "asrllm/training/partitions.py"
+AVERAGE, RUNNING = "asrllm/checkpoints/average.py", "asrllm/training/averaging.py"
+SCORE, TEXT = "asrllm/evaluation/score.py", "asrllm/data/text.py"
+CACHE, INDEX = "asrllm/data/cache.py", "asrllm/data/index.py"
+
+FAULTS = [
+    Fault("plan", "a window loses its last utterance", PLAN,
+          "epoch * take + (window + 1) * take // windows", "epoch * take + (window + 1) * take // windows - 1"),
+    Fault("plan", "a rank loses its last micro-batch", PLAN,
+          "range(rank, len(self.batches), self.ranks)", "range(rank, len(self.batches) - self.ranks + 1, self.ranks)"),
+    Fault("plan", "batches are not sorted by length", PLAN, 'entries[np.argsort(-lengths, kind="stable")]', "entries"),
+    Fault("plan", "every epoch has the same batches", PLAN,
+          "np.random.default_rng([self.seed, epoch, window])", "np.random.default_rng([self.seed, window])"),
+    Fault("plan", "every pass has the same order of shards", PLAN,
+          "rng = np.random.default_rng([*self.seed, round_])", "rng = np.random.default_rng(self.seed)"),
+    Fault("plan", "batches exceed their budget", PLAN, "(budget - slack) * ranks", "budget * ranks"),
+    Fault("plan", "fillers are trained on", PLAN, "filler=True)]", "filler=False)]"),
+    Fault("packing", "positions go on over utterances", BATCH,
+          "torch.cat([torch.arange(n) for n in lengths.tolist()])[None]", "torch.arange(int(lengths.sum()))[None]"),
+    Fault("packing", "the last utterance is joined to the one before", BATCH,
+          "torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()",
+          "torch.nn.functional.pad(torch.cat([lengths.cumsum(0)[:-2], lengths.sum()[None]]), (1, 0)).int()"),
+    Fault("packing", "padding keeps the earlier batch's samples", BATCH,
+          "row[: len(wave)], row[len(wave) :] = wave, 0", "row[: len(wave)] = wave"),
+    Fault("packing", "padding on the left is attended to", BATCH,
+          "mask = torch.tensor([[0] * (longest", "mask = torch.tensor([[1] * (longest"),
+    Fault("packing", "packed attention sees the future", "asrllm/models/attention.py",
+          "is_causal=options.causal and window is None", "is_causal=False"),
+    Fault("labels", "labels are not shifted", BATCH, "torch.tensor([*labels[1:], NO_LABEL])", "torch.tensor(labels)"),
+    Fault("labels", "the prompt's last token is supervised", CHAT,
+          "[NO_LABEL] * len(prompt) + target", "[NO_LABEL] * (len(prompt) - 1) + prompt[-1:] + target"),
+    Fault("labels", "the end of the turn is not supervised", CHAT,
+          "[NO_LABEL] * len(prompt) + target", "[NO_LABEL] * len(prompt) + target[:-1] + [NO_LABEL]"),
+    Fault("labels", "special tokens in a transcript are real ones", CHAT,
+          "target = self._ids(answer, plain=True)", "target = self._ids(answer)"),
+    Fault("loss", "accumulated micro-batches weigh too little", TRAINER,
+          "distributed.world_size() * len(micro_batches) / everywhere", "distributed.world_size() / everywhere"),
+    Fault("loss", "ranks weigh too little", TRAINER,
+          "distributed.world_size() * len(micro_batches) / everywhere", "len(micro_batches) / everywhere"),
+    Fault("loss", "each rank divides by its own tokens", TRAINER,
+          "len(micro_batches) / everywhere.clamp(min=1)", "len(micro_batches) / max(targets, 1) / distributed.world_size()"),
+    Fault("loss", "label smoothing misses a part of its gradient", LOSS, "grad -= smoothing / logits.shape[1]", "pass"),
+    Fault("loss", "the last chunk's loss alone is counted", LOSS,
+          "loss, correct = loss + part, correct + hits", "loss, correct = part, hits"),
+    Fault("loss", "dropout is the same in every step", TRAINER, 'f"{seed}/{step}/{rank}"', 'f"{seed}/{rank}"'),
+    Fault("loss", "dropout is the same on every rank", TRAINER, 'f"{seed}/{step}/{rank}"', 'f"{seed}/{step}"'),
+    Fault("zero", "parts of stage 3 are rounded down", ZERO, "-(-numel // ranks) if stage == 3", "numel // ranks if stage == 3"),
+    Fault("zero", "a stretch ends with its rank's part", ZERO, "min(start + numel - rank * part, part)", "part"),
+    Fault("zero", "a sub-group begins one weight late", ZERO, "offset >= vectors[group]", "offset > vectors[group]"),
+    Fault("zero", "the padding of a group is forgotten", ZERO,
+          'self.masters[0][group].numel() + self.optimizers[0]["group_paddings"][group]', "self.masters[0][group].numel()"),
+    Fault("zero", "another world size fills sub-groups without padding", PARTITIONS, "offset += part", "offset += numel"),
+    Fault("average", "adapters with rslora are scaled as plain ones", AVERAGE, "scale = count**-0.5 if", "scale = 1.0 if"),
+    Fault("average", "the mean between two checkpoints is weighted wrongly", AVERAGE, "(first / (last - first))", "(first / last)"),
+    Fault("average", "the running average forgets too slowly", RUNNING, "alpha=self.period / step", "alpha=1 / step"),
+    Fault("average", "a sum is not divided", AVERAGE, "(total.div_(count) for total", "(total for total"),
+    Fault("resume", "the running average is not restored", "asrllm/training/resume.py", "average.load(checkpoint, manifest)", "pass"),
+    Fault("resume", "the data begins again", "asrllm/commands/train.py", 'Position(**manifest["position"])', "Position()"),
+    Fault("resume", "a window is cut anew for other ranks", PLAN, "start.batch, start.ranks or ranks", "start.batch, ranks"),
+    Fault("resume", "a step is trained on twice", "asrllm/collator/loader.py", "position=step.after", "position=position"),
+    Fault("score", "intervals are of 90 %", SCORE, "[2.5, 97.5]", "[5, 95]"),
+    Fault("score", "spaces count as characters", SCORE, 'list(text.replace(" ", ""))', "list(text)"),
+    Fault("score", "insertions are counted as reference units", SCORE,
+          "max(float(self.units.sum()), 1.0)", "max(float((self.units + self.ins).sum()), 1.0)"),
+    Fault("score", "speakers are not drawn as a whole", SCORE, "np.bincount(groups, weights=counts)", "counts"),
+    Fault("normalise", "compatibility forms differ", TEXT,
+          'unicodedata.normalize("NFKC", text).lower()', 'unicodedata.normalize("NFC", text).lower()'),
+    Fault("normalise", "apostrophes within words go", TEXT, """in "PS" and c != "'" else""", 'in "PS" else'),
+    Fault("normalise", "Cantonese has the basic normaliser", TEXT, '"zh": "zh", "yue": "zh"}', '"zh": "zh"}'),
+    Fault("cache", "a file with other bytes is kept", CACHE, "found != sha256.lower()", "False"),
+    Fault("cache", "the newest files make room", CACHE, "key=lambda file: file[0].st_mtime_ns", "key=lambda file: -file[0].st_mtime_ns"),
+    Fault("cache", "use does not count", CACHE, "                os.utime(path)\n", ""),
+    Fault("index", "keys end at the last dot", INDEX, 'base.partition(".")[0]', 'base.rpartition(".")[0]'),
+    Fault("index", "a damaged header is read", INDEX, 'if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum or ', "if "),
+    Fault("index", "ten seconds of difference are allowed", INDEX, "MAX_DURATION_ERROR = 0.1", "MAX_DURATION_ERROR = 10.0"),
+]  # fmt: skip
+
+
+def copy_with(fault: Fault, repository: Path, folder: Path) -> None:
+    """A copy of the repository that has the fault."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "quickstart", "exp", ".hypothesis", "*.egg-info")
+    shutil.copytree(repository, folder, ignore=ignored, dirs_exist_ok=True)
+    path = folder / fault.file
+    text = path.read_text()
+    if fault.right not in text:
+        raise SystemExit(f"{fault.name}: {fault.file} does not hold {fault.right!r}")
+    path.write_text(text.replace(fault.right, fault.wrong, 1))
+
+
+def caught_by(fault: Fault, repository: Path) -> str | None:
+    """The first test that fails, or None."""
+    with tempfile.TemporaryDirectory(prefix="asrllm-fault-") as name:
+        folder = Path(name)
+        copy_with(fault, repository, folder)
+        environment = os.environ | {"PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"}
+        for which in ("not slow", "slow"):
+            # one process, in the order of the files, whatever pyproject.toml says
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", which, "-p", "no:randomly", "-o", "addopts="]
+            done = subprocess.run([*command, *TESTS[fault.area]], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+            failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+            if done.returncode not in (0, 5):  # 5: no test of this kind
+                return failed[0] if failed else done.stdout[-300:] + done.stderr[-300:]
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted(TESTS), default=sorted(TESTS), metavar="AREA", help=", ".join(sorted(TESTS)))
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help="default: the one of this script")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="faults at a time; default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as JSON")
+    arguments = parser.parse_args()
+    chosen = [fault for fault in FAULTS if fault.area in arguments.only]
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        found = pool.map(lambda fault: caught_by(fault, arguments.repository), chosen)
+        table = []
+        for fault, test in zip(chosen, found, strict=True):
+            print(f"{'caught' if test else 'MISSED'}  {fault.area:10} {fault.name:60} {test or ''}", flush=True)
+            table.append({"area": fault.area, "fault": fault.name, "caught by": test})
+    missed = sum(row["caught by"] is None for row in table)
+    print(f"{len(table) - missed} of {len(table)} caught in {time.monotonic() - began:.0f} s")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
