@@ -67,8 +67,8 @@ class LongTests:
         self.seconds: dict[str, float] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        spent = report.duration - getattr(report, "waited", 0.0)
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + spent
+        name = report.nodeid if report.when == "call" else f"{report.when} of {report.nodeid}"  # that may make what others read too
+        self.seconds[name] = report.duration - getattr(report, "waited", 0.0)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

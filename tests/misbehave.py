@@ -1,7 +1,7 @@
 """launch/train.py with a model that misbehaves: python tests/misbehave.py '{"what": ..., "steps": [...], "ranks": [...]}' OVERRIDES.
 
 what: loss or gradient: it is not finite in these steps (from 1) of these ranks; build: building waits for exp_dir/go; mode: after these
-steps of these ranks the projector is in eval mode.
+steps of these ranks the projector is in eval mode; trace: trainer.compile traces the layers and runs them as they are.
 """
 
 import json
@@ -51,9 +51,27 @@ def wait_before_building(exp: Path) -> None:
     train.build_model = build_model
 
 
+def trace(folder: Path) -> None:
+    """torch.compile without its C++: writes to folder/traced how many graphs it made."""
+    import torch
+    from torch import nn
+
+    compile_, graphs = nn.Module.compile, 0
+
+    def backend(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        (folder / "traced").write_text(str(graphs))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    nn.Module.compile = lambda self, **options: compile_(self, backend=backend, **options)
+
+
 if __name__ == "__main__":
     how = json.loads(sys.argv[1])
-    if how["what"] == "build":
+    if how["what"] == "trace":
+        trace(Path(how["log"]))
+    elif how["what"] == "build":
         wait_before_building(Path(next(a for a in sys.argv if a.startswith("exp_dir=")).partition("=")[2]))
     else:
         misbehave(**how)

@@ -51,6 +51,7 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("usage: asrllm ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -87,6 +88,7 @@ def test_a_mistake_in_training_ends_before_anything_is_written(world, tmp_path, 
     assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory_are_refused(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(resume, "SECONDS_TO_DIE", 0.1)
     (tmp_path / "exp").mkdir()
@@ -96,6 +98,7 @@ def test_two_runs_in_one_directory_are_refused(world, tmp_path, capsys, monkeypa
     assert "is a file: give a directory" in fails(capsys, "train", *world.overrides(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_an_empty_manifest_ends_before_anything_is_written(world, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
@@ -106,6 +109,7 @@ def test_an_empty_manifest_ends_before_anything_is_written(world, tmp_path, caps
         assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_in_evaluation(world, tmp_path, capsys):
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     assert "does not exist" in fails(capsys, "evaluate", f"exp_dir={tmp_path / 'no'}", test)

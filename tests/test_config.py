@@ -41,6 +41,7 @@ def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name,
         assert f"{key.rpartition('.')[2]}:" in text
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_dataclasses():
     config = load("model.audio_token=<|A B|>", "model.llm.lora.r=64", "trainer.lr=1e-3", "trainer.num_steps=5", "data.trace=true")
     assert config.model.audio_token == "<|A B|>"
@@ -49,6 +50,7 @@ def test_overrides_reach_the_dataclasses():
     assert load("prompt_file=/a dir/with=signs,(and)more.txt").prompt_file == "/a dir/with=signs,(and)more.txt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -100,6 +102,7 @@ def test_a_missing_key_is_named():
         build(TrainRun, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
 def test_whispers_features_are_for_whisper(key):
     with pytest.raises(UserError, match=rf"data\.{key}=true, but model\.audio_encoder\.model_type=zipformer takes Kaldi"):

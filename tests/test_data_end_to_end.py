@@ -36,13 +36,13 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
         "data__hotwords__prob": 0.7,
         "data__valid_data_config": "null",
         "data__sampler__window": 25,
-        "trainer__num_steps": 40,
-        "trainer__save_every": 5,
+        "trainer__num_steps": 24,
+        "trainer__save_every": 3,
         "model__llm__lora__lora_dropout": 0.1,
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert_done(run_script("train", *world.overrides(whole, data__num_workers=0, **settings), launcher="ranks"))
-    for workers, checkpoint in ((2, 5), (1, 15)):
+    for workers, checkpoint in ((2, 3), (1, 9)):
         kill_after(killed / f"checkpoint-{checkpoint}", world.overrides(killed, data__num_workers=workers, **settings))
         assert not (killed / "pretrained.pt").exists(), "it was to be killed, and finished"
     assert_done(run_script("train", *world.overrides(killed, data__num_workers=2, **settings), launcher="ranks"))

@@ -115,7 +115,7 @@ def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, t
 
 def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
     """Its cable is cut first: nothing tells the other that it is gone."""
-    exp, port, timeout = tmp_path / "exp", free_port(), 10
+    exp, port, timeout = tmp_path / "exp", free_port(), 5
     shared_memory = set(os.listdir("/dev/shm"))
     overrides = world.overrides(exp, **settings | {"trainer__num_steps": 100000, "trainer__step_timeout": timeout})
     nodes = [hosts.start(n, command("torchrun", n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log") for n in range(2)]

@@ -127,7 +127,7 @@ def test_the_parts_of_a_start_add_up_to_the_age_of_the_process():
     startup.finish("imports")
     startup.finish("data")
     assert list(startup.seconds) == ["imports", "data"]
-    assert before <= sum(startup.seconds.values()) <= process_age()
+    assert before <= sum(startup.seconds.values()) <= process_age() + 0.1  # its ticks are of 10 ms
     assert startup.seconds["imports"] > startup.seconds["data"]
     assert "imports" in startup.summary()
 

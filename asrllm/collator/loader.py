@@ -163,11 +163,16 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
             multiprocessing_context="fork",  # the index and the slots are mapped, not copied
         )
     )
-    for first in loader:
-        position, step, slots = ahead.popleft()
-        sent = [first, *itertools.islice(loader, accumulation - 1)]
-        yield position, step, [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)]
-        shared.free.extend(slots)
+    try:
+        for first in loader:
+            position, step, slots = ahead.popleft()
+            sent = [first, *itertools.islice(loader, accumulation - 1)]
+            yield position, step, [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)]
+            shared.free.extend(slots)
+    finally:
+        # An error's traceback keeps the loader alive. Once the garbage collector frees it, its queues are closed already, and it
+        # would wait 5 s for each reader.
+        loader._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -44,6 +44,7 @@ probability = st.sampled_from([0.05, 0.2, LEAVE, 0.4, ENTER, 0.7, 1.0])
 stretches = st.lists(st.tuples(probability, st.integers(1, 90)), max_size=12).map(lambda parts: [p for p, n in parts for _ in range(n)])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(stretches, st.integers(1, 20 * FRAME), st.integers(1, 50))
 def test_segments_are_in_order_apart_within_the_limits_and_leave_no_speech_out(probabilities, shortest, block):
@@ -109,6 +110,7 @@ def test_a_stream_gives_the_same_waves_however_it_is_cut(probabilities, size, mo
         assert min(shortest, len(wave)) <= len(segment.wave) <= LONGEST * FRAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1600, 65536])
 def test_made_up_speech_is_found_and_silence_is_not(size):
     noise = np.random.default_rng(0).normal(0, 3e-4, 16000 * 5).astype(np.float32)

@@ -35,6 +35,7 @@ def make(path, seconds=9, rate=44100, channels=2, **how):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "rate", "how"),
     [
@@ -132,6 +133,7 @@ def test_what_is_no_audio(tmp_path, monkeypatch, with_ffmpeg):
     assert "holds no sample" in fails(tmp_path / "none.wav")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["wav", "aiff", "au", "w64", "caf", "flac", "mp3"])
 def test_a_file_that_is_cut_short(tmp_path, ending):
     path = make(tmp_path / f"a.{ending}")

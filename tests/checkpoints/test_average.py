@@ -171,6 +171,7 @@ def test_what_cannot_be_made_again_is_not_written_over(exp, make):
         make(exp)
 
 
+@pytest.mark.slow
 def test_averaging_waits_for_another_process_that_averages(exp):
     with FileLock(exp / ".averaging.lock"):
         thread = threading.Thread(target=average, args=(exp, Average(iteration=8, avg=3)), daemon=True)

@@ -179,6 +179,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
 def test_memory_is_bounded_whatever_the_models_size(tmp_path, state):
     """280 MB of weights, of which the largest has 32: asked is 1.3 times that and 100 MB at most."""

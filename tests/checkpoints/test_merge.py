@@ -41,6 +41,7 @@ def run_of(model, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
 def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
     model = lora_model(world, **options)
@@ -61,6 +62,7 @@ def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
     assert "Qwen2ForCausalLM" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_exported_model_of_another_family_is_merged_too(world, tmp_path, tied):
     llm = family_llm(tmp_path / "llm", "llama", tied=tied)

@@ -135,6 +135,7 @@ def test_lists_depend_on_seed_round_and_key_alone(tmp_path):
     assert listed(made.context("w1 w2", key="77", round=0)) == first[77]
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
     rng = np.random.default_rng(0)
     phrases = ["".join(chr(c) for c in rng.integers(0x4E00, 0x4E00 + 3000, rng.integers(2, 7))) for _ in range(100_000)]

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -85,8 +86,10 @@ def test_a_batch_larger_than_its_slot_and_a_bad_one_arrive_too(corpora, monkeypa
         assert_same([given], [step])
     with pytest.raises(UserError, match="cannot be read, the last"):
         list(make_stream([damaged(only(corpora[0], 20), *range(20))], num_workers=1))
+    assert not multiprocessing.active_children(), "a reader outlives the error"
 
 
+@pytest.mark.slow
 def test_going_on_gives_the_rest(corpora):
     whole = make(corpora, epochs=2)
     for stop in (1, len(whole) // 2, len(whole) - 1):
@@ -98,6 +101,7 @@ def test_ranks_together_read_everything_once(corpora):
     assert sorted(keys) == [f"utt{i:04d}" for i in range(60)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_another_world_size_reads_what_is_left_of_the_epoch_once(corpora, workers):
     """Three ranks stop after two steps, two go on."""
@@ -169,6 +173,7 @@ def test_padding_for_decoding_stands_left():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_in_the_middle_of_the_data_does_not_wait_for_its_readers(world):
     """They ignore SIGTERM; the stream is alive when the interpreter ends."""
     code = f"""

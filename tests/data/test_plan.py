@@ -77,6 +77,7 @@ def test_other_world_sizes_go_on_without_loss_or_repetition(lengths, worlds, acc
     assert sorted(seen + [item for step in rest for item in items(step)]) == [(0, i) for i in range(len(lengths))]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(lengths, st.integers(1, 4), st.integers(1, 2), st.booleans(), st.data())
 def test_going_on_from_any_step_gives_the_same_rest(lengths, ranks, accumulation, endless, data):
@@ -145,6 +146,7 @@ def test_a_window_reads_few_shards():
         assert len(np.unique(plan.utterances(0, window)["row"] // 50)) <= 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stated", [False, True])
 def test_endless_mixing_gives_every_corpus_its_share_of_the_audio_time(stated):
     """hours x weights: by the index 1:2 hours with weights 1:3; or as stated, 30:10 hours."""

@@ -69,6 +69,7 @@ def test_json_holds_everything(statistics):
     assert len(about["histograms"]["seconds"]["counts"]) > 3
 
 
+@pytest.mark.slow
 def test_pictures_and_pages_are_drawn(tmp_path, statistics):
     pytest.importorskip("matplotlib")
     draw(statistics, tmp_path / "a.png")
@@ -82,6 +83,7 @@ def test_pictures_and_pages_are_drawn(tmp_path, statistics):
     assert "http" not in page
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path, statistics, monkeypatch):
     with pytest.raises(UserError, match=r"must end with \.png or \.html"):
         draw(statistics, tmp_path / "a.pdf")

@@ -98,6 +98,7 @@ def test_a_name_outside_of_the_bucket_is_one_sentence():
         join_url("s3://b/dir", "../../x.tar")
 
 
+@pytest.mark.slow
 def test_a_file_is_downloaded_once_and_marked_as_used(server, cache):
     path, data, file = put(server)
     local = cache.fetch(file)
@@ -109,6 +110,7 @@ def test_a_file_is_downloaded_once_and_marked_as_used(server, cache):
     assert server.gets(path) == 1
 
 
+@pytest.mark.slow
 def test_nothing_needs_to_be_known_of_a_file(server, cache):
     _, data, file = put(server)
     assert cache.fetch(RemoteFile(url=file.url)).read_bytes() == data
@@ -140,6 +142,7 @@ def test_small_files_and_sizes(server):
         read_bytes(file.url + ".not")
 
 
+@pytest.mark.slow
 def test_sizes_with_faults(web, monkeypatch):
     monkeypatch.setattr(storage, "DELAY", 0.001)
     path, data, file = put(web)
@@ -164,6 +167,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_that_pass_are_mended(server, cache, tmp_path, name):
     path, data, file = put(server)
@@ -301,6 +305,7 @@ def test_two_versions_of_a_file_are_never_mixed(server, cache, monkeypatch, size
     assert cache.fetch(RemoteFile(url=file.url, size=size)).read_bytes() == new
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_download_once(server, tmp_path):
     path, _, file = put(server)
     gate = threading.Event()
@@ -321,6 +326,7 @@ def test_processes_that_ask_at_once_download_once(server, tmp_path):
     assert server.gets(path) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_nothing_that_counts_as_whole(web, tmp_path):
     path, data, file = put(web)
     other_path, other_data, other = put(web)
@@ -444,6 +450,7 @@ def test_a_cache_can_be_pickled(web, cache):
     assert pickle.loads(pickle.dumps(cache)).fetch(file).read_bytes() == data
 
 
+@pytest.mark.slow
 def test_a_forked_process_fetches_while_its_parent_prefetches(web, s3, tmp_path):
     """The child has its own connections, waits for the parent's download, and leaves the parent's connections as they are."""
     slow_path, _, slow = put(web)
@@ -517,6 +524,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
         make_cache(tmp_path).fetch(RemoteFile(url="memory://storage/a.tar"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence(web, tmp_path):
     _, _, file = put(web)
     script = """

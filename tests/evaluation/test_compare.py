@@ -28,6 +28,7 @@ def noisy(rate, seed, count=200, **more):
     return [transcript(r, h, f"u{i}", **more) for i, (r, h) in enumerate(words)]
 
 
+@pytest.mark.slow
 def test_a_difference_is_found_and_none_is_not():
     a, better = noisy(0.3, 1), noisy(0.15, 2)
     found = compare(a, better)
@@ -48,6 +49,7 @@ def test_one_utterance_bounds_nothing():
     assert (found.difference, found.difference_ci95, found.p) == (-50.0, [-100.0, 100.0], 1.0)
 
 
+@pytest.mark.slow
 def test_p_values_of_equal_systems_are_evenly_spread():
     """Below 0.1 as often as one in ten, and as exact enumeration has it where there are few."""
     below = sum(compare(noisy(0.3, 2 * i, 40), noisy(0.3, 2 * i + 1, 40)).p < 0.1 for i in range(60))
@@ -68,6 +70,7 @@ def results(folder, transcripts, normalizer="basic", name="test"):
     return folder
 
 
+@pytest.mark.slow
 def test_results_on_the_disk_are_compared(tmp_path, capsys):
     a, b = noisy(0.3, 1, speaker="x"), noisy(0.2, 2, speaker="x")
     first, second = results(tmp_path / "a" / "greedy_search", a), results(tmp_path / "b" / "greedy_search", b)
@@ -83,6 +86,7 @@ def test_results_on_the_disk_are_compared(tmp_path, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
     """Normalisation changes these texts; icefall's own have words of another case."""
     said = [

@@ -92,6 +92,7 @@ def test_texts_and_names_are_never_markup(tmp_path):
     assert "alert(1)</script>" not in text
 
 
+@pytest.mark.slow
 def test_the_data_is_that_of_the_results_and_worst_first(tmp_path):
     ours, theirs = heard(), heard(seed=1, share=0.5)
     s = report_set("test", ours, baseline=theirs)
@@ -161,6 +162,7 @@ def test_rates_fall_into_their_bins():
     assert {n: c for n, c in zip(rate_names(), rate_counts(errors), strict=True) if c} == {"0": 2, "0-10": 1, "90-100": 1, "over 100": 2}
 
 
+@pytest.mark.slow
 def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     exp, s = tmp_path / "exp", report_set("test", heard(), audio={"utt003": encode_audio(tone("one", 0.5))})

@@ -92,6 +92,7 @@ def generations(folder):
     return [json.loads(line) for line in (folder / "generations-train.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
     run = evaluation(world, exp)
     whole = Counting(model, run.config.generation)
@@ -117,6 +118,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
     assert not list(run.folder.glob(".decoding-*"))
 
 
+@pytest.mark.slow
 def test_sets_that_are_decoded_stay_so_until_the_report_is_written(world, exp, model):
     tests = exp.parent / "two.yaml"
     data_config(tests, [{"name": name, "shards": str(world.root / "shards" / name)} for name in ("test", "train")])
@@ -134,6 +136,7 @@ def test_sets_that_are_decoded_stay_so_until_the_report_is_written(world, exp, m
     assert not list(again.folder.glob(".decoding-*"))
 
 
+@pytest.mark.slow
 def test_what_was_decoded_otherwise_is_decoded_again(world, exp, model):
     killed = Counting(model, evaluation(world, exp).config.generation, killed_after=20)
     with pytest.raises(KeyboardInterrupt):
@@ -144,6 +147,7 @@ def test_what_was_decoded_otherwise_is_decoded_again(world, exp, model):
     assert engine.answered == 60
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_the_batches(world, exp, model):
     texts = []
     for seconds in ("0.1", "4", "100"):
@@ -154,6 +158,7 @@ def test_texts_do_not_depend_on_the_batches(world, exp, model):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_the_encoders_own_whisper_stands_beside_and_is_kept(world, exp, model, capsys, monkeypatch):
     for _ in range(2):
         run = evaluation(world, exp, whisper=True)
@@ -183,6 +188,7 @@ def test_two_evaluations_of_one_folder_are_refused(world, exp):
     second.lock.release()
 
 
+@pytest.mark.slow
 def test_the_speed_is_of_the_rank_that_took_longest(world, exp, model, monkeypatch):
     """A journal of two ranks, one of which had nearly all the work."""
     run = evaluation(world, exp)
@@ -279,6 +285,7 @@ def test_references_that_can_be_scored_are_taken(references, name):
     check_references("dev", references, name, normalizer(name))
 
 
+@pytest.mark.slow
 def test_a_test_set_that_cannot_be_scored_ends_before_the_model_loads(world, exp, tmp_path, capsys):
     sentences = tone_sentences(3)
     write_shards(tmp_path / "one", read_kaldi(kaldi_directory(tmp_path / "kaldi", sentences)))
@@ -314,7 +321,7 @@ def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
     """kill -9 of both; what either had written is not decoded again, and the results are those of an undisturbed evaluation."""
     arguments = [
         f"exp_dir={exp}", f"data.test_data_config={world.root / 'train.yaml'}", "whisper_baseline=false", "data.max_batch_duration=0.3",
-        "precision=fp32", "max_new_tokens=30", "max_tokens_per_second=200", "repetition_guard=null",
+        "precision=fp32", "max_new_tokens=12", "max_tokens_per_second=200", "repetition_guard=null",
         "decoding_method=beam_search", "num_beams=2",
     ]  # fmt: skip
     folder = exp / "beam_search"

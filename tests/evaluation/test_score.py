@@ -29,6 +29,7 @@ def random_transcripts(count=60):
     return [transcript(words(), words(), str(i)) for i in range(count)]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12))
 def test_error_rates_are_jiwers_and_kaldialigns(pairs):
     transcripts = [transcript(*pair) for pair in pairs]
@@ -66,6 +67,7 @@ def test_the_confidence_interval_holds_the_rate_and_narrows():
     assert errors([transcript("a", "b c d")]).confidence_interval() == (0.0, 300.0), "one utterance bounds nothing"
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_rate_as_often_as_it_says():
     rng, held = np.random.default_rng(1), 0
     for _ in range(100):

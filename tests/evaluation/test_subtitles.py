@@ -43,6 +43,7 @@ words = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_
 texts = st.lists(st.one_of(words, st.sampled_from(["a", "transcription", "你好世界", "。", "-->", "<b>"])), max_size=30).map(" ".join)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.2, 28), texts), max_size=4))
 def test_cues_hold_the_text_in_order_within_their_segments(parts):

@@ -92,6 +92,7 @@ def test_a_directory_appears_when_it_is_complete(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
 
 
+@pytest.mark.slow
 def test_training_strings_are_what_their_words_say():
     pool = {word: [np.sin(np.arange(4000) * 0.05 * (i + 1)).astype(np.float32)] for i, word in enumerate(speech.DIGITS)}
     speech._fill_pool([("one two", pool["one"][0])], pool)

@@ -30,6 +30,7 @@ def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whisper", "zipformer"])
 def test_adapters_on_the_encoder_are_trained_saved_and_loaded(world, tmp_path, kind):
     model = make_model(world, audio_encoder=encoder_part(world, kind), audio_encoder_projector_ds_rate=2)

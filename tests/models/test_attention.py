@@ -65,6 +65,7 @@ def check(inputs, grad, cu_seqlens, backend, tolerance, **options):
         torch.testing.assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 @uncompiled
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
@@ -106,6 +107,7 @@ def test_float32_on_a_gpu_is_exact_by_default(options):
     check(*row(LENGTHS, device="cuda"), "auto", 1e-4, **options)
 
 
+@pytest.mark.slow
 @uncompiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])

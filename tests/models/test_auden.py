@@ -73,6 +73,7 @@ def auden_directory(world, folder, *, kind="whisper", left_out=("audio_encoder",
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tags", [False, True])
 @pytest.mark.parametrize("left_out", [("audio_encoder", "llm"), ("llm",), ()])
 @pytest.mark.parametrize("kind", ["whisper", "zipformer"])

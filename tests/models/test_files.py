@@ -84,6 +84,7 @@ def assert_same_buffers(model, other):
         assert torch.equal(buffer, theirs[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_llm_comes_back_bit_by_bit(world, tmp_path, family, tied):
@@ -249,6 +250,7 @@ def test_the_command_merges(world, tmp_path, capsys):
     torch.testing.assert_close(logits(asrllm.AutoModel.from_pretrained(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_saving_again_leaves_nothing_of_the_earlier_save(world, tmp_path):
     model, folder = make_model(world), tmp_path / "saved"
     folder.mkdir()
@@ -325,6 +327,7 @@ def test_generation_settings_that_transformers_refuses_are_one_sentence(world, t
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_the_auto_classes_of_a_fresh_process_need_the_directory_alone(world, tmp_path):
     whisper, llm = tiny_whisper(tmp_path / "whisper"), tiny_llm(tmp_path / "llm")
     encoder = type(make_config(world).audio_encoder)(model_type="whisper", pretrained_model=str(whisper), frozen=True)

@@ -48,6 +48,7 @@ def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize(
     ("lora", "frozen"), [(LORA, ("audio_encoder", "llm")), (None, ("llm",)), (LORA, ("audio_encoder", "llm", "projector")), (None, ())]

@@ -98,11 +98,13 @@ def assert_batch_invariant(model, count=16):
     assert model.generate(waves[:6][::-1], chats[:6][::-1], 8, num_beams=3) == beams[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["whisper", "zipformer"])
 def test_what_an_utterance_is_batched_with_changes_nothing(world, tmp_path, encoder):
     assert_batch_invariant(make_model(world, tiny_llm(tmp_path / "llm", tied=False), encoder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_no_family_of_llms_minds_the_batch(world, tmp_path, model_type):
     model = make_model(world, family(tmp_path / "llm", model_type), model_type=model_type)
@@ -393,6 +395,7 @@ def test_a_loop_ends_the_row_as_soon_as_it_is_one_and_one_copy_is_kept(unit, cop
     assert cut(row, [99], None) == row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}])
 def test_a_looping_answer_is_cut_and_its_row_ends(model, monkeypatch, options):
     steps, hook = endless(model, monkeypatch)

@@ -122,6 +122,7 @@ def test_full_fine_tuning_of_a_part(world):
     assert not any(p.requires_grad for p in model.audio_encoder.parameters())
 
 
+@pytest.mark.slow
 def test_batch_invariance_of_texts_and_features_or_raw_input(world, tmp_path):
     model = make_model(world, llm={"pretrained_model": str(tiny_llm(tmp_path / "llm", tied=False))})
     chosen = samples(8)
@@ -137,6 +138,7 @@ def test_batch_invariance_of_texts_and_features_or_raw_input(world, tmp_path):
     assert len(model.transcribe(waves, max_new_tokens=12, num_beams=2)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_directory_is_self_contained_and_loads_with_auto_classes(world, tmp_path, tied):
     llm = tiny_llm(tmp_path / "llm", tied=tied)

@@ -65,6 +65,7 @@ def speech(tmp_path):
     return tmp_path / "speech.flac"
 
 
+@pytest.mark.slow
 def test_the_directories_that_transcribe_takes(world, tmp_path, capsys, monkeypatch, caplog):
     """A run, an exported directory and one of Auden's; another is one sentence."""
     run, exported, auden, out = (tmp_path / name for name in ("run", "exported", "auden", "out"))
@@ -97,6 +98,7 @@ def test_the_directories_that_transcribe_takes(world, tmp_path, capsys, monkeypa
     assert f"{files[1]!r} has 0.01 s of audio, the model takes" in fails(capsys, "transcribe", auden, files[1])
 
 
+@pytest.mark.slow
 def test_it_says_what_the_model_says_of_each_segment(model, tmp_path, speech, capsys, monkeypatch):
     """And the same in any batch."""
     outputs = []
@@ -121,12 +123,14 @@ def test_it_says_what_the_model_says_of_each_segment(model, tmp_path, speech, ca
     assert [segment["text"] for segment in found["segments"]] == texts
 
 
+@pytest.mark.slow
 def test_without_detection_a_short_file_is_heard_whole(model, speech, capsys):
     assert main(["transcribe", str(model), str(speech), "--no-vad"]) == 0
     expected = AutoModel.from_pretrained(model).transcribe([str(speech)])
     assert capsys.readouterr().out.strip() == expected[0]
 
 
+@pytest.mark.slow
 def test_formats_and_directories(model, speech, tmp_path, capsys, monkeypatch):
     Heard(monkeypatch)
     (tmp_path / "in" / "deeper").mkdir(parents=True)
@@ -147,6 +151,7 @@ def test_formats_and_directories(model, speech, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == (out / "a.srt").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_asked(model, world, speech, tmp_path, capsys, monkeypatch, caplog):
     heard = Heard(monkeypatch)
     (tmp_path / "words.txt").write_text("\ufeffAnna Lind\n\n东京\n", encoding="utf-8")
@@ -247,6 +252,7 @@ def test_what_is_damaged_in_the_middle_is_told_at_the_end(model, speech, tmp_pat
     assert capsys.readouterr().err.endswith(f"the audio file {str(files[0])!r} holds NaN or infinite values at 2.50 s: write it anew\n")
 
 
+@pytest.mark.slow
 def test_segments_are_as_long_as_what_was_trained(world, tmp_path, monkeypatch, caplog, capsys):
     rate = 16000
     soundfile.write(tmp_path / "long.wav", np.concatenate([np.append(vowels(1.2, seed=i), np.zeros(rate // 2)) for i in range(12)]), rate)

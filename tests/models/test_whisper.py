@@ -90,6 +90,7 @@ def test_values_and_gradients_are_those_of_transformers_layers_on_each_utterance
             torch.testing.assert_close(parameter.grad, grads[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("pad_to_30s", [True, False])
 def test_waves_give_the_same_alone_and_in_a_shuffled_batch_of_16(world, pad_to_30s):
@@ -283,6 +284,7 @@ def test_a_wrong_key_of_a_directory_is_named(world, tmp_path, change, message):
         pretrained_encoder(encoder_config(fields), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "layers", "heads", "mels"),
     [(384, 4, 6, 80), (512, 6, 8, 80), (768, 12, 12, 80), (1024, 24, 16, 80), (1280, 32, 20, 80), (1280, 32, 20, 128)],

@@ -43,6 +43,7 @@ def read_case(path):
     return fields, tensors, {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a_six_stacks", "b_batch", "c_short", "d_causal"])
 def test_the_published_encoders_outputs(name):
@@ -153,6 +154,7 @@ def all_shapes(config):
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", PUBLIC_SIZES)
 def test_the_state_dict_has_the_published_names_and_shapes(size, causal):
@@ -183,6 +185,7 @@ def test_mistakes_in_the_configuration_are_one_sentence():
 # --- lengths and padding ---
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_length_formula_is_the_length():
     encoder = tiny(feature_dim=8, num_encoder_layers=[1, 1])  # few bins for speed: they have no part in it
@@ -239,6 +242,7 @@ def test_the_rest_of_the_batch_changes_nothing():
     torch.testing.assert_close(other[0, : out_lengths[1]], out[1, : out_lengths[1]], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [None, 16, 48, -1])
 def test_isolated_utterances_are_the_same_alone_and_in_a_batch(chunk):
@@ -282,6 +286,7 @@ def test_a_causal_encoder_does_not_look_past_the_chunk():
     assert not torch.allclose(one[8:], two[8:], atol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_left_context_is_bounded():
     encoder = tiny(causal=True, chunk_size=[4], left_context_frames=[4], num_encoder_layers=[1, 1], cnn_module_kernel=[3, 3])
@@ -317,6 +322,7 @@ def random_again(encoder, seed=1):
     return encoder
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bfloat16_is_near_float32_and_leaves_nothing_behind():
     encoder = random_again(tiny())
@@ -331,6 +337,7 @@ def test_bfloat16_is_near_float32_and_leaves_nothing_behind():
     assert torch.equal(encoder(x, lengths)[0], whole)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_than_twenty_seconds_after_a_shorter_utterance(dtype):

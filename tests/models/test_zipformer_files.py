@@ -76,6 +76,7 @@ def test_head_widths_other_than_icefalls_come_from_the_configuration(tmp_path):
     assert_same(tmp_path, encoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", PUBLIC_SIZES)
 def test_the_shapes_give_the_published_configurations(size, causal):

@@ -72,6 +72,7 @@ def test_the_count_is_an_int_that_bfloat16_cannot_round():
     assert not list(encoder.buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("count", [0, 4000, 100_000])
 def test_every_parameter_has_a_gradient_at_every_step(count, causal):
@@ -85,6 +86,7 @@ def test_every_parameter_has_a_gradient_at_every_step(count, causal):
         assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activation_checkpointing_changes_nothing(recompute):
     """Python's own generator, which checkpointing does not restore, has no part in the skips: it is disturbed here."""
@@ -115,6 +117,7 @@ def test_a_step_follows_from_the_seed_alone():
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16():
     encoder = training().bfloat16()
     x, lengths = features(60, 41)

@@ -79,6 +79,7 @@ def described(parts, **changes):
     return config, describe_model(config.model, pad_to_30s=False, prompts=("Transcribe.",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,6 +119,7 @@ def planned(world, tmp_path, *overrides):
     return plan(load_config("plan", [*world.overrides(tmp_path / "exp", trainer__num_epochs=1), *overrides], PlanRun))
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run(world, tmp_path):
     found = planned(world, tmp_path, "gpus=2", "gpu_memory=10")
     assert found["data"]["utterances"] == 60
@@ -132,6 +134,7 @@ def test_the_plan_of_a_run(world, tmp_path):
     assert not any(memory["fits"] for memory in planned(world, tmp_path, "gpu_memory=1.0001")["memory"].values())
 
 
+@pytest.mark.slow
 def test_the_largest_budget_is_where_it_stops_to_fit(world, tmp_path):
     at = "ds_configs/zero1.json"
     most = planned(world, tmp_path, "gpu_memory=2")["memory"][at]["largest data.sampler.max_tokens"]
@@ -150,6 +153,7 @@ def test_the_largest_budget_is_where_it_stops_to_fit(world, tmp_path):
         assert (used <= usable) is fits
 
 
+@pytest.mark.slow
 def test_gpus_and_their_memory_are_checked(world, tmp_path):
     with pytest.raises(UserError, match="gpus=0 must be at least 1"):
         planned(world, tmp_path, "gpus=0")

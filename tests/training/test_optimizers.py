@@ -58,6 +58,7 @@ def test_adapters_of_the_encoder_are_lora():
     ]
 
 
+@pytest.mark.slow
 def test_an_operator_that_cannot_be_compiled_is_one_sentence(monkeypatch, tmp_path):
     compiler = tmp_path / "bin" / "broken-compiler"
     compiler.parent.mkdir()
@@ -73,6 +74,8 @@ def test_an_operator_that_cannot_be_compiled_is_one_sentence(monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.soak(only=True)
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_deepspeeds_adamw_steps_as_torchs(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

@@ -62,6 +62,7 @@ class Reference:
         self.step_number += 1
 
 
+@pytest.mark.slow
 def test_it_is_the_definition():
     from asrllm.training.scaled_adam import ScaledAdam, bind
 

@@ -40,6 +40,7 @@ def hang(how: str, exp: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", HANG, how, str(exp)], capture_output=True, text=True, timeout=40, env=clean_environment())
 
 
+@pytest.mark.slow
 def test_it_tells_where_and_on_what_and_leaves_no_reader(tmp_path):
     done = hang("lock", tmp_path)  # the pipe that the reader holds is closed too, or this would not return
     assert done.returncode == EXIT_STATUS == 75
@@ -49,6 +50,7 @@ def test_it_tells_where_and_on_what_and_leaves_no_reader(tmp_path):
         assert "in stuck_here" in text
 
 
+@pytest.mark.slow
 def test_a_hang_with_the_interpreters_lock_ends_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", HANG.replace("reader.start()", "reader.pid"), "interpreter", str(tmp_path)],
@@ -61,6 +63,7 @@ def test_a_hang_with_the_interpreters_lock_ends_too(tmp_path):
     assert "in stuck_here" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_or_asks_for_none_is_left_alone(tmp_path):
     for timeout in (0, None, 1000):
         with Watchdog(timeout, tmp_path) as watchdog:
