@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import webdataset
 
 from asrllm.data.index import open_index, scan_tar
 from asrllm.data.parallel import run_parallel
-from asrllm.data.shards import SeenKeys, hash_keys, make_sample, write_shards
+from asrllm.data.shards import SeenKeys, hash_keys, make_sample, write_sample, write_shards
 from asrllm.data.sources import Utterance, read_kaldi, read_nemo
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
@@ -381,3 +382,17 @@ def test_a_damaged_shard_directory_is_one_sentence(tmp_path, damage, message):
     damage(tmp_path / "out")
     with pytest.raises(UserError, match=message):
         open_index(tmp_path / "out")
+
+
+def test_a_sample_has_the_bytes_that_webdatasets_writer_gives_it(tmp_path):
+    samples = [
+        {"__key__": "a/b", "json": b'{"text": "x"}', "flac": bytes(1000)},
+        {"__key__": "é" * 60, "wav": b"", "json": b"{}"},
+    ]
+    with tarfile.open(tmp_path / "ours.tar", "w|") as tar:
+        for sample in samples:
+            write_sample(tar, sample)
+    with open(tmp_path / "theirs.tar", "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+        for sample in samples:
+            writer.write(sample)
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
