@@ -146,6 +146,8 @@ def caught_by(fault: Fault, repository: Path) -> str | None:
         for which in ("not slow", "slow"):
             # one process, in the order of the files, whatever pyproject.toml says
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", which, "-p", "no:randomly", "-o", "addopts="]
+            if "--longest" in (folder / "tests" / "conftest.py").read_text():
+                command += ["--longest", "10000"]  # a slow machine is no fault
             done = subprocess.run([*command, *TESTS[fault.area]], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
             failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
             if done.returncode not in (0, 5):  # 5: no test of this kind

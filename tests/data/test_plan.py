@@ -113,6 +113,13 @@ def test_epochs_differ_and_the_seed_decides():
     assert orders[0] != orders[3]
 
 
+def test_every_epoch_deals_out_short_and_long_batches_in_another_order():
+    plan = make_plan([corpus(speech(300)[0])], max_tokens=10**6, max_utterances=5)
+    longest = [[int(batch["samples"].max()) for batch in plan.batches(epoch, 0, 1)] for epoch in range(3)]
+    assert len({len(batches) for batches in longest}) == 1
+    assert len({tuple(np.argsort(batches)) for batches in longest}) == 3
+
+
 def test_without_shuffling_the_windows_go_through_the_rows_in_order():
     plan = make_plan([corpus([16000] * 25)], window=10, shuffle=False)
     found = [sorted(np.concatenate(plan.batches(0, w, 1))["row"].tolist()) for w in range(plan.windows)]
