@@ -114,10 +114,17 @@ def test_epochs_differ_and_the_seed_decides():
 
 
 def test_every_epoch_deals_out_short_and_long_batches_in_another_order():
-    plan = make_plan([corpus(speech(300)[0])], max_tokens=10**6, max_utterances=5)
-    longest = [[int(batch["samples"].max()) for batch in plan.batches(epoch, 0, 1)] for epoch in range(3)]
-    assert len({len(batches) for batches in longest}) == 1
-    assert len({tuple(np.argsort(batches)) for batches in longest}) == 3
+    """Twenty batches of five equal utterances each, further apart in length than the jitter that lengths get."""
+    groups = [round(4800 * 1.2**k) for k in range(20) for _ in range(5)]
+    plan = make_plan([corpus(groups)], max_tokens=10**6, max_utterances=5)
+    orders = {tuple(int(batch["samples"].max()) for batch in plan.batches(epoch, 0, 1)) for epoch in range(3)}
+    assert len(orders) == 3
+
+
+def test_every_pass_reads_the_shards_in_another_order():
+    plan = make_plan([corpus([16000] * 280, per_shard=7)], window=70)
+    read = {frozenset((plan.utterances(epoch, 0)["row"] // 7).tolist()) for epoch in range(3)}
+    assert len(read) == 3
 
 
 def test_without_shuffling_the_windows_go_through_the_rows_in_order():
