@@ -100,6 +100,14 @@ def test_every_batch_keeps_to_every_budget(lengths, ranks, accumulation, max_tok
             assert len(batch) < 2 or max_duration is None or batch["samples"].sum() <= max_duration * RATE
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_full_batches_of_several_ranks_keep_to_the_budget_however_they_are_dealt(ranks):
+    """Groups that fill the budget: what dealing leaves between two of their batches must fit too."""
+    for seed in range(10):
+        plan = make_plan([corpus(np.random.default_rng(seed).integers(16000, 320000, 300), text=3)], max_tokens=300)
+        assert max(int(batch["tokens"].sum(dtype=np.int64)) for batch in plan.batches(0, 0, ranks) if len(batch) > 1) <= 300
+
+
 def test_an_utterance_above_the_budget_is_a_batch_of_its_own():
     plan = make_plan([corpus([160000, 16000, 16000])], max_tokens=50)
     assert sorted(len(b) for b in plan.batches(0, 0, 1)) == [1, 2]
