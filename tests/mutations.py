@@ -36,7 +36,7 @@ TESTS = {
     "plan": ["tests/data/test_plan.py", "tests/test_data_end_to_end.py"],
     "packing": ["tests/collator", "tests/models/test_attention.py", "tests/models/test_model.py"],
     "labels": ["tests/collator/test_chat.py", "tests/collator/test_loader.py"],
-    "loss": ["tests/models/test_loss.py", "tests/training/test_nonfinite.py", "tests/test_end_to_end.py"],
+    "loss": ["tests/models/test_loss.py", "tests/training/test_trainer.py", "tests/training/test_nonfinite.py", "tests/test_end_to_end.py"],
     "zero": ["tests/checkpoints/test_consolidate.py", "tests/training/test_partitions.py"],
     "average": ["tests/checkpoints/test_average.py", "tests/training/test_partitions.py", "tests/test_end_to_end.py"],
     "resume": ["tests/collator/test_loader.py", "tests/data/test_plan.py", "tests/test_end_to_end.py"],

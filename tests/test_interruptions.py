@@ -21,7 +21,7 @@ from tests.processes import both_cores, clean_environment, descendants, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 TRAIN, MISBEHAVE = REPOSITORY / "launch" / "train.py", REPOSITORY / "tests" / "misbehave.py"
-STEPS = 40
+STEPS = 24
 
 
 def records(exp: Path) -> list[dict]:
@@ -132,6 +132,7 @@ def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.longest(60)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(world, settings, whole, tmp_path, launcher):
     """torchrun's agent, and DeepSpeed's launcher of a node, pass SIGTERM on; both end with a status of their own."""

@@ -104,6 +104,7 @@ def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
     return losses(made_once(tmp_path_factory, "one-node", train) / "exp")
 
 
+@pytest.mark.longest(60)
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, tmp_path, launcher):
     overrides, port = world.overrides(tmp_path / "exp", **settings), free_port()
@@ -113,6 +114,7 @@ def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, t
     assert losses(tmp_path / "exp") == on_one_node
 
 
+@pytest.mark.longest(60)
 def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
     """Its cable is cut first: nothing tells the other that it is gone."""
     exp, port, timeout = tmp_path / "exp", free_port(), 5

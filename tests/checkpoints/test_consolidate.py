@@ -179,6 +179,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.longest(60)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
 def test_memory_is_bounded_whatever_the_models_size(tmp_path, state):

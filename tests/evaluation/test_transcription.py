@@ -129,6 +129,7 @@ print(peaks[1] - peaks[0])
 """
 
 
+@pytest.mark.longest(60)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
 def test_half_an_hour_takes_the_memory_of_three_minutes(tmp_path):

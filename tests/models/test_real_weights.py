@@ -26,6 +26,7 @@ def model(world, tmp_path_factory):
     return make_model(world, folder, model_type="llama")
 
 
+@pytest.mark.longest(60)
 def test_the_llm_loads_as_transformers_loads_it(model):
     plain = AutoModelForCausalLM.from_pretrained(model.config.base_models["llm"]["path"], dtype=torch.float32)
     prompt = model.processor.tokenizer("The capital of France is", return_tensors="pt")
@@ -36,6 +37,7 @@ def test_the_llm_loads_as_transformers_loads_it(model):
     assert len(model.llm.get_input_embeddings().weight) == len(plain.get_input_embeddings().weight)  # not resized for the audio token
 
 
+@pytest.mark.longest(60)
 def test_the_packed_step_is_transformers_own(model):
     chosen = samples(3)
     mine = model(**batch_of(model, chosen)).loss
@@ -54,11 +56,13 @@ def test_the_packed_step_is_transformers_own(model):
         torch.testing.assert_close(packed[name], grad, rtol=1e-3, atol=1e-3 * largest, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.longest(60)
 @pytest.mark.soak
 def test_what_an_utterance_is_batched_with_changes_nothing(model, soak):
-    assert_batch_invariant(model, 6 if soak else 3)
+    assert_batch_invariant(model, 6 if soak else 2)
 
 
+@pytest.mark.longest(60)
 def test_a_saved_directory_says_the_same(model, tmp_path):
     model.save_pretrained(tmp_path)
     waves = [wave for _, wave in tone_sentences(3)]

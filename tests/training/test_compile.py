@@ -13,6 +13,7 @@ LAUNCH, MISBEHAVE = REPOSITORY / "launch", REPOSITORY / "tests" / "misbehave.py"
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.longest(60)
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.timeout(400)
