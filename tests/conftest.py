@@ -27,8 +27,8 @@ SECONDS_OF_LOOP = 0.022  # of `slowness`, on the machine whose LONGEST this is
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
-        processes.share_cores(run)
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:  # a worker, whose temporary directory is below that of the run
+        processes.share_cores(Path(config.option.basetemp).parent)
     elif not config.getoption("--soak"):
         config.pluginmanager.register(LongTests(config.getoption("--longest")))
 

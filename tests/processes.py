@@ -7,7 +7,7 @@ so once in each test worker; what it forks runs the same scripts with the same c
 import atexit
 import contextlib
 import fcntl
-import multiprocessing.forkserver
+import multiprocessing.process
 import os
 import runpy
 import signal
@@ -17,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,8 @@ PRELOADED = [
     "peft",
     "tests.processes",
 ]  # not wandb, which makes a temporary directory when it is imported and removes it when the first process ends
-server = multiprocessing.get_context("forkserver")
+# one of the tests' own: the tested code starts Python's common one as well, with SIGINT blocked and nothing imported
+server = forkserver.ForkServer()
 server.set_forkserver_preload(PRELOADED)
 
 
@@ -46,7 +48,7 @@ def free_port() -> int:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without a launcher's traces, on the processor, one thread a process."""
+    """Return os.environ without launcher variables, set to CPU and one thread per process."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in launchers}
     own = {
@@ -72,9 +74,8 @@ class Process:
     def __init__(self, command: Sequence[object], environment: dict[str, str], output: Path, errors: Path | None = None) -> None:
         words = [str(word) for word in command]
         arguments = (words, environment, str(output), str(errors or output))
-        ensure_server()
-        self.process = server.Process(target=become, args=arguments)
-        self.process.start()
+        self.process = multiprocessing.get_context("forkserver").Process(target=become, args=arguments)
+        start_from_server(self.process)
         self.pid = self.process.pid
         assert self.pid is not None
 
@@ -102,15 +103,17 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def ensure_server() -> None:
-    """Start the server, where there is none yet, in an environment that no test has changed."""
-    before = dict(os.environ)
+def start_from_server(process: multiprocessing.process.BaseProcess) -> None:
+    """Start a process from this module's server, which begins with the first one, in an environment that no test has changed."""
+    before, common = dict(os.environ), forkserver.connect_to_new_process
     environment = clean_environment()
     os.environ.clear()
     os.environ.update(environment)
+    forkserver.connect_to_new_process = server.connect_to_new_process
     try:
-        multiprocessing.forkserver.ensure_running()
+        process.start()
     finally:
+        forkserver.connect_to_new_process = common
         os.environ.clear()
         os.environ.update(before)
 
@@ -128,6 +131,7 @@ def become(words: list[str], environment: dict[str, str], output: str, errors: s
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8", buffering=1, errors="backslashreplace")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     multiprocessing.set_start_method(None, force=True)  # else its own children come from a forkserver too
     try:
         if words[0] == "-m":
@@ -144,7 +148,7 @@ def become(words: list[str], environment: dict[str, str], output: str, errors: s
 
 
 def rank_environments(count: int, **more: str) -> list[dict[str, str]]:
-    """What a launcher tells each of so many ranks on this host."""
+    """Return the environment that a launcher sets for each rank."""
     common = clean_environment(**more)
     if count == 1:
         return [common]
@@ -172,6 +176,14 @@ def started(logs: Path, *commands: Sequence[object], **environment: str) -> Iter
                     child.kill()
 
 
+def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+    """Return once the condition holds. Fails after the given time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)  # waits for a condition, bounded
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
@@ -181,7 +193,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 def run_script(
     script: str, *arguments: object, launcher: str = "python", timeout: float = 150, **environment: str
 ) -> subprocess.CompletedProcess:
-    """launch/SCRIPT.py to its end.
+    """Run launch/SCRIPT.py and return its result.
 
     launcher: python: one process; ranks: two processes with a launcher's environment; both are forked. torchrun, deepspeed: the real
     ones with two processes; interpreter: `python launch/SCRIPT.py`, the real one.
@@ -202,7 +214,7 @@ def run_script(
 
 
 def run_forked(command: Sequence[object], *, ranks: int = 1, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess:
-    """A command to its end, its output that of all ranks one after the other; the status is the first one that is not 0."""
+    """Run a command on every rank. Return the joined output and the first status that is not 0."""
     with tempfile.TemporaryDirectory(prefix="asrllm-test-") as name:
         folder = Path(name)
         processes: list[Process] = []
@@ -265,17 +277,16 @@ class Cores:
 cores: Cores | None = None  # of this worker; None without pytest-xdist
 
 
-def share_cores(run: str) -> None:
-    """run: of all workers together."""
+def share_cores(folder: Path) -> None:
+    """Share the cores with the other workers, whose locks are in the same folder."""
     global cores
-    folder = Path(tempfile.gettempdir()) / f"asrllm-tests-{run}"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     cores = Cores(folder)
 
 
 @contextlib.contextmanager
 def no_core() -> Iterator[None]:
-    """Within a test, for the time in which it waits for another worker."""
+    """Release the core while a test waits for another worker."""
     if cores is None:
         yield
         return
@@ -310,7 +321,7 @@ def one_core() -> Iterator[None]:
 
 @contextlib.contextmanager
 def both_cores() -> Iterator[None]:
-    """Within a test, for the time in which it waits for processes of its own."""
+    """Hold both cores while the processes of a test run."""
     if cores is None:
         yield
         return

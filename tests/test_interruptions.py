@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ import torch
 
 from asrllm.checkpoints.consolidate import checkpoint_weights
 from tests.conftest import REPOSITORY, World, assert_done, free_port, made_once, run_script
-from tests.processes import both_cores, clean_environment, descendants, started
+from tests.processes import both_cores, clean_environment, descendants, started, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 TRAIN, MISBEHAVE = REPOSITORY / "launch" / "train.py", REPOSITORY / "tests" / "misbehave.py"
@@ -32,13 +32,6 @@ def records(exp: Path) -> list[dict]:
 
 def losses(exp: Path) -> list[float]:
     return [record["loss"] for record in records(exp)]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)  # waits for a condition, bounded
 
 
 def train_command(*overrides: object, script: Path = TRAIN, how: dict | None = None) -> list[str]:

@@ -11,8 +11,8 @@ import asrllm
 from asrllm.commands.parsers import VERBS
 from asrllm.training.startup import Startup, process_age
 from tests.conftest import REPOSITORY
-from tests.processes import clean_environment, descendants, started
-from tests.test_interruptions import losses, wait_for
+from tests.processes import clean_environment, descendants, started, wait_for
+from tests.test_interruptions import losses
 
 HEAVY = {"torch", "transformers", "deepspeed", "lhotse", "webdataset", "hydra"}
 # prints what a command line has imported when it ends
@@ -95,6 +95,17 @@ def test_ctrl_c_while_training_is_imported(module, tmp_path):
     assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "exp").exists()
+
+
+def test_ctrl_c_with_standard_error_gone(tmp_path):
+    """As with `2>&1 | tee log`, where Ctrl-C ends tee too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = INTERRUPTED.format(handler="signal.default_int_handler")
+    command = [sys.executable, "-c", code, "numpy", "shards", "stats", str(tmp_path)]
+    done = subprocess.run(command, stderr=writer, timeout=60, env=clean_environment(), cwd=REPOSITORY)
+    os.close(writer)
+    assert done.returncode == 130
 
 
 def test_an_ignored_sigint_stays_ignored(tmp_path):

@@ -2,11 +2,13 @@
 
 import atexit
 import collections
+import contextlib
 import functools
 import itertools
 import mmap
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -151,19 +153,20 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
                 yield slots[-1], items
 
     _kill_readers_at_exit()
-    loader = iter(
-        DataLoader(
-            shared,
-            batch_size=None,
-            sampler=tasks(),  # type: ignore[arg-type]
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            collate_fn=_as_it_is,
-            worker_init_fn=_ignore_signals,
-            multiprocessing_context="fork",  # the index and the slots are mapped, not copied
-        )
+    readers = DataLoader(
+        shared,
+        batch_size=None,
+        sampler=tasks(),  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork",  # the index and the slots are mapped, not copied
     )
+    loader: Any = None
     try:
+        with _interrupt_later():
+            loader = iter(readers)
         for first in loader:
             position, step, slots = ahead.popleft()
             sent = [first, *itertools.islice(loader, accumulation - 1)]
@@ -172,11 +175,32 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
     finally:
         # An error's traceback keeps the loader alive. Once the garbage collector frees it, its queues are closed already, and it
         # would wait 5 s for each reader.
-        loader._shutdown_workers()  # type: ignore[attr-defined]
+        if loader is not None:
+            loader._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+@contextlib.contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end of the block instead of within it.
+
+    A reader that is forked in between takes no Ctrl-C either: an interrupted fork leaves half a
+    loader, whose finalizer prints a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if noted:
+        raise KeyboardInterrupt
 
 
 @functools.cache  # once a process
@@ -194,7 +218,7 @@ def _kill_readers() -> None:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave signals to the training process, which says when a reader ends.
+    """Leave signals to the training process, which stops its readers itself.
 
     Launchers, schedulers and terminals signal all processes; the training one saves, and needs its readers until then.
     """

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb in WITH_RANKS:
             adopt_launcher()
-        # what libraries will change one day is for our tests, not for users
+        # FutureWarnings concern developers, not users
         warnings.simplefilter("ignore", FutureWarning)
         level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
         logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
@@ -52,13 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        report(arguments.verb, "interrupted")
+        if is_first_to_report():
+            report(arguments.verb, "interrupted")
         return INTERRUPTED
     except Terminated as ended:
-        report(arguments.verb, "ended by SIGTERM: give the same command again")
+        report(arguments.verb, "interrupted by SIGTERM. Run the same command again.")
         return int(ended.code or 0)
     except UserError as error:
-        report(arguments.verb, str(error))
+        if is_first_to_report():
+            report(arguments.verb, str(error))
         return 2
     except OSError as error:
         report(arguments.verb, explain(error))
@@ -96,11 +98,16 @@ def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
 
 
 def report(verb: str, message: str) -> None:
-    """Print a message to standard error, once per host for errors that all ranks find."""
+    """Print a message to standard error, which may be gone."""
+    with contextlib.suppress(OSError):
+        print(f"asrllm {verb}: {message}", file=sys.stderr, flush=True)
+
+
+def is_first_to_report() -> bool:
+    """Whether this rank reports an error of the user's: before the ranks join, all of them find the same."""
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
-    if joined or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"asrllm {verb}: {message}", file=sys.stderr, flush=True)
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def explain(error: OSError) -> str:

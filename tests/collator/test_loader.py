@@ -1,5 +1,7 @@
 import itertools
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +96,25 @@ def test_going_on_gives_the_rest(corpora):
     whole = make(corpora, epochs=2)
     for stop in (1, len(whole) // 2, len(whole) - 1):
         assert_same(make(corpora, start=whole[stop - 1].position, epochs=2), whole[stop:])
+
+
+def test_ctrl_c_while_readers_are_forked_is_raised_once_they_are(corpora):
+    forks = []
+
+    def interrupt():
+        if not forks:
+            forks.append(os.getpid())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.register_at_fork(before=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(make_stream(corpora, num_workers=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert forks == [os.getpid()]
+    assert not multiprocessing.active_children()
 
 
 def test_ranks_together_read_everything_once(corpora):

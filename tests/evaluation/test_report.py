@@ -17,6 +17,7 @@ from asrllm.evaluation.summary import Scored, score
 from asrllm.evaluation.wandb_report import COLUMNS, log_to_wandb
 from asrllm.testing import WORDS, tone
 from asrllm.training.config import WandbConfig
+from tests.processes import wait_for
 from tests.test_end_to_end import wandb_records
 
 ATTACK = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(2)>{{script}}"
@@ -170,6 +171,7 @@ def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
     exp.mkdir()
     log_to_wandb(WandbConfig(mode="offline", project="p", name=None), exp, [s])
     (path,) = (exp / "wandb").rglob("run-*.wandb")
+    wait_for(lambda: any(record.HasField("exit") for record in wandb_records(path)))  # another process writes it
     logged, runs_found, files = {}, [], []
     for record in wandb_records(path):
         if record.HasField("history"):
