@@ -187,7 +187,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--language",
         metavar="LANG",
-        help="language of the speech, for example en: selects the first prompt that was trained for it and is stated in the JSON",
+        help="language of the speech, for example en: selects the first prompt trained for it, and is stored in the JSON",
     )
     parser.add_argument(
         "--hotwords",
@@ -296,7 +296,7 @@ def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
         metavar="FILE",
         help="a .pt, .bin or .safetensors file, else a directory of safetensors; default: EXP/TAG.pt",
     )
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file of a directory; default: 5GB")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="maximum size of each file of a directory; default: 5GB")
 
 
 def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -386,13 +386,13 @@ def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
         type=int,
         default=16,
         metavar="N",
-        help="of its train.py; default: %(default)s",
+        help="LoRA alpha of that training; default: %(default)s",
     )
     parser.add_argument(
         "--prompt",
         default="请转写音频为文字",
         metavar="TEXT",
-        help="of its training; default: %(default)s",
+        help="prompt of that training; default: %(default)s",
     )
 
 

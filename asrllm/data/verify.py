@@ -114,7 +114,7 @@ def _local(file: RemoteFile, cache: Path) -> Iterator[Path]:
     if not is_url(file.url):
         yield Path(file.url)
         return
-    from asrllm.data.cache import ShardCache  # 30 ms, for remote tars alone
+    from asrllm.data.cache import ShardCache  # takes 30 ms; only remote tars need it
 
     path = ShardCache(cache, max_bytes=UNBOUNDED).fetch(file)
     try:
