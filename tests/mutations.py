@@ -106,7 +106,7 @@ FAULTS = [
     Fault("average", "a sum is not divided", AVERAGE, "(total.div_(count) for total", "(total for total"),
     Fault("resume", "the running average is not restored", "asrllm/training/resume.py", "average.load(checkpoint, manifest)", "pass"),
     Fault("resume", "a resumed run restarts the data", "asrllm/commands/train.py", 'Position(**manifest["position"])', "Position()"),
-    Fault("resume", "a window is cut anew for other ranks", PLAN, "start.batch, start.ranks or ranks", "start.batch, ranks"),
+    Fault("resume", "a window is re-batched for another world size", PLAN, "start.batch, start.ranks or ranks", "start.batch, ranks"),
     Fault("resume", "a step is trained on twice", "asrllm/collator/loader.py", "position=step.after", "position=position"),
     Fault("score", "intervals are of 90 %", SCORE, "[2.5, 97.5]", "[5, 95]"),
     Fault("score", "spaces count as characters", SCORE, 'list(text.replace(" ", ""))', "list(text)"),
@@ -148,7 +148,7 @@ def caught_by(fault: Fault, repository: Path) -> str | None:
             # one process, in the order of the files, whatever pyproject.toml says
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", which, "-p", "no:randomly", "-o", "addopts="]
             if "--longest" in (folder / "tests" / "conftest.py").read_text():
-                command += ["--longest", "10000"]  # a slow machine is no fault
+                command += ["--longest", "10000"]  # a slow machine must not count as a caught fault
             done = subprocess.run([*command, *TESTS[fault.area]], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
             failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
             if done.returncode not in (0, 5):  # 5: no test of this kind
