@@ -19,6 +19,7 @@ from asrllm.data.storage import RemoteFile, is_url, join_url, read_bytes, remote
 from asrllm.errors import UserError
 from tests.conftest import REPOSITORY, clean_environment, free_port
 from tests.data.object_store import Fault, S3Server, WebServer, s3_server, web_server
+from tests.processes import wait_for
 
 LIMIT = 20  # seconds for anything that may hang
 numbers = itertools.count()
@@ -331,18 +332,19 @@ def test_a_killed_download_leaves_nothing_that_counts_as_whole(web, tmp_path):
     path, data, file = put(web)
     other_path, other_data, other = put(web)
     gate = threading.Event()
-    for number, asked in enumerate((path, other_path)):
-        fault = Fault(gate=gate)
-        web.faults.order(asked, [fault])
-        with started(
-            "ShardCache(Path(sys.argv[1]), max_bytes=10**7).fetch(RemoteFile(url=sys.argv[2]))", tmp_path / "cache", web.url + asked
-        ) as p:
+    faults = [Fault(gate=gate), Fault(gate=gate)]
+    web.faults.order(path, faults[:1])
+    web.faults.order(other_path, faults[1:])
+    script = "ShardCache(Path(sys.argv[1]), max_bytes=10**7).fetch(RemoteFile(url=sys.argv[2]))"
+    folder = tmp_path / "cache"
+    # Both run until both are killed: one that lives would remove what the dead one has left.
+    with started(script, folder, file.url) as one, started(script, folder, other.url) as two:
+        for fault in faults:
             assert fault.reached.wait(LIMIT)
-            end = time.monotonic() + LIMIT
-            while len(leftovers(tmp_path)) <= number and time.monotonic() < end:
-                time.sleep(0.01)  # waits for a condition, bounded
-            p.kill()
-            p.wait(LIMIT)
+        wait_for(lambda: sorted(path.stat().st_size for path in leftovers(tmp_path)) == [len(data), len(other_data)], LIMIT)
+        for process in (one, two):
+            process.kill()
+            process.wait(LIMIT)
     gate.set()
     assert len(leftovers(tmp_path)) == 2
     cache = make_cache(tmp_path)
