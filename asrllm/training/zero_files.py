@@ -109,7 +109,7 @@ class ZeroFiles:
 
     def keep_weights_alone(self) -> None:
         """Forget the optimizer's states: of many checkpoints that are open at once they add up."""
-        self.model, self.optimizers = {}, [{"group_paddings": saved.get("group_paddings")} for saved in self.optimizers]
+        self.model, self.optimizers = {}, []
 
     def state_keys(self) -> list[str]:
         """What the optimizer keeps of each element, such as exp_avg."""
@@ -139,7 +139,7 @@ class ZeroFiles:
 
     def _averages(self) -> list[Sequence[StoredTensor]]:
         if not self.averages:
-            self.averages = [read_zero_file(self.checkpoint / average_file(rank))[AVERAGE] for rank in range(len(self.optimizers))]
+            self.averages = [read_zero_file(self.checkpoint / average_file(rank))[AVERAGE] for rank in range(len(self.masters))]
         return self.averages
 
     def check(self, key: str = MASTERS) -> None:
@@ -182,7 +182,7 @@ class ZeroFiles:
             stretches = self._stretches(start, numel, stride(3, self.ranks, shape))
             parts = [self._vector(key, rank, group).read(offset + begin, end - begin) for rank, begin, end in stretches]
         else:
-            part = self.masters[0][group].numel() + self.optimizers[0]["group_paddings"][group]
+            part = self.masters[0][group].numel()  # saved without its padding, which rank 0 has only where it holds the whole group
             stretches = self._stretches(offset + start, numel, part)
             parts = [self._vector(key, rank, group).read(begin, end - begin) for rank, begin, end in stretches]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
