@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -9,6 +10,7 @@ from asrllm.commands.dispatch import main
 from asrllm.data.index import scan_tar
 from asrllm.data.sources import SOURCES
 from asrllm.testing import kaldi_directory, tone, tone_sentences
+from tests.data.damage import change_about, read_rows, write_rows
 
 
 @pytest.fixture
@@ -50,9 +52,8 @@ def test_make_index_verify_and_stats(tmp_path, kaldi, capsys):
 def test_problems_are_listed_and_end_with_2(tmp_path, kaldi, capsys):
     out = tmp_path / "out"
     shards("make", out, "--kaldi", kaldi)
-    about = json.loads((out / "index.json").read_text())
-    about["shards"][0]["sha256"] = "0" * 64
-    (out / "index.json").write_text(json.dumps(about))
+    shard = json.loads((out / "index.json").read_text())["shards"][0]
+    change_about(out, shards=[shard | {"sha256": "0" * 64}])
     capsys.readouterr()
     assert shards("verify", out, "--output", tmp_path / "problems.txt") == 2
     said = capsys.readouterr()
@@ -68,7 +69,7 @@ def test_a_long_list_of_problems_is_cut(tmp_path, capsys):
         (tmp_path / "a" / f"{i:02d}.txt").write_text("one")
     out = tmp_path / "out"
     shards("make", out, "--folder", tmp_path / "a")
-    (out / "index.bin").write_bytes((out / "index.bin").read_bytes()[:20] * 30)  # the same row again and again
+    write_rows(out, np.repeat(read_rows(out)[:1], 30))
     capsys.readouterr()
     assert shards("verify", out) == 2
     lines = capsys.readouterr().out.splitlines()
@@ -79,8 +80,8 @@ def test_a_long_list_of_problems_is_cut(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kaldi", "{kaldi}", "--table", "x"], "--table belongs to --folder, the source here is --kaldi: leave it out"),
-        (["--nemo", "x.json", "--allow-pipes"], "--allow-pipes belongs to --kaldi"),
+        (["--kaldi", "{kaldi}", "--table", "x"], "--table belongs to --folder, but the source is --kaldi"),
+        (["--nemo", "x.json", "--allow-pipes"], "--allow-pipes belongs to --cuts or --kaldi"),
         (["--nemo", "x.json"], "'x.json' does not exist"),
     ],
 )

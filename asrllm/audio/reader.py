@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -112,10 +113,18 @@ class Reader:
         return None
 
     def tar_sample(self, item: Item) -> TarSample:
-        """Its files, not decoded. Raises OSError, ValueError or tarfile.TarError."""
+        """Return the files of a sample, not decoded.
+
+        Raises:
+            OSError, ValueError, tarfile.TarError: the sample cannot be read, or its bytes are not
+                those that were indexed.
+        """
         row = self.corpora[item.corpus].index.rows[item.row]
         file = self._file(item.corpus, int(row["shard"]))
-        return read_sample(os.pread(file.fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK))
+        stretch = os.pread(file.fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK)
+        if zlib.crc32(stretch) != row["crc32"]:
+            raise ValueError("its bytes do not match the index, so the shard is corrupted")
+        return read_sample(stretch)
 
     def _file(self, corpus: int, shard: int) -> io.FileIO:
         """An open file; the one that was opened first is closed when there are too many."""

@@ -64,7 +64,13 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
         "--allow-pipes",
         action="store_true",
         default=None,
-        help="with --kaldi: run the commands (... |) of wav.scp",
+        help="run the shell commands that --kaldi's wav.scp (... |) or --cuts' recordings name",
+    )
+    options.add_argument(
+        "--allow-urls",
+        action="store_true",
+        default=None,
+        help="with --cuts: download recordings that are URLs",
     )
     options.add_argument(
         "--table",

@@ -62,10 +62,11 @@ def _options(arguments: argparse.Namespace, source: str) -> dict[str, Any]:
     """What the source takes beside its path; an option of another source is a mistake."""
     from asrllm.data.sources import SOURCES
 
-    for other, about in SOURCES.items():
-        for option in about.options:
-            if getattr(arguments, option) is not None and option not in SOURCES[source].options:
-                raise UserError(f"--{option.replace('_', '-')} belongs to --{other}, the source here is --{source}: leave it out")
+    all_options = {option for about in SOURCES.values() for option in about.options}
+    for option in sorted(all_options - set(SOURCES[source].options)):
+        if getattr(arguments, option) is not None:
+            takers = " or ".join(f"--{name}" for name, about in SOURCES.items() if option in about.options)
+            raise UserError(f"--{option.replace('_', '-')} belongs to {takers}, but the source is --{source}. Leave it out.")
     given = {option: getattr(arguments, option) for option in SOURCES[source].options}
     return {option: value for option, value in given.items() if value is not None}
 

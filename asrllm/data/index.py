@@ -1,10 +1,11 @@
-"""The index beside the shards: one row of 20 bytes an utterance, memory-mapped, and a record of every tar."""
+"""The index beside the shards: one row of 24 bytes an utterance, memory-mapped, and a record of every tar."""
 
 import hashlib
 import itertools
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -14,14 +15,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 import soundfile
 
-from asrllm.data.storage import RemoteFile, is_url, join_url, read_bytes, remote_sizes
+from asrllm.data.storage import (
+    RemoteFile,
+    check_scheme,
+    is_url,
+    join_url,
+    read_bytes,
+    remote_sizes,
+)
 from asrllm.errors import UserError
 from asrllm.text_files import read_json_object
 
 if TYPE_CHECKING:
     from asrllm.data.cache import ShardCache
 
-FORMAT = 2
+FORMAT = 3
 RATE = 16000  # Hz; every waveform reaches the model at this rate
 BLOCK = tarfile.BLOCKSIZE  # bytes; members of a tar begin at multiples of it
 ROW = np.dtype(
@@ -32,10 +40,12 @@ ROW = np.dtype(
         ("shard", "<u4"),  # position in Index.shards
         ("text_bytes", "<u2"),  # of the transcript in UTF-8
         ("text_chars", "<u2"),
+        ("crc32", "<u4"),  # of the sample's bytes in the shard, headers and padding included
     ]
 )
 AUDIO_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
 MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
+MAX_HEADER = 1 << 20  # bytes of an extended header of a tar, which holds a name
 TALLIED = ("corpus", "lang", "speaker")
 
 
@@ -92,7 +102,8 @@ def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
     try:
         index = _open_index(where, about, rows_file)
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"the index in {where!r} is damaged ({type(error).__name__}: {error}): make it again") from error
+        problem = f"the index in {where!r} is corrupted ({type(error).__name__}: {error})"
+        raise UserError(f"{problem}. Copy it again, or make a new one with 'asrllm shards index'.") from error
     _check_shards(index)
     return index
 
@@ -119,24 +130,51 @@ def _open_remote(url: str, cache: "ShardCache | None") -> tuple[dict[str, Any], 
 
 def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
     if about["format"] != FORMAT:
-        raise UserError(f"the index in {where!r} has the format {about['format']}, this version reads {FORMAT}: index the tars again")
+        problem = f"the index in {where!r} has the format {about['format']!r}, but this version reads {FORMAT}"
+        raise UserError(f"{problem}. Make a new one with 'asrllm shards index'.")
+    if about.get("sha256") != _about_sha256(about):
+        raise ValueError("index.json does not match its own sha256")
     count, shards = about["utterances"], about["shards"]
     if not count:
         raise UserError(f"the shards in {where!r} hold no utterance: see rejected.jsonl there for the reasons")
     if rows_file.stat().st_size != count * ROW.itemsize:
         raise ValueError(f"index.bin has {rows_file.stat().st_size} bytes for {count} utterances")
+    if not is_url(where) and file_sha256(rows_file) != about["rows_sha256"]:  # the cache has checked those of URLs
+        raise ValueError("index.bin does not match its sha256 in index.json")
     rows: np.ndarray = np.memmap(rows_file, ROW, "r", shape=(count,))
     starts = np.cumsum([0] + [shard["utterances"] for shard in shards])
     if starts[-1] != count:
         raise ValueError(f"its shards have {starts[-1]} utterances, it has {count}")
     return Index(
         rows=rows,
-        shards=[join_url(where, s["name"]) if is_url(where) or is_url(s["name"]) else os.path.join(where, s["name"]) for s in shards],
+        shards=[_shard_location(where, shard["name"]) for shard in shards],
         starts=starts,
         sizes=[shard["bytes"] for shard in shards],
         sha256=[shard["sha256"] for shard in shards],
         about={key: value for key, value in about.items() if key != "shards"},
     )
+
+
+def _about_sha256(about: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of an index.json, without the entry that holds it."""
+    content = {key: value for key, value in about.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_location(where: str, name: str) -> str:
+    """Return the path or URL of a shard that the index at `where` names.
+
+    An index may come from somebody else, so it names only files below its own directory, and URLs
+    that are not local files.
+    """
+    if is_url(name) and not name.lower().startswith("file:"):
+        check_scheme(name)
+        return name
+    if is_url(name) or os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(
+            f"the index in {where!r} names {name!r}, which is outside of its directory. Index the tars again with 'asrllm shards index'."
+        )
+    return join_url(where, name) if is_url(where) else os.path.join(where, name)
 
 
 def _check_shards(index: Index) -> None:
@@ -149,7 +187,9 @@ def _check_shards(index: Index) -> None:
         if has is None:
             raise UserError(f"the shard {name!r} is missing: restore it, or index the directory again")
         if has != size:
-            raise UserError(f"the shard {name!r} has {has} bytes, its index says {size}: index it again")
+            state = "is cut short" if has < size else "has changed"
+            problem = f"the shard {name!r} {state}: it has {has} bytes, but its index says {size}"
+            raise UserError(f"{problem}. Copy the shard again, or index it again if it was changed on purpose.")
 
 
 def _local_size(name: str) -> int | None:
@@ -178,6 +218,7 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
         "speakers": len(tallies["speaker"].keys() - {""}),
         "shards": [{"name": r.name, "bytes": r.size, "sha256": r.sha256, "utterances": len(r.rows)} for r in records],
     }
+    about["sha256"] = _about_sha256(about)
     (folder / "index.json").unlink(missing_ok=True)  # from here on there is no index, until there is a whole one
     partial = folder / "index.bin.partial"  # readers of an older index keep their file
     rows.tofile(partial)
@@ -245,18 +286,23 @@ def scan_shard(path: Path, *, name: str, skip: Collection[str] = ()) -> tuple[Sh
         rows.append(row)
         fields.append({tally: str(sample.fields.get(tally) or "") for tally in TALLIED})
     table = np.array(rows, ROW)
+    _add_checksums(path, table)
     seconds = (table["samples"] / RATE).tolist()
     tallies = [{tally: {value: [1, s]} for tally, value in f.items()} for f, s in zip(fields, seconds, strict=True)]
     record = ShardRecord(name=name, size=path.stat().st_size, sha256=file_sha256(path), rows=table, tallies=merge_tallies(tallies))
     return record, bad, list(keys)  # type: ignore[return-value]
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _add_checksums(path: Path, rows: np.ndarray) -> None:
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        for row in rows:
+            file.seek(int(row["offset"]) * BLOCK)
+            row["crc32"] = zlib.crc32(file.read(int(row["size"]) * BLOCK))
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
@@ -278,16 +324,53 @@ class Member(NamedTuple):
 
 
 def iterate_tar(file: BinaryIO) -> Iterator[TarSample | BadSample]:
-    """Samples of an open tar."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for _, members in itertools.groupby(_members(tar), key=lambda member: sample_key(member.name)):
-            yield _sample(list(members))
+    """Yield the samples of an open tar, whatever it holds in at most its own size of memory.
+
+    Raises:
+        tarfile.TarError: the tar is cut short or corrupted, or has a sparse file.
+    """
+    members = _members(file)
+    for _, group in itertools.groupby(members, key=lambda member: sample_key(member.name)):
+        yield _sample(list(group))
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[Member]:
-    for info in tar:
-        if info.isfile():
-            yield Member(info.name, info.offset, info.offset_data + info.size, tar.extractfile(info).read())  # type: ignore[union-attr]
+def _members(file: BinaryIO) -> Iterator[Member]:
+    """Yield the files of a tar; every size is compared with the tar's before it is allocated."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    end = 0
+    headers = _Headers(file)
+    try:
+        with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
+            for info in tar:
+                if info.issparse():
+                    raise tarfile.ReadError(f"{info.name!r} is a sparse file")
+                if not info.isfile():
+                    continue
+                if info.offset < end or info.size < 0 or info.offset_data + info.size > size:
+                    raise tarfile.ReadError(f"{info.name!r} is cut short, or its header is corrupted")
+                end = info.offset_data + info.size
+                file.seek(info.offset_data)
+                yield Member(info.name, info.offset, end, file.read(info.size))
+            file.seek(tar.offset)
+            if any(file.read(BLOCK)):  # tarfile takes a corrupted header for the end of the tar
+                raise tarfile.ReadError(f"the header at byte {tar.offset} is corrupted")
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        # what tarfile's parsers of extended headers happen to raise
+        raise tarfile.ReadError(f"a header is corrupted ({type(error).__name__}: {error})") from error
+
+
+class _Headers:
+    """A tar as `tarfile` sees it: it reads headers, and no header of more than MAX_HEADER bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header has {size} bytes")
+        return self.file.read(size)
 
 
 def read_sample(stretch: bytes) -> TarSample:
@@ -337,11 +420,13 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     extension = next((e for e in AUDIO_EXTENSIONS if e in files), None)
     if extension is None:
         return BadSample(key=key, reason="no_audio", detail=f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}")
+    if not key.isprintable():
+        return BadSample(key=key, reason="bad_key", detail=f"{key!r} has characters that cannot be printed")
     try:
         fields = json.loads(files["json"]) if "json" in files else {}
         if isinstance(fields, dict) and "text" not in fields and "txt" in files:
             fields["text"] = files["txt"].decode("utf-8").strip()
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         return BadSample(key=key, reason="no_transcript", detail=f"expected {key}.txt, or {key}.json with 'text'")
@@ -366,4 +451,4 @@ def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
         return BadSample(key=sample.key, reason="duration_mismatch", detail=f"its JSON says {stated} s, the audio has {duration:.3f} s")
     text = sample.fields["text"]
     lengths = (min(n, 65535) for n in (len(text.encode("utf-8")), len(text)))
-    return (sample.offset, sample.size, round(duration * RATE), 0, *lengths)
+    return (sample.offset, sample.size, round(duration * RATE), 0, *lengths, 0)

@@ -22,6 +22,7 @@ MAX_DELAY = 30.0  # seconds
 CHUNK = 8 * 2**20  # bytes of a file under way that are held in memory; on object stores this is one request
 SIZE_THREADS = 32
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "az", "hf", "file")
 CREDENTIALS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket",
     "gcs": "run 'gcloud auth application-default login' or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -59,26 +60,19 @@ def is_url(text: str) -> bool:
 
 
 def join_url(base: str, name: str) -> str:
-    """The URL of a file below the folder `base`; `..` in the name climbs, a name that is itself a URL is returned as it is.
+    """Return the URL of a file below a folder. A query of an http base (a token) stays at the end.
 
-    A query of an http base (a token) stays at the end. Raises UserError for a name that climbs out of the bucket.
+    Args:
+        base: the URL of the folder.
+        name: a relative path without `..`.
     """
-    if is_url(name):
-        return name
     scheme, _, rest = base.partition("://")
     query = ""
     if _extra(base) == "http":
         rest, mark, query = rest.partition("?")
         name, query = quote(name), mark + query
-    parts = rest.rstrip("/").split("/")
-    for part in name.split("/"):
-        if part == ".." and len(parts) == 1:
-            raise UserError(f"{name!r} lies outside of {shown(base)}: index the shards again where they are now")
-        if part == "..":
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return f"{scheme}://{'/'.join(parts)}{query}"
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return f"{scheme}://{'/'.join([rest.rstrip('/'), *parts])}{query}"
 
 
 def read_bytes(url: str) -> bytes:
@@ -125,10 +119,23 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return fs, path
 
 
+def check_scheme(url: str) -> None:
+    """Raise UserError unless the URL's scheme is one of SCHEMES.
+
+    A URL may come from an index or a manifest that somebody else wrote. fsspec knows schemes that
+    read other places than the one they name, run through another host, or unpack archives.
+    """
+    scheme = url.partition("://")[0].lower()
+    if scheme not in SCHEMES or "::" in url:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise UserError(f"{shown(url)}: the scheme {scheme!r} is not supported. Use one of {known}.")
+
+
 def import_driver(url: str) -> None:
-    """Raises UserError for an unknown protocol or a missing package."""
+    """Raise UserError for a scheme that is not supported, or a missing package."""
     import fsspec
 
+    check_scheme(url)
     scheme = url.partition("://")[0].lower()
     try:
         fsspec.get_filesystem_class(scheme)
@@ -136,8 +143,6 @@ def import_driver(url: str) -> None:
         extra = _extra(url)
         install = f"pip install 'asrllm[{extra}]'" if extra else str(error)
         raise UserError(f"{shown(url)} cannot be read without another package ({error.__cause__ or error}): {install}") from error
-    except ValueError as error:
-        raise UserError(f"{shown(url)} has the unknown protocol {scheme!r}: use s3://, gs://, https:// or another of fsspec's") from error
 
 
 def _extra(url: str) -> str | None:

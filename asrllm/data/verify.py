@@ -3,6 +3,7 @@
 import os
 import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def index_tars(
     What cannot be used is left out of the index and has a row in `rejected.jsonl` there. advance: told of tars. Raises UserError where a
     tar is missing or broken, or where nothing could be used.
     """
+    tars = [tar.removeprefix("file://") for tar in tars]
     tars = sorted(dict.fromkeys(tar if is_url(tar) else os.path.abspath(tar) for tar in tars))
     folder = _index_folder(tars, output)
     records, rejected = _scan_all(tars, folder, workers, advance)
@@ -55,6 +57,8 @@ def index_tars(
         raise UserError(f"the tars hold no utterance that could be used: {said}{example}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for tar, record in zip(tars, records, strict=True):
+            _link(tar, folder / record.name)
         if reasons:
             lines = [rejected_line(s.key, s.reason, f"{r.name}: {s.detail}") for r, bad in zip(records, rejected, strict=True) for s in bad]
             (folder / "rejected.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
@@ -75,6 +79,39 @@ def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:
     return Path(os.path.abspath(output)) if output is not None else folders.pop()
 
 
+def _names(tars: Sequence[str], folder: Path) -> list[str]:
+    """Return the names of tars in an index: below its folder, or URLs.
+
+    Tars that are elsewhere get the name of a link, which `_link` makes.
+    """
+    elsewhere = [tar for tar in tars if not is_url(tar) and not Path(tar).is_relative_to(folder)]
+    common = os.path.commonpath([os.path.dirname(tar) for tar in elsewhere]) if elsewhere else ""
+    names = []
+    for tar in tars:
+        if is_url(tar):
+            names.append(tar)
+        else:
+            names.append(os.path.relpath(tar, common if tar in elsewhere else folder))
+    return names
+
+
+def _link(tar: str, place: Path) -> None:
+    """Make `place` a symbolic link to a local tar, unless it is the tar.
+
+    Raises:
+        UserError: another file is there.
+    """
+    if is_url(tar) or os.path.abspath(place) == tar:
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_symlink() and os.path.realpath(place) == os.path.realpath(tar):
+        return
+    try:
+        place.symlink_to(tar)
+    except FileExistsError as error:
+        raise UserError(f"{str(place)!r} exists, but the index needs a link to {tar!r} there. Give --output another directory.") from error
+
+
 @dataclass(frozen=True)
 class _Tar:
     """One to scan. name: in the index; cache: for URLs; repeated: which of its usable samples stand in an earlier tar."""
@@ -88,7 +125,7 @@ class _Tar:
 def _scan_all(tars: Sequence[str], folder: Path, workers: int, advance: Advance) -> tuple[list[ShardRecord], list[list[BadSample]]]:
     """The record of each tar, and what is left out of it; of a key in several tars the first one stays."""
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
-        jobs = [_Tar(tar, Path(tar).name if Path(tar).parent == folder else tar, Path(cache)) for tar in tars]
+        jobs = [_Tar(tar, name, Path(cache)) for tar, name in zip(tars, _names(tars, folder), strict=True)]
         found = dict(run_parallel(_scan, jobs, workers, advance))
         seen = SeenKeys()
         repeated = [tuple(np.flatnonzero(seen.add(found[i][2])).tolist()) for i in range(len(tars))]
@@ -217,6 +254,8 @@ def _check_sample(data: bytes, row: np.void) -> tuple[str, str, str]:
     (sample,) = samples
     if isinstance(sample, BadSample):
         return sample.key, sample.reason, sample.detail
+    if zlib.crc32(data) != row["crc32"]:
+        return sample.key, "changed", "its bytes do not match the checksum in the index"
     text = sample.fields["text"]
     if not text.strip():
         return sample.key, "empty_text", "the transcript is empty"

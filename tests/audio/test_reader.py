@@ -12,6 +12,7 @@ from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
+from tests.data.damage import accept_bytes
 
 
 def make_reader(folder, sentences, rate=16000):
@@ -50,6 +51,10 @@ def test_damaged_audio_is_named_by_its_key(tmp_path):
     begin = (int(row["offset"]) + 1) * 512
     data[begin : begin + 512] = bytes(512)
     shard.write_bytes(data)
+    with pytest.raises(SampleError, match=r"^utterance 1 of .*shard-000000\.tar: its bytes do not match the index"):
+        reader.read(Item(corpus=0, row=1))
+    accept_bytes(tmp_path / "s")
+    reader = Reader([replace(reader.corpora[0], index=open_index(tmp_path / "s"))])
     with pytest.raises(SampleError, match=r"^utt0001 in .*shard-000000\.tar: Format not recognised\.$"):
         reader.read(Item(corpus=0, row=1))
 

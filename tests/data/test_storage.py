@@ -80,9 +80,7 @@ def test_what_a_url_is(text, expected):
     [
         ("s3://b/dir", "x.tar", "s3://b/dir/x.tar"),
         ("s3://b/dir/", "./sub/x.tar", "s3://b/dir/sub/x.tar"),
-        ("s3://b/dir", "../x.tar", "s3://b/x.tar"),
         ("s3://b", "x.tar", "s3://b/x.tar"),
-        ("s3://b/dir", "gs://c/x.tar", "gs://c/x.tar"),
         ("s3://b/dir", "a b#1.tar", "s3://b/dir/a b#1.tar"),
         ("https://h/dir", "a b#1.tar", "https://h/dir/a%20b%231.tar"),
         ("https://h/dir?token=1/2", "x.tar", "https://h/dir/x.tar?token=1/2"),
@@ -91,11 +89,6 @@ def test_what_a_url_is(text, expected):
 )
 def test_joined_urls(base, name, expected):
     assert join_url(base, name) == expected
-
-
-def test_a_name_outside_of_the_bucket_is_one_sentence():
-    with pytest.raises(UserError, match=r"'\.\./\.\./x\.tar' lies outside of s3://b/dir"):
-        join_url("s3://b/dir", "../../x.tar")
 
 
 @pytest.mark.slow
@@ -116,9 +109,7 @@ def test_nothing_needs_to_be_known_of_a_file(server, cache):
     assert cache.fetch(RemoteFile(url=file.url)).read_bytes() == data
 
 
-def test_an_empty_file_and_any_protocol_of_fsspec(cache, tmp_path):
-    fsspec.filesystem("memory").pipe("/storage/a.tar", b"content")
-    assert cache.fetch(RemoteFile(url="memory://storage/a.tar", size=7)).read_bytes() == b"content"
+def test_an_empty_local_file_is_fetched(cache, tmp_path):
     (tmp_path / "b.tar").touch()
     assert cache.fetch(RemoteFile(url=f"file://{tmp_path}/b.tar", size=0)).read_bytes() == b""
 
@@ -250,9 +241,10 @@ def test_secrets_stay_out_of_messages_and_names(web, cache):
     assert cache.fetch(RemoteFile(url=url)).name.endswith("-x.tar")
 
 
-def test_an_unknown_protocol_is_one_sentence(cache):
-    with pytest.raises(UserError, match=r"nope://x/y\.tar has the unknown protocol 'nope': use s3://"):
-        cache.fetch(RemoteFile(url="nope://x/y.tar"))
+@pytest.mark.parametrize("url", ["nope://x/y.tar", "memory://x/y.tar", "zip://y.tar::s3://b/x.zip", "simplecache::s3://b/x.tar"])
+def test_schemes_that_are_not_on_the_list_are_refused(cache, url):
+    with pytest.raises(UserError, match=r"Use one of s3://"):
+        cache.fetch(RemoteFile(url=url))
 
 
 def test_a_missing_driver_is_one_sentence():
@@ -522,7 +514,7 @@ def test_a_fork_leaves_the_connections_of_the_parent_open(web, tmp_path):
 def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=f"'{tmp_path}/cache' cannot be written .*data.cache.dir"):
-        make_cache(tmp_path).fetch(RemoteFile(url="memory://storage/a.tar"))
+        make_cache(tmp_path).fetch(RemoteFile(url="file:///storage/a.tar"))
 
 
 @pytest.mark.slow

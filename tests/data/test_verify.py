@@ -1,17 +1,22 @@
 import io
 import json
+import os
+import re
 import tarfile
+import tracemalloc
+from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, RATE, ROW, open_index
+from asrllm.data.index import BLOCK, RATE, open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
 from asrllm.data.verify import index_tars, verify_shards
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
+from tests.data.damage import change_about, read_rows, write_rows
+from tests.data.object_store import web_server
 
 
 def wav(seconds=0.25, rate=8000):
@@ -76,15 +81,29 @@ def test_tars_of_several_directories_need_a_place_for_their_index(tmp_path):
         index_tars(tars)
     index_tars(tars, tmp_path / "deep" / "index")
     index = open_index(tmp_path / "deep" / "index")
-    assert index.shards == tars
+    assert index.shards == [str(tmp_path / "deep" / "index" / name / "x.tar") for name in "ab"]
+    assert [os.path.realpath(shard) for shard in index.shards] == tars  # links, so that an index names nothing outside of its directory
     assert verify_shards(index) == []
-    index_tars(tars, tmp_path / "a")
-    assert [shard["name"] for shard in json.loads((tmp_path / "a" / "index.json").read_text())["shards"]] == ["x.tar", tars[1]]
+    index_tars(tars, tmp_path / "deep" / "index")
+    with pytest.raises(UserError, match="Give --output another directory"):
+        index_tars(tars, tmp_path / "a")
+    os.rename(tmp_path / "b" / "x.tar", tmp_path / "b" / "y.tar")
+    index_tars([tars[0], str(tmp_path / "b" / "y.tar")], tmp_path / "a")
+    assert [shard["name"] for shard in json.loads((tmp_path / "a" / "index.json").read_text())["shards"]] == ["x.tar", "y.tar"]
 
 
 def test_tars_at_urls_are_indexed_and_verified(tmp_path):
-    (tmp_path / "far").mkdir()
-    urls = [f"file://{write_tar(tmp_path / 'far' / f'{name}.tar', sample(name))}" for name in "ab"]
+    tars = [Path(write_tar(tmp_path / f"{name}.tar", sample(name))) for name in "ab"]
+    with web_server() as web:
+        _index_at_urls([web.put(f"/far/{tar.name}", tar.read_bytes()) for tar in tars], tmp_path)
+
+
+def test_local_tars_given_as_urls_are_indexed_as_files(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", sample("a"))
+    assert index_tars([f"file://{tar}"]).index.shards == [tar]
+
+
+def _index_at_urls(urls, tmp_path):
     with pytest.raises(UserError, match="at URLs: say with --output"):
         index_tars(urls)
     index_tars(urls, tmp_path / "near")
@@ -156,23 +175,23 @@ def test_a_changed_byte_that_still_decodes_is_found(shards):
 
 
 def test_rows_that_disagree_with_their_samples_are_found(shards):
-    rows = np.fromfile(shards / "index.bin", ROW)
+    rows = read_rows(shards)
     rows["samples"][0] += RATE
     rows["text_bytes"][1] += 1
     rows["offset"][2] += 1
     rows["size"][3] += rows["size"][4]  # two samples in one
     rows["offset"][4] = rows["offset"][3]
     rows["size"][4] = rows["size"][3] // 2
-    rows.tofile(shards / "index.bin")
+    write_rows(shards, rows)
     found = problems(shards)
     assert found[:3] == [("utt0000", "duration_mismatch"), ("utt0001", "changed_text"), ("row 2", "unreadable_tar")]
     assert found[3] == ("row 0", "unreadable_tar")
 
 
 def test_repeated_keys_are_found(shards):
-    rows = np.fromfile(shards / "index.bin", ROW)
+    rows = read_rows(shards)
     rows[1] = rows[0]
-    rows.tofile(shards / "index.bin")
+    write_rows(shards, rows)
     assert problems(shards) == [("utt0000", "duplicate_key")]
 
 
@@ -185,3 +204,106 @@ def test_several_processes_find_the_same(tmp_path, shards):
     for workers in (1, 2):
         index_tars(tars, tmp_path / f"i{workers}", workers=workers)
     assert (tmp_path / "i1" / "index.bin").read_bytes() == (tmp_path / "i2" / "index.bin").read_bytes()
+
+
+# --- tars and indexes that somebody made to do harm ---
+
+
+def write_headers(path, *records):
+    """records: (header, content); the content need not be as long as the header says."""
+    with open(path, "wb") as file:
+        for info, content in records:
+            file.write(info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % BLOCK))
+        file.write(bytes(2 * BLOCK))
+    return str(path)
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info
+
+
+def sparse_tar(path, size):
+    """One file of `size` bytes, of which none are stored, as GNU tar writes it."""
+    info = header("a.wav", 0, tarfile.GNUTYPE_SPARSE)
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[386:398] = b"%011o\0" % size  # begins at the end
+    block[398:410] = b"%011o\0" % 0
+    block[483:495] = b"%011o\0" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    path.write_bytes(bytes(block) + bytes(2 * BLOCK))
+    return str(path)
+
+
+HOSTILE_TARS = {
+    "sparse": lambda path: sparse_tar(path, 4 << 30),
+    "pax sparse": lambda path: write_headers(
+        path, (header("x", 44, tarfile.XHDTYPE), b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"), (header("a.wav", 512), b"1\n0\n")
+    ),
+    "larger than the file": lambda path: write_headers(path, (header("a.wav", 1 << 40), b"x")),
+    "a long name of a gigabyte": lambda path: write_headers(path, (header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), b"x")),
+    "negative": lambda path: write_headers(path, (header("a.wav", -1024), b"")),
+    "a negative extended header": lambda path: write_headers(path, (header("x", -512, tarfile.XHDTYPE), b"")),
+    "extended headers without end": lambda path: write_headers(path, *[(header("x", 12, tarfile.XHDTYPE), b"12 path=abc\n")] * 5000),
+    "a length that is no number": lambda path: write_headers(
+        path, (header("x", 12, tarfile.XHDTYPE), b"99999 size=\xff"), (header("a.wav", 0), b"")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TARS)
+def test_hostile_tars_are_refused_in_little_memory(tmp_path, kind):
+    tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError):
+            index_tars([tar])
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_a_corrupted_header_in_the_middle_is_not_the_end(tmp_path):
+    tar = Path(write_tar(tmp_path / "x.tar", sample("a") | sample("b") | sample("c")))
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"b.wav")] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match="corrupted"):
+        index_tars([str(tar)])
+
+
+def test_deeply_nested_json_and_unprintable_keys_are_rejected(tmp_path):
+    deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    members = {"a.wav": wav(), "a.json": deep} | sample("b\x1b[2J") | sample("c\nd") | sample("e")
+    summary = index_tars([write_tar(tmp_path / "x.tar", members)])
+    assert summary.rejected == {"broken_transcript": 1, "bad_key": 2}
+    assert "\x1b" not in (tmp_path / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "file:///etc/passwd", "a/../../x.tar", "nope://x/x.tar"])
+def test_an_index_names_nothing_outside_of_its_directory(tmp_path, name):
+    index_tars([write_tar(tmp_path / "x.tar", sample("a"))])
+    (shard,) = json.loads((tmp_path / "index.json").read_text())["shards"]
+    change_about(tmp_path, shards=[shard | {"name": name}])
+    with pytest.raises(UserError, match=re.escape(name)):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["index.bin", "index.json"])
+def test_every_flipped_bit_of_an_index_is_found(shards, file):
+    original = open_index(shards)
+    content = (shards / file).read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        (shards / file).write_bytes(changed)
+        try:
+            found = open_index(shards)
+        except UserError:
+            continue
+        # A changed space between two entries of the JSON changes nothing.
+        assert file == "index.json"
+        assert (found.about, found.shards) == (original.about, original.shards), place

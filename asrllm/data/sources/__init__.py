@@ -41,7 +41,13 @@ class Source:
 
 # the name is the option of `asrllm shards make`
 SOURCES = {
-    "cuts": Source(read=read_cuts, count=count_cuts, metavar="FILE", help="Lhotse cuts: jsonl or jsonl.gz"),
+    "cuts": Source(
+        read=read_cuts,
+        count=count_cuts,
+        metavar="FILE",
+        help="Lhotse cuts: jsonl or jsonl.gz",
+        options=("allow_pipes", "allow_urls"),
+    ),
     "kaldi": Source(
         read=read_kaldi,
         count=count_kaldi,

@@ -167,11 +167,16 @@ class _Pipe:
     command: str
 
     def __call__(self) -> BinaryIO:
-        return io.BytesIO(_output(self.command))
+        return io.BytesIO(run_command(self.command))
 
 
 @functools.lru_cache(maxsize=1)  # the segments of one recording follow each other
-def _output(command: str) -> bytes:
+def run_command(command: str) -> bytes:
+    """Return what a shell command writes to its standard output.
+
+    Raises:
+        RejectedError: the command fails, or runs for longer than PIPE_TIMEOUT.
+    """
     process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     with process:
         try:
