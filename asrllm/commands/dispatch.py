@@ -14,6 +14,7 @@ import asrllm
 from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
 from asrllm.commands.parsers import VERBS
 from asrllm.errors import UserError
+from asrllm.escape import EscapingFormatter, escape
 from asrllm.training.launchers import adopt_launcher
 from asrllm.writing import MENDED, Terminated, sigterm_raises
 
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         # FutureWarnings concern developers, not users
         warnings.simplefilter("ignore", FutureWarning)
         level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
-        logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
+        logging.basicConfig(level=level, handlers=[handler])
         run = load_verb(arguments.verb)
         cleaning = sigterm_raises() if verb in WRITE_MUCH else contextlib.nullcontext()
         with RaiseOnInterrupt(), cleaning:
@@ -100,7 +103,7 @@ def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
 def report(verb: str, message: str) -> None:
     """Print a message to standard error, which may be gone."""
     with contextlib.suppress(OSError):
-        print(f"asrllm {verb}: {message}", file=sys.stderr, flush=True)
+        print(escape(f"asrllm {verb}: {message}", keep="\n"), file=sys.stderr, flush=True)
 
 
 def is_first_to_report() -> bool:

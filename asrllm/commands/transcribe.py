@@ -13,6 +13,7 @@ from asrllm.audio.stream import AudioFile, find_audio, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.data.index import RATE
 from asrllm.errors import UserError, nearest
+from asrllm.escape import escape
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.prompt import of_language, prompt_to_ask
 from asrllm.evaluation.subtitles import FORMATS, as_json
@@ -145,7 +146,8 @@ def write(transcript: FileTranscript, formats: Sequence[str], arguments: argpars
     if several and formats[0] == "json":
         text = as_json(transcript, arguments.language, indent=None)
     elif several:
-        text = f"{transcript.audio}\t{' '.join(transcript.text.split())}\n"  # a row, whatever the LLM says
+        # a row, whatever the LLM and the file's name hold
+        text = f"{escape(transcript.audio)}\t{escape(' '.join(transcript.text.split()))}\n"
     else:
         text = FORMATS[formats[0]](transcript, arguments.language)
     print(text, end="", flush=True)

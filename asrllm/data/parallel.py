@@ -106,7 +106,7 @@ class _Crew:
 
     def end(self) -> None:
         for process in self.processes.values():
-            process.terminate()
+            process.kill()  # a handler of SIGTERM, such as coverage's, may wait for ever
         for pipe, process in self.processes.items():
             process.join()
             pipe.close()

@@ -13,6 +13,7 @@ import numpy as np
 
 from asrllm.data.index import RATE, Index
 from asrllm.errors import UserError
+from asrllm.escape import escape
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BINS = 20
@@ -103,7 +104,7 @@ def as_json(statistics: Statistics) -> str:
 
 def as_text(statistics: Statistics, width: int = 80) -> str:
     """Tables and bars for a terminal of `width` columns."""
-    blocks = [f"{statistics.name}: {_totals(statistics)}"]
+    blocks = [escape(f"{statistics.name}: {_totals(statistics)}")]
     blocks += [_columns(rows) for _, rows in _tables(statistics)]
     blocks += [f"{DRAWN[measure]}\n{_bars(h, width)}" for measure, h in statistics.histograms.items()]
     return "\n\n".join(blocks)
@@ -122,7 +123,7 @@ def _tables(statistics: Statistics) -> list[tuple[str, list[list[str]]]]:
     tables = [("percentiles", percents)]
     for title, groups in (("corpus", statistics.corpora), ("language", statistics.languages)):
         if groups.keys() - {""}:
-            rows = [[name or "(none)", f"{g['utterances']:.0f}", f"{g['hours']:.2f}"] for name, g in groups.items()]
+            rows = [[escape(name) or "(none)", f"{g['utterances']:.0f}", f"{g['hours']:.2f}"] for name, g in groups.items()]
             tables.append((title, [[title, "utterances", "hours"], *rows]))
     return tables
 

@@ -31,6 +31,7 @@ from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
 from asrllm.data.storage import RemoteFile, is_url
 from asrllm.errors import UserError
+from asrllm.escape import escape
 
 UNBOUNDED = 1 << 62  # bytes; each process holds one tar, and removes it
 
@@ -173,7 +174,8 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.key}: {self.reason}: {self.detail}" if self.key else f"{self.shard}: {self.reason}: {self.detail}"
+        parts = (self.shard, self.key, self.reason, self.detail)
+        return escape(": ".join(part for part in parts if part))
 
 
 @dataclass(frozen=True)

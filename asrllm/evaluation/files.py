@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asrllm.escape import escape
 from asrllm.evaluation.score import NOTHING, UNITS, Transcript
 from asrllm.evaluation.summary import Pairs, Scored
 from asrllm.writing import write_whole
@@ -41,7 +42,8 @@ def write_summary(folder: Path, suffix: str, results: dict[str, dict[str, Any]])
 def recogs_text(scored: Scored) -> str:
     units, lines = UNITS[scored.metric], []
     for t in scored.transcripts:
-        lines += [f"{t.key}:\tref={units(t.reference)}", f"{t.key}:\thyp={units(t.hypothesis)}"]
+        key = escape(t.key)
+        lines += [f"{key}:\tref={units(t.reference)}", f"{key}:\thyp={units(t.hypothesis)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -58,15 +60,16 @@ def errs_text(scored: Scored) -> str:
         "PER-UTT DETAILS: corr or (ref->hyp)",
     ]
     for t, pairs in zip(scored.transcripts, scored.pairs, strict=True):
-        lines.append(f"{t.key}:\t" + " ".join(r if r == h else f"({_shown(r)}->{_shown(h)})" for r, h in pairs))
+        aligned = " ".join(escape(r) if r == h else f"({_shown(r)}->{_shown(h)})" for r, h in pairs)
+        lines.append(f"{escape(t.key)}:\t{aligned}")
     heads = {"SUBSTITUTIONS": "count ref -> hyp", "DELETIONS": "count ref", "INSERTIONS": "count hyp"}
     for kind, counter in most_wrong(scored.pairs).items():
-        lines += ["", f"{kind}: {heads[kind]}", *(f"{n}   {what}" for what, n in counter.most_common())]
+        lines += ["", f"{kind}: {heads[kind]}", *(f"{n}   {escape(what)}" for what, n in counter.most_common())]
     return "\n".join(lines) + "\n"
 
 
 def _shown(unit: str) -> str:
-    return unit if unit != NOTHING else SHOWN_FOR_NOTHING
+    return escape(unit) if unit != NOTHING else SHOWN_FOR_NOTHING
 
 
 def most_wrong(aligned: Sequence[Pairs]) -> dict[str, collections.Counter[str]]:

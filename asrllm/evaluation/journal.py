@@ -1,15 +1,21 @@
-"""What has been decoded of a test set so far, so that a killed evaluation goes on where it stopped."""
+"""What has been decoded of a test set so far, so that a killed evaluation resumes where it stopped.
 
-import contextlib
-import hashlib
+Each line holds a CRC-32 and one utterance as JSON. The checksum covers the line and everything that
+the texts depend on, so that a corrupted line, or one of another evaluation, is decoded again.
+"""
+
 import json
+import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from asrllm.training import distributed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +40,8 @@ class Journal:
 
     def __init__(self, folder: Path, name: str, of: Any) -> None:
         self.folder, self.name = folder, name
-        self.head = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.file: TextIO | None = None
+        self.start = zlib.crc32(json.dumps(of, sort_keys=True, default=str).encode())
+        self.file: BinaryIO | None = None
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob(f".decoding-{self.name}.rank*.jsonl"))
@@ -46,32 +52,42 @@ class Journal:
         if distributed.rank() == 0:
             for path in self.files():
                 said = self._read_file(path)
-                if said is None:
+                if not said:
                     path.unlink()
-                found += said or []
+                found += said
         return distributed.gather_objects(found)[0]
 
-    def _read_file(self, path: Path) -> list[Said] | None:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # not splitlines(): texts may hold U+2028
-        if not lines or lines[0] != self.head:
-            return None
+    def _read_file(self, path: Path) -> list[Said]:
         found = []
-        for line in lines[1:]:
-            with contextlib.suppress(ValueError, TypeError):  # the line that was being written, perhaps cut within a character
-                found.append(Said(**json.loads(line)))
+        corrupted = 0
+        lines = path.read_bytes().split(b"\n")
+        for line in lines:
+            checksum, _, content = line.partition(b" ")
+            if checksum == self._checksum(content):
+                found.append(Said(**json.loads(content)))
+            elif line and line is not lines[-1]:  # the last one was being written
+                corrupted += 1
+        if found and corrupted:
+            logger.warning("%s: %d lines are corrupted and are decoded again", path, corrupted)
         return found
+
+    def _checksum(self, content: bytes) -> bytes:
+        return b"%08x" % zlib.crc32(content, self.start)
 
     def __enter__(self) -> "Journal":
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f".decoding-{self.name}.rank{distributed.rank()}.jsonl"
         is_new = not path.exists()
-        self.file = path.open("a", encoding="utf-8")
-        self.file.write(f"{self.head}\n" if is_new else "\n")  # behind a line that was being written
+        self.file = path.open("ab")
+        if not is_new:
+            self.file.write(b"\n")  # behind a line that was being written
         return self
 
     def write(self, said: Sequence[Said]) -> None:
         assert self.file is not None
-        self.file.writelines(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in said)
+        for each in said:
+            content = json.dumps(asdict(each)).encode()
+            self.file.write(self._checksum(content) + b" " + content + b"\n")
         self.file.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from asrllm.defaults import TRANSCRIPT_FORMATS
+from asrllm.escape import escape
 from asrllm.evaluation.score import UNSPACED
 from asrllm.evaluation.transcription import FileTranscript, Spoken
 
@@ -21,7 +22,7 @@ Cue = tuple[int, int, list[str]]  # begin and end in milliseconds, lines
 
 
 def as_txt(transcript: FileTranscript, language: str | None) -> str:
-    return transcript.text + "\n"
+    return escape(transcript.text, keep="\n") + "\n"
 
 
 def as_json(transcript: FileTranscript, language: str | None, indent: int | None = 2) -> str:
@@ -40,14 +41,14 @@ def as_srt(transcript: FileTranscript, language: str | None) -> str:
 
 
 def as_vtt(transcript: FileTranscript, language: str | None) -> str:
-    return "WEBVTT\n\n" + "".join(numbered(transcript, ".", escape=True))
+    return "WEBVTT\n\n" + "".join(numbered(transcript, ".", as_html=True))
 
 
-def numbered(transcript: FileTranscript, point: str, *, escape: bool = False) -> Iterator[str]:
+def numbered(transcript: FileTranscript, point: str, *, as_html: bool = False) -> Iterator[str]:
     """The cues as both forms write them. point: before the milliseconds."""
     for number, (begin, end, lines) in enumerate(itertools.chain.from_iterable(map(cues_of, transcript.segments)), 1):
-        text = "\n".join(lines)
-        text = html.escape(text, quote=False) if escape else text
+        text = "\n".join(map(escape, lines))
+        text = html.escape(text, quote=False) if as_html else text
         yield f"{number}\n{clock(begin, point)} --> {clock(end, point)}\n{text}\n\n"
 
 

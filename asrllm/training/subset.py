@@ -10,6 +10,7 @@ from asrllm.collator.batch import Collator
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
 from asrllm.data.plan import Item
+from asrllm.escape import escape
 
 TOGETHER = 8  # utterances in a batch
 SILENCE = ""  # the key of what fills up a batch
@@ -40,6 +41,6 @@ class Subset:
             try:
                 return self.reader.read(Item(corpus=0, row=row))
             except SampleError as error:
-                print(f"unreadable: {error}", file=sys.stderr, flush=True)
+                print(escape(f"unreadable: {error}"), file=sys.stderr, flush=True)
         fewest, most = self.reader.limits
         return Sample(key=SILENCE, wave=np.zeros(min(max(RATE, fewest), most), np.float32), text="")

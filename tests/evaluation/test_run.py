@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,8 +198,9 @@ def test_the_speed_is_of_the_rank_that_took_longest(world, exp, model, monkeypat
     decoded = run._decode(engine, run.corpora[0], journal)
     rows = journal.read()
     path = run.folder / ".decoding-train.rank0.jsonl"
-    said = [asdict(each) | {"took": 1.0, "rank": int(i == 0)} for i, each in enumerate(rows)]
-    path.write_text("\n".join([journal.head, *map(json.dumps, said)]) + "\n")
+    path.unlink()
+    with journal:
+        journal.write([replace(each, took=1.0, rank=int(i == 0)) for i, each in enumerate(rows)])
     again = run._decode(engine, run.corpora[0], journal)
     assert again.rtfx == pytest.approx(sum(t.duration for t in decoded.transcripts) / (len(rows) - 1))
     journal.remove()
@@ -212,6 +213,26 @@ def test_a_text_with_a_line_separator_is_decoded_once(world, exp, tmp_path):
     with journal:
         journal.write([Said(**said)])
     assert [asdict(each) for each in journal.read()] == [said]
+
+
+def test_a_corrupted_line_of_a_journal_costs_that_line_only(tmp_path):
+    said = Said(
+        key="k", reference="a", hypothesis="b", end="stop", duration=1.0, speaker="", recording="", corpus="", took=1.0, rank=0, row=0
+    )
+    journal = Journal(tmp_path, "s", of=1)
+    with journal:
+        journal.write([replace(said, row=row) for row in range(5)])
+    (path,) = journal.files()
+    content = path.read_bytes()
+    length = len(content) // 5
+    for place in range(2 * length, 3 * length):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        rows = [each.row for each in journal.read()]
+        assert set(rows) >= {0, 1, 4}, place  # a changed line break joins two lines
+        assert 2 not in rows or place == 3 * length - 1, place
+    assert Journal(tmp_path, "s", of=2).read() == []
 
 
 def test_whisper_says_what_transformers_makes_it_say(exp, model):
@@ -331,9 +352,9 @@ def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
     with started(tmp_path / "logs", command, command) as ranks:  # at its end both are killed
         deadline, written = time.monotonic() + 120, 0
         while written < 5 and time.monotonic() < deadline and ranks[0].poll() is None:
-            written = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
+            written = sum(len(path.read_text().splitlines()) for path in folder.glob(".decoding-*"))
             time.sleep(0.01)  # waits for a condition, bounded
-    kept = sum(len(path.read_text().splitlines()) - 1 for path in folder.glob(".decoding-*"))
+    kept = sum(len(path.read_text().splitlines()) for path in folder.glob(".decoding-*"))
     assert 5 <= kept < 60
     done = assert_done(run_script("evaluate", *arguments, launcher="ranks"))
     assert f"decoding train: {(60 - kept + 1) // 2}/{(60 - kept + 1) // 2}" in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
+from asrllm.escape import escape
 from asrllm.training import distributed
 from asrllm.training.hooks.decoding import Decoded
 from asrllm.training.hooks.meters import Meter
@@ -38,7 +39,7 @@ class Metrics(Hook):
             meter.after_step(trainer, loaded, sums)
         for batch in loaded.micro_batches:
             for message in batch.bad:
-                print(f"unreadable: {message}", file=sys.stderr, flush=True)
+                print(escape(f"unreadable: {message}"), file=sys.stderr, flush=True)
                 self.unreadable.append(message)
         if trainer.step % self.every and not trainer.ending:
             return

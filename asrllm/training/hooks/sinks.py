@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asrllm.escape import escape
 from asrllm.progress import ProgressBar
 from asrllm.training.config import WandbConfig
 from asrllm.training.hooks.decoding import Decoded
@@ -92,7 +93,8 @@ class TensorBoardSink(Sink):
 
     def write_samples(self, step: int, samples: Sequence[Decoded]) -> None:
         for corpus in dict.fromkeys(sample.corpus for sample in samples):
-            rows = [f"| {s.key} | {s.reference} | {s.hypothesis} | {s.errors} |" for s in samples if s.corpus == corpus]
+            shown = [s for s in samples if s.corpus == corpus]
+            rows = [escape(f"| {s.key} | {s.reference} | {s.hypothesis} | {s.errors} |") for s in shown]
             table = "\n".join(["| key | reference | hypothesis | errors |", "| --- | --- | --- | --- |", *rows])
             self.writer.add_text(f"samples/{corpus}", table, step)
         self.writer.flush()
