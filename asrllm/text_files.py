@@ -7,6 +7,18 @@ from typing import Any
 from asrllm.errors import UserError
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_text(path: str | Path, what: str) -> str:
     """Return the content of a UTF-8 text file.
 
@@ -32,6 +44,8 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
     try:
         return yaml.safe_load(read_text(path, what))
+    except RecursionError as error:
+        raise UserError(f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -39,8 +53,8 @@ def read_yaml(path: str | Path, what: str) -> Any:
 def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
     """Return the object that a JSON file holds. Arguments and errors are those of `read_text`."""
     try:
-        content = json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
+        content = parse_json(read_text(path, what))
+    except ValueError as error:
         raise UserError(f"{what} {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {str(path)!r} must be a JSON object")

@@ -1,6 +1,5 @@
 """Audio files of any length and format, in blocks at 16 kHz; what is wrong with one is a sentence."""
 
-import json
 import mmap
 import os
 import re
@@ -18,6 +17,7 @@ import soxr
 
 from asrllm.data.index import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
+from asrllm.text_files import parse_json
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")  # that soundfile reads, the best known
@@ -127,7 +127,7 @@ def open_by_ffmpeg(path: str, error: str) -> AudioFile:
         )
     fields = ("-select_streams", "a:0", "-show_entries", "stream=codec_name,duration:format=format_name,nb_streams,duration", "-of", "json")
     said = subprocess.run(["ffprobe", "-v", "error", *fields, f"file:{path}"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    found = json.loads(said.stdout or b"{}")
+    found = parse_json(said.stdout or b"{}")
     if said.returncode or not found.get("streams"):
         raise UserError(f"the audio file {path!r} cannot be read ({error}), and ffmpeg finds no audio in it: give an audio file")
     return AudioFile(path=path, seconds=_promised(found["streams"][0], found.get("format", {})), decoder="ffmpeg")

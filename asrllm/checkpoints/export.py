@@ -15,7 +15,7 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.files import merged_names, weight_source, write_generation_config
 from asrllm.models.model import PARTS, AsrLlmModel
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
-from asrllm.text_files import read_yaml
+from asrllm.text_files import parse_json, read_yaml
 from asrllm.writing import new_folder
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def error_rates(exp_dir: Path, weights: str) -> list[str]:
     rows = []
     for path in sorted(exp_dir.glob("*/results.json")):
         try:
-            measured = json.loads(path.read_text(encoding="utf-8"))
+            measured = parse_json(path.read_text(encoding="utf-8"))
             of_these = {test: found for test, found in measured.items() if Path(found["weights"]).name == weights}
             rows += [_error_rate(test, found, path.parent.name) for test, found in of_these.items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

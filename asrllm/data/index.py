@@ -24,7 +24,7 @@ from asrllm.data.storage import (
     remote_sizes,
 )
 from asrllm.errors import UserError
-from asrllm.text_files import read_json_object
+from asrllm.text_files import parse_json, read_json_object
 
 if TYPE_CHECKING:
     from asrllm.data.cache import ShardCache
@@ -121,7 +121,7 @@ def _open_remote(url: str, cache: "ShardCache | None") -> tuple[dict[str, Any], 
         raise UserError(f"{url!r} is a URL, which needs a cache on local disk here: copy its index.json and index.bin to a directory")
     text = read_bytes(join_url(url, "index.json"))
     try:
-        about = json.loads(text)
+        about = parse_json(text)
         file = RemoteFile(url=join_url(url, "index.bin"), size=about["utterances"] * ROW.itemsize, sha256=about["rows_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{url!r} holds no readable index.json ({type(error).__name__}: {error}): make the index again") from error
@@ -335,7 +335,18 @@ def iterate_tar(file: BinaryIO) -> Iterator[TarSample | BadSample]:
 
 
 def _members(file: BinaryIO) -> Iterator[Member]:
-    """Yield the files of a tar; every size is compared with the tar's before it is allocated."""
+    for info in tar_files(file):
+        file.seek(info.offset_data)
+        end = info.offset_data + info.size
+        yield Member(info.name, info.offset, end, file.read(info.size))
+
+
+def tar_files(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of an open tar; every size has been compared with the tar's.
+
+    Raises:
+        tarfile.TarError: the tar is cut short or corrupted, or has a sparse file.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     end = 0
@@ -350,8 +361,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
                 if info.offset < end or info.size < 0 or info.offset_data + info.size > size:
                     raise tarfile.ReadError(f"{info.name!r} is cut short, or its header is corrupted")
                 end = info.offset_data + info.size
-                file.seek(info.offset_data)
-                yield Member(info.name, info.offset, end, file.read(info.size))
+                yield info
             file.seek(tar.offset)
             if any(file.read(BLOCK)):  # tarfile takes a corrupted header for the end of the tar
                 raise tarfile.ReadError(f"the header at byte {tar.offset} is corrupted")
@@ -423,10 +433,10 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     if not key.isprintable():
         return BadSample(key=key, reason="bad_key", detail=f"{key!r} has characters that cannot be printed")
     try:
-        fields = json.loads(files["json"]) if "json" in files else {}
+        fields = parse_json(files["json"]) if "json" in files else {}
         if isinstance(fields, dict) and "text" not in fields and "txt" in files:
             fields["text"] = files["txt"].decode("utf-8").strip()
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+    except ValueError as error:  # of JSON or of UTF-8
         return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         return BadSample(key=key, reason="no_transcript", detail=f"expected {key}.txt, or {key}.json with 'text'")

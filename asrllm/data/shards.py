@@ -34,6 +34,7 @@ from asrllm.data.index import AUDIO_EXTENSIONS, MAX_DURATION_ERROR, ROW, Index, 
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
 from asrllm.errors import UserError
+from asrllm.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 MAKING = 2  # changes when the same utterances and options give other bytes
@@ -320,7 +321,11 @@ class _Workplace:
         path = self.records / f"shard-{job.number:06d}.json"
         if not path.is_file():
             return False
-        digest, record, _ = _read_record(path)
+        try:
+            digest, record, _ = _read_record(path)
+        except (ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is corrupted (%s), so its shard is made again", path, error)
+            digest, record = "", None
         tar = self.shards / f"{path.stem}.tar"
         whole = record is None or (tar.is_file() and tar.stat().st_size == record.size)
         if whole and digest == job.digest:
@@ -378,7 +383,7 @@ def _write_record(path: Path, made: _Made) -> None:
 
 def _read_record(path: Path) -> tuple[str, ShardRecord | None, list[Rejected]]:
     """(digest, record, rejected) of a finished shard."""
-    about = json.loads(path.read_text(encoding="utf-8"))
+    about = parse_json(path.read_text(encoding="utf-8"))
     record = about["record"]
     if record is not None:
         rows = np.frombuffer(base64.b64decode(record["rows"]), ROW).copy()  # writable: write_index numbers the shards

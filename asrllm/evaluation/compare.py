@@ -1,7 +1,6 @@
 """Two results on the same utterances: is one better, and by how much?"""
 
 import ast
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, characters, errors, fitting_metric, groups_of, sum_by
-from asrllm.text_files import read_text
+from asrllm.text_files import parse_json, read_text
 
 PERMUTATIONS = 10_000
 RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp)=(?P<units>\[.*\])")
@@ -158,7 +157,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """{"key", "ref", "hyp", ...} of each utterance in a generations-*.jsonl or a recogs-*.txt (icefall's too)."""
     lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may hold U+2028
     try:
-        rows = _read_recogs(lines) if path.name.startswith("recogs") else [json.loads(line) for line in lines if line]
+        rows = _read_recogs(lines) if path.name.startswith("recogs") else [parse_json(line) for line in lines if line]
         rows = [row | {name: row[name] for name in ("key", "ref", "hyp")} | {"duration": float(row.get("duration", 0))} for row in rows]
         if not all(isinstance(row[name], str) for row in rows for name in ("key", "ref", "hyp")):
             raise ValueError("key, ref and hyp must be texts")

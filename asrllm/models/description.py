@@ -15,6 +15,7 @@ from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import ENCODERS, build_encoder
 from asrllm.models.projector import PROJECTORS
+from asrllm.text_files import parse_json
 
 TYPES = get_annotations(AsrLlmConfig)
 SIZES = ("projector_hidden_size", "audio_encoder_projector_ds_rate")
@@ -25,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{str(path.parent)!r} has no {path.name}: give a directory written by training or by 'asrllm export'")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(path)!r} is no JSON ({error}): copy it again") from error
     if not isinstance(content, dict):

@@ -1,6 +1,5 @@
 """Whisper's weights: Hugging Face directories (safetensors or pytorch_model.bin, in one file or several) and OpenAI's own .pt files."""
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.models.zipformer_files import DAMAGED, load_tensors
+from asrllm.text_files import parse_json
 
 KEY = "model.audio_encoder.pretrained_model"
 FIELDS = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions")
@@ -81,7 +81,7 @@ def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{KEY}={str(folder)!r} has no config.json: give a Hugging Face Whisper directory, or OpenAI's .pt file itself")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(folder / 'config.json')!r} is no JSON ({error}): download it again") from error
     if config.get("model_type") != "whisper":

@@ -1,6 +1,5 @@
 """Zipformer encoders in the files of icefall and Auden: found by the name of their first weight, whatever is around them."""
 
-import json
 import pickle
 import re
 import struct
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.models.zipformer_config import FIELDS, PER_STACK, PUBLIC_SIZES, ZipformerConfig
+from asrllm.text_files import parse_json
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
 PARTS = ("encoder_embed.", "encoder.")
@@ -113,7 +113,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{str(path)!r} is no JSON ({error}): download it again, or remove it") from error
     content = content if isinstance(content, dict) else {}

@@ -11,7 +11,7 @@ import soundfile
 
 from asrllm.data.index import BLOCK, RATE, open_index
 from asrllm.data.shards import write_shards
-from asrllm.data.sources import read_kaldi
+from asrllm.data.sources import read_kaldi, read_wenet
 from asrllm.data.verify import index_tars, verify_shards
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
@@ -307,3 +307,11 @@ def test_every_flipped_bit_of_an_index_is_found(shards, file):
         # A changed space between two entries of the JSON changes nothing.
         assert file == "index.json"
         assert (found.about, found.shards) == (original.about, original.shards), place
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TARS)
+def test_hostile_tars_of_a_wenet_list_are_refused(tmp_path, kind):
+    tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
+    (tmp_path / "list").write_text(f"{tar}\n")
+    with pytest.raises(UserError, match=r"x\.tar"):
+        list(read_wenet(tmp_path / "list"))

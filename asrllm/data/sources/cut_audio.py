@@ -6,7 +6,7 @@ which takes seconds.
 """
 
 import io
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,6 @@ def _open(source: Any) -> Any:
         return io.BytesIO(run_command(str(source)))
     if isinstance(source, Url):
         return io.BytesIO(read_bytes(str(source)))
-    if isinstance(source, str) and not Path(source).is_file():
+    if isinstance(source, str) and not os.path.isfile(source):
         raise RejectedError("missing_audio", f"{source!r} does not exist")
     return source

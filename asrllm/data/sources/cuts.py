@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from asrllm.data.sources.files import (
+    UNREADABLE,
     ahead,
     find_root,
-    open_manifest,
+    raw_lines,
     read_json_lines,
     sample_fields,
 )
@@ -207,7 +208,6 @@ class _CutAudio:
 def count_cuts(path: str | Path, **options: bool) -> int | None:
     """Supervisions, counted by the word that stands once in each of them and once in their cut: enough for a progress bar."""
     try:
-        with open_manifest(Path(path)) as file:
-            return sum(max(1, line.count(b'"channel":') - 1) for line in file)
-    except OSError:
+        return sum(max(1, line.count(b'"channel":') - 1) for line in raw_lines(Path(path)))
+    except UNREADABLE:
         return None

@@ -2,15 +2,20 @@
 
 import gzip
 import itertools
-import json
+import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from asrllm.errors import UserError
+from asrllm.text_files import parse_json
 
 T = TypeVar("T")
+UNPACKED = 1 << 28  # bytes that any gzip file may unpack to
+UNPACKED_RATIO = 200  # times its size that a larger one may; manifests reach 50
+UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 FIELDS = {  # field of a sample: its names in manifests
     "lang": ("lang", "language", "locale"),
     "speaker": ("speaker", "speaker_id", "client_id", "speaker_name"),
@@ -28,21 +33,39 @@ def open_manifest(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if packed else open(path, "rb")
 
 
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, gzip or not.
+
+    Raises:
+        UserError: a gzip file unpacks to more than any text does.
+    """
+    with open_manifest(path) as file:
+        if not isinstance(file, gzip.GzipFile):
+            yield from file
+            return
+        room = max(UNPACKED, UNPACKED_RATIO * path.stat().st_size)
+        while line := file.readline(room + 1):
+            room -= len(line)
+            if room < 0:
+                ratio = f"more than {UNPACKED_RATIO} times its size"
+                raise UserError(f"{str(path)!r} unpacks to {ratio}. Unpack it yourself if that is what you expect.")
+            yield line
+
+
 def read_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of a text file, gzip or not; lines without content are left out. `what` names its role in errors."""
     if not path.is_file():
         raise UserError(f"{what} {str(path)!r} does not exist: check the path")
     number, found = 0, False
     try:
-        with open_manifest(path) as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    found = True
-                    yield number, text
+        for number, line in enumerate(raw_lines(path), 1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            if text.strip():
+                found = True
+                yield number, text
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path}:{number} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError) as error:  # of gzip too
+    except (OSError, EOFError, zlib.error) as error:  # of gzip too
         raise UserError(f"{what} {str(path)!r} cannot be read after line {number}: {error}") from error
     if not found:
         raise UserError(f"{what} {str(path)!r} {'has no utterance' if path.stat().st_size else 'is empty'}: make it again")
@@ -65,8 +88,8 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]
 
 def _parse(text: str, where: str, what: str, kind: type) -> Any:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{what} {where} is not valid JSON: {error}") from error
     if not isinstance(value, kind):
         raise UserError(f"{what} {where} is not a JSON {'list' if kind is list else 'object'}")
@@ -76,10 +99,10 @@ def _parse(text: str, where: str, what: str, kind: type) -> Any:
 def count_lines(path: str | Path) -> int | None:
     """Utterances of a manifest of one a line, for a progress bar; None where that is not known."""
     try:
-        with open_manifest(Path(path)) as file:
-            first = file.readline()
-            return None if first.lstrip().startswith(b"[") else bool(first) + sum(1 for _ in file)
-    except OSError:
+        lines = raw_lines(Path(path))
+        first = next(lines, b"")
+        return None if first.lstrip().startswith(b"[") else bool(first) + sum(1 for _ in lines)
+    except UNREADABLE:
         return None
 
 
@@ -143,4 +166,4 @@ def find_root(names: Sequence[str], roots: Sequence[Path]) -> Path:
 
     Asked once for a manifest's first files: to ask for each of millions takes hours on a network's disks.
     """
-    return next((root for root in roots if any((root / name).exists() for name in names)), roots[0])
+    return next((root for root in roots if any(os.path.exists(root / name) for name in names)), roots[0])

@@ -150,14 +150,15 @@ class _ArkEntry:
     offset: int
 
     def __call__(self) -> BinaryIO:
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             raise RejectedError("missing_audio", f"{str(self.path)!r} does not exist")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            header = file.read(8)  # RIFF and the bytes that follow
+            header = file.read(8)  # RIFF and the number of the bytes that follow
+            left = os.fstat(file.fileno()).st_size - file.tell()
             if header[:4] != b"RIFF":
                 raise RejectedError("unreadable_audio", f"no wav begins at {self.path}:{self.offset}")
-            return io.BytesIO(header + file.read(int.from_bytes(header[4:], "little")))
+            return io.BytesIO(header + file.read(min(int.from_bytes(header[4:], "little"), left)))
 
 
 @dataclass(frozen=True)

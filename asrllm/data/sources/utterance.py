@@ -1,5 +1,6 @@
 """What every source gives: utterances whose audio is loaded later, in another process perhaps."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Stretch:
     end: float | None = None
 
     def __call__(self) -> tuple[np.ndarray, int]:
-        if isinstance(self.audio, Path) and not self.audio.exists():
+        if isinstance(self.audio, Path) and not os.path.exists(self.audio):
             raise RejectedError("missing_audio", f"{str(self.audio)!r} does not exist")
         with soundfile.SoundFile(self.audio if isinstance(self.audio, Path) else self.audio()) as file:
             begin = round(self.start * file.samplerate)

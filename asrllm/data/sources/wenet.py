@@ -1,13 +1,14 @@
 """wenet's data.list, in both its forms."""
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.index import AUDIO_EXTENSIONS
+from asrllm.data.index import AUDIO_EXTENSIONS, tar_files
 from asrllm.data.sources.files import ahead, audio_rows, count_lines, find_root, read_lines, sample_fields, take, take_number
 from asrllm.data.sources.utterance import Stretch, Utterance
 from asrllm.errors import UserError
@@ -52,7 +53,7 @@ def _tars(path: Path) -> Iterator[Utterance]:
     root = find_root([line.strip() for _, line in first], [path.parent, Path.cwd()])
     for number, line in rows:
         tar = root / line.strip()
-        if not tar.is_file():
+        if not os.path.isfile(tar):
             raise UserError(f"{WHAT} {path}:{number} names {line.strip()!r}, which is no file on this machine: copy the tars to disk first")
         try:
             yield from _samples(tar)
@@ -62,19 +63,17 @@ def _tars(path: Path) -> Iterator[Utterance]:
 
 def _samples(path: Path) -> Iterator[Utterance]:
     """Audio and its transcript follow each other, as wenet writes them; the audio stays where it is until it is loaded."""
-    with tarfile.open(path, "r:") as tar:
+    with open(path, "rb") as tar:
         key = ""
         parts: dict[str, bytes | TarMember] = {}  # files of one key by suffix
-        for info in tar:
-            if not info.isfile():
-                continue
+        for info in tar_files(tar):
             stem, _, suffix = info.name.rpartition(".")
             if stem != key and parts:
                 yield _sample(path, key, parts)
                 parts = {}
             key = stem
-            found = tar.extractfile(info) if suffix.lower() == "txt" else None
-            parts[suffix.lower()] = found.read() if found else TarMember(path, info.offset_data, info.size)
+            member = TarMember(path, info.offset_data, info.size)
+            parts[suffix.lower()] = member().read() if suffix.lower() == "txt" else member
         if parts:
             yield _sample(path, key, parts)
 

@@ -1,0 +1,64 @@
+"""Text files that somebody made to take all memory or all time."""
+
+import gzip
+import tracemalloc
+import zlib
+
+import pytest
+
+from asrllm.data.sources import SOURCES
+from asrllm.data.sources import files as files_module
+from asrllm.data.sources.files import count_lines
+from asrllm.errors import UserError
+from asrllm.text_files import read_json_object, read_yaml
+
+DEEP = 100_000
+
+
+@pytest.fixture
+def bomb(tmp_path, monkeypatch):
+    """A gzip file of 100 kB that unpacks to 100 MB, where 1 MB is allowed to any file."""
+    monkeypatch.setattr(files_module, "UNPACKED", 1 << 20)
+    monkeypatch.setattr(files_module, "UNPACKED_RATIO", 20)
+    path = tmp_path / "bomb.jsonl.gz"
+    packer = zlib.compressobj(wbits=31)
+    with open(path, "wb") as file:
+        for _ in range(100):
+            file.write(packer.compress(bytes(1 << 20)))
+        file.write(packer.flush())
+    return path
+
+
+@pytest.mark.parametrize("source", ["cuts", "nemo", "wenet", "slam", "swift"])
+def test_a_gzip_bomb_is_refused_in_little_memory(bomb, source):
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="unpacks to more than 20 times its size"):
+            list(SOURCES[source].read(bomb))
+        assert SOURCES[source].count(bomb) is None
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_that_packs_well_is_read(tmp_path):
+    path = tmp_path / "manifest.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"audio_filepath": "a.wav", "text": "one"}\n' * 20_000))
+    assert count_lines(path) == 20_000
+
+
+@pytest.mark.parametrize("source", ["cuts", "nemo", "wenet", "slam", "swift"])
+@pytest.mark.parametrize("begin", ["[", '{"a":'])
+def test_deeply_nested_json_is_one_message(tmp_path, source, begin):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(begin * DEEP)
+    with pytest.raises(UserError, match=r"manifest\.jsonl"):
+        list(SOURCES[source].read(path))
+
+
+def test_deeply_nested_configurations_are_one_message(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("[" * DEEP)
+    for read in (read_json_object, read_yaml):
+        with pytest.raises(UserError, match="nested too deeply"):
+            read(path, "the file")
