@@ -310,8 +310,12 @@ def test_every_flipped_bit_of_an_index_is_found(shards, file):
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TARS)
-def test_hostile_tars_of_a_wenet_list_are_refused(tmp_path, kind):
+def test_hostile_tars_of_a_wenet_list_give_nothing(tmp_path, kind):
     tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
     (tmp_path / "list").write_text(f"{tar}\n")
-    with pytest.raises(UserError, match=r"x\.tar"):
-        list(read_wenet(tmp_path / "list"))
+    try:
+        found = list(read_wenet(tmp_path / "list"))
+    except UserError as error:
+        assert "x.tar" in str(error)
+    else:
+        assert all(utterance.problem for utterance in found)
