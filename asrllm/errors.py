@@ -9,6 +9,10 @@ class UserError(Exception):
     """A user's mistake: one sentence that says what, where and how to mend it. The command line ends with status 2."""
 
 
+class CorruptedError(UserError):
+    """A file does not hold the bytes that were written to it."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the known word nearest to `word`, or all of them when none is near."""
     known = list(known)

@@ -1,6 +1,7 @@
 """Weights written to files piece by piece: memory holds one piece, whatever the model's size."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrllm.errors import UserError
+from asrllm.integrity import NO_SHA256, SHA256_KEY
 from asrllm.progress import ProgressBar
 from asrllm.writing import new_file, sync
 
@@ -99,7 +101,9 @@ def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | s
 def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
     """https://github.com/huggingface/safetensors: the header's length, the header as JSON, the tensors without gaps."""
     names = sorted(names, key=lambda name: (-source.specs[name].dtype.itemsize, name))  # each begins at a multiple of its elements' size
-    metadata = {"format": "pt"} | ({ABOUT: json.dumps(source.about)} if source.about else {})
+    metadata = {"format": "pt", SHA256_KEY: NO_SHA256}
+    if source.about:
+        metadata[ABOUT] = json.dumps(source.about)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:
@@ -108,12 +112,17 @@ def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: 
         header[name] = {"dtype": SAFETENSORS[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    begin = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(begin)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(begin)
         for name in names:
             for piece in _bytes_of(source, name):
                 file.write(piece)
+                digest.update(piece)
             bar.advance()
+        file.seek(begin.index(NO_SHA256.encode()))
+        file.write(digest.hexdigest().encode())
 
 
 def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:

@@ -422,7 +422,29 @@ def test_a_damaged_checkpoint_is_one_sentence(world, tmp_path):
     (exp / "checkpoint-4" / "asrllm.json").write_text("{}")
     done = run_script("train", *run)
     assert done.returncode == 2
-    assert "the checkpoint is damaged" in done.stderr
+    assert "no intact checkpoint is left" in done.stderr
+    assert list(exp.glob("checkpoint-*")) == [exp / "checkpoint-4"]  # only a run that resumes renames it
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_sends_the_run_back_to_the_one_before(world, tmp_path):
+    exp = tmp_path / "exp"
+    run = world.overrides(exp, trainer__num_steps=6, trainer__save_every=2, trainer__keep_last_k=0, data__valid_data_config="null")
+    assert_done(run_script("train", *run))
+    expected = losses(exp)
+    for later in ("checkpoint-6", "epoch-1"):
+        shutil.rmtree(exp / later)
+    (state,) = (exp / "checkpoint-4").glob("*optim_states.pt")
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    refused = run_script("train", *run, f"trainer.resume={exp / 'checkpoint-4'}")
+    assert refused.returncode == 2
+    assert state.name in refused.stderr
+    done = assert_done(run_script("train", *run))
+    assert state.name in done.stderr
+    assert "training resumes from checkpoint-2" in done.stderr
+    assert losses(exp) == expected
+    assert (exp / "corrupted-checkpoint-4").is_dir()
 
 
 def test_offloading_to_the_processor_trains(world, tmp_path):

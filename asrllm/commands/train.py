@@ -29,7 +29,7 @@ from asrllm.training.hooks.nonfinite import skip_nonfinite
 from asrllm.training.hooks.saving import Checkpoints
 from asrllm.training.manifest import newest_checkpoint
 from asrllm.training.preemption import Preemption
-from asrllm.training.resume import claim, find_resume, lasting_settings, restore
+from asrllm.training.resume import claim, find_intact, find_resume, lasting_settings, restore
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
 from asrllm.training.watchdog import Watchdog
@@ -70,6 +70,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     preemption.meet()
     device = distributed.start()
     startup.finish("ranks")
+    checkpoint, manifest = find_intact(config, processor, settings, checkpoint)
     if config.trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
         logger.warning("this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here")
     torch.manual_seed(config.seed)

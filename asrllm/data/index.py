@@ -24,6 +24,7 @@ from asrllm.data.storage import (
     remote_sizes,
 )
 from asrllm.errors import UserError
+from asrllm.integrity import file_sha256
 from asrllm.text_files import parse_json, read_json_object
 
 if TYPE_CHECKING:
@@ -298,11 +299,6 @@ def _add_checksums(path: Path, rows: np.ndarray) -> None:
         for row in rows:
             file.seek(int(row["offset"]) * BLOCK)
             row["crc32"] = zlib.crc32(file.read(int(row["size"]) * BLOCK))
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:

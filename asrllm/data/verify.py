@@ -21,7 +21,6 @@ from asrllm.data.index import (
     BadSample,
     Index,
     ShardRecord,
-    file_sha256,
     iterate_tar,
     said,
     scan_shard,
@@ -32,6 +31,7 @@ from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
 from asrllm.data.storage import RemoteFile, is_url
 from asrllm.errors import UserError
 from asrllm.escape import escape
+from asrllm.integrity import file_sha256
 
 UNBOUNDED = 1 << 62  # bytes; each process holds one tar, and removes it
 

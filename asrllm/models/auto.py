@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from asrllm.errors import UserError, refuse_unknown
+from asrllm.integrity import verify_weights
 from asrllm.models.auden import MODEL_TYPES, load_auden, read_auden_config
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_config, read_json
@@ -104,6 +105,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 def load_state(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     """A state dict of torch.save's. mapped: read when it is used, where the file's form allows it."""
     try:
+        verify_weights(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (*DAMAGED, OSError) as error:
         said = " ".join(str(error).split())[:200]

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.errors import UserError, nearest
+from asrllm.integrity import verify_weights
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_json
 from asrllm.models.fingerprint import check_fingerprint
@@ -214,6 +215,7 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
 def open_tensors(file: Path) -> Iterator[Any]:
     """A safetensors file, mapped. Raises UserError where it cannot be read, inside the block too."""
     try:
+        verify_weights(file)
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asrllm.errors import UserError
+from asrllm.integrity import verify_weights
 from asrllm.models.zipformer_files import DAMAGED, load_tensors
 from asrllm.text_files import parse_json
 
@@ -45,6 +46,7 @@ def read_whisper(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def read_openai(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:  # mapped where the format allows: the decoder is most of the file
+        verify_weights(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (*DAMAGED, OSError) as error:
         raise UserError(
@@ -113,6 +115,7 @@ def encoder_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".bin":
         return load_tensors(file)
     try:
+        verify_weights(file)
         with safe_open(file, "pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys() if "encoder." in key}  # noqa: SIM118 (not a mapping)
     except DAMAGED as error:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asrllm.errors import UserError
+from asrllm.integrity import verify_weights
 from asrllm.models.zipformer_config import FIELDS, PER_STACK, PUBLIC_SIZES, ZipformerConfig
 from asrllm.text_files import parse_json
 
@@ -78,6 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, out of their container; nothing in it is executed."""
     try:
+        verify_weights(file)
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)

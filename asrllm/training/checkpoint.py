@@ -1,7 +1,6 @@
 """Checkpoints of a run: DeepSpeed tags with a manifest, complete or invisible."""
 
 import contextlib
-import json
 import os
 import pickle
 import shutil
@@ -22,7 +21,7 @@ from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.stages import whole
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.training import distributed
-from asrllm.training.manifest import MANIFEST, list_checkpoints, newest_checkpoint
+from asrllm.training.manifest import MANIFEST, list_checkpoints, manifest_text, newest_checkpoint
 from asrllm.training.partitions import full_shape, parameter_names
 from asrllm.training.writer import CheckpointWriter
 from asrllm.training.zero_files import check_files, file_digest, trusted_unpickling
@@ -85,7 +84,7 @@ class CheckpointSaver:
         first = self.staging / tags[0]
         files = {path.name: file_digest(path) for path in sorted(first.glob("*.pt"))}
         carried = {"carried_file": file_digest(self.exp_dir / CARRIED)} if manifest["carried"] else {}
-        write_whole(first / MANIFEST, json.dumps(manifest | {"files": files} | carried, indent=1))
+        write_whole(first / MANIFEST, manifest_text(manifest | {"files": files} | carried))
         for tag in tags[1:]:
             _link_files(first, self.staging / tag)
         for tag in tags:

@@ -1,14 +1,17 @@
 """What a checkpoint says of itself, and which checkpoints a run has."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.text_files import read_json_object
 
 MANIFEST = "asrllm.json"
+SHA256 = "sha256"  # key of the checksum of all other keys
 STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")
 KEYS = {"step", "position", "zero_stage", "world_size", "trainable", "param_groups", "base_models", "settings", "prompts", "files"}
 
@@ -44,18 +47,44 @@ def chosen_checkpoint(exp_dir: Path, tag: str | None) -> Path:
 
 def newest_checkpoint(exp_dir: Path) -> Path | None:
     """The complete checkpoint of the highest step, whatever `latest` says: a run may be killed just before it is written."""
-    found = [*list_checkpoints(exp_dir, EPOCH_TAG).values(), *list_checkpoints(exp_dir).values()]
-    return max(found, key=lambda path: read_manifest(path)["step"], default=None)
+    return max(complete_checkpoints(exp_dir), key=step_of, default=None)
+
+
+def complete_checkpoints(exp_dir: Path) -> list[Path]:
+    """Return the checkpoints of epochs and of steps, in no order."""
+    return [*list_checkpoints(exp_dir, EPOCH_TAG).values(), *list_checkpoints(exp_dir).values()]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint, from its name where that holds it."""
+    match = STEP_TAG.fullmatch(checkpoint.name)
+    return int(match[1]) if match else read_manifest(checkpoint)["step"]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise UserError(f"{str(checkpoint)!r} is no complete checkpoint: {MANIFEST} is missing")
-    manifest = read_json_object(path, "the manifest")
+    try:
+        manifest = read_json_object(path, "the manifest")
+    except UserError as error:
+        raise CorruptedError(f"{error}. The checkpoint is corrupted: remove it.") from error
     if missing := KEYS - manifest.keys():
-        raise UserError(f"the manifest {str(path)!r} lacks {sorted(missing)}: the checkpoint is damaged; remove it")
+        raise CorruptedError(f"the manifest {str(path)!r} lacks {sorted(missing)}, so the checkpoint is corrupted. Remove it.")
+    written = manifest.pop(SHA256, None)  # the first version did not write it
+    if written is not None and written != manifest_sha256(manifest):
+        raise CorruptedError(f"the manifest {str(path)!r} does not match its SHA-256, so the checkpoint is corrupted. Remove it.")
     return manifest
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Return the content of a manifest's file, its checksum included."""
+    manifest = json.loads(json.dumps(manifest))  # tuples are lists in the file
+    return json.dumps(manifest | {SHA256: manifest_sha256(manifest)}, indent=1)
 
 
 def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: dict[str, Any]) -> dict[str, Any]:

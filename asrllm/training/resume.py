@@ -1,23 +1,36 @@
 """Which checkpoint a run goes on from, and what it must have in common with it."""
 
 import dataclasses
+import functools
 import hashlib
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
+from asrllm.integrity import verify_weights
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.stages import PROJECTOR_FIELDS, copy_into
 from asrllm.training import distributed
 from asrllm.training.averaging import RunningAverage
-from asrllm.training.checkpoint import explain_damage, load_checkpoint, read_carried, trained_parameters
+from asrllm.training.checkpoint import CARRIED, explain_damage, load_checkpoint, read_carried, trained_parameters
 from asrllm.training.config import TrainerConfig, TrainRun
 from asrllm.training.data import TrainingData
-from asrllm.training.manifest import MANIFEST, check_same_model, check_same_parameters, newest_checkpoint, read_manifest
+from asrllm.training.manifest import (
+    MANIFEST,
+    check_same_model,
+    check_same_parameters,
+    complete_checkpoints,
+    read_manifest,
+    step_of,
+)
 from asrllm.training.partitions import load_from_other_ranks, parameter_names
+from asrllm.training.zero_files import check_files
 
+logger = logging.getLogger(__name__)
 SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
 
 
@@ -70,15 +83,116 @@ def find_resume(config: TrainRun, processor: AsrLlmProcessor, settings: dict[str
     On another number of ranks gradient_accumulation_steps may change too, so that the batch can stay as large as it was.
     """
     exp_dir, resume = Path(config.exp_dir or ""), config.trainer.resume
-    newest = newest_checkpoint(exp_dir)
+    newest = max(complete_checkpoints(exp_dir), key=_age, default=None)
     if resume == "never" and newest is not None:
         raise UserError(f"trainer.resume=never, but exp_dir={str(exp_dir)!r} holds {newest.name}: choose another exp_dir, or remove it")
     checkpoint = newest if resume in ("auto", "never") else chosen_checkpoint(Path(resume), newest)
     if checkpoint is None:
         return None, {}
+    try:
+        return checkpoint, checked_manifest(checkpoint, processor, settings)
+    except CorruptedError:
+        if resume != "auto":
+            raise
+        return checkpoint, {}  # find_intact looks for the one before it
+
+
+def checked_manifest(checkpoint: Path, processor: AsrLlmProcessor, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a checkpoint that this run can resume from. It may have another number of ranks.
+
+    Raises:
+        CorruptedError: the manifest is corrupted.
+        UserError: the checkpoint is of another model, or was written with other settings.
+    """
     if read_manifest(checkpoint)["world_size"] != distributed.world_size():
         settings = {key: value for key, value in settings.items() if key != "gradient_accumulation_steps"}
-    return checkpoint, check_same_model(checkpoint, processor.config, settings)
+    return check_same_model(checkpoint, processor.config, settings)
+
+
+def find_intact(
+    config: TrainRun, processor: AsrLlmProcessor, settings: dict[str, Any], checkpoint: Path | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """Verify all bytes of the checkpoint to resume from. All ranks call this, and each reads a part.
+
+    With trainer.resume=auto a corrupted checkpoint is renamed to corrupted-NAME, and the one before
+    it is returned.
+
+    Args:
+        config: the run's configuration.
+        processor: of the run's model.
+        settings: what the run must have in common with its checkpoint.
+        checkpoint: what `find_resume` found.
+
+    Returns:
+        The checkpoint and its manifest.
+
+    Raises:
+        UserError: the checkpoint that the user named is corrupted, or no intact one is left.
+    """
+    if checkpoint is None:
+        return None, {}
+    candidates = [checkpoint]
+    if config.trainer.resume == "auto":
+        candidates = sorted(complete_checkpoints(checkpoint.parent), key=_age, reverse=True)
+    problems: dict[Path, str] = {}
+    for candidate in candidates:
+        problem = corruption(candidate)
+        if problem is None:
+            distributed.first_rank_does(functools.partial(set_aside, problems, candidate))
+            return candidate, checked_manifest(candidate, processor, settings)
+        problems[candidate] = problem
+    problem = problems[candidates[0]]
+    left = "no intact checkpoint is left" if config.trainer.resume == "auto" else "it was named in trainer.resume"
+    raise UserError(f"{problem}: {left}. Restore its files, or choose another checkpoint or exp_dir.")
+
+
+def _age(checkpoint: Path) -> int:
+    try:
+        return step_of(checkpoint)
+    except CorruptedError:  # of an epoch, whose name does not hold the step
+        return -1
+
+
+def corruption(checkpoint: Path) -> str | None:
+    """Return why a checkpoint is corrupted, the same on all ranks; None if it is intact.
+
+    Raises:
+        UserError: a file cannot be read for another reason, such as its permissions.
+    """
+    problem, failure = None, None
+    try:
+        manifest = read_manifest(checkpoint)
+        check_files(checkpoint, manifest)
+        names = sorted(manifest["files"])
+        for name in names[distributed.rank() :: distributed.world_size()]:
+            verify_weights(checkpoint / name)
+        if distributed.rank() == 0 and manifest.get("carried"):
+            read_carried(checkpoint, manifest)
+            verify_weights(checkpoint.parent / CARRIED)
+    except CorruptedError as error:
+        problem = str(error)
+    except (UserError, OSError) as error:
+        failure = str(error)
+    everywhere = distributed.gather_objects((problem, failure))
+    for _, failed in everywhere:
+        if failed:
+            raise UserError(failed)
+    return next((found for found, _ in everywhere if found), None)
+
+
+def set_aside(problems: dict[Path, str], intact: Path) -> None:
+    """Rename corrupted checkpoints, so that they neither count nor are lost, and say so."""
+    for path, problem in problems.items():
+        place = path.with_name(f"corrupted-{path.name}")
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier time
+        path.rename(place)
+        logger.warning(
+            "%s is renamed to %s, and training resumes from %s: %s",
+            path.name,
+            place.name,
+            intact.name,
+            problem,
+        )
 
 
 def chosen_checkpoint(path: Path, newest: Path | None) -> Path:

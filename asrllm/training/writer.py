@@ -4,6 +4,7 @@ import copy
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class CheckpointWriter(CheckpointEngine):
         self.error: str | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.noted.append((Path(path), self.copies.of(state_dict) if self.background else state_dict))
+        copied = self.copies.of(state_dict) if self.background else mapped(state_dict, torch.Tensor.detach)
+        self.noted.append((Path(path), copied))
 
     def start(self) -> None:
         """Every noted file, whole and on the disk. `error` says what went wrong."""
@@ -76,6 +78,23 @@ class CheckpointWriter(CheckpointEngine):
         return True
 
 
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested containers with changed tensors.
+
+    Args:
+        value: dicts, lists and tuples of tensors and plain objects, which are copied.
+        change: makes a plain tensor of a parameter, whose attributes are not to be pickled:
+            under ZeRO-3 they hold DeepSpeed's own objects, which no reader accepts.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return type(value)((key, mapped(item, change)) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(mapped(item, change) for item in value)
+    return copy.copy(value)  # such as a loss scaler
+
+
 class Copies:
     """Copies of tensors in host memory, which are used again for the next checkpoint's."""
 
@@ -86,13 +105,7 @@ class Copies:
 
     def of(self, value: Any) -> Any:
         """The value with copies in the place of tensors."""
-        if isinstance(value, Tensor):
-            return self._copy(value)
-        if isinstance(value, dict):
-            return type(value)((key, self.of(item)) for key, item in value.items())
-        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-            return type(value)(self.of(item) for item in value)
-        return copy.copy(value)  # such as a loss scaler
+        return mapped(value, self._copy)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

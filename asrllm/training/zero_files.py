@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
+from asrllm.integrity import BAD_ARCHIVE
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.tensor_files import PIECE
 from asrllm.training.launchers import switched_on
@@ -237,13 +238,13 @@ def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
         try:
             found = file_digest(checkpoint / name)
         except FileNotFoundError as error:
-            raise UserError(f"{file} is missing: copy it again, or remove the checkpoint") from error
+            raise CorruptedError(f"{file} is missing: copy it again, or remove the checkpoint") from error
         except PermissionError as error:
             raise UserError(f"{file} may not be read ({error.strerror}): change its permissions") from error
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{file} is cut short or damaged ({error}): copy it again, or remove the checkpoint") from error
+        except (*BAD_ARCHIVE, OSError) as error:
+            raise CorruptedError(f"{file} is cut short or damaged ({error}): copy it again, or remove the checkpoint") from error
         if found != digest:
-            raise UserError(f"{file} is of another checkpoint: copy the right one again, or remove the checkpoint")
+            raise CorruptedError(f"{file} is of another checkpoint: copy the right one again, or remove the checkpoint")
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def test_merging_rounds_once(world, tmp_path):
         (lambda s: s.pop("model.layers.0.mlp.up_proj.weight"), r"has 1 missing keys, the first model\.layers\.0\.mlp\.up_proj\.weight"),
         (lambda s: s.update({"model.extra": torch.zeros(1)}), r"has 1 unexpected keys, the first model\.extra"),
         (lambda s: s.update({"model.norm.weight": torch.zeros(3)}), r"has 1 mismatched keys, the first model\.norm\.weight"),
-        (None, "cannot be loaded"),
+        (None, "is corrupted"),
     ],
 )
 def test_a_damaged_base_llm_is_one_sentence(world, tmp_path, change, message):
@@ -378,8 +378,8 @@ def set_part(folder, part, **values):
 
 
 DAMAGES = {
-    "truncated": (truncate, r"model\.safetensors' cannot be read"),
-    "no tensors at all": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "cannot be read"),
+    "truncated": (truncate, r"model\.safetensors' is corrupted"),
+    "no tensors at all": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "is corrupted"),
     "a lost shard": (damage_index, r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names"),
     "two saves": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both"),
     "no weights": (lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"), "holds neither"),
