@@ -257,6 +257,7 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, lau
         "trainer__gradient_accumulation_steps": 2,
         "trainer__use_averaged_model": "true",
         "trainer__average_period": 3,
+        "trainer__background_checkpoints": "true" if stage < 3 else "false",
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert_done(run_script("train", *world.overrides(whole, **settings), launcher=launcher))

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from asrllm.checkpoints.average import mean_weights
+from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.data.plan import Position
 from asrllm.training.manifest import list_checkpoints, newest_checkpoint, read_manifest
 from asrllm.training.writer import CheckpointWriter, Copies
@@ -68,6 +71,68 @@ def test_a_rank_that_cannot_write_is_one_sentence_on_all_and_keeps_what_was_ther
     assert list(list_checkpoints(tmp_path)) == [1]
     assert not (tmp_path / ".incomplete").exists()
     assert ZeroFiles(tmp_path / "checkpoint-1", read_manifest(tmp_path / "checkpoint-1")).read("scale").shape == (1,)
+
+
+def save_both_ways(out: str) -> None:
+    """In every process: each stage's checkpoint, written beside the training and by the training thread."""
+    for stage in range(4):
+        engine = engine_of(stage, "bf16")
+        for step in range(3):
+            train_step(engine, step)
+        for background in (True, False):
+            save(engine, Path(out) / f"{stage}-{background}", background=background)
+
+
+def resume_both_ways(source: str, out: str) -> None:
+    """In every process: each of these checkpoints is loaded and saved again."""
+    from asrllm.training import distributed
+    from asrllm.training.checkpoint import load_checkpoint
+    from asrllm.training.partitions import load_from_other_ranks
+
+    for stage in range(4):
+        for background in (True, False):
+            engine = engine_of(stage, "bf16")
+            checkpoint = Path(source) / f"{stage}-{background}" / "checkpoint-3"
+            manifest = read_manifest(checkpoint)
+            same = stage == 0 or manifest["world_size"] == distributed.world_size()
+            (load_checkpoint if same else load_from_other_ranks)(engine, checkpoint, manifest)
+            save(engine, Path(out) / f"{stage}-{background}", background=background)
+
+
+def save(engine, exp_dir: Path, *, background: bool) -> None:
+    from asrllm.training import distributed
+    from asrllm.training.checkpoint import CheckpointSaver, make_manifest
+
+    saver = CheckpointSaver(exp_dir, background=background, keep=0)
+    saver.begin(engine, ["checkpoint-3"], make_manifest(engine, {}, step=3, position=Position(), averaged=False))
+    saver.finish()
+    distributed.barrier()
+
+
+def converted(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's own converter reads."""
+    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name, exclude_frozen_parameters=True)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_the_same_with_and_without_background_writing(tmp_path):
+    """Stages 0 to 3, one and two ranks; consolidated, averaged, by DeepSpeed's converter, resumed on as many ranks and on others."""
+    start("training.test_saving:save_both_ways", 2, out=str(tmp_path / "made"))
+    for ranks in (2, 1):
+        start("training.test_saving:resume_both_ways", ranks, source=str(tmp_path / "made"), out=str(tmp_path / f"on-{ranks}"))
+    for stage in range(4):
+        expected = checkpoint_weights(tmp_path / "made" / f"{stage}-True" / "checkpoint-3").load()
+        assert len(expected) == 6
+        for folder in ("made", "on-2", "on-1"):
+            for background in (True, False):
+                checkpoint = tmp_path / folder / f"{stage}-{background}" / "checkpoint-3"
+                weights, mean = checkpoint_weights(checkpoint).load(), mean_weights([checkpoint, checkpoint]).load()
+                found = [weights, mean]
+                if stage:  # stage 0 needs no converter
+                    found.append(converted(checkpoint))
+                for state in found:
+                    assert state.keys() == expected.keys()
+                    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items()), (folder, stage, background)
 
 
 def test_copies_are_apart_from_what_goes_on_changing_and_share_what_was_shared():
