@@ -16,10 +16,10 @@ import soundfile
 import soxr
 
 from asrllm.audio.augment import NO_MASKS, Augmenter
-from asrllm.audio.stream import open_audio, read_blocks
+from asrllm.audio.stream import open_audio, read_blocks, said
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample, said
+from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample
 from asrllm.data.plan import Item
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url

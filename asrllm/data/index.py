@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-import soundfile
 
+from asrllm.audio.stream import check_end, open_audio, read_blocks
 from asrllm.data.storage import (
     RemoteFile,
     check_scheme,
@@ -23,6 +23,7 @@ from asrllm.data.storage import (
     read_bytes,
     remote_sizes,
 )
+from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.integrity import file_sha256
 from asrllm.text_files import parse_json, read_json_object
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from asrllm.data.cache import ShardCache
 
 FORMAT = 3
-RATE = 16000  # Hz; every waveform reaches the model at this rate
 BLOCK = tarfile.BLOCKSIZE  # bytes; members of a tar begin at multiples of it
 ROW = np.dtype(
     [
@@ -44,7 +44,6 @@ ROW = np.dtype(
         ("crc32", "<u4"),  # of the sample's bytes in the shard, headers and padding included
     ]
 )
-AUDIO_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")
 MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
 MAX_HEADER = 1 << 20  # bytes of an extended header of a tar, which holds a name
 TALLIED = ("corpus", "lang", "speaker")
@@ -440,19 +439,25 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     return TarSample(key=key, offset=offset, size=end - offset, audio=files[extension], extension=extension, fields=fields)
 
 
-def said(error: Exception) -> str:
-    """What a decoder complains of, without the address of the buffer that it read from."""
-    return str(getattr(error, "error_string", error))
+def _duration(sample: TarSample) -> float:
+    """Return the length of a sample's audio in seconds.
+
+    Raises:
+        UserError: the audio cannot be read, or is cut short.
+    """
+    file = open_audio(f"{sample.key}.{sample.extension}", sample.audio)
+    if file.seconds is None:
+        return sum(map(len, read_blocks(file))) / RATE
+    check_end(file)
+    return file.seconds
 
 
 def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
     try:
-        info = soundfile.info(BytesIO(sample.audio))
-    except RuntimeError as error:
-        return BadSample(key=sample.key, reason="unreadable_audio", detail=said(error))
-    duration, stated = info.frames / info.samplerate, sample.fields.get("duration")
-    if not info.frames:
-        return BadSample(key=sample.key, reason="empty_audio", detail="the audio has no sample")
+        duration = _duration(sample)
+    except UserError as error:
+        return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
+    stated = sample.fields.get("duration")
     if isinstance(stated, (int, float)) and abs(stated - duration) > MAX_DURATION_ERROR:
         return BadSample(key=sample.key, reason="duration_mismatch", detail=f"its JSON says {stated} s, the audio has {duration:.3f} s")
     text = sample.fields["text"]

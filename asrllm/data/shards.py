@@ -30,6 +30,7 @@ import numpy as np
 import soundfile
 from filelock import FileLock, Timeout
 
+from asrllm.audio.stream import OutsideError
 from asrllm.data.index import AUDIO_EXTENSIONS, MAX_DURATION_ERROR, ROW, Index, ShardRecord, open_index, scan_shard, write_index
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
@@ -250,6 +251,11 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
         wave, rate = utterance.load()
     except RejectedError:
         raise
+    except UserError as error:
+        reason = "outside_audio" if isinstance(error, OutsideError) else "unreadable_audio"
+        raise RejectedError(reason, str(error)) from error
+    except ImportError as error:
+        raise UserError(f"a package is missing: {error}. Install it with pip.") from error
     except Exception as error:  # whatever a decoder raises, it is this utterance's row in rejected.jsonl
         raise RejectedError("unreadable_audio", f"{type(error).__name__}: {error}") from error
     if not len(wave):
@@ -265,6 +271,9 @@ def _audio(utterance: Utterance, wave: np.ndarray, rate: int, codec: Codec) -> t
     if codec == "keep" and utterance.file and extension in AUDIO_EXTENSIONS:
         return extension, utterance.file.read_bytes()
     flac = io.BytesIO()
+    peak = np.abs(wave).max()
+    if peak > 1:  # 16 bits would clip it
+        wave = wave / peak
     try:
         soundfile.write(flac, wave, rate, format="FLAC", subtype="PCM_16")
     except (RuntimeError, ValueError) as error:

@@ -12,8 +12,8 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
+from asrllm.audio.stream import open_audio, read_stretch
 from asrllm.data.index import (
     BLOCK,
     MAX_DURATION_ERROR,
@@ -22,7 +22,6 @@ from asrllm.data.index import (
     Index,
     ShardRecord,
     iterate_tar,
-    said,
     scan_shard,
     write_index,
 )
@@ -264,9 +263,9 @@ def _check_sample(data: bytes, row: np.void) -> tuple[str, str, str]:
     if min(len(text.encode("utf-8", "surrogatepass")), 65535) != row["text_bytes"]:
         return sample.key, "changed_text", f"the index says {row['text_bytes']} bytes of text, there are {len(text.encode())}"
     try:
-        wave, rate = soundfile.read(BytesIO(sample.audio), dtype="float32", always_2d=True)
-    except RuntimeError as error:
-        return sample.key, "unreadable_audio", said(error)
+        wave, rate = read_stretch(open_audio(f"{sample.key}.{sample.extension}", sample.audio))
+    except UserError as error:
+        return sample.key, "unreadable_audio", str(error)
     seconds, expected = len(wave) / rate, int(row["samples"]) / RATE
     if abs(seconds - expected) > MAX_DURATION_ERROR:
         return sample.key, "duration_mismatch", f"the index says {expected:.3f} s, the audio has {seconds:.3f} s"

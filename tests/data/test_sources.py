@@ -22,7 +22,7 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
     (kaldi / "utt2spk").write_text("a s\nb s\n")
     (kaldi / "utt2lang").write_text("a en\nb en\n")
     a, b, c = read_kaldi(kaldi)
-    assert (a.key, a.text, a.duration, a.fields, a.file) == ("a", "one", 1.0, {"speaker": "s", "lang": "en", "recording": "utt0000"}, None)
+    assert (a.key, a.text, a.duration, a.fields, a.file) == ("a", "one", None, {"speaker": "s", "lang": "en", "recording": "utt0000"}, None)
     wave, rate = b.load()
     assert (rate, len(wave)) == (16000, 12000)
     np.testing.assert_allclose(wave, tone("two", 0.75), atol=1e-4)

@@ -1,25 +1,23 @@
-"""Read the audio of Lhotse cuts with soundfile, whatever the name of the file.
+"""Read the audio of Lhotse cuts as all other audio, whatever the name of the file.
 
 Lhotse chooses a reader by the name of a file, and some of its readers (.sph, .opus) put that name into
 a shell command. A file name in a manifest could then run any command. This module imports Lhotse,
 which takes seconds.
 """
 
-import io
 import os
 from typing import Any
 
 import numpy as np
-import soundfile
 from lhotse.audio.backend import (
     AudioBackend,
     get_current_audio_backend,
     set_current_audio_backend,
 )
-from lhotse.utils import compute_num_samples
 
+from asrllm.audio.stream import AudioFile, open_audio, read_stretch
 from asrllm.data.sources.kaldi import run_command
-from asrllm.data.sources.utterance import RejectedError
+from asrllm.data.sources.utterance import RejectedError, opened
 from asrllm.data.storage import read_bytes
 
 
@@ -47,17 +45,14 @@ class CutAudioBackend(AudioBackend):
             path_or_fd: a path, a Command, a Url, or an open file.
             offset: start in seconds.
             duration: length in seconds; None reads to the end.
-            force_opus_sampling_rate: ignored; libsndfile knows the rate.
+            force_opus_sampling_rate: ignored; the file's own rate is kept.
 
         Returns:
             Samples (channels, samples) as float32, and the sampling rate in Hz.
         """
-        with soundfile.SoundFile(_open(path_or_fd)) as file:
-            rate = file.samplerate
-            if offset > 0:
-                file.seek(compute_num_samples(offset, rate))
-            frames = -1 if duration is None else compute_num_samples(duration, rate)
-            return file.read(frames, dtype="float32", always_2d=True).T, rate
+        end = None if duration is None else offset + duration
+        wave, rate = read_stretch(_open(path_or_fd), offset, end)
+        return wave.T, rate
 
 
 def load_cut(cut: Any) -> tuple[np.ndarray, int]:
@@ -80,11 +75,13 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _open(source: Any) -> Any:
+def _open(source: Any) -> AudioFile:
     if isinstance(source, Command):
-        return io.BytesIO(run_command(str(source)))
+        return open_audio(str(source), run_command(str(source)))
     if isinstance(source, Url):
-        return io.BytesIO(read_bytes(str(source)))
-    if isinstance(source, str) and not os.path.isfile(source):
+        return open_audio(str(source), read_bytes(str(source)))
+    if not isinstance(source, str):
+        return open_audio("the recording", source.read())
+    if not os.path.exists(source):
         raise RejectedError("missing_audio", f"{source!r} does not exist")
-    return source
+    return opened(source)

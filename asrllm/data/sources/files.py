@@ -143,6 +143,7 @@ def key_of(path: str, start: float | None = None) -> str:
     """An utterance's key where the manifest gives none: the path without its suffix, and the start in milliseconds."""
     if not PurePosixPath(path).name:
         return ""
+    path = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name may be in another encoding
     parts = [part for part in PurePosixPath(path).with_suffix("").parts if part not in ("/", "..")]
     return "/".join(parts) + (f"-{round(1000 * start)}" if start else "")
 

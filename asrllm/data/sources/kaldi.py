@@ -38,7 +38,6 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
             key=key,
             text=texts.pop(key) or "",
             load=stretch,
-            duration=None if stretch.end is None else stretch.end - stretch.start,
             fields={field: value for field, value in fields.items() if value},
             file=stretch.audio if main == "wav.scp" and isinstance(stretch.audio, Path) else None,
         )
@@ -131,15 +130,27 @@ def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None
     recordings = dict(_recordings(folder, allow_pipes))
     for key, value in _rows(folder / "segments"):
         try:
-            recording, start, end = value.split()
-            begin, finish = float(start), float(end)
-        except ValueError as error:
-            raise UserError(f"{folder / 'segments'}: the line of {key!r} is not 'utterance recording start end'") from error
+            recording, start, end, *channel = value.split()
+            begin, finish, number = float(start), float(end), _channel(*channel)
+        except (ValueError, TypeError) as error:
+            form = "'utterance recording start end' or 'utterance recording start end channel'"
+            raise UserError(f"{folder / 'segments'}: the line of {key!r} is not {form}") from error
         if recording not in recordings:
             raise UserError(f"{folder / 'segments'}: {key!r} names the recording {recording!r}, which wav.scp lacks: add it there")
         if begin < 0 or (finish <= begin and finish != -1):
             raise UserError(f"{folder / 'segments'}: {key!r} lasts from {start} to {end}: the end must lie after the start, in seconds")
-        yield key, recording, Stretch(recordings[recording].audio, begin, None if finish == -1 else finish)  # -1: Kaldi's 'to its end'
+        last = None if finish == -1 else finish  # -1: Kaldi's 'to its end'
+        yield key, recording, Stretch(recordings[recording].audio, begin, last, number)
+
+
+def _channel(text: str | None = None) -> int | None:
+    """Return the channel of a segment from 0; Kaldi's tools write A and B too."""
+    if text is None:
+        return None
+    channel = "AB".index(text) if text in ("A", "B") else int(text)
+    if channel < 0:
+        raise ValueError(text)
+    return channel
 
 
 @dataclass(frozen=True)

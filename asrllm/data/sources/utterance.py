@@ -1,5 +1,6 @@
 """What every source gives: utterances whose audio is loaded later, in another process perhaps."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import soundfile
+
+from asrllm.audio.stream import AudioFile, open_audio, read_stretch
 
 
 class RejectedError(Exception):
@@ -36,23 +38,35 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Loads an audio file from `start` to `end` seconds without decoding the rest. audio: its path, or what opens it."""
+    """Loads a part of an audio file without decoding the rest.
+
+    Attributes:
+        audio: its path, or what opens it.
+        start: in seconds.
+        end: in seconds; None is the end of the file.
+        channel: from 0; None is the mean of all.
+    """
 
     audio: Path | Callable[[], BinaryIO]
     start: float = 0.0
     end: float | None = None
+    channel: int | None = None
 
     def __call__(self) -> tuple[np.ndarray, int]:
-        if isinstance(self.audio, Path) and not os.path.exists(self.audio):
+        if not isinstance(self.audio, Path):
+            file = open_audio("the audio", self.audio().read())
+        elif os.path.exists(self.audio):
+            file = opened(str(self.audio))
+        else:
             raise RejectedError("missing_audio", f"{str(self.audio)!r} does not exist")
-        with soundfile.SoundFile(self.audio if isinstance(self.audio, Path) else self.audio()) as file:
-            begin = round(self.start * file.samplerate)
-            if begin > file.frames:
-                raise RejectedError(
-                    "duration_mismatch", f"it begins at {self.start} s, the audio has {file.frames / file.samplerate:.3f} s"
-                )
-            if begin:
-                file.seek(begin)
-            frames = -1 if self.end is None else round((self.end - self.start) * file.samplerate)
-            wave = file.read(frames, dtype="float32", always_2d=True)
-            return wave[:, 0] if wave.shape[1] == 1 else wave.mean(1), file.samplerate
+        wave, rate = read_stretch(file, self.start, self.end)
+        if self.channel is None:
+            return wave[:, 0] if wave.shape[1] == 1 else wave.mean(1), rate
+        if self.channel >= wave.shape[1]:
+            raise RejectedError("missing_channel", f"{str(self.audio)!r} has {wave.shape[1]} channels, none is {self.channel}")
+        return wave[:, self.channel], rate
+
+
+@functools.lru_cache(maxsize=1)  # the parts of one recording follow each other
+def opened(path: str) -> AudioFile:
+    return open_audio(path)

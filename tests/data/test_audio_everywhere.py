@@ -1,0 +1,173 @@
+"""All ways into the shards read audio alike, and refuse the same."""
+
+import io
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+
+from asrllm.audio.stream import open_audio, read_stretch
+from asrllm.data.index import open_index, scan_tar
+from asrllm.data.shards import write_shards
+from asrllm.data.sources import read_folder, read_kaldi
+from asrllm.data.verify import index_tars
+from asrllm.errors import UserError
+from asrllm.testing import tone
+from tests.data.test_verify import write_tar
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
+SECONDS = 2.0
+
+
+def encoded(form="WAV", wave=None, **options):
+    file = io.BytesIO()
+    soundfile.write(file, tone("one", SECONDS) if wave is None else wave, 16000, format=form, **options)
+    return file.getvalue()
+
+
+def with_sizes(size):
+    """A wav of a program that did not know how long it would be."""
+    data = bytearray(encoded())
+    data[4:8] = size.to_bytes(4, "little")
+    place = data.index(b"data") + 4
+    data[place : place + 4] = size.to_bytes(4, "little")
+    return bytes(data)
+
+
+def without_total():
+    """A FLAC of a stream, which does not say how many samples it has."""
+    data = bytearray(encoded("FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    return bytes(data)
+
+
+def with_total(samples):
+    data = bytearray(encoded("FLAC"))
+    data[21] = data[21] & 0xF0 | samples >> 32
+    data[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
+    return bytes(data)
+
+
+READ = {
+    "wav": encoded(),
+    "wav of unknown size": with_sizes(0xFFFFFFFF),
+    "flac": encoded("FLAC"),
+    "ogg": encoded("OGG"),
+    "mp3": encoded("MP3"),
+    "gsm": encoded("WAV", tone("one", SECONDS), subtype="GSM610"),
+    "float above full scale": encoded(wave=20 * tone("one", SECONDS), subtype="FLOAT"),
+}
+REFUSED = {
+    "half a wav": encoded()[: len(encoded()) // 2],
+    "half a flac": encoded("FLAC")[: len(encoded("FLAC")) // 2],
+    "half an mp3": encoded("MP3")[: len(encoded("MP3")) // 2],
+    "flac that promises 19 days": with_total((1 << 36) - 1),
+    "float that holds integers": encoded(wave=30_000 * tone("one", SECONDS), subtype="FLOAT"),
+    "nothing": b"",
+    "text": b"this is no audio " * 100,
+}
+
+
+def ways(folder, content, name):
+    """What comes of shards made of a file, and of an indexed tar that holds it, each with a good file beside it."""
+    ending = (
+        name.split()[0] if name.split()[0] in ("flac", "ogg", "mp3") else "flac" if "flac" in name else "mp3" if "mp3" in name else "wav"
+    )
+    (folder / "audio").mkdir()
+    (folder / "audio" / f"a.{ending}").write_bytes(content)
+    (folder / "audio" / "a.txt").write_text("one")
+    (folder / "audio" / "good.wav").write_bytes(encoded())
+    (folder / "audio" / "good.txt").write_text("one")
+    made = write_shards(folder / "made", read_folder(folder / "audio"))
+    members = {f"a.{ending}": content, "a.txt": b"one", "good.wav": encoded(), "good.txt": b"one"}
+    tar = write_tar(folder / "x.tar", members)
+    return made, index_tars([tar])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_is_read_whole(tmp_path, name):
+    for summary in ways(tmp_path, READ[name], name):
+        assert summary.rejected == {}
+        assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_refused_everywhere(tmp_path, name):
+    made, indexed = ways(tmp_path, REFUSED[name], name)
+    assert made.rejected == {"unreadable_audio": 1}
+    if name == "float that holds integers":  # its header is sound, and it is refused when it is read
+        return
+    assert indexed.rejected == {"unreadable_audio": 1}
+
+
+@needs_ffmpeg
+def test_a_flac_without_a_total_is_read_whole(tmp_path):
+    for summary in ways(tmp_path, without_total(), "flac"):
+        assert summary.rejected == {}
+        assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+
+
+def test_audio_above_full_scale_is_scaled_and_not_clipped(tmp_path):
+    wave = 3 * tone("one", 1.0) / np.abs(tone("one", 1.0)).max()
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    (tmp_path / "a.txt").write_text("one")
+    write_shards(tmp_path / "out", read_folder(tmp_path))
+    (sample,) = scan_tar(tmp_path / "out" / "shard-000000.tar")
+    found, _ = soundfile.read(io.BytesIO(sample.audio))
+    np.testing.assert_allclose(found, wave / 3, atol=1e-4)
+
+
+def test_raw_samples_are_refused_with_what_to_do(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(3200))
+    with pytest.raises(UserError, match="sox"):
+        open_audio(str(tmp_path / "a.raw"))
+
+
+def test_a_fifo_is_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[encoded()], daemon=True)
+    writer.start()
+    wave, rate = read_stretch(open_audio(str(tmp_path / "fifo")))
+    assert (len(wave), rate) == (SECONDS * 16000, 16000)
+
+
+def test_a_name_that_is_not_utf8_is_read(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    with open(name, "wb") as file:
+        file.write(encoded())
+    with open(name.replace(".wav", ".txt"), "w") as file:
+        file.write("one")
+    assert len(read_stretch(open_audio(name))[0]) == SECONDS * 16000
+    assert write_shards(tmp_path / "out", read_folder(tmp_path)).rejected == {}
+    (sample,) = scan_tar(tmp_path / "out" / "shard-000000.tar")
+    assert sample.key == r"caf\xe9"
+
+
+def kaldi_of(folder, segments):
+    """A recording of two channels, "one" and "two", with these segments."""
+    soundfile.write(folder / "r.wav", np.stack([tone("one", SECONDS), tone("two", SECONDS)], 1), 16000)
+    (folder / "wav.scp").write_text("r r.wav\n")
+    (folder / "segments").write_text("".join(f"u{i} r {segment}\n" for i, segment in enumerate(segments)))
+    (folder / "text").write_text("".join(f"u{i} one\n" for i in range(len(segments))))
+    return folder
+
+
+def test_segments_have_channels_and_kaldis_tolerance_at_the_end(tmp_path):
+    kaldi = kaldi_of(tmp_path, ["0 1 0", "0 1 1", "0 1 A", "0 1 B", "0 1", "1 2.4", "1 2.6", "0 1 2"])
+    summary = write_shards(tmp_path / "out", read_kaldi(kaldi))
+    assert summary.rejected == {"outside_audio": 1, "missing_channel": 1}
+    assert (open_index(tmp_path / "out").rows["samples"] / 16000).tolist() == pytest.approx([1.0] * 6)
+    waves = [soundfile.read(io.BytesIO(sample.audio))[0] for sample in scan_tar(tmp_path / "out" / "shard-000000.tar")]
+    one, two = tone("one", SECONDS)[:16000], tone("two", SECONDS)[:16000]
+    for wave, expected in zip(waves, [one, two, one, two, (one + two) / 2], strict=False):
+        np.testing.assert_allclose(wave, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("segment", ["0 1 C", "0 1 -1", "0 1 0 0", "0"])
+def test_segments_of_another_form_are_refused(tmp_path, segment):
+    with pytest.raises(UserError, match=r"segments.*'u0'"):
+        list(read_kaldi(kaldi_of(tmp_path, [segment])))
