@@ -22,7 +22,7 @@ from asrllm.training import distributed
 from asrllm.training.checkpoint import CheckpointSaver, write_carried
 from asrllm.training.config import TrainRun
 from asrllm.training.data import TrainingData
-from asrllm.training.ds_config import read_ds_config
+from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.hooks.make import make_hooks
 from asrllm.training.hooks.nonfinite import skip_nonfinite
@@ -53,6 +53,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     startup.finish("imports")
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
+    check_run(config.trainer, ds)
     prompts = read_prompts(config.prompt_file)
     texts = tuple(prompt.text for prompt in prompts)
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=texts)
