@@ -81,8 +81,8 @@ class TrainingData:
         return Plan(corpora, sampler, audio_tokens=self.tokens, seed=seed, shuffle=shuffle, endless=endless)
 
     def total_steps(self) -> int:
-        """Until num_steps or num_epochs, whichever comes first; the latter is an estimate."""
-        steps, epochs = self.config.trainer.num_steps, self.config.trainer.num_epochs
+        """Return the steps until num_steps or num_epochs, whichever comes first; the latter is an estimate."""
+        steps, epochs = self.config.trainer.num_steps, self.config.trainer.last_epoch
         if epochs is None:
             return steps or 0
         in_epochs = epochs * self.plan.estimate_steps(ranks=distributed.world_size(), accumulation=self.accumulation)
@@ -95,7 +95,7 @@ class TrainingData:
     def train_steps(self, start: Position) -> Iterator[LoadedStep]:
         collator = self._collator(self.hotwords, self.config.data.augment.spec_augment.time_masks)
         reader = self._reader(self.corpora, self.augment)
-        return self._steps(self.plan, PlannedDataset(reader, collator), start, self.accumulation, self.config.trainer.num_epochs)
+        return self._steps(self.plan, PlannedDataset(reader, collator), start, self.accumulation, self.config.trainer.last_epoch)
 
     def valid_sets(self) -> dict[str, Callable[[], Iterator[PackedBatch]]]:
         return {corpus.name: functools.partial(self._valid_batches, corpus) for corpus in self.valid}
