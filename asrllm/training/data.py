@@ -16,7 +16,7 @@ from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.plan import Plan, Position
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
-from asrllm.data.text import normalizer
+from asrllm.data.text import transcript_normalizer
 from asrllm.errors import UserError
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
@@ -36,7 +36,7 @@ class TrainingData:
         self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
         words = config.data.hotwords
         self.hotwords = Hotwords(words, seed=config.seed, forbidden=processor.config.audio_token) if words.prob else None
-        self.normalize = normalizer(config.data.text_normalization, key="data.text_normalization")
+        self.normalize = transcript_normalizer(config.data.text_normalization)
         self.corpora = self._corpora(config.data.train_data_config or "")
         self.valid = self._corpora(config.data.valid_data_config) if config.data.valid_data_config else []
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
