@@ -258,6 +258,7 @@ def speech_corpus(count, seed, **more):
     return corpus(samples, text=text, per_shard=1000, **more)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(lengths, st.integers(1, 5), st.integers(1, 12), st.integers(5, 300), st.sampled_from([2, 100]), st.booleans(), st.booleans())
 def test_copies_meet_in_a_batch_only_where_there_are_more_of_them_than_batches(
