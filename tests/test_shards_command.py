@@ -1,5 +1,6 @@
 """`asrllm shards ...` as a user types it, in this process."""
 
+import gzip
 import json
 
 import numpy as np
@@ -94,13 +95,14 @@ def test_a_mistake_is_one_sentence(tmp_path, kaldi, capsys, arguments, message):
 def test_a_mistake_far_behind_keeps_what_is_done(tmp_path, capsys, caplog):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.2), 16000)
     line = json.dumps({"audio_filepath": "a.wav", "text": "one"}) + "\n"
-    (tmp_path / "m.json").write_text(line * 300 + "broken\n")
-    make = ("make", tmp_path / "out", "--nemo", tmp_path / "m.json", "--utterances-per-shard", 50)
+    whole = gzip.compress(line.encode() * 300)
+    (tmp_path / "m.json.gz").write_bytes(whole + whole[:20])
+    make = ("make", tmp_path / "out", "--nemo", tmp_path / "m.json.gz", "--utterances-per-shard", 50)
     assert shards(*make) == 2
-    assert "m.json:301 is not valid JSON" in capsys.readouterr().err
+    assert "m.json.gz' cannot be read after line 300" in capsys.readouterr().err
     finished = int(caplog.messages[-1].partition(" finished shards are kept")[0])
     assert finished >= 4
-    (tmp_path / "m.json").write_text(line * 300)
+    (tmp_path / "m.json.gz").write_bytes(whole)
     assert shards(*make) == 0
     said = capsys.readouterr().out
     assert f"kept {finished} finished shards of the earlier run" in said

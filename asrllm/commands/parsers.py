@@ -75,7 +75,7 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--table",
         metavar="FILE",
-        help="with --folder: csv or tsv; default: its metadata.csv or metadata.tsv",
+        help="with --folder: csv, tsv or jsonl; default: its metadata.csv, .tsv or .jsonl",
     )
     samples = parser.add_argument_group("samples")
     samples.add_argument("--lang", help="language of samples whose source names none")

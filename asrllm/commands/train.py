@@ -20,9 +20,9 @@ from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
 from asrllm.training.checkpoint import CheckpointSaver, write_carried
-from asrllm.training.config import TrainRun
+from asrllm.training.config import TrainerConfig, TrainRun
 from asrllm.training.data import TrainingData
-from asrllm.training.ds_config import read_ds_config
+from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.hooks.make import make_hooks
 from asrllm.training.hooks.nonfinite import skip_nonfinite
@@ -53,12 +53,14 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     startup.finish("imports")
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
+    check_run(config.trainer, ds)
     prompts = read_prompts(config.prompt_file)
     texts = tuple(prompt.text for prompt in prompts)
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=texts)
     check_lengths(config, processor)
     data = TrainingData(config, processor, prompts)
     own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    warn_of_long_warmup(config.trainer, data.total_steps())
     check_prompts([prompt.text for prompt in own_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *own_prompts])
     processor.config.trained_seconds = long_utterance(data.corpora) or None
@@ -128,6 +130,19 @@ def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
         if not fits:
             value = getattr(config.data.filter, key)
             raise UserError(f"data.filter.{key}={value}: the audio encoder takes {low:.2f} to {high:.2f} s; set it within these")
+
+
+def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
+    """Warn if the learning rate would still be rising at the end of a run of `total` steps."""
+    eden = trainer.schedule.name == "eden"
+    key = "schedule.warmup_batches" if eden else "warmup_steps"
+    warmup = trainer.schedule.warmup_batches if eden else trainer.warmup_steps
+    if warmup > total:
+        logger.warning(
+            "trainer.%s=%g is more than the run's %d steps, so the learning rate does not reach its peak of %g. "
+            "Lower trainer.%s, or train for more steps.",
+            key, warmup, total, trainer.lr, key,
+        )  # fmt: skip
 
 
 def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000
 CHUNK = 1 << 18  # rows looked at together
 SEEN = 100_000
+MUCH_DROPPED = 0.05  # of a corpus's utterances, above which the filters are probably not meant so
+HOURS_TOLERANCE = 0.1  # stated hours are rounded: "960 h" of LibriSpeech are 961.05
 CORPUS_KEYS: dict[str, Any] = {
     "name": str, "manifest": str, "shards": str, "hours": (int, float), "weights": (int, float), "lang": str, "prompts": list,
 }  # fmt: skip
@@ -116,12 +118,22 @@ def _read_entry(entry: Any, where: str, filters: FilterConfig | None, made: Path
     index = open_index(entry["shards"], cache) if "shards" in entry else _manifest_index(Path(entry["manifest"]), made)
     hours = _stated_hours(entry, index, where)
     corpus = make_corpus(name, index, filters, hours=hours, weight=weight, lang=entry.get("lang"), prompts=prompts)
-    if corpus.dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.dropped.items())
-        logger.warning("%s: data.filter leaves %d of %d utterances; dropped: %s", name, corpus.kept, len(index), reasons)
+    log_dropped(corpus)
     if not corpus.kept or not round(weight * corpus.kept):
         raise UserError(f"{where}: no utterance is left after data.filter and weights: widen them")
     return corpus
+
+
+def log_dropped(corpus: Corpus) -> None:
+    """Log what data.filter drops of a corpus: as a warning if it is more than a few utterances in a hundred."""
+    total = len(corpus.index)
+    count = total - corpus.kept
+    if not count:
+        return
+    reasons = ", ".join(f"{number} {reason}" for reason, number in corpus.dropped.items() if number)
+    level = logging.WARNING if count > MUCH_DROPPED * total else logging.INFO
+    message = "%s: data.filter drops %d of %d utterances (%.1f %%): %s. Widen data.filter if you need them."
+    logger.log(level, message, corpus.name, count, total, 100 * count / total, reasons)
 
 
 def _check_keys(entry: Any, where: str) -> None:
@@ -142,8 +154,11 @@ def _stated_hours(entry: Mapping[str, Any], index: Index, where: str) -> float |
     stated = entry.get("hours")
     if stated is not None and not 0 < stated <= 10**9:
         raise UserError(f"{where}: hours={stated} must be above 0 and at most 1000000000; leave it out to use what the index counts")
-    if stated is not None and not 0.5 <= float(stated) / max(index.hours, 1e-9) <= 2:
-        message = "%s: hours=%s, but the index counts %.2f h; only data.use_infinite_dataset=true goes by the stated hours"
+    if stated is not None and abs(float(stated) - index.hours) > HOURS_TOLERANCE * index.hours:
+        message = (
+            "%s: hours=%g contradicts the index, which counts %.4g h. Correct it or leave it out: "
+            "data.use_infinite_dataset=true mixes corpora by the stated hours."
+        )
         logger.warning(message, where, stated, index.hours)
     return None if stated is None else float(stated)
 

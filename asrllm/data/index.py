@@ -46,6 +46,7 @@ ROW = np.dtype(
 )
 MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
 MAX_HEADER = 1 << 20  # bytes of an extended header of a tar, which holds a name
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 TALLIED = ("corpus", "lang", "speaker")
 
 
@@ -306,7 +307,21 @@ def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
         with open(path, "rb") as file:
             yield from iterate_tar(file)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as a tar: {error}") from error
+        raise UserError(explain_tar(Path(path), error)) from error
+
+
+def explain_tar(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that cannot be read as a tar, and how to fix it if it is compressed."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(6)
+    except OSError:
+        start = b""
+    for magic, program in COMPRESSED.items():
+        if start.startswith(magic):
+            problem = f"{str(path)!r} is compressed, so that a sample cannot be read at its place in it"
+            return f"{problem}. Unpack it with '{program} -d', and give the tar."
+    return f"{str(path)!r} cannot be read as a tar: {error}"
 
 
 class Member(NamedTuple):
@@ -430,7 +445,7 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     try:
         fields = parse_json(files["json"]) if "json" in files else {}
         if isinstance(fields, dict) and "text" not in fields and "txt" in files:
-            fields["text"] = files["txt"].decode("utf-8").strip()
+            fields["text"] = files["txt"].decode("utf-8-sig").strip()
     except ValueError as error:  # of JSON or of UTF-8
         return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):

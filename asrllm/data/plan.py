@@ -18,6 +18,7 @@ import numpy as np
 from asrllm.data.config import SamplerConfig
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
+from asrllm.data.repeats import any_meet, any_share, first_repeats, has_repeats, spread
 from asrllm.data.storage import RemoteFile, is_url
 
 LENGTH_JITTER = 0.05  # lengths are stretched by up to this before sorting, so that an utterance meets others in every epoch
@@ -154,13 +155,25 @@ class Plan:
 
     def _cut(self, entries: np.ndarray, ranks: int, rng: np.random.Generator) -> list[np.ndarray]:
         lengths: np.ndarray = entries["samples"] * (rng.uniform(1, 1 + LENGTH_JITTER, len(entries)) if self.shuffle else 1)
+        may_repeat = has_repeats(entries)
         entries = entries[np.argsort(-lengths, kind="stable")]
         groups = list(self._groups(entries, ranks))
+        if may_repeat and any_meet(entries, groups):
+            entries = entries[spread(entries, groups, ranks, rng if self.shuffle else None)]
+            groups = list(self._groups(entries, ranks, first_repeats(entries, len(groups), ranks)))
         order = rng.permutation(len(groups)) if self.shuffle else range(len(groups))
-        return [batch for i in order for batch in deal(entries[slice(*groups[i])], ranks)]
+        return [batch for i in order for batch in deal(entries[slice(*groups[i])], ranks, repeated=may_repeat)]
 
-    def _groups(self, entries: np.ndarray, ranks: int) -> Iterator[tuple[int, int]]:
-        """Stretches of the sorted utterances that make one batch a rank within the budget; the last two share what is left evenly."""
+    def _groups(self, entries: np.ndarray, ranks: int, repeats: np.ndarray | None = None) -> Iterator[tuple[int, int]]:
+        """Yield stretches of the utterances that make one batch a rank within the budget.
+
+        The last two share what is left evenly.
+
+        Args:
+            entries: (n,) of ENTRY, sorted by length.
+            ranks: the number of batches in a group.
+            repeats: (n,) as of repeats.first_repeats, where utterances occur more than once.
+        """
         tokens: np.ndarray = entries["tokens"].astype(np.int64)
         samples: np.ndarray = entries["samples"].astype(np.int64)
         budgets = [(tokens, self.config.max_tokens)]
@@ -177,6 +190,10 @@ class Plan:
                 slack = int(most.max() - most.min()) if ranks > 1 else 0  # what dealing can leave between two batches of a group
                 fitting = int(np.searchsorted(total, total[start] + (budget - slack) * ranks, "right")) - 1 - start
                 size = min(size, max(1, fitting // ranks))
+            if repeats is not None:
+                is_repeat = repeats[start : start + size * ranks] >= start
+                if is_repeat.any():
+                    size = max(1, int(is_repeat.argmax()) // ranks)
             if size * ranks < left < 2 * size * ranks:
                 size = -(-left // (2 * ranks))
             end = min(start + size * ranks, len(entries))
@@ -287,24 +304,40 @@ class _Stream:
         return np.concatenate(parts)
 
 
-def deal(entries: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Utterances of a group -> a batch a rank, of as many utterances (one more or less) and of near-equal cost.
+def deal(entries: np.ndarray, ranks: int, *, repeated: bool = False) -> list[np.ndarray]:
+    """Divide the utterances of a group into one batch a rank.
 
-    The largest of the next `ranks` utterances goes to the rank that has the least. The costs of two batches of equal number then differ by
-    no more than those of two utterances of the group.
+    The batches have as many utterances (one more or less) and near-equal cost: the costs of two
+    batches of equal number differ by no more than those of two utterances of the group.
+
+    Args:
+        entries: (n,) of ENTRY.
+        ranks: the number of batches.
+        repeated: whether an utterance may occur more than once.
     """
     if ranks == 1:
         return [entries]
     by_cost = np.argsort(-entries["tokens"].astype(np.int64), kind="stable")
+    has_copies = repeated and any_meet(entries, [(0, len(entries))])
+    if has_copies:  # next to each other, where the ranks that follow one another take them
+        by_cost = np.lexsort((entries["row"], entries["corpus"], -entries["tokens"].astype(np.int64)))
+    owner = _owners_by_cost(entries["tokens"], by_cost, ranks)
+    if has_copies and any_share(entries, owner):
+        owner[by_cost] = np.arange(len(entries)) % ranks
+    order = np.argsort(owner, kind="stable")
+    return np.split(entries[order], np.searchsorted(owner[order], np.arange(1, ranks)))
+
+
+def _owners_by_cost(tokens: np.ndarray, by_cost: np.ndarray, ranks: int) -> np.ndarray:
+    """Give the largest of the next `ranks` utterances to the rank that has the least."""
     sums: np.ndarray = np.zeros(ranks, np.int64)
-    owner: np.ndarray = np.empty(len(entries), np.int64)
-    for i in range(0, len(entries), ranks):
+    owner: np.ndarray = np.empty(len(tokens), np.int64)
+    for i in range(0, len(tokens), ranks):
         chosen = by_cost[i : i + ranks]
         to = np.argsort(sums, kind="stable")[: len(chosen)]
         owner[chosen] = to
-        sums[to] += entries["tokens"][chosen]
-    order = np.argsort(owner, kind="stable")
-    return np.split(entries[order], np.searchsorted(owner[order], np.arange(1, ranks)))
+        sums[to] += tokens[chosen]
+    return owner
 
 
 def split_to(batches: list[np.ndarray], count: int) -> list[np.ndarray]:

@@ -229,7 +229,7 @@ def make_sample(utterance: Utterance, fields: dict[str, Any], codec: Codec = "fl
     try:
         content = json.dumps(about, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RejectedError("broken_text", str(error)) from error
+        raise RejectedError("broken_text", f"the transcript or a field is not UTF-8 text: {error}") from error
     extension, audio = _audio(utterance, wave, rate, codec)
     return {"__key__": key, extension: audio, "json": content}
 
@@ -355,6 +355,7 @@ class _Workplace:
     def finish(self, count: int) -> ShardSummary:
         """Of the first `count` shards; OUT appears with everything in it."""
         records: list[ShardRecord] = []
+        example = ""
         reasons: Counter[str] = Counter()
         with open(self.shards / "rejected.jsonl", "w", encoding="utf-8", errors="backslashreplace") as log:
             for number in range(count):
@@ -362,10 +363,12 @@ class _Workplace:
                 records += [record] if record else []
                 reasons.update(reason for _, reason, _ in rejected)
                 log.writelines(rejected_line(*row) for row in rejected)
+                if rejected and not example:
+                    example = f". The first one: {rejected[0][2]}"
         if not records:
             shutil.rmtree(self.folder)
             said = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "the source has no utterance"
-            raise UserError(f"no utterance could be written to {str(self.out)!r}: {said}")
+            raise UserError(f"no utterance could be written to {str(self.out)!r}: {said}{example}")
         write_index(self.shards, records)
         wanted = {record.name for record in records} | {"rejected.jsonl", "index.bin", "index.json"}
         for path in self.shards.iterdir():  # shards of an earlier run that had more of them

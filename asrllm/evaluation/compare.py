@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
+from asrllm.escape import escape
 from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, characters, errors, fitting_metric, groups_of, sum_by
 from asrllm.text_files import parse_json, read_text
 
 PERMUTATIONS = 10_000
-RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp)=(?P<units>\[.*\])")
+RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str
     metric = fitting_metric([t.reference for t in a])
     first, second = errors(a, metric), errors(b, metric)
     by, groups = groups_of(a)
+    if groups is None:  # recogs-*.txt do not say who speaks
+        by, groups = groups_of(b)
     low, high = difference_interval(first, second, groups)
     return Comparison(
         metric=metric,
@@ -121,18 +125,36 @@ def compare_files(a: Path, b: Path) -> Comparison:
     """Raises UserError where they are not of the same utterances with the same references, or were scored by other normalisers."""
     rows, others = read_rows(a), read_rows(b)
     name = one_normalizer(a, rows, b, others)
-    first, second = ({t.key: t for t in transcripts(found, name)} for found in (rows, others))
+    first, second = by_key(rows, name), by_key(others, name)
+    if is_recogs(a) != is_recogs(b):  # those of an evaluation are normalised, and most normalisers change their own results
+        if is_recogs(a) and same_references(as_written := by_key(rows, "none"), second):
+            first = as_written
+        elif is_recogs(b) and same_references(first, as_written := by_key(others, "none")):
+            second = as_written
     if only := sorted(first.keys() ^ second.keys()):
         raise UserError(f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone")
-    # recogs-*.txt of a character error rate have a space between any two
-    if other := [key for key in first if characters(first[key].reference) != characters(second[key].reference)]:
+    if other := [key for key in first if not same_reference(first[key], second[key])]:
         pair = f"{first[other[0]].reference!r} and {second[other[0]].reference!r}"
         raise UserError(f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}: {pair}")
     return compare(list(first.values()), [second[key] for key in first], normalizer=name)
 
 
+def by_key(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Transcript]:
+    """Return the normalised transcripts by their keys as recogs-*.txt write them."""
+    return {escape(transcript.key): transcript for transcript in transcripts(rows, name)}
+
+
+def same_reference(a: Transcript, b: Transcript) -> bool:
+    """recogs-*.txt of a character error rate have a space between any two characters."""
+    return characters(a.reference) == characters(b.reference)
+
+
+def same_references(a: Mapping[str, Transcript], b: Mapping[str, Transcript]) -> bool:
+    return a.keys() == b.keys() and all(same_reference(a[key], b[key]) for key in a)
+
+
 def one_normalizer(a: Path, rows: Sequence[dict[str, Any]], b: Path, others: Sequence[dict[str, Any]]) -> str:
-    """The one that both were scored by; recogs-*.txt say none, and hold texts after it, which it leaves as they are."""
+    """Return the name of the normaliser that both were scored by; recogs-*.txt do not say any."""
     named = {str(row["normalizer"]): str(path) for path, found in ((a, rows), (b, others)) for row in found if "normalizer" in row}
     if len(named) > 1:
         said = " and ".join(f"{path!r} by {name!r}" for name, path in named.items())
@@ -157,24 +179,43 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """{"key", "ref", "hyp", ...} of each utterance in a generations-*.jsonl or a recogs-*.txt (icefall's too)."""
     lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may hold U+2028
     try:
-        rows = _read_recogs(lines) if path.name.startswith("recogs") else [parse_json(line) for line in lines if line]
+        rows = _read_recogs(lines) if is_recogs(path) else [parse_json(line) for line in lines if line]
         rows = [row | {name: row[name] for name in ("key", "ref", "hyp")} | {"duration": float(row.get("duration", 0))} for row in rows]
         if not all(isinstance(row[name], str) for row in rows for name in ("key", "ref", "hyp")):
             raise ValueError("key, ref and hyp must be texts")
     except (ValueError, SyntaxError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is no file generations-*.jsonl or recogs-*.txt: {type(error).__name__}: {error}") from error
+    counts = Counter(row["key"] for row in rows)
+    if repeated := [key for key, count in counts.items() if count > 1]:
+        raise UserError(
+            f"{str(path)!r} has {len(repeated)} repeated keys, such as {repeated[0]!r}. "
+            "Give every utterance a key of its own, and evaluate again."
+        )
     if not rows:
         raise UserError(f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt")
     return rows
 
 
 def _read_recogs(lines: Sequence[str]) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for match in map(RECOGS_LINE.fullmatch, lines):
-        if match:
-            units = ast.literal_eval(match["units"])
-            found.setdefault(match["key"], {"key": match["key"]})[match["what"]] = " ".join(units)
-    return list(found.values())
+    """Return a row for each reference with its hypothesis; a key that is repeated has several rows."""
+    rows: list[dict[str, Any]] = []
+    last_of: dict[str, dict[str, Any]] = {}
+    for line in filter(str.strip, lines):
+        match = RECOGS_LINE.fullmatch(line)
+        if not match:
+            raise ValueError(f"{line[:80]!r} is neither a reference nor a hypothesis")
+        key, what, units = match["key"], match["what"], match["units"]
+        if what.startswith("timestamp"):
+            continue
+        if what in last_of.get(key, {what: None}):
+            last_of[key] = {"key": key}
+            rows.append(last_of[key])
+        last_of[key][what] = " ".join(ast.literal_eval(units))
+    return rows
+
+
+def is_recogs(path: Path) -> bool:
+    return path.name.startswith("recogs")
 
 
 def as_text(name: str, found: Comparison) -> str:

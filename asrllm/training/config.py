@@ -82,8 +82,6 @@ class TrainerConfig:
     wandb: WandbConfig
 
     def __post_init__(self) -> None:
-        if self.num_epochs is None and self.num_steps is None:
-            raise UserError("trainer.num_epochs and trainer.num_steps are both null: set the one that ends the training")
         counts = (
             "gradient_accumulation_steps",
             "log_every",
@@ -122,6 +120,13 @@ class TrainerConfig:
         check_read(self.schedule, beside | {f"schedule.{key}": value for key, value in vars(self.schedule).items()})
 
     @property
+    def last_epoch(self) -> int | None:
+        """The number of epochs that ends the run, or None if only num_steps does."""
+        if self.num_epochs is None and self.num_steps is None:
+            return 1
+        return self.num_epochs
+
+    @property
     def dtype(self) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
@@ -144,7 +149,7 @@ class TrainRun:
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"seed={self.seed} must be a whole number from 0 to 4294967295")
         if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
-            raise UserError("data.use_infinite_dataset=true has no epochs: give trainer.num_epochs=null trainer.num_steps=N with it")
+            raise UserError("data.use_infinite_dataset=true has no epochs. Set trainer.num_steps=N and leave trainer.num_epochs out.")
         kind = self.model.audio_encoder.model_type
         takes_whispers = encoder_class(kind).whisper_features
         for key, wrong in (

@@ -16,7 +16,7 @@ from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.plan import Plan, Position
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
-from asrllm.data.text import normalizer
+from asrllm.data.text import transcript_normalizer
 from asrllm.errors import UserError
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.training import distributed
@@ -36,7 +36,7 @@ class TrainingData:
         self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
         words = config.data.hotwords
         self.hotwords = Hotwords(words, seed=config.seed, forbidden=processor.config.audio_token) if words.prob else None
-        self.normalize = normalizer(config.data.text_normalization, key="data.text_normalization")
+        self.normalize = transcript_normalizer(config.data.text_normalization)
         self.corpora = self._corpora(config.data.train_data_config or "")
         self.valid = self._corpora(config.data.valid_data_config) if config.data.valid_data_config else []
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
@@ -81,8 +81,8 @@ class TrainingData:
         return Plan(corpora, sampler, audio_tokens=self.tokens, seed=seed, shuffle=shuffle, endless=endless)
 
     def total_steps(self) -> int:
-        """Until num_steps or num_epochs, whichever comes first; the latter is an estimate."""
-        steps, epochs = self.config.trainer.num_steps, self.config.trainer.num_epochs
+        """Return the steps until num_steps or num_epochs, whichever comes first; the latter is an estimate."""
+        steps, epochs = self.config.trainer.num_steps, self.config.trainer.last_epoch
         if epochs is None:
             return steps or 0
         in_epochs = epochs * self.plan.estimate_steps(ranks=distributed.world_size(), accumulation=self.accumulation)
@@ -95,7 +95,7 @@ class TrainingData:
     def train_steps(self, start: Position) -> Iterator[LoadedStep]:
         collator = self._collator(self.hotwords, self.config.data.augment.spec_augment.time_masks)
         reader = self._reader(self.corpora, self.augment)
-        return self._steps(self.plan, PlannedDataset(reader, collator), start, self.accumulation, self.config.trainer.num_epochs)
+        return self._steps(self.plan, PlannedDataset(reader, collator), start, self.accumulation, self.config.trainer.last_epoch)
 
     def valid_sets(self) -> dict[str, Callable[[], Iterator[PackedBatch]]]:
         return {corpus.name: functools.partial(self._valid_batches, corpus) for corpus in self.valid}

@@ -26,8 +26,6 @@ def deepspeed_engine(
 
     Within the block transformers knows of ZeRO-3: `build` loads the LLM partition by partition, and generating gathers its layers.
     """
-    if "scheduler" in ds:
-        raise UserError(f"{config.deepspeed_config}: 'scheduler' is not read: remove it and set trainer.warmup_steps and trainer.lr")
     stage3 = HfDeepSpeedConfig(ds)  # transformers holds it weakly: this name keeps it alive
     model = build()
     for parameter in model.parameters():
@@ -38,7 +36,7 @@ def deepspeed_engine(
         model.llm.enable_input_require_grads()
         model.audio_encoder.gradient_checkpointing_enable()
     if config.compile:
-        compile_layers(model, ds)
+        compile_layers(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")
@@ -46,9 +44,8 @@ def deepspeed_engine(
     if ds["zero_optimization"]["stage"] == 3:  # a layer is gathered at once rather than weight by weight
         set_z3_leaf_modules(model, model.unsplit_modules())
         gather_head_for_loss(model)
-    optimizer = None if "optimizer" in ds else build_optimizer(config, ds, model, device)
-    if "optimizer" not in ds:
-        import_muon_uncompiled()
+    optimizer = build_optimizer(config, ds, model, device)
+    import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds)
     if isinstance(optimizer, ScaledAdam):
         bind(optimizer, engine)
@@ -62,10 +59,8 @@ def import_muon_uncompiled() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
-def compile_layers(model: nn.Module, ds: dict[str, Any]) -> None:
+def compile_layers(model: nn.Module) -> None:
     """torch.compile of the LLM's layers, each by itself, for rows of any length."""
-    if ds["zero_optimization"]["stage"] == 3:
-        raise UserError("trainer.compile=true does not go with ZeRO-3, which gathers a layer's weights as it is run: take stage 0, 1 or 2")
     kinds = set(model.causal_lm._no_split_modules or ())
     for layer in model.causal_lm.modules():
         if type(layer).__name__ in kinds:
@@ -73,14 +68,10 @@ def compile_layers(model: nn.Module, ds: dict[str, Any]) -> None:
 
 
 def build_optimizer(config: TrainerConfig, ds: dict[str, Any], model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    zero, name = ds["zero_optimization"], config.optimizer.name
     groups = parameter_groups(dict(model.named_parameters()), lr=config.lr, lr_of=config.lr_of, weight_decay=config.weight_decay)
-    if name == "deepspeed_adamw" and zero["stage"] == 0:
-        raise UserError("trainer.optimizer.name=deepspeed_adamw has no checkpoints at ZeRO stage 0: choose adamw, or ds_configs/zero1.json")
-    if name == "scaled_adam":
-        ds["zero_allow_untested_optimizer"], ds["zero_force_ds_cpu_optimizer"] = True, False
     betas = (config.betas[0], config.betas[1])
-    return make_optimizer(name, groups, lr=config.lr, betas=betas, device=device, offload="offload_optimizer" in zero)
+    offload = "offload_optimizer" in ds["zero_optimization"]
+    return make_optimizer(config.optimizer.name, groups, lr=config.lr, betas=betas, device=device, offload=offload)
 
 
 def gather_head_for_loss(model: nn.Module) -> None:
@@ -91,7 +82,7 @@ def gather_head_for_loss(model: nn.Module) -> None:
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)  # an optimizer of the DeepSpeed JSON's has one group without
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def drop_frozen_aliases(model: nn.Module) -> None:

@@ -134,15 +134,16 @@ class Trainer:
 
     def _is_over(self) -> bool:
         """After num_steps or num_epochs, whichever comes first."""
-        steps, epochs = self.config.num_steps, self.config.num_epochs
+        steps, epochs = self.config.num_steps, self.config.last_epoch
         return (steps is not None and self.step >= steps) or (epochs is not None and self.position.epoch >= epochs)
 
     def _schedule_step(self, loaded: LoadedStep) -> float:
         """Where in the schedule the step stands, in steps. By the share of the epochs that is done where they end the training, since how
         many steps those have is known for certain only when they are over, and changes with the number of ranks."""
-        if self.config.num_epochs is None or self.step < self.config.warmup_steps:
+        epochs = self.config.last_epoch
+        if epochs is None or self.step < self.config.warmup_steps:
             return self.step
-        by_epochs = loaded.before / self.config.num_epochs
+        by_epochs = loaded.before / epochs
         return max(by_epochs, self.step / (self.config.num_steps or math.inf)) * self.total_steps
 
     def train_step(self, loaded: LoadedStep) -> StepSums:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from asrllm.data.config import FilterConfig
 from asrllm.data.corpora import long_utterance, read_corpora
+from asrllm.data.index import RATE, open_index
 from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.testing import data_config
@@ -46,7 +48,30 @@ def test_filters_drop_and_say_how_many(tmp_path, world, caplog):
     assert corpus.kept_hours == pytest.approx(rows["samples"].sum() / 16000 / 3600)
     assert rows["samples"].min() >= 8000
     assert rows["samples"].max() <= 16000
-    assert f"data.filter leaves {corpus.kept} of 60 utterances; dropped: {corpus.dropped['too_short']} too_short" in caplog.text
+    count = 60 - corpus.kept
+    expected = f"data.filter drops {count} of 60 utterances ({100 * count / 60:.1f} %): {corpus.dropped['too_short']} too_short, "
+    assert expected in caplog.text
+
+
+@pytest.mark.parametrize(("dropped", "warns"), [(0, False), (3, False), (4, True)])
+def test_filters_that_drop_more_than_a_twentieth_are_warned_of(tmp_path, world, caplog, dropped, warns):
+    """Of 60 utterances: 5 % are 3."""
+    longest = sorted(open_index(world.shards).rows["samples"])[-1 - dropped]
+    filters = FilterConfig(min_duration=0.0, max_duration=longest / RATE, max_chars_per_second=1000.0)
+    with caplog.at_level(logging.WARNING):
+        (corpus,) = read(tmp_path, {"shards": str(world.shards)}, filters=filters)
+    assert corpus.kept == 60 - dropped
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"{corpus.name}: data.filter drops 4 of 60 utterances (6.7 %): 4 too_long. Widen data.filter if you need them."] if warns else []
+    )
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(0.85, True), (0.95, False), (1.0, False), (1.05, False), (1.15, True), (100, True)])
+def test_stated_hours_that_contradict_the_index_are_warned_of(tmp_path, world, caplog, factor, warns):
+    counted = open_index(world.shards).hours
+    (corpus,) = read(tmp_path, {"shards": str(world.shards), "hours": factor * counted})
+    assert corpus.hours == pytest.approx(factor * counted)
+    assert (f"hours={factor * counted:g} contradicts the index, which counts {counted:.4g} h." in caplog.text) is warns
 
 
 @pytest.mark.parametrize(

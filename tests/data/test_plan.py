@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -236,3 +237,86 @@ def test_spares_are_other_utterances():
 def test_a_budget_below_one_is_refused():
     with pytest.raises(UserError, match=r"data\.sampler\.max_tokens=0"):
         SamplerConfig(max_tokens=0, max_utterances=1, max_duration=None, window=1)
+
+
+# --- copies of one utterance ---
+
+
+def most_copies(batch):
+    """How often the most frequent utterance of a batch is in it."""
+    _, counts = np.unique(batch[["corpus", "row"]], return_counts=True)
+    return int(counts.max(initial=0))
+
+
+def padding_ratio(batches):
+    padded = sum(len(batch) * int(batch["samples"].max()) for batch in batches if len(batch))
+    return 1 - sum(int(batch["samples"].sum()) for batch in batches) / padded
+
+
+def speech_corpus(count, seed, **more):
+    samples, text = speech(count, seed)
+    return corpus(samples, text=text, per_shard=1000, **more)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None)
+@given(lengths, st.integers(1, 5), st.integers(1, 12), st.integers(5, 300), st.sampled_from([2, 100]), st.booleans(), st.booleans())
+def test_copies_meet_in_a_batch_only_where_there_are_more_of_them_than_batches(
+    lengths, ranks, weight, window, max_utterances, shuffle, endless
+):
+    corpora = [corpus(lengths, weight=weight), corpus([80_000] * 30)]
+    plan = make_plan(corpora, window=window, max_utterances=max_utterances, shuffle=shuffle, endless=endless)
+    for number in range(min(plan.windows or 3, 3)):
+        utterances = plan.utterances(0, number)
+        batches = plan.batches(0, number, ranks)
+        groups = len(list(plan._groups(utterances[np.argsort(-utterances["samples"].astype(int))], ranks)))
+        if most_copies(utterances) <= 0.9 * groups * ranks:  # the groups above are those of other lengths, without jitter
+            assert max(map(most_copies, batches)) <= 1
+        assert np.array_equal(
+            np.sort(np.concatenate(batches), order=["corpus", "round", "row"]), np.sort(utterances, order=["corpus", "round", "row"])
+        )
+        assert all(len(batch) <= max_utterances for batch in batches)
+        assert all(batch["tokens"].sum(dtype=np.int64) <= 400 for batch in batches if len(batch) > 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_a_small_corpus_in_an_endless_mix_meets_itself_in_no_batch(ranks):
+    """Of 385 utterances one was four times in a batch of 8. Copies are in different steps, or with many ranks in few of one step."""
+    plan = make_plan([speech_corpus(385, 1, weight=50.0), speech_corpus(20_000, 2)], max_tokens=1500, window=20_000, endless=True)
+    for window in range(2):
+        assert most_copies(plan.utterances(0, window)) > 25
+        batches = plan.batches(0, window, ranks)
+        assert max(map(most_copies, batches)) == 1
+        in_step = max(most_copies(np.concatenate(batches[i : i + ranks])) for i in range(0, len(batches), ranks))
+        assert in_step <= (1 if ranks < 8 else 2)
+        assert padding_ratio(batches) < 0.05
+
+
+def test_who_meets_whom_differs_between_the_copies():
+    """Copies at even distances would all meet the copies of the same others."""
+    plan = make_plan([speech_corpus(385, 1)], max_tokens=1500, window=100_000, endless=True)
+    met = [{*batch["row"].tolist()} for batch in plan.batches(0, 0, 1)]
+    of_one = [rows - {7} for rows in met if 7 in rows]
+    assert len(of_one) > 200
+    assert len(set().union(*of_one)) > 20  # of the utterances of about the same length; a batch has 5 others
+
+
+def test_more_copies_than_batches_are_spread_evenly():
+    plan = make_plan([corpus([160_000] * 2, weight=40)], max_tokens=1350)  # 80 utterances of 135 tokens: 8 batches of 10
+    batches = plan.batches(0, 0, 1)
+    assert len(batches) == 8
+    assert all(3 <= int((batch["row"] == 0).sum()) <= 7 for batch in batches)
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, "783d2d212c23dd6b"), (3, "7b29c36fed8987d9")])
+def test_without_copies_the_order_is_as_it_always_was(ranks, expected):
+    """The digests are those of the plan before it spread copies."""
+    samples, text = speech(3000)
+    corpora = [corpus(samples, text=text, hours=3.0), corpus(samples[:1000], text=text[:1000], hours=1.0)]
+    plan = make_plan(corpora, window=400, endless=True)
+    digest = hashlib.sha256()
+    for epoch, window in itertools.product(range(3), range(4)):
+        assert most_copies(plan.utterances(epoch, window)) == 1
+        for batch in plan.batches(epoch, window, ranks):
+            digest.update(batch.tobytes() + b"/")
+    assert digest.hexdigest()[:16] == expected

@@ -7,6 +7,8 @@ import soundfile
 from lhotse import CutSet, MonoCut, MultiCut, Recording, SupervisionSegment
 
 from asrllm.data.corpora import read_corpora
+from asrllm.data.index import open_index
+from asrllm.data.shards import write_shards
 from asrllm.data.sources import SOURCES, RejectedError, read_cuts, read_kaldi
 from asrllm.data.sources import kaldi as kaldi_module
 from asrllm.errors import UserError
@@ -34,15 +36,11 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
     [
         ("wav.scp", None, r"the file wav\.scp is missing"),
         ("wav.scp", "", "is empty"),
-        ("wav.scp", "utt0000\n", "recording 'utt0000' has no path"),
         ("text", "\n", "has no utterance"),
         ("wav.scp", "utt0000 cat x.wav |\n", "is a pipe.*--allow-pipes"),
-        ("segments", "a other 0 1\n", "names the recording 'other'"),
-        ("segments", "a utt0000 0\n", "is not 'utterance recording start end'"),
-        ("segments", "a utt0000 2 1\n", "the end must lie after the start"),
         ("text", "utt0000 one\nutt0000 two\n", "names 1 keys more than once"),
         ("text", "b one\na two\nb two\n", "names 1 keys more than once"),
-        ("utt2spk", "utt0000 \xff\n".encode("latin-1"), r"utt2spk:1 is not UTF-8"),
+        ("text", "utt0000 one\n".encode("utf-16"), r"is UTF-16 text\. Convert it to UTF-8"),
     ],
 )
 def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, message):
@@ -52,6 +50,38 @@ def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, messa
         (kaldi / file).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=message):
         list(read_kaldi(kaldi))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason", "detail"),
+    [
+        ("wav.scp", "utt0000\nutt0001 {folder}/wav/utt0001.wav\n", "missing_audio", "recording 'utt0000' has no path"),
+        ("segments", "utt0000 other 0 1\nutt0001 utt0001 0 -1\n", "missing_audio", "names the recording 'other', which wav.scp lacks"),
+        ("segments", "utt0000 utt0000 0\nutt0001 utt0001 0 -1\n", "bad_segment", "has 'utt0000 0' instead of 'recording start end'"),
+        ("segments", "utt0000 utt0000 0 x\nutt0001 utt0001 0 -1\n", "bad_segment", "instead of 'recording start end'"),
+        ("segments", "utt0000 utt0000 2 1\nutt0001 utt0001 0 -1\n", "bad_segment", "the end must lie after the start"),
+        ("segments", "utt0000 utt0000 -1 1\nutt0001 utt0001 0 -1\n", "bad_segment", "lasts from -1 to 1"),
+        ("segments", "utt0000 utt0000 0 nan\nutt0001 utt0001 0 -1\n", "bad_segment", "the end must lie after the start"),
+        ("utt2spk", "utt0000 \xff\nutt0001 s\n", "broken_text", "is not UTF-8 text"),
+        ("text", "utt0000 \xff\nutt0001 one\n", "broken_text", "is not UTF-8 text"),
+    ],
+)
+def test_a_bad_line_of_kaldi_rejects_one_utterance(tmp_path, file, content, reason, detail):
+    kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
+    (kaldi / file).write_bytes(content.replace("{folder}", str(kaldi)).encode("latin-1"))
+    write_shards(tmp_path / "out", read_kaldi(kaldi))
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert (row["key"], row["reason"]) == ("utt0000", reason)
+    assert detail in row["detail"]
+    assert len(open_index(tmp_path / "out")) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
+    for name in ("wav.scp", "text"):
+        content = (kaldi / name).read_text()
+        (kaldi / name).write_text("\ufeff" + content.replace("\n", "\n\ufeff", 1))
+    assert [(u.key, u.problem) for u in read_kaldi(kaldi)] == [("utt0000", None), ("utt0001", None)]
 
 
 def test_kaldi_tables_need_not_be_in_order(tmp_path):
@@ -367,8 +397,10 @@ def test_audio_formats_are_read_from_any_second_on(tmp_path):
 def test_a_source_of_each_line_is_read_lazily(tmp_path):
     """What is broken far behind does not hinder what comes first."""
     line = json.dumps({"audio_filepath": "a.wav", "duration": 1, "text": "x"}) + "\n"
-    (tmp_path / "m.json").write_text(line * 500 + "broken\n")
+    (tmp_path / "m.json").write_text(line * 500 + "broken\n" + line)
     utterances = SOURCES["nemo"].read(tmp_path / "m.json")
     assert [next(utterances).key for _ in range(300)] == ["a"] * 300
-    with pytest.raises(UserError, match=r"m\.json:501 is not valid JSON"):
-        list(utterances)
+    *_, broken, last = utterances
+    assert broken.problem[0] == "bad_json"
+    assert "m.json:501 is not valid JSON" in broken.problem[1]
+    assert (last.key, last.problem) == ("a", None)

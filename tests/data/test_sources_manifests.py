@@ -59,21 +59,90 @@ def test_nemo(tmp_path):
     )
 
 
+def problems(utterances):
+    """(reason, detail) of what is rejected unloaded, or None."""
+    return [utterance.problem for utterance in utterances]
+
+
+GOOD = {
+    "nemo": {"audio_filepath": "a.wav", "text": "one"},
+    "wenet": {"key": "A", "wav": "a.wav", "txt": "one"},
+    "slam": {"key": "A", "source": "a.wav", "target": "one"},
+    "swift": {"query": "<audio>", "response": "one", "audios": ["a.wav"], "id": "A"},
+}
+
+
+def without(source, key):
+    return {name: value for name, value in GOOD[source].items() if name != key}
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("source", "row", "reason", "detail"),
     [
-        ('{"duration": 1, "text": "x"}', r"m\.json:1 has no 'audio_filepath'; it has: duration, text"),
-        ('{"audio_filepath": "a.wav", "duration": 1}', r"m\.json:1 has no 'text'"),
-        ('{"audio_filepath": "a.wav", "text": 3}', r"m\.json:1: 'text' is 3, which is not a text"),
-        ('{"audio_filepath": "a.wav", "text": "x", "duration": "long"}', r"'duration' is 'long', which is not a number"),
-        ('{"audio_filepath": "a.wav", "text": "x"}\n{"audio_filepath": "a.wav", "text": ', r"m\.json:2 is not valid JSON"),
-        ('"x"', r"m\.json:1 is not a JSON object"),
-        (b"\xff", "is not UTF-8"),
+        ("nemo", without("nemo", "audio_filepath"), "missing_field", ":2 has no 'audio_filepath'; it has: text"),
+        ("nemo", without("nemo", "text"), "missing_field", ":2 has no 'text'"),
+        ("nemo", GOOD["nemo"] | {"text": ["x"]}, "bad_field", ":2: 'text' is ['x'], which is not a text"),
+        ("nemo", GOOD["nemo"] | {"text": True}, "bad_field", "'text' is True, which is not a text"),
+        ("nemo", GOOD["nemo"] | {"audio_filepath": 3}, "bad_field", "'audio_filepath' is 3, which is not a text"),
+        ("nemo", GOOD["nemo"] | {"duration": "long"}, "bad_field", "'duration' is 'long', which is not a number of seconds"),
+        ("nemo", GOOD["nemo"] | {"duration": -1}, "bad_field", "'duration' is -1, which is not a number of seconds"),
+        ("nemo", GOOD["nemo"] | {"offset": -0.5}, "bad_field", "'offset' is -0.5"),
+        ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", ":2 is not valid JSON"),
+        ("nemo", '"x"', "bad_json", ":2 is not a JSON object"),
+        ("nemo", "\udcff", "bad_json", ":2 is not valid JSON"),
+        ("wenet", without("wenet", "key"), "missing_field", ":2 has no 'key'"),
+        ("wenet", without("wenet", "txt"), "missing_field", ":2 has no 'txt'"),
+        ("wenet", GOOD["wenet"] | {"start": 2, "end": 1}, "bad_field", "the end must lie after the start"),
+        ("slam", without("slam", "target"), "missing_field", ":2 has no 'target'"),
+        ("slam", GOOD["slam"] | {"key": [1]}, "bad_field", "'key' is [1], which is not a text"),
+        ("swift", {"text": "x"}, "missing_field", ":2 has neither 'messages' nor 'conversations' nor 'query'; it has: text"),
+        ("swift", without("swift", "response"), "missing_field", "has no 'response'"),
+        ("swift", {"messages": ["x"]}, "bad_field", "'messages' is not a list of objects"),
+        ("swift", {"messages": None}, "bad_field", "'messages' is not a list of objects"),
+        ("swift", {"messages": [{"content": "x"}]}, "missing_field", "has no 'role' or 'from'"),
+        ("swift", GOOD["swift"] | {"audios": [1]}, "bad_field", "'audios' is [1], which is not a list of paths"),
+        ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", "has 0 audios"),
+        ("swift", GOOD["swift"] | {"history": [["<audio>", "two"]]}, "not_one_turn", "is a chat with a history"),
     ],
 )
-def test_a_broken_manifest_is_one_sentence_naming_its_line(tmp_path, content, message):
-    (tmp_path / "m.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
+def test_a_bad_row_is_rejected_and_the_manifest_read_on(tmp_path, source, row, reason, detail):
+    text = row if isinstance(row, str) else json.dumps(row)
+    path = tmp_path / "m.jsonl"
+    path.write_text(
+        "\n".join([json.dumps(GOOD[source]), text, json.dumps(GOOD[source])]) + "\n", encoding="utf-8", errors="surrogateescape"
+    )
+    first, found, last = problems(SOURCES[source].read(path))
+    assert (first, last) == (None, None)
+    assert found[0] == reason
+    assert detail in found[1]
+
+
+def test_whole_numbers_are_keys_and_transcripts(tmp_path):
+    audio(tmp_path, "a.wav")
+    (slam,) = read_slam(lines(tmp_path / "slam.jsonl", GOOD["slam"] | {"key": 12, "target": 7}))
+    (swift,) = read_swift(lines(tmp_path / "swift.jsonl", GOOD["swift"] | {"id": 5, "audios": None, "audio": "a.wav", "history": []}))
+    (nemo,) = read_nemo(lines(tmp_path / "nemo.jsonl", GOOD["nemo"] | {"text": 7}))
+    assert (slam.key, slam.text) == ("12", "7")
+    assert (swift.key, swift.text, swift.problem) == ("5", "one", None)
+    assert (nemo.text, nemo.problem) == ("7", None)
+
+
+def test_a_manifest_of_another_form_is_one_sentence_with_its_first_row(tmp_path):
+    path = lines(tmp_path / "m.json", *[{"wav": "a.wav", "text": "x"}] * 3)
+    with pytest.raises(UserError, match=r"3 missing_field\. The first one: .*m\.json:1 has no 'audio_filepath'; it has: wav, text$"):
+        write_shards(tmp_path / "out", read_nemo(path))
+
+
+@pytest.mark.parametrize("source", GOOD)
+def test_byte_order_marks_are_no_part_of_a_row(tmp_path, source):
+    row = json.dumps(GOOD[source])
+    (tmp_path / "m.jsonl").write_text(f"\ufeff{row}\n\ufeff{row}\n", encoding="utf-8")
+    assert problems(SOURCES[source].read(tmp_path / "m.jsonl")) == [None, None]
+
+
+def test_a_manifest_in_utf_16_is_one_sentence(tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps(GOOD["nemo"]), encoding="utf-16")
+    with pytest.raises(UserError, match=r"m\.json' is UTF-16 text\. Convert it to UTF-8"):
         list(read_nemo(tmp_path / "m.json"))
 
 
@@ -179,9 +248,6 @@ def test_audio_that_the_table_names_and_the_disk_lacks_is_rejected(tmp_path):
     [
         ("name,text\nx,y\n", r"has the columns name, text, and none for the audio: call it file_name, path, .* or wav$"),
         ("path,words\nx,y\n", r"has the columns path, words, and none for the text: call it text, sentence"),
-        ("path,text\nx\n", "row 2 has 1 cells, its header has 2 columns: path, text"),
-        ("path,text,duration\nx.wav,y,?\n", r"row 2: 'duration' is '\?'"),
-        ("a|b\nc\n", r"metadata\.csv:2 is not 'id\|text'"),
         ("", "is empty"),
     ],
 )
@@ -191,8 +257,57 @@ def test_a_broken_table_is_one_sentence(tmp_path, table, message):
         list(read_folder(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("table", "reason", "detail"),
+    [
+        ("path,text\nx.wav\ny.wav,y\n", "bad_row", "metadata.csv:2 has 1 cells, its header has 2 columns: path, text"),
+        ("path,text,duration\nx.wav,y,?\ny.wav,y,\n", "bad_field", "metadata.csv:2: 'duration' is '?'"),
+        ("path,text,duration\nx.wav,y,-3\ny.wav,y,1\n", "bad_field", "metadata.csv:2: 'duration' is '-3'"),
+        ("a|b\nc\n", "bad_row", "metadata.csv:2 is not 'id|text' or 'id|text|normalised text'"),
+        ('path,text\nx.wav,"a" b\ny.wav,y\n', "bad_row", "metadata.csv:2 is not valid CSV"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_rejected(tmp_path, table, reason, detail):
+    (tmp_path / "metadata.csv").write_text(table)
+    found = problems(read_folder(tmp_path))
+    (problem,) = filter(None, found)
+    assert len(found) == 2
+    assert problem[0] == reason
+    assert detail in problem[1]
+
+
+def test_a_quotation_mark_that_is_never_closed_is_a_row_with_its_line(tmp_path):
+    """It would otherwise hold all rows behind it as one text."""
+    (tmp_path / "metadata.csv").write_text('path,text\nx.wav,one\ny.wav,"two\nz.wav,three\n')
+    first, last = problems(read_folder(tmp_path))
+    assert first is None
+    assert last[0] == "bad_row"
+    assert "metadata.csv:4 is not valid CSV: unexpected end of data" in last[1]
+
+
+def test_cells_with_line_breaks_and_byte_order_marks_are_read(tmp_path):
+    audio(tmp_path / "d", "a.wav", "b.wav")
+    table = '\ufeff"file_name","text"\r\na.wav,"one\r\n\r\n two, ""three"""\r\n\r\nb.wav,four\r\n'
+    (tmp_path / "d" / "metadata.csv").write_bytes(table.encode())
+    samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
+    assert samples == {"a": about('one two, "three"'), "b": about("four")}
+    assert rejected == []
+
+
+def test_audiofolders_jsonl_is_read(tmp_path):
+    """As Hugging Face's datasets read it: file_name, and any other columns."""
+    audio(tmp_path / "d", "data/a.wav", "data/b.wav")
+    path = tmp_path / "d" / "metadata.jsonl"
+    rows = [{"file_name": "data/a.wav", "transcription": "one", "speaker_id": "s"}, {"file_name": "data/b.wav", "transcription": 2}]
+    lines(path, *rows, {"file_name": "data/a.wav"}, {"file_name": "data/c.wav", "transcription": "x"})
+    assert SOURCES["folder"].count(tmp_path / "d") == 4
+    samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
+    assert samples == {"data/a": about("one", speaker="s"), "data/b": about("2")}
+    assert rejected == [("metadata.jsonl:3", "missing_field"), ("data/c", "missing_audio")]
+
+
 def test_an_empty_folder_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"neither metadata\.csv nor metadata\.tsv nor an audio file"):
+    with pytest.raises(UserError, match=r"neither metadata\.csv nor metadata\.tsv nor metadata\.jsonl nor an audio file"):
         list(read_folder(tmp_path))
 
 
@@ -244,23 +359,9 @@ def test_swift_as_one_json_list(tmp_path):
     assert (utterance.key, utterance.text, utterance.fields, utterance.file) == ("a", "one", {}, tmp_path / "a.wav")
     np.testing.assert_allclose(utterance.load()[0], tone("one", 0.5), atol=1e-4)
     path.write_text("[1]")
-    with pytest.raises(UserError, match=r"data\.json, entry 1 is not a JSON object"):
-        list(read_swift(path))
+    ((reason, detail),) = problems(read_swift(path))
+    assert reason == "bad_json"
+    assert "data.json, entry 1 is not a JSON object" in detail
     path.write_text("[{")
     with pytest.raises(UserError, match=r"data\.json is not valid JSON"):
         list(read_swift(path))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "x"}, r":1 has neither 'messages' nor 'conversations' nor 'query'; it has: text"),
-        ({"query": "x"}, "has no 'response'"),
-        ({"messages": ["x"]}, "'messages' is not a list of objects"),
-        ({"messages": [{"content": "x"}]}, "has no 'role' or 'from'"),
-        ({"query": "x", "response": "y", "audios": [1]}, r"'audios' is \[1\], which is not a list of paths"),
-    ],
-)
-def test_a_broken_chat_is_one_sentence(tmp_path, row, message):
-    with pytest.raises(UserError, match=message):
-        list(read_swift(lines(tmp_path / "data.jsonl", row)))

@@ -1,6 +1,18 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from asrllm.data.text import basic, en, normalizer, normalizer_of, zh, zh_numbers
+from asrllm.data.text import (
+    basic,
+    en,
+    none,
+    normalizer,
+    normalizer_of,
+    transcript_normalizer,
+    word_errors,
+    zh,
+    zh_numbers,
+)
 from asrllm.errors import UserError
 
 
@@ -16,6 +28,81 @@ from asrllm.errors import UserError
 )
 def test_basic_normalisation(text, expected):
     assert basic(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello [noise] world",
+        "<unk> hello <|en|> (laughs) there",
+        "[a <b] c> d",
+        "(a (b) c) d",
+        "() [] <> x",
+        "a[b]c (d)e",
+        "5 < 6 and 7 > 3",
+        "not [closed",
+        "（笑）好［音乐］",
+        "ÉCOLE (été) Straße ﬁne",
+    ],
+)
+def test_bracketed_tags_are_dropped_as_whispers_normaliser_does(text):
+    assert basic(text) == whisper_basic(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("aB1é好 \t[](){}<>（）.,-_", max_size=20))
+def test_basic_normalisation_is_whispers_but_for_apostrophes_and_marks(text):
+    assert basic(text) == whisper_basic(text)
+
+
+def whisper_basic(text):
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    return BasicTextNormalizer()(text).strip()
+
+
+def test_combining_marks_and_apostrophes_stay():
+    """Whisper's makes spaces of both, which cuts Hindi's words into letters."""
+    assert basic("हिन्दी, don't") == "हिन्दी don't"
+    assert whisper_basic("हिन्दी don't") != "हिन्दी don't"
+
+
+INVISIBLE = {
+    "zero-width space": "\u200b",
+    "non-joiner": "\u200c",
+    "joiner": "\u200d",
+    "left-to-right mark": "\u200e",
+    "right-to-left embedding": "\u202b",
+    "first strong isolate": "\u2068",
+    "word joiner": "\u2060",
+    "byte-order mark": "\ufeff",
+    "soft hyphen": "\u00ad",
+    "Arabic letter mark": "\u061c",
+    "tag": "\U000e0041",
+    "variation selector": "\ufe0f",
+    "grapheme joiner": "\u034f",
+    "control": "\x08",
+}
+
+
+@pytest.mark.parametrize("mark", INVISIBLE.values(), ids=INVISIBLE.keys())
+@pytest.mark.parametrize("name", ["basic", "en", "none", "zh", "zh-numbers"])
+def test_characters_that_are_not_seen_change_no_normalised_text(name, mark):
+    if name.startswith("zh"):
+        pytest.importorskip("opencc")
+        pytest.importorskip("cn2an")
+    normalize = normalizer(name)
+    for text in ("colour one hundred", "你好 世界", "می خواهم"):
+        marked = mark + mark.join(text) + f" {mark} "
+        assert normalize(marked) == normalize(text)
+
+
+def test_training_transcripts_keep_their_joiners_unless_they_are_normalised():
+    """Persian "I want" has a non-joiner. A model learns it, and nobody is charged for it."""
+    text = "می\u200cخواهم"
+    assert transcript_normalizer("none")(f" {text} \n") == text
+    assert none(text) == transcript_normalizer("basic")(text) == "میخواهم"
+    assert word_errors(text, "میخواهم") == 0
 
 
 def test_chinese_normalisation():

@@ -129,6 +129,28 @@ def test_what_is_no_tar_of_samples_is_one_sentence(tmp_path, name, content, mess
     assert not (tmp_path / "index.json").exists()
 
 
+@pytest.mark.parametrize(("suffix", "program"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")])
+def test_a_compressed_tar_is_refused_with_the_command_that_unpacks_it(tmp_path, suffix, program):
+    path = tmp_path / f"x.tar.{suffix}"
+    with tarfile.open(path, f"w:{suffix}") as tar:
+        for name, content in sample("a").items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=rf"x\.tar\.{suffix}' is compressed, .* Unpack it with '{program} -d', and give the tar"):
+        index_tars([str(path)])
+    (tmp_path / "list").write_text(path.name + "\n")
+    with pytest.raises(UserError, match=f"Unpack it with '{program} -d'"):
+        list(read_wenet(tmp_path / "list"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_transcript(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", sample("a", "\ufeff二") | {"b.wav": wav(), "b.json": b'\xef\xbb\xbf{"text": "\xe4\xba\x8c"}'})
+    assert index_tars([tar]).index.rows["text_chars"].tolist() == [1, 1]
+    (tmp_path / "list").write_text("x.tar\n")
+    assert next(read_wenet(tmp_path / "list")).text == "二"
+
+
 def test_a_tar_without_transcripts_is_refused(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a.wav": wav()})
     with pytest.raises(UserError, match=r"1 no_transcript; the first: a: expected a\.txt, or a\.json with"):

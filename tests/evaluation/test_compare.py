@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from asrllm.commands.dispatch import main
+from asrllm.data.text import en
 from asrllm.errors import UserError
 from asrllm.evaluation import compare as module
 from asrllm.evaluation.compare import compare_files, compare_results
@@ -104,6 +105,53 @@ def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
     assert compare_files(icefall, icefall).normalizer == "none"
 
 
+def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_written(tmp_path):
+    """Whisper's makes "-5" of "minus five", and "5" of "-5"."""
+    raw = [("Minus five degrees.", "Minus five degrees"), ("double o seven", "double o eight"), ("a", "a")]
+    said = [transcript(en(r), en(h), f"u\x1b{i}", raw_reference=r, raw_hypothesis=h) for i, (r, h) in enumerate(raw)]
+    assert any(en(t.reference) != t.reference for t in said)
+    folder = results(tmp_path / "a", said, "en")
+    generations, recogs = folder / "generations-test.jsonl", folder / "recogs-test-s.txt"
+    expected = compare_files(generations, generations)
+    for pair in ((generations, recogs), (recogs, generations), (recogs, recogs)):
+        found = compare_files(*pair)
+        assert (found.a, found.b, found.difference, found.p) == (expected.a, expected.b, 0.0, 1.0)
+    assert expected.a == pytest.approx(25.0)
+
+
+def test_speakers_are_known_from_either_file(tmp_path):
+    said = [transcript("a b", "a x", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(2)]
+    folder = results(tmp_path / "a", said)
+    generations, recogs = folder / "generations-test.jsonl", folder / "recogs-test-s.txt"
+    assert compare_files(generations, recogs).by == compare_files(recogs, generations).by == "speaker"
+
+
+@pytest.mark.parametrize("kind", ["recogs", "generations"])
+def test_repeated_keys_are_refused(tmp_path, kind):
+    """The last one alone was compared."""
+    said = [transcript("a b", "a b", "u1"), transcript("a b", "x y", "u1"), transcript("c", "c", "u2")]
+    folder = results(tmp_path / "a", said)
+    (path,) = folder.glob(f"{kind}-test*")
+    with pytest.raises(UserError, match=r"has 1 repeated keys, such as 'u1'\. Give every utterance a key of its own"):
+        compare_files(path, path)
+
+
+def test_icefalls_recogs_with_timestamps_are_read(tmp_path):
+    path = tmp_path / "recogs-x.txt"
+    lines = ["u1:\tref=['a', 'b']", "u1:\thyp=['a']", "u1:\ttimestamp_ref=[0.0, 0.4]", "u1:\ttimestamp_hyp=[0.0]"]
+    path.write_text("\n".join(lines) + "\n")
+    assert compare_files(path, path).a == 50.0
+
+
+def test_characters_that_are_not_seen_are_no_errors(tmp_path):
+    said = [transcript("ab cd", "ab cd", "u1", raw_reference="ab cd", raw_hypothesis="\ufeffa\u00adb\u200b cd\u200e")]
+    plain = results(tmp_path / "plain", [transcript("ab cd", "ab cd", "u1")])
+    for name in ("basic", "en", "none"):
+        folder = results(tmp_path / name, said, name)
+        assert compare_files(folder / "generations-test.jsonl", folder / "generations-test.jsonl").a == 0.0
+        assert compare_files(plain / "recogs-test-s.txt", folder / "generations-test.jsonl").b == 0.0
+
+
 @pytest.mark.slow
 def test_a_reader_that_wants_no_more_is_no_mistake(tmp_path):
     folder = results(tmp_path / "a", noisy(0.3, 1, speaker="x"))
@@ -123,7 +171,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     assert "have no test set in common" in fails(capsys, "evaluate", "compare", a, results(tmp_path / "d", noisy(0.3, 1), name="x"))
     assert "holds no generations-*.jsonl" in fails(capsys, "evaluate", "compare", a, tmp_path / "no")
     assert "takes two results, not 1" in fails(capsys, "evaluate", "compare", a)
-    (tmp_path / "recogs-x.txt").write_text("nothing of the kind\n")
+    (tmp_path / "recogs-x.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no utterance"):
         compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")
     assert "two normalizers are no comparison" in fails(capsys, "evaluate", "compare", a, results(tmp_path / "e", noisy(0.3, 1), "en"))
@@ -131,6 +179,8 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
         ("generations-x.jsonl", "{"),
         ("generations-y.jsonl", '{"key": "k"}'),
         ("generations-z.jsonl", "[1]"),
+        ("recogs-u.txt", "nothing of the kind\n"),
+        ("recogs-t.txt", "k:\tref=['b']\nk:\thyp=['b']\nl:\tref = ['b']\nl:\thyp = ['b']\n"),
         ("recogs-y.txt", "k:\tref=['a]"),
         ("recogs-z.txt", "k:\tref=[b]\n"),
         ("recogs-v.txt", "k:\tref=['b']\n"),

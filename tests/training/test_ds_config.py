@@ -1,24 +1,35 @@
 import dataclasses
+import functools
 import json
 import re
 
 import pytest
 import torch
+from deepspeed.runtime import config as ds_runtime
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from asrllm.config import build, compose_config
 from asrllm.errors import UserError
 from asrllm.training import ds_config
 from asrllm.training.config import OptimizerConfig, TrainerConfig
-from asrllm.training.ds_config import read_ds_config
+from asrllm.training.ds_config import check_run, read_ds_config
+from asrllm.training.ds_keys import KNOWN_KEYS
+from asrllm.training.manifest import read_manifest
+from asrllm.training.optimizers import part_of
 from asrllm.training.schedule import warmup_cosine
 from tests.conftest import REPOSITORY
+from tests.processes import assert_done, run_script
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").rglob("*.json"))
 
 
+@functools.lru_cache(maxsize=1)
+def default_config():
+    return build(TrainerConfig, compose_config("train", [])["trainer"])
+
+
 def make_config(path, **changes):
-    config = build(TrainerConfig, compose_config("train", [])["trainer"])
-    return dataclasses.replace(config, deepspeed_config=str(path), **changes)
+    return dataclasses.replace(default_config(), deepspeed_config=str(path), **changes)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -37,25 +48,274 @@ def test_the_stages_are_shipped():
     assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"} <= {path.stem for path in SHIPPED}
 
 
+def read(tmp_path, content, *, name="mine.json", world_size=1, **changes):
+    """read_ds_config of a file with this content: text, or an object to write as JSON."""
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_ds_config(make_config(tmp_path / name, **changes), world_size=world_size)
+
+
+def adamw(**params):
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
+def scheduler(kind, **params):
+    return {"scheduler": {"type": kind, "params": params}}
+
+
+def zero(**keys):
+    return {"zero_optimization": {"stage": 2, **keys}}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("stage2.json", {}, "is named for ZeRO stage 2, but its zero_optimization.stage is 0"),
         ("zero3_mine.json", {"zero_optimization": {"stage": 1}}, "is named for ZeRO stage 3"),
-        ("mine.json", {"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3"),
-        ("mine.json", {"gradient_clipping": 5.0}, r"gradient_clipping=5\.0 contradicts the run, which has 1\.0"),
-        ("mine.json", {"fp16": {"enabled": True}}, r"fp16\.enabled=True contradicts"),
-        ("mine.json", "{", "is not valid JSON"),
-        ("mine.json", {"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients writes checkpoints that"),
-        ("mine.json", {"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param is on a disk: give its directory"),
-        ("mine.json", {"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, r"optimizer\.params\.lr=1\.0 contradicts the run"),
-        ("mine.json", {"zero_optimization": {"zero_hpz_partition_size": "auto"}}, r'zero_hpz_partition_size="auto" is not filled'),
+        ("mine.json", {"gradient_clipping": 5.5}, r"gradient_clipping=5\.5 contradicts trainer\.gradient_clipping=1\.0"),
+        ("mine.json", {"train_micro_batch_size_per_gpu": 4}, r"micro_batch_size_per_gpu=4 contradicts the run's 1 \(data\.sampler"),
+        ("mine.json", {"train_batch_size": 64}, "train_batch_size=64 contradicts the run's 1"),
+        ("mine.json", {"gradient_accumulation_steps": 2}, r"=2 contradicts trainer\.gradient_accumulation_steps=1"),
+        ("mine.json", {"fp16": {"enabled": True}}, r"fp16\.enabled=True contradicts the run's False \(trainer\.precision=bf16\)"),
+        ("mine.json", {"bf16": {"enabled": False}}, r"bf16\.enabled=False contradicts the run's True"),
+        ("mine.json", zero(round_robin_gradients=True), "round_robin_gradients writes checkpoints that"),
+        ("mine.json", zero(stage=3, offload_param={"device": "nvme"}), "offload_param is on a disk: give its directory"),
+        ("mine.json", zero(zero_hpz_partition_size="auto"), r'zero_hpz_partition_size="auto" is not filled'),
     ],
 )
-def test_a_wrong_file_is_one_sentence(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
-        read_ds_config(make_config(tmp_path / name), world_size=1)
+        read(tmp_path, content, name=name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (zero(stage="2"), r"zero_optimization\.stage='2' is not a whole number\. Remove the quotes"),
+        (zero(stage=4), r"zero_optimization\.stage=4 is not a choice\. Use one of 0, 1, 2, 3\."),
+        (zero(stage="auto"), r'stage="auto" is not filled in from the run\. Use one of 0, 1, 2, 3\.'),
+        (zero(stage=True), r"zero_optimization\.stage=True is not a whole number"),
+        (zero(stage=None), r"zero_optimization\.stage=None is not a whole number"),
+        (zero(reduce_bucket_size="5e8"), r"reduce_bucket_size='5e8' is not a whole number\. Remove the quotes"),
+        (zero(reduce_bucket_size=-1), r"reduce_bucket_size=-1 is refused by DeepSpeed: Input should be greater than 0"),
+        (zero(overlap_comm="true"), r"overlap_comm='true' is not true or false"),
+        (zero(offload_optimizer="cpu"), r"zero_optimization\.offload_optimizer='cpu' is refused by DeepSpeed"),
+        (
+            zero(offload_optimizer={"device": "gpu"}),
+            r"offload_optimizer\.device='gpu' is not a choice\. Use one of none, cpu, nvme",
+        ),
+        (zero(offload_optimizer={"device": "cpu", "ratio": 2}), r"offload_optimizer\.ratio=2 is refused"),
+        (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "Partial offloading only supported for ZeRO Stage 3"),
+        ({"zero_optimization": None}, "zero_optimization=None is not an object"),
+        ({"zero_optimization": True}, "zero_optimization=True is not an object"),
+        ({"zero_optimization": []}, r"zero_optimization=\[\] is not an object"),
+        ({"bf16": True}, "bf16=True is not an object"),
+        ({"fp16": {"loss_scale": "x"}}, r"fp16\.loss_scale='x' is not a number"),
+        ({"fp16": {"initial_scale_power": 1.5}}, r"fp16\.initial_scale_power=1\.5 is not a whole number"),
+        ({"optimizer": "AdamW"}, "optimizer='AdamW' is not an object"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, r"optimizer\.params=None is not an object"),
+        ({"gradient_clipping": "1.0"}, r"gradient_clipping='1\.0' is not a number\. Remove the quotes"),
+        ({"gradient_clipping": None}, "gradient_clipping=None is not a number"),
+        ({"train_batch_size": [1]}, r"train_batch_size=\[1\] is not a whole number"),
+        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown=1 is not true or false"),
+        ({"aio": {"block_size": "1"}}, r"aio\.block_size='1' is not a whole number"),
+        ({"communication_data_type": "fp8"}, "is refused by DeepSpeed: Invalid communication_data_type"),
+        ({"checkpoint": {"tag_validation": "x"}}, "is refused by DeepSpeed: Checkpoint config contains invalid tag_validation"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimisation": {}}, r"'zero_optimisation' is not a key of DeepSpeed 0\.\d+\.\d+\. Rename it to 'zero_optimization'"),
+        ({"something_else_entirely": 1}, r"'something_else_entirely' is not a key of DeepSpeed [\d.]+\. Remove it"),
+        (zero(overlap_com=True), r"zero_optimization\.overlap_com is not a key .* Rename it to 'overlap_comm'"),
+        (zero(offload_optimizer={"devise": "cpu"}), r"zero_optimization\.offload_optimizer\.devise .* Rename it to 'device'"),
+        ({"bf16": {"enable": True}}, r"bf16\.enable is not a key .* Rename it to 'enabled'"),
+        ({"aio": {"thread_count": 1}}, r"aio\.thread_count is not a key"),
+        ({"bfloat16": {"enabled": True}}, "'bfloat16' is not supported. Rename it to 'bf16'"),
+        (zero(cpu_offload=True), r"zero_optimization\.cpu_offload is an old name\. Use zero_optimization\.offload_optimizer instead"),
+        ({"amp": {"enabled": False}}, r"amp was removed from DeepSpeed.*set trainer\.precision"),
+        (zero(mics_shard_size=8), r"zero_optimization\.mics_shard_size was removed from DeepSpeed"),
+    ],
+)
+def test_an_unknown_or_removed_key_is_named_with_the_nearest_one(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"activation_checkpointing": {"partition_activations": True}}, r"set trainer\.gradient_checkpointing=true"),
+        ({"torch_autocast": {"enabled": True}}, r"'torch_autocast' is not supported\. .*trainer\.precision"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel' is not supported"),
+        ({"checkpoint": {"load_universal": True}}, r"'checkpoint\.load_universal' is not supported"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op='sum' is not supported"),
+        ({"managed_gradient_accumulation": False}, r"set trainer\.gradient_accumulation_steps"),
+        (zero(offload_param={"device": "cpu"}), r"offload_param has no effect at stage 2\. Remove it, or set the stage to 3"),
+        (zero(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer has no effect at stage 0"),
+        (
+            {
+                "scheduler": {
+                    "type": "WarmupDecayLR",
+                    "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 100, "total_num_steps": "auto"},
+                }
+            },
+            r"set trainer\.schedule\.name=linear trainer\.lr=0\.001 trainer\.warmup_steps=100 trainer\.num_steps\.$",
+        ),
+        (scheduler("OneCycle"), r"set trainer\.schedule\.name\.$"),
+        ({"scheduler": None}, "scheduler=None is not an object"),
+    ],
+)
+def test_what_a_run_does_not_read_is_refused_with_what_to_set(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}},
+        {"flops_profiler": {"enabled": False}, "tensorboard": {"enabled": False}, "data_efficiency": {"enabled": False}},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "nvme_path": None}, "offload_param": None}},
+        {"steps_per_print": None, "wall_clock_breakdown": False, "data_types": {"grad_accum_dtype": None, "keep_in_fp32_modules": "auto"}},
+    ],
+)
+def test_blocks_that_are_switched_off_are_accepted(tmp_path, content):
+    assert "offload_optimizer" not in read(tmp_path, content)["zero_optimization"]
+
+
+def test_every_key_that_deepspeed_reads_is_known():
+    """Another version of DeepSpeed may read keys that the list of names has not."""
+
+    read = set()
+
+    class Recorded(dict):
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key):
+            read.add(key)
+            return super().__contains__(key)
+
+    DeepSpeedConfig(Recorded(train_batch_size=1))
+    assert read - KNOWN_KEYS - set(ds_runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS) == set()
+    assert len(read & KNOWN_KEYS) > 30
+
+
+# --- reading the file ---
+
+
+def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path):
+    text = '\ufeff# mine\n{"zero_optimization": {"stage": 2, // two\n "overlap_comm": true,}, /* none */ "gradient_clipping": 1.0,}'
+    ds = read(tmp_path, text)
+    assert (ds["zero_optimization"], ds["gradient_clipping"]) == ({"stage": 2, "overlap_comm": True}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("", "does not hold a JSON object"),
+        ("[]", "does not hold a JSON object"),
+        ('"zero3"', "does not hold a JSON object"),
+        ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "'gradient_clipping' occurs twice in one object"),
+        ('{"zero_optimization": {"stage": 3, "stage": 1}}', "'stage' occurs twice"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, text)
+
+
+# --- the optimizer block ---
+
+
+@pytest.mark.parametrize(
+    ("content", "changes"),
+    [
+        (adamw(lr="auto", betas="auto", eps="auto", weight_decay="auto"), {}),
+        (adamw(lr=2e-4, betas=[0.9, 0.95], eps=1e-8, weight_decay=0), {"lr": 2e-4, "betas": [0.9, 0.95]}),
+        (adamw(torch_adam=True, adam_w_mode=True), {}),
+        (adamw(torch_adam=False), {"optimizer": OptimizerConfig(name="deepspeed_adamw")}),
+        ({"optimizer": {"type": "Adam", "params": {"lr": "auto"}}}, {}),
+        ({"optimizer": {"type": "AdamW"}}, {}),
+    ],
+)
+def test_an_optimizer_block_that_agrees_leaves_the_optimizer_to_the_run(tmp_path, content, changes):
+    """The run builds it with its own parameter groups, so that trainer.lr_of is obeyed."""
+    assert "optimizer" not in read(tmp_path, content, **changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (adamw(lr=0.1), "adamw", r"optimizer\.params\.lr=0\.1 contradicts trainer\.lr=0\.0001\. .* or set trainer\.lr=0\.1\."),
+        (adamw(betas=[0.9, 0.999]), "adamw", r"betas=\[0\.9, 0\.999\] contradicts trainer\.betas=\[0\.9, 0\.98\]"),
+        (adamw(weight_decay=0.1), "adamw", r"weight_decay=0\.1 contradicts trainer\.weight_decay=0\.0"),
+        (adamw(eps=1e-6), "adamw", r"optimizer\.params\.eps=1e-06 contradicts the run's 1e-08"),
+        (adamw(lr="1e-4"), "adamw", r"optimizer\.params\.lr='1e-4' is not a number\. Remove the quotes"),
+        (adamw(lr=None), "adamw", r"optimizer\.params\.lr=None is not a number"),
+        (adamw(beta=[0.9, 0.98]), "adamw", r"optimizer\.params\.beta is not an option of AdamW here\. Rename it to 'betas'"),
+        (adamw(max_grad_norm=1.0), "adamw", r"max_grad_norm is not supported\. Remove it, and set trainer\.gradient_clipping"),
+        (adamw(torch_adam=True), "deepspeed_adamw", r"torch_adam=True contradicts the run's False"),
+        (adamw(), "scaled_adam", r"optimizer\.type='AdamW' contradicts trainer\.optimizer\.name=scaled_adam"),
+        ({"optimizer": {"type": "Lion"}}, "adamw", r"optimizer\.type='Lion' contradicts trainer\.optimizer\.name=adamw"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adamw", "adam_w_mode=False contradicts the run's True"),
+        ({"optimizer": {"params": {"lr": 1e-4}}}, "adamw", r"optimizer\.type is missing"),
+        (
+            zero(offload_optimizer={"device": "cpu"}) | {"zero_force_ds_cpu_optimizer": True},
+            "adamw",
+            r"zero_force_ds_cpu_optimizer=True contradicts trainer\.optimizer\.name=adamw",
+        ),
+    ],
+)
+def test_an_optimizer_block_that_contradicts_the_run_is_refused(tmp_path, content, name, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content, optimizer=OptimizerConfig(name=name))
+
+
+def test_offload_accepts_the_optimizer_of_the_run(tmp_path):
+    """DeepSpeed would refuse torch's AdamW with offload when the model is loaded."""
+    offload = zero(offload_optimizer={"device": "cpu"})
+    assert read(tmp_path, offload)["zero_force_ds_cpu_optimizer"] is False
+    own = read(tmp_path, offload, optimizer=OptimizerConfig(name="deepspeed_adamw"))
+    assert "zero_force_ds_cpu_optimizer" not in own
+
+
+def test_a_stage_refuses_what_it_cannot_do(tmp_path):
+    cases = {
+        0: ({"optimizer": OptimizerConfig(name="deepspeed_adamw")}, "has no checkpoints at ZeRO stage 0"),
+        3: ({"compile": True}, "trainer.compile=true does not go with ZeRO-3"),
+    }
+    for stage, (changes, message) in cases.items():
+        ds = read(tmp_path, zero(stage=stage), **changes)
+        with pytest.raises(UserError, match=message):
+            check_run(make_config(tmp_path / "mine.json", **changes), ds)
+
+
+@pytest.mark.slow
+def test_a_run_with_an_optimizer_block_has_the_parameter_groups_of_one_without(world, tmp_path):
+    """DeepSpeed's own would have one group, for which trainer.lr_of means nothing. Torch's AdamW is accepted with offload."""
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": offload} | adamw(lr="auto")))
+    keys = {
+        "trainer__deepspeed_config": tmp_path / "mine.json",
+        "trainer__lr_of__projector": 1e-2,
+        "trainer__num_steps": 1,
+        "trainer__precision": "fp32",
+        "data__valid_data_config": "null",
+    }
+    assert_done(run_script("train", *world.overrides(tmp_path / "exp", **keys)))
+    groups = read_manifest(tmp_path / "exp" / "checkpoint-1")["param_groups"]
+    assert {part_of(name) for group in groups for name in group} == {"projector", "lora"}
+    assert all(len({part_of(name) for name in group}) == 1 for group in groups)
 
 
 def test_a_users_own_file_is_filled(tmp_path):
@@ -72,11 +332,12 @@ def test_a_users_own_file_is_filled(tmp_path):
             "sub_group_size": 1e9,
         },
         "gradient_clipping": "auto",
+        "steps_per_print": 2000,
+        "wall_clock_breakdown": False,
     }
-    (tmp_path / "mine.json").write_text(json.dumps(own))
-    ds = read_ds_config(make_config(tmp_path / "mine.json"), world_size=2)
-    expected = {"lr": 1e-4, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
-    assert ds["optimizer"]["params"] == expected
+    ds = read(tmp_path, own, world_size=2)
+    assert "optimizer" not in ds
+    assert (ds["train_batch_size"], ds["gradient_clipping"], ds["bf16"]["enabled"]) == (2, 1.0, True)
     assert ds["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 

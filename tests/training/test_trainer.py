@@ -1,9 +1,17 @@
 """What a training step follows from."""
 
+import dataclasses
+import json
+import logging
+
 import pytest
 import torch
 
+from asrllm.commands.train import warn_of_long_warmup
+from asrllm.config import build, compose_config
+from asrllm.training.config import TrainerConfig
 from asrllm.training.trainer import seed_step
+from tests.processes import assert_done, run_script
 
 
 def drawn(*, seed=1, step=2, rank=0):
@@ -18,3 +26,57 @@ def test_a_step_draws_the_same_when_it_is_trained_again():
 @pytest.mark.parametrize("changed", [{"seed": 2}, {"step": 3}, {"rank": 1}])
 def test_seeds_steps_and_ranks_have_dropout_of_their_own(changed):
     assert not torch.equal(drawn(), drawn(**changed))
+
+
+def trainer(*overrides):
+    return build(TrainerConfig, compose_config("train", list(overrides))["trainer"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs"),
+    [
+        ([], 1),
+        (["trainer.num_steps=100"], None),
+        (["trainer.num_epochs=3"], 3),
+        (["trainer.num_epochs=3", "trainer.num_steps=100"], 3),
+        (["trainer.num_epochs=null", "trainer.num_steps=100"], None),
+    ],
+)
+def test_a_number_of_steps_alone_has_no_limit_of_epochs(overrides, epochs):
+    assert trainer(*overrides).last_epoch == epochs
+
+
+@pytest.mark.slow
+def test_a_run_of_more_steps_than_an_epoch_has_does_all_of_them(world, tmp_path):
+    settings = {
+        "trainer__num_epochs": None,
+        "trainer__num_steps": 6,
+        "trainer__warmup_steps": 7,
+        "trainer__precision": "fp32",
+        "data__sampler__max_tokens": 1000,
+        "data__valid_data_config": "null",
+    }
+    done = assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
+    records = [json.loads(line) for line in (tmp_path / "exp" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 6
+    assert records[-1]["epoch"] > 1, "the epoch is longer than the run: nothing is shown"
+    assert done.stderr.count("trainer.warmup_steps=7 is more than the run's 6 steps") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "warning"),
+    [
+        ({"warmup_steps": 500}, 220, "trainer.warmup_steps=500 is more than the run's 220 steps"),
+        ({"warmup_steps": 220}, 220, None),
+        ({"warmup_steps": 0}, 1, None),
+        ({"name": "eden"}, 499, "trainer.schedule.warmup_batches=500 is more than the run's 499 steps"),
+        ({"name": "eden"}, 500, None),
+    ],
+)
+def test_a_warmup_longer_than_the_run_is_warned_of(caplog, settings, total, warning):
+    config = trainer()
+    schedule = dataclasses.replace(config.schedule, name=settings.get("name", "cosine"))
+    config = dataclasses.replace(config, schedule=schedule, warmup_steps=settings.get("warmup_steps", 500))
+    with caplog.at_level(logging.WARNING):
+        warn_of_long_warmup(config, total)
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ([warning] if warning else [])

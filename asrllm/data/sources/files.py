@@ -1,18 +1,22 @@
 """What the sources share: manifests read line by line, and the names that people give to the same things."""
 
+import contextlib
 import gzip
 import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
+from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.errors import UserError
 from asrllm.text_files import parse_json
 
 T = TypeVar("T")
+Row = dict[str, Any]
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 UNPACKED = 1 << 28  # bytes that any gzip file may unpack to
 UNPACKED_RATIO = 200  # times its size that a larger one may; manifests reach 50
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
@@ -52,37 +56,77 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def read_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a text file, gzip or not; lines without content are left out. `what` names its role in errors."""
+def text_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its end) of every line of a text file, gzip or not, without byte-order marks.
+
+    Args:
+        path: the file.
+        what: the role of the file, which begins the error message.
+        strict: whether a line that is not UTF-8 is an error; else its bytes become surrogates, by which the
+            utterance is rejected.
+
+    Raises:
+        UserError: the file is missing, is not text or is cut short.
+    """
     if not path.is_file():
         raise UserError(f"{what} {str(path)!r} does not exist: check the path")
-    number, found = 0, False
+    number = 0
     try:
         for number, line in enumerate(raw_lines(path), 1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            if text.strip():
-                found = True
-                yield number, text
+            if number == 1 and line.startswith(UTF16):
+                raise UserError(f"{what} {str(path)!r} is UTF-16 text. Convert it to UTF-8, such as by 'iconv -f UTF-16 -t UTF-8'.")
+            yield number, line.decode("utf-8", "strict" if strict else "surrogateescape").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path}:{number} is not UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error) as error:  # of gzip too
         raise UserError(f"{what} {str(path)!r} cannot be read after line {number}: {error}") from error
+
+
+def read_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of the lines with content of a text file. Arguments and errors are those of `text_lines`.
+
+    Raises:
+        UserError: also where no line has content.
+    """
+    found = False
+    for number, line in text_lines(path, what, strict=strict):
+        if line.strip():
+            found = True
+            yield number, line.rstrip("\r\n")
     if not found:
         raise UserError(f"{what} {str(path)!r} {'has no utterance' if path.stat().st_size else 'is empty'}: make it again")
 
 
-def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(FILE:LINE, object) of a file of one JSON object a line, or of one JSON list of objects, which is held whole."""
-    lines = read_lines(path, what)
+def json_rows(path: Path, what: str) -> Iterator[tuple[str, Row | RejectedError]]:
+    """Yield (FILE:LINE, object) of a file of one JSON object a line, or of one JSON list of objects, which is held whole.
+
+    A row that is no object comes as the reason for which it is rejected.
+    """
+    lines = read_lines(path, what, strict=False)
     first = next(lines)
     if first[1].lstrip().startswith("["):
         whole = _parse("\n".join(text for _, text in itertools.chain([first], lines)), str(path), what, list)
-        numbered: Iterable[tuple[str, Any]] = ((f"{path}, entry {i}", row) for i, row in enumerate(whole, 1))
-    else:
-        numbered = ((f"{path}:{n}", _parse(text, f"{path}:{n}", what, dict)) for n, text in itertools.chain([first], lines))
-    for where, row in numbered:
-        if not isinstance(row, dict):
-            raise UserError(f"{what} {where} is not a JSON object")
+        for number, row in enumerate(whole, 1):
+            where = f"{path}, entry {number}"
+            yield where, _checked_object(row, f"{what} {where}")
+        return
+    for number, text in itertools.chain([first], lines):
+        where = f"{path}:{number}"
+        try:
+            yield where, _checked_object(parse_json(text), f"{what} {where}")
+        except ValueError as error:
+            yield where, RejectedError("bad_json", f"{what} {where} is not valid JSON: {error}")
+
+
+def _checked_object(row: Any, where: str) -> Row | RejectedError:
+    return row if isinstance(row, dict) else RejectedError("bad_json", f"{where} is not a JSON object")
+
+
+def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Row]]:
+    """Yield what `json_rows` does. Raises UserError for a row that is no object."""
+    for where, row in json_rows(path, what):
+        if isinstance(row, RejectedError):
+            raise UserError(row.args[1])
         yield where, row
 
 
@@ -107,19 +151,34 @@ def count_lines(path: str | Path) -> int | None:
 
 
 def take(row: Mapping[str, Any], where: str, *names: str) -> str:
-    """The text under the first of the names that the row has; null counts as an empty text."""
+    """Return the text under the first of the names that the row has; null counts as an empty text.
+
+    Raises:
+        RejectedError: the row has none of them, or something other than text.
+    """
     for name in names:
         if name in row:
             if row[name] is None:
                 return ""
             if not isinstance(row[name], str):
-                raise UserError(f"{where}: {name!r} is {row[name]!r}, which is not a text")
+                raise RejectedError("bad_field", f"{where}: {name!r} is {row[name]!r}, which is not a text")
             return row[name]
-    raise UserError(f"{where} has no {' or '.join(map(repr, names))}; it has: {', '.join(row) or 'nothing'}")
+    has = ", ".join(map(str, row)) or "nothing"
+    raise RejectedError("missing_field", f"{where} has no {' or '.join(map(repr, names))}; it has: {has}")
+
+
+def take_words(row: Mapping[str, Any], where: str, *names: str) -> str:
+    """Return what `take` does, and whole numbers as text: of keys, and of transcripts such as 7."""
+    whole = {name: str(row[name]) for name in names if isinstance(row.get(name), int) and not isinstance(row[name], bool)}
+    return take({**row, **whole}, where, *names)
 
 
 def take_number(row: Mapping[str, Any], where: str, name: str) -> float | None:
-    """A number of seconds, or None where the row has none."""
+    """Return a number of seconds, or None where the row has none.
+
+    Raises:
+        RejectedError: it is not a number, or is negative.
+    """
     value = row.get(name)
     if value is None or value == "":
         return None
@@ -128,7 +187,7 @@ def take_number(row: Mapping[str, Any], where: str, name: str) -> float | None:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise UserError(f"{where}: {name!r} is {value!r}, which is not a number of seconds")
+    raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}, which is not a number of seconds")
 
 
 def sample_fields(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,12 +213,37 @@ def ahead(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
     return first, itertools.chain(first, rows)
 
 
-def audio_rows(path: Path, what: str, field: str) -> Iterator[tuple[str, dict[str, Any], Path]]:
-    """(where it stands, the row, its audio file) of a manifest of JSON lines; field: of the audio's path."""
-    first, rows = ahead(read_json_lines(path, what))
-    root = find_root([take(row, f"{what} {place}", field) for place, row in first], [path.parent, Path.cwd()])
+def utterances(
+    path: Path, what: str, *, names: Callable[[Row, str], Sequence[str]], make: Callable[[Row, str, Path], Utterance]
+) -> Iterator[Utterance]:
+    """Yield the utterances of a JSON manifest. A row of which none can be made is one with a problem.
+
+    Args:
+        path: the manifest.
+        what: its role, for messages.
+        names: returns the audio files that a row names; called with the row and where it is.
+        make: returns a row's utterance; called with the row, where it is, and the directory at which paths start.
+    """
+    first, rows = ahead(json_rows(path, what))
+    found: list[str] = []
+    for place, row in first:
+        with contextlib.suppress(RejectedError):
+            found += [] if isinstance(row, RejectedError) else names(row, f"{what} {place}")
+    root = find_root(found, [path.parent, Path.cwd()])
     for place, row in rows:
-        yield f"{what} {place}", row, root / take(row, f"{what} {place}", field)
+        if isinstance(row, RejectedError):
+            yield rejected_row({}, place, row)
+            continue
+        try:
+            yield make(row, f"{what} {place}", root)
+        except RejectedError as why:
+            yield rejected_row(row, place, why)
+
+
+def rejected_row(row: Mapping[str, Any], place: str, why: RejectedError) -> Utterance:
+    """Return an utterance that is rejected; its key is the row's, or where the row is."""
+    keys = [str(row[name]) for name in ("key", "id") if isinstance(row.get(name), (str, int))]
+    return Utterance(key=keys[0] if keys else place.rpartition("/")[2], text="", problem=why.args)
 
 
 def find_root(names: Sequence[str], roots: Sequence[Path]) -> Path:

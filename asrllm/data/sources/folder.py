@@ -1,28 +1,42 @@
 """A directory of audio files, with a table of transcripts or with KEY.txt beside each."""
 
 import csv
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from asrllm.data.index import AUDIO_EXTENSIONS
-from asrllm.data.sources.files import ahead, count_lines, find_root, key_of, read_lines, sample_fields, take_number
-from asrllm.data.sources.utterance import Stretch, Utterance
+from asrllm.data.sources.files import (
+    ahead,
+    count_lines,
+    find_root,
+    json_rows,
+    key_of,
+    read_lines,
+    rejected_row,
+    sample_fields,
+    take,
+    take_number,
+    take_words,
+    text_lines,
+)
+from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
 from asrllm.errors import UserError
 
 WHAT = "the table"
-TABLES = ("metadata.csv", "metadata.tsv")
+TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 AUDIO_COLUMNS = ("file_name", "path", "audio", "audio_file", "audio_path", "audio_filepath", "file", "filename", "wav")
 TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription", "normalized_text", "label")
 ROOTS = (".", "clips", "wavs")  # where tables' paths start, below the directory
-Row = dict[str, str]
 
 
 def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Iterator[Utterance]:
-    """A table of paths and transcripts (csv or tsv, as of Common Voice, audiofolder or LJSpeech), or KEY.txt beside each audio.
+    """A table of paths and transcripts (csv, tsv or jsonl, as of Common Voice, audiofolder or LJSpeech), or KEY.txt beside each audio.
 
-    table: DIR/metadata.csv or .tsv by default, where it exists. Its paths start at the directory, or at clips/ or wavs/ in it.
+    table: DIR/metadata.csv, .tsv or .jsonl by default, where it exists. Its paths start at the directory, or at clips/ or wavs/ in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -34,7 +48,8 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
 def count_folder(folder: str | Path, *, table: str | Path | None = None) -> int | None:
     found = _table(Path(folder), table)
     lines = count_lines(found) if found else sum(1 for _ in _audio_files(Path(folder)))
-    return lines - 1 if found and lines else lines  # its header
+    has_header = found and found.suffix != ".jsonl"
+    return lines - 1 if has_header and lines else lines
 
 
 def _table(folder: Path, table: str | Path | None) -> Path | None:
@@ -75,45 +90,80 @@ def _audio_files(folder: Path) -> Iterator[Path]:
 
 
 def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
-    first, rows = ahead(_rows(table))
-    names = [name for _, name, _, _ in first]
+    first, rows = ahead(_json_table(table) if table.suffix == ".jsonl" else _rows(table))
+    names = [row.name for _, row in first if isinstance(row, _TableRow)]
     suffix = "" if any(_has_suffix(name) for name in names) else ".wav"  # LJSpeech writes none
     root = find_root([name + suffix for name in names], [folder / name for name in ROOTS])
-    for where, name, text, row in rows:
-        file = root / (name + suffix)
-        yield Utterance(
-            key=key_of(name + suffix),
-            text=text,
-            load=Stretch(file),
-            duration=take_number(row, where, "duration"),
-            fields=sample_fields(row),
-            file=file,
-        )
+    for where, row in rows:
+        try:
+            if isinstance(row, RejectedError):
+                raise row
+            file = root / (row.name + suffix)
+            yield Utterance(
+                key=key_of(row.name + suffix),
+                text=re.sub(r"\s*[\r\n]\s*", " ", row.text),  # cells may have line breaks
+                load=Stretch(file),
+                duration=take_number(row.fields, where, "duration"),
+                fields=sample_fields(row.fields),
+                file=file,
+            )
+        except RejectedError as why:
+            yield rejected_row({}, where, why)
 
 
 def _has_suffix(name: str) -> bool:
     return Path(name).suffix.lower().removeprefix(".") in AUDIO_EXTENSIONS
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, str, Row]]:
-    """(where, audio file, text, all columns) of each line."""
-    numbered = read_lines(path, WHAT)
-    number, header = next(numbered)
+@dataclass(frozen=True)
+class _TableRow:
+    """A row of a table: the name of its audio file, its text, and all columns by their names in lower case."""
+
+    name: str
+    text: str
+    fields: Mapping[str, Any]
+
+
+Rows = Iterator[tuple[str, _TableRow | RejectedError]]
+
+
+def _json_table(path: Path) -> Rows:
+    """Yield (where, row) of a table of one JSON object a line, as audiofolder has it."""
+    for place, row in json_rows(path, WHAT):
+        where = f"{WHAT} {place}"
+        if isinstance(row, RejectedError):
+            yield where, row
+            continue
+        fields = {name.lower(): value for name, value in row.items()}
+        try:
+            yield where, _TableRow(take(fields, where, *AUDIO_COLUMNS).strip(), take_words(fields, where, *TEXT_COLUMNS), fields)
+        except RejectedError as why:
+            yield where, why
+
+
+def _rows(path: Path) -> Rows:
+    """Yield (where, row) of a table with columns."""
+    lines = text_lines(path, WHAT, strict=False)
+    header = next((line for _, line in lines if line.strip()), None)
+    if header is None:
+        raise UserError(f"{WHAT} {str(path)!r} is empty: make it again")
+    header = header.rstrip("\r\n")
     delimiter = _delimiter(path, header)
     if delimiter == "|" and not _column(header.split("|"), AUDIO_COLUMNS):
-        yield from _ljspeech(path, itertools.chain([(number, header)], numbered))
+        yield from _ljspeech(path)
         return
-    columns = [column.strip() for column in next(_cells([header], delimiter))]
+    columns = [column.strip() for _, cells in _cells(iter([(1, header)]), delimiter) for column in cells]
     audio, text = (_named(path, columns, names, what) for names, what in ((AUDIO_COLUMNS, "audio"), (TEXT_COLUMNS, "text")))
-    reader = _cells((line for _, line in numbered), delimiter)
-    for number, cells in enumerate(reader, 2):
-        if len(cells) != len(columns):
-            raise UserError(
-                f"{WHAT} {path}, row {number} has {len(cells)} cells, its header has {len(columns)} columns: {', '.join(columns)}"
-            )
-        row = dict(zip(columns, cells, strict=True))
-        lowered = {name.lower(): value for name, value in row.items()}
-        yield f"{WHAT} {path}, row {number}", row[audio].strip(), row[text], lowered
+    for number, cells in _cells(lines, delimiter):
+        where = f"{WHAT} {path}:{number}"
+        if isinstance(cells, RejectedError):
+            yield where, RejectedError("bad_row", f"{where} {cells.args[1]}")
+        elif len(cells) != len(columns):
+            counts = f"has {len(cells)} cells, its header has {len(columns)} columns: {', '.join(columns)}"
+            yield where, RejectedError("bad_row", f"{where} {counts}")
+        else:
+            row = dict(zip(columns, cells, strict=True))
+            yield where, _TableRow(row[audio].strip(), row[text], {name.lower(): value for name, value in row.items()})
 
 
 def _delimiter(path: Path, header: str) -> str:
@@ -123,12 +173,35 @@ def _delimiter(path: Path, header: str) -> str:
     return fitting[0] if fitting else "|" if header.count("|") in (1, 2) else usual
 
 
-def _cells(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """Of csv, with its quotes; the others have none, so that a quotation mark is a letter there."""
-    if delimiter in ",;":
-        yield from csv.reader(lines, delimiter=delimiter)
-    else:
-        yield from (line.split(delimiter) for line in lines)
+def _cells(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number of its last line, cells) of each row that has content, or why a row has no cells.
+
+    Only csv has quotes, and line breaks within them: elsewhere a quotation mark is a letter.
+    """
+    if delimiter not in ",;":
+        for number, line in lines:
+            if line.strip():
+                yield number, line.rstrip("\r\n").split(delimiter)
+        return
+    at = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal at
+        for number, line in lines:
+            at = number
+            yield line
+
+    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield at, RejectedError("bad_row", f"is not valid CSV: {error}")
+            continue
+        if any(cells):
+            yield at, cells
 
 
 def _column(columns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -144,10 +217,12 @@ def _named(path: Path, columns: Sequence[str], names: Sequence[str], what: str) 
     return column
 
 
-def _ljspeech(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, str, str, Row]]:
-    """Lines of id|text or id|text|normalised text, without a header; the last text is the one that is spoken."""
-    for number, line in lines:
+def _ljspeech(path: Path) -> Rows:
+    """Yield lines of id|text or id|text|normalised text, without a header; the last text is the one that is spoken."""
+    for number, line in read_lines(path, WHAT, strict=False):
+        where = f"{WHAT} {path}:{number}"
         name, *texts = line.split("|")
-        if not texts:
-            raise UserError(f"{WHAT} {path}:{number} is not 'id|text' or 'id|text|normalised text'")
-        yield f"{WHAT} {path}:{number}", name.strip(), texts[-1] or texts[0], {}
+        if texts:
+            yield where, _TableRow(name.strip(), texts[-1] or texts[0], {})
+        else:
+            yield where, RejectedError("bad_row", f"{where} is not 'id|text' or 'id|text|normalised text'")

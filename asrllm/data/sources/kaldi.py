@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +33,10 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
     others = {"speaker": "utt2spk", "lang": "utt2lang"}
     tables = {field: _Lookup(folder / name, main_is_sorted) for field, name in others.items() if (folder / name).is_file()}
     for key, recording, stretch in _segments(folder, allow_pipes) if main == "segments" else _whole(folder, allow_pipes):
+        if isinstance(stretch, RejectedError):
+            texts.pop(key)
+            yield Utterance(key=key, text="", problem=stretch.args)
+            continue
         fields = {field: table.pop(key) for field, table in tables.items()} | {"recording": recording}
         yield Utterance(
             key=key,
@@ -57,7 +61,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """(key, value) of each line."""
     if not path.is_file():
         raise UserError(f"{str(path.parent)!r} is no Kaldi data directory: the file {path.name} is missing")
-    for _, line in read_lines(path, "the Kaldi table"):
+    for _, line in read_lines(path, "the Kaldi table", strict=False):
         key, *value = line.split(maxsplit=1)
         yield key, value[0].strip() if value else ""
 
@@ -100,18 +104,19 @@ class _Lookup:
 # --- audio ---
 
 
-def _recordings(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch]]:
+def _recordings(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch | RejectedError]]:
     first, rows = ahead(_rows(folder / "wav.scp"))
     files = [re.sub(ARK_OFFSET, "", value) for _, value in first if not value.endswith("|")]
     root = find_root(files, [folder, Path.cwd()])
     for key, value in rows:
-        yield key, Stretch(_audio(folder, root, key, value, allow_pipes))
+        if value:
+            yield key, Stretch(_audio(folder, root, key, value, allow_pipes))
+        else:
+            yield key, RejectedError("missing_audio", f"{folder / 'wav.scp'}: recording {key!r} has no path")
 
 
 def _audio(folder: Path, root: Path, key: str, value: str, allow_pipes: bool) -> "Path | _ArkEntry | _Pipe":
     where = f"{folder / 'wav.scp'}: recording {key!r}"
-    if not value:
-        raise UserError(f"{where} has no path: write 'key path'")
     if value.endswith("|"):
         if not allow_pipes:
             raise UserError(f"{where} is a pipe: write a file path, or let its command run with --allow-pipes if you trust it")
@@ -120,27 +125,36 @@ def _audio(folder: Path, root: Path, key: str, value: str, allow_pipes: bool) ->
     return _ArkEntry(root / value[: offset.start()], int(offset[1])) if offset else root / value
 
 
-def _whole(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch]]:
+def _whole(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
     return ((key, None, stretch) for key, stretch in _recordings(folder, allow_pipes))
 
 
-def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch]]:
-    """(utterance, recording, its part)"""
+def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
+    """Yield (utterance, recording, its part, or why it has none)."""
     _check_table(folder / "wav.scp")
     recordings = dict(_recordings(folder, allow_pipes))
     for key, value in _rows(folder / "segments"):
         try:
-            recording, start, end, *channel = value.split()
-            begin, finish, number = float(start), float(end), _channel(*channel)
-        except (ValueError, TypeError) as error:
-            form = "'utterance recording start end' or 'utterance recording start end channel'"
-            raise UserError(f"{folder / 'segments'}: the line of {key!r} is not {form}") from error
-        if recording not in recordings:
-            raise UserError(f"{folder / 'segments'}: {key!r} names the recording {recording!r}, which wav.scp lacks: add it there")
-        if begin < 0 or (finish <= begin and finish != -1):
-            raise UserError(f"{folder / 'segments'}: {key!r} lasts from {start} to {end}: the end must lie after the start, in seconds")
-        last = None if finish == -1 else finish  # -1: Kaldi's 'to its end'
-        yield key, recording, Stretch(recordings[recording].audio, begin, last, number)
+            recording, stretch = _segment(f"{folder / 'segments'}: {key!r}", value, recordings)
+            yield key, recording, stretch
+        except RejectedError as why:
+            yield key, None, why
+
+
+def _segment(where: str, value: str, recordings: Mapping[str, Stretch | RejectedError]) -> tuple[str, Stretch]:
+    try:
+        recording, start, end, *channel = value.split()
+        begin, finish, number = float(start), float(end), _channel(*channel)
+    except (ValueError, TypeError) as error:
+        form = "'recording start end' or 'recording start end channel'"
+        raise RejectedError("bad_segment", f"{where} has {value!r} instead of {form}") from error
+    found = recordings.get(recording, RejectedError("missing_audio", f"{where} names the recording {recording!r}, which wav.scp lacks"))
+    if isinstance(found, RejectedError):
+        raise found
+    to_its_end = finish == -1  # Kaldi's
+    if begin < 0 or not (to_its_end or finish > begin):
+        raise RejectedError("bad_segment", f"{where} lasts from {start} to {end}: the end must lie after the start, in seconds")
+    return recording, Stretch(found.audio, begin, None if to_its_end else finish, number)
 
 
 def _channel(text: str | None = None) -> int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from asrllm.data.sources.files import audio_rows, sample_fields, take
+from asrllm.data.sources.files import Row, sample_fields, take, take_words, utterances
 from asrllm.data.sources.utterance import Stretch, Utterance
 
 WHAT = "the SLAM-LLM manifest"
@@ -14,6 +14,14 @@ def read_slam(path: str | Path) -> Iterator[Utterance]:
 
     Relative paths start at the manifest, or at the current directory where the first files lie there.
     """
-    for where, row, file in audio_rows(Path(path), WHAT, "source"):
-        key, text = take(row, where, "key"), take(row, where, "target")
-        yield Utterance(key=key, text=text, load=Stretch(file), fields=sample_fields(row), file=file)
+    yield from utterances(Path(path), WHAT, names=_names, make=_utterance)
+
+
+def _names(row: Row, where: str) -> list[str]:
+    return [take(row, where, "source")]
+
+
+def _utterance(row: Row, where: str, root: Path) -> Utterance:
+    file = root / take(row, where, "source")
+    key, text = take_words(row, where, "key"), take_words(row, where, "target")
+    return Utterance(key=key, text=text, load=Stretch(file), fields=sample_fields(row), file=file)

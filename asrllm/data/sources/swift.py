@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asrllm.data.sources.files import ahead, find_root, key_of, read_json_lines, sample_fields, take
-from asrllm.data.sources.utterance import Stretch, Utterance
-from asrllm.errors import UserError
+from asrllm.data.sources.files import key_of, sample_fields, take, take_words, utterances
+from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
 
 WHAT = "the chat manifest"
 AUDIO_TOKEN = "<audio>"
@@ -20,12 +19,7 @@ def read_swift(path: str | Path) -> Iterator[Utterance]:
     The user's words beside <audio> become the prompt, the assistant's are the text; a system's are left to the run's own prompts. Key: the
     row's id, or made of the path and the prompt. Chats of several turns or audios are rejected. Relative paths as in the other manifests.
     """
-    path = Path(path)
-    first, rows = ahead(read_json_lines(path, WHAT))
-    names = [name for where, row in first for name in _audios(row, f"{WHAT} {where}")]
-    root = find_root(names, [path.parent, Path.cwd()])
-    for place, row in rows:
-        yield _utterance(row, f"{WHAT} {place}", root)
+    yield from utterances(Path(path), WHAT, names=_audios, make=_utterance)
 
 
 def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
@@ -33,6 +27,8 @@ def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
     said = [(role, text) for role, text in turns if role != SYSTEM]
     if len(audios) != 1:
         problem: tuple[str, str] | None = ("not_one_audio", f"{where} has {len(audios)} audios")
+    elif row.get("history"):
+        problem = ("not_one_turn", f"{where} is a chat with a history")
     elif [role in USERS for role, _ in said] != [True, False] or said[1][0] not in ASSISTANTS:
         problem = ("not_one_turn", f"{where} is a chat of {', '.join(role for role, _ in said) or 'nobody'}")
     else:
@@ -51,18 +47,19 @@ def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
 def _turns(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
     """(role, text) of each."""
     if "query" in row:
-        return [("user", take(row, where, "query")), ("assistant", take(row, where, "response"))]
+        return [("user", take(row, where, "query")), ("assistant", take_words(row, where, "response"))]
     name = next((name for name in ("messages", "conversations") if name in row), None)
     if name is None:
-        raise UserError(f"{where} has neither 'messages' nor 'conversations' nor 'query'; it has: {', '.join(row) or 'nothing'}")
+        has = ", ".join(row) or "nothing"
+        raise RejectedError("missing_field", f"{where} has neither 'messages' nor 'conversations' nor 'query'; it has: {has}")
     if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
-        raise UserError(f"{where}: {name!r} is not a list of objects with a role and a text")
-    return [(take(turn, where, "role", "from"), take(turn, where, "content", "value")) for turn in row[name]]
+        raise RejectedError("bad_field", f"{where}: {name!r} is not a list of objects with a role and a text")
+    return [(take(turn, where, "role", "from"), take_words(turn, where, "content", "value")) for turn in row[name]]
 
 
 def _audios(row: dict[str, Any], where: str) -> list[str]:
-    audios = row.get("audios", row.get("audio", []))
+    audios: Any = next((row[name] for name in ("audios", "audio") if row.get(name) is not None), [])
     audios = [audios] if isinstance(audios, str) else audios
     if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        raise UserError(f"{where}: 'audios' is {audios!r}, which is not a list of paths")
+        raise RejectedError("bad_field", f"{where}: 'audios' is {audios!r}, which is not a list of paths")
     return audios

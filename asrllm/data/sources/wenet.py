@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.index import AUDIO_EXTENSIONS, tar_files
-from asrllm.data.sources.files import ahead, audio_rows, count_lines, find_root, read_lines, sample_fields, take, take_number
-from asrllm.data.sources.utterance import Stretch, Utterance
+from asrllm.data.index import AUDIO_EXTENSIONS, explain_tar, tar_files
+from asrllm.data.sources.files import (
+    Row,
+    ahead,
+    count_lines,
+    find_root,
+    read_lines,
+    sample_fields,
+    take,
+    take_number,
+    take_words,
+    utterances,
+)
+from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
 from asrllm.errors import UserError
 
 WHAT = "the wenet list"
@@ -22,7 +33,7 @@ def read_wenet(path: str | Path) -> Iterator[Utterance]:
     Relative paths start at the list, or at the current directory where the first files lie there.
     """
     path = Path(path)
-    _, line = next(read_lines(path, WHAT))
+    _, line = next(read_lines(path, WHAT, strict=False))
     yield from _raw(path) if line.lstrip().startswith("{") else _tars(path)
 
 
@@ -35,17 +46,27 @@ def count_wenet(path: str | Path) -> int | None:
 
 
 def _raw(path: Path) -> Iterator[Utterance]:
-    for where, row, file in audio_rows(path, WHAT, "wav"):
-        start, end = take_number(row, where, "start"), take_number(row, where, "end")
-        whole = start is None and end is None
-        yield Utterance(
-            key=take(row, where, "key"),
-            text=take(row, where, "txt"),
-            load=Stretch(file, start or 0.0, end),
-            duration=take_number(row, where, "duration") if end is None else end - (start or 0.0),
-            fields=sample_fields(row),
-            file=file if whole else None,
-        )
+    yield from utterances(path, WHAT, names=_names, make=_utterance)
+
+
+def _names(row: Row, where: str) -> list[str]:
+    return [take(row, where, "wav")]
+
+
+def _utterance(row: Row, where: str, root: Path) -> Utterance:
+    file = root / take(row, where, "wav")
+    start, end = take_number(row, where, "start"), take_number(row, where, "end")
+    if end is not None and end <= (start or 0.0):
+        raise RejectedError("bad_field", f"{where} lasts from {start or 0.0} to {end} s: the end must lie after the start")
+    whole = start is None and end is None
+    return Utterance(
+        key=take_words(row, where, "key"),
+        text=take_words(row, where, "txt"),
+        load=Stretch(file, start or 0.0, end),
+        duration=take_number(row, where, "duration") if end is None else end - (start or 0.0),
+        fields=sample_fields(row),
+        file=file if whole else None,
+    )
 
 
 def _tars(path: Path) -> Iterator[Utterance]:
@@ -58,7 +79,7 @@ def _tars(path: Path) -> Iterator[Utterance]:
         try:
             yield from _samples(tar)
         except tarfile.TarError as error:
-            raise UserError(f"{WHAT} {path}:{number}: {str(tar)!r} cannot be read as a tar: {error}") from error
+            raise UserError(f"{WHAT} {path}:{number}: {explain_tar(tar, error)}") from error
 
 
 def _samples(path: Path) -> Iterator[Utterance]:
@@ -85,7 +106,7 @@ def _sample(path: Path, key: str, parts: "dict[str, bytes | TarMember]") -> Utte
     if not isinstance(text, bytes):
         return Utterance(key=key, text="", problem=("no_transcript", f"{path} has no {key}.txt"))
     try:
-        return Utterance(key=key, text=text.decode("utf-8"), load=Stretch(audio))
+        return Utterance(key=key, text=text.decode("utf-8-sig"), load=Stretch(audio))
     except UnicodeDecodeError as error:
         return Utterance(key=key, text="", problem=("no_transcript", f"{key}.txt in {path} is not UTF-8 text: {error}"))
 
