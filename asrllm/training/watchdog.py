@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+from asrllm.training import siblings
+
+EXIT_STATUS = siblings.MAY_SUCCEED
 MOST_BETWEEN_LOOKS = 5.0  # seconds
 LAST_RESORT = 10  # seconds for telling, whose file system may be what hangs
 
@@ -72,6 +74,7 @@ class Watchdog:
             with open(self.file, "w", encoding="utf-8") as file:
                 self._tell(file, said)
         finally:
+            siblings.mine().announce(EXIT_STATUS)
             os._exit(EXIT_STATUS)
 
     def _tell(self, file: TextIO, said: str) -> None:
