@@ -4,14 +4,11 @@ Each run is started as a user does, one process is killed at a random moment of 
 """
 
 import contextlib
-import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
