@@ -1,7 +1,4 @@
-"""Runs in which a process is killed: python -m tests.jobs DIR KILLS SEED, for every launcher; prints what was seen as JSON.
-
-Each run is started as a user does, one process is killed at a random moment of training, and 15 s later nothing of it may be left.
-"""
+"""Runs that are started as a user starts them, by each launcher, of which a process is killed."""
 
 import contextlib
 import os

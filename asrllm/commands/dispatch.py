@@ -6,6 +6,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -87,8 +88,10 @@ def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) ->
     """
     if ranks.wait_for_failure(siblings.AFTER_ERROR):
         time.sleep(siblings.AFTER_HANG + siblings.LOOK)
-    what = str(error).splitlines()[0].rpartition("] ")[2]
-    ranks.report(f"asrllm: the connection to another rank was lost ({what}). {siblings.RUN_AGAIN}")
+    address = re.search(r"\[([^\]]+)\]:\d+", str(error))
+    where = f" at {address[1]}" if address else ""
+    text = f"asrllm: the connection to another rank{where} was lost. {siblings.RUN_AGAIN}"
+    ranks.report(text)
     ranks.announce(siblings.MAY_SUCCEED)
     sys.stdout.flush()
     os._exit(siblings.MAY_SUCCEED)
