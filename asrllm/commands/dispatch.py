@@ -90,11 +90,7 @@ def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) ->
         time.sleep(siblings.AFTER_HANG + siblings.LOOK)
     address = re.search(r"\[([^\]]+)\]:\d+", str(error))
     where = f" at {address[1]}" if address else ""
-    text = f"asrllm: the connection to another rank{where} was lost. {siblings.RUN_AGAIN}"
-    ranks.report(text)
-    ranks.announce(siblings.MAY_SUCCEED)
-    sys.stdout.flush()
-    os._exit(siblings.MAY_SUCCEED)
+    ranks.leave(f"asrllm: the connection to another rank{where} was lost. {siblings.RUN_AGAIN}")
 
 
 def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 from asrllm.errors import UserError
 from asrllm.processes import launchers_above
@@ -26,8 +27,9 @@ LOOK = 1.0  # seconds between two looks at the launchers
 AFTER_KILL = 1.0  # seconds for this rank to end by itself once another one was killed
 AFTER_ERROR = 2.0  # the same, once another one ended with an error
 AFTER_HANG = 10.0  # the same, once another one hung: the watchdogs look every 5 s
-AFTER_LAUNCHER = 30.0  # seconds to save once the launcher was killed; launchers give as many
+AFTER_LAUNCHER = 10.0  # seconds to save once the launcher was killed
 WAIT_FOR_OTHERS = 30.0  # seconds that a rank with an error waits for the others
+WAIT_TO_LEAVE = 3.0  # the same, of a rank that ends because another one was killed
 NAME_TAKEN = 10.0  # seconds that a process of an earlier run may take to end
 
 
@@ -60,7 +62,7 @@ class Siblings:
         self.selector = selectors.DefaultSelector()
         self.woken, self.waker = socket.socketpair()
         self.selector.register(self.woken, selectors.EVENT_READ)
-        if int(environment.get("WORLD_SIZE", "1")) > 1:
+        if "RANK" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
             self._meet(environment)
         self.thread = threading.Thread(target=self._watch, name="siblings", daemon=True)
         self.thread.start()
@@ -142,14 +144,14 @@ class Siblings:
             for connection in self.connections:
                 send(connection, f"status {status}")
 
-    def end(self, status: int) -> None:
+    def end(self, status: int, seconds: float = WAIT_FOR_OTHERS) -> None:
         """Announce an error, and wait until the other ranks on the node have ended too.
 
         A launcher stops the other ranks as soon as one exits, and one of them may be about to print.
         """
         self.announce(status)
         with self.changed:
-            self.changed.wait_for(self._all_ended, WAIT_FOR_OTHERS)
+            self.changed.wait_for(self._all_ended, seconds)
 
     def _all_ended(self) -> bool:
         return all(rank in self.statuses for rank in self.connections.values() if rank >= 0)
@@ -182,6 +184,7 @@ class Siblings:
 
     def _watch(self) -> None:
         deadline: float | None = None
+        leaving = False
         while True:
             seconds = LOOK if deadline is None else deadline - time.monotonic()
             for key, _ in self.selector.select(seconds):
@@ -196,13 +199,15 @@ class Siblings:
                 self.launchers = []
                 threading.Thread(target=self._outlive_launcher, daemon=True).start()
             failure = self._failure()
-            if failure is None or not (self.joined or failure[1] is None):
+            if leaving or failure is None or not (self.joined or failure[1] is None):
                 continue
             if deadline is None:
                 deadline = time.monotonic() + grace(failure[1])
             elif time.monotonic() >= deadline:
-                self._leave(*failure)
-                deadline = time.monotonic() + LOOK
+                deadline = None
+                leaving = True
+                # this thread hears meanwhile of the others' end
+                threading.Thread(target=self._leave, args=failure, daemon=True).start()
 
     def _receive(self, connection: socket.socket) -> None:
         try:
@@ -225,26 +230,31 @@ class Siblings:
 
     def _leave(self, rank: int, status: int | None) -> None:
         """End this process after another one, which has printed its own error if it could."""
+        if self.announced is not None:  # the main thread ends the process itself
+            return
         if status is None:
-            text = f"asrllm: rank {rank} was killed or crashed. {RUN_AGAIN}"
-            self._exit(MAY_SUCCEED, text)
-        else:
-            self._exit(status, None)
+            self.leave(f"asrllm: rank {rank} was killed or crashed. {RUN_AGAIN}")
+        self.announce(status)
+        exit_at_once(status)
+
+    def leave(self, text: str) -> NoReturn:
+        """Report that another process is gone, and end this one; the same command may succeed."""
+        self.report(text)
+        self.end(MAY_SUCCEED, WAIT_TO_LEAVE)
+        exit_at_once(MAY_SUCCEED)
 
     def _outlive_launcher(self) -> None:
         """End this process, whose launcher was killed: SIGTERM lets training save."""
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(AFTER_LAUNCHER)
-        self._exit(MAY_SUCCEED, f"asrllm: the launcher was killed. {RUN_AGAIN}")
+        self.leave(f"asrllm: the launcher was killed. {RUN_AGAIN}")
 
-    def _exit(self, status: int, text: str | None) -> None:
-        if self.announced is not None:  # the main thread ends the process itself
-            return
-        if text is not None:
-            self.report(text)
-        self.announce(status)
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process from any thread, without what runs at exit: gloo would wait or abort there."""
+    with contextlib.suppress(OSError):  # standard output may be gone
         sys.stdout.flush()
-        os._exit(status)
+    os._exit(status)
 
 
 def grace(status: int | None) -> float:
