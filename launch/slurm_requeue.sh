@@ -17,7 +17,8 @@ set -u
 srun --kill-on-bad-exit=1 python launch/train.py "exp_dir=$EXP" "$@"
 status=$?
 
-# 0: done, or saved and ended early; 75: it hung, hang-rank*.txt says where. Anything else would come again.
+# 0: the run is done, or it saved and stopped early. 75: a rank hung (hang-rank*.txt says where) or was
+# killed. Any other failure would happen again.
 # pretrained.pt is written when the training is over, config.yaml whenever it begins or goes on.
 if { [ "$status" -eq 0 ] && [ ! "$EXP/pretrained.pt" -nt "$EXP/config.yaml" ]; } || [ "$status" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,7 +1,8 @@
 """launch/train.py with a model that misbehaves: python tests/misbehave.py '{"what": ..., "steps": [...], "ranks": [...]}' OVERRIDES.
 
 what: loss or gradient: it is not finite in these steps (from 1) of these ranks; build: building waits for exp_dir/go; mode: after these
-steps of these ranks the projector is in eval mode; trace: trainer.compile traces the layers and runs them as they are.
+steps of these ranks the projector is in eval mode; trace: trainer.compile traces the layers and runs them as they are; nodes: each rank
+takes itself for the only one on its node.
 """
 
 import json
@@ -71,6 +72,8 @@ if __name__ == "__main__":
     how = json.loads(sys.argv[1])
     if how["what"] == "trace":
         trace(Path(how["log"]))
+    elif how["what"] == "nodes":
+        os.environ["TORCHELASTIC_RUN_ID"] = os.environ["RANK"]
     elif how["what"] == "build":
         wait_before_building(Path(next(a for a in sys.argv if a.startswith("exp_dir=")).partition("=")[2]))
     else:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 
 from asrllm.checkpoints.consolidate import checkpoint_weights
 from tests.conftest import REPOSITORY, World, assert_done, free_port, made_once, run_script
+from tests.jobs import CLEAN, GONE, job, kill_and_wait
 from tests.processes import both_cores, clean_environment, descendants, started, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -186,6 +188,114 @@ def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
     assert "no progress for 5 s" in (tmp_path / "logs" / "0").read_text()
     pids = [str(process.pid) for process in (rank0, rank1, *readers)]
     assert not [name for name in os.listdir("/dev/shm") if any(pid in name.split("_") for pid in pids)]
+
+
+def sockets_of(pid: int) -> set[str]:
+    """Return the inodes of the sockets that a process has open."""
+    links = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    return {link for link in links if link.startswith("socket:")}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_at_once_and_leaves_no_reader(world, settings, tmp_path, victim):
+    exp = tmp_path / "exp"
+    command = train_command(*world.overrides(exp, **settings | {"trainer__num_steps": 4000}))
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: len(losses(exp)) >= 3)
+        readers = [child for process in ranks for child in descendants(process.pid)]
+        assert len(readers) == 2
+        assert sockets_of(ranks[0].pid)
+        assert not any(sockets_of(reader.pid) for reader in readers)
+        ranks[victim].kill()
+        began = time.monotonic()
+        assert ranks[1 - victim].wait(20) == 75
+        assert time.monotonic() - began < 10
+        wait_for(lambda: not any(reader.is_running() for reader in readers), 5)
+    said = (tmp_path / "logs" / f"{1 - victim}").read_text()
+    assert f"asrllm: rank {victim} was killed or crashed. " in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_on_another_node_is_a_lost_connection(world, settings, tmp_path, victim):
+    exp = tmp_path / "exp"
+    overrides = world.overrides(exp, **settings | {"trainer__num_steps": 4000})
+    command = train_command(*overrides, script=MISBEHAVE, how={"what": "nodes"})
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: len(losses(exp)) >= 3)
+        ranks[victim].kill()
+        assert ranks[1 - victim].wait(10) == 75
+    said = (tmp_path / "logs" / f"{1 - victim}").read_text()
+    assert "asrllm: the connection to another rank at 127.0.0.1 was lost. " in said
+    assert "Traceback" not in said
+
+
+def test_a_rank_killed_while_the_model_is_built_ends_the_others(world, settings, tmp_path):
+    """They are in no collective then, whose failure could tell them."""
+    exp = tmp_path / "exp"
+    command = train_command(*world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"})
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: all((exp / f"building-{rank}").exists() for rank in range(2)))
+        ranks[0].kill()
+        assert ranks[1].wait(10) == 75
+    assert "asrllm: rank 0 was killed or crashed. " in (tmp_path / "logs" / "1").read_text()
+
+
+def test_a_mistake_that_every_rank_finds_is_printed_once(world, settings, tmp_path):
+    command = train_command(*world.overrides(tmp_path / "exp", **settings | {"trainer__lrr": 1}))
+    with started(tmp_path / "logs", *[command] * 3) as ranks:
+        assert [process.wait(60) for process in ranks] == [2, 2, 2]
+    said = "".join((tmp_path / "logs" / f"{rank}").read_text() for rank in range(3))
+    assert said.count("asrllm train: ") == 1
+    assert "unknown key 'trainer.lrr'" in said
+
+
+KILLS = [
+    ("plain", "rank"),
+    ("srun", "rank"),
+    ("torchrun", "rank"),
+    ("deepspeed", "rank"),
+    ("torchrun", "launcher"),
+    ("deepspeed", "launcher"),
+]
+LEFT_BY_LAUNCHERS = ("torchelastic_", "torchinductor_")  # torchrun's logs, torch's cache: also of runs that end well
+
+
+@pytest.mark.soak(only=True)
+@pytest.mark.timeout(7200)
+def test_no_kill_leaves_a_process_or_a_file(world, settings, tmp_path):
+    """100 kills of a rank or a launcher at random moments of training, with the real launchers."""
+    rng = random.Random(0)
+    for number in range(100):
+        launcher, what = KILLS[number % len(KILLS)]
+        exp = tmp_path / f"{number}"
+        more = {"trainer__num_steps": 100000, "data__num_workers": 2, "trainer__save_every": 20}
+        arguments = world.overrides(exp / "exp", **settings | more)
+        with job(launcher, exp / "logs", arguments, ranks=rng.choice([2, 2, 3])) as run:
+            wait_for(lambda exp=exp: len(losses(exp / "exp")) >= 3, 150)
+            time.sleep(rng.uniform(0, 2))  # the moment of the kill is random on purpose
+            ranks = run.ranks()
+            victim = rng.choice(ranks) if what == "rank" else psutil.Process(run.started[0].pid)
+            seen = kill_and_wait(run, victim)
+        files = [name for name in seen["files"] if not name.startswith(LEFT_BY_LAUNCHERS)]
+        print(launcher, what, len(ranks), seen["seconds"], seen["statuses"], seen["processes"], files, flush=True)
+        assert seen["seconds"] < (GONE if what == "rank" else CLEAN), seen["output"][-3000:]
+        assert not seen["processes"]
+        assert not files
+        shutil.rmtree(exp)
+
+
+@pytest.mark.soak(only=True)
+@pytest.mark.timeout(14400)
+def test_no_message_is_lost_under_torchrun(world, tmp_path):
+    """200 runs of 2 to 8 ranks that all find the same mistake."""
+    for number in range(200):
+        folder, ranks = tmp_path / f"{number}", 2 + number % 7
+        arguments = world.overrides(folder / "exp", trainer__lrr=1)
+        with job("torchrun", folder, arguments, ranks=ranks) as run:
+            wait_for(lambda run=run: None not in run.statuses(), 200)
+            assert run.output().count("asrllm train: ") == 1, (ranks, run.output())
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import functools
 import itertools
 import mmap
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from asrllm.collator.batch import Collator, PackedBatch
 from asrllm.data.plan import Batch, Item, Plan, Position, Step, planned_steps
 from asrllm.data.storage import RemoteFile
 from asrllm.errors import UserError
+from asrllm.processes import die_with_parent, release_sockets
 
 PREFETCH = 4  # batches that each reading process is ahead
 ROOM = 2  # a slot holds so many times the largest batch: speed perturbation makes longer ones, and another window may
@@ -160,7 +162,7 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
         num_workers=workers,
         prefetch_factor=PREFETCH,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=functools.partial(_begin_reader, parent_of_reader()),
         multiprocessing_context="fork",  # the index and the slots are mapped, not copied
     )
     loader: Any = None
@@ -217,13 +219,31 @@ def _kill_readers() -> None:
             child.kill()
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave signals to the training process, which stops its readers itself.
+def parent_of_reader() -> int | None:
+    """Return this process's id if readers may live as long as the current thread, else None.
 
-    Launchers, schedulers and terminals signal all processes; the training one saves, and needs its readers until then.
+    The system kills a reader when the thread that forked it ends; the main thread ends last.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    return os.getpid() if is_main else None
+
+
+def _begin_reader(parent: int | None, worker: int) -> None:
+    """Prepare a reading process: it ends with its parent, and holds none of its connections.
+
+    Signals are left to the training process, which stops its readers itself. Launchers, schedulers
+    and terminals signal all processes; the training one saves, and needs its readers until then.
+
+    Args:
+        parent: the process to end with; None: torch notices within seconds that it ended.
+        worker: the reader's number, as torch passes it.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if parent is not None:
+        die_with_parent(parent)
+    # a connection closes only once no process holds it, and the other ranks wait for that
+    release_sockets()
 
 
 def _prepared(

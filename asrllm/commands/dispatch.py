@@ -6,20 +6,25 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 import asrllm
 from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
 from asrllm.commands.parsers import VERBS
 from asrllm.errors import UserError
-from asrllm.escape import EscapingFormatter, escape
+from asrllm.escape import EscapingFormatter
+from asrllm.training import siblings
 from asrllm.training.launchers import adopt_launcher
 from asrllm.writing import MENDED, Terminated, sigterm_raises
 
 WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
+GLOO_CONNECTION = "gloo/transport/tcp/"  # in what gloo raises when a connection closes
 WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 
 
@@ -31,15 +36,67 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, or interrupted by a signal and saved; 2 an error of the user's;
-        75 training hung (see Watchdog); 130, 141, 143 ended by SIGINT, SIGPIPE, SIGTERM.
+        75 a rank hung or was killed, and the same command may succeed (see Watchdog, Siblings);
+        130, 141, 143 ended by SIGINT, SIGPIPE, SIGTERM.
         A bug ends in a traceback, with status 1.
     """
     argv = without_launcher_arguments(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else None
     arguments = build_parser(argv).parse_args(argv)
+    if verb not in WITH_RANKS:
+        return run_verb(arguments, siblings.mine())
     try:
-        if verb in WITH_RANKS:
-            adopt_launcher()
+        adopt_launcher()
+        with siblings.watched() as ranks:
+            return run_as_rank(arguments, ranks)
+    except UserError as error:
+        siblings.mine().report(f"asrllm {verb}: {error}")
+        return 2
+
+
+def run_as_rank(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
+    """Run a verb, and tell the other ranks on the node how it ends."""
+    try:
+        status = run_verb(arguments, ranks)
+    except SystemExit as ended:
+        ranks.announce(ended.code if isinstance(ended.code, int) else 0)
+        raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            ranks.announce(1)
+            raise
+        exit_after_lost_connection(error, ranks)
+    except BaseException:
+        ranks.announce(1)
+        raise
+    if status in (0, INTERRUPTED):
+        ranks.announce(status)
+    else:
+        ranks.end(status)
+    return status
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another rank has ended."""
+    is_network_error = type(error).__name__ == "DistNetworkError"
+    return is_network_error or GLOO_CONNECTION in str(error)
+
+
+def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) -> NoReturn:
+    """End this process without the traceback: the rank that ended first prints what is wrong.
+
+    If that rank is on this node, the thread that watches it ends this process.
+    """
+    if ranks.wait_for_failure(siblings.AFTER_ERROR):
+        time.sleep(siblings.AFTER_HANG + siblings.LOOK)
+    address = re.search(r"\[([^\]]+)\]:\d+", str(error))
+    where = f" at {address[1]}" if address else ""
+    ranks.leave(f"asrllm: the connection to another rank{where} was lost. {siblings.RUN_AGAIN}")
+
+
+def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
+    """Run a verb and return its exit status; report errors of the user's once on a node."""
+    try:
         # FutureWarnings concern developers, not users
         warnings.simplefilter("ignore", FutureWarning)
         level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
@@ -47,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
         logging.basicConfig(level=level, handlers=[handler])
         run = load_verb(arguments.verb)
-        cleaning = sigterm_raises() if verb in WRITE_MUCH else contextlib.nullcontext()
+        cleaning = sigterm_raises() if arguments.verb in WRITE_MUCH else contextlib.nullcontext()
         with RaiseOnInterrupt(), cleaning:
             run(arguments)
             sys.stdout.flush()
@@ -55,18 +112,17 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        if is_first_to_report():
-            report(arguments.verb, "interrupted")
+        ranks.report(f"asrllm {arguments.verb}: interrupted")
         return INTERRUPTED
     except Terminated as ended:
-        report(arguments.verb, "interrupted by SIGTERM. Run the same command again.")
+        text = f"asrllm {arguments.verb}: interrupted by SIGTERM. Run the same command again."
+        ranks.report(text)
         return int(ended.code or 0)
     except UserError as error:
-        if is_first_to_report():
-            report(arguments.verb, str(error))
+        ranks.report(f"asrllm {arguments.verb}: {error}")
         return 2
     except OSError as error:
-        report(arguments.verb, explain(error))
+        ranks.report(f"asrllm {arguments.verb}: {explain(error)}")
         return 2
     return 0
 
@@ -98,19 +154,6 @@ def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
     module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
     run: Callable[[argparse.Namespace], None] = module.run
     return run
-
-
-def report(verb: str, message: str) -> None:
-    """Print a message to standard error, which may be gone."""
-    with contextlib.suppress(OSError):
-        print(escape(f"asrllm {verb}: {message}", keep="\n"), file=sys.stderr, flush=True)
-
-
-def is_first_to_report() -> bool:
-    """Whether this rank reports an error of the user's: before the ranks join, all of them find the same."""
-    distributed = sys.modules.get("torch.distributed")
-    joined = distributed is not None and distributed.is_initialized()
-    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def explain(error: OSError) -> str:

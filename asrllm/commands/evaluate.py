@@ -49,10 +49,11 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     evaluation.check()
     model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype=config.dtype(device))
     model.cuda_graphs = config.cuda_graphs
-    evaluation.decode(TorchEngine(model.to(device), config.generation))
-    if config.whisper_baseline:
-        evaluation.decode_baseline()
-    evaluation.report()
+    with evaluation.watched():
+        evaluation.decode(TorchEngine(model.to(device), config.generation))
+        if config.whisper_baseline:
+            evaluation.decode_baseline()
+        evaluation.report()
     distributed.finish()
     return evaluation.results
 

@@ -1,5 +1,6 @@
 """The configuration of an evaluation."""
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,6 +58,7 @@ class EvaluationRun:
     cuda_graphs: bool
     whisper_baseline: bool
     report_audio: int
+    step_timeout: float | None
     wandb: WandbConfig
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class EvaluationRun:
             raise UserError(f"repetition_guard={self.repetition_guard} must be at least 1, or null for no guard")
         if self.report_audio < 0:
             raise UserError(f"report_audio={self.report_audio} must not be below 0: it is how many utterances of a set can be heard")
+        if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
+            raise UserError(f"step_timeout={self.step_timeout} is not a number of seconds. Use a value above 0, or 0 or null for no limit.")
         for key, value in (
             ("max_tokens_per_second", self.max_tokens_per_second),
             ("data.max_batch_duration", self.data.max_batch_duration),

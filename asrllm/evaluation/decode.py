@@ -21,6 +21,7 @@ from asrllm.evaluation.score import Transcript
 from asrllm.models.generation import Answer
 from asrllm.progress import ProgressBar
 from asrllm.training import distributed
+from asrllm.training.watchdog import Watchdog
 
 FEWEST_BATCHES = 4  # of a rank, about: else one of a small set may have twice the work of another
 
@@ -41,9 +42,16 @@ class Decoded(NamedTuple):
 
 
 def decode_corpus(
-    engine: Engine, corpus: Corpus, options: DecodingOptions, normalize: Callable[[str], str], cache: ShardCache, journal: Journal
+    engine: Engine,
+    corpus: Corpus,
+    options: DecodingOptions,
+    normalize: Callable[[str], str],
+    cache: ShardCache,
+    journal: Journal,
+    watchdog: Watchdog | None = None,
 ) -> Decoded:
     """Every rank's share of the corpus decoded, but for what `journal` has; all of it on every rank."""
+    watchdog = watchdog or Watchdog()
     engine = WithinMemory(engine)
     done = {said.row: said for said in journal.read()}
     lengths, longest = np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to), options.max_batch_duration
@@ -55,7 +63,9 @@ def decode_corpus(
     decoded: list[Said] = []
     with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0 and bool(mine)) as bar, journal:
         began = time.monotonic()
+        watchdog.beat(f"reading {corpus.name}")
         for rows, samples in read_ahead(reader, mine):
+            watchdog.beat(f"decoding {corpus.name}", [sample.key for sample in samples])
             answers = engine.answer([s.wave for s in samples], [options.prompt] * len(samples))
             took = (time.monotonic() - began) / len(rows)
             said = [make_said(*each, took) for each in zip(rows, samples, answers, strict=True)]
@@ -63,6 +73,7 @@ def decode_corpus(
             decoded += said
             bar.advance(len(rows))
             began = time.monotonic()
+    watchdog.beat(f"waiting for what the other ranks decoded of {corpus.name}")
     everything = [*done.values(), *(said for rank in distributed.gather_objects(decoded) for said in rank)]
     transcripts = [make_transcript(said, normalize) for said in sorted(everything, key=lambda said: said.row)]
     seconds: Counter[int] = Counter()

@@ -1,8 +1,9 @@
 """An evaluation: every test set decoded, by the model and by its encoder's own Whisper, scored, written and reported."""
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.models.auto import describe
 from asrllm.training import distributed
+from asrllm.training.watchdog import Watchdog
 
 BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what the baseline said
 
@@ -50,6 +52,7 @@ class Evaluation:
         self.baselines: dict[str, Scored] = {}
         self.results: dict[str, Any] = {}
         self.journals: list[Journal] = []
+        self.watchdog = Watchdog()
 
     def _prompt(self, corpus: Corpus) -> str:
         return prompt_to_ask(self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None)
@@ -68,6 +71,14 @@ class Evaluation:
         except Timeout as error:
             raise UserError(f"another evaluation writes to {str(self.folder)!r}: wait for its end") from error
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block this rank must make progress every step_timeout seconds."""
+        rank = distributed.rank()
+        timeout = self.config.step_timeout
+        with Watchdog(timeout, self.folder, rank=rank, key="step_timeout") as self.watchdog:
+            yield
+
     def decode(self, engine: Engine) -> None:
         of = {
             "weights": identity_of(self.weights),
@@ -84,10 +95,11 @@ class Evaluation:
 
     def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
         options = DecodingOptions(prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration)
-        return decode_corpus(engine, corpus, options, normalizer(self.normalizers[corpus.name]), self.cache, journal)
+        return decode_corpus(engine, corpus, options, normalizer(self.normalizers[corpus.name]), self.cache, journal, self.watchdog)
 
     def _write(self, corpus: Corpus, decoded: Decoded) -> None:
         name = corpus.name
+        self.watchdog.beat(f"scoring {name}")
         about = {
             "normalizer": self.normalizers[name],
             "rtfx": round(decoded.rtfx, 2),
@@ -107,6 +119,7 @@ class Evaluation:
 
     def decode_baseline(self) -> None:
         """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
+        self.watchdog.beat("loading the encoder's own Whisper")
         base = (self.description.base_models or {}).get("audio_encoder", {})
         whisper, why_not = None, None
         try:
@@ -129,6 +142,7 @@ class Evaluation:
                 self._add_baseline(corpus.name, decoded)
 
     def _add_baseline(self, name: str, decoded: Decoded) -> None:
+        self.watchdog.beat(f"scoring the baseline on {name}")
         baseline = self.baselines[name] = score(decoded.transcripts)
         against = compare(baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name])
         self.results[name]["baseline"] = baseline.rates() | {"rtfx": round(decoded.rtfx, 2), "paired": against.entry()}
@@ -137,6 +151,7 @@ class Evaluation:
     def report(self) -> None:
         if distributed.rank() != 0:
             return
+        self.watchdog.beat("writing the report")
         write_summary(self.folder, self.config.suffix, self.results)
         sets = [self._report_set(corpus) for corpus in self.corpora]
         write_report(self.folder / "report.html", f"{self.exp_dir.name}, {self.config.suffix}", sets)

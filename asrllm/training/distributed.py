@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from asrllm.errors import UserError
+from asrllm.training import siblings
 
 
 def rank() -> int:
@@ -36,6 +37,7 @@ def start() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
+    siblings.mine().join()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+from asrllm.training import siblings
+
+EXIT_STATUS = siblings.MAY_SUCCEED
 MOST_BETWEEN_LOOKS = 5.0  # seconds
 LAST_RESORT = 10  # seconds for telling, whose file system may be what hangs
 
@@ -19,13 +21,23 @@ LAST_RESORT = 10  # seconds for telling, whose file system may be what hangs
 class Watchdog:
     """Within its block the process must call `beat` every `timeout` seconds (None or 0: need not).
 
-    Else the stacks of all threads, with the keys of the last batch, go to stderr and to exp_dir/hang-rank{rank}.txt; the reading processes
+    Else the stacks of all threads, with the keys of the last batch, go to stderr and to folder/hang-rank{rank}.txt; the reading processes
     are killed and this one exits with status 75 (1, with the stacks on stderr alone, where the interpreter's lock is never given back). A
     thread does it, since the main one may be in a collective that never returns.
     """
 
-    def __init__(self, timeout: float | None = None, exp_dir: Path = Path(), *, rank: int = 0) -> None:
-        self.timeout, self.rank, self.file = timeout or 0.0, rank, exp_dir / f"hang-rank{rank}.txt"
+    def __init__(
+        self,
+        timeout: float | None = None,
+        folder: Path = Path(),
+        *,
+        rank: int = 0,
+        key: str = "trainer.step_timeout",
+    ) -> None:
+        self.timeout = timeout or 0.0
+        self.rank = rank
+        self.file = folder / f"hang-rank{rank}.txt"
+        self.key = key  # in the configuration, of the timeout
         self.look = min(self.timeout / 4, MOST_BETWEEN_LOOKS)
         self.ended = threading.Event()
         self.keys: Sequence[str] = ()
@@ -63,7 +75,7 @@ class Watchdog:
 
     def _end(self) -> None:
         faulthandler.dump_traceback_later(LAST_RESORT, exit=True)
-        said = f"rank {self.rank}: no progress for {self.timeout:g} s (trainer.step_timeout) while {self.doing}\n"
+        said = f"rank {self.rank}: no progress for {self.timeout:g} s ({self.key}) while {self.doing}\n"
         said += f"the last batch: {' '.join(self.keys) or 'none'}\n"
         for child in multiprocessing.active_children():
             child.kill()
@@ -72,6 +84,7 @@ class Watchdog:
             with open(self.file, "w", encoding="utf-8") as file:
                 self._tell(file, said)
         finally:
+            siblings.mine().announce(EXIT_STATUS)
             os._exit(EXIT_STATUS)
 
     def _tell(self, file: TextIO, said: str) -> None:

@@ -1,6 +1,8 @@
 """Whole evaluations of tiny models: results, reports, baselines, going on after a kill, and what is refused."""
 
 import json
+import shutil
+import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.testing import data_config, kaldi_directory, tiny_tokenizer, tone_sentences
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.models.test_generation import make_model, waves_of
-from tests.processes import started
+from tests.processes import started, wait_for
 from tests.test_cli import fails
 
 
@@ -360,3 +362,31 @@ def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
     assert f"decoding train: {(60 - kept + 1) // 2}/{(60 - kept + 1) // 2}" in done.stderr
     assert generations(folder) == expected
     assert not list(folder.glob(".decoding-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_hangs_or_dies_ends_the_evaluation(world, exp, tmp_path, number):
+    run = shutil.copytree(exp, tmp_path / "run", ignore=shutil.ignore_patterns("*_search"))
+    test_set = f"data.test_data_config={world.root / 'train.yaml'}"
+    options = ["whisper_baseline=false", "data.max_batch_duration=0.3", "precision=fp32", "step_timeout=4"]
+    command = [REPOSITORY / "launch" / "evaluate.py", f"exp_dir={run}", test_set, *options]
+    folder = run / "greedy_search"
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: list(folder.glob(".decoding-*")))
+        ranks[1].send_signal(number)
+        assert ranks[0].wait(30) == 75
+        ranks[1].kill()
+    said = (tmp_path / "logs" / "0").read_text()
+    assert "Traceback" not in said
+    if number == signal.SIGKILL:
+        assert "asrllm: rank 1 was killed or crashed. " in said
+    else:
+        stacks = (folder / "hang-rank0.txt").read_text()
+        assert "rank 0: no progress for 4 s (step_timeout) while " in stacks
+        assert "most recent call first" in stacks
+
+
+def test_a_time_limit_below_zero_is_refused(world, exp):
+    with pytest.raises(UserError, match=r"step_timeout=-1\.0 is not a number of seconds"):
+        evaluation(world, exp, "step_timeout=-1")
