@@ -69,8 +69,10 @@ def run_as_rank(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     except BaseException:
         ranks.announce(1)
         raise
-    if status in (0, INTERRUPTED):
+    if status == 0:
         ranks.announce(status)
+    elif status == INTERRUPTED:  # of all ranks at once, so that no one need wait for long
+        ranks.end(status, siblings.WAIT_TO_LEAVE)
     else:
         ranks.end(status)
     return status
