@@ -86,7 +86,7 @@ def test_the_data_benchmark_runs(tmp_path):
     run_benchmark("data.py", "--utterances", 64, "--rounds", 1, "--rows", 6400, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
     assert "one worker to the bare loop" in results["reading"]["ratios"]
-    assert results["index of 6400 rows of 20 bytes"]["milliseconds to plan a step"] > 0
+    assert results["index of 6400 rows of 24 bytes"]["milliseconds to plan a step"] > 0
 
 
 @pytest.mark.slow

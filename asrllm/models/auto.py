@@ -11,7 +11,7 @@ from asrllm.errors import UserError, refuse_unknown
 from asrllm.integrity import verify_weights
 from asrllm.models.auden import MODEL_TYPES, load_auden, read_auden_config
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.description import read_config, read_json
+from asrllm.models.description import indexed_files, read_config, read_json
 from asrllm.models.files import load_model, read_tensors, set_generation_config
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.model import AsrLlmModel
@@ -95,8 +95,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"the weights {str(path)!r} do not exist: check the path")
     if path.suffix == ".json":
-        files = sorted(set(read_json(path).get("weight_map", {}).values()))
-        return {name: tensor for file in files for name, tensor in read_state(path.parent / file).items()}
+        return {name: tensor for file in indexed_files(path) for name, tensor in read_state(file).items()}
     if path.suffix == ".safetensors":
         return read_tensors(path)
     return load_state(path)

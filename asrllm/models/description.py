@@ -34,6 +34,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def indexed_files(index: Path) -> list[Path]:
+    """Return the weight files that an index names (transformers' *.index.json).
+
+    Raises:
+        UserError: the index is not one, or names a file outside of its directory.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise UserError(f"{str(index)!r} has no 'weight_map' of file names. Copy it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        is_outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if is_outside or name.endswith(".json"):
+            raise UserError(f"{str(index)!r} names {name!r}, which is not a weight file below it. Copy it again.")
+    return [index.parent / name for name in names]
+
+
 def read_config(folder: str | Path) -> AsrLlmConfig:
     """The configuration of a run's exp_dir or of an exported directory. Raises UserError naming a field that is wrong."""
     path = Path(folder) / "config.json"

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from asrllm.errors import UserError, nearest
 from asrllm.integrity import verify_weights
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.description import read_json
+from asrllm.models.description import indexed_files, read_json
 from asrllm.models.fingerprint import check_fingerprint
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
@@ -183,7 +183,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise UserError(f"{str(folder)!r} holds neither {SINGLE} nor {INDEX}: give a directory written by 'asrllm export' to its end")
-    files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    files = indexed_files(index)
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{str(folder)!r} lacks {missing[0]}, which {INDEX} names: copy it again")
     return files

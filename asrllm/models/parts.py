@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from asrllm.errors import UserError
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.description import indexed_files
 from asrllm.models.encoders import build_encoder, encoder_class
 from asrllm.models.names import check_state
 from asrllm.models.partitioned import partitioned_llm
@@ -34,6 +36,8 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises UserError for files that cannot be read, for a missing, unexpected or wrong-shaped key, and for a family that cannot be packed.
     """
+    for index in Path(path).glob("*.index.json"):
+        indexed_files(index)  # transformers would load whatever file it names
     attention = register_packed_attention()
     if is_deepspeed_zero3_enabled() and (llm := partitioned_llm(path, dtype, attention)) is not None:
         return check_family(llm)

@@ -234,6 +234,8 @@ def file_digest(path: Path) -> str:
 def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Raises UserError naming a file that is missing, cut short or of another checkpoint."""
     for name, digest in manifest["files"].items():
+        if Path(name).name != name:
+            raise CorruptedError(f"the manifest of {str(checkpoint)!r} names the file {name!r}. Remove the checkpoint.")
         file = f"the checkpoint file {str(checkpoint / name)!r}"
         try:
             found = file_digest(checkpoint / name)

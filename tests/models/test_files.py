@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import asrllm
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.auto import describe
+from asrllm.models.auto import describe, read_state
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders import build_encoder
-from asrllm.models.files import as_dtype, load_model, parameters_on_meta, rank_in_file, read_tensors
+from asrllm.models.files import as_dtype, load_model, parameters_on_meta, rank_in_file, read_tensors, weight_files
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.parts import empty_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
@@ -502,3 +503,19 @@ def test_an_llm_trained_as_a_whole_keeps_its_bases_generation_settings(world, tm
     assert (settings.pad_token_id, settings.max_new_tokens) == (0, 77)
     shutil.rmtree(llm)
     assert asrllm.AutoModel.from_pretrained(exp).causal_lm.generation_config.max_new_tokens is None
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.safetensors.index.json", "a/../../b.bin"])
+def test_a_weight_map_names_nothing_outside_of_its_directory(tmp_path, name):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    for read in (weight_files, read_state):
+        with pytest.raises(UserError, match=re.escape(name)):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_a_weight_map_of_another_form_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json"):
+        weight_files(tmp_path)
