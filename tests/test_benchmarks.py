@@ -54,6 +54,21 @@ def test_the_compared_data_pipelines_read_the_same_utterances(benchmark, tmp_pat
 
 
 @pytest.mark.slow
+def test_no_damage_is_silent_or_a_traceback(benchmark, tmp_path):
+    """A short form of the fault campaign."""
+    table = benchmark("faults").damages(12, 0, tmp_path)
+    assert len(table) == 6
+    for what, outcomes in table.items():
+        assert outcomes.keys() <= {"detected", "harmless"}, (what, outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.soak(only=True)
+def test_the_fault_campaign_has_no_bad_outcome(tmp_path):
+    run_benchmark("faults.py", "--damages", 100, "--kills", 5, "--output", tmp_path / "r.json")
+
+
+@pytest.mark.slow
 def test_the_decoding_benchmark_runs(tmp_path):
     run_benchmark("decode.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())

@@ -62,6 +62,7 @@ def test_a_stream_is_the_whole_file_in_blocks(tmp_path, monkeypatch, ending, rat
 
 
 @needs_ffmpeg
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["m4a", "webm", "mp4", "mkv", "aac"])
 def test_ffmpeg_reads_the_rest(tmp_path, ending):
     """A picture that stands longer than the sound takes nothing from it."""
