@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from asrllm.errors import UserError, nearest
 from asrllm.integrity import verify_weights
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.description import indexed_files, read_json
+from asrllm.models.description import indexed_files
 from asrllm.models.fingerprint import check_fingerprint
+from asrllm.models.hub_files import load_generation_config
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
 from asrllm.models.parts import empty_llm, layer_without_bias, pretrained_encoder, pretrained_llm
@@ -352,8 +353,7 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def set_generation_config(llm: PreTrainedModel, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")
-        llm.generation_config = GenerationConfig.from_pretrained(folder)
+        llm.generation_config = load_generation_config(folder)
 
 
 def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
