@@ -258,10 +258,10 @@ def assemble(
     """
     chosen = as_dtype(dtype) or prevailing_dtype(state, where)
     with parameters_on_meta():
-        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen, where=where))
         if (times := rank_in_file(model, state)) > 1:
             config = processor.config = with_ranks(config, times)
-            model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+            model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen, where=where))
     state = without_second_names(model, state, where)
     for part in config.stored or {}:
         check_stored(config, part, sum(in_base(key, part) for key in state.keys() & model.weights().keys()), where)
@@ -364,6 +364,10 @@ def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, 
 
 def base_path(config: AsrLlmConfig, part: str) -> str:
     base = (config.base_models or {}).get(part)
+    if base is not None and not (isinstance(base, dict) and {"path", "fingerprint"} <= base.keys()):
+        raise UserError(
+            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the config.json that was saved with the model."
+        )
     if base is None:
         raise UserError(f"the weights leave out the {part}, and config.json names no base model for it: export the whole model")
     check_fingerprint(part, base["path"], base["fingerprint"])

@@ -71,11 +71,28 @@ def check_family(llm: PreTrainedModel) -> PreTrainedModel:
     return llm
 
 
-def empty_llm(fields: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """An LLM without its weights, from its config.json. dtype: as config.json says when None."""
+def empty_llm(
+    fields: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    *,
+    where: str | Path = "config.json",
+) -> PreTrainedModel:
+    """Return an LLM without its weights.
+
+    Args:
+        fields: the LLM's own config.json.
+        dtype: the dtype of its weights; by default the one in `fields`.
+        where: the file or directory that `fields` were read from, for the error message.
+
+    Raises:
+        UserError: no LLM can be built from the fields, or the family is not supported.
+    """
     register_packed_attention()
-    config = AutoConfig.for_model(**fields)
-    return check_family(AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, **({"dtype": dtype} if dtype else {})))
+    given = {} if dtype is None else {"dtype": dtype}
+    with reading(where, "the LLM's configuration (llm in config.json) of", "Copy the config.json that was saved with the model."):
+        config = AutoConfig.for_model(**fields)
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, trust_remote_code=False, **given)
+    return check_family(llm)
 
 
 def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:
