@@ -249,6 +249,12 @@ def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys
     assert "ulimit -n" in capsys.readouterr().err
 
 
+def test_a_low_limit_of_open_files_is_one_message(monkeypatch):
+    monkeypatch.setattr(distributed.resource, "getrlimit", lambda _: (20, 4096))
+    with pytest.raises(UserError, match="only 20 files may be open"):
+        distributed.check_descriptors()
+
+
 def test_an_exp_dir_that_is_a_file_is_one_message(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "exp").touch()
     assert train(world, tmp_path, monkeypatch) == 2

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from asrllm.errors import UserError
 from asrllm.training import siblings
 from asrllm.training.launchers import whole_number
 
+MIN_DESCRIPTORS = 64  # fewer do not suffice for the sockets of a run
 RESOLVE_WITHIN = 120.0  # seconds: the name of a pod in Kubernetes appears once it runs
 
 
@@ -42,6 +44,7 @@ def start() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
+    check_descriptors()
     wait_for_address(os.environ["MASTER_ADDR"])
     siblings.mine().join()
     accelerator = get_accelerator()
@@ -59,6 +62,21 @@ def start() -> torch.device:
     with explained_port():
         deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.device_name(index))
+
+
+def check_descriptors() -> None:
+    """Check the limit of open files.
+
+    torch.distributed tries for 30 minutes to open a socket beyond the limit, whatever signal comes.
+
+    Raises:
+        UserError: the limit is too low for sockets, data and checkpoints.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < MIN_DESCRIPTORS:
+        raise UserError(
+            f"only {limit} files may be open at a time. Raise the limit with 'ulimit -n 4096', then run the same command again."
+        )
 
 
 def wait_for_address(host: str) -> None:
