@@ -45,7 +45,7 @@ TESTS = {
     "score": ["tests/evaluation/test_score.py", "tests/evaluation/test_compare.py"],
     "normalise": ["tests/data/test_text.py", "tests/evaluation/test_score.py"],
     "cache": ["tests/data/test_storage.py"],
-    "index": ["tests/data/test_index.py", "tests/data/test_shards.py", "tests/data/test_verify.py"],
+    "index": ["tests/audio/test_reader.py", "tests/data/test_index.py", "tests/data/test_shards.py", "tests/data/test_verify.py"],
 }
 
 PLAN, BATCH, CHAT = "asrllm/data/plan.py", "asrllm/collator/batch.py", "asrllm/collator/chat.py"
@@ -53,7 +53,7 @@ LOSS, TRAINER = "asrllm/models/loss.py", "asrllm/training/trainer.py"
 ZERO, PARTITIONS = "asrllm/training/zero_files.py", "asrllm/training/partitions.py"
 AVERAGE, RUNNING = "asrllm/checkpoints/average.py", "asrllm/training/averaging.py"
 SCORE, TEXT = "asrllm/evaluation/score.py", "asrllm/data/text.py"
-CACHE, INDEX = "asrllm/data/cache.py", "asrllm/data/index.py"
+CACHE, INDEX, READER = "asrllm/data/cache.py", "asrllm/data/index.py", "asrllm/audio/reader.py"
 
 FAULTS = [
     Fault("plan", "a window loses its last utterance", PLAN,
@@ -124,7 +124,8 @@ FAULTS = [
           "key=lambda file: file[0].st_mtime_ns", "key=lambda file: -file[0].st_mtime_ns"),
     Fault("cache", "cache hits do not update the access time", CACHE, "                os.utime(path)\n", ""),
     Fault("index", "keys end at the last dot", INDEX, 'base.partition(".")[0]', 'base.rpartition(".")[0]'),
-    Fault("index", "a damaged header is read", INDEX, 'if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum or ', "if "),
+    Fault("index", "damaged bytes of a sample are read", READER, 'zlib.crc32(stretch) != row["crc32"]', "False"),
+    Fault("index", "a damaged header is taken for the end", INDEX, "if any(file.read(BLOCK)):", "if False:"),
     Fault("index", "ten seconds of difference are allowed", INDEX, "MAX_DURATION_ERROR = 0.1", "MAX_DURATION_ERROR = 10.0"),
 ]  # fmt: skip
 

@@ -333,9 +333,10 @@ def test_too_many_steps_in_a_row_end_the_run(world, settings, tmp_path):
     command = train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how)
     with started(tmp_path / "logs", command, command) as ranks:
         assert [process.wait(90) for process in ranks] == [2, 2]
-    said = (tmp_path / "logs" / "0").read_text()
+    said = "".join((tmp_path / "logs" / rank).read_text() for rank in "01")
     assert "step 2 is skipped, its loss is not finite; rank 0: utt" in said
-    assert "the loss was not finite in 2 steps in a row (trainer.max_nonfinite_steps), the last, 5, with utt" in said
+    # one of the ranks prints it
+    assert said.count("the loss was not finite in 2 steps in a row (trainer.max_nonfinite_steps), the last, 5, with utt") == 1
     assert "Traceback" not in said
     assert losses(exp)[1] is None
     assert len(losses(exp)) == 5

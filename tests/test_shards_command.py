@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from asrllm.commands.dispatch import main
-from asrllm.data.index import scan_tar
+from asrllm.data.index import open_index, scan_tar
 from asrllm.data.sources import SOURCES
 from asrllm.testing import kaldi_directory, tone, tone_sentences
 from tests.data.damage import change_about, read_rows, write_rows
@@ -116,3 +116,19 @@ def test_the_help_names_every_source(capsys):
     said = capsys.readouterr().out
     for name in SOURCES:
         assert f"--{name} " in said
+
+
+def test_a_manifest_that_is_nearly_all_wrong_shows_examples(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
+    rows = [{"audio_filepath": f"{name}.wav", "text": "one", "duration": 0.5} for name in ("a", "b", "c")]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert shards("make", tmp_path / "out", "--nemo", tmp_path / "m.jsonl") == 0
+    assert str(tmp_path / "b.wav") in capsys.readouterr().out
+
+
+def test_the_duration_of_the_audio_may_be_trusted(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio_filepath": "a.wav", "text": "one", "duration": 3.0}))
+    assert shards("make", tmp_path / "no", "--nemo", tmp_path / "m.jsonl") == 2
+    assert shards("make", tmp_path / "out", "--nemo", tmp_path / "m.jsonl", "--trust-audio") == 0
+    assert open_index(tmp_path / "out").rows["samples"].tolist() == [8000]

@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from asrllm.audio.headers import mp3_problem, sphere_problem, wav_problem, with_unknown_size
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.text_files import parse_json
@@ -30,7 +31,7 @@ ENDINGS = {*AUDIO_EXTENSIONS, *FORMATS, "oga", "aif", "aifc", "m4a", "mp4", "aac
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
 OVERSHOOT = 0.5  # seconds beyond the end of a file that a part may reach and lose, as in Kaldi's extract-segments
 LOCAL_ONLY = ("-protocol_whitelist", "file")  # a playlist would have ffmpeg open URLs
-SHORTEST_MP3 = 0.99  # of the bytes that its header promises; encoders count differently
+PROBLEMS = {"MP3": mp3_problem, "MPEG": mp3_problem, "NIST": sphere_problem, "WAV": wav_problem, "WAVEX": wav_problem}
 LOUDEST = 1000.0  # times full scale; more is no audio between -1 and 1
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; what is written for the size of a stream whose length was not known is larger
 NO_LENGTH = 1 << 40  # samples; libsndfile gives more for a file that does not say how many it has
@@ -154,10 +155,18 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         return open_by_ffmpeg(file, said(error))
     if guessed:
         return replace(open_by_ffmpeg(file, guessed), seconds=None)
+    if not found.seconds and sound_format in ("WAV", "WAVEX"):
+        with file.open_bytes() as whole:
+            streamed = with_unknown_size(whole)
+        if streamed is not None:
+            return open_audio(path, streamed)
     if not found.seconds:
         raise found.wrong("holds no sample: copy it again")
-    if sound_format in ("MP3", "MPEG"):
-        check_mp3_size(found)
+    if sound_format in PROBLEMS:
+        with file.open_bytes() as whole:
+            problem = PROBLEMS[sound_format](whole)
+        if problem:
+            raise found.wrong(problem)
     for promised, there in CUT_SHORT.findall(log):
         if int(there) < int(promised) < UNKNOWN_SIZE:
             raise found.wrong(f"is cut short, its header promises {promised} bytes and {there} are there: copy it again")
@@ -199,25 +208,6 @@ def says_its_frames(file: AudioFile) -> bool:
             tag += 10
         first = content[tag : tag + (1 << 12)]
     return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
-
-
-def check_mp3_size(file: AudioFile) -> None:
-    """Compare an MP3's size with the one in its Xing or Info header, if that holds one.
-
-    Raises:
-        UserError: the file is cut short.
-    """
-    with file.open_bytes() as content:
-        first, there = content[: 1 << 12], len(content)
-    place = max(first.find(b"Xing"), first.find(b"Info"))
-    if place < 0:
-        return
-    flags = int.from_bytes(first[place + 4 : place + 8], "big")
-    if flags & 2:  # 1: the number of frames comes before it
-        field = place + 8 + 4 * (flags & 1)
-        promised = int.from_bytes(first[field : field + 4], "big")
-        if there < SHORTEST_MP3 * promised:
-            raise file.wrong(f"is cut short, its header promises {promised} bytes and {there} are there: copy it again")
 
 
 def is_chained(file: AudioFile) -> bool:

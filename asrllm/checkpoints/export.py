@@ -136,16 +136,18 @@ def training_data(exp_dir: Path) -> list[str]:
 
 def error_rates(exp_dir: Path, weights: str) -> list[str]:
     """A table of what evaluations of the run have measured with these weights."""
-    rows = []
-    for path in sorted(exp_dir.glob("*/results.json")):
+    rows: dict[tuple[str, str], str] = {}
+    # the newest results are last, and are in results.json too
+    for path in sorted(exp_dir.glob("*/results*.json"), key=lambda path: path.stat().st_mtime):
         try:
             measured = parse_json(path.read_text(encoding="utf-8"))
-            of_these = {test: found for test, found in measured.items() if Path(found["weights"]).name == weights}
-            rows += [_error_rate(test, found, path.parent.name) for test, found in of_these.items()]
+            for test, found in measured.items():
+                if Path(found["weights"]).name == weights:
+                    rows[path.parent.name, test] = _error_rate(test, found, path.parent.name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("the model card has no error rates of %s, which 'asrllm evaluate' did not write so (%r)", path, error)
     head = "| test set | WER % | 95 % | CER % | utterances | normalizer | decoding |"
-    return [head, "| --- " * 7 + "|", *rows] if rows else []
+    return [head, "| --- " * 7 + "|", *rows.values()] if rows else []
 
 
 def _error_rate(test: str, found: Mapping[str, Any], decoding: str) -> str:

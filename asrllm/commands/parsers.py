@@ -81,6 +81,11 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
     samples.add_argument("--lang", help="language of samples whose source names none")
     samples.add_argument("--corpus", help="corpus name of every sample; default: the name of OUT")
     samples.add_argument(
+        "--trust-audio",
+        action="store_true",
+        help="take the duration of the audio where the source says another; default: reject",
+    )
+    samples.add_argument(
         "--codec",
         choices=["flac", "keep"],
         default="flac",

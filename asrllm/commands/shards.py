@@ -7,12 +7,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asrllm.data.index import Index, open_index
 from asrllm.data.storage import is_url
 from asrllm.errors import UserError
+from asrllm.escape import escape
 from asrllm.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ def make_shards(arguments: argparse.Namespace) -> None:
     fields = {"corpus": arguments.corpus or Path(arguments.out).name}
     if arguments.lang:
         fields["lang"] = arguments.lang
+    utterances = source.read(where, **options)
+    if arguments.trust_audio:
+        utterances = (replace(utterance, duration=None) for utterance in utterances)
     with ProgressBar("writing shards", source.count(where, **options)) as bar:
 
         def keep(count: int) -> None:
@@ -44,7 +49,7 @@ def make_shards(arguments: argparse.Namespace) -> None:
 
         summary = write_shards(
             arguments.out,
-            source.read(where, **options),
+            utterances,
             utterances_per_shard=arguments.utterances_per_shard,
             workers=arguments.workers,
             fields=fields,
@@ -84,6 +89,9 @@ def _print_summary(folder: str, summary: "ShardSummary") -> None:
     print(f"{folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards")
     if summary.rejected:
         print(f"rejected: {_counts(summary.rejected)}; see {folder}/rejected.jsonl")
+    if sum(summary.rejected.values()) > len(index):  # something is wrong with all of them
+        for example in summary.examples:
+            print(escape(example))
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import tarfile
 import zlib
@@ -45,6 +46,7 @@ ROW = np.dtype(
     ]
 )
 MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
+LONGEST = np.iinfo(np.uint32).max  # samples of an utterance
 MAX_HEADER = 1 << 20  # bytes of an extended header of a tar, which holds a name
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 TALLIED = ("corpus", "lang", "speaker")
@@ -146,6 +148,7 @@ def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
     starts = np.cumsum([0] + [shard["utterances"] for shard in shards])
     if starts[-1] != count:
         raise ValueError(f"its shards have {starts[-1]} utterances, it has {count}")
+    _check_rows(rows, starts, [shard["bytes"] for shard in shards])
     return Index(
         rows=rows,
         shards=[_shard_location(where, shard["name"]) for shard in shards],
@@ -154,6 +157,15 @@ def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
         sha256=[shard["sha256"] for shard in shards],
         about={key: value for key, value in about.items() if key != "shards"},
     )
+
+
+def _check_rows(rows: np.ndarray, starts: np.ndarray, sizes: Sequence[int]) -> None:
+    """Raise ValueError if a row names bytes that are not in its shard."""
+    for number, size in enumerate(sizes):
+        part = rows[starts[number] : starts[number + 1]]
+        ends = part["offset"].astype(np.int64) + part["size"]
+        if (part["shard"] != number).any() or ends.max(initial=0) * BLOCK > size + BLOCK:
+            raise ValueError(f"rows of the shard {number} are not in it")
 
 
 def _about_sha256(about: Mapping[str, Any]) -> str:
@@ -411,12 +423,12 @@ def _plain_members(stretch: bytes) -> list[Member] | None:
         if len(header) < BLOCK or header[257:262] != b"ustar" or header[156] not in b"0\0" or header[345]:  # 345: a longer name
             return None
         try:
-            size, checksum = int(header[124:135], 8), int(header[148:154], 8)
+            size = int(header[124:135], 8)
             name = header[:100].rstrip(b"\0").decode()
         except ValueError:
             return None
         begin = at + BLOCK
-        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum or begin + size > len(stretch):
+        if begin + size > len(stretch):
             return None
         members.append(Member(name, at, begin + size, stretch[begin : begin + size]))
         at = begin + -(-size // BLOCK) * BLOCK
@@ -444,6 +456,8 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
         return BadSample(key=key, reason="bad_key", detail=f"{key!r} has characters that cannot be printed")
     try:
         fields = parse_json(files["json"]) if "json" in files else {}
+        if b"\\ud" in files.get("json", b"").lower():  # perhaps half of a pair of surrogates
+            json.dumps(fields, ensure_ascii=False).encode()
         if isinstance(fields, dict) and "text" not in fields and "txt" in files:
             fields["text"] = files["txt"].decode("utf-8-sig").strip()
     except ValueError as error:  # of JSON or of UTF-8
@@ -467,14 +481,28 @@ def _duration(sample: TarSample) -> float:
     return file.seconds
 
 
+def _stated_duration(fields: Mapping[str, Any]) -> float | None:
+    """Return the `duration` of a sample's JSON in seconds, None if that is not a number."""
+    stated = fields.get("duration")
+    if not isinstance(stated, (int, float)) or isinstance(stated, bool):
+        return None
+    try:
+        return float(stated)
+    except OverflowError:
+        return math.inf
+
+
 def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
     try:
         duration = _duration(sample)
     except UserError as error:
         return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
-    stated = sample.fields.get("duration")
-    if isinstance(stated, (int, float)) and abs(stated - duration) > MAX_DURATION_ERROR:
-        return BadSample(key=sample.key, reason="duration_mismatch", detail=f"its JSON says {stated} s, the audio has {duration:.3f} s")
+    if round(duration * RATE) > LONGEST:
+        return BadSample(key=sample.key, reason="too_long", detail=f"the audio has {duration:.0f} s")
+    stated = _stated_duration(sample.fields)
+    if stated is not None and abs(stated - duration) > MAX_DURATION_ERROR:
+        detail = f"its JSON says {stated:g} s, the audio has {duration:.3f} s"
+        return BadSample(key=sample.key, reason="duration_mismatch", detail=detail)
     text = sample.fields["text"]
     lengths = (min(n, 65535) for n in (len(text.encode("utf-8")), len(text)))
     return (sample.offset, sample.size, round(duration * RATE), 0, *lengths, 0)

@@ -33,16 +33,22 @@ DEFAULT_PROMPTS = (Prompt(text="Transcribe the speech."),)
 
 
 def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:
-    """The prompts of a file: one a line, or a YAML list (a file .yaml or .yml, or any that begins with '- '). None: the default prompt."""
+    """Read the prompts of a file: a YAML list, or one prompt a line, whatever the file's name.
+
+    Args:
+        path: the file; None for the default prompt.
+
+    Raises:
+        UserError: the file has no prompt, or an entry of its list is wrong.
+    """
     if path is None:
         return DEFAULT_PROMPTS
     path, where = Path(path), f"prompt_file={str(path)!r}"
     text = read_text(path, "prompt_file")
-    entries: Any = [line for line in text.splitlines() if line.strip()]
-    if path.suffix in (".yaml", ".yml") or text.lstrip().startswith("- "):  # a line of free text begins otherwise
-        entries = read_yaml(path, "prompt_file") or []
-    if not isinstance(entries, list):
-        raise UserError(f"{where} is YAML, but no list: write '- ' before each prompt, or name the file .txt and write one a line")
+    entries = [line for line in text.splitlines() if line.strip()]
+    first = next((line.lstrip() for line in entries if not line.startswith(("#", "---"))), "")
+    if first == "-" or first.startswith(("- ", "[")):  # a line of free text begins otherwise
+        entries = read_yaml(path, "prompt_file")
     prompts = parse_prompts(entries, where)
     if not prompts:
         raise UserError(f"{where} holds no prompt: write one a line")

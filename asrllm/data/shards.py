@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import soundfile
@@ -41,6 +41,7 @@ from asrllm.text_files import parse_json
 logger = logging.getLogger(__name__)
 MAKING = 2  # changes when the same utterances and options give other bytes
 MAX_TEXT_BYTES = 10_000
+SHOWN_EXAMPLES = 3  # rejected utterances in a message
 FIELD_ORDER = ("text", "duration", "sampling_rate", "lang", "corpus", "speaker", "recording", "prompt", "task", "hotwords")
 Codec = Literal["flac", "keep"]
 Rejected = tuple[str, str, str]  # key, reason, detail
@@ -53,6 +54,7 @@ class ShardSummary:
     index: Index
     rejected: dict[str, int]
     kept: int = 0
+    examples: tuple[str, ...] = ()  # lines on rejected utterances
 
 
 def write_shards(
@@ -356,7 +358,7 @@ class _Workplace:
     def finish(self, count: int) -> ShardSummary:
         """Of the first `count` shards; OUT appears with everything in it."""
         records: list[ShardRecord] = []
-        example = ""
+        examples: dict[str, Rejected] = {}
         reasons: Counter[str] = Counter()
         with open(self.shards / "rejected.jsonl", "w", encoding="utf-8", errors="backslashreplace") as log:
             for number in range(count):
@@ -364,12 +366,10 @@ class _Workplace:
                 records += [record] if record else []
                 reasons.update(reason for _, reason, _ in rejected)
                 log.writelines(rejected_line(*row) for row in rejected)
-                if rejected and not example:
-                    example = f". The first one: {rejected[0][2]}"
+                for row in rejected:
+                    examples.setdefault(row[1], row)
         if not records:
-            shutil.rmtree(self.folder)
-            said = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "the source has no utterance"
-            raise UserError(f"no utterance could be written to {str(self.out)!r}: {said}{example}")
+            self._refuse(reasons, examples)
         write_index(self.shards, records)
         wanted = {record.name for record in records} | {"rejected.jsonl", "index.bin", "index.json"}
         for path in self.shards.iterdir():  # shards of an earlier run that had more of them
@@ -377,7 +377,25 @@ class _Workplace:
                 path.unlink()
         self.shards.replace(self.out)
         shutil.rmtree(self.folder)
-        return ShardSummary(index=open_index(self.out), rejected=dict(reasons))
+        return ShardSummary(index=open_index(self.out), rejected=dict(reasons), examples=tuple(examples_of(examples)))
+
+    def _refuse(self, reasons: Counter[str], examples: dict[str, Rejected]) -> NoReturn:
+        """Say why there is no utterance, and keep the list of the rejected ones beside OUT."""
+        message = f"no utterance could be written to {str(self.out)!r}"
+        if not reasons:
+            shutil.rmtree(self.folder)
+            raise UserError(f"{message}: the source has no utterance. Check the source.")
+        kept = self.out.with_name(f"{self.out.name}.rejected.jsonl")
+        (self.shards / "rejected.jsonl").replace(kept)
+        shutil.rmtree(self.folder)
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        lines = [f"{message}: {counts}", *examples_of(examples), f"All are in {str(kept)!r}."]
+        raise UserError("\n".join(lines))
+
+
+def examples_of(examples: dict[str, Rejected]) -> list[str]:
+    """Return a line for the first rejected utterance of some reasons."""
+    return [f"  {key}: {reason}: {detail}" for key, reason, detail in itertools.islice(examples.values(), SHOWN_EXAMPLES)]
 
 
 def rejected_line(key: str, reason: str, detail: str) -> str:

@@ -14,7 +14,7 @@ from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.escape import escape
 from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, characters, errors, fitting_metric, groups_of, sum_by
-from asrllm.text_files import parse_json, read_text
+from asrllm.text_files import parse_json, read_json_object, read_text
 
 PERMUTATIONS = 10_000
 RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])")
@@ -98,27 +98,52 @@ def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
 
 
 def compare_results(a: Path, b: Path) -> dict[str, Comparison]:
-    """Test sets that both have -> their comparison. a, b: directories of `asrllm evaluate`, generations-*.jsonl or recogs-*.txt."""
-    of_a, of_b = find_sets(a), find_sets(b)
+    """Compare two results on every test set that both have.
+
+    Args:
+        a: a directory of `asrllm evaluate`, of which the newest evaluation is taken, or a file
+            generations-*.jsonl or recogs-*.txt.
+        b: the same.
+
+    Raises:
+        UserError: a place has no results, or they have no test set in common.
+    """
     if a.is_file() and b.is_file():
-        of_a, of_b = ({a.stem: path} for path in (a, b))
+        return {a.stem: compare_files(a, b)}
+    of_a, of_b = find_sets(a, like=b), find_sets(b, like=a)
     names = [name for name in of_a if name in of_b]
     if not names:
         raise UserError(f"{str(a)!r} (sets: {', '.join(of_a)}) and {str(b)!r} (sets: {', '.join(of_b)}) have no test set in common")
     return {name: compare_files(of_a[name], of_b[name]) for name in names}
 
 
-def find_sets(place: Path) -> dict[str, Path]:
-    """{test set: its file of generations}; a file is one set."""
+def find_sets(place: Path, *, like: Path | None = None) -> dict[str, Path]:
+    """Return the files of generations by test set.
+
+    Args:
+        place: a directory, or a file, which is one set.
+        like: the directory whose set has the name of the file.
+    """
     if place.is_file():
-        return {re.sub("^(generations|recogs)-", "", place.stem): place}
+        name = re.sub("^(generations|recogs)-", "", place.stem)
+        sets = find_sets(like) if like is not None else {}
+        return {next((known for known in sets if name == known or name.startswith(f"{known}-")), name): place}
     folders = [place, *sorted(path.parent for path in place.glob("*/results.json"))]
-    found = [{path.stem.removeprefix("generations-"): path for path in sorted(folder.glob("generations-*.jsonl"))} for folder in folders]
-    found = [sets for sets in found if sets]
+    found = [sets for folder in folders if (sets := newest_sets(folder))]
     if len(found) != 1:
         what = "has several decodings" if found else "holds no generations-*.jsonl"
         raise UserError(f"{str(place)!r} {what}: give such as EXP/greedy_search, or a file generations-*.jsonl or recogs-*.txt")
     return found[0]
+
+
+def newest_sets(folder: Path) -> dict[str, Path]:
+    """Return the files of the evaluation that results.json is of, by test set."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return {}
+    results = read_json_object(path, "the results")
+    named = {name: entry.get("generations") for name, entry in results.items() if isinstance(entry, dict)}
+    return {name: folder / file for name, file in named.items() if isinstance(file, str)}
 
 
 def compare_files(a: Path, b: Path) -> Comparison:

@@ -23,12 +23,13 @@ def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: d
     write_whole(folder / f"recogs-{name}-{suffix}.txt", recogs_text(scored))
     write_whole(folder / f"errs-{name}-{suffix}.txt", errs_text(scored))
     write_whole(folder / f"wer-summary-{name}-{suffix}.txt", f"settings\tWER\n{folder.name}\t{rate}\n")
-    write_whole(folder / f"generations-{name}.jsonl", generations_text(scored.transcripts, about["normalizer"]))
-    return scored.entry() | about
+    generations = f"generations-{name}-{suffix}.jsonl"
+    write_whole(folder / generations, generations_text(scored.transcripts, about["normalizer"]))
+    return scored.entry() | about | {"generations": generations}
 
 
 def write_summary(folder: Path, suffix: str, results: dict[str, dict[str, Any]]) -> None:
-    """wer-summary-all-{suffix}.txt and results.json."""
+    """Write wer-summary-all-{suffix}.txt, results-{suffix}.json and its copy, results.json."""
     lines = ["set\tWER\tCER\tMER\tWER 95 %\tutterances\tnormalizer"]
     for name, r in results.items():
         low, high = r["wer_ci95"]
@@ -36,7 +37,9 @@ def write_summary(folder: Path, suffix: str, results: dict[str, dict[str, Any]])
             f"{name}\t{r['wer']:.2f}\t{r['cer']:.2f}\t{r['mer']:.2f}\t{low:.2f}-{high:.2f}\t{r['utterances']}\t{r.get('normalizer', '')}"
         )
     write_whole(folder / f"wer-summary-all-{suffix}.txt", "\n".join(lines) + "\n")
-    write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    for file in (f"results-{suffix}.json", "results.json"):
+        write_whole(folder / file, text)
 
 
 def recogs_text(scored: Scored) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from asrllm.locks import FileLock
 from asrllm.models.auto import describe
 from asrllm.training import distributed
 from asrllm.training.watchdog import Watchdog
+from asrllm.writing import new_file
 
 BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what the baseline said
 
@@ -155,12 +157,16 @@ class Evaluation:
         self.watchdog.beat("writing the report")
         write_summary(self.folder, self.config.suffix, self.results)
         sets = [self._report_set(corpus) for corpus in self.corpora]
-        write_report(self.folder / "report.html", f"{self.exp_dir.name}, {self.config.suffix}", sets)
+        suffix, newest = self.config.suffix, self.folder / "report.html"
+        report = self.folder / f"report-{suffix}.html"
+        write_report(report, f"{self.exp_dir.name}, {suffix}", sets)
+        with new_file(newest) as partial:
+            shutil.copyfile(report, partial)
         log_to_wandb(self.config.wandb, self.exp_dir, sets)
         for journal in self.journals:
             journal.remove()
         self.lock.release()
-        print(f"results: {self.folder}, to be looked at in {self.folder / 'report.html'}")
+        print(f"results: {self.folder}, to be looked at in {newest}")
 
     def _report_set(self, corpus: Corpus) -> ReportSet:
         name, scored, reader = corpus.name, self.scored[corpus.name], Reader([corpus], cache=self.cache)

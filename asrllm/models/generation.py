@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from asrllm.audio.waves import as_list, audio_name
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
 from asrllm.defaults import MAX_NEW_TOKENS
 from asrllm.errors import UserError, nearest
 from asrllm.models.greedy import Growing, Recorded, can_be_recorded, greedy
-from asrllm.models.processor import HOP, as_list, audio_name, check_finite
+from asrllm.models.processor import HOP, check_finite
 
 if TYPE_CHECKING:
     from asrllm.models.model import AsrLlmModel

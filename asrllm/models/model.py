@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.audio.augment import mask_features
+from asrllm.audio.waves import as_list
 from asrllm.collator.chat import Messages
 from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.errors import UserError, refuse_unknown
@@ -23,7 +24,7 @@ from asrllm.models.generation import generate
 from asrllm.models.loss import SupervisedLoss, head_of
 from asrllm.models.names import is_adapter
 from asrllm.models.parts import add_lora, empty_llm, with_lora
-from asrllm.models.processor import WITHOUT_EFFECT, AsrLlmProcessor, as_list
+from asrllm.models.processor import WITHOUT_EFFECT, AsrLlmProcessor
 from asrllm.models.projector import AudioProjector
 
 PARTS = ("audio_encoder", "projector", "llm")

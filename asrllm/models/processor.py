@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asrllm.audio.reader import read_audio, resample
+from asrllm.audio.waves import as_list, audio_name, padded, read_wave
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
 from asrllm.data.index import RATE
 from asrllm.errors import UserError, refuse_unknown
@@ -61,14 +61,12 @@ class AsrLlmProcessor:
 
         Raises UserError that names the audio by its place in the list, and a file by its name.
         """
-        waves = [torch.from_numpy(self._wave(item, i)) for i, item in enumerate(as_list(audio))]
-        if not waves:
-            raise UserError("the list of audios is empty: give one at least")
-        return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor([len(w) for w in waves])
+        items = as_list(audio)
+        return padded(items, [self._wave(item, i) for i, item in enumerate(items)])
 
     def _wave(self, item: Any, i: int) -> np.ndarray:
         name = audio_name(item, i)
-        wave = read_audio(item) if isinstance(item, (str, Path)) else read_array(item, name)
+        wave = read_wave(item, i)
         low, high = self.config.sample_limits()
         if len(wave) < low:
             raise UserError(f"{name} is too short: {len(wave)} samples at 16 kHz, the model takes {low} ({low / RATE:.3f} s) at least")
@@ -137,57 +135,10 @@ def feature_width(config: AsrLlmConfig) -> int:
     return fields.get("num_mel_bins") or fields.get("feature_dim") or 80
 
 
-def audio_name(item: Any, i: int) -> str:
-    """What a UserError calls the i-th audio."""
-    return f"audio {i} ({str(item)!r})" if isinstance(item, (str, Path)) else f"audio {i}"
-
-
 def check_finite(features: Tensor, names: Sequence[str], problem: str) -> None:
     """Raises UserError naming the first of the audios whose features (N, T, F) are not finite."""
     if not (finite := torch.isfinite(features).all(2).all(1)).all():
         raise UserError(f"the features of {names[int((~finite).nonzero()[0])]} {problem}")
-
-
-def as_list(audio: Any) -> list[Any]:
-    """A list of audios. Raises UserError for what is one audio by itself."""
-    alone = isinstance(audio, (str, Path, np.ndarray, Tensor)) or (isinstance(audio, tuple) and len(audio) == 2 and _is_rate(audio[1]))
-    if alone or not isinstance(audio, (list, tuple)):
-        raise UserError(f"the input is a {type(audio).__name__}: give a list of audios, [audio], or features as (x, x_lens)")
-    return list(audio)
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-
-
-def read_array(item: Any, name: str) -> np.ndarray:
-    """A float array or tensor at 16 kHz, or a pair (array, rate) -> (samples,) float32 at RATE.
-
-    name: what a UserError calls it.
-    """
-    item, rate = item if isinstance(item, tuple) and len(item) == 2 and _is_rate(item[1]) else (item, RATE)
-    if isinstance(item, Tensor):
-        item = item.detach().cpu()
-        item = (item.float() if item.is_floating_point() else item).numpy()  # numpy has no bfloat16
-    try:
-        wave = np.asarray(item)
-    except ValueError as error:  # rows of different lengths
-        raise UserError(f"{name} is no array of samples: {error}") from error
-    if wave.ndim != 1:
-        raise UserError(f"{name} has the shape {wave.shape}: give one channel of samples, such as the mean of them")
-    if not len(wave):
-        raise UserError(f"{name} is empty")
-    if not np.issubdtype(wave.dtype, np.floating):
-        raise UserError(f"{name} holds samples of the type {wave.dtype}: give floats from -1 to 1, 16-bit samples divided by 32768")
-    if not np.isfinite(wave).all():
-        raise UserError(f"{name} holds NaN or infinite values")
-    if not 1000 <= rate <= 1_000_000:
-        raise UserError(f"{name} has the sampling rate {rate}: give it in Hz, (array, 48000)")
-    with np.errstate(over="ignore"):
-        single = wave.astype(np.float32)
-    if not np.isfinite(single).all():
-        raise UserError(f"{name} holds samples beyond the numbers of float32: give floats from -1 to 1")
-    return np.ascontiguousarray(resample(single, int(rate)))
 
 
 def load_llm_tokenizer(path: str, *, audio_token: str, chat_template: str | None) -> Any:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
+from asrllm.audio.waves import ExtractsFeatures
 from asrllm.errors import UserError
 from asrllm.models.attention import packed
 from asrllm.models.whisper_files import read_whisper
 
 
-class WhisperEncoder(nn.Module):
+class WhisperEncoder(ExtractsFeatures):
     """pad_to_30s: attend to the silence after an utterance, as in the published code; the frames given out are the true ones either way."""
 
     whisper_features = True

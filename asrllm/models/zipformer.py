@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import KALDI_HOP, KaldiFeatures, kaldi_frames
+from asrllm.audio.waves import ExtractsFeatures
 from asrllm.data.index import RATE
 from asrllm.errors import UserError
 from asrllm.models.zipformer_config import ZipformerConfig
@@ -39,7 +40,7 @@ WARM_UP = 4000  # batches in which the layers stop being skipped, from the first
 FEATURE_SKIP = 0.125
 
 
-class ZipformerEncoder(nn.Module):
+class ZipformerEncoder(ExtractsFeatures):
     """isolate: an utterance's frames are what they would be if it were alone in the batch, instead of the published code's, where the
     padding reaches the last ones (through the front end and the downsampling) and by attention all others.
     """

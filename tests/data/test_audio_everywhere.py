@@ -55,6 +55,9 @@ def with_total(samples):
 READ = {
     "wav": encoded(),
     "wav of unknown size": with_sizes(0xFFFFFFFF),
+    "wav of a stream": with_sizes(0),
+    "wav with a tag": encoded() + b"id3 " + (2000).to_bytes(4, "little") + bytes(2000),
+    "wav with zeros behind it": encoded() + bytes(5000),
     "flac": encoded("FLAC"),
     "ogg": encoded("OGG"),
     "mp3": encoded("MP3"),
@@ -63,6 +66,7 @@ READ = {
 }
 REFUSED = {
     "half a wav": encoded()[: len(encoded()) // 2],
+    "wav that says a part": with_sizes(6400),
     "half a flac": encoded("FLAC")[: len(encoded("FLAC")) // 2],
     "half an mp3": encoded("MP3")[: len(encoded("MP3")) // 2],
     "flac that promises 19 days": with_total((1 << 36) - 1),
@@ -171,3 +175,10 @@ def test_segments_have_channels_and_kaldis_tolerance_at_the_end(tmp_path):
 def test_segments_of_another_form_are_rejected(tmp_path, segment):
     (utterance,) = read_kaldi(kaldi_of(tmp_path, [segment]))
     assert utterance.problem[0] == "bad_segment"
+
+
+def test_half_a_sphere_file_is_refused(tmp_path):
+    whole = encoded("NIST")
+    assert len(read_stretch(open_audio("a.sph", whole))[0]) == SECONDS * 16000
+    with pytest.raises(UserError, match="is cut short"):
+        open_audio("a.sph", whole[: len(whole) // 2])

@@ -43,12 +43,16 @@ def test_a_file_without_prompts_is_one_sentence(tmp_path, name, text):
         read_prompts(write(tmp_path, text, name))
 
 
-def test_a_missing_file_and_yaml_without_a_list_are_one_sentence(tmp_path):
+def test_a_missing_file_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_prompts(tmp_path / "p.txt")
-    for text in ("Transcribe.\n", "prompts:\n  - Transcribe.\n"):
-        with pytest.raises(UserError, match=r"prompt_file='.*p\.yaml' is YAML, but no list"):
-            read_prompts(write(tmp_path, text, "p.yaml"))
+
+
+@pytest.mark.parametrize("name", ["p.yaml", "p.yml", "p.txt", "p"])
+def test_a_file_that_is_no_yaml_list_is_read_line_by_line(tmp_path, name):
+    text = "Transcribe the speech.\nWrite: what you hear\n\n# not a comment: {\n写下来。\n"
+    found = read_prompts(write(tmp_path, text, name))
+    assert [prompt.text for prompt in found] == ["Transcribe the speech.", "Write: what you hear", "# not a comment: {", "写下来。"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from asrllm.data.index import open_index, scan_tar
 from asrllm.data.parallel import run_parallel
 from asrllm.data.shards import SeenKeys, hash_keys, make_sample, write_sample, write_shards
 from asrllm.data.sources import Utterance, read_kaldi, read_nemo
+from asrllm.data.sources.utterance import Stretch
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
 from tests.conftest import REPOSITORY, clean_environment
@@ -194,11 +196,15 @@ def test_seen_keys_are_those_of_a_set():
 
 
 def test_nothing_is_left_where_nothing_could_be_written(tmp_path):
-    with pytest.raises(UserError, match=r"no utterance could be written.*1 empty_text"):
-        write_shards(tmp_path / "out", [utterance(text="")])
     with pytest.raises(UserError, match=r"the source has no utterance"):
         write_shards(tmp_path / "out", [])
     assert list(tmp_path.iterdir()) == []
+    lost = Utterance(key="c", text="one", load=Stretch(Path("absent.wav")))
+    with pytest.raises(UserError, match=r"(?s)no utterance could be written.*2 empty_text.*1 missing_audio.*absent\.wav"):
+        write_shards(tmp_path / "out", [utterance("a", text=""), utterance("b", text=""), lost])
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == "out.rejected.jsonl"
+    assert [json.loads(line)["key"] for line in kept.read_text().splitlines()] == ["a", "b", "c"]
 
 
 def test_shards_are_never_written_over_others(tmp_path):

@@ -340,3 +340,32 @@ def test_hostile_tars_of_a_wenet_list_give_nothing(tmp_path, kind):
     with contextlib.suppress(UserError):
         found += read_wenet(tmp_path / "list")
     assert all(utterance.problem for utterance in found)
+
+
+ODD_FIELDS = {
+    "broken_transcript": [b'{"text": "\\ud800x"}', b'{"text": "x", "lang": "\\uDFFF"}', b'{"text": "x", "n": ' + b"9" * 5000 + b"}"],
+    "duration_mismatch": [b'{"text": "x", "duration": 1e999}', b'{"text": "x", "duration": ' + b"9" * 400 + b"}"],
+    "no_transcript": [b"[1]", b"null", b'{"text": 1}', b'{"text": null}'],
+    None: [
+        b'{"text": "\\ud83d\\ude00"}',
+        b'{"text": "x", "duration": NaN}',
+        b'{"text": "x", "duration": "long", "lang": {}, "speaker": [1], "corpus": 5}',
+        b'{"text": "x", "duration": true}',
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "content"), [(reason, content) for reason, contents in ODD_FIELDS.items() for content in contents])
+def test_odd_fields_of_a_sample_reject_that_sample_alone(tmp_path, reason, content):
+    summary = index_tars([write_tar(tmp_path / "x.tar", {"a.wav": wav(), "a.json": content} | sample("b"))])
+    assert summary.rejected == ({reason: 1} if reason else {})
+    assert verify_shards(open_index(tmp_path)) == []
+
+
+@pytest.mark.parametrize("column", ["offset", "size", "shard"])
+def test_rows_that_are_not_in_their_shard_are_refused(shards, column):
+    rows = read_rows(shards)
+    rows[column][1] = 1 << 31
+    write_rows(shards, rows)
+    with pytest.raises(UserError, match="is corrupted"):
+        open_index(shards)

@@ -78,8 +78,8 @@ def test_results_on_the_disk_are_compared(tmp_path, capsys):
     expected = compare(a, b)
     assert compare_results(first, second) == {"test": expected}
     assert compare_results(tmp_path / "a", tmp_path / "b") == {"test": expected}
-    assert compare_results(first / "generations-test.jsonl", second / "generations-test.jsonl") == {"generations-test": expected}
-    assert compare_files(first / "recogs-test-s.txt", second / "generations-test.jsonl") == expected
+    assert compare_results(first / "generations-test-s.jsonl", second / "generations-test-s.jsonl") == {"generations-test-s": expected}
+    assert compare_files(first / "recogs-test-s.txt", second / "generations-test-s.jsonl") == expected
     assert main(["evaluate", "compare", str(first), str(second)]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"test: WER {expected.a:.2f} % -> {expected.b:.2f} %, {expected.difference:+.2f} points")
@@ -95,13 +95,13 @@ def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
         transcript("hello\u2028there", "hello there", "u2", raw_reference="Hello\u2028there!"),
     ]
     folder = results(tmp_path / "a", said, "en")
-    found = compare_files(folder / "generations-test.jsonl", folder / "recogs-test-s.txt")
+    found = compare_files(folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt")
     assert (found.difference, found.normalizer, found.utterances) == (0.0, "en", 2)
     chinese = results(tmp_path / "zh", [transcript("打开 abc", "打开 ab", "u1"), transcript("你好" * 200, "你好" * 200, "u2")], "zh")
-    assert compare_files(chinese / "generations-test.jsonl", chinese / "recogs-test-s.txt").difference == 0.0
+    assert compare_files(chinese / "generations-test-s.jsonl", chinese / "recogs-test-s.txt").difference == 0.0
     icefall = tmp_path / "recogs-icefall.txt"
     icefall.write_text("u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\nu2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n")
-    assert compare_files(folder / "generations-test.jsonl", icefall).better == 1
+    assert compare_files(folder / "generations-test-s.jsonl", icefall).better == 1
     assert compare_files(icefall, icefall).normalizer == "none"
 
 
@@ -111,7 +111,7 @@ def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_wri
     said = [transcript(en(r), en(h), f"u\x1b{i}", raw_reference=r, raw_hypothesis=h) for i, (r, h) in enumerate(raw)]
     assert any(en(t.reference) != t.reference for t in said)
     folder = results(tmp_path / "a", said, "en")
-    generations, recogs = folder / "generations-test.jsonl", folder / "recogs-test-s.txt"
+    generations, recogs = folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt"
     expected = compare_files(generations, generations)
     for pair in ((generations, recogs), (recogs, generations), (recogs, recogs)):
         found = compare_files(*pair)
@@ -122,7 +122,7 @@ def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_wri
 def test_speakers_are_known_from_either_file(tmp_path):
     said = [transcript("a b", "a x", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(2)]
     folder = results(tmp_path / "a", said)
-    generations, recogs = folder / "generations-test.jsonl", folder / "recogs-test-s.txt"
+    generations, recogs = folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt"
     assert compare_files(generations, recogs).by == compare_files(recogs, generations).by == "speaker"
 
 
@@ -148,8 +148,22 @@ def test_characters_that_are_not_seen_are_no_errors(tmp_path):
     plain = results(tmp_path / "plain", [transcript("ab cd", "ab cd", "u1")])
     for name in ("basic", "en", "none"):
         folder = results(tmp_path / name, said, name)
-        assert compare_files(folder / "generations-test.jsonl", folder / "generations-test.jsonl").a == 0.0
-        assert compare_files(plain / "recogs-test-s.txt", folder / "generations-test.jsonl").b == 0.0
+        assert compare_files(folder / "generations-test-s.jsonl", folder / "generations-test-s.jsonl").a == 0.0
+        assert compare_files(plain / "recogs-test-s.txt", folder / "generations-test-s.jsonl").b == 0.0
+
+
+def test_a_second_evaluation_overwrites_nothing_of_the_first(tmp_path):
+    folder, texts = tmp_path / "greedy_search", [noisy(0.3, 1, 20), noisy(0.2, 2, 20)]
+    for suffix, said in zip(("iter-4-avg-1", "iter-8-avg-1"), texts, strict=True):
+        folder.mkdir(exist_ok=True)
+        result = write_results(folder, "test", suffix, score(said), {"normalizer": "basic"})
+        write_summary(folder, suffix, {"test": result})
+    names = {path.name for path in folder.iterdir()}
+    for step in (4, 8):
+        assert {f"results-iter-{step}-avg-1.json", f"generations-test-iter-{step}-avg-1.jsonl"} < names
+    assert (folder / "results.json").read_text() == (folder / "results-iter-8-avg-1.json").read_text()
+    newest = compare_results(folder, folder / "generations-test-iter-4-avg-1.jsonl")
+    assert newest == {"test": compare(texts[1], texts[0])}
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_result_files_have_icefalls_forms(tmp_path):
     assert {k: results["test"][k] for k in ("wer", "utterances", "normalizer", "rtfx")} == {
         "wer": 50.0, "utterances": 3, "normalizer": "basic", "rtfx": 3.0
     }  # fmt: skip
-    generations = [json.loads(line) for line in (tmp_path / "generations-test.jsonl").read_text().splitlines()]
+    generations = [json.loads(line) for line in (tmp_path / "generations-test-iter-9-avg-2.jsonl").read_text().splitlines()]
     assert generations[0] == {"key": "x-1", "duration": 2.0, "ref": "one two three", "hyp": "one too three", "normalizer": "basic"}
 
 

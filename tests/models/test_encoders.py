@@ -1,6 +1,7 @@
 """The registry: a new encoder is one class and one line."""
 
 import pytest
+import soundfile
 import torch
 from torch import nn
 
@@ -8,6 +9,8 @@ from asrllm.audio.features import KaldiFeatures, kaldi_frames
 from asrllm.errors import UserError
 from asrllm.models import encoders
 from asrllm.models.config import EncoderPart
+from asrllm.models.encoders import build_encoder, encoder_class
+from asrllm.testing import tiny_whisper, tiny_zipformer, tone
 from tests.models.test_model import batch_of, make_model, samples
 
 
@@ -66,3 +69,18 @@ def test_a_new_encoder_is_a_class_and_a_line(world, tmp_path, monkeypatch):
 def test_an_unknown_encoder_is_one_sentence():
     with pytest.raises(UserError, match=r"model_type='wisper' is unknown: did you mean 'whisper'"):
         EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
+
+
+@pytest.mark.parametrize("make", [tiny_whisper, tiny_zipformer])
+def test_features_are_extracted_from_files_and_arrays(tmp_path, make):
+    folder = make(tmp_path / "encoder")
+    fields, _ = encoder_class(make.__name__.removeprefix("tiny_")).read_pretrained(str(folder))
+    encoder = build_encoder({"model_type": make.__name__.removeprefix("tiny_")} | fields, pad_to_30s=False)
+    wave = tone("one", 0.5)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    x, x_lens = encoder.extract_feature([tmp_path / "a.wav", wave, (tone("two", 0.5, 8000), 8000)])
+    assert x.shape == (3, int(x_lens.max()), 80)
+    torch.testing.assert_close(x[0], x[1])
+    assert not torch.allclose(x[0], x[2])
+    with pytest.raises(UserError, match="audio 1"):
+        encoder.extract_feature([wave, wave.reshape(2, -1)])

@@ -132,7 +132,7 @@ def test_batch_invariance_of_texts_and_features_or_raw_input(world, tmp_path):
     assert len(set(alone)) > 1
     assert model.generate(waves, chats, max_new_tokens=12) == alone
     assert model.generate(waves[::-1], chats, max_new_tokens=12) == alone[::-1]
-    x, x_lens = model.audio_encoder.features(*model.processor.load_waves(waves))
+    x, x_lens = model.audio_encoder.extract_feature(waves)
     assert model.generate((x, x_lens), chats, max_new_tokens=12) == alone
     assert model.transcribe(waves, max_new_tokens=12) == alone
     assert len(model.transcribe(waves, max_new_tokens=12, num_beams=2)) == 8
