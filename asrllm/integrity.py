@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from asrllm.errors import CorruptedError
-from asrllm.text_files import parse_json
+from asrllm.text_files import check_no_pointer, parse_json
 
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
@@ -42,9 +42,12 @@ def verify_weights(path: Path) -> None:
 
     Raises:
         CorruptedError: its bytes are not those that were written.
+        UserError: it is a git-LFS pointer.
         OSError: it cannot be read.
     """
     about = os.stat(path)
+    if about.st_size < 1024:  # a pointer has about 130 bytes
+        check_no_pointer(path)
     _verify(path, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
@@ -80,6 +83,7 @@ def _verify_safetensors(path: Path, size: int) -> None:
             raise corrupted(path, f"its header has {length} bytes")
         header = file.read(length)
         written = _written_sha256(path, header)
+        _check_length(path, header, size - 8 - length)
         if written is None:
             return
         digest = hashlib.sha256(length.to_bytes(8, "little"))
@@ -97,6 +101,28 @@ def _written_sha256(path: Path, header: bytes) -> str | None:
     except (ValueError, AttributeError) as error:
         raise corrupted(path, f"its header is not a JSON object: {error}") from error
     return written if isinstance(written, str) else None
+
+
+def _check_length(path: Path, header: bytes, found: int) -> None:
+    """Find a safetensors file that was cut short by its header alone.
+
+    Args:
+        path: the file.
+        header: its header, a JSON object.
+        found: the bytes that follow the header.
+
+    Raises:
+        CorruptedError: the header describes more or fewer bytes.
+    """
+    content = parse_json(header)
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in content.items() if name != "__metadata__"]
+        expected = max(ends, default=0)
+        if expected == found:
+            return
+    except (LookupError, TypeError) as error:
+        raise corrupted(path, f"its header is not of safetensors: {error}") from error
+    raise corrupted(path, f"it holds {found} bytes of tensors, and its header describes {expected}")
 
 
 def _update(digest: "hashlib._Hash", file: BinaryIO) -> None:

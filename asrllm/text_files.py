@@ -1,10 +1,72 @@
 """Read text, YAML and JSON files that a user names. Every failure is a UserError with the path."""
 
+import contextlib
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from asrllm.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that git holds in place of a large one
+# not faults of the file that is read; `explain` in asrllm/commands/dispatch.py says what to do
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | Path,
+    what: str,
+    fix: str = "Copy it again, or download it again.",
+) -> Iterator[None]:
+    """Turn what a library raises while it reads a user's file into a UserError with the path.
+
+    Libraries raise almost any exception at a damaged file: transformers KeyError and TypeError,
+    tokenizers a bare Exception. So put as little as possible into the block.
+
+    Args:
+        path: the file or directory that is read in the block.
+        what: its role, which begins the error message.
+        fix: what the user can do about it.
+
+    Raises:
+        UserError: the block raised an exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            raise
+        raise UserError(f"{what} {str(path)!r} cannot be read: {first_words(error)}. {fix}") from error
+
+
+def first_words(error: BaseException, limit: int = 200) -> str:
+    """Return the beginning of an exception's message on one line, without a full stop."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"{text} is missing"
+    return (text or type(error).__name__)[:limit].rstrip(". ")
+
+
+def check_no_pointer(path: str | Path) -> None:
+    """Check that a file is not the pointer that git-LFS left in its place.
+
+    Raises:
+        UserError: it is a pointer.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(len(LFS_POINTER))
+    if begin == LFS_POINTER:
+        folder = str(Path(path).absolute().parent)
+        raise UserError(f"{str(path)!r} is a git-LFS pointer, not the file itself. Run 'git lfs pull' in {folder!r}, or download the file.")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -27,13 +89,18 @@ def read_text(path: str | Path, what: str) -> str:
         what: the role of the file, which begins the error message.
 
     Raises:
-        UserError: the file does not exist or is not UTF-8.
+        UserError: the file does not exist, cannot be read, is not UTF-8, or is a git-LFS pointer.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{what} {str(path)!r} is a directory. Give a file.")
     if not path.is_file():
         raise UserError(f"{what} {str(path)!r} does not exist: check the path")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with reading(path, what, "Change its permissions, or copy it again."):
+            check_no_pointer(path)
+            content = path.read_bytes()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {str(path)!r} is not UTF-8 text: {error}") from error
 
@@ -55,7 +122,7 @@ def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
     try:
         content = parse_json(read_text(path, what))
     except ValueError as error:
-        raise UserError(f"{what} {str(path)!r} is not valid JSON: {error}") from error
+        raise UserError(f"{what} {str(path)!r} is not valid JSON: {error}. Copy it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{what} {str(path)!r} must be a JSON object")
+        raise UserError(f"{what} {str(path)!r} must be a JSON object. Copy it again.")
     return content

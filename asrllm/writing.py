@@ -22,6 +22,8 @@ MENDED = {  # what the system says of a place, and what a user does about it
     errno.EROFS: "it is on a file system that is read only: give another place",
     errno.EEXIST: "a part of its path is a file: give another place",
     errno.ENOTDIR: "a part of its path is a file: give another place",
+    errno.EISDIR: "it is a directory: give the path of a file",
+    errno.ELOOP: "its links lead in a circle: give another place",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

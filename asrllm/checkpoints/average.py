@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
+from asrllm.locks import FileLock
 from asrllm.models.description import read_config
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.training.manifest import EPOCH_TAG, MANIFEST, STEP_TAG, check_run, list_checkpoints, read_manifest

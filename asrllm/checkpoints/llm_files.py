@@ -113,11 +113,11 @@ class LlmFiles:
     def _model(self) -> AsrLlmModel:
         """Without memory for its weights; its adapters have the rank of the file's."""
         with parameters_on_meta():
-            model = AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}))
+            model = AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}, where=self.folder))
             self.times = rank_in_file(model, self.places.meta)
             self.config = with_ranks(self.config, self.times)
             self.config.exclude_from_checkpoint = None
-            return AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}))
+            return AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}, where=self.folder))
 
     @property
     def rank(self) -> int:

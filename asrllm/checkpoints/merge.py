@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from asrllm.checkpoints.llm_files import LLM, LlmFiles
 from asrllm.checkpoints.parity import Parity, check_layers, check_parity
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.files import as_dtype, merged_parameter, prevailing_dtype, weight_source
+from asrllm.models.hub_files import load_tokenizer
 from asrllm.models.names import is_adapter
 from asrllm.models.parts import lora_config
 from asrllm.tensor_files import Spec, TensorSource, write_file, write_sharded
@@ -58,8 +59,8 @@ def merge_lora(
 def write_tokenizer(files: LlmFiles, folder: Path) -> None:
     """Of the base model where it is read, with the chat template of the run; and the base model's generation settings."""
     home = files.base or files.folder
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    tokenizer.chat_template = AutoTokenizer.from_pretrained(files.folder).chat_template
+    tokenizer = load_tokenizer(home)
+    tokenizer.chat_template = load_tokenizer(files.folder, config=files.config).chat_template
     tokenizer.save_pretrained(folder)
     name = "generation_config.json"
     homes = [home, Path((_base(files.config) or {}).get("path", home))]  # training writes none

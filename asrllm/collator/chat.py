@@ -4,9 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
+from asrllm.collator.template_trial import TemplateTooSlowError, try_template
 from asrllm.errors import UserError
+from asrllm.text_files import first_words
 
 Messages = Sequence[dict[str, Any]]
 
@@ -17,6 +19,8 @@ CHATML = (
 # put before a template that writes today's date: a model would be trained on other prompts than it decodes from
 CONSTANT_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 NO_LABEL = -100
+MAX_WRITTEN = 200_000  # characters that a template may write around the messages
+REPLACE = "Correct the template, or set model.llm.chat_template=chatml."
 KEPT = 1000  # rendered chats
 _PROBE = "asrllm probe"
 _MARK = "\ufdd0{}\ufdd1"  # of noncharacters, which no text holds
@@ -140,16 +144,37 @@ class ChatRenderer:
         template = self.tokenizer.chat_template or CHATML
         if "strftime_now" in template:
             template = CONSTANT_DATE + template
-        try:
+
+        def render() -> str:
             return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
+
+        roles = [message["role"] for message in messages]
+        where = f"the chat template of the tokenizer in {self.tokenizer.name_or_path!r}"
+        try:
+            if template != CHATML:
+                try_template((template, add_generation_prompt), render)
+            text = render()
+        except TemplateSyntaxError as error:
+            raise UserError(f"{where} does not compile: line {error.lineno}: {error.message}. {REPLACE}") from error
         except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+            hint = "" if set(roles) <= {"user", "assistant"} else "Write what a refused turn says into the user's. "
             raise UserError(
-                f"the LLM's chat template refuses turns of the roles {roles} ({error}): write what a refused turn says, such as the "
-                "system's, into the user's"
+                f"{where} refuses turns of the roles {', '.join(roles)}: {first_words(error)}. {hint or REPLACE}".strip()
             ) from error
+        except (TemplateTooSlowError, MemoryError, RecursionError, OverflowError) as error:
+            raise UserError(f"{where} loops or writes too much: {first_words(error)}. {REPLACE}") from error
+        except Exception as error:  # a template is a program, which may raise anything
+            kind = type(error).__name__
+            raise UserError(f"{where} fails with {kind}: {first_words(error)}. {REPLACE}") from error
+        written = len(text) - sum(len(str(message.get("content"))) for message in messages)
+        if written > MAX_WRITTEN:
+            raise UserError(f"{where} writes {written} characters around the messages. {REPLACE}")
+        return text
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:
         """plain: what looks like a special token is text like any other."""

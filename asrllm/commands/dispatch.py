@@ -25,6 +25,7 @@ from asrllm.writing import MENDED, Terminated, sigterm_raises
 WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
 GLOO_CONNECTION = "gloo/transport/tcp/"  # in what gloo raises when a connection closes
+TOO_MANY_FILES = "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command again."
 WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 
 
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
             return run_as_rank(arguments, ranks)
     except UserError as error:
         siblings.mine().report(f"asrllm {verb}: {error}")
+        return 2
+    except OSError as error:
+        siblings.mine().report(f"asrllm {verb}: {explain(error)}")
         return 2
 
 
@@ -126,7 +130,21 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     except OSError as error:
         ranks.report(f"asrllm {arguments.verb}: {explain(error)}")
         return 2
+    except Exception as error:
+        if not lacks_descriptors(error):
+            raise
+        ranks.report(f"asrllm {arguments.verb}: {TOO_MANY_FILES}")
+        return 2
     return 0
+
+
+def lacks_descriptors(error: BaseException | None) -> bool:
+    """Return whether an error comes from the limit of open files, whatever a library made of it."""
+    while error is not None:
+        if os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def without_launcher_arguments(argv: list[str]) -> list[str]:
@@ -162,6 +180,10 @@ def explain(error: OSError) -> str:
     """Return what the user can do about an operating-system error, or raise it again."""
     if error.errno == errno.ENOSPC:
         return f"no space is left on the disk ({error}): make room, and give the same command again"
+    if lacks_descriptors(error) or error.errno == errno.ENFILE:
+        return TOO_MANY_FILES
+    if error.errno == errno.ENOLCK:
+        return f"a file cannot be locked ({error}). Use directories on a file system with locks."
     if error.errno in MENDED and error.filename:
         return f"{error.filename!r} cannot be read or written ({error.strerror}): {MENDED[error.errno]}"
     raise error

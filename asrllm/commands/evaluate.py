@@ -18,6 +18,7 @@ from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.models.auto import describe
 from asrllm.training import distributed
+from asrllm.training.wandb_login import check_wandb_login
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,6 +37,7 @@ def compare(places: list[str]) -> None:
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
     """Gives what results.json holds."""
+    check_wandb_login(config.wandb, "wandb")
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)

@@ -32,6 +32,7 @@ from asrllm.training.preemption import Preemption
 from asrllm.training.resume import claim, find_intact, find_resume, lasting_settings, restore
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
+from asrllm.training.wandb_login import check_wandb_login
 from asrllm.training.watchdog import Watchdog
 from asrllm.writing import write_whole
 
@@ -54,6 +55,7 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     check_run(config.trainer, ds)
+    check_wandb_login(config.trainer.wandb, "trainer.wandb")
     prompts = read_prompts(config.prompt_file)
     texts = tuple(prompt.text for prompt in prompts)
     processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=texts)

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from asrllm.data.config import CacheConfig
 from asrllm.data.storage import (
@@ -33,6 +33,7 @@ from asrllm.data.storage import (
     shown,
 )
 from asrllm.errors import UserError
+from asrllm.locks import FileLock
 
 GROWTH = 64 * 2**20  # bytes: the steps in which a file whose size nobody told takes room in the cache
 PREFETCH_THREADS = 3

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
@@ -20,6 +19,7 @@ from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
 from asrllm.errors import UserError, nearest
+from asrllm.locks import FileLock
 from asrllm.text_files import read_yaml
 
 logger = logging.getLogger(__name__)

@@ -28,13 +28,14 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import soundfile
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from asrllm.audio.stream import OutsideError
 from asrllm.data.index import AUDIO_EXTENSIONS, MAX_DURATION_ERROR, ROW, Index, ShardRecord, open_index, scan_shard, write_index
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
 from asrllm.errors import UserError
+from asrllm.locks import FileLock
 from asrllm.text_files import parse_json
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from asrllm.audio.reader import Reader
 from asrllm.data.cache import ShardCache
@@ -30,6 +30,7 @@ from asrllm.evaluation.score import UNITS
 from asrllm.evaluation.summary import Scored, score
 from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
+from asrllm.locks import FileLock
 from asrllm.models.auto import describe
 from asrllm.training import distributed
 from asrllm.training.watchdog import Watchdog

@@ -7,6 +7,7 @@ from typing import Any
 
 from asrllm.evaluation.report import ReportSet, worst_first
 from asrllm.training.config import WandbConfig
+from asrllm.training.wandb_login import explained_wandb
 
 COLUMNS = ("key", "speaker", "duration", "reference", "hypothesis", "errors", "rate", "signs", "audio")
 
@@ -18,16 +19,17 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
     import wandb
 
     (exp_dir / "wandb").mkdir(parents=True, exist_ok=True)  # otherwise wandb takes another directory
-    run = wandb.init(
-        mode=config.mode,
-        project=config.project,
-        name=config.name or f"{exp_dir.name}-evaluate",
-        group=exp_dir.name,
-        job_type="evaluate",
-        dir=str(exp_dir),
-        config={"exp_dir": str(exp_dir), "sets": {s.name: settings(s.entry) for s in sets}},
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    with explained_wandb("wandb"):
+        run = wandb.init(
+            mode=config.mode,
+            project=config.project,
+            name=config.name or f"{exp_dir.name}-evaluate",
+            group=exp_dir.name,
+            job_type="evaluate",
+            dir=str(exp_dir),
+            config={"exp_dir": str(exp_dir), "sets": {s.name: settings(s.entry) for s in sets}},
+            settings=wandb.Settings(silent=True, console="off"),
+        )
     with tempfile.TemporaryDirectory() as folder, run:
         logged: dict[str, Any] = {}
         for number, s in enumerate(sets):

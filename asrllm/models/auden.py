@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import check_fields, read_json
 from asrllm.models.files import as_dtype, assemble, prevailing_dtype, read_tensors, set_generation_config, weight_files
+from asrllm.models.hub_files import load_tokenizer
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.whisper_files import FIELDS as WHISPER_FIELDS
@@ -86,7 +87,7 @@ def config_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}/config.json has no {name}: copy the config.json that Auden's training wrote")
     try:
         llm = AutoConfig.for_model(**theirs["llm_config"])
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # transformers raises AttributeError and KeyError as well
         raise UserError(
             f"{where}/config.json: llm_config is of no LLM that transformers knows: {' '.join(str(error).split())[:160]}"
         ) from error
@@ -123,7 +124,7 @@ def encoder_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
 def read_processor(folder: Path, fields: dict[str, Any]) -> AsrLlmProcessor:
     AsrLlmProcessor.check_files(folder)
     config = AsrLlmConfig(**fields)
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)  # else it reads config.json, whose kind it does not know
+    tokenizer = load_tokenizer(folder, config=config)  # else it reads config.json, whose kind it does not know
     tokenizer.chat_template = CHATML
     token = fields["audio_token"]
     if token not in tokenizer.get_vocab():

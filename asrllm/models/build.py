@@ -2,23 +2,36 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
 from asrllm.models.config import ModelConfig
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.encoders import encoder_class
+from asrllm.models.encoders import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
+from asrllm.models.hub_files import check_directory, load_config, load_generation_config
 from asrllm.models.loss import head_of
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import is_adapter
-from asrllm.models.parts import layer_without_bias, pretrained_encoder, pretrained_llm
+from asrllm.models.parts import (
+    check_encoder_state,
+    check_family,
+    layer_without_bias,
+    pretrained_encoder,
+    pretrained_llm,
+)
 from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.stages import take_over, whole
+from asrllm.text_files import reading
+
+LLM_KEY = "model.llm.pretrained_model"
+ENCODER_KEY = "model.audio_encoder.pretrained_model"
 
 
 def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]) -> AsrLlmProcessor:
@@ -26,13 +39,15 @@ def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str,
     check_prompts(prompts, config.audio_token)
     encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True))
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
+    check_directory(llm_path, LLM_KEY)
+    llm = load_config(llm_path, LLM_KEY)
     tokenizer = load_llm_tokenizer(llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template)
-    llm = AutoConfig.from_pretrained(llm_path)
     if config.llm.model_type not in (None, llm.model_type):
         raise UserError(
             f"model.llm.model_type={config.llm.model_type!r}, but {llm_path!r} is a {llm.model_type!r} model: correct it, or leave it null"
         )
-    fields, _ = encoder_class(config.audio_encoder.model_type).read_pretrained(encoder_path)
+    check_buildable(llm, llm_path)
+    fields = check_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
     description = AsrLlmConfig(
         audio_encoder={"model_type": config.audio_encoder.model_type} | fields,
         llm=llm.to_dict(),
@@ -57,6 +72,36 @@ def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str,
     return processor
 
 
+def check_buildable(config: PreTrainedConfig, path: str) -> None:
+    """Build the LLM without memory for its weights.
+
+    Raises:
+        UserError: config.json holds values from which the LLM cannot be built, the family is not
+            supported, or generation_config.json is damaged.
+    """
+    file = Path(path) / "config.json"
+    with reading(file, "the LLM's configuration", "Correct it, or download it again."), torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    check_family(llm)
+    if (Path(path) / "generation_config.json").is_file():
+        load_generation_config(path)
+
+
+def check_encoder(config: ModelConfig, path: str, *, pad_to_30s: bool) -> dict[str, Any]:
+    """Return the fields of the audio encoder at `path`.
+
+    Raises:
+        UserError: its files are damaged, or its weights do not fit its configuration.
+    """
+    kind = config.audio_encoder.model_type
+    fields, state = encoder_class(kind).read_pretrained(path)
+    what = f"the configuration of {ENCODER_KEY}"
+    with reading(path, what, "Correct config.json, or download it again."), torch.device("meta"):
+        encoder = cast(nn.Module, build_encoder({"model_type": kind} | fields, pad_to_30s=pad_to_30s))
+    check_encoder_state(state, encoder, path)
+    return fields
+
+
 def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
     """Raises UserError where the chat holds a token that the LLM has no embedding for, or is not written in tokens of its own."""
     renderer, tokenizer = processor.renderer, processor.tokenizer
@@ -67,8 +112,25 @@ def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
             raise UserError(
                 f"the LLM {path!r} has {size} embeddings, none for the token {text!r} ({token}) of its chat: give its own tokenizer"
             )
+    beyond = words_beyond(tokenizer, size)
+    if beyond:
+        raise UserError(
+            f"the LLM {path!r} has {size} embeddings (vocab_size in config.json), and its tokenizer has "
+            f"{len(beyond)} tokens without one, the first {beyond[0]!r}. Give the tokenizer that belongs to the LLM."
+        )
     if tokenizer.chat_template == CHATML and tokenizer.convert_tokens_to_ids("<|im_start|>") in (None, tokenizer.unk_token_id):
         raise UserError(f"the chat is ChatML, and {path!r} has no token '<|im_start|>': take an instruction-tuned LLM")
+
+
+def words_beyond(tokenizer: Any, size: int) -> list[str]:
+    """Return the tokens that a text may hold and that have no embedding, in the order of their ids.
+
+    Special tokens do not count, because texts are never encoded into them. Gemma 3 has one of them
+    without an embedding.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = {i: word for word, i in tokenizer.get_vocab().items() if i >= size and i not in special}
+    return [beyond[i] for i in sorted(beyond)]
 
 
 def check_prompts(prompts: Sequence[str], audio_token: str) -> None:

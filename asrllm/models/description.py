@@ -9,13 +9,12 @@ from typing import Any, get_args, get_origin
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import ENCODERS, build_encoder
 from asrllm.models.projector import PROJECTORS
-from asrllm.text_files import parse_json
+from asrllm.text_files import first_words, read_json_object, reading
 
 TYPES = get_annotations(AsrLlmConfig)
 SIZES = ("projector_hidden_size", "audio_encoder_projector_ds_rate")
@@ -25,13 +24,7 @@ MEND = "correct it, or copy the config.json that was saved with the model"
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{str(path.parent)!r} has no {path.name}: give a directory written by training or by 'asrllm export'")
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is no JSON ({error}): copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is no JSON object: copy it again")
-    return content
+    return read_json_object(path, "the file")
 
 
 def indexed_files(index: Path) -> list[Path]:
@@ -60,7 +53,8 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             f"{str(folder)!r} is a {fields.get('model_type')!r} model, not {AsrLlmConfig.model_type!r}: give a directory of 'asrllm export'"
         )
     check_fields(fields, str(path))
-    return AsrLlmConfig.from_pretrained(folder)
+    with reading(path, "the model's configuration", "Copy the config.json that was saved with the model."):
+        return AsrLlmConfig.from_pretrained(folder)
 
 
 def check_same(config: Any, folder: str | Path) -> None:
@@ -92,7 +86,7 @@ def has_type(value: Any, hint: Any) -> bool:
 
 def check_encoder(fields: Mapping[str, Any], pad_to_30s: bool, where: str) -> None:
     kind = fields.get("model_type")
-    if kind not in ENCODERS:
+    if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(f"{where!r}: audio_encoder.model_type={kind!r} is none of {', '.join(ENCODERS)}: {MEND}")
     try:
         with torch.device("meta"):
@@ -105,15 +99,15 @@ def check_encoder(fields: Mapping[str, Any], pad_to_30s: bool, where: str) -> No
 
 def check_llm(fields: Mapping[str, Any], where: str) -> None:
     kind = fields.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(f"{where!r}: llm.model_type={kind!r} is no LLM that transformers {transformers.__version__} knows: {MEND}")
     try:
         config = transformers.AutoConfig.for_model(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # transformers raises AttributeError and KeyError as well
         raise UserError(f"{where!r}: llm is no configuration of a {kind!r} ({said(error)}): {MEND}") from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{where!r}: llm.model_type={kind!r} is no causal LLM: {MEND}")
 
 
 def said(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return first_words(error)

@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from asrllm.errors import UserError, nearest
 from asrllm.integrity import verify_weights
 from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.description import indexed_files, read_json
+from asrllm.models.description import indexed_files
 from asrllm.models.fingerprint import check_fingerprint
+from asrllm.models.hub_files import load_generation_config
 from asrllm.models.model import AsrLlmModel
 from asrllm.models.names import check_state, is_adapter, plain_name, without_second_names
 from asrllm.models.parts import empty_llm, layer_without_bias, pretrained_encoder, pretrained_llm
@@ -257,10 +258,10 @@ def assemble(
     """
     chosen = as_dtype(dtype) or prevailing_dtype(state, where)
     with parameters_on_meta():
-        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen, where=where))
         if (times := rank_in_file(model, state)) > 1:
             config = processor.config = with_ranks(config, times)
-            model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen))
+            model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen, where=where))
     state = without_second_names(model, state, where)
     for part in config.stored or {}:
         check_stored(config, part, sum(in_base(key, part) for key in state.keys() & model.weights().keys()), where)
@@ -352,8 +353,7 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def set_generation_config(llm: PreTrainedModel, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")
-        llm.generation_config = GenerationConfig.from_pretrained(folder)
+        llm.generation_config = load_generation_config(folder)
 
 
 def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -364,6 +364,10 @@ def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, 
 
 def base_path(config: AsrLlmConfig, part: str) -> str:
     base = (config.base_models or {}).get(part)
+    if base is not None and not (isinstance(base, dict) and {"path", "fingerprint"} <= base.keys()):
+        raise UserError(
+            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the config.json that was saved with the model."
+        )
     if base is None:
         raise UserError(f"the weights leave out the {part}, and config.json names no base model for it: export the whole model")
     check_fingerprint(part, base["path"], base["fingerprint"])

@@ -53,10 +53,10 @@ def _content_sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(entry: Path) -> Iterator[None]:
-    from filelock import FileLock  # 25 ms
+    from asrllm.locks import FileLock  # 25 ms
 
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             entry.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{entry}.lock"))
         yield

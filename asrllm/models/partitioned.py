@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
 from asrllm.errors import UserError
 from asrllm.models.fingerprint import weight_files
+from asrllm.models.hub_files import load_config, load_generation_config
+
+KEY = "model.llm.pretrained_model"
 
 
 def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
@@ -22,7 +25,7 @@ def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrained
     if any(file.suffix != ".safetensors" for file in files):
         return None
     where = {name: file for file in files for name in _names(file)}
-    llm = _empty(AutoConfig.from_pretrained(path), dtype, attention)
+    llm = _empty(load_config(path, KEY), dtype, attention)
     parameters = dict(llm.named_parameters())
     stored = set(llm.state_dict())
     if not parameters.keys() <= where.keys() <= stored or any(_in_whole(p) for p in parameters.values()):
@@ -33,7 +36,7 @@ def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrained
                 _fill(parameters[name], tensors.get_slice(name), f"{name!r} in {str(file)!r}")
     _fill_buffers(llm, where)
     if (Path(path) / "generation_config.json").is_file():
-        llm.generation_config = GenerationConfig.from_pretrained(path)
+        llm.generation_config = load_generation_config(path)
     return llm.eval()
 
 

@@ -1,13 +1,12 @@
 """The model's parts by themselves: an encoder or an LLM with pretrained weights or without, adapters on it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -18,6 +17,7 @@ from asrllm.models.description import indexed_files
 from asrllm.models.encoders import build_encoder, encoder_class
 from asrllm.models.names import check_state
 from asrllm.models.partitioned import partitioned_llm
+from asrllm.text_files import reading
 
 
 def pretrained_encoder(config: AsrLlmConfig, path: str) -> nn.Module:
@@ -25,10 +25,16 @@ def pretrained_encoder(config: AsrLlmConfig, path: str) -> nn.Module:
     fields = config.audio_encoder or {}
     _, state = encoder_class(fields["model_type"]).read_pretrained(path)
     encoder = cast(nn.Module, build_encoder(fields, pad_to_30s=config.pad_to_30s))
-    where = f"the encoder's weights at model.audio_encoder.pretrained_model={path!r}"
-    check_state(state, encoder.state_dict(), where, "download it again, or give the model that its configuration describes")
+    check_encoder_state(state, encoder, path)
     encoder.load_state_dict(state)
     return encoder
+
+
+def check_encoder_state(state: Mapping[str, Tensor], encoder: nn.Module, path: str) -> None:
+    """Raise UserError if a key of the encoder's weights is missing, unexpected or of another shape."""
+    where = f"the encoder's weights at model.audio_encoder.pretrained_model={path!r}"
+    fix = "download it again, or give the model that its configuration describes"
+    check_state(state, encoder.state_dict(), where, fix)
 
 
 def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -41,12 +47,15 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
     attention = register_packed_attention()
     if is_deepspeed_zero3_enabled() and (llm := partitioned_llm(path, dtype, attention)) is not None:
         return check_family(llm)
-    try:
+    with reading(path, "the LLM", "Download it again."):
         llm, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the LLM {path!r} cannot be loaded ({' '.join(str(error).split())[:300]}): download it again") from error
     for what in ("missing", "unexpected", "mismatched"):  # mismatched: of another shape; (key, shape, shape)
         if keys := sorted(key if isinstance(key, str) else key[0] for key in found[f"{what}_keys"]):
             raise UserError(f"the LLM {path!r} has {len(keys)} {what} keys, the first {keys[0]}: download it again")
@@ -62,11 +71,28 @@ def check_family(llm: PreTrainedModel) -> PreTrainedModel:
     return llm
 
 
-def empty_llm(fields: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """An LLM without its weights, from its config.json. dtype: as config.json says when None."""
+def empty_llm(
+    fields: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    *,
+    where: str | Path = "config.json",
+) -> PreTrainedModel:
+    """Return an LLM without its weights.
+
+    Args:
+        fields: the LLM's own config.json.
+        dtype: the dtype of its weights; by default the one in `fields`.
+        where: the file or directory that `fields` were read from, for the error message.
+
+    Raises:
+        UserError: no LLM can be built from the fields, or the family is not supported.
+    """
     register_packed_attention()
-    config = AutoConfig.for_model(**fields)
-    return check_family(AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, **({"dtype": dtype} if dtype else {})))
+    given = {} if dtype is None else {"dtype": dtype}
+    with reading(where, "the LLM's configuration (llm in config.json) of", "Copy the config.json that was saved with the model."):
+        config = AutoConfig.for_model(**fields)
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, trust_remote_code=False, **given)
+    return check_family(llm)
 
 
 def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:

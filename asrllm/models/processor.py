@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from asrllm.audio.waves import as_list, audio_name, padded, read_wave
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
@@ -15,6 +14,7 @@ from asrllm.data.index import RATE
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.description import read_config
+from asrllm.models.hub_files import load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HOP = 160  # samples a feature frame, for Whisper and for Kaldi features
@@ -43,7 +43,7 @@ class AsrLlmProcessor:
         refuse_unknown("AsrLlmProcessor.from_pretrained()", {k: v for k, v in more.items() if k not in WITHOUT_EFFECT}, ())
         config = read_config(path)
         cls.check_files(path)
-        return cls(AutoTokenizer.from_pretrained(path, config=config), config)
+        return cls(load_tokenizer(path, config=config), config)
 
     @staticmethod
     def check_files(path: str | Path) -> None:
@@ -147,7 +147,7 @@ def load_llm_tokenizer(path: str, *, audio_token: str, chat_template: str | None
         raise UserError(
             f"model.llm.pretrained_model={path!r} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer files there"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     if audio_token in tokenizer.get_vocab():
         raise UserError(f"model.audio_token={audio_token!r} is already a token of {path!r}: choose another text")
     tokenizer.add_tokens([audio_token], special_tokens=True)

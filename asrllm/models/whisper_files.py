@@ -11,8 +11,9 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_weights
+from asrllm.models.hub_files import check_kind, check_plain
 from asrllm.models.zipformer_files import DAMAGED, load_tensors
-from asrllm.text_files import parse_json
+from asrllm.text_files import read_json_object
 
 KEY = "model.audio_encoder.pretrained_model"
 FIELDS = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions")
@@ -59,7 +60,9 @@ def read_openai(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if absent := [name for name in DIMS.values() if name not in dims]:
         raise UserError(f"{KEY}={str(file)!r} has no {absent[0]!r} in its 'dims': download it again")
-    fields = {field: dims[name] for field, name in DIMS.items()} | {"encoder_ffn_dim": 4 * dims["n_audio_state"]}
+    fields = {field: dims[name] for field, name in DIMS.items()}
+    check_fields(fields, file)
+    fields["encoder_ffn_dim"] = 4 * fields["d_model"]
     return fields, from_openai({k: v for k, v in state.items() if k.startswith("encoder.")}, str(file))
 
 
@@ -80,12 +83,11 @@ def from_openai(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    check_kind(folder, KEY)
     if not (folder / "config.json").is_file():
         raise UserError(f"{KEY}={str(folder)!r} has no config.json: give a Hugging Face Whisper directory, or OpenAI's .pt file itself")
-    try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(folder / 'config.json')!r} is no JSON ({error}): download it again") from error
+    config = read_json_object(folder / "config.json", "the encoder's configuration")
+    check_plain(config, folder / "config.json")
     if config.get("model_type") != "whisper":
         raise UserError(
             f"{KEY}={str(folder)!r} is a {config.get('model_type')!r} model, not whisper: set model.audio_encoder.model_type to match"
@@ -100,7 +102,19 @@ def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{KEY}={str(folder)!r} has no weights of an encoder (no key starts with 'model.encoder.'): download it again")
     if absent := [field for field in FIELDS if field not in config]:
         raise UserError(f"{str(folder / 'config.json')!r} has no {absent[0]!r}: download it again")
-    return {field: config[field] for field in FIELDS}, state
+    fields = {field: config[field] for field in FIELDS}
+    check_fields(fields, folder / "config.json")
+    return fields, state
+
+
+def check_fields(fields: dict[str, Any], path: Path) -> None:
+    """Raise UserError if a size of the encoder is not a positive whole number, or the heads do not fit."""
+    for name, value in fields.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{str(path)!r}: {name}={value!r} is not a whole number above 0. Correct it.")
+    width, heads = fields["d_model"], fields["encoder_attention_heads"]
+    if width % heads:
+        raise UserError(f"{str(path)!r}: d_model={width} is not a multiple of encoder_attention_heads={heads}. Correct them.")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -118,5 +132,5 @@ def encoder_tensors(file: Path) -> dict[str, Tensor]:
         verify_weights(file)
         with safe_open(file, "pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys() if "encoder." in key}  # noqa: SIM118 (not a mapping)
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:
         raise UserError(f"{str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): download it again") from error

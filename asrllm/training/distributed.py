@@ -1,10 +1,13 @@
 """Ranks and processes, as whichever launcher started them says."""
 
 import atexit
+import contextlib
 import logging
 import os
+import resource
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -16,18 +19,22 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.training import siblings
+from asrllm.training.launchers import whole_number
+
+MIN_DESCRIPTORS = 64  # fewer do not suffice for the sockets of a run
+RESOLVE_WITHIN = 120.0  # seconds: the name of a pod in Kubernetes appears once it runs
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return whole_number(os.environ, "RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return whole_number(os.environ, "WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return whole_number(os.environ, "LOCAL_RANK", 0)
 
 
 def start() -> torch.device:
@@ -37,20 +44,73 @@ def start() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
+    check_descriptors()
+    wait_for_address(os.environ["MASTER_ADDR"])
     siblings.mine().join()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        with explained_port():
+            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         # gloo's threads would release their tensors while the interpreter ends and abort the
         # process: https://github.com/pytorch/pytorch/issues/190489
         atexit.register(finish)
         return torch.device("cpu")
     index = device_index(accelerator.device_count())
     accelerator.set_device(index)
-    deepspeed.init_distributed(verbose=False)
+    with explained_port():
+        deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.device_name(index))
+
+
+def check_descriptors() -> None:
+    """Check the limit of open files.
+
+    torch.distributed tries for 30 minutes to open a socket beyond the limit, whatever signal comes.
+
+    Raises:
+        UserError: the limit is too low for sockets, data and checkpoints.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < MIN_DESCRIPTORS:
+        raise UserError(
+            f"only {limit} files may be open at a time. Raise the limit with 'ulimit -n 4096', then run the same command again."
+        )
+
+
+def wait_for_address(host: str) -> None:
+    """Wait until the first rank's host name resolves.
+
+    Raises:
+        UserError: it does not within RESOLVE_WITHIN.
+    """
+    deadline = time.monotonic() + RESOLVE_WITHIN
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MASTER_ADDR={host!r} does not resolve to an address ({error}). "
+                    "Set it to the name or address of the first rank's host."
+                ) from error
+        time.sleep(1.0)
+
+
+@contextlib.contextmanager
+def explained_port() -> Iterator[None]:
+    """Raise UserError if another process listens on the port at which the ranks are to meet."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistNetworkError
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']} is used by another process on {socket.gethostname()!r}. "
+            "Set MASTER_PORT to another port, the same for all ranks."
+        ) from error
 
 
 def device_index(devices: int) -> int:

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import NamedTuple
 
 from asrllm.errors import UserError
 
 DEFAULT_PORT = 29500
+MAX_PORT = 65535
 
 
 class Names(NamedTuple):
@@ -46,10 +47,11 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
 
     A process that no launcher started is left alone. Raises UserError where the first rank's address is not known.
     """
-    if "RANK" in environment:
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        check_ranks(environment)
         return
     known = (SLURM, *MPI) if "SLURM_STEP_ID" in environment else MPI
-    names = next((names for names in known if names.rank in environment and int(environment.get(names.world_size, "1")) > 1), None)
+    names = next((names for names in known if names.rank in environment and whole_number(environment, names.world_size, 1) > 1), None)
     if names is None:
         return
     if "MASTER_ADDR" not in environment:
@@ -60,6 +62,52 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     environment["WORLD_SIZE"] = environment[names.world_size]
     environment["LOCAL_RANK"] = environment.get(names.local_rank, "0")
     environment["RANK"] = environment[names.rank]
+    check_ranks(environment)
+
+
+def check_ranks(environment: MutableMapping[str, str]) -> None:
+    """Check the variables that place a process among the others of its run.
+
+    A process that is the only one of its run may lack them.
+
+    Raises:
+        UserError: a variable is missing or is not a number, or they contradict each other.
+    """
+    size = whole_number(environment, "WORLD_SIZE", 1)
+    if size < 1:
+        raise UserError(f"WORLD_SIZE={size} is not above 0. Set it to the number of processes.")
+    if size == 1 and "RANK" not in environment:
+        return
+    alone = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(DEFAULT_PORT)}
+    if size == 1:
+        environment.setdefault("WORLD_SIZE", "1")
+        for name, value in alone.items():
+            environment.setdefault(name, value)
+    for name in ("RANK", *alone):
+        if name not in environment:
+            raise UserError(
+                f"WORLD_SIZE={size} is set, but {name} is not. Start the processes with torchrun or "
+                "deepspeed, or unset WORLD_SIZE to run a single process."
+            )
+    for name in ("RANK", "LOCAL_RANK"):
+        number = whole_number(environment, name, 0)
+        if number >= size:
+            raise UserError(f"{name}={number} is not below WORLD_SIZE={size}. Number the processes from 0, or raise WORLD_SIZE.")
+    port = whole_number(environment, "MASTER_PORT", DEFAULT_PORT)
+    if not 0 < port <= MAX_PORT:
+        raise UserError(f"MASTER_PORT={port} is not a port. Use a number from 1 to {MAX_PORT}.")
+
+
+def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Return the whole number in an environment variable.
+
+    Raises:
+        UserError: the variable holds something else.
+    """
+    text = environment.get(name, str(default))
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
+        raise UserError(f"the environment has {name}={text!r}, which is not a whole number. Correct or unset it.")
+    return int(text)
 
 
 def first_host(nodes: str) -> str:

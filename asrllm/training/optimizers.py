@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from asrllm.errors import UserError
+from asrllm.locks import FileLock
 from asrllm.training.config import PeakRates
 from asrllm.training.partitions import full_shape
 from asrllm.training.scaled_adam import ScaledAdam

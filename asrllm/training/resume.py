@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import verify_weights
+from asrllm.locks import FileLock
 from asrllm.models.processor import AsrLlmProcessor
 from asrllm.models.stages import PROJECTOR_FIELDS, copy_into
 from asrllm.training import distributed

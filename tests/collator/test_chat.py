@@ -97,7 +97,7 @@ def test_system_turns():
         assert "Be kind." not in text
     for template in (GEMMA, MISTRAL):
         renderer = make_renderer(template)
-        with pytest.raises(UserError, match=r"refuses turns of the roles system, user \(.*\): write what a refused turn says"):
+        with pytest.raises(UserError, match=r"refuses turns of the roles system, user: .*Write what a refused turn says"):
             renderer.encode_prompt([system, *renderer.user_messages("x")], [1])
 
 

@@ -16,6 +16,7 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[07-08]",
 }  # fmt: skip
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
 
 
@@ -26,7 +27,7 @@ HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
         (SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "5"}, {"RANK": "3", "MASTER_ADDR": "head", "MASTER_PORT": "5"}),
         (OPEN_MPI | {"MASTER_ADDR": "a"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}),
         (HYDRA | {"MASTER_ADDR": "a"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}),
-        (SRUN | {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}),  # torchrun or deepspeed below srun
+        (SRUN | TORCHRUN, TORCHRUN),  # torchrun or deepspeed below srun
     ],
 )
 def test_a_launchers_names_are_adopted(given, expected):

@@ -15,6 +15,7 @@ from asrllm.training.config import WandbConfig
 from asrllm.training.hooks.decoding import Decoded
 from asrllm.training.hooks.log import reopen_log
 from asrllm.training.hooks.names import METRICS, describe
+from asrllm.training.wandb_login import explained_wandb
 
 Record = dict[str, Any]
 
@@ -111,16 +112,17 @@ class WandbSink(Sink):
 
         self.wandb, self.exp_dir, self.checkpoint = wandb, exp_dir, newest_tag(exp_dir)
         os.environ.pop("WANDB_SERVICE", None)  # a parent's service outlives a killed run, whose id it then calls in use
-        self.run = wandb.init(
-            mode=config.mode,
-            project=config.project,
-            name=config.name or exp_dir.name,
-            id=_run_id(exp_dir),
-            resume="allow",
-            dir=str(exp_dir),
-            config=run_config | {"metrics": {name: describe(name) for name in METRICS}},
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        with explained_wandb("trainer.wandb"):
+            self.run = wandb.init(
+                mode=config.mode,
+                project=config.project,
+                name=config.name or exp_dir.name,
+                id=_run_id(exp_dir),
+                resume="allow",
+                dir=str(exp_dir),
+                config=run_config | {"metrics": {name: describe(name) for name in METRICS}},
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         for name in dict.fromkeys(map(wandb_name, METRICS)):
             self.run.define_metric(name, summary="last")
 

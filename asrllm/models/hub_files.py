@@ -1,0 +1,209 @@
+"""Read configurations and tokenizers from directories in the layout of the Hugging Face hub.
+
+Every call into transformers that reads a user's directory is made here. A directory that is damaged,
+or of another kind, ends in one UserError that names the file. Code in a directory is never run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from asrllm.errors import UserError
+from asrllm.text_files import check_no_pointer, read_json_object, read_text, reading
+
+# files that transformers reads as JSON objects; it ignores some of them when they are damaged
+JSON_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+LARGE_JSON_FILES = ("tokenizer.json", "vocab.json")  # up to 30 MB: parsed only to explain an error
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+WEIGHTS = ("*.safetensors", "*.bin")
+AGAIN = "Copy the directory again, or download it again."
+ORIGINAL = "Give the original Hugging Face directory with config.json and *.safetensors."
+# what a directory without Hugging Face weights holds: a pattern of its files, and what it then is
+OTHER_KINDS = {
+    "*.gguf": "a GGUF model",
+    "*.onnx": "an ONNX model",
+    "onnx/*.onnx": "an ONNX model",
+    "shared_vocabulary.*": "a CTranslate2 model",
+    "vocabulary.json": "a CTranslate2 model",
+    "vocabulary.txt": "a CTranslate2 model",
+}
+
+
+def check_directory(folder: str | Path, key: str) -> None:
+    """Check the small files of a pretrained model's directory before anything is built from them.
+
+    Args:
+        folder: the directory.
+        key: the configuration key that names it, for the error message.
+
+    Raises:
+        UserError: a file is damaged or is a git-LFS pointer, or the directory is of another kind.
+    """
+    folder = Path(folder)
+    check_kind(folder, key)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{key}={str(folder)!r} holds a model and adapter_config.json, whose adapters transformers "
+            "would load too. Merge the adapters into the model, or remove adapter_config.json."
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}={str(folder)!r} has no config.json. {ORIGINAL}")
+    check_text_files(folder)
+    for pattern in WEIGHTS:
+        for file in sorted(folder.glob(pattern)):
+            with reading(file, "the weights"):
+                check_no_pointer(file)
+
+
+def check_kind(folder: Path, key: str) -> None:
+    """Raise UserError if a directory holds adapters, or a model in another program's format."""
+    if any(folder.glob("*.safetensors.index.json")) or any(folder.glob("model*.safetensors")):
+        return
+    if (folder / "adapter_config.json").is_file():
+        fields = read_json_object(folder / "adapter_config.json", "the adapter's configuration")
+        base = fields.get("base_model_name_or_path")
+        raise UserError(
+            f"{key}={str(folder)!r} holds PEFT adapters (adapter_config.json), not a whole model. "
+            f"Give its base model, {base!r}, or a directory into which the adapters are merged."
+        )
+    if any(folder.glob("pytorch_model*.bin")):
+        return
+    for pattern, kind in OTHER_KINDS.items():
+        if any(folder.glob(pattern)):
+            raise UserError(f"{key}={str(folder)!r} is {kind}, which cannot be trained. {ORIGINAL}")
+
+
+def check_text_files(folder: Path) -> None:
+    """Raise UserError if a JSON file or a chat template of the directory is damaged or a pointer."""
+    for name in JSON_FILES:
+        if (folder / name).exists():
+            read_json_object(folder / name, "the file")
+    for name in (*LARGE_JSON_FILES, "merges.txt", "tokenizer.model"):
+        if (folder / name).exists():
+            with reading(folder / name, "the tokenizer's file"):
+                check_no_pointer(folder / name)
+    for file in [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
+        if file.exists():
+            read_text(file, "the chat template")
+    if (folder / TEMPLATE_FOLDER).is_file():
+        raise UserError(f"{str(folder / TEMPLATE_FOLDER)!r} is a file, but must be a directory. Remove it.")
+
+
+def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
+    """Return the configuration of a causal LLM's directory.
+
+    Args:
+        folder: the directory.
+        key: the configuration key that names it, for the error message.
+
+    Raises:
+        UserError: config.json is damaged, or is not of a causal LLM that transformers knows.
+    """
+    path = Path(folder) / "config.json"
+    fields = read_json_object(path, "the LLM's configuration")
+    check_plain(fields, path)
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        if "auto_map" in fields:
+            raise UserError(
+                f"{key}={str(folder)!r} is a {kind!r} model with code of its own (auto_map in "
+                "config.json), which is never run. Choose a model that transformers has built in."
+            )
+        raise UserError(
+            f"{str(path)!r}: model_type={kind!r} is not a model that transformers "
+            f"{transformers.__version__} knows. Correct it, choose another model, or upgrade transformers."
+        )
+    with reading(path, "the LLM's configuration", "Correct it, or download it again."):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{key}={str(folder)!r} is a {kind!r} model, which is not a causal LLM. Give a causal LLM.")
+    return config
+
+
+def check_plain(fields: dict[str, Any], path: Path) -> None:
+    """Raise UserError if a config.json describes quantized weights."""
+    if fields.get("quantization_config") is not None:
+        settings = fields["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UserError(
+            f"{str(path)!r}: the weights are quantized (quantization_config, {method!r}), which "
+            "cannot be trained. Give the model that is not quantized."
+        )
+
+
+def load_tokenizer(folder: str | Path, *, config: PreTrainedConfig | None = None) -> Any:
+    """Return the tokenizer of a directory; its chat template is one text or None.
+
+    Args:
+        folder: the directory.
+        config: the model's configuration where transformers does not know its kind.
+
+    Raises:
+        UserError: a file of the tokenizer is damaged.
+    """
+    folder = Path(folder)
+    check_text_files(folder)
+    given = {} if config is None else {"config": config}
+    try:
+        with reading(folder, "the tokenizer in", AGAIN):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
+            tokenizer("a", add_special_tokens=False)  # finds settings of a wrong type
+    except UserError:
+        for name in LARGE_JSON_FILES:
+            if (folder / name).is_file():
+                read_json_object(folder / name, "the tokenizer's file")
+        raise
+    tokenizer.chat_template = default_template(tokenizer.chat_template, folder)
+    return tokenizer
+
+
+def default_template(found: Any, folder: Path) -> str | None:
+    """Return the chat template to use.
+
+    Args:
+        found: the tokenizer's: a text, None, or a dict of several by their names.
+        folder: the directory of the tokenizer. chat_template.json, which transformers writes for
+            processors, counts where there is no other template.
+
+    Raises:
+        UserError: there are several templates and none is named "default", or one is not a text.
+    """
+    if not found and (folder / "chat_template.json").is_file():
+        found = read_json_object(folder / "chat_template.json", "the file").get("chat_template")
+    if isinstance(found, dict):
+        if found and "default" not in found:
+            raise UserError(
+                f"the tokenizer in {str(folder)!r} has the chat templates {', '.join(sorted(found))}, "
+                "and none named 'default'. Name one of them 'default', or remove them."
+            )
+        found = found.get("default")
+    if found is not None and not isinstance(found, str):
+        raise UserError(
+            f"the chat template of the tokenizer in {str(folder)!r} is {str(found)[:60]!r}, not a text. "
+            "Correct 'chat_template' in tokenizer_config.json."
+        )
+    return found or None
+
+
+def load_generation_config(folder: str | Path) -> GenerationConfig:
+    """Return the settings in a directory's generation_config.json.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(folder) / "generation_config.json"
+    read_json_object(path, "the generation settings")
+    with reading(path, "the generation settings", "Correct it, or remove it."):
+        return GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,261 @@
+"""Damaged or odd files and environments end with one message and status 2, before weights load."""
+
+import errno
+import json
+import shutil
+import socket
+
+import filelock
+import pytest
+
+from asrllm.collator import template_trial
+from asrllm.commands import dispatch
+from asrllm.errors import UserError
+from asrllm.locks import FileLock
+from asrllm.training import distributed
+from asrllm.training.config import WandbConfig
+from asrllm.training.launchers import adopt_launcher
+from asrllm.training.wandb_login import check_wandb_login
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+GOOD = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"})
+
+
+class ReachedRanksError(Exception):
+    """All checks before the ranks and the weights passed."""
+
+
+def write(name, content):
+    def change(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return change
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    def change(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return change
+
+
+def fields(name, **values):
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        write(name, json.dumps(content | values))(folder)
+
+    return change
+
+
+def template(value):
+    return fields("tokenizer_config.json", chat_template=value)
+
+
+def only(**files):
+    def change(folder):
+        for file in folder.iterdir():
+            file.unlink()
+        for name, content in files.items():
+            write(name.replace("__", "."), content)(folder)
+
+    return change
+
+
+def train(world, tmp_path, monkeypatch, **more):
+    def reached():
+        raise ReachedRanksError
+
+    monkeypatch.setattr(distributed, "start", reached)
+    return dispatch.main(["train", *world.overrides(tmp_path / "exp", **more)])
+
+
+def copy_of(folder, tmp_path, change):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return copy
+
+
+LLM = {
+    "config missing": (remove("config.json"), "has no config.json"),
+    "config cut": (cut("config.json"), "config.json' is not valid JSON"),
+    "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
+    "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
+    "config type": (fields("config.json", hidden_size="x"), "hidden_size"),
+    "config heads": (fields("config.json", num_attention_heads=0), "config.json' cannot be read"),
+    "config unknown": (fields("config.json", model_type="nosuch"), "model_type='nosuch'"),
+    "config quantized": (
+        fields("config.json", quantization_config={"quant_method": "gptq"}),
+        "quantized (quantization_config, 'gptq')",
+    ),
+    "config own code": (
+        fields("config.json", model_type="own", auto_map={"AutoConfig": "x.Y"}),
+        "code of its own (auto_map",
+    ),
+    "tokenizer cut": (cut("tokenizer.json"), "tokenizer.json' is not valid JSON"),
+    "tokenizer pointer": (write("tokenizer.json", POINTER), "Run 'git lfs pull' in"),
+    "tokenizer_config list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json'"),
+    "tokenizer_config type": (fields("tokenizer_config.json", eos_token=5), "eos_token"),
+    "generation_config cut": (cut("generation_config.json"), "generation_config.json'"),
+    "templates without default": (template([{"name": "a", "template": GOOD}]), "none named 'default'"),
+    "template number": (template(5), "is '5', not a text"),
+    "template syntax": (template("{% for m in"), "does not compile: line 1"),
+    "template raises": (template("{{ raise_exception('no') }}"), "user, assistant: no."),
+    "template fails": (template("{{ 1 / 0 }}"), "fails with ZeroDivisionError"),
+    "template huge": (template("{{ 'x' * 10000000000 }}"), "loops or writes too much"),
+    "template long": (template("x" * 300_000), "characters around the messages"),
+    "template jinja": (write("chat_template.jinja", "{% for"), "does not compile"),
+    "template json": (write("chat_template.json", "{"), "chat_template.json' is not valid JSON"),
+    "template folder": (
+        write("additional_chat_templates/a.jinja", GOOD),
+        "none named 'default'",
+    ),
+    "adapters": (only(adapter_config__json=ADAPTER), "PEFT adapters (adapter_config.json)"),
+    "gguf": (only(model__gguf="GGUF"), "is a GGUF model"),
+    "onnx": (only(model__onnx="x", config__json="{}"), "is an ONNX model"),
+    "ctranslate2": (only(model__bin="x", shared_vocabulary__json="[]"), "is a CTranslate2 model"),
+    "weights pointer": (write("model.safetensors", POINTER), "model.safetensors' is a git-LFS pointer"),
+    "weights cut": (
+        lambda folder: (folder / "model.safetensors").open("r+b").truncate(50_000),
+        "model.safetensors' is corrupted",
+    ),
+    "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
+}
+WHISPER = {
+    "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
+    "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
+    "config type": (fields("config.json", d_model="x"), "d_model='x' is not a whole number"),
+    "config heads": (fields("config.json", encoder_attention_heads=3), "d_model=16 is not a multiple"),
+    "config quantized": (fields("config.json", quantization_config={}), "quantized"),
+    "shape": (fields("config.json", num_mel_bins=7), "'conv1.weight' has the shape"),
+    "weights pointer": (write("model.safetensors", POINTER), "model.safetensors' is a git-LFS pointer"),
+    "ctranslate2": (only(model__bin="x", vocabulary__json="[]"), "is a CTranslate2 model"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LLM.values(), ids=LLM)
+def test_a_damaged_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
+    llm = copy_of(world.llm, tmp_path, change)
+    assert train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(llm) in error
+
+
+@pytest.mark.parametrize(("change", "message"), WHISPER.values(), ids=WHISPER)
+def test_a_damaged_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
+    whisper = copy_of(world.whisper, tmp_path, change)
+    more = {"model__audio_encoder__pretrained_model": whisper}
+    assert train(world, tmp_path, monkeypatch, **more) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(whisper) in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        template([{"name": "default", "template": GOOD}, {"name": "tool", "template": "x"}]),
+        write("chat_template.jinja", GOOD),
+        write("chat_template.json", json.dumps({"chat_template": GOOD})),
+    ],
+)
+def test_chat_templates_in_every_form_are_accepted(change, world, tmp_path, monkeypatch):
+    llm = copy_of(world.llm, tmp_path, change)
+    with pytest.raises(ReachedRanksError):
+        train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm)
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+    def loop():
+        while True:
+            pass
+
+    monkeypatch.setattr(template_trial, "MAX_SECONDS", 1)
+    with pytest.raises(template_trial.TemplateTooSlowError):
+        template_trial.try_template(("a loop", True), loop)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is not a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+    ],
+)
+def test_ranks_that_contradict_each_other_are_one_message(environment, message):
+    if "LOCAL_RANK" in environment:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        environment = common | environment
+    with pytest.raises(UserError, match=message):
+        adopt_launcher(dict(environment))
+
+
+def test_a_host_that_does_not_resolve_is_one_message(monkeypatch):
+    def fail(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(distributed, "RESOLVE_WITHIN", -1.0)
+    with pytest.raises(UserError, match="MASTER_ADDR='nosuch' does not resolve"):
+        distributed.wait_for_address("nosuch")
+
+
+def test_a_port_in_use_is_one_message(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    with pytest.raises(UserError, match="MASTER_PORT=1234 is used"), distributed.explained_port():
+        raise RuntimeError("failed to listen, code: -98, name: EADDRINUSE")
+
+
+def test_wandb_without_a_login_is_one_message(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    online = WandbConfig(mode="online", project="x", name=None)
+    with pytest.raises(UserError, match="no login for W&B"):
+        check_wandb_login(online, "trainer.wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    check_wandb_login(online, "trainer.wandb")
+
+
+def test_a_file_system_without_locks_is_one_message(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with pytest.raises(UserError, match="does not support locks"):
+        FileLock(tmp_path / "lock").acquire()
+
+
+def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("worker: OSError: [Errno 24] Too many open files")
+
+    monkeypatch.setattr("asrllm.commands.train.read_prompts", fail)
+    assert train(world, tmp_path, monkeypatch) == 2
+    assert "ulimit -n" in capsys.readouterr().err
+
+
+def test_a_low_limit_of_open_files_is_one_message(monkeypatch):
+    monkeypatch.setattr(distributed.resource, "getrlimit", lambda _: (20, 4096))
+    with pytest.raises(UserError, match="only 20 files may be open"):
+        distributed.check_descriptors()
+
+
+def test_an_exp_dir_that_is_a_file_is_one_message(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "exp").touch()
+    assert train(world, tmp_path, monkeypatch) == 2
+    assert "is a file" in capsys.readouterr().err
