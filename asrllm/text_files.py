@@ -81,6 +81,18 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def check_file(path: str | Path, what: str) -> None:
+    """Raise UserError unless a path is a file that can be read twice."""
+    path = Path(path)
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise UserError(f"{what} {str(path)!r} is a directory. Give a file.")
+    if path.exists():
+        raise UserError(f"{what} {str(path)!r} is a pipe or device. Write its content to a file and give that.")
+    raise UserError(f"{what} {str(path)!r} does not exist. Check the path.")
+
+
 def read_text(path: str | Path, what: str) -> str:
     """Return the content of a UTF-8 text file.
 
@@ -91,15 +103,11 @@ def read_text(path: str | Path, what: str) -> str:
     Raises:
         UserError: the file does not exist, cannot be read, is not UTF-8, or is a git-LFS pointer.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{what} {str(path)!r} is a directory. Give a file.")
-    if not path.is_file():
-        raise UserError(f"{what} {str(path)!r} does not exist: check the path")
+    check_file(path, what)
     try:
         with reading(path, what, "Change its permissions, or copy it again."):
             check_no_pointer(path)
-            content = path.read_bytes()
+            content = Path(path).read_bytes()
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {str(path)!r} is not UTF-8 text: {error}") from error

@@ -116,7 +116,8 @@ def test_mistakes_in_evaluation(world, tmp_path, capsys):
     exp = f"exp_dir={tmp_path}"
     assert "has no pretrained.pt" in fails(capsys, "evaluate", exp, test)
     assert "no complete checkpoint for iter=9" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9", "checkpoint.model.avg=1")
-    assert "give iter and avg" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9")
+    assert "checkpoint.model.avg" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9")
+    assert "checkpoint.model.iter" in fails(capsys, "evaluate", exp, test, "checkpoint.model.avg=9")
     assert "does not exist, nor is it in" in fails(capsys, "evaluate", exp, test, "checkpoint.model.filename=x.pt")
     assert "did you mean 'decoding_method'" in fails(capsys, "evaluate", exp, test, "decoding_methods=x")
     assert "normalizer='x' is unknown" in fails(capsys, "evaluate", exp, test, "normalizer=x")

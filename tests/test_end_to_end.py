@@ -450,6 +450,21 @@ def test_a_flipped_bit_in_the_newest_checkpoint_sends_the_run_back_to_the_one_be
     assert (exp / "corrupted-checkpoint-4").is_dir()
 
 
+def test_a_corrupted_manifest_of_the_newest_epoch_sends_the_run_back(world, tmp_path):
+    exp = tmp_path / "exp"
+    run = world.overrides(exp, trainer__num_epochs=1, trainer__save_every=2, trainer__keep_last_k=0, data__valid_data_config="null")
+    assert_done(run_script("train", *run))
+    expected = losses(exp)
+    (exp / "corrupted-epoch-1").mkdir()  # of an earlier time
+    manifest = exp / "epoch-1" / "asrllm.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"step"', b'"stfp"'))
+    done = assert_done(run_script("train", *run))
+    assert "epoch-1 is renamed to corrupted-epoch-1-2" in done.stderr
+    assert losses(exp) == expected
+    assert (exp / "corrupted-epoch-1-2").is_dir()
+    assert (exp / "epoch-1" / "asrllm.json").is_file()
+
+
 def test_offloading_to_the_processor_trains(world, tmp_path):
     exp = tmp_path / "exp"
     assert_done(

@@ -8,25 +8,25 @@ a corpus of weight 1.
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from torch import Tensor
 
-from asrllm.data.index import AUDIO_EXTENSIONS, RATE
+from asrllm.audio.stream import FORMATS, list_audio, open_audio, read_stretch, warn_of_skipped
 from asrllm.data.sources import Utterance, read_cuts
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
 NO_MASKS: np.ndarray = np.zeros((0, 2), np.float32)
 SYNTHETIC = "synthetic"
 SILENCE = 1e-10  # mean square, 100 dB below full scale: what is fainter has no level to speak of
 ROOM_SECONDS = 2.0  # of an impulse response that are heard
+ROUNDING = 0.001  # seconds that are read beyond what is needed, so that rounding leaves no gap
 CACHED_ROOMS = 256  # impulse responses kept decoded, at most 32 MiB in each reading process
 DIRECT_DB = (-3.0, 12.0)  # of synthetic rooms: the direct path over the rest, as from across a room to close to the microphone
 
@@ -195,9 +195,15 @@ class Clips:
         if not Path(source).exists():
             raise UserError(f"{key}={source!r} does not exist: give a folder of audio files, or Lhotse cuts")
         self.key = key
-        self.clips: Sequence[str | Utterance] = _audio_files(source) if Path(source).is_dir() else _cuts(source, key)
+        self.clips: Sequence[str | Utterance]
+        if Path(source).is_dir():
+            files, skipped = list_audio(source)
+            warn_of_skipped(source, skipped)
+            self.clips = sorted(map(str, files))
+        else:
+            self.clips = _cuts(source, key)
         if not self.clips:
-            raise UserError(f"{key}={source!r} holds no audio: it needs files ending in {', '.join(AUDIO_EXTENSIONS)}, or cuts")
+            raise UserError(f"{key}={source!r} holds no audio: it needs audio files ({', '.join(FORMATS)}, ...), or cuts")
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -215,13 +221,6 @@ class Clips:
         return stretch if rate == RATE else soxr.resample(stretch, rate, RATE)
 
 
-def _audio_files(folder: str) -> list[str]:
-    """In the order of their names, not in the file system's."""
-    endings = tuple(f".{extension}" for extension in AUDIO_EXTENSIONS)
-    found = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != ".")
-    return sorted(path for path in found if path.lower().endswith(endings))
-
-
 def _cuts(manifest: str, key: str) -> list[str | Utterance]:
     """A cut that is the whole of a file is its path: then only the stretch that is wanted is decoded."""
     cuts = list(read_cuts(manifest))
@@ -233,10 +232,13 @@ def _cuts(manifest: str, key: str) -> list[str | Utterance]:
 
 def _read_file(path: str, seconds: float, start: float) -> tuple[np.ndarray, int]:
     """The first channel: a mean over microphones would be a comb filter."""
-    with soundfile.SoundFile(path) as file:
-        frames = math.ceil(seconds * file.samplerate)
-        file.seek(int(start * max(0, file.frames - frames)))
-        return file.read(frames, dtype="float32", always_2d=True)[:, 0], file.samplerate
+    file = open_audio(path)
+    begin, end = 0.0, None
+    if file.seconds is not None and file.seconds > seconds:
+        begin = start * (file.seconds - seconds)
+        end = begin + seconds + ROUNDING
+    wave, rate = read_stretch(file, begin, end)
+    return wave[: math.ceil(seconds * rate), 0], rate
 
 
 def _read_cut(cut: Utterance, seconds: float, start: float) -> tuple[np.ndarray, int]:

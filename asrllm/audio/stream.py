@@ -1,6 +1,7 @@
 """Audio files of any length and format, in blocks at 16 kHz; what is wrong with one is a sentence."""
 
 import contextlib
+import logging
 import mmap
 import os
 import re
@@ -26,18 +27,18 @@ from asrllm.text_files import parse_json
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")  # that soundfile reads, the best known
-# by which files of a directory are taken
-ENDINGS = {*AUDIO_EXTENSIONS, *FORMATS, "oga", "aif", "aifc", "m4a", "mp4", "aac", "webm", "mkv", "mov", "wma", "amr", "3gp"}
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
 OVERSHOOT = 0.5  # seconds beyond the end of a file that a part may reach and lose, as in Kaldi's extract-segments
 LOCAL_ONLY = ("-protocol_whitelist", "file")  # a playlist would have ffmpeg open URLs
 PROBLEMS = {"MP3": mp3_problem, "MPEG": mp3_problem, "NIST": sphere_problem, "WAV": wav_problem, "WAVEX": wav_problem}
+SHOWN_SKIPPED = 5  # names of skipped files in a warning
 LOUDEST = 1000.0  # times full scale; more is no audio between -1 and 1
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; what is written for the size of a stream whose length was not known is larger
 NO_LENGTH = 1 << 40  # samples; libsndfile gives more for a file that does not say how many it has
 SOUND_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # samples end in it
 FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of a stream
 CUT_SHORT = re.compile(r":\s*(\d+) \(should be (\d+)\)")  # libsndfile's log of a header that promises more bytes than there are
+logger = logging.getLogger(__name__)
 
 
 class OutsideError(UserError):
@@ -106,19 +107,56 @@ def is_utf8(name: str) -> bool:
 
 
 def find_audio(paths: Sequence[str]) -> list[str]:
-    """The files, and the audio files below the directories, sorted. Raises UserError for a directory without any."""
+    """Return the files, and the audio files below the directories, sorted. Files that are skipped are named in a warning.
+
+    Raises:
+        UserError: a directory has no audio file.
+    """
     files: list[str] = []
     for path in paths:
-        found = sorted(map(str, filter(is_audio, Path(path).rglob("*")))) if os.path.isdir(path) else [path]
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        found, skipped = list_audio(path)
         if not found:
             raise UserError(f"the directory {path!r} holds no audio file ({', '.join(FORMATS)}, m4a, mp4, ...): give another")
-        files += found
+        warn_of_skipped(path, skipped)
+        files += sorted(map(str, found))
     return files
 
 
-def is_audio(path: Path) -> bool:
-    """By its name; hidden files are something else, such as macOS's notes about a file."""
-    return path.suffix.lower().removeprefix(".") in ENDINGS and not path.name.startswith(".") and path.is_file()
+def list_audio(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """List the files below a directory.
+
+    Returns:
+        The audio files, and the files that are neither audio nor belong to an audio file of the same
+        name. Hidden files, such as macOS's notes about a file, are in neither.
+    """
+    audio: list[Path] = []
+    others: list[Path] = []
+    visited = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(where))
+        folders[:] = sorted(name for name in folders if os.path.realpath(Path(where, name)) not in visited)
+        paths = [Path(where, name) for name in sorted(names) if not name.startswith(".")]
+        found = [path for path in paths if has_audio_extension(path.name) and not path.is_fifo()]
+        stems = {path.stem for path in found}
+        audio += found
+        others += [path for path in paths if path.stem not in stems]
+    return audio, others
+
+
+def has_audio_extension(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS
+
+
+def warn_of_skipped(folder: str | Path, skipped: Sequence[Path]) -> None:
+    """Warn of the files of a directory that are skipped because their names end in no audio extension."""
+    if not skipped:
+        return
+    names = ", ".join(str(path.relative_to(folder)) for path in skipped[:SHOWN_SKIPPED])
+    more = ", ..." if len(skipped) > SHOWN_SKIPPED else ""
+    logger.warning("%d files in %s are skipped, which do not end like audio: %s%s", len(skipped), folder, names, more)
 
 
 def open_audio(path: str, content: bytes | None = None) -> AudioFile:

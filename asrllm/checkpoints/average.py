@@ -244,7 +244,7 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
     if not (exp_dir / "pretrained.pt").is_file() and not list_checkpoints(exp_dir) and any(exp_dir.glob("model*.safetensors")):
         raise UserError(f"exp_dir={str(exp_dir)!r} is an exported model: give the exp_dir of the run that it was exported from")
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
-        raise UserError(f"checkpoint.model: iter={what.iteration}, epoch={what.epoch}, avg={what.avg}: give iter and avg, or epoch and avg")
+        raise UserError(_half_a_choice(exp_dir, what))
     if what.avg > 0:
         return averaged_file(exp_dir, what)
     if what.running:
@@ -257,6 +257,17 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
             f"(checkpoints there: {there})"
         )
     return path
+
+
+def _half_a_choice(exp_dir: Path, what: Average) -> str:
+    """Return what is missing to a choice of checkpoints."""
+    if what.avg > 0:
+        return f"checkpoint.model.avg={what.avg} needs checkpoint.model.iter or checkpoint.model.epoch, the last checkpoint of the mean."
+    key, number = ("iter", what.iteration) if what.iteration > 0 else ("epoch", what.epoch)
+    return (
+        f"checkpoint.model.{key}={number} needs checkpoint.model.avg, the number of checkpoints to average: 1 takes that one alone. "
+        f"Without {key}, {str(exp_dir / 'pretrained.pt')!r} is taken."
+    )
 
 
 def _named(exp_dir: Path, filename: str) -> Path:

@@ -31,9 +31,10 @@ import soundfile
 from filelock import Timeout
 
 from asrllm.audio.stream import OutsideError
-from asrllm.data.index import AUDIO_EXTENSIONS, MAX_DURATION_ERROR, ROW, Index, ShardRecord, open_index, scan_shard, write_index
+from asrllm.data.index import MAX_DURATION_ERROR, ROW, Index, ShardRecord, open_index, scan_shard, write_index
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
+from asrllm.defaults import KEPT_EXTENSIONS
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.text_files import parse_json
@@ -271,7 +272,7 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
 def _audio(utterance: Utterance, wave: np.ndarray, rate: int, codec: Codec) -> tuple[str, bytes]:
     """(extension, bytes) of the tar's member."""
     extension = utterance.file.suffix.lower().removeprefix(".") if utterance.file else ""
-    if codec == "keep" and utterance.file and extension in AUDIO_EXTENSIONS:
+    if codec == "keep" and utterance.file and extension in KEPT_EXTENSIONS:
         return extension, utterance.file.read_bytes()
     flac = io.BytesIO()
     peak = np.abs(wave).max()

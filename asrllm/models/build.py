@@ -28,7 +28,7 @@ from asrllm.models.parts import (
 )
 from asrllm.models.processor import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.stages import take_over, whole
-from asrllm.text_files import reading
+from asrllm.text_files import read_json_object, reading
 
 LLM_KEY = "model.llm.pretrained_model"
 ENCODER_KEY = "model.audio_encoder.pretrained_model"
@@ -49,7 +49,7 @@ def describe_model(config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str,
     check_buildable(llm, llm_path)
     fields = check_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
     description = AsrLlmConfig(
-        audio_encoder={"model_type": config.audio_encoder.model_type} | fields,
+        audio_encoder={"model_type": config.audio_encoder.kind} | fields,
         llm=llm.to_dict(),
         lora=config.llm.lora.as_peft() if config.llm.lora else None,
         audio_encoder_lora=config.audio_encoder.lora.as_peft() if config.audio_encoder.lora else None,
@@ -93,13 +93,27 @@ def check_encoder(config: ModelConfig, path: str, *, pad_to_30s: bool) -> dict[s
     Raises:
         UserError: its files are damaged, or its weights do not fit its configuration.
     """
-    kind = config.audio_encoder.model_type
+    kind = config.audio_encoder.kind
     fields, state = encoder_class(kind).read_pretrained(path)
     what = f"the configuration of {ENCODER_KEY}"
     with reading(path, what, "Correct config.json, or download it again."), torch.device("meta"):
         encoder = cast(nn.Module, build_encoder({"model_type": kind} | fields, pad_to_30s=pad_to_30s))
     check_encoder_state(state, encoder, path)
+    if config.audio_encoder.model_type != kind:
+        check_same_encoder(config.audio_encoder.model_type, fields, path)
     return fields
+
+
+def check_same_encoder(model_type: str, fields: dict[str, Any], path: str) -> None:
+    """Raise UserError if the config.json at `model_type` contradicts the fields of the pretrained encoder at `path`."""
+    config = resolve_pretrained(model_type) / "config.json"
+    stated = read_json_object(config, "the encoder's configuration")
+    for name, value in fields.items():
+        if stated.get(name, value) != value:
+            raise UserError(
+                f"model.audio_encoder.model_type={str(config)!r} has {name}={stated[name]}, but {ENCODER_KEY}={path!r} has "
+                f"{value}. Set model_type={stated['model_type']} to take what the pretrained model has."
+            )
 
 
 def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:

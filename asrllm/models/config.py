@@ -1,11 +1,12 @@
 """The `model` part of the run's configuration."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
-from asrllm.models.encoders import encoder_class
+from asrllm.models.encoders import encoder_kind
 
 # of PEFT's LoraConfig, beside LoraPart's own: those that neither train something beside the adapters nor change the weights below them
 PEFT_OPTIONS = (
@@ -55,14 +56,25 @@ class LoraPart:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderPart:
+    """The audio encoder.
+
+    Attributes:
+        model_type: a name in ENCODERS, or a directory or hub id with a config.json.
+    """
+
     model_type: str
     pretrained_model: str | None
     frozen: bool
     lora: LoraPart | None = None
 
     def __post_init__(self) -> None:
-        encoder_class(self.model_type)
+        encoder_kind(self.model_type)
         check_lora("audio_encoder", self.lora, frozen=self.frozen)
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """Its name in ENCODERS."""
+        return encoder_kind(self.model_type)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,15 @@
 """The audio encoders by name. Adding one: a file like whisper.py, a line in ENCODERS and a test like tests/models/test_whisper.py."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from asrllm.errors import UserError, nearest
+from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.whisper import WhisperEncoder
 from asrllm.models.zipformer import ZipformerEncoder
+from asrllm.text_files import read_json_object
 
 
 class AudioEncoder(Protocol):
@@ -61,6 +64,25 @@ def build_encoder(fields: dict[str, Any], *, pad_to_30s: bool) -> AudioEncoder:
     """An encoder without its weights, from the `audio_encoder` part of AsrLlmConfig."""
     kind = encoder_class(fields["model_type"])
     return kind.from_fields({k: v for k, v in fields.items() if k != "model_type"}, pad_to_30s=pad_to_30s)
+
+
+def encoder_kind(model_type: str) -> str:
+    """Return the name of an encoder in ENCODERS.
+
+    Args:
+        model_type: that name, or a directory or hub id with a config.json that says it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if model_type in ENCODERS or not (Path(model_type).is_dir() or is_hub_id(model_type)):
+        encoder_class(model_type)
+        return model_type
+    config = resolve_pretrained(model_type) / "config.json"
+    kind = read_json_object(config, "the encoder's configuration").get("model_type")
+    if kind not in ENCODERS:
+        raise UserError(f"{str(config)!r} has model_type={kind!r}, which is none of {', '.join(ENCODERS)}. Give another encoder.")
+    return str(kind)
 
 
 def encoder_class(model_type: str) -> type[AudioEncoder]:

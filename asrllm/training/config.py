@@ -150,7 +150,7 @@ class TrainRun:
             raise UserError(f"seed={self.seed} must be a whole number from 0 to 4294967295")
         if self.data.use_infinite_dataset and (self.trainer.num_epochs is not None or self.trainer.num_steps is None):
             raise UserError("data.use_infinite_dataset=true has no epochs. Set trainer.num_steps=N and leave trainer.num_epochs out.")
-        kind = self.model.audio_encoder.model_type
+        kind = self.model.audio_encoder.kind
         takes_whispers = encoder_class(kind).whisper_features
         for key, wrong in (
             ("whisper_fbank", self.data.whisper_fbank not in (None, takes_whispers)),

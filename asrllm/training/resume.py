@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,11 @@ def find_intact(
     raise UserError(f"{problem}: {left}. Restore its files, or choose another checkpoint or exp_dir.")
 
 
-def _age(checkpoint: Path) -> int:
+def _age(checkpoint: Path) -> float:
     try:
         return step_of(checkpoint)
-    except CorruptedError:  # of an epoch, whose name does not hold the step
-        return -1
+    except CorruptedError:  # of an epoch, whose name does not hold the step: look at it first
+        return math.inf
 
 
 def corruption(checkpoint: Path) -> str | None:
@@ -185,7 +185,10 @@ def set_aside(problems: dict[Path, str], intact: Path) -> None:
     """Rename corrupted checkpoints, so that they neither count nor are lost, and say so."""
     for path, problem in problems.items():
         place = path.with_name(f"corrupted-{path.name}")
-        shutil.rmtree(place, ignore_errors=True)  # of an earlier time
+        times = 1
+        while place.exists():
+            times += 1
+            place = path.with_name(f"corrupted-{path.name}-{times}")
         path.rename(place)
         logger.warning(
             "%s is renamed to %s, and training resumes from %s: %s",

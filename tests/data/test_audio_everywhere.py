@@ -3,19 +3,20 @@
 import io
 import os
 import shutil
+import subprocess
 import threading
 
 import numpy as np
 import pytest
 import soundfile
 
-from asrllm.audio.stream import open_audio, read_stretch
+from asrllm.audio.stream import find_audio, open_audio, read_stretch
 from asrllm.data.index import open_index, scan_tar
 from asrllm.data.shards import write_shards
-from asrllm.data.sources import read_folder, read_kaldi
+from asrllm.data.sources import read_folder, read_kaldi, read_nemo
 from asrllm.data.verify import index_tars
 from asrllm.errors import UserError
-from asrllm.testing import tone
+from asrllm.testing import kaldi_directory, tone, tone_sentences
 from tests.data.test_verify import write_tar
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
@@ -79,7 +80,13 @@ REFUSED = {
 def ways(folder, content, name):
     """What comes of shards made of a file, and of an indexed tar that holds it, each with a good file beside it."""
     ending = (
-        name.split()[0] if name.split()[0] in ("flac", "ogg", "mp3") else "flac" if "flac" in name else "mp3" if "mp3" in name else "wav"
+        name.split()[0]
+        if name.split()[0] in ("flac", "ogg", "mp3", "m4a")
+        else "flac"
+        if "flac" in name
+        else "mp3"
+        if "mp3" in name
+        else "wav"
     )
     (folder / "audio").mkdir()
     (folder / "audio" / f"a.{ending}").write_bytes(content)
@@ -113,6 +120,51 @@ def test_a_flac_without_a_total_is_read_whole(tmp_path):
     for summary in ways(tmp_path, without_total(), "flac"):
         assert summary.rejected == {}
         assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+
+
+@needs_ffmpeg
+def test_m4a_is_read_from_folders_and_tars(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / "a.m4a"]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    content = (tmp_path / "a.m4a").read_bytes()
+    for summary in ways(tmp_path, content, "m4a"):
+        assert summary.rejected == {}
+        assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+
+
+def test_skipped_files_of_a_folder_are_counted_and_named(tmp_path, caplog):
+    soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / ".hidden").write_text("of the system")
+    (tmp_path / "more").mkdir()
+    for name in ("cover.jpg", "more/b.raw"):
+        (tmp_path / name).write_bytes(bytes(3200))
+    assert [utterance.key for utterance in read_folder(tmp_path)] == ["a"]
+    assert find_audio([str(tmp_path)]) == [str(tmp_path / "a.wav")]
+    assert [record.args[0] for record in caplog.records] == [2, 2]
+    for record in caplog.records:
+        assert "cover.jpg" in record.getMessage()
+        assert "more/b.raw" in record.getMessage()
+
+
+def test_links_of_a_folder_are_followed_once(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    soundfile.write(tmp_path / "corpus" / "a.wav", tone("one", SECONDS), 16000)
+    (tmp_path / "corpus" / "again").symlink_to(tmp_path / "corpus")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "corpus").symlink_to(tmp_path / "corpus")
+    assert find_audio([str(tmp_path / "links")]) == [str(tmp_path / "links" / "corpus" / "a.wav")]
+
+
+@pytest.mark.timeout(30)
+def test_a_fifo_in_a_corpus_does_not_wait(tmp_path):
+    kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
+    os.mkfifo(tmp_path / "fifo.wav")
+    (kaldi / "wav.scp").write_text(f"utt0000 {tmp_path}/fifo.wav\nutt0001 {kaldi}/wav/utt0001.wav\n")
+    assert write_shards(tmp_path / "out", read_kaldi(kaldi)).rejected == {"unreadable_audio": 1}
+    with pytest.raises(UserError, match="pipe"):
+        list(read_nemo(tmp_path / "fifo.wav"))
 
 
 def test_audio_above_full_scale_is_scaled_and_not_clipped(tmp_path):

@@ -1,5 +1,7 @@
 """The registry: a new encoder is one class and one line."""
 
+import json
+
 import pytest
 import soundfile
 import torch
@@ -84,3 +86,19 @@ def test_features_are_extracted_from_files_and_arrays(tmp_path, make):
     assert not torch.allclose(x[0], x[2])
     with pytest.raises(UserError, match="audio 1"):
         encoder.extract_feature([wave, wave.reshape(2, -1)])
+
+
+def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
+    def part(place):
+        return EncoderPart(model_type=str(place), pretrained_model=str(world.whisper), frozen=True)
+
+    by_name = make_model(world, audio_encoder=part("whisper"))
+    by_directory = make_model(world, audio_encoder=part(world.whisper))
+    assert by_directory.config.audio_encoder == by_name.config.audio_encoder
+    config = json.loads((world.whisper / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"encoder_layers": 7}))
+    with pytest.raises(UserError, match="encoder_layers"):
+        make_model(world, audio_encoder=part(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
+    with pytest.raises(UserError, match="wav2vec2"):
+        part(tmp_path)

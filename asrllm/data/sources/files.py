@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.errors import UserError
-from asrllm.text_files import parse_json
+from asrllm.text_files import check_file, parse_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -68,8 +68,7 @@ def text_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[
     Raises:
         UserError: the file is missing, is not text or is cut short.
     """
-    if not path.is_file():
-        raise UserError(f"{what} {str(path)!r} does not exist: check the path")
+    check_file(path, what)
     number = 0
     try:
         for number, line in enumerate(raw_lines(path), 1):

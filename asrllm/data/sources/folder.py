@@ -1,14 +1,13 @@
 """A directory of audio files, with a table of transcripts or with KEY.txt beside each."""
 
 import csv
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asrllm.data.index import AUDIO_EXTENSIONS
+from asrllm.audio.stream import FORMATS, has_audio_extension, list_audio, warn_of_skipped
 from asrllm.data.sources.files import (
     ahead,
     count_lines,
@@ -47,7 +46,7 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
 
 def count_folder(folder: str | Path, *, table: str | Path | None = None) -> int | None:
     found = _table(Path(folder), table)
-    lines = count_lines(found) if found else sum(1 for _ in _audio_files(Path(folder)))
+    lines = count_lines(found) if found else len(list_audio(folder)[0])
     has_header = found and found.suffix != ".jsonl"
     return lines - 1 if has_header and lines else lines
 
@@ -60,9 +59,13 @@ def _table(folder: Path, table: str | Path | None) -> Path | None:
 
 
 def _from_sidecars(folder: Path) -> Iterator[Utterance]:
-    empty = True
-    for path in _audio_files(folder):
-        empty = False
+    files, skipped = list_audio(folder)
+    if not files:
+        raise UserError(
+            f"{str(folder)!r} has neither {' nor '.join(TABLES)} nor an audio file ({', '.join(FORMATS)}, m4a, ...): give --table FILE"
+        )
+    warn_of_skipped(folder, skipped)
+    for path in files:
         key = key_of(path.relative_to(folder).as_posix())
         try:
             text, problem = path.with_suffix(".txt").read_text(encoding="utf-8-sig"), None
@@ -71,19 +74,6 @@ def _from_sidecars(folder: Path) -> Iterator[Utterance]:
         except UnicodeDecodeError as error:
             text, problem = "", ("no_transcript", f"{str(path.with_suffix('.txt'))!r} is not UTF-8 text: {error}")
         yield Utterance(key=key, text=text, load=Stretch(path), file=path, problem=problem)
-    if empty:
-        raise UserError(
-            f"{str(folder)!r} has neither {' nor '.join(TABLES)} nor an audio file ({', '.join(AUDIO_EXTENSIONS)}): give --table FILE"
-        )
-
-
-def _audio_files(folder: Path) -> Iterator[Path]:
-    """In the order of their paths, at any depth."""
-    for where, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            if name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS:
-                yield Path(where, name)
 
 
 # --- tables ---
@@ -92,7 +82,7 @@ def _audio_files(folder: Path) -> Iterator[Path]:
 def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
     first, rows = ahead(_json_table(table) if table.suffix == ".jsonl" else _rows(table))
     names = [row.name for _, row in first if isinstance(row, _TableRow)]
-    suffix = "" if any(_has_suffix(name) for name in names) else ".wav"  # LJSpeech writes none
+    suffix = "" if any(has_audio_extension(name) for name in names) else ".wav"  # LJSpeech writes none
     root = find_root([name + suffix for name in names], [folder / name for name in ROOTS])
     for where, row in rows:
         try:
@@ -109,10 +99,6 @@ def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
             )
         except RejectedError as why:
             yield rejected_row({}, where, why)
-
-
-def _has_suffix(name: str) -> bool:
-    return Path(name).suffix.lower().removeprefix(".") in AUDIO_EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +29,23 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
     """
     folder = Path(folder)
     main = "segments" if (folder / "segments").is_file() else "wav.scp"
-    main_is_sorted = _check_table(folder / "wav.scp") if main == "wav.scp" else _check_table(folder / main)
-    texts = _Lookup(folder / "text", main_is_sorted)
+    keys = _read_keys(folder / main)
+    texts = _Lookup(folder / "text", keys.in_order)
     others = {"speaker": "utt2spk", "lang": "utt2lang"}
-    tables = {field: _Lookup(folder / name, main_is_sorted) for field, name in others.items() if (folder / name).is_file()}
+    tables = {field: _Lookup(folder / name, keys.in_order) for field, name in others.items() if (folder / name).is_file()}
     for key, recording, stretch in _segments(folder, allow_pipes) if main == "segments" else _whole(folder, allow_pipes):
-        if isinstance(stretch, RejectedError):
-            texts.pop(key)
-            yield Utterance(key=key, text="", problem=stretch.args)
+        try:
+            text = texts.pop(key) or ""
+            fields = {field: table.pop(key) for field, table in tables.items()} | {"recording": recording}
+            keys.check(key)
+            if isinstance(stretch, RejectedError):
+                raise stretch
+        except RejectedError as why:
+            yield Utterance(key=key, text="", problem=why.args)
             continue
-        fields = {field: table.pop(key) for field, table in tables.items()} | {"recording": recording}
         yield Utterance(
             key=key,
-            text=texts.pop(key) or "",
+            text=text,
             load=stretch,
             fields={field: value for field, value in fields.items() if value},
             file=stretch.audio if main == "wav.scp" and isinstance(stretch.audio, Path) else None,
@@ -66,34 +71,59 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
         yield key, value[0].strip() if value else ""
 
 
-def _check_table(path: Path) -> bool:
-    """Whether its keys are in order, as Kaldi's are; so found that no table in order is held in memory."""
-    last, count, repeated, in_order = "", 0, 0, True
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of a table.
+
+    Attributes:
+        path: the table.
+        in_order: whether they are in order, as Kaldi's are; such a table need not be held in memory.
+        repeated: those that have several lines.
+    """
+
+    path: Path
+    in_order: bool
+    repeated: frozenset[str]
+
+    def check(self, key: str) -> None:
+        """Raise RejectedError if the table has several lines for a key, any of which may be the right one."""
+        if key in self.repeated:
+            raise RejectedError("duplicate_key", f"{self.path} has several lines for {key!r}. Leave one.")
+
+
+def _read_keys(path: Path) -> _Keys:
+    last = ""
+    in_order = True
+    repeated = set()
     for key, _ in _rows(path):
-        repeated += key == last
+        if key == last:
+            repeated.add(key)
         in_order = in_order and key >= last
-        last, count = key, count + 1
+        last = key
     if not in_order:
-        repeated = count - len({key for key, _ in _rows(path)})
-    if repeated:
-        raise UserError(f"{str(path)!r} names {repeated} keys more than once: give each a line of its own")
-    return in_order
+        counts = Counter(key for key, _ in _rows(path))
+        repeated = {key for key, count in counts.items() if count > 1}
+    return _Keys(path, in_order, frozenset(repeated))
 
 
 class _Lookup:
     """A table's values by key. Where it and the keys asked for are in order, it is read along with them and not held."""
 
     def __init__(self, path: Path, asked_in_order: bool) -> None:
-        self.along = _check_table(path) and asked_in_order
+        self.keys = _read_keys(path)
+        self.along = self.keys.in_order and asked_in_order
         self.rows = _rows(path)
         self.held = {} if self.along else dict(self.rows)  # along: the rows that were passed and not asked for
         self.next = next(self.rows, None)
 
     def pop(self, key: str) -> str | None:
+        """Return the value of a key, None if there is none. Raises RejectedError if there are several."""
         while self.next is not None and self.next[0] <= key:
             self.held[self.next[0]] = self.next[1]
             self.next = next(self.rows, None)
-        return self.held.pop(key, None)
+        value = self.held.pop(key, None)
+        self.keys.check(key)
+        return value
 
     def rest(self) -> Iterator[tuple[str, str]]:
         """What was never asked for."""
@@ -131,8 +161,10 @@ def _whole(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, S
 
 def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
     """Yield (utterance, recording, its part, or why it has none)."""
-    _check_table(folder / "wav.scp")
+    keys = _read_keys(folder / "wav.scp")
     recordings = dict(_recordings(folder, allow_pipes))
+    for recording in keys.repeated:
+        recordings[recording] = RejectedError("duplicate_key", f"{keys.path} has several lines for {recording!r}. Leave one.")
     for key, value in _rows(folder / "segments"):
         try:
             recording, stretch = _segment(f"{folder / 'segments'}: {key!r}", value, recordings)

@@ -55,6 +55,8 @@ class Stretch:
     def __call__(self) -> tuple[np.ndarray, int]:
         if not isinstance(self.audio, Path):
             file = open_audio("the audio", self.audio().read())
+        elif self.audio.is_fifo():  # nothing may ever write to it
+            raise RejectedError("unreadable_audio", f"{str(self.audio)!r} is a FIFO, which 'asrllm transcribe' alone reads")
         elif os.path.exists(self.audio):
             file = opened(str(self.audio))
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.index import AUDIO_EXTENSIONS, explain_tar, tar_files
+from asrllm.data.index import explain_tar, tar_files
 from asrllm.data.sources.files import (
     Row,
     ahead,
@@ -22,6 +22,7 @@ from asrllm.data.sources.files import (
     utterances,
 )
 from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
+from asrllm.defaults import AUDIO_EXTENSIONS
 from asrllm.errors import UserError
 
 WHAT = "the wenet list"
