@@ -79,15 +79,7 @@ REFUSED = {
 
 def ways(folder, content, name):
     """What comes of shards made of a file, and of an indexed tar that holds it, each with a good file beside it."""
-    ending = (
-        name.split()[0]
-        if name.split()[0] in ("flac", "ogg", "mp3", "m4a")
-        else "flac"
-        if "flac" in name
-        else "mp3"
-        if "mp3" in name
-        else "wav"
-    )
+    ending = next((ending for ending in ("flac", "ogg", "mp3", "m4a") if ending in name.split()), "wav")
     (folder / "audio").mkdir()
     (folder / "audio" / f"a.{ending}").write_bytes(content)
     (folder / "audio" / "a.txt").write_text("one")
