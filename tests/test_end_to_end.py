@@ -21,7 +21,7 @@ from asrllm.testing import tiny_llm
 from asrllm.training.hooks.names import METRICS
 from asrllm.training.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, made_once, run_script
-from tests.processes import Process, run_forked
+from tests.processes import Process, free_port, run_forked
 from tests.test_cli import does, fails
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -375,7 +375,8 @@ def test_another_models_checkpoints_are_refused(world, own, tmp_path, monkeypatc
     settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
     before = sorted(path.name for path in finished.iterdir())
     monkeypatch.chdir(REPOSITORY)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("asrllm.training.distributed.start", lambda: pytest.fail("the mistake is found before the others are waited for"))
 
@@ -448,6 +449,22 @@ def test_a_flipped_bit_in_the_newest_checkpoint_sends_the_run_back_to_the_one_be
     assert "training resumes from checkpoint-2" in done.stderr
     assert losses(exp) == expected
     assert (exp / "corrupted-checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_stage_is_evaluated_alike_with_and_without_background_writing(world, tmp_path, stage):
+    test = f"data.test_data_config={world.root / 'test.yaml'}"
+    texts = []
+    for background in ("true", "false"):
+        exp = tmp_path / background
+        options = {"trainer__deepspeed_config": f"ds_configs/zero{stage}.json", "trainer__background_checkpoints": background}
+        run = world.overrides(exp, trainer__num_steps=2, trainer__save_every=1, data__valid_data_config="null", **options)
+        assert_done(run_script("train", *run))
+        choice = ("checkpoint.model.iter=2", "checkpoint.model.avg=2")
+        assert_done(run_script("evaluate", f"exp_dir={exp}", *choice, test, "max_new_tokens=10", "whisper_baseline=false"))
+        texts.append((exp / "greedy_search" / "generations-test-iter-2-avg-2.jsonl").read_text())
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 9
 
 
 def test_a_corrupted_manifest_of_the_newest_epoch_sends_the_run_back(world, tmp_path):

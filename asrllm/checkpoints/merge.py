@@ -45,6 +45,7 @@ def merge_lora(
     check: compare logits; some columns of every merged weight are compared without it too.
     """
     with new_folder(output) as partial:
+        write_tokenizer(files, partial)  # first: a damaged one is found before the weights are merged
         source = merged_llm(files, as_dtype(dtype))
         write_sharded(source, partial, max_shard_size=max_shard_size, what="merged LLM")
         check_layers(files, partial)
@@ -52,7 +53,6 @@ def merge_lora(
         config.dtype = as_dtype(dtype) or prevailing_dtype({key: files.places.meta[key] for key in files.merged[0]}, str(files.folder))
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(partial)
-        write_tokenizer(files, partial)
         return check_parity(files, partial, config.dtype) if check else None
 
 

@@ -16,6 +16,8 @@ from asrllm.errors import UserError
 from asrllm.evaluation.engine import WINDOW
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.generation import Answer
+from asrllm.models.hub_files import load_tokenizer
+from asrllm.text_files import reading
 
 LIMITS = (1, 31 * RATE)  # the test set's own limits are those of the model's encoder; a hop beyond 30 s is cut off
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -42,14 +44,14 @@ class WhisperEngine:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int) -> None:
         """Raises UserError where the directory cannot be loaded, or its weights have no decoder."""
-        from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-        try:
-            model, report = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model: Any = model.to(device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{str(folder)!r} cannot be loaded ({error})") from error
+        with reading(folder, "the Whisper model"):
+            model, report = WhisperForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
+        self.tokenizer = load_tokenizer(folder)
+        self.model: Any = model.to(device).eval()
         if missing := sorted(name for name in report["missing_keys"] if name != "proj_out.weight"):
             raise UserError(f"{str(folder)!r} lacks {missing[0]!r}")
         self.folder = folder

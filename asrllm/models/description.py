@@ -13,6 +13,7 @@ import transformers
 from asrllm.errors import UserError
 from asrllm.models.configuration import AsrLlmConfig
 from asrllm.models.encoders import ENCODERS, build_encoder
+from asrllm.models.hub_files import check_plain
 from asrllm.models.projector import PROJECTORS
 from asrllm.text_files import first_words, read_json_object, reading
 
@@ -101,6 +102,7 @@ def check_llm(fields: Mapping[str, Any], where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(f"{where!r}: llm.model_type={kind!r} is no LLM that transformers {transformers.__version__} knows: {MEND}")
+    check_plain(fields, Path(where))
     try:
         config = transformers.AutoConfig.for_model(**fields)
     except Exception as error:  # transformers raises AttributeError and KeyError as well

@@ -4,6 +4,7 @@ Every call into transformers that reads a user's directory is made here. A direc
 or of another kind, ends in one UserError that names the file. Code in a directory is never run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
     return config
 
 
-def check_plain(fields: dict[str, Any], path: Path) -> None:
+def check_plain(fields: Mapping[str, Any], path: Path) -> None:
     """Raise UserError if a config.json describes quantized weights."""
     if fields.get("quantization_config") is not None:
         settings = fields["quantization_config"]
