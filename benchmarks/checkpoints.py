@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from saving import make_world, train
 
+from asrllm.training.manifest import manifest_text, read_manifest
+
 STEPS = 2
 AVERAGE = "from asrllm.checkpoints.average import Average, average"
 MERGE = "from asrllm.checkpoints.llm_files import LlmFiles; from asrllm.checkpoints.merge import merge_lora"
@@ -70,9 +72,9 @@ def link_checkpoints(exp: Path, count: int) -> None:
         if step == STEPS:
             continue
         copy = shutil.copytree(made, exp / f"checkpoint-{step}", copy_function=os.link)
-        manifest = json.loads((copy / "asrllm.json").read_text()) | {"step": step}
-        (copy / "asrllm.json").unlink()
-        (copy / "asrllm.json").write_text(json.dumps(manifest))
+        manifest = read_manifest(copy) | {"step": step}
+        (copy / "asrllm.json").unlink()  # a link to the file of the checkpoint that was copied
+        (copy / "asrllm.json").write_text(manifest_text(manifest))
 
 
 def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tuple[float, float]:

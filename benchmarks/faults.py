@@ -290,7 +290,7 @@ def try_hostile(command: list[str], canary: Path) -> str:
 def kills(count: int, seed: int, folder: Path) -> Counter[str]:
     """Kill `shards make` at random moments; the last run must give the bytes of an undisturbed one."""
     kaldi = kaldi_directory(folder / "kaldi-kills", tone_sentences(60, seed=seed))
-    command = [*ASRLLM, "shards", "make", "--kaldi", str(kaldi), "--utterances-per-shard", "4", "--workers", "2"]
+    command = [*ASRLLM, "shards", "make", "--kaldi", str(kaldi), "--corpus", "tones", "--utterances-per-shard", "4", "--workers", "2"]
     subprocess.run([*command, str(folder / "whole")], check=True, capture_output=True)
     expected = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     rng, outcomes = np.random.default_rng(seed), Counter[str]()
