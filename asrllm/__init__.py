@@ -2,10 +2,10 @@
 
 TYPE_CHECKING = False  # `typing` takes 8 ms to import, in which Ctrl-C is not handled yet
 if TYPE_CHECKING:
+    from asrllm.models.asr_llm.configuration import AsrLlmConfig
+    from asrllm.models.asr_llm.modeling import AsrLlmModel
+    from asrllm.models.asr_llm.processing import AsrLlmProcessor
     from asrllm.models.auto import AutoModel
-    from asrllm.models.configuration import AsrLlmConfig
-    from asrllm.models.model import AsrLlmModel
-    from asrllm.models.processor import AsrLlmProcessor
 
 __version__ = "0.1.0"
 __all__ = ["AsrLlmConfig", "AsrLlmModel", "AsrLlmProcessor", "AutoModel", "__version__"]

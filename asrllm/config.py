@@ -38,8 +38,14 @@ def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             config = compose(name, overrides=list(overrides))
             return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
-            raise UserError(f"the configuration cannot be composed: {' '.join(str(error).split())}") from error
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            ValueError,
+        ) as error:  # ValueError: a group set to a number
+            raise UserError(
+                f"the configuration cannot be composed: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -122,9 +128,15 @@ def _is_instance(hint: Any, value: Any) -> bool:
 
 def _type_name(hint: Any) -> str:
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return "a group of keys" if dataclasses.is_dataclass(hint) else text.replace("NoneType", "null").replace("None", "null")
+    return (
+        "a group of keys"
+        if dataclasses.is_dataclass(hint)
+        else text.replace("NoneType", "null").replace("None", "null")
+    )
 
 
 def as_yaml(config: Any) -> str:
     """The configuration as YAML text, to be kept with the run."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120
+    )

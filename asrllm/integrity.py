@@ -116,7 +116,9 @@ def _check_length(path: Path, header: bytes, found: int) -> None:
     """
     content = parse_json(header)
     try:
-        ends = [entry["data_offsets"][1] for name, entry in content.items() if name != "__metadata__"]
+        ends = [
+            entry["data_offsets"][1] for name, entry in content.items() if name != "__metadata__"
+        ]
         expected = max(ends, default=0)
         if expected == found:
             return

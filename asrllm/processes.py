@@ -16,7 +16,9 @@ LAUNCHERS = {
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
 }
-MOST_LAUNCHERS = 3  # `deepspeed` runs deepspeed.launcher.launch, which runs the ranks; one more for a wrapper
+MOST_LAUNCHERS = (
+    3  # `deepspeed` runs deepspeed.launcher.launch, which runs the ranks; one more for a wrapper
+)
 
 
 def die_with_parent(parent: int) -> None:

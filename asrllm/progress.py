@@ -14,7 +14,9 @@ LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 class ProgressBar:
     """`with ProgressBar("reading", total) as bar: bar.advance()`; total None: unknown."""
 
-    def __init__(self, what: str, total: int | None, *, done: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, what: str, total: int | None, *, done: int = 0, enabled: bool = True
+    ) -> None:
         self.what, self.total, self.done, self.note = what, total, done, ""
         self.began, self.begun_at, self.last_line = time.monotonic(), done, time.monotonic()
         self.bar: Progress | None = None
@@ -29,7 +31,9 @@ class ProgressBar:
         self.note = note or self.note
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=self.note)
-        elif self.enabled and (time.monotonic() - self.last_line >= LINE_EVERY or self.done == self.total):
+        elif self.enabled and (
+            time.monotonic() - self.last_line >= LINE_EVERY or self.done == self.total
+        ):
             self.last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
 
@@ -37,7 +41,9 @@ class ProgressBar:
         elapsed = time.monotonic() - self.began
         if self.total is None:
             return f"{self.what}: {self.done} in {_clock(elapsed)} {self.note}".rstrip()
-        left = elapsed / max(self.done - self.begun_at, 1) * max(self.total - self.done, 0)  # the total may be an estimate
+        left = (
+            elapsed / max(self.done - self.begun_at, 1) * max(self.total - self.done, 0)
+        )  # the total may be an estimate
         return f"{self.what}: {self.done}/{self.total}, {_clock(elapsed)} passed, {_clock(left)} left {self.note}".rstrip()
 
     def close(self) -> None:
@@ -47,14 +53,26 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def terminal_bar() -> "Progress":
     """Return a bar on standard error. rich takes 40 ms to import, which runs without a terminal need not spend."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),

@@ -21,7 +21,12 @@ class Storage:
     """A record of a file. Read from its beginning to its end, it is compared with the checksum that was written with it."""
 
     def __init__(self, path: Path, record: zipfile.ZipInfo) -> None:
-        self.path, self.header, self.nbytes, self.written = path, record.header_offset, record.file_size, record.CRC
+        self.path, self.header, self.nbytes, self.written = (
+            path,
+            record.header_offset,
+            record.file_size,
+            record.CRC,
+        )
         self.begin: int | None = None
         self.summed, self.sum = 0, 0
 
@@ -81,8 +86,14 @@ class StoredTensor:
         count = left if numel is None else min(numel, left)
         if self.strides is None:
             return self._elements(start, count)
-        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
-        return self._elements(0, span).as_strided(self.shape, self.strides).flatten()[start : start + count]
+        span = 1 + sum(
+            (size - 1) * step for size, step in zip(self.shape, self.strides, strict=True)
+        )
+        return (
+            self._elements(0, span)
+            .as_strided(self.shape, self.strides)
+            .flatten()[start : start + count]
+        )
 
     def _elements(self, start: int, count: int) -> Tensor:
         size = self.dtype.itemsize
@@ -110,7 +121,15 @@ def read_stored(path: Path, plain: Mapping[tuple[str, str], Any] | None = None) 
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
             with archive.open(records["data.pkl"]) as file:
                 return _Unpickler(file, path, records, plain or {}).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(damaged(path, " ".join(str(error).split())[:200])) from error
 
 
@@ -121,7 +140,13 @@ def damaged(path: Path, why: str) -> str:
 class _Unpickler(pickle.Unpickler):
     """Builds tensors' places, containers and the plain classes; refuses all else."""
 
-    def __init__(self, file: Any, path: Path, records: Mapping[str, zipfile.ZipInfo], plain: Mapping[tuple[str, str], Any]) -> None:
+    def __init__(
+        self,
+        file: Any,
+        path: Path,
+        records: Mapping[str, zipfile.ZipInfo],
+        plain: Mapping[tuple[str, str], Any],
+    ) -> None:
         super().__init__(file)
         self.path, self.records, self.plain = path, records, plain
         self.storages: dict[str, Storage] = {}
@@ -142,7 +167,9 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights have no use for")
 
 
-def _tensor(stored: tuple[Storage, torch.dtype], offset: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+def _tensor(
+    stored: tuple[Storage, torch.dtype], offset: int, shape: Any, stride: Any, *_: Any
+) -> StoredTensor:
     storage, dtype = stored
     expected, contiguous = 1, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):

@@ -19,13 +19,18 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asrllm.atomic import new_file, sync
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, SHA256_KEY
 from asrllm.progress import ProgressBar
-from asrllm.writing import new_file, sync
 
 PIECE = 1 << 17  # elements: so small that freed ones are used again
-DAMAGED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)  # what torch.load says of a damaged file
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    pickle.UnpicklingError,
+)  # what torch.load says of a damaged file
 DESCRIPTOR = b"PK\x07\x08"  # begins what stands behind a record's bytes in a zip file
 ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
@@ -68,13 +73,18 @@ class TensorSource:
 
     def load(self) -> dict[str, Tensor]:
         """All of it, in memory."""
-        return {name: torch.cat([*self.pieces(name)]).view(spec.shape) for name, spec in self.specs.items()}
+        return {
+            name: torch.cat([*self.pieces(name)]).view(spec.shape)
+            for name, spec in self.specs.items()
+        }
 
 
 def write_file(source: TensorSource, path: Path) -> Path:
     """One file, safetensors by its suffix or else a state dict for torch.load(weights_only=True); it appears when it is complete."""
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"the output {str(path)!r} is a directory, or its directory does not exist: give a file's path")
+        raise UserError(
+            f"the output {str(path)!r} is a directory, or its directory does not exist: give a file's path"
+        )
     write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
     with new_file(path) as partial, ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
         write(source, list(source.specs), partial, bar)
@@ -82,12 +92,21 @@ def write_file(source: TensorSource, path: Path) -> Path:
     return path
 
 
-def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | str = "5GB", what: str = "safetensors") -> None:
+def write_sharded(
+    source: TensorSource,
+    folder: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    what: str = "safetensors",
+) -> None:
     """Safetensors and, of several, their index, in transformers' form (model.safetensors, or model-0000i-of-0000n.safetensors).
 
     folder: an empty directory, which the caller makes and removes where writing fails. what: is written, as the progress bar says it.
     """
-    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in source.specs.items()}
+    meta = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for name, spec in source.specs.items()
+    }
     plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     with ProgressBar(f"writing {what}", len(meta)) as bar:
         for file, names in plan.filename_to_tensors.items():
@@ -95,12 +114,18 @@ def write_sharded(source: TensorSource, folder: Path, *, max_shard_size: int | s
             sync(folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
 
 
-def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
+def _write_safetensors(
+    source: TensorSource, names: list[str], path: Path, bar: ProgressBar
+) -> None:
     """https://github.com/huggingface/safetensors: the header's length, the header as JSON, the tensors without gaps."""
-    names = sorted(names, key=lambda name: (-source.specs[name].dtype.itemsize, name))  # each begins at a multiple of its elements' size
+    names = sorted(
+        names, key=lambda name: (-source.specs[name].dtype.itemsize, name)
+    )  # each begins at a multiple of its elements' size
     metadata = {"format": "pt", SHA256_KEY: NO_SHA256}
     if source.about:
         metadata[ABOUT] = json.dumps(source.about)
@@ -109,7 +134,11 @@ def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: 
     for name in names:
         spec, start = source.specs[name], end
         end += spec.nbytes
-        header[name] = {"dtype": SAFETENSORS[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": SAFETENSORS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begin = len(text).to_bytes(8, "little") + text
@@ -128,20 +157,28 @@ def _write_safetensors(source: TensorSource, names: list[str], path: Path, bar: 
 def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
     """torch lays the file out around memory that nobody touches; the tensors are put in their places after it."""
     specs = source.specs
-    state: OrderedDict[str, Tensor] = OrderedDict((name, torch.empty(specs[name].shape, dtype=specs[name].dtype)) for name in names)
+    state: OrderedDict[str, Tensor] = OrderedDict(
+        (name, torch.empty(specs[name].shape, dtype=specs[name].dtype)) for name in names
+    )
     setattr(state, ABOUT, dict(source.about))
     with torch.serialization.skip_data():
         torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
         records, directory = archive.infolist(), archive.start_dir
-    headers = {int(record.filename.rpartition("/")[2]): record.header_offset for record in records if "/data/" in record.filename}
+    headers = {
+        int(record.filename.rpartition("/")[2]): record.header_offset
+        for record in records
+        if "/data/" in record.filename
+    }
     checksums: dict[int, int] = {}
     with path.open("r+b") as file:
         for number, name in enumerate(names):
             file.seek(begin_of_record(file, headers[number]))
             checksums[headers[number]] = _write_record(file, source, name)
             bar.advance()
-        _write_checksums(file, directory, [checksums.get(record.header_offset) for record in records])
+        _write_checksums(
+            file, directory, [checksums.get(record.header_offset) for record in records]
+        )
 
 
 def _write_record(file: BinaryIO, source: TensorSource, name: str) -> int:
@@ -171,7 +208,12 @@ def _write_checksums(file: BinaryIO, directory: int, checksums: Sequence[int | N
 def begin_of_record(file: BinaryIO, header: int) -> int:
     """Where a record's bytes begin: behind its local header of 30 bytes, its name and its extra field (PKWARE's APPNOTE, 4.3.7)."""
     file.seek(header + 26)
-    return header + 30 + int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+    return (
+        header
+        + 30
+        + int.from_bytes(file.read(2), "little")
+        + int.from_bytes(file.read(2), "little")
+    )
 
 
 def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
@@ -189,5 +231,7 @@ def read_about(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as tensors:
                 return dict(json.loads((tensors.metadata() or {}).get(ABOUT, "{}")))
-        return dict(getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {}))
+        return dict(
+            getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {})
+        )
     return {}

@@ -9,7 +9,9 @@ from typing import Any
 
 from asrllm.errors import UserError
 
-LFS_POINTER = b"version https://git-lfs"  # how the file begins that git holds in place of a large one
+LFS_POINTER = (
+    b"version https://git-lfs"  # how the file begins that git holds in place of a large one
+)
 # not faults of the file that is read; `explain` in asrllm/commands/dispatch.py says what to do
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
 
@@ -40,7 +42,9 @@ def reading(
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             raise
-        raise UserError(f"{what} {str(path)!r} cannot be read: {first_words(error)}. {fix}") from error
+        raise UserError(
+            f"{what} {str(path)!r} cannot be read: {first_words(error)}. {fix}"
+        ) from error
 
 
 def first_words(error: BaseException, limit: int = 200) -> str:
@@ -66,7 +70,9 @@ def check_no_pointer(path: str | Path) -> None:
         begin = file.read(len(LFS_POINTER))
     if begin == LFS_POINTER:
         folder = str(Path(path).absolute().parent)
-        raise UserError(f"{str(path)!r} is a git-LFS pointer, not the file itself. Run 'git lfs pull' in {folder!r}, or download the file.")
+        raise UserError(
+            f"{str(path)!r} is a git-LFS pointer, not the file itself. Run 'git lfs pull' in {folder!r}, or download the file."
+        )
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -89,7 +95,9 @@ def check_file(path: str | Path, what: str) -> None:
     if path.is_dir():
         raise UserError(f"{what} {str(path)!r} is a directory. Give a file.")
     if path.exists():
-        raise UserError(f"{what} {str(path)!r} is a pipe or device. Write its content to a file and give that.")
+        raise UserError(
+            f"{what} {str(path)!r} is a pipe or device. Write its content to a file and give that."
+        )
     raise UserError(f"{what} {str(path)!r} does not exist. Check the path.")
 
 
@@ -120,9 +128,13 @@ def read_yaml(path: str | Path, what: str) -> Any:
     try:
         return yaml.safe_load(read_text(path, what))
     except RecursionError as error:
-        raise UserError(f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels.") from error
+        raise UserError(
+            f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
+        ) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
 
 
 def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
@@ -130,7 +142,9 @@ def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
     try:
         content = parse_json(read_text(path, what))
     except ValueError as error:
-        raise UserError(f"{what} {str(path)!r} is not valid JSON: {error}. Copy it again.") from error
+        raise UserError(
+            f"{what} {str(path)!r} is not valid JSON: {error}. Copy it again."
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {str(path)!r} must be a JSON object. Copy it again.")
     return content

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from saving import make_world, train
 
-from asrllm.training.manifest import manifest_text, read_manifest
+from asrllm.training.checkpoint.manifest import manifest_text, read_manifest
 
 STEPS = 2
 AVERAGE = "from asrllm.checkpoints.average import Average, average"
@@ -59,7 +59,13 @@ def make_runs(folder: Path, *, tiny: bool) -> tuple[Path, Path]:
     """(the run trained as a whole with its checkpoints, the run with adapters)"""
     make_world(folder, tiny=tiny)
     whole, lora = folder / "whole", folder / "lora"
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29571"]
+    deepspeed = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "29571",
+    ]
     settings = {"trainer__num_steps": STEPS, "trainer__save_every": STEPS}
     train(folder, whole, *deepspeed, **settings, trainer__deepspeed_config="ds_configs/zero2.json")
     train(folder, lora, **settings, model__llm__lora__r=16, model__llm__frozen="true")
@@ -81,7 +87,12 @@ def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tupl
     """(peak MiB beyond the imports, seconds)"""
     imports, call = TOOLS[tool]
     output = scratch / ("out.pt" if tool.startswith(("average", "consolidate")) else "out")
-    command = [sys.executable, "-c", SCRIPT.format(imports=imports, call=call), *map(str, (exp, lora, output, shard))]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT.format(imports=imports, call=call),
+        *map(str, (exp, lora, output, shard)),
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -92,7 +103,9 @@ def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny LLM, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -107,8 +120,13 @@ def main() -> None:
             for tool, values in measured.items():
                 values.append(measure(tool, exp, lora, shard, Path(name)))
         size = sum(file.stat().st_size for file in (exp / f"checkpoint-{STEPS}").glob("*"))
-    peaks = {tool: round(statistics.median(peak for peak, _ in values), 1) for tool, values in measured.items()}
-    seconds = {tool: round(statistics.median(s for _, s in values), 2) for tool, values in measured.items()}
+    peaks = {
+        tool: round(statistics.median(peak for peak, _ in values), 1)
+        for tool, values in measured.items()
+    }
+    seconds = {
+        tool: round(statistics.median(s for _, s in values), 2) for tool, values in measured.items()
+    }
     results = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "rounds": arguments.rounds,
@@ -118,9 +136,13 @@ def main() -> None:
         "seconds": seconds,
         "ratios": {
             "consolidate to deepspeed, peak": round(peaks["consolidate"] / peaks["deepspeed"], 3),
-            "consolidate to deepspeed, seconds": round(seconds["consolidate"] / seconds["deepspeed"], 3),
+            "consolidate to deepspeed, seconds": round(
+                seconds["consolidate"] / seconds["deepspeed"], 3
+            ),
             "average 10 to average 2, peak": round(peaks["average 10"] / peaks["average 2"], 3),
-            "average 10 to average 2 of adapters, peak": round(peaks["average 10, adapters"] / peaks["average 2, adapters"], 3),
+            "average 10 to average 2 of adapters, peak": round(
+                peaks["average 10, adapters"] / peaks["average 2, adapters"], 3
+            ),
             "merge to shard, peak": round(peaks["merge"] / (shard / 2**20), 3),
         },
     }

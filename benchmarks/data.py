@@ -47,12 +47,18 @@ from asrllm.data.shards import write_shards
 from asrllm.data.sources import Utterance
 from asrllm.testing import tiny_tokenizer
 
-RATE, SECONDS, FIXED = 16000, 200.0, 16  # FIXED: utterances in webdataset's batches, about SECONDS of audio
+RATE, SECONDS, FIXED = (
+    16000,
+    200.0,
+    16,
+)  # FIXED: utterances in webdataset's batches, about SECONDS of audio
 BUDGET = SamplerConfig(max_tokens=10**9, max_utterances=10**6, max_duration=SECONDS, window=100_000)
 
 
 BARRIER: Any = None  # of the processes that are measured together
-STATES: dict[float, dict[str, Any]] = {}  # of lhotse's sampler, by the share of the epoch that is done
+STATES: dict[
+    float, dict[str, Any]
+] = {}  # of lhotse's sampler, by the share of the epoch that is done
 
 
 class Batch(NamedTuple):
@@ -84,7 +90,10 @@ def make_corpus_files(folder: Path, count: int) -> None:
     """folder/shards, ours and webdataset's; folder/flac, single files; folder/shar, lhotse's."""
     seconds = lengths(count)
     utterances = [
-        Utterance(key=f"utt{i:06d}", text="one two " * round(s), load=functools.partial(make_wave, s, i)) for i, s in enumerate(seconds)
+        Utterance(
+            key=f"utt{i:06d}", text="one two " * round(s), load=functools.partial(make_wave, s, i)
+        )
+        for i, s in enumerate(seconds)
     ]
     write_shards(folder / "shards", utterances, utterances_per_shard=500, workers=2)
     (folder / "flac").mkdir()
@@ -95,9 +104,22 @@ def make_corpus_files(folder: Path, count: int) -> None:
             path.write_bytes(sample["flac"])
             recording = Recording.from_file(path)
             text = json.loads(sample["json"])["text"]
-            supervision = SupervisionSegment(id=recording.id, recording_id=recording.id, start=0, duration=recording.duration, text=text)
+            supervision = SupervisionSegment(
+                id=recording.id,
+                recording_id=recording.id,
+                start=0,
+                duration=recording.duration,
+                text=text,
+            )
             cuts.append(
-                MonoCut(id=recording.id, start=0, duration=recording.duration, channel=0, recording=recording, supervisions=[supervision])
+                MonoCut(
+                    id=recording.id,
+                    start=0,
+                    duration=recording.duration,
+                    channel=0,
+                    recording=recording,
+                    supervisions=[supervision],
+                )
             )
     (folder / "shar").mkdir()
     CutSet.from_cuts(cuts).to_shar(folder / "shar", fields={"recording": "flac"}, shard_size=500)
@@ -118,7 +140,9 @@ def ours(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
     at = Position(window=0, batch=int(start * len(plan.batches(0, 0, 1))), ranks=1)
     dataset = PlannedDataset(Reader([corpus]), collator())
-    for step in steps(plan, dataset, at, rank=0, ranks=1, accumulation=1, epochs=1, num_workers=workers):
+    for step in steps(
+        plan, dataset, at, rank=0, ranks=1, accumulation=1, epochs=1, num_workers=workers
+    ):
         (batch,) = step.micro_batches
         yield Batch(len(batch.keys), batch.waves.numel(), int(batch.wave_lengths.sum()))
 
@@ -127,7 +151,9 @@ def reading(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     """What reading adds to decoding: the same utterances out of the tars, in the plan's order, in this process; nothing is collated."""
     corpus = make_corpus("c", open_index(folder / "shards"), None)
     reader = Reader([corpus])
-    for step in Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0).steps(Position(), ranks=1):
+    for step in Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0).steps(
+        Position(), ranks=1
+    ):
         for item in step.of_rank(0)[0]:
             wave = reader.read(item).wave
             yield Batch(1, len(wave), len(wave))
@@ -136,17 +162,26 @@ def reading(folder: Path, workers: int, start: float) -> Iterator[Batch]:
 def collator() -> Collator:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|AUDIO|>"], special_tokens=True)
-    return Collator(ChatRenderer(tokenizer, "<|AUDIO|>"), DEFAULT_PROMPTS, num_audio_tokens=lambda samples: samples // 1280, seed=0)
+    return Collator(
+        ChatRenderer(tokenizer, "<|AUDIO|>"),
+        DEFAULT_PROMPTS,
+        num_audio_tokens=lambda samples: samples // 1280,
+        seed=0,
+    )
 
 
 def webdatasets(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     """Shuffled shards, a buffer of 1000, batches of a fixed number; a resumed run skips what it has had before decoding it."""
     shards = open_index(folder / "shards").shards
     skipped = int(start * len(os.listdir(folder / "flac"))) // max(workers, 1)
-    data = webdataset.WebDataset(shards, shardshuffle=100, seed=0, nodesplitter=None).shuffle(1000, seed=0)
+    data = webdataset.WebDataset(shards, shardshuffle=100, seed=0, nodesplitter=None).shuffle(
+        1000, seed=0
+    )
     data = data.compose(functools.partial(skip, count=skipped))
     data = data.map(decode_sample).batched(FIXED, collation_fn=pad)
-    for waves, read_lengths, _ in DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+    for waves, read_lengths, _ in DataLoader(
+        data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    ):
         yield Batch(len(waves), waves.numel(), int(read_lengths.sum()))
 
 
@@ -175,18 +210,32 @@ def lhotses(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     """Shar with DynamicBucketingSampler in the worker; a resumed run loads the sampler's state dict."""
 
     def sampler(workers: int = workers) -> DynamicBucketingSampler:
-        cuts = CutSet.from_shar(in_dir=folder / "shar", shuffle_shards=True, seed=0, split_for_dataloading=workers > 1)
-        return DynamicBucketingSampler(cuts.repeat(1), max_duration=SECONDS, num_buckets=20, shuffle=True, rank=0, world_size=1, seed=0)
+        cuts = CutSet.from_shar(
+            in_dir=folder / "shar", shuffle_shards=True, seed=0, split_for_dataloading=workers > 1
+        )
+        return DynamicBucketingSampler(
+            cuts.repeat(1),
+            max_duration=SECONDS,
+            num_buckets=20,
+            shuffle=True,
+            rank=0,
+            world_size=1,
+            seed=0,
+        )
 
     chosen = sampler()
     if start:
         chosen.load_state_dict(shar_state(folder, start, sampler))
     data = IterableDatasetWrapper(CutAudio(), chosen)
-    for waves, wave_lengths, _ in DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+    for waves, wave_lengths, _ in DataLoader(
+        data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    ):
         yield Batch(len(waves), waves.numel(), int(wave_lengths.sum()))
 
 
-def shar_state(folder: Path, start: float, sampler: Callable[[int], DynamicBucketingSampler]) -> dict[str, Any]:
+def shar_state(
+    folder: Path, start: float, sampler: Callable[[int], DynamicBucketingSampler]
+) -> dict[str, Any]:
     """The state of a sampler that has given the share `start` of an epoch: made ahead, its making is not timed."""
     if start not in STATES:
         past = sampler(0)
@@ -207,7 +256,9 @@ RESUME = "seconds to resume at 90 %"
 # --- measuring ---
 
 
-def rate(pipeline: Callable[..., Iterator[Batch]], folder: Path, workers: int) -> tuple[float, float]:
+def rate(
+    pipeline: Callable[..., Iterator[Batch]], folder: Path, workers: int
+) -> tuple[float, float]:
     """(utterances a second after the first batch, share of padding)."""
     batches = pipeline(folder, workers, 0.0)
     seen = [next(batches)]
@@ -248,13 +299,30 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
         "medians": {name: round(value, 4) for name, value in medians.items()},
         "ratios": {
             "reading alone to the bare loop": round(
-                medians["reading alone/utterances per second"] / medians["bare loop/utterances per second"], 3
+                medians["reading alone/utterances per second"]
+                / medians["bare loop/utterances per second"],
+                3,
             ),
-            "one worker to the bare loop": round(medians[speed] / medians["bare loop/utterances per second"], 3),
+            "one worker to the bare loop": round(
+                medians[speed] / medians["bare loop/utterances per second"], 3
+            ),
             "two workers to one": round(medians[f"{speed}, 2 workers"] / medians[speed], 3),
-            **{f"speed to {n}": round(medians[speed] / medians[f"{n}/utterances per second"], 3) for n in OTHERS},
-            **{f"padding of {n} to ours": round(medians[f"{n}/padding"] / medians["asrllm/padding"], 1) for n in OTHERS},
-            **{f"resuming of {n} to ours": round(medians[f"{n}/{RESUME}"] / medians[f"asrllm/{RESUME}"], 1) for n in OTHERS},
+            **{
+                f"speed to {n}": round(medians[speed] / medians[f"{n}/utterances per second"], 3)
+                for n in OTHERS
+            },
+            **{
+                f"padding of {n} to ours": round(
+                    medians[f"{n}/padding"] / medians["asrllm/padding"], 1
+                )
+                for n in OTHERS
+            },
+            **{
+                f"resuming of {n} to ours": round(
+                    medians[f"{n}/{RESUME}"] / medians[f"asrllm/{RESUME}"], 1
+                )
+                for n in OTHERS
+            },
         },
     }
 
@@ -268,7 +336,15 @@ def make_large_index(folder: Path, small: Index, count: int) -> None:
         name = f"shard-{number:06d}.tar"
         (folder / name).symlink_to(small.shards[shard])
         part = rows[small.starts[shard] : small.starts[shard] + per_shard].copy()
-        records.append(ShardRecord(name=name, size=small.sizes[shard], sha256=small.sha256[shard], rows=part, tallies={}))
+        records.append(
+            ShardRecord(
+                name=name,
+                size=small.sizes[shard],
+                sha256=small.sha256[shard],
+                rows=part,
+                tallies={},
+            )
+        )
     write_index(folder, records)
 
 
@@ -307,7 +383,12 @@ def _first_batch(folder: Path) -> dict[str, float]:
     next(stream)
     first = time.perf_counter()
     fresh = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
-    dealt = sum(len(step.of_rank(0)) for step in itertools.takewhile(lambda step: step.after.window == 0, fresh.steps(Position(), ranks=1)))
+    dealt = sum(
+        len(step.of_rank(0))
+        for step in itertools.takewhile(
+            lambda step: step.after.window == 0, fresh.steps(Position(), ranks=1)
+        )
+    )
     planned = time.perf_counter()
     return {
         "seconds to open": opened - began,
@@ -335,7 +416,11 @@ def _proportional_mb() -> float:
 
 
 def machine() -> dict[str, Any]:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     packages = ("torch", "webdataset", "lhotse", "soundfile", "numpy")
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -347,20 +432,35 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--utterances", type=int, default=3000, help="of the corpus that is read; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--utterances",
+        type=int,
+        default=3000,
+        help="of the corpus that is read; default: %(default)s",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=10_000_000, help="of the large index; default: %(default)s")
+    parser.add_argument(
+        "--rows", type=int, default=10_000_000, help="of the large index; default: %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_corpus_files(folder, arguments.utterances)
-        results = {"machine": machine(), "utterances": arguments.utterances, "rounds": arguments.rounds}
+        results = {
+            "machine": machine(),
+            "utterances": arguments.utterances,
+            "rounds": arguments.rounds,
+        }
         results["reading"] = compare(folder, arguments.rounds)
         make_large_index(folder / "large", open_index(folder / "shards"), arguments.rows)
-        results[f"index of {arguments.rows} rows of {ROW.itemsize} bytes"] = large(folder / "large", arguments.rounds)
+        results[f"index of {arguments.rows} rows of {ROW.itemsize} bytes"] = large(
+            folder / "large", arguments.rounds
+        )
     text = json.dumps(results, indent=1)
     print(text)
     if arguments.output:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from asrllm import AutoModel
+from asrllm import AutoModel, distributed
 from asrllm.audio.reader import Reader
 from asrllm.collator.batch import pad_left
 from asrllm.data.cache import ShardCache
@@ -35,8 +35,7 @@ from asrllm.data.plan import Item
 from asrllm.evaluation.decode import DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.journal import Journal
-from asrllm.models.generation import token_limit
-from asrllm.training import distributed
+from asrllm.models.asr_llm.generation import token_limit
 
 MAX_NEW_TOKENS = 100
 Rate = float | None  # tokens a second
@@ -49,11 +48,17 @@ def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) 
     stops, texts = processor.renderer.stop_ids, []
     for start in range(0, len(corpus.index), batch_size):
         rows = range(start, min(start + batch_size, len(corpus.index)))
-        waves, samples = processor.load_waves([reader.read(Item(corpus=0, row=row)).wave for row in rows])
+        waves, samples = processor.load_waves(
+            [reader.read(Item(corpus=0, row=row)).wave for row in rows]
+        )
         limits = [token_limit(n / RATE, MAX_NEW_TOKENS, rate) for n in samples.tolist()]
         chats = [processor.renderer.user_messages(prompt)] * len(rows)
         features, lengths = model.audio_encoder.features(waves, samples)
-        ids, mask = pad_left(processor.encode_prompts(chats, [1] * len(rows), model.config.num_audio_tokens(samples).tolist()))
+        ids, mask = pad_left(
+            processor.encode_prompts(
+                chats, [1] * len(rows), model.config.num_audio_tokens(samples).tolist()
+            )
+        )
         answers = model.llm.generate(
             inputs_embeds=model.embed(ids, model.encode(features, lengths)),
             attention_mask=mask,
@@ -63,7 +68,10 @@ def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) 
             pad_token_id=stops[0],
         )
         kept = [row[:limit] for row, limit in zip(answers, limits, strict=True)]
-        texts += [text.strip() for text in processor.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+        texts += [
+            text.strip()
+            for text in processor.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        ]
     return texts
 
 
@@ -72,7 +80,9 @@ def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
     options = DecodingOptions(prompt=prompt, max_batch_duration=240.0)
     with tempfile.TemporaryDirectory() as folder:
         cache = ShardCache.of(CacheConfig(dir=folder, max_gb=1.0))
-        transcripts, _ = decode_corpus(engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, of=None))
+        transcripts, _ = decode_corpus(
+            engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, of=None)
+        )
     return [t.raw_hypothesis for t in transcripts]
 
 
@@ -84,7 +94,9 @@ def never_end(model: Any) -> None:
     model.causal_lm.register_forward_hook(forward)
 
 
-def measure(ways: dict[str, Callable[[], list[str]]], rounds: int) -> tuple[dict[str, float], dict[str, list[str]]]:
+def measure(
+    ways: dict[str, Callable[[], list[str]]], rounds: int
+) -> tuple[dict[str, float], dict[str, list[str]]]:
     """(median seconds, texts) of each way; the ways take turns. All ranks run ours, the first one the others, with the threads of all."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     texts: dict[str, list[str]] = {}
@@ -107,7 +119,7 @@ def tiny(folder: Path) -> tuple[Path, Path]:
     from asrllm.data.shards import write_shards
     from asrllm.data.sources import read_kaldi
     from asrllm.models.build import build_model, describe_model
-    from asrllm.models.config import EncoderPart, LlmPart, ModelConfig
+    from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
     from asrllm.testing import kaldi_directory, tiny_llm, tiny_whisper, tone_sentences
 
     config = ModelConfig(
@@ -117,25 +129,48 @@ def tiny(folder: Path) -> tuple[Path, Path]:
         frozen_parameters=[], exclude_from_checkpoint=[],
     )  # fmt: skip
     processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
-    build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).save_pretrained(folder / "model")
-    write_shards(folder / "shards", read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(12))))
+    build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).save_pretrained(
+        folder / "model"
+    )
+    write_shards(
+        folder / "shards", read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(12)))
+    )
     return folder / "model", folder / "shards"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="an exported directory, or a run's exp_dir")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        help="an exported directory, or a run's exp_dir",
+    )
     parser.add_argument("--weights", type=Path, help="a run's weights file")
     parser.add_argument("--shards", type=Path, help="the utterances")
-    parser.add_argument("--batch-size", type=int, default=8, help="of the fixed batches; default: %(default)s")
-    parser.add_argument("--tokens-per-second", type=float, metavar="R", help="answers of this length; default: as the model ends them")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="of the fixed batches; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tokens-per-second",
+        type=float,
+        metavar="R",
+        help="answers of this length; default: as the model ends them",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        where, shards = tiny(Path(folder)) if arguments.tiny else (arguments.model, arguments.shards)
+        where, shards = (
+            tiny(Path(folder)) if arguments.tiny else (arguments.model, arguments.shards)
+        )
         if where is None or shards is None:
             parser.error("give MODEL and --shards, or --tiny")
         results = compare(where, shards, arguments)
@@ -152,7 +187,10 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         distributed.start()
     model = AutoModel.from_pretrained(where, weights=arguments.weights, dtype=arguments.dtype)
     corpus = make_corpus("test", open_index(shards), None)
-    prompt, fixed = (model.config.prompts or ["Transcribe."])[0], f"batches of {arguments.batch_size}"
+    prompt, fixed = (
+        (model.config.prompts or ["Transcribe."])[0],
+        f"batches of {arguments.batch_size}",
+    )
     given = model, corpus, prompt, arguments.tokens_per_second
     if arguments.tokens_per_second:
         never_end(model)
@@ -178,7 +216,10 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         "RTFx": {way: round(audio / s, 2) for way, s in seconds.items()},
         "speed to one by one": round(seconds["one by one"] / seconds["ours"], 2),
         f"speed to {fixed}": round(seconds[fixed] / seconds["ours"], 2),
-        "texts that differ": {way: sum(a != b for a, b in zip(texts["ours"], other, strict=True)) for way, other in texts.items()},
+        "texts that differ": {
+            way: sum(a != b for a, b in zip(texts["ours"], other, strict=True))
+            for way, other in texts.items()
+        },
     }
 
 

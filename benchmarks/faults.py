@@ -44,13 +44,13 @@ from asrllm.data.plan import Item
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
 from asrllm.errors import UserError
-from asrllm.evaluation.journal import Journal, Said
+from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.models.auto import read_state
 from asrllm.testing import kaldi_directory, tone_sentences
-from asrllm.training.hooks.log import reopen_log
-from asrllm.training.manifest import manifest_text, read_manifest
-from asrllm.training.resume import corruption
-from asrllm.training.zero_files import file_digest
+from asrllm.training.callbacks.json_log import reopen_log
+from asrllm.training.checkpoint.manifest import manifest_text, read_manifest
+from asrllm.training.checkpoint.resume import corruption
+from asrllm.training.checkpoint.zero_files import file_digest
 
 ASRLLM = [sys.executable, "-m", "asrllm.cli"]
 OUTCOMES = ("detected", "harmless", "silent", "traceback", "lost")
@@ -71,11 +71,19 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
         return bytes(changed)
     length = int(rng.integers(1, 4097))
     if kind == "zeros":
-        return content[:place] + bytes(len(content[place : place + length])) + content[place + length :]
+        return (
+            content[:place]
+            + bytes(len(content[place : place + length]))
+            + content[place + length :]
+        )
     if kind == "cut":
         return content[:place]
     if kind == "garbage":
-        return content[:place] + rng.bytes(len(content[place : place + length])) + content[place + length :]
+        return (
+            content[:place]
+            + rng.bytes(len(content[place : place + length]))
+            + content[place + length :]
+        )
     return content[: place + length] + content[place:]
 
 
@@ -102,7 +110,11 @@ class Artifact:
 
 
 def shards(folder: Path) -> Artifact:
-    write_shards(folder / "shards", read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(12))), utterances_per_shard=5)
+    write_shards(
+        folder / "shards",
+        read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(12))),
+        utterances_per_shard=5,
+    )
     return Artifact(folder / "shards", use_shards)
 
 
@@ -110,7 +122,10 @@ def use_shards(folder: Path) -> Any:
     index = open_index(folder)
     reader = Reader([make_corpus("train", index, None)])
     samples = [reader.read(Item(corpus=0, row=row)) for row in range(len(index))]
-    return [(sample.key, sample.text, hashlib.sha256(sample.wave.tobytes()).hexdigest()) for sample in samples]
+    return [
+        (sample.key, sample.text, hashlib.sha256(sample.wave.tobytes()).hexdigest())
+        for sample in samples
+    ]
 
 
 STATE = {f"projector.{i}": torch.arange(4096.0).view(64, 64) + i for i in range(4)}
@@ -120,7 +135,9 @@ def checkpoint(folder: Path) -> Artifact:
     place = folder / "run" / "checkpoint-1"
     place.mkdir(parents=True)
     torch.save({"module": STATE, "optimizer": {}}, place / "mp_rank_00_model_states.pt")
-    about = {name: {"shape": list(tensor.shape), "dtype": "float32"} for name, tensor in STATE.items()}
+    about = {
+        name: {"shape": list(tensor.shape), "dtype": "float32"} for name, tensor in STATE.items()
+    }
     manifest = {
         "step": 1, "position": {}, "zero_stage": 0, "world_size": 1, "trainable": about, "param_groups": [list(STATE)],
         "running_average": False, "base_models": {}, "settings": {}, "prompts": [],
@@ -147,29 +164,47 @@ def weights(folder: Path, name: str) -> Artifact:
     return Artifact(place / "weights", lambda where: digest(read_state(where / name)))
 
 
-SAID = Said(
-    row=0, key="k", reference="one", hypothesis="two", end="stop", duration=1.0, speaker="", recording="", corpus="", took=1.0, rank=0
+DECODED = DecodedUtterance(
+    row=0,
+    key="k",
+    reference="one",
+    hypothesis="two",
+    end="stop",
+    duration=1.0,
+    speaker="",
+    recording="",
+    corpus="",
+    took=1.0,
+    rank=0,
 )
 
 
 def journal(folder: Path) -> Artifact:
     place = folder / "journal"
     with Journal(place, "test", of=1) as made:
-        made.write([Said(**vars(SAID) | {"row": row}) for row in range(20)])
-    return Artifact(place, lambda where: [vars(said) for said in Journal(where, "test", of=1).read()], is_log=True)
+        made.write([DecodedUtterance(**vars(DECODED) | {"row": row}) for row in range(20)])
+    return Artifact(
+        place,
+        lambda where: [vars(said) for said in Journal(where, "test", of=1).read()],
+        is_log=True,
+    )
 
 
 def metrics(folder: Path) -> Artifact:
     place = folder / "metrics"
     place.mkdir()
-    (place / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": step / 7}) + "\n" for step in range(1, 30)))
+    (place / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "loss": step / 7}) + "\n" for step in range(1, 30))
+    )
     return Artifact(place, use_metrics, is_log=True)
 
 
 def use_metrics(folder: Path) -> Any:
     reopen_log(folder / "metrics.jsonl", 100).close()
     lines = (folder / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line)["step"] for line in lines if line]  # JSON has no checksum: a number may be another
+    return [
+        json.loads(line)["step"] for line in lines if line
+    ]  # JSON has no checksum: a number may be another
 
 
 def try_damage(artifact: Artifact, expected: Any, rng: np.random.Generator) -> str:
@@ -177,7 +212,11 @@ def try_damage(artifact: Artifact, expected: Any, rng: np.random.Generator) -> s
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         copy = Path(name) / artifact.folder.name
         shutil.copytree(artifact.folder, copy)
-        files = [path for path in sorted(copy.rglob("*")) if path.is_file() and path.stat().st_size and path.name != "rejected.jsonl"]
+        files = [
+            path
+            for path in sorted(copy.rglob("*"))
+            if path.is_file() and path.stat().st_size and path.name != "rejected.jsonl"
+        ]
         victim = files[int(rng.integers(len(files)))]
         victim.write_bytes(damage(victim.read_bytes(), rng))
         try:
@@ -226,23 +265,43 @@ def hostile(folder: Path) -> Iterator[tuple[str, list[str]]]:
         "id": "r", "sampling_rate": 16000, "num_samples": 16000, "duration": 1.0,
         "sources": [{"type": "command", "channels": [0], "source": f"touch {canary}"}],
     }  # fmt: skip
-    cut = {"id": "c", "start": 0, "duration": 1.0, "channel": 0, "supervisions": [], "recording": recording, "type": "MonoCut"}
+    cut = {
+        "id": "c",
+        "start": 0,
+        "duration": 1.0,
+        "channel": 0,
+        "supervisions": [],
+        "recording": recording,
+        "type": "MonoCut",
+    }
     tracks = [{"cut": cut, "offset": 0}]
-    for name, row in (("command", cut), ("command in a mixed cut", {"id": "m", "type": "MixedCut", "tracks": tracks})):
+    for name, row in (
+        ("command", cut),
+        ("command in a mixed cut", {"id": "m", "type": "MixedCut", "tracks": tracks}),
+    ):
         path = folder / f"{name}.jsonl"
         path.write_text(json.dumps(row))
-        yield f"Lhotse: {name}", [*ASRLLM, "shards", "make", str(folder / "out"), "--cuts", str(path)]
+        yield (
+            f"Lhotse: {name}",
+            [*ASRLLM, "shards", "make", str(folder / "out"), "--cuts", str(path)],
+        )
     deep = folder / "deep.jsonl"
     deep.write_text("[" * 100_000)
     for source in ("cuts", "nemo", "wenet", "slam", "swift"):
-        yield f"nested JSON: {source}", [*ASRLLM, "shards", "make", str(folder / "out"), f"--{source}", str(deep)]
+        yield (
+            f"nested JSON: {source}",
+            [*ASRLLM, "shards", "make", str(folder / "out"), f"--{source}", str(deep)],
+        )
     bomb = folder / "bomb.jsonl.gz"
     subprocess.run(f"head -c 2000000000 /dev/zero | gzip -1 > {bomb}", shell=True, check=True)
     yield "gzip bomb", [*ASRLLM, "shards", "make", str(folder / "out"), "--nemo", str(bomb)]
     for name, content in tars().items():
         path = folder / f"{name.replace(' ', '-')}.tar"
         path.write_bytes(content)
-        yield f"tar: {name}", [*ASRLLM, "shards", "index", str(path), "--output", str(folder / "index")]
+        yield (
+            f"tar: {name}",
+            [*ASRLLM, "shards", "index", str(path), "--output", str(folder / "index")],
+        )
 
 
 def tars() -> dict[str, bytes]:
@@ -273,7 +332,9 @@ def try_hostile(command: list[str], canary: Path) -> str:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY + (6 << 30), MEMORY + (6 << 30)))
 
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME, preexec_fn=limit)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIME, preexec_fn=limit
+        )
     except subprocess.TimeoutExpired:
         return "silent"
     if canary.exists():
@@ -290,13 +351,30 @@ def try_hostile(command: list[str], canary: Path) -> str:
 def kills(count: int, seed: int, folder: Path) -> Counter[str]:
     """Kill `shards make` at random moments; the last run must give the bytes of an undisturbed one."""
     kaldi = kaldi_directory(folder / "kaldi-kills", tone_sentences(60, seed=seed))
-    command = [*ASRLLM, "shards", "make", "--kaldi", str(kaldi), "--corpus", "tones", "--utterances-per-shard", "4", "--workers", "2"]
+    command = [
+        *ASRLLM,
+        "shards",
+        "make",
+        "--kaldi",
+        str(kaldi),
+        "--corpus",
+        "tones",
+        "--utterances-per-shard",
+        "4",
+        "--workers",
+        "2",
+    ]
     subprocess.run([*command, str(folder / "whole")], check=True, capture_output=True)
     expected = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     rng, outcomes = np.random.default_rng(seed), Counter[str]()
     for number in range(count):
         out = folder / f"killed-{number}"
-        process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         time.sleep(float(rng.uniform(0.2, 3.0)))  # the moment of the kill is random on purpose
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -309,28 +387,58 @@ def kills(count: int, seed: int, folder: Path) -> Counter[str]:
 
 
 def campaign(damage_count: int, kill_count: int, seed: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="faults-") as name, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory(prefix="faults-") as name,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         folder = Path(name)
-        table = {f"damaged: {what}": counts for what, counts in damages(damage_count, seed, folder).items()}
+        table = {
+            f"damaged: {what}": counts
+            for what, counts in damages(damage_count, seed, folder).items()
+        }
         (folder / "hostile").mkdir()
         for what, command in hostile(folder / "hostile"):
             table[f"hostile: {what}"] = Counter([try_hostile(command, folder / "hostile" / "ran")])
         if kill_count:
             table["killed: shards make"] = kills(kill_count, seed, folder)
-    return {what: {"trials": sum(counts.values())} | {o: counts[o] for o in OUTCOMES} for what, counts in table.items()}
+    return {
+        what: {"trials": sum(counts.values())} | {o: counts[o] for o in OUTCOMES}
+        for what, counts in table.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--damages", type=int, default=300, metavar="N", help="of each kind of file; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--damages",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of each kind of file; default: %(default)s",
+    )
     parser.add_argument("--kills", type=int, default=30, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="campaigns, each with the next seed; default: %(default)s")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="campaigns, each with the next seed; default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables as JSON")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    tables = [campaign(arguments.damages, arguments.kills, arguments.seed + i) for i in range(arguments.rounds)]
-    results = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "seed": arguments.seed, "tables": tables}
+    tables = [
+        campaign(arguments.damages, arguments.kills, arguments.seed + i)
+        for i in range(arguments.rounds)
+    ]
+    results = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "seed": arguments.seed,
+        "tables": tables,
+    }
     bad = 0
     for table in tables:
         for what, row in table.items():

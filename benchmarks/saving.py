@@ -23,7 +23,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
-from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_tokenizer, tiny_whisper, tone_sentences
+from asrllm.testing import (
+    data_config,
+    kaldi_directory,
+    tiny_llm,
+    tiny_tokenizer,
+    tiny_whisper,
+    tone_sentences,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WAYS = {"beside training": "true", "at once": "false"}
@@ -40,7 +47,11 @@ def make_world(folder: Path, *, tiny: bool) -> None:
         )  # fmt: skip
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "llm")
         tiny_tokenizer().save_pretrained(folder / "llm")
-    write_shards(folder / "shards", read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(400))), utterances_per_shard=400)
+    write_shards(
+        folder / "shards",
+        read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(400))),
+        utterances_per_shard=400,
+    )
     data_config(folder / "train.yaml", [{"name": "train", "shards": str(folder / "shards")}])
 
 
@@ -65,14 +76,25 @@ def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
         "trainer.log_every": 1,
         "trainer.tensorboard": "false",
     } | {key.replace("__", "."): value for key, value in others.items()}
-    command = [*(launcher or [sys.executable]), str(REPOSITORY / "launch" / "train.py"), *(f"{k}={v}" for k, v in overrides.items())]
+    command = [
+        *(launcher or [sys.executable]),
+        str(REPOSITORY / "launch" / "train.py"),
+        *(f"{k}={v}" for k, v in overrides.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
 
-def seconds_of_steps(folder: Path, exp: Path, background: str, steps: int, every: int) -> list[float]:
-    settings = {"num_steps": steps, "save_every": every, "keep_last_k": 1, "background_checkpoints": background}
+def seconds_of_steps(
+    folder: Path, exp: Path, background: str, steps: int, every: int
+) -> list[float]:
+    settings = {
+        "num_steps": steps,
+        "save_every": every,
+        "keep_last_k": 1,
+        "background_checkpoints": background,
+    }
     train(folder, exp, **{f"trainer__{key}": value for key, value in settings.items()})
     records = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
     return [record["seconds_per_step"] for record in records if "loss" in record]
@@ -83,38 +105,57 @@ def kinds(seconds: list[float], every: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"saves": [], "steps after": [], "others": []}
     for step, value in enumerate(seconds[:-1], start=1):
         place = (step - 1) % every
-        if step > 2 * every:  # the first checkpoint allocates the copies' memory, and steps before it warm up
-            found["saves" if place == 0 else "steps after" if place <= 2 else "others"].append(value)
+        if (
+            step > 2 * every
+        ):  # the first checkpoint allocates the copies' memory, and steps before it warm up
+            found["saves" if place == 0 else "steps after" if place <= 2 else "others"].append(
+                value
+            )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=31, help="of a run; default: %(default)s")
-    parser.add_argument("--every", type=int, default=6, help="steps between checkpoints; default: %(default)s")
+    parser.add_argument(
+        "--every", type=int, default=6, help="steps between checkpoints; default: %(default)s"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny LLM, to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    measured: dict[str, dict[str, list[float]]] = {way: {"saves": [], "steps after": [], "others": []} for way in WAYS}
+    measured: dict[str, dict[str, list[float]]] = {
+        way: {"saves": [], "steps after": [], "others": []} for way in WAYS
+    }
     with tempfile.TemporaryDirectory() as name:
         make_world(Path(name), tiny=arguments.tiny)
         for round_ in range(arguments.rounds):
             for way, background in WAYS.items():
                 exp = Path(name) / f"{round_}-{background}"
                 for kind, values in kinds(
-                    seconds_of_steps(Path(name), exp, background, arguments.steps, arguments.every), arguments.every
+                    seconds_of_steps(Path(name), exp, background, arguments.steps, arguments.every),
+                    arguments.every,
                 ).items():
                     measured[way][kind] += values
-                size = sum(file.stat().st_size for file in exp.glob(f"checkpoint-{arguments.steps}/*"))
+                size = sum(
+                    file.stat().st_size for file in exp.glob(f"checkpoint-{arguments.steps}/*")
+                )
                 subprocess.run(["rm", "-r", str(exp)], check=True)
-    normal = statistics.median(measured["beside training"]["others"] + measured["at once"]["others"])
+    normal = statistics.median(
+        measured["beside training"]["others"] + measured["at once"]["others"]
+    )
     results = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "checkpoint bytes": size,
         "seconds of a step that does not save": round(normal, 4),
         "ratios to it": {
-            way: {kind: round(statistics.median(values) / normal, 3) for kind, values in by_kind.items() if values}
+            way: {
+                kind: round(statistics.median(values) / normal, 3)
+                for kind, values in by_kind.items()
+                if values
+            }
             for way, by_kind in measured.items()
         },
     }

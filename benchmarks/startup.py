@@ -40,7 +40,10 @@ def commands(shards: Path) -> dict[str, list[str]]:
         "asrllm shards stats": [*ASRLLM, "shards", "stats", str(shards)],
         "asrllm shards verify": [*ASRLLM, "shards", "verify", str(shards)],
         LIBRARIES: [*PYTHON, LIBRARIES],
-        f"{LIBRARIES}; PreTrainedModel": [*PYTHON, f"{LIBRARIES}; from transformers import PreTrainedModel"],
+        f"{LIBRARIES}; PreTrainedModel": [
+            *PYTHON,
+            f"{LIBRARIES}; from transformers import PreTrainedModel",
+        ],
         "import asrllm.commands.train": [*PYTHON, "import asrllm.commands.train"],
     }
 
@@ -50,15 +53,24 @@ def measure(command: list[str]) -> tuple[float, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
     wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each command after a first one; default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="runs of each command after a first one; default: %(default)s",
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -79,9 +91,15 @@ def main() -> None:
         "wall seconds": {what: round(seconds, 3) for what, seconds in wall.items()},
         "processor seconds": {what: round(seconds, 3) for what, seconds in processor.items()},
         "processor ratio of a training process's imports": {
-            what: round(train / processor[what], 3) for what in processor if what.startswith(LIBRARIES)
+            what: round(train / processor[what], 3)
+            for what in processor
+            if what.startswith(LIBRARIES)
         },
-        "wall ratio to import torch": {what: round(wall[what] / wall["import torch"], 3) for what in wall if what.startswith("asrllm")},
+        "wall ratio to import torch": {
+            what: round(wall[what] / wall["import torch"], 3)
+            for what in wall
+            if what.startswith("asrllm")
+        },
     }
     text = json.dumps(results, indent=1)
     print(text)

@@ -33,16 +33,27 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirEncoder
 
-from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.flops import count_flops
 from asrllm.models.loss import HeadOptions, SupervisedLoss
-from asrllm.models.model import AsrLlmModel
-from asrllm.models.parts import with_lora
+from asrllm.models.pretrained import with_lora
 
 RATE, HOP = 16000, 160
 WHISPER = {"model_type": "whisper", "num_mel_bins": 80, "max_source_positions": 1500}
-TINY = WHISPER | {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
-LARGE = WHISPER | {"num_mel_bins": 128, "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+TINY = WHISPER | {
+    "d_model": 384,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536,
+}
+LARGE = WHISPER | {
+    "num_mel_bins": 128,
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+}
 SMOLLM2 = {
     "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
@@ -72,13 +83,21 @@ class Shape:
 CPU_LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
 CPU = Shape(TINY, SMOLLM2, CPU_LORA, utterances=8)
 FEW = Shape(
-    TINY | {"d_model": 16, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "encoder_layers": 1},
-    SMOLLM2 | {"hidden_size": 36, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 99},
+    TINY
+    | {"d_model": 16, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "encoder_layers": 1},
+    SMOLLM2
+    | {"hidden_size": 36, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 99},
     CPU_LORA,
     utterances=2,
     loss_vocabulary=1000,
 )  # to see that the script runs
-GPU = Shape(LARGE, QWEN, {"r": 64, "lora_alpha": 128, "target_modules": ALL_LINEAR}, utterances=64, projector_hidden=2048)
+GPU = Shape(
+    LARGE,
+    QWEN,
+    {"r": 64, "lora_alpha": 128, "target_modules": ALL_LINEAR},
+    utterances=64,
+    projector_hidden=2048,
+)
 
 
 # --- data ---
@@ -100,10 +119,18 @@ class Utterance:
 def make_utterances(shape: Shape, seed: int = 0) -> list[Utterance]:
     """3 to 15 s, 3.5 tokens of answer a second, a prompt and a chat template of 24 tokens."""
     rng, torch_rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    tokens: Callable[[int], Tensor] = lambda n: torch.randint(0, shape.llm["vocab_size"], (n,), generator=torch_rng)  # noqa: E731
+
+    def tokens(count: int) -> Tensor:
+        return torch.randint(0, shape.llm["vocab_size"], (count,), generator=torch_rng)
+
     seconds = np.linspace(3, 15, shape.utterances)
     return [
-        Utterance(0.1 * torch.randn(round(s * RATE), generator=torch_rng), tokens(8), tokens(16), tokens(round(3.5 * s)))
+        Utterance(
+            0.1 * torch.randn(round(s * RATE), generator=torch_rng),
+            tokens(8),
+            tokens(16),
+            tokens(round(3.5 * s)),
+        )
         for s in rng.permutation(seconds)
     ]
 
@@ -112,7 +139,9 @@ def row_of(utterance: Utterance, audio_tokens: int, shape: Shape) -> tuple[Tenso
     """(ids, labels) of one chat."""
     audio = torch.full((audio_tokens,), shape.audio_token)
     prompt = torch.cat([utterance.before, audio, utterance.after])
-    return torch.cat([prompt, utterance.answer]), torch.cat([torch.full_like(prompt, -100), utterance.answer])
+    return torch.cat([prompt, utterance.answer]), torch.cat(
+        [torch.full_like(prompt, -100), utterance.answer]
+    )
 
 
 # --- ours and the baseline, with the same weights ---
@@ -136,7 +165,9 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> AsrLlmModel
 
 
 def packed_inputs(utterances: Sequence[Utterance], shape: Shape) -> dict[str, Any]:
-    rows = [row_of(u, -(-u.frames(padded=False) // shape.projector_rate), shape) for u in utterances]
+    rows = [
+        row_of(u, -(-u.frames(padded=False) // shape.projector_rate), shape) for u in utterances
+    ]
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     labels = torch.cat([torch.cat([labels[1:], torch.tensor([-100])]) for _, labels in rows])
     positions = torch.nonzero(labels != -100).flatten()
@@ -158,9 +189,13 @@ class Baseline(nn.Module):
         super().__init__()
         device, dtype = next(ours.parameters()).device, next(ours.parameters()).dtype
         fields = {k: v for k, v in shape.encoder.items() if k != "model_type"}
-        self.encoder = TheirEncoder(WhisperConfig(**fields)).to(device, dtype).eval().requires_grad_(False)
+        self.encoder = (
+            TheirEncoder(WhisperConfig(**fields)).to(device, dtype).eval().requires_grad_(False)
+        )
         self.encoder.load_state_dict(ours.audio_encoder.state_dict())
-        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.llm), attn_implementation="sdpa", dtype=dtype).to(device)
+        plain = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**shape.llm), attn_implementation="sdpa", dtype=dtype
+        ).to(device)
         self.llm = with_lora(plain, shape.lora).to(dtype)
         self.llm.load_state_dict(ours.llm.state_dict())
         self.linear1, self.linear2 = ours.projector.mlp.linear1, ours.projector.mlp.linear2
@@ -170,16 +205,28 @@ class Baseline(nn.Module):
         """Features (N, mel, T), ids, labels and mask (N, L)."""
         device = next(self.parameters()).device
         waves = nn.utils.rnn.pad_sequence([u.wave for u in utterances], batch_first=True).to(device)
-        features, _ = ours.audio_encoder.features(waves, torch.full((len(waves),), waves.shape[1], device=device))
+        features, _ = ours.audio_encoder.features(
+            waves, torch.full((len(waves),), waves.shape[1], device=device)
+        )
         if self.pad_to_30s:
             features = nn.functional.pad(features, (0, 0, 0, 3000 - features.shape[1]))
         tokens = -(-((features.shape[1] + 1) // 2) // self.shape.projector_rate)
         rows = [row_of(u, tokens, self.shape) for u in utterances]
         ids = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
-        labels = nn.utils.rnn.pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=-100)
+        labels = nn.utils.rnn.pad_sequence(
+            [labels for _, labels in rows], batch_first=True, padding_value=-100
+        )
         lengths = torch.tensor([len(ids) for ids, _ in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return {k: v.to(device) for k, v in {"features": features.transpose(1, 2), "ids": ids, "labels": labels, "mask": mask}.items()}
+        return {
+            k: v.to(device)
+            for k, v in {
+                "features": features.transpose(1, 2),
+                "ids": ids,
+                "labels": labels,
+                "mask": mask,
+            }.items()
+        }
 
     def forward(self, features: Tensor, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
@@ -191,13 +238,17 @@ class Baseline(nn.Module):
         is_audio = ids == self.shape.audio_token
         embeddings = self.llm.get_input_embeddings()(ids.masked_fill(is_audio, 0))
         embeddings = embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
-        return self.llm(inputs_embeds=embeddings, attention_mask=mask, labels=labels, use_cache=False).loss
+        return self.llm(
+            inputs_embeds=embeddings, attention_mask=mask, labels=labels, use_cache=False
+        ).loss
 
     def encode(self, features: Tensor) -> Tensor:
         """transformers' encoder, which by itself takes 30 s alone, layer by layer."""
         if self.pad_to_30s:
             return self.encoder(features).last_hidden_state
-        x = nn.functional.gelu(self.encoder.conv2(nn.functional.gelu(self.encoder.conv1(features)))).transpose(1, 2)
+        x = nn.functional.gelu(
+            self.encoder.conv2(nn.functional.gelu(self.encoder.conv1(features)))
+        ).transpose(1, 2)
         x = x + self.encoder.embed_positions.weight[: x.shape[1]]
         for layer in self.encoder.layers:
             x = layer(x, None)
@@ -224,7 +275,13 @@ def make_step(loss: Callable[[], Tensor], model: nn.Module) -> Step:
     return step
 
 
-def packed_step(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str = "auto", recompute: bool = False) -> Step:
+def packed_step(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    recompute: bool = False,
+) -> Step:
     model = build(shape, device, dtype)
     model.causal_lm.config.asrllm_attention = attention
     if recompute:
@@ -235,7 +292,13 @@ def packed_step(shape: Shape, device: torch.device, dtype: torch.dtype, attentio
     return make_step(lambda: model(**inputs).loss / count, model)
 
 
-def padded_step(shape: Shape, device: torch.device, dtype: torch.dtype, pad_to_30s: bool, recompute: bool = False) -> Step:
+def padded_step(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    pad_to_30s: bool,
+    recompute: bool = False,
+) -> Step:
     ours = build(shape, device, dtype)
     model = Baseline(ours, shape, pad_to_30s=pad_to_30s).train()
     model.encoder.eval()
@@ -261,10 +324,16 @@ def variants(shape: Shape, device: torch.device) -> dict[str, Callable[[], Step]
     made: dict[str, Callable[[], Step]] = {}
     for recompute in (True, False):
         how = ", recomputing" if recompute else ""
-        made[f"padded to 30 s, bf16{how}"] = lambda recompute=recompute: padded_step(shape, device, half, True, recompute)
-        made[f"padded to the longest, bf16{how}"] = lambda recompute=recompute: padded_step(shape, device, half, False, recompute)
+        made[f"padded to 30 s, bf16{how}"] = lambda recompute=recompute: padded_step(
+            shape, device, half, True, recompute
+        )
+        made[f"padded to the longest, bf16{how}"] = lambda recompute=recompute: padded_step(
+            shape, device, half, False, recompute
+        )
         for name in [name for name, why_not in backends().items() if not why_not]:
-            made[f"packed, bf16, {name}{how}"] = lambda name=name, recompute=recompute: packed_step(shape, device, half, name, recompute)
+            made[f"packed, bf16, {name}{how}"] = lambda name=name, recompute=recompute: packed_step(
+                shape, device, half, name, recompute
+            )
     return made
 
 
@@ -277,7 +346,9 @@ def synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_steps(made: dict[str, Callable[[], Step]], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
+def time_steps(
+    made: dict[str, Callable[[], Step]], device: torch.device, rounds: int
+) -> dict[str, dict[str, Any]]:
     """Median seconds of a step. On a CPU the variants take turns; on a GPU they do not fit beside each other, and follow one another."""
     if device.type == "cpu":
         steps = {name: build_step() for name, build_step in made.items()}
@@ -287,7 +358,10 @@ def time_steps(made: dict[str, Callable[[], Step]], device: torch.device, rounds
                 began = time.perf_counter()
                 step()
                 seconds[name] += [time.perf_counter() - began] if i else []
-        return {name: {"seconds": statistics.median(times), "all": times} for name, times in seconds.items()}
+        return {
+            name: {"seconds": statistics.median(times), "all": times}
+            for name, times in seconds.items()
+        }
     results: dict[str, dict[str, Any]] = {}
     for name, build_step in made.items():
         try:
@@ -309,14 +383,20 @@ def time_alone(build_step: Callable[[], Step], device: torch.device, rounds: int
         began = synchronised(device)
         step()
         times.append(synchronised(device) - began)
-    return {"seconds": statistics.median(times), "all": times, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+    return {
+        "seconds": statistics.median(times),
+        "all": times,
+        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
+    }
 
 
 def cpu_peak(name: str, shape: Shape) -> float:
     """Peak memory of a variant's steps beyond its model, in GB, in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", name, "--utterances", str(shape.utterances)]
     command += ["--tiny"] if shape.loss_vocabulary == FEW.loss_vocabulary else []
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def print_peak(build_step: Callable[[], Step]) -> None:
@@ -325,7 +405,11 @@ def print_peak(build_step: Callable[[], Step]) -> None:
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     step()
-    peak = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     print((peak * 1024 - held) / 1e9)
 
 
@@ -342,7 +426,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 def step_operations(shape: Shape) -> float:
     inputs = packed_inputs(make_utterances(shape), shape)
-    return count_flops(build_meta(shape)).of_batch(inputs["wave_lengths"], inputs["cu_seqlens"], len(inputs["targets"]))
+    return count_flops(build_meta(shape)).of_batch(
+        inputs["wave_lengths"], inputs["cu_seqlens"], len(inputs["targets"])
+    )
 
 
 def build_meta(shape: Shape) -> AsrLlmModel:
@@ -356,7 +442,10 @@ def loss_steps(device: torch.device, vocabulary: int) -> dict[str, Callable[[], 
         torch.manual_seed(0)
         head = nn.Linear(896, vocabulary, bias=False, device=device).requires_grad_(False)
         hidden = torch.randn(1600, 896, device=device, requires_grad=True)
-        at, targets = torch.arange(0, 1600, 4, device=device), torch.randint(0, vocabulary, (400,), device=device)
+        at, targets = (
+            torch.arange(0, 1600, 4, device=device),
+            torch.randint(0, vocabulary, (400,), device=device),
+        )
         labels = torch.full((1600,), -100, device=device)
         labels[at] = targets
 
@@ -371,7 +460,10 @@ def loss_steps(device: torch.device, vocabulary: int) -> dict[str, Callable[[], 
         return step
 
     names = {True: "supervised tokens, in chunks", False: "logits everywhere"}
-    return {f"head and loss: {name}": functools.partial(build_step, ours) for ours, name in names.items()}
+    return {
+        f"head and loss: {name}": functools.partial(build_step, ours)
+        for ours, name in names.items()
+    }
 
 
 def agreement(shape: Shape, device: torch.device) -> float:
@@ -382,7 +474,10 @@ def agreement(shape: Shape, device: torch.device) -> float:
     for utterance in make_utterances(shape)[:3]:
         inputs = {k: v.to(device) for k, v in packed_inputs([utterance], shape).items()}
         with torch.no_grad():
-            mine, theirs = ours(**inputs).loss / len(utterance.answer), baseline(**baseline.inputs(ours, [utterance]))
+            mine, theirs = (
+                ours(**inputs).loss / len(utterance.answer),
+                baseline(**baseline.inputs(ours, [utterance])),
+            )
         worst = max(worst, abs(mine.item() - theirs.item()))
     return worst
 
@@ -392,43 +487,71 @@ def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
         "steps": time_steps(variants(shape, device), device, rounds),
         "head and loss": time_steps(loss_steps(device, shape.loss_vocabulary), device, rounds),
     }
-    operations, tokens = step_operations(shape), packed_inputs(make_utterances(shape), shape)["input_ids"].shape[1]
-    n = 256 if shape.loss_vocabulary == FEW.loss_vocabulary else 8192 if device.type == "cuda" else 2048
-    peaks = {name: matmul_peak(device, dtype, n) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
+    operations, tokens = (
+        step_operations(shape),
+        packed_inputs(make_utterances(shape), shape)["input_ids"].shape[1],
+    )
+    n = (
+        256
+        if shape.loss_vocabulary == FEW.loss_vocabulary
+        else 8192
+        if device.type == "cuda"
+        else 2048
+    )
+    peaks = {
+        name: matmul_peak(device, dtype, n)
+        for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
+    }
     for name, result in (results["steps"] | results["head and loss"]).items():
         if device.type == "cpu":
             result["peak GB"] = cpu_peak(name, shape)
     for name, result in results["steps"].items():
         if result["seconds"] is not None:
             result["true tokens/s"] = tokens / result["seconds"]
-            result["MFU"] = operations / result["seconds"] / peaks["bf16" if "bf16" in name else "float32"]
+            result["MFU"] = (
+                operations / result["seconds"] / peaks["bf16" if "bf16" in name else "float32"]
+            )
     about = {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")
+        },
         "vocabulary of head and loss": shape.loss_vocabulary,
         "operations of a step": operations,
         "matrix product, operations a second": peaks,
         "tokens of a step": tokens,
-        "note": "" if device.type == "cuda" else "no GPU was at hand: the true shapes were not measured",
+        "note": ""
+        if device.type == "cuda"
+        else "no GPU was at hand: the true shapes were not measured",
     }
     return {"about": about, **results}
 
 
 def cpu_name() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{len(names)} x {names[0]}, {platform.system()}" if names else platform.processor()
 
 
 def print_table(results: dict[str, Any]) -> None:
     steps = results["steps"]
     references = [name for name in steps if name.startswith("padded")]
-    print(f"{'':44s} {'s a step':>9s} {'tokens/s':>9s} {'MFU':>6s} {'peak GB':>8s}  times as fast as each padded one")
+    print(
+        f"{'':44s} {'s a step':>9s} {'tokens/s':>9s} {'MFU':>6s} {'peak GB':>8s}  times as fast as each padded one"
+    )
     for name, result in steps.items():
         if result["seconds"] is None:
             print(f"{name:44s} {result['why']}")
             continue
-        ratios = [f"{steps[r]['seconds'] / result['seconds']:.2f}" for r in references if steps[r]["seconds"]]
+        ratios = [
+            f"{steps[r]['seconds'] / result['seconds']:.2f}"
+            for r in references
+            if steps[r]["seconds"]
+        ]
         print(f"{name:44s} {result['seconds']:9.3f} {result['true tokens/s']:9.0f} {100 * result['MFU']:5.1f}% {result['peak GB']:8.2f}  "
               f"{' '.join(ratios)}")  # fmt: skip
     for name, result in results["head and loss"].items():
@@ -438,20 +561,28 @@ def print_table(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind; default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="steps of each kind; default: %(default)s"
+    )
     parser.add_argument("--utterances", type=int, help="in a batch; default: 8, on a GPU 64")
     parser.add_argument("--output", type=Path, help="write the results as JSON")
-    parser.add_argument("--tiny", action="store_true", help="models of a few weights, to see that the script runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="models of a few weights, to see that the script runs"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = FEW if arguments.tiny else GPU if device.type == "cuda" else CPU
     shape = replace(shape, utterances=arguments.utterances or shape.utterances)
     if arguments.peak_of:
-        print_peak((variants(shape, device) | loss_steps(device, shape.loss_vocabulary))[arguments.peak_of])
+        print_peak(
+            (variants(shape, device) | loss_steps(device, shape.loss_vocabulary))[arguments.peak_of]
+        )
         return
     if device.type == "cpu":
-        print(f"largest difference of the losses, float32, utterance by utterance: {agreement(shape, device):.2e}")
+        print(
+            f"largest difference of the losses, float32, utterance by utterance: {agreement(shape, device):.2e}"
+        )
     results = report(shape, device, arguments.rounds)
     print_table(results)
     if arguments.output:

@@ -2,10 +2,14 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: threads that wait for one another take minutes beside another job
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is there: threads that wait for one another take minutes beside another job
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that the tests start compiles asrllm again
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # else every process that the tests start compiles asrllm again
 
 import shutil
 import timeit
@@ -27,15 +31,25 @@ SECONDS_OF_LOOP = 0.022  # of `slowness`, on the machine whose LONGEST this is
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_TESTRUNUID" in os.environ:  # a worker, whose temporary directory is below that of the run
+    if (
+        "PYTEST_XDIST_TESTRUNUID" in os.environ
+    ):  # a worker, whose temporary directory is below that of the run
         processes.share_cores(Path(config.option.basetemp).parent)
     elif not config.getoption("--soak"):
         config.pluginmanager.register(LongTests(config.getoption("--longest")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="tests with the mark 'soak' at their full size")
-    parser.addoption("--longest", type=float, default=LONGEST, metavar="S", help="seconds that a test may take, on a machine like CI's")
+    parser.addoption(
+        "--soak", action="store_true", help="tests with the mark 'soak' at their full size"
+    )
+    parser.addoption(
+        "--longest",
+        type=float,
+        default=LONGEST,
+        metavar="S",
+        help="seconds that a test may take, on a machine like CI's",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,7 +88,9 @@ class LongTests:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         spent = report.duration - getattr(report, "waited", 0.0)
-        self.seconds[report.nodeid if report.when == "call" else f"{report.when} of {report.nodeid}"] = spent
+        self.seconds[
+            report.nodeid if report.when == "call" else f"{report.when} of {report.nodeid}"
+        ] = spent
         longest = getattr(report, "longest", self.longest)
         if report.when == "call" and spent > longest and spent > longest * slowness():
             self.long[report.nodeid] = spent
@@ -97,7 +113,10 @@ class LongTests:
 
 def slowness() -> float:
     """How many times as long a fixed computation takes here, now, as on the machine whose LONGEST was chosen; at least 1."""
-    return max(1.0, timeit.timeit(lambda: sum(i * i for i in range(400_000)), number=20) / 20 / SECONDS_OF_LOOP)
+    return max(
+        1.0,
+        timeit.timeit(lambda: sum(i * i for i in range(400_000)), number=20) / 20 / SECONDS_OF_LOOP,
+    )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -159,7 +178,9 @@ class World:
         return [f"{key}={value}" for key, value in keys.items() if value is not None]
 
 
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
     """A directory that the first worker which wants it makes, for all of them to read."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -182,9 +203,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def make_world(root: Path) -> None:
-    from asrllm.data.shards import write_shards  # not above: the process that hands out the tests needs none of it
+    from asrllm.data.shards import (
+        write_shards,  # not above: the process that hands out the tests needs none of it
+    )
     from asrllm.data.sources import read_kaldi
-    from asrllm.testing import data_config, kaldi_directory, tiny_llm, tiny_whisper, tiny_zipformer, tone_sentences
+    from asrllm.testing import (
+        data_config,
+        kaldi_directory,
+        tiny_llm,
+        tiny_whisper,
+        tiny_zipformer,
+        tone_sentences,
+    )
 
     tiny_whisper(root / "whisper")
     tiny_zipformer(root / "zipformer")

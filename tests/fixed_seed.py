@@ -20,7 +20,10 @@ from tests.conftest import World, make_world
 from tests.processes import assert_done, run_script
 
 STEPS = 6
-LORA_ENCODER = {"model__audio_encoder__lora__r": 2, "model__audio_encoder__lora__target_modules": "[q_proj,v_proj]"}
+LORA_ENCODER = {
+    "model__audio_encoder__lora__r": 2,
+    "model__audio_encoder__lora__target_modules": "[q_proj,v_proj]",
+}
 RUNS: dict[str, dict[str, object]] = {  # name: options beyond those of World.overrides
     **{f"ZeRO-{stage}, bf16": {"stage": stage} for stage in range(4)},
     **{f"ZeRO-{stage}, fp32": {"stage": stage, "trainer__precision": "fp32"} for stage in range(4)},
@@ -41,7 +44,11 @@ RUNS: dict[str, dict[str, object]] = {  # name: options beyond those of World.ov
         "data__hotwords__prob": 0.5,
     },
     "endless data": {"stage": 1, "data__use_infinite_dataset": "true"},
-    "running average": {"stage": 2, "trainer__use_averaged_model": "true", "trainer__average_period": 2},
+    "running average": {
+        "stage": 2,
+        "trainer__use_averaged_model": "true",
+        "trainer__average_period": 2,
+    },
     "normed projector": {"stage": 2, "model__projector": "normed"},
 }
 RESUMED = ("ZeRO-2, bf16", "ZeRO-3, fp32")
@@ -63,7 +70,9 @@ def train(world: World, exp_dir: Path, options: dict[str, Any]) -> None:
         trainer__deepspeed_config=f"ds_configs/zero{stage}.json",
         **options,
     )
-    assert_done(run_script("train", *overrides, launcher="ranks" if ranks > 1 else "python", timeout=300))
+    assert_done(
+        run_script("train", *overrides, launcher="ranks" if ranks > 1 else "python", timeout=300)
+    )
 
 
 def logged(exp_dir: Path) -> list[dict[str, Any]]:
@@ -78,14 +87,31 @@ def decode(world: World, exp_dir: Path) -> dict[str, Any]:
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     found: dict[str, Any] = {}
     for method in ("greedy_search", "beam_search"):
-        choice = [f"checkpoint.model.iter={STEPS}", "checkpoint.model.avg=2", f"decoding_method={method}", "max_new_tokens=20"]
-        assert_done(run_script("evaluate", f"exp_dir={exp_dir}", test, "whisper_baseline=false", *choice, timeout=300))
+        choice = [
+            f"checkpoint.model.iter={STEPS}",
+            "checkpoint.model.avg=2",
+            f"decoding_method={method}",
+            "max_new_tokens=20",
+        ]
+        assert_done(
+            run_script(
+                "evaluate",
+                f"exp_dir={exp_dir}",
+                test,
+                "whisper_baseline=false",
+                *choice,
+                timeout=300,
+            )
+        )
         folder = exp_dir / method
         (texts,) = folder.glob("generations-*.jsonl")
         results = json.loads((folder / "results.json").read_text())
         found[method] = {
             "texts": [json.loads(line)["hyp"] for line in texts.read_text().splitlines()],
-            "results": {name: {key: about[key] for key in ("wer", "cer", "utterances")} for name, about in results.items()},
+            "results": {
+                name: {key: about[key] for key in ("wer", "cer", "utterances")}
+                for name, about in results.items()
+            },
         }
     return found
 
@@ -108,8 +134,12 @@ def record(world: World) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, metavar="WORLD", help="directory of the models and corpora")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "world", type=Path, metavar="WORLD", help="directory of the models and corpora"
+    )
     parser.add_argument("output", type=Path, metavar="FILE", help="the JSON file to write")
     arguments = parser.parse_args()
     root = arguments.world.absolute()

@@ -22,8 +22,18 @@ CLEAN = 15.0  # seconds after which nothing may be left
 def launch_command(launcher: str, ranks: int) -> list[str]:
     """Return what precedes the script, for a launcher with processes of its own."""
     if launcher == "torchrun":
-        return [f"{BINARIES / 'torchrun'}", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    return [f"{BINARIES / 'deepspeed'}", "--num_gpus", f"{ranks}", "--master_port", f"{free_port()}"]
+        return [
+            f"{BINARIES / 'torchrun'}",
+            f"--nproc_per_node={ranks}",
+            f"--master_port={free_port()}",
+        ]
+    return [
+        f"{BINARIES / 'deepspeed'}",
+        "--num_gpus",
+        f"{ranks}",
+        "--master_port",
+        f"{free_port()}",
+    ]
 
 
 def environments(launcher: str, ranks: int) -> list[dict[str, str]]:
@@ -31,14 +41,20 @@ def environments(launcher: str, ranks: int) -> list[dict[str, str]]:
     port = str(free_port())
     if launcher == "plain":
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [clean_environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(ranks)]
+        return [
+            clean_environment(RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            for rank in range(ranks)
+        ]
     common = {
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": str(ranks),
         "SLURM_STEP_NODELIST": "localhost",
         "MASTER_PORT": port,
     }
-    return [clean_environment(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common) for rank in range(ranks)]
+    return [
+        clean_environment(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common)
+        for rank in range(ranks)
+    ]
 
 
 @dataclass
@@ -56,7 +72,10 @@ class Job:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("ASRLLM_TEST_JOB") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("ASRLLM_TEST_JOB") == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
         return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from asrllm.commands import train
 from asrllm.commands.dispatch import main
-from asrllm.models.model import AsrLlmModel
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 
 
 def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
@@ -30,7 +30,12 @@ def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
 
     def bad_forward(self, **batch):
         output = forward(self, **batch)
-        if what != "mode" and self.training and now in steps and int(os.environ.get("RANK", "0")) in ranks:
+        if (
+            what != "mode"
+            and self.training
+            and now in steps
+            and int(os.environ.get("RANK", "0")) in ranks
+        ):
             if what == "loss":
                 return output._replace(loss=output.loss + math.inf)
             output.loss.register_hook(lambda gradient: gradient * math.inf)
@@ -75,7 +80,9 @@ if __name__ == "__main__":
     elif how["what"] == "nodes":
         os.environ["TORCHELASTIC_RUN_ID"] = os.environ["RANK"]
     elif how["what"] == "build":
-        wait_before_building(Path(next(a for a in sys.argv if a.startswith("exp_dir=")).partition("=")[2]))
+        wait_before_building(
+            Path(next(a for a in sys.argv if a.startswith("exp_dir=")).partition("=")[2])
+        )
     else:
         misbehave(**how)
     sys.exit(main(["train", *sys.argv[2:]]))

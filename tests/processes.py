@@ -71,10 +71,18 @@ class Process:
         errors: the file for standard error, where it is not the same.
     """
 
-    def __init__(self, command: Sequence[object], environment: dict[str, str], output: Path, errors: Path | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[object],
+        environment: dict[str, str],
+        output: Path,
+        errors: Path | None = None,
+    ) -> None:
         words = [str(word) for word in command]
         arguments = (words, environment, str(output), str(errors or output))
-        self.process = multiprocessing.get_context("forkserver").Process(target=become, args=arguments)
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=become, args=arguments
+        )
         start_from_server(self.process)
         self.pid = self.process.pid
         assert self.pid is not None
@@ -129,10 +137,13 @@ def become(words: list[str], environment: dict[str, str], output: str, errors: s
         os.dup2(file, descriptor)
         os.close(file)
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, encoding="utf-8", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    options = {"encoding": "utf-8", "buffering": 1, "errors": "backslashreplace"}
+    sys.stderr = open(2, "w", closefd=False, **options)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    multiprocessing.set_start_method(None, force=True)  # else its own children come from a forkserver too
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # else its own children come from a forkserver too
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
@@ -152,7 +163,11 @@ def rank_environments(count: int, **more: str) -> list[dict[str, str]]:
     common = clean_environment(**more)
     if count == 1:
         return [common]
-    common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
@@ -191,7 +206,11 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def run_script(
-    script: str, *arguments: object, launcher: str = "python", timeout: float = 150, **environment: str
+    script: str,
+    *arguments: object,
+    launcher: str = "python",
+    timeout: float = 150,
+    **environment: str,
 ) -> subprocess.CompletedProcess:
     """Run launch/SCRIPT.py and return its result.
 
@@ -200,20 +219,39 @@ def run_script(
     """
     command = [str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
     if launcher in ("python", "ranks"):
-        return run_forked(command, ranks=2 if launcher == "ranks" else 1, timeout=timeout, **environment)
+        return run_forked(
+            command, ranks=2 if launcher == "ranks" else 1, timeout=timeout, **environment
+        )
     binaries = Path(sys.executable).parent
     start = {
         "interpreter": [sys.executable],
-        "torchrun": [str(binaries / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"],
-        "deepspeed": [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())],
+        "torchrun": [
+            str(binaries / "torchrun"),
+            "--nproc_per_node=2",
+            f"--master_port={free_port()}",
+        ],
+        "deepspeed": [
+            str(binaries / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+        ],
     }[launcher]
     with both_cores():
         return subprocess.run(
-            [*start, *command], capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=clean_environment(**environment)
+            [*start, *command],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=REPOSITORY,
+            env=clean_environment(**environment),
         )
 
 
-def run_forked(command: Sequence[object], *, ranks: int = 1, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess:
+def run_forked(
+    command: Sequence[object], *, ranks: int = 1, timeout: float = 150, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a command on every rank. Return the joined output and the first status that is not 0."""
     with tempfile.TemporaryDirectory(prefix="asrllm-test-") as name:
         folder = Path(name)
@@ -221,7 +259,9 @@ def run_forked(command: Sequence[object], *, ranks: int = 1, timeout: float = 15
         with both_cores() if ranks > 1 else contextlib.nullcontext():
             try:
                 for rank, own in enumerate(rank_environments(ranks, **environment)):
-                    processes.append(Process(command, own, folder / f"{rank}.out", folder / f"{rank}.err"))
+                    processes.append(
+                        Process(command, own, folder / f"{rank}.out", folder / f"{rank}.err")
+                    )
                 for process in processes:
                     process.wait(timeout)
             finally:
@@ -237,7 +277,10 @@ def run_forked(command: Sequence[object], *, ranks: int = 1, timeout: float = 15
 
 
 def read_all(folder: Path, kind: str) -> str:
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob(f"*.{kind}"))]
+    texts = [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in sorted(folder.glob(f"*.{kind}"))
+    ]
     return "".join(texts)
 
 

@@ -41,7 +41,9 @@ def test_the_compared_training_steps_agree_and_run(benchmark):
     module = benchmark("train_step")
     cpu = torch.device("cpu")
     assert module.agreement(module.FEW, cpu) < 1e-4
-    for make_step in (module.variants(module.FEW, cpu) | module.loss_steps(cpu, module.FEW.loss_vocabulary)).values():
+    for make_step in (
+        module.variants(module.FEW, cpu) | module.loss_steps(cpu, module.FEW.loss_vocabulary)
+    ).values():
         assert make_step()() > 0
 
 
@@ -90,7 +92,18 @@ def test_the_training_steps_benchmark_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
 def test_the_saving_benchmark_runs(tmp_path):
-    run_benchmark("saving.py", "--tiny", "--rounds", 1, "--steps", 13, "--every", 4, "--output", tmp_path / "r.json")
+    run_benchmark(
+        "saving.py",
+        "--tiny",
+        "--rounds",
+        1,
+        "--steps",
+        13,
+        "--every",
+        4,
+        "--output",
+        tmp_path / "r.json",
+    )
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["ratios to it"]["beside training"]["saves"] > 0
 
@@ -98,7 +111,17 @@ def test_the_saving_benchmark_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
 def test_the_data_benchmark_runs(tmp_path):
-    run_benchmark("data.py", "--utterances", 64, "--rounds", 1, "--rows", 6400, "--output", tmp_path / "r.json")
+    run_benchmark(
+        "data.py",
+        "--utterances",
+        64,
+        "--rounds",
+        1,
+        "--rows",
+        6400,
+        "--output",
+        tmp_path / "r.json",
+    )
     results = json.loads((tmp_path / "r.json").read_text())
     assert "one worker to the bare loop" in results["reading"]["ratios"]
     assert results["index of 6400 rows of 24 bytes"]["milliseconds to plan a step"] > 0

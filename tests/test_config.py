@@ -7,9 +7,14 @@ from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
 from asrllm.config import build, compose_config, load_config
 from asrllm.errors import UserError
-from asrllm.training.config import TrainRun
+from asrllm.training.run_config import TrainRun
 
-GIVEN = ["exp_dir=e", "model.audio_encoder.pretrained_model=a", "model.llm.pretrained_model=l", "data.train_data_config=t"]
+GIVEN = [
+    "exp_dir=e",
+    "model.audio_encoder.pretrained_model=a",
+    "model.llm.pretrained_model=l",
+    "data.train_data_config=t",
+]
 
 
 def load(*overrides):
@@ -43,30 +48,56 @@ def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name,
 
 @pytest.mark.slow
 def test_overrides_reach_the_dataclasses():
-    config = load("model.audio_token=<|A B|>", "model.llm.lora.r=64", "trainer.lr=1e-3", "trainer.num_steps=5", "data.trace=true")
+    config = load(
+        "model.audio_token=<|A B|>",
+        "model.llm.lora.r=64",
+        "trainer.lr=1e-3",
+        "trainer.num_steps=5",
+        "data.trace=true",
+    )
     assert config.model.audio_token == "<|A B|>"
-    assert (config.model.llm.lora.r, config.trainer.lr, config.trainer.num_steps, config.data.trace) == (64, 1e-3, 5, True)
+    assert (
+        config.model.llm.lora.r,
+        config.trainer.lr,
+        config.trainer.num_steps,
+        config.data.trace,
+    ) == (64, 1e-3, 5, True)
     assert load("model.llm.lora=null").model.llm.lora is None
-    assert load("prompt_file=/a dir/with=signs,(and)more.txt").prompt_file == "/a dir/with=signs,(and)more.txt"
+    assert (
+        load("prompt_file=/a dir/with=signs,(and)more.txt").prompt_file
+        == "/a dir/with=signs,(and)more.txt"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.llm.lora.rank=4", r"unknown key 'model\.llm\.lora\.rank' .* did you mean 'model\.llm\.lora\.r'"),
+        (
+            "model.llm.lora.rank=4",
+            r"unknown key 'model\.llm\.lora\.rank' .* did you mean 'model\.llm\.lora\.r'",
+        ),
         ("trainer.learning_rate=1", "unknown key 'trainer.learning_rate'"),
-        ("modle.audio_token=x", r"unknown key 'modle\.audio_token' .* did you mean 'model\.audio_token'"),
+        (
+            "modle.audio_token=x",
+            r"unknown key 'modle\.audio_token' .* did you mean 'model\.audio_token'",
+        ),
         ("+model.new=1", r"unknown key '\+model\.new'"),
         ("exp_dir", "is not an override: write key=value"),
         ("trainer.lr=fast", r"trainer\.lr='fast' has the wrong type: expected float"),
         ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 has the wrong type"),
         ("data.trace=1", r"data\.trace=1 has the wrong type: expected bool"),
-        ("trainer.precision=bf17", r"trainer\.precision='bf17' is not a choice: did you mean 'bf16'"),
+        (
+            "trainer.precision=bf17",
+            r"trainer\.precision='bf17' is not a choice: did you mean 'bf16'",
+        ),
         ("model.audio_encoder.model_type=wisper", "did you mean 'whisper'"),
         ("trainer=3", r"trainer=3 has the wrong type: expected a group of keys|cannot be composed"),
         ("trainer.log_every=0", r"trainer\.log_every=0 must be at least 1"),
-        ("trainer.profile_steps=[5,3]", r"trainer\.profile_steps=\[5, 3\] must be the first and the last step"),
+        (
+            "trainer.profile_steps=[5,3]",
+            r"trainer\.profile_steps=\[5, 3\] must be the first and the last step",
+        ),
         ("trainer.peak_tflops=0", r"trainer\.peak_tflops=0\.?0? must be a number above 0"),
         ("trainer.gc_every=-1", r"trainer\.gc_every=-1 must not be below 0"),
         ("trainer.betas=[0.9]", r"trainer\.betas=\[0\.9\] must be two numbers"),
@@ -104,6 +135,9 @@ def test_a_missing_key_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
 def test_whispers_features_are_for_whisper(key):
-    with pytest.raises(UserError, match=rf"data\.{key}=true, but model\.audio_encoder\.model_type=zipformer takes Kaldi"):
+    with pytest.raises(
+        UserError,
+        match=rf"data\.{key}=true, but model\.audio_encoder\.model_type=zipformer takes Kaldi",
+    ):
         load("model.audio_encoder.model_type=zipformer", f"data.{key}=true")
     load("model.audio_encoder.model_type=zipformer", f"data.{key}=false")

@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def trace(exp):
-    return [(path.name, *map(json.loads, path.read_text().splitlines())) for path in sorted(exp.glob("keys-rank*.jsonl"))]
+    return [
+        (path.name, *map(json.loads, path.read_text().splitlines()))
+        for path in sorted(exp.glob("keys-rank*.jsonl"))
+    ]
 
 
 @pytest.mark.longest(60)
@@ -42,22 +45,41 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
         "model__llm__lora__lora_dropout": 0.1,
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert_done(run_script("train", *world.overrides(whole, data__num_workers=0, **settings), launcher="ranks"))
+    assert_done(
+        run_script(
+            "train", *world.overrides(whole, data__num_workers=0, **settings), launcher="ranks"
+        )
+    )
     for workers, checkpoint in ((2, 3), (1, 9)):
-        kill_after(killed / f"checkpoint-{checkpoint}", world.overrides(killed, data__num_workers=workers, **settings))
+        kill_after(
+            killed / f"checkpoint-{checkpoint}",
+            world.overrides(killed, data__num_workers=workers, **settings),
+        )
         assert not (killed / "pretrained.pt").exists(), "it was to be killed, and finished"
-    assert_done(run_script("train", *world.overrides(killed, data__num_workers=2, **settings), launcher="ranks"))
+    assert_done(
+        run_script(
+            "train", *world.overrides(killed, data__num_workers=2, **settings), launcher="ranks"
+        )
+    )
     assert trace(killed) == trace(whole)
     assert losses(killed) == losses(whole)
     prompts = {prompt for _, *steps in trace(whole) for step in steps for prompt in step["prompts"]}
     assert any("Hotwords: " in prompt for prompt in prompts)
-    assert json.loads((whole / "config.json").read_text())["hotwords_template"] == "Hotwords: {words}."
-    assert {prompt.partition(" Hotwords")[0] for prompt in prompts} == {"Transcribe.", "Repeat what you hear.", "写下来。"}
+    assert (
+        json.loads((whole / "config.json").read_text())["hotwords_template"] == "Hotwords: {words}."
+    )
+    assert {prompt.partition(" Hotwords")[0] for prompt in prompts} == {
+        "Transcribe.",
+        "Repeat what you hear.",
+        "写下来。",
+    }
 
 
 def kill_after(path, overrides):
     command = [REPOSITORY / "launch" / "train.py", *overrides]
-    with started(path.parent.with_name("logs"), command, command) as ranks:  # at its end all are killed, their readers too
+    with started(
+        path.parent.with_name("logs"), command, command
+    ) as ranks:  # at its end all are killed, their readers too
         deadline = time.monotonic() + 120
         while not path.exists() and time.monotonic() < deadline and ranks[0].poll() is None:
             time.sleep(0.02)  # waits for a condition, bounded
@@ -69,10 +91,18 @@ def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
         for file in world.shards.iterdir():
             url = server.put(f"/train/{file.name}", file.read_bytes())
         (tmp_path / "train.yaml").write_text(f"- shards: {url.rpartition('/')[0]}\n")
-        settings = {"data__train_data_config": tmp_path / "train.yaml", "data__cache__dir": tmp_path / "cache", "data__trace": "true"}
+        settings = {
+            "data__train_data_config": tmp_path / "train.yaml",
+            "data__cache__dir": tmp_path / "cache",
+            "data__trace": "true",
+        }
         local, remote = tmp_path / "local", tmp_path / "remote"
         environment = server.environment if kind == "s3" else {}
-        assert_done(run_script("train", *world.overrides(remote, **settings), launcher="ranks", **environment))
+        assert_done(
+            run_script(
+                "train", *world.overrides(remote, **settings), launcher="ranks", **environment
+            )
+        )
         assert all(server.gets(f"/train/{shard.name}") == 1 for shard in world.shards.glob("*.tar"))
     assert_done(run_script("train", *world.overrides(local, data__trace="true"), launcher="ranks"))
     assert trace(remote) == trace(local)
@@ -80,7 +110,11 @@ def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
 
 
 def test_what_the_filters_drop_is_counted_in_the_log(world, tmp_path):
-    settings = {"data__filter__max_duration": 1.0, "trainer__num_steps": 2, "trainer__wandb__mode": "offline"}
+    settings = {
+        "data__filter__max_duration": 1.0,
+        "trainer__num_steps": 2,
+        "trainer__wandb__mode": "offline",
+    }
     done = assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
     (dropped,) = [record for record in metrics(tmp_path / "exp") if "dropped/too_long" in record]
     assert 0 < dropped["dropped/too_long"] < 60
@@ -95,7 +129,12 @@ def test_other_data_under_the_same_name_is_not_gone_on_with(world, tmp_path):
         assert_done(run_script("make_shards", *command))
         (tmp_path / f"{name}.yaml").write_text(f"- shards: {tmp_path / name / 'train'}\n")
     settings = {"data__valid_data_config": "null", "trainer__save_every": 2}
-    run = {name: world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / f"{name}.yaml", **settings) for name in "ab"}
+    run = {
+        name: world.overrides(
+            tmp_path / "exp", data__train_data_config=tmp_path / f"{name}.yaml", **settings
+        )
+        for name in "ab"
+    }
     assert_done(run_script("train", *run["a"]))
     refused = run_script("train", *run["b"])
     assert refused.returncode == 2
@@ -103,19 +142,30 @@ def test_other_data_under_the_same_name_is_not_gone_on_with(world, tmp_path):
 
 
 def test_a_language_without_a_prompt_ends_the_run_before_the_models_load(world, tmp_path):
-    (tmp_path / "train.yaml").write_text(f"- {{shards: {world.shards}, lang: en, prompts: [{{prompt: Schreib., lang: de}}]}}\n")
-    refused = run_script("train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml"))
+    (tmp_path / "train.yaml").write_text(
+        f"- {{shards: {world.shards}, lang: en, prompts: [{{prompt: Schreib., lang: de}}]}}\n"
+    )
+    refused = run_script(
+        "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml")
+    )
     assert refused.returncode == 2
     assert "no prompt is for lang='en', which the corpus 'train' has" in refused.stderr
     assert "Loading weights" not in refused.stderr
 
 
 def test_endless_mixing_trains_and_needs_a_number_of_steps(world, tmp_path):
-    settings = {"data__use_infinite_dataset": "true", "data__sampler__window": 10, "trainer__num_steps": 12, "data__trace": "true"}
+    settings = {
+        "data__use_infinite_dataset": "true",
+        "data__sampler__window": 10,
+        "trainer__num_steps": 12,
+        "data__trace": "true",
+    }
     assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
     ((_, *steps),) = trace(tmp_path / "exp")
     assert len(steps) == 12
-    refused = run_script("train", *world.overrides(tmp_path / "no", **settings | {"trainer__num_epochs": 2}))
+    refused = run_script(
+        "train", *world.overrides(tmp_path / "no", **settings | {"trainer__num_epochs": 2})
+    )
     assert refused.returncode == 2
     assert "data.use_infinite_dataset=true has no epochs" in refused.stderr
 
@@ -124,7 +174,9 @@ def test_a_missing_shard_ends_the_run_before_the_models_load(world, tmp_path):
     shutil.copytree(world.shards, tmp_path / "shards")
     (tmp_path / "shards" / "shard-000001.tar").unlink()
     (tmp_path / "train.yaml").write_text(f"- shards: {tmp_path / 'shards'}\n")
-    refused = run_script("train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml"))
+    refused = run_script(
+        "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml")
+    )
     assert refused.returncode == 2
     assert "shard-000001.tar' is missing" in refused.stderr
     assert "Loading weights" not in refused.stderr

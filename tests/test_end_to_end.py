@@ -18,8 +18,8 @@ from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.escape import escape
 from asrllm.models.auto import read_state
 from asrllm.testing import tiny_llm
-from asrllm.training.hooks.names import METRICS
-from asrllm.training.zero_files import AVERAGE, MASTERS
+from asrllm.training.callbacks.metric_names import METRICS
+from asrllm.training.checkpoint.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, made_once, run_script
 from tests.processes import Process, free_port, run_forked
 from tests.test_cli import does, fails
@@ -41,14 +41,22 @@ def gradient_norms(exp: Path) -> list[float]:
 
 def trained_keys(exp: Path) -> list[str]:
     return [
-        key for path in sorted(exp.glob("keys-rank*.jsonl")) for line in path.read_text().splitlines() for key in json.loads(line)["keys"]
+        key
+        for path in sorted(exp.glob("keys-rank*.jsonl"))
+        for line in path.read_text().splitlines()
+        for key in json.loads(line)["keys"]
     ]
 
 
 @pytest.fixture(scope="session")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps by `deepspeed` under ZeRO-3 on two processes. To be read alone: `own` is a copy."""
-    return made_once(tmp_path_factory, "finished", lambda folder: train_finished(world, folder / "exp")) / "exp"
+    return (
+        made_once(
+            tmp_path_factory, "finished", lambda folder: train_finished(world, folder / "exp")
+        )
+        / "exp"
+    )
 
 
 @pytest.fixture
@@ -89,7 +97,16 @@ def test_a_run_leaves_the_files_that_are_promised(finished):
     assert expected <= records[0].keys() <= {"step", *METRICS}
     assert 0 < records[0]["grad_norm"] < 1e4
     assert any("valid/valid/loss" in record for record in records)
-    names = ["config.yaml", "config.json", "tokenizer.json", "latest", "zero_to_fp32.py", "pretrained.pt", "checkpoint-4", "checkpoint-8"]
+    names = [
+        "config.yaml",
+        "config.json",
+        "tokenizer.json",
+        "latest",
+        "zero_to_fp32.py",
+        "pretrained.pt",
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
     for name in names:
         assert (finished / name).exists(), name
     assert (finished / "latest").read_text() == "checkpoint-8"
@@ -104,7 +121,9 @@ def test_a_checkpoint_holds_what_is_trained_and_says_what_it_belongs_to(finished
     assert manifest["prompts"] == ["Transcribe.", "Repeat what you hear.", "写下来。"]
     assert all(name.startswith("projector.") or "lora_" in name for name in manifest["trainable"])
     assert manifest["base_models"].keys() == {"audio_encoder", "llm"}
-    assert checkpoint_weights(finished / "checkpoint-8").load().keys() == manifest["trainable"].keys()
+    assert (
+        checkpoint_weights(finished / "checkpoint-8").load().keys() == manifest["trainable"].keys()
+    )
 
 
 FORMS = ([], ["--safe_serialization"], ["--max_shard_size", "20KB"])
@@ -112,7 +131,9 @@ FORMS = ([], ["--safe_serialization"], ["--max_shard_size", "20KB"])
 
 def converted(exp: Path, output: Path, *form: str) -> dict[str, torch.Tensor]:
     """What DeepSpeed's own script makes of the newest checkpoint."""
-    assert_done(run_forked([exp / "zero_to_fp32.py", exp, output, "--exclude_frozen_parameters", *form]))
+    assert_done(
+        run_forked([exp / "zero_to_fp32.py", exp, output, "--exclude_frozen_parameters", *form])
+    )
     return read_state(output)
 
 
@@ -126,8 +147,15 @@ def test_deepspeeds_own_converter_gives_the_same_weights(finished, tmp_path, for
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeeds_own_converter_takes_a_trained_llm_with_a_tied_head(world, tmp_path, stage):
-    exp, full = tmp_path / "exp", {"model__llm__lora": "null", "model__llm__lora__r": None, "model__llm__frozen": "false"}
-    settings = {"trainer__deepspeed_config": f"ds_configs/zero{stage}.json", "trainer__num_steps": 2, "data__valid_data_config": "null"}
+    exp, full = (
+        tmp_path / "exp",
+        {"model__llm__lora": "null", "model__llm__lora__r": None, "model__llm__frozen": "false"},
+    )
+    settings = {
+        "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
+        "trainer__num_steps": 2,
+        "data__valid_data_config": "null",
+    }
     assert_done(run_script("train", *world.overrides(exp, **settings, **full), launcher="ranks"))
     mine = asrllm.AutoModel.from_pretrained(exp).weights()
     for number, form in enumerate(FORMS):
@@ -161,7 +189,12 @@ def test_the_wandb_run_holds_config_and_losses(finished):
     logged, config = [], {}
     for record in wandb_records(path):
         if record.HasField("history"):
-            logged.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            logged.append(
+                {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+            )
         if record.HasField("run"):
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
     assert config["trainer"]["deepspeed_config"] == "ds_configs/zero3.json"
@@ -175,13 +208,24 @@ def test_averages_are_means_and_evaluation_writes_its_files(world, own):
     finished = own
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     choice = ("checkpoint.model.iter=8", "checkpoint.model.avg=2")
-    done = assert_done(run_script("evaluate", f"exp_dir={finished}", *choice, test, "decoding_method=greedy_search", "max_new_tokens=20"))
+    done = assert_done(
+        run_script(
+            "evaluate",
+            f"exp_dir={finished}",
+            *choice,
+            test,
+            "decoding_method=greedy_search",
+            "max_new_tokens=20",
+        )
+    )
     assert "WER" in done.stdout
     averaged = torch.load(finished / "averaged-iter-8-avg-2.pt", weights_only=True)
     parts = [checkpoint_weights(finished / f"checkpoint-{step}").load() for step in (4, 8)]
     for name, tensor in averaged.items():
         if "lora_" in name:  # factors of twice the rank, whose product is twice the mean's
-            assert torch.equal(tensor, torch.cat([part[name] for part in parts], dim=0 if "lora_A" in name else 1)), name
+            assert torch.equal(
+                tensor, torch.cat([part[name] for part in parts], dim=0 if "lora_A" in name else 1)
+            ), name
         else:
             torch.testing.assert_close(tensor, (parts[0][name] + parts[1][name]) / 2)
     assert [source["step"] for source in averaged.about["sources"]] == [4, 8]
@@ -192,13 +236,37 @@ def test_averages_are_means_and_evaluation_writes_its_files(world, own):
     assert results["wer_ci95"][0] <= results["wer"] <= results["wer_ci95"][1]
     for name in ("recogs-test", "errs-test", "wer-summary-test", "wer-summary-all"):
         assert (folder / f"{name}-iter-8-avg-2.txt").is_file()
-    generations = [json.loads(line) for line in next(folder.glob("generations-test-*.jsonl")).read_text().splitlines()]
+    generations = [
+        json.loads(line)
+        for line in next(folder.glob("generations-test-*.jsonl")).read_text().splitlines()
+    ]
     assert [row["key"] for row in generations] == [f"utt{i:04d}" for i in range(9)]
-    two = assert_done(run_script("evaluate", f"exp_dir={finished}", *choice, test, "max_new_tokens=20", launcher="torchrun"))
+    two = assert_done(
+        run_script(
+            "evaluate",
+            f"exp_dir={finished}",
+            *choice,
+            test,
+            "max_new_tokens=20",
+            launcher="torchrun",
+        )
+    )
     assert "WER" in two.stdout
     assert json.loads((folder / "results.json").read_text())["test"]["utterances"] == 9
-    assert [json.loads(line) for line in next(folder.glob("generations-test-*.jsonl")).read_text().splitlines()] == generations
-    assert_done(run_script("evaluate", f"exp_dir={finished}", test, "decoding_method=beam_search", "max_new_tokens=5", "prompt=New."))
+    assert [
+        json.loads(line)
+        for line in next(folder.glob("generations-test-*.jsonl")).read_text().splitlines()
+    ] == generations
+    assert_done(
+        run_script(
+            "evaluate",
+            f"exp_dir={finished}",
+            test,
+            "decoding_method=beam_search",
+            "max_new_tokens=5",
+            "prompt=New.",
+        )
+    )
     assert (finished / "beam_search" / "recogs-test-pretrained.txt").is_file()
 
 
@@ -213,9 +281,13 @@ def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(own):
     manifest = finished / "checkpoint-8" / "asrllm.json"
     os.utime(manifest)
     assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns == made
-    manifest.write_text(manifest.read_text() + "\n")  # as a manifest of other files would be another
+    manifest.write_text(
+        manifest.read_text() + "\n"
+    )  # as a manifest of other files would be another
     assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns > made
-    with pytest.raises(asrllm.errors.UserError, match="avg=3 is more than the 2 checkpoints up to iter=8"):
+    with pytest.raises(
+        asrllm.errors.UserError, match="avg=3 is more than the 2 checkpoints up to iter=8"
+    ):
         resolve_weights(finished, filename=None, what=Average(iteration=8, avg=3))
     assert resolve_weights(finished, filename="pretrained.pt", what=last).name == "pretrained.pt"
     assert resolve_weights(finished, filename=None, what=Average(avg=0)).name == "pretrained.pt"
@@ -224,20 +296,36 @@ def test_an_averaged_file_is_made_again_when_its_checkpoints_changed(own):
 def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
     finished = own
     wav = next((world.root / "kaldi" / "test" / "wav").glob("*.wav"))
-    assert_done(run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32"))
+    assert_done(
+        run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32")
+    )
     assert "is not empty" in fails(capsys, "export", finished, "--output", tmp_path / "model")
     exported = assert_done(run_script("transcribe", tmp_path / "model", wav, "--no-vad")).stdout
     assert exported == does(capsys, "transcribe", finished, wav, "--no-vad")
     averaged = finished / "averaged-iter-8-avg-2.pt"
     does(capsys, "average", finished, "--iter", "8", "--avg", "2", "--output", averaged)
     assert "logits of" in does(capsys, "merge-lora", averaged, "--output", tmp_path / "llm")
-    does(capsys, "export", averaged, "--output", tmp_path / "merged", "--merge-adapter", "--dtype", "float32")
+    does(
+        capsys,
+        "export",
+        averaged,
+        "--output",
+        tmp_path / "merged",
+        "--merge-adapter",
+        "--dtype",
+        "float32",
+    )
     of_run = does(capsys, "transcribe", finished, wav, "--no-vad", "--weights", averaged)
     assert of_run == does(capsys, "transcribe", tmp_path / "merged", wav, "--no-vad")
     (text,) = asrllm.AutoModel.from_pretrained(tmp_path / "model").transcribe([wav])
     assert exported == escape(text, keep="\n") + "\n"
-    assert_done(run_script("zero_to_fp32", finished, "--tag", "checkpoint-4", "--output", tmp_path / "c.pt"))
-    assert torch.load(tmp_path / "c.pt", weights_only=True).keys() == checkpoint_weights(finished / "checkpoint-4").load().keys()
+    assert_done(
+        run_script("zero_to_fp32", finished, "--tag", "checkpoint-4", "--output", tmp_path / "c.pt")
+    )
+    assert (
+        torch.load(tmp_path / "c.pt", weights_only=True).keys()
+        == checkpoint_weights(finished / "checkpoint-4").load().keys()
+    )
 
 
 @pytest.mark.longest(60)
@@ -250,7 +338,9 @@ def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
         ("ranks", "ranks", 3, "fp32"),
     ],
 )
-def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, launcher, again, stage, precision):
+def test_resuming_gives_the_losses_of_the_uninterrupted_run(
+    world, tmp_path, launcher, again, stage, precision
+):
     settings = {
         "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
         "trainer__precision": precision,
@@ -274,19 +364,32 @@ def test_resuming_gives_the_losses_of_the_uninterrupted_run(world, tmp_path, lau
     assert losses(parts) == losses(whole)
     assert trained_keys(parts) == trained_keys(whole)
     for name, tensor in torch.load(whole / "pretrained.pt", weights_only=True).items():
-        assert torch.equal(torch.load(parts / "pretrained.pt", weights_only=True)[name], tensor), name
+        assert torch.equal(torch.load(parts / "pretrained.pt", weights_only=True)[name], tensor), (
+            name
+        )
     for name, tensor in checkpoint_weights(whole / "checkpoint-8", AVERAGE).load().items():
-        assert torch.equal(checkpoint_weights(parts / "checkpoint-8", AVERAGE).load()[name], tensor), name
+        assert torch.equal(
+            checkpoint_weights(parts / "checkpoint-8", AVERAGE).load()[name], tensor
+        ), name
 
 
 def test_ranks_together_train_on_an_epoch_once_and_the_stages_agree(world, tmp_path):
     seen = {}
     for stage, launcher in ((0, "ranks"), (3, "ranks")):
         exp = tmp_path / str(stage)
-        settings = {"trainer__num_epochs": 1, "trainer__num_steps": "null", "data__trace": "true", "trainer__precision": "fp32"}
+        settings = {
+            "trainer__num_epochs": 1,
+            "trainer__num_steps": "null",
+            "data__trace": "true",
+            "trainer__precision": "fp32",
+        }
         assert_done(
             run_script(
-                "train", *world.overrides(exp, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", **settings), launcher=launcher
+                "train",
+                *world.overrides(
+                    exp, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", **settings
+                ),
+                launcher=launcher,
             )
         )
         assert sorted(trained_keys(exp)) == [f"utt{i:04d}" for i in range(60)]
@@ -296,7 +399,9 @@ def test_ranks_together_train_on_an_epoch_once_and_the_stages_agree(world, tmp_p
 
 
 @pytest.mark.parametrize(("stage", "first", "then"), [(2, 2, 1), (3, 1, 2)])
-def test_another_number_of_processes_goes_on_with_the_same_batches(world, tmp_path, capsys, stage, first, then):
+def test_another_number_of_processes_goes_on_with_the_same_batches(
+    world, tmp_path, capsys, stage, first, then
+):
     """As many micro-batches a step on fewer processes: the losses stay, no utterance is lost or repeated."""
 
     def settings(exp, processes, **more):
@@ -317,29 +422,54 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(world, tmp_pa
     launcher = {1: "python", 2: "ranks"}
     assert_done(run_script("train", *settings(whole, first), launcher=launcher[first]))
     checkpoint = whole / "checkpoint-2"
-    assert_done(run_script("train", *settings(parts, then, trainer__resume=checkpoint), launcher=launcher[then]))
+    assert_done(
+        run_script(
+            "train", *settings(parts, then, trainer__resume=checkpoint), launcher=launcher[then]
+        )
+    )
     np.testing.assert_allclose(losses(parts), losses(whole)[2:], rtol=2e-5)
-    np.testing.assert_allclose(gradient_norms(parts), gradient_norms(whole)[2:], rtol=1e-3)  # AdamW itself would not mind their scale
+    np.testing.assert_allclose(
+        gradient_norms(parts), gradient_norms(whole)[2:], rtol=1e-3
+    )  # AdamW itself would not mind their scale
     trained_before = [key for line in lines(whole) if line["step"] <= 2 for key in line["keys"]]
     assert sorted(trained_before + trained_keys(parts)) == [f"utt{i:04d}" for i in range(60)]
     last = f"checkpoint-{metrics(whole)[-1]['step']}"
     for key, close in ((MASTERS, 1e-4), (AVERAGE, 1e-4)):
-        expected, found = checkpoint_weights(whole / last, key).load(), checkpoint_weights(parts / last, key).load()
+        expected, found = (
+            checkpoint_weights(whole / last, key).load(),
+            checkpoint_weights(parts / last, key).load(),
+        )
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=close, atol=1e-5)
 
-    averaged = does(capsys, "average", whole, "--iter", last.split("-")[1], "--avg", 1, "--use-averaged-model")
+    averaged = does(
+        capsys, "average", whole, "--iter", last.split("-")[1], "--avg", 1, "--use-averaged-model"
+    )
     assert averaged.strip().endswith("-avg-1-use-averaged-model.pt")
-    choice = [f"checkpoint.model.iter={last.split('-')[1]}", "checkpoint.model.avg=1", "checkpoint.model.use_averaged_model=true"]
+    choice = [
+        f"checkpoint.model.iter={last.split('-')[1]}",
+        "checkpoint.model.avg=1",
+        "checkpoint.model.use_averaged_model=true",
+    ]
     assert_done(
-        run_script("evaluate", f"exp_dir={whole}", f"data.test_data_config={world.root / 'test.yaml'}", *choice, "max_new_tokens=5")
+        run_script(
+            "evaluate",
+            f"exp_dir={whole}",
+            f"data.test_data_config={world.root / 'test.yaml'}",
+            *choice,
+            "max_new_tokens=5",
+        )
     )
     results = whole / "greedy_search" / "results.json"
     assert "use-averaged-model" in results.read_text()
 
 
 def lines(exp: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(exp.glob("keys-rank*.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted(exp.glob("keys-rank*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def test_a_killed_run_goes_on(world, tmp_path):
@@ -348,20 +478,37 @@ def test_a_killed_run_goes_on(world, tmp_path):
     assert "WANDB_SERVICE" in os.environ
     exp = tmp_path / "exp"
     overrides = world.overrides(
-        exp, trainer__num_steps=400, trainer__save_every=3, trainer__log_every=1, data__valid_data_config="null", trainer__keep_last_k=2
+        exp,
+        trainer__num_steps=400,
+        trainer__save_every=3,
+        trainer__log_every=1,
+        data__valid_data_config="null",
+        trainer__keep_last_k=2,
     )
     overrides.append("trainer.wandb.mode=offline")
-    process = Process([REPOSITORY / "launch" / "train.py", *overrides], clean_environment(), tmp_path / "log")
+    process = Process(
+        [REPOSITORY / "launch" / "train.py", *overrides], clean_environment(), tmp_path / "log"
+    )
     deadline = time.monotonic() + 240
-    while not (exp / "checkpoint-9").exists() and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not (exp / "checkpoint-9").exists()
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)  # waits for a condition, bounded
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    saved = sorted(int(path.parent.name.partition("-")[2]) for path in exp.glob("checkpoint-*/asrllm.json"))
+    saved = sorted(
+        int(path.parent.name.partition("-")[2]) for path in exp.glob("checkpoint-*/asrllm.json")
+    )
     assert 9 in saved or saved[-1] > 9
     assert len(saved) <= 3
     end = saved[-1] + 2
-    assert_done(run_script("train", *(o for o in overrides if "num_steps" not in o), f"trainer.num_steps={end}"))
+    assert_done(
+        run_script(
+            "train", *(o for o in overrides if "num_steps" not in o), f"trainer.num_steps={end}"
+        )
+    )
     steps = [record["step"] for record in metrics(exp)]
     assert steps == list(range(1, end + 1))
     runs = [path.name.rpartition("-")[2] for path in (exp / "wandb").rglob("offline-run-*")]
@@ -372,19 +519,34 @@ def test_a_killed_run_goes_on(world, tmp_path):
 def test_another_models_checkpoints_are_refused(world, own, tmp_path, monkeypatch, capsys):
     finished = own
     other = tiny_llm(tmp_path / "other", seed=7)
-    settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
+    settings = {
+        "trainer__deepspeed_config": "ds_configs/zero3.json",
+        "prompt_file": world.root / "prompts.txt",
+    }
     before = sorted(path.name for path in finished.iterdir())
     monkeypatch.chdir(REPOSITORY)
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("asrllm.training.distributed.start", lambda: pytest.fail("the mistake is found before the others are waited for"))
+    monkeypatch.setattr(
+        "asrllm.distributed.start",
+        lambda: pytest.fail("the mistake is found before the others are waited for"),
+    )
 
     def refused(message, **changes):
         assert message in fails(capsys, "train", *world.overrides(finished, **settings | changes))
 
     refused("is a checkpoint of another model: its llm was", model__llm__pretrained_model=other)
-    refused("was written with zero_stage=3, this run has 2", trainer__deepspeed_config="ds_configs/zero2.json")
+    refused(
+        "was written with zero_stage=3, this run has 2",
+        trainer__deepspeed_config="ds_configs/zero2.json",
+    )
     refused("trainer.resume=never", trainer__resume="never")
     refused("was written with lora={", model__llm__lora__lora_alpha=99)
     refused("was written with precision=bf16, this run has fp32", trainer__precision="fp32")
@@ -395,7 +557,10 @@ def test_another_models_checkpoints_are_refused(world, own, tmp_path, monkeypatc
     vocabulary["model"]["vocab"] |= {first[0]: second[1], second[0]: first[1]}
     (words / "tokenizer.json").write_text(json.dumps(vocabulary))
     refused("was written with vocabulary=", model__llm__pretrained_model=words)
-    refused("was written with training data=[['train', 60", data__train_data_config=world.root / "test.yaml")
+    refused(
+        "was written with training data=[['train', 60",
+        data__train_data_config=world.root / "test.yaml",
+    )
     assert sorted(path.name for path in finished.iterdir()) == before
     refused("give auto, never, or such as exp/NAME/checkpoint-1000", trainer__resume=finished)
     refused("is not before it: remove what is later", trainer__resume=finished / "checkpoint-4")
@@ -403,9 +568,16 @@ def test_another_models_checkpoints_are_refused(world, own, tmp_path, monkeypatc
 
 def test_other_trained_parameters_are_refused(world, own):
     finished = own
-    settings = {"trainer__deepspeed_config": "ds_configs/zero3.json", "prompt_file": world.root / "prompts.txt"}
+    settings = {
+        "trainer__deepspeed_config": "ds_configs/zero3.json",
+        "prompt_file": world.root / "prompts.txt",
+    }
     before = (finished / "config.yaml").read_text()
-    done = run_script("train", *world.overrides(finished, model__audio_encoder__frozen="false", **settings), launcher="ranks")
+    done = run_script(
+        "train",
+        *world.overrides(finished, model__audio_encoder__frozen="false", **settings),
+        launcher="ranks",
+    )
     assert done.returncode != 0
     assert "is trained in this run alone; choose another exp_dir" in done.stderr
     assert "Traceback" not in done.stderr
@@ -427,12 +599,22 @@ def test_a_damaged_checkpoint_is_one_sentence(world, tmp_path):
     done = run_script("train", *run)
     assert done.returncode == 2
     assert "no intact checkpoint is left" in done.stderr
-    assert list(exp.glob("checkpoint-*")) == [exp / "checkpoint-4"]  # only a run that resumes renames it
+    assert list(exp.glob("checkpoint-*")) == [
+        exp / "checkpoint-4"
+    ]  # only a run that resumes renames it
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_sends_the_run_back_to_the_one_before(world, tmp_path):
+def test_a_flipped_bit_in_the_newest_checkpoint_sends_the_run_back_to_the_one_before(
+    world, tmp_path
+):
     exp = tmp_path / "exp"
-    run = world.overrides(exp, trainer__num_steps=6, trainer__save_every=2, trainer__keep_last_k=0, data__valid_data_config="null")
+    run = world.overrides(
+        exp,
+        trainer__num_steps=6,
+        trainer__save_every=2,
+        trainer__keep_last_k=0,
+        data__valid_data_config="null",
+    )
     assert_done(run_script("train", *run))
     expected = losses(exp)
     for later in ("checkpoint-6", "epoch-1"):
@@ -457,11 +639,29 @@ def test_every_stage_is_evaluated_alike_with_and_without_background_writing(worl
     texts = []
     for background in ("true", "false"):
         exp = tmp_path / background
-        options = {"trainer__deepspeed_config": f"ds_configs/zero{stage}.json", "trainer__background_checkpoints": background}
-        run = world.overrides(exp, trainer__num_steps=2, trainer__save_every=1, data__valid_data_config="null", **options)
+        options = {
+            "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
+            "trainer__background_checkpoints": background,
+        }
+        run = world.overrides(
+            exp,
+            trainer__num_steps=2,
+            trainer__save_every=1,
+            data__valid_data_config="null",
+            **options,
+        )
         assert_done(run_script("train", *run))
         choice = ("checkpoint.model.iter=2", "checkpoint.model.avg=2")
-        assert_done(run_script("evaluate", f"exp_dir={exp}", *choice, test, "max_new_tokens=10", "whisper_baseline=false"))
+        assert_done(
+            run_script(
+                "evaluate",
+                f"exp_dir={exp}",
+                *choice,
+                test,
+                "max_new_tokens=10",
+                "whisper_baseline=false",
+            )
+        )
         texts.append((exp / "greedy_search" / "generations-test-iter-2-avg-2.jsonl").read_text())
     assert texts[0] == texts[1]
     assert len(texts[0].splitlines()) == 9
@@ -469,7 +669,13 @@ def test_every_stage_is_evaluated_alike_with_and_without_background_writing(worl
 
 def test_a_corrupted_manifest_of_the_newest_epoch_sends_the_run_back(world, tmp_path):
     exp = tmp_path / "exp"
-    run = world.overrides(exp, trainer__num_epochs=1, trainer__save_every=2, trainer__keep_last_k=0, data__valid_data_config="null")
+    run = world.overrides(
+        exp,
+        trainer__num_epochs=1,
+        trainer__save_every=2,
+        trainer__keep_last_k=0,
+        data__valid_data_config="null",
+    )
     assert_done(run_script("train", *run))
     expected = losses(exp)
     (exp / "corrupted-epoch-1").mkdir()  # of an earlier time
@@ -485,9 +691,18 @@ def test_a_corrupted_manifest_of_the_newest_epoch_sends_the_run_back(world, tmp_
 def test_offloading_to_the_processor_trains(world, tmp_path):
     exp = tmp_path / "exp"
     assert_done(
-        run_script("train", *world.overrides(exp, trainer__deepspeed_config="ds_configs/zero2_offload.json", trainer__num_steps=24))
+        run_script(
+            "train",
+            *world.overrides(
+                exp,
+                trainer__deepspeed_config="ds_configs/zero2_offload.json",
+                trainer__num_steps=24,
+            ),
+        )
     )
-    assert np.mean(losses(exp)[-6:]) < np.mean(losses(exp)[:3]) - 0.2  # steps differ in the lengths of their utterances, hence in loss
+    assert (
+        np.mean(losses(exp)[-6:]) < np.mean(losses(exp)[:3]) - 0.2
+    )  # steps differ in the lengths of their utterances, hence in loss
 
 
 def test_too_many_unreadable_utterances_stop_the_run(world, tmp_path):
@@ -496,7 +711,12 @@ def test_too_many_unreadable_utterances_stop_the_run(world, tmp_path):
     shard.write_bytes(bytes(shard.stat().st_size))
     (tmp_path / "train.yaml").write_text(f"- {{shards: {tmp_path / 'shards'}}}\n")
     done = run_script(
-        "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml", data__max_bad_share=0.005)
+        "train",
+        *world.overrides(
+            tmp_path / "exp",
+            data__train_data_config=tmp_path / "train.yaml",
+            data__max_bad_share=0.005,
+        ),
     )
     assert done.returncode == 2
     assert "utterances could not be read, more than data.max_bad_share=0.005" in done.stderr

@@ -20,5 +20,7 @@ def test_unsafe_characters_are_escaped(text, expected):
 
 
 def test_log_records_are_escaped():
-    record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: no\ntext", ("\x1b]0;title\x07",), None)
+    record = logging.LogRecord(
+        "x", logging.WARNING, "", 0, "%s: no\ntext", ("\x1b]0;title\x07",), None
+    )
     assert EscapingFormatter("%(message)s").format(record) == "\\x1b]0;title\\x07: no\ntext"

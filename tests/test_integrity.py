@@ -14,11 +14,15 @@ from asrllm.integrity import verify_weights
 from asrllm.models import fingerprint as fingerprint_module
 from asrllm.models.auto import read_state
 from asrllm.models.fingerprint import check_fingerprint, fingerprint
-from asrllm.training.manifest import manifest_text, read_manifest
-from asrllm.training.resume import corruption
+from asrllm.training.checkpoint.manifest import manifest_text, read_manifest
+from asrllm.training.checkpoint.resume import corruption
 from tests.checkpoints.made import write_checkpoint
 
-STATE = {"projector.a": torch.arange(35.0).view(7, 5), "projector.b": torch.ones(13), "llm.c": torch.zeros(3, 4)}
+STATE = {
+    "projector.a": torch.arange(35.0).view(7, 5),
+    "projector.b": torch.ones(13),
+    "llm.c": torch.zeros(3, 4),
+}
 
 
 def flipped(content: bytes, place: int) -> bytes:
@@ -44,7 +48,9 @@ def test_a_flipped_bit_of_a_weight_file_is_found_or_changes_nothing(tmp_path, na
 
 
 def test_a_file_is_verified_again_when_it_has_changed(tmp_path):
-    path = consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors")
+    path = consolidate(
+        write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
+    )
     verify_weights(path)
     content = path.read_bytes()
     path.write_bytes(flipped(content, len(content) - 1))
@@ -75,7 +81,10 @@ def test_the_fingerprint_sees_every_byte(tmp_path):
     path.write_bytes(flipped(content, content.index(STATE["projector.a"].numpy().tobytes())))
     with pytest.raises(CorruptedError):
         fingerprint(path)
-    other = consolidate(write_checkpoint(tmp_path / "checkpoint-2", STATE | {"llm.c": torch.ones(3, 4)}), tmp_path / "o.pt")
+    other = consolidate(
+        write_checkpoint(tmp_path / "checkpoint-2", STATE | {"llm.c": torch.ones(3, 4)}),
+        tmp_path / "o.pt",
+    )
     path.write_bytes(other.read_bytes())
     assert fingerprint(path) != original
     path.write_bytes(content)
@@ -86,9 +95,14 @@ def test_the_fingerprint_of_a_large_file_is_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint_module, "CACHED_ABOVE", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "model.safetensors"
-    shutil.copyfile(consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"), path)
+    shutil.copyfile(
+        consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"),
+        path,
+    )
     first = fingerprint(path)
-    monkeypatch.setattr(fingerprint_module, "file_sha256", lambda file: pytest.fail("the file was read again"))
+    monkeypatch.setattr(
+        fingerprint_module, "file_sha256", lambda file: pytest.fail("the file was read again")
+    )
     assert fingerprint(path) == first
     monkeypatch.undo()
     monkeypatch.setattr(fingerprint_module, "CACHED_ABOVE", 0)
@@ -104,12 +118,16 @@ def test_a_fingerprint_without_a_place_for_the_cache_is_computed(tmp_path, monke
     monkeypatch.setattr(fingerprint_module, "CACHED_ABOVE", 0)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    path = consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors")
+    path = consolidate(
+        write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
+    )
     assert fingerprint(path).startswith("sha256:")
 
 
 def test_a_fingerprint_of_an_earlier_version_is_said(tmp_path):
-    path = consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors")
+    path = consolidate(
+        write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
+    )
     with pytest.raises(UserError, match="earlier version"):
         check_fingerprint("llm", path, "0" * 64)
 

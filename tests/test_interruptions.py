@@ -29,7 +29,9 @@ STEPS = 24
 def records(exp: Path) -> list[dict]:
     path = exp / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [record for line in lines if line.endswith("\n") and "loss" in (record := json.loads(line))]
+    return [
+        record for line in lines if line.endswith("\n") and "loss" in (record := json.loads(line))
+    ]
 
 
 def losses(exp: Path) -> list[float]:
@@ -61,7 +63,9 @@ def whole(world: World, settings, tmp_path_factory) -> Path:
     """The uninterrupted run, to be read alone."""
 
     def train(folder: Path) -> None:
-        assert_done(run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks"))
+        assert_done(
+            run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks")
+        )
         assert len(losses(folder / "exp")) == STEPS
 
     return made_once(tmp_path_factory, "uninterrupted", train) / "exp"
@@ -78,13 +82,17 @@ def assert_goes_on(world: World, exp: Path, settings: dict, whole: Path) -> None
     assert_done(run_script("train", *world.overrides(exp, **settings), launcher="ranks"))
     assert losses(exp) == losses(whole)
     for rank in range(2):
-        assert (exp / f"keys-rank{rank}.jsonl").read_text() == (whole / f"keys-rank{rank}.jsonl").read_text()
+        assert (exp / f"keys-rank{rank}.jsonl").read_text() == (
+            whole / f"keys-rank{rank}.jsonl"
+        ).read_text()
     ends = [torch.load(path / "pretrained.pt", weights_only=True) for path in (exp, whole)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
-def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(world, settings, whole, tmp_path, number, rank):
+def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(
+    world, settings, whole, tmp_path, number, rank
+):
     exp, command = tmp_path / "exp", train_command(*world.overrides(tmp_path / "exp", **settings))
     with started(tmp_path / "logs", command, command) as ranks:
         wait_for(lambda: len(losses(exp)) >= 3)
@@ -93,7 +101,9 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(world, setti
         ranks[rank].send_signal(number)
         for reader in readers if number == signal.SIGTERM else []:  # as DeepSpeed's launcher does
             reader.terminate()
-        assert [process.wait(60) for process in ranks] == [0, 0], (tmp_path / "logs" / "0").read_text()
+        assert [process.wait(60) for process in ranks] == [0, 0], (
+            tmp_path / "logs" / "0"
+        ).read_text()
         print(f"{time.monotonic() - began:.2f} s from the signal to the exit")
         assert len(readers) == 2
         wait_for(lambda: not any(reader.is_running() for reader in readers), 15)
@@ -108,7 +118,14 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(world, setti
 def launched(log: Path, command: list[str]) -> Iterator[subprocess.Popen]:
     """A real launcher of two ranks; neither it nor they outlive the block."""
     with both_cores(), open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=clean_environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
         try:
             yield process
         finally:
@@ -129,13 +146,25 @@ def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.mark.longest(60)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(world, settings, whole, tmp_path, launcher):
+def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(
+    world, settings, whole, tmp_path, launcher
+):
     """torchrun's agent, and DeepSpeed's launcher of a node, pass SIGTERM on; both end with a status of their own."""
     exp = tmp_path / "exp"
     start = {
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"],
+        "torchrun": [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={free_port()}",
+        ],
         "deepspeed": [
-            *("-m", "deepspeed.launcher.launch", f"--master_port={free_port()}", "--master_addr=127.0.0.1"),
+            *(
+                "-m",
+                "deepspeed.launcher.launch",
+                f"--master_port={free_port()}",
+                "--master_addr=127.0.0.1",
+            ),
             "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19",  # {"localhost": [0, 1]}
         ],
     }[launcher]
@@ -152,14 +181,20 @@ def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(world, settings, 
     assert_goes_on(world, exp, settings, whole)
 
 
-def test_a_signal_while_the_model_is_built_ends_the_run_with_nothing_half_written(world, settings, tmp_path):
+def test_a_signal_while_the_model_is_built_ends_the_run_with_nothing_half_written(
+    world, settings, tmp_path
+):
     exp = tmp_path / "exp"
-    command = train_command(*world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"})
+    command = train_command(
+        *world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"}
+    )
     with started(tmp_path / "logs", command, command) as ranks:
         wait_for(lambda: all((exp / f"building-{rank}").exists() for rank in range(2)))
         ranks[1].send_signal(signal.SIGTERM)
         (exp / "go").touch()
-        assert [process.wait(60) for process in ranks] == [0, 0], (tmp_path / "logs" / "0").read_text()
+        assert [process.wait(60) for process in ranks] == [0, 0], (
+            tmp_path / "logs" / "0"
+        ).read_text()
     assert "no step was done" in (tmp_path / "logs" / "0").read_text()
     assert not list(exp.glob("checkpoint*"))
     assert not (exp / "latest").exists()
@@ -168,7 +203,9 @@ def test_a_signal_while_the_model_is_built_ends_the_run_with_nothing_half_writte
 
 def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
     exp = tmp_path / "exp"
-    command = train_command(*world.overrides(exp, **settings | {"trainer__step_timeout": 5, "trainer__num_steps": 4000}))
+    command = train_command(
+        *world.overrides(exp, **settings | {"trainer__step_timeout": 5, "trainer__num_steps": 4000})
+    )
     with started(tmp_path / "logs", command, command) as (rank0, rank1):
         wait_for(lambda: len(losses(exp)) >= 3)
         readers = descendants(rank0.pid)
@@ -187,7 +224,9 @@ def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
     assert "in fit" in told
     assert "no progress for 5 s" in (tmp_path / "logs" / "0").read_text()
     pids = [str(process.pid) for process in (rank0, rank1, *readers)]
-    assert not [name for name in os.listdir("/dev/shm") if any(pid in name.split("_") for pid in pids)]
+    assert not [
+        name for name in os.listdir("/dev/shm") if any(pid in name.split("_") for pid in pids)
+    ]
 
 
 def sockets_of(pid: int) -> set[str]:
@@ -197,7 +236,9 @@ def sockets_of(pid: int) -> set[str]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others_at_once_and_leaves_no_reader(world, settings, tmp_path, victim):
+def test_a_killed_rank_ends_the_others_at_once_and_leaves_no_reader(
+    world, settings, tmp_path, victim
+):
     exp = tmp_path / "exp"
     command = train_command(*world.overrides(exp, **settings | {"trainer__num_steps": 4000}))
     with started(tmp_path / "logs", command, command) as ranks:
@@ -233,7 +274,9 @@ def test_a_rank_killed_on_another_node_is_a_lost_connection(world, settings, tmp
 def test_a_rank_killed_while_the_model_is_built_ends_the_others(world, settings, tmp_path):
     """They are in no collective then, whose failure could tell them."""
     exp = tmp_path / "exp"
-    command = train_command(*world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"})
+    command = train_command(
+        *world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"}
+    )
     with started(tmp_path / "logs", command, command) as ranks:
         wait_for(lambda: all((exp / f"building-{rank}").exists() for rank in range(2)))
         ranks[0].kill()
@@ -258,7 +301,10 @@ KILLS = [
     ("torchrun", "launcher"),
     ("deepspeed", "launcher"),
 ]
-LEFT_BY_LAUNCHERS = ("torchelastic_", "torchinductor_")  # torchrun's logs, torch's cache: also of runs that end well
+LEFT_BY_LAUNCHERS = (
+    "torchelastic_",
+    "torchinductor_",
+)  # torchrun's logs, torch's cache: also of runs that end well
 
 
 @pytest.mark.soak(only=True)
@@ -278,7 +324,16 @@ def test_no_kill_leaves_a_process_or_a_file(world, settings, tmp_path):
             victim = rng.choice(ranks) if what == "rank" else psutil.Process(run.started[0].pid)
             seen = kill_and_wait(run, victim)
         files = [name for name in seen["files"] if not name.startswith(LEFT_BY_LAUNCHERS)]
-        print(launcher, what, len(ranks), seen["seconds"], seen["statuses"], seen["processes"], files, flush=True)
+        print(
+            launcher,
+            what,
+            len(ranks),
+            seen["seconds"],
+            seen["statuses"],
+            seen["processes"],
+            files,
+            flush=True,
+        )
         assert seen["seconds"] < (GONE if what == "rank" else CLEAN), seen["output"][-3000:]
         assert not seen["processes"]
         assert not files
@@ -300,9 +355,17 @@ def test_no_message_is_lost_under_torchrun(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "precision", "what"),
-    [(0, "fp32", "gradient"), (0, "bf16", "loss"), (1, "bf16", "gradient"), (2, "fp32", "loss"), (3, "bf16", "loss")],
+    [
+        (0, "fp32", "gradient"),
+        (0, "bf16", "loss"),
+        (1, "bf16", "gradient"),
+        (2, "fp32", "loss"),
+        (3, "bf16", "loss"),
+    ],
 )
-def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(world, settings, tmp_path, stage, precision, what):
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(
+    world, settings, tmp_path, stage, precision, what
+):
     """Steps 3 and 4 of 8, on the second rank; what follows is what follows when the run is resumed from just after them."""
     exp, again = tmp_path / "exp", tmp_path / "again"
     changes = {
@@ -313,9 +376,17 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(world, settings, tmp_
         "trainer__gradient_accumulation_steps": 2,
     }
     how = {"what": what, "steps": [3, 4], "ranks": [1]}
-    run_both(tmp_path / "logs", train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how))
-    shutil.copytree(exp, again, ignore=shutil.ignore_patterns("checkpoint-6", "checkpoint-8", "pretrained.pt"))
-    run_both(tmp_path / "logs", train_command(*world.overrides(again, **settings | changes), script=MISBEHAVE, how=how))
+    run_both(
+        tmp_path / "logs",
+        train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how),
+    )
+    shutil.copytree(
+        exp, again, ignore=shutil.ignore_patterns("checkpoint-6", "checkpoint-8", "pretrained.pt")
+    )
+    run_both(
+        tmp_path / "logs",
+        train_command(*world.overrides(again, **settings | changes), script=MISBEHAVE, how=how),
+    )
     assert [record["skipped"] for record in records(exp)] == [0, 0, 1, 1, 0, 0, 0, 0]
     assert losses(exp) == losses(again)
     assert records(exp)[2]["grad_norm"] is None
@@ -336,7 +407,12 @@ def test_too_many_steps_in_a_row_end_the_run(world, settings, tmp_path):
     said = "".join((tmp_path / "logs" / rank).read_text() for rank in "01")
     assert "step 2 is skipped, its loss is not finite; rank 0: utt" in said
     # one of the ranks prints it
-    assert said.count("the loss was not finite in 2 steps in a row (trainer.max_nonfinite_steps), the last, 5, with utt") == 1
+    assert (
+        said.count(
+            "the loss was not finite in 2 steps in a row (trainer.max_nonfinite_steps), the last, 5, with utt"
+        )
+        == 1
+    )
     assert "Traceback" not in said
     assert losses(exp)[1] is None
     assert len(losses(exp)) == 5

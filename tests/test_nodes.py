@@ -13,14 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, World, assert_done, clean_environment, free_port, made_once, run_script
+from tests.conftest import (
+    REPOSITORY,
+    World,
+    assert_done,
+    clean_environment,
+    free_port,
+    made_once,
+    run_script,
+)
 from tests.processes import both_cores
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def ip(*arguments: object, check: bool = True) -> str:
-    return subprocess.run(["ip", *map(str, arguments)], check=check, capture_output=True, text=True, timeout=20).stdout
+    return subprocess.run(
+        ["ip", *map(str, arguments)], check=check, capture_output=True, text=True, timeout=20
+    ).stdout
 
 
 class Hosts:
@@ -53,11 +63,16 @@ class Hosts:
 
     def start(self, node: int, command: list[str], log: Path) -> subprocess.Popen:
         environment = clean_environment(
-            GLOO_SOCKET_IFNAME=self.cables[node], PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            GLOO_SOCKET_IFNAME=self.cables[node],
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         )
         with open(log, "w") as file:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.names[node], *command], cwd=REPOSITORY, env=environment, stdout=file, stderr=file
+                ["ip", "netns", "exec", self.names[node], *command],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=file,
+                stderr=file,
             )
 
 
@@ -77,7 +92,9 @@ def hosts() -> Iterator[Hosts]:
         hosts.take_down()
 
 
-def command(launcher: str, node: int, hosts: Hosts, port: int, folder: Path, overrides: list[str]) -> list[str]:
+def command(
+    launcher: str, node: int, hosts: Hosts, port: int, folder: Path, overrides: list[str]
+) -> list[str]:
     script = str(REPOSITORY / "launch" / "train.py")
     where = [f"--node_rank={node}", f"--master_addr={hosts.addresses[0]}", f"--master_port={port}"]
     if launcher == "torchrun":
@@ -88,18 +105,28 @@ def command(launcher: str, node: int, hosts: Hosts, port: int, folder: Path, ove
 
 
 def losses(exp: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (exp / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    return [
+        json.loads(line)["loss"]
+        for line in (exp / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
 
 
 @pytest.fixture(scope="module")
 def settings() -> dict[str, object]:
-    return {"trainer__deepspeed_config": "ds_configs/zero3.json", "trainer__precision": "fp32", "data__valid_data_config": "null"}
+    return {
+        "trainer__deepspeed_config": "ds_configs/zero3.json",
+        "trainer__precision": "fp32",
+        "data__valid_data_config": "null",
+    }
 
 
 @pytest.fixture(scope="module")
 def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
     def train(folder: Path) -> None:
-        assert_done(run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks"))
+        assert_done(
+            run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks")
+        )
 
     return losses(made_once(tmp_path_factory, "one-node", train) / "exp")
 
@@ -108,7 +135,12 @@ def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, tmp_path, launcher):
     overrides, port = world.overrides(tmp_path / "exp", **settings), free_port()
-    nodes = [hosts.start(n, command(launcher, n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log") for n in range(2)]
+    nodes = [
+        hosts.start(
+            n, command(launcher, n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log"
+        )
+        for n in range(2)
+    ]
     for number, node in enumerate(nodes):
         assert node.wait(timeout=120) == 0, (tmp_path / f"{number}.log").read_text()[-3000:]
     assert losses(tmp_path / "exp") == on_one_node
@@ -119,8 +151,15 @@ def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
     """Its cable is cut first: nothing tells the other that it is gone."""
     exp, port, timeout = tmp_path / "exp", free_port(), 5
     shared_memory = set(os.listdir("/dev/shm"))
-    overrides = world.overrides(exp, **settings | {"trainer__num_steps": 100000, "trainer__step_timeout": timeout})
-    nodes = [hosts.start(n, command("torchrun", n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log") for n in range(2)]
+    overrides = world.overrides(
+        exp, **settings | {"trainer__num_steps": 100000, "trainer__step_timeout": timeout}
+    )
+    nodes = [
+        hosts.start(
+            n, command("torchrun", n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log"
+        )
+        for n in range(2)
+    ]
     deadline = time.monotonic() + 100
     while not (exp / "checkpoint-4" / "asrllm.json").exists():
         assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()[-3000:]
@@ -133,6 +172,8 @@ def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
     assert nodes[0].wait(timeout=timeout + 60) != 0
     hang = (exp / "hang-rank0.txt").read_text()
     assert f"no progress for {timeout} s" in hang
-    assert (exp / "hang-rank0.txt").stat().st_mtime - time.time() + time.monotonic() - cut < timeout + 8
+    assert (
+        exp / "hang-rank0.txt"
+    ).stat().st_mtime - time.time() + time.monotonic() - cut < timeout + 8
     assert hosts.processes(hosts.names[0]) == [], "a process is left"
     assert set(os.listdir("/dev/shm")) - shared_memory == set()

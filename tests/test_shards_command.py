@@ -20,7 +20,9 @@ def kaldi(tmp_path):
 
 
 def shards(*arguments):
-    return main(["shards", *map(str, arguments), *(["--workers", "1"] if arguments[0] != "stats" else [])])
+    return main(
+        ["shards", *map(str, arguments), *(["--workers", "1"] if arguments[0] != "stats" else [])]
+    )
 
 
 def test_make_index_verify_and_stats(tmp_path, kaldi, capsys):
@@ -81,7 +83,10 @@ def test_a_long_list_of_problems_is_cut(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kaldi", "{kaldi}", "--table", "x"], "--table belongs to --folder, but the source is --kaldi"),
+        (
+            ["--kaldi", "{kaldi}", "--table", "x"],
+            "--table belongs to --folder, but the source is --kaldi",
+        ),
         (["--nemo", "x.json", "--allow-pipes"], "--allow-pipes belongs to --cuts or --kaldi"),
         (["--nemo", "x.json"], "'x.json' does not exist"),
     ],
@@ -97,7 +102,14 @@ def test_a_mistake_far_behind_keeps_what_is_done(tmp_path, capsys, caplog):
     line = json.dumps({"audio_filepath": "a.wav", "text": "one"}) + "\n"
     whole = gzip.compress(line.encode() * 300)
     (tmp_path / "m.json.gz").write_bytes(whole + whole[:20])
-    make = ("make", tmp_path / "out", "--nemo", tmp_path / "m.json.gz", "--utterances-per-shard", 50)
+    make = (
+        "make",
+        tmp_path / "out",
+        "--nemo",
+        tmp_path / "m.json.gz",
+        "--utterances-per-shard",
+        50,
+    )
     assert shards(*make) == 2
     assert "m.json.gz' cannot be read after line 300" in capsys.readouterr().err
     finished = int(caplog.messages[-1].partition(" finished shards are kept")[0])
@@ -120,7 +132,10 @@ def test_the_help_names_every_source(capsys):
 
 def test_a_manifest_that_is_nearly_all_wrong_shows_examples(tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
-    rows = [{"audio_filepath": f"{name}.wav", "text": "one", "duration": 0.5} for name in ("a", "b", "c")]
+    rows = [
+        {"audio_filepath": f"{name}.wav", "text": "one", "duration": 0.5}
+        for name in ("a", "b", "c")
+    ]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert shards("make", tmp_path / "out", "--nemo", tmp_path / "m.jsonl") == 0
     assert str(tmp_path / "b.wav") in capsys.readouterr().out
@@ -128,7 +143,9 @@ def test_a_manifest_that_is_nearly_all_wrong_shows_examples(tmp_path, capsys):
 
 def test_the_duration_of_the_audio_may_be_trusted(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
-    (tmp_path / "m.jsonl").write_text(json.dumps({"audio_filepath": "a.wav", "text": "one", "duration": 3.0}))
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps({"audio_filepath": "a.wav", "text": "one", "duration": 3.0})
+    )
     assert shards("make", tmp_path / "no", "--nemo", tmp_path / "m.jsonl") == 2
     assert shards("make", tmp_path / "out", "--nemo", tmp_path / "m.jsonl", "--trust-audio") == 0
     assert open_index(tmp_path / "out").rows["samples"].tolist() == [8000]

@@ -12,7 +12,12 @@ from asrllm.errors import UserError
 from asrllm.testing import tone_sentences
 from tests.conftest import REPOSITORY, assert_done, run_script
 
-STAGE_1 = {"model__llm__lora__r": 0, "trainer__precision": "fp32", "data__valid_data_config": "null", "trainer__label_smoothing": 0.1}
+STAGE_1 = {
+    "model__llm__lora__r": 0,
+    "trainer__precision": "fp32",
+    "data__valid_data_config": "null",
+    "trainer__label_smoothing": 0.1,
+}
 ADAPTERS = {
     "model__llm__lora__r": 4,
     "model__llm__lora__use_rslora": "true",
@@ -23,7 +28,11 @@ ADAPTERS = {
 
 
 def losses(exp):
-    return [json.loads(line)["loss"] for line in (exp / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+    return [
+        json.loads(line)["loss"]
+        for line in (exp / "metrics.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
+    ]
 
 
 @pytest.mark.slow
@@ -33,9 +42,13 @@ def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path
     assert_done(run_script("train", *world.overrides(first, **STAGE_1)))
     ds = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
     if stage == 3:
-        ds["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the tiny tensors are divided too
+        ds["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            0  # the tiny tensors are divided too
+        )
     (tmp_path / "ds.json").write_text(json.dumps(ds))
-    settings = STAGE_1 | ADAPTERS | {"trainer__deepspeed_config": tmp_path / "ds.json", "init_from": first}
+    settings = (
+        STAGE_1 | ADAPTERS | {"trainer__deepspeed_config": tmp_path / "ds.json", "init_from": first}
+    )
     assert_done(run_script("train", *world.overrides(second, **settings), launcher=launcher))
     whole = losses(second)
     assert len(whole) == 8
@@ -54,8 +67,8 @@ def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path
     assert_done(run_script("train", *world.overrides(second, **settings), launcher=launcher))
     assert losses(second) == whole
     assert AutoModel.from_pretrained(second).transcribe(waves, max_new_tokens=8) == texts
-    (second / "carried.pt").unlink()
-    with pytest.raises(UserError, match=r"carried\.pt"):
+    (second / "inherited_weights.pt").unlink()
+    with pytest.raises(UserError, match=r"inherited_weights\.pt"):
         checkpoint_weights(second / "checkpoint-4").load()
 
 
@@ -71,7 +84,9 @@ def test_a_part_of_the_encoder_and_the_whole_llm_are_fine_tuned(world, tmp_path,
         "trainer__precision": "fp32",
         "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
     }
-    assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings), launcher=launcher))
+    assert_done(
+        run_script("train", *world.overrides(tmp_path / "exp", **settings), launcher=launcher)
+    )
     model = AutoModel.from_pretrained(tmp_path / "exp")
     trained = torch.load(tmp_path / "exp" / "pretrained.pt", weights_only=True)
     assert not [name for name in trained if name.startswith("audio_encoder.layers.0.")]
@@ -79,6 +94,9 @@ def test_a_part_of_the_encoder_and_the_whole_llm_are_fine_tuned(world, tmp_path,
         assert name not in trained or torch.equal(tensor, trained[name]), name
     assert len(model.transcribe([wave for _, wave in tone_sentences(3)], max_new_tokens=8)) == 3
     lost = "llm.model.layers.1.mlp.gate_proj.weight"
-    torch.save({name: tensor for name, tensor in trained.items() if name != lost}, tmp_path / "exp" / "pretrained.pt")
+    torch.save(
+        {name: tensor for name, tensor in trained.items() if name != lost},
+        tmp_path / "exp" / "pretrained.pt",
+    )
     with pytest.raises(UserError, match="of the llm, its checkpoints"):
         AutoModel.from_pretrained(tmp_path / "exp")

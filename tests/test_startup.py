@@ -45,7 +45,14 @@ console()
 
 def run_python(code, *arguments, timeout=60):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_environment(), cwd=REPOSITORY)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=clean_environment(),
+        cwd=REPOSITORY,
+    )
 
 
 def imported(*arguments):
@@ -54,7 +61,9 @@ def imported(*arguments):
     return set(done.stdout.rpartition("imported:")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments):
     assert not imported(*arguments) & {*HEAVY, "numpy"}
 
@@ -81,17 +90,33 @@ def test_public_names_are_listed_and_imported_on_first_use():
         _ = asrllm.no_such_name
 
 
-@pytest.mark.parametrize("module", ["argparse", "asrllm.commands.parsers", "asrllm.commands.shards", "numpy"])
+@pytest.mark.parametrize(
+    "module", ["argparse", "asrllm.commands.parsers", "asrllm.commands.shards", "numpy"]
+)
 def test_ctrl_c_while_a_light_verb_is_imported(module, tmp_path):
-    done = run_python(INTERRUPTED.format(handler="signal.default_int_handler"), module, "shards", "stats", tmp_path)
+    done = run_python(
+        INTERRUPTED.format(handler="signal.default_int_handler"),
+        module,
+        "shards",
+        "stats",
+        tmp_path,
+    )
     assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "deepspeed", "transformers.modeling_utils", "asrllm.training.trainer"])
+@pytest.mark.parametrize(
+    "module",
+    ["torch", "torch.nn", "deepspeed", "transformers.modeling_utils", "asrllm.training.trainer"],
+)
 def test_ctrl_c_while_training_is_imported(module, tmp_path):
-    done = run_python(INTERRUPTED.format(handler="signal.default_int_handler"), module, "train", f"exp_dir={tmp_path / 'exp'}")
+    done = run_python(
+        INTERRUPTED.format(handler="signal.default_int_handler"),
+        module,
+        "train",
+        f"exp_dir={tmp_path / 'exp'}",
+    )
     assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "exp").exists()
@@ -103,14 +128,22 @@ def test_ctrl_c_with_standard_error_gone(tmp_path):
     os.close(reader)
     code = INTERRUPTED.format(handler="signal.default_int_handler")
     command = [sys.executable, "-c", code, "numpy", "shards", "stats", str(tmp_path)]
-    done = subprocess.run(command, stderr=writer, timeout=60, env=clean_environment(), cwd=REPOSITORY)
+    done = subprocess.run(
+        command, stderr=writer, timeout=60, env=clean_environment(), cwd=REPOSITORY
+    )
     os.close(writer)
     assert done.returncode == 130
 
 
 def test_an_ignored_sigint_stays_ignored(tmp_path):
     """As a shell starts what runs in the background."""
-    done = run_python(INTERRUPTED.format(handler="signal.SIG_IGN"), "asrllm.commands.shards", "shards", "stats", tmp_path)
+    done = run_python(
+        INTERRUPTED.format(handler="signal.SIG_IGN"),
+        "asrllm.commands.shards",
+        "shards",
+        "stats",
+        tmp_path,
+    )
     assert done.returncode == 2
 
 
@@ -118,11 +151,16 @@ def test_an_ignored_sigint_stays_ignored(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_while_training_ends_every_process_without_a_traceback(world, tmp_path, ranks):
     exp = tmp_path / "exp"
-    command = [REPOSITORY / "launch" / "train.py", *world.overrides(exp, trainer__num_steps=4000, data__valid_data_config="null")]
+    command = [
+        REPOSITORY / "launch" / "train.py",
+        *world.overrides(exp, trainer__num_steps=4000, data__valid_data_config="null"),
+    ]
     with started(tmp_path / "logs", *[command] * ranks) as processes:
         wait_for(lambda: len(losses(exp)) >= 3)
         readers = [child for process in processes for child in descendants(process.pid)]
-        for process in processes:  # a terminal sends it to all of its processes, each of which has a session here
+        for process in (
+            processes
+        ):  # a terminal sends it to all of its processes, each of which has a session here
             os.killpg(process.pid, signal.SIGINT)
         assert [process.wait(30) for process in processes] == [130] * ranks
         wait_for(lambda: not any(reader.is_running() for reader in readers), 15)

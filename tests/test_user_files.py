@@ -8,13 +8,13 @@ import socket
 import filelock
 import pytest
 
+from asrllm import distributed
 from asrllm.collator import template_trial
 from asrllm.commands import dispatch
 from asrllm.errors import UserError
+from asrllm.launchers import adopt_launcher
 from asrllm.locks import FileLock
-from asrllm.training import distributed
-from asrllm.training.config import WandbConfig
-from asrllm.training.launchers import adopt_launcher
+from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import check_wandb_login
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
@@ -107,7 +107,10 @@ LLM = {
     "tokenizer_config list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json'"),
     "tokenizer_config type": (fields("tokenizer_config.json", eos_token=5), "eos_token"),
     "generation_config cut": (cut("generation_config.json"), "generation_config.json'"),
-    "templates without default": (template([{"name": "a", "template": GOOD}]), "none named 'default'"),
+    "templates without default": (
+        template([{"name": "a", "template": GOOD}]),
+        "none named 'default'",
+    ),
     "template number": (template(5), "is '5', not a text"),
     "template syntax": (template("{% for m in"), "does not compile: line 1"),
     "template raises": (template("{{ raise_exception('no') }}"), "user, assistant: no."),
@@ -124,7 +127,10 @@ LLM = {
     "gguf": (only(model__gguf="GGUF"), "is a GGUF model"),
     "onnx": (only(model__onnx="x", config__json="{}"), "is an ONNX model"),
     "ctranslate2": (only(model__bin="x", shared_vocabulary__json="[]"), "is a CTranslate2 model"),
-    "weights pointer": (write("model.safetensors", POINTER), "model.safetensors' is a git-LFS pointer"),
+    "weights pointer": (
+        write("model.safetensors", POINTER),
+        "model.safetensors' is a git-LFS pointer",
+    ),
     "weights cut": (
         lambda folder: (folder / "model.safetensors").open("r+b").truncate(50_000),
         "model.safetensors' is corrupted",
@@ -135,10 +141,16 @@ WHISPER = {
     "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
     "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
     "config type": (fields("config.json", d_model="x"), "d_model='x' is not a whole number"),
-    "config heads": (fields("config.json", encoder_attention_heads=3), "d_model=16 is not a multiple"),
+    "config heads": (
+        fields("config.json", encoder_attention_heads=3),
+        "d_model=16 is not a multiple",
+    ),
     "config quantized": (fields("config.json", quantization_config={}), "quantized"),
     "shape": (fields("config.json", num_mel_bins=7), "'conv1.weight' has the shape"),
-    "weights pointer": (write("model.safetensors", POINTER), "model.safetensors' is a git-LFS pointer"),
+    "weights pointer": (
+        write("model.safetensors", POINTER),
+        "model.safetensors' is a git-LFS pointer",
+    ),
     "ctranslate2": (only(model__bin="x", vocabulary__json="[]"), "is a CTranslate2 model"),
 }
 

@@ -7,7 +7,7 @@ import torch
 
 import asrllm
 from asrllm.checkpoints.consolidate import checkpoint_weights
-from asrllm.models.zipformer import ZipformerEncoder
+from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
 from tests.conftest import assert_done, run_script
 from tests.test_end_to_end import losses
 
@@ -26,7 +26,11 @@ def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path
     At its full size in bfloat16, whose convolutions take ten times as long where a processor has no instructions for it.
     """
     exp = tmp_path / "exp"
-    more = settings(world, trainer__deepspeed_config="ds_configs/zero3.json", trainer__gradient_checkpointing="true")
+    more = settings(
+        world,
+        trainer__deepspeed_config="ds_configs/zero3.json",
+        trainer__gradient_checkpointing="true",
+    )
     more |= {"trainer__num_steps": 3, "trainer__save_every": 2, "data__valid_data_config": "null"}
     more["trainer__precision"] = "bf16" if soak else "fp32"
     assert_done(run_script("train", *world.overrides(exp, **more), launcher="ranks"))
@@ -46,7 +50,9 @@ def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     done = assert_done(run_script("evaluate", f"exp_dir={exp}", test, "max_new_tokens=10"))
     assert "WER" in done.stdout
-    assert json.loads((exp / "greedy_search" / "results.json").read_text())["test"]["utterances"] == 9
+    assert (
+        json.loads((exp / "greedy_search" / "results.json").read_text())["test"]["utterances"] == 9
+    )
     wavs = sorted((world.root / "kaldi" / "test" / "wav").glob("*.wav"))[:4]
     model = asrllm.AutoModel.from_pretrained(exp)
     together = model.transcribe(wavs, 10)
@@ -60,9 +66,17 @@ def test_every_rank_has_every_gradient_at_the_lower_stages(world, tmp_path, stag
     """A checkpoint's file is given instead of a directory."""
     exp, file = tmp_path / "exp", tmp_path / "icefall.pt"
     torch.save({"model": ZipformerEncoder.from_pretrained(world.zipformer).state_dict()}, file)
-    more = settings(world, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", trainer__num_steps=3)
+    more = settings(
+        world, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", trainer__num_steps=3
+    )
     more |= {"trainer__precision": precision, "data__valid_data_config": "null"}
     more["model__audio_encoder__pretrained_model"] = file
     assert_done(run_script("train", *world.overrides(exp, **more), launcher="ranks"))
     assert losses(exp)[-1] < losses(exp)[0]
-    assert sum(name.startswith("audio_encoder.") for name in checkpoint_weights(exp / "checkpoint-3").load()) > 100
+    assert (
+        sum(
+            name.startswith("audio_encoder.")
+            for name in checkpoint_weights(exp / "checkpoint-3").load()
+        )
+        > 100
+    )

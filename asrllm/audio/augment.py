@@ -1,8 +1,8 @@
 """Augmentation: speed, rooms and noise on the waveform, masks on the features.
 
-Every draw comes from (seed, round, key) alone, in a stream of its own for each kind: workers, ranks and the order of calls change nothing,
-and switching one kind on leaves the draws of the others as they are. `round` says how often the utterance was dealt before: the epoch, for
-a corpus of weight 1.
+Every draw depends only on (seed, pass_index, key) and has its own stream for each kind, so workers,
+ranks and the order of calls do not change it, and enabling one kind leaves the draws of the others
+as they are. `pass_index` counts the earlier passes over the corpus: the epoch, for a corpus of weight 1.
 """
 
 import functools
@@ -28,7 +28,10 @@ SILENCE = 1e-10  # mean square, 100 dB below full scale: what is fainter has no 
 ROOM_SECONDS = 2.0  # of an impulse response that are heard
 ROUNDING = 0.001  # seconds that are read beyond what is needed, so that rounding leaves no gap
 CACHED_ROOMS = 256  # impulse responses kept decoded, at most 32 MiB in each reading process
-DIRECT_DB = (-3.0, 12.0)  # of synthetic rooms: the direct path over the rest, as from across a room to close to the microphone
+DIRECT_DB = (
+    -3.0,
+    12.0,
+)  # of synthetic rooms: the direct path over the rest, as from across a room to close to the microphone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,9 @@ class SpecAugmentConfig:
             _check_share(f"spec_augment.{key}", getattr(self, key))
         for key in ("time_masks", "freq_masks"):
             if getattr(self, key) < 0:
-                raise UserError(f"data.augment.spec_augment.{key}={getattr(self, key)} must be 0 (none) or more")
+                raise UserError(
+                    f"data.augment.spec_augment.{key}={getattr(self, key)} must be 0 (none) or more"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,9 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         _check_share("noise.prob", self.prob)
         if self.prob and not self.source:
-            raise UserError(f"data.augment.noise.prob={self.prob} needs data.augment.noise.source: a folder of audio files, or Lhotse cuts")
+            raise UserError(
+                f"data.augment.noise.prob={self.prob} needs data.augment.noise.source: a folder of audio files, or Lhotse cuts"
+            )
         if not -100 <= self.snr_min <= self.snr_max <= 100:
             raise UserError(
                 f"data.augment.noise.snr_min={self.snr_min} must not be above data.augment.noise.snr_max={self.snr_max}, "
@@ -95,7 +102,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if not self.speed or not all(0.5 <= factor <= 2 for factor in self.speed):
-            raise UserError(f"data.augment.speed={self.speed} must be a list of factors from 0.5 to 2; [1.0] leaves the speed as it is")
+            raise UserError(
+                f"data.augment.speed={self.speed} must be a list of factors from 0.5 to 2; [1.0] leaves the speed as it is"
+            )
 
 
 def _check_share(key: str, value: float) -> None:
@@ -112,39 +121,47 @@ class Augmenter:
     def __init__(self, config: AugmentConfig, *, seed: int, limits: tuple[int, int]) -> None:
         self.config, self.seed, self.limits = config, seed, limits
         noise, reverb = config.noise, config.reverb
-        self._noises = Clips(noise.source, "data.augment.noise.source") if noise.source and noise.prob else None
+        self._noises = (
+            Clips(noise.source, "data.augment.noise.source")
+            if noise.source and noise.prob
+            else None
+        )
         recorded = reverb.source and reverb.prob and reverb.source != SYNTHETIC
         self._rooms = Clips(str(reverb.source), "data.augment.reverb.source") if recorded else None
         self._decoded_rooms: dict[int, tuple[np.ndarray, int]] = {}
 
-    def __call__(self, wave: np.ndarray, *, key: str, round: int) -> np.ndarray:  # noqa: A002
+    def __call__(self, wave: np.ndarray, *, key: str, pass_index: int) -> np.ndarray:
         """wave: (samples,) float32 at RATE -> likewise, longer or shorter by the speed. UserError names a clip that cannot be read."""
         # A faster voice speaks in a room, and noise reaches the microphone beside it. Noise comes last, neither sped up nor reverberated,
         # so that the SNR is that of what the model hears; icefall too changes the speed beforehand and mixes noise into the finished cut.
-        wave = self._change_speed(wave, self._draws("speed", key, round))
+        wave = self._change_speed(wave, self._draws("speed", key, pass_index))
         if self.config.reverb.prob:
-            wave = self._put_in_room(wave, self._draws("reverb", key, round))
+            wave = self._put_in_room(wave, self._draws("reverb", key, pass_index))
         if self._noises is not None:
-            wave = self._add_noise(wave, self._noises, self._draws("noise", key, round))
+            wave = self._add_noise(wave, self._noises, self._draws("noise", key, pass_index))
         return wave
 
-    def masks(self, key: str, round: int) -> np.ndarray:  # noqa: A002
+    def masks(self, key: str, pass_index: int) -> np.ndarray:
         """(time_masks + freq_masks, 2) float32 for mask_features: where each begins and ends, as shares of the utterance or of the bins.
 
         SpecAugment (Park et al., 2019) without warping: widths uniform up to the longest, which for time masks is a share of the utterance
         (their p; Park et al., 2020). Without a mask: zeros.
         """
         config = self.config.spec_augment
-        longest: np.ndarray = np.repeat([config.time_mask_share, config.freq_mask_share], [config.time_masks, config.freq_masks])
-        draws = self._draws("masks", key, round)
+        longest: np.ndarray = np.repeat(
+            [config.time_mask_share, config.freq_mask_share], [config.time_masks, config.freq_masks]
+        )
+        draws = self._draws("masks", key, pass_index)
         if draws.random() >= config.prob:
             return np.zeros((len(longest), 2), np.float32)
         width = draws.random(len(longest)) * longest
         begin = draws.random(len(longest)) * (1 - width)
         return np.stack([begin, begin + width], 1).astype(np.float32)
 
-    def _draws(self, kind: str, key: str, round: int) -> np.random.Generator:  # noqa: A002
-        digest = hashlib.blake2b(f"{self.seed}/{round}/{kind}/{key}".encode(), digest_size=16).digest()
+    def _draws(self, kind: str, key: str, pass_index: int) -> np.random.Generator:
+        digest = hashlib.blake2b(
+            f"{self.seed}/{pass_index}/{kind}/{key}".encode(), digest_size=16
+        ).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
     def _change_speed(self, wave: np.ndarray, draws: np.random.Generator) -> np.ndarray:
@@ -160,7 +177,11 @@ class Augmenter:
         if draws.random() >= config.prob:
             return wave
         if self._rooms is None:
-            response = synthetic_room(draws, rt60=draws.uniform(config.rt60_min, config.rt60_max), direct_db=draws.uniform(*DIRECT_DB))
+            response = synthetic_room(
+                draws,
+                rt60=draws.uniform(config.rt60_min, config.rt60_max),
+                direct_db=draws.uniform(*DIRECT_DB),
+            )
             return reverberate(wave, response, direct=0)
         return reverberate(wave, *self._room(self._rooms, int(draws.integers(len(self._rooms)))))
 
@@ -171,14 +192,23 @@ class Augmenter:
                 self._decoded_rooms.pop(next(iter(self._decoded_rooms)))
             response = rooms.read(number, seconds=ROOM_SECONDS)
             direct = int(np.abs(response).argmax())
-            self._decoded_rooms[number] = response / (abs(response[direct]) or np.float32(1)), direct
+            self._decoded_rooms[number] = (
+                response / (abs(response[direct]) or np.float32(1)),
+                direct,
+            )
         return self._decoded_rooms[number]
 
-    def _add_noise(self, wave: np.ndarray, noises: "Clips", draws: np.random.Generator) -> np.ndarray:
+    def _add_noise(
+        self, wave: np.ndarray, noises: "Clips", draws: np.random.Generator
+    ) -> np.ndarray:
         config = self.config.noise
         if draws.random() >= config.prob:
             return wave
-        number, snr, start = int(draws.integers(len(noises))), draws.uniform(config.snr_min, config.snr_max), draws.random()
+        number, snr, start = (
+            int(draws.integers(len(noises))),
+            draws.uniform(config.snr_min, config.snr_max),
+            draws.random(),
+        )
         noise = noises.read(number, seconds=len(wave) / RATE, start=start)
         if len(noise) < len(wave):  # looped
             noise = np.roll(noise, int(start * len(noise)))
@@ -193,7 +223,9 @@ class Clips:
 
     def __init__(self, source: str, key: str) -> None:
         if not Path(source).exists():
-            raise UserError(f"{key}={source!r} does not exist: give a folder of audio files, or Lhotse cuts")
+            raise UserError(
+                f"{key}={source!r} does not exist: give a folder of audio files, or Lhotse cuts"
+            )
         self.key = key
         self.clips: Sequence[str | Utterance]
         if Path(source).is_dir():
@@ -203,7 +235,9 @@ class Clips:
         else:
             self.clips = _cuts(source, key)
         if not self.clips:
-            raise UserError(f"{key}={source!r} holds no audio: it needs audio files ({', '.join(FORMATS)}, ...), or cuts")
+            raise UserError(
+                f"{key}={source!r} holds no audio: it needs audio files ({', '.join(FORMATS)}, ...), or cuts"
+            )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -213,11 +247,19 @@ class Clips:
         clip = self.clips[number]
         name = clip if isinstance(clip, str) else clip.key
         try:
-            stretch, rate = _read_file(clip, seconds, start) if isinstance(clip, str) else _read_cut(clip, seconds, start)
+            stretch, rate = (
+                _read_file(clip, seconds, start)
+                if isinstance(clip, str)
+                else _read_cut(clip, seconds, start)
+            )
         except Exception as error:  # Lhotse raises what its backends happen to
-            raise UserError(f"{self.key}: {name!r} cannot be read ({error}): mend it or take it out") from error
+            raise UserError(
+                f"{self.key}: {name!r} cannot be read ({error}): mend it or take it out"
+            ) from error
         if not len(stretch) or not np.isfinite(stretch).all():
-            raise UserError(f"{self.key}: {name!r} holds {'NaN or infinite values' if len(stretch) else 'no sample'}: take it out")
+            raise UserError(
+                f"{self.key}: {name!r} holds {'NaN or infinite values' if len(stretch) else 'no sample'}: take it out"
+            )
         return stretch if rate == RATE else soxr.resample(stretch, rate, RATE)
 
 
@@ -262,7 +304,9 @@ def mix(wave: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
 def reverberate(wave: np.ndarray, response: np.ndarray, direct: int) -> np.ndarray:
     """The wave in a room, as long and as loud as before and not later. direct: where in the impulse response the direct path arrives."""
     size = _fast_size(len(wave) + len(response) - 1)
-    wet = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[direct : direct + len(wave)]
+    wet = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[
+        direct : direct + len(wave)
+    ]
     power = mean_square(wet)
     if not power:  # silence
         return wave
@@ -287,7 +331,10 @@ def mean_square(wave: np.ndarray) -> float:
 @functools.lru_cache(maxsize=4096)
 def _fast_size(least: int) -> int:
     """The smallest length from `least` on that FFTs are quick at: few factors, all small."""
-    return min(odd << max(0, -(-least // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15, 25, 27, 45, 75, 81, 125, 135, 225))
+    return min(
+        odd << max(0, -(-least // odd) - 1).bit_length()
+        for odd in (1, 3, 5, 9, 15, 25, 27, 45, 75, 81, 125, 135, 225)
+    )
 
 
 def mask_features(features: Tensor, lengths: Tensor, masks: Tensor, time_masks: int) -> Tensor:
@@ -299,7 +346,9 @@ def mask_features(features: Tensor, lengths: Tensor, masks: Tensor, time_masks: 
     bins = torch.arange(features.shape[2], device=features.device)
     real = frames < lengths[:, None]  # (N, T)
     in_time = _inside((frames + 0.5) / lengths[:, None], masks[:, :time_masks])  # (N, T)
-    in_bins = _inside(((bins + 0.5) / len(bins)).expand(len(masks), -1), masks[:, time_masks:])  # (N, F)
+    in_bins = _inside(
+        ((bins + 0.5) / len(bins)).expand(len(masks), -1), masks[:, time_masks:]
+    )  # (N, F)
     masked = (in_time[:, :, None] | in_bins[:, None]) & real[..., None]
     total = features.masked_fill(~real[..., None], 0).sum((1, 2), dtype=torch.float32)
     mean = total / (lengths * len(bins)).clamp(min=1)

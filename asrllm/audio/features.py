@@ -36,12 +36,16 @@ class WhisperFeatures(nn.Module):
         """
         frames = true_frames = whisper_frames(lengths)
         if self.pad_to_30s:
-            waves = nn.functional.pad(waves[:, : 30 * RATE], (0, 30 * RATE - min(waves.shape[1], 30 * RATE)))
+            waves = nn.functional.pad(
+                waves[:, : 30 * RATE], (0, 30 * RATE - min(waves.shape[1], 30 * RATE))
+            )
             lengths = torch.full_like(lengths, 30 * RATE)
             frames = whisper_frames(lengths)
         window = torch.hann_window(WHISPER_WINDOW, device=waves.device)
         padded = reflect_at_end(waves, lengths, WHISPER_WINDOW // 2)
-        spectrum = torch.stft(padded, WHISPER_WINDOW, WHISPER_HOP, window=window, center=False, return_complex=True)
+        spectrum = torch.stft(
+            padded, WHISPER_WINDOW, WHISPER_HOP, window=window, center=False, return_complex=True
+        )
         power = spectrum[..., : int(frames.max())].abs().square()
         filters = torch.from_numpy(slaney_mel(self.num_mel_bins)).to(waves.device)
         log = torch.log10((filters @ power).clamp(min=1e-10))  # (N, mel, T)
@@ -93,7 +97,10 @@ class KaldiFeatures(nn.Module):
     def forward(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """waves: (N, samples) float32 in [-1, 1] at 16 kHz -> features (N, T, num_mel_bins), lengths (N,) = (samples + 80) // 160."""
         counts = kaldi_frames(lengths)
-        starts = torch.arange(int(counts.max()), device=waves.device) * KALDI_HOP - (KALDI_WINDOW - KALDI_HOP) // 2
+        starts = (
+            torch.arange(int(counts.max()), device=waves.device) * KALDI_HOP
+            - (KALDI_WINDOW - KALDI_HOP) // 2
+        )
         at = starts[:, None] + torch.arange(KALDI_WINDOW, device=waves.device)  # (T, window)
         last = (lengths - 1)[:, None, None]
         at = torch.where(at < 0, -at - 1, at).expand(len(waves), -1, -1)

@@ -44,7 +44,7 @@ class Sample:
     fields: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()
     corpus: int = 0
-    round: int = 0
+    pass_index: int = 0
     weight: int = 1
     masks: np.ndarray = field(default_factory=lambda: NO_MASKS)
 
@@ -66,7 +66,13 @@ class Reader:
         normalize: Callable[[str], str] = str,
     ) -> None:
         """limits: the fewest and the most samples at RATE that the model takes; cache: of remote shards; normalize: the transcript."""
-        self.corpora, self.limits, self.cache, self.augment, self.normalize = corpora, limits, cache, augment, normalize
+        self.corpora, self.limits, self.cache, self.augment, self.normalize = (
+            corpora,
+            limits,
+            cache,
+            augment,
+            normalize,
+        )
         self._files: dict[tuple[int, int], io.FileIO] = {}
 
     def read(self, item: Item) -> Sample:
@@ -77,7 +83,9 @@ class Reader:
         try:
             found = self.tar_sample(item)
         except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: not one sample
-            raise SampleError(f"utterance {item.row} of {corpus.name} in {where}: {error}") from error
+            raise SampleError(
+                f"utterance {item.row} of {corpus.name} in {where}: {error}"
+            ) from error
         try:
             wave = decode(BytesIO(found.audio))
         except (OSError, RuntimeError) as error:
@@ -87,8 +95,8 @@ class Reader:
             raise SampleError(f"{found.key} in {where}: {problem}")
         masks, lang = NO_MASKS, found.fields.get("lang")
         if self.augment is not None:
-            wave = self.augment(wave, key=found.key, round=item.round)
-            masks = self.augment.masks(found.key, item.round)
+            wave = self.augment(wave, key=found.key, pass_index=item.pass_index)
+            masks = self.augment.masks(found.key, item.pass_index)
         return Sample(
             key=found.key,
             wave=wave,
@@ -97,7 +105,7 @@ class Reader:
             fields=found.fields,
             prompts=corpus.prompts,
             corpus=item.corpus,
-            round=item.round,
+            pass_index=item.pass_index,
             weight=0 if item.filler else 1,
             masks=masks,
         )
@@ -141,7 +149,9 @@ class Reader:
         for _ in range(EVICTED_AGAIN):
             with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
                 return io.FileIO(self.cache.fetch(index.file(shard)))
-        raise UserError(f"{index.shards[shard]!r} was removed from the cache as soon as it was there: raise data.cache.max_gb")
+        raise UserError(
+            f"{index.shards[shard]!r} was removed from the cache as soon as it was there: raise data.cache.max_gb"
+        )
 
 
 def decode(file: BinaryIO | str | Path) -> np.ndarray:

@@ -9,10 +9,15 @@ import numpy as np
 from asrllm.audio.vad import FRAME, Detector
 from asrllm.data.index import RATE
 
-ENTER, LEAVE = 0.5, 0.35  # the probability from which on there is speech, and that below which it is over
+ENTER, LEAVE = (
+    0.5,
+    0.35,
+)  # the probability from which on there is speech, and that below which it is over
 # in frames of 32 ms
 PAUSE = 3  # fewer quiet ones within speech are none
-LONGEST_PAUSE = 62  # a longer one ends a segment: in silence there is nothing to hear, and something to make up
+LONGEST_PAUSE = (
+    62  # a longer one ends a segment: in silence there is nothing to hear, and something to make up
+)
 PADDING = 8  # of a segment's edges, within the pause
 FEWEST = 3  # speech by itself that is shorter is a click
 SMOOTH = 5  # over which the least probability is looked for, where there is no pause
@@ -95,7 +100,11 @@ class Segmenter:
         """The open segment, whose speech ends at `end`; none is open then."""
         assert self.begin is not None
         is_click = end - self.begin < FEWEST and not self.pauses and not self.torn
-        segments = [] if is_click else [self._tell(self.begin, end, min(PADDING, (self.frames - end) // 2))]
+        segments = (
+            []
+            if is_click
+            else [self._tell(self.begin, end, min(PADDING, (self.frames - end) // 2))]
+        )
         self.begin = self.end = self.quiet = None
         self.pauses, self.torn = [], False
         return segments
@@ -107,7 +116,9 @@ class Segmenter:
             end, after = max(pauses, key=lambda pause: (pause[1] - pause[0], pause[0]))
         else:
             end = after = middle + least(self.probabilities[middle - begin :])
-            if self.quiet is not None and end >= self.quiet:  # a pause begins there, of which too little is known
+            if (
+                self.quiet is not None and end >= self.quiet
+            ):  # a pause begins there, of which too little is known
                 return self._close(self.quiet)
         segment = self._tell(begin, end, min(PADDING, (after - end) // 2))
         self.begin, self.torn = after, end == after
@@ -124,11 +135,15 @@ class Segmenter:
 
 def least(probabilities: list[float]) -> int:
     """The place of the frame that is least of all speech, with those around it."""
-    around = np.convolve(np.pad(probabilities, SMOOTH // 2, mode="edge"), np.ones(SMOOTH), mode="valid")
+    around = np.convolve(
+        np.pad(probabilities, SMOOTH // 2, mode="edge"), np.ones(SMOOTH), mode="valid"
+    )
     return int(around.argmin())
 
 
-def cut_segments(blocks: Iterable[np.ndarray], detector: Detector, *, shortest: int, longest: int) -> Iterator[Segment]:
+def cut_segments(
+    blocks: Iterable[np.ndarray], detector: Detector, *, shortest: int, longest: int
+) -> Iterator[Segment]:
     """blocks: of one file, (samples,) float32 at RATE. No more of it is held than a segment and what the detector waits for."""
     segmenter = Segmenter(shortest=shortest, longest=longest)
     held: np.ndarray = np.zeros(0, np.float32)
@@ -136,7 +151,9 @@ def cut_segments(blocks: Iterable[np.ndarray], detector: Detector, *, shortest: 
 
     def cut(segments: list[tuple[int, int]]) -> Iterator[Segment]:
         for begin, end in segments:
-            yield Segment(start=begin * FRAME, wave=held[begin * FRAME - first : end * FRAME - first].copy())
+            yield Segment(
+                start=begin * FRAME, wave=held[begin * FRAME - first : end * FRAME - first].copy()
+            )
 
     for block in blocks:
         held = np.concatenate([held, block])

@@ -26,18 +26,36 @@ from asrllm.errors import UserError
 from asrllm.text_files import parse_json
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
-FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")  # that soundfile reads, the best known
+FORMATS = (
+    "wav",
+    "flac",
+    "mp3",
+    "ogg",
+    "opus",
+    "aiff",
+    "au",
+    "caf",
+    "w64",
+)  # that soundfile reads, the best known
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
 OVERSHOOT = 0.5  # seconds beyond the end of a file that a part may reach and lose, as in Kaldi's extract-segments
 LOCAL_ONLY = ("-protocol_whitelist", "file")  # a playlist would have ffmpeg open URLs
-PROBLEMS = {"MP3": mp3_problem, "MPEG": mp3_problem, "NIST": sphere_problem, "WAV": wav_problem, "WAVEX": wav_problem}
+PROBLEMS = {
+    "MP3": mp3_problem,
+    "MPEG": mp3_problem,
+    "NIST": sphere_problem,
+    "WAV": wav_problem,
+    "WAVEX": wav_problem,
+}
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
 LOUDEST = 1000.0  # times full scale; more is no audio between -1 and 1
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; what is written for the size of a stream whose length was not known is larger
 NO_LENGTH = 1 << 40  # samples; libsndfile gives more for a file that does not say how many it has
 SOUND_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # samples end in it
 FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of a stream
-CUT_SHORT = re.compile(r":\s*(\d+) \(should be (\d+)\)")  # libsndfile's log of a header that promises more bytes than there are
+CUT_SHORT = re.compile(
+    r":\s*(\d+) \(should be (\d+)\)"
+)  # libsndfile's log of a header that promises more bytes than there are
 logger = logging.getLogger(__name__)
 
 
@@ -119,7 +137,9 @@ def find_audio(paths: Sequence[str]) -> list[str]:
             continue
         found, skipped = list_audio(path)
         if not found:
-            raise UserError(f"the directory {path!r} holds no audio file ({', '.join(FORMATS)}, m4a, mp4, ...): give another")
+            raise UserError(
+                f"the directory {path!r} holds no audio file ({', '.join(FORMATS)}, m4a, mp4, ...): give another"
+            )
         warn_of_skipped(path, skipped)
         files += sorted(map(str, found))
     return files
@@ -137,7 +157,9 @@ def list_audio(folder: str | Path) -> tuple[list[Path], list[Path]]:
     visited = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         visited.add(os.path.realpath(where))
-        folders[:] = sorted(name for name in folders if os.path.realpath(Path(where, name)) not in visited)
+        folders[:] = sorted(
+            name for name in folders if os.path.realpath(Path(where, name)) not in visited
+        )
         paths = [Path(where, name) for name in sorted(names) if not name.startswith(".")]
         found = [path for path in paths if has_audio_extension(path.name) and not path.is_fifo()]
         stems = {path.stem for path in found}
@@ -156,7 +178,13 @@ def warn_of_skipped(folder: str | Path, skipped: Sequence[Path]) -> None:
         return
     names = ", ".join(str(path.relative_to(folder)) for path in skipped[:SHOWN_SKIPPED])
     more = ", ..." if len(skipped) > SHOWN_SKIPPED else ""
-    logger.warning("%d files in %s are skipped, which do not end like audio: %s%s", len(skipped), folder, names, more)
+    logger.warning(
+        "%d files in %s are skipped, which do not end like audio: %s%s",
+        len(skipped),
+        folder,
+        names,
+        more,
+    )
 
 
 def open_audio(path: str, content: bytes | None = None) -> AudioFile:
@@ -207,7 +235,9 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             raise found.wrong(problem)
     for promised, there in CUT_SHORT.findall(log):
         if int(there) < int(promised) < UNKNOWN_SIZE:
-            raise found.wrong(f"is cut short, its header promises {promised} bytes and {there} are there: copy it again")
+            raise found.wrong(
+                f"is cut short, its header promises {promised} bytes and {there} are there: copy it again"
+            )
     return found
 
 
@@ -266,21 +296,36 @@ def open_by_ffmpeg(file: AudioFile, error: str) -> AudioFile:
         raise file.wrong(
             f"cannot be read ({error}): read are {', '.join(FORMATS)}, and with ffmpeg, which is not on PATH, also m4a, mp4, webm and more"
         )
-    fields = ("-select_streams", "a:0", "-show_entries", "stream=codec_name,duration:format=format_name,nb_streams,duration", "-of", "json")
+    fields = (
+        "-select_streams",
+        "a:0",
+        "-show_entries",
+        "stream=codec_name,duration:format=format_name,nb_streams,duration",
+        "-of",
+        "json",
+    )
     with file.on_disk() as path:
         command = ["ffprobe", "-v", "error", *LOCAL_ONLY, *fields, f"file:{path}"]
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     found = parse_json(done.stdout or b"{}")
     if done.returncode or not found.get("streams"):
-        raise file.wrong(f"cannot be read ({error}), and ffmpeg finds no audio in it: give an audio file")
-    return replace(file, seconds=_promised(found["streams"][0], found.get("format", {})), decoder="ffmpeg")
+        raise file.wrong(
+            f"cannot be read ({error}), and ffmpeg finds no audio in it: give an audio file"
+        )
+    return replace(
+        file, seconds=_promised(found["streams"][0], found.get("format", {})), decoder="ffmpeg"
+    )
 
 
 def _promised(stream: dict[str, Any], container: dict[str, Any]) -> float | None:
     """The seconds of sound that a file says it has; a container lasts as long as the longest of what is in it, such as a picture."""
-    if container.get("format_name") == "aac":  # has no header: ffprobe guesses from the first bitrate
+    if (
+        container.get("format_name") == "aac"
+    ):  # has no header: ffprobe guesses from the first bitrate
         return None
-    seconds = stream.get("duration") or (container.get("duration") if container.get("nb_streams") == 1 else None)
+    seconds = stream.get("duration") or (
+        container.get("duration") if container.get("nb_streams") == 1 else None
+    )
     return float(seconds) if seconds else None
 
 
@@ -296,16 +341,22 @@ def read_blocks(file: AudioFile) -> Iterator[np.ndarray]:
             at = samples + int(np.isfinite(block).argmin())
             raise file.wrong(f"holds NaN or infinite values at {at / RATE:.2f} s: write it anew")
         if loudest > LOUDEST:
-            raise file.wrong(f"holds samples as large as {loudest:.3g}: scale them to lie from -1 to 1")
+            raise file.wrong(
+                f"holds samples as large as {loudest:.3g}: scale them to lie from -1 to 1"
+            )
         samples += len(block)
         yield block
     if not samples:
         raise file.wrong("holds no sample: copy it again")
     if file.seconds and samples / RATE < file.seconds - MISSING:
-        raise file.wrong(f"is damaged, it ends after {samples / RATE:.1f} s of {file.seconds:.1f} s: copy it again")
+        raise file.wrong(
+            f"is damaged, it ends after {samples / RATE:.1f} s of {file.seconds:.1f} s: copy it again"
+        )
 
 
-def read_stretch(file: AudioFile, start: float = 0.0, end: float | None = None) -> tuple[np.ndarray, int]:
+def read_stretch(
+    file: AudioFile, start: float = 0.0, end: float | None = None
+) -> tuple[np.ndarray, int]:
     """Read a part of a file at its own sampling rate, with all channels.
 
     Args:
@@ -323,7 +374,9 @@ def read_stretch(file: AudioFile, start: float = 0.0, end: float | None = None) 
         whole = np.concatenate([np.zeros(0, np.float32), *_by_ffmpeg(file)])[:, None]
         rate, length = RATE, len(whole)
         if file.seconds and length / RATE < file.seconds - MISSING:
-            raise file.wrong(f"is damaged, it ends after {length / RATE:.1f} s of {file.seconds:.1f} s: copy it again")
+            raise file.wrong(
+                f"is damaged, it ends after {length / RATE:.1f} s of {file.seconds:.1f} s: copy it again"
+            )
         begin, stop = _frames_of(file, start, end, rate, length)
         wave = whole[begin:stop]
     else:
@@ -340,14 +393,18 @@ def read_stretch(file: AudioFile, start: float = 0.0, end: float | None = None) 
             raise file.wrong(f"is damaged ({said(error)}): copy it again") from error
         if len(wave) < stop - begin - MISSING * rate:
             promised = f"{(stop - begin) / rate:.1f} s"
-            raise file.wrong(f"is cut short: it has {len(wave) / rate:.1f} s of {promised}. Copy it again.")
+            raise file.wrong(
+                f"is cut short: it has {len(wave) / rate:.1f} s of {promised}. Copy it again."
+            )
     loudest = np.abs(wave).max(initial=0)
     if np.isfinite(loudest) and loudest > LOUDEST:
         raise file.wrong(f"holds samples as large as {loudest:.3g}: scale them to lie from -1 to 1")
     return wave, rate
 
 
-def _frames_of(file: AudioFile, start: float, end: float | None, rate: int, frames: int) -> tuple[int, int]:
+def _frames_of(
+    file: AudioFile, start: float, end: float | None, rate: int, frames: int
+) -> tuple[int, int]:
     """Return the first frame of a part and the one behind its last."""
     begin = round(start * rate)
     stop = frames if end is None else round(end * rate)
@@ -361,7 +418,9 @@ def _frames_of(file: AudioFile, start: float, end: float | None, rate: int, fram
 def _read_frames(sound: soundfile.SoundFile, count: int) -> np.ndarray:
     """Read at most `count` frames, block by block: a corrupted header may promise any number."""
     blocks = [np.zeros((0, sound.channels), np.float32)]
-    while count > 0 and len(block := sound.read(min(count, BLOCK), dtype="float32", always_2d=True)):
+    while count > 0 and len(
+        block := sound.read(min(count, BLOCK), dtype="float32", always_2d=True)
+    ):
         blocks.append(block)
         count -= len(block)
     return np.concatenate(blocks)
@@ -381,7 +440,9 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
     try:
         with file.open_sound() as opened:
             rate = opened.samplerate
-            resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
+            resampler = (
+                soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
+            )
             while len(block := opened.read(BLOCK, dtype="float32", always_2d=True)):
                 mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
                 yield resampler.resample_chunk(mono) if resampler else mono
@@ -399,7 +460,9 @@ def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
 
 
 def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[np.ndarray]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL
+    ) as process:
         assert process.stdout is not None
         try:
             while data := process.stdout.read(4 * BLOCK):

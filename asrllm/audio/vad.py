@@ -41,11 +41,15 @@ class SileroNetwork(nn.Module):
         self.lstm = nn.LSTM(128, 128)
         self.final_conv = nn.Conv1d(128, 1, 1)
 
-    def forward(self, frames: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, frames: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """frames (T, CONTEXT + FRAME), each with the end of the one before; state of the frames before -> (T,), state"""
         padded = nn.functional.pad(frames[:, None], (0, CONTEXT), mode="reflect")
         x = self.stft_conv(padded)
-        x = (x[:, :129] ** 2 + x[:, 129:] ** 2).sqrt()  # (T, 129, 4): real and imaginary part -> magnitude
+        x = (
+            x[:, :129] ** 2 + x[:, 129:] ** 2
+        ).sqrt()  # (T, 129, 4): real and imaginary part -> magnitude
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = layer(x).relu()
         x, state = self.lstm(x.transpose(1, 2), state)  # (T, 1, 128): a step for each frame
@@ -55,8 +59,15 @@ class SileroNetwork(nn.Module):
 # of the network's parts in the package's TorchScript
 PARTS = {
     "stft_conv.weight": "stft.forward_basis_buffer",
-    **{f"conv{i + 1}.{kind}": f"encoder.{i}.reparam_conv.{kind}" for i in range(4) for kind in ("weight", "bias")},
-    **{f"lstm.{kind}_l0": f"decoder.rnn.{kind}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    **{
+        f"conv{i + 1}.{kind}": f"encoder.{i}.reparam_conv.{kind}"
+        for i in range(4)
+        for kind in ("weight", "bias")
+    },
+    **{
+        f"lstm.{kind}_l0": f"decoder.rnn.{kind}"
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    },
     **{f"final_conv.{kind}": f"decoder.decoder.2.{kind}" for kind in ("weight", "bias")},
 }
 
@@ -65,12 +76,16 @@ def load_silero() -> SileroNetwork:
     """With the weights that the package silero-vad brings. Raises UserError where it is not installed, or is another version."""
     path = silero_file()
     if path is None:
-        raise UserError("finding speech needs the package silero-vad: pip install 'silero-vad>=6.2.3,<7', or give --no-vad")
+        raise UserError(
+            "finding speech needs the package silero-vad: pip install 'silero-vad>=6.2.3,<7', or give --no-vad"
+        )
     weights, network = torch.jit.load(path, map_location="cpu").state_dict(), SileroNetwork()
     try:
         network.load_state_dict({name: weights[f"_model.{part}"] for name, part in PARTS.items()})
     except (KeyError, RuntimeError) as error:
-        raise UserError("the package silero-vad has another network: pip install 'silero-vad>=6.2.3,<7', or give --no-vad") from error
+        raise UserError(
+            "the package silero-vad has another network: pip install 'silero-vad>=6.2.3,<7', or give --no-vad"
+        ) from error
     return network.eval()
 
 
@@ -91,7 +106,9 @@ class _Frames:
         size = GROUP * FRAME
         whole = len(self._rest) // size * size
         groups, self._rest = self._rest[:whole], self._rest[whole:]
-        return self._join([self._probabilities(group.reshape(GROUP, FRAME)) for group in groups.reshape(-1, size)])
+        return self._join(
+            [self._probabilities(group.reshape(GROUP, FRAME)) for group in groups.reshape(-1, size)]
+        )
 
     def finish(self) -> np.ndarray:
         rest, self._rest = self._rest, self._rest[:0]
@@ -121,7 +138,9 @@ class Silero(_Frames):
         before = np.vstack([self._context[None], frames[:-1, -CONTEXT:]])
         self._context = frames[-1, -CONTEXT:].copy()
         with one_thread():
-            probabilities, self._state = self.network(torch.from_numpy(np.hstack([before, frames])), self._state)
+            probabilities, self._state = self.network(
+                torch.from_numpy(np.hstack([before, frames])), self._state
+            )
         return probabilities.numpy()
 
 

@@ -49,7 +49,9 @@ def padded(items: Sequence[Any], waves: Sequence[np.ndarray]) -> tuple[Tensor, T
 
 def read_wave(item: Any, i: int) -> np.ndarray:
     """Return the i-th audio of a list as (samples,) float32 at RATE."""
-    return read_audio(item) if isinstance(item, (str, Path)) else read_array(item, audio_name(item, i))
+    return (
+        read_audio(item) if isinstance(item, (str, Path)) else read_array(item, audio_name(item, i))
+    )
 
 
 def audio_name(item: Any, i: int) -> str:
@@ -59,9 +61,13 @@ def audio_name(item: Any, i: int) -> str:
 
 def as_list(audio: Any) -> list[Any]:
     """A list of audios. Raises UserError for what is one audio by itself."""
-    alone = isinstance(audio, (str, Path, np.ndarray, Tensor)) or (isinstance(audio, tuple) and len(audio) == 2 and _is_rate(audio[1]))
+    alone = isinstance(audio, (str, Path, np.ndarray, Tensor)) or (
+        isinstance(audio, tuple) and len(audio) == 2 and _is_rate(audio[1])
+    )
     if alone or not isinstance(audio, (list, tuple)):
-        raise UserError(f"the input is a {type(audio).__name__}: give a list of audios, [audio], or features as (x, x_lens)")
+        raise UserError(
+            f"the input is a {type(audio).__name__}: give a list of audios, [audio], or features as (x, x_lens)"
+        )
     return list(audio)
 
 
@@ -74,7 +80,9 @@ def read_array(item: Any, name: str) -> np.ndarray:
 
     name: what a UserError calls it.
     """
-    item, rate = item if isinstance(item, tuple) and len(item) == 2 and _is_rate(item[1]) else (item, RATE)
+    item, rate = (
+        item if isinstance(item, tuple) and len(item) == 2 and _is_rate(item[1]) else (item, RATE)
+    )
     if isinstance(item, Tensor):
         item = item.detach().cpu()
         item = (item.float() if item.is_floating_point() else item).numpy()  # numpy has no bfloat16
@@ -83,11 +91,15 @@ def read_array(item: Any, name: str) -> np.ndarray:
     except ValueError as error:  # rows of different lengths
         raise UserError(f"{name} is no array of samples: {error}") from error
     if wave.ndim != 1:
-        raise UserError(f"{name} has the shape {wave.shape}: give one channel of samples, such as the mean of them")
+        raise UserError(
+            f"{name} has the shape {wave.shape}: give one channel of samples, such as the mean of them"
+        )
     if not len(wave):
         raise UserError(f"{name} is empty")
     if not np.issubdtype(wave.dtype, np.floating):
-        raise UserError(f"{name} holds samples of the type {wave.dtype}: give floats from -1 to 1, 16-bit samples divided by 32768")
+        raise UserError(
+            f"{name} holds samples of the type {wave.dtype}: give floats from -1 to 1, 16-bit samples divided by 32768"
+        )
     if not np.isfinite(wave).all():
         raise UserError(f"{name} holds NaN or infinite values")
     if not 1000 <= rate <= 1_000_000:
@@ -95,5 +107,7 @@ def read_array(item: Any, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         single = wave.astype(np.float32)
     if not np.isfinite(single).all():
-        raise UserError(f"{name} holds samples beyond the numbers of float32: give floats from -1 to 1")
+        raise UserError(
+            f"{name} holds samples beyond the numbers of float32: give floats from -1 to 1"
+        )
     return np.ascontiguousarray(resample(single, int(rate)))

@@ -12,14 +12,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from asrllm.atomic import sigterm_raises
 from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
-from asrllm.models.description import read_config
+from asrllm.models.asr_llm.checks import read_config
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
-from asrllm.training.manifest import EPOCH_TAG, MANIFEST, STEP_TAG, check_run, list_checkpoints, read_manifest
-from asrllm.training.zero_files import AVERAGE
-from asrllm.writing import sigterm_raises
+from asrllm.training.checkpoint.manifest import (
+    EPOCH_TAG,
+    MANIFEST,
+    STEP_TAG,
+    check_run,
+    list_checkpoints,
+    read_manifest,
+)
+from asrllm.training.checkpoint.zero_files import AVERAGE
 
 LoraMean = Literal["product", "factors"]
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
@@ -43,22 +50,38 @@ class Average:
     @property
     def suffix(self) -> str:
         last = f"iter-{self.iteration}" if self.iteration else f"epoch-{self.epoch}"
-        how = "-use-averaged-model" if self.running else "-lora-factors" if self.lora == "factors" else ""
+        how = (
+            "-use-averaged-model"
+            if self.running
+            else "-lora-factors"
+            if self.lora == "factors"
+            else ""
+        )
         return f"{last}-avg-{self.avg}{how}"
 
     def sources(self, exp_dir: Path) -> list[Path]:
         """The checkpoints, in ascending order; with `running` the one before them too, but where they begin with the training."""
         check_run(exp_dir)
-        pattern, end, key = (STEP_TAG, self.iteration, "iter") if self.iteration else (EPOCH_TAG, self.epoch, "epoch")
+        pattern, end, key = (
+            (STEP_TAG, self.iteration, "iter")
+            if self.iteration
+            else (EPOCH_TAG, self.epoch, "epoch")
+        )
         found = list_checkpoints(exp_dir, pattern)
         there = ", ".join(map(str, found)) or "none"
         if end not in found:
-            raise UserError(f"exp_dir={str(exp_dir)!r} has no complete checkpoint for {key}={end}; there are: {there}")
+            raise UserError(
+                f"exp_dir={str(exp_dir)!r} has no complete checkpoint for {key}={end}; there are: {there}"
+            )
         chosen = [path for number, path in found.items() if number <= end]
         wanted = self.avg + (self.running and not (self.epoch and self.avg == end))
         if len(chosen) < wanted:
-            what = f"avg={self.avg}" + (" and the one before, which use_averaged_model needs," if wanted > self.avg else "")
-            raise UserError(f"{what} is more than the {len(chosen)} checkpoints up to {key}={end} in {str(exp_dir)!r}; there are: {there}")
+            what = f"avg={self.avg}" + (
+                " and the one before, which use_averaged_model needs," if wanted > self.avg else ""
+            )
+            raise UserError(
+                f"{what} is more than the {len(chosen)} checkpoints up to {key}={end} in {str(exp_dir)!r}; there are: {there}"
+            )
         return chosen[-wanted:]
 
     def weights(self, exp_dir: Path) -> TensorSource:
@@ -76,7 +99,9 @@ def adapters_with_rslora(exp_dir: Path) -> tuple[str, ...]:
     return tuple(part for part, chosen in options.items() if (chosen or {}).get("use_rslora"))
 
 
-def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rslora: Sequence[str] = ()) -> TensorSource:
+def mean_weights(
+    checkpoints: Sequence[Path], *, lora: LoraMean = "product", rslora: Sequence[str] = ()
+) -> TensorSource:
     """The mean of the checkpoints' weights, float32.
 
     lora="product": of adapters, the mean of the products B A, exactly: the checkpoints' factors one after another, so that the rank is as
@@ -86,8 +111,10 @@ def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rsl
     parts: list[TensorSource] = []
     for path in checkpoints:
         part = checkpoint_weights(path)
-        check_same(checkpoints[0], parts[0] if parts else part, path, part)
-        parts.append(replace(part, specs=parts[0].specs) if parts else part)  # one copy, however many there are
+        check_same_weights(checkpoints[0], parts[0] if parts else part, path, part)
+        parts.append(
+            replace(part, specs=parts[0].specs) if parts else part
+        )  # one copy, however many there are
     count, specs = len(parts), parts[0].specs
     adapted = [name for name in specs if FACTOR.search(name)]
     stacked: dict[str, int] = {}
@@ -97,11 +124,15 @@ def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rsl
                 f"adapters with magnitudes (DoRA, {dora!r}) have no exact mean: average their factors (--lora factors, or "
                 "checkpoint.model.lora=factors)"
             )
-        stacked = {name: STACKED[match.group(1)] for name in adapted if (match := FACTOR.search(name))}
+        stacked = {
+            name: STACKED[match.group(1)] for name in adapted if (match := FACTOR.search(name))
+        }
     readers = [part.pieces for part in parts]
 
     def pieces(name: str) -> Iterator[Tensor]:
-        scale = count**-0.5 if name.startswith(tuple(rslora)) else 1.0  # of B: 1 / count against the greater rank in alpha / rank
+        scale = (
+            count**-0.5 if name.startswith(tuple(rslora)) else 1.0
+        )  # of B: 1 / count against the greater rank in alpha / rank
         if name not in stacked:
             return (total.div_(count) for total in _sums([pieces(name) for pieces in readers]))
         if len(specs[name].shape) == 1:  # the bias of B, which is scaled with it
@@ -112,17 +143,28 @@ def mean_weights(checkpoints: Sequence[Path], *, lora: LoraMean = "product", rsl
         rows = max(PIECE // (width * count), 1)
         return _side_by_side([pieces(name, rows * width) for pieces in readers], width, scale)
 
-    about = {"sources": _sources(parts), "mean": "checkpoints"} | ({"lora": lora} if adapted else {})
-    made = {name: _stacked(spec, stacked[name], count) if name in stacked else spec for name, spec in specs.items()}
+    about = {"sources": _sources(parts), "mean": "checkpoints"} | (
+        {"lora": lora} if adapted else {}
+    )
+    made = {
+        name: _stacked(spec, stacked[name], count) if name in stacked else spec
+        for name, spec in specs.items()
+    }
     return TensorSource(made, pieces, about, _all_checks(parts))
 
 
-def check_same(first: Path, weights: TensorSource, second: Path, others: TensorSource) -> None:
+def check_same_weights(
+    first: Path, weights: TensorSource, second: Path, others: TensorSource
+) -> None:
     """Raises UserError where two checkpoints' weights differ in a name or a shape."""
     mine, theirs = weights.specs, others.specs
     if mine != theirs:
-        name = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        raise UserError(f"{str(second)!r} and {str(first)!r} differ in {name!r}: they are of different runs")
+        name = min(
+            name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+        )
+        raise UserError(
+            f"{str(second)!r} and {str(first)!r} differ in {name!r}: they are of different runs"
+        )
 
 
 def _sums(running: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
@@ -134,7 +176,9 @@ def _sums(running: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
         yield total
 
 
-def _side_by_side(running: Sequence[Iterable[Tensor]], width: int, scale: float) -> Iterator[Tensor]:
+def _side_by_side(
+    running: Sequence[Iterable[Tensor]], width: int, scale: float
+) -> Iterator[Tensor]:
     """Matrices that come in equal blocks of whole rows, `width` elements each, next to each other."""
     for blocks in zip(*running, strict=True):
         yield torch.cat([block.view(-1, width) for block in blocks], dim=1).mul_(scale).flatten()
@@ -153,7 +197,9 @@ def _all_checks(parts: Sequence[TensorSource]) -> Callable[[], None]:
 def _stacked(spec: Spec, dim: int, count: int) -> Spec:
     if len(spec.shape) == 1:
         return spec
-    return Spec(tuple(size * count if i == dim else size for i, size in enumerate(spec.shape)), spec.dtype)
+    return Spec(
+        tuple(size * count if i == dim else size for i, size in enumerate(spec.shape)), spec.dtype
+    )
 
 
 def _sources(parts: Sequence[TensorSource]) -> list[dict[str, Any]]:
@@ -167,20 +213,30 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
     """
     for path in (start, end):
         if path is not None and not read_manifest(path)["running_average"]:
-            raise UserError(f"{str(path)!r} has no running average: train with trainer.use_averaged_model=true, or evaluate without it")
+            raise UserError(
+                f"{str(path)!r} has no running average: train with trainer.use_averaged_model=true, or evaluate without it"
+            )
     until = checkpoint_weights(end, AVERAGE)
     before = checkpoint_weights(start, AVERAGE) if start is not None else None
     if start is not None and before is not None:
-        check_same(start, before, end, until)
+        check_same_weights(start, before, end, until)
     parts = [before, until] if before else [until]
-    last, first = read_manifest(end)["step"], read_manifest(start)["step"] if start is not None else 0
+    last, first = (
+        read_manifest(end)["step"],
+        read_manifest(start)["step"] if start is not None else 0,
+    )
 
     def pieces(name: str) -> Iterator[Tensor]:
-        for average, earlier in zip(until.pieces(name), before.pieces(name) if before else itertools.repeat(None)):  # noqa: B905
-            yield (average if earlier is None else average + (average - earlier) * (first / (last - first))).float()
+        earlier: Iterable[Tensor | None] = before.pieces(name) if before else itertools.repeat(None)
+        for average, start_average in zip(until.pieces(name), earlier, strict=before is not None):
+            if start_average is not None:
+                average = average + (average - start_average) * (first / (last - first))
+            yield average.float()
 
     specs = {name: Spec(spec.shape, torch.float32) for name, spec in until.specs.items()}
-    about = {"sources": _sources(parts), "mean": "every step between"} | ({"lora": "factors"} if any(map(FACTOR.search, specs)) else {})
+    about = {"sources": _sources(parts), "mean": "every step between"} | (
+        {"lora": "factors"} if any(map(FACTOR.search, specs)) else {}
+    )
     return TensorSource(specs, pieces, about, _all_checks(parts))
 
 
@@ -189,7 +245,11 @@ def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:
 
     By default it raises UserError where what is there by that name cannot be made again.
     """
-    return write_file(what.weights(exp_dir), output) if output else averaged_file(exp_dir, what, again=True)
+    return (
+        write_file(what.weights(exp_dir), output)
+        if output
+        else averaged_file(exp_dir, what, again=True)
+    )
 
 
 def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
@@ -200,7 +260,9 @@ def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
     except UserError as error:
         if not made.is_file():
             raise
-        raise UserError(f"{error}; {made.name} is there, checkpoint.model.filename={made.name} takes it as it is") from error
+        raise UserError(
+            f"{error}; {made.name} is there, checkpoint.model.filename={made.name} takes it as it is"
+        ) from error
     with FileLock(exp_dir / ".averaging.lock"):  # of several ranks the first one averages
         there = read_about(made)
         if there == weights.about and not again:
@@ -216,16 +278,24 @@ def check_replaceable(made: Path, there: Mapping[str, Any], now: Mapping[str, An
         return
     take = f"give checkpoint.model.filename={made.name} to take it, or move it away to have the mean made"
     if not there and zipfile.is_zipfile(made):  # one that is cut short is no loss
-        raise UserError(f"{str(made)!r} does not say of which checkpoints it is the mean, so it is not written over: {take}")
+        raise UserError(
+            f"{str(made)!r} does not say of which checkpoints it is the mean, so it is not written over: {take}"
+        )
     before, after = _names(there), _names(now)
     if gone := [name for name in before if not (made.parent / name).exists()]:
-        raise UserError(f"{str(made)!r} is the mean of {', '.join(before)}, of which {gone[0]} is gone, so it is not written over: {take}")
+        raise UserError(
+            f"{str(made)!r} is the mean of {', '.join(before)}, of which {gone[0]} is gone, so it is not written over: {take}"
+        )
     if not there:
         why = "it was cut short"
     elif before != after:
         why = f"it is the mean of {', '.join(before)}, and is to be that of {', '.join(after)}"
     else:
-        why = "it was averaged otherwise" if there["sources"] == now["sources"] else "its checkpoints have changed since"
+        why = (
+            "it was averaged otherwise"
+            if there["sources"] == now["sources"]
+            else "its checkpoints have changed since"
+        )
     logging.getLogger(__name__).warning("%s is made again: %s", made.name, why)
 
 
@@ -241,14 +311,22 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
     check_run(exp_dir)
     if filename:
         return _named(exp_dir, filename)
-    if not (exp_dir / "pretrained.pt").is_file() and not list_checkpoints(exp_dir) and any(exp_dir.glob("model*.safetensors")):
-        raise UserError(f"exp_dir={str(exp_dir)!r} is an exported model: give the exp_dir of the run that it was exported from")
+    if (
+        not (exp_dir / "pretrained.pt").is_file()
+        and not list_checkpoints(exp_dir)
+        and any(exp_dir.glob("model*.safetensors"))
+    ):
+        raise UserError(
+            f"exp_dir={str(exp_dir)!r} is an exported model: give the exp_dir of the run that it was exported from"
+        )
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
         raise UserError(_half_a_choice(exp_dir, what))
     if what.avg > 0:
         return averaged_file(exp_dir, what)
     if what.running:
-        raise UserError("checkpoint.model.use_averaged_model=true needs iter and avg, or epoch and avg")
+        raise UserError(
+            "checkpoint.model.use_averaged_model=true needs iter and avg, or epoch and avg"
+        )
     path = exp_dir / "pretrained.pt"
     if not path.is_file():
         there = ", ".join(map(str, list_checkpoints(exp_dir))) or "none"

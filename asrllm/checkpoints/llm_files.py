@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.models.auto import load_state, newest_weights, read_state
-from asrllm.models.description import read_config
-from asrllm.models.files import (
+from asrllm.models.asr_llm.checks import read_config
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.serialization import (
     as_dtype,
     base_path,
     check_stored,
@@ -24,11 +24,11 @@ from asrllm.models.files import (
     weight_files,
     with_ranks,
 )
+from asrllm.models.auto import load_state, newest_weights, read_state
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.fingerprint import weight_files as base_files
-from asrllm.models.model import AsrLlmModel
-from asrllm.models.names import check_state, is_adapter, plain_name
-from asrllm.models.parts import empty_llm, pretrained_llm
+from asrllm.models.pretrained import empty_llm, pretrained_llm
+from asrllm.models.state_dict import check_state, is_adapter, plain_name
 
 LLM = "llm."
 
@@ -78,25 +78,50 @@ class LlmFiles:
         self.folder = source.parent if source.is_file() else source
         self.config = read_config(self.folder)
         if not self.config.lora:
-            raise UserError(f"{str(source)!r} has no adapters on its LLM: 'asrllm export' writes it as it is")
+            raise UserError(
+                f"{str(source)!r} has no adapters on its LLM: 'asrllm export' writes it as it is"
+            )
         exported = weights is None and source.is_dir() and any(source.glob("model*.safetensors*"))
-        self.weights = None if exported else (source if source.is_file() else weights or newest_weights(source))
+        self.weights = (
+            None
+            if exported
+            else (source if source.is_file() else weights or newest_weights(source))
+        )
         self.places = self._own_places()
         self.model = self._model()
-        expected = {stored_name(key): tensor for key, tensor in self.model.weights().items() if key.startswith(LLM)}
+        expected = {
+            stored_name(key): tensor
+            for key, tensor in self.model.weights().items()
+            if key.startswith(LLM)
+        }
         own = {name: tensor for name, tensor in self.places.meta.items() if name.startswith(LLM)}
-        where, mend = f"the weights of {str(self.weights or self.folder)!r}", f"they are not of {str(self.folder / 'config.json')!r}"
-        check_state(own, expected, where, mend, needed=[name for name in expected if is_adapter(name)])
+        where, mend = (
+            f"the weights of {str(self.weights or self.folder)!r}",
+            f"they are not of {str(self.folder / 'config.json')!r}",
+        )
+        check_state(
+            own, expected, where, mend, needed=[name for name in expected if is_adapter(name)]
+        )
         if self.weights is not None:
-            check_stored(self.config, "llm", sum(not is_adapter(name) for name in own), str(self.folder))
-        self.own_llm = self.weights is not None and not all(map(is_adapter, own))  # trained beside the adapters, or in a stage before
-        self.base = Path(resolve_pretrained(base_path(self.config, "llm"))) if expected.keys() - own.keys() else None
+            check_stored(
+                self.config, "llm", sum(not is_adapter(name) for name in own), str(self.folder)
+            )
+        self.own_llm = self.weights is not None and not all(
+            map(is_adapter, own)
+        )  # trained beside the adapters, or in a stage before
+        self.base = (
+            Path(resolve_pretrained(base_path(self.config, "llm")))
+            if expected.keys() - own.keys()
+            else None
+        )
         if self.base is not None:
             self._add_base(self.base, expected)
 
     def _own_places(self) -> Places:
         places = Places()
-        if self.weights and (self.weights.suffix == ".json" or not self.weights.is_file()):  # several files, or none
+        if self.weights and (
+            self.weights.suffix == ".json" or not self.weights.is_file()
+        ):  # several files, or none
             places.add(read_state(self.weights), stored_name)
             return places
         for file in [self.weights] if self.weights else weight_files(self.folder):
@@ -107,13 +132,17 @@ class LlmFiles:
         for file in base_files(base):
             self.places.add_file(file, lambda key: LLM + key)
         if expected.keys() - self.places.meta.keys():  # transformers renames keys of this family
-            llm = pretrained_llm(str(base), as_dtype((self.config.llm or {}).get("dtype")) or torch.bfloat16)
+            llm = pretrained_llm(
+                str(base), as_dtype((self.config.llm or {}).get("dtype")) or torch.bfloat16
+            )
             self.places.add(llm.state_dict(), lambda key: LLM + key)
 
     def _model(self) -> AsrLlmModel:
         """Without memory for its weights; its adapters have the rank of the file's."""
         with parameters_on_meta():
-            model = AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}, where=self.folder))
+            model = AsrLlmModel(
+                self.config, llm=empty_llm(self.config.llm or {}, where=self.folder)
+            )
             self.times = rank_in_file(model, self.places.meta)
             self.config = with_ranks(self.config, self.times)
             self.config.exclude_from_checkpoint = None
@@ -123,12 +152,16 @@ class LlmFiles:
     def rank(self) -> int:
         """The largest of the adapters'."""
         options = self.config.lora or {}
-        return max([options.get("r", 8), *(options.get("rank_pattern") or {}).values()])  # PEFT's default
+        return max(
+            [options.get("r", 8), *(options.get("rank_pattern") or {}).values()]
+        )  # PEFT's default
 
     @cached_property
     def merged(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As merged_names: the LLM's weights without adapters, and which of them adapters change, with their layers."""
-        return merged_names(self.model, {key: t for key, t in self.model.weights().items() if key.startswith(LLM)})
+        return merged_names(
+            self.model, {key: t for key, t in self.model.weights().items() if key.startswith(LLM)}
+        )
 
     def layer(self, key: str) -> Any:
         """The layer whose adapters change the weight `key`, in eval mode, with its weights and its adapters'."""
@@ -136,7 +169,10 @@ class LlmFiles:
         prefix = next(name for name, module in self.model.named_modules() if module is empty)
         layer = copy.deepcopy(empty).eval()
         names = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()}
-        state = {name: self.places.read(plain_name(full) if is_base(full, prefix) else full) for name, full in names.items()}
+        state = {
+            name: self.places.read(plain_name(full) if is_base(full, prefix) else full)
+            for name, full in names.items()
+        }
         layer.load_state_dict(state, assign=True)
         return layer
 

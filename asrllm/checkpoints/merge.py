@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from asrllm.atomic import new_folder
 from asrllm.checkpoints.llm_files import LLM, LlmFiles
 from asrllm.checkpoints.parity import Parity, check_layers, check_parity
 from asrllm.errors import UserError
-from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.files import as_dtype, merged_parameter, prevailing_dtype, weight_source
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.serialization import (
+    as_dtype,
+    merged_parameter,
+    prevailing_dtype,
+    weight_source,
+)
 from asrllm.models.hub_files import load_tokenizer
-from asrllm.models.names import is_adapter
-from asrllm.models.parts import lora_config
+from asrllm.models.pretrained import lora_config
+from asrllm.models.state_dict import is_adapter
 from asrllm.tensor_files import Spec, TensorSource, write_file, write_sharded
-from asrllm.writing import new_folder
 
 
 def merged_llm(files: LlmFiles, dtype: torch.dtype | None = None) -> TensorSource:
@@ -33,24 +38,36 @@ def merged_llm(files: LlmFiles, dtype: torch.dtype | None = None) -> TensorSourc
             yield files.places.read(key).to(kind).flatten()
 
     held = {key.removeprefix(LLM): files.places.meta[key] for key in weights}
-    specs = {name: Spec(tuple(t.shape), dtype if dtype and t.is_floating_point() else t.dtype) for name, t in held.items()}
+    specs = {
+        name: Spec(tuple(t.shape), dtype if dtype and t.is_floating_point() else t.dtype)
+        for name, t in held.items()
+    }
     return TensorSource(specs, pieces)
 
 
 def merge_lora(
-    files: LlmFiles, output: Path, *, dtype: str | None = None, max_shard_size: int | str = "5GB", check: bool = True
+    files: LlmFiles,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    check: bool = True,
 ) -> Parity | None:
     """Write a plain directory of the LLM, which transformers loads without this package; it appears when it is complete and right.
 
     check: compare logits; some columns of every merged weight are compared without it too.
     """
     with new_folder(output) as partial:
-        write_tokenizer(files, partial)  # first: a damaged one is found before the weights are merged
+        write_tokenizer(
+            files, partial
+        )  # first: a damaged one is found before the weights are merged
         source = merged_llm(files, as_dtype(dtype))
         write_sharded(source, partial, max_shard_size=max_shard_size, what="merged LLM")
         check_layers(files, partial)
         config = AutoConfig.for_model(**(files.config.llm or {}))
-        config.dtype = as_dtype(dtype) or prevailing_dtype({key: files.places.meta[key] for key in files.merged[0]}, str(files.folder))
+        config.dtype = as_dtype(dtype) or prevailing_dtype(
+            {key: files.places.meta[key] for key in files.merged[0]}, str(files.folder)
+        )
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(partial)
         return check_parity(files, partial, config.dtype) if check else None
@@ -80,9 +97,15 @@ def save_adapter(files: LlmFiles, output: Path) -> None:
         )
     with new_folder(output) as partial:
         names = [key for key in files.places.where if is_adapter(key) and key.startswith(LLM)]
-        state = {key.removeprefix(LLM).replace(".default", ""): files.places.read(key) for key in names}
+        state = {
+            key.removeprefix(LLM).replace(".default", ""): files.places.read(key) for key in names
+        }
         write_file(weight_source(state, {}), partial / "adapter_model.safetensors")
-        about = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": (_base(files.config) or {}).get("path")}
+        about = {
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "base_model_name_or_path": (_base(files.config) or {}).get("path"),
+        }
         lora_config(files.config.lora or {}, **about).save_pretrained(partial)
 
 

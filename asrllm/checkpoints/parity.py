@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from asrllm.checkpoints.llm_files import LLM, LlmFiles, Places, stored_name
 from asrllm.errors import UserError
-from asrllm.models.files import parameters_on_meta, weight_files
+from asrllm.models.asr_llm.serialization import parameters_on_meta, weight_files
 
 CHECKED = "The quick brown fox jumps over the lazy dog, and 17 others watch it."
 COLUMNS = 64  # of each merged weight that are compared
@@ -41,11 +41,23 @@ def check_layers(files: LlmFiles, merged: Path) -> None:
     for file in weight_files(merged):
         found.add_file(file, lambda key: LLM + key)
     for key in (key for key in files.merged[1] if key.startswith(LLM) and key.endswith(".weight")):
-        adapted, plain = files.layer(key).float(), copy.deepcopy(files.merged[1][key].get_base_layer())
-        state = {name: found.read(f"{key.removesuffix('weight')}{name}").float() for name, _ in plain.named_parameters()}
+        adapted, plain = (
+            files.layer(key).float(),
+            copy.deepcopy(files.merged[1][key].get_base_layer()),
+        )
+        state = {
+            name: found.read(f"{key.removesuffix('weight')}{name}").float()
+            for name, _ in plain.named_parameters()
+        }
         plain.load_state_dict(state, assign=True)
-        there, here = some_columns(plain, plain, adapted.in_features), some_columns(adapted, plain, adapted.in_features)
-        allowed = step(torch.maximum(there.abs(), here.abs()), found.meta[key].dtype) / 2 + 1e-5 * here.abs().max()
+        there, here = (
+            some_columns(plain, plain, adapted.in_features),
+            some_columns(adapted, plain, adapted.in_features),
+        )
+        allowed = (
+            step(torch.maximum(there.abs(), here.abs()), found.meta[key].dtype) / 2
+            + 1e-5 * here.abs().max()
+        )
         if not ((there - here).abs() <= allowed).all():
             what = f"{float((there - here).abs().max()):.3g} off, where rounding makes at most {float(allowed.max()):.3g}"
             raise UserError(
@@ -66,7 +78,9 @@ def some_columns(layer: nn.Module, plain: nn.Module, size: int) -> Tensor:
 def step(values: Tensor, dtype: torch.dtype) -> Tensor:
     """How far the numbers of `dtype` are apart where `values` (float32, not negative) lie."""
     kind = torch.finfo(dtype)
-    return (kind.eps * torch.exp2(torch.frexp(values).exponent - 1.0)).clamp(min=kind.tiny * kind.eps)
+    return (kind.eps * torch.exp2(torch.frexp(values).exponent - 1.0)).clamp(
+        min=kind.tiny * kind.eps
+    )
 
 
 @torch.no_grad()
@@ -77,7 +91,9 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
     """
     tokens = AutoTokenizer.from_pretrained(merged)(CHECKED, return_tensors="pt").input_ids
     llm = files.model.llm.eval()
-    with weights_while_run(llm, lambda name: files.places.read(stored_name(LLM + name), torch.float32)):
+    with weights_while_run(
+        llm, lambda name: files.places.read(stored_name(LLM + name), torch.float32)
+    ):
         before = llm(input_ids=tokens, use_cache=False).logits[0]
         with llm.disable_adapter():
             base = llm(input_ids=tokens, use_cache=False).logits[0]
@@ -88,9 +104,15 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
         plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(merged)).eval()
     with weights_while_run(plain, lambda name: found.read(name, torch.float32)):
         after = plain(input_ids=tokens, use_cache=False).logits[0]
-    difference, change, size = (float(logits.square().mean().sqrt()) for logits in (after - before, before - base, before))
-    parity = Parity(difference, change, size, int((after.argmax(-1) == before.argmax(-1)).sum()), len(before))
-    allowed = 1e-4 * size if dtype.itemsize >= 4 else max(4 * torch.finfo(dtype).eps * size, change / 2)
+    difference, change, size = (
+        float(logits.square().mean().sqrt()) for logits in (after - before, before - base, before)
+    )
+    parity = Parity(
+        difference, change, size, int((after.argmax(-1) == before.argmax(-1)).sum()), len(before)
+    )
+    allowed = (
+        1e-4 * size if dtype.itemsize >= 4 else max(4 * torch.finfo(dtype).eps * size, change / 2)
+    )
     if not difference <= allowed:
         raise UserError(
             f"the merged LLM gives other logits: off by {difference:.3g}, where the adapters change them by {change:.3g} and rounding to "
@@ -103,13 +125,18 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
 def weights_while_run(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
     """Within the block each layer of a model without weights has its own only while it runs. read: one by its name."""
     first: dict[Any, str] = {}  # of tied weights, which are stored once
-    names = {name: first.setdefault(tensor, name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    names = {
+        name: first.setdefault(tensor, name)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
 
     def hooks(prefix: str, layer: nn.Module) -> Iterator[RemovableHandle]:
         empty = layer.state_dict(keep_vars=True)
 
         def fill(*_: Any) -> None:
-            layer.load_state_dict({name: read(names[f"{prefix}.{name}"]) for name in empty}, assign=True)
+            layer.load_state_dict(
+                {name: read(names[f"{prefix}.{name}"]) for name in empty}, assign=True
+            )
 
         def drain(*_: Any) -> None:
             layer.load_state_dict(empty, assign=True)
@@ -131,6 +158,10 @@ def layers_of(model: Any) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        if type(module).__name__ in whole or isinstance(module, BaseTunerLayer) or any(True for _ in module.parameters(recurse=False)):
+        if (
+            type(module).__name__ in whole
+            or isinstance(module, BaseTunerLayer)
+            or any(True for _ in module.parameters(recurse=False))
+        ):
             yield name, module
             inside = f"{name}."

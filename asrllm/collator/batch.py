@@ -40,7 +40,11 @@ class PackedBatch:
     bad: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -61,12 +65,18 @@ class Collator:
         time_masks: int = 0,
     ) -> None:
         self.renderer, self.prompts, self.seed = renderer, tuple(prompts), seed
-        self.num_audio_tokens, self.hotwords, self.time_masks = num_audio_tokens, hotwords, time_masks
+        self.num_audio_tokens, self.hotwords, self.time_masks = (
+            num_audio_tokens,
+            hotwords,
+            time_masks,
+        )
 
     def __call__(self, samples: Sequence[Sample], out: np.ndarray | None = None) -> PackedBatch:
         """out: (floats,) of float32 in which the waveforms are laid out if they fit."""
         prompts = [self.prompt(sample) for sample in samples]
-        rows = [self._encode(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
+        rows = [
+            self._encode(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)
+        ]
         ids = [torch.tensor(ids) for ids, _ in rows]
         lengths = torch.tensor([len(row) for row in ids])
         # a label stands at the position that predicts it: one to the left of its own token
@@ -83,7 +93,9 @@ class Collator:
             masks=torch.from_numpy(np.stack([sample.masks for sample in samples])),
             time_masks=self.time_masks,
             keys=[sample.key for sample in samples if sample.weight],
-            prompts=[prompt for sample, prompt in zip(samples, prompts, strict=True) if sample.weight],
+            prompts=[
+                prompt for sample, prompt in zip(samples, prompts, strict=True) if sample.weight
+            ],
             corpora=tuple(sample.corpus for sample in samples),
             audio_seconds=sum(len(s.wave) for s in samples if s.weight) / RATE,
         )
@@ -92,16 +104,30 @@ class Collator:
         own, task = sample.fields.get("prompt"), sample.fields.get("task")
         own = own.replace(self.renderer.audio_token, "").strip() if isinstance(own, str) else ""
         prompts = sample.prompts or self.prompts
-        prompt = own or choose_prompt(prompts, seed=self.seed, round=sample.round, key=sample.key, lang=sample.lang, task=task)
+        prompt = own or choose_prompt(
+            prompts,
+            seed=self.seed,
+            pass_index=sample.pass_index,
+            key=sample.key,
+            lang=sample.lang,
+            task=task,
+        )
         if self.hotwords is None:
             return prompt
         words = sample.fields.get("hotwords")
         words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else ()
-        return with_context(prompt, self.hotwords.context(sample.text, key=sample.key, round=sample.round, own=words))
+        return with_context(
+            prompt,
+            self.hotwords.context(
+                sample.text, key=sample.key, pass_index=sample.pass_index, own=words
+            ),
+        )
 
     def _encode(self, sample: Sample, prompt: str) -> tuple[list[int], list[int]]:
         audio = self.num_audio_tokens(len(sample.wave))
-        ids, labels = self.renderer.encode_training(self.renderer.user_messages(prompt), sample.text, [audio])
+        ids, labels = self.renderer.encode_training(
+            self.renderer.user_messages(prompt), sample.text, [audio]
+        )
         return ids, labels if sample.weight else [NO_LABEL] * len(ids)
 
 
@@ -109,7 +135,9 @@ def pad_waves(waves: Sequence[np.ndarray], out: np.ndarray | None = None) -> np.
     """(samples,) each -> (N, longest), zeros behind the shorter ones; in `out` if that is large enough."""
     shape = (len(waves), max(map(len, waves)))
     size = shape[0] * shape[1]
-    padded = (out[:size] if out is not None and size <= len(out) else np.empty(size, np.float32)).reshape(shape)
+    padded = (
+        out[:size] if out is not None and size <= len(out) else np.empty(size, np.float32)
+    ).reshape(shape)
     for row, wave in zip(padded, waves, strict=True):
         row[: len(wave)], row[len(wave) :] = wave, 0
     return padded

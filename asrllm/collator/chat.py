@@ -91,15 +91,27 @@ class ChatRenderer:
             literals.append(found.group())
             return _MARK.format(len(literals) - 1)
 
-        marked = [message | {"content": self._special.sub(mark, message["content"])} for message in plain]
+        marked = [
+            message | {"content": self._special.sub(mark, message["content"])} for message in plain
+        ]
         text = self._render(marked, add_generation_prompt=True)
-        parts = re.split(_MARK.format(r"(\d+)"), text)  # template's text, number of a literal, text, number, ...
+        parts = re.split(
+            _MARK.format(r"(\d+)"), text
+        )  # template's text, number of a literal, text, number, ...
         ids: list[int] = []
         for i, part in enumerate(parts):
-            ids += self._ids(literals[int(part)], plain=True) if i % 2 else self._ids(part) if part else []
+            ids += (
+                self._ids(literals[int(part)], plain=True)
+                if i % 2
+                else self._ids(part)
+                if part
+                else []
+            )
         return ids if ids[: len(self._first_ids)] == self._first_ids else self._first_ids + ids
 
-    def encode_training(self, messages: Messages, answer: str, audio_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    def encode_training(
+        self, messages: Messages, answer: str, audio_tokens: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
         """(ids, labels) of the chat and its answer: the labels are the answer and its end, NO_LABEL elsewhere.
 
         The answer is tokenised by itself, so that training sees exactly the prompt ids that decoding starts from.
@@ -111,8 +123,14 @@ class ChatRenderer:
     def _special_tokens(self) -> re.Pattern[str]:
         """Matches the special tokens apart from the audio token, and what the marks begin with."""
         special = {*self.tokenizer.all_special_tokens, _MARK[0]}
-        special |= {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile("|".join(re.escape(s) for s in sorted(special - {self.audio_token}, key=len, reverse=True)))
+        special |= {
+            str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        }
+        return re.compile(
+            "|".join(
+                re.escape(s) for s in sorted(special - {self.audio_token}, key=len, reverse=True)
+            )
+        )
 
     def _ids_before_text(self) -> list[int]:
         """What the tokenizer writes before any text, such as Llama's and Gemma's BOS, which not every template repeats."""
@@ -125,15 +143,23 @@ class ChatRenderer:
         The end-of-text token where it writes nothing. Raises UserError where the tokenizer does not know it as a token.
         """
         question: Messages = [{"role": "user", "content": "?"}]
-        full = self._render([*question, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+        full = self._render(
+            [*question, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False
+        )
         tail = full.rpartition(_PROBE)[2].strip() or self.tokenizer.eos_token
         if not tail:
-            raise UserError("the tokenizer has neither an end-of-turn in its chat template nor an eos_token: set eos_token")
-        if found := self._special.match(tail):  # a template may write the end of the turn and that of the text
+            raise UserError(
+                "the tokenizer has neither an end-of-turn in its chat template nor an eos_token: set eos_token"
+            )
+        if found := self._special.match(
+            tail
+        ):  # a template may write the end of the turn and that of the text
             tail = found.group()
         ids = self._ids(tail)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            found_as = "its unknown token" if self.tokenizer.unk_token_id in ids else f"{len(ids)} tokens"
+            found_as = (
+                "its unknown token" if self.tokenizer.unk_token_id in ids else f"{len(ids)} tokens"
+            )
             raise UserError(
                 f"the chat template ends a turn with {tail!r}, which the tokenizer has as {found_as}: add it to the tokenizer as a special "
                 "token, or give the tokenizer the chat template that belongs to it"
@@ -160,17 +186,27 @@ class ChatRenderer:
                 try_template((template, add_generation_prompt), render)
             text = render()
         except TemplateSyntaxError as error:
-            raise UserError(f"{where} does not compile: line {error.lineno}: {error.message}. {REPLACE}") from error
+            raise UserError(
+                f"{where} does not compile: line {error.lineno}: {error.message}. {REPLACE}"
+            ) from error
         except TemplateError as error:
-            hint = "" if set(roles) <= {"user", "assistant"} else "Write what a refused turn says into the user's. "
+            hint = (
+                ""
+                if set(roles) <= {"user", "assistant"}
+                else "Write what a refused turn says into the user's. "
+            )
             raise UserError(
                 f"{where} refuses turns of the roles {', '.join(roles)}: {first_words(error)}. {hint or REPLACE}".strip()
             ) from error
         except (TemplateTooSlowError, MemoryError, RecursionError, OverflowError) as error:
-            raise UserError(f"{where} loops or writes too much: {first_words(error)}. {REPLACE}") from error
+            raise UserError(
+                f"{where} loops or writes too much: {first_words(error)}. {REPLACE}"
+            ) from error
         except Exception as error:  # a template is a program, which may raise anything
             kind = type(error).__name__
-            raise UserError(f"{where} fails with {kind}: {first_words(error)}. {REPLACE}") from error
+            raise UserError(
+                f"{where} fails with {kind}: {first_words(error)}. {REPLACE}"
+            ) from error
         written = len(text) - sum(len(str(message.get("content"))) for message in messages)
         if written > MAX_WRITTEN:
             raise UserError(f"{where} writes {written} characters around the messages. {REPLACE}")
@@ -178,16 +214,27 @@ class ChatRenderer:
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:
         """plain: what looks like a special token is text like any other."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
+            "input_ids"
+        ]
 
 
 def _plain_messages(messages: Messages, audio_token: str) -> list[dict[str, Any]]:
     """The messages with each content as a string."""
-    if isinstance(messages, (str, dict)) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise UserError(f"the chat {messages!r} is not a list of messages: give [{{'role': 'user', 'content': '{audio_token} ...'}}]")
+    if isinstance(messages, (str, dict)) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise UserError(
+            f"the chat {messages!r} is not a list of messages: give [{{'role': 'user', 'content': '{audio_token} ...'}}]"
+        )
     if not messages or messages[-1]["role"] in ("assistant", "model"):
-        raise UserError("the chat ends with an assistant's turn or is empty: end it with the user's, which the model answers")
-    return [message | {"content": _plain_content(message.get("content"), audio_token)} for message in messages]
+        raise UserError(
+            "the chat ends with an assistant's turn or is empty: end it with the user's, which the model answers"
+        )
+    return [
+        message | {"content": _plain_content(message.get("content"), audio_token)}
+        for message in messages
+    ]
 
 
 def _plain_content(content: Any, audio_token: str) -> str:

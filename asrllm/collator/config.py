@@ -28,6 +28,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers} must be 0 (read in the training process) or more")
+            raise UserError(
+                f"data.num_workers={self.num_workers} must be 0 (read in the training process) or more"
+            )
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={self.max_bad_share} must lie between 0 and 1")

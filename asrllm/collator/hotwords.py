@@ -32,11 +32,17 @@ class HotwordConfig:
         if not 0 <= self.prob <= 1:
             raise UserError(f"data.hotwords.prob={self.prob} must lie between 0 and 1")
         if not 1 <= self.max_words <= 10_000:
-            raise UserError(f"data.hotwords.max_words={self.max_words} must be from 1 to 10000; data.hotwords.prob=0 gives no lists")
+            raise UserError(
+                f"data.hotwords.max_words={self.max_words} must be from 1 to 10000; data.hotwords.prob=0 gives no lists"
+            )
         if not 0 <= self.distractor_rate < 1:
-            raise UserError(f"data.hotwords.distractor_rate={self.distractor_rate} must be at least 0 and below 1")
+            raise UserError(
+                f"data.hotwords.distractor_rate={self.distractor_rate} must be at least 0 and below 1"
+            )
         if self.template.count(PLACE) != 1:
-            raise UserError(f"data.hotwords.template={self.template!r} must hold {PLACE} once, where the list stands")
+            raise UserError(
+                f"data.hotwords.template={self.template!r} must hold {PLACE} once, where the list stands"
+            )
 
 
 def filled(template: str, words: Sequence[str]) -> str:
@@ -53,26 +59,33 @@ class Hotwords:
 
     def __init__(self, config: HotwordConfig, *, seed: int, forbidden: str) -> None:
         if forbidden in config.template:
-            raise UserError(f"data.hotwords.template={config.template!r} holds the audio token {forbidden!r}: take it out")
+            raise UserError(
+                f"data.hotwords.template={config.template!r} holds the audio token {forbidden!r}: take it out"
+            )
         self.config, self.seed, self.forbidden = config, seed, forbidden
         self.phrases = _read_phrases(config.file, forbidden) if config.file else {}
         self._names = list(self.phrases)
         self._lengths = _lengths_by_first(self._names)
 
-    def context(self, text: str, *, key: str, round: int, own: Sequence[str] = ()) -> str:  # noqa: A002
-        """The filled template, or "" where the draw from (seed, round, key) says so or there is nothing to list.
+    def context(self, text: str, *, key: str, pass_index: int, own: Sequence[str] = ()) -> str:
+        """The filled template, or "" where the draw from (seed, pass_index, key) says so or there is nothing to list.
 
         text: the transcript; own: hotwords that the sample carries, which join the list of all. True ones are those that occur in the
         transcript as whole words in any case. Each place of the list is given to a distractor with the probability `distractor_rate`,
         else to the next true one, until these or the places are used up; without a true one there are as many distractors as for one.
         """
-        digest = hashlib.blake2b(f"{self.seed}/{round}/hotwords/{key}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(
+            f"{self.seed}/{pass_index}/hotwords/{key}".encode(), digest_size=8
+        ).digest()
         draws = random.Random(int.from_bytes(digest, "little"))
         if draws.random() >= self.config.prob:
             return ""
         own_words = [word.replace(self.forbidden, "").strip() for word in own]
         own_phrases = {name: word for word in own_words if (name := _name(word))}
-        phrases = {name: own_phrases.get(name) or self.phrases[name] for name in self._occurring(text, own_phrases)}
+        phrases = {
+            name: own_phrases.get(name) or self.phrases[name]
+            for name in self._occurring(text, own_phrases)
+        }
         true, others = self._share_out(len(phrases), draws)
         words = draws.sample(list(phrases.values()), true)
         words += self._distractors(others, phrases, own_phrases, draws)
@@ -103,12 +116,16 @@ class Hotwords:
             return 0, true + others if self.config.distractor_rate else 0
         return true, others
 
-    def _distractors(self, count: int, occurring: Mapping[str, str], own: Mapping[str, str], draws: random.Random) -> list[str]:
+    def _distractors(
+        self, count: int, occurring: Mapping[str, str], own: Mapping[str, str], draws: random.Random
+    ) -> list[str]:
         """Words that are not in the utterance, the sample's own first: somebody chose them for it."""
         absent = [word for name, word in own.items() if name not in occurring]
         words = draws.sample(absent, min(count, len(absent)))
         left, taken = count - len(words), occurring.keys() | own.keys()
-        candidates = draws.sample(self._names, min(left + len(taken), len(self._names))) if left else []
+        candidates = (
+            draws.sample(self._names, min(left + len(taken), len(self._names))) if left else []
+        )
         return words + [self.phrases[name] for name in candidates if name not in taken][:left]
 
 
@@ -117,11 +134,15 @@ def _read_phrases(path: str, forbidden: str) -> dict[str, str]:
     phrases: dict[str, str] = {}
     for number, line in enumerate(read_text(path, "data.hotwords.file").splitlines(), 1):
         if forbidden in line:
-            raise UserError(f"data.hotwords.file={path!r}, line {number}: {line!r} holds the audio token {forbidden!r}: take it out")
+            raise UserError(
+                f"data.hotwords.file={path!r}, line {number}: {line!r} holds the audio token {forbidden!r}: take it out"
+            )
         if name := _name(line):
             phrases.setdefault(name, line.strip())
     if not phrases:
-        raise UserError(f"data.hotwords.file={path!r} holds no word: write one word or phrase a line")
+        raise UserError(
+            f"data.hotwords.file={path!r} holds no word: write one word or phrase a line"
+        )
     return phrases
 
 

@@ -56,7 +56,9 @@ class PlannedDataset(Dataset):
         bad: list[str] = []
         samples = [sample for item in items if (sample := self._read(item, bad)) is not None]
         if not samples:
-            raise UserError(f"{len(bad)} utterances in a row and what could stand in for them cannot be read, the last: {bad[-1]}")
+            raise UserError(
+                f"{len(bad)} utterances in a row and what could stand in for them cannot be read, the last: {bad[-1]}"
+            )
         return replace(self.collator(samples, out), bad=tuple(bad))
 
     def _read(self, item: Item, bad: list[str]) -> Sample | None:
@@ -79,7 +81,9 @@ class SharedSlots(Dataset):
 
     def __init__(self, dataset: PlannedDataset, count: int, floats: int) -> None:
         self.dataset = dataset
-        self.slots: list[np.ndarray] = [np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(count)]
+        self.slots: list[np.ndarray] = [
+            np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(count)
+        ]
         self.free = collections.deque(range(count))
 
     def __getitem__(self, task: tuple[int, Batch]) -> dict[str, Any] | UserError:
@@ -89,7 +93,10 @@ class SharedSlots(Dataset):
             batch = self.dataset.load(items, self.slots[slot])
         except UserError as error:
             return error
-        sent = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(batch).items()}
+        sent = {
+            name: value.numpy() if isinstance(value, Tensor) else value
+            for name, value in vars(batch).items()
+        }
         if np.shares_memory(sent["waves"], self.slots[slot]):
             sent["waves"] = sent["waves"].shape
         return sent
@@ -101,7 +108,12 @@ class SharedSlots(Dataset):
         if isinstance(sent["waves"], tuple):
             shape = sent["waves"]
             sent["waves"] = self.slots[slot][: shape[0] * shape[1]].reshape(shape)
-        return PackedBatch(**{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sent.items()})
+        return PackedBatch(
+            **{
+                name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+                for name, v in sent.items()
+            }
+        )
 
 
 def steps(
@@ -126,12 +138,19 @@ def steps(
         planned = _prepared(planned, plan, thread, ranks, prefetch)
         if num_workers:
             # none of the room that is not used is taken; a batch that does not fit is sent
-            shared = SharedSlots(dataset, num_workers * PREFETCH + accumulation + 1, ROOM * plan.largest_batch(ranks))
+            shared = SharedSlots(
+                dataset, num_workers * PREFETCH + accumulation + 1, ROOM * plan.largest_batch(ranks)
+            )
             loaded = _read_in_processes(planned, rank, shared, num_workers, accumulation)
         else:
             loaded = _read_here(planned, rank, dataset)
         for position, step, micro_batches in loaded:
-            yield LoadedStep(micro_batches=micro_batches, position=step.after, before=step.before, epoch=position.epoch)
+            yield LoadedStep(
+                micro_batches=micro_batches,
+                position=step.after,
+                before=step.before,
+                epoch=position.epoch,
+            )
 
 
 Planned = Iterator[tuple[Position, Step]]
@@ -143,8 +162,12 @@ def _read_here(planned: Planned, rank: int, dataset: PlannedDataset) -> Loaded:
         yield position, step, [dataset.load(items) for items in step.of_rank(rank)]
 
 
-def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers: int, accumulation: int) -> Loaded:
-    ahead: collections.deque[tuple[Position, Step, list[int]]] = collections.deque()  # given out and not received, with their slots
+def _read_in_processes(
+    planned: Planned, rank: int, shared: SharedSlots, workers: int, accumulation: int
+) -> Loaded:
+    ahead: collections.deque[tuple[Position, Step, list[int]]] = (
+        collections.deque()
+    )  # given out and not received, with their slots
 
     def tasks() -> Iterator[tuple[int, Batch]]:
         for position, step in planned:
@@ -172,7 +195,11 @@ def _read_in_processes(planned: Planned, rank: int, shared: SharedSlots, workers
         for first in loader:
             position, step, slots = ahead.popleft()
             sent = [first, *itertools.islice(loader, accumulation - 1)]
-            yield position, step, [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)]
+            yield (
+                position,
+                step,
+                [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)],
+            )
             shared.free.extend(slots)
     finally:
         # An error's traceback keeps the loader alive. Once the garbage collector frees it, its queues are closed already, and it
@@ -192,7 +219,10 @@ def _interrupt_later() -> Iterator[None]:
     A reader that is forked in between takes no Ctrl-C either: an interrupted fork leaves half a
     loader, whose finalizer prints a traceback.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):
         yield
         return
     noted: list[int] = []
@@ -247,7 +277,11 @@ def _begin_reader(parent: int | None, worker: int) -> None:
 
 
 def _prepared(
-    planned: Planned, plan: Plan, thread: ThreadPoolExecutor, ranks: int, prefetch: Callable[[Sequence[RemoteFile]], None] | None
+    planned: Planned,
+    plan: Plan,
+    thread: ThreadPoolExecutor,
+    ranks: int,
+    prefetch: Callable[[Sequence[RemoteFile]], None] | None,
 ) -> Planned:
     """The steps; when a window begins, what it and the next one need is made ready beside them."""
     window = (-1, -1)
@@ -258,8 +292,19 @@ def _prepared(
         yield position, step
 
 
-def _prepare(plan: Plan, position: Position, ranks: int, prefetch: Callable[[Sequence[RemoteFile]], None] | None) -> None:
+def _prepare(
+    plan: Plan,
+    position: Position,
+    ranks: int,
+    prefetch: Callable[[Sequence[RemoteFile]], None] | None,
+) -> None:
     """What the window that begins and the one after it need."""
     if prefetch is not None:
-        prefetch([file for window in range(LATER) for file in plan.files(position.epoch, position.window + window)])
+        prefetch(
+            [
+                file
+                for window in range(LATER)
+                for file in plan.files(position.epoch, position.window + window)
+            ]
+        )
     plan.batches(*plan.following(position.epoch, position.window), ranks)

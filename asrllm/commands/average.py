@@ -9,7 +9,9 @@ from asrllm.errors import UserError
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.lora and arguments.use_averaged_model:
-        raise UserError(f"--lora {arguments.lora}: running averages are of the factors, whatever it says: leave out one of the two")
+        raise UserError(
+            f"--lora {arguments.lora}: running averages are of the factors, whatever it says: leave out one of the two"
+        )
     output = Path(arguments.output) if arguments.output else None
     what = Average(
         iteration=arguments.iter,

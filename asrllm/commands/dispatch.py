@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import asrllm
+from asrllm import siblings
+from asrllm.atomic import MENDED, Terminated, sigterm_raises
 from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
 from asrllm.commands.parsers import VERBS
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
-from asrllm.training import siblings
-from asrllm.training.launchers import adopt_launcher
-from asrllm.writing import MENDED, Terminated, sigterm_raises
+from asrllm.launchers import adopt_launcher
 
 WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
@@ -154,7 +154,9 @@ def without_launcher_arguments(argv: list[str]) -> list[str]:
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     """Return the parser of a command line: all verbs, and the arguments of the one in `argv`."""
-    parser = argparse.ArgumentParser(prog="asrllm", description="Train a large language model to hear.")
+    parser = argparse.ArgumentParser(
+        prog="asrllm", description="Train a large language model to hear."
+    )
     parser.add_argument("--version", action="version", version=asrllm.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from asrllm import AutoModel
+from asrllm import AutoModel, distributed
 from asrllm.checkpoints.average import resolve_weights
 from asrllm.commands.parsers import COMPARE
 from asrllm.config import load_config
@@ -17,7 +17,6 @@ from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.models.auto import describe
-from asrllm.training import distributed
 from asrllm.training.wandb_login import check_wandb_login
 
 
@@ -30,7 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def compare(places: list[str]) -> None:
     if len(places) != 2:
-        raise UserError(f"'{COMPARE}' takes two results, not {len(places)}: asrllm evaluate {COMPARE} A B")
+        raise UserError(
+            f"'{COMPARE}' takes two results, not {len(places)}: asrllm evaluate {COMPARE} A B"
+        )
     for name, found in compare_results(*map(Path, places)).items():
         print(as_text(name, found))
 
@@ -42,10 +43,12 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     choice = config.checkpoint.model
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.of(config.data.cache)
-    corpora = read_corpora(config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache)
+    corpora = read_corpora(
+        config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache
+    )
     check_names([corpus.name for corpus in corpora])
     description = describe(exp_dir)
-    check_lengths(corpora, description.sample_limits())
+    check_test_durations(corpora, description.sample_limits())
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     evaluation.check()
@@ -63,12 +66,16 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
 def check_names(names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"data.test_data_config has two test sets named {name!r}: give each its own 'name'")
+            raise UserError(
+                f"data.test_data_config has two test sets named {name!r}: give each its own 'name'"
+            )
         if name == "all":
-            raise UserError("data.test_data_config has a test set named 'all', as the table of all sets is: give it another 'name'")
+            raise UserError(
+                "data.test_data_config has a test set named 'all', as the table of all sets is: give it another 'name'"
+            )
 
 
-def check_lengths(corpora: list[Corpus], limits: tuple[int, int]) -> None:
+def check_test_durations(corpora: list[Corpus], limits: tuple[int, int]) -> None:
     """An utterance that the model cannot take is found before it loads."""
     low, high = (n / RATE for n in limits)
     for corpus in corpora:

@@ -7,7 +7,7 @@ from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.export import source_of
 from asrllm.errors import UserError
-from asrllm.models.model import check_shard_size
+from asrllm.models.asr_llm.modeling import check_shard_size
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -15,7 +15,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_shard_size(size or "5GB")
     how = {"--dtype": arguments.dtype, "--max-shard-size": size, "--no-check": arguments.no_check}
     if arguments.adapter_only and (given := [option for option, value in how.items() if value]):
-        raise UserError(f"{given[0]} says how the LLM is merged, and --adapter-only merges nothing: leave out one of the two")
+        raise UserError(
+            f"{given[0]} says how the LLM is merged, and --adapter-only merges nothing: leave out one of the two"
+        )
     source, output = source_of(arguments), Path(arguments.output)
     files = LlmFiles(source, Path(arguments.weights) if arguments.weights else None)
     if arguments.adapter_only:
@@ -27,10 +29,18 @@ def run(arguments: argparse.Namespace) -> None:
                 f"'asrllm average --lora factors' keeps {files.rank // files.times}"
             )
         return
-    found = merge_lora(files, output, dtype=arguments.dtype, max_shard_size=size or "5GB", check=not arguments.no_check)
+    found = merge_lora(
+        files,
+        output,
+        dtype=arguments.dtype,
+        max_shard_size=size or "5GB",
+        check=not arguments.no_check,
+    )
     if found:
         print(
             f"logits of {found.tokens} tokens before and after: {found.difference:.3g} apart (root mean square; of them {found.size:.3g}), "
             f"where the adapters change them by {found.change:.3g}; the same most probable word at {found.same}"
         )
-    print(f"{output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    print(
+        f"{output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})"
+    )

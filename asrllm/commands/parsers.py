@@ -109,8 +109,12 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
 
 def add_shards_index(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Unusable samples are listed in rejected.jsonl beside the index."
-    parser.add_argument("tars", nargs="+", metavar="TAR", help="paths or URLs (s3://, gs://, https://, ...)")
-    parser.add_argument("--output", metavar="DIR", help="directory of the index; default: that of the tars")
+    parser.add_argument(
+        "tars", nargs="+", metavar="TAR", help="paths or URLs (s3://, gs://, https://, ...)"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="directory of the index; default: that of the tars"
+    )
     add_workers(parser)
 
 
@@ -121,9 +125,13 @@ def add_shards_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shards_stats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="directories or URLs with an index, summed")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="directories or URLs with an index, summed"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", metavar="FILE", help="draw the histograms: .png, or .html with the tables")
+    parser.add_argument(
+        "--output", metavar="FILE", help="draw the histograms: .png, or .html with the tables"
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +148,9 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
     """Add the `key=value` arguments, and the keys of `asrllm/conf/CONFIG.yaml` to the help."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a configuration key and its new value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a configuration key and its new value"
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"keys, defaults and meanings:\n\n{help_text(config)}"
 
@@ -194,7 +204,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", metavar="TEXT", help="instruction; default: the first prompt of training")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="instruction; default: the first prompt of training"
+    )
     parser.add_argument(
         "--language",
         metavar="LANG",
@@ -284,7 +296,9 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         metavar="N",
         help="average the checkpoints of the last K epochs up to this one",
     )
-    parser.add_argument("--avg", type=positive, required=True, metavar="K", help="number of checkpoints")
+    parser.add_argument(
+        "--avg", type=positive, required=True, metavar="K", help="number of checkpoints"
+    )
     parser.add_argument(
         "--use-averaged-model",
         action="store_true",
@@ -301,13 +315,19 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
-    parser.add_argument("--tag", help="checkpoint-N or epoch-N; default: the newest complete checkpoint")
+    parser.add_argument(
+        "--tag", help="checkpoint-N or epoch-N; default: the newest complete checkpoint"
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
         help="a .pt, .bin or .safetensors file, else a directory of safetensors; default: EXP/TAG.pt",
     )
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="maximum size of each file of a directory; default: 5GB")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="maximum size of each file of a directory; default: 5GB",
+    )
 
 
 def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -332,10 +352,18 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         action="store_true",
         help="also write audio_encoder/, projector/ and llm/ as directories of their own, merged",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub")
-    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make that repository private if it is new"
+    )
 
 
 def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -428,7 +456,11 @@ VERBS = {
     "transcribe": Verb("transcribe audio files", add_transcribe),
     "consolidate": Verb("convert one ZeRO checkpoint to a plain state dict", add_consolidate),
     "average": Verb("average several checkpoints", add_average),
-    "merge-lora": Verb("write the LLM with merged adapters as a Hugging Face directory", add_merge_lora),
-    "import-icefall": Verb("convert weights of icefall's ASR_LLM to a run's directory", add_import_icefall),
+    "merge-lora": Verb(
+        "write the LLM with merged adapters as a Hugging Face directory", add_merge_lora
+    ),
+    "import-icefall": Verb(
+        "convert weights of icefall's ASR_LLM to a run's directory", add_import_icefall
+    ),
     "export": Verb("write a run as a self-contained Hugging Face directory", add_export),
 }

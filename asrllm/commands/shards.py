@@ -70,8 +70,12 @@ def _options(arguments: argparse.Namespace, source: str) -> dict[str, Any]:
     all_options = {option for about in SOURCES.values() for option in about.options}
     for option in sorted(all_options - set(SOURCES[source].options)):
         if getattr(arguments, option) is not None:
-            takers = " or ".join(f"--{name}" for name, about in SOURCES.items() if option in about.options)
-            raise UserError(f"--{option.replace('_', '-')} belongs to {takers}, but the source is --{source}. Leave it out.")
+            takers = " or ".join(
+                f"--{name}" for name, about in SOURCES.items() if option in about.options
+            )
+            raise UserError(
+                f"--{option.replace('_', '-')} belongs to {takers}, but the source is --{source}. Leave it out."
+            )
     given = {option: getattr(arguments, option) for option in SOURCES[source].options}
     return {option: value for option, value in given.items() if value is not None}
 
@@ -80,7 +84,9 @@ def index(arguments: argparse.Namespace) -> None:
     from asrllm.data.verify import index_tars
 
     with ProgressBar("indexing", len(arguments.tars)) as bar:
-        summary = index_tars(arguments.tars, arguments.output, workers=arguments.workers, advance=bar.advance)
+        summary = index_tars(
+            arguments.tars, arguments.output, workers=arguments.workers, advance=bar.advance
+        )
     _print_summary(str(Path(arguments.output or Path(arguments.tars[0]).parent)), summary)
 
 
@@ -106,18 +112,28 @@ def verify(arguments: argparse.Namespace) -> None:
     lines = [f"{problem}\n" for problem in problems]
     if arguments.output:
         try:
-            Path(arguments.output).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            Path(arguments.output).write_text(
+                "".join(lines), encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as error:
             raise UserError(f"{arguments.output!r} cannot be written: {error}") from error
     if not problems:
-        print(f"{arguments.folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards: all is well")
+        print(
+            f"{arguments.folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards: all is well"
+        )
         return
     sys.stdout.writelines(lines[:SHOWN_PROBLEMS])
     if len(lines) > SHOWN_PROBLEMS:
-        rest = f"; all are in {arguments.output}" if arguments.output else ": give --output FILE to have them all"
+        rest = (
+            f"; all are in {arguments.output}"
+            if arguments.output
+            else ": give --output FILE to have them all"
+        )
         print(f"... and {len(lines) - SHOWN_PROBLEMS} more{rest}")
     said = _counts(Counter(problem.reason for problem in problems))
-    raise UserError(f"{arguments.folder!r} has {len(problems)} problems ({said}): restore the shards, or make or index them again")
+    raise UserError(
+        f"{arguments.folder!r} has {len(problems)} problems ({said}): restore the shards, or make or index them again"
+    )
 
 
 def stats(arguments: argparse.Namespace) -> None:
@@ -127,7 +143,11 @@ def stats(arguments: argparse.Namespace) -> None:
         statistics = describe(" + ".join(arguments.folders), indexes)
     if arguments.output:
         draw(statistics, arguments.output)
-    print(as_json(statistics) if arguments.json else as_text(statistics, shutil.get_terminal_size().columns))
+    print(
+        as_json(statistics)
+        if arguments.json
+        else as_text(statistics, shutil.get_terminal_size().columns)
+    )
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from asrllm import distributed
+from asrllm.atomic import write_whole
 from asrllm.checkpoints.consolidate import consolidate
 from asrllm.config import as_yaml, load_config
 from asrllm.data.corpora import long_utterance
@@ -15,26 +17,30 @@ from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
-from asrllm.models.model import AsrLlmModel
-from asrllm.models.processor import AsrLlmProcessor
-from asrllm.training import distributed
-from asrllm.training.checkpoint import CheckpointSaver, write_carried
-from asrllm.training.config import TrainerConfig, TrainRun
+from asrllm.training.callbacks.build import make_callbacks
+from asrllm.training.callbacks.nonfinite import skip_nonfinite
+from asrllm.training.callbacks.saving import Checkpoints
+from asrllm.training.checkpoint.manifest import newest_checkpoint
+from asrllm.training.checkpoint.resume import (
+    find_intact,
+    find_resume,
+    lock_exp_dir,
+    restore,
+    resume_fingerprint,
+)
+from asrllm.training.checkpoint.saver import CheckpointSaver, write_inherited
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.engine import deepspeed_engine
-from asrllm.training.hooks.make import make_hooks
-from asrllm.training.hooks.nonfinite import skip_nonfinite
-from asrllm.training.hooks.saving import Checkpoints
-from asrllm.training.manifest import newest_checkpoint
 from asrllm.training.preemption import Preemption
-from asrllm.training.resume import claim, find_intact, find_resume, lasting_settings, restore
+from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
 from asrllm.training.wandb_login import check_wandb_login
 from asrllm.training.watchdog import Watchdog
-from asrllm.writing import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +72,24 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     check_prompts([prompt.text for prompt in own_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *own_prompts])
     processor.config.trained_seconds = long_utterance(data.corpora) or None
-    processor.config.hotwords_template = config.data.hotwords.template if config.data.hotwords.prob else None
-    lock = claim(exp_dir)
-    settings = {"zero_stage": ds["zero_optimization"]["stage"], **lasting_settings(config, processor, data)}
+    processor.config.hotwords_template = (
+        config.data.hotwords.template if config.data.hotwords.prob else None
+    )
+    lock = lock_exp_dir(exp_dir)
+    settings = {
+        "zero_stage": ds["zero_optimization"]["stage"],
+        **resume_fingerprint(config, processor, data),
+    }
     checkpoint, manifest = find_resume(config, processor, settings)
     startup.finish("data")
-    preemption.meet()
+    preemption.defer_to_step_boundary()
     device = distributed.start()
     startup.finish("ranks")
     checkpoint, manifest = find_intact(config, processor, settings, checkpoint)
     if config.trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
-        logger.warning("this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here")
+        logger.warning(
+            "this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here"
+        )
     torch.manual_seed(config.seed)
     build = functools.partial(
         build_model,
@@ -110,12 +123,18 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
             trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
         processor.config.stored = engine.module.stored_weights()
         write_run_files(config, processor)
-        write_carried(engine.module, exp_dir, checkpoint)
-        saver = CheckpointSaver(exp_dir, background=config.trainer.background_checkpoints, keep=config.trainer.keep_last_k)
+        write_inherited(engine.module, exp_dir, checkpoint)
+        saver = CheckpointSaver(
+            exp_dir,
+            background=config.trainer.background_checkpoints,
+            keep=config.trainer.keep_last_k,
+        )
         checkpoints = Checkpoints(settings, saver, every=config.trainer.save_every, average=average)
-        trainer.hooks = make_hooks(config, data, trainer, checkpoints, startup)
+        trainer.callbacks = make_callbacks(config, data, trainer, checkpoints, startup)
         startup.finish("engine")
-        with Watchdog(config.trainer.step_timeout, exp_dir, rank=distributed.rank()) as trainer.watchdog:
+        with Watchdog(
+            config.trainer.step_timeout, exp_dir, rank=distributed.rank()
+        ) as trainer.watchdog:
             trainer.fit(data.train_steps)
     if distributed.rank() == 0 and trainer.preempted:
         tell_preempted(preemption, trainer.step, begun_at=manifest.get("step", 0))
@@ -128,10 +147,15 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
 def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
     """Filters that let through what the encoder cannot take are a mistake of the configuration, not of an utterance."""
     low, high = (samples / RATE for samples in processor.config.sample_limits())
-    for key, fits in (("min_duration", config.data.filter.min_duration >= low), ("max_duration", config.data.filter.max_duration <= high)):
+    for key, fits in (
+        ("min_duration", config.data.filter.min_duration >= low),
+        ("max_duration", config.data.filter.max_duration <= high),
+    ):
         if not fits:
             value = getattr(config.data.filter, key)
-            raise UserError(f"data.filter.{key}={value}: the audio encoder takes {low:.2f} to {high:.2f} s; set it within these")
+            raise UserError(
+                f"data.filter.{key}={value}: the audio encoder takes {low:.2f} to {high:.2f} s; set it within these"
+            )
 
 
 def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
@@ -161,7 +185,11 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
 def tell_preempted(preemption: Preemption, step: int, *, begun_at: int) -> None:
     what = f"saved checkpoint-{step}" if step > begun_at else "no step was done"
     asked = preemption.asked or "a signal to another rank"
-    print(f"asrllm train: {asked}: {what}, ended; the same command goes on from there", file=sys.stderr, flush=True)
+    print(
+        f"asrllm train: {asked}: {what}, ended; the same command goes on from there",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def write_pretrained(exp_dir: Path) -> None:
@@ -169,4 +197,6 @@ def write_pretrained(exp_dir: Path) -> None:
     newest = newest_checkpoint(exp_dir)
     assert newest is not None
     consolidate(newest, exp_dir / "pretrained.pt")
-    print(f"trained: {exp_dir / 'pretrained.pt'}; evaluate it with 'asrllm evaluate exp_dir={exp_dir} data.test_data_config=...'")
+    print(
+        f"trained: {exp_dir / 'pretrained.pt'}; evaluate it with 'asrllm evaluate exp_dir={exp_dir} data.test_data_config=...'"
+    )

@@ -9,22 +9,25 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from asrllm.atomic import write_whole
 from asrllm.audio.stream import AudioFile, find_audio, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.data.index import RATE
+from asrllm.distributed import default_device
 from asrllm.errors import UserError, nearest
 from asrllm.escape import escape
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.prompt import of_language, prompt_to_ask
 from asrllm.evaluation.subtitles import FORMATS, as_json
 from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import AutoModel, describe
-from asrllm.models.configuration import AsrLlmConfig
 from asrllm.progress import ProgressBar
-from asrllm.training.distributed import default_device
-from asrllm.writing import write_whole
 
-LONGEST = {True: 28.0, False: 30.0}  # seconds of a segment, with --vad and without; the model may take less
+LONGEST = {
+    True: 28.0,
+    False: 30.0,
+}  # seconds of a segment, with --vad and without; the model may take less
 SHORTEST = 2.0  # seconds that a segment may always have, whatever was trained
 
 logger = logging.getLogger(__name__)
@@ -33,22 +36,46 @@ logger = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> None:
     """Everything that can be wrong without the weights is found before they are loaded."""
     if arguments.repetition_guard < 0:
-        raise UserError(f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard")
+        raise UserError(
+            f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard"
+        )
     formats = chosen_formats(arguments.format)
     description = describe(arguments.model)
     shortest, longest = description.sample_limits()
     files, problems = open_all(find_audio(arguments.audio), shortest)
     check_output(formats, arguments.output_dir, files)
-    if arguments.prompt is None and arguments.language and of_language(description, arguments.language) is None:
-        logger.warning("no prompt of training is for --language %s alone: the first is asked, as for any language", arguments.language)
-    prompt = prompt_to_ask(description, prompt=arguments.prompt, language=arguments.language, hotwords=arguments.hotwords)
+    if (
+        arguments.prompt is None
+        and arguments.language
+        and of_language(description, arguments.language) is None
+    ):
+        logger.warning(
+            "no prompt of training is for --language %s alone: the first is asked, as for any language",
+            arguments.language,
+        )
+    prompt = prompt_to_ask(
+        description,
+        prompt=arguments.prompt,
+        language=arguments.language,
+        hotwords=arguments.hotwords,
+    )
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    listening = Listening(detector=detector, longest=min(longest, round(segment_seconds(arguments, description) * RATE)))
+    listening = Listening(
+        detector=detector,
+        longest=min(longest, round(segment_seconds(arguments, description) * RATE)),
+    )
     engine, several = load_engine(arguments), len(files) + len(problems) > 1
     seconds, done, began = 0.0, 0, time.monotonic()
     with bar_over(files) as bar:
         advance = whole_seconds(bar)
-        for transcript in transcribe_files(engine, files, listening, prompt=prompt, batch_size=arguments.batch_size, advance=advance):
+        for transcript in transcribe_files(
+            engine,
+            files,
+            listening,
+            prompt=prompt,
+            batch_size=arguments.batch_size,
+            advance=advance,
+        ):
             if transcript.problem:
                 problems.append(transcript.problem)
                 continue
@@ -58,9 +85,14 @@ def run(arguments: argparse.Namespace) -> None:
             done += 1
     if seconds:
         took = time.monotonic() - began
-        print(f"{seconds / 3600:.2f} h of audio transcribed in {took:.1f} s, {seconds / took:.1f} x real time", file=sys.stderr)
+        print(
+            f"{seconds / 3600:.2f} h of audio transcribed in {took:.1f} s, {seconds / took:.1f} x real time",
+            file=sys.stderr,
+        )
     if problems:
-        raise UserError("; ".join(problems) + (f"; the other files ({done}) are transcribed" if done else ""))
+        raise UserError(
+            "; ".join(problems) + (f"; the other files ({done}) are transcribed" if done else "")
+        )
 
 
 def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list[str]]:
@@ -89,18 +121,29 @@ def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) ->
     if asked is None:
         return longest if trained is None else min(longest, max(trained, SHORTEST))
     if not SHORTEST <= asked <= LONGEST[False]:
-        raise UserError(f"--max-segment {asked:g} must be from {SHORTEST:g} to {LONGEST[False]:g} seconds")
+        raise UserError(
+            f"--max-segment {asked:g} must be from {SHORTEST:g} to {LONGEST[False]:g} seconds"
+        )
     if trained is not None and asked > max(trained, SHORTEST):
-        logger.warning("--max-segment %g is longer than what the model was trained on (%g s): it may leave words out", asked, trained)
+        logger.warning(
+            "--max-segment %g is longer than what the model was trained on (%g s): it may leave words out",
+            asked,
+            trained,
+        )
     return float(asked)
 
 
 def load_engine(arguments: argparse.Namespace) -> TorchEngine:
-    options = {name: getattr(arguments, name) for name in ("num_beams", "max_new_tokens", "max_tokens_per_second")}
+    options = {
+        name: getattr(arguments, name)
+        for name in ("num_beams", "max_new_tokens", "max_tokens_per_second")
+    }
     options["repetition_guard"] = arguments.repetition_guard or None
     device = default_device()
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    model = AutoModel.from_pretrained(arguments.model, weights=arguments.weights, dtype=dtype).to(device)
+    model = AutoModel.from_pretrained(arguments.model, weights=arguments.weights, dtype=dtype).to(
+        device
+    )
     return TorchEngine(model, options)
 
 
@@ -117,15 +160,21 @@ def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[Au
     """Raises UserError where the output has no place, or two files would have the same."""
     if folder is None:
         if len(formats) > 1:
-            raise UserError(f"--format {','.join(formats)} are several: give --output-dir, where each is a file")
+            raise UserError(
+                f"--format {','.join(formats)} are several: give --output-dir, where each is a file"
+            )
         if len(files) > 1 and formats[0] in ("srt", "vtt"):
-            raise UserError(f"--format {formats[0]} of {len(files)} files does not fit on standard output: give --output-dir")
+            raise UserError(
+                f"--format {formats[0]} of {len(files)} files does not fit on standard output: give --output-dir"
+            )
         return
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f"--output-dir {str(folder)!r}: {str(there)!r} is a file: give a directory")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {str(folder)!r} cannot be written: change the permissions of {str(there)!r}, or give another")
+        raise UserError(
+            f"--output-dir {str(folder)!r} cannot be written: change the permissions of {str(there)!r}, or give another"
+        )
     sources: dict[str, str] = {}
     for file in files:
         first = sources.setdefault(Path(file.path).stem, file.path)
@@ -136,7 +185,13 @@ def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[Au
             )
 
 
-def write(transcript: FileTranscript, formats: Sequence[str], arguments: argparse.Namespace, *, several: bool) -> None:
+def write(
+    transcript: FileTranscript,
+    formats: Sequence[str],
+    arguments: argparse.Namespace,
+    *,
+    several: bool,
+) -> None:
     if arguments.output_dir is not None:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         for name in formats:
@@ -155,7 +210,10 @@ def write(transcript: FileTranscript, formats: Sequence[str], arguments: argpars
 
 def warn_of(transcript: FileTranscript) -> None:
     if not transcript.segments:
-        logger.warning("no speech was found in %r: its text is empty; --no-vad would hear all of it", transcript.audio)
+        logger.warning(
+            "no speech was found in %r: its text is empty; --no-vad would hear all of it",
+            transcript.audio,
+        )
     if cut := sum(spoken.end_reason == "limit" for spoken in transcript.segments):
         logger.warning("%d of %d texts of %r were cut off at their longest: raise --max-new-tokens or --max-tokens-per-second", cut,
                        len(transcript.segments), transcript.audio)  # fmt: skip
@@ -163,7 +221,9 @@ def warn_of(transcript: FileTranscript) -> None:
 
 def bar_over(files: Sequence[AudioFile]) -> ProgressBar:
     seconds = [file.seconds for file in files]
-    return ProgressBar("transcribing, seconds", None if None in seconds else int(sum(s or 0.0 for s in seconds)))
+    return ProgressBar(
+        "transcribing, seconds", None if None in seconds else int(sum(s or 0.0 for s in seconds))
+    )
 
 
 def whole_seconds(bar: ProgressBar) -> Callable[[float], None]:

@@ -35,9 +35,13 @@ from asrllm.data.storage import (
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 
-GROWTH = 64 * 2**20  # bytes: the steps in which a file whose size nobody told takes room in the cache
+GROWTH = (
+    64 * 2**20
+)  # bytes: the steps in which a file whose size nobody told takes room in the cache
 PREFETCH_THREADS = 3
-CACHED = re.compile(r"[0-9a-f]{20}-.+")  # the cache counts and removes only what it has named itself
+CACHED = re.compile(
+    r"[0-9a-f]{20}-.+"
+)  # the cache counts and removes only what it has named itself
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +86,15 @@ class ShardCache:
     Only files that the cache has named itself are counted and removed. May be used after a fork, and pickled.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, attempts: int = ATTEMPTS, delay: float = DELAY) -> None:
-        self.folder, self.max_bytes, self.attempts, self.delay = Path(folder), max_bytes, attempts, delay
+    def __init__(
+        self, folder: Path, *, max_bytes: int, attempts: int = ATTEMPTS, delay: float = DELAY
+    ) -> None:
+        self.folder, self.max_bytes, self.attempts, self.delay = (
+            Path(folder),
+            max_bytes,
+            attempts,
+            delay,
+        )
         self.locks = self.folder / ".locks"  # empty files, one for each file ever cached
         self.partials = self.folder / ".partial"
         self._prefetcher: _Prefetcher | None = None
@@ -100,7 +111,9 @@ class ShardCache:
         path = self.folder / file.local_name
         if not self._mark_used(path, file.size):
             with self._locked(path.name):
-                if not self._mark_used(path, file.size):  # another process may have brought it meanwhile
+                if not self._mark_used(
+                    path, file.size
+                ):  # another process may have brought it meanwhile
                     self._download(file, path, time.sleep)
         return path
 
@@ -152,7 +165,9 @@ class ShardCache:
             raise
         except OSError as error:
             problem = f"the shard cache {str(self.folder)!r} cannot be written ({error.strerror or error})"
-            raise UserError(f"{problem}: make room there, lower data.cache.max_gb, or set data.cache.dir to another folder") from error
+            raise UserError(
+                f"{problem}: make room there, lower data.cache.max_gb, or set data.cache.dir to another folder"
+            ) from error
 
     @contextmanager
     def _locked(self, name: str, *, blocking: bool = True) -> Iterator[None]:
@@ -180,10 +195,18 @@ class ShardCache:
         try:
             with self._writing(), open(partial, "wb") as out:
                 download = _Download(file, out, partial)
-                retried(lambda: self._attempt(download, pause), file.url, attempts=self.attempts, delay=self.delay, pause=pause)
+                retried(
+                    lambda: self._attempt(download, pause),
+                    file.url,
+                    attempts=self.attempts,
+                    delay=self.delay,
+                    pause=pause,
+                )
                 out.truncate(download.offset)
                 out.flush()
-                os.fsync(out.fileno())  # else a power cut could leave the full length without the content
+                os.fsync(
+                    out.fileno()
+                )  # else a power cut could leave the full length without the content
             with self._locked("room"):  # so that nobody counts in between
                 partial.replace(path)
         except BaseException:
@@ -194,7 +217,9 @@ class ShardCache:
         """Go on where the last attempt broke off if the object is still the same, else from the beginning."""
         file = download.file
         if file.size is not None:
-            self._reserve(download, file.size, pause)  # before the connection stands, since this may wait
+            self._reserve(
+                download, file.size, pause
+            )  # before the connection stands, since this may wait
         opened = open_remote(file.url, download.offset, download.version)
         with closing(opened.source):
             if opened.offset != download.offset:
@@ -219,12 +244,17 @@ class ShardCache:
     def _reserve(self, download: _Download, size: int, pause: Pause | None) -> None:
         """Make room for `size` bytes of the file, and count them from now on. pause None: take them even where others leave no room."""
         if size > self.max_bytes:
-            gigabytes = f"{size / 1e9:.3g} GB or more, the shard cache holds {self.max_bytes / 1e9:.3g} GB"
+            gigabytes = (
+                f"{size / 1e9:.3g} GB or more, the shard cache holds {self.max_bytes / 1e9:.3g} GB"
+            )
             raise UserError(f"{shown(download.file.url)} has {gigabytes}: raise data.cache.max_gb")
         if size <= download.reserved:
             return
         if not self._take_room(download.partial, size, force=pause is None) and pause is not None:
-            logger.warning("the shard cache is full of downloads under way, %s waits: raise data.cache.max_gb", shown(download.file.url))
+            logger.warning(
+                "the shard cache is full of downloads under way, %s waits: raise data.cache.max_gb",
+                shown(download.file.url),
+            )
             while not self._take_room(download.partial, size, force=False):
                 pause(0.1)
         download.reserved = size
@@ -232,7 +262,9 @@ class ShardCache:
     def _take_room(self, partial: Path, size: int, *, force: bool) -> bool:
         """Whether `partial` now counts as `size` bytes; the least recently used files are removed only if that is enough."""
         with self._locked("room"):
-            under_way = sum(self._live_size(path) for path in self.partials.iterdir() if path != partial)
+            under_way = sum(
+                self._live_size(path) for path in self.partials.iterdir() if path != partial
+            )
             if under_way + size > self.max_bytes and not force:
                 return False
             names = [path for path in self.folder.iterdir() if CACHED.fullmatch(path.name)]
@@ -272,7 +304,10 @@ class _Prefetcher:
         self.bring, self.pid = bring, os.getpid()
         self.queue: deque[RemoteFile] = deque()
         self.changed, self.stop = threading.Condition(), threading.Event()
-        self.threads = [threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True) for i in range(PREFETCH_THREADS)]
+        self.threads = [
+            threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True)
+            for i in range(PREFETCH_THREADS)
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -286,7 +321,9 @@ class _Prefetcher:
             self.stop.set()
             self.changed.notify_all()
         for thread in self.threads:
-            thread.join(5)  # one that waits for a silent server longer than that ends with the process
+            thread.join(
+                5
+            )  # one that waits for a silent server longer than that ends with the process
 
     def _work(self) -> None:
         while (file := self._next()) is not None:

@@ -15,9 +15,13 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         for key in ("max_tokens", "max_utterances", "window"):
             if not 1 <= getattr(self, key) <= 10**9:
-                raise UserError(f"data.sampler.{key}={getattr(self, key)} must be at least 1 and at most 1000000000")
+                raise UserError(
+                    f"data.sampler.{key}={getattr(self, key)} must be at least 1 and at most 1000000000"
+                )
         if self.max_duration is not None and not 0 < self.max_duration <= 10**9:
-            raise UserError(f"data.sampler.max_duration={self.max_duration} must be above 0 seconds, or null for no limit")
+            raise UserError(
+                f"data.sampler.max_duration={self.max_duration} must be above 0 seconds, or null for no limit"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,9 @@ class FilterConfig:
                 f"data.filter.min_duration={self.min_duration} must be at least 0 and below data.filter.max_duration={self.max_duration}"
             )
         if not self.max_chars_per_second > 0:
-            raise UserError(f"data.filter.max_chars_per_second={self.max_chars_per_second} must be above 0")
+            raise UserError(
+                f"data.filter.max_chars_per_second={self.max_chars_per_second} must be above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

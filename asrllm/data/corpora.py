@@ -56,7 +56,14 @@ class Corpus:
         return ~np.logical_or.reduce(list(_reasons(rows, self.filters).values()), axis=0)
 
 
-def make_corpus(name: str, index: Index, filters: FilterConfig | None, *, hours: float | None = None, **more: Any) -> Corpus:
+def make_corpus(
+    name: str,
+    index: Index,
+    filters: FilterConfig | None,
+    *,
+    hours: float | None = None,
+    **more: Any,
+) -> Corpus:
     """A corpus of an index, its utterances counted by one pass over the rows."""
     dropped: Counter[str] = Counter()
     kept = samples = 0
@@ -70,14 +77,23 @@ def make_corpus(name: str, index: Index, filters: FilterConfig | None, *, hours:
             dropped += Counter({reason: int(mask.sum()) for reason, mask in reasons.items()})
     seconds = samples / RATE / 3600
     return Corpus(
-        name=name, index=index, filters=filters, kept=kept, kept_hours=seconds, dropped=dict(dropped), hours=hours or seconds, **more
+        name=name,
+        index=index,
+        filters=filters,
+        kept=kept,
+        kept_hours=seconds,
+        dropped=dict(dropped),
+        hours=hours or seconds,
+        **more,
     )
 
 
 def long_utterance(corpora: Sequence[Corpus]) -> float:
     """Seconds: of all that pass the filters, one utterance in a hundred is longer; looked for among at most SEEN of each corpus."""
     chosen = [corpus.index.rows[:: -(-len(corpus.index) // SEEN)] for corpus in corpora]
-    samples = np.concatenate([rows["samples"][corpus.passes(rows)] for corpus, rows in zip(corpora, chosen, strict=True)])
+    samples = np.concatenate(
+        [rows["samples"][corpus.passes(rows)] for corpus, rows in zip(corpora, chosen, strict=True)]
+    )
     return round(float(np.percentile(samples, 99)) / RATE, 2) if len(samples) else 0.0
 
 
@@ -94,7 +110,9 @@ def _reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.nda
     }
 
 
-def read_corpora(path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None) -> list[Corpus]:
+def read_corpora(
+    path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None
+) -> list[Corpus]:
     """The corpora of a data config: a list of `{manifest | shards, hours, weights, lang, prompts}`; `name` for test sets.
 
     A `manifest` (Lhotse cuts) is written as shards below `made` once and read from there; `cache` keeps shards that are URLs.
@@ -102,22 +120,41 @@ def read_corpora(path: str | Path, *, filters: FilterConfig | None, made: Path, 
     """
     entries = read_yaml(path, "the data config")
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"the data config {str(path)!r} must be a list of entries with 'shards: DIR' or 'manifest: CUTS'")
-    return [_read_entry(entry, f"{path}, entry {i}", filters, made, cache) for i, entry in enumerate(entries, 1)]
+        raise UserError(
+            f"the data config {str(path)!r} must be a list of entries with 'shards: DIR' or 'manifest: CUTS'"
+        )
+    return [
+        _read_entry(entry, f"{path}, entry {i}", filters, made, cache)
+        for i, entry in enumerate(entries, 1)
+    ]
 
 
-def _read_entry(entry: Any, where: str, filters: FilterConfig | None, made: Path, cache: ShardCache | None) -> Corpus:
+def _read_entry(
+    entry: Any, where: str, filters: FilterConfig | None, made: Path, cache: ShardCache | None
+) -> Corpus:
     _check_keys(entry, where)
-    name = str(entry.get("name") or Path(entry.get("shards", entry.get("manifest"))).name.partition(".")[0])
+    name = str(
+        entry.get("name") or Path(entry.get("shards", entry.get("manifest"))).name.partition(".")[0]
+    )
     weight = float(entry.get("weights", 1.0))
     if not 0 < weight <= MAX_WEIGHT:
-        raise UserError(f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0")
+        raise UserError(
+            f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0"
+        )
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise UserError(f"{where}: name={name!r} becomes a part of file names: use letters, digits, '-', '_', '.' and '+'")
+        raise UserError(
+            f"{where}: name={name!r} becomes a part of file names: use letters, digits, '-', '_', '.' and '+'"
+        )
     prompts = parse_prompts(entry.get("prompts") or [], where)
-    index = open_index(entry["shards"], cache) if "shards" in entry else _manifest_index(Path(entry["manifest"]), made)
+    index = (
+        open_index(entry["shards"], cache)
+        if "shards" in entry
+        else _manifest_index(Path(entry["manifest"]), made)
+    )
     hours = _stated_hours(entry, index, where)
-    corpus = make_corpus(name, index, filters, hours=hours, weight=weight, lang=entry.get("lang"), prompts=prompts)
+    corpus = make_corpus(
+        name, index, filters, hours=hours, weight=weight, lang=entry.get("lang"), prompts=prompts
+    )
     log_dropped(corpus)
     if not corpus.kept or not round(weight * corpus.kept):
         raise UserError(f"{where}: no utterance is left after data.filter and weights: widen them")
@@ -143,8 +180,12 @@ def _check_keys(entry: Any, where: str) -> None:
         if key not in CORPUS_KEYS:
             raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), CORPUS_KEYS)}")
         if not isinstance(entry[key], CORPUS_KEYS[key]) or isinstance(entry[key], bool):
-            expected = {str: "text: put it in quotes", list: "a list"}.get(CORPUS_KEYS[key], "a number")
-            raise UserError(f"{where}: {key}={entry[key]!r} has the wrong type: it must be {expected}")
+            expected = {str: "text: put it in quotes", list: "a list"}.get(
+                CORPUS_KEYS[key], "a number"
+            )
+            raise UserError(
+                f"{where}: {key}={entry[key]!r} has the wrong type: it must be {expected}"
+            )
     if ("shards" in entry) == ("manifest" in entry):
         raise UserError(f"{where}: give either 'shards: DIR' or 'manifest: CUTS.jsonl.gz'")
 
@@ -153,7 +194,9 @@ def _stated_hours(entry: Mapping[str, Any], index: Index, where: str) -> float |
     """`hours` is stated by people; the index has counted."""
     stated = entry.get("hours")
     if stated is not None and not 0 < stated <= 10**9:
-        raise UserError(f"{where}: hours={stated} must be above 0 and at most 1000000000; leave it out to use what the index counts")
+        raise UserError(
+            f"{where}: hours={stated} must be above 0 and at most 1000000000; leave it out to use what the index counts"
+        )
     if stated is not None and abs(float(stated) - index.hours) > HOURS_TOLERANCE * index.hours:
         message = (
             "%s: hours=%g contradicts the index, which counts %.4g h. Correct it or leave it out: "
@@ -170,12 +213,24 @@ def _manifest_index(manifest: Path, made: Path) -> Index:
     if next(read_cuts(manifest), None) is None:
         raise UserError(f"the manifest {str(manifest)!r} has no utterance: make it again")
     stamp = f"{manifest.resolve()} {manifest.stat().st_size} {manifest.stat().st_mtime_ns}"
-    folder = made / f"{manifest.name.partition('.')[0]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    folder = (
+        made
+        / f"{manifest.name.partition('.')[0]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    )
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            logger.warning("writing shards from %s to %s; 'asrllm shards make' does this ahead of training", manifest, folder)
+            logger.warning(
+                "writing shards from %s to %s; 'asrllm shards make' does this ahead of training",
+                manifest,
+                folder,
+            )
             summary = write_shards(folder, read_cuts(manifest), workers=usable_cores())
             if summary.rejected:
-                logger.warning("rejected of %s: %s; see %s", manifest, summary.rejected, folder / "rejected.jsonl")
+                logger.warning(
+                    "rejected of %s: %s; see %s",
+                    manifest,
+                    summary.rejected,
+                    folder / "rejected.jsonl",
+                )
     return open_index(folder)

@@ -48,7 +48,12 @@ ROW = np.dtype(
 MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
 LONGEST = np.iinfo(np.uint32).max  # samples of an utterance
 MAX_HEADER = 1 << 20  # bytes of an extended header of a tar, which holds a name
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 TALLIED = ("corpus", "lang", "speaker")
 
 
@@ -106,28 +111,42 @@ def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
         index = _open_index(where, about, rows_file)
     except (KeyError, TypeError, ValueError, OSError) as error:
         problem = f"the index in {where!r} is corrupted ({type(error).__name__}: {error})"
-        raise UserError(f"{problem}. Copy it again, or make a new one with 'asrllm shards index'.") from error
+        raise UserError(
+            f"{problem}. Copy it again, or make a new one with 'asrllm shards index'."
+        ) from error
     _check_shards(index)
     return index
 
 
 def _open_local(folder: Path) -> tuple[dict[str, Any], Path]:
     if not folder.is_dir():
-        raise UserError(f"the shard directory {str(folder)!r} does not exist: make it with 'asrllm shards make {folder} ...'")
+        raise UserError(
+            f"the shard directory {str(folder)!r} does not exist: make it with 'asrllm shards make {folder} ...'"
+        )
     if not (folder / "index.json").is_file():
-        raise UserError(f"{str(folder)!r} has no index.json: make one with 'asrllm shards index {folder}/*.tar'")
+        raise UserError(
+            f"{str(folder)!r} has no index.json: make one with 'asrllm shards index {folder}/*.tar'"
+        )
     return read_json_object(folder / "index.json", "the index"), folder / "index.bin"
 
 
 def _open_remote(url: str, cache: "ShardCache | None") -> tuple[dict[str, Any], Path]:
     if cache is None:
-        raise UserError(f"{url!r} is a URL, which needs a cache on local disk here: copy its index.json and index.bin to a directory")
+        raise UserError(
+            f"{url!r} is a URL, which needs a cache on local disk here: copy its index.json and index.bin to a directory"
+        )
     text = read_bytes(join_url(url, "index.json"))
     try:
         about = parse_json(text)
-        file = RemoteFile(url=join_url(url, "index.bin"), size=about["utterances"] * ROW.itemsize, sha256=about["rows_sha256"])
+        file = RemoteFile(
+            url=join_url(url, "index.bin"),
+            size=about["utterances"] * ROW.itemsize,
+            sha256=about["rows_sha256"],
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{url!r} holds no readable index.json ({type(error).__name__}: {error}): make the index again") from error
+        raise UserError(
+            f"{url!r} holds no readable index.json ({type(error).__name__}: {error}): make the index again"
+        ) from error
     return about, cache.fetch(file)
 
 
@@ -139,10 +158,14 @@ def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
         raise ValueError("index.json does not match its own sha256")
     count, shards = about["utterances"], about["shards"]
     if not count:
-        raise UserError(f"the shards in {where!r} hold no utterance: see rejected.jsonl there for the reasons")
+        raise UserError(
+            f"the shards in {where!r} hold no utterance: see rejected.jsonl there for the reasons"
+        )
     if rows_file.stat().st_size != count * ROW.itemsize:
         raise ValueError(f"index.bin has {rows_file.stat().st_size} bytes for {count} utterances")
-    if not is_url(where) and file_sha256(rows_file) != about["rows_sha256"]:  # the cache has checked those of URLs
+    if (
+        not is_url(where) and file_sha256(rows_file) != about["rows_sha256"]
+    ):  # the cache has checked those of URLs
         raise ValueError("index.bin does not match its sha256 in index.json")
     rows: np.ndarray = np.memmap(rows_file, ROW, "r", shape=(count,))
     starts = np.cumsum([0] + [shard["utterances"] for shard in shards])
@@ -193,16 +216,24 @@ def _shard_location(where: str, name: str) -> str:
 def _check_shards(index: Index) -> None:
     """Every tar is there with the size that the index knows: found now, not in the middle of an epoch."""
     # of many processes one asks for all: shards times ranks would be millions of requests
-    remote = [name for name in index.shards if is_url(name)] if os.environ.get("RANK", "0") == "0" else []
+    remote = (
+        [name for name in index.shards if is_url(name)]
+        if os.environ.get("RANK", "0") == "0"
+        else []
+    )
     found = dict(zip(remote, remote_sizes(remote), strict=True)) if remote else {}
     for name, size in zip(index.shards, index.sizes, strict=True):
         has = found.get(name, size) if is_url(name) else _local_size(name)
         if has is None:
-            raise UserError(f"the shard {name!r} is missing: restore it, or index the directory again")
+            raise UserError(
+                f"the shard {name!r} is missing: restore it, or index the directory again"
+            )
         if has != size:
             state = "is cut short" if has < size else "has changed"
             problem = f"the shard {name!r} {state}: it has {has} bytes, but its index says {size}"
-            raise UserError(f"{problem}. Copy the shard again, or index it again if it was changed on purpose.")
+            raise UserError(
+                f"{problem}. Copy the shard again, or index it again if it was changed on purpose."
+            )
 
 
 def _local_size(name: str) -> int | None:
@@ -229,20 +260,31 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
         "corpora": _in_hours(tallies["corpus"]),
         "languages": _in_hours(tallies["lang"]),
         "speakers": len(tallies["speaker"].keys() - {""}),
-        "shards": [{"name": r.name, "bytes": r.size, "sha256": r.sha256, "utterances": len(r.rows)} for r in records],
+        "shards": [
+            {"name": r.name, "bytes": r.size, "sha256": r.sha256, "utterances": len(r.rows)}
+            for r in records
+        ],
     }
     about["sha256"] = _about_sha256(about)
-    (folder / "index.json").unlink(missing_ok=True)  # from here on there is no index, until there is a whole one
+    (folder / "index.json").unlink(
+        missing_ok=True
+    )  # from here on there is no index, until there is a whole one
     partial = folder / "index.bin.partial"  # readers of an older index keep their file
     rows.tofile(partial)
     partial.replace(folder / "index.bin")
     partial = folder / "index.json.partial"
     partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     partial.replace(folder / "index.json")
-    return _open_index(str(folder), about, folder / "index.bin") if len(rows) else Index(rows=rows, shards=[], starts=np.zeros(1, int))
+    return (
+        _open_index(str(folder), about, folder / "index.bin")
+        if len(rows)
+        else Index(rows=rows, shards=[], starts=np.zeros(1, int))
+    )
 
 
-def merge_tallies(parts: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, list[float]]]:
+def merge_tallies(
+    parts: Sequence[Mapping[str, Mapping[str, Sequence[float]]]],
+) -> dict[str, dict[str, list[float]]]:
     merged: dict[str, dict[str, list[float]]] = {name: {} for name in TALLIED}
     for part in parts:
         for name, counts in part.items():
@@ -254,7 +296,10 @@ def merge_tallies(parts: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) 
 
 
 def _in_hours(tally: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    return {value: {"utterances": int(n), "hours": round(seconds / 3600, 4)} for value, (n, seconds) in sorted(tally.items())}
+    return {
+        value: {"utterances": int(n), "hours": round(seconds / 3600, 4)}
+        for value, (n, seconds) in sorted(tally.items())
+    }
 
 
 # --- reading tars ---
@@ -281,7 +326,9 @@ class BadSample:
     detail: str
 
 
-def scan_shard(path: Path, *, name: str, skip: Collection[str] = ()) -> tuple[ShardRecord, list[BadSample], list[str]]:
+def scan_shard(
+    path: Path, *, name: str, skip: Collection[str] = ()
+) -> tuple[ShardRecord, list[BadSample], list[str]]:
     """(the record of a local tar, what is left out of it, the keys of what is in it). skip: keys that other tars hold already.
 
     Raises UserError where the file is no tar.
@@ -291,7 +338,11 @@ def scan_shard(path: Path, *, name: str, skip: Collection[str] = ()) -> tuple[Sh
     for sample in scan_tar(path):
         row = sample if isinstance(sample, BadSample) else _row(sample)
         if sample.key in keys or sample.key in skip:
-            row = BadSample(key=sample.key, reason="duplicate_key", detail=f"{sample.key!r} stands in the tars more than once")
+            row = BadSample(
+                key=sample.key,
+                reason="duplicate_key",
+                detail=f"{sample.key!r} stands in the tars more than once",
+            )
         if isinstance(row, BadSample) or isinstance(sample, BadSample):
             bad.append(row)
             continue
@@ -301,8 +352,17 @@ def scan_shard(path: Path, *, name: str, skip: Collection[str] = ()) -> tuple[Sh
     table = np.array(rows, ROW)
     _add_checksums(path, table)
     seconds = (table["samples"] / RATE).tolist()
-    tallies = [{tally: {value: [1, s]} for tally, value in f.items()} for f, s in zip(fields, seconds, strict=True)]
-    record = ShardRecord(name=name, size=path.stat().st_size, sha256=file_sha256(path), rows=table, tallies=merge_tallies(tallies))
+    tallies = [
+        {tally: {value: [1, s]} for tally, value in f.items()}
+        for f, s in zip(fields, seconds, strict=True)
+    ]
+    record = ShardRecord(
+        name=name,
+        size=path.stat().st_size,
+        sha256=file_sha256(path),
+        rows=table,
+        tallies=merge_tallies(tallies),
+    )
     return record, bad, list(keys)  # type: ignore[return-value]
 
 
@@ -331,7 +391,9 @@ def explain_tar(path: Path, error: Exception) -> str:
         start = b""
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
-            problem = f"{str(path)!r} is compressed, so that a sample cannot be read at its place in it"
+            problem = (
+                f"{str(path)!r} is compressed, so that a sample cannot be read at its place in it"
+            )
             return f"{problem}. Unpack it with '{program} -d', and give the tar."
     return f"{str(path)!r} cannot be read as a tar: {error}"
 
@@ -381,7 +443,9 @@ def tar_files(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 if not info.isfile():
                     continue
                 if info.offset < end or info.size < 0 or info.offset_data + info.size > size:
-                    raise tarfile.ReadError(f"{info.name!r} is cut short, or its header is corrupted")
+                    raise tarfile.ReadError(
+                        f"{info.name!r} is cut short, or its header is corrupted"
+                    )
                 end = info.offset_data + info.size
                 yield info
             file.seek(tar.offset)
@@ -389,7 +453,9 @@ def tar_files(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"the header at byte {tar.offset} is corrupted")
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
         # what tarfile's parsers of extended headers happen to raise
-        raise tarfile.ReadError(f"a header is corrupted ({type(error).__name__}: {error})") from error
+        raise tarfile.ReadError(
+            f"a header is corrupted ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _Headers:
@@ -420,7 +486,12 @@ def _plain_members(stretch: bytes) -> list[Member] | None:
     at = 0
     while at < len(stretch):
         header = stretch[at : at + BLOCK]
-        if len(header) < BLOCK or header[257:262] != b"ustar" or header[156] not in b"0\0" or header[345]:  # 345: a longer name
+        if (
+            len(header) < BLOCK
+            or header[257:262] != b"ustar"
+            or header[156] not in b"0\0"
+            or header[345]
+        ):  # 345: a longer name
             return None
         try:
             size = int(header[124:135], 8)
@@ -447,13 +518,21 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     if len(files) < len(members):
         names = ", ".join(member.name for member in members[:4])
         return BadSample(
-            key=key, reason="repeated_file", detail=f"several files of one kind have this key, which ends at the first dot: {names}"
+            key=key,
+            reason="repeated_file",
+            detail=f"several files of one kind have this key, which ends at the first dot: {names}",
         )
     extension = next((e for e in AUDIO_EXTENSIONS if e in files), None)
     if extension is None:
-        return BadSample(key=key, reason="no_audio", detail=f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}")
+        return BadSample(
+            key=key,
+            reason="no_audio",
+            detail=f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}",
+        )
     if not key.isprintable():
-        return BadSample(key=key, reason="bad_key", detail=f"{key!r} has characters that cannot be printed")
+        return BadSample(
+            key=key, reason="bad_key", detail=f"{key!r} has characters that cannot be printed"
+        )
     try:
         fields = parse_json(files["json"]) if "json" in files else {}
         if b"\\ud" in files.get("json", b"").lower():  # perhaps half of a pair of surrogates
@@ -463,9 +542,18 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     except ValueError as error:  # of JSON or of UTF-8
         return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        return BadSample(key=key, reason="no_transcript", detail=f"expected {key}.txt, or {key}.json with 'text'")
+        return BadSample(
+            key=key, reason="no_transcript", detail=f"expected {key}.txt, or {key}.json with 'text'"
+        )
     offset, end = members[0].start // BLOCK, -(-members[-1].end // BLOCK)
-    return TarSample(key=key, offset=offset, size=end - offset, audio=files[extension], extension=extension, fields=fields)
+    return TarSample(
+        key=key,
+        offset=offset,
+        size=end - offset,
+        audio=files[extension],
+        extension=extension,
+        fields=fields,
+    )
 
 
 def _duration(sample: TarSample) -> float:
@@ -498,7 +586,9 @@ def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
     except UserError as error:
         return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
     if round(duration * RATE) > LONGEST:
-        return BadSample(key=sample.key, reason="too_long", detail=f"the audio has {duration:.0f} s")
+        return BadSample(
+            key=sample.key, reason="too_long", detail=f"the audio has {duration:.0f} s"
+        )
     stated = _stated_duration(sample.fields)
     if stated is not None and abs(stated - duration) > MAX_DURATION_ERROR:
         detail = f"its JSON says {stated:g} s, the audio has {duration:.3f} s"

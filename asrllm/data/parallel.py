@@ -39,20 +39,20 @@ def run_parallel(
     if len(first) < 2:
         yield from ((number, work(job, advance)) for number, job in enumerate(jobs))
         return
-    crew = _Crew(work, workers, advance)
+    pool = _WorkerPool(work, workers, advance)
     try:
         for number, job in enumerate(jobs):
-            while not crew.has_room():
-                yield from crew.wait()
-            crew.give(number, job)
-            yield from crew.wait(timeout=0)
-        while crew.busy:
-            yield from crew.wait()
+            while not pool.has_room():
+                yield from pool.wait()
+            pool.give(number, job)
+            yield from pool.wait(timeout=0)
+        while pool.busy:
+            yield from pool.wait()
     finally:
-        crew.end()
+        pool.end()
 
 
-class _Crew:
+class _WorkerPool:
     """Worker processes, each behind a pipe of its own: where either end dies, the other one notices."""
 
     def __init__(self, work: Callable[[Any, Advance], Any], size: int, advance: Advance) -> None:
@@ -61,13 +61,17 @@ class _Crew:
         self.busy: dict[Any, int] = {}  # pipe: number of its job
         # a fork of this process could inherit locks that its threads hold; a server without threads, which has imported all, may fork
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__, *(["lhotse"] if "lhotse" in sys.modules else [])])
+        self.context.set_forkserver_preload(
+            [__name__, *(["lhotse"] if "lhotse" in sys.modules else [])]
+        )
 
     def has_room(self) -> bool:
         return len(self.busy) < self.size
 
     def give(self, number: int, job: Any) -> None:
-        pipe = next((pipe for pipe in self.processes if pipe not in self.busy), None) or self._start()
+        pipe = (
+            next((pipe for pipe in self.processes if pipe not in self.busy), None) or self._start()
+        )
         with suppress(OSError):  # where it has died, the next wait finds that
             pipe.send(job)
         self.busy[pipe] = number
@@ -76,7 +80,9 @@ class _Crew:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs, self.work), daemon=True)
         multiprocessing.resource_tracker.ensure_running()  # else it is started below, and unblocks SIGINT
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone; the server inherits this
+        blocked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # Ctrl-C is for this process alone; the server inherits this
         try:
             process.start()
         finally:
@@ -118,10 +124,10 @@ def _serve(pipe: Any, work: Callable[[Any, Advance], Any]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
-            job, teller = pipe.recv(), _Teller(pipe)
+            job, reporter = pipe.recv(), _ProgressReporter(pipe)
             try:
-                answer: tuple[str, Any] = ("done", work(job, teller))
-                teller.tell()
+                answer: tuple[str, Any] = ("done", work(job, reporter))
+                reporter.tell()
             except (UserError, ConnectionError) as error:
                 answer = ("failed", error)
             except Exception:  # the parent raises it
@@ -131,7 +137,7 @@ def _serve(pipe: Any, work: Callable[[Any, Advance], Any]) -> None:
         return
 
 
-class _Teller:
+class _ProgressReporter:
     """A worker's `advance`: tells the parent at times, who would else do nothing but listen to many workers."""
 
     def __init__(self, pipe: Any) -> None:

@@ -24,7 +24,15 @@ from asrllm.data.storage import RemoteFile, is_url
 LENGTH_JITTER = 0.05  # lengths are stretched by up to this before sorting, so that an utterance meets others in every epoch
 PIECE = 1024  # rows of a shard that are shuffled together, at most
 SPARES = 3  # utterances that may stand in for one that cannot be read
-ENTRY = np.dtype([("corpus", "<u2"), ("round", "<u4"), ("row", "<u4"), ("samples", "<u4"), ("tokens", "<u4")])
+ENTRY = np.dtype(
+    [
+        ("corpus", "<u2"),
+        ("pass_index", "<u4"),
+        ("row", "<u4"),
+        ("samples", "<u4"),
+        ("tokens", "<u4"),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -52,7 +60,7 @@ class Item:
 
     corpus: int
     row: int
-    round: int = 0
+    pass_index: int = 0
     filler: bool = False
     spares: tuple["Item", ...] = ()
 
@@ -85,7 +93,10 @@ class Step:
         if not len(batch):
             return [_item(pool[0], filler=True)]
         spares = [_item(entry) for entry in pool[: len(batch) + SPARES]]
-        return [_item(entry, spares=tuple(spares[(i + k) % len(spares)] for k in range(SPARES))) for i, entry in enumerate(batch)]
+        return [
+            _item(entry, spares=tuple(spares[(i + k) % len(spares)] for k in range(SPARES)))
+            for i, entry in enumerate(batch)
+        ]
 
 
 class Plan:
@@ -110,8 +121,13 @@ class Plan:
         self.corpora, self.config, self.audio_tokens = corpora, config, audio_tokens
         self.seed, self.shuffle, self.endless = seed, shuffle, endless
         self._streams = [_Stream(corpus, [seed, i], shuffle) for i, corpus in enumerate(corpora)]
-        self._takes = [round(corpus.weight * len(corpus.index)) for corpus in corpora]  # of an epoch
-        shares = [corpus.hours * corpus.weight * len(corpus.index) / corpus.kept_hours for corpus in corpora]
+        self._takes = [
+            round(corpus.weight * len(corpus.index)) for corpus in corpora
+        ]  # of an epoch
+        shares = [
+            corpus.hours * corpus.weight * len(corpus.index) / corpus.kept_hours
+            for corpus in corpora
+        ]
         self._shares = [Fraction(share) / Fraction(sum(shares)) for share in shares]
         self._windows: dict[tuple[int, int, int], list[np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -130,9 +146,11 @@ class Plan:
                 found = corpus.index.rows[rows]
                 passes = corpus.passes(found)
                 part: np.ndarray = np.empty(int(passes.sum()), ENTRY)
-                part["corpus"], part["round"], part["row"] = number, round_, rows[passes]
+                part["corpus"], part["pass_index"], part["row"] = number, round_, rows[passes]
                 part["samples"] = found["samples"][passes]
-                part["tokens"] = self.audio_tokens(part["samples"].astype(np.int64)) + -(-found["text_bytes"][passes].astype(np.int64) // 3)
+                part["tokens"] = self.audio_tokens(part["samples"].astype(np.int64)) + -(
+                    -found["text_bytes"][passes].astype(np.int64) // 3
+                )
                 parts.append(part)
         return np.concatenate(parts) if parts else np.empty(0, ENTRY)
 
@@ -142,19 +160,27 @@ class Plan:
             share = self._shares[corpus] * self.config.window
             return int(window * share), int((window + 1) * share)
         take, windows = self._takes[corpus], self.windows or 1
-        return epoch * take + window * take // windows, epoch * take + (window + 1) * take // windows
+        return epoch * take + window * take // windows, epoch * take + (
+            window + 1
+        ) * take // windows
 
     def batches(self, epoch: int, window: int, ranks: int) -> list[np.ndarray]:
         """A window's batches in the order in which they are dealt out: `ranks` at a time are of near-equal cost. Some may be empty."""
         key = (epoch, window, ranks)
         with self._lock:  # the next window is prepared by a thread while this one is dealt out
             if key not in self._windows:
-                batches = self._cut(self.utterances(epoch, window), ranks, np.random.default_rng([self.seed, epoch, window]))
+                batches = self._cut(
+                    self.utterances(epoch, window),
+                    ranks,
+                    np.random.default_rng([self.seed, epoch, window]),
+                )
                 self._windows = dict(list(self._windows.items())[-2:]) | {key: batches}
             return self._windows[key]
 
     def _cut(self, entries: np.ndarray, ranks: int, rng: np.random.Generator) -> list[np.ndarray]:
-        lengths: np.ndarray = entries["samples"] * (rng.uniform(1, 1 + LENGTH_JITTER, len(entries)) if self.shuffle else 1)
+        lengths: np.ndarray = entries["samples"] * (
+            rng.uniform(1, 1 + LENGTH_JITTER, len(entries)) if self.shuffle else 1
+        )
         may_repeat = has_repeats(entries)
         entries = entries[np.argsort(-lengths, kind="stable")]
         groups = list(self._groups(entries, ranks))
@@ -162,9 +188,15 @@ class Plan:
             entries = entries[spread(entries, groups, ranks, rng if self.shuffle else None)]
             groups = list(self._groups(entries, ranks, first_repeats(entries, len(groups), ranks)))
         order = rng.permutation(len(groups)) if self.shuffle else range(len(groups))
-        return [batch for i in order for batch in deal(entries[slice(*groups[i])], ranks, repeated=may_repeat)]
+        return [
+            batch
+            for i in order
+            for batch in deal(entries[slice(*groups[i])], ranks, repeated=may_repeat)
+        ]
 
-    def _groups(self, entries: np.ndarray, ranks: int, repeats: np.ndarray | None = None) -> Iterator[tuple[int, int]]:
+    def _groups(
+        self, entries: np.ndarray, ranks: int, repeats: np.ndarray | None = None
+    ) -> Iterator[tuple[int, int]]:
         """Yield stretches of the utterances that make one batch a rank within the budget.
 
         The last two share what is left evenly.
@@ -180,15 +212,26 @@ class Plan:
         if self.config.max_duration is not None:
             budgets.append((samples, int(self.config.max_duration * RATE)))
         # a last row of fewer utterances than ranks counts as if it were full
-        sums = [np.cumsum(np.concatenate([[0], values, np.full(ranks - 1, values.max(initial=0))])) for values, _ in budgets]
+        sums = [
+            np.cumsum(np.concatenate([[0], values, np.full(ranks - 1, values.max(initial=0))]))
+            for values, _ in budgets
+        ]
         start = 0
         while start < len(entries):
             size, left = self.config.max_utterances, len(entries) - start
             for (values, budget), total in zip(budgets, sums, strict=True):
-                fitting = int(np.searchsorted(total, total[start] + budget * ranks, "right")) - 1 - start
+                fitting = (
+                    int(np.searchsorted(total, total[start] + budget * ranks, "right")) - 1 - start
+                )
                 most = values[start : start + max(fitting, ranks)]
-                slack = int(most.max() - most.min()) if ranks > 1 else 0  # what dealing can leave between two batches of a group
-                fitting = int(np.searchsorted(total, total[start] + (budget - slack) * ranks, "right")) - 1 - start
+                slack = (
+                    int(most.max() - most.min()) if ranks > 1 else 0
+                )  # what dealing can leave between two batches of a group
+                fitting = (
+                    int(np.searchsorted(total, total[start] + (budget - slack) * ranks, "right"))
+                    - 1
+                    - start
+                )
                 size = min(size, max(1, fitting // ranks))
             if repeats is not None:
                 is_repeat = repeats[start : start + size * ranks] >= start
@@ -217,7 +260,13 @@ class Plan:
                 if at > filled[-1]:
                     after = self._next_window(start.epoch, window, ranks)
                 following = batches[filled[bisect.bisect_left(filled, at) % len(filled)]]
-                yield Step(batches=split_to(dealt, unit), ranks=ranks, following=following, before=before, after=after)
+                yield Step(
+                    batches=split_to(dealt, unit),
+                    ranks=ranks,
+                    following=following,
+                    before=before,
+                    after=after,
+                )
             window, at, cut = window + 1, 0, ranks
 
     def following(self, epoch: int, window: int) -> tuple[int, int]:
@@ -252,12 +301,20 @@ class Plan:
             return []
         entries, files = self.utterances(epoch, window), []
         for number, corpus in enumerate(self.corpora):
-            shards = np.unique(corpus.index.rows["shard"][entries["row"][entries["corpus"] == number]])
-            files += [corpus.index.file(int(shard)) for shard in shards if is_url(corpus.index.shards[shard])]
+            shards = np.unique(
+                corpus.index.rows["shard"][entries["row"][entries["corpus"] == number]]
+            )
+            files += [
+                corpus.index.file(int(shard))
+                for shard in shards
+                if is_url(corpus.index.shards[shard])
+            ]
         return files
 
 
-def planned_steps(plan: Plan, start: Position, *, ranks: int, accumulation: int, epochs: int | None) -> Iterator[tuple[Position, Step]]:
+def planned_steps(
+    plan: Plan, start: Position, *, ranks: int, accumulation: int, epochs: int | None
+) -> Iterator[tuple[Position, Step]]:
     """Every step with the position that it begins at."""
     position = start
     while epochs is None or position.epoch < epochs:
@@ -294,12 +351,19 @@ class _Stream:
             return np.arange(first, last)
         rng = np.random.default_rng([*self.seed, round_])
         shard_order = rng.permutation(int(self._shard[-1]) + 1)
-        order = np.lexsort((rng.random(len(self._shard)), shard_order[self._shard]))  # shard by shard, its pieces in any order
+        order = np.lexsort(
+            (rng.random(len(self._shard)), shard_order[self._shard])
+        )  # shard by shard, its pieces in any order
         bounds = np.concatenate([[0], np.cumsum((self._end - self._begin)[order])])
         parts = []
-        for i in range(int(np.searchsorted(bounds, first, "right")) - 1, int(np.searchsorted(bounds, last, "left"))):
+        for i in range(
+            int(np.searchsorted(bounds, first, "right")) - 1,
+            int(np.searchsorted(bounds, last, "left")),
+        ):
             piece = order[i]
-            rows = np.random.default_rng([*self.seed, round_, int(piece)]).permutation(np.arange(self._begin[piece], self._end[piece]))
+            rows = np.random.default_rng([*self.seed, round_, int(piece)]).permutation(
+                np.arange(self._begin[piece], self._end[piece])
+            )
             parts.append(rows[max(0, first - bounds[i]) : last - bounds[i]])
         return np.concatenate(parts)
 
@@ -320,7 +384,9 @@ def deal(entries: np.ndarray, ranks: int, *, repeated: bool = False) -> list[np.
     by_cost = np.argsort(-entries["tokens"].astype(np.int64), kind="stable")
     has_copies = repeated and any_meet(entries, [(0, len(entries))])
     if has_copies:  # next to each other, where the ranks that follow one another take them
-        by_cost = np.lexsort((entries["row"], entries["corpus"], -entries["tokens"].astype(np.int64)))
+        by_cost = np.lexsort(
+            (entries["row"], entries["corpus"], -entries["tokens"].astype(np.int64))
+        )
     owner = _owners_by_cost(entries["tokens"], by_cost, ranks)
     if has_copies and any_share(entries, owner):
         owner[by_cost] = np.arange(len(entries)) % ranks
@@ -344,7 +410,10 @@ def split_to(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
     """Fewer batches than `count`, the largest of them halved until there are as many; single utterances leave the rest empty."""
     batches = list(batches)
     while len(batches) < count:
-        largest = max(range(len(batches)), key=lambda i: int(batches[i]["tokens"].sum()) * (len(batches[i]) > 1))
+        largest = max(
+            range(len(batches)),
+            key=lambda i: int(batches[i]["tokens"].sum()) * (len(batches[i]) > 1),
+        )
         whole = batches[largest]
         batches[largest] = whole[::2]
         batches.append(whole[1::2])
@@ -352,4 +421,10 @@ def split_to(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
 
 
 def _item(entry: Any, *, filler: bool = False, spares: tuple[Item, ...] = ()) -> Item:
-    return Item(corpus=int(entry["corpus"]), row=int(entry["row"]), round=int(entry["round"]), filler=filler, spares=spares)
+    return Item(
+        corpus=int(entry["corpus"]),
+        row=int(entry["row"]),
+        pass_index=int(entry["pass_index"]),
+        filler=filler,
+        spares=spares,
+    )

@@ -25,7 +25,9 @@ class Prompt:
 
     def fits(self, lang: str | None, task: str | None) -> bool:
         """'zh' fits utterances of 'zh-CN', 'ZH_tw' and 'Chinese', not the other way round."""
-        is_spoken = self.lang is None or f"{language_tag(lang)}-".startswith(f"{language_tag(self.lang)}-")
+        is_spoken = self.lang is None or f"{language_tag(lang)}-".startswith(
+            f"{language_tag(self.lang)}-"
+        )
         return is_spoken and (self.task is None or self.task == task)
 
 
@@ -64,7 +66,9 @@ def _parse_prompt(entry: Any, where: str) -> Prompt:
     if isinstance(entry, str):
         entry = {"prompt": entry}
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: {entry!r} is neither a text (put it in quotes) nor a mapping with the key 'prompt'")
+        raise UserError(
+            f"{where}: {entry!r} is neither a text (put it in quotes) nor a mapping with the key 'prompt'"
+        )
     for key, value in entry.items():
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), KEYS)}")
@@ -77,7 +81,9 @@ def _parse_prompt(entry: Any, where: str) -> Prompt:
         raise UserError(f"{where}: {dict(entry)!r} lacks the key 'prompt': add its text")
     weight = float(entry.get("weight", 1.0))
     if not 0 < weight < float("inf"):
-        raise UserError(f"{where}: weight={weight} must be above 0; leave the prompt out instead of weighing it 0")
+        raise UserError(
+            f"{where}: weight={weight} must be above 0; leave the prompt out instead of weighing it 0"
+        )
     lang, task = (entry[key].strip() if key in entry else None for key in ("lang", "task"))
     return Prompt(text=entry["prompt"].strip(), weight=weight, lang=lang, task=task)
 
@@ -86,21 +92,23 @@ def choose_prompt(
     prompts: Sequence[Prompt],
     *,
     seed: int,
-    round: int,  # noqa: A002
+    pass_index: int,
     key: str,
     lang: str | None = None,
     task: str | None = None,
 ) -> str:
-    """One that fits the utterance, by weight, drawn from (seed, round, key) alone: workers and ranks change nothing.
+    """One that fits the utterance, by weight, drawn from (seed, pass_index, key) alone: workers and ranks change nothing.
 
     round: how often the utterance was dealt before. Raises UserError where none fits.
     """
     fitting = [prompt for prompt in prompts if prompt.fits(lang, task)]
     if not fitting:
-        there = "; ".join(f"{p.text!r} (lang={p.lang or 'any'}, task={p.task or 'any'})" for p in prompts)
+        there = "; ".join(
+            f"{p.text!r} (lang={p.lang or 'any'}, task={p.task or 'any'})" for p in prompts
+        )
         raise UserError(
             f"no prompt fits the utterance {key!r} of lang={lang!r}, task={task!r}: add one for it, or for all; there are {there}"
         )
-    digest = hashlib.blake2b(f"{seed}/{round}/prompt/{key}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{pass_index}/prompt/{key}".encode(), digest_size=8).digest()
     draws = random.Random(int.from_bytes(digest, "little"))
     return draws.choices(fitting, [prompt.weight for prompt in fitting])[0].text

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-REACH = 0.05  # of a window's groups, over which the copies of an utterance are spread if it is enough
+REACH = (
+    0.05  # of a window's groups, over which the copies of an utterance are spread if it is enough
+)
 SPACING = 3.0  # groups between two copies, at most
-NEAREST = 1.2  # groups between two copies, at least: the groups are cut again, and their borders move
+NEAREST = (
+    1.2  # groups between two copies, at least: the groups are cut again, and their borders move
+)
 
 
 class Copies:
@@ -74,8 +78,8 @@ def has_repeats(entries: np.ndarray) -> bool:
     if not len(entries):
         return False
     begins = np.flatnonzero(np.diff(entries["corpus"], prepend=-1))
-    lowest = np.minimum.reduceat(entries["round"], begins)
-    highest = np.maximum.reduceat(entries["round"], begins)
+    lowest = np.minimum.reduceat(entries["pass_index"], begins)
+    highest = np.maximum.reduceat(entries["pass_index"], begins)
     return bool((lowest != highest).any())
 
 
@@ -95,7 +99,12 @@ def any_meet(entries: np.ndarray, groups: Sequence[tuple[int, int]]) -> bool:
     return bool((earlier >= np.repeat(starts, sizes)).any())
 
 
-def spread(entries: np.ndarray, groups: Sequence[tuple[int, int]], ranks: int, rng: np.random.Generator | None) -> np.ndarray:
+def spread(
+    entries: np.ndarray,
+    groups: Sequence[tuple[int, int]],
+    ranks: int,
+    rng: np.random.Generator | None,
+) -> np.ndarray:
     """Return an order of the entries in which no group has more copies of an utterance than it may.
 
     Utterances without copies, and copies that are far enough apart, stay where they are. The others

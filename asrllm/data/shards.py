@@ -31,7 +31,15 @@ import soundfile
 from filelock import Timeout
 
 from asrllm.audio.stream import OutsideError
-from asrllm.data.index import MAX_DURATION_ERROR, ROW, Index, ShardRecord, open_index, scan_shard, write_index
+from asrllm.data.index import (
+    MAX_DURATION_ERROR,
+    ROW,
+    Index,
+    ShardRecord,
+    open_index,
+    scan_shard,
+    write_index,
+)
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
 from asrllm.defaults import KEPT_EXTENSIONS
@@ -43,7 +51,18 @@ logger = logging.getLogger(__name__)
 MAKING = 2  # changes when the same utterances and options give other bytes
 MAX_TEXT_BYTES = 10_000
 SHOWN_EXAMPLES = 3  # rejected utterances in a message
-FIELD_ORDER = ("text", "duration", "sampling_rate", "lang", "corpus", "speaker", "recording", "prompt", "task", "hotwords")
+FIELD_ORDER = (
+    "text",
+    "duration",
+    "sampling_rate",
+    "lang",
+    "corpus",
+    "speaker",
+    "recording",
+    "prompt",
+    "task",
+    "hotwords",
+)
 Codec = Literal["flac", "keep"]
 Rejected = tuple[str, str, str]  # key, reason, detail
 
@@ -110,7 +129,9 @@ def _chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utteran
         keys = [tar_key(chunk[i].key) for i in usable]
         for i, key, repeated in zip(usable, keys, seen.add(hash_keys(keys)), strict=True):
             if repeated:
-                chunk[i] = dataclasses.replace(chunk[i], problem=("duplicate_key", f"the tar's key {key!r} is taken"))
+                chunk[i] = dataclasses.replace(
+                    chunk[i], problem=("duplicate_key", f"the tar's key {key!r} is taken")
+                )
         yield chunk
 
 
@@ -137,7 +158,10 @@ class SeenKeys:
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
+    digests = (
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for key in keys
+    )
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -179,7 +203,9 @@ class _Made:
 
 def _make_shard(job: _Job, advance: Advance) -> _Made:
     name = f"shard-{job.number:06d}.tar"
-    partial = job.folder / f"{name}.{os.getpid()}"  # a worker that outlives its killed parent does not meet the next run's
+    partial = (
+        job.folder / f"{name}.{os.getpid()}"
+    )  # a worker that outlives its killed parent does not meet the next run's
     rejected: list[Rejected] = []
     try:
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
@@ -192,7 +218,9 @@ def _make_shard(job: _Job, advance: Advance) -> _Made:
                     write_sample(tar, sample)
                 advance(1)
             tar.close()
-            os.fsync(file.fileno())  # before its record says that it is whole, even if the power fails
+            os.fsync(
+                file.fileno()
+            )  # before its record says that it is whole, even if the power fails
         record, bad, _ = scan_shard(partial, name=name)
     except ConnectionError:  # of `advance`: nobody waits for this shard any more
         raise
@@ -220,20 +248,27 @@ def write_sample(tar: tarfile.TarFile, sample: dict[str, Any]) -> None:
         tar.addfile(member, io.BytesIO(sample[extension]))
 
 
-def make_sample(utterance: Utterance, fields: dict[str, Any], codec: Codec = "flac") -> dict[str, Any]:
+def make_sample(
+    utterance: Utterance, fields: dict[str, Any], codec: Codec = "flac"
+) -> dict[str, Any]:
     """The tar members of one utterance; raises RejectedError with the reason where it is not fit to be one."""
     key, text = tar_key(utterance.key), utterance.text.strip()
     _check_names(utterance, key, text)
     wave, rate = _load(utterance)
     duration = len(wave) / rate
     if utterance.duration is not None and abs(duration - utterance.duration) > MAX_DURATION_ERROR:
-        raise RejectedError("duration_mismatch", f"the source says {utterance.duration:.3f} s, the audio has {duration:.3f} s")
+        raise RejectedError(
+            "duration_mismatch",
+            f"the source says {utterance.duration:.3f} s, the audio has {duration:.3f} s",
+        )
     known = fields | utterance.fields | {"text": text, "duration": duration, "sampling_rate": rate}
     about = {name: known[name] for name in (*FIELD_ORDER, *known) if name in known}
     try:
         content = json.dumps(about, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RejectedError("broken_text", f"the transcript or a field is not UTF-8 text: {error}") from error
+        raise RejectedError(
+            "broken_text", f"the transcript or a field is not UTF-8 text: {error}"
+        ) from error
     extension, audio = _audio(utterance, wave, rate, codec)
     return {"__key__": key, extension: audio, "json": content}
 
@@ -260,7 +295,9 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
         raise RejectedError(reason, str(error)) from error
     except ImportError as error:
         raise UserError(f"a package is missing: {error}. Install it with pip.") from error
-    except Exception as error:  # whatever a decoder raises, it is this utterance's row in rejected.jsonl
+    except (
+        Exception
+    ) as error:  # whatever a decoder raises, it is this utterance's row in rejected.jsonl
         raise RejectedError("unreadable_audio", f"{type(error).__name__}: {error}") from error
     if not len(wave):
         raise RejectedError("empty_audio", "the audio has no sample")
@@ -303,7 +340,9 @@ class _Workplace:
             lock = FileLock(self.folder / "lock", blocking=False)
             lock.acquire()
         except Timeout as error:
-            raise UserError(f"another process is writing {str(self.out)!r}: wait for it, or choose another directory") from error
+            raise UserError(
+                f"another process is writing {str(self.out)!r}: wait for it, or choose another directory"
+            ) from error
         except OSError as error:
             raise UserError(f"{str(self.out)!r} cannot be written: {error}") from error
         try:
@@ -312,7 +351,11 @@ class _Workplace:
             yield
         except BaseException:
             if finished := len(list(self.records.glob("shard-*.json"))):
-                logger.warning("%d finished shards are kept in %s: run the same again to go on from there", finished, self.folder)
+                logger.warning(
+                    "%d finished shards are kept in %s: run the same again to go on from there",
+                    finished,
+                    self.folder,
+                )
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -321,12 +364,17 @@ class _Workplace:
 
     def _check_free(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{str(self.out)!r} is not empty: choose another directory, or remove it to make the shards again")
+            raise UserError(
+                f"{str(self.out)!r} is not empty: choose another directory, or remove it to make the shards again"
+            )
 
     def _tidy(self) -> None:
         """Remove what no record stands for."""
         for path in (*self.shards.iterdir(), *self.records.iterdir()):
-            if not (self.records / f"{path.stem}.json").is_file() or path.suffix not in (".tar", ".json"):
+            if not (self.records / f"{path.stem}.json").is_file() or path.suffix not in (
+                ".tar",
+                ".json",
+            ):
                 path.unlink()
 
     def is_finished(self, job: _Job) -> bool:
@@ -361,7 +409,9 @@ class _Workplace:
         records: list[ShardRecord] = []
         examples: dict[str, Rejected] = {}
         reasons: Counter[str] = Counter()
-        with open(self.shards / "rejected.jsonl", "w", encoding="utf-8", errors="backslashreplace") as log:
+        with open(
+            self.shards / "rejected.jsonl", "w", encoding="utf-8", errors="backslashreplace"
+        ) as log:
             for number in range(count):
                 _, record, rejected = _read_record(self.records / f"shard-{number:06d}.json")
                 records += [record] if record else []
@@ -378,7 +428,11 @@ class _Workplace:
                 path.unlink()
         self.shards.replace(self.out)
         shutil.rmtree(self.folder)
-        return ShardSummary(index=open_index(self.out), rejected=dict(reasons), examples=tuple(examples_of(examples)))
+        return ShardSummary(
+            index=open_index(self.out),
+            rejected=dict(reasons),
+            examples=tuple(examples_of(examples)),
+        )
 
     def _refuse(self, reasons: Counter[str], examples: dict[str, Rejected]) -> NoReturn:
         """Say why there is no utterance, and keep the list of the rejected ones beside OUT."""
@@ -396,7 +450,10 @@ class _Workplace:
 
 def examples_of(examples: dict[str, Rejected]) -> list[str]:
     """Return a line for the first rejected utterance of some reasons."""
-    return [f"  {key}: {reason}: {detail}" for key, reason, detail in itertools.islice(examples.values(), SHOWN_EXAMPLES)]
+    return [
+        f"  {key}: {reason}: {detail}"
+        for key, reason, detail in itertools.islice(examples.values(), SHOWN_EXAMPLES)
+    ]
 
 
 def rejected_line(key: str, reason: str, detail: str) -> str:
@@ -404,7 +461,9 @@ def rejected_line(key: str, reason: str, detail: str) -> str:
 
 
 def _write_record(path: Path, made: _Made) -> None:
-    record = made.record and dataclasses.asdict(made.record) | {"rows": base64.b64encode(made.record.rows.tobytes()).decode()}
+    record = made.record and dataclasses.asdict(made.record) | {
+        "rows": base64.b64encode(made.record.rows.tobytes()).decode()
+    }
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as file:
         json.dump({"digest": made.digest, "record": record, "rejected": made.rejected}, file)
@@ -418,6 +477,8 @@ def _read_record(path: Path) -> tuple[str, ShardRecord | None, list[Rejected]]:
     about = parse_json(path.read_text(encoding="utf-8"))
     record = about["record"]
     if record is not None:
-        rows = np.frombuffer(base64.b64decode(record["rows"]), ROW).copy()  # writable: write_index numbers the shards
+        rows = np.frombuffer(
+            base64.b64decode(record["rows"]), ROW
+        ).copy()  # writable: write_index numbers the shards
         record = ShardRecord(**record | {"rows": rows})
     return about["digest"], record, [tuple(row) for row in about["rejected"]]

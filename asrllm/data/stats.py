@@ -17,7 +17,11 @@ from asrllm.escape import escape
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BINS = 20
-MEASURES = {"seconds": "s", "characters": "", "characters_per_second": "/s"}  # what the percentiles are of, and its unit
+MEASURES = {
+    "seconds": "s",
+    "characters": "",
+    "characters_per_second": "/s",
+}  # what the percentiles are of, and its unit
 DRAWN = {"seconds": "duration in seconds", "characters_per_second": "characters a second"}
 EIGHTHS = " ▏▎▍▌▋▊▉"
 STYLE = """
@@ -56,7 +60,11 @@ def describe(name: str, indexes: Sequence[Index]) -> Statistics:
     """Of all the indexes together."""
     seconds = np.concatenate([index.rows["samples"] for index in indexes]) / RATE
     characters = np.concatenate([index.rows["text_chars"] for index in indexes])
-    values = {"seconds": seconds, "characters": characters, "characters_per_second": characters / np.maximum(seconds, 1 / RATE)}
+    values = {
+        "seconds": seconds,
+        "characters": characters,
+        "characters_per_second": characters / np.maximum(seconds, 1 / RATE),
+    }
     return Statistics(
         name=name,
         utterances=len(seconds),
@@ -71,18 +79,25 @@ def describe(name: str, indexes: Sequence[Index]) -> Statistics:
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:
-    return {str(p): round(float(v), 3) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+    return {
+        str(p): round(float(v), 3)
+        for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
+    }
 
 
 def _histogram(values: np.ndarray) -> Histogram:
     """Up to the 99.5th percentile, so that a few outliers do not press all others into one bin."""
     high = max(float(np.percentile(values, 99.5)), 1e-3)
-    step = next(s for s in (m * 10.0**e for e in range(-4, 9) for m in (1, 2, 2.5, 5)) if s * BINS >= high)
+    step = next(
+        s for s in (m * 10.0**e for e in range(-4, 9) for m in (1, 2, 2.5, 5)) if s * BINS >= high
+    )
     last = int(np.ceil(high / step - 1e-9)) - 1
     places = np.minimum((values / step).astype(np.int64), last)
     first = int(places.min())
     edges = [round(step * i, 6) for i in range(first, last + 2)]
-    return Histogram(edges=edges, counts=np.bincount(places - first, minlength=last - first + 1).tolist())
+    return Histogram(
+        edges=edges, counts=np.bincount(places - first, minlength=last - first + 1).tolist()
+    )
 
 
 def _sum(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -106,7 +121,9 @@ def as_text(statistics: Statistics, width: int = 80) -> str:
     """Tables and bars for a terminal of `width` columns."""
     blocks = [escape(f"{statistics.name}: {_totals(statistics)}")]
     blocks += [_columns(rows) for _, rows in _tables(statistics)]
-    blocks += [f"{DRAWN[measure]}\n{_bars(h, width)}" for measure, h in statistics.histograms.items()]
+    blocks += [
+        f"{DRAWN[measure]}\n{_bars(h, width)}" for measure, h in statistics.histograms.items()
+    ]
     return "\n\n".join(blocks)
 
 
@@ -119,11 +136,16 @@ def _tables(statistics: Statistics) -> list[tuple[str, list[list[str]]]]:
     """(title, rows with a header) of the percentiles, the corpora and the languages."""
     percents = [["percentile", *(f"{p}%" for p in PERCENTILES)]]
     for measure, values in statistics.percentiles.items():
-        percents.append([measure.replace("_per_", "/"), *(f"{value:.4g}" for value in values.values())])
+        percents.append(
+            [measure.replace("_per_", "/"), *(f"{value:.4g}" for value in values.values())]
+        )
     tables = [("percentiles", percents)]
     for title, groups in (("corpus", statistics.corpora), ("language", statistics.languages)):
         if groups.keys() - {""}:
-            rows = [[escape(name) or "(none)", f"{g['utterances']:.0f}", f"{g['hours']:.2f}"] for name, g in groups.items()]
+            rows = [
+                [escape(name) or "(none)", f"{g['utterances']:.0f}", f"{g['hours']:.2f}"]
+                for name, g in groups.items()
+            ]
             tables.append((title, [[title, "utterances", "hours"], *rows]))
     return tables
 
@@ -131,13 +153,19 @@ def _tables(statistics: Statistics) -> list[tuple[str, list[list[str]]]]:
 def _columns(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )
 
 
 def _bars(histogram: Histogram, width: int) -> str:
-    labels = [f"{low:g} - {high:g}" for low, high in zip(histogram.edges, histogram.edges[1:], strict=False)]
+    labels = [
+        f"{low:g} - {high:g}"
+        for low, high in zip(histogram.edges, histogram.edges[1:], strict=False)
+    ]
     labels[-1] = f"from {histogram.edges[-2]:g}"
     counts = [str(count) for count in histogram.counts]
     label_width, count_width = max(map(len, labels)), max(map(len, counts))
@@ -145,7 +173,8 @@ def _bars(histogram: Histogram, width: int) -> str:
     eighths = [round(8 * room * count / max(histogram.counts)) for count in histogram.counts]
     bars = ["█" * (n // 8) + EIGHTHS[n % 8].strip() for n in eighths]
     return "\n".join(
-        f"{label:>{label_width}}  {count:>{count_width}}  {bar}".rstrip() for label, count, bar in zip(labels, counts, bars, strict=True)
+        f"{label:>{label_width}}  {count:>{count_width}}  {bar}".rstrip()
+        for label, count, bar in zip(labels, counts, bars, strict=True)
     )
 
 
@@ -173,7 +202,9 @@ def _picture(statistics: Statistics) -> bytes:
     except ImportError as error:
         raise UserError("drawing needs matplotlib: pip install 'asrllm[plot]'") from error
     figure: Any = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (measure, h) in zip(figure.subplots(1, len(statistics.histograms)), statistics.histograms.items(), strict=True):
+    for axes, (measure, h) in zip(
+        figure.subplots(1, len(statistics.histograms)), statistics.histograms.items(), strict=True
+    ):
         axes.bar(h.edges[:-1], h.counts, width=np.diff(h.edges), align="edge", edgecolor="white")
         axes.set(xlabel=DRAWN[measure], ylabel="utterances")
     out = io.BytesIO()
@@ -184,7 +215,9 @@ def _picture(statistics: Statistics) -> bytes:
 def _page(statistics: Statistics, picture: bytes) -> str:
     name = html.escape(statistics.name)
     tables = "".join(f"<table>{_html_rows(rows)}</table>" for _, rows in _tables(statistics))
-    image = f'<img alt="histograms" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    image = (
+        f'<img alt="histograms" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    )
     head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}<h1>{name}</h1><p>{html.escape(_totals(statistics))}</p>{tables}{image}</html>\n'
 
@@ -192,5 +225,6 @@ def _page(statistics: Statistics, picture: bytes) -> str:
 def _html_rows(rows: list[list[str]]) -> str:
     tags = ["th"] + ["td"] * (len(rows) - 1)
     return "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>" for tag, row in zip(tags, rows, strict=True)
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(tags, rows, strict=True)
     )

@@ -14,12 +14,16 @@ from urllib.parse import quote
 from asrllm.errors import UserError
 
 T = TypeVar("T")
-Pause = Callable[[float], object]  # waits so many seconds; between the chunks of a download it is called with 0
+Pause = Callable[
+    [float], object
+]  # waits so many seconds; between the chunks of a download it is called with 0
 
 ATTEMPTS = 6
 DELAY = 0.5  # seconds before the second attempt, twice as long before each one after it
 MAX_DELAY = 30.0  # seconds
-CHUNK = 8 * 2**20  # bytes of a file under way that are held in memory; on object stores this is one request
+CHUNK = (
+    8 * 2**20
+)  # bytes of a file under way that are held in memory; on object stores this is one request
 SIZE_THREADS = 32
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "az", "hf", "file")
@@ -35,10 +39,18 @@ NO_CREDENTIALS = (
     "DefaultCredentialsError",
     "ClientAuthenticationError",
 )
-PASSING = (408, 409, 412, 425, 429)  # states of HTTP below 500 that may be others at the next attempt
+PASSING = (
+    408,
+    409,
+    412,
+    425,
+    429,
+)  # states of HTTP below 500 that may be others at the next attempt
 
 logger = logging.getLogger(__name__)
-_jitter = random.SystemRandom()  # leaves the seeded generator alone, and differs between forked workers
+_jitter = (
+    random.SystemRandom()
+)  # leaves the seeded generator alone, and differs between forked workers
 _kept: dict[int, Any] = {}  # every filesystem of this process: see _filesystem
 
 
@@ -103,7 +115,9 @@ def _remote_size(url: str) -> int | None:
     if info.get("type") == "directory":  # object stores answer so for the prefix of other objects
         return None
     if info["size"] is None:
-        raise UserError(f"the server does not tell the size of {shown(url)}: use one that sends Content-Length, or copy the file")
+        raise UserError(
+            f"the server does not tell the size of {shown(url)}: use one that sends Content-Length, or copy the file"
+        )
     return info["size"]
 
 
@@ -112,7 +126,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs  # 60 ms, which local files need not spend
 
     import_driver(url)
-    fs, path = url_to_fs(url, use_listings_cache=False)  # a listing from before must not decide whether a file exists
+    fs, path = url_to_fs(
+        url, use_listings_cache=False
+    )  # a listing from before must not decide whether a file exists
     # After a fork fsspec drops the parent's instances. Freed in the child, they would take their connections out of the epoll set that
     # parent and child share, and the parent's next request would hear nothing until its timeout.
     _kept[id(fs)] = fs
@@ -128,7 +144,9 @@ def check_scheme(url: str) -> None:
     scheme = url.partition("://")[0].lower()
     if scheme not in SCHEMES or "::" in url:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise UserError(f"{shown(url)}: the scheme {scheme!r} is not supported. Use one of {known}.")
+        raise UserError(
+            f"{shown(url)}: the scheme {scheme!r} is not supported. Use one of {known}."
+        )
 
 
 def import_driver(url: str) -> None:
@@ -142,7 +160,9 @@ def import_driver(url: str) -> None:
     except ImportError as error:
         extra = _extra(url)
         install = f"pip install 'asrllm[{extra}]'" if extra else str(error)
-        raise UserError(f"{shown(url)} cannot be read without another package ({error.__cause__ or error}): {install}") from error
+        raise UserError(
+            f"{shown(url)} cannot be read without another package ({error.__cause__ or error}): {install}"
+        ) from error
 
 
 def _extra(url: str) -> str | None:
@@ -161,7 +181,9 @@ def _said(error: BaseException, url: str) -> str:
     return ": ".join(part for part in (name, text[:300]) if part)  # timeouts have no text
 
 
-def retried(action: Callable[[], T], url: str, *, attempts: int, delay: float, pause: Pause = time.sleep) -> T:
+def retried(
+    action: Callable[[], T], url: str, *, attempts: int, delay: float, pause: Pause = time.sleep
+) -> T:
     """The action's result; on errors that may pass it is run again, up to so many attempts. Raises UserError for all others."""
     for attempt in range(1, attempts + 1):
         try:
@@ -174,30 +196,48 @@ def retried(action: Callable[[], T], url: str, *, attempts: int, delay: float, p
                 raise problem from error
             if attempt == attempts:
                 message = f"{shown(url)} cannot be read: {attempts} attempts failed, the last one with {_said(error, url)}"
-                raise UserError(f"{message}: check the file, the server and the connection") from error
+                raise UserError(
+                    f"{message}: check the file, the server and the connection"
+                ) from error
             wait = min(delay * 2 ** (attempt - 1), MAX_DELAY) * _jitter.uniform(0.5, 1.5)
-            logger.warning("%s: attempt %d of %d failed (%s)", shown(url), attempt, attempts, _said(error, url))
+            logger.warning(
+                "%s: attempt %d of %d failed (%s)", shown(url), attempt, attempts, _said(error, url)
+            )
             pause(wait)
     raise AssertionError("attempts must be at least 1")
 
 
 def _true_cause(error: Exception, url: str) -> Exception:
     """What lies behind a "not found", which fsspec's http says of every failure."""
-    hidden = error.__cause__ if isinstance(error, FileNotFoundError) and _extra(url) == "http" else None
+    hidden = (
+        error.__cause__ if isinstance(error, FileNotFoundError) and _extra(url) == "http" else None
+    )
     return hidden if isinstance(hidden, Exception) else error
 
 
 def _lasting_problem(error: BaseException, url: str) -> UserError | None:
     """What no further attempt mends; None where one may help."""
     status = _status(error)
-    if status in (404, 410) or (status is None and isinstance(error, (FileNotFoundError, IsADirectoryError))):
-        return _MissingError(f"{shown(url)} does not exist: check the address, and that all shards are there")
-    if status in (401, 403) or isinstance(error, PermissionError) or type(error).__name__ in NO_CREDENTIALS:
+    if status in (404, 410) or (
+        status is None and isinstance(error, (FileNotFoundError, IsADirectoryError))
+    ):
+        return _MissingError(
+            f"{shown(url)} does not exist: check the address, and that all shards are there"
+        )
+    if (
+        status in (401, 403)
+        or isinstance(error, PermissionError)
+        or type(error).__name__ in NO_CREDENTIALS
+    ):
         hint = CREDENTIALS.get(_extra(url) or "", "give credentials that may read it")
         return UserError(f"{shown(url)} may not be read ({_said(error, url)}): {hint}")
-    if isinstance(error, TimeoutError) or status in PASSING:  # S3 sends RequestTimeout with the status 400
+    if (
+        isinstance(error, TimeoutError) or status in PASSING
+    ):  # S3 sends RequestTimeout with the status 400
         return None
-    if (status is not None and 400 <= status < 500) or isinstance(error, (ValueError, TypeError, NotImplementedError)):
+    if (status is not None and 400 <= status < 500) or isinstance(
+        error, (ValueError, TypeError, NotImplementedError)
+    ):
         return UserError(f"{shown(url)} cannot be read ({_said(error, url)}): check the address")
     return None
 
@@ -210,7 +250,11 @@ def _status(error: BaseException | None) -> int | None:
             response = response.get("ResponseMetadata", {})
             found = [response.get("HTTPStatusCode")]
         else:  # aiohttp, azure, requests; then gcsfs, since aiohttp warns about its own `code`
-            found = [getattr(error, "status", None), getattr(error, "status_code", None), getattr(response, "status_code", None)]
+            found = [
+                getattr(error, "status", None),
+                getattr(error, "status_code", None),
+                getattr(response, "status_code", None),
+            ]
             if type(error).__module__.startswith("gcsfs"):
                 found.append(getattr(error, "code", None))
         if statuses := [status for status in found if isinstance(status, int)]:
@@ -241,7 +285,9 @@ def open_remote(url: str, offset: int, version: str | None) -> _Opened:
         source.seek(offset)
     else:
         offset = 0
-    return _Opened(source=source, offset=offset, version=now, size=size if isinstance(size, int) else None)
+    return _Opened(
+        source=source, offset=offset, version=now, size=size if isinstance(size, int) else None
+    )
 
 
 def _open_http(fs: Any, url: str, offset: int, version: str | None) -> _Opened:
@@ -250,9 +296,15 @@ def _open_http(fs: Any, url: str, offset: int, version: str | None) -> _Opened:
 
     # aiohttp's own limit is 5 minutes for the whole file; here only a connection that stands still is given up
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}  # the tar as it lies there, so that lengths agree
+    headers = {
+        **fs.kwargs.get("headers", {}),
+        "Accept-Encoding": "identity",
+    }  # the tar as it lies there, so that lengths agree
     if offset and version is not None:
-        headers |= {"Range": f"bytes={offset}-", "If-Range": version}  # the whole file comes if it was replaced
+        headers |= {
+            "Range": f"bytes={offset}-",
+            "If-Range": version,
+        }  # the whole file comes if it was replaced
     # block_size=0 asks for the stream, any size saves a HEAD request
     source = fs.open(url, "rb", block_size=0, size=1, headers=headers, timeout=timeout)
     answer = source.r
@@ -261,7 +313,12 @@ def _open_http(fs: Any, url: str, offset: int, version: str | None) -> _Opened:
         return _Opened(source=source, offset=offset, version=None, size=None)
     tag, length = answer.headers.get("ETag"), answer.headers.get("Content-Length")
     strong = tag if tag is not None and not tag.startswith("W/") else None
-    return _Opened(source=source, offset=offset, version=strong, size=offset + int(length) if length is not None else None)
+    return _Opened(
+        source=source,
+        offset=offset,
+        version=strong,
+        size=offset + int(length) if length is not None else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,9 @@ NO_SPACE_BETWEEN = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uff9f\U0002000
 # Whisper's, in its order: words in <> or [], then words in ()
 TAGS = (re.compile(r"[<\[][^>\]]*[>\]]"), re.compile(r"\([^)]+?\)"))
 # characters that are not seen, but are of a visible category: grapheme joiner, Mongolian and other variation selectors
-INVISIBLE_MARKS = frozenset([0x34F, 0x180B, 0x180C, 0x180D, 0x180F, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
+INVISIBLE_MARKS = frozenset(
+    [0x34F, 0x180B, 0x180C, 0x180D, 0x180F, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]
+)
 
 
 class _Invisible(dict[int, int | None]):
@@ -80,7 +82,9 @@ def zh_numbers(text: str) -> str:
     """zh with numbers as digits, so that 一百二十三 and 123 are the same. Needs the extra `zh`."""
     text = unicodedata.normalize("NFKC", drop_tags(drop_invisible(text)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # cn2an's, of what is no number and stays as it is: 万一
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # cn2an's, of what is no number and stays as it is: 万一
         return _simplify(_fold(_digits()(text)))
 
 
@@ -107,7 +111,9 @@ def _digits() -> Callable[[str], str]:
     try:
         import cn2an
     except ImportError as error:
-        raise UserError("the normalizer 'zh-numbers' needs cn2an: pip install 'asrllm[zh]'") from error
+        raise UserError(
+            "the normalizer 'zh-numbers' needs cn2an: pip install 'asrllm[zh]'"
+        ) from error
     return functools.partial(cn2an.transform, method="cn2an")
 
 
@@ -136,7 +142,13 @@ def join_texts(texts: Iterable[str]) -> str:
     return joined
 
 
-NORMALIZERS: dict[str, Callable[[str], str]] = {"basic": basic, "en": en, "zh": zh, "zh-numbers": zh_numbers, "none": none}
+NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "basic": basic,
+    "en": en,
+    "zh": zh,
+    "zh-numbers": zh_numbers,
+    "none": none,
+}
 BY_LANGUAGE = {"en": "en", "zh": "zh", "yue": "zh"}
 THREE_LETTERS = {"eng": "en", "zho": "zh", "chi": "zh", "cmn": "zh"}  # ISO 639-2 and -3 -> 639-1
 

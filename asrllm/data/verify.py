@@ -39,7 +39,11 @@ UNBOUNDED = 1 << 62  # bytes; each process holds one tar, and removes it
 
 
 def index_tars(
-    tars: Sequence[str], output: str | Path | None = None, *, workers: int = 1, advance: Advance = lambda count: None
+    tars: Sequence[str],
+    output: str | Path | None = None,
+    *,
+    workers: int = 1,
+    advance: Advance = lambda count: None,
 ) -> ShardSummary:
     """Write an index of tars (local paths or URLs) into `output`, by default the directory where they lie.
 
@@ -52,16 +56,27 @@ def index_tars(
     records, rejected = _scan_all(tars, folder, workers, advance)
     reasons = Counter(sample.reason for samples in rejected for sample in samples)
     if not any(len(record.rows) for record in records):
-        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "they are empty"
-        example = next((f"; the first: {s.key}: {s.detail}" for samples in rejected for s in samples), "")
+        said = (
+            ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+            or "they are empty"
+        )
+        example = next(
+            (f"; the first: {s.key}: {s.detail}" for samples in rejected for s in samples), ""
+        )
         raise UserError(f"the tars hold no utterance that could be used: {said}{example}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for tar, record in zip(tars, records, strict=True):
             _link(tar, folder / record.name)
         if reasons:
-            lines = [rejected_line(s.key, s.reason, f"{r.name}: {s.detail}") for r, bad in zip(records, rejected, strict=True) for s in bad]
-            (folder / "rejected.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            lines = [
+                rejected_line(s.key, s.reason, f"{r.name}: {s.detail}")
+                for r, bad in zip(records, rejected, strict=True)
+                for s in bad
+            ]
+            (folder / "rejected.jsonl").write_text(
+                "".join(lines), encoding="utf-8", errors="backslashreplace"
+            )
         index = write_index(folder, records)
     except OSError as error:
         raise UserError(f"the index cannot be written to {str(folder)!r}: {error}") from error
@@ -109,7 +124,9 @@ def _link(tar: str, place: Path) -> None:
     try:
         place.symlink_to(tar)
     except FileExistsError as error:
-        raise UserError(f"{str(place)!r} exists, but the index needs a link to {tar!r} there. Give --output another directory.") from error
+        raise UserError(
+            f"{str(place)!r} exists, but the index needs a link to {tar!r} there. Give --output another directory."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -122,16 +139,28 @@ class _Tar:
     repeated: tuple[int, ...] = ()
 
 
-def _scan_all(tars: Sequence[str], folder: Path, workers: int, advance: Advance) -> tuple[list[ShardRecord], list[list[BadSample]]]:
+def _scan_all(
+    tars: Sequence[str], folder: Path, workers: int, advance: Advance
+) -> tuple[list[ShardRecord], list[list[BadSample]]]:
     """The record of each tar, and what is left out of it; of a key in several tars the first one stays."""
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
-        jobs = [_Tar(tar, name, Path(cache)) for tar, name in zip(tars, _names(tars, folder), strict=True)]
+        jobs = [
+            _Tar(tar, name, Path(cache))
+            for tar, name in zip(tars, _names(tars, folder), strict=True)
+        ]
         found = dict(run_parallel(_scan, jobs, workers, advance))
         seen = SeenKeys()
         repeated = [tuple(np.flatnonzero(seen.add(found[i][2])).tolist()) for i in range(len(tars))]
-        again = [_Tar(job.where, job.name, job.cache, rows) for job, rows in zip(jobs, repeated, strict=True) if rows]
+        again = [
+            _Tar(job.where, job.name, job.cache, rows)
+            for job, rows in zip(jobs, repeated, strict=True)
+            if rows
+        ]
         numbers = [i for i, rows in enumerate(repeated) if rows]
-        found |= {numbers[n]: result for n, result in run_parallel(_scan, again, workers, lambda count: None)}
+        found |= {
+            numbers[n]: result
+            for n, result in run_parallel(_scan, again, workers, lambda count: None)
+        }
     return [found[i][0] for i in range(len(tars))], [found[i][1] for i in range(len(tars))]
 
 
@@ -140,7 +169,9 @@ def _scan(tar: _Tar, advance: Advance) -> tuple[ShardRecord, list[BadSample], np
     with _local(RemoteFile(url=tar.where), tar.cache) as path:
         record, bad, keys = scan_shard(path, name=tar.name)
         if tar.repeated:
-            record, bad, keys = scan_shard(path, name=tar.name, skip={keys[i] for i in tar.repeated})
+            record, bad, keys = scan_shard(
+                path, name=tar.name, skip={keys[i] for i in tar.repeated}
+            )
     advance(1)
     return record, bad, hash_keys(keys)
 
@@ -186,21 +217,30 @@ class _Shard:
     cache: Path
 
 
-def verify_shards(index: Index, *, workers: int = 1, advance: Advance = lambda count: None) -> list[Problem]:
+def verify_shards(
+    index: Index, *, workers: int = 1, advance: Advance = lambda count: None
+) -> list[Problem]:
     """Every disagreement between the index and its shards: all samples are decoded. advance: told of samples."""
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
         pieces = [slice(*index.starts[i : i + 2]) for i in range(len(index.shards))]
-        shards = (_Shard(index.file(i), np.array(index.rows[piece]), Path(cache)) for i, piece in enumerate(pieces))
+        shards = (
+            _Shard(index.file(i), np.array(index.rows[piece]), Path(cache))
+            for i, piece in enumerate(pieces)
+        )
         found = dict(run_parallel(_check_shard, shards, workers, advance))
         seen = SeenKeys()
         repeated = {i: found[i].rows[seen.add(found[i].hashes)] for i in range(len(pieces))}
         # the keys themselves, of millions of samples, are not held
         again = {
-            i: _repeated_keys(_Shard(index.file(i), np.array(index.rows[pieces[i]])[rows], Path(cache)))
+            i: _repeated_keys(
+                _Shard(index.file(i), np.array(index.rows[pieces[i]])[rows], Path(cache))
+            )
             for i, rows in repeated.items()
             if len(rows)
         }
-    return [problem for i in range(len(pieces)) for problem in (*found[i].problems, *again.get(i, ()))]
+    return [
+        problem for i in range(len(pieces)) for problem in (*found[i].problems, *again.get(i, ()))
+    ]
 
 
 @dataclass(frozen=True)
@@ -223,7 +263,9 @@ def _check_shard(shard: _Shard, advance: Advance) -> _Checked:
             if key:
                 keys[number] = key
             if reason:
-                problems.append(Problem(shard=name, key=key or f"row {number}", reason=reason, detail=detail))
+                problems.append(
+                    Problem(shard=name, key=key or f"row {number}", reason=reason, detail=detail)
+                )
             advance(1)
     return _Checked(problems, np.array(list(keys), np.int64), hash_keys(list(keys.values())))
 
@@ -233,7 +275,10 @@ def _repeated_keys(shard: _Shard) -> list[Problem]:
     with _local(shard.file, shard.cache) as path:
         keys = [_check_sample(data, row)[0] for row, data in _stretches(path, shard.rows)]
     detail = "the key stands in the shards more than once"
-    return [Problem(shard=shard.file.url, key=key, reason="duplicate_key", detail=detail) for key in keys]
+    return [
+        Problem(shard=shard.file.url, key=key, reason="duplicate_key", detail=detail)
+        for key in keys
+    ]
 
 
 def _stretches(path: Path, rows: np.ndarray) -> Iterator[tuple[np.void, bytes]]:
@@ -251,7 +296,11 @@ def _check_sample(data: bytes, row: np.void) -> tuple[str, str, str]:
     except (tarfile.TarError, ValueError, OSError) as error:
         return "", "unreadable_tar", f"no sample lies at block {row['offset']}: {error}"
     if len(samples) != 1:
-        return "", "unreadable_tar", f"{len(samples)} samples lie at block {row['offset']} instead of one"
+        return (
+            "",
+            "unreadable_tar",
+            f"{len(samples)} samples lie at block {row['offset']} instead of one",
+        )
     (sample,) = samples
     if isinstance(sample, BadSample):
         return sample.key, sample.reason, sample.detail
@@ -261,14 +310,22 @@ def _check_sample(data: bytes, row: np.void) -> tuple[str, str, str]:
     if not text.strip():
         return sample.key, "empty_text", "the transcript is empty"
     if min(len(text.encode("utf-8", "surrogatepass")), 65535) != row["text_bytes"]:
-        return sample.key, "changed_text", f"the index says {row['text_bytes']} bytes of text, there are {len(text.encode())}"
+        return (
+            sample.key,
+            "changed_text",
+            f"the index says {row['text_bytes']} bytes of text, there are {len(text.encode())}",
+        )
     try:
         wave, rate = read_stretch(open_audio(f"{sample.key}.{sample.extension}", sample.audio))
     except UserError as error:
         return sample.key, "unreadable_audio", str(error)
     seconds, expected = len(wave) / rate, int(row["samples"]) / RATE
     if abs(seconds - expected) > MAX_DURATION_ERROR:
-        return sample.key, "duration_mismatch", f"the index says {expected:.3f} s, the audio has {seconds:.3f} s"
+        return (
+            sample.key,
+            "duration_mismatch",
+            f"the index says {expected:.3f} s, the audio has {seconds:.3f} s",
+        )
     if not np.isfinite(wave).all():
         return sample.key, "non_finite_audio", "the audio holds NaN or infinite values"
     return sample.key, "", ""

@@ -13,11 +13,22 @@ import numpy as np
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.escape import escape
-from asrllm.evaluation.score import Errors, Transcript, bootstrap_interval, characters, errors, fitting_metric, groups_of, sum_by
+from asrllm.evaluation.score import (
+    Errors,
+    Transcript,
+    bootstrap_interval,
+    characters,
+    errors,
+    fitting_metric,
+    groups_of,
+    sum_by,
+)
 from asrllm.text_files import parse_json, read_json_object, read_text
 
 PERMUTATIONS = 10_000
-RECOGS_LINE = re.compile(r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])")
+RECOGS_LINE = re.compile(
+    r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +124,9 @@ def compare_results(a: Path, b: Path) -> dict[str, Comparison]:
     of_a, of_b = find_sets(a, like=b), find_sets(b, like=a)
     names = [name for name in of_a if name in of_b]
     if not names:
-        raise UserError(f"{str(a)!r} (sets: {', '.join(of_a)}) and {str(b)!r} (sets: {', '.join(of_b)}) have no test set in common")
+        raise UserError(
+            f"{str(a)!r} (sets: {', '.join(of_a)}) and {str(b)!r} (sets: {', '.join(of_b)}) have no test set in common"
+        )
     return {name: compare_files(of_a[name], of_b[name]) for name in names}
 
 
@@ -127,12 +140,18 @@ def find_sets(place: Path, *, like: Path | None = None) -> dict[str, Path]:
     if place.is_file():
         name = re.sub("^(generations|recogs)-", "", place.stem)
         sets = find_sets(like) if like is not None else {}
-        return {next((known for known in sets if name == known or name.startswith(f"{known}-")), name): place}
+        return {
+            next(
+                (known for known in sets if name == known or name.startswith(f"{known}-")), name
+            ): place
+        }
     folders = [place, *sorted(path.parent for path in place.glob("*/results.json"))]
     found = [sets for folder in folders if (sets := newest_sets(folder))]
     if len(found) != 1:
         what = "has several decodings" if found else "holds no generations-*.jsonl"
-        raise UserError(f"{str(place)!r} {what}: give such as EXP/greedy_search, or a file generations-*.jsonl or recogs-*.txt")
+        raise UserError(
+            f"{str(place)!r} {what}: give such as EXP/greedy_search, or a file generations-*.jsonl or recogs-*.txt"
+        )
     return found[0]
 
 
@@ -142,7 +161,9 @@ def newest_sets(folder: Path) -> dict[str, Path]:
     if not path.is_file():
         return {}
     results = read_json_object(path, "the results")
-    named = {name: entry.get("generations") for name, entry in results.items() if isinstance(entry, dict)}
+    named = {
+        name: entry.get("generations") for name, entry in results.items() if isinstance(entry, dict)
+    }
     return {name: folder / file for name, file in named.items() if isinstance(file, str)}
 
 
@@ -151,16 +172,22 @@ def compare_files(a: Path, b: Path) -> Comparison:
     rows, others = read_rows(a), read_rows(b)
     name = one_normalizer(a, rows, b, others)
     first, second = by_key(rows, name), by_key(others, name)
-    if is_recogs(a) != is_recogs(b):  # those of an evaluation are normalised, and most normalisers change their own results
+    if is_recogs(a) != is_recogs(
+        b
+    ):  # those of an evaluation are normalised, and most normalisers change their own results
         if is_recogs(a) and same_references(as_written := by_key(rows, "none"), second):
             first = as_written
         elif is_recogs(b) and same_references(first, as_written := by_key(others, "none")):
             second = as_written
     if only := sorted(first.keys() ^ second.keys()):
-        raise UserError(f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone")
+        raise UserError(
+            f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone"
+        )
     if other := [key for key in first if not same_reference(first[key], second[key])]:
         pair = f"{first[other[0]].reference!r} and {second[other[0]].reference!r}"
-        raise UserError(f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}: {pair}")
+        raise UserError(
+            f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}: {pair}"
+        )
     return compare(list(first.values()), [second[key] for key in first], normalizer=name)
 
 
@@ -178,12 +205,21 @@ def same_references(a: Mapping[str, Transcript], b: Mapping[str, Transcript]) ->
     return a.keys() == b.keys() and all(same_reference(a[key], b[key]) for key in a)
 
 
-def one_normalizer(a: Path, rows: Sequence[dict[str, Any]], b: Path, others: Sequence[dict[str, Any]]) -> str:
+def one_normalizer(
+    a: Path, rows: Sequence[dict[str, Any]], b: Path, others: Sequence[dict[str, Any]]
+) -> str:
     """Return the name of the normaliser that both were scored by; recogs-*.txt do not say any."""
-    named = {str(row["normalizer"]): str(path) for path, found in ((a, rows), (b, others)) for row in found if "normalizer" in row}
+    named = {
+        str(row["normalizer"]): str(path)
+        for path, found in ((a, rows), (b, others))
+        for row in found
+        if "normalizer" in row
+    }
     if len(named) > 1:
         said = " and ".join(f"{path!r} by {name!r}" for name, path in named.items())
-        raise UserError(f"two normalizers are no comparison, {said}: evaluate one of them again with normalizer=")
+        raise UserError(
+            f"two normalizers are no comparison, {said}: evaluate one of them again with normalizer="
+        )
     return next(iter(named), "none")
 
 
@@ -204,12 +240,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """{"key", "ref", "hyp", ...} of each utterance in a generations-*.jsonl or a recogs-*.txt (icefall's too)."""
     lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may hold U+2028
     try:
-        rows = _read_recogs(lines) if is_recogs(path) else [parse_json(line) for line in lines if line]
-        rows = [row | {name: row[name] for name in ("key", "ref", "hyp")} | {"duration": float(row.get("duration", 0))} for row in rows]
+        rows = (
+            _read_recogs(lines) if is_recogs(path) else [parse_json(line) for line in lines if line]
+        )
+        rows = [
+            row
+            | {name: row[name] for name in ("key", "ref", "hyp")}
+            | {"duration": float(row.get("duration", 0))}
+            for row in rows
+        ]
         if not all(isinstance(row[name], str) for row in rows for name in ("key", "ref", "hyp")):
             raise ValueError("key, ref and hyp must be texts")
     except (ValueError, SyntaxError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is no file generations-*.jsonl or recogs-*.txt: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{str(path)!r} is no file generations-*.jsonl or recogs-*.txt: {type(error).__name__}: {error}"
+        ) from error
     counts = Counter(row["key"] for row in rows)
     if repeated := [key for key, count in counts.items() if count > 1]:
         raise UserError(
@@ -217,7 +262,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             "Give every utterance a key of its own, and evaluate again."
         )
     if not rows:
-        raise UserError(f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt")
+        raise UserError(
+            f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt"
+        )
     return rows
 
 

@@ -10,9 +10,9 @@ import torch
 from asrllm.checkpoints.average import Average
 from asrllm.data.config import CacheConfig
 from asrllm.data.text import normalizer
+from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
-from asrllm.training.config import WandbConfig
-from asrllm.training.distributed import multiplies_bfloat16
+from asrllm.training.run_config import WandbConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,13 @@ class ModelChoice:
     @property
     def average(self) -> Average:
         epoch = self.epoch if self.iter == 0 else 0
-        return Average(iteration=self.iter, epoch=epoch, avg=self.avg, running=self.use_averaged_model, lora=self.lora)
+        return Average(
+            iteration=self.iter,
+            epoch=epoch,
+            avg=self.avg,
+            running=self.use_averaged_model,
+            lora=self.lora,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +69,27 @@ class EvaluationRun:
 
     def __post_init__(self) -> None:
         if not self.exp_dir:
-            raise UserError("exp_dir is not set: give the directory of a trained run, exp_dir=exp/NAME")
+            raise UserError(
+                "exp_dir is not set: give the directory of a trained run, exp_dir=exp/NAME"
+            )
         if not self.data.test_data_config:
             raise UserError("data.test_data_config is not set: give the YAML list of test sets")
         if self.num_beams < 1 or self.max_new_tokens < 1:
-            raise UserError(f"num_beams={self.num_beams} and max_new_tokens={self.max_new_tokens} must be at least 1")
+            raise UserError(
+                f"num_beams={self.num_beams} and max_new_tokens={self.max_new_tokens} must be at least 1"
+            )
         if self.repetition_guard is not None and self.repetition_guard < 1:
-            raise UserError(f"repetition_guard={self.repetition_guard} must be at least 1, or null for no guard")
+            raise UserError(
+                f"repetition_guard={self.repetition_guard} must be at least 1, or null for no guard"
+            )
         if self.report_audio < 0:
-            raise UserError(f"report_audio={self.report_audio} must not be below 0: it is how many utterances of a set can be heard")
+            raise UserError(
+                f"report_audio={self.report_audio} must not be below 0: it is how many utterances of a set can be heard"
+            )
         if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
-            raise UserError(f"step_timeout={self.step_timeout} is not a number of seconds. Use a value above 0, or 0 or null for no limit.")
+            raise UserError(
+                f"step_timeout={self.step_timeout} is not a number of seconds. Use a value above 0, or 0 or null for no limit."
+            )
         for key, value in (
             ("max_tokens_per_second", self.max_tokens_per_second),
             ("data.max_batch_duration", self.data.max_batch_duration),
@@ -97,7 +113,9 @@ class EvaluationRun:
         return "pretrained"
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        is_bf16 = multiplies_bfloat16(device) if self.precision == "auto" else self.precision == "bf16"
+        is_bf16 = (
+            multiplies_bfloat16(device) if self.precision == "auto" else self.precision == "bf16"
+        )
         return torch.bfloat16 if is_bf16 else torch.float32
 
     @property

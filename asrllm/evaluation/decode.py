@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from asrllm import distributed
 from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
@@ -16,11 +17,10 @@ from asrllm.data.index import RATE
 from asrllm.data.plan import Item
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import Engine, WithinMemory
-from asrllm.evaluation.journal import Journal, Said
+from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.score import Transcript
-from asrllm.models.generation import Answer
+from asrllm.models.asr_llm.generation import Answer
 from asrllm.progress import ProgressBar
-from asrllm.training import distributed
 from asrllm.training.watchdog import Watchdog
 
 FEWEST_BATCHES = 4  # of a rank, about: else one of a small set may have twice the work of another
@@ -54,35 +54,54 @@ def decode_corpus(
     watchdog = watchdog or Watchdog()
     engine = WithinMemory(engine)
     done = {said.row: said for said in journal.read()}
-    lengths, longest = np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to), options.max_batch_duration
+    lengths, longest = (
+        np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to),
+        options.max_batch_duration,
+    )
     if (ranks := distributed.world_size()) > 1:
         longest = min(longest, float(lengths.sum()) / ranks / FEWEST_BATCHES)
     batches = make_batches(lengths, longest, skip=done)
     mine = batches[distributed.rank() :: distributed.world_size()]
     reader = Reader([corpus], limits=engine.limits, cache=cache)
-    decoded: list[Said] = []
-    with ProgressBar(f"decoding {corpus.name}", sum(map(len, mine)), enabled=distributed.rank() == 0 and bool(mine)) as bar, journal:
+    decoded: list[DecodedUtterance] = []
+    with (
+        ProgressBar(
+            f"decoding {corpus.name}",
+            sum(map(len, mine)),
+            enabled=distributed.rank() == 0 and bool(mine),
+        ) as bar,
+        journal,
+    ):
         began = time.monotonic()
         watchdog.beat(f"reading {corpus.name}")
         for rows, samples in read_ahead(reader, mine):
             watchdog.beat(f"decoding {corpus.name}", [sample.key for sample in samples])
             answers = engine.answer([s.wave for s in samples], [options.prompt] * len(samples))
             took = (time.monotonic() - began) / len(rows)
-            said = [make_said(*each, took) for each in zip(rows, samples, answers, strict=True)]
+            said = [
+                make_utterance(*each, took) for each in zip(rows, samples, answers, strict=True)
+            ]
             journal.write(said)
             decoded += said
             bar.advance(len(rows))
             began = time.monotonic()
     watchdog.beat(f"waiting for what the other ranks decoded of {corpus.name}")
-    everything = [*done.values(), *(said for rank in distributed.gather_objects(decoded) for said in rank)]
-    transcripts = [make_transcript(said, normalize) for said in sorted(everything, key=lambda said: said.row)]
+    everything = [
+        *done.values(),
+        *(said for rank in distributed.gather_objects(decoded) for said in rank),
+    ]
+    transcripts = [
+        make_transcript(said, normalize) for said in sorted(everything, key=lambda said: said.row)
+    ]
     seconds: Counter[int] = Counter()
     for said in everything:
         seconds[said.rank] += said.took
     return Decoded(transcripts, sum(t.duration for t in transcripts) / max(*seconds.values(), 1e-9))
 
 
-def make_batches(seconds: np.ndarray, max_duration: float, skip: Container[int] = ()) -> list[list[int]]:
+def make_batches(
+    seconds: np.ndarray, max_duration: float, skip: Container[int] = ()
+) -> list[list[int]]:
     """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included. seconds: (rows,) of each."""
     batches: list[list[int]] = []
     longest = 0.0
@@ -96,7 +115,9 @@ def make_batches(seconds: np.ndarray, max_duration: float, skip: Container[int] 
     return batches
 
 
-def read_ahead(reader: Reader, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], list[Sample]]]:
+def read_ahead(
+    reader: Reader, batches: Sequence[list[int]]
+) -> Iterator[tuple[list[int], list[Sample]]]:
     """The next batch is read while one is decoded."""
     with ThreadPoolExecutor(1) as pool:
         ahead = [pool.submit(read_batch, reader, rows) for rows in batches[:1]]
@@ -111,12 +132,16 @@ def read_batch(reader: Reader, rows: Sequence[int]) -> list[Sample]:
     try:
         return [reader.read(Item(corpus=0, row=row)) for row in rows]
     except SampleError as error:
-        raise UserError(f"an utterance of the test set cannot be decoded: {error}; leave it out of the set") from error
+        raise UserError(
+            f"an utterance of the test set cannot be decoded: {error}; leave it out of the set"
+        ) from error
 
 
-def make_said(row: int, sample: Sample, answer: Answer, took: float) -> Said:
-    speaker, recording, source = (str(sample.fields.get(name) or "") for name in ("speaker", "recording", "corpus"))
-    return Said(
+def make_utterance(row: int, sample: Sample, answer: Answer, took: float) -> DecodedUtterance:
+    speaker, recording, source = (
+        str(sample.fields.get(name) or "") for name in ("speaker", "recording", "corpus")
+    )
+    return DecodedUtterance(
         row=row,
         key=sample.key,
         reference=sample.text,
@@ -131,7 +156,7 @@ def make_said(row: int, sample: Sample, answer: Answer, took: float) -> Said:
     )
 
 
-def make_transcript(said: Said, normalize: Callable[[str], str]) -> Transcript:
+def make_transcript(said: DecodedUtterance, normalize: Callable[[str], str]) -> Transcript:
     return Transcript(
         key=said.key,
         reference=normalize(said.reference),

@@ -9,8 +9,8 @@ import torch
 
 from asrllm.data.index import RATE
 from asrllm.errors import UserError
-from asrllm.models.generation import Answer, generate
-from asrllm.models.model import AsrLlmModel
+from asrllm.models.asr_llm.generation import Answer, generate
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,24 @@ class TorchEngine:
     """This process's model. options: of generation.generate, such as max_new_tokens and num_beams."""
 
     def __init__(self, model: AsrLlmModel, options: dict[str, Any]) -> None:
-        self.model, self.options = model, {"generation_config": None, "max_tokens_per_second": None, "repetition_guard": None} | options
-        self.limits, self.padded_to = model.config.sample_limits(), WINDOW if model.config.pad_to_30s else 0.0
+        self.model, self.options = (
+            model,
+            {"generation_config": None, "max_tokens_per_second": None, "repetition_guard": None}
+            | options,
+        )
+        self.limits, self.padded_to = (
+            model.config.sample_limits(),
+            WINDOW if model.config.pad_to_30s else 0.0,
+        )
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         renderer = self.model.require_processor().renderer
-        return generate(self.model, list(waves), [renderer.user_messages(prompt) for prompt in prompts], **self.options)
+        return generate(
+            self.model,
+            list(waves),
+            [renderer.user_messages(prompt) for prompt in prompts],
+            **self.options,
+        )
 
 
 class WithinMemory:
@@ -57,13 +69,20 @@ class WithinMemory:
                 if not is_of_memory(error):
                     raise
                 if len(waves) == 1:
-                    raise UserError(f"the memory ends while {size / RATE:.1f} s of audio are decoded: free some ({error})") from error
+                    raise UserError(
+                        f"the memory ends while {size / RATE:.1f} s of audio are decoded: free some ({error})"
+                    ) from error
             self.too_much = size
-            logger.warning("the memory ended with a batch of %d utterances: batches of that size are halved from here on", len(waves))
+            logger.warning(
+                "the memory ended with a batch of %d utterances: batches of that size are halved from here on",
+                len(waves),
+            )
         half = len(waves) // 2
         return self.answer(waves[:half], prompts[:half]) + self.answer(waves[half:], prompts[half:])
 
 
 def is_of_memory(error: Exception) -> bool:
     """A GPU's memory, or the host's as torch's allocator or NumPy says it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asrllm.atomic import write_whole
 from asrllm.escape import escape
 from asrllm.evaluation.score import NOTHING, UNITS, Transcript
 from asrllm.evaluation.summary import Pairs, Scored
-from asrllm.writing import write_whole
 
 SHOWN_FOR_NOTHING = "*"
 
 
-def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: dict[str, Any]) -> dict[str, Any]:
+def write_results(
+    folder: Path, name: str, suffix: str, scored: Scored, about: dict[str, Any]
+) -> dict[str, Any]:
     """Write recogs-, errs-, wer-summary- and generations- of one test set; gives its entry for results.json.
 
     about: what the entry says beside, "normalizer" at least.
@@ -22,7 +24,9 @@ def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: d
     rate = f"{scored.main.rate:.2f}"
     write_whole(folder / f"recogs-{name}-{suffix}.txt", recogs_text(scored))
     write_whole(folder / f"errs-{name}-{suffix}.txt", errs_text(scored))
-    write_whole(folder / f"wer-summary-{name}-{suffix}.txt", f"settings\tWER\n{folder.name}\t{rate}\n")
+    write_whole(
+        folder / f"wer-summary-{name}-{suffix}.txt", f"settings\tWER\n{folder.name}\t{rate}\n"
+    )
     generations = f"generations-{name}-{suffix}.jsonl"
     write_whole(folder / generations, generations_text(scored.transcripts, about["normalizer"]))
     return scored.entry() | about | {"generations": generations}
@@ -65,9 +69,17 @@ def errs_text(scored: Scored) -> str:
     for t, pairs in zip(scored.transcripts, scored.pairs, strict=True):
         aligned = " ".join(escape(r) if r == h else f"({_shown(r)}->{_shown(h)})" for r, h in pairs)
         lines.append(f"{escape(t.key)}:\t{aligned}")
-    heads = {"SUBSTITUTIONS": "count ref -> hyp", "DELETIONS": "count ref", "INSERTIONS": "count hyp"}
+    heads = {
+        "SUBSTITUTIONS": "count ref -> hyp",
+        "DELETIONS": "count ref",
+        "INSERTIONS": "count hyp",
+    }
     for kind, counter in most_wrong(scored.pairs).items():
-        lines += ["", f"{kind}: {heads[kind]}", *(f"{n}   {escape(what)}" for what, n in counter.most_common())]
+        lines += [
+            "",
+            f"{kind}: {heads[kind]}",
+            *(f"{n}   {escape(what)}" for what, n in counter.most_common()),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +89,9 @@ def _shown(unit: str) -> str:
 
 def most_wrong(aligned: Sequence[Pairs]) -> dict[str, collections.Counter[str]]:
     """{"SUBSTITUTIONS" | "DELETIONS" | "INSERTIONS": how often each was}"""
-    wrong: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in ("SUBSTITUTIONS", "DELETIONS", "INSERTIONS")}
+    wrong: dict[str, collections.Counter[str]] = {
+        kind: collections.Counter() for kind in ("SUBSTITUTIONS", "DELETIONS", "INSERTIONS")
+    }
     for pairs in aligned:
         for r, h in pairs:
             if r == NOTHING:
@@ -92,7 +106,13 @@ def most_wrong(aligned: Sequence[Pairs]) -> dict[str, collections.Counter[str]]:
 def generations_text(transcripts: Sequence[Transcript], normalizer: str) -> str:
     """Texts as they are; normalizer: the one that they were scored by."""
     rows = [
-        {"key": t.key, "duration": round(t.duration, 3), "ref": t.raw_reference, "hyp": t.raw_hypothesis, "normalizer": normalizer}
+        {
+            "key": t.key,
+            "duration": round(t.duration, 3),
+            "ref": t.raw_reference,
+            "hyp": t.raw_hypothesis,
+            "normalizer": normalizer,
+        }
         | {name: value for name in ("speaker", "recording") if (value := getattr(t, name))}
         | ({"end": t.end} if t.end != "stop" else {})
         for t in transcripts

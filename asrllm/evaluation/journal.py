@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from asrllm.training import distributed
+from asrllm import distributed
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class DecodedUtterance:
     """One decoded utterance, texts as they are. row: in the corpus's index; took: seconds of `rank`, its share of the batch's."""
 
     row: int
@@ -46,9 +46,9 @@ class Journal:
     def files(self) -> list[Path]:
         return sorted(self.folder.glob(f".decoding-{self.name}.rank*.jsonl"))
 
-    def read(self) -> list[Said]:
+    def read(self) -> list[DecodedUtterance]:
         """What any rank has decoded, on every rank; files of something else are removed by the first."""
-        found: list[Said] = []
+        found: list[DecodedUtterance] = []
         if distributed.rank() == 0:
             for path in self.files():
                 said = self._read_file(path)
@@ -57,14 +57,14 @@ class Journal:
                 found += said
         return distributed.gather_objects(found)[0]
 
-    def _read_file(self, path: Path) -> list[Said]:
+    def _read_file(self, path: Path) -> list[DecodedUtterance]:
         found = []
         corrupted = 0
         lines = path.read_bytes().split(b"\n")
         for line in lines:
             checksum, _, content = line.partition(b" ")
             if checksum == self._checksum(content):
-                found.append(Said(**json.loads(content)))
+                found.append(DecodedUtterance(**json.loads(content)))
             elif line and line is not lines[-1]:  # the last one was being written
                 corrupted += 1
         if found and corrupted:
@@ -83,14 +83,19 @@ class Journal:
             self.file.write(b"\n")  # behind a line that was being written
         return self
 
-    def write(self, said: Sequence[Said]) -> None:
+    def write(self, said: Sequence[DecodedUtterance]) -> None:
         assert self.file is not None
         for each in said:
             content = json.dumps(asdict(each)).encode()
             self.file.write(self._checksum(content) + b" " + content + b"\n")
         self.file.flush()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         assert self.file is not None
         self.file.close()
 

@@ -28,7 +28,9 @@ def choose_normalizer(name: str, corpus: Corpus) -> str:
     return normalizer_of(language_of(corpus)) if name == "auto" else name
 
 
-def check_test_set(corpus: Corpus, cache: ShardCache, name: str, normalize: Callable[[str], str]) -> None:
+def check_test_set(
+    corpus: Corpus, cache: ShardCache, name: str, normalize: Callable[[str], str]
+) -> None:
     """Read every transcript, no audio. Raises UserError for repeated keys, and for references that give no error rate or a wrong one.
 
     name, normalize: the normaliser and its name.
@@ -40,7 +42,9 @@ def check_test_set(corpus: Corpus, cache: ShardCache, name: str, normalize: Call
         try:
             sample = reader.tar_sample(Item(corpus=0, row=row))
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(f"utterance {row} of the test set {corpus.name!r} cannot be read: {error}; index its tars again") from error
+            raise UserError(
+                f"utterance {row} of the test set {corpus.name!r} cannot be read: {error}; index its tars again"
+            ) from error
         keys[sample.key] += 1
         references.append(sample.fields["text"])
     if repeated := [key for key, count in keys.items() if count > 1]:
@@ -50,7 +54,9 @@ def check_test_set(corpus: Corpus, cache: ShardCache, name: str, normalize: Call
     check_references(corpus.name, references, name, normalize)
 
 
-def check_references(test_set: str, references: Sequence[str], name: str, normalize: Callable[[str], str]) -> None:
+def check_references(
+    test_set: str, references: Sequence[str], name: str, normalize: Callable[[str], str]
+) -> None:
     """Raises UserError where nothing is left of all of them, or where they are in another script than the normaliser's."""
     left = [text for reference in references if (text := normalize(reference))]
     if not left:

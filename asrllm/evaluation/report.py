@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from asrllm.atomic import write_whole
 from asrllm.data.index import RATE
 from asrllm.evaluation.compare import compare
 from asrllm.evaluation.files import most_wrong
 from asrllm.evaluation.score import UNSPACED, Errors, Transcript
-from asrllm.evaluation.summary import SIGNS, Pairs, Scored, score
-from asrllm.writing import write_whole
+from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Pairs, Scored, score
 
 ABOUT = ("normalizer", "rtfx", "prompt", "weights", "lang")
 RATES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # per cent; the borders of the distribution
 SPEAKERS, WRONG = 30, 15  # how many are shown
-STYLES, SCRIPTS = ("report.css",), ("dom.js", "charts.js", "sections.js", "utterances.js", "report.js")
+STYLES, SCRIPTS = (
+    ("report.css",),
+    ("dom.js", "charts.js", "sections.js", "utterances.js", "report.js"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,10 @@ def write_report(path: Path, title: str, sets: Sequence[ReportSet]) -> None:
 def page(title: str, data: dict[str, Any]) -> str:
     """It says itself that nothing may be loaded and no script but its own may run."""
     folder = resources.files("asrllm.evaluation") / "page"
-    style, script = ("".join((folder / name).read_text(encoding="utf-8") for name in names) for names in (STYLES, SCRIPTS))
+    style, script = (
+        "".join((folder / name).read_text(encoding="utf-8") for name in names)
+        for names in (STYLES, SCRIPTS)
+    )
     parts = {
         "title": html.escape(title),
         "policy": f"default-src 'none'; img-src data:; media-src data:; style-src {digest(style)}; script-src {digest(script)}",
@@ -108,21 +114,29 @@ def report_data(sets: Sequence[ReportSet]) -> dict[str, Any]:
         shown.append(pooled_data(sets))
     rows = [row for i, s in enumerate(sets) for row in utterance_rows(i, s)]
     rows.sort(key=lambda row: (-row["errors"], -row["errors"] / max(row["units"], 1)))
-    return {"signs": SIGNS, "sets": shown, "utterances": rows}
+    return {"signs": HALLUCINATION_FLAGS, "sets": shown, "utterances": rows}
 
 
 def pooled_data(sets: Sequence[ReportSet]) -> dict[str, Any]:
     """Of all sets as one, whose metric may be another than theirs."""
     scored = score([t for s in sets for t in s.scored.transcripts])
     others = [s.baseline for s in sets if s.baseline is not None]
-    baseline = score([t for other in others for t in other.transcripts]) if len(others) == len(sets) else None
+    baseline = (
+        score([t for other in others for t in other.transcripts])
+        if len(others) == len(sets)
+        else None
+    )
     entry = scored.entry()
     if baseline is not None:
-        entry["baseline"] = {"paired": compare(baseline.transcripts, scored.transcripts, normalizer="").entry()}
+        entry["baseline"] = {
+            "paired": compare(baseline.transcripts, scored.transcripts, normalizer="").entry()
+        }
     return set_data("all sets", scored, entry, baseline) | {"pooled": True}
 
 
-def set_data(name: str, scored: Scored, entry: dict[str, Any], baseline: Scored | None) -> dict[str, Any]:
+def set_data(
+    name: str, scored: Scored, entry: dict[str, Any], baseline: Scored | None
+) -> dict[str, Any]:
     other = baseline.entry() if baseline else None
     speakers = breakdown(scored.metric, entry["by_speaker"], other and other["by_speaker"])
     return {
@@ -136,12 +150,16 @@ def set_data(name: str, scored: Scored, entry: dict[str, Any], baseline: Scored 
         "hours": entry["hours"],
         "empty_references": entry["empty_references"],
         "units": int(scored.main.units.sum()),
-        "by_duration": breakdown(scored.metric, entry["by_duration"], other and other["by_duration"]),
+        "by_duration": breakdown(
+            scored.metric, entry["by_duration"], other and other["by_duration"]
+        ),
         "by_corpus": breakdown(scored.metric, entry["by_corpus"], other and other["by_corpus"]),
         "by_speaker": speakers[:SPEAKERS],
         "speakers": len(speakers),
         "rate_bins": rate_names(),
-        "wrong": {kind: counter.most_common(WRONG) for kind, counter in most_wrong(scored.pairs).items()},
+        "wrong": {
+            kind: counter.most_common(WRONG) for kind, counter in most_wrong(scored.pairs).items()
+        },
     }
 
 
@@ -152,16 +170,27 @@ def side(scored: Scored, entry: dict[str, Any]) -> dict[str, Any]:
         **{key: entry[key] for name in scored.errors for key in (name, f"{name}_ci95")},
         "ci95_by": entry["ci95_by"],
         "shares": entry["shares"][scored.metric],
-        "counts": {"ins": int(main.ins.sum()), "del": int(main.dels.sum()), "sub": int(main.subs.sum())},
+        "counts": {
+            "ins": int(main.ins.sum()),
+            "del": int(main.dels.sum()),
+            "sub": int(main.subs.sum()),
+        },
         "hallucinations": entry["hallucinations"],
         "rates": rate_counts(main),
     }
 
 
-def breakdown(metric: str, ours: dict[str, Any], theirs: dict[str, Any] | None) -> list[dict[str, Any]]:
+def breakdown(
+    metric: str, ours: dict[str, Any], theirs: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     """Rows of Scored.by_duration or by_speaker, with the baseline's rate where there is one."""
     return [
-        {"name": name, "utterances": of["utterances"], "rate": of[metric], "baseline": theirs[name][metric] if theirs else None}
+        {
+            "name": name,
+            "utterances": of["utterances"],
+            "rate": of[metric],
+            "baseline": theirs[name][metric] if theirs else None,
+        }
         for name, of in ours.items()
     ]
 
@@ -172,15 +201,23 @@ def rate_names() -> list[str]:
 
 def rate_counts(errors: Errors) -> list[int]:
     """Utterances in each bin of rate_names(): no error, above one border up to the next, above the last."""
-    rates = 100 * errors.total / np.maximum(errors.units, 1e-9)  # anything heard in nothing is above the last
-    return np.bincount(np.searchsorted(RATES, rates, side="left"), minlength=len(RATES) + 1).tolist()
+    rates = (
+        100 * errors.total / np.maximum(errors.units, 1e-9)
+    )  # anything heard in nothing is above the last
+    return np.bincount(
+        np.searchsorted(RATES, rates, side="left"), minlength=len(RATES) + 1
+    ).tolist()
 
 
 def utterance_rows(number: int, of: ReportSet) -> list[dict[str, Any]]:
     """number: of the set."""
-    rows = [utterance_row(of.scored, i) | {"set": number} for i in range(len(of.scored.transcripts))]
+    rows = [
+        utterance_row(of.scored, i) | {"set": number} for i in range(len(of.scored.transcripts))
+    ]
     if of.baseline is not None:
-        assert [row["key"] for row in rows] == [t.key for t in of.baseline.transcripts], "the baseline is of other utterances"
+        assert [row["key"] for row in rows] == [t.key for t in of.baseline.transcripts], (
+            "the baseline is of other utterances"
+        )
         for i, row in enumerate(rows):
             row["baseline"] = said(of.baseline, i)
     for row in rows:
@@ -227,4 +264,8 @@ def runs(pairs: Pairs, metric: str) -> list[str | Pairs]:
 
 def joined(units: Sequence[str], metric: str) -> str:
     """Units of a metric as text: no spaces beside characters of scripts without them."""
-    return "".join(units) if metric == "cer" else re.sub(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(units))
+    return (
+        "".join(units)
+        if metric == "cer"
+        else re.sub(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(units))
+    )

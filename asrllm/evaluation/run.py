@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from filelock import Timeout
 
+from asrllm import distributed
+from asrllm.atomic import new_file
 from asrllm.audio.reader import Reader
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
@@ -32,9 +34,7 @@ from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.locks import FileLock
 from asrllm.models.auto import describe
-from asrllm.training import distributed
 from asrllm.training.watchdog import Watchdog
-from asrllm.writing import new_file
 
 BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what the baseline said
 
@@ -42,7 +42,15 @@ BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what 
 class Evaluation:
     """All ranks decode; the first one scores and writes. results: what results.json holds, on that rank."""
 
-    def __init__(self, config: EvaluationRun, corpora: Sequence[Corpus], cache: ShardCache, *, weights: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EvaluationRun,
+        corpora: Sequence[Corpus],
+        cache: ShardCache,
+        *,
+        weights: Path,
+        device: torch.device,
+    ) -> None:
         self.config, self.corpora, self.cache, self.weights = config, corpora, cache, weights
         self.device, self.dtype = device, config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
@@ -50,7 +58,9 @@ class Evaluation:
         self.lock = FileLock(self.folder / ".evaluating.lock", blocking=False)
         self.description = describe(self.exp_dir)
         self.prompts = {corpus.name: self._prompt(corpus) for corpus in corpora}
-        self.normalizers = {corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora}
+        self.normalizers = {
+            corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora
+        }
         self.scored: dict[str, Scored] = {}
         self.baselines: dict[str, Scored] = {}
         self.results: dict[str, Any] = {}
@@ -58,21 +68,27 @@ class Evaluation:
         self.watchdog = Watchdog()
 
     def _prompt(self, corpus: Corpus) -> str:
-        return prompt_to_ask(self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None)
+        return prompt_to_ask(
+            self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None
+        )
 
     def check(self) -> None:
         """Raises UserError for a test set that cannot be scored, and where another evaluation writes to the same folder."""
         distributed.first_rank_does(self._claim)
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
-            distributed.first_rank_does(functools.partial(check_test_set, corpus, self.cache, name, normalizer(name)))
+            distributed.first_rank_does(
+                functools.partial(check_test_set, corpus, self.cache, name, normalizer(name))
+            )
 
     def _claim(self) -> None:
         self.folder.mkdir(exist_ok=True)
         try:
             self.lock.acquire()
         except Timeout as error:
-            raise UserError(f"another evaluation writes to {str(self.folder)!r}: wait for its end") from error
+            raise UserError(
+                f"another evaluation writes to {str(self.folder)!r}: wait for its end"
+            ) from error
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -90,15 +106,29 @@ class Evaluation:
             "dtype": str(self.dtype),
         }
         for corpus in self.corpora:
-            journal = Journal(self.folder, corpus.name, of | {"corpus": identity_of_corpus(corpus), "prompt": self.prompts[corpus.name]})
+            journal = Journal(
+                self.folder,
+                corpus.name,
+                of | {"corpus": identity_of_corpus(corpus), "prompt": self.prompts[corpus.name]},
+            )
             self.journals.append(journal)
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
                 self._write(corpus, decoded)
 
     def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
-        options = DecodingOptions(prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration)
-        return decode_corpus(engine, corpus, options, normalizer(self.normalizers[corpus.name]), self.cache, journal, self.watchdog)
+        options = DecodingOptions(
+            prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration
+        )
+        return decode_corpus(
+            engine,
+            corpus,
+            options,
+            normalizer(self.normalizers[corpus.name]),
+            self.cache,
+            journal,
+            self.watchdog,
+        )
 
     def _write(self, corpus: Corpus, decoded: Decoded) -> None:
         name = corpus.name
@@ -113,10 +143,14 @@ class Evaluation:
             "options": self.config.generation,
         }
         self.scored[name] = score(decoded.transcripts)
-        r = self.results[name] = write_results(self.folder, name, self.config.suffix, self.scored[name], about)
+        r = self.results[name] = write_results(
+            self.folder, name, self.config.suffix, self.scored[name], about
+        )
         metric = r["metric"]
         low, high = r[f"{metric}_ci95"]
-        others = ", ".join(f"{other.upper()} {r[other]:.2f} %" for other in UNITS if other != metric)
+        others = ", ".join(
+            f"{other.upper()} {r[other]:.2f} %" for other in UNITS if other != metric
+        )
         print(f"{name}: {metric.upper()} {r[metric]:.2f} % (95 %: {low:.2f} to {high:.2f}), {others}, {r['utterances']} utterances, "
               f"{r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
 
@@ -127,7 +161,10 @@ class Evaluation:
         whisper, why_not = None, None
         try:
             whisper = WhisperEngine(
-                find_whisper(base.get("path")), dtype=self.dtype, device=self.device, max_new_tokens=self.config.max_new_tokens
+                find_whisper(base.get("path")),
+                dtype=self.dtype,
+                device=self.device,
+                max_new_tokens=self.config.max_new_tokens,
             )
         except UserError as error:
             why_not = str(error)
@@ -138,8 +175,14 @@ class Evaluation:
             return
         for corpus in self.corpora:
             engine = whisper.of_language(language_of(corpus))
-            of = {"whisper": identity_of(whisper.folder), "options": engine.options, "dtype": str(self.dtype)}
-            journal = Journal(self.exp_dir / BASELINE, corpus.name, of | {"corpus": identity_of_corpus(corpus)})
+            of = {
+                "whisper": identity_of(whisper.folder),
+                "options": engine.options,
+                "dtype": str(self.dtype),
+            }
+            journal = Journal(
+                self.exp_dir / BASELINE, corpus.name, of | {"corpus": identity_of_corpus(corpus)}
+            )
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
                 self._add_baseline(corpus.name, decoded)
@@ -147,8 +190,13 @@ class Evaluation:
     def _add_baseline(self, name: str, decoded: Decoded) -> None:
         self.watchdog.beat(f"scoring the baseline on {name}")
         baseline = self.baselines[name] = score(decoded.transcripts)
-        against = compare(baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name])
-        self.results[name]["baseline"] = baseline.rates() | {"rtfx": round(decoded.rtfx, 2), "paired": against.entry()}
+        against = compare(
+            baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name]
+        )
+        self.results[name]["baseline"] = baseline.rates() | {
+            "rtfx": round(decoded.rtfx, 2),
+            "paired": against.entry(),
+        }
         print(f"  from the encoder's own Whisper to it: {as_text(name, against)}", flush=True)
 
     def report(self) -> None:
@@ -169,10 +217,20 @@ class Evaluation:
         print(f"results: {self.folder}, to be looked at in {newest}")
 
     def _report_set(self, corpus: Corpus) -> ReportSet:
-        name, scored, reader = corpus.name, self.scored[corpus.name], Reader([corpus], cache=self.cache)
+        name, scored, reader = (
+            corpus.name,
+            self.scored[corpus.name],
+            Reader([corpus], cache=self.cache),
+        )
         heard = [scored.transcripts[i] for i in choose_audio(scored, self.config.report_audio)]
         audio = {t.key: encode_audio(reader.read(Item(corpus=0, row=t.row)).wave) for t in heard}
-        return ReportSet(name=name, scored=scored, entry=self.results[name], baseline=self.baselines.get(name), audio=audio)
+        return ReportSet(
+            name=name,
+            scored=scored,
+            entry=self.results[name],
+            baseline=self.baselines.get(name),
+            audio=audio,
+        )
 
 
 def identity_of(path: Path) -> list[tuple[str, int, int]]:
@@ -182,4 +240,6 @@ def identity_of(path: Path) -> list[tuple[str, int, int]]:
 
 
 def identity_of_corpus(corpus: Corpus) -> str:
-    return hashlib.sha256("".join([str(corpus.index.about["rows_sha256"]), *corpus.index.sha256]).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join([str(corpus.index.about["rows_sha256"]), *corpus.index.sha256]).encode()
+    ).hexdigest()

@@ -17,7 +17,9 @@ LINE = 42  # columns; a Chinese character takes two
 LINES = 2  # of a cue
 OPENING = "「『（《〈【“‘(["
 # where a line may begin: a character of a script without spaces, or a run of others, each with the signs that stand at it
-PIECE = re.compile(rf"[{re.escape(OPENING)}]*(?:[{UNSPACED}]|[^\s{UNSPACED}{re.escape(OPENING)}]+)[^\w\s{re.escape(OPENING)}]*|\S+")
+PIECE = re.compile(
+    rf"[{re.escape(OPENING)}]*(?:[{UNSPACED}]|[^\s{UNSPACED}{re.escape(OPENING)}]+)[^\w\s{re.escape(OPENING)}]*|\S+"
+)
 Cue = tuple[int, int, list[str]]  # begin and end in milliseconds, lines
 
 
@@ -29,10 +31,17 @@ def as_json(transcript: FileTranscript, language: str | None, indent: int | None
     """end_reason stands where a text did not end by itself."""
     segments: list[dict[str, Any]] = []
     for spoken in transcript.segments:
-        segments.append({"start": round(spoken.start, 3), "end": round(spoken.end, 3), "text": spoken.text})
+        segments.append(
+            {"start": round(spoken.start, 3), "end": round(spoken.end, 3), "text": spoken.text}
+        )
         if spoken.end_reason != "stop":
             segments[-1]["end_reason"] = spoken.end_reason
-    fields = {"audio": transcript.audio, "duration": round(transcript.duration, 3), "language": language, "text": transcript.text}
+    fields = {
+        "audio": transcript.audio,
+        "duration": round(transcript.duration, 3),
+        "language": language,
+        "text": transcript.text,
+    }
     return json.dumps(fields | {"segments": segments}, ensure_ascii=False, indent=indent) + "\n"
 
 
@@ -46,14 +55,18 @@ def as_vtt(transcript: FileTranscript, language: str | None) -> str:
 
 def numbered(transcript: FileTranscript, point: str, *, as_html: bool = False) -> Iterator[str]:
     """The cues as both forms write them. point: before the milliseconds."""
-    for number, (begin, end, lines) in enumerate(itertools.chain.from_iterable(map(cues_of, transcript.segments)), 1):
+    for number, (begin, end, lines) in enumerate(
+        itertools.chain.from_iterable(map(cues_of, transcript.segments)), 1
+    ):
         text = "\n".join(map(escape, lines))
         text = html.escape(text, quote=False) if as_html else text
         yield f"{number}\n{clock(begin, point)} --> {clock(end, point)}\n{text}\n\n"
 
 
 Format = Callable[[FileTranscript, str | None], str]
-FORMATS: dict[str, Format] = dict(zip(TRANSCRIPT_FORMATS, (as_txt, as_json, as_srt, as_vtt), strict=True))
+FORMATS: dict[str, Format] = dict(
+    zip(TRANSCRIPT_FORMATS, (as_txt, as_json, as_srt, as_vtt), strict=True)
+)
 
 
 def cues_of(spoken: Spoken) -> Iterator[Cue]:
@@ -99,7 +112,9 @@ def wrapped(pieces: list[str], width: int) -> list[str]:
 
 
 def columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+    return sum(
+        2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text
+    )
 
 
 def clock(milliseconds: int, point: str) -> str:

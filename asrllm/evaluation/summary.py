@@ -9,14 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from asrllm.evaluation.score import NOTHING, UNITS, Errors, Transcript, align, errors, fitting_metric, groups_of
-from asrllm.models.generation import first_loop
+from asrllm.evaluation.score import (
+    NOTHING,
+    UNITS,
+    Errors,
+    Transcript,
+    align,
+    errors,
+    fitting_metric,
+    groups_of,
+)
+from asrllm.models.asr_llm.generation import first_loop
 
 DURATIONS = (2, 5, 10, 15, 20, 30)  # seconds; the borders of the breakdown
 BURST = 5  # units inserted in a row
 LOOP = 8  # units; a text whose same few units last longer is a loop
-FAR_OFF, FEWEST = 2.0, 5  # a text that is so many times as long or short as the reference, and so many units longer or shorter
-SIGNS = {
+FAR_OFF, FEWEST = (
+    2.0,
+    5,
+)  # a text that is so many times as long or short as the reference, and so many units longer or shorter
+HALLUCINATION_FLAGS = {
     "empty": "nothing was heard, something was said",
     "invented": "something was heard, nothing was said",
     "loop": "a few units over and over",
@@ -55,26 +67,40 @@ class Scored:
 
     def shares(self) -> dict[str, dict[str, float]]:
         """Insertions, deletions and substitutions in per cent of the reference's units."""
-        parts = {name: {"ins": e.ins, "del": e.dels, "sub": e.subs} for name, e in self.errors.items()}
-        return {name: {kind: round(self.errors[name].share(n), 3) for kind, n in part.items()} for name, part in parts.items()}
+        parts = {
+            name: {"ins": e.ins, "del": e.dels, "sub": e.subs} for name, e in self.errors.items()
+        }
+        return {
+            name: {kind: round(self.errors[name].share(n), 3) for kind, n in part.items()}
+            for name, part in parts.items()
+        }
 
     def hallucinations(self) -> dict[str, Any]:
         """Utterances with each sign, and units heard to units said, over all utterances."""
         counts = Counter(itertools.chain.from_iterable(self.signs))
         heard = sum(hyp != NOTHING for pairs in self.pairs for _, hyp in pairs)
         ratio = heard / max(int(self.main.units.sum()), 1)
-        return {sign: counts[sign] for sign in SIGNS} | {"length_ratio": round(ratio, 4)}
+        return {sign: counts[sign] for sign in HALLUCINATION_FLAGS} | {
+            "length_ratio": round(ratio, 4)
+        }
 
     def by_duration(self) -> dict[str, dict[str, Any]]:
         borders = [0, *DURATIONS, float("inf")]
-        names = [f"{low:g}-{high:g} s" if high < float("inf") else f"over {low:g} s" for low, high in itertools.pairwise(borders)]
+        names = [
+            f"{low:g}-{high:g} s" if high < float("inf") else f"over {low:g} s"
+            for low, high in itertools.pairwise(borders)
+        ]
         bins = [bisect.bisect_right(DURATIONS, t.duration) for t in self.transcripts]
         return self._by(lambda i: names[bins[i]], order=names)
 
     def by_speaker(self) -> dict[str, dict[str, Any]]:
         """Worst first; empty where no speaker is known."""
         found = self._by(lambda i: self.transcripts[i].speaker)
-        return dict(sorted(found.items(), key=lambda item: -item[1][self.metric])) if found.keys() - {""} else {}
+        return (
+            dict(sorted(found.items(), key=lambda item: -item[1][self.metric]))
+            if found.keys() - {""}
+            else {}
+        )
 
     def by_corpus(self) -> dict[str, dict[str, Any]]:
         """Empty where the test set is of one."""
@@ -132,10 +158,14 @@ def score(transcripts: Sequence[Transcript]) -> Scored:
 
 
 def signs_of(transcript: Transcript, pairs: Pairs) -> list[str]:
-    """The SIGNS that a hypothesis bears."""
+    """The HALLUCINATION_FLAGS that a hypothesis bears."""
     reference = [ref for ref, _ in pairs if ref != NOTHING]
     hypothesis = [hyp for _, hyp in pairs if hyp != NOTHING]
-    inserted = [len(list(run)) for is_inserted, run in itertools.groupby(ref == NOTHING for ref, _ in pairs) if is_inserted]
+    inserted = [
+        len(list(run))
+        for is_inserted, run in itertools.groupby(ref == NOTHING for ref, _ in pairs)
+        if is_inserted
+    ]
     longer = len(hypothesis) - len(reference)
     loops = first_loop(hypothesis, LOOP) is not None and first_loop(reference, LOOP) is None
     found = {
@@ -144,7 +174,9 @@ def signs_of(transcript: Transcript, pairs: Pairs) -> list[str]:
         "loop": loops or transcript.end == "loop",
         "burst": max(inserted, default=0) >= BURST,
         "long": longer >= FEWEST and len(hypothesis) > FAR_OFF * len(reference),
-        "short": bool(hypothesis) and -longer >= FEWEST and FAR_OFF * len(hypothesis) < len(reference),
+        "short": bool(hypothesis)
+        and -longer >= FEWEST
+        and FAR_OFF * len(hypothesis) < len(reference),
         "limit": transcript.end == "limit",
     }
     return [sign for sign, is_there in found.items() if is_there]

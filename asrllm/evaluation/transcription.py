@@ -13,7 +13,7 @@ from asrllm.data.index import RATE
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import Engine, WithinMemory
-from asrllm.models.generation import Answer
+from asrllm.models.asr_llm.generation import Answer
 
 SORTED = 2  # batches whose segments are sorted by length
 
@@ -60,18 +60,33 @@ Heard = tuple[AudioFile, Segment | EndOfFile]
 
 
 def transcribe_files(
-    engine: Engine, files: Iterable[AudioFile], listening: Listening, *, prompt: str, batch_size: int, advance: Callable[[float], None]
+    engine: Engine,
+    files: Iterable[AudioFile],
+    listening: Listening,
+    *,
+    prompt: str,
+    batch_size: int,
+    advance: Callable[[float], None],
 ) -> Iterator[FileTranscript]:
     """A transcript for each file, in order; one that is damaged has a problem and no segments, and the others go on.
 
     Held are the waveforms of SORTED batches, however long the files are. advance: told of seconds of audio that are done.
     """
     engine = WithinMemory(engine)
-    heard = itertools.chain.from_iterable(listen(file, engine.limits[0], listening) for file in files)
+    heard = itertools.chain.from_iterable(
+        listen(file, engine.limits[0], listening) for file in files
+    )
     spoken: list[Spoken] = []
     done = 0.0  # seconds of the file
     for window in windows(heard, SORTED * batch_size):
-        answers = iter(answer(engine, [item for _, item in window if isinstance(item, Segment)], prompt, batch_size))
+        answers = iter(
+            answer(
+                engine,
+                [item for _, item in window if isinstance(item, Segment)],
+                prompt,
+                batch_size,
+            )
+        )
         for file, item in window:
             if isinstance(item, Segment):
                 start, end = item.seconds
@@ -82,7 +97,9 @@ def transcribe_files(
             else:
                 advance((file.seconds if item.problem and file.seconds else item.duration) - done)
                 segments = [] if item.problem else spoken
-                yield FileTranscript(audio=file.path, duration=item.duration, segments=segments, problem=item.problem)
+                yield FileTranscript(
+                    audio=file.path, duration=item.duration, segments=segments, problem=item.problem
+                )
                 spoken, done = [], 0.0
         window.clear()  # the waveforms go before the next are read
 
@@ -101,7 +118,9 @@ def listen(file: AudioFile, shortest: int, listening: Listening) -> Iterator[Hea
 
     problem = None
     try:
-        for segment in cut_segments(counted(), listening.detector(), shortest=shortest, longest=listening.longest):
+        for segment in cut_segments(
+            counted(), listening.detector(), shortest=shortest, longest=listening.longest
+        ):
             yield file, segment
     except UserError as error:
         problem = str(error)
@@ -109,7 +128,9 @@ def listen(file: AudioFile, shortest: int, listening: Listening) -> Iterator[Hea
 
 
 def too_short(file: AudioFile, seconds: float, shortest: int) -> UserError:
-    return UserError(f"{file.path!r} has {seconds:.2f} s of audio, the model takes {shortest / RATE:.2f} s at least: leave it out")
+    return UserError(
+        f"{file.path!r} has {seconds:.2f} s of audio, the model takes {shortest / RATE:.2f} s at least: leave it out"
+    )
 
 
 def windows(heard: Iterable[Heard], segments: int) -> Iterator[list[Heard]]:

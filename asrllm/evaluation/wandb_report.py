@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from asrllm.evaluation.report import ReportSet, worst_first
-from asrllm.training.config import WandbConfig
+from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb
 
-COLUMNS = ("key", "speaker", "duration", "reference", "hypothesis", "errors", "rate", "signs", "audio")
+COLUMNS = (
+    "key",
+    "speaker",
+    "duration",
+    "reference",
+    "hypothesis",
+    "errors",
+    "rate",
+    "signs",
+    "audio",
+)
 
 
 def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) -> None:
@@ -18,7 +28,9 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
         return
     import wandb
 
-    (exp_dir / "wandb").mkdir(parents=True, exist_ok=True)  # otherwise wandb takes another directory
+    (exp_dir / "wandb").mkdir(
+        parents=True, exist_ok=True
+    )  # otherwise wandb takes another directory
     with explained_wandb("wandb"):
         run = wandb.init(
             mode=config.mode,
@@ -34,7 +46,9 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
         logged: dict[str, Any] = {}
         for number, s in enumerate(sets):
             logged |= {f"{s.name}/{key}": value for key, value in numbers(s.entry).items()}
-            logged[f"{s.name}/table"] = wandb.Table(columns=list(COLUMNS), data=table_rows(s, Path(folder) / str(number)))
+            logged[f"{s.name}/table"] = wandb.Table(
+                columns=list(COLUMNS), data=table_rows(s, Path(folder) / str(number))
+            )
         run.log(logged)
 
 

@@ -14,12 +14,15 @@ from asrllm.data.index import RATE
 from asrllm.data.text import language_tag
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import WINDOW
+from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.fingerprint import resolve_pretrained
-from asrllm.models.generation import Answer
 from asrllm.models.hub_files import load_tokenizer
 from asrllm.text_files import reading
 
-LIMITS = (1, 31 * RATE)  # the test set's own limits are those of the model's encoder; a hop beyond 30 s is cut off
+LIMITS = (
+    1,
+    31 * RATE,
+)  # the test set's own limits are those of the model's encoder; a hop beyond 30 s is cut off
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
@@ -42,7 +45,9 @@ class WhisperEngine:
 
     limits, padded_to = LIMITS, WINDOW
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int
+    ) -> None:
         """Raises UserError where the directory cannot be loaded, or its weights have no decoder."""
         from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -65,16 +70,23 @@ class WhisperEngine:
         if getattr(config, "is_multilingual", False):
             code = language_tag(lang).split("-")[0]
             known = f"<|{code}|>" in getattr(config, "lang_to_id", {})
-            engine.options = self.options | {"task": "transcribe"} | ({"language": code} if known else {})
+            engine.options = (
+                self.options | {"task": "transcribe"} | ({"language": code} if known else {})
+            )
         return engine
 
     @torch.no_grad()
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         """Whisper is asked nothing: prompts are not read."""
-        features = self.extract(list(waves), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+        features = self.extract(
+            list(waves), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
+        )
         rows = self.model.generate(
             features.input_features.to(self.model.device, self.model.dtype),
             attention_mask=features.attention_mask.to(self.model.device),
             **self.options,
         )
-        return [Answer(text=text.strip()) for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [
+            Answer(text=text.strip())
+            for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        ]

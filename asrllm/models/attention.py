@@ -63,11 +63,20 @@ def packed(
     assert window is None or causal
     longest = max(row_lengths(cu_seqlens)) if longest is None else longest
     window = None if window is None or window >= longest else window
-    options = Options(causal, longest, query.shape[-1] ** -0.5 if scale is None else scale, dropout, window, softcap)
+    options = Options(
+        causal,
+        longest,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout,
+        window,
+        softcap,
+    )
     if backend == "auto":
         backend = choose(query, value, options)
     elif reason := why_not(backend, query, value, options):
-        raise UserError(f"the attention backend {backend!r} cannot run here ({reason}): set it to 'auto' or 'sdpa'")
+        raise UserError(
+            f"the attention backend {backend!r} cannot run here ({reason}): set it to 'auto' or 'sdpa'"
+        )
     return BACKENDS[backend](query, key, value, cu_seqlens, options)
 
 
@@ -103,7 +112,12 @@ def why_not(backend: str, query: Tensor, value: Tensor, options: Options) -> str
             return f"it takes float16 or bfloat16 on CUDA, not {str(query.dtype).removeprefix('torch.')} on {query.device.type}"
         if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
             return f"it takes heads of at most 256 channels, a multiple of 8, not {query.shape[-1]}"
-    if backend == "flex" and not query.is_cuda and torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
+    if (
+        backend == "flex"
+        and not query.is_cuda
+        and torch.is_grad_enabled()
+        and (query.requires_grad or value.requires_grad)
+    ):
         return "it has no backward pass on the CPU"
     if backend == "flex" and query.is_cuda and query.shape[-1] < 16:
         return f"it takes heads of 16 channels or more, not {query.shape[-1]}"
@@ -123,7 +137,9 @@ def backends() -> dict[str, str]:
 def missing(backend: str) -> str:
     """What the backend lacks on this machine, whatever it is to compute; "" where nothing."""
     if backend not in BACKENDS:
-        raise UserError(f"the attention backend {backend!r} is unknown: {nearest(backend, ['auto', *BACKENDS])}")
+        raise UserError(
+            f"the attention backend {backend!r} is unknown: {nearest(backend, ['auto', *BACKENDS])}"
+        )
     cuda = torch.cuda.is_available()
     if backend in ("flash", "varlen"):
         if not cuda:
@@ -136,7 +152,10 @@ def missing(backend: str) -> str:
         if backend == "varlen":
             from torch.nn.attention.varlen import varlen_attn
 
-            if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
+            if (
+                not {"window_size", "enable_gqa", "scale"}
+                <= inspect.signature(varlen_attn).parameters.keys()
+            ):
                 return f"torch {torch.__version__} has it without windows or grouped heads"
         if backend == "flex":
             from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
@@ -151,11 +170,17 @@ def missing(backend: str) -> str:
 # --- the backends ---
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+) -> Tensor:
     lengths = row_lengths(cu_seqlens)
-    if query.is_cuda and query.shape[1] != key.shape[1]:  # in float32 only torch's unfused kernel knows grouped heads
+    if (
+        query.is_cuda and query.shape[1] != key.shape[1]
+    ):  # in float32 only torch's unfused kernel knows grouped heads
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = zip(
+        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+    )
     return torch.cat([_one_utterance(q, k, v, options) for q, k, v in parts], 1)
 
 
@@ -165,7 +190,9 @@ def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) 
     if query.is_meta:
         return _Shapes.apply(query, key, value).transpose(1, 2)
     window = options.window if options.window is not None and options.window < length else None
-    small_half = not query.is_cuda and query.dtype in HALF and heads * length * length <= MOST_SCORES
+    small_half = (
+        not query.is_cuda and query.dtype in HALF and heads * length * length <= MOST_SCORES
+    )
     if options.softcap is not None or small_half:
         bias = causal_bias(length, window, query) if options.causal else None
         return explicit(query, key, value, bias, options.scale, options.dropout, options.softcap)
@@ -188,25 +215,37 @@ class _Shapes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = query.new_empty(*query.shape[:3], value.shape[3])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32)
+        )
         return output
 
 
 def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:
     """(length, length): 0 where a query (row) attends to a key, the lowest number elsewhere."""
-    lowest = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+    lowest = torch.full(
+        (length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device
+    )
     return lowest.triu(1) if window is None else lowest.triu(1) + lowest.tril(-window)
 
 
 def explicit(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float = 0.0, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """query (B, heads, Q, d), key and value (B, kv heads, S, d), bias as (B, 1, Q, S) -> (B, Q, heads, d).
 
     Transformers' eager formula: products in the input's dtype, the softmax in float32 (which torch does inside for halves).
     """
     groups = query.shape[1] // key.shape[1]
-    scores = (query * scale).unflatten(1, (-1, groups)) @ key.unsqueeze(2).transpose(-1, -2)  # (B, kv heads, groups, Q, S)
+    scores = (query * scale).unflatten(1, (-1, groups)) @ key.unsqueeze(2).transpose(
+        -1, -2
+    )  # (B, kv heads, groups, Q, S)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     if bias is not None:
@@ -216,7 +255,9 @@ def explicit(
     return (shares @ value.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     cu_seqlens = _once(cu_seqlens, "int32", lambda: cu_seqlens.int())
@@ -238,7 +279,9 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, option
     return output[None]
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens = _once(cu_seqlens, "int32", lambda: cu_seqlens.int())
@@ -259,11 +302,15 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, optio
     return output[None]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = _compiled_flex()
-    if not query.is_cuda:  # for tests: not compiled, and it refuses parameters even where no gradient is asked for
+    if (
+        not query.is_cuda
+    ):  # for tests: not compiled, and it refuses parameters even where no gradient is asked for
         attend, query, key, value = flex_attention, query.detach(), key.detach(), value.detach()
     kind = ("flex", options.causal, options.window)
     output = attend(
@@ -304,7 +351,9 @@ def _block_mask(cu_seqlens: Tensor, query: Tensor, options: Options) -> Any:
         return allowed if window is None else allowed & (q - k < window)
 
     # compiled, it never holds the (T, T) mask from which the blocks are found
-    return create_block_mask(attends, None, None, total, total, device=query.device, _compile=query.is_cuda)
+    return create_block_mask(
+        attends, None, None, total, total, device=query.device, _compile=query.is_cuda
+    )
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Options], Tensor]] = {
@@ -347,10 +396,23 @@ def packed_attention(
     """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise UserError(f"{type(module).__name__} gives {name!r} to its attention, which packed rows cannot have: take another LLM")
+            raise UserError(
+                f"{type(module).__name__} gives {name!r} to its attention, which packed rows cannot have: take another LLM"
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
-        return _padded(module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, causal), None
+        return _padded(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            dropout,
+            sliding_window,
+            softcap,
+            causal,
+        ), None
     output = packed(
         query,
         key,
@@ -388,16 +450,39 @@ def _padded(
     if mask is None and causal and length > 1 and (narrow or softcap is not None):
         mask = causal_bias(length, window if narrow else None, query)[None, None]
     if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=causal)[0]
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=causal
+        )[0]
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return explicit(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout, softcap)
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    return explicit(
+        query,
+        key,
+        value,
+        mask,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout,
+        softcap,
+    )
 
 
 def _mask_of_padded(
-    *, batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor | None:
     """No mask for one row without a cache, which may be a packed one: packed_attention knows its windows. The usual one otherwise."""
     if attention_mask is None and batch_size == 1 and q_length == kv_length:
         return None
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        **kwargs,
+    )

@@ -9,14 +9,14 @@ import transformers
 
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.integrity import verify_weights
-from asrllm.models.auden import MODEL_TYPES, load_auden, read_auden_config
-from asrllm.models.configuration import AsrLlmConfig
-from asrllm.models.description import indexed_files, read_config, read_json
-from asrllm.models.files import load_model, read_tensors, set_generation_config
+from asrllm.models.asr_llm.checks import indexed_files, read_config, read_json
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.asr_llm.serialization import load_model, read_tensors, set_generation_config
+from asrllm.models.encoders.zipformer.weights import DAMAGED
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
-from asrllm.models.model import AsrLlmModel
-from asrllm.models.processor import AsrLlmProcessor
-from asrllm.models.zipformer_files import DAMAGED
+from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
 
 # Importing this module makes the model known to transformers' Auto classes; no other module has such an effect.
 transformers.AutoConfig.register("asrllm", AsrLlmConfig, exist_ok=True)
@@ -25,14 +25,21 @@ transformers.AutoProcessor.register(AsrLlmConfig, AsrLlmProcessor, exist_ok=True
 
 
 # of a directory of weights, as transformers and DeepSpeed's zero_to_fp32.py write it
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class AutoModel:
     """`AutoModel.from_pretrained(dir_or_exp)`"""
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, weights: str | Path | None = None, dtype: Any = None, **unknown: Any) -> AsrLlmModel:
+    def from_pretrained(
+        path: str | Path, *, weights: str | Path | None = None, dtype: Any = None, **unknown: Any
+    ) -> AsrLlmModel:
         """The model of an exported directory, here or on the Hugging Face hub, or of a run, in eval mode.
 
         weights: a state dict file to take, or a directory of several; of a run, pretrained.pt by default, else the newest averaged-*.pt.
@@ -40,7 +47,9 @@ class AutoModel:
         keys do not fit.
         """
         if unknown.pop("device_map", None) is not None:
-            raise UserError("AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)")
+            raise UserError(
+                "AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)"
+            )
         refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype"))
         folder = model_folder(path)
         if is_auden(folder):
@@ -49,8 +58,13 @@ class AutoModel:
         if file is None:
             return AsrLlmModel.from_pretrained(folder, dtype=dtype)
         model = load_model(folder, read_state(file), dtype=dtype)
-        if not (folder / "generation_config.json").is_file():  # training writes none: an LLM trained as a whole keeps its base's
-            set_generation_config(model.causal_lm, Path((model.config.base_models or {}).get("llm", {}).get("path", folder)))
+        if not (
+            folder / "generation_config.json"
+        ).is_file():  # training writes none: an LLM trained as a whole keeps its base's
+            set_generation_config(
+                model.causal_lm,
+                Path((model.config.base_models or {}).get("llm", {}).get("path", folder)),
+            )
         return model
 
 
@@ -62,7 +76,11 @@ def model_folder(path: str | Path) -> Path:
 
 def default_weights(folder: Path) -> Path | None:
     """The weights file that is taken where none is given; None where the directory is a model by itself."""
-    return None if is_auden(folder) or any(folder.glob("model*.safetensors*")) else newest_weights(folder)
+    return (
+        None
+        if is_auden(folder) or any(folder.glob("model*.safetensors*"))
+        else newest_weights(folder)
+    )
 
 
 def is_auden(folder: Path) -> bool:
@@ -90,12 +108,21 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """A plain state dict file, or a directory or an index of several; nothing in it is executed."""
     if path.is_dir():
         if any(path.glob("*mp_rank_*_states.pt")):
-            raise UserError(f"{str(path)!r} is a ZeRO checkpoint: 'asrllm consolidate {path.parent} --tag {path.name}' makes weights of it")
-        path = next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILES[0])
+            raise UserError(
+                f"{str(path)!r} is a ZeRO checkpoint: 'asrllm consolidate {path.parent} --tag {path.name}' makes weights of it"
+            )
+        path = next(
+            (path / name for name in WEIGHTS_FILES if (path / name).is_file()),
+            path / WEIGHTS_FILES[0],
+        )
     if not path.is_file():
         raise UserError(f"the weights {str(path)!r} do not exist: check the path")
     if path.suffix == ".json":
-        return {name: tensor for file in indexed_files(path) for name, tensor in read_state(file).items()}
+        return {
+            name: tensor
+            for file in indexed_files(path)
+            for name, tensor in read_state(file).items()
+        }
     if path.suffix == ".safetensors":
         return read_tensors(path)
     return load_state(path)
@@ -105,10 +132,14 @@ def load_state(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     """A state dict of torch.save's. mapped: read when it is used, where the file's form allows it."""
     try:
         verify_weights(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
+        )
     except (*DAMAGED, OSError) as error:
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights {str(path)!r} cannot be read ({said}): copy the file again, or make it again") from error
+        raise UserError(
+            f"the weights {str(path)!r} cannot be read ({said}): copy the file again, or make it again"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"the weights {str(path)!r} are no plain state dict of tensors")
     return state

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from asrllm.atomic import write_whole
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, file_sha256, verify_weights
-from asrllm.writing import write_whole
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
 PREFIX = "sha256:"  # earlier versions read a sample of the bytes, and wrote no prefix
@@ -46,7 +46,9 @@ def _content_sha256(file: Path) -> str:
             return entry.read_text()
         verify_weights(file)
         found = file_sha256(file)
-        with contextlib.suppress(OSError, UserError):  # without a place for the cache the file is read every time
+        with contextlib.suppress(
+            OSError, UserError
+        ):  # without a place for the cache the file is read every time
             write_whole(entry, found)
     return found
 
@@ -75,24 +77,34 @@ def weight_files(path: str | Path) -> list[Path]:
     for pattern in WEIGHT_FILES:
         if files := sorted(folder.glob(pattern)):
             return files
-    raise UserError(f"the pretrained model {str(path)!r} has no weights (none of {', '.join(WEIGHT_FILES)}): download it again")
+    raise UserError(
+        f"the pretrained model {str(path)!r} has no weights (none of {', '.join(WEIGHT_FILES)}): download it again"
+    )
 
 
 def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
     """A directory, or with `file` a file, by its absolute path; a hub id as its local snapshot, downloaded where a hub is reached."""
     folder = Path(path).expanduser()
     if folder.is_dir() or (file and folder.is_file()):
-        return folder.absolute()  # links are kept: what the hub's cache links to has other names, hence other fingerprints
+        return (
+            folder.absolute()
+        )  # links are kept: what the hub's cache links to has other names, hence other fingerprints
     if not is_hub_id(path):
-        raise UserError(f"the pretrained model {str(path)!r} does not exist: give a directory or a hub id such as Qwen/Qwen2.5-7B-Instruct")
+        raise UserError(
+            f"the pretrained model {str(path)!r} does not exist: give a directory or a hub id such as Qwen/Qwen2.5-7B-Instruct"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), ignore_patterns=["*.gguf", "*.onnx", "*.msgpack", "*.h5"]))
+        return Path(
+            snapshot_download(str(path), ignore_patterns=["*.gguf", "*.onnx", "*.msgpack", "*.h5"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"the pretrained model {str(path)!r} is no directory and could not be fetched from the hub: {said}") from error
+        raise UserError(
+            f"the pretrained model {str(path)!r} is no directory and could not be fetched from the hub: {said}"
+        ) from error
 
 
 def is_hub_id(path: str | Path) -> bool:

@@ -13,10 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from asrllm.models.model import AsrLlmModel
-from asrllm.models.whisper import WhisperEncoder
-from asrllm.models.zipformer import DownsampledStack, ZipformerEncoder, ZipformerStack
-from asrllm.models.zipformer_layers import ZipformerLayer
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.encoders.whisper import WhisperEncoder
+from asrllm.models.encoders.zipformer.layers import ZipformerLayer
+from asrllm.models.encoders.zipformer.modeling import (
+    DownsampledStack,
+    ZipformerEncoder,
+    ZipformerStack,
+)
 
 # dense bfloat16 (V100, T4: float16) by a word or words of the device's name, the makers' figures
 PEAK_TFLOPS = {
@@ -52,7 +56,10 @@ class Flops:
 
     def of_batch(self, wave_lengths: Tensor, cu_seqlens: Tensor, targets: int) -> float:
         """wave_lengths (N,) in samples, cu_seqlens (N + 1,), on the CPU."""
-        frames, tokens = self.frame_lengths(wave_lengths).clamp(min=self.pad_to).double(), cu_seqlens.diff().double()
+        frames, tokens = (
+            self.frame_lengths(wave_lengths).clamp(min=self.pad_to).double(),
+            cu_seqlens.diff().double(),
+        )
         audio = self.config.num_audio_tokens(wave_lengths)
         per_utterance = self.frame * frames + self.frame_pair * frames**2 + self.audio_token * audio
         per_utterance += self.token * tokens + self.pair * tokens * (tokens + 1) / 2
@@ -70,12 +77,18 @@ def count_flops(model: AsrLlmModel) -> Flops:
         audio_token += of_weights(module, input_wanted=trained_to_here)
         trained_to_here |= any(p.requires_grad for p in module.parameters())
     head, text = llm.get_output_embeddings(), llm.config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    width = text.num_attention_heads * (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
     return Flops(
         frame=frame,
         frame_pair=pair_flops(encoder) * (3 if trained else 1),
         audio_token=audio_token,
-        token=sum(of_weights(module, input_wanted=True) for module in linears(model.llm) if module is not head),
+        token=sum(
+            of_weights(module, input_wanted=True)
+            for module in linears(model.llm)
+            if module is not head
+        ),
         pair=text.num_hidden_layers * 3 * 4 * width,
         target=of_weights(head, input_wanted=True),
         config=model.config,
@@ -104,15 +117,26 @@ def encoder_positions(encoder: Any) -> Iterator[tuple[nn.Module, float]]:
         return
     assert isinstance(encoder, ZipformerEncoder)
     front, bins = encoder.encoder_embed, encoder.config.feature_dim
-    rows = (bins - 1) // 2, ((bins - 1) // 2 - 1) // 2  # of frequency after the second and the third convolution
-    for module, positions in zip((front.conv[0], front.conv[4], front.conv[7]), (2 * bins, rows[0], rows[1]), strict=True):
+    rows = (
+        (bins - 1) // 2,
+        ((bins - 1) // 2 - 1) // 2,
+    )  # of frequency after the second and the third convolution
+    for module, positions in zip(
+        (front.conv[0], front.conv[4], front.conv[7]), (2 * bins, rows[0], rows[1]), strict=True
+    ):
         yield module, 2 * positions  # two frames at 50 Hz for one given out
-    for module in (front.convnext.depthwise_conv, front.convnext.pointwise_conv1, front.convnext.pointwise_conv2):
+    for module in (
+        front.convnext.depthwise_conv,
+        front.convnext.pointwise_conv1,
+        front.convnext.pointwise_conv2,
+    ):
         yield module, 2 * rows[1]
     yield front.out, 2
     for stack, rate in stacks(encoder):
         weighted = (m for m in stack.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
-        positioned = {layer.self_attn_weights.linear_pos for layer in stack.layers}  # applied to distances, once for a batch
+        positioned = {
+            layer.self_attn_weights.linear_pos for layer in stack.layers
+        }  # applied to distances, once for a batch
         yield from ((module, 2 / rate) for module in weighted if module not in positioned)
 
 
@@ -125,11 +149,19 @@ def pair_flops(encoder: Any) -> float:
     """The attention of all layers, forward, for a pair of frames that the encoder gives out."""
     if isinstance(encoder, WhisperEncoder):
         return 4.0 * encoder.output_dim * len(encoder.layers)
-    return sum(4 / rate**2 * _layer_pair(layer) for stack, rate in stacks(encoder) for layer in stack.layers)  # type: ignore[arg-type]
+    return sum(
+        4 / rate**2 * _layer_pair(layer)
+        for stack, rate in stacks(encoder)
+        for layer in stack.layers
+    )  # type: ignore[arg-type]
 
 
 def _layer_pair(layer: ZipformerLayer) -> float:
     """Scores by content and by distance (twice as many distances as keys), and what two attentions and the gated one weigh."""
     query, _, position = layer.self_attn_weights.sizes
-    values = layer.self_attn1.in_proj.out_features + layer.self_attn2.in_proj.out_features + layer.nonlin_attention.out_proj.in_features
+    values = (
+        layer.self_attn1.in_proj.out_features
+        + layer.self_attn2.in_proj.out_features
+        + layer.nonlin_attention.out_proj.in_features
+    )
     return 2.0 * (query + 2 * position + values)

@@ -99,7 +99,9 @@ def check_text_files(folder: Path) -> None:
         if file.exists():
             read_text(file, "the chat template")
     if (folder / TEMPLATE_FOLDER).is_file():
-        raise UserError(f"{str(folder / TEMPLATE_FOLDER)!r} is a file, but must be a directory. Remove it.")
+        raise UserError(
+            f"{str(folder / TEMPLATE_FOLDER)!r} is a file, but must be a directory. Remove it."
+        )
 
 
 def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
@@ -129,7 +131,9 @@ def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
     with reading(path, "the LLM's configuration", "Correct it, or download it again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{key}={str(folder)!r} is a {kind!r} model, which is not a causal LLM. Give a causal LLM.")
+        raise UserError(
+            f"{key}={str(folder)!r} is a {kind!r} model, which is not a causal LLM. Give a causal LLM."
+        )
     return config
 
 

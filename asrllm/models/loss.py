@@ -25,11 +25,15 @@ class HeadOptions(NamedTuple):
 class SupervisedLoss(nn.Module):
     """A module of its own, without parameters, so that ZeRO-3 gathers the head's weights for as long as they are used."""
 
-    def forward(self, hidden: Tensor, head: nn.Linear, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, head: nn.Linear, targets: Tensor, options: HeadOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden (S, width), targets (S,) -> (loss summed over S in nats, targets that are the most probable token), float32 scalars, and
         each target's loss (S,), without a gradient."""
         weight, bias = head.weight, head.bias
-        if not torch.is_grad_enabled():  # a function does not see that no gradient is wanted of a trained head
+        if (
+            not torch.is_grad_enabled()
+        ):  # a function does not see that no gradient is wanted of a trained head
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, options)
 
@@ -37,17 +41,30 @@ class SupervisedLoss(nn.Module):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants = ctx.needs_input_grad
-        grads = [torch.empty_like(hidden) if wants[0] else None, *(_zeros(p) if wants[i] else None for i, p in ((1, weight), (2, bias)))]
-        loss, correct = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        grads = [
+            torch.empty_like(hidden) if wants[0] else None,
+            *(_zeros(p) if wants[i] else None for i, p in ((1, weight), (2, bias))),
+        ]
+        loss, correct = (
+            hidden.new_zeros((), dtype=torch.float32),
+            hidden.new_zeros((), dtype=torch.float32),
+        )
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         size = max(1, LOGITS // len(weight))
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = nn.functional.linear(hidden[rows], weight, bias).float()
-            part, losses[rows], hits, grad = _chunk(logits, targets[rows], options, backward=any(wants))
+            part, losses[rows], hits, grad = _chunk(
+                logits, targets[rows], options, backward=any(wants)
+            )
             loss, correct = loss + part, correct + hits
             if grad is not None:
                 _accumulate(grads, grad.to(hidden.dtype), hidden[rows], weight, rows)
@@ -57,14 +74,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *(None if grad is None else grad * outer[0] for grad in ctx.saved_tensors), None, None
+        return (
+            *(None if grad is None else grad * outer[0] for grad in ctx.saved_tensors),
+            None,
+            None,
+        )
 
 
 def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter)
 
 
-def _accumulate(grads: list[Tensor | None], grad: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
+def _accumulate(
+    grads: list[Tensor | None], grad: Tensor, hidden: Tensor, weight: Tensor, rows: slice
+) -> None:
     """grad (rows, vocabulary): the loss's with respect to the head's product."""
     of_hidden, of_weight, of_bias = grads
     if of_hidden is not None:
@@ -75,7 +98,9 @@ def _accumulate(grads: list[Tensor | None], grad: Tensor, hidden: Tensor, weight
         of_bias += grad.sum(0)
 
 
-def _chunk(logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _chunk(
+    logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, of each row, correct, gradient of the loss with respect to the given logits) of some rows; the logits' memory is used up."""
     scale, softcap, smoothing = options
     if scale != 1:
@@ -110,7 +135,9 @@ def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOpti
     """
     head, config = llm.get_output_embeddings(), llm.config.get_text_config()
     if type(head) is not nn.Linear:
-        raise UserError("the adapters' target_modules name the LLM's head, which the loss takes as it is: leave it out of them")
+        raise UserError(
+            "the adapters' target_modules name the LLM's head, which the loss takes as it is: leave it out of them"
+        )
     scale = 1.0
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(config, name, None)
@@ -121,5 +148,9 @@ def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOpti
         elif config.model_type.startswith("granite") and name == "logits_scaling":
             scale /= value
         else:
-            raise UserError(f"the LLM is a {config.model_type!r} model with {name}={value}, which the loss does not know: take another LLM")
-    return head, HeadOptions(scale, getattr(config, "final_logit_softcapping", None), label_smoothing)
+            raise UserError(
+                f"the LLM is a {config.model_type!r} model with {name}={value}, which the loss does not know: take another LLM"
+            )
+    return head, HeadOptions(
+        scale, getattr(config, "final_logit_softcapping", None), label_smoothing
+    )

@@ -16,8 +16,19 @@ def tiny_whisper(folder: Path, *, seed: int = 0, num_mel_bins: int = 80) -> Path
     from transformers import WhisperConfig, WhisperModel
 
     torch.manual_seed(seed)
-    size = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": 64, "num_mel_bins": num_mel_bins}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    size = {
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "vocab_size": 64,
+        "num_mel_bins": num_mel_bins,
+    }
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    }
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
     WhisperModel(WhisperConfig(**size, **heads, **tokens)).save_pretrained(folder)
     return folder
@@ -34,7 +45,7 @@ def tiny_zipformer(folder: Path, *, seed: int = 0) -> Path:
     """A Zipformer directory, as Auden's, of random weights: 3 layers in 2 stacks."""
     from safetensors.torch import save_file
 
-    from asrllm.models.zipformer import ZipformerConfig, ZipformerEncoder
+    from asrllm.models.encoders.zipformer.modeling import ZipformerConfig, ZipformerEncoder
 
     torch.manual_seed(seed)
     encoder = ZipformerEncoder(ZipformerConfig(**TINY_ZIPFORMER))  # type: ignore[arg-type]
@@ -50,7 +61,13 @@ def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = Qwen2Config(
         **size,
         vocab_size=len(tokenizer),
@@ -76,10 +93,15 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]  # a transformers tokenize
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def tone(word: str, seconds: float, rate: int = 16000) -> np.ndarray:
@@ -88,7 +110,13 @@ def tone(word: str, seconds: float, rate: int = 16000) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * 200 * 1.25 ** WORDS.index(word) * t)).astype(np.float32)
 
 
-VOWELS = ((730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410))  # formants in Hz
+VOWELS = (
+    (730, 1090, 2440),
+    (270, 2290, 3010),
+    (300, 870, 2240),
+    (530, 1840, 2480),
+    (570, 840, 2410),
+)  # formants in Hz
 
 
 def vowels(seconds: float, *, seed: int = 0, rate: int = 16000) -> np.ndarray:
@@ -97,11 +125,16 @@ def vowels(seconds: float, *, seed: int = 0, rate: int = 16000) -> np.ndarray:
     harmonics = np.arange(1, 36)[:, None]
     sounds: list[np.ndarray] = []
     while sum(map(len, sounds)) < seconds * rate:
-        pitch = rng.uniform(100, 140) * np.linspace(1, rng.uniform(0.85, 1.1), round(rng.uniform(0.12, 0.25) * rate))
-        gains = sum(
-            1 / (1 + ((harmonics * pitch.mean() - f) / width) ** 2) for f, width in zip(rng.choice(VOWELS), (80, 100, 140), strict=True)
+        pitch = rng.uniform(100, 140) * np.linspace(
+            1, rng.uniform(0.85, 1.1), round(rng.uniform(0.12, 0.25) * rate)
         )
-        wave = (gains / harmonics**0.5 * np.sin(2 * np.pi * harmonics * np.cumsum(pitch) / rate)).sum(0)
+        gains = sum(
+            1 / (1 + ((harmonics * pitch.mean() - f) / width) ** 2)
+            for f, width in zip(rng.choice(VOWELS), (80, 100, 140), strict=True)
+        )
+        wave = (
+            gains / harmonics**0.5 * np.sin(2 * np.pi * harmonics * np.cumsum(pitch) / rate)
+        ).sum(0)
         sounds.append(wave / np.abs(wave).max() * np.hanning(len(wave)) ** 0.3)
     return (0.3 * np.concatenate(sounds)[: round(seconds * rate)]).astype(np.float32)
 
@@ -112,18 +145,29 @@ def tone_sentences(count: int, *, seed: int = 0, rate: int = 16000) -> list[tupl
     sentences = []
     for _ in range(count):
         words = [str(word) for word in rng.choice(WORDS, rng.integers(1, 5))]
-        sentences.append((" ".join(words), np.concatenate([tone(word, rng.uniform(0.1, 0.4), rate) for word in words])))
+        sentences.append(
+            (
+                " ".join(words),
+                np.concatenate([tone(word, rng.uniform(0.1, 0.4), rate) for word in words]),
+            )
+        )
     return sentences
 
 
-def kaldi_directory(folder: Path, sentences: Sequence[tuple[str, np.ndarray]], *, rate: int = 16000) -> Path:
+def kaldi_directory(
+    folder: Path, sentences: Sequence[tuple[str, np.ndarray]], *, rate: int = 16000
+) -> Path:
     """wav.scp, text, utt2spk and the wavs."""
     (folder / "wav").mkdir(parents=True)
     tables: dict[str, list[str]] = {"wav.scp": [], "text": [], "utt2spk": []}
     for i, (words, wave) in enumerate(sentences):
         key = f"utt{i:04d}"
         soundfile.write(folder / "wav" / f"{key}.wav", wave, rate)
-        for name, value in (("wav.scp", f"wav/{key}.wav"), ("text", words), ("utt2spk", f"spk{i % 3}")):
+        for name, value in (
+            ("wav.scp", f"wav/{key}.wav"),
+            ("text", words),
+            ("utt2spk", f"spk{i % 3}"),
+        ):
             tables[name].append(f"{key} {value}\n")
     for name, lines in tables.items():
         (folder / name).write_text("".join(lines), encoding="utf-8")

@@ -16,8 +16,8 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from asrllm.errors import UserError
 from asrllm.text_files import read_text
-from asrllm.training.config import TrainerConfig
 from asrllm.training.ds_keys import NUMBER, SWITCH, Kinds, check_keys, check_type, correction
+from asrllm.training.run_config import TrainerConfig
 
 # what "auto" is for sizes: as in the files in ds_configs
 SIZES = {
@@ -77,13 +77,22 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> dict[str, Any]:
     accumulation = config.gradient_accumulation_steps
     # batches have a budget of tokens; DeepSpeed only multiplies the first of these
     _fill(ds, "train_micro_batch_size_per_gpu", 1, BATCHES, path)
-    _fill(ds, "gradient_accumulation_steps", accumulation, "trainer.gradient_accumulation_steps", path)
+    _fill(
+        ds, "gradient_accumulation_steps", accumulation, "trainer.gradient_accumulation_steps", path
+    )
     _fill(ds, "train_batch_size", accumulation * world_size, BATCHES, path)
     _fill(ds, "gradient_clipping", config.gradient_clipping, "trainer.gradient_clipping", path)
     for precision in ("bf16", "fp16"):
         block = ds.setdefault(precision, {"enabled": "auto"})
         enabled = config.precision == precision
-        _fill(block, "enabled", enabled, f"trainer.precision={config.precision}", path, place=precision)
+        _fill(
+            block,
+            "enabled",
+            enabled,
+            f"trainer.precision={config.precision}",
+            path,
+            place=precision,
+        )
     check_optimizer(ds.pop("optimizer", None), config, path)
     choose_optimizer_checks(ds, config, path)
     for key, value in SIZES.items():
@@ -93,7 +102,9 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> dict[str, Any]:
     check_device(ds, config, path)
     ds.setdefault("steps_per_print", 1 << 60)  # the run logs itself
     if left := next(_autos(ds), None):
-        raise UserError(f'{path}: {left}="auto" is not filled in from the run. Give its value, or remove it.')
+        raise UserError(
+            f'{path}: {left}="auto" is not filled in from the run. Give its value, or remove it.'
+        )
     check_as_deepspeed(ds, path)
     return ds
 
@@ -109,9 +120,13 @@ def read_hjson(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {' '.join(str(error).split())}. Correct the file.") from error
+        raise UserError(
+            f"{path} is not valid JSON: {' '.join(str(error).split())}. Correct the file."
+        ) from error
     if not isinstance(content, dict) or not text.strip():
-        raise UserError(f"{path} does not hold a JSON object. Give a DeepSpeed JSON, such as ds_configs/zero3.json.")
+        raise UserError(
+            f"{path} does not hold a JSON object. Give a DeepSpeed JSON, such as ds_configs/zero3.json."
+        )
     return dict(content)
 
 
@@ -147,7 +162,9 @@ def check_optimizer(block: dict[str, Any] | None, config: TrainerConfig, path: P
         return
     name, kind, params = config.optimizer.name, block.get("type"), block.get("params", {})
     if kind is None:
-        raise UserError(f'{path}: optimizer.type is missing. Write "type": "AdamW", or remove the block.')
+        raise UserError(
+            f'{path}: optimizer.type is missing. Write "type": "AdamW", or remove the block.'
+        )
     if kind.lower() not in ("adam", "adamw", "auto"):
         raise UserError(
             f"{path}: optimizer.type={kind!r} contradicts trainer.optimizer.name={name}. "
@@ -159,18 +176,41 @@ def check_optimizer(block: dict[str, Any] | None, config: TrainerConfig, path: P
             "Remove the block, or set trainer.optimizer.name=adamw."
         )
     if "max_grad_norm" in params:
-        raise UserError(f"{path}: optimizer.params.max_grad_norm is not supported. Remove it, and set trainer.gradient_clipping.")
+        raise UserError(
+            f"{path}: optimizer.params.max_grad_norm is not supported. Remove it, and set trainer.gradient_clipping."
+        )
     for key, value in params.items():
         place = f"optimizer.params.{key}"
         if key not in OPTIMIZER_PARAMS:
-            raise UserError(f"{path}: {place} is not an option of AdamW here. {correction(key, OPTIMIZER_PARAMS)}")
+            raise UserError(
+                f"{path}: {place} is not an option of AdamW here. {correction(key, OPTIMIZER_PARAMS)}"
+            )
         check_type(value, OPTIMIZER_PARAMS[key], place, path)
-    fixed = {"eps": EPSILON, "bias_correction": True, "amsgrad": False, "fp32_optimizer_states": True}
+    fixed = {
+        "eps": EPSILON,
+        "bias_correction": True,
+        "amsgrad": False,
+        "fp32_optimizer_states": True,
+    }
     for key, value in fixed.items():
         _fill(params, key, value, f"trainer.optimizer.name={name}", path, place="optimizer.params")
     if kind.lower() == "adam":  # an Adam without it adds the decay to the gradient
-        _fill(params, "adam_w_mode", True, f"trainer.optimizer.name={name}", path, place="optimizer.params")
-    _fill(params, "torch_adam", name == "adamw", f"trainer.optimizer.name={name}", path, place="optimizer.params")
+        _fill(
+            params,
+            "adam_w_mode",
+            True,
+            f"trainer.optimizer.name={name}",
+            path,
+            place="optimizer.params",
+        )
+    _fill(
+        params,
+        "torch_adam",
+        name == "adamw",
+        f"trainer.optimizer.name={name}",
+        path,
+        place="optimizer.params",
+    )
     for key in ("lr", "betas", "weight_decay"):
         _fill(params, key, getattr(config, key), f"trainer.{key}", path, place="optimizer.params")
 
@@ -209,18 +249,31 @@ def check_run(config: TrainerConfig, ds: dict[str, Any]) -> None:
     """Raise UserError for settings of a run that its ZeRO stage does not allow."""
     stage = ds["zero_optimization"]["stage"]
     if config.optimizer.name == "deepspeed_adamw" and stage == 0:
-        raise UserError("trainer.optimizer.name=deepspeed_adamw has no checkpoints at ZeRO stage 0: choose adamw, or ds_configs/zero1.json")
+        raise UserError(
+            "trainer.optimizer.name=deepspeed_adamw has no checkpoints at ZeRO stage 0: choose adamw, or ds_configs/zero1.json"
+        )
     if config.compile and stage == 3:
-        raise UserError("trainer.compile=true does not go with ZeRO-3, which gathers a layer's weights as it is run: take stage 0, 1 or 2")
+        raise UserError(
+            "trainer.compile=true does not go with ZeRO-3, which gathers a layer's weights as it is run: take stage 0, 1 or 2"
+        )
 
 
 def check_as_deepspeed(ds: dict[str, Any], path: Path) -> None:
     """Raise UserError for what DeepSpeed itself would refuse when the model is loaded."""
-    alone = copy.deepcopy(ds) | {"train_batch_size": ds["gradient_accumulation_steps"]}  # no other process is known yet
+    alone = copy.deepcopy(ds) | {
+        "train_batch_size": ds["gradient_accumulation_steps"]
+    }  # no other process is known yet
     try:
         with quiet(logging.getLogger("DeepSpeed")):
             DeepSpeedConfig(alone)
-    except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError, KeyError) as error:
+    except (
+        DeepSpeedConfigError,
+        ValueError,
+        AssertionError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} is refused by DeepSpeed: {reason}. Correct the file.") from error
 
@@ -238,7 +291,9 @@ def quiet(logger: logging.Logger) -> Iterator[None]:
 
 def _autos(value: Any, name: str = "") -> Iterator[str]:
     """The names of what is still "auto"."""
-    if value == "auto" and name != "data_types.keep_in_fp32_modules":  # there DeepSpeed has an "auto" of its own
+    if (
+        value == "auto" and name != "data_types.keep_in_fp32_modules"
+    ):  # there DeepSpeed has an "auto" of its own
         yield name
     if isinstance(value, dict):
         for key, item in value.items():
@@ -249,24 +304,34 @@ def check_layout(ds: dict[str, Any], path: Path) -> None:
     """Raises UserError for options under which weights lie elsewhere in checkpoints than they are looked for."""
     for key in ("round_robin_gradients", "parameter_alignment"):
         if ds["zero_optimization"].get(key):
-            raise UserError(f"{path}: zero_optimization.{key} writes checkpoints that could not be read again: leave it out")
+            raise UserError(
+                f"{path}: zero_optimization.{key} writes checkpoints that could not be read again: leave it out"
+            )
 
 
 def check_device(ds: dict[str, Any], config: TrainerConfig, path: Path) -> None:
     """Raises UserError for what the machine cannot do; it would be a traceback when the model is loaded."""
     accelerator = get_accelerator()
     if config.precision == "fp16" and torch.float16 not in accelerator.supported_dtypes():
-        raise UserError(f"trainer.precision=fp16 cannot run on this device ({accelerator.device_name()}): take bf16 or fp32")
+        raise UserError(
+            f"trainer.precision=fp16 cannot run on this device ({accelerator.device_name()}): take bf16 or fp32"
+        )
     for part in ("offload_optimizer", "offload_param"):
         offload = ds["zero_optimization"].get(part) or {}
         if offload.get("device") != "nvme":
             continue
         if offload.get("nvme_path", "auto") == "auto":
             if not config.nvme_path:
-                raise UserError(f"{path}: {part} is on a disk: give its directory, trainer.nvme_path=/local/disk")
+                raise UserError(
+                    f"{path}: {part} is on a disk: give its directory, trainer.nvme_path=/local/disk"
+                )
             offload["nvme_path"] = config.nvme_path
-        if part == "offload_optimizer" and (config.optimizer.name != "deepspeed_adamw" or config.use_averaged_model):
-            raise UserError(f"{path}: an optimizer on a disk is trainer.optimizer.name=deepspeed_adamw, and has no use_averaged_model")
+        if part == "offload_optimizer" and (
+            config.optimizer.name != "deepspeed_adamw" or config.use_averaged_model
+        ):
+            raise UserError(
+                f"{path}: an optimizer on a disk is trainer.optimizer.name=deepspeed_adamw, and has no use_averaged_model"
+            )
         if not disks_work():
             raise UserError(
                 f"{path}: {part} on a disk needs DeepSpeed's async_io, which needs libaio: install libaio-dev, or take zero3_offload"
@@ -285,14 +350,18 @@ def find_ds_config(name: str) -> Path:
     for path in (Path(name), here / name, here.parent / name):
         if path.is_file():
             return path
-    raise UserError(f"trainer.deepspeed_config={name!r} does not exist: give a DeepSpeed JSON such as ds_configs/zero3.json")
+    raise UserError(
+        f"trainer.deepspeed_config={name!r} does not exist: give a DeepSpeed JSON such as ds_configs/zero3.json"
+    )
 
 
 def check_stage(path: Path, ds: dict[str, Any]) -> int:
     """The stage of the file; DeepSpeed takes a missing one for 0, so a name that promises another is an error."""
     stage = ds["zero_optimization"].get("stage", 0)
     if stage == "auto":
-        raise UserError(f'{path}: zero_optimization.stage="auto" is not filled in from the run. Use one of 0, 1, 2, 3.')
+        raise UserError(
+            f'{path}: zero_optimization.stage="auto" is not filled in from the run. Use one of 0, 1, 2, 3.'
+        )
     stage = int(stage)
     if (named := STAGE_IN_NAME.search(path.stem)) and int(named.group(1)) != stage:
         raise UserError(
@@ -301,7 +370,9 @@ def check_stage(path: Path, ds: dict[str, Any]) -> int:
     return stage
 
 
-def _fill(ds: dict[str, Any], key: str, value: Any, ours: str, path: Path, *, place: str = "") -> None:
+def _fill(
+    ds: dict[str, Any], key: str, value: Any, ours: str, path: Path, *, place: str = ""
+) -> None:
     """Set a key to the run's value.
 
     Args:
@@ -321,5 +392,7 @@ def _fill(ds: dict[str, Any], key: str, value: Any, ours: str, path: Path, *, pl
         is_key = ours.startswith("trainer.") and "=" not in ours
         reason = f"{ours}={value!r}" if is_key else f"the run's {value!r} ({ours})"
         fix = f" or set {ours}={str(found).replace(' ', '')}" if is_key else " or remove it"
-        raise UserError(f'{path}: {name}={found!r} contradicts {reason}. Write "auto" in the file,{fix}.')
+        raise UserError(
+            f'{path}: {name}={found!r} contradicts {reason}. Write "auto" in the file,{fix}.'
+        )
     ds[key] = value

@@ -23,7 +23,14 @@ NUMBER: Kinds = (int, float)
 SWITCH: Kinds = (bool,)
 TEXT: Kinds = (str,)
 OBJECT: Kinds = (dict,)
-KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list"}
+KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "an object",
+    list: "a list",
+}
 
 # Keys that DeepSpeed reads with dict.get, so that it notices neither a typing error nor a wrong type.
 SCALARS: dict[str, Kinds] = {
@@ -123,10 +130,18 @@ UNSUPPORTED = {
 }
 # Values that would change what a step computes.
 FIXED = {
-    "gradient_allreduce_op": ("mean", "Remove it: the loss is divided by the supervised tokens of all ranks."),
-    "managed_gradient_accumulation": (True, "Remove it, and set trainer.gradient_accumulation_steps."),
+    "gradient_allreduce_op": (
+        "mean",
+        "Remove it: the loss is divided by the supervised tokens of all ranks.",
+    ),
+    "managed_gradient_accumulation": (
+        True,
+        "Remove it, and set trainer.gradient_accumulation_steps.",
+    ),
 }
-KNOWN_KEYS = frozenset([*SCALARS, *PLAIN_BLOCKS, *MODELS, *(key for key in UNSUPPORTED if "." not in key)])
+KNOWN_KEYS = frozenset(
+    [*SCALARS, *PLAIN_BLOCKS, *MODELS, *(key for key in UNSUPPORTED if "." not in key)]
+)
 
 
 def check_keys(ds: dict[str, Any], path: Path) -> None:
@@ -142,7 +157,9 @@ def check_keys(ds: dict[str, Any], path: Path) -> None:
     check_removed(ds, path)
     for key in list(ds):
         if key not in KNOWN_KEYS:
-            raise UserError(f"{path}: {key!r} is not a key of DeepSpeed {deepspeed.__version__}. {correction(key, KNOWN_KEYS)}")
+            raise UserError(
+                f"{path}: {key!r} is not a key of DeepSpeed {deepspeed.__version__}. {correction(key, KNOWN_KEYS)}"
+            )
         value = ds[key]
         if key in SCALARS:
             check_type(value, SCALARS[key], key, path)
@@ -162,11 +179,16 @@ def check_removed(ds: Mapping[str, Any], path: Path) -> None:
     zero = ds.get("zero_optimization")
     removed = {key: getattr(ds_runtime, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}) for key in ds}
     if isinstance(zero, dict):
-        removed |= {f"zero_optimization.{key}": getattr(ds_runtime, "_REMOVED_ZERO_CONFIG_KEYS", {}) for key in zero}
+        removed |= {
+            f"zero_optimization.{key}": getattr(ds_runtime, "_REMOVED_ZERO_CONFIG_KEYS", {})
+            for key in zero
+        }
     for place, known in removed.items():
         if place.rpartition(".")[2] in known:
             fix = "Remove it, and set trainer.precision." if place == "amp" else "Remove it."
-            raise UserError(f"{path}: {place} was removed from DeepSpeed, which {deepspeed.__version__} is. {fix}")
+            raise UserError(
+                f"{path}: {place} was removed from DeepSpeed, which {deepspeed.__version__} is. {fix}"
+            )
 
 
 def check_supported(ds: Mapping[str, Any], path: Path) -> None:
@@ -188,7 +210,9 @@ def is_off(value: Any) -> bool:
     return value.get("enabled") is False or not any(value.values())
 
 
-def check_plain(known: Mapping[str, Kinds], block: Mapping[str, Any], place: str, path: Path) -> None:
+def check_plain(
+    known: Mapping[str, Kinds], block: Mapping[str, Any], place: str, path: Path
+) -> None:
     """Check a block for which DeepSpeed has no model."""
     for key, value in block.items():
         if key not in known:
@@ -198,8 +222,15 @@ def check_plain(known: Mapping[str, Kinds], block: Mapping[str, Any], place: str
 
 def check_model(model: type[BaseModel], block: Mapping[str, Any], place: str, path: Path) -> None:
     """Check a block by DeepSpeed's own pydantic model of it; "auto" is accepted everywhere."""
-    fields = {name: field for key, field in model.model_fields.items() for name in (key, field.alias) if name}
-    shown = {field.alias or key for key, field in model.model_fields.items() if not replacement_of(field)}
+    fields = {
+        name: field
+        for key, field in model.model_fields.items()
+        for name in (key, field.alias)
+        if name
+    }
+    shown = {
+        field.alias or key for key, field in model.model_fields.items() if not replacement_of(field)
+    }
     for key, value in block.items():
         if key not in fields:
             raise unknown_key(f"{place}.{key}", shown, path)
@@ -218,8 +249,15 @@ def check_model(model: type[BaseModel], block: Mapping[str, Any], place: str, pa
         first = error.errors()[0]
         where = ".".join([place, *map(str, first["loc"])])
         value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
-        reason = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
-        raise UserError(f"{path}: {where}{value} is refused by DeepSpeed: {reason}. Correct the value.") from error
+        reason = (
+            first["msg"]
+            .removeprefix("Value error, ")
+            .removeprefix("Assertion failed, ")
+            .rstrip(".")
+        )
+        raise UserError(
+            f"{path}: {where}{value} is refused by DeepSpeed: {reason}. Correct the value."
+        ) from error
 
 
 def replacement_of(field: Any) -> str | None:
@@ -255,11 +293,28 @@ def plain_kinds(kinds: Iterable[type]) -> Kinds | None:
 def check_type(value: Any, kinds: Kinds, place: str, path: Path) -> None:
     """Raise UserError for a value that is of none of the types. "auto" is checked where it is filled in."""
     is_whole = isinstance(value, float) and value.is_integer()  # sizes are often written as 5e8
-    fits = isinstance(value, bool) if kinds == SWITCH else isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-    if fits or value == "auto" or (int in kinds and is_whole) or (float in kinds and type(value) is int):
+    fits = (
+        isinstance(value, bool)
+        if kinds == SWITCH
+        else isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    )
+    if (
+        fits
+        or value == "auto"
+        or (int in kinds and is_whole)
+        or (float in kinds and type(value) is int)
+    ):
         return
-    expected = " or ".join("null" if kind is type(None) else KIND_NAMES[kind] for kind in kinds if (kind, kinds) != (int, NUMBER))
-    fix = "Remove the quotes." if isinstance(value, str) and looks_unquoted(value) else f"Give {expected}, or remove the key."
+    expected = " or ".join(
+        "null" if kind is type(None) else KIND_NAMES[kind]
+        for kind in kinds
+        if (kind, kinds) != (int, NUMBER)
+    )
+    fix = (
+        "Remove the quotes."
+        if isinstance(value, str) and looks_unquoted(value)
+        else f"Give {expected}, or remove the key."
+    )
     raise UserError(f"{path}: {place}={value!r} is not {expected}. {fix}")
 
 
@@ -269,7 +324,9 @@ def check_choice(value: Any, kinds: Iterable[type], place: str, path: Path) -> N
         if issubclass(kind, enum.Enum):
             choices = [member.value for member in kind]
             if value not in (*choices, "auto", None):
-                raise UserError(f"{path}: {place}={value!r} is not a choice. Use one of {', '.join(map(str, choices))}.")
+                raise UserError(
+                    f"{path}: {place}={value!r} is not a choice. Use one of {', '.join(map(str, choices))}."
+                )
 
 
 def looks_unquoted(text: str) -> bool:
@@ -284,12 +341,17 @@ def looks_unquoted(text: str) -> bool:
 def without_autos(block: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a block without the values "auto", at any depth."""
     kept = {key: value for key, value in block.items() if value != "auto"}
-    return {key: without_autos(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {
+        key: without_autos(value) if isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
 
 
 def unknown_key(place: str, known: Iterable[str], path: Path) -> UserError:
     key = place.rpartition(".")[2]
-    return UserError(f"{path}: {place} is not a key of DeepSpeed {deepspeed.__version__}. {correction(key, known)}")
+    return UserError(
+        f"{path}: {place} is not a key of DeepSpeed {deepspeed.__version__}. {correction(key, known)}"
+    )
 
 
 def correction(word: str, known: Iterable[str]) -> str:

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from asrllm.errors import UserError
-from asrllm.training.config import TrainerConfig
-from asrllm.training.launchers import switched_on
+from asrllm.launchers import switched_on
 from asrllm.training.optimizers import make_optimizer, parameter_groups
+from asrllm.training.run_config import TrainerConfig
 from asrllm.training.scaled_adam import ScaledAdam, bind
 
 
@@ -29,8 +29,12 @@ def deepspeed_engine(
     stage3 = HfDeepSpeedConfig(ds)  # transformers holds it weakly: this name keeps it alive
     model = build()
     for parameter in model.parameters():
-        if not hasattr(parameter, "ds_id"):  # ZeRO-3 wants one dtype: those outside its reach so far (LoRA, projector, encoder) follow
-            parameter.data = torch.atleast_1d(parameter.data.to(config.dtype))  # stage 3 cannot divide a scalar; load_model turns it back
+        if not hasattr(
+            parameter, "ds_id"
+        ):  # ZeRO-3 wants one dtype: those outside its reach so far (LoRA, projector, encoder) follow
+            parameter.data = torch.atleast_1d(
+                parameter.data.to(config.dtype)
+            )  # stage 3 cannot divide a scalar; load_model turns it back
     if config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
         model.llm.enable_input_require_grads()
@@ -39,14 +43,20 @@ def deepspeed_engine(
         compile_layers(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise UserError("nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part")
+        raise UserError(
+            "nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part"
+        )
     drop_frozen_aliases(model)
-    if ds["zero_optimization"]["stage"] == 3:  # a layer is gathered at once rather than weight by weight
+    if (
+        ds["zero_optimization"]["stage"] == 3
+    ):  # a layer is gathered at once rather than weight by weight
         set_z3_leaf_modules(model, model.unsplit_modules())
         gather_head_for_loss(model)
     optimizer = build_optimizer(config, ds, model, device)
     import_muon_uncompiled()
-    engine, *_ = deepspeed.initialize(model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds)
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds
+    )
     if isinstance(optimizer, ScaledAdam):
         bind(optimizer, engine)
     yield engine
@@ -55,7 +65,10 @@ def deepspeed_engine(
 
 def import_muon_uncompiled() -> None:
     """deepspeed.initialize asks of every optimizer whether it is DeepSpeed's Muon, whose module loads torch's compiler for two seconds."""
-    with switched_on("TORCHDYNAMO_DISABLE"), contextlib.suppress(ImportError):  # torch reads it where a function is decorated
+    with (
+        switched_on("TORCHDYNAMO_DISABLE"),
+        contextlib.suppress(ImportError),
+    ):  # torch reads it where a function is decorated
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
@@ -67,11 +80,20 @@ def compile_layers(model: nn.Module) -> None:
             layer.compile(dynamic=True)
 
 
-def build_optimizer(config: TrainerConfig, ds: dict[str, Any], model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    groups = parameter_groups(dict(model.named_parameters()), lr=config.lr, lr_of=config.lr_of, weight_decay=config.weight_decay)
+def build_optimizer(
+    config: TrainerConfig, ds: dict[str, Any], model: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
+    groups = parameter_groups(
+        dict(model.named_parameters()),
+        lr=config.lr,
+        lr_of=config.lr_of,
+        weight_decay=config.weight_decay,
+    )
     betas = (config.betas[0], config.betas[1])
     offload = "offload_optimizer" in ds["zero_optimization"]
-    return make_optimizer(config.optimizer.name, groups, lr=config.lr, betas=betas, device=device, offload=offload)
+    return make_optimizer(
+        config.optimizer.name, groups, lr=config.lr, betas=betas, device=device, offload=offload
+    )
 
 
 def gather_head_for_loss(model: nn.Module) -> None:
@@ -88,7 +110,11 @@ def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
 def drop_frozen_aliases(model: nn.Module) -> None:
     """Keep the second names of frozen tied weights out of checkpoints: DeepSpeed leaves frozen weights out by their first name only."""
     first = {name for name, _ in model.named_parameters()}
-    aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if name not in first and not p.requires_grad}
+    aliases = {
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name not in first and not p.requires_grad
+    }
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name in aliases:

@@ -14,8 +14,8 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
-from asrllm.training.config import PeakRates
-from asrllm.training.partitions import full_shape
+from asrllm.training.checkpoint.partitions import full_shape
+from asrllm.training.run_config import PeakRates
 from asrllm.training.scaled_adam import ScaledAdam
 
 PARTS = ("projector", "lora", "audio_encoder", "llm")
@@ -26,15 +26,21 @@ def part_of(name: str) -> str:
     return "lora" if "lora_" in name else name.split(".")[0]
 
 
-def parameter_groups(parameters: Mapping[str, nn.Parameter], *, lr: float, lr_of: PeakRates, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], *, lr: float, lr_of: PeakRates, weight_decay: float
+) -> list[dict[str, Any]]:
     """One group for each part and for what of it decays (matrices) and does not, in a fixed order; `lr_ratio` is to `lr`."""
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    by_kind: dict[tuple[str, bool], list[nn.Parameter]] = {(part, decays): [] for part in PARTS for decays in (True, False)}
+    by_kind: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (part, decays): [] for part in PARTS for decays in (True, False)
+    }
     for name, parameter in trained.items():
         by_kind[part_of(name), _is_matrix(parameter)].append(parameter)
     for part, rate in vars(lr_of).items():
         if rate is not None and not any(by_kind[part, decays] for decays in (True, False)):
-            raise UserError(f"trainer.lr_of.{part}={rate}, but nothing of {part} is trained: leave it out, or train it")
+            raise UserError(
+                f"trainer.lr_of.{part}={rate}, but nothing of {part} is trained: leave it out, or train it"
+            )
     return [
         {
             "params": group,
@@ -52,7 +58,13 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def make_optimizer(
-    name: str, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], device: torch.device, offload: bool
+    name: str,
+    groups: list[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    device: torch.device,
+    offload: bool,
 ) -> torch.optim.Optimizer:
     if name == "scaled_adam":
         return ScaledAdam(groups, lr=lr, betas=betas)
@@ -63,7 +75,9 @@ def make_optimizer(
         kind, op = (FusedAdam, "fused_adam") if on_device else (DeepSpeedCPUAdam, "cpu_adam")
         with building(op):
             return kind(groups, lr=lr, betas=betas)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type == "cuda" and not offload)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=betas, fused=device.type == "cuda" and not offload
+    )
 
 
 @contextlib.contextmanager
@@ -71,11 +85,16 @@ def building(op: str) -> Iterator[None]:
     """An operator of DeepSpeed's is compiled inside at its first use, by one process at a time. Raises UserError where it cannot be."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     folder.mkdir(parents=True, exist_ok=True)
-    before, programs = os.environ["PATH"], str(Path(sys.executable).parent)  # ninja is there, also where the environment is not activated
+    before, programs = (
+        os.environ["PATH"],
+        str(Path(sys.executable).parent),
+    )  # ninja is there, also where the environment is not activated
     os.environ["PATH"] = f"{programs}{os.pathsep}{before}"
     try:
         with FileLock(folder / f"{op}.asrllm.lock"):
-            for left in folder.glob(f"**/{op}/lock"):  # by a build that was killed; torch would wait for it without end
+            for left in folder.glob(
+                f"**/{op}/lock"
+            ):  # by a build that was killed; torch would wait for it without end
                 left.unlink()
             yield
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:

@@ -15,7 +15,9 @@ ALLOWED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Ctrl-C always ends the 
 def check_signals(names: Sequence[str]) -> None:
     for name in names:
         if name not in ALLOWED:
-            raise UserError(f"trainer.preemption_signals: {name!r} is none of {', '.join(ALLOWED)}: leave it out")
+            raise UserError(
+                f"trainer.preemption_signals: {name!r} is none of {', '.join(ALLOWED)}: leave it out"
+            )
 
 
 class Preemption:
@@ -36,11 +38,16 @@ class Preemption:
             self.before = {number: signal.signal(number, self._receive) for number in self.signals}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def meet(self) -> None:
+    def defer_to_step_boundary(self) -> None:
         """From here on the ranks end together."""
         self.met = True
 
@@ -48,5 +55,8 @@ class Preemption:
         self.asked = signal.Signals(number).name
         if not self.met:
             # not print: the signal may have come in the middle of one
-            os.write(2, f"asrllm train: {self.asked} before the training began: ended, nothing was to be saved\n".encode())
+            os.write(
+                2,
+                f"asrllm train: {self.asked} before the training began: ended, nothing was to be saved\n".encode(),
+            )
             raise SystemExit(0)

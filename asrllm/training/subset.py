@@ -22,8 +22,12 @@ class Subset:
     def __init__(self, corpus: Corpus, reader: Reader, collator: Collator, *, count: int) -> None:
         self.reader, self.collator, rows = reader, collator, corpus.index.rows
         kept = np.flatnonzero(corpus.passes(rows[:]))
-        chosen = kept[np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int))]
-        self.rows = chosen[np.argsort(-rows["samples"][chosen].astype(np.int64), kind="stable")].tolist()
+        chosen = kept[
+            np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int))
+        ]
+        self.rows = chosen[
+            np.argsort(-rows["samples"][chosen].astype(np.int64), kind="stable")
+        ].tolist()
 
     def batches(self, rank: int, ranks: int) -> Iterator[list[tuple[Sample, str]]]:
         """Utterances with their prompts: every rank's share, in as many batches of as many. Silence without a key stands in for what

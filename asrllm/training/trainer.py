@@ -11,19 +11,29 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from asrllm import distributed
 from asrllm.collator.batch import PackedBatch
 from asrllm.collator.loader import LoadedStep
 from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
-from asrllm.training import distributed
-from asrllm.training.config import TrainerConfig
 from asrllm.training.engine import set_lr
 from asrllm.training.preemption import Preemption
-from asrllm.training.schedule import lr_factor
+from asrllm.training.run_config import TrainerConfig
+from asrllm.training.schedules import lr_factor
 from asrllm.training.watchdog import Watchdog
 
-MODEL_INPUTS = ("waves", "wave_lengths", "input_ids", "position_ids", "cu_seqlens", "target_positions", "targets", "masks", "time_masks")
+MODEL_INPUTS = (
+    "waves",
+    "wave_lengths",
+    "input_ids",
+    "position_ids",
+    "cu_seqlens",
+    "target_positions",
+    "targets",
+    "masks",
+    "time_masks",
+)
 
 
 @dataclass(kw_only=True)
@@ -39,7 +49,9 @@ class StepSums:
     read_seconds: float = 0.0  # of audio with the padding that batching adds
     data_wait: float = 0.0  # seconds
     bad: float = 0.0  # utterances that could not be read
-    skipped: float = 0.0  # steps that changed nothing, for want of a finite gradient; every rank counts them
+    skipped: float = (
+        0.0  # steps that changed nothing, for want of a finite gradient; every rank counts them
+    )
 
     def as_tensor(self) -> Tensor:
         return torch.tensor(list(vars(self).values()), dtype=torch.float64)
@@ -55,7 +67,7 @@ class StepSums:
         return self.from_tensor(distributed.sum_over_ranks(self.as_tensor().to(device)))
 
 
-class Hook:
+class Callback:
     """Something beside the loop. Every rank calls it at every step; a hook defines what it needs of this."""
 
     def before_step(self, trainer: "Trainer", loaded: LoadedStep) -> None:
@@ -83,7 +95,7 @@ class Trainer:
     exp_dir: Path
     seed: int
     total_steps: int
-    hooks: Sequence[Hook] = ()
+    callbacks: Sequence[Callback] = ()
     preemption: Preemption = field(default_factory=Preemption)
     watchdog: Watchdog = field(default_factory=Watchdog)
     step: int = 0
@@ -109,17 +121,20 @@ class Trainer:
                     "no utterance is left to train on in these epochs: raise trainer.num_epochs, the weights, or widen data.filter"
                 )
             self.position, waited = loaded.position, time.monotonic() - began
-            self.watchdog.beat(f"in step {self.step + 1}", [key for batch in loaded.micro_batches for key in batch.keys])
-            for hook in self.hooks:
-                hook.before_step(self, loaded)
+            self.watchdog.beat(
+                f"in step {self.step + 1}",
+                [key for batch in loaded.micro_batches for key in batch.keys],
+            )
+            for callback in self.callbacks:
+                callback.before_step(self, loaded)
             sums = self.train_step(loaded)
             sums.data_wait = waited
             self.last = self._is_over()
-            for hook in self.hooks:
-                self.watchdog.beat(f"in {type(hook).__name__} after step {self.step}")
-                hook.after_step(self, loaded, sums)
-        for hook in reversed(self.hooks):
-            hook.at_end(self)
+            for callback in self.callbacks:
+                self.watchdog.beat(f"in {type(callback).__name__} after step {self.step}")
+                callback.after_step(self, loaded, sums)
+        for callback in reversed(self.callbacks):
+            callback.at_end(self)
 
     @property
     def ending(self) -> bool:
@@ -135,7 +150,9 @@ class Trainer:
     def _is_over(self) -> bool:
         """After num_steps or num_epochs, whichever comes first."""
         steps, epochs = self.config.num_steps, self.config.last_epoch
-        return (steps is not None and self.step >= steps) or (epochs is not None and self.position.epoch >= epochs)
+        return (steps is not None and self.step >= steps) or (
+            epochs is not None and self.position.epoch >= epochs
+        )
 
     def _schedule_step(self, loaded: LoadedStep) -> float:
         """Where in the schedule the step stands, in steps. By the share of the epochs that is done where they end the training, since how
@@ -162,7 +179,9 @@ class Trainer:
         self.engine.module.set_batch_count(self.step)
         micro_batches = [batch.to(self.device) for batch in loaded.micro_batches]
         targets = sum(len(b.targets) for b in micro_batches)
-        mine = torch.tensor([float(targets), float(self.preemption.asked is not None)], device=self.device)
+        mine = torch.tensor(
+            [float(targets), float(self.preemption.asked is not None)], device=self.device
+        )
         everywhere, asked = distributed.sum_over_ranks(mine)
         # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets instead
         scale = distributed.world_size() * len(micro_batches) / everywhere.clamp(min=1)

@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 from asrllm.errors import UserError
 from asrllm.text_files import first_words
-from asrllm.training.config import WandbConfig
+from asrllm.training.run_config import WandbConfig
 
 DEFAULT_HOST = "api.wandb.ai"
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")

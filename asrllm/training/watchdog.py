@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from asrllm.training import siblings
+from asrllm import siblings
 
 EXIT_STATUS = siblings.MAY_SUCCEED
 MOST_BETWEEN_LOOKS = 5.0  # seconds
@@ -52,7 +52,12 @@ class Watchdog:
             self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.ended.set()
         if self.timeout:
             self.thread.join()

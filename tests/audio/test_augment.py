@@ -27,7 +27,9 @@ OFF = AugmentConfig(
     speed=[1.0],
     noise=NoiseConfig(source=None, prob=0.0, snr_min=5.0, snr_max=20.0),
     reverb=ReverbConfig(source=None, prob=0.0, rt60_min=0.2, rt60_max=0.8),
-    spec_augment=SpecAugmentConfig(prob=0.0, time_masks=3, time_mask_share=0.1, freq_masks=2, freq_mask_share=0.3),
+    spec_augment=SpecAugmentConfig(
+        prob=0.0, time_masks=3, time_mask_share=0.1, freq_masks=2, freq_mask_share=0.3
+    ),
 )
 SPEEDS = replace(OFF, speed=[0.9, 1.0, 1.1])
 SYNTHETIC = replace(OFF, reverb=replace(OFF.reverb, source="synthetic", prob=0.7))
@@ -57,7 +59,12 @@ def noises(tmp_path):
     """Four files in two folders, of several rates, formats and channels, the last of half a second."""
     folder = tmp_path / "noises"
     for i, (name, seconds, rate, channels) in enumerate(
-        [("a/one.wav", 4, 16000, 1), ("a/Two.FLAC", 5, 8000, 2), ("b/three.ogg", 6, 44100, 1), ("four.wav", 0.5, 16000, 1)]
+        [
+            ("a/one.wav", 4, 16000, 1),
+            ("a/Two.FLAC", 5, 8000, 2),
+            ("b/three.ogg", 6, 44100, 1),
+            ("four.wav", 0.5, 16000, 1),
+        ]
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         wave = 0.1 * np.random.default_rng(i).standard_normal((round(seconds * rate), channels))
@@ -72,7 +79,12 @@ def noises(tmp_path):
 
 @pytest.fixture
 def everything(noises):
-    return replace(SPEEDS, noise=with_noise(noises).noise, reverb=SYNTHETIC.reverb, spec_augment=with_masks(prob=0.5).spec_augment)
+    return replace(
+        SPEEDS,
+        noise=with_noise(noises).noise,
+        reverb=SYNTHETIC.reverb,
+        spec_augment=with_masks(prob=0.5).spec_augment,
+    )
 
 
 def test_draws_come_from_seed_round_and_key_alone(everything):
@@ -81,7 +93,13 @@ def test_draws_come_from_seed_round_and_key_alone(everything):
 
     def draw(keys, dealt=0, seed=1):
         augment = augmenter(everything, seed)
-        return {key: (augment(wave, key=key, round=dealt).tobytes(), augment.masks(key, dealt).tobytes()) for key in keys}
+        return {
+            key: (
+                augment(wave, key=key, pass_index=dealt).tobytes(),
+                augment.masks(key, dealt).tobytes(),
+            )
+            for key in keys
+        }
 
     first = draw(keys)
     assert len(set(first.values())) > 8
@@ -90,20 +108,25 @@ def test_draws_come_from_seed_round_and_key_alone(everything):
     assert draw(keys, dealt=1) != first
     assert draw(keys, seed=2) != first
     again = pickle.loads(pickle.dumps(augmenter(everything)))
-    assert again(wave, key=keys[0], round=0).tobytes() == first[keys[0]][0]
+    assert again(wave, key=keys[0], pass_index=0).tobytes() == first[keys[0]][0]
 
 
 def test_one_kind_leaves_the_draws_of_the_others(noises):
     wave, keys = make_wave(0.3), range(40)
     plain, rooms = augmenter(SPEEDS), augmenter(replace(SPEEDS, reverb=SYNTHETIC.reverb))
-    lengths = [len(plain(wave, key=str(key), round=0)) for key in keys]
+    lengths = [len(plain(wave, key=str(key), pass_index=0)) for key in keys]
     assert len(set(lengths)) == 3
-    assert [len(rooms(wave, key=str(key), round=0)) for key in keys] == lengths
-    noisy, with_rooms = augmenter(with_noise(noises)), augmenter(replace(with_noise(noises), reverb=SYNTHETIC.reverb))
-    dry = [key for key in keys if augmenter(SYNTHETIC)(wave, key=str(key), round=0) is wave]
+    assert [len(rooms(wave, key=str(key), pass_index=0)) for key in keys] == lengths
+    noisy, with_rooms = (
+        augmenter(with_noise(noises)),
+        augmenter(replace(with_noise(noises), reverb=SYNTHETIC.reverb)),
+    )
+    dry = [key for key in keys if augmenter(SYNTHETIC)(wave, key=str(key), pass_index=0) is wave]
     assert 5 < len(dry) < 20
     for key in dry:
-        np.testing.assert_array_equal(noisy(wave, key=str(key), round=0), with_rooms(wave, key=str(key), round=0))
+        np.testing.assert_array_equal(
+            noisy(wave, key=str(key), pass_index=0), with_rooms(wave, key=str(key), pass_index=0)
+        )
 
 
 def test_results_are_finite_float32_and_switched_off_kinds_change_nothing(everything):
@@ -111,12 +134,12 @@ def test_results_are_finite_float32_and_switched_off_kinds_change_nothing(everyt
     before = wave.copy()
     augment = augmenter(everything)
     for key in range(30):
-        changed = augment(wave, key=str(key), round=0)
+        changed = augment(wave, key=str(key), pass_index=0)
         assert changed.dtype == np.float32
         assert changed.ndim == 1
         assert np.isfinite(changed).all()
     np.testing.assert_array_equal(wave, before)
-    assert augmenter(OFF)(wave, key="k", round=0) is wave
+    assert augmenter(OFF)(wave, key="k", pass_index=0) is wave
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -127,14 +150,16 @@ class Augmented(torch.utils.data.Dataset):
         return 6
 
     def __getitem__(self, i):
-        return self.augment(make_wave(0.3), key=str(i), round=0)
+        return self.augment(make_wave(0.3), key=str(i), pass_index=0)
 
 
 def test_reading_processes_draw_what_one_process_draws(everything, noises):
     config = replace(everything, speed=[1.0], reverb=replace(everything.reverb, source=str(noises)))
     dataset = Augmented(augmenter(config))
     alone = [dataset[i] for i in range(6)]  # what this fills before the fork must not matter
-    for wave, same in zip(alone, torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2), strict=True):
+    for wave, same in zip(
+        alone, torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2), strict=True
+    ):
         np.testing.assert_array_equal(wave, same)
 
 
@@ -146,7 +171,7 @@ def test_speed_is_lhotses(factor):
     from lhotse.augmentation import Speed
 
     wave = make_wave()
-    ours = augmenter(replace(OFF, speed=[factor]))(wave, key="k", round=0)
+    ours = augmenter(replace(OFF, speed=[factor]))(wave, key="k", pass_index=0)
     theirs = Speed(factor)(wave[None], 16000)[0]
     assert abs(len(ours) - len(theirs)) <= 1
     n = min(len(ours), len(theirs))
@@ -156,10 +181,16 @@ def test_speed_is_lhotses(factor):
 
 def test_speed_factors_are_drawn_evenly_and_kept_within_the_limits():
     wave = make_wave(0.1)
-    lengths = [len(augmenter(SPEEDS)(wave, key=str(i), round=0)) for i in range(600)]
+    lengths = [len(augmenter(SPEEDS)(wave, key=str(i), pass_index=0)) for i in range(600)]
     assert {n: lengths.count(n) > 150 for n in set(lengths)} == {1455: True, 1600: True, 1778: True}
-    for limits, left in (((1, 1777), {1455, 1600}), ((1456, 1778), {1600, 1778}), ((1600, 1600), {1600})):
-        assert {len(augmenter(SPEEDS, limits=limits)(wave, key=str(i), round=0)) for i in range(50)} == left
+    for limits, left in (
+        ((1, 1777), {1455, 1600}),
+        ((1456, 1778), {1600, 1778}),
+        ((1600, 1600), {1600}),
+    ):
+        assert {
+            len(augmenter(SPEEDS, limits=limits)(wave, key=str(i), pass_index=0)) for i in range(50)
+        } == left
 
 
 # --- noise ---
@@ -169,7 +200,9 @@ def test_speed_factors_are_drawn_evenly_and_kept_within_the_limits():
 def test_the_mix_has_its_snr(snr):
     wave, noise = make_wave(seed=1), 3 * make_wave(seed=2)
     added = mix(wave, noise, snr).astype(np.float64) - wave
-    assert 10 * np.log10(np.sum(wave.astype(np.float64) ** 2) / np.sum(added**2)) == pytest.approx(snr, abs=0.01)
+    assert 10 * np.log10(np.sum(wave.astype(np.float64) ** 2) / np.sum(added**2)) == pytest.approx(
+        snr, abs=0.01
+    )
     assert np.corrcoef(added, noise)[0, 1] > 0.9999
 
 
@@ -186,7 +219,7 @@ def test_noise_is_drawn_evenly_over_files_and_snrs(noises):
     augment = augmenter(with_noise(noises, prob=0.5, snr_min=0.0, snr_max=20.0))
     snrs = []
     for key in range(300):
-        added = augment(wave, key=str(key), round=0).astype(np.float64) - wave
+        added = augment(wave, key=str(key), pass_index=0).astype(np.float64) - wave
         if added.any():
             snrs.append(10 * np.log10(mean_square(wave) / mean_square(added)))
     assert 120 < len(snrs) < 180
@@ -200,14 +233,26 @@ def test_clips_give_the_stretch_of_the_file(tmp_path):
     soundfile.write(tmp_path / "r.wav", np.stack([ramp, -ramp], 1), 16000, subtype="FLOAT")
     clips = Clips(str(tmp_path), "key")
     for start, first in ((0.0, 0), (0.5, 12000), (1.0, 24000)):
-        np.testing.assert_allclose(clips.read(0, seconds=0.5, start=start), ramp[first : first + 8000], atol=1e-6)
+        np.testing.assert_allclose(
+            clips.read(0, seconds=0.5, start=start), ramp[first : first + 8000], atol=1e-6
+        )
     np.testing.assert_allclose(clips.read(0, seconds=5.0, start=0.9), ramp, atol=1e-6)
 
 
 def test_clips_are_sorted_and_read_at_16_khz(noises):
     clips = Clips(str(noises), "key")
-    assert [str(clip)[len(str(noises)) + 1 :] for clip in clips.clips] == ["a/Two.FLAC", "a/one.wav", "b/three.ogg", "four.wav"]
-    assert [len(clips.read(i, seconds=2.0, start=0.3)) for i in range(4)] == [32000, 32000, 32000, 8000]
+    assert [str(clip)[len(str(noises)) + 1 :] for clip in clips.clips] == [
+        "a/Two.FLAC",
+        "a/one.wav",
+        "b/three.ogg",
+        "four.wav",
+    ]
+    assert [len(clips.read(i, seconds=2.0, start=0.3)) for i in range(4)] == [
+        32000,
+        32000,
+        32000,
+        8000,
+    ]
 
 
 def test_short_noise_is_looped(tmp_path):
@@ -215,7 +260,7 @@ def test_short_noise_is_looped(tmp_path):
     click[100] = 0.5
     soundfile.write(tmp_path / "click.wav", click, 16000)
     wave = make_wave()
-    added = augmenter(with_noise(tmp_path, prob=1.0))(wave, key="k", round=0) - wave
+    added = augmenter(with_noise(tmp_path, prob=1.0))(wave, key="k", pass_index=0) - wave
     clicks = np.flatnonzero(np.abs(added) > 0.5 * np.abs(added).max())
     assert len(clicks) == 10
     assert set(np.diff(clicks)) == {1600}
@@ -226,10 +271,16 @@ def test_noise_comes_from_lhotse_cuts_too(tmp_path, noises):
 
     whole = [Recording.from_file(noises / name).to_cut() for name in ("a/one.wav", "b/three.ogg")]
     cuts = [*whole, whole[0].truncate(offset=1.0, duration=0.5)]
-    CutSet.from_cuts(cut.with_id(f"cut{i}") for i, cut in enumerate(cuts)).to_file(tmp_path / "cuts.jsonl.gz")
+    CutSet.from_cuts(cut.with_id(f"cut{i}") for i, cut in enumerate(cuts)).to_file(
+        tmp_path / "cuts.jsonl.gz"
+    )
     clips, files = Clips(str(tmp_path / "cuts.jsonl.gz"), "key"), Clips(str(noises), "key")
-    np.testing.assert_array_equal(clips.read(0, seconds=2.0, start=0.3), files.read(1, seconds=2.0, start=0.3))
-    np.testing.assert_array_equal(clips.read(1, seconds=2.0, start=0.3), files.read(2, seconds=2.0, start=0.3))
+    np.testing.assert_array_equal(
+        clips.read(0, seconds=2.0, start=0.3), files.read(1, seconds=2.0, start=0.3)
+    )
+    np.testing.assert_array_equal(
+        clips.read(1, seconds=2.0, start=0.3), files.read(2, seconds=2.0, start=0.3)
+    )
     one = files.read(1, seconds=4.0)
     np.testing.assert_allclose(clips.read(2, seconds=0.25, start=1.0), one[20000:24000], atol=1e-6)
     assert len(clips.read(2, seconds=2.0)) == 8000
@@ -239,7 +290,10 @@ def test_noise_comes_from_lhotse_cuts_too(tmp_path, noises):
 
 
 def test_reverberation_is_convolution_aligned_to_the_direct_path():
-    wave, response = make_wave(0.2), np.random.default_rng(3).standard_normal(500).astype(np.float32)
+    wave, response = (
+        make_wave(0.2),
+        np.random.default_rng(3).standard_normal(500).astype(np.float32),
+    )
     expected = np.convolve(wave.astype(np.float64), response)[40 : 40 + len(wave)]
     expected *= np.sqrt(np.sum(wave.astype(np.float64) ** 2) / np.sum(expected**2))
     np.testing.assert_allclose(reverberate(wave, response, 40), expected, atol=1e-6)
@@ -252,7 +306,7 @@ def test_an_impulse_gives_the_recorded_response(tmp_path):
     impulse = np.zeros(16000, np.float32)
     impulse[1000] = 1
     config = replace(OFF, reverb=replace(OFF.reverb, source=str(tmp_path), prob=1.0))
-    wet = augmenter(config)(impulse, key="k", round=0)
+    wet = augmenter(config)(impulse, key="k", pass_index=0)
     assert len(wet) == 16000
     assert int(np.abs(wet).argmax()) == 1000
     assert mean_square(wet) == pytest.approx(mean_square(impulse), rel=1e-4)
@@ -272,7 +326,7 @@ def test_a_synthetic_room_fades_by_60_db_in_its_rt60(rt60):
 def test_synthetic_rooms_differ_by_utterance_and_keep_power():
     wave = make_wave()
     config = replace(SYNTHETIC, reverb=replace(SYNTHETIC.reverb, prob=1.0))
-    rooms = [augmenter(config)(wave, key=str(key), round=0) for key in range(5)]
+    rooms = [augmenter(config)(wave, key=str(key), pass_index=0) for key in range(5)]
     assert len({room.tobytes() for room in rooms}) == 5
     for room in rooms:
         assert len(room) == len(wave)
@@ -283,16 +337,18 @@ def test_decoded_rooms_are_bounded(noises, monkeypatch):
     monkeypatch.setattr("asrllm.audio.augment.CACHED_ROOMS", 2)
     config = replace(OFF, reverb=replace(OFF.reverb, source=str(noises), prob=1.0))
     augment = augmenter(config)
-    first = [augment(make_wave(0.1), key=str(key), round=0) for key in range(20)]
+    first = [augment(make_wave(0.1), key=str(key), pass_index=0) for key in range(20)]
     assert len(augment._decoded_rooms) == 2 < CACHED_ROOMS
-    np.testing.assert_array_equal(first[3], augment(make_wave(0.1), key="3", round=0))
+    np.testing.assert_array_equal(first[3], augment(make_wave(0.1), key="3", pass_index=0))
 
 
 # --- masks ---
 
 
 def test_masks_keep_their_longest_and_cover_half_of_it_on_average():
-    augment = augmenter(with_masks(prob=1.0, time_masks=4, time_mask_share=0.1, freq_masks=2, freq_mask_share=0.3))
+    augment = augmenter(
+        with_masks(prob=1.0, time_masks=4, time_mask_share=0.1, freq_masks=2, freq_mask_share=0.3)
+    )
     masks = np.stack([augment.masks(str(key), 0) for key in range(2000)])
     assert masks.shape == (2000, 6, 2)
     assert masks.dtype == np.float32
@@ -316,8 +372,13 @@ def naive_masked(features, length, masks, time_masks):
     mean = features[:length].mean()
     for t in range(length):
         for f in range(features.shape[1]):
-            times = any(begin <= (t + 0.5) / length < end for begin, end in masks[:time_masks].tolist())
-            bins = any(begin <= (f + 0.5) / features.shape[1] < end for begin, end in masks[time_masks:].tolist())
+            times = any(
+                begin <= (t + 0.5) / length < end for begin, end in masks[:time_masks].tolist()
+            )
+            bins = any(
+                begin <= (f + 0.5) / features.shape[1] < end
+                for begin, end in masks[time_masks:].tolist()
+            )
             if times or bins:
                 masked[t, f] = mean
     return masked
@@ -347,8 +408,12 @@ def test_empty_masks_change_nothing():
 
 
 def test_masking_reads_no_value_back_from_the_device():
-    features, lengths, masks = (torch.zeros(shape, device="meta") for shape in ((4, 300, 80), (4,), (4, 5, 2)))
-    masked = mask_features(features, lengths.long(), masks, time_masks=3)  # of tensors without values: a look at one fails
+    features, lengths, masks = (
+        torch.zeros(shape, device="meta") for shape in ((4, 300, 80), (4,), (4, 5, 2))
+    )
+    masked = mask_features(
+        features, lengths.long(), masks, time_masks=3
+    )  # of tensors without values: a look at one fails
     assert masked.shape == features.shape
 
 
@@ -361,11 +426,23 @@ def test_masking_reads_no_value_back_from_the_device():
         ("noise", {"prob": 1.5}, r"data\.augment\.noise\.prob=1\.5 must lie between 0 and 1"),
         ("noise", {"prob": float("nan")}, "between 0 and 1"),
         ("noise", {"prob": 0.5}, r"needs data\.augment\.noise\.source"),
-        ("noise", {"snr_min": 30.0}, r"snr_min=30\.0 must not be above data\.augment\.noise\.snr_max=20\.0"),
+        (
+            "noise",
+            {"snr_min": 30.0},
+            r"snr_min=30\.0 must not be above data\.augment\.noise\.snr_max=20\.0",
+        ),
         ("reverb", {"prob": 0.5}, r"needs data\.augment\.reverb\.source: 'synthetic'"),
         ("reverb", {"rt60_min": 0.0}, r"rt60_min=0\.0 .*from 0\.05 to 2 s"),
-        ("spec_augment", {"time_mask_share": 10.0}, r"data\.augment\.spec_augment\.time_mask_share=10\.0 must lie"),
-        ("spec_augment", {"freq_masks": -1}, r"data\.augment\.spec_augment\.freq_masks=-1 must be 0"),
+        (
+            "spec_augment",
+            {"time_mask_share": 10.0},
+            r"data\.augment\.spec_augment\.time_mask_share=10\.0 must lie",
+        ),
+        (
+            "spec_augment",
+            {"freq_masks": -1},
+            r"data\.augment\.spec_augment\.freq_masks=-1 must be 0",
+        ),
     ],
 )
 def test_impossible_values_are_one_sentence(part, changes, message):
@@ -380,7 +457,10 @@ def test_impossible_speeds_are_one_sentence(speed):
 
 
 def test_sources_are_looked_at_when_they_are_used(tmp_path):
-    for config in (with_noise(tmp_path / "no"), replace(OFF, reverb=replace(OFF.reverb, source=str(tmp_path / "no"), prob=0.1))):
+    for config in (
+        with_noise(tmp_path / "no"),
+        replace(OFF, reverb=replace(OFF.reverb, source=str(tmp_path / "no"), prob=0.1)),
+    ):
         with pytest.raises(UserError, match=r"data\.augment\.\w+\.source='.*no' does not exist"):
             augmenter(config)
     augmenter(with_noise(tmp_path / "no", prob=0.0))
@@ -392,7 +472,9 @@ def test_sources_are_looked_at_when_they_are_used(tmp_path):
 
 
 def test_a_cut_without_recording_is_one_sentence(tmp_path):
-    (tmp_path / "cuts.jsonl").write_text('{"id": "c", "start": 0, "duration": 1, "channel": 0, "supervisions": [], "type": "MonoCut"}\n')
+    (tmp_path / "cuts.jsonl").write_text(
+        '{"id": "c", "start": 0, "duration": 1, "channel": 0, "supervisions": [], "type": "MonoCut"}\n'
+    )
     with pytest.raises(UserError, match="'c' is no audio: the cut has no recording"):
         augmenter(with_noise(tmp_path / "cuts.jsonl"))
 
@@ -402,6 +484,8 @@ def test_an_unusable_clip_is_named(tmp_path):
     soundfile.write(tmp_path / "b.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "c.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
     clips = Clips(str(tmp_path), "data.augment.noise.source")
-    for i, message in enumerate((r"a\.wav' cannot be read", r"b\.wav' holds no sample", r"c\.wav' holds NaN")):
+    for i, message in enumerate(
+        (r"a\.wav' cannot be read", r"b\.wav' holds no sample", r"c\.wav' holds NaN")
+    ):
         with pytest.raises(UserError, match=rf"data\.augment\.noise\.source: .*{message}"):
             clips.read(i, seconds=1.0)

@@ -10,12 +10,17 @@ from asrllm.audio.features import KaldiFeatures, WhisperFeatures
 @pytest.fixture
 def waves():
     rng = np.random.default_rng(0)
-    return [(rng.standard_normal(n) * np.linspace(0.5, 0.01, n)).astype(np.float32) for n in (16000, 23456, 8000, 401)]
+    return [
+        (rng.standard_normal(n) * np.linspace(0.5, 0.01, n)).astype(np.float32)
+        for n in (16000, 23456, 8000, 401)
+    ]
 
 
 def padded(waves):
     tensors = [torch.from_numpy(w) for w in waves]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), torch.tensor([len(w) for w in waves])
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), torch.tensor(
+        [len(w) for w in waves]
+    )
 
 
 @pytest.mark.parametrize("bins", [80, 128])
@@ -24,7 +29,11 @@ def test_whisper_features_are_transformers_own(waves, bins):
     features, lengths = WhisperFeatures(bins)(*padded(waves))
     assert lengths.tolist() == [len(w) // 160 for w in waves]
     for wave, mine, length in zip(waves, features, lengths, strict=True):
-        theirs = reference(wave, sampling_rate=16000, padding=False, return_tensors="pt").input_features[0].T
+        theirs = (
+            reference(wave, sampling_rate=16000, padding=False, return_tensors="pt")
+            .input_features[0]
+            .T
+        )
         assert theirs.std() > 0.1
         torch.testing.assert_close(mine[:length], theirs[:length], atol=1e-5, rtol=0)
         assert mine[length:].abs().max() == 0 if length < len(mine) else True
@@ -32,7 +41,9 @@ def test_whisper_features_are_transformers_own(waves, bins):
 
 @pytest.mark.parametrize("bins", [80, 128])
 def test_whisper_features_of_30_seconds_are_transformers_own(waves, bins):
-    theirs = WhisperFeatureExtractor(feature_size=bins)(waves, sampling_rate=16000, return_tensors="pt").input_features
+    theirs = WhisperFeatureExtractor(feature_size=bins)(
+        waves, sampling_rate=16000, return_tensors="pt"
+    ).input_features
     features, lengths = WhisperFeatures(bins, pad_to_30s=True)(*padded(waves))
     assert lengths.tolist() == [len(w) // 160 for w in waves]
     torch.testing.assert_close(features, theirs.transpose(1, 2), atol=1e-5, rtol=0)

@@ -16,7 +16,11 @@ from tests.data.damage import accept_bytes
 
 
 def make_reader(folder, sentences, rate=16000):
-    index = write_shards(folder / "s", read_kaldi(kaldi_directory(folder / "k", sentences, rate=rate)), utterances_per_shard=2).index
+    index = write_shards(
+        folder / "s",
+        read_kaldi(kaldi_directory(folder / "k", sentences, rate=rate)),
+        utterances_per_shard=2,
+    ).index
     return Reader([make_corpus("c", index, None)])
 
 
@@ -26,7 +30,12 @@ def test_every_utterance_is_read_at_16_khz(tmp_path, rate):
     reader = make_reader(tmp_path, sentences, rate)
     for i, (words, wave) in enumerate(sentences):
         sample = reader.read(Item(corpus=0, row=i))
-        assert (sample.key, sample.text, sample.weight, sample.wave.dtype) == (f"utt{i:04d}", words, 1, np.float32)
+        assert (sample.key, sample.text, sample.weight, sample.wave.dtype) == (
+            f"utt{i:04d}",
+            words,
+            1,
+            np.float32,
+        )
         assert abs(len(sample.wave) - len(wave) * 16000 / rate) <= 1
         assert abs(sample.wave.std() - wave.std()) < 0.01
     assert reader.read(Item(corpus=0, row=0, filler=True)).weight == 0
@@ -51,11 +60,15 @@ def test_damaged_audio_is_named_by_its_key(tmp_path):
     begin = (int(row["offset"]) + 1) * 512
     data[begin : begin + 512] = bytes(512)
     shard.write_bytes(data)
-    with pytest.raises(SampleError, match=r"^utterance 1 of .*shard-000000\.tar: its bytes do not match the index"):
+    with pytest.raises(
+        SampleError, match=r"^utterance 1 of .*shard-000000\.tar: its bytes do not match the index"
+    ):
         reader.read(Item(corpus=0, row=1))
     accept_bytes(tmp_path / "s")
     reader = Reader([replace(reader.corpora[0], index=open_index(tmp_path / "s"))])
-    with pytest.raises(SampleError, match=r"^utt0001 in .*shard-000000\.tar: Format not recognised\.$"):
+    with pytest.raises(
+        SampleError, match=r"^utt0001 in .*shard-000000\.tar: Format not recognised\.$"
+    ):
         reader.read(Item(corpus=0, row=1))
 
 
@@ -65,7 +78,9 @@ def test_an_index_of_other_lengths_is_noticed(tmp_path):
     rows = np.array(index.rows)
     rows["samples"] += 16000
     with pytest.raises(SampleError, match=r"utt0000 .* the index says"):
-        Reader([replace(reader.corpora[0], index=replace(index, rows=rows))]).read(Item(corpus=0, row=0))
+        Reader([replace(reader.corpora[0], index=replace(index, rows=rows))]).read(
+            Item(corpus=0, row=0)
+        )
 
 
 def test_stereo_files_are_mixed_down(tmp_path):

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asrllm.audio.segments import ENTER, FEWEST, LEAVE, LONGEST_PAUSE, PADDING, PAUSE, Segmenter, cut_segments
+from asrllm.audio.segments import (
+    ENTER,
+    FEWEST,
+    LEAVE,
+    LONGEST_PAUSE,
+    PADDING,
+    PAUSE,
+    Segmenter,
+    cut_segments,
+)
 from asrllm.audio.vad import FRAME, Loudness, Silero, load_silero
 from asrllm.testing import tone, vowels
 
@@ -41,17 +50,24 @@ def runs(*lengths):
 
 
 probability = st.sampled_from([0.05, 0.2, LEAVE, 0.4, ENTER, 0.7, 1.0])
-stretches = st.lists(st.tuples(probability, st.integers(1, 90)), max_size=12).map(lambda parts: [p for p, n in parts for _ in range(n)])
+stretches = st.lists(st.tuples(probability, st.integers(1, 90)), max_size=12).map(
+    lambda parts: [p for p, n in parts for _ in range(n)]
+)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(stretches, st.integers(1, 20 * FRAME), st.integers(1, 50))
-def test_segments_are_in_order_apart_within_the_limits_and_leave_no_speech_out(probabilities, shortest, block):
+def test_segments_are_in_order_apart_within_the_limits_and_leave_no_speech_out(
+    probabilities, shortest, block
+):
     found = segments(probabilities)
     total = len(probabilities)
     assert all(0 <= begin < end <= total for begin, end in found)
-    assert all(before <= begin or end - begin == 2 for (_, before), (begin, end) in itertools.pairwise(found))  # 2: widened
+    assert all(
+        before <= begin or end - begin == 2
+        for (_, before), (begin, end) in itertools.pairwise(found)
+    )  # 2: widened
     assert all(end - begin <= LONGEST for begin, end in found)
     inside = {i for begin, end in found for i in range(begin, end)}
     for speech, frames in itertools.groupby(range(total), key=lambda i: probabilities[i] >= ENTER):
@@ -61,7 +77,9 @@ def test_segments_are_in_order_apart_within_the_limits_and_leave_no_speech_out(p
     blockwise = [segmenter.push(probabilities[i : i + block]) for i in range(0, total, block)]
     assert [*itertools.chain.from_iterable(blockwise), *segmenter.finish()] == found
     wide = segments(probabilities, shortest=shortest)
-    assert [(min(a, begin), max(b, end)) for (a, b), (begin, end) in zip(wide, found, strict=True)] == wide
+    assert [
+        (min(a, begin), max(b, end)) for (a, b), (begin, end) in zip(wide, found, strict=True)
+    ] == wide
     assert all((end - begin) * FRAME >= min(shortest, total * FRAME) for begin, end in wide)
 
 
@@ -114,10 +132,24 @@ def test_a_stream_gives_the_same_waves_however_it_is_cut(probabilities, size, mo
 @pytest.mark.parametrize("size", [1600, 65536])
 def test_made_up_speech_is_found_and_silence_is_not(size):
     noise = np.random.default_rng(0).normal(0, 3e-4, 16000 * 5).astype(np.float32)
-    wave = np.concatenate([noise, vowels(2), noise[:8000], vowels(3, seed=1), noise, vowels(20, seed=2), noise[:4000], vowels(20, seed=3)])
+    wave = np.concatenate(
+        [
+            noise,
+            vowels(2),
+            noise[:8000],
+            vowels(3, seed=1),
+            noise,
+            vowels(20, seed=2),
+            noise[:4000],
+            vowels(20, seed=3),
+        ]
+    )
     spoken = [(5, 7), (7.5, 10.5), (15.5, 35.5), (35.75, 55.75)]
     blocks = [wave[i : i + size] for i in range(0, len(wave), size)]
-    found = [s.seconds for s in cut_segments(blocks, Silero(load_silero()), shortest=160, longest=28 * 16000)]
+    found = [
+        s.seconds
+        for s in cut_segments(blocks, Silero(load_silero()), shortest=160, longest=28 * 16000)
+    ]
     np.testing.assert_allclose(found, [(5, 10.5), (15.5, 35.6), (35.6, 55.75)], atol=0.45)
     assert all(any(start <= a and b <= end + 0.05 for start, end in found) for a, b in spoken)
     assert all(start <= end for (_, start), (end, _) in itertools.pairwise(found))

@@ -31,7 +31,9 @@ def fails(path):
 
 def make(path, seconds=9, rate=44100, channels=2, **how):
     wave = vowels(seconds, rate=rate)
-    soundfile.write(path, np.stack([wave * (i + 1) / channels for i in range(channels)], 1), rate, **how)
+    soundfile.write(
+        path, np.stack([wave * (i + 1) / channels for i in range(channels)], 1), rate, **how
+    )
     return path
 
 
@@ -52,7 +54,9 @@ def make(path, seconds=9, rate=44100, channels=2, **how):
 def test_a_stream_is_the_whole_file_in_blocks(tmp_path, monkeypatch, ending, rate, how):
     path = make(tmp_path / f"a.{ending}", rate=rate, **how)
     whole, found = decode(path), read(path)
-    assert open_audio(str(path)).seconds == pytest.approx(9, abs=1e-3 if ending not in ("mp3", "opus") else 0.1)
+    assert open_audio(str(path)).seconds == pytest.approx(
+        9, abs=1e-3 if ending not in ("mp3", "opus") else 0.1
+    )
     assert abs(len(found) - len(whole)) <= 1
     assert found.dtype == np.float32
     n = min(len(found), len(whole))
@@ -68,7 +72,9 @@ def test_ffmpeg_reads_the_rest(tmp_path, ending):
     """A picture that stands longer than the sound takes nothing from it."""
     wav, path = make(tmp_path / "a.wav", seconds=20), tmp_path / f"-a b.{ending}"
     codec = {"webm": "libopus"}.get(ending, "aac")
-    picture = ["-f", "lavfi", "-i", "color=size=32x32:duration=22"] if ending in ("mp4", "mkv") else []
+    picture = (
+        ["-f", "lavfi", "-i", "color=size=32x32:duration=22"] if ending in ("mp4", "mkv") else []
+    )
     command = ["ffmpeg", "-v", "error", "-i", wav, *picture, "-c:a", codec, f"file:{path}"]
     subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
     file, whole, found = open_audio(str(path)), read(wav), read(path)
@@ -100,8 +106,19 @@ def test_a_file_without_its_length_is_read_wholly(tmp_path, monkeypatch, name, h
     """Its beginning says more or less than there is; written into a pipe, where ffmpeg cannot go back to say it."""
     noise = np.random.default_rng(0).normal(0, 0.2 if name == "loud.mp3" else 1e-4, 8000)
     soundfile.write(tmp_path / "a.wav", np.concatenate([noise, vowels(9)]), 16000)
-    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", *how, *([] if "-f" in how else ["-f", "mp3"]), "-"]
-    made = subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True).stdout
+    command = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-i",
+        tmp_path / "a.wav",
+        *how,
+        *([] if "-f" in how else ["-f", "mp3"]),
+        "-",
+    ]
+    made = subprocess.run(
+        command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True
+    ).stdout
     (tmp_path / name).write_bytes(made * 2 if name == "chained.opus" else made)
     assert open_audio(str(tmp_path / name)).seconds is None
     assert len(read(tmp_path / name)) / 16000 == pytest.approx(
@@ -114,8 +131,9 @@ def test_a_file_without_its_length_is_read_wholly(tmp_path, monkeypatch, name, h
 def test_without_ffmpeg_its_formats_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "read are wav, flac, mp3, ogg, opus, aiff, au, caf, w64, and with ffmpeg, which is not on PATH, also m4a" in fails(
-        tmp_path / "a.m4a"
+    assert (
+        "read are wav, flac, mp3, ogg, opus, aiff, au, caf, w64, and with ffmpeg, which is not on PATH, also m4a"
+        in fails(tmp_path / "a.m4a")
     )
 
 
@@ -154,7 +172,11 @@ def test_a_wav_that_was_piped_has_no_size_and_is_whole(tmp_path):
 
 def test_samples_that_are_no_sound(tmp_path):
     wave = vowels(12)
-    for name, value, message in (("nan", np.nan, "NaN or infinite"), ("inf", np.inf, "NaN or infinite"), ("loud", 1e30, "as large as 1e")):
+    for name, value, message in (
+        ("nan", np.nan, "NaN or infinite"),
+        ("inf", np.inf, "NaN or infinite"),
+        ("loud", 1e30, "as large as 1e"),
+    ):
         wave[170_000] = value
         soundfile.write(tmp_path / f"{name}.wav", wave, 16000, subtype="FLOAT")
         assert message in fails(tmp_path / f"{name}.wav")

@@ -18,7 +18,9 @@ def network():
 
 def speech_and_silence(seed=0):
     noise = np.random.default_rng(seed).normal(0, 1e-3, 16000).astype(np.float32)
-    return np.concatenate([noise, vowels(2.3, seed=seed), noise[:9000], vowels(1, seed=seed + 1), noise])
+    return np.concatenate(
+        [noise, vowels(2.3, seed=seed), noise[:9000], vowels(1, seed=seed + 1), noise]
+    )
 
 
 def told(detector, wave, size):
@@ -38,7 +40,9 @@ def test_it_is_silero(network):
     assert np.median(ours[35:100]) > 0.8
 
 
-def test_its_weights_are_found_without_importing_the_package_which_takes_torch_to_one_thread(network):
+def test_its_weights_are_found_without_importing_the_package_which_takes_torch_to_one_thread(
+    network,
+):
     import sys
 
     assert "silero_vad" not in sys.modules
@@ -62,7 +66,9 @@ def test_two_files_at_once_do_not_mix(network):
 
 
 def test_loudness_takes_all_for_speech_and_quiet_for_least():
-    wave = np.concatenate([tone("one", 0.512), np.zeros(16 * FRAME, np.float32), tone("two", 0.512) / 10])
+    wave = np.concatenate(
+        [tone("one", 0.512), np.zeros(16 * FRAME, np.float32), tone("two", 0.512) / 10]
+    )
     loud, silent, low = told(Loudness(), wave, 999).reshape(3, 16)
     assert (silent == 0.5).all()
     assert silent.max() < low.min() <= low.max() < loud.min() <= 1
@@ -70,5 +76,7 @@ def test_loudness_takes_all_for_speech_and_quiet_for_least():
 
 def test_without_the_package_there_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package silero-vad: pip install .*, or give --no-vad"):
+    with pytest.raises(
+        UserError, match=r"needs the package silero-vad: pip install .*, or give --no-vad"
+    ):
         load_silero()

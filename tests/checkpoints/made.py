@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asrllm.training.zero_files import file_digest
+from asrllm.training.checkpoint.zero_files import file_digest
 
 
-def write_checkpoint(folder: Path, state: dict[str, Tensor], *, ranks: int = 0, step: int = 1, averaged: bool = False) -> Path:
+def write_checkpoint(
+    folder: Path, state: dict[str, Tensor], *, ranks: int = 0, step: int = 1, averaged: bool = False
+) -> Path:
     """ranks: stage 3 on so many; 0: stage 0 in float32. averaged: with a running average, which is the weights (stage 0 alone)."""
     folder.mkdir(parents=True)
     if ranks == 0:
@@ -18,7 +20,10 @@ def write_checkpoint(folder: Path, state: dict[str, Tensor], *, ranks: int = 0, 
         shapes = [{name: tensor.shape for name, tensor in state.items()}]
         torch.save({"param_shapes": shapes}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     if averaged:
-        torch.save({"average": [tensor.double() for tensor in state.values()]}, folder / "average_rank_0.pt")
+        torch.save(
+            {"average": [tensor.double() for tensor in state.values()]},
+            folder / "average_rank_0.pt",
+        )
     for rank in range(ranks):
         parts = []
         for tensor in state.values():
@@ -32,7 +37,10 @@ def write_checkpoint(folder: Path, state: dict[str, Tensor], *, ranks: int = 0, 
         "position": {},
         "zero_stage": 3 if ranks else 0,
         "world_size": ranks or 1,
-        "trainable": {name: {"shape": list(tensor.shape), "dtype": "float32"} for name, tensor in state.items()},
+        "trainable": {
+            name: {"shape": list(tensor.shape), "dtype": "float32"}
+            for name, tensor in state.items()
+        },
         "param_groups": [list(state)],
         "running_average": averaged,
         "base_models": {},

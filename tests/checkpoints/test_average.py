@@ -21,16 +21,32 @@ class Part(nn.Module):
     def __init__(self, rank: int, **options) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.llm = nn.ModuleDict({"embed": nn.Embedding(11, 6), "up": nn.Linear(6, 9), "conv": nn.Conv1d(9, 4, 3)})
+        self.llm = nn.ModuleDict(
+            {"embed": nn.Embedding(11, 6), "up": nn.Linear(6, 9), "conv": nn.Conv1d(9, 4, 3)}
+        )
         self.projector = nn.Linear(4, 4)
-        config = LoraConfig(r=rank, lora_alpha=5, target_modules=["embed", "up", "conv"], init_lora_weights=False, **options)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=5,
+            target_modules=["embed", "up", "conv"],
+            init_lora_weights=False,
+            **options,
+        )
         inject_adapter_in_model(config, self.llm)
 
     def trained(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.named_parameters() if "lora_" in name or name.startswith("projector")}
+        return {
+            name: p.detach()
+            for name, p in self.named_parameters()
+            if "lora_" in name or name.startswith("projector")
+        }
 
     def changes(self) -> dict[str, torch.Tensor]:
-        return {name: layer.get_delta_weight("default") for name, layer in self.named_modules() if isinstance(layer, LoraLayer)}
+        return {
+            name: layer.get_delta_weight("default")
+            for name, layer in self.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -40,18 +56,30 @@ def test_adapters_are_averaged_in_what_they_do(tmp_path, rslora):
         model = Part(rank=2, use_rslora=rslora)
         with torch.no_grad():
             for tensor in model.trained().values():
-                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(step + tensor.numel())))
+                tensor.copy_(
+                    torch.randn(
+                        tensor.shape, generator=torch.Generator().manual_seed(step + tensor.numel())
+                    )
+                )
         models.append(model)
-        checkpoints.append(write_checkpoint(tmp_path / f"checkpoint-{step}", model.trained(), step=step))
+        checkpoints.append(
+            write_checkpoint(tmp_path / f"checkpoint-{step}", model.trained(), step=step)
+        )
     source = mean_weights(checkpoints, rslora=("llm",) if rslora else ())
     averaged = Part(rank=6, use_rslora=rslora)
     state = source.load()
     assert averaged.load_state_dict(state, strict=False).unexpected_keys == []
     for name, change in averaged.changes().items():
         torch.testing.assert_close(change, sum(model.changes()[name] for model in models) / 3)
-    torch.testing.assert_close(averaged.projector.weight, sum(model.projector.weight for model in models) / 3)
+    torch.testing.assert_close(
+        averaged.projector.weight, sum(model.projector.weight for model in models) / 3
+    )
     assert source.about["lora"] == "product"
-    assert [part["checkpoint"] for part in source.about["sources"]] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert [part["checkpoint"] for part in source.about["sources"]] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
 
     factors = mean_weights(checkpoints, lora="factors")
     for name, tensor in factors.load().items():
@@ -73,17 +101,27 @@ def test_checkpoints_of_different_runs_are_refused(tmp_path):
 
 
 def test_running_averages_of_different_runs_are_refused(tmp_path):
-    one = write_checkpoint(tmp_path / "checkpoint-1", {"projector.a": torch.ones(3, 2)}, averaged=True)
-    other = write_checkpoint(tmp_path / "checkpoint-2", {"projector.a": torch.ones(2, 3)}, step=2, averaged=True)
+    one = write_checkpoint(
+        tmp_path / "checkpoint-1", {"projector.a": torch.ones(3, 2)}, averaged=True
+    )
+    other = write_checkpoint(
+        tmp_path / "checkpoint-2", {"projector.a": torch.ones(2, 3)}, step=2, averaged=True
+    )
     with pytest.raises(UserError, match=r"differ in 'projector\.a'"):
         mean_between(one, other)
 
 
 def test_of_adapters_is_said_only_where_there_are_some(tmp_path):
-    plain, adapted = {"projector.a": torch.ones(3, 2)}, {"llm.up.lora_A.default.weight": torch.ones(2, 3)}
+    plain, adapted = (
+        {"projector.a": torch.ones(3, 2)},
+        {"llm.up.lora_A.default.weight": torch.ones(2, 3)},
+    )
     for name, state, said in (("plain", plain, None), ("adapted", adapted, "product")):
         checkpoints = [
-            write_checkpoint(tmp_path / name / f"checkpoint-{step}", state, step=step, ranks=0, averaged=True) for step in (1, 2)
+            write_checkpoint(
+                tmp_path / name / f"checkpoint-{step}", state, step=step, ranks=0, averaged=True
+            )
+            for step in (1, 2)
         ]
         assert mean_weights(checkpoints).about.get("lora") == said
         assert mean_between(*checkpoints).about.get("lora") == (said and "factors")
@@ -94,8 +132,18 @@ def test_large_factors_are_put_together_piece_by_piece(tmp_path):
     for seed in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed)
         shapes = {"A": (rank, PIECE), "B": (PIECE, rank)}
-        states.append({f"llm.up.lora_{side}.default.weight": torch.randn(shape, generator=generator) for side, shape in shapes.items()})
-    source = mean_weights([write_checkpoint(tmp_path / f"checkpoint-{i}", state, step=i, ranks=2) for i, state in enumerate(states)])
+        states.append(
+            {
+                f"llm.up.lora_{side}.default.weight": torch.randn(shape, generator=generator)
+                for side, shape in shapes.items()
+            }
+        )
+    source = mean_weights(
+        [
+            write_checkpoint(tmp_path / f"checkpoint-{i}", state, step=i, ranks=2)
+            for i, state in enumerate(states)
+        ]
+    )
     for side, dim in (("A", 0), ("B", 1)):
         name = f"llm.up.lora_{side}.default.weight"
         assert max(piece.numel() for piece in source.pieces(name)) <= PIECE
@@ -105,7 +153,10 @@ def test_large_factors_are_put_together_piece_by_piece(tmp_path):
 
 def test_a_further_checkpoint_takes_next_to_no_memory(tmp_path):
     state = {f"llm.layers.{i}.weight": torch.ones(2, 3) for i in range(272)}
-    checkpoints = [write_checkpoint(tmp_path / f"checkpoint-{step}", state, ranks=2, step=step) for step in range(9)]
+    checkpoints = [
+        write_checkpoint(tmp_path / f"checkpoint-{step}", state, ranks=2, step=step)
+        for step in range(9)
+    ]
     taken = {}
     tracemalloc.start()
     for count in (2, 9):
@@ -122,7 +173,11 @@ def exp(tmp_path, monkeypatch):
     monkeypatch.setattr("asrllm.checkpoints.average.adapters_with_rslora", lambda exp_dir: ())
     exp = tmp_path / "exp"
     for step in (2, 4, 6, 8):
-        write_checkpoint(exp / f"checkpoint-{step}", {"llm.up.lora_A.default.weight": torch.full((2, 3), float(step))}, step=step)
+        write_checkpoint(
+            exp / f"checkpoint-{step}",
+            {"llm.up.lora_A.default.weight": torch.full((2, 3), float(step))},
+            step=step,
+        )
     return exp
 
 
@@ -133,7 +188,10 @@ def resolve(exp, avg=3, **how):
 def test_product_and_factors_have_files_of_their_own(exp):
     assert resolve(exp).name == "averaged-iter-8-avg-3.pt"
     assert resolve(exp, lora="factors").name == "averaged-iter-8-avg-3-lora-factors.pt"
-    assert [torch.load(path, weights_only=True).about["lora"] for path in (resolve(exp), resolve(exp, lora="factors"))] == [
+    assert [
+        torch.load(path, weights_only=True).about["lora"]
+        for path in (resolve(exp), resolve(exp, lora="factors"))
+    ] == [
         "product",
         "factors",
     ]
@@ -145,10 +203,17 @@ def test_a_file_that_is_made_again_says_why(exp, caplog):
     manifest = exp / "checkpoint-4" / "asrllm.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert resolve(exp) == made
-    assert "averaged-iter-8-avg-3.pt is made again: its checkpoints have changed since" in caplog.text
-    write_checkpoint(exp / "checkpoint-7", {"llm.up.lora_A.default.weight": torch.ones(2, 3)}, step=7)
+    assert (
+        "averaged-iter-8-avg-3.pt is made again: its checkpoints have changed since" in caplog.text
+    )
+    write_checkpoint(
+        exp / "checkpoint-7", {"llm.up.lora_A.default.weight": torch.ones(2, 3)}, step=7
+    )
     resolve(exp)
-    assert "it is the mean of checkpoint-4, checkpoint-6, checkpoint-8, and is to be that of checkpoint-6, checkpoint-7" in caplog.text
+    assert (
+        "it is the mean of checkpoint-4, checkpoint-6, checkpoint-8, and is to be that of checkpoint-6, checkpoint-7"
+        in caplog.text
+    )
     made.write_bytes(made.read_bytes()[:-100])
     resolve(exp)
     assert "it was cut short" in caplog.text
@@ -158,10 +223,16 @@ def test_a_file_that_is_made_again_says_why(exp, caplog):
 def test_what_cannot_be_made_again_is_not_written_over(exp, make):
     content = resolve(exp).read_bytes()
     (exp / "checkpoint-4").rename(exp / "aside")
-    with pytest.raises(UserError, match=r"checkpoint-4 is gone.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint-4 is gone.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
+    ):
         make(exp)
     (exp / "checkpoint-8").rename(exp / "aside-too")
-    with pytest.raises(UserError, match=r"no complete checkpoint for iter=8.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt"):
+    with pytest.raises(
+        UserError,
+        match=r"no complete checkpoint for iter=8.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
+    ):
         make(exp)
     assert (exp / "averaged-iter-8-avg-3.pt").read_bytes() == content
     (exp / "aside").rename(exp / "checkpoint-4")
@@ -174,7 +245,9 @@ def test_what_cannot_be_made_again_is_not_written_over(exp, make):
 @pytest.mark.slow
 def test_averaging_waits_for_another_process_that_averages(exp):
     with FileLock(exp / ".averaging.lock"):
-        thread = threading.Thread(target=average, args=(exp, Average(iteration=8, avg=3)), daemon=True)
+        thread = threading.Thread(
+            target=average, args=(exp, Average(iteration=8, avg=3)), daemon=True
+        )
         thread.start()
         thread.join(0.5)
         assert not list(exp.glob("averaged-*"))
@@ -188,13 +261,19 @@ def test_what_is_no_weights_file_is_said(exp, tmp_path):
             resolve_weights(folder, filename=filename, what=Average(**{"avg": 0} | what))
         return str(error.value)
 
-    assert "is a ZeRO checkpoint: give checkpoint.model.iter=8 checkpoint.model.avg=1" in said(exp, "checkpoint-8")
+    assert "is a ZeRO checkpoint: give checkpoint.model.iter=8 checkpoint.model.avg=1" in said(
+        exp, "checkpoint-8"
+    )
     assert f"'asrllm consolidate {exp} --tag checkpoint-8'" in said(exp, "checkpoint-8")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.safetensors").touch()
     assert "is an exported model: give the exp_dir of the run" in said(tmp_path / "exported")
-    assert "is an exported model: give the exp_dir of the run" in said(tmp_path / "exported", iteration=8, avg=1)
-    with pytest.raises(UserError, match=f"is a ZeRO checkpoint: 'asrllm consolidate {exp} --tag checkpoint-8'"):
+    assert "is an exported model: give the exp_dir of the run" in said(
+        tmp_path / "exported", iteration=8, avg=1
+    )
+    with pytest.raises(
+        UserError, match=f"is a ZeRO checkpoint: 'asrllm consolidate {exp} --tag checkpoint-8'"
+    ):
         read_state(exp / "checkpoint-8")
     (exp / "short.pt").write_bytes(resolve(exp).read_bytes()[:-100])
     with pytest.raises(UserError, match="copy the file again, or make it again"):

@@ -15,7 +15,7 @@ from asrllm.checkpoints.consolidate import checkpoint_weights, consolidate
 from asrllm.errors import UserError
 from asrllm.models.auto import read_state
 from asrllm.tensor_files import PIECE, begin_of_record, read_about
-from asrllm.training.zero_files import file_digest
+from asrllm.training.checkpoint.zero_files import file_digest
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY, clean_environment
 
@@ -23,7 +23,12 @@ from tests.conftest import REPOSITORY, clean_environment
 @pytest.fixture
 def state():
     generator = torch.Generator().manual_seed(0)
-    shapes = {"projector.a": (7, 5), "projector.b": (13,), "projector.scale": (1,), "llm.c": (3, 4, 2)}
+    shapes = {
+        "projector.a": (7, 5),
+        "projector.b": (13,),
+        "projector.scale": (1,),
+        "llm.c": (3, 4, 2),
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -31,7 +36,9 @@ def state():
 @pytest.mark.parametrize("output", ["w.pt", "w.bin", "w.safetensors", "one", "many"])
 def test_every_kind_of_output_holds_the_same_weights(tmp_path, state, ranks, output):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=ranks)
-    made = consolidate(checkpoint, tmp_path / output, max_shard_size=150 if output == "many" else "5GB")
+    made = consolidate(
+        checkpoint, tmp_path / output, max_shard_size=150 if output == "many" else "5GB"
+    )
     found = read_state(made)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
@@ -44,7 +51,9 @@ def test_files_name_their_source(tmp_path, state):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-7", state, step=7)
     for name in ("w.pt", "w.safetensors"):
         about = read_about(consolidate(checkpoint, tmp_path / name))
-        assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [("checkpoint-7", 7)]
+        assert [(source["checkpoint"], source["step"]) for source in about["sources"]] == [
+            ("checkpoint-7", 7)
+        ]
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
 
 
@@ -68,7 +77,9 @@ def test_checksums_are_those_that_torch_would_write(tmp_path, state):
 
 
 def test_a_rank_file_that_is_missing_or_cut_short_or_foreign_is_named(tmp_path, state):
-    other = write_checkpoint(tmp_path / "checkpoint-2", {name: tensor + 1 for name, tensor in state.items()}, ranks=2)
+    other = write_checkpoint(
+        tmp_path / "checkpoint-2", {name: tensor + 1 for name, tensor in state.items()}, ranks=2
+    )
     name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     for number, (harm, said) in enumerate(
         (
@@ -97,26 +108,37 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, state, monk
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
-    monkeypatch.setattr("asrllm.training.zero_files.file_digest", refused)
-    with pytest.raises(UserError, match=r"may not be read \(Permission denied\): change its permissions"):
+    monkeypatch.setattr("asrllm.training.checkpoint.zero_files.file_digest", refused)
+    with pytest.raises(
+        UserError, match=r"may not be read \(Permission denied\): change its permissions"
+    ):
         checkpoint_weights(checkpoint)
 
 
 @pytest.mark.parametrize("output", ["w.pt", "w.safetensors", "w"])
-@pytest.mark.parametrize(("ranks", "name"), [(0, "mp_rank_00_model_states.pt"), (2, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")])
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [(0, "mp_rank_00_model_states.pt"), (2, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")],
+)
 def test_bytes_that_changed_are_found(tmp_path, state, ranks, name, output):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=ranks)
     content = (checkpoint / name).read_bytes()
     at = content.index(state["projector.b"][-5:].numpy().tobytes()[:16])
     (checkpoint / name).write_bytes(content[:at] + bytes(8) + content[at + 8 :])
-    with pytest.raises(UserError, match=f"{name}' is damaged .it holds other bytes than were written"):
+    with pytest.raises(
+        UserError, match=f"{name}' is damaged .it holds other bytes than were written"
+    ):
         consolidate(checkpoint, tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_weights_of_another_dtype_are_refused(tmp_path, state, ranks):
-    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", {name: tensor.double() for name, tensor in state.items()}, ranks=ranks)
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint-1",
+        {name: tensor.double() for name, tensor in state.items()},
+        ranks=ranks,
+    )
     with pytest.raises(UserError, match=r"torch\.float64.*damaged"):
         checkpoint_weights(checkpoint)
 
@@ -136,7 +158,9 @@ def test_a_pickle_that_asks_for_more_is_refused(tmp_path, state):
     file = checkpoint / "mp_rank_00_model_states.pt"
     torch.save({"module": state, "optimizer": Harm()}, file)
     manifest = json.loads((checkpoint / "asrllm.json").read_text())
-    (checkpoint / "asrllm.json").write_text(json.dumps(manifest | {"files": {file.name: file_digest(file)}}))
+    (checkpoint / "asrllm.json").write_text(
+        json.dumps(manifest | {"files": {file.name: file_digest(file)}})
+    )
     with pytest.raises(UserError, match=r"asks for __builtin__\.print"):
         checkpoint_weights(checkpoint)
 
@@ -150,10 +174,17 @@ def test_keys_and_shapes_are_the_manifests(tmp_path, state, ranks):
         (checkpoint / "asrllm.json").write_text(json.dumps(manifest))
         return checkpoint
 
-    wrong_shape = with_trainable(1, lambda manifest: manifest["trainable"]["projector.a"].update(shape=[7, 6]))
+    wrong_shape = with_trainable(
+        1, lambda manifest: manifest["trainable"]["projector.a"].update(shape=[7, 6])
+    )
     with pytest.raises(UserError, match=r"'projector\.a'.*manifest.*damaged"):
         checkpoint_weights(wrong_shape).load()
-    more = with_trainable(2, lambda manifest: manifest["trainable"].update({"llm.d": {"shape": [2], "dtype": "float32"}}))
+    more = with_trainable(
+        2,
+        lambda manifest: manifest["trainable"].update(
+            {"llm.d": {"shape": [2], "dtype": "float32"}}
+        ),
+    )
     with pytest.raises(UserError, match=r"'llm\.d' is in its manifest alone"):
         checkpoint_weights(more)
 
@@ -185,7 +216,9 @@ print(peak() - before)
 def test_memory_is_bounded_whatever_the_models_size(tmp_path, state):
     """280 MB of weights, of which the largest has 32: asked is 1.3 times that and 100 MB at most."""
     write_checkpoint(tmp_path / "small" / "checkpoint-1", state, ranks=2)
-    large = {f"llm.{i}": torch.full((2048, 4096), float(i)) for i in range(8)} | {"llm.odd": torch.ones(3_000_001)}
+    large = {f"llm.{i}": torch.full((2048, 4096), float(i)) for i in range(8)} | {
+        "llm.odd": torch.ones(3_000_001)
+    }
     for step in (1, 2, 3):
         write_checkpoint(tmp_path / f"checkpoint-{step}", large, ranks=2, step=step)
     done = subprocess.run(

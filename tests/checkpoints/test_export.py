@@ -11,21 +11,32 @@ from transformers import AutoModelForCausalLM
 from asrllm.checkpoints.export import export, made_of, public_name, push, training_data
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.config import EncoderPart
-from asrllm.models.encoders import encoder_class
+from asrllm.models.encoders.registry import encoder_class
+from asrllm.models.model_args import EncoderPart
 from tests.checkpoints.test_merge import logits, run_of
-from tests.models.test_files import lora_model
-from tests.models.test_model import make_model
+from tests.models.asr_llm.test_modeling import make_model
+from tests.models.asr_llm.test_serialization import lora_model
 
 
 @pytest.fixture
 def exp(world, tmp_path):
     exp = run_of(lora_model(world), tmp_path / "exp")
-    (tmp_path / "train.yaml").write_text("- {shards: /data/libri, hours: 960, lang: en}\n- {manifest: /data/wenet.jsonl, hours: 10000}\n")
+    (tmp_path / "train.yaml").write_text(
+        "- {shards: /data/libri, hours: 960, lang: en}\n- {manifest: /data/wenet.jsonl, hours: 10000}\n"
+    )
     (exp / "config.yaml").write_text(f"data: {{train_data_config: {tmp_path / 'train.yaml'}}}\n")
     (exp / "greedy_search").mkdir()
-    found = {"wer": 2.5, "cer": 1.25, "wer_ci95": [2.0, 3.0], "utterances": 9, "normalizer": "basic", "weights": "pretrained.pt"}
-    (exp / "greedy_search" / "results.json").write_text(json.dumps({"test-clean": found, "of-others": found | {"weights": "averaged.pt"}}))
+    found = {
+        "wer": 2.5,
+        "cer": 1.25,
+        "wer_ci95": [2.0, 3.0],
+        "utterances": 9,
+        "normalizer": "basic",
+        "weights": "pretrained.pt",
+    }
+    (exp / "greedy_search" / "results.json").write_text(
+        json.dumps({"test-clean": found, "of-others": found | {"weights": "averaged.pt"}})
+    )
     return exp
 
 
@@ -46,18 +57,26 @@ def test_the_card_says_what_it_was_trained_on_and_what_was_measured(exp, tmp_pat
     assert str(tmp_path) not in card
     assert "| llm | qwen2 | llm |" in card
     assert "The weights are" not in card, "the file does not say of what"
-    export(tmp_path / "model", tmp_path / "again", dtype="float32")  # of an exported directory less is known
+    export(
+        tmp_path / "model", tmp_path / "again", dtype="float32"
+    )  # of an exported directory less is known
     assert "## Training data" not in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_the_card_is_of_the_weights_that_were_taken(exp, tmp_path):
     state = OrderedDict(torch.load(exp / "pretrained.pt", weights_only=True))
     (exp / "pretrained.pt").unlink()
-    state.about = {"sources": [{"checkpoint": f"checkpoint-{n}"} for n in (4, 6, 8)], "mean": "checkpoints", "lora": "factors"}
+    state.about = {
+        "sources": [{"checkpoint": f"checkpoint-{n}"} for n in (4, 6, 8)],
+        "mean": "checkpoints",
+        "lora": "factors",
+    }
     torch.save(state, exp / "averaged.pt")
     (exp / "averaged.pt").rename(exp / "averaged-iter-8-avg-3.pt")
     results = exp / "greedy_search" / "results.json"
-    results.write_text(results.read_text().replace('"averaged.pt"', '"/private/exp/averaged-iter-8-avg-3.pt"'))
+    results.write_text(
+        results.read_text().replace('"averaged.pt"', '"/private/exp/averaged-iter-8-avg-3.pt"')
+    )
     export(exp, tmp_path / "model", dtype="float32", repository="me/model")
     card = (tmp_path / "model" / "README.md").read_text()
     assert "The weights are the mean of checkpoint-4, checkpoint-6 and checkpoint-8." in card
@@ -67,8 +86,14 @@ def test_the_card_is_of_the_weights_that_were_taken(exp, tmp_path):
 
 
 def test_what_a_card_says_of_weights_and_of_base_models():
-    steps = {"sources": [{"checkpoint": "checkpoint-2"}, {"checkpoint": "checkpoint-8"}], "mean": "every step between"}
-    assert made_of(steps)[0] == "The weights are the mean over all steps after checkpoint-2 up to checkpoint-8."
+    steps = {
+        "sources": [{"checkpoint": "checkpoint-2"}, {"checkpoint": "checkpoint-8"}],
+        "mean": "every step between",
+    }
+    assert (
+        made_of(steps)[0]
+        == "The weights are the mean over all steps after checkpoint-2 up to checkpoint-8."
+    )
     assert made_of({"sources": steps["sources"][1:]})[0] == "The weights are those of checkpoint-8."
     assert public_name("/home/me/hub/models--Qwen--Qwen2.5-7B/snapshots/0a1b") == "Qwen/Qwen2.5-7B"
     assert public_name("/home/me/models/whisper") == "whisper"
@@ -95,16 +120,37 @@ def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
     export(exp, tmp_path / "model", dtype="float32", parts=True)
     model = lora_model(world)
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "llm")), logits(model.llm), rtol=1e-4, atol=1e-4
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "llm")),
+        logits(model.llm),
+        rtol=1e-4,
+        atol=1e-4,
     )
-    fields, state = encoder_class("whisper").read_pretrained(str(tmp_path / "model" / "audio_encoder"))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.audio_encoder.state_dict().items())
+    fields, state = encoder_class("whisper").read_pretrained(
+        str(tmp_path / "model" / "audio_encoder")
+    )
+    assert all(
+        torch.equal(tensor, state[name])
+        for name, tensor in model.audio_encoder.state_dict().items()
+    )
     assert fields | {"model_type": "whisper"} == model.config.audio_encoder
     assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
 
 
 def test_each_write_has_a_bar_of_its_own_and_half_precision_may_be_asked_for(exp, tmp_path, capsys):
-    assert main(["export", str(exp), "--output", str(tmp_path / "model"), "--parts", "--dtype", "float16"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(exp),
+                "--output",
+                str(tmp_path / "model"),
+                "--parts",
+                "--dtype",
+                "float16",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().err
     for what in ("model", "audio_encoder", "projector", "llm"):
         assert said.count(f"writing {what}: ") == 1
@@ -113,16 +159,24 @@ def test_each_write_has_a_bar_of_its_own_and_half_precision_may_be_asked_for(exp
 
 
 def test_a_zipformer_is_read_again(world, tmp_path):
-    encoder = EncoderPart(model_type="zipformer", pretrained_model=str(world.zipformer), frozen=True, lora=None)
+    encoder = EncoderPart(
+        model_type="zipformer", pretrained_model=str(world.zipformer), frozen=True, lora=None
+    )
     model = make_model(world, audio_encoder=encoder)
     export(run_of(model, tmp_path / "exp"), tmp_path / "model", dtype="float32", parts=True)
     _, state = encoder_class("zipformer").read_pretrained(str(tmp_path / "model" / "audio_encoder"))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.audio_encoder.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name])
+        for name, tensor in model.audio_encoder.state_dict().items()
+    )
 
 
 def test_uploading_makes_the_repository_and_says_where_it_is(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: calls.append((a, k)) or "https://hub/me/model")
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo",
+        lambda self, *a, **k: calls.append((a, k)) or "https://hub/me/model",
+    )
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: calls.append(k))
     assert push(tmp_path, "me/model", private=True) == "https://hub/me/model"
     assert calls[0] == (("me/model",), {"private": True, "exist_ok": True})

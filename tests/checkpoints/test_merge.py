@@ -17,10 +17,10 @@ from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.files import in_base, merged_parameter
+from asrllm.models.asr_llm.serialization import in_base, merged_parameter
 from tests.conftest import clean_environment
-from tests.models.test_files import family_llm, lora_model
-from tests.models.test_model import make_model
+from tests.models.asr_llm.test_modeling import make_model
+from tests.models.asr_llm.test_serialization import family_llm, lora_model
 
 IDS = torch.tensor([[3, 5, 17, 100, 7, 9]])
 LAST = "llm.model.layers.1.self_attn.v_proj.weight"
@@ -36,13 +36,19 @@ def run_of(model, folder):
     """What training leaves in an exp_dir: the description, and the trained weights by themselves."""
     model.require_processor().save_pretrained(folder)
     model.config.save_pretrained(folder)
-    state = {name: tensor for name, tensor in model.weights().items() if "lora_" in name or name.startswith("projector")}
+    state = {
+        name: tensor
+        for name, tensor in model.weights().items()
+        if "lora_" in name or name.startswith("projector")
+    }
     torch.save(state, folder / "pretrained.pt")
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}]
+)
 def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
     model = lora_model(world, **options)
     exp = run_of(model, tmp_path / "exp")
@@ -51,14 +57,21 @@ def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
         out = tmp_path / "out" / source.name
         found = merge_lora(files, out, max_shard_size="20KB")
         assert len(list(out.glob("model-*.safetensors"))) > 1
-        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(model.llm), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(AutoModelForCausalLM.from_pretrained(out)),
+            logits(model.llm),
+            rtol=1e-4,
+            atol=1e-4,
+        )
         assert (found.same, found.difference < 1e-5 < found.change) == (found.tokens, True)
     if options:
         return
     environment = clean_environment()
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", ALONE, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path
+    )
     assert "Qwen2ForCausalLM" in done.stdout, done.stderr
 
 
@@ -72,15 +85,24 @@ def test_an_exported_model_of_another_family_is_merged_too(world, tmp_path, tied
     low = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
     merge_lora(LlmFiles(tmp_path / "saved"), tmp_path / "exact")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "exact")), logits(model.llm), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "exact")),
+        logits(model.llm),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_adapters_alone_are_pefts(world, tmp_path):
     model = lora_model(world)
     files = LlmFiles(run_of(model, tmp_path / "exp"))
     save_adapter(files, tmp_path / "adapter")
-    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    ).eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm))
 
 
@@ -90,7 +112,9 @@ def test_adapters_on_a_full_disk_are_one_sentence(world, tmp_path, monkeypatch, 
 
     exp = run_of(lora_model(world), tmp_path / "exp")
     monkeypatch.setattr("asrllm.tensor_files._bytes_of", full)
-    assert main(["merge-lora", str(exp), "--adapter-only", "--output", str(tmp_path / "adapter")]) == 2
+    assert (
+        main(["merge-lora", str(exp), "--adapter-only", "--output", str(tmp_path / "adapter")]) == 2
+    )
     assert "no space is left on the disk" in capsys.readouterr().err
 
 
@@ -110,8 +134,11 @@ def test_an_llm_of_an_earlier_stage_is_not_replaced_by_its_base(world, tmp_path)
     model = lora_model(world)
     model.config.stored = {"llm": sum(in_base(name, "llm") for name in model.weights())}
     exp = run_of(model, tmp_path / "exp")  # what zero_to_fp32.py makes of it
-    (exp / "carried.pt").touch()
-    with pytest.raises(UserError, match=r"hold 0 of the llm, .* lack those in carried\.pt: make them with 'asrllm consolidate'"):
+    (exp / "inherited_weights.pt").touch()
+    with pytest.raises(
+        UserError,
+        match=r"hold 0 of the llm, .* lack those in inherited_weights\.pt: make them with 'asrllm consolidate'",
+    ):
         LlmFiles(exp)
     torch.save(model.weights(), exp / "pretrained.pt")
     LlmFiles(exp)
@@ -136,11 +163,32 @@ def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path
     torch.save(state, exp / "averaged-iter-2-avg-2.pt")
     files = LlmFiles(exp / "averaged-iter-2-avg-2.pt")
     merge_lora(files, tmp_path / "merged")
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model.llm), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")),
+        logits(model.llm),
+        rtol=1e-4,
+        atol=1e-4,
+    )
     adapter = tmp_path / "adapter"
-    assert main(["merge-lora", str(exp / "averaged-iter-2-avg-2.pt"), "--adapter-only", "--output", str(adapter)]) == 0
-    assert "its rank is 8, that of 2 checkpoints together: vLLM needs a max_lora_rank" in capsys.readouterr().out
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.llm), adapter).eval()
+    assert (
+        main(
+            [
+                "merge-lora",
+                str(exp / "averaged-iter-2-avg-2.pt"),
+                "--adapter-only",
+                "--output",
+                str(adapter),
+            ]
+        )
+        == 0
+    )
+    assert (
+        "its rank is 8, that of 2 checkpoints together: vLLM needs a max_lora_rank"
+        in capsys.readouterr().out
+    )
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(world.llm), adapter
+    ).eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm), rtol=1e-4, atol=1e-4)
 
 
@@ -165,7 +213,10 @@ def low_base(world, folder, *kept):
     """A base LLM in bfloat16, but for the weights whose names hold one of `kept`."""
     shutil.copytree(world.llm, folder)
     state = load_file(folder / "model.safetensors")
-    state = {name: tensor if any(part in name for part in kept) else tensor.bfloat16() for name, tensor in state.items()}
+    state = {
+        name: tensor if any(part in name for part in kept) else tensor.bfloat16()
+        for name, tensor in state.items()
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"dtype": "bfloat16"}))
@@ -188,7 +239,9 @@ def test_every_weight_keeps_its_dtype_and_is_rounded_once(world, tmp_path):
         assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     merge_lora(LlmFiles(exp), tmp_path / "exact", dtype="float32")
-    weight = load_file(tmp_path / "exact" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    weight = load_file(tmp_path / "exact" / "model.safetensors")[
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
     assert not torch.equal(weight, weight.bfloat16().float()), "it went through bfloat16"
 
 
@@ -201,7 +254,9 @@ def test_a_layer_that_was_left_unmerged_is_found(world, tmp_path, monkeypatch, d
     whole = merged_parameter
 
     def half_done(layer, name, kind):
-        last = layer.out_features == 16 and torch.equal(layer.get_base_layer().weight, files.places.read(LAST))
+        last = layer.out_features == 16 and torch.equal(
+            layer.get_base_layer().weight, files.places.read(LAST)
+        )
         return layer.get_base_layer().weight.detach().to(kind) if last else whole(layer, name, kind)
 
     monkeypatch.setattr("asrllm.checkpoints.merge.merged_parameter", half_done)
@@ -212,7 +267,10 @@ def test_a_layer_that_was_left_unmerged_is_found(world, tmp_path, monkeypatch, d
 
 def test_an_llm_into_which_nothing_was_merged_gives_other_logits(world, tmp_path, monkeypatch):
     files = LlmFiles(run_on(low_base(world, tmp_path / "llm"), world, tmp_path / "exp"))
-    monkeypatch.setattr("asrllm.checkpoints.merge.merged_parameter", lambda layer, name, kind: layer.get_base_layer().weight.to(kind))
+    monkeypatch.setattr(
+        "asrllm.checkpoints.merge.merged_parameter",
+        lambda layer, name, kind: layer.get_base_layer().weight.to(kind),
+    )
     monkeypatch.setattr("asrllm.checkpoints.merge.check_layers", lambda *_: None)
     with pytest.raises(UserError, match="gives other logits"):
         merge_lora(files, tmp_path / "bad")
@@ -244,10 +302,22 @@ def more_rows(state, count):
 
 
 HARMS = {
-    "a factor of other rows": (lambda state: more_rows(state, 31), r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)"),
-    "another rank": (lambda state: state.update({k: t[:3].clone() for k, t in state.items() if "lora_A" in k}), r"has the shape \(3, 32\)"),
-    "a layer more": (lambda state: state.update({k.replace(".1.", ".7."): t for k, t in state.items()}), r"4 unexpected keys.*layers\.7"),
-    "a key of nothing": (lambda state: state.update({"llm.model.bogus.weight": torch.ones(1)}), r"unexpected keys.*'llm\.model\.bogus"),
+    "a factor of other rows": (
+        lambda state: more_rows(state, 31),
+        r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)",
+    ),
+    "another rank": (
+        lambda state: state.update({k: t[:3].clone() for k, t in state.items() if "lora_A" in k}),
+        r"has the shape \(3, 32\)",
+    ),
+    "a layer more": (
+        lambda state: state.update({k.replace(".1.", ".7."): t for k, t in state.items()}),
+        r"4 unexpected keys.*layers\.7",
+    ),
+    "a key of nothing": (
+        lambda state: state.update({"llm.model.bogus.weight": torch.ones(1)}),
+        r"unexpected keys.*'llm\.model\.bogus",
+    ),
 }
 
 

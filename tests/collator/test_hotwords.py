@@ -7,7 +7,9 @@ import pytest
 from asrllm.collator.hotwords import HotwordConfig, Hotwords
 from asrllm.errors import UserError
 
-CONFIG = HotwordConfig(file=None, prob=1.0, max_words=20, distractor_rate=0.0, template="Hotwords: {words}.")
+CONFIG = HotwordConfig(
+    file=None, prob=1.0, max_words=20, distractor_rate=0.0, template="Hotwords: {words}."
+)
 AUDIO = "<|AUDIO|>"
 
 
@@ -23,7 +25,7 @@ def listed(context):
 
 
 def lists(made, text, count=300, dealt=0, **more):
-    return [listed(made.context(text, key=str(i), round=dealt, **more)) for i in range(count)]
+    return [listed(made.context(text, key=str(i), pass_index=dealt, **more)) for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +68,18 @@ def test_what_is_found_is_what_a_search_finds(tmp_path):
     for key in range(50):
         text = " ".join(rng.choice(vocabulary, 30))
         expected = [phrase for phrase in phrases if re.search(rf"\b{phrase}\b", text)]
-        assert sorted(listed(made.context(text, key=str(key), round=0))) == expected
+        assert sorted(listed(made.context(text, key=str(key), pass_index=0))) == expected
 
 
 def test_lists_are_written_as_the_file_writes_them(tmp_path):
-    made = hotwords(tmp_path, ["iPhone", " New York ", "", "IPHONE", "other"], template="Maybe: {words} {or not}")
-    contexts = {made.context("an iphone in new york", key=str(i), round=0) for i in range(30)}
+    made = hotwords(
+        tmp_path,
+        ["iPhone", " New York ", "", "IPHONE", "other"],
+        template="Maybe: {words} {or not}",
+    )
+    contexts = {made.context("an iphone in new york", key=str(i), pass_index=0) for i in range(30)}
     assert contexts == {"Maybe: iPhone, New York {or not}", "Maybe: New York, iPhone {or not}"}
-    assert made.context("nothing of it", key="k", round=0) == ""
+    assert made.context("nothing of it", key="k", pass_index=0) == ""
 
 
 def test_a_share_of_the_utterances_gets_a_list(tmp_path):
@@ -102,7 +108,11 @@ def test_without_a_true_hotword_there_are_distractors_only_and_the_length_does_n
 
 def test_the_place_in_the_list_does_not_tell(tmp_path):
     made = hotwords(tmp_path, [f"w{i}" for i in range(50)], distractor_rate=0.5)
-    where = [words.index("w3") / (len(words) - 1) for words in lists(made, "w3 w4 w5", 1500) if len(words) > 1]
+    where = [
+        words.index("w3") / (len(words) - 1)
+        for words in lists(made, "w3 w4 w5", 1500)
+        if len(words) > 1
+    ]
     assert np.mean(where) == pytest.approx(0.5, abs=0.04)
 
 
@@ -117,10 +127,15 @@ def test_a_list_is_no_longer_than_allowed_and_draws_which_true_ones_stay(tmp_pat
 
 def test_own_hotwords_join_the_list(tmp_path):
     own = ["Zürich", "Bern", f"{AUDIO} ", "W1"]
-    assert all(sorted(words) == ["W1", "Zürich"] for words in lists(hotwords(tmp_path, ["w1", "w2"]), "w1 zürich", own=own))
+    assert all(
+        sorted(words) == ["W1", "Zürich"]
+        for words in lists(hotwords(tmp_path, ["w1", "w2"]), "w1 zürich", own=own)
+    )
     made = hotwords(tmp_path, [f"w{i}" for i in range(9)], distractor_rate=0.5)
     for words in lists(made, "zürich", own=own):
-        assert len(words) == 1 or {"Bern", "W1"} & set(words)  # what the sample names comes before the others
+        assert len(words) == 1 or {"Bern", "W1"} & set(
+            words
+        )  # what the sample names comes before the others
     assert lists(hotwords(tmp_path), "in bern", 1, own=["Bern"]) == [["Bern"]]
     assert lists(hotwords(tmp_path, distractor_rate=0.5), "nothing", 1, own=["Bern"]) == [["Bern"]]
 
@@ -132,13 +147,16 @@ def test_lists_depend_on_seed_round_and_key_alone(tmp_path):
     assert lists(made, "w1 w2") == first
     assert lists(made, "w1 w2", dealt=1) != first
     assert lists(hotwords(tmp_path, words, seed=2, prob=0.5, distractor_rate=0.5), "w1 w2") != first
-    assert listed(made.context("w1 w2", key="77", round=0)) == first[77]
+    assert listed(made.context("w1 w2", key="77", pass_index=0)) == first[77]
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
     rng = np.random.default_rng(0)
-    phrases = ["".join(chr(c) for c in rng.integers(0x4E00, 0x4E00 + 3000, rng.integers(2, 7))) for _ in range(100_000)]
+    phrases = [
+        "".join(chr(c) for c in rng.integers(0x4E00, 0x4E00 + 3000, rng.integers(2, 7)))
+        for _ in range(100_000)
+    ]
     made = hotwords(tmp_path, phrases, distractor_rate=0.8)
     asked = []
 
@@ -149,7 +167,7 @@ def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
 
     made.phrases = Counting(made.phrases)
     text = "".join(phrases[i] for i in rng.integers(0, 100_000, 10))
-    assert listed(made.context(text, key="k", round=0))
+    assert listed(made.context(text, key="k", pass_index=0))
     assert len(asked) < 6 * len(text)
 
 
@@ -159,7 +177,10 @@ def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
         ({"prob": 2.0}, r"data\.hotwords\.prob=2\.0 must lie"),
         ({"max_words": 0}, r"data\.hotwords\.max_words=0 must be from 1"),
         ({"distractor_rate": 1.0}, r"distractor_rate=1\.0 must be at least 0 and below 1"),
-        ({"template": "Hotwords: {word}."}, r"template='Hotwords: \{word\}\.' must hold \{words\} once"),
+        (
+            {"template": "Hotwords: {word}."},
+            r"template='Hotwords: \{word\}\.' must hold \{words\} once",
+        ),
         ({"template": f"{AUDIO} {{words}}"}, "holds the audio token"),
         ({"file": "/no/such"}, r"data\.hotwords\.file '/no/such' does not exist"),
     ],
@@ -172,5 +193,7 @@ def test_impossible_values_are_one_sentence(tmp_path, changes, message):
 def test_an_empty_file_and_the_audio_token_in_one_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"data\.hotwords\.file='.*words\.txt' holds no word"):
         hotwords(tmp_path, ["", " "])
-    with pytest.raises(UserError, match=r"data\.hotwords\.file=.*, line 2: 'a <\|AUDIO\|>' holds the audio token"):
+    with pytest.raises(
+        UserError, match=r"data\.hotwords\.file=.*, line 2: 'a <\|AUDIO\|>' holds the audio token"
+    ):
         hotwords(tmp_path, ["fine", f"a {AUDIO}"])

@@ -34,7 +34,12 @@ def make(*arguments, **options):
     return list(make_stream(*arguments, **options))
 
 
-def make_stream(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epochs=1, accumulation=2, **reading):  # noqa: B008 (frozen)
+START = Position()
+
+
+def make_stream(
+    corpora, rank=0, ranks=2, num_workers=0, start=START, epochs=1, accumulation=2, **reading
+):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AUDIO], special_tokens=True)
     plan = Plan(
@@ -44,9 +49,17 @@ def make_stream(corpora, rank=0, ranks=2, num_workers=0, start=Position(), epoch
         seed=0,
     )
     prompts = [Prompt(text=text) for text in ("A.", "B.", "C.")]
-    collator = Collator(ChatRenderer(tokenizer, AUDIO), prompts, num_audio_tokens=lambda n: n // 1600, seed=0)
+    collator = Collator(
+        ChatRenderer(tokenizer, AUDIO), prompts, num_audio_tokens=lambda n: n // 1600, seed=0
+    )
     dataset = PlannedDataset(Reader(corpora, **reading), collator)
-    options = {"rank": rank, "ranks": ranks, "accumulation": accumulation, "epochs": epochs, "num_workers": num_workers}
+    options = {
+        "rank": rank,
+        "ranks": ranks,
+        "accumulation": accumulation,
+        "epochs": epochs,
+        "num_workers": num_workers,
+    }
     return steps(plan, dataset, start, **options)
 
 
@@ -63,7 +76,11 @@ def damaged(corpus, *rows):
 
 def only(corpus, count):
     """A corpus of the first rows."""
-    return make_corpus(corpus.name, replace(corpus.index, rows=corpus.index.rows[:count], starts=np.array([0, count])), None)
+    return make_corpus(
+        corpus.name,
+        replace(corpus.index, rows=corpus.index.rows[:count], starts=np.array([0, count])),
+        None,
+    )
 
 
 def assert_same(a, b):
@@ -78,7 +95,9 @@ def assert_same(a, b):
 @pytest.mark.parametrize(("workers", "accumulation"), [(2, 2), (1, 9), (2, 1)])
 def test_what_is_read_does_not_depend_on_the_workers(corpora, workers, accumulation):
     here = make(corpora, accumulation=accumulation)
-    for given, step in zip(make_stream(corpora, num_workers=workers, accumulation=accumulation), here, strict=True):
+    for given, step in zip(
+        make_stream(corpora, num_workers=workers, accumulation=accumulation), here, strict=True
+    ):
         assert_same([given], [step])  # at once: a step's waveforms are valid until the next
 
 
@@ -128,8 +147,12 @@ def test_another_world_size_reads_what_is_left_of_the_epoch_once(corpora, worker
     """Three ranks stop after two steps, two go on."""
     first = [make(corpora, rank=rank, ranks=3, num_workers=workers)[:2] for rank in range(3)]
     position = first[0][-1].position
-    rest = [make(corpora, rank=rank, ranks=2, num_workers=workers, start=position) for rank in range(2)]
-    assert sorted(key for rank in first + rest for key in keys_of(rank)) == [f"utt{i:04d}" for i in range(60)]
+    rest = [
+        make(corpora, rank=rank, ranks=2, num_workers=workers, start=position) for rank in range(2)
+    ]
+    assert sorted(key for rank in first + rest for key in keys_of(rank)) == [
+        f"utt{i:04d}" for i in range(60)
+    ]
     assert all(rank[-1].position == Position(epoch=1) for rank in rest)
 
 
@@ -151,13 +174,22 @@ def test_a_filler_has_no_targets_and_no_key(corpora):
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(2, 2), (1, 1)])
-def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(corpora, ranks, accumulation):
+def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(
+    corpora, ranks, accumulation
+):
     options = {"ranks": ranks, "accumulation": accumulation}
     whole, broken = (
-        [b for rank in range(ranks) for step in make([corpus], rank=rank, **options) for b in step.micro_batches]
+        [
+            b
+            for rank in range(ranks)
+            for step in make([corpus], rank=rank, **options)
+            for b in step.micro_batches
+        ]
         for corpus in (corpora[0], damaged(corpora[0], 7))
     )
-    assert [len(b.keys) for b in broken] == [len(b.keys) for b in whole]  # no batch is smaller for it
+    assert [len(b.keys) for b in broken] == [
+        len(b.keys) for b in whole
+    ]  # no batch is smaller for it
     keys = [key for b in broken for key in b.keys]
     assert "utt0007" not in keys
     assert len(set(keys)) == 59
@@ -165,7 +197,9 @@ def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(corp
     assert "utterance 7 of train" in message
 
 
-def test_what_neither_it_nor_its_spares_can_be_read_is_left_out_and_without_any_the_run_stops(corpora):
+def test_what_neither_it_nor_its_spares_can_be_read_is_left_out_and_without_any_the_run_stops(
+    corpora,
+):
     few = only(corpora[0], 20)
     options = {"ranks": 1, "accumulation": 1}
     keys = keys_of(make([damaged(few, *range(12))], **options))
@@ -179,11 +213,15 @@ def test_the_prompt_is_the_samples_own_else_its_corpuss_else_drawn(corpora):
     drawn = [prompt for step in make(corpora) for b in step.micro_batches for prompt in b.prompts]
     assert set(drawn) == {"A.", "B.", "C."}
     own = [replace(corpora[0], prompts=(Prompt(text="Of the corpus."),))]
-    assert {prompt for step in make(own) for b in step.micro_batches for prompt in b.prompts} == {"Of the corpus."}
+    assert {prompt for step in make(own) for b in step.micro_batches for prompt in b.prompts} == {
+        "Of the corpus."
+    }
 
 
 def test_the_transcript_is_normalised(corpora):
-    first, other = (make(corpora, normalize=normalize)[0].micro_batches[0] for normalize in (str, str.upper))
+    first, other = (
+        make(corpora, normalize=normalize)[0].micro_batches[0] for normalize in (str, str.upper)
+    )
     assert first.keys == other.keys
     assert not torch.equal(first.input_ids, other.input_ids)
 
@@ -208,5 +246,12 @@ stream = make_stream(corpora, num_workers=2)
 next(stream)
 print("read")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean_environment(), cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean_environment(),
+        cwd=REPOSITORY,
+    )
     assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr[-2000:]

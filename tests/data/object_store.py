@@ -127,7 +127,9 @@ class S3Server:
 
     def __init__(self) -> None:
         self.faults = Faults()
-        self.server = make_server("127.0.0.1", 0, self.answer, threaded=True, request_handler=_Quiet)
+        self.server = make_server(
+            "127.0.0.1", 0, self.answer, threaded=True, request_handler=_Quiet
+        )
         self.moto = DomainDispatcherApplication(create_backend_app)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         _serve(self.server.serve_forever)
@@ -135,8 +137,16 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """What a client needs to reach it; one attempt of botocore for each of s3fs."""
-        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-        return {"AWS_ENDPOINT_URL": self.endpoint, "AWS_MAX_ATTEMPTS": "1", "AWS_EC2_METADATA_DISABLED": "true"} | keys
+        keys = {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        } | keys
 
     def put(self, path: str, data: bytes) -> str:
         """path: begins with a slash, as at the web server."""
@@ -148,7 +158,9 @@ class S3Server:
     def gets(self, path: str) -> int:
         return len(self.faults.gets[path])
 
-    def answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def answer(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
         path = environ["PATH_INFO"].removeprefix(f"/{BUCKET}")
         fault = self.faults.next(environ["REQUEST_METHOD"], path, environ.get("HTTP_RANGE"))
         if fault.status is not None:

@@ -25,7 +25,9 @@ SECONDS = 2.0
 
 def encoded(form="WAV", wave=None, **options):
     file = io.BytesIO()
-    soundfile.write(file, tone("one", SECONDS) if wave is None else wave, 16000, format=form, **options)
+    soundfile.write(
+        file, tone("one", SECONDS) if wave is None else wave, 16000, format=form, **options
+    )
     return file.getvalue()
 
 
@@ -79,7 +81,9 @@ REFUSED = {
 
 def ways(folder, content, name):
     """What comes of shards made of a file, and of an indexed tar that holds it, each with a good file beside it."""
-    ending = next((ending for ending in ("flac", "ogg", "mp3", "m4a") if ending in name.split()), "wav")
+    ending = next(
+        (ending for ending in ("flac", "ogg", "mp3", "m4a") if ending in name.split()), "wav"
+    )
     (folder / "audio").mkdir()
     (folder / "audio" / f"a.{ending}").write_bytes(content)
     (folder / "audio" / "a.txt").write_text("one")
@@ -95,14 +99,18 @@ def ways(folder, content, name):
 def test_what_is_read_is_read_whole(tmp_path, name):
     for summary in ways(tmp_path, READ[name], name):
         assert summary.rejected == {}
-        assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+        assert summary.index.rows["samples"].tolist() == pytest.approx(
+            [SECONDS * 16000] * 2, abs=1600
+        )
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_is_refused_everywhere(tmp_path, name):
     made, indexed = ways(tmp_path, REFUSED[name], name)
     assert made.rejected == {"unreadable_audio": 1}
-    if name == "float that holds integers":  # its header is sound, and it is refused when it is read
+    if (
+        name == "float that holds integers"
+    ):  # its header is sound, and it is refused when it is read
         return
     assert indexed.rejected == {"unreadable_audio": 1}
 
@@ -111,7 +119,9 @@ def test_what_is_refused_is_refused_everywhere(tmp_path, name):
 def test_a_flac_without_a_total_is_read_whole(tmp_path):
     for summary in ways(tmp_path, without_total(), "flac"):
         assert summary.rejected == {}
-        assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+        assert summary.index.rows["samples"].tolist() == pytest.approx(
+            [SECONDS * 16000] * 2, abs=1600
+        )
 
 
 @needs_ffmpeg
@@ -122,7 +132,9 @@ def test_m4a_is_read_from_folders_and_tars(tmp_path):
     content = (tmp_path / "a.m4a").read_bytes()
     for summary in ways(tmp_path, content, "m4a"):
         assert summary.rejected == {}
-        assert summary.index.rows["samples"].tolist() == pytest.approx([SECONDS * 16000] * 2, abs=1600)
+        assert summary.index.rows["samples"].tolist() == pytest.approx(
+            [SECONDS * 16000] * 2, abs=1600
+        )
 
 
 def test_skipped_files_of_a_folder_are_counted_and_named(tmp_path, caplog):
@@ -153,7 +165,9 @@ def test_links_of_a_folder_are_followed_once(tmp_path):
 def test_a_fifo_in_a_corpus_does_not_wait(tmp_path):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     os.mkfifo(tmp_path / "fifo.wav")
-    (kaldi / "wav.scp").write_text(f"utt0000 {tmp_path}/fifo.wav\nutt0001 {kaldi}/wav/utt0001.wav\n")
+    (kaldi / "wav.scp").write_text(
+        f"utt0000 {tmp_path}/fifo.wav\nutt0001 {kaldi}/wav/utt0001.wav\n"
+    )
     assert write_shards(tmp_path / "out", read_kaldi(kaldi)).rejected == {"unreadable_audio": 1}
     with pytest.raises(UserError, match="pipe"):
         list(read_nemo(tmp_path / "fifo.wav"))
@@ -197,19 +211,30 @@ def test_a_name_that_is_not_utf8_is_read(tmp_path):
 
 def kaldi_of(folder, segments):
     """A recording of two channels, "one" and "two", with these segments."""
-    soundfile.write(folder / "r.wav", np.stack([tone("one", SECONDS), tone("two", SECONDS)], 1), 16000)
+    soundfile.write(
+        folder / "r.wav", np.stack([tone("one", SECONDS), tone("two", SECONDS)], 1), 16000
+    )
     (folder / "wav.scp").write_text("r r.wav\n")
-    (folder / "segments").write_text("".join(f"u{i} r {segment}\n" for i, segment in enumerate(segments)))
+    (folder / "segments").write_text(
+        "".join(f"u{i} r {segment}\n" for i, segment in enumerate(segments))
+    )
     (folder / "text").write_text("".join(f"u{i} one\n" for i in range(len(segments))))
     return folder
 
 
 def test_segments_have_channels_and_kaldis_tolerance_at_the_end(tmp_path):
-    kaldi = kaldi_of(tmp_path, ["0 1 0", "0 1 1", "0 1 A", "0 1 B", "0 1", "1 2.4", "1 2.6", "0 1 2"])
+    kaldi = kaldi_of(
+        tmp_path, ["0 1 0", "0 1 1", "0 1 A", "0 1 B", "0 1", "1 2.4", "1 2.6", "0 1 2"]
+    )
     summary = write_shards(tmp_path / "out", read_kaldi(kaldi))
     assert summary.rejected == {"outside_audio": 1, "missing_channel": 1}
-    assert (open_index(tmp_path / "out").rows["samples"] / 16000).tolist() == pytest.approx([1.0] * 6)
-    waves = [soundfile.read(io.BytesIO(sample.audio))[0] for sample in scan_tar(tmp_path / "out" / "shard-000000.tar")]
+    assert (open_index(tmp_path / "out").rows["samples"] / 16000).tolist() == pytest.approx(
+        [1.0] * 6
+    )
+    waves = [
+        soundfile.read(io.BytesIO(sample.audio))[0]
+        for sample in scan_tar(tmp_path / "out" / "shard-000000.tar")
+    ]
     one, two = tone("one", SECONDS)[:16000], tone("two", SECONDS)[:16000]
     for wave, expected in zip(waves, [one, two, one, two, (one + two) / 2], strict=False):
         np.testing.assert_allclose(wave, expected, atol=1e-4)

@@ -18,12 +18,21 @@ FILTERS = FilterConfig(min_duration=0.0, max_duration=30.0, max_chars_per_second
 
 
 def read(tmp_path, *entries, filters=FILTERS):
-    return read_corpora(data_config(tmp_path / "data.yaml", entries), filters=filters, made=tmp_path / "made")
+    return read_corpora(
+        data_config(tmp_path / "data.yaml", entries), filters=filters, made=tmp_path / "made"
+    )
 
 
 def test_shards_with_all_their_keys(tmp_path, world):
     prompts = ["Say.", {"prompt": "Schreib.", "weight": 2, "lang": "de"}]
-    entry = {"name": "n", "shards": str(world.shards), "hours": 0.01, "weights": 2, "lang": "en", "prompts": prompts}
+    entry = {
+        "name": "n",
+        "shards": str(world.shards),
+        "hours": 0.01,
+        "weights": 2,
+        "lang": "en",
+        "prompts": prompts,
+    }
     (corpus,) = read(tmp_path, entry)
     assert (corpus.name, corpus.weight, corpus.lang, corpus.hours) == ("n", 2.0, "en", 0.01)
     assert corpus.prompts == (Prompt(text="Say."), Prompt(text="Schreib.", weight=2.0, lang="de"))
@@ -54,24 +63,40 @@ def test_filters_drop_and_say_how_many(tmp_path, world, caplog):
 
 
 @pytest.mark.parametrize(("dropped", "warns"), [(0, False), (3, False), (4, True)])
-def test_filters_that_drop_more_than_a_twentieth_are_warned_of(tmp_path, world, caplog, dropped, warns):
+def test_filters_that_drop_more_than_a_twentieth_are_warned_of(
+    tmp_path, world, caplog, dropped, warns
+):
     """Of 60 utterances: 5 % are 3."""
     longest = sorted(open_index(world.shards).rows["samples"])[-1 - dropped]
-    filters = FilterConfig(min_duration=0.0, max_duration=longest / RATE, max_chars_per_second=1000.0)
+    filters = FilterConfig(
+        min_duration=0.0, max_duration=longest / RATE, max_chars_per_second=1000.0
+    )
     with caplog.at_level(logging.WARNING):
         (corpus,) = read(tmp_path, {"shards": str(world.shards)}, filters=filters)
     assert corpus.kept == 60 - dropped
     assert [record.getMessage() for record in caplog.records] == (
-        [f"{corpus.name}: data.filter drops 4 of 60 utterances (6.7 %): 4 too_long. Widen data.filter if you need them."] if warns else []
+        [
+            f"{corpus.name}: data.filter drops 4 of 60 utterances (6.7 %): 4 too_long. Widen data.filter if you need them."
+        ]
+        if warns
+        else []
     )
 
 
-@pytest.mark.parametrize(("factor", "warns"), [(0.85, True), (0.95, False), (1.0, False), (1.05, False), (1.15, True), (100, True)])
-def test_stated_hours_that_contradict_the_index_are_warned_of(tmp_path, world, caplog, factor, warns):
+@pytest.mark.parametrize(
+    ("factor", "warns"),
+    [(0.85, True), (0.95, False), (1.0, False), (1.05, False), (1.15, True), (100, True)],
+)
+def test_stated_hours_that_contradict_the_index_are_warned_of(
+    tmp_path, world, caplog, factor, warns
+):
     counted = open_index(world.shards).hours
     (corpus,) = read(tmp_path, {"shards": str(world.shards), "hours": factor * counted})
     assert corpus.hours == pytest.approx(factor * counted)
-    assert (f"hours={factor * counted:g} contradicts the index, which counts {counted:.4g} h." in caplog.text) is warns
+    assert (
+        f"hours={factor * counted:g} contradicts the index, which counts {counted:.4g} h."
+        in caplog.text
+    ) is warns
 
 
 @pytest.mark.parametrize(
@@ -92,9 +117,15 @@ def test_stated_hours_that_contradict_the_index_are_warned_of(tmp_path, world, c
         ([{"shards": "SHARDS", "prompts": [1]}], "is neither a text"),
         ([{"shards": "SHARDS", "name": "../x"}], "becomes a part of file names"),
         ([{"shards": 5}], "shards=5 has the wrong type: it must be text"),
-        ([{"shards": "SHARDS", "lang": False}], "lang=False has the wrong type: it must be text: put it in quotes"),
+        (
+            [{"shards": "SHARDS", "lang": False}],
+            "lang=False has the wrong type: it must be text: put it in quotes",
+        ),
         ([{"shards": ""}], "name='' becomes a part of file names"),
-        ([{"shards": "SHARDS", "hours": 1e12}], "hours=1000000000000.0 must be above 0 and at most"),
+        (
+            [{"shards": "SHARDS", "hours": 1e12}],
+            "hours=1000000000000.0 must be above 0 and at most",
+        ),
     ],
 )
 def test_a_wrong_data_config_is_one_sentence(tmp_path, world, entries, message):

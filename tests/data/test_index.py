@@ -16,7 +16,10 @@ def write_tar(path, keys, form):
     soundfile.write(audio, tone("one", 0.25), 16000, format="FLAC")
     with tarfile.open(path, "w", format=FORMATS[form]) as tar:
         for key in keys:
-            for name, data in ((f"{key}.flac", audio.getvalue()), (f"{key}.json", json.dumps({"text": key}).encode())):
+            for name, data in (
+                (f"{key}.flac", audio.getvalue()),
+                (f"{key}.json", json.dumps({"text": key}).encode()),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -25,7 +28,12 @@ def write_tar(path, keys, form):
 
 @pytest.mark.parametrize(
     ("form", "key"),
-    [(form, key) for form in FORMATS for key in ("short", "folder/short", "很长" * 10, "long" * 40) if (form, len(key)) != ("ustar", 160)],
+    [
+        (form, key)
+        for form in FORMATS
+        for key in ("short", "folder/short", "很长" * 10, "long" * 40)
+        if (form, len(key)) != ("ustar", 160)
+    ],
 )
 def test_a_stretch_is_read_as_tarfile_reads_it(tmp_path, form, key):
     """Long names and those of other alphabets have headers that only tarfile understands."""
@@ -33,7 +41,12 @@ def test_a_stretch_is_read_as_tarfile_reads_it(tmp_path, form, key):
     for sample in scan_tar(tmp_path / "x.tar"):
         stretch = whole[sample.offset * BLOCK :][: sample.size * BLOCK]
         found = read_sample(stretch)
-        assert (found.key, found.fields, found.audio, found.extension) == (sample.key, sample.fields, sample.audio, "flac")
+        assert (found.key, found.fields, found.audio, found.extension) == (
+            sample.key,
+            sample.fields,
+            sample.audio,
+            "flac",
+        )
     assert [s.key for s in scan_tar(tmp_path / "x.tar")] == ["before", key, "after"]
 
 
@@ -47,7 +60,9 @@ def test_plain_headers_are_read_without_tarfile(tmp_path):
 @pytest.mark.parametrize("keys", [["b", "b"], ["a.0", "a.1", "a.2"]])
 def test_files_that_share_a_key_are_rejected_and_not_lost(tmp_path, keys):
     """A key twice in a row, or keys with dots, of which WebDataset sees the part before the first alone."""
-    record, bad, found = scan_shard(write_tar(tmp_path / "x.tar", [*keys, "good"], "gnu"), name="x.tar")
+    record, bad, found = scan_shard(
+        write_tar(tmp_path / "x.tar", [*keys, "good"], "gnu"), name="x.tar"
+    )
     assert (len(record.rows), found) == (1, ["good"])
     assert [(b.key, b.reason) for b in bad] == [(keys[0][0], "repeated_file")]
 

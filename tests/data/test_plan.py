@@ -21,25 +21,44 @@ def corpus(lengths, name="c", *, per_shard=7, text=30, filters=None, **more):
     rows["samples"], rows["text_bytes"], rows["text_chars"] = lengths, text, text
     rows["shard"] = np.arange(len(rows)) // per_shard
     starts = np.append(np.arange(0, len(rows), per_shard), len(rows))
-    index = Index(rows=rows, shards=[f"{name}-{i}.tar" for i in range(len(starts) - 1)], starts=starts)
+    index = Index(
+        rows=rows, shards=[f"{name}-{i}.tar" for i in range(len(starts) - 1)], starts=starts
+    )
     return make_corpus(name, index, filters, **more)
 
 
 def speech(count, seed=0):
     """Lengths and text as in LibriSpeech: most utterances of 12 to 16 s, a tail of short ones; about 14 characters a second."""
     rng = np.random.default_rng(seed)
-    seconds = np.where(rng.random(count) < 0.65, rng.normal(14.2, 1.3, count), rng.uniform(1.5, 16, count)).clip(1.3, 34)
-    return (seconds * RATE).astype(int), (seconds * rng.normal(14.5, 2.5, count).clip(6, 25)).astype(int)
+    seconds = np.where(
+        rng.random(count) < 0.65, rng.normal(14.2, 1.3, count), rng.uniform(1.5, 16, count)
+    ).clip(1.3, 34)
+    return (seconds * RATE).astype(int), (
+        seconds * rng.normal(14.5, 2.5, count).clip(6, 25)
+    ).astype(int)
 
 
-def make_plan(corpora, *, max_tokens=400, window=1000, seed=1, max_utterances=100, max_duration=None, **more):
-    config = SamplerConfig(max_tokens=max_tokens, max_utterances=max_utterances, max_duration=max_duration, window=window)
+def make_plan(
+    corpora, *, max_tokens=400, window=1000, seed=1, max_utterances=100, max_duration=None, **more
+):
+    config = SamplerConfig(
+        max_tokens=max_tokens,
+        max_utterances=max_utterances,
+        max_duration=max_duration,
+        window=window,
+    )
     return Plan(corpora, config, audio_tokens=lambda samples: samples // 1280, seed=seed, **more)
 
 
 def items(step):
     """(corpus, row) of everything that a step trains on."""
-    return [(i.corpus, i.row) for rank in range(step.ranks) for batch in step.of_rank(rank) for i in batch if not i.filler]
+    return [
+        (i.corpus, i.row)
+        for rank in range(step.ranks)
+        for batch in step.of_rank(rank)
+        for i in batch
+        if not i.filler
+    ]
 
 
 def entries(plan, epoch=0, ranks=1):
@@ -50,7 +69,14 @@ lengths = st.lists(st.integers(1600, 480000), min_size=1, max_size=200)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, st.integers(1, 9), st.integers(1, 3), st.integers(5, 300), st.integers(0, 3), st.integers(1, 50))
+@given(
+    lengths,
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(5, 300),
+    st.integers(0, 3),
+    st.integers(1, 50),
+)
 def test_an_epoch_deals_out_every_utterance_once_and_every_rank_the_same_number_of_batches(
     lengths, ranks, accumulation, window, epoch, per_shard
 ):
@@ -66,47 +92,99 @@ def test_an_epoch_deals_out_every_utterance_once_and_every_rank_the_same_number_
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, st.lists(st.integers(1, 6), min_size=2, max_size=4), st.integers(1, 3), st.integers(5, 300), st.data())
-def test_other_world_sizes_go_on_without_loss_or_repetition(lengths, worlds, accumulation, window, data):
+@given(
+    lengths,
+    st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    st.integers(1, 3),
+    st.integers(5, 300),
+    st.data(),
+)
+def test_other_world_sizes_go_on_without_loss_or_repetition(
+    lengths, worlds, accumulation, window, data
+):
     plan, position, seen = make_plan([corpus(lengths)], window=window), Position(), []
     for ranks in worlds:
-        rest = list(plan.steps(position, ranks=ranks, accumulation=accumulation)) if position.epoch == 0 else []
+        rest = (
+            list(plan.steps(position, ranks=ranks, accumulation=accumulation))
+            if position.epoch == 0
+            else []
+        )
         stop = len(rest) if ranks == worlds[-1] else data.draw(st.integers(0, len(rest)))
         seen += [item for step in rest[:stop] for item in items(step)]
         position = rest[stop - 1].after if stop else position
     rest = plan.steps(position, ranks=2) if position.epoch == 0 else []
-    assert sorted(seen + [item for step in rest for item in items(step)]) == [(0, i) for i in range(len(lengths))]
+    assert sorted(seen + [item for step in rest for item in items(step)]) == [
+        (0, i) for i in range(len(lengths))
+    ]
 
 
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(lengths, st.integers(1, 4), st.integers(1, 2), st.booleans(), st.data())
 def test_going_on_from_any_step_gives_the_same_rest(lengths, ranks, accumulation, endless, data):
-    plan, again = (make_plan([corpus(lengths), corpus(lengths[:1])], window=50, endless=endless) for _ in range(2))
+    plan, again = (
+        make_plan([corpus(lengths), corpus(lengths[:1])], window=50, endless=endless)
+        for _ in range(2)
+    )
     options = {"ranks": ranks, "accumulation": accumulation, "epochs": 2}
     steps = [step for _, step in itertools.islice(planned_steps(plan, Position(), **options), 60)]
     stop = data.draw(st.integers(1, len(steps)))
-    rest = [step for _, step in itertools.islice(planned_steps(again, steps[stop - 1].after, **options), len(steps) - stop)]
-    assert [(s.before, s.after, s.of_rank(0)) for s in rest] == [(s.before, s.after, s.of_rank(0)) for s in steps[stop:]]
+    rest = [
+        step
+        for _, step in itertools.islice(
+            planned_steps(again, steps[stop - 1].after, **options), len(steps) - stop
+        )
+    ]
+    assert [(s.before, s.after, s.of_rank(0)) for s in rest] == [
+        (s.before, s.after, s.of_rank(0)) for s in steps[stop:]
+    ]
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths, st.integers(1, 5), st.integers(1, 3), st.integers(20, 2000), st.sampled_from([None, 9.5, 60.0]), st.integers(1, 9))
-def test_every_batch_keeps_to_every_budget(lengths, ranks, accumulation, max_tokens, max_duration, max_utterances):
-    plan = make_plan([corpus(lengths)], max_tokens=max_tokens, max_duration=max_duration, max_utterances=max_utterances)
+@given(
+    lengths,
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(20, 2000),
+    st.sampled_from([None, 9.5, 60.0]),
+    st.integers(1, 9),
+)
+def test_every_batch_keeps_to_every_budget(
+    lengths, ranks, accumulation, max_tokens, max_duration, max_utterances
+):
+    plan = make_plan(
+        [corpus(lengths)],
+        max_tokens=max_tokens,
+        max_duration=max_duration,
+        max_utterances=max_utterances,
+    )
     for step in plan.steps(Position(), ranks=ranks, accumulation=accumulation):
         for batch in step.batches:
             assert len(batch) <= max_utterances
             assert len(batch) < 2 or batch["tokens"].sum() <= max_tokens
-            assert len(batch) < 2 or max_duration is None or batch["samples"].sum() <= max_duration * RATE
+            assert (
+                len(batch) < 2
+                or max_duration is None
+                or batch["samples"].sum() <= max_duration * RATE
+            )
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_full_batches_of_several_ranks_keep_to_the_budget_however_they_are_dealt(ranks):
     """Groups that fill the budget: what dealing leaves between two of their batches must fit too."""
     for seed in range(10):
-        plan = make_plan([corpus(np.random.default_rng(seed).integers(16000, 320000, 300), text=3)], max_tokens=300)
-        assert max(int(batch["tokens"].sum(dtype=np.int64)) for batch in plan.batches(0, 0, ranks) if len(batch) > 1) <= 300
+        plan = make_plan(
+            [corpus(np.random.default_rng(seed).integers(16000, 320000, 300), text=3)],
+            max_tokens=300,
+        )
+        assert (
+            max(
+                int(batch["tokens"].sum(dtype=np.int64))
+                for batch in plan.batches(0, 0, ranks)
+                if len(batch) > 1
+            )
+            <= 300
+        )
 
 
 def test_an_utterance_above_the_budget_is_a_batch_of_its_own():
@@ -116,7 +194,10 @@ def test_an_utterance_above_the_budget_is_a_batch_of_its_own():
 
 def test_epochs_differ_and_the_seed_decides():
     one = corpus(np.random.default_rng(0).integers(1600, 160000, 300))
-    orders = [entries(make_plan([one], seed=seed), epoch)["row"].tolist() for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    orders = [
+        entries(make_plan([one], seed=seed), epoch)["row"].tolist()
+        for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
+    ]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
     assert orders[0] != orders[3]
@@ -126,7 +207,10 @@ def test_every_epoch_deals_out_short_and_long_batches_in_another_order():
     """Twenty batches of five equal utterances each, further apart in length than the jitter that lengths get."""
     groups = [round(4800 * 1.2**k) for k in range(20) for _ in range(5)]
     plan = make_plan([corpus(groups)], max_tokens=10**6, max_utterances=5)
-    orders = {tuple(int(batch["samples"].max()) for batch in plan.batches(epoch, 0, 1)) for epoch in range(3)}
+    orders = {
+        tuple(int(batch["samples"].max()) for batch in plan.batches(epoch, 0, 1))
+        for epoch in range(3)
+    }
     assert len(orders) == 3
 
 
@@ -138,7 +222,9 @@ def test_every_pass_reads_the_shards_in_another_order():
 
 def test_without_shuffling_the_windows_go_through_the_rows_in_order():
     plan = make_plan([corpus([16000] * 25)], window=10, shuffle=False)
-    found = [sorted(np.concatenate(plan.batches(0, w, 1))["row"].tolist()) for w in range(plan.windows)]
+    found = [
+        sorted(np.concatenate(plan.batches(0, w, 1))["row"].tolist()) for w in range(plan.windows)
+    ]
     assert [row for rows in found for row in rows] == list(range(25))
 
 
@@ -151,12 +237,16 @@ def test_weights_repeat_a_corpus_and_no_utterance_more_often_than_another():
         second = found[found["corpus"] == 1]
         assert len(second) == 46
         counts += np.bincount(second["row"], minlength=20)
-        assert len({(e["row"], e["round"]) for e in second}) == 46  # a repetition has another round, hence another prompt
+        assert (
+            len({(e["row"], e["pass_index"]) for e in second}) == 46
+        )  # a repetition has another round, hence another prompt
     assert counts.tolist() == [23] * 20
 
 
 def test_every_window_holds_every_corpus_in_its_share():
-    plan = make_plan([corpus([16000] * 1000, per_shard=100), corpus([16000] * 30, per_shard=30)], window=103)
+    plan = make_plan(
+        [corpus([16000] * 1000, per_shard=100), corpus([16000] * 30, per_shard=30)], window=103
+    )
     for window in range(plan.windows):
         found = plan.utterances(0, window)
         assert np.bincount(found["corpus"]).tolist() == [100, 3]
@@ -175,7 +265,11 @@ def test_endless_mixing_gives_every_corpus_its_share_of_the_audio_time(stated):
     """hours x weights: by the index 1:2 hours with weights 1:3; or as stated, 30:10 hours."""
     hours = {"hours": 30.0} if stated else {}
     other = {"hours": 10.0} if stated else {}
-    plan = make_plan([corpus([16000] * 3600, **hours), corpus([80000] * 1440, weight=3.0, **other)], window=500, endless=True)
+    plan = make_plan(
+        [corpus([16000] * 3600, **hours), corpus([80000] * 1440, weight=3.0, **other)],
+        window=500,
+        endless=True,
+    )
     found = np.concatenate([plan.utterances(0, window) for window in range(200)])
     seconds = np.bincount(found["corpus"], weights=found["samples"])
     assert seconds[0] / seconds.sum() == pytest.approx(1 / 2 if stated else 1 / 7, rel=0.01)
@@ -194,7 +288,9 @@ def test_filters_leave_out_and_count_by_reason():
 
 
 def test_a_window_in_which_nothing_passes_is_gone_over():
-    plan = make_plan([corpus([100] * 10 + [32000] * 10 + [100] * 10, filters=FILTERS)], window=5, shuffle=False)
+    plan = make_plan(
+        [corpus([100] * 10 + [32000] * 10 + [100] * 10, filters=FILTERS)], window=5, shuffle=False
+    )
     steps = list(plan.steps(Position(), ranks=1))
     assert sorted(item[1] for step in steps for item in items(step)) == list(range(10, 20))
     assert steps[-1].after == Position(epoch=1, window=2)
@@ -260,34 +356,59 @@ def speech_corpus(count, seed, **more):
 
 @pytest.mark.slow
 @settings(max_examples=80, deadline=None)
-@given(lengths, st.integers(1, 5), st.integers(1, 12), st.integers(5, 300), st.sampled_from([2, 100]), st.booleans(), st.booleans())
+@given(
+    lengths,
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.integers(5, 300),
+    st.sampled_from([2, 100]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_copies_meet_in_a_batch_only_where_there_are_more_of_them_than_batches(
     lengths, ranks, weight, window, max_utterances, shuffle, endless
 ):
     corpora = [corpus(lengths, weight=weight), corpus([80_000] * 30)]
-    plan = make_plan(corpora, window=window, max_utterances=max_utterances, shuffle=shuffle, endless=endless)
+    plan = make_plan(
+        corpora, window=window, max_utterances=max_utterances, shuffle=shuffle, endless=endless
+    )
     for number in range(min(plan.windows or 3, 3)):
         utterances = plan.utterances(0, number)
         batches = plan.batches(0, number, ranks)
-        groups = len(list(plan._groups(utterances[np.argsort(-utterances["samples"].astype(int))], ranks)))
-        if most_copies(utterances) <= 0.9 * groups * ranks:  # the groups above are those of other lengths, without jitter
+        groups = len(
+            list(plan._groups(utterances[np.argsort(-utterances["samples"].astype(int))], ranks))
+        )
+        if (
+            most_copies(utterances) <= 0.9 * groups * ranks
+        ):  # the groups above are those of other lengths, without jitter
             assert max(map(most_copies, batches)) <= 1
         assert np.array_equal(
-            np.sort(np.concatenate(batches), order=["corpus", "round", "row"]), np.sort(utterances, order=["corpus", "round", "row"])
+            np.sort(np.concatenate(batches), order=["corpus", "pass_index", "row"]),
+            np.sort(utterances, order=["corpus", "pass_index", "row"]),
         )
         assert all(len(batch) <= max_utterances for batch in batches)
-        assert all(batch["tokens"].sum(dtype=np.int64) <= 400 for batch in batches if len(batch) > 1)
+        assert all(
+            batch["tokens"].sum(dtype=np.int64) <= 400 for batch in batches if len(batch) > 1
+        )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_a_small_corpus_in_an_endless_mix_meets_itself_in_no_batch(ranks):
     """Of 385 utterances one was four times in a batch of 8. Copies are in different steps, or with many ranks in few of one step."""
-    plan = make_plan([speech_corpus(385, 1, weight=50.0), speech_corpus(20_000, 2)], max_tokens=1500, window=20_000, endless=True)
+    plan = make_plan(
+        [speech_corpus(385, 1, weight=50.0), speech_corpus(20_000, 2)],
+        max_tokens=1500,
+        window=20_000,
+        endless=True,
+    )
     for window in range(2):
         assert most_copies(plan.utterances(0, window)) > 25
         batches = plan.batches(0, window, ranks)
         assert max(map(most_copies, batches)) == 1
-        in_step = max(most_copies(np.concatenate(batches[i : i + ranks])) for i in range(0, len(batches), ranks))
+        in_step = max(
+            most_copies(np.concatenate(batches[i : i + ranks]))
+            for i in range(0, len(batches), ranks)
+        )
         assert in_step <= (1 if ranks < 8 else 2)
         assert padding_ratio(batches) < 0.05
 
@@ -298,11 +419,15 @@ def test_who_meets_whom_differs_between_the_copies():
     met = [{*batch["row"].tolist()} for batch in plan.batches(0, 0, 1)]
     of_one = [rows - {7} for rows in met if 7 in rows]
     assert len(of_one) > 200
-    assert len(set().union(*of_one)) > 20  # of the utterances of about the same length; a batch has 5 others
+    assert (
+        len(set().union(*of_one)) > 20
+    )  # of the utterances of about the same length; a batch has 5 others
 
 
 def test_more_copies_than_batches_are_spread_evenly():
-    plan = make_plan([corpus([160_000] * 2, weight=40)], max_tokens=1350)  # 80 utterances of 135 tokens: 8 batches of 10
+    plan = make_plan(
+        [corpus([160_000] * 2, weight=40)], max_tokens=1350
+    )  # 80 utterances of 135 tokens: 8 batches of 10
     batches = plan.batches(0, 0, 1)
     assert len(batches) == 8
     assert all(3 <= int((batch["row"] == 0).sum()) <= 7 for batch in batches)
@@ -312,7 +437,10 @@ def test_more_copies_than_batches_are_spread_evenly():
 def test_without_copies_the_order_is_as_it_always_was(ranks, expected):
     """The digests are those of the plan before it spread copies."""
     samples, text = speech(3000)
-    corpora = [corpus(samples, text=text, hours=3.0), corpus(samples[:1000], text=text[:1000], hours=1.0)]
+    corpora = [
+        corpus(samples, text=text, hours=3.0),
+        corpus(samples[:1000], text=text[:1000], hours=1.0),
+    ]
     plan = make_plan(corpora, window=400, endless=True)
     digest = hashlib.sha256()
     for epoch, window in itertools.product(range(3), range(4)):

@@ -12,7 +12,10 @@ def write(folder, text, name="p.txt"):
 
 
 def draw(prompts, count=3000, *, seed=1, dealt=0, **sample):
-    return [choose_prompt(prompts, seed=seed, round=dealt, key=str(i), **sample) for i in range(count)]
+    return [
+        choose_prompt(prompts, seed=seed, pass_index=dealt, key=str(i), **sample)
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -25,19 +28,31 @@ def draw(prompts, count=3000, *, seed=1, dealt=0, **sample):
     ],
 )
 def test_prompts_are_lines_or_a_yaml_list(tmp_path, name, text):
-    assert read_prompts(write(tmp_path, text, name)) == (Prompt(text="Transcribe: all."), Prompt(text="写下来。"))
+    assert read_prompts(write(tmp_path, text, name)) == (
+        Prompt(text="Transcribe: all."),
+        Prompt(text="写下来。"),
+    )
 
 
 def test_yaml_says_weight_language_and_task(tmp_path):
-    path = write(tmp_path, "- {prompt: Transcribe., weight: 2}\n- {prompt: 写下来。, lang: zh, task: asr, weight: 0.5}\n", "p.yaml")
-    assert read_prompts(path) == (Prompt(text="Transcribe.", weight=2.0), Prompt(text="写下来。", weight=0.5, lang="zh", task="asr"))
+    path = write(
+        tmp_path,
+        "- {prompt: Transcribe., weight: 2}\n- {prompt: 写下来。, lang: zh, task: asr, weight: 0.5}\n",
+        "p.yaml",
+    )
+    assert read_prompts(path) == (
+        Prompt(text="Transcribe.", weight=2.0),
+        Prompt(text="写下来。", weight=0.5, lang="zh", task="asr"),
+    )
 
 
 def test_no_file_gives_the_default():
     assert read_prompts(None) == DEFAULT_PROMPTS
 
 
-@pytest.mark.parametrize(("name", "text"), [("p.txt", ""), ("p.txt", "\n  \n"), ("p.yaml", ""), ("p.yaml", "[]")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", ""), ("p.txt", "\n  \n"), ("p.yaml", ""), ("p.yaml", "[]")]
+)
 def test_a_file_without_prompts_is_one_sentence(tmp_path, name, text):
     with pytest.raises(UserError, match="holds no prompt: write one a line"):
         read_prompts(write(tmp_path, text, name))
@@ -52,7 +67,12 @@ def test_a_missing_file_is_one_sentence(tmp_path):
 def test_a_file_that_is_no_yaml_list_is_read_line_by_line(tmp_path, name):
     text = "Transcribe the speech.\nWrite: what you hear\n\n# not a comment: {\n写下来。\n"
     found = read_prompts(write(tmp_path, text, name))
-    assert [prompt.text for prompt in found] == ["Transcribe the speech.", "Write: what you hear", "# not a comment: {", "写下来。"]
+    assert [prompt.text for prompt in found] == [
+        "Transcribe the speech.",
+        "Write: what you hear",
+        "# not a comment: {",
+        "写下来。",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,10 @@ def test_a_file_that_is_no_yaml_list_is_read_line_by_line(tmp_path, name):
         ({"prompt": "a", "weight": float("nan")}, "weight=nan must be above 0"),
         ({"prompt": "a", "weight": float("inf")}, "weight=inf must be above 0"),
         ({"prompt": 3}, "prompt=3 must be text: put it in quotes"),
-        ({"prompt": "a", "lang": False}, "lang=False must be text: put it in quotes"),  # YAML reads no as false
+        (
+            {"prompt": "a", "lang": False},
+            "lang=False must be text: put it in quotes",
+        ),  # YAML reads no as false
         ({"prompt": " "}, "prompt is empty"),
         ("", "prompt is empty"),
         ({"prompt": "a", "task": ""}, "task is empty"),
@@ -124,5 +147,8 @@ def test_prompts_fit_language_and_task(lang, task, expected):
 
 def test_an_utterance_that_no_prompt_fits_is_one_sentence():
     prompts = parse_prompts([{"prompt": "写下来。", "lang": "zh"}], "here")
-    with pytest.raises(UserError, match=r"no prompt fits the utterance 'utt7' of lang='en', task=None: .*'写下来。' \(lang=zh, task=any\)"):
-        choose_prompt(prompts, seed=1, round=0, key="utt7", lang="en")
+    with pytest.raises(
+        UserError,
+        match=r"no prompt fits the utterance 'utt7' of lang='en', task=None: .*'写下来。' \(lang=zh, task=any\)",
+    ):
+        choose_prompt(prompts, seed=1, pass_index=0, key="utt7", lang="en")

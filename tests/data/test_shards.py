@@ -49,7 +49,10 @@ class Fatal:
 
 
 def tones(count):
-    return [Utterance(key=f"k{i}", text=f"text {i}", load=Tone("one" if i % 2 else "two")) for i in range(count)]
+    return [
+        Utterance(key=f"k{i}", text=f"text {i}", load=Tone("one" if i % 2 else "two"))
+        for i in range(count)
+    ]
 
 
 def rejected(folder):
@@ -96,14 +99,30 @@ def test_the_fields_of_a_sample_stand_in_one_order():
     sample = make_sample(utterance("a.b", fields=fields), {"lang": "en", "corpus": "other"})
     assert sample["__key__"] == "a_b"
     about = json.loads(sample["json"])
-    assert list(about) == ["text", "duration", "sampling_rate", "lang", "corpus", "speaker", "prompt", "task", "hotwords"]
+    assert list(about) == [
+        "text",
+        "duration",
+        "sampling_rate",
+        "lang",
+        "corpus",
+        "speaker",
+        "prompt",
+        "task",
+        "hotwords",
+    ]
     assert about["corpus"] == "mine"
 
 
 def test_files_are_kept_as_they_are(tmp_path):
     """A whole file keeps its bytes; what is cut out of one, or of another format, becomes FLAC."""
     wave = tone("one", 0.5)
-    for suffix, kind in (("wav", "WAV"), ("flac", "FLAC"), ("ogg", "OGG"), ("mp3", "MP3"), ("aiff", "AIFF")):
+    for suffix, kind in (
+        ("wav", "WAV"),
+        ("flac", "FLAC"),
+        ("ogg", "OGG"),
+        ("mp3", "MP3"),
+        ("aiff", "AIFF"),
+    ):
         soundfile.write(tmp_path / f"{suffix}.{suffix}", wave, 16000, format=kind)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     (tmp_path / "m.json").write_text(
@@ -163,7 +182,10 @@ def test_unreadable_audio_is_rejected_with_its_key(tmp_path):
 def test_a_shard_whose_utterances_are_all_rejected_is_left_out(tmp_path):
     utterances = [utterance(str(i), text="" if i in (2, 3, 4) else "one") for i in range(6)]
     index = write_shards(tmp_path / "out", utterances, utterances_per_shard=2).index
-    assert [os.path.basename(shard) for shard in index.shards] == ["shard-000000.tar", "shard-000002.tar"]
+    assert [os.path.basename(shard) for shard in index.shards] == [
+        "shard-000000.tar",
+        "shard-000002.tar",
+    ]
     assert index.starts.tolist() == [0, 2, 3]
     assert keys(tmp_path / "out") == ["0", "1", "5"]
     assert [row["key"] for row in rejected(tmp_path / "out")] == ["2", "3", "4"]
@@ -200,7 +222,10 @@ def test_nothing_is_left_where_nothing_could_be_written(tmp_path):
         write_shards(tmp_path / "out", [])
     assert list(tmp_path.iterdir()) == []
     lost = Utterance(key="c", text="one", load=Stretch(Path("absent.wav")))
-    with pytest.raises(UserError, match=r"(?s)no utterance could be written.*2 empty_text.*1 missing_audio.*absent\.wav"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)no utterance could be written.*2 empty_text.*1 missing_audio.*absent\.wav",
+    ):
         write_shards(tmp_path / "out", [utterance("a", text=""), utterance("b", text=""), lost])
     (kept,) = tmp_path.iterdir()
     assert kept.name == "out.rejected.jsonl"
@@ -233,7 +258,13 @@ def test_an_error_leaves_finished_shards_and_nothing_else(tmp_path, caplog, erro
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     assert "2 finished shards are kept" in caplog.text
     advanced, kept = [], []
-    summary = write_shards(tmp_path / "out", tones(7), utterances_per_shard=2, advance=advanced.append, keep=kept.append)
+    summary = write_shards(
+        tmp_path / "out",
+        tones(7),
+        utterances_per_shard=2,
+        advance=advanced.append,
+        keep=kept.append,
+    )
     assert (summary.kept, sum(advanced), kept) == (2, 3, [2, 2])
     write_shards(tmp_path / "whole", tones(7), utterances_per_shard=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -280,7 +311,12 @@ def test_shards_of_other_options_are_made_anew(tmp_path, options):
 
 
 def test_rejects_of_kept_shards_are_counted(tmp_path):
-    utterances = [*tones(2), utterance("x", text=""), utterance("y", text="", fields={"lang": "\ud800"}), *tones(4)]
+    utterances = [
+        *tones(2),
+        utterance("x", text=""),
+        utterance("y", text="", fields={"lang": "\ud800"}),
+        *tones(4),
+    ]
     utterances = [u if u.text else Utterance(key=u.key, text="") for u in utterances]
     interrupted(tmp_path / "out", utterances[:4])
     summary = write_shards(tmp_path / "out", utterances, utterances_per_shard=2)
@@ -298,7 +334,13 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     counts = {}
     for name, workers in (("a", 1), ("b", 2), ("c", 3)):
         advanced = []
-        write_shards(tmp_path / name, read_kaldi(kaldi), utterances_per_shard=2, workers=workers, advance=advanced.append)
+        write_shards(
+            tmp_path / name,
+            read_kaldi(kaldi),
+            utterances_per_shard=2,
+            workers=workers,
+            advance=advanced.append,
+        )
         counts[name] = sum(advanced)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
     assert counts == {"a": 11, "b": 11, "c": 11}
@@ -311,7 +353,12 @@ def test_errors_in_workers_reach_the_user(tmp_path):
         write_shards(tmp_path / "out", [*tones(2), *fatal], utterances_per_shard=2, workers=2)
     with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*ZeroDivisionError"):
         list(run_parallel(divide, [1, 0], 2, lambda count: None))
-    assert sorted(run_parallel(divide, [1, 2, 4, 5], 2, lambda count: None)) == [(0, 1.0), (1, 0.5), (2, 0.25), (3, 0.2)]
+    assert sorted(run_parallel(divide, [1, 2, 4, 5], 2, lambda count: None)) == [
+        (0, 1.0),
+        (1, 0.5),
+        (2, 0.25),
+        (3, 0.2),
+    ]
 
 
 def divide(number, advance):
@@ -319,10 +366,23 @@ def divide(number, advance):
 
 
 def start_making(kaldi, out, workers):
-    command = [sys.executable, REPOSITORY / "launch" / "make_shards.py", out, "--kaldi", kaldi, "--allow-pipes"]
+    command = [
+        sys.executable,
+        REPOSITORY / "launch" / "make_shards.py",
+        out,
+        "--kaldi",
+        kaldi,
+        "--allow-pipes",
+    ]
     command += ["--utterances-per-shard", "2", "--workers", str(workers)]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a shell's background jobs do not)
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=clean_environment(), preexec_fn=listen)
+    return subprocess.Popen(
+        [*map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        preexec_fn=listen,
+    )
 
 
 def wait_for(path, process, seconds=60):
@@ -348,13 +408,18 @@ def test_work_goes_on_after_an_interruption_and_after_a_kill(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"2 finished shards are kept in {tmp_path}/.out.partial: run the same again to go on" in errors
+    assert (
+        f"2 finished shards are kept in {tmp_path}/.out.partial: run the same again to go on"
+        in errors
+    )
     assert not out.exists()
 
     process = start_making(kaldi, out, workers=2)
     wait_for(records / "shard-000003.json", process)  # made by the other worker
     process.kill()
-    process.communicate(timeout=60)  # until the last worker has noticed and closed its standard error
+    process.communicate(
+        timeout=60
+    )  # until the last worker has noticed and closed its standard error
     assert not out.exists()
 
     (tmp_path / "go").touch()
@@ -398,7 +463,10 @@ def test_a_sample_has_the_bytes_that_webdatasets_writer_gives_it(tmp_path):
     with tarfile.open(tmp_path / "ours.tar", "w|") as tar:
         for sample in samples:
             write_sample(tar, sample)
-    with open(tmp_path / "theirs.tar", "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+    with (
+        open(tmp_path / "theirs.tar", "wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer,
+    ):
         for sample in samples:
             writer.write(sample)
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()

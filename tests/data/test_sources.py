@@ -18,13 +18,21 @@ from asrllm.testing import kaldi_directory, tone, tone_sentences
 
 
 def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
-    kaldi = kaldi_directory(tmp_path / "k", [("one two", np.concatenate([tone("one", 1.0), tone("two", 1.0)]))])
+    kaldi = kaldi_directory(
+        tmp_path / "k", [("one two", np.concatenate([tone("one", 1.0), tone("two", 1.0)]))]
+    )
     (kaldi / "segments").write_text("a utt0000 0.0 1.0\nb utt0000 1.0 1.75\nc utt0000 1.5 -1\n")
     (kaldi / "text").write_text("a one\nb two\nc two\n")
     (kaldi / "utt2spk").write_text("a s\nb s\n")
     (kaldi / "utt2lang").write_text("a en\nb en\n")
     a, b, c = read_kaldi(kaldi)
-    assert (a.key, a.text, a.duration, a.fields, a.file) == ("a", "one", None, {"speaker": "s", "lang": "en", "recording": "utt0000"}, None)
+    assert (a.key, a.text, a.duration, a.fields, a.file) == (
+        "a",
+        "one",
+        None,
+        {"speaker": "s", "lang": "en", "recording": "utt0000"},
+        None,
+    )
     wave, rate = b.load()
     assert (rate, len(wave)) == (16000, 12000)
     np.testing.assert_allclose(wave, tone("two", 0.75), atol=1e-4)
@@ -53,13 +61,48 @@ def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, messa
 @pytest.mark.parametrize(
     ("file", "content", "reason", "detail"),
     [
-        ("wav.scp", "utt0000\nutt0001 {folder}/wav/utt0001.wav\n", "missing_audio", "recording 'utt0000' has no path"),
-        ("segments", "utt0000 other 0 1\nutt0001 utt0001 0 -1\n", "missing_audio", "names the recording 'other', which wav.scp lacks"),
-        ("segments", "utt0000 utt0000 0\nutt0001 utt0001 0 -1\n", "bad_segment", "has 'utt0000 0' instead of 'recording start end'"),
-        ("segments", "utt0000 utt0000 0 x\nutt0001 utt0001 0 -1\n", "bad_segment", "instead of 'recording start end'"),
-        ("segments", "utt0000 utt0000 2 1\nutt0001 utt0001 0 -1\n", "bad_segment", "the end must lie after the start"),
-        ("segments", "utt0000 utt0000 -1 1\nutt0001 utt0001 0 -1\n", "bad_segment", "lasts from -1 to 1"),
-        ("segments", "utt0000 utt0000 0 nan\nutt0001 utt0001 0 -1\n", "bad_segment", "the end must lie after the start"),
+        (
+            "wav.scp",
+            "utt0000\nutt0001 {folder}/wav/utt0001.wav\n",
+            "missing_audio",
+            "recording 'utt0000' has no path",
+        ),
+        (
+            "segments",
+            "utt0000 other 0 1\nutt0001 utt0001 0 -1\n",
+            "missing_audio",
+            "names the recording 'other', which wav.scp lacks",
+        ),
+        (
+            "segments",
+            "utt0000 utt0000 0\nutt0001 utt0001 0 -1\n",
+            "bad_segment",
+            "has 'utt0000 0' instead of 'recording start end'",
+        ),
+        (
+            "segments",
+            "utt0000 utt0000 0 x\nutt0001 utt0001 0 -1\n",
+            "bad_segment",
+            "instead of 'recording start end'",
+        ),
+        (
+            "segments",
+            "utt0000 utt0000 2 1\nutt0001 utt0001 0 -1\n",
+            "bad_segment",
+            "the end must lie after the start",
+        ),
+        (
+            "segments",
+            "utt0000 utt0000 -1 1\nutt0001 utt0001 0 -1\n",
+            "bad_segment",
+            "lasts from -1 to 1",
+        ),
+        (
+            "segments",
+            "utt0000 utt0000 0 nan\nutt0001 utt0001 0 -1\n",
+            "bad_segment",
+            "the end must lie after the start",
+        ),
         ("utt2spk", "utt0000 \xff\nutt0001 s\n", "broken_text", "is not UTF-8 text"),
         ("text", "utt0000 \xff\nutt0001 one\n", "broken_text", "is not UTF-8 text"),
     ],
@@ -68,7 +111,9 @@ def test_a_bad_line_of_kaldi_rejects_one_utterance(tmp_path, file, content, reas
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (kaldi / file).write_bytes(content.replace("{folder}", str(kaldi)).encode("latin-1"))
     write_shards(tmp_path / "out", read_kaldi(kaldi))
-    (row,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    (row,) = [
+        json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert (row["key"], row["reason"]) == ("utt0000", reason)
     assert detail in row["detail"]
     assert len(open_index(tmp_path / "out")) == 1
@@ -80,7 +125,10 @@ def test_a_bad_line_of_kaldi_rejects_one_utterance(tmp_path, file, content, reas
         ("text", "utt0000 one\nutt0000 two\nutt0001 one\n"),
         ("text", "utt0000 one\nutt0001 one\nutt0000 two\n"),
         ("utt2spk", "utt0000 ann\nutt0000 bob\nutt0001 ann\n"),
-        ("wav.scp", "utt0000 {folder}/wav/utt0000.wav\nutt0000 {folder}/wav/utt0001.wav\nutt0001 {folder}/wav/utt0001.wav\n"),
+        (
+            "wav.scp",
+            "utt0000 {folder}/wav/utt0000.wav\nutt0000 {folder}/wav/utt0001.wav\nutt0001 {folder}/wav/utt0001.wav\n",
+        ),
         ("segments", "utt0000 utt0000 0 -1\nutt0001 utt0001 0 -1\nutt0000 utt0001 0 -1\n"),
     ],
 )
@@ -201,10 +249,27 @@ def write_cuts(folder, name="cuts.jsonl.gz"):
 
     def supervision(key, start, duration, text):
         custom = {"prompt": "Write.", "other": 1} if key == "y" else None
-        return SupervisionSegment(key, recording.id, start, duration, text=text, language="en", speaker="s", custom=custom)
+        return SupervisionSegment(
+            key, recording.id, start, duration, text=text, language="en", speaker="s", custom=custom
+        )
 
-    whole = MonoCut("long", 0, 1.5, 0, [supervision("x", 0, 1.0, "one"), supervision("y", 1.0, 0.5, "two")], recording=recording)
-    single = MonoCut("short", 1.0, 0.5, 0, [supervision("z", 0, 0.5, "two")], recording=recording, custom={"hotwords": ["two"]})
+    whole = MonoCut(
+        "long",
+        0,
+        1.5,
+        0,
+        [supervision("x", 0, 1.0, "one"), supervision("y", 1.0, 0.5, "two")],
+        recording=recording,
+    )
+    single = MonoCut(
+        "short",
+        1.0,
+        0.5,
+        0,
+        [supervision("z", 0, 0.5, "two")],
+        recording=recording,
+        custom={"hotwords": ["two"]},
+    )
     CutSet.from_cuts([whole, single]).to_file(folder / name)
     return folder / name
 
@@ -228,7 +293,11 @@ def test_a_cut_of_several_supervisions_gives_one_utterance_each(tmp_path):
 def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
     soundfile.write(tmp_path / "r.wav", np.stack([tone("one", 1.0), tone("two", 1.0)], 1), 16000)
     recording = Recording.from_file(tmp_path / "r.wav")
-    cuts = [recording.to_cut(), MonoCut("left", 0, 1.0, 0, recording=recording), recording.perturb_speed(1.1).to_cut()]
+    cuts = [
+        recording.to_cut(),
+        MonoCut("left", 0, 1.0, 0, recording=recording),
+        recording.perturb_speed(1.1).to_cut(),
+    ]
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
     assert [u.file for u in read_cuts(tmp_path / "cuts.jsonl")] == [tmp_path / "r.wav", None, None]
 
@@ -257,7 +326,14 @@ def test_a_damaged_gzip_is_one_sentence(tmp_path):
 
 
 def test_a_cut_without_a_recording_is_rejected(tmp_path):
-    cut = {"id": "a", "start": 0, "duration": 1.0, "channel": 0, "supervisions": [], "type": "MonoCut"}
+    cut = {
+        "id": "a",
+        "start": 0,
+        "duration": 1.0,
+        "channel": 0,
+        "supervisions": [],
+        "type": "MonoCut",
+    }
     (tmp_path / "cuts.jsonl").write_text(json.dumps(cut))
     (utterance,) = read_cuts(tmp_path / "cuts.jsonl")
     assert utterance.problem[0] == "missing_audio"
@@ -267,7 +343,14 @@ def write_row(path, **changes):
     """A manifest of one cut of a second that is read from r.wav, with these changes of its JSON."""
     soundfile.write(path.parent / "r.wav", tone("one", 1.0), 16000)
     cut = Recording.from_file(path.parent / "r.wav").to_cut().to_dict()
-    supervision = {"id": "s", "recording_id": "r", "start": 0.0, "duration": 1.0, "channel": 0, "text": "one"}
+    supervision = {
+        "id": "s",
+        "recording_id": "r",
+        "start": 0.0,
+        "duration": 1.0,
+        "channel": 0,
+        "text": "one",
+    }
     path.write_text(json.dumps(cut | {"supervisions": [supervision]} | changes))
     return path
 
@@ -284,12 +367,27 @@ def with_source(folder, kind, source, wrap=lambda row: row):
 def mixed(row):
     plain = json.loads(json.dumps(row))
     plain["recording"]["sources"][0] |= {"type": "file", "source": "r.wav"}
-    return {"id": "m", "type": "MixedCut", "tracks": [{"cut": plain, "offset": 0.0}, {"cut": row, "offset": 0.5, "snr": 10}]}
+    return {
+        "id": "m",
+        "type": "MixedCut",
+        "tracks": [{"cut": plain, "offset": 0.0}, {"cut": row, "offset": 0.5, "snr": 10}],
+    }
 
 
 def padded(row):
-    padding = {"id": "p", "duration": 0.5, "sampling_rate": 16000, "feat_value": 0, "num_samples": 8000, "type": "PaddingCut"}
-    return {"id": "m", "type": "MixedCut", "tracks": [{"cut": row, "offset": 0.0}, {"cut": padding, "offset": 1.0}]}
+    padding = {
+        "id": "p",
+        "duration": 0.5,
+        "sampling_rate": 16000,
+        "feat_value": 0,
+        "num_samples": 8000,
+        "type": "PaddingCut",
+    }
+    return {
+        "id": "m",
+        "type": "MixedCut",
+        "tracks": [{"cut": row, "offset": 0.0}, {"cut": padding, "offset": 1.0}],
+    }
 
 
 def reverberant(row):
@@ -304,12 +402,20 @@ def reverberant(row):
 @pytest.mark.parametrize("wrap", [dict, mixed, padded, reverberant])
 @pytest.mark.parametrize("kind", ["command", "url"])
 def test_a_manifest_runs_no_command_and_opens_no_url(tmp_path, kind, wrap):
-    source = f"touch {tmp_path}/ran; cat {tmp_path}/r.wav" if kind == "command" else f"pipe:touch {tmp_path}/ran"
+    source = (
+        f"touch {tmp_path}/ran; cat {tmp_path}/r.wav"
+        if kind == "command"
+        else f"pipe:touch {tmp_path}/ran"
+    )
     path = with_source(tmp_path, kind, source, wrap)
     with pytest.raises(UserError, match="--allow-pipes" if kind == "command" else "--allow-urls"):
         list(read_cuts(path))
-    with pytest.raises(UserError, match=f"'touch {tmp_path}" if kind == "command" else "'pipe:touch"):
-        read_corpora(data_config(tmp_path, manifest=str(path)), filters=None, made=tmp_path / "made")
+    with pytest.raises(
+        UserError, match=f"'touch {tmp_path}" if kind == "command" else "'pipe:touch"
+    ):
+        read_corpora(
+            data_config(tmp_path, manifest=str(path)), filters=None, made=tmp_path / "made"
+        )
     assert not (tmp_path / "ran").exists()
 
 
@@ -319,7 +425,9 @@ def data_config(folder, **entry):
 
 
 def test_commands_that_are_allowed_run_under_a_limit(tmp_path, monkeypatch):
-    (utterance,) = read_cuts(with_source(tmp_path, "command", f"cat {tmp_path}/r.wav"), allow_pipes=True)
+    (utterance,) = read_cuts(
+        with_source(tmp_path, "command", f"cat {tmp_path}/r.wav"), allow_pipes=True
+    )
     wave, rate = utterance.load()
     np.testing.assert_allclose(wave, tone("one", 1.0), atol=1e-4)
     assert (rate, utterance.file) == (16000, None)
@@ -337,7 +445,9 @@ def test_urls_that_are_allowed_are_of_known_schemes(tmp_path):
         list(read_cuts(with_source(tmp_path, "url", "pipe:id"), allow_urls=True))
 
 
-@pytest.mark.parametrize("name", ["a.sph;touch ran;.sph", "$(touch ran).opus", "';touch ran;'.opus", "a.wav|touch ran"])
+@pytest.mark.parametrize(
+    "name", ["a.sph;touch ran;.sph", "$(touch ran).opus", "';touch ran;'.opus", "a.wav|touch ran"]
+)
 def test_the_name_of_a_file_is_no_command(tmp_path, monkeypatch, name):
     """Lhotse's own readers of .sph and .opus put the name into a shell command."""
     monkeypatch.chdir(tmp_path)
@@ -371,20 +481,33 @@ def test_files_are_found_beside_the_manifest_and_in_the_working_directory(tmp_pa
     ],
 )
 def test_a_supervision_is_laid_on_its_audio(tmp_path, start, duration, expected):
-    supervision = {"id": "s", "recording_id": "r", "start": start, "duration": duration, "channel": 0, "text": "one"}
+    supervision = {
+        "id": "s",
+        "recording_id": "r",
+        "start": start,
+        "duration": duration,
+        "channel": 0,
+        "text": "one",
+    }
     (utterance,) = read_cuts(write_row(tmp_path / "cuts.jsonl", supervisions=[supervision]))
     if isinstance(expected, str):
         assert utterance.problem[0] == expected
     else:
         assert (utterance.problem, utterance.duration) == (None, pytest.approx(expected))
         begin = round(start * 16000)
-        np.testing.assert_allclose(utterance.load()[0], tone("one", 1.0)[begin : begin + round(expected * 16000)], atol=1e-4)
+        np.testing.assert_allclose(
+            utterance.load()[0],
+            tone("one", 1.0)[begin : begin + round(expected * 16000)],
+            atol=1e-4,
+        )
 
 
 def test_one_odd_cut_does_not_end_a_manifest(tmp_path):
     good = json.loads(write_row(tmp_path / "cuts.jsonl").read_text())
     odd = [{"id": 7, "type": "MonoCut"}, good | {"type": "NoCut"}, {"id": "s"}]
-    (tmp_path / "cuts.jsonl").write_text("\n".join(map(json.dumps, [good, *odd, good | {"id": "last"}])))
+    (tmp_path / "cuts.jsonl").write_text(
+        "\n".join(map(json.dumps, [good, *odd, good | {"id": "last"}]))
+    )
     found = list(read_cuts(tmp_path / "cuts.jsonl"))
     assert [u.key for u in found if u.problem is None] == [good["id"], "last"]
     assert {u.problem[0] for u in found if u.problem} == {"broken_cut"}
@@ -394,7 +517,9 @@ def test_a_supervision_of_one_channel_gives_that_channel(tmp_path):
     soundfile.write(tmp_path / "r.wav", np.stack([tone("one", 1.0), tone("two", 1.0)], 1), 16000)
     recording = Recording.from_file(tmp_path / "r.wav")
     said = [SupervisionSegment(f"s{c}", "r", 0, 1.0, channel=c, text=str(c)) for c in (0, 1)]
-    CutSet.from_cuts([MultiCut("m", 0, 1.0, [0, 1], said, recording=recording)]).to_file(tmp_path / "cuts.jsonl")
+    CutSet.from_cuts([MultiCut("m", 0, 1.0, [0, 1], said, recording=recording)]).to_file(
+        tmp_path / "cuts.jsonl"
+    )
     for utterance, word in zip(read_cuts(tmp_path / "cuts.jsonl"), ("one", "two"), strict=True):
         np.testing.assert_allclose(utterance.load()[0], tone(word, 1.0), atol=1e-4)
 
@@ -412,9 +537,17 @@ def test_every_source_says_that_it_is_missing(tmp_path, name):
 def test_audio_formats_are_read_from_any_second_on(tmp_path):
     """mp3, ogg and opus are cut in the middle as wav and flac are."""
     wave = np.concatenate([tone("one", 1.0), tone("two", 1.0)])
-    for suffix, subtype in (("wav", "PCM_16"), ("flac", "PCM_16"), ("ogg", "VORBIS"), ("opus", "OPUS"), ("mp3", "MPEG_LAYER_III")):
+    for suffix, subtype in (
+        ("wav", "PCM_16"),
+        ("flac", "PCM_16"),
+        ("ogg", "VORBIS"),
+        ("opus", "OPUS"),
+        ("mp3", "MPEG_LAYER_III"),
+    ):
         file = tmp_path / f"a.{suffix}"
-        soundfile.write(file, wave, 16000, format={"opus": "OGG"}.get(suffix, suffix.upper()), subtype=subtype)
+        soundfile.write(
+            file, wave, 16000, format={"opus": "OGG"}.get(suffix, suffix.upper()), subtype=subtype
+        )
         line = {"audio_filepath": file.name, "duration": 0.5, "offset": 1.25, "text": "two"}
         (tmp_path / "m.json").write_text(json.dumps(line))
         (utterance,) = SOURCES["nemo"].read(tmp_path / "m.json")

@@ -22,7 +22,9 @@ def audio(folder, *names, seconds=0.5):
 
 
 def lines(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -30,7 +32,9 @@ def shards(folder, utterances):
     """({key: fields}, [(key, reason)]) of the shards made from them."""
     write_shards(folder / "out", utterances, utterances_per_shard=2)
     samples = [s for path in sorted((folder / "out").glob("*.tar")) for s in scan_tar(path)]
-    rows = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
     return {s.key: s.fields for s in samples}, [(row["key"], row["reason"]) for row in rows]
 
 
@@ -45,8 +49,20 @@ def test_nemo(tmp_path):
     audio(tmp_path, "wav/a.wav", "wav/b.flac", "wav/d.wav")
     path = lines(
         tmp_path / "manifest.json",
-        {"audio_filepath": "wav/a.wav", "duration": 0.5, "text": "one", "lang": "en", "speaker": "s", "hotwords": "one, two"},
-        {"audio_filepath": str(tmp_path / "wav/b.flac"), "duration": 0.2, "offset": 0.1, "text": "two"},
+        {
+            "audio_filepath": "wav/a.wav",
+            "duration": 0.5,
+            "text": "one",
+            "lang": "en",
+            "speaker": "s",
+            "hotwords": "one, two",
+        },
+        {
+            "audio_filepath": str(tmp_path / "wav/b.flac"),
+            "duration": 0.2,
+            "offset": 0.1,
+            "text": "two",
+        },
         {"audio_filepath": "wav/c.wav", "duration": 0.5, "text": "three"},
         {"audio_filepath": "../" + tmp_path.name + "/wav/d.wav", "duration": 3, "text": "four"},
     )
@@ -54,7 +70,10 @@ def test_nemo(tmp_path):
     b = f"{tmp_path}/wav/b-100".lstrip("/").replace(".", "_")
     d = f"{tmp_path.name}/wav/d"
     assert shards(tmp_path, read_nemo(path)) == (
-        {"wav/a": about("one", lang="en", speaker="s", hotwords=["one", "two"]), b: about("two", 0.2)},
+        {
+            "wav/a": about("one", lang="en", speaker="s", hotwords=["one", "two"]),
+            b: about("two", 0.2),
+        },
         [("wav/c", "missing_audio"), (d, "duration_mismatch")],
     )
 
@@ -79,37 +98,84 @@ def without(source, key):
 @pytest.mark.parametrize(
     ("source", "row", "reason", "detail"),
     [
-        ("nemo", without("nemo", "audio_filepath"), "missing_field", ":2 has no 'audio_filepath'; it has: text"),
+        (
+            "nemo",
+            without("nemo", "audio_filepath"),
+            "missing_field",
+            ":2 has no 'audio_filepath'; it has: text",
+        ),
         ("nemo", without("nemo", "text"), "missing_field", ":2 has no 'text'"),
-        ("nemo", GOOD["nemo"] | {"text": ["x"]}, "bad_field", ":2: 'text' is ['x'], which is not a text"),
+        (
+            "nemo",
+            GOOD["nemo"] | {"text": ["x"]},
+            "bad_field",
+            ":2: 'text' is ['x'], which is not a text",
+        ),
         ("nemo", GOOD["nemo"] | {"text": True}, "bad_field", "'text' is True, which is not a text"),
-        ("nemo", GOOD["nemo"] | {"audio_filepath": 3}, "bad_field", "'audio_filepath' is 3, which is not a text"),
-        ("nemo", GOOD["nemo"] | {"duration": "long"}, "bad_field", "'duration' is 'long', which is not a number of seconds"),
-        ("nemo", GOOD["nemo"] | {"duration": -1}, "bad_field", "'duration' is -1, which is not a number of seconds"),
+        (
+            "nemo",
+            GOOD["nemo"] | {"audio_filepath": 3},
+            "bad_field",
+            "'audio_filepath' is 3, which is not a text",
+        ),
+        (
+            "nemo",
+            GOOD["nemo"] | {"duration": "long"},
+            "bad_field",
+            "'duration' is 'long', which is not a number of seconds",
+        ),
+        (
+            "nemo",
+            GOOD["nemo"] | {"duration": -1},
+            "bad_field",
+            "'duration' is -1, which is not a number of seconds",
+        ),
         ("nemo", GOOD["nemo"] | {"offset": -0.5}, "bad_field", "'offset' is -0.5"),
         ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", ":2 is not valid JSON"),
         ("nemo", '"x"', "bad_json", ":2 is not a JSON object"),
         ("nemo", "\udcff", "bad_json", ":2 is not valid JSON"),
         ("wenet", without("wenet", "key"), "missing_field", ":2 has no 'key'"),
         ("wenet", without("wenet", "txt"), "missing_field", ":2 has no 'txt'"),
-        ("wenet", GOOD["wenet"] | {"start": 2, "end": 1}, "bad_field", "the end must lie after the start"),
+        (
+            "wenet",
+            GOOD["wenet"] | {"start": 2, "end": 1},
+            "bad_field",
+            "the end must lie after the start",
+        ),
         ("slam", without("slam", "target"), "missing_field", ":2 has no 'target'"),
         ("slam", GOOD["slam"] | {"key": [1]}, "bad_field", "'key' is [1], which is not a text"),
-        ("swift", {"text": "x"}, "missing_field", ":2 has neither 'messages' nor 'conversations' nor 'query'; it has: text"),
+        (
+            "swift",
+            {"text": "x"},
+            "missing_field",
+            ":2 has neither 'messages' nor 'conversations' nor 'query'; it has: text",
+        ),
         ("swift", without("swift", "response"), "missing_field", "has no 'response'"),
         ("swift", {"messages": ["x"]}, "bad_field", "'messages' is not a list of objects"),
         ("swift", {"messages": None}, "bad_field", "'messages' is not a list of objects"),
         ("swift", {"messages": [{"content": "x"}]}, "missing_field", "has no 'role' or 'from'"),
-        ("swift", GOOD["swift"] | {"audios": [1]}, "bad_field", "'audios' is [1], which is not a list of paths"),
+        (
+            "swift",
+            GOOD["swift"] | {"audios": [1]},
+            "bad_field",
+            "'audios' is [1], which is not a list of paths",
+        ),
         ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", "has 0 audios"),
-        ("swift", GOOD["swift"] | {"history": [["<audio>", "two"]]}, "not_one_turn", "is a chat with a history"),
+        (
+            "swift",
+            GOOD["swift"] | {"history": [["<audio>", "two"]]},
+            "not_one_turn",
+            "is a chat with a history",
+        ),
     ],
 )
 def test_a_bad_row_is_rejected_and_the_manifest_read_on(tmp_path, source, row, reason, detail):
     text = row if isinstance(row, str) else json.dumps(row)
     path = tmp_path / "m.jsonl"
     path.write_text(
-        "\n".join([json.dumps(GOOD[source]), text, json.dumps(GOOD[source])]) + "\n", encoding="utf-8", errors="surrogateescape"
+        "\n".join([json.dumps(GOOD[source]), text, json.dumps(GOOD[source])]) + "\n",
+        encoding="utf-8",
+        errors="surrogateescape",
     )
     first, found, last = problems(SOURCES[source].read(path))
     assert (first, last) == (None, None)
@@ -120,7 +186,12 @@ def test_a_bad_row_is_rejected_and_the_manifest_read_on(tmp_path, source, row, r
 def test_whole_numbers_are_keys_and_transcripts(tmp_path):
     audio(tmp_path, "a.wav")
     (slam,) = read_slam(lines(tmp_path / "slam.jsonl", GOOD["slam"] | {"key": 12, "target": 7}))
-    (swift,) = read_swift(lines(tmp_path / "swift.jsonl", GOOD["swift"] | {"id": 5, "audios": None, "audio": "a.wav", "history": []}))
+    (swift,) = read_swift(
+        lines(
+            tmp_path / "swift.jsonl",
+            GOOD["swift"] | {"id": 5, "audios": None, "audio": "a.wav", "history": []},
+        )
+    )
     (nemo,) = read_nemo(lines(tmp_path / "nemo.jsonl", GOOD["nemo"] | {"text": 7}))
     assert (slam.key, slam.text) == ("12", "7")
     assert (swift.key, swift.text, swift.problem) == ("5", "one", None)
@@ -129,7 +200,10 @@ def test_whole_numbers_are_keys_and_transcripts(tmp_path):
 
 def test_a_manifest_of_another_form_is_one_sentence_with_its_first_row(tmp_path):
     path = lines(tmp_path / "m.json", *[{"wav": "a.wav", "text": "x"}] * 3)
-    with pytest.raises(UserError, match=r"(?s)3 missing_field.*m\.json:1 has no 'audio_filepath'; it has: wav, text"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)3 missing_field.*m\.json:1 has no 'audio_filepath'; it has: wav, text",
+    ):
         write_shards(tmp_path / "out", read_nemo(path))
 
 
@@ -182,8 +256,17 @@ def test_wenet_shards(tmp_path):
         audio(tmp_path / "t", f"{key}.wav")
         (tmp_path / "t" / f"{key}.txt").write_text(f"text of {key}\n")
     (tmp_path / "t" / "d.txt").write_bytes(b"\xff")
-    wenet_tar(tmp_path / "0.tar", [tmp_path / "t" / name for name in ("a.1.txt", "a.1.wav", "b.wav", "b.txt")])
-    wenet_tar(tmp_path / "1.tar", [tmp_path / "t" / name for name in ("a.1.txt", "b.wav", "c.txt", "c.wav", "d.txt", "d.wav")])
+    wenet_tar(
+        tmp_path / "0.tar",
+        [tmp_path / "t" / name for name in ("a.1.txt", "a.1.wav", "b.wav", "b.txt")],
+    )
+    wenet_tar(
+        tmp_path / "1.tar",
+        [
+            tmp_path / "t" / name
+            for name in ("a.1.txt", "b.wav", "c.txt", "c.wav", "d.txt", "d.wav")
+        ],
+    )
     (tmp_path / "data.list").write_text(f"{tmp_path}/0.tar\n1.tar\n")
     samples, rejected = shards(tmp_path, read_wenet(tmp_path / "data.list"))
     assert samples == {key: about(f"text of {key.replace('_', '.')}") for key in ("a_1", "b", "c")}
@@ -216,11 +299,31 @@ def test_a_folder_of_texts_beside_the_audio(tmp_path):
 @pytest.mark.parametrize(
     ("name", "where", "table", "more"),
     [
-        ("train.tsv", "clips/", 'client_id\tpath\tsentence\tlocale\nS\ta.wav\t"quoted\ten\nS\tb.wav\ttwo\ten\n', True),  # Common Voice
-        ("metadata.csv", "", 'file_name,transcription,Speaker_ID,lang\na.wav,"""quoted",S,en\nb.wav,two,S,en\n', True),  # audiofolder
+        (
+            "train.tsv",
+            "clips/",
+            'client_id\tpath\tsentence\tlocale\nS\ta.wav\t"quoted\ten\nS\tb.wav\ttwo\ten\n',
+            True,
+        ),  # Common Voice
+        (
+            "metadata.csv",
+            "",
+            'file_name,transcription,Speaker_ID,lang\na.wav,"""quoted",S,en\nb.wav,two,S,en\n',
+            True,
+        ),  # audiofolder
         ("metadata.csv", "wavs/", 'a|ONE|"quoted\nb|two|two\n', False),  # LJSpeech
-        ("metadata.tsv", "x/", 'audio\tlabel\tspeaker\tlanguage\nx/a.wav\t"quoted\tS\ten\nx/b.wav\ttwo\tS\ten\n', True),
-        ("list.csv", "", 'audio_file|text|speaker_name|lang\na.wav|"quoted|S|en\nb.wav|two|S|en\n', True),  # Coqui
+        (
+            "metadata.tsv",
+            "x/",
+            'audio\tlabel\tspeaker\tlanguage\nx/a.wav\t"quoted\tS\ten\nx/b.wav\ttwo\tS\ten\n',
+            True,
+        ),
+        (
+            "list.csv",
+            "",
+            'audio_file|text|speaker_name|lang\na.wav|"quoted|S|en\nb.wav|two|S|en\n',
+            True,
+        ),  # Coqui
     ],
 )
 def test_a_folder_with_a_table(tmp_path, name, where, table, more):
@@ -230,13 +333,18 @@ def test_a_folder_with_a_table(tmp_path, name, where, table, more):
     samples, rejected = shards(tmp_path, read_folder(tmp_path / "d", table=given))
     fields = {"speaker": "S", "lang": "en"} if more else {}
     prefix = "x/" if where == "x/" else ""
-    assert samples == {f"{prefix}a": about('"quoted', **fields), f"{prefix}b": about("two", **fields)}
+    assert samples == {
+        f"{prefix}a": about('"quoted', **fields),
+        f"{prefix}b": about("two", **fields),
+    }
     assert rejected == []
 
 
 def test_audio_that_the_table_names_and_the_disk_lacks_is_rejected(tmp_path):
     audio(tmp_path / "d", "clips/b.wav")
-    (tmp_path / "d" / "metadata.csv").write_text("path,sentence,duration\na.wav,one,0.5\nb.wav,two,0.5\n")
+    (tmp_path / "d" / "metadata.csv").write_text(
+        "path,sentence,duration\na.wav,one,0.5\nb.wav,two,0.5\n"
+    )
     assert SOURCES["folder"].count(tmp_path / "d") == 2
     samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
     assert samples == {"b": about("two")}
@@ -246,8 +354,14 @@ def test_audio_that_the_table_names_and_the_disk_lacks_is_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("name,text\nx,y\n", r"has the columns name, text, and none for the audio: call it file_name, path, .* or wav$"),
-        ("path,words\nx,y\n", r"has the columns path, words, and none for the text: call it text, sentence"),
+        (
+            "name,text\nx,y\n",
+            r"has the columns name, text, and none for the audio: call it file_name, path, .* or wav$",
+        ),
+        (
+            "path,words\nx,y\n",
+            r"has the columns path, words, and none for the text: call it text, sentence",
+        ),
         ("", "is empty"),
     ],
 )
@@ -260,9 +374,21 @@ def test_a_broken_table_is_one_sentence(tmp_path, table, message):
 @pytest.mark.parametrize(
     ("table", "reason", "detail"),
     [
-        ("path,text\nx.wav\ny.wav,y\n", "bad_row", "metadata.csv:2 has 1 cells, its header has 2 columns: path, text"),
-        ("path,text,duration\nx.wav,y,?\ny.wav,y,\n", "bad_field", "metadata.csv:2: 'duration' is '?'"),
-        ("path,text,duration\nx.wav,y,-3\ny.wav,y,1\n", "bad_field", "metadata.csv:2: 'duration' is '-3'"),
+        (
+            "path,text\nx.wav\ny.wav,y\n",
+            "bad_row",
+            "metadata.csv:2 has 1 cells, its header has 2 columns: path, text",
+        ),
+        (
+            "path,text,duration\nx.wav,y,?\ny.wav,y,\n",
+            "bad_field",
+            "metadata.csv:2: 'duration' is '?'",
+        ),
+        (
+            "path,text,duration\nx.wav,y,-3\ny.wav,y,1\n",
+            "bad_field",
+            "metadata.csv:2: 'duration' is '-3'",
+        ),
         ("a|b\nc\n", "bad_row", "metadata.csv:2 is not 'id|text' or 'id|text|normalised text'"),
         ('path,text\nx.wav,"a" b\ny.wav,y\n', "bad_row", "metadata.csv:2 is not valid CSV"),
     ],
@@ -298,8 +424,13 @@ def test_audiofolders_jsonl_is_read(tmp_path):
     """As Hugging Face's datasets read it: file_name, and any other columns."""
     audio(tmp_path / "d", "data/a.wav", "data/b.wav")
     path = tmp_path / "d" / "metadata.jsonl"
-    rows = [{"file_name": "data/a.wav", "transcription": "one", "speaker_id": "s"}, {"file_name": "data/b.wav", "transcription": 2}]
-    lines(path, *rows, {"file_name": "data/a.wav"}, {"file_name": "data/c.wav", "transcription": "x"})
+    rows = [
+        {"file_name": "data/a.wav", "transcription": "one", "speaker_id": "s"},
+        {"file_name": "data/b.wav", "transcription": 2},
+    ]
+    lines(
+        path, *rows, {"file_name": "data/a.wav"}, {"file_name": "data/c.wav", "transcription": "x"}
+    )
     assert SOURCES["folder"].count(tmp_path / "d") == 4
     samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
     assert samples == {"data/a": about("one", speaker="s"), "data/b": about("2")}
@@ -307,7 +438,10 @@ def test_audiofolders_jsonl_is_read(tmp_path):
 
 
 def test_an_empty_folder_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"neither metadata\.csv nor metadata\.tsv nor metadata\.jsonl nor an audio file"):
+    with pytest.raises(
+        UserError,
+        match=r"neither metadata\.csv nor metadata\.tsv nor metadata\.jsonl nor an audio file",
+    ):
         list(read_folder(tmp_path))
 
 
@@ -321,11 +455,17 @@ def test_slam(tmp_path):
         {"key": "A", "source": "a.wav", "target": "one", "prompt": "Write.", "task": "asr"},
         {"key": "B", "source": str(tmp_path / "b.wav"), "target": "two"},
     )
-    assert shards(tmp_path, read_slam(path)) == ({"A": about("one", prompt="Write.", task="asr"), "B": about("two")}, [])
+    assert shards(tmp_path, read_slam(path)) == (
+        {"A": about("one", prompt="Write.", task="asr"), "B": about("two")},
+        [],
+    )
 
 
 def chat(*turns, audios=("a.wav",), names=("messages", "role", "content"), **more):
-    return {names[0]: [{names[1]: role, names[2]: text} for role, text in turns], "audios": list(audios)} | more
+    return {
+        names[0]: [{names[1]: role, names[2]: text} for role, text in turns],
+        "audios": list(audios),
+    } | more
 
 
 def test_swift(tmp_path):
@@ -334,7 +474,9 @@ def test_swift(tmp_path):
         tmp_path / "data.jsonl",
         chat(("user", "<audio>Write."), ("assistant", "one"), id="m"),
         chat(("system", "Be kind."), ("user", "<audio>"), ("assistant", "two")),
-        chat(("human", "Write: <audio>"), ("gpt", "three"), names=("conversations", "from", "value")),
+        chat(
+            ("human", "Write: <audio>"), ("gpt", "three"), names=("conversations", "from", "value")
+        ),
         {"query": "<audio>Say", "response": "four", "audios": ["a.wav"]},
         chat(("user", "x"), ("assistant", "y"), ("user", "x"), ("assistant", "y"), id="turns"),
         chat(("assistant", "y"), ("user", "x"), id="order"),
@@ -343,10 +485,23 @@ def test_swift(tmp_path):
     )
     samples, rejected = shards(tmp_path, read_swift(path))
     assert sorted(map(json.dumps, samples.values())) == sorted(
-        map(json.dumps, [about("one", prompt="Write."), about("two"), about("three", prompt="Write:"), about("four", prompt="Say")])
+        map(
+            json.dumps,
+            [
+                about("one", prompt="Write."),
+                about("two"),
+                about("three", prompt="Write:"),
+                about("four", prompt="Say"),
+            ],
+        )
     )
     assert {"m", "a"} < samples.keys()
-    keys = [("turns", "not_one_turn"), ("order", "not_one_turn"), ("audios", "not_one_audio"), ("data.jsonl:8", "not_one_audio")]
+    keys = [
+        ("turns", "not_one_turn"),
+        ("order", "not_one_turn"),
+        ("audios", "not_one_audio"),
+        ("data.jsonl:8", "not_one_audio"),
+    ]
     assert rejected == keys
 
 
@@ -356,7 +511,12 @@ def test_swift_as_one_json_list(tmp_path):
     path.write_text(json.dumps([chat(("user", "<audio>"), ("assistant", "one"))], indent=2))
     assert SOURCES["swift"].count(path) is None
     (utterance,) = read_swift(path)
-    assert (utterance.key, utterance.text, utterance.fields, utterance.file) == ("a", "one", {}, tmp_path / "a.wav")
+    assert (utterance.key, utterance.text, utterance.fields, utterance.file) == (
+        "a",
+        "one",
+        {},
+        tmp_path / "a.wav",
+    )
     np.testing.assert_allclose(utterance.load()[0], tone("one", 0.5), atol=1e-4)
     path.write_text("[1]")
     ((reason, detail),) = problems(read_swift(path))

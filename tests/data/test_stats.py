@@ -25,8 +25,20 @@ def group(utterances, hours):
 @pytest.fixture
 def statistics():
     rng = np.random.default_rng(0)
-    first = index(rng.uniform(1, 20, 900), 100, corpora={"a": group(900, 2.5)}, languages={"en": group(900, 2.5)}, speakers=7)
-    second = index([36.0] * 100, 900, corpora={"a": group(60, 0.6), "b": group(40, 0.4)}, languages={"": group(100, 1.0)}, speakers=0)
+    first = index(
+        rng.uniform(1, 20, 900),
+        100,
+        corpora={"a": group(900, 2.5)},
+        languages={"en": group(900, 2.5)},
+        speakers=7,
+    )
+    second = index(
+        [36.0] * 100,
+        900,
+        corpora={"a": group(60, 0.6), "b": group(40, 0.4)},
+        languages={"": group(100, 1.0)},
+        speakers=0,
+    )
     return describe("<x>", [first, second])
 
 

@@ -69,7 +69,14 @@ def leftovers(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("s3://b/x", True), ("https://h/x", True), ("file:///x", True), ("/x/y", False), ("x.tar", False), ("d/s3://x", False)],
+    [
+        ("s3://b/x", True),
+        ("https://h/x", True),
+        ("file:///x", True),
+        ("/x/y", False),
+        ("x.tar", False),
+        ("d/s3://x", False),
+    ],
 )
 def test_what_a_url_is(text, expected):
     assert is_url(text) is expected
@@ -115,12 +122,23 @@ def test_an_empty_local_file_is_fetched(cache, tmp_path):
 
 
 def test_files_of_one_name_are_kept_apart_and_a_changed_one_is_fetched_again(web, cache):
-    one, other = (RemoteFile(url=web.put(f"/{folder}/x.tar", folder.encode())) for folder in ("one", "other"))
-    assert [cache.fetch(file).read_bytes() for file in (one, other, one)] == [b"one", b"other", b"one"]
+    one, other = (
+        RemoteFile(url=web.put(f"/{folder}/x.tar", folder.encode())) for folder in ("one", "other")
+    )
+    assert [cache.fetch(file).read_bytes() for file in (one, other, one)] == [
+        b"one",
+        b"other",
+        b"one",
+    ]
     web.put("/one/x.tar", b"longer")
     assert cache.fetch(RemoteFile(url=one.url, size=6)).read_bytes() == b"longer"
     web.put("/one/x.tar", b"LONGER")
-    assert cache.fetch(RemoteFile(url=one.url, sha256=hashlib.sha256(b"LONGER").hexdigest())).read_bytes() == b"LONGER"
+    assert (
+        cache.fetch(
+            RemoteFile(url=one.url, sha256=hashlib.sha256(b"LONGER").hexdigest())
+        ).read_bytes()
+        == b"LONGER"
+    )
 
 
 def test_small_files_and_sizes(server):
@@ -179,7 +197,9 @@ def test_faults_that_pass_are_mended(server, cache, tmp_path, name):
 def test_faults_that_stay_are_one_sentence(web, cache, tmp_path, name, message):
     path, _, file = put(web)
     web.faults.order(path, itertools.repeat(FAULTS[name]))
-    with pytest.raises(UserError, match=f"(?s){file.url} cannot be read: 4 attempts failed.*{message}"):
+    with pytest.raises(
+        UserError, match=f"(?s){file.url} cannot be read: 4 attempts failed.*{message}"
+    ):
         cache.fetch(file)
     assert web.gets(path) == 4
     assert leftovers(tmp_path) == [] == cached(tmp_path)
@@ -190,7 +210,9 @@ def test_faults_that_stay_are_one_sentence(web, cache, tmp_path, name, message):
 def test_s3_faults_that_stay_are_one_sentence(s3, cache, tmp_path):
     path, _, file = put(s3)
     s3.faults.order(path, itertools.repeat(Fault(status=503)))
-    with pytest.raises(UserError, match=f"{file.url} cannot be read: 4 attempts failed.*Service Unavailable"):
+    with pytest.raises(
+        UserError, match=f"{file.url} cannot be read: 4 attempts failed.*Service Unavailable"
+    ):
         cache.fetch(file)
     assert leftovers(tmp_path) == [] == cached(tmp_path)
 
@@ -204,12 +226,20 @@ def test_a_longer_body_is_not_taken(web, cache):
 
 def test_no_server_is_one_sentence(cache):
     url = f"http://127.0.0.1:{free_port()}/x.tar"
-    with pytest.raises(UserError, match=f"{url} cannot be read: 4 attempts failed.*ClientConnectorError"):
+    with pytest.raises(
+        UserError, match=f"{url} cannot be read: 4 attempts failed.*ClientConnectorError"
+    ):
         cache.fetch(RemoteFile(url=url))
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(404, "does not exist"), (403, "may not be read"), (401, "may not be read"), (400, "400|Bad Request")]
+    ("status", "message"),
+    [
+        (404, "does not exist"),
+        (403, "may not be read"),
+        (401, "may not be read"),
+        (400, "400|Bad Request"),
+    ],
 )
 def test_what_no_retry_mends_fails_at_once(server, cache, status, message):
     path, _, file = put(server)
@@ -241,7 +271,15 @@ def test_secrets_stay_out_of_messages_and_names(web, cache):
     assert cache.fetch(RemoteFile(url=url)).name.endswith("-x.tar")
 
 
-@pytest.mark.parametrize("url", ["nope://x/y.tar", "memory://x/y.tar", "zip://y.tar::s3://b/x.zip", "simplecache::s3://b/x.tar"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nope://x/y.tar",
+        "memory://x/y.tar",
+        "zip://y.tar::s3://b/x.zip",
+        "simplecache::s3://b/x.tar",
+    ],
+)
 def test_schemes_that_are_not_on_the_list_are_refused(cache, url):
     with pytest.raises(UserError, match=r"Use one of s3://"):
         cache.fetch(RemoteFile(url=url))
@@ -257,7 +295,9 @@ def test_a_missing_driver_is_one_sentence():
                 print(error)
     """
     lines = run(script).splitlines()
-    for line, url, extra in zip(lines, ("s3://b/x", "gs://b/x", "https://h/x"), ("s3", "gcs", "http"), strict=True):
+    for line, url, extra in zip(
+        lines, ("s3://b/x", "gs://b/x", "https://h/x"), ("s3", "gcs", "http"), strict=True
+    ):
         assert line.startswith(f"{url} cannot be read without another package")
         assert line.endswith(f"pip install 'asrllm[{extra}]'")
 
@@ -277,7 +317,12 @@ def test_a_dropped_download_from_an_object_store_goes_on_too(s3, cache, monkeypa
     path, data, file = put(s3)
     s3.faults.order(path, [Fault(), Fault(status=503)])
     assert cache.fetch(file).read_bytes() == data
-    assert s3.faults.gets[path] == ["bytes=0-9999", "bytes=10000-19999", "bytes=10000-19999", "bytes=20000-29999"]
+    assert s3.faults.gets[path] == [
+        "bytes=0-9999",
+        "bytes=10000-19999",
+        "bytes=10000-19999",
+        "bytes=20000-29999",
+    ]
 
 
 @pytest.mark.parametrize("size", [30_000, None])
@@ -308,7 +353,10 @@ def test_processes_that_ask_at_once_download_once(server, tmp_path):
         print("asks", flush=True)
         print(hashlib.sha256(cache.fetch(RemoteFile(url=sys.argv[2])).read_bytes()).hexdigest())
     """
-    with started(script, tmp_path / "cache", file.url) as one, started(script, tmp_path / "cache", file.url) as other:
+    with (
+        started(script, tmp_path / "cache", file.url) as one,
+        started(script, tmp_path / "cache", file.url) as other,
+    ):
         assert fault.reached.wait(LIMIT)
         for process in (one, other):
             assert process.stdout.readline() == "asks\n"
@@ -332,7 +380,13 @@ def test_a_killed_download_leaves_nothing_that_counts_as_whole(web, tmp_path):
     with started(script, folder, file.url) as one, started(script, folder, other.url) as two:
         for fault in faults:
             assert fault.reached.wait(LIMIT)
-        wait_for(lambda: sorted(path.stat().st_size for path in leftovers(tmp_path)) == [len(data), len(other_data)], LIMIT)
+        wait_for(
+            lambda: (
+                sorted(path.stat().st_size for path in leftovers(tmp_path))
+                == [len(data), len(other_data)]
+            ),
+            LIMIT,
+        )
         for process in (one, two):
             process.kill()
             process.wait(LIMIT)
@@ -359,7 +413,9 @@ def test_the_least_recently_used_make_room(web, tmp_path):
         cache.fetch(files[3])
         assert not (cache.folder / files[1].local_name).exists()
         assert len(being_read.read()) == 1000
-    assert sorted(path.name for path in cache.folder.glob("*.tar")) == sorted(files[i].local_name for i in (0, 2, 3))
+    assert sorted(path.name for path in cache.folder.glob("*.tar")) == sorted(
+        files[i].local_name for i in (0, 2, 3)
+    )
     assert foreign.exists()
 
 
@@ -482,7 +538,9 @@ def test_a_forked_process_fetches_while_its_parent_prefetches(web, s3, tmp_path)
         fetch([slow])
         print("done", flush=True)
     """
-    with started(script, tmp_path / "cache", slow.url, *(file.url for _, _, file in files)) as process:
+    with started(
+        script, tmp_path / "cache", slow.url, *(file.url for _, _, file in files)
+    ) as process:
         assert fault.reached.wait(LIMIT)
         process.stdin.write("\n")
         process.stdin.flush()
@@ -491,7 +549,9 @@ def test_a_forked_process_fetches_while_its_parent_prefetches(web, s3, tmp_path)
         assert process.communicate(timeout=LIMIT)[0] == "done\n"
         assert process.returncode == 0
     assert web.gets(slow_path) == 1
-    assert [server.gets(path) for server, (path, _, _) in zip((web, s3) * 3, files, strict=True)] == [1] * 6
+    assert [
+        server.gets(path) for server, (path, _, _) in zip((web, s3) * 3, files, strict=True)
+    ] == [1] * 6
 
 
 def test_a_fork_leaves_the_connections_of_the_parent_open(web, tmp_path):
@@ -529,7 +589,9 @@ def test_a_full_disk_is_one_sentence(web, tmp_path):
             print(error)
     """
     for size in (30_000, None):  # found when the room is taken, or while writing
-        assert f"'{tmp_path}/cache' cannot be written (File too large): make room there" in run(script, tmp_path / "cache", file.url, size)
+        assert f"'{tmp_path}/cache' cannot be written (File too large): make room there" in run(
+            script, tmp_path / "cache", file.url, size
+        )
     assert leftovers(tmp_path) == [] == cached(tmp_path)
 
 
@@ -549,12 +611,22 @@ from asrllm.errors import UserError
 def command(script, *arguments):
     lines = script.strip("\n").splitlines()
     indent = len(lines[0]) - len(lines[0].lstrip())
-    return [sys.executable, "-c", HEADER + "\n".join(line[indent:] for line in lines), *map(str, arguments)]
+    return [
+        sys.executable,
+        "-c",
+        HEADER + "\n".join(line[indent:] for line in lines),
+        *map(str, arguments),
+    ]
 
 
 def run(script, *arguments):
     done = subprocess.run(
-        command(script, *arguments), capture_output=True, text=True, timeout=LIMIT, cwd=REPOSITORY, env=clean_environment()
+        command(script, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        cwd=REPOSITORY,
+        env=clean_environment(),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -563,7 +635,14 @@ def run(script, *arguments):
 @contextmanager
 def started(script, *arguments):
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command(script, *arguments), stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY, env=clean_environment())
+    process = subprocess.Popen(
+        command(script, *arguments),
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        cwd=REPOSITORY,
+        env=clean_environment(),
+    )
     watchdog = threading.Timer(LIMIT * 2, process.kill)
     watchdog.start()
     try:

@@ -118,7 +118,10 @@ def test_an_unknown_normalizer_is_one_sentence():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Mr. Smith's colour [laughs] isn't grey, um, it won't be", "mister smith is color is not gray it will not be"),
+        (
+            "Mr. Smith's colour [laughs] isn't grey, um, it won't be",
+            "mister smith is color is not gray it will not be",
+        ),
         ("twenty-five dollars", "$25"),
         ("(noise)", ""),
     ],

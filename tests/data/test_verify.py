@@ -31,7 +31,9 @@ def write_tar(path, members):
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
-            info.type, info.size = (tarfile.REGTYPE, len(content)) if content is not None else (tarfile.DIRTYPE, 0)
+            info.type, info.size = (
+                (tarfile.REGTYPE, len(content)) if content is not None else (tarfile.DIRTYPE, 0)
+            )
             tar.addfile(info, io.BytesIO(content or b""))
     return str(path)
 
@@ -41,7 +43,10 @@ def sample(key, text="二", **audio):
 
 
 def rejected(folder):
-    return [(row["key"], row["reason"]) for row in map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())]
+    return [
+        (row["key"], row["reason"])
+        for row in map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
+    ]
 
 
 # --- indexing ---
@@ -60,7 +65,10 @@ def test_tars_of_others_are_indexed(tmp_path):
 
 
 def test_bad_samples_and_repeated_keys_are_left_out(tmp_path):
-    write_tar(tmp_path / "a.tar", sample("a") | {"b.wav": wav()} | {"c.wav": b"RIFF", "c.txt": b"x"} | sample("d"))
+    write_tar(
+        tmp_path / "a.tar",
+        sample("a") | {"b.wav": wav()} | {"c.wav": b"RIFF", "c.txt": b"x"} | sample("d"),
+    )
     write_tar(tmp_path / "b.tar", sample("e") | sample("d", "other") | sample("f"))
     write_tar(tmp_path / "c.tar", sample("f") | sample("a"))
     summary = index_tars([str(tmp_path / f"{name}.tar") for name in "cab"])
@@ -83,14 +91,18 @@ def test_tars_of_several_directories_need_a_place_for_their_index(tmp_path):
     index_tars(tars, tmp_path / "deep" / "index")
     index = open_index(tmp_path / "deep" / "index")
     assert index.shards == [str(tmp_path / "deep" / "index" / name / "x.tar") for name in "ab"]
-    assert [os.path.realpath(shard) for shard in index.shards] == tars  # links, so that an index names nothing outside of its directory
+    assert [
+        os.path.realpath(shard) for shard in index.shards
+    ] == tars  # links, so that an index names nothing outside of its directory
     assert verify_shards(index) == []
     index_tars(tars, tmp_path / "deep" / "index")
     with pytest.raises(UserError, match="Give --output another directory"):
         index_tars(tars, tmp_path / "a")
     os.rename(tmp_path / "b" / "x.tar", tmp_path / "b" / "y.tar")
     index_tars([tars[0], str(tmp_path / "b" / "y.tar")], tmp_path / "a")
-    assert [shard["name"] for shard in json.loads((tmp_path / "a" / "index.json").read_text())["shards"]] == ["x.tar", "y.tar"]
+    assert [
+        shard["name"] for shard in json.loads((tmp_path / "a" / "index.json").read_text())["shards"]
+    ] == ["x.tar", "y.tar"]
 
 
 def test_tars_at_urls_are_indexed_and_verified(tmp_path):
@@ -137,7 +149,10 @@ def test_a_compressed_tar_is_refused_with_the_command_that_unpacks_it(tmp_path, 
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(UserError, match=rf"x\.tar\.{suffix}' is compressed, .* Unpack it with '{program} -d', and give the tar"):
+    with pytest.raises(
+        UserError,
+        match=rf"x\.tar\.{suffix}' is compressed, .* Unpack it with '{program} -d', and give the tar",
+    ):
         index_tars([str(path)])
     (tmp_path / "list").write_text(path.name + "\n")
     with pytest.raises(UserError, match=f"Unpack it with '{program} -d'"):
@@ -145,7 +160,11 @@ def test_a_compressed_tar_is_refused_with_the_command_that_unpacks_it(tmp_path, 
 
 
 def test_a_byte_order_mark_is_no_part_of_a_transcript(tmp_path):
-    tar = write_tar(tmp_path / "x.tar", sample("a", "\ufeff二") | {"b.wav": wav(), "b.json": b'\xef\xbb\xbf{"text": "\xe4\xba\x8c"}'})
+    tar = write_tar(
+        tmp_path / "x.tar",
+        sample("a", "\ufeff二")
+        | {"b.wav": wav(), "b.json": b'\xef\xbb\xbf{"text": "\xe4\xba\x8c"}'},
+    )
     assert index_tars([tar]).index.rows["text_chars"].tolist() == [1, 1]
     (tmp_path / "list").write_text("x.tar\n")
     assert next(read_wenet(tmp_path / "list")).text == "二"
@@ -153,7 +172,9 @@ def test_a_byte_order_mark_is_no_part_of_a_transcript(tmp_path):
 
 def test_a_tar_without_transcripts_is_refused(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a.wav": wav()})
-    with pytest.raises(UserError, match=r"1 no_transcript; the first: a: expected a\.txt, or a\.json with"):
+    with pytest.raises(
+        UserError, match=r"1 no_transcript; the first: a: expected a\.txt, or a\.json with"
+    ):
         index_tars([tar])
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
 
@@ -163,7 +184,11 @@ def test_a_tar_without_transcripts_is_refused(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    write_shards(tmp_path / "out", read_kaldi(kaldi_directory(tmp_path / "kaldi", tone_sentences(5))), utterances_per_shard=3)
+    write_shards(
+        tmp_path / "out",
+        read_kaldi(kaldi_directory(tmp_path / "kaldi", tone_sentences(5))),
+        utterances_per_shard=3,
+    )
     return tmp_path / "out"
 
 
@@ -185,7 +210,11 @@ def test_sound_shards_have_no_problem(shards):
 
 def test_changed_audio_is_found(shards):
     row = open_index(shards).rows[1]
-    overwrite(shards / "shard-000000.tar", (int(row["offset"]) + int(row["size"]) // 2) * BLOCK, b"\xff" * 600)
+    overwrite(
+        shards / "shard-000000.tar",
+        (int(row["offset"]) + int(row["size"]) // 2) * BLOCK,
+        b"\xff" * 600,
+    )
     found = problems(shards)
     assert found[0] == ("", "changed")
     assert [key for key, _ in found[1:]] == ["utt0001"]
@@ -207,7 +236,11 @@ def test_rows_that_disagree_with_their_samples_are_found(shards):
     rows["size"][4] = rows["size"][3] // 2
     write_rows(shards, rows)
     found = problems(shards)
-    assert found[:3] == [("utt0000", "duration_mismatch"), ("utt0001", "changed_text"), ("row 2", "unreadable_tar")]
+    assert found[:3] == [
+        ("utt0000", "duration_mismatch"),
+        ("utt0001", "changed_text"),
+        ("row 2", "unreadable_tar"),
+    ]
     assert found[3] == ("row 0", "unreadable_tar")
 
 
@@ -226,7 +259,9 @@ def test_several_processes_find_the_same(tmp_path, shards):
     tars = [str(shards / "shard-000001.tar"), str(shards / "shard-000000.tar")]
     for workers in (1, 2):
         index_tars(tars, tmp_path / f"i{workers}", workers=workers)
-    assert (tmp_path / "i1" / "index.bin").read_bytes() == (tmp_path / "i2" / "index.bin").read_bytes()
+    assert (tmp_path / "i1" / "index.bin").read_bytes() == (
+        tmp_path / "i2" / "index.bin"
+    ).read_bytes()
 
 
 # --- tars and indexes that somebody made to do harm ---
@@ -306,7 +341,9 @@ def test_deeply_nested_json_and_unprintable_keys_are_rejected(tmp_path):
     assert "\x1b" not in (tmp_path / "rejected.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "file:///etc/passwd", "a/../../x.tar", "nope://x/x.tar"])
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/etc/passwd", "file:///etc/passwd", "a/../../x.tar", "nope://x/x.tar"]
+)
 def test_an_index_names_nothing_outside_of_its_directory(tmp_path, name):
     index_tars([write_tar(tmp_path / "x.tar", sample("a"))])
     (shard,) = json.loads((tmp_path / "index.json").read_text())["shards"]
@@ -343,8 +380,15 @@ def test_hostile_tars_of_a_wenet_list_give_nothing(tmp_path, kind):
 
 
 ODD_FIELDS = {
-    "broken_transcript": [b'{"text": "\\ud800x"}', b'{"text": "x", "lang": "\\uDFFF"}', b'{"text": "x", "n": ' + b"9" * 5000 + b"}"],
-    "duration_mismatch": [b'{"text": "x", "duration": 1e999}', b'{"text": "x", "duration": ' + b"9" * 400 + b"}"],
+    "broken_transcript": [
+        b'{"text": "\\ud800x"}',
+        b'{"text": "x", "lang": "\\uDFFF"}',
+        b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
+    ],
+    "duration_mismatch": [
+        b'{"text": "x", "duration": 1e999}',
+        b'{"text": "x", "duration": ' + b"9" * 400 + b"}",
+    ],
     "no_transcript": [b"[1]", b"null", b'{"text": 1}', b'{"text": null}'],
     None: [
         b'{"text": "\\ud83d\\ude00"}',
@@ -355,9 +399,14 @@ ODD_FIELDS = {
 }
 
 
-@pytest.mark.parametrize(("reason", "content"), [(reason, content) for reason, contents in ODD_FIELDS.items() for content in contents])
+@pytest.mark.parametrize(
+    ("reason", "content"),
+    [(reason, content) for reason, contents in ODD_FIELDS.items() for content in contents],
+)
 def test_odd_fields_of_a_sample_reject_that_sample_alone(tmp_path, reason, content):
-    summary = index_tars([write_tar(tmp_path / "x.tar", {"a.wav": wav(), "a.json": content} | sample("b"))])
+    summary = index_tars(
+        [write_tar(tmp_path / "x.tar", {"a.wav": wav(), "a.json": content} | sample("b"))]
+    )
     assert summary.rejected == ({reason: 1} if reason else {})
     assert verify_shards(open_index(tmp_path)) == []
 

@@ -25,7 +25,10 @@ def compare(a, b):
 
 def noisy(rate, seed, count=200, **more):
     rng = np.random.default_rng(seed)
-    words = [("a b c d e", " ".join("x" if rng.random() < rate else c for c in "abcde")) for _ in range(count)]
+    words = [
+        ("a b c d e", " ".join("x" if rng.random() < rate else c for c in "abcde"))
+        for _ in range(count)
+    ]
     return [transcript(r, h, f"u{i}", **more) for i, (r, h) in enumerate(words)]
 
 
@@ -39,10 +42,20 @@ def test_a_difference_is_found_and_none_is_not():
     assert found.p < 0.001
     assert (found.better > found.worse, found.utterances, found.by) == (True, 200, "utterance")
     back = compare(better, a)
-    assert (back.difference, back.better, back.worse) == (-found.difference, found.worse, found.better)
+    assert (back.difference, back.better, back.worse) == (
+        -found.difference,
+        found.worse,
+        found.better,
+    )
     same = compare(a, a)
-    assert (same.difference, same.p, same.difference_ci95) == (0.0, 1.0, [-same.difference_ci95[1], same.difference_ci95[1]])
-    assert same.difference_ci95[1] == pytest.approx(300 / sum(len(t.reference.split()) for t in a), abs=1e-3)  # the rule of three
+    assert (same.difference, same.p, same.difference_ci95) == (
+        0.0,
+        1.0,
+        [-same.difference_ci95[1], same.difference_ci95[1]],
+    )
+    assert same.difference_ci95[1] == pytest.approx(
+        300 / sum(len(t.reference.split()) for t in a), abs=1e-3
+    )  # the rule of three
 
 
 def test_one_utterance_bounds_nothing():
@@ -53,36 +66,61 @@ def test_one_utterance_bounds_nothing():
 @pytest.mark.slow
 def test_p_values_of_equal_systems_are_evenly_spread():
     """Below 0.1 as often as one in ten, and as exact enumeration has it where there are few."""
-    below = sum(compare(noisy(0.3, 2 * i, 40), noisy(0.3, 2 * i + 1, 40)).p < 0.1 for i in range(60))
+    below = sum(
+        compare(noisy(0.3, 2 * i, 40), noisy(0.3, 2 * i + 1, 40)).p < 0.1 for i in range(60)
+    )
     assert 1 <= below <= 14
-    few = compare([transcript("a b", "a x", str(i)) for i in range(4)], [transcript("a b", "a b", str(i)) for i in range(4)])
+    few = compare(
+        [transcript("a b", "a x", str(i)) for i in range(4)],
+        [transcript("a b", "a b", str(i)) for i in range(4)],
+    )
     assert few.p == pytest.approx(2 / 16, abs=0.02)
 
 
 def test_speakers_are_exchanged_as_a_whole():
-    a = [transcript("a b", "a x" if s == 0 else "a b", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(20)]
+    a = [
+        transcript("a b", "a x" if s == 0 else "a b", f"{s}-{i}", speaker=f"s{s}")
+        for s in range(6)
+        for i in range(20)
+    ]
     b = [transcript("a b", "a b", t.key, speaker=t.speaker) for t in a]
-    assert (compare(a, b).by, compare(a, b).p) == ("speaker", 1.0)  # one speaker says nothing about others
+    assert (compare(a, b).by, compare(a, b).p) == (
+        "speaker",
+        1.0,
+    )  # one speaker says nothing about others
 
 
 def results(folder, transcripts, normalizer="basic", name="test"):
     folder.mkdir(parents=True)
-    write_summary(folder, "s", {name: write_results(folder, name, "s", score(transcripts), {"normalizer": normalizer})})
+    write_summary(
+        folder,
+        "s",
+        {name: write_results(folder, name, "s", score(transcripts), {"normalizer": normalizer})},
+    )
     return folder
 
 
 @pytest.mark.slow
 def test_results_on_the_disk_are_compared(tmp_path, capsys):
     a, b = noisy(0.3, 1, speaker="x"), noisy(0.2, 2, speaker="x")
-    first, second = results(tmp_path / "a" / "greedy_search", a), results(tmp_path / "b" / "greedy_search", b)
+    first, second = (
+        results(tmp_path / "a" / "greedy_search", a),
+        results(tmp_path / "b" / "greedy_search", b),
+    )
     expected = compare(a, b)
     assert compare_results(first, second) == {"test": expected}
     assert compare_results(tmp_path / "a", tmp_path / "b") == {"test": expected}
-    assert compare_results(first / "generations-test-s.jsonl", second / "generations-test-s.jsonl") == {"generations-test-s": expected}
-    assert compare_files(first / "recogs-test-s.txt", second / "generations-test-s.jsonl") == expected
+    assert compare_results(
+        first / "generations-test-s.jsonl", second / "generations-test-s.jsonl"
+    ) == {"generations-test-s": expected}
+    assert (
+        compare_files(first / "recogs-test-s.txt", second / "generations-test-s.jsonl") == expected
+    )
     assert main(["evaluate", "compare", str(first), str(second)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"test: WER {expected.a:.2f} % -> {expected.b:.2f} %, {expected.difference:+.2f} points")
+    assert said.startswith(
+        f"test: WER {expected.a:.2f} % -> {expected.b:.2f} %, {expected.difference:+.2f} points"
+    )
     assert said.endswith("; normalizer basic\n")
     assert said.count("\n") == 1
 
@@ -91,24 +129,48 @@ def test_results_on_the_disk_are_compared(tmp_path, capsys):
 def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
     """Normalisation changes these texts; icefall's own have words of another case."""
     said = [
-        transcript("it is 25", "it is 24", "u1", raw_reference="It's twenty-five.", raw_hypothesis="It's twenty-four"),
+        transcript(
+            "it is 25",
+            "it is 24",
+            "u1",
+            raw_reference="It's twenty-five.",
+            raw_hypothesis="It's twenty-four",
+        ),
         transcript("hello\u2028there", "hello there", "u2", raw_reference="Hello\u2028there!"),
     ]
     folder = results(tmp_path / "a", said, "en")
     found = compare_files(folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt")
     assert (found.difference, found.normalizer, found.utterances) == (0.0, "en", 2)
-    chinese = results(tmp_path / "zh", [transcript("打开 abc", "打开 ab", "u1"), transcript("你好" * 200, "你好" * 200, "u2")], "zh")
-    assert compare_files(chinese / "generations-test-s.jsonl", chinese / "recogs-test-s.txt").difference == 0.0
+    chinese = results(
+        tmp_path / "zh",
+        [transcript("打开 abc", "打开 ab", "u1"), transcript("你好" * 200, "你好" * 200, "u2")],
+        "zh",
+    )
+    assert (
+        compare_files(
+            chinese / "generations-test-s.jsonl", chinese / "recogs-test-s.txt"
+        ).difference
+        == 0.0
+    )
     icefall = tmp_path / "recogs-icefall.txt"
-    icefall.write_text("u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\nu2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n")
+    icefall.write_text(
+        "u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\nu2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n"
+    )
     assert compare_files(folder / "generations-test-s.jsonl", icefall).better == 1
     assert compare_files(icefall, icefall).normalizer == "none"
 
 
 def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_written(tmp_path):
     """Whisper's makes "-5" of "minus five", and "5" of "-5"."""
-    raw = [("Minus five degrees.", "Minus five degrees"), ("double o seven", "double o eight"), ("a", "a")]
-    said = [transcript(en(r), en(h), f"u\x1b{i}", raw_reference=r, raw_hypothesis=h) for i, (r, h) in enumerate(raw)]
+    raw = [
+        ("Minus five degrees.", "Minus five degrees"),
+        ("double o seven", "double o eight"),
+        ("a", "a"),
+    ]
+    said = [
+        transcript(en(r), en(h), f"u\x1b{i}", raw_reference=r, raw_hypothesis=h)
+        for i, (r, h) in enumerate(raw)
+    ]
     assert any(en(t.reference) != t.reference for t in said)
     folder = results(tmp_path / "a", said, "en")
     generations, recogs = folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt"
@@ -120,36 +182,67 @@ def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_wri
 
 
 def test_speakers_are_known_from_either_file(tmp_path):
-    said = [transcript("a b", "a x", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(2)]
+    said = [
+        transcript("a b", "a x", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(2)
+    ]
     folder = results(tmp_path / "a", said)
     generations, recogs = folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt"
-    assert compare_files(generations, recogs).by == compare_files(recogs, generations).by == "speaker"
+    assert (
+        compare_files(generations, recogs).by == compare_files(recogs, generations).by == "speaker"
+    )
 
 
 @pytest.mark.parametrize("kind", ["recogs", "generations"])
 def test_repeated_keys_are_refused(tmp_path, kind):
     """The last one alone was compared."""
-    said = [transcript("a b", "a b", "u1"), transcript("a b", "x y", "u1"), transcript("c", "c", "u2")]
+    said = [
+        transcript("a b", "a b", "u1"),
+        transcript("a b", "x y", "u1"),
+        transcript("c", "c", "u2"),
+    ]
     folder = results(tmp_path / "a", said)
     (path,) = folder.glob(f"{kind}-test*")
-    with pytest.raises(UserError, match=r"has 1 repeated keys, such as 'u1'\. Give every utterance a key of its own"):
+    with pytest.raises(
+        UserError,
+        match=r"has 1 repeated keys, such as 'u1'\. Give every utterance a key of its own",
+    ):
         compare_files(path, path)
 
 
 def test_icefalls_recogs_with_timestamps_are_read(tmp_path):
     path = tmp_path / "recogs-x.txt"
-    lines = ["u1:\tref=['a', 'b']", "u1:\thyp=['a']", "u1:\ttimestamp_ref=[0.0, 0.4]", "u1:\ttimestamp_hyp=[0.0]"]
+    lines = [
+        "u1:\tref=['a', 'b']",
+        "u1:\thyp=['a']",
+        "u1:\ttimestamp_ref=[0.0, 0.4]",
+        "u1:\ttimestamp_hyp=[0.0]",
+    ]
     path.write_text("\n".join(lines) + "\n")
     assert compare_files(path, path).a == 50.0
 
 
 def test_characters_that_are_not_seen_are_no_errors(tmp_path):
-    said = [transcript("ab cd", "ab cd", "u1", raw_reference="ab cd", raw_hypothesis="\ufeffa\u00adb\u200b cd\u200e")]
+    said = [
+        transcript(
+            "ab cd",
+            "ab cd",
+            "u1",
+            raw_reference="ab cd",
+            raw_hypothesis="\ufeffa\u00adb\u200b cd\u200e",
+        )
+    ]
     plain = results(tmp_path / "plain", [transcript("ab cd", "ab cd", "u1")])
     for name in ("basic", "en", "none"):
         folder = results(tmp_path / name, said, name)
-        assert compare_files(folder / "generations-test-s.jsonl", folder / "generations-test-s.jsonl").a == 0.0
-        assert compare_files(plain / "recogs-test-s.txt", folder / "generations-test-s.jsonl").b == 0.0
+        assert (
+            compare_files(
+                folder / "generations-test-s.jsonl", folder / "generations-test-s.jsonl"
+            ).a
+            == 0.0
+        )
+        assert (
+            compare_files(plain / "recogs-test-s.txt", folder / "generations-test-s.jsonl").b == 0.0
+        )
 
 
 def test_a_second_evaluation_overwrites_nothing_of_the_first(tmp_path):
@@ -160,8 +253,13 @@ def test_a_second_evaluation_overwrites_nothing_of_the_first(tmp_path):
         write_summary(folder, suffix, {"test": result})
     names = {path.name for path in folder.iterdir()}
     for step in (4, 8):
-        assert {f"results-iter-{step}-avg-1.json", f"generations-test-iter-{step}-avg-1.jsonl"} < names
-    assert (folder / "results.json").read_text() == (folder / "results-iter-8-avg-1.json").read_text()
+        assert {
+            f"results-iter-{step}-avg-1.json",
+            f"generations-test-iter-{step}-avg-1.jsonl",
+        } < names
+    assert (folder / "results.json").read_text() == (
+        folder / "results-iter-8-avg-1.json"
+    ).read_text()
     newest = compare_results(folder, folder / "generations-test-iter-4-avg-1.jsonl")
     assert newest == {"test": compare(texts[1], texts[0])}
 
@@ -172,23 +270,40 @@ def test_a_reader_that_wants_no_more_is_no_mistake(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "asrllm.cli", "evaluate", "compare", folder, folder]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120, env=clean_environment(), text=True)
+    done = subprocess.run(
+        command,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        env=clean_environment(),
+        text=True,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     a, b = results(tmp_path / "a", noisy(0.3, 1)), results(tmp_path / "b", noisy(0.3, 1)[:-2])
-    assert "are of other utterances: 2, such as 'u198'" in fails(capsys, "evaluate", "compare", a, b)
+    assert "are of other utterances: 2, such as 'u198'" in fails(
+        capsys, "evaluate", "compare", a, b
+    )
     other = results(tmp_path / "c", [transcript("q", "q", t.key) for t in noisy(0.3, 1)])
-    assert "have different references for 200 utterances" in fails(capsys, "evaluate", "compare", a, other)
-    assert "have no test set in common" in fails(capsys, "evaluate", "compare", a, results(tmp_path / "d", noisy(0.3, 1), name="x"))
-    assert "holds no generations-*.jsonl" in fails(capsys, "evaluate", "compare", a, tmp_path / "no")
+    assert "have different references for 200 utterances" in fails(
+        capsys, "evaluate", "compare", a, other
+    )
+    assert "have no test set in common" in fails(
+        capsys, "evaluate", "compare", a, results(tmp_path / "d", noisy(0.3, 1), name="x")
+    )
+    assert "holds no generations-*.jsonl" in fails(
+        capsys, "evaluate", "compare", a, tmp_path / "no"
+    )
     assert "takes two results, not 1" in fails(capsys, "evaluate", "compare", a)
     (tmp_path / "recogs-x.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no utterance"):
         compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")
-    assert "two normalizers are no comparison" in fails(capsys, "evaluate", "compare", a, results(tmp_path / "e", noisy(0.3, 1), "en"))
+    assert "two normalizers are no comparison" in fails(
+        capsys, "evaluate", "compare", a, results(tmp_path / "e", noisy(0.3, 1), "en")
+    )
     for name, text in (
         ("generations-x.jsonl", "{"),
         ("generations-y.jsonl", '{"key": "k"}'),

@@ -10,7 +10,7 @@ from asrllm.errors import UserError
 from asrllm.evaluation.decode import DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import WithinMemory
 from asrllm.evaluation.journal import Journal
-from asrllm.models.generation import Answer
+from asrllm.models.asr_llm.generation import Answer
 
 
 class Small:
@@ -26,14 +26,19 @@ class Small:
         if len(waves) > self.most:
             raise self.error
         self.batches.append(len(waves))
-        return [Answer(text=f"{prompt} {len(wave)}") for wave, prompt in zip(waves, prompts, strict=True)]
+        return [
+            Answer(text=f"{prompt} {len(wave)}")
+            for wave, prompt in zip(waves, prompts, strict=True)
+        ]
 
 
 def allocate_everything():
     torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), None])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), None]
+)
 def test_a_batch_that_the_memory_cannot_hold_is_decoded_in_halves(caplog, error):
     if error is None:
         with pytest.raises(RuntimeError) as raised:
@@ -50,13 +55,18 @@ def test_a_batch_that_the_memory_cannot_hold_is_decoded_in_halves(caplog, error)
 
 def test_one_utterance_that_the_memory_cannot_hold_is_one_sentence():
     engine = WithinMemory(Small(0, torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(UserError, match=r"memory ends while 2\.0 s of audio are decoded: free some \(CUDA out of memory"):
+    with pytest.raises(
+        UserError,
+        match=r"memory ends while 2\.0 s of audio are decoded: free some \(CUDA out of memory",
+    ):
         engine.answer([np.zeros(32000, np.float32)], ["a"])
 
 
 def test_other_errors_are_not_of_memory():
     with pytest.raises(RuntimeError, match="shape"):
-        WithinMemory(Small(0, RuntimeError("shape"))).answer([np.zeros(9, np.float32)] * 4, ["a"] * 4)
+        WithinMemory(Small(0, RuntimeError("shape"))).answer(
+            [np.zeros(9, np.float32)] * 4, ["a"] * 4
+        )
 
 
 def test_what_an_engine_pads_counts_in_its_batches(world, tmp_path):
@@ -65,5 +75,7 @@ def test_what_an_engine_pads_counts_in_its_batches(world, tmp_path):
         engine = Small(100, None)
         engine.padded_to, engine.limits = padded_to, (1, 1 << 40)
         journal = Journal(tmp_path / str(padded_to), "test", of=None)
-        decode_corpus(engine, corpus, DecodingOptions(prompt="", max_batch_duration=240.0), str, None, journal)
+        decode_corpus(
+            engine, corpus, DecodingOptions(prompt="", max_batch_duration=240.0), str, None, journal
+        )
         assert engine.batches == sizes

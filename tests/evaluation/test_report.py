@@ -11,17 +11,32 @@ import pytest
 import soundfile
 
 from asrllm.evaluation.compare import compare
-from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, joined, rate_counts, rate_names, runs, write_report
+from asrllm.evaluation.report import (
+    ReportSet,
+    choose_audio,
+    encode_audio,
+    joined,
+    rate_counts,
+    rate_names,
+    runs,
+    write_report,
+)
 from asrllm.evaluation.score import Errors, Transcript, align
 from asrllm.evaluation.summary import Scored, score
 from asrllm.evaluation.wandb_report import COLUMNS, log_to_wandb
 from asrllm.testing import WORDS, tone
-from asrllm.training.config import WandbConfig
+from asrllm.training.run_config import WandbConfig
 from tests.processes import wait_for
 from tests.test_end_to_end import wandb_records
 
 ATTACK = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(2)>{{script}}"
-ABOUT = {"normalizer": "english", "rtfx": 40.0, "prompt": "Repeat <it>.", "weights": "exp/averaged-iter-9-avg-2.pt", "lang": "en"}
+ABOUT = {
+    "normalizer": "english",
+    "rtfx": 40.0,
+    "prompt": "Repeat <it>.",
+    "weights": "exp/averaged-iter-9-avg-2.pt",
+    "lang": "en",
+}
 
 
 def transcript(key: str, reference: str, hypothesis: str, **more: object) -> Transcript:
@@ -35,7 +50,10 @@ def heard(count: int = 40, *, seed: int = 0, speakers: int = 7, share: float = 0
     found = []
     for i in range(count):
         words = references.choice(WORDS, references.integers(1, 13)).tolist()
-        said = [str(rng.choice(WORDS)) if i < count - 1 and rng.random() < share else word for word in words]
+        said = [
+            str(rng.choice(WORDS)) if i < count - 1 and rng.random() < share else word
+            for word in words
+        ]
         who = {"speaker": f"s{i % speakers}" if speakers else "", "duration": 0.5 * len(words) + 1}
         found.append(transcript(f"utt{i:03d}", " ".join(words), " ".join(said), **who))
     return score(found)
@@ -44,7 +62,11 @@ def heard(count: int = 40, *, seed: int = 0, speakers: int = 7, share: float = 0
 def report_set(name: str, scored: Scored, **more: object) -> ReportSet:
     entry = scored.entry() | ABOUT
     if "baseline" in more:
-        entry["baseline"] = {"paired": compare(more["baseline"].transcripts, scored.transcripts, normalizer="").entry()}
+        entry["baseline"] = {
+            "paired": compare(
+                more["baseline"].transcripts, scored.transcripts, normalizer=""
+            ).entry()
+        }
     return ReportSet(name=name, scored=scored, entry=entry, **more)  # type: ignore[arg-type]
 
 
@@ -57,7 +79,11 @@ class Page(html.parser.HTMLParser):
         self.text = ""
         self.feed(text)
         self.close()
-        self.data = json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+        self.data = json.loads(
+            re.search('<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[
+                1
+            ]
+        )
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
@@ -71,18 +97,32 @@ def read_page(path, *sets: ReportSet, title: str = "a run") -> Page:
 def test_the_page_loads_nothing(tmp_path):
     page = read_page(tmp_path / "report.html", report_set("test", heard()))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/1999/xhtml", "http://www.w3.org/2000/svg"}
-    assert not [(tag, a) for tag, a in page.elements if {"src", "data", "srcset"} & a.keys() or tag in ("link", "img", "iframe", "base")]
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {
+        "http://www.w3.org/1999/xhtml",
+        "http://www.w3.org/2000/svg",
+    }
+    assert not [
+        (tag, a)
+        for tag, a in page.elements
+        if {"src", "data", "srcset"} & a.keys() or tag in ("link", "img", "iframe", "base")
+    ]
     assert all(a["href"].startswith("#") for _, a in page.elements if "href" in a)
     assert not re.search(r"@import|url\((?!#)", text)
-    (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_texts_and_names_are_never_markup(tmp_path):
-    scored = score([transcript(ATTACK, ATTACK, "one", speaker=ATTACK), transcript("k2", "one", ATTACK, speaker="s")])
+    scored = score(
+        [
+            transcript(ATTACK, ATTACK, "one", speaker=ATTACK),
+            transcript("k2", "one", ATTACK, speaker="s"),
+        ]
+    )
     plain = read_page(tmp_path / "plain.html", report_set("test", heard()))
     page = read_page(tmp_path / "report.html", report_set(ATTACK, scored), title=ATTACK)
     assert page.elements == plain.elements, "the data adds no element"
@@ -103,17 +143,30 @@ def test_the_data_is_that_of_the_results_and_worst_first(tmp_path):
         assert shown["baseline"][key] == theirs.entry()[key]
     assert shown["about"] == ABOUT
     assert [row["name"] for row in shown["by_speaker"]] == list(s.entry["by_speaker"])
-    assert {row["name"]: row["baseline"] for row in shown["by_duration"]} == {n: of["wer"] for n, of in theirs.by_duration().items()}
-    assert shown["comparison"]["difference"] == pytest.approx(ours.main.rate - theirs.main.rate, abs=1e-3)
+    assert {row["name"]: row["baseline"] for row in shown["by_duration"]} == {
+        n: of["wer"] for n, of in theirs.by_duration().items()
+    }
+    assert shown["comparison"]["difference"] == pytest.approx(
+        ours.main.rate - theirs.main.rate, abs=1e-3
+    )
     rows = data["utterances"]
     assert [row["errors"] for row in rows] == sorted((row["errors"] for row in rows), reverse=True)
-    assert sum(row["errors"] for row in rows) == sum(row["ins"] + row["del"] + row["sub"] for row in rows) == ours.main.total.sum()
+    assert (
+        sum(row["errors"] for row in rows)
+        == sum(row["ins"] + row["del"] + row["sub"] for row in rows)
+        == ours.main.total.sum()
+    )
     assert sum(row["baseline"]["errors"] for row in rows) == theirs.main.total.sum()
-    assert [row["key"] for row in rows[:5]] == [ours.transcripts[i].key for i in choose_audio(ours, 5)]
+    assert [row["key"] for row in rows[:5]] == [
+        ours.transcripts[i].key for i in choose_audio(ours, 5)
+    ]
 
 
 def test_several_sets_are_also_one(tmp_path):
-    said = [transcript(f"z{i}", "今天天气好", "今天气真好", raw_reference="今天天气好。") for i in range(30)]
+    said = [
+        transcript(f"z{i}", "今天天气好", "今天气真好", raw_reference="今天天气好。")
+        for i in range(30)
+    ]
     english, chinese = heard(), score(said)
     sets = [report_set("en", english), report_set("zh", chinese)]
     data = read_page(tmp_path / "report.html", *sets).data
@@ -131,7 +184,12 @@ def test_several_sets_are_also_one(tmp_path):
 def test_without_baseline_speakers_or_audio(tmp_path):
     data = read_page(tmp_path / "report.html", report_set("test", heard(speakers=0))).data
     (shown,) = data["sets"]
-    assert (shown["baseline"], shown["comparison"], shown["by_speaker"], shown["speakers"]) == (None, None, [], 0)
+    assert (shown["baseline"], shown["comparison"], shown["by_speaker"], shown["speakers"]) == (
+        None,
+        None,
+        [],
+        0,
+    )
     assert not [row for row in data["utterances"] if {"baseline", "audio"} & row.keys()]
 
 
@@ -140,7 +198,9 @@ def test_audio_is_an_mp3_of_its_utterance(tmp_path):
     info = soundfile.info(io.BytesIO(encode_audio(wave)))
     assert (info.format, info.samplerate, info.channels) == ("MP3", 16000, 1)
     assert info.duration == pytest.approx(1.5, abs=0.1)
-    data = read_page(tmp_path / "report.html", report_set("test", heard(), audio={"utt003": encode_audio(wave)})).data
+    data = read_page(
+        tmp_path / "report.html", report_set("test", heard(), audio={"utt003": encode_audio(wave)})
+    ).data
     (row,) = [row for row in data["utterances"] if "audio" in row]
     assert row["key"] == "utt003"
     decoded, rate = soundfile.read(io.BytesIO(base64.b64decode(row["audio"])))
@@ -149,7 +209,10 @@ def test_audio_is_an_mp3_of_its_utterance(tmp_path):
 
 
 def test_runs_keep_the_alignment():
-    reference, hypothesis = ["one", "two", "three", "four", "five"], ["one", "too", "three", "five", "six"]
+    reference, hypothesis = (
+        ["one", "two", "three", "four", "five"],
+        ["one", "too", "three", "five", "six"],
+    )
     pairs = align(reference, hypothesis)
     found = runs(pairs, "wer")
     assert found == ["one", [("two", "too")], "three", [("four", "")], "five", [("", "six")]]
@@ -159,28 +222,54 @@ def test_runs_keep_the_alignment():
 
 def test_rates_fall_into_their_bins():
     units = np.array([10, 10, 10, 10, 0, 0])
-    errors = Errors(ins=np.array([0, 1, 10, 11, 0, 2]), dels=np.zeros(6, int), subs=np.zeros(6, int), units=units)
-    assert {n: c for n, c in zip(rate_names(), rate_counts(errors), strict=True) if c} == {"0": 2, "0-10": 1, "90-100": 1, "over 100": 2}
+    errors = Errors(
+        ins=np.array([0, 1, 10, 11, 0, 2]),
+        dels=np.zeros(6, int),
+        subs=np.zeros(6, int),
+        units=units,
+    )
+    assert {n: c for n, c in zip(rate_names(), rate_counts(errors), strict=True) if c} == {
+        "0": 2,
+        "0-10": 1,
+        "90-100": 1,
+        "over 100": 2,
+    }
 
 
 @pytest.mark.slow
 def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    exp, s = tmp_path / "exp", report_set("test", heard(), audio={"utt003": encode_audio(tone("one", 0.5))})
-    s.entry["baseline"] = {"wer": 30.0, "wer_ci95": [25.0, 35.0], "paired": {"difference": -3.0, "by": "speaker"}}
+    exp, s = (
+        tmp_path / "exp",
+        report_set("test", heard(), audio={"utt003": encode_audio(tone("one", 0.5))}),
+    )
+    s.entry["baseline"] = {
+        "wer": 30.0,
+        "wer_ci95": [25.0, 35.0],
+        "paired": {"difference": -3.0, "by": "speaker"},
+    }
     exp.mkdir()
     log_to_wandb(WandbConfig(mode="offline", project="p", name=None), exp, [s])
     (path,) = (exp / "wandb").rglob("run-*.wandb")
-    wait_for(lambda: any(record.HasField("exit") for record in wandb_records(path)))  # another process writes it
+    wait_for(
+        lambda: any(record.HasField("exit") for record in wandb_records(path))
+    )  # another process writes it
     logged, runs_found, files = {}, [], []
     for record in wandb_records(path):
         if record.HasField("history"):
-            logged |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            logged |= {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
         if record.HasField("run"):
             runs_found.append(record.run)
         if record.HasField("artifact"):
             files += [entry.path for entry in record.artifact.manifest.contents]
-    assert (runs_found[0].display_name, runs_found[0].run_group, runs_found[0].job_type) == ("exp-evaluate", "exp", "evaluate")
+    assert (runs_found[0].display_name, runs_found[0].run_group, runs_found[0].job_type) == (
+        "exp-evaluate",
+        "exp",
+        "evaluate",
+    )
     assert logged["test/wer"] == s.entry["wer"]
     assert [logged["test/wer_low"], logged["test/wer_high"]] == s.entry["wer_ci95"]
     assert {key: value for key, value in logged.items() if key.startswith("test/baseline/")} == {
@@ -190,4 +279,6 @@ def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
     (table,) = (path.parent / "files" / "media").rglob("*.table.json")
     rows = json.loads(table.read_text())
     assert rows["columns"] == list(COLUMNS)
-    assert [row[0] for row in rows["data"]] == [s.scored.transcripts[i].key for i in choose_audio(s.scored, 40)]
+    assert [row[0] for row in rows["data"]] == [
+        s.scored.transcripts[i].key for i in choose_audio(s.scored, 40)
+    ]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
 from asrllm.evaluation.score import Transcript
-from asrllm.evaluation.summary import SIGNS, score
+from asrllm.evaluation.summary import HALLUCINATION_FLAGS, score
 from asrllm.testing import tone
 from tests.evaluation.test_report import ATTACK, heard, report_set, transcript
 
@@ -30,7 +30,9 @@ def browser(tmp_path_factory):
 
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
-        reason = "chromium and chromedriver are not on PATH: apt-get install chromium chromium-driver"
+        reason = (
+            "chromium and chromedriver are not on PATH: apt-get install chromium chromium-driver"
+        )
         pytest.fail(reason) if "CI" in os.environ else pytest.skip(reason)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
@@ -47,7 +49,10 @@ def browser(tmp_path_factory):
 
 
 def attacked() -> list[Transcript]:
-    return [transcript(ATTACK, f"one {ATTACK}", "two", speaker=ATTACK), transcript("plain", "one two three", "one two")]
+    return [
+        transcript(ATTACK, f"one {ATTACK}", "two", speaker=ATTACK),
+        transcript("plain", "one two three", "one two"),
+    ]
 
 
 def sets() -> list[ReportSet]:
@@ -55,7 +60,10 @@ def sets() -> list[ReportSet]:
     ours, theirs = heard(120), heard(120, seed=1, share=0.4)
     audio = {ours.transcripts[i].key: encode_audio(tone("two", 0.8)) for i in choose_audio(ours, 5)}
     other = score(attacked())
-    return [report_set("first", ours, baseline=theirs, audio=audio), report_set(ATTACK, other, baseline=other)]
+    return [
+        report_set("first", ours, baseline=theirs, audio=audio),
+        report_set(ATTACK, other, baseline=other),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,11 @@ def page(browser, report):
     yield browser
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"].partition(":")[0] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = {
+        m["params"]["request"]["url"].partition(":")[0]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    }
     assert "file" in asked
     assert asked <= {"file", "data"}
 
@@ -95,7 +107,11 @@ def find(driver, selector):
 
 def column(driver, name: str) -> list[str]:
     """Its cells as they stand."""
-    (at,) = [i for i, head in enumerate(find(driver, "#table thead tr > *"), start=1) if head.get_attribute("data-column") == name]
+    (at,) = [
+        i
+        for i, head in enumerate(find(driver, "#table thead tr > *"), start=1)
+        if head.get_attribute("data-column") == name
+    ]
     return driver.execute_script(
         "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.firstChild?.textContent ?? '')",
         f"#table .numbers > :nth-child({at})",
@@ -121,7 +137,9 @@ def test_utterances_stand_worst_first_a_page_at_a_time(page):
     assert max(int(n) for n in column(page, "errors")) <= min(errors)
 
 
-@pytest.mark.parametrize(("name", "first"), [("seconds", "descending"), ("key", "ascending"), ("Whisper", "descending")])
+@pytest.mark.parametrize(
+    ("name", "first"), [("seconds", "descending"), ("key", "ascending"), ("Whisper", "descending")]
+)
 def test_a_click_on_a_header_sorts_and_another_reverses(page, name, first):
     def number(text: str) -> float:
         return float(text.removesuffix(" %"))
@@ -133,7 +151,9 @@ def test_a_click_on_a_header_sorts_and_another_reverses(page, name, first):
     for way in (first, {"ascending": "descending", "descending": "ascending"}[first]):
         button.click()
         assert head.get_attribute("aria-sort") == way
-        assert [h.get_attribute("aria-sort") for h in find(page, "#table th[data-column]")].count("none") == 6
+        assert [h.get_attribute("aria-sort") for h in find(page, "#table th[data-column]")].count(
+            "none"
+        ) == 6
         cells = column(page, name)
         values = cells if name == "key" else [number(cell) for cell in cells]
         assert values == sorted(values, reverse=way == "descending")
@@ -160,7 +180,9 @@ def test_markup_in_the_data_is_text(page):
     (opener,) = find(page, "#table tbody:first-of-type .opener")
     opener.click()
     assert opener.get_attribute("aria-expanded") == "true"
-    assert ATTACK.replace("\u2028", "") in find(page, ".more .raw")[0].get_attribute("textContent").replace("\u2028", "")
+    assert ATTACK.replace("\u2028", "") in find(page, ".more .raw")[0].get_attribute(
+        "textContent"
+    ).replace("\u2028", "")
     opener.click()
     assert not find(page, ".more")
 
@@ -170,8 +192,13 @@ def test_an_utterance_shows_its_alignment_and_opens(page):
     find(page, "#find")[0].send_keys("plain")
     wait(page, lambda driver: column(driver, "key") == ["plain"])
     (aligned,) = find(page, "#table .text .aligned")
-    assert (aligned.text, [d.text for d in find(page, "#table .text del")]) == ("one two three", ["three"])
-    assert "line-through" in find(page, "#table .text del")[0].value_of_css_property("text-decoration")
+    assert (aligned.text, [d.text for d in find(page, "#table .text del")]) == (
+        "one two three",
+        ["three"],
+    )
+    assert "line-through" in find(page, "#table .text del")[0].value_of_css_property(
+        "text-decoration"
+    )
     find(page, "#table .opener")[0].click()
     assert [e.text for e in find(page, ".more .raw")] == ["one two three", "one two", "one two"]
     assert "0 substitutions, 1 deletion, 0 insertions in 3 words" in find(page, ".more dl")[0].text
@@ -181,7 +208,9 @@ def test_audio_plays(page):
     players = find(page, "audio")
     assert len(players) == 5
     page.execute_script("arguments[0].scrollIntoView()", players[0])
-    duration = wait(page, lambda driver: driver.execute_script("return arguments[0].duration", players[0]))
+    duration = wait(
+        page, lambda driver: driver.execute_script("return arguments[0].duration", players[0])
+    )
     assert duration == pytest.approx(0.8, abs=0.15)
 
 
@@ -192,7 +221,7 @@ def test_the_figures_follow_the_set(page):
     assert of_all[0] != of_one[0]
     assert of_one[0].startswith("substitutions: ")
     assert len(find(page, "#summary tbody")) == 3
-    assert [row.text for row in find(page, "#signs tbody th")] == list(SIGNS)
+    assert [row.text for row in find(page, "#signs tbody th")] == list(HALLUCINATION_FLAGS)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -200,7 +229,10 @@ def test_the_figures_follow_the_set(page):
 def test_it_fits_the_window_in_light_and_dark(page, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     pixels = np.asarray(Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("L"))
     assert pixels.std() > 10

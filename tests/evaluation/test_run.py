@@ -20,13 +20,13 @@ from asrllm.data.sources import read_kaldi
 from asrllm.errors import UserError
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
-from asrllm.evaluation.journal import Journal, Said
+from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.references import check_references, choose_normalizer
 from asrllm.evaluation.run import Evaluation
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.testing import data_config, kaldi_directory, tiny_tokenizer, tone_sentences
 from tests.conftest import REPOSITORY, assert_done, run_script
-from tests.models.test_generation import make_model, waves_of
+from tests.models.asr_llm.test_generation import make_model, waves_of
 from tests.processes import started, wait_for
 from tests.test_cli import fails
 
@@ -35,11 +35,27 @@ def whole_whisper(folder: Path) -> Path:
     """A tiny Whisper with its decoder and a tokenizer."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(3)
-    size = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": len(tokenizer), "num_mel_bins": 80}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    size = {
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "vocab_size": len(tokenizer),
+        "num_mel_bins": 80,
+    }
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    }
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     model = WhisperForConditionalGeneration(WhisperConfig(**size, **heads, **tokens, init_std=0.3))
-    model.generation_config.update(no_timestamps_token_id=0, is_multilingual=False, suppress_tokens=None, begin_suppress_tokens=None)
+    model.generation_config.update(
+        no_timestamps_token_id=0,
+        is_multilingual=False,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -72,8 +88,12 @@ def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
         EvaluationRun,
     )  # fmt: skip
     cache = ShardCache.of(config.data.cache)
-    corpora = read_corpora(config.data.test_data_config, filters=None, made=exp / "shards", cache=cache)
-    return Evaluation(config, corpora, cache, weights=exp / "pretrained.pt", device=torch.device("cpu"))
+    corpora = read_corpora(
+        config.data.test_data_config, filters=None, made=exp / "shards", cache=cache
+    )
+    return Evaluation(
+        config, corpora, cache, weights=exp / "pretrained.pt", device=torch.device("cpu")
+    )
 
 
 class Counting(TorchEngine):
@@ -91,7 +111,10 @@ class Counting(TorchEngine):
 
 
 def generations(folder):
-    return [json.loads(line) for line in next(folder.glob("generations-train-*.jsonl")).read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in next(folder.glob("generations-train-*.jsonl")).read_text().splitlines()
+    ]
 
 
 @pytest.mark.slow
@@ -107,7 +130,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
         evaluation(world, exp).decode(killed)
     (journal,) = run.folder.glob(".decoding-train.rank0.jsonl")
     with journal.open("ab") as file:
-        file.write('{"row": 3, "key": "写'.encode()[:-1])  # as a kill in the middle of a character leaves it
+        file.write(
+            '{"row": 3, "key": "写'.encode()[:-1]
+        )  # as a kill in the middle of a character leaves it
     rest = Counting(model, run.config.generation)
     again = evaluation(world, exp)
     again.decode(rest)
@@ -116,16 +141,23 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(world, exp, model):
     assert generations(run.folder) == expected
     again.report()
     varying = ("rtfx", "weights")
-    assert {k: v for k, v in again.results["train"].items() if k not in varying} == {k: v for k, v in results.items() if k not in varying}
+    assert {k: v for k, v in again.results["train"].items() if k not in varying} == {
+        k: v for k, v in results.items() if k not in varying
+    }
     assert not list(run.folder.glob(".decoding-*"))
 
 
 @pytest.mark.slow
 def test_sets_that_are_decoded_stay_so_until_the_report_is_written(world, exp, model):
     tests = exp.parent / "two.yaml"
-    data_config(tests, [{"name": name, "shards": str(world.root / "shards" / name)} for name in ("test", "train")])
+    data_config(
+        tests,
+        [{"name": name, "shards": str(world.root / "shards" / name)} for name in ("test", "train")],
+    )
     with pytest.raises(KeyboardInterrupt):
-        evaluation(world, exp, tests=tests).decode(Counting(model, evaluation(world, exp).config.generation, killed_after=20))
+        evaluation(world, exp, tests=tests).decode(
+            Counting(model, evaluation(world, exp).config.generation, killed_after=20)
+        )
     run = evaluation(world, exp, tests=tests)
     rest = Counting(model, run.config.generation)
     run.decode(rest)
@@ -204,7 +236,9 @@ def test_the_speed_is_of_the_rank_that_took_longest(world, exp, model, monkeypat
     with journal:
         journal.write([replace(each, took=1.0, rank=int(i == 0)) for i, each in enumerate(rows)])
     again = run._decode(engine, run.corpora[0], journal)
-    assert again.rtfx == pytest.approx(sum(t.duration for t in decoded.transcripts) / (len(rows) - 1))
+    assert again.rtfx == pytest.approx(
+        sum(t.duration for t in decoded.transcripts) / (len(rows) - 1)
+    )
     journal.remove()
 
 
@@ -213,13 +247,23 @@ def test_a_text_with_a_line_separator_is_decoded_once(world, exp, tmp_path):
             "corpus": "", "took": 1.0, "rank": 0, "row": 0}  # fmt: skip
     journal = Journal(tmp_path, "s", of=1)
     with journal:
-        journal.write([Said(**said)])
+        journal.write([DecodedUtterance(**said)])
     assert [asdict(each) for each in journal.read()] == [said]
 
 
 def test_a_corrupted_line_of_a_journal_costs_that_line_only(tmp_path):
-    said = Said(
-        key="k", reference="a", hypothesis="b", end="stop", duration=1.0, speaker="", recording="", corpus="", took=1.0, rank=0, row=0
+    said = DecodedUtterance(
+        key="k",
+        reference="a",
+        hypothesis="b",
+        end="stop",
+        duration=1.0,
+        speaker="",
+        recording="",
+        corpus="",
+        took=1.0,
+        rank=0,
+        row=0,
     )
     journal = Journal(tmp_path, "s", of=1)
     with journal:
@@ -239,7 +283,9 @@ def test_a_corrupted_line_of_a_journal_costs_that_line_only(tmp_path):
 
 def test_whisper_says_what_transformers_makes_it_say(exp, model):
     folder = find_whisper(model.config.base_models["audio_encoder"]["path"])
-    engine = WhisperEngine(folder, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
+    engine = WhisperEngine(
+        folder, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9
+    )
     waves = waves_of(3)
     texts = [answer.text for answer in engine.answer(waves, [])]
     alone = [engine.answer([wave], [])[0].text for wave in waves]
@@ -248,12 +294,26 @@ def test_whisper_says_what_transformers_makes_it_say(exp, model):
 
 
 @pytest.mark.parametrize(
-    ("lang", "language"), [("en-US", "en"), ("Chinese", "zh"), ("zh_CN", "zh"), ("cmn", "zh"), ("yue", None), ("x", None), (None, None)]
+    ("lang", "language"),
+    [
+        ("en-US", "en"),
+        ("Chinese", "zh"),
+        ("zh_CN", "zh"),
+        ("cmn", "zh"),
+        ("yue", None),
+        ("x", None),
+        (None, None),
+    ],
 )
 def test_whisper_is_told_a_language_that_it_knows(exp, model, lang, language):
     folder = find_whisper(model.config.base_models["audio_encoder"]["path"])
-    engine = WhisperEngine(folder, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
-    engine.model.generation_config.is_multilingual, engine.model.generation_config.lang_to_id = True, {"<|en|>": 3, "<|zh|>": 4}
+    engine = WhisperEngine(
+        folder, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9
+    )
+    engine.model.generation_config.is_multilingual, engine.model.generation_config.lang_to_id = (
+        True,
+        {"<|en|>": 3, "<|zh|>": 4},
+    )
     assert engine.of_language(lang).options.get("language") == language
 
 
@@ -269,7 +329,7 @@ def test_why_there_is_no_baseline_is_said(world, tmp_path):
             find_whisper(path)
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((world.whisper / "config.json").read_text())
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be read"):
         WhisperEngine(tmp_path, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
 
 
@@ -279,7 +339,10 @@ def test_normalizers_go_by_the_language(world):
     assert {name: choose_normalizer("auto", corpus) for name, corpus in corpora.items()} == {
         "english": "en", "both": "basic", "none": "basic", "known": "zh"
     }  # fmt: skip
-    assert choose_normalizer("auto", SimpleNamespace(lang="yue", index=corpora["english"].index)) == "zh"
+    assert (
+        choose_normalizer("auto", SimpleNamespace(lang="yue", index=corpora["english"].index))
+        == "zh"
+    )
     assert choose_normalizer("none", corpora["english"]) == "none"
 
 
@@ -288,7 +351,11 @@ def test_normalizers_go_by_the_language(world):
     [
         (["", "  "], "basic", "all 2 references of the test set 'dev' are empty"),
         (["...", "!"], "basic", "all 2 references"),
-        (["你好", "世界", "hello"], "en", "2 of 3 references .* are in another script than the normalizer 'en' is for, such as '你好'"),
+        (
+            ["你好", "世界", "hello"],
+            "en",
+            "2 of 3 references .* are in another script than the normalizer 'en' is for, such as '你好'",
+        ),
         (["hello there", "42"], "zh", "1 of 1 references .* another script"),
     ],
 )
@@ -300,7 +367,13 @@ def test_references_that_cannot_be_scored_are_refused(references, name, message)
 
 
 @pytest.mark.parametrize(
-    ("references", "name"), [(["hello", "", "12"], "en"), (["你好", "open 门"], "zh"), (["12", "7"], "zh"), (["привет"], "basic")]
+    ("references", "name"),
+    [
+        (["hello", "", "12"], "en"),
+        (["你好", "open 门"], "zh"),
+        (["12", "7"], "zh"),
+        (["привет"], "basic"),
+    ],
 )
 def test_references_that_can_be_scored_are_taken(references, name):
     from asrllm.data.text import normalizer
@@ -325,16 +398,24 @@ def test_a_test_set_that_cannot_be_scored_ends_before_the_model_loads(world, exp
     before = sorted(path.name for path in exp.iterdir())
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "0" if "RANK" in name else "1")  # set, so that what start() sets is taken back
+            patch.setenv(
+                name, "0" if "RANK" in name else "1"
+            )  # set, so that what start() sets is taken back
             patch.delenv(name)
-        patch.setattr("asrllm.training.distributed.start", lambda: torch.device("cpu"))
-        assert "the test set 'twice' has 3 repeated keys, such as 'utt0000'" in fails(capsys, "evaluate", *arguments)
-        data_config(tmp_path / "zh.yaml", [{"name": "one", "shards": str(tmp_path / "one"), "lang": "zh"}])
+        patch.setattr("asrllm.distributed.start", lambda: torch.device("cpu"))
+        assert "the test set 'twice' has 3 repeated keys, such as 'utt0000'" in fails(
+            capsys, "evaluate", *arguments
+        )
+        data_config(
+            tmp_path / "zh.yaml", [{"name": "one", "shards": str(tmp_path / "one"), "lang": "zh"}]
+        )
         assert "in another script than the normalizer 'zh'" in fails(
             capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'zh.yaml'}"
         )
         data_config(tmp_path / "all.yaml", [{"name": "all", "shards": str(tmp_path / "one")}])
-        assert "has a test set named 'all'" in fails(capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'all.yaml'}")
+        assert "has a test set named 'all'" in fails(
+            capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'all.yaml'}"
+        )
     assert sorted(path.name for path in exp.iterdir()) == before
 
 
@@ -369,7 +450,12 @@ def test_two_ranks_killed_in_the_middle_go_on(world, exp, tmp_path):
 def test_a_rank_that_hangs_or_dies_ends_the_evaluation(world, exp, tmp_path, number):
     run = shutil.copytree(exp, tmp_path / "run", ignore=shutil.ignore_patterns("*_search"))
     test_set = f"data.test_data_config={world.root / 'train.yaml'}"
-    options = ["whisper_baseline=false", "data.max_batch_duration=0.3", "precision=fp32", "step_timeout=4"]
+    options = [
+        "whisper_baseline=false",
+        "data.max_batch_duration=0.3",
+        "precision=fp32",
+        "step_timeout=4",
+    ]
     command = [REPOSITORY / "launch" / "evaluate.py", f"exp_dir={run}", test_set, *options]
     folder = run / "greedy_search"
     with started(tmp_path / "logs", command, command) as ranks:

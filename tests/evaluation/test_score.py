@@ -12,7 +12,9 @@ from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
 from asrllm.evaluation.summary import score, signs_of
 
-WORDS = st.lists(st.sampled_from(["a", "bb", "cab", "d", "你", "好吗"]), min_size=1, max_size=8).map(" ".join)
+WORDS = st.lists(
+    st.sampled_from(["a", "bb", "cab", "d", "你", "好吗"]), min_size=1, max_size=8
+).map(" ".join)
 
 
 def transcript(reference, hypothesis, key="k", **more):
@@ -41,13 +43,17 @@ def test_error_rates_are_jiwers_and_kaldialigns(pairs):
     squeezed = [[text.replace(" ", "") for text in texts] for texts in (references, hypotheses)]
     assert errors(transcripts, "cer").rate == pytest.approx(100 * jiwer.cer(*squeezed))
     aligned = [kaldialign.align(r.split(), h.split(), "*") for r, h in pairs]
-    assert score(transcripts).errors["wer"].total.tolist() == [sum(r != h for r, h in a) for a in aligned]
+    assert score(transcripts).errors["wer"].total.tolist() == [
+        sum(r != h for r, h in a) for a in aligned
+    ]
 
 
 def test_the_mixed_rate_counts_characters_here_and_words_there():
     assert mixed("我想 play piano 吗 ok") == ["我", "想", "play", "piano", "吗", "ok"]
     assert mixed("café 42") == ["café", "42"]
-    assert errors([transcript("我想 play piano", "我 想 pray piano")], "mer").rate == pytest.approx(25.0)
+    assert errors([transcript("我想 play piano", "我 想 pray piano")], "mer").rate == pytest.approx(
+        25.0
+    )
     assert fitting_metric(["a b", "c"]) == "wer"
     assert fitting_metric(["你好", "三 2"]) == "cer"
     assert fitting_metric(["你好", "open 门"]) == "mer"
@@ -62,15 +68,26 @@ def test_the_confidence_interval_holds_the_rate_and_narrows():
         low, high = found.confidence_interval()
         assert low < found.rate < high
     assert np.diff(many.confidence_interval()) < np.diff(few.confidence_interval()) / 2
-    assert errors([transcript("a b", "a b")] * 50).confidence_interval() == (0.0, 3.0), "the rule of three: 3 in 100 words"
+    assert errors([transcript("a b", "a b")] * 50).confidence_interval() == (0.0, 3.0), (
+        "the rule of three: 3 in 100 words"
+    )
     assert errors([transcript("a b", "a b")]).confidence_interval() == (0.0, 100.0)
-    assert errors([transcript("a", "b c d")]).confidence_interval() == (0.0, 300.0), "one utterance bounds nothing"
+    assert errors([transcript("a", "b c d")]).confidence_interval() == (0.0, 300.0), (
+        "one utterance bounds nothing"
+    )
 
 
 def test_the_interval_is_of_95_per_cent():
     """As wide as the normal approximation's, 3.92 standard errors; one of 90 % has 3.29."""
     wrong = np.random.default_rng(0).random((2000, 5)) < 0.2
-    found = errors([transcript("a b c d e", " ".join("x" if w else c for w, c in zip(row, "abcde", strict=True))) for row in wrong])
+    found = errors(
+        [
+            transcript(
+                "a b c d e", " ".join("x" if w else c for w, c in zip(row, "abcde", strict=True))
+            )
+            for row in wrong
+        ]
+    )
     standard_error = 100 * wrong.mean(axis=1).std() / 2000**0.5
     assert np.diff(found.confidence_interval())[0] == pytest.approx(3.92 * standard_error, rel=0.08)
 
@@ -80,7 +97,15 @@ def test_the_interval_covers_the_true_rate_as_often_as_it_says():
     rng, held = np.random.default_rng(1), 0
     for _ in range(100):
         wrong = rng.random((80, 5)) < 0.2
-        found = errors([transcript("a b c d e", " ".join("x" if w else c for w, c in zip(row, "abcde", strict=True))) for row in wrong])
+        found = errors(
+            [
+                transcript(
+                    "a b c d e",
+                    " ".join("x" if w else c for w, c in zip(row, "abcde", strict=True)),
+                )
+                for row in wrong
+            ]
+        )
         low, high = found.confidence_interval()
         held += low <= 20 <= high
     assert held >= 86  # of 95 expected, four standard deviations less
@@ -88,14 +113,21 @@ def test_the_interval_covers_the_true_rate_as_often_as_it_says():
 
 def test_utterances_of_one_speaker_are_drawn_together():
     """Eight speakers, each wholly right or wholly wrong: utterances by themselves would seem to say much more than they do."""
-    said = [transcript("a b", "a b" if s % 2 else "x y", f"{s}-{i}", speaker=f"s{s}") for s in range(8) for i in range(30)]
+    said = [
+        transcript("a b", "a b" if s % 2 else "x y", f"{s}-{i}", speaker=f"s{s}")
+        for s in range(8)
+        for i in range(30)
+    ]
     kind, groups = groups_of(said)
     assert (kind, len(set(groups))) == ("speaker", 8)
     narrow, wide = errors(said).confidence_interval(), errors(said).confidence_interval(groups)
     assert np.diff(wide) > 3 * np.diff(narrow)
     assert groups_of(said[:90]) == ("utterance", None)
     assert groups_of([*said, transcript("a", "a")])[0] == "utterance"
-    assert groups_of([transcript("a", "a", str(i), recording=f"r{i % 6}") for i in range(12)])[0] == "recording"
+    assert (
+        groups_of([transcript("a", "a", str(i), recording=f"r{i % 6}") for i in range(12)])[0]
+        == "recording"
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,10 +156,18 @@ def test_rates_are_broken_down():
         transcript("a b", "b", "2", duration=40.0, speaker="y", corpus="q"),
     ]
     entry = score(said).entry()
-    assert {name: row["wer"] for name, row in entry["by_duration"].items()} == {"0-2 s": 0.0, "10-15 s": 50.0, "over 30 s": 50.0}
+    assert {name: row["wer"] for name, row in entry["by_duration"].items()} == {
+        "0-2 s": 0.0,
+        "10-15 s": 50.0,
+        "over 30 s": 50.0,
+    }
     assert list(entry["by_speaker"]) == ["y", "x"]
     assert entry["by_corpus"]["q"] == {"utterances": 2, "hours": round(52 / 3600, 4), "wer": 50.0}
-    assert entry["shares"]["wer"] == {"ins": 0.0, "del": pytest.approx(16.667), "sub": pytest.approx(16.667)}
+    assert entry["shares"]["wer"] == {
+        "ins": 0.0,
+        "del": pytest.approx(16.667),
+        "sub": pytest.approx(16.667),
+    }
     assert entry["hallucinations"]["length_ratio"] == round(5 / 6, 4)
     assert (entry["ci95_by"], entry["metric"]) == ("utterance", "wer")
 
@@ -138,31 +178,66 @@ def test_result_files_have_icefalls_forms(tmp_path):
         transcript("four", "four five", "x-2"),
         transcript("six six", "six", "x-3"),
     ]
-    result = write_results(tmp_path, "test", "iter-9-avg-2", score(transcripts), {"normalizer": "basic", "rtfx": 3.0})
+    result = write_results(
+        tmp_path, "test", "iter-9-avg-2", score(transcripts), {"normalizer": "basic", "rtfx": 3.0}
+    )
     write_summary(tmp_path, "iter-9-avg-2", {"test": result})
     assert (tmp_path / "recogs-test-iter-9-avg-2.txt").read_text().splitlines()[:2] == [
         "x-1:\tref=['one', 'two', 'three']",
         "x-1:\thyp=['one', 'too', 'three']",
     ]
     errs = (tmp_path / "errs-test-iter-9-avg-2.txt").read_text()
-    assert errs.startswith("%WER = 50.00\nErrors: 1 insertions, 1 deletions, 1 substitutions, over 6 reference words (4 correct)\n")
-    for line in ("x-1:\tone (two->too) three", "x-2:\tfour (*->five)", "1   two -> too", "1   five"):
+    assert errs.startswith(
+        "%WER = 50.00\nErrors: 1 insertions, 1 deletions, 1 substitutions, over 6 reference words (4 correct)\n"
+    )
+    for line in (
+        "x-1:\tone (two->too) three",
+        "x-2:\tfour (*->five)",
+        "1   two -> too",
+        "1   five",
+    ):
         assert line in errs.splitlines()
-    assert (tmp_path / "wer-summary-test-iter-9-avg-2.txt").read_text().splitlines()[0] == "settings\tWER"
-    assert (tmp_path / "wer-summary-all-iter-9-avg-2.txt").read_text().splitlines()[1].startswith("test\t50.00\t")
+    assert (tmp_path / "wer-summary-test-iter-9-avg-2.txt").read_text().splitlines()[
+        0
+    ] == "settings\tWER"
+    assert (
+        (tmp_path / "wer-summary-all-iter-9-avg-2.txt")
+        .read_text()
+        .splitlines()[1]
+        .startswith("test\t50.00\t")
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert {k: results["test"][k] for k in ("wer", "utterances", "normalizer", "rtfx")} == {
         "wer": 50.0, "utterances": 3, "normalizer": "basic", "rtfx": 3.0
     }  # fmt: skip
-    generations = [json.loads(line) for line in (tmp_path / "generations-test-iter-9-avg-2.jsonl").read_text().splitlines()]
-    assert generations[0] == {"key": "x-1", "duration": 2.0, "ref": "one two three", "hyp": "one too three", "normalizer": "basic"}
+    generations = [
+        json.loads(line)
+        for line in (tmp_path / "generations-test-iter-9-avg-2.jsonl").read_text().splitlines()
+    ]
+    assert generations[0] == {
+        "key": "x-1",
+        "duration": 2.0,
+        "ref": "one two three",
+        "hyp": "one too three",
+        "normalizer": "basic",
+    }
 
 
 def test_chinese_results_are_in_characters(tmp_path):
-    result = write_results(tmp_path, "zh", "pretrained", score([transcript("你好世界", "你好师姐", "u")]), {"normalizer": "zh"})
+    result = write_results(
+        tmp_path,
+        "zh",
+        "pretrained",
+        score([transcript("你好世界", "你好师姐", "u")]),
+        {"normalizer": "zh"},
+    )
     assert (result["metric"], result["cer"], result["wer"]) == ("cer", 50.0, 100.0)
     assert "u:\tref=['你', '好', '世', '界']" in (tmp_path / "recogs-zh-pretrained.txt").read_text()
-    assert (tmp_path / "errs-zh-pretrained.txt").read_text().startswith("%WER = 50.00\nErrors: 0 insertions, 0 deletions, 2 substi")
+    assert (
+        (tmp_path / "errs-zh-pretrained.txt")
+        .read_text()
+        .startswith("%WER = 50.00\nErrors: 0 insertions, 0 deletions, 2 substi")
+    )
 
 
 def test_decoding_batches_hold_similar_lengths_within_the_budget():
@@ -172,4 +247,6 @@ def test_decoding_batches_hold_similar_lengths_within_the_budget():
     assert all(len(b) * seconds[b].max() <= 60.0 for b in batches)
     assert 1 - seconds.sum() / sum(len(b) * seconds[b].max() for b in batches) < 0.1
     assert [len(b) for b in make_batches(seconds, 0.01)] == [1] * 200
-    assert sorted(row for batch in make_batches(seconds, 60.0, skip={3, 5}) for row in batch) == [r for r in range(200) if r not in (3, 5)]
+    assert sorted(row for batch in make_batches(seconds, 60.0, skip={3, 5}) for row in batch) == [
+        r for r in range(200) if r not in (3, 5)
+    ]

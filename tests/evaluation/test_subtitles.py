@@ -16,21 +16,35 @@ CHINESE = "今天天气很好，我们去公园散步吧。「你说得对」，
 
 
 def transcript(*segments):
-    return FileTranscript(audio="a/b.wav", duration=90.0, segments=[Spoken(start=a, end=b, text=text) for a, b, text in segments])
+    return FileTranscript(
+        audio="a/b.wav",
+        duration=90.0,
+        segments=[Spoken(start=a, end=b, text=text) for a, b, text in segments],
+    )
 
 
 def parse(content, point):
     """[(begin, end, lines)] of SubRip or of WebVTT."""
     if point == ".":
         assert content.startswith("WEBVTT\n\n")
-        content = content.removeprefix("WEBVTT\n\n").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        content = (
+            content.removeprefix("WEBVTT\n\n")
+            .replace("&lt;", "<")
+            .replace("&gt;", ">")
+            .replace("&amp;", "&")
+        )
     cues = []
     for number, block in enumerate(content.split("\n\n")[:-1], 1):
         name, times, *lines = block.split("\n")
         assert name == str(number)
-        found = re.fullmatch(rf"(\d\d+):(\d\d):(\d\d)\{point}(\d\d\d) --> (\d\d+):(\d\d):(\d\d)\{point}(\d\d\d)", times)
+        found = re.fullmatch(
+            rf"(\d\d+):(\d\d):(\d\d)\{point}(\d\d\d) --> (\d\d+):(\d\d):(\d\d)\{point}(\d\d\d)",
+            times,
+        )
         values = list(map(int, found.groups()))
-        begin, end = (((h * 60 + m) * 60 + s) * 1000 + ms for h, m, s, ms in (values[:4], values[4:]))
+        begin, end = (
+            ((h * 60 + m) * 60 + s) * 1000 + ms for h, m, s, ms in (values[:4], values[4:])
+        )
         cues.append((begin, end, lines))
     return cues
 
@@ -40,7 +54,10 @@ def squeezed(text):
 
 
 words = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=60)
-texts = st.lists(st.one_of(words, st.sampled_from(["a", "transcription", "你好世界", "。", "-->", "<b>"])), max_size=30).map(" ".join)
+texts = st.lists(
+    st.one_of(words, st.sampled_from(["a", "transcription", "你好世界", "。", "-->", "<b>"])),
+    max_size=30,
+).map(" ".join)
 
 
 @pytest.mark.slow
@@ -55,9 +72,17 @@ def test_cues_hold_the_text_in_order_within_their_segments(parts):
         cues = parse(FORMATS[kind](transcript(*segments), None), point)
         assert all(begin < end for begin, end, _ in cues)
         assert all(end <= begin for (_, end, _), (begin, _, _) in itertools.pairwise(cues))
-        assert all(1 <= len(lines) <= 2 and all(0 < columns(line) <= LINE for line in lines) for _, _, lines in cues)
-        assert squeezed("".join("".join(lines) for _, _, lines in cues)) == squeezed("".join(text for _, _, text in segments))
-        assert all(any(a * 1000 - 1 <= begin and end <= b * 1000 + 1 for a, b, _ in segments) for begin, end, _ in cues)
+        assert all(
+            1 <= len(lines) <= 2 and all(0 < columns(line) <= LINE for line in lines)
+            for _, _, lines in cues
+        )
+        assert squeezed("".join("".join(lines) for _, _, lines in cues)) == squeezed(
+            "".join(text for _, _, text in segments)
+        )
+        assert all(
+            any(a * 1000 - 1 <= begin and end <= b * 1000 + 1 for a, b, _ in segments)
+            for begin, end, _ in cues
+        )
 
 
 def test_words_stay_whole_and_time_is_shared_out_by_length():
@@ -83,7 +108,10 @@ def test_lines_are_balanced():
     assert abs(len(first) - len(second)) < 6
 
 
-@pytest.mark.parametrize(("milliseconds", "text"), [(0, "00:00:00,000"), (3_599_999, "00:59:59,999"), (360_000_001, "100:00:00,001")])
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [(0, "00:00:00,000"), (3_599_999, "00:59:59,999"), (360_000_001, "100:00:00,001")],
+)
 def test_clock(milliseconds, text):
     assert clock(milliseconds, ",") == text
 
@@ -92,7 +120,10 @@ def test_json_and_text():
     found = FileTranscript(
         audio="a.wav",
         duration=12.3456,
-        segments=[Spoken(start=0.5, end=2.25, text="你好"), Spoken(start=3, end=9, text="世界", end_reason="loop")],
+        segments=[
+            Spoken(start=0.5, end=2.25, text="你好"),
+            Spoken(start=3, end=9, text="世界", end_reason="loop"),
+        ],
     )
     assert FORMATS["txt"](found, None) == "你好世界\n"
     fields = json.loads(as_json(found, "zh"))

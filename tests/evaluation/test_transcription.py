@@ -12,7 +12,7 @@ from asrllm.audio.stream import AudioFile, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.data.text import join_texts
 from asrllm.evaluation.transcription import Listening, Spoken, transcribe_files
-from asrllm.models.generation import Answer
+from asrllm.models.asr_llm.generation import Answer
 from asrllm.testing import tone, vowels
 from tests.conftest import REPOSITORY, assert_done, clean_environment
 
@@ -30,13 +30,20 @@ class Stub:
     def answer(self, waves, prompts):
         assert all(self.limits[0] <= len(wave) <= self.limits[1] for wave in waves)
         self.batches.append([len(wave) for wave in waves])
-        return [Answer(text=f"{p} {len(w)} {abs(w).sum():.3f}") for w, p in zip(waves, prompts, strict=True)]
+        return [
+            Answer(text=f"{p} {len(w)} {abs(w).sum():.3f}")
+            for w, p in zip(waves, prompts, strict=True)
+        ]
 
 
 def transcribe(paths, engine=None, listening=PIECES, batch_size=3, advanced=None):
     files = [open_audio(str(path)) for path in paths]
     told = advanced.append if advanced is not None else lambda seconds: None
-    return list(transcribe_files(engine or Stub(), files, listening, prompt="p", batch_size=batch_size, advance=told))
+    return list(
+        transcribe_files(
+            engine or Stub(), files, listening, prompt="p", batch_size=batch_size, advance=told
+        )
+    )
 
 
 def make(path, seconds, seed=0):
@@ -61,7 +68,9 @@ def test_files_come_in_order_and_the_batch_size_changes_no_text(tmp_path):
 
 
 def test_segments_of_like_length_are_decoded_together(tmp_path):
-    paths = [make(tmp_path / f"{i}.wav", seconds, i) for i, seconds in enumerate((1.2, 0.4, 1.1, 0.5))]
+    paths = [
+        make(tmp_path / f"{i}.wav", seconds, i) for i, seconds in enumerate((1.2, 0.4, 1.1, 0.5))
+    ]
     engine = Stub()
     transcribe(paths, engine, batch_size=2)
     assert engine.batches == [[19200, 17600], [8000, 6400]]
@@ -82,18 +91,27 @@ def test_a_damaged_file_is_told_and_the_others_are_done(tmp_path):
 
 def test_where_nobody_speaks_there_is_no_segment(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 1e-3, 160_000), 16000)
-    (found,) = transcribe([tmp_path / "a.wav"], listening=Listening(detector=partial(Silero, load_silero()), longest=28 * 16000))
+    (found,) = transcribe(
+        [tmp_path / "a.wav"],
+        listening=Listening(detector=partial(Silero, load_silero()), longest=28 * 16000),
+    )
     assert (found.segments, found.text, found.duration, found.problem) == ([], "", 10, None)
 
 
 def test_a_file_that_is_too_short_for_the_model_is_told(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.005), 16000)
     (found,) = transcribe([tmp_path / "a.wav"])
-    assert found.problem == f"{str(tmp_path / 'a.wav')!r} has 0.01 s of audio, the model takes 0.01 s at least: leave it out"
+    assert (
+        found.problem
+        == f"{str(tmp_path / 'a.wav')!r} has 0.01 s of audio, the model takes 0.01 s at least: leave it out"
+    )
 
 
 def test_texts_are_joined_without_a_space_within_chinese():
-    assert join_texts(["hello", "", "world", "你好", "世界。", "です", "ok", ""]) == "hello world 你好世界。です ok"
+    assert (
+        join_texts(["hello", "", "world", "你好", "世界。", "です", "ok", ""])
+        == "hello world 你好世界。です ok"
+    )
     assert Spoken(start=0, end=1, text="x").end_reason == "stop"
     assert AudioFile(path="x", seconds=None).decoder == "soundfile"
 
@@ -105,7 +123,7 @@ import numpy as np, soundfile
 from asrllm.audio.stream import open_audio
 from asrllm.audio.vad import Silero, load_silero
 from asrllm.evaluation.transcription import Listening, transcribe_files
-from asrllm.models.generation import Answer
+from asrllm.models.asr_llm.generation import Answer
 from asrllm.testing import vowels
 
 class Stub:

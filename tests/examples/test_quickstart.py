@@ -22,10 +22,16 @@ def ctranslate2_file(path, variables, aliases=(), version=6):
     def string(text):
         return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
 
-    data = struct.pack("<I", version) + string("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    data = (
+        struct.pack("<I", version) + string("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    )
     kinds = {np.dtype(np.float32): 0, np.dtype(np.int8): 1, np.dtype(np.float16): 4}
     for name, array in variables.items():
-        data += string(name) + struct.pack("<B", array.ndim) + struct.pack(f"<{array.ndim}I", *array.shape)
+        data += (
+            string(name)
+            + struct.pack("<B", array.ndim)
+            + struct.pack(f"<{array.ndim}I", *array.shape)
+        )
         data += struct.pack("<BI", kinds[array.dtype], array.nbytes) + array.tobytes()
     data += struct.pack("<I", len(aliases)) + b"".join(string(a) + string(b) for a, b in aliases)
     path.write_bytes(data)
@@ -33,8 +39,13 @@ def ctranslate2_file(path, variables, aliases=(), version=6):
 
 
 def test_ctranslate2_files_are_read(tmp_path):
-    variables = {"a/weight": np.arange(6, dtype=np.float16).reshape(2, 3), "heads": np.array(6, np.int8)}
-    read = weights.read_ctranslate2(ctranslate2_file(tmp_path / "m.bin", variables, [("b/weight", "a/weight")]))
+    variables = {
+        "a/weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "heads": np.array(6, np.int8),
+    }
+    read = weights.read_ctranslate2(
+        ctranslate2_file(tmp_path / "m.bin", variables, [("b/weight", "a/weight")])
+    )
     assert read["a/weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert read["b/weight"] is read["a/weight"]
     assert int(read["heads"]) == 6
@@ -46,19 +57,25 @@ def test_whispers_names_are_transformers_own(world):
     """Every parameter of transformers' Whisper, stacked as CTranslate2 has it, comes back under its own name."""
     from transformers import WhisperModel
 
-    theirs = {f"model.{k}": v for k, v in WhisperModel.from_pretrained(world.whisper).state_dict().items()}
+    theirs = {
+        f"model.{k}": v for k, v in WhisperModel.from_pretrained(world.whisper).state_dict().items()
+    }
     stacked = {"decoder/embeddings/weight": theirs["model.decoder.embed_tokens.weight"]}
 
     def put(target, *sources):
         kinds = ("gamma", "beta") if "norm" in target else ("weight", "bias")
         for kind, name in zip(kinds, ("weight", "bias"), strict=True):
-            parts = [theirs.get(f"{s}.{name}", torch.zeros(len(theirs[f"{s}.weight"]))) for s in sources]
+            parts = [
+                theirs.get(f"{s}.{name}", torch.zeros(len(theirs[f"{s}.weight"]))) for s in sources
+            ]
             stacked[f"{target}/{kind}"] = torch.cat(parts)
 
     for conv in ("conv1", "conv2"):
         put(f"encoder/{conv}", f"model.encoder.{conv}")
     for part, layers in (("encoder", 2), ("decoder", 1)):
-        stacked[f"{part}/position_encodings/encodings"] = theirs[f"model.{part}.embed_positions.weight"]
+        stacked[f"{part}/position_encodings/encodings"] = theirs[
+            f"model.{part}.embed_positions.weight"
+        ]
         put(f"{part}/layer_norm", f"model.{part}.layer_norm")
         for i in range(layers):
             a, b = f"{part}/layer_{i}", f"model.{part}.layers.{i}"
@@ -71,7 +88,11 @@ def test_whispers_names_are_transformers_own(world):
             if part == "decoder":
                 put(f"{a}/attention/layer_norm", f"{b}.encoder_attn_layer_norm")
                 put(f"{a}/attention/linear_0", f"{b}.encoder_attn.q_proj")
-                put(f"{a}/attention/linear_1", f"{b}.encoder_attn.k_proj", f"{b}.encoder_attn.v_proj")
+                put(
+                    f"{a}/attention/linear_1",
+                    f"{b}.encoder_attn.k_proj",
+                    f"{b}.encoder_attn.v_proj",
+                )
                 put(f"{a}/attention/linear_2", f"{b}.encoder_attn.out_proj")
     mine = weights.whisper_state(stacked)
     assert mine.keys() == theirs.keys()
@@ -94,7 +115,10 @@ def test_a_directory_appears_when_it_is_complete(tmp_path):
 
 @pytest.mark.slow
 def test_training_strings_are_what_their_words_say():
-    pool = {word: [np.sin(np.arange(4000) * 0.05 * (i + 1)).astype(np.float32)] for i, word in enumerate(speech.DIGITS)}
+    pool = {
+        word: [np.sin(np.arange(4000) * 0.05 * (i + 1)).astype(np.float32)]
+        for i, word in enumerate(speech.DIGITS)
+    }
     speech._fill_pool([("one two", pool["one"][0])], pool)
     strings = [speech.training_string(i) for i in range(40)]
     assert any(words == "one two" for words, _ in strings)
@@ -107,7 +131,9 @@ def test_training_strings_are_what_their_words_say():
     assert again == strings[3][0]
     assert np.array_equal(wave, strings[3][1])
     assert len(speech.speed(pool["one"][0], 2.0)) == 2000
-    assert len(speech.trim(np.concatenate([np.zeros(9000), np.ones(1000), np.zeros(9000)]))) == pytest.approx(1960, abs=2)
+    assert len(
+        speech.trim(np.concatenate([np.zeros(9000), np.ones(1000), np.zeros(9000)]))
+    ) == pytest.approx(1960, abs=2)
     assert len(speech.digit_strings(pool, seed=0)) == speech.TEST_STRINGS
 
 

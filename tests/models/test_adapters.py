@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from asrllm.errors import UserError
-from asrllm.models.config import EncoderPart, LoraPart
-from asrllm.models.stages import take_over
+from asrllm.models.init_from import take_over
+from asrllm.models.model_args import EncoderPart, LoraPart
 from asrllm.testing import tiny_llm
-from tests.models.test_model import batch_of, make_model, samples
+from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
 
 WHISPER_LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "fc1"]}
 ZIPFORMER_LORA = WHISPER_LORA | {"target_modules": ["in_proj", "out_proj"]}
@@ -17,7 +17,12 @@ ZIPFORMER_LORA = WHISPER_LORA | {"target_modules": ["in_proj", "out_proj"]}
 
 def encoder_part(world, kind, **changes):
     lora = {"whisper": WHISPER_LORA, "zipformer": ZIPFORMER_LORA}[kind]
-    values = {"model_type": kind, "pretrained_model": str(getattr(world, kind)), "frozen": True, "lora": LoraPart(**lora)}
+    values = {
+        "model_type": kind,
+        "pretrained_model": str(getattr(world, kind)),
+        "frozen": True,
+        "lora": LoraPart(**lora),
+    }
     return EncoderPart(**values | changes)
 
 
@@ -33,10 +38,16 @@ def trained_names(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whisper", "zipformer"])
 def test_adapters_on_the_encoder_are_trained_saved_and_loaded(world, tmp_path, kind):
-    model = make_model(world, audio_encoder=encoder_part(world, kind), audio_encoder_projector_ds_rate=2)
+    model = make_model(
+        world, audio_encoder=encoder_part(world, kind), audio_encoder_projector_ds_rate=2
+    )
     adapters = {name for name, _ in model.audio_encoder.named_parameters() if "lora_" in name}
     assert len(adapters) >= 4
-    assert {n.removeprefix("audio_encoder.") for n in trained_names(model) if n.startswith("audio_encoder.")} == adapters
+    assert {
+        n.removeprefix("audio_encoder.")
+        for n in trained_names(model)
+        if n.startswith("audio_encoder.")
+    } == adapters
     model(**batch_of(model, samples())).loss.backward()
     for name, parameter in model.audio_encoder.named_parameters():
         assert (parameter.grad is not None) == (name in adapters), name
@@ -65,13 +76,22 @@ def test_options_of_peft_reach_it(world, tmp_path, options):
     assert all(p.grad is not None for p in model.llm.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
     waves = [s.wave for s in samples()]
-    assert type(model).from_pretrained(tmp_path).transcribe(waves, max_new_tokens=8) == model.transcribe(waves, max_new_tokens=8)
+    assert type(model).from_pretrained(tmp_path).transcribe(
+        waves, max_new_tokens=8
+    ) == model.transcribe(waves, max_new_tokens=8)
 
 
 def test_mistakes_in_the_options_are_one_sentence(world):
-    with pytest.raises(UserError, match=r"lora\.options: 'rank_patern' .* did you mean 'rank_pattern'"):
+    with pytest.raises(
+        UserError, match=r"lora\.options: 'rank_patern' .* did you mean 'rank_pattern'"
+    ):
         llm_lora(options={"rank_patern": {}})
-    for options in ({"r": 3}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"inference_mode": True}):
+    for options in (
+        {"r": 3},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"inference_mode": True},
+    ):
         with pytest.raises(UserError, match="none of those that go with packed training"):
             llm_lora(options=options)
     with pytest.raises(UserError, match="changes the base weights"):
@@ -94,9 +114,17 @@ def test_patterns_freeze_parameters_by_name(world):
     model = make_model(world, frozen=("llm",), patterns=patterns, audio_encoder=encoder)
     names = trained_names(model)
     assert {"audio_encoder.layers.1.fc1.weight", "audio_encoder.layer_norm.bias"} <= names
-    assert not [n for n in names if n.startswith(("audio_encoder.layers.0.", "audio_encoder.conv", "projector."))]
-    assert model.carried == tuple(n for n, _ in model.named_parameters() if n.startswith("projector."))
-    with pytest.raises(UserError, match=r"'projektor\.\*' fits no parameter; names are such as 'projector"):
+    assert not [
+        n
+        for n in names
+        if n.startswith(("audio_encoder.layers.0.", "audio_encoder.conv", "projector."))
+    ]
+    assert model.inherited == tuple(
+        n for n, _ in model.named_parameters() if n.startswith("projector.")
+    )
+    with pytest.raises(
+        UserError, match=r"'projektor\.\*' fits no parameter; names are such as 'projector"
+    ):
         make_model(world, patterns=["projektor.*"])
 
 
@@ -106,7 +134,10 @@ def test_patterns_freeze_parameters_by_name(world):
 def finished_run(model, folder):
     """What take_over reads of a run."""
     model.config.save_pretrained(folder)
-    torch.save({name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}, folder / "pretrained.pt")
+    torch.save(
+        {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad},
+        folder / "pretrained.pt",
+    )
     return folder
 
 
@@ -119,26 +150,46 @@ def test_a_run_takes_over_all_that_an_earlier_one_trained(world, tmp_path):
     assert taken == {name for name, _ in first.named_parameters() if name.startswith("projector.")}
     for name, parameter in first.projector.named_parameters():
         assert torch.equal(parameter, second.projector.get_parameter(name))
-    third = make_model(world, frozen=("llm", "audio_encoder"), init_from=str(tmp_path), patterns=["projector.*"])
-    assert set(third.carried) == taken
+    third = make_model(
+        world, frozen=("llm", "audio_encoder"), init_from=str(tmp_path), patterns=["projector.*"]
+    )
+    assert set(third.inherited) == taken
 
 
 def test_a_part_trained_in_full_may_be_frozen_or_given_adapters_next(world, tmp_path):
-    first = make_model(world, frozen=("llm",), audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None))
+    first = make_model(
+        world,
+        frozen=("llm",),
+        audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None),
+    )
     with torch.no_grad():
         first.audio_encoder.layers[0].self_attn.q_proj.weight.add_(1)
     run = str(finished_run(first, tmp_path))
-    second = make_model(world, init_from=run, audio_encoder=encoder_part(world, "whisper"), patterns=["llm.*lora_*"])
+    second = make_model(
+        world, init_from=run, audio_encoder=encoder_part(world, "whisper"), patterns=["llm.*lora_*"]
+    )
     changed = second.audio_encoder.layers[0].self_attn.q_proj.base_layer.weight
     assert torch.equal(changed, first.audio_encoder.layers[0].self_attn.q_proj.weight)
-    base = {name for name, _ in second.named_parameters() if name.startswith("audio_encoder.") and "lora_" not in name}
-    adapters = {name for name, _ in second.named_parameters() if name.startswith("llm.") and "lora_" in name}
-    assert set(second.carried) == base | adapters
+    base = {
+        name
+        for name, _ in second.named_parameters()
+        if name.startswith("audio_encoder.") and "lora_" not in name
+    }
+    adapters = {
+        name for name, _ in second.named_parameters() if name.startswith("llm.") and "lora_" in name
+    }
+    assert set(second.inherited) == base | adapters
     assert second.stored_weights() == {"audio_encoder": len(base), "llm": 0}
-    with pytest.raises(UserError, match=r"exclude_from_checkpoint=\[audio_encoder\], but init_from brings"):
+    with pytest.raises(
+        UserError, match=r"exclude_from_checkpoint=\[audio_encoder\], but init_from brings"
+    ):
         make_model(world, init_from=run, exclude_from_checkpoint=["audio_encoder"])
     with pytest.raises(UserError, match="trains it: what it learns would be lost"):
-        make_model(world, audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None), exclude_from_checkpoint=["audio_encoder"])
+        make_model(
+            world,
+            audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None),
+            exclude_from_checkpoint=["audio_encoder"],
+        )
 
 
 def test_another_base_model_is_refused(world, tmp_path):
@@ -175,7 +226,10 @@ def test_label_smoothing_is_of_training_alone(world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"audio_encoder_projector_ds_rate": 2}, "was trained with audio_encoder_projector_ds_rate=4, this run has 2"),
+        (
+            {"audio_encoder_projector_ds_rate": 2},
+            "was trained with audio_encoder_projector_ds_rate=4, this run has 2",
+        ),
         ({"tag_audio_boundary": True}, "was trained with tag_audio_boundary=False"),
         ({"llm": llm_lora(lora_alpha=9)}, "was trained with lora=.*'lora_alpha': 8"),
         ({"llm": llm_lora(r=0)}, "was trained with lora="),
@@ -194,7 +248,9 @@ def test_dropout_may_differ_and_weights_must_be_whole(world, tmp_path):
     name = "projector.mlp.linear1.weight"
     for change, message in (({name: None}, f"has no '{name}'"), ({"projector.x": torch.zeros(1)}, "'projector.x' was trained there"),
                             ({name: torch.zeros(2, 2)}, rf"'{name}' has the shape \(2, 2\) there")):  # fmt: skip
-        torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / "pretrained.pt")
+        torch.save(
+            {k: v for k, v in (state | change).items() if v is not None}, tmp_path / "pretrained.pt"
+        )
         with pytest.raises(UserError, match=message):
             take_over(make_model(world), tmp_path)
     with pytest.raises(UserError, match="is no run"):

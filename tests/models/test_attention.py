@@ -77,7 +77,10 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(backend, options):
     inputs, _, cu_seqlens = row(LENGTHS)  # uncompiled flex on the CPU has no backward pass
     with torch.no_grad():
         torch.testing.assert_close(
-            packed(*inputs, cu_seqlens, backend="flex", **options), dense(*inputs, cu_seqlens, **options), atol=1e-5, rtol=0
+            packed(*inputs, cu_seqlens, backend="flex", **options),
+            dense(*inputs, cu_seqlens, **options),
+            atol=1e-5,
+            rtol=0,
         )
 
 
@@ -93,7 +96,9 @@ def test_bfloat16_on_the_cpu_whole_or_fused(monkeypatch, options):
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("backend", ["flash", "varlen", "flex", "sdpa"])
 def test_outputs_and_gradients_on_a_gpu_in_bfloat16(backend, options):
-    inputs, grad, cu_seqlens = row([70, 1, 300, 129, 1], heads=(8, 2), width=64, dtype=torch.bfloat16, device="cuda")
+    inputs, grad, cu_seqlens = row(
+        [70, 1, 300, 129, 1], heads=(8, 2), width=64, dtype=torch.bfloat16, device="cuda"
+    )
     given = attention.Options(True, 300, 1.0, 0.0, options.get("window"), options.get("softcap"))
     if reason := attention.why_not(backend, inputs[0], inputs[2], given):
         pytest.skip(reason)
@@ -131,7 +136,12 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        self.elements = max(
+            [
+                self.elements,
+                *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)),
+            ]
+        )
         return result
 
 
@@ -150,7 +160,9 @@ def test_dropout_drops_and_keeps_the_mean():
     with torch.no_grad():
         value = torch.ones_like(inputs[2])
         for softcap in (None, 5.0):
-            output = packed(*inputs[:2], value, cu_seqlens, causal=False, dropout=0.5, softcap=softcap)
+            output = packed(
+                *inputs[:2], value, cu_seqlens, causal=False, dropout=0.5, softcap=softcap
+            )
             assert output.std() > 0.01
             torch.testing.assert_close(output.mean(), torch.tensor(1.0), atol=0.05, rtol=0)
 
@@ -168,11 +180,19 @@ def test_lengths_are_read_once_for_a_row(monkeypatch):
 def test_a_backend_that_cannot_run_here_is_one_sentence():
     inputs, _, cu_seqlens = row(LENGTHS)
     for backend in ("flash", "varlen"):
-        with pytest.raises(UserError, match=rf"backend '{backend}' cannot run here \(.+\): set it to 'auto' or 'sdpa'"):
+        with pytest.raises(
+            UserError,
+            match=rf"backend '{backend}' cannot run here \(.+\): set it to 'auto' or 'sdpa'",
+        ):
             packed(*inputs, cu_seqlens, causal=True, backend=backend)
-    with pytest.raises(UserError, match=r"'flex' cannot run here \(it has no backward pass on the CPU"):
+    with pytest.raises(
+        UserError, match=r"'flex' cannot run here \(it has no backward pass on the CPU"
+    ):
         packed(*inputs, cu_seqlens, causal=True, backend="flex")
-    with torch.no_grad(), pytest.raises(UserError, match=r"'flex' cannot run here \(it has no dropout"):
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match=r"'flex' cannot run here \(it has no dropout"),
+    ):
         packed(*inputs, cu_seqlens, causal=True, backend="flex", dropout=0.1)
     with pytest.raises(UserError, match="'flahs' is unknown: did you mean 'flash'"):
         packed(*inputs, cu_seqlens, causal=True, backend="flahs")
@@ -188,13 +208,29 @@ def test_what_works_here_is_known():
 
 # --- whole LLMs ---
 
-SIZE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+SIZE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+}
+HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
 KINDS = ["sliding_attention", "full_attention"]
 LLMS = {
     "qwen2": {},
     "mistral": {"sliding_window": 4},
-    "gemma2": {"sliding_window": 4, "layer_types": KINDS, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},
+    "gemma2": {
+        "sliding_window": 4,
+        "layer_types": KINDS,
+        "attn_logit_softcapping": 1.0,
+        "query_pre_attn_scalar": 8,
+    },
     "gemma3_text": {"sliding_window": 4, "layer_types": KINDS, "query_pre_attn_scalar": 8},
 }
 
@@ -204,10 +240,17 @@ def llms(kind):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **SIZE, **HEADS, **LLMS[kind])
     config.initializer_range = 0.5
-    mine = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=register_packed_attention()).eval()
-    theirs = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    mine = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=register_packed_attention()
+    ).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="eager"
+    ).eval()
     theirs.load_state_dict(mine.state_dict())
-    assert (mine.config._attn_implementation, theirs.config._attn_implementation) == ("asrllm_packed", "eager")
+    assert (mine.config._attn_implementation, theirs.config._attn_implementation) == (
+        "asrllm_packed",
+        "eager",
+    )
     return mine, theirs
 
 
@@ -218,12 +261,17 @@ def test_a_packed_row_is_transformers_eager_attention_on_each_utterance(kind):
     positions = torch.cat([torch.arange(x.shape[1]) for x in utterances])[None]
     cu_seqlens = torch.tensor([0, 9, 10, 27, 30])
     row = torch.cat(utterances, 1)
-    outputs = mine(row, position_ids=positions, use_cache=False, cu_seq_lens_q=cu_seqlens, max_length_q=17).logits
+    outputs = mine(
+        row, position_ids=positions, use_cache=False, cu_seq_lens_q=cu_seqlens, max_length_q=17
+    ).logits
     expected = torch.cat([theirs(x, use_cache=False).logits for x in utterances], 1)
     torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.05
     weights = [[p for p in llm.parameters() if p.requires_grad] for llm in (mine, theirs)]
-    grads = [torch.autograd.grad(x.square().mean(), w) for x, w in zip((outputs, expected), weights, strict=True)]
+    grads = [
+        torch.autograd.grad(x.square().mean(), w)
+        for x, w in zip((outputs, expected), weights, strict=True)
+    ]
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
@@ -236,12 +284,23 @@ def test_padded_decoding_is_transformers_own(kind):
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     mask[1, :2] = 0
-    options = {"do_sample": False, "max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 8,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     for chosen, given in ((ids, mask), (ids[2:], mask[2:]), (ids[2:], None)):
-        one, two = (torch.stack(llm.generate(chosen, attention_mask=given, **options).logits) for llm in (mine, theirs))
+        one, two = (
+            torch.stack(llm.generate(chosen, attention_mask=given, **options).logits)
+            for llm in (mine, theirs)
+        )
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
         positions = None if given is None else (given.cumsum(1) - 1).clamp(min=0)
-        one, two = (llm(chosen, attention_mask=given, position_ids=positions, use_cache=False).logits for llm in (mine, theirs))
+        one, two = (
+            llm(chosen, attention_mask=given, position_ids=positions, use_cache=False).logits
+            for llm in (mine, theirs)
+        )
         true = torch.ones_like(chosen, dtype=torch.bool) if given is None else given.bool()
         torch.testing.assert_close(one[true], two[true], atol=1e-4, rtol=1e-4)
 
@@ -251,4 +310,8 @@ def test_the_llm_config_chooses_the_backend():
     mine.config.asrllm_attention = "flash"
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="'flash' cannot run here"):
-            mine(torch.ones(1, 4, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 4]), use_cache=False)
+            mine(
+                torch.ones(1, 4, dtype=torch.long),
+                cu_seq_lens_q=torch.tensor([0, 4]),
+                use_cache=False,
+            )

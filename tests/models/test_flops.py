@@ -7,13 +7,22 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.flops import count_flops, peak_tflops
-from asrllm.models.model import AsrLlmModel
 from asrllm.testing import TINY_ZIPFORMER
 
-WHISPER = {"model_type": "whisper", "num_mel_bins": 80, "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2}
-ENCODERS = {"whisper": WHISPER | {"encoder_ffn_dim": 128}, "zipformer": {"model_type": "zipformer"} | TINY_ZIPFORMER}
+WHISPER = {
+    "model_type": "whisper",
+    "num_mel_bins": 80,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+}
+ENCODERS = {
+    "whisper": WHISPER | {"encoder_ffn_dim": 128},
+    "zipformer": {"model_type": "zipformer"} | TINY_ZIPFORMER,
+}
 LLM = {
     "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": False,
@@ -23,7 +32,11 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_p
 
 def make_model(kind: str, lora: dict | None, frozen: tuple[str, ...]) -> AsrLlmModel:
     torch.manual_seed(0)
-    more = {"audio_token_id": 301, "projector_hidden_size": 48, "audio_encoder_projector_ds_rate": 4}
+    more = {
+        "audio_token_id": 301,
+        "projector_hidden_size": 48,
+        "audio_encoder_projector_ds_rate": 4,
+    }
     model = AsrLlmModel(AsrLlmConfig(audio_encoder=ENCODERS[kind], llm=LLM, lora=lora, **more))
     model.freeze(*frozen)
     return model.train()
@@ -51,20 +64,34 @@ def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize(
-    ("lora", "frozen"), [(LORA, ("audio_encoder", "llm")), (None, ("llm",)), (LORA, ("audio_encoder", "llm", "projector")), (None, ())]
+    ("lora", "frozen"),
+    [
+        (LORA, ("audio_encoder", "llm")),
+        (None, ("llm",)),
+        (LORA, ("audio_encoder", "llm", "projector")),
+        (None, ()),
+    ],
 )
 def test_the_count_is_torchs(kind, lora, frozen):
     model = make_model(kind, lora, frozen)
     batch = make_batch(model)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward}
+    )
     with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernel of the CPU is not counted
         model(**batch).loss.backward()
-    counts = {name: sum(of_module.values()) for name, of_module in counter.get_flop_counts().items()}
+    counts = {
+        name: sum(of_module.values()) for name, of_module in counter.get_flop_counts().items()
+    }
     flops = count_flops(model)
     mine = flops.of_batch(batch["wave_lengths"], batch["cu_seqlens"], len(batch["targets"]))
     tokens = batch["cu_seqlens"].diff().double()
-    mine += flops.pair * float((tokens**2 - tokens * (tokens + 1) / 2).sum())  # plain products do what causality spares too
-    assert mine == pytest.approx(counts["Global"] - counts["AsrLlmModel.audio_encoder.features"], rel=0.05)
+    mine += flops.pair * float(
+        (tokens**2 - tokens * (tokens + 1) / 2).sum()
+    )  # plain products do what causality spares too
+    assert mine == pytest.approx(
+        counts["Global"] - counts["AsrLlmModel.audio_encoder.features"], rel=0.05
+    )
 
 
 def convolution_backward(gradient, x, weight, *arguments, out_shape, **_):
@@ -73,6 +100,17 @@ def convolution_backward(gradient, x, weight, *arguments, out_shape, **_):
 
 
 def test_devices_are_known_by_their_names():
-    names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA L40S": 362}
-    names |= {"Tesla V100-SXM2-32GB": 112, "NVIDIA GeForce RTX 4090": 165, "NVIDIA H200": 989, "NVIDIA GeForce GTX 1080": None}
+    names = {
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA A10": 125,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA L40S": 362,
+    }
+    names |= {
+        "Tesla V100-SXM2-32GB": 112,
+        "NVIDIA GeForce RTX 4090": 165,
+        "NVIDIA H200": 989,
+        "NVIDIA GeForce GTX 1080": None,
+    }
     assert {name: peak_tflops(name) for name in names} == names

@@ -5,10 +5,10 @@ import torch
 
 from asrllm.errors import UserError
 from asrllm.models import loss
-from asrllm.models.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.loss import head_of
-from asrllm.models.model import AsrLlmModel
-from asrllm.models.parts import empty_llm
+from asrllm.models.pretrained import empty_llm
 from tests.models.test_loss import Largest
 
 SIZE = {
@@ -22,9 +22,23 @@ FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 6},
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
-    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
-    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "gemma2": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+    },
     "cohere": {"logit_scale": 0.3},
 }
 AUDIO = 200  # a token beyond the vocabulary: the embeddings are not resized
@@ -82,7 +96,9 @@ def reference_loss(model, wave, ids, labels):
     audio_token = model.config.audio_token_id
     embeddings = model.llm.get_input_embeddings()(ids.masked_fill(ids == audio_token, 0))
     embeddings = embeddings.masked_scatter((ids == audio_token)[:, None], audio)
-    return model.llm(inputs_embeds=embeddings[None], labels=labels[None], use_cache=False).loss * int((labels[1:] != -100).sum())
+    return model.llm(
+        inputs_embeds=embeddings[None], labels=labels[None], use_cache=False
+    ).loss * int((labels[1:] != -100).sum())
 
 
 def gradients(model):
@@ -104,7 +120,9 @@ def test_the_packed_step_is_transformers_own_of_each_utterance_alone(family, tie
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     for name, grad in gradients(model).items():
         assert grad.abs().max() > 1e-6, name
-        torch.testing.assert_close(mine_grads[name], grad, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            mine_grads[name], grad, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_adapters_on_the_head_are_refused():

@@ -20,12 +20,16 @@ def plain(hidden, head, targets, options):
     logits = head(hidden) * options.scale
     if options.softcap:
         logits = options.softcap * torch.tanh(logits / options.softcap)
-    value = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=options.label_smoothing)
+    value = F.cross_entropy(
+        logits.float(), targets, reduction="sum", label_smoothing=options.label_smoothing
+    )
     return value, (logits.argmax(-1) == targets).sum()
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("options", [HeadOptions(), HeadOptions(0.3), HeadOptions(1.0, 2.0), HeadOptions(0.5, 3.0, 0.1)])
+@pytest.mark.parametrize(
+    "options", [HeadOptions(), HeadOptions(0.3), HeadOptions(1.0, 2.0), HeadOptions(0.5, 3.0, 0.1)]
+)
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, bias, options, rows_at_once):
     monkeypatch.setattr(loss, "LOGITS", rows_at_once * 50)
@@ -60,7 +64,9 @@ def test_without_gradients_and_without_targets(monkeypatch):
     with torch.no_grad():
         value, *_ = SupervisedLoss()(hidden, head, targets, HeadOptions())
     monkeypatch.undo()
-    torch.testing.assert_close(value, plain(hidden, head, targets, HeadOptions())[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        value, plain(hidden, head, targets, HeadOptions())[0], rtol=1e-6, atol=1e-6
+    )
     nothing, correct, _ = SupervisedLoss()(hidden[:0], head, targets[:0], HeadOptions())
     nothing.backward()
     assert nothing == correct == 0

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from asrllm import AutoModel
 from asrllm.testing import tone_sentences
 from tests.conftest import REPOSITORY, made_once
-from tests.models.test_generation import assert_batch_invariant, make_model
+from tests.models.asr_llm.test_generation import assert_batch_invariant, make_model
+from tests.models.asr_llm.test_modeling import batch_of, samples
 from tests.models.test_llm_families import gradients, reference_loss
-from tests.models.test_model import batch_of, samples
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
 
@@ -22,19 +22,25 @@ pytestmark = pytest.mark.slow
 def model(world, tmp_path_factory):
     from weights import write_smollm2
 
-    folder = made_once(tmp_path_factory, "smollm2", lambda folder: write_smollm2(folder / "llm")) / "llm"
+    folder = (
+        made_once(tmp_path_factory, "smollm2", lambda folder: write_smollm2(folder / "llm")) / "llm"
+    )
     return make_model(world, folder, model_type="llama")
 
 
 @pytest.mark.longest(60)
 def test_the_llm_loads_as_transformers_loads_it(model):
-    plain = AutoModelForCausalLM.from_pretrained(model.config.base_models["llm"]["path"], dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(
+        model.config.base_models["llm"]["path"], dtype=torch.float32
+    )
     prompt = model.processor.tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         mine, theirs = (llm(**prompt).logits for llm in (model.llm, plain))
     torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=0)
     assert model.processor.tokenizer.decode(theirs[0, -1].argmax()).strip() == "Paris"
-    assert len(model.llm.get_input_embeddings().weight) == len(plain.get_input_embeddings().weight)  # not resized for the audio token
+    assert len(model.llm.get_input_embeddings().weight) == len(
+        plain.get_input_embeddings().weight
+    )  # not resized for the audio token
 
 
 @pytest.mark.longest(60)
@@ -53,7 +59,13 @@ def test_the_packed_step_is_transformers_own(model):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
     for name, grad in gradients(model).items():
         largest = float(grad.abs().max())
-        torch.testing.assert_close(packed[name], grad, rtol=1e-3, atol=1e-3 * largest, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            packed[name],
+            grad,
+            rtol=1e-3,
+            atol=1e-3 * largest,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 @pytest.mark.longest(60)

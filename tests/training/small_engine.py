@@ -18,11 +18,15 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second, self.last = nn.Linear(7, 5), nn.Linear(5, 13), nn.Linear(13, 3, bias=False)
+        self.first, self.second, self.last = (
+            nn.Linear(7, 5),
+            nn.Linear(5, 13),
+            nn.Linear(13, 3, bias=False),
+        )
         self.scale = nn.Parameter(torch.ones(1))
         self.frozen = nn.Linear(3, 3)
         self.frozen.requires_grad_(False)
-        self.config, self.carried = SimpleNamespace(base_models={}, prompts=[]), ()
+        self.config, self.inherited = SimpleNamespace(base_models={}, prompts=[]), ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.second(torch.tanh(self.first(x.to(self.scale.dtype)))))
@@ -33,12 +37,14 @@ def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool =
     """width: of a further square layer, to make it as large as wanted."""
     import deepspeed
 
-    from asrllm.training import distributed
+    from asrllm import distributed
     from asrllm.training.scaled_adam import ScaledAdam, bind
 
     model = Small()
     if width:
-        model.second = nn.Sequential(nn.Linear(5, width), *(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, 13))
+        model.second = nn.Sequential(
+            nn.Linear(5, width), *(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, 13)
+        )
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     names = dict(model.named_parameters())
     matrices = [p for p in names.values() if p.requires_grad and p.ndim > 1]
@@ -54,7 +60,9 @@ def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool =
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=[*matrices, *vectors], optimizer=optimizer, config=ds)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=[*matrices, *vectors], optimizer=optimizer, config=ds
+    )
     if scaled_adam:
         bind(optimizer, engine)
     return engine
@@ -62,7 +70,7 @@ def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool =
 
 def train_step(engine, step: int, *, rows: int = 8) -> float:
     """The same batch over all ranks, however many there are; gives its loss."""
-    from asrllm.training import distributed
+    from asrllm import distributed
 
     rank, ranks = distributed.rank(), distributed.world_size()
     x = torch.randn(rows, 7, generator=torch.Generator().manual_seed(step))[rank::ranks]
@@ -72,7 +80,9 @@ def train_step(engine, step: int, *, rows: int = 8) -> float:
     return float(distributed.sum_over_ranks(loss.detach().clone())) / ranks
 
 
-def start(function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object) -> list[Process]:
+def start(
+    function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object
+) -> list[Process]:
     """Run `function(**arguments)` of tests.<module> ("module:name") in `ranks` processes and wait for them."""
     command = ["-m", "tests.training.small_engine", function, json.dumps(arguments)]
     with tempfile.TemporaryDirectory() as name:
@@ -92,7 +102,7 @@ if __name__ == "__main__":
     import warnings
 
     warnings.simplefilter("ignore")
-    from asrllm.training import distributed
+    from asrllm import distributed
 
     module, _, name = sys.argv[1].partition(":")
     distributed.start()

@@ -22,11 +22,24 @@ def test_compiled_layers_have_the_same_losses(world, tmp_path, soak):
     seen = {}
     for compiled in ("false", "true"):
         exp = tmp_path / compiled
-        keys = {"trainer__num_steps": 3, "trainer__precision": "fp32", "data__valid_data_config": "null", "trainer__compile": compiled}
+        keys = {
+            "trainer__num_steps": 3,
+            "trainer__precision": "fp32",
+            "data__valid_data_config": "null",
+            "trainer__compile": compiled,
+        }
         overrides = world.overrides(exp, **keys)
-        command = [LAUNCH / "train.py", *overrides] if soak else [MISBEHAVE, json.dumps({"what": "trace", "log": str(exp)}), *overrides]
-        assert_done(run_forked(command, timeout=300, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")))
-        seen[compiled] = [json.loads(line)["loss"] for line in (exp / "metrics.jsonl").read_text().splitlines()]
+        command = (
+            [LAUNCH / "train.py", *overrides]
+            if soak
+            else [MISBEHAVE, json.dumps({"what": "trace", "log": str(exp)}), *overrides]
+        )
+        assert_done(
+            run_forked(command, timeout=300, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        )
+        seen[compiled] = [
+            json.loads(line)["loss"] for line in (exp / "metrics.jsonl").read_text().splitlines()
+        ]
     if soak:
         assert list((tmp_path / "cache").rglob("*.cpp")), "nothing was compiled"
     else:

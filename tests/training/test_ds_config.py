@@ -11,12 +11,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from asrllm.config import build, compose_config
 from asrllm.errors import UserError
 from asrllm.training import ds_config
-from asrllm.training.config import OptimizerConfig, TrainerConfig
+from asrllm.training.checkpoint.manifest import read_manifest
 from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.ds_keys import KNOWN_KEYS
-from asrllm.training.manifest import read_manifest
 from asrllm.training.optimizers import part_of
-from asrllm.training.schedule import warmup_cosine
+from asrllm.training.run_config import OptimizerConfig, TrainerConfig
+from asrllm.training.schedules import warmup_cosine
 from tests.conftest import REPOSITORY
 from tests.processes import assert_done, run_script
 
@@ -36,16 +36,29 @@ def make_config(path, **changes):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_every_shipped_file_is_filled_from_the_run(path, precision, monkeypatch):
     monkeypatch.setattr(ds_config, "disks_work", lambda: True)
-    changes = {"optimizer": OptimizerConfig(name="deepspeed_adamw"), "nvme_path": "/disk"} if path.stem.endswith("nvme") else {}
-    ds = read_ds_config(make_config(path, precision=precision, gradient_accumulation_steps=3, **changes), world_size=4)
+    changes = (
+        {"optimizer": OptimizerConfig(name="deepspeed_adamw"), "nvme_path": "/disk"}
+        if path.stem.endswith("nvme")
+        else {}
+    )
+    ds = read_ds_config(
+        make_config(path, precision=precision, gradient_accumulation_steps=3, **changes),
+        world_size=4,
+    )
     assert ds["zero_optimization"]["stage"] == int(re.search(r"zero(\d)", path.stem).group(1))
-    assert (ds["train_batch_size"], ds["gradient_accumulation_steps"], ds["gradient_clipping"]) == (12, 3, 1.0)
+    assert (ds["train_batch_size"], ds["gradient_accumulation_steps"], ds["gradient_clipping"]) == (
+        12,
+        3,
+        1.0,
+    )
     assert (ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (precision == "bf16", False)
     assert "auto" not in json.dumps(ds)
 
 
 def test_the_stages_are_shipped():
-    assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"} <= {path.stem for path in SHIPPED}
+    assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"} <= {
+        path.stem for path in SHIPPED
+    }
 
 
 def read(tmp_path, content, *, name="mine.json", world_size=1, **changes):
@@ -71,15 +84,47 @@ def zero(**keys):
     [
         ("stage2.json", {}, "is named for ZeRO stage 2, but its zero_optimization.stage is 0"),
         ("zero3_mine.json", {"zero_optimization": {"stage": 1}}, "is named for ZeRO stage 3"),
-        ("mine.json", {"gradient_clipping": 5.5}, r"gradient_clipping=5\.5 contradicts trainer\.gradient_clipping=1\.0"),
-        ("mine.json", {"train_micro_batch_size_per_gpu": 4}, r"micro_batch_size_per_gpu=4 contradicts the run's 1 \(data\.sampler"),
+        (
+            "mine.json",
+            {"gradient_clipping": 5.5},
+            r"gradient_clipping=5\.5 contradicts trainer\.gradient_clipping=1\.0",
+        ),
+        (
+            "mine.json",
+            {"train_micro_batch_size_per_gpu": 4},
+            r"micro_batch_size_per_gpu=4 contradicts the run's 1 \(data\.sampler",
+        ),
         ("mine.json", {"train_batch_size": 64}, "train_batch_size=64 contradicts the run's 1"),
-        ("mine.json", {"gradient_accumulation_steps": 2}, r"=2 contradicts trainer\.gradient_accumulation_steps=1"),
-        ("mine.json", {"fp16": {"enabled": True}}, r"fp16\.enabled=True contradicts the run's False \(trainer\.precision=bf16\)"),
-        ("mine.json", {"bf16": {"enabled": False}}, r"bf16\.enabled=False contradicts the run's True"),
-        ("mine.json", zero(round_robin_gradients=True), "round_robin_gradients writes checkpoints that"),
-        ("mine.json", zero(stage=3, offload_param={"device": "nvme"}), "offload_param is on a disk: give its directory"),
-        ("mine.json", zero(zero_hpz_partition_size="auto"), r'zero_hpz_partition_size="auto" is not filled'),
+        (
+            "mine.json",
+            {"gradient_accumulation_steps": 2},
+            r"=2 contradicts trainer\.gradient_accumulation_steps=1",
+        ),
+        (
+            "mine.json",
+            {"fp16": {"enabled": True}},
+            r"fp16\.enabled=True contradicts the run's False \(trainer\.precision=bf16\)",
+        ),
+        (
+            "mine.json",
+            {"bf16": {"enabled": False}},
+            r"bf16\.enabled=False contradicts the run's True",
+        ),
+        (
+            "mine.json",
+            zero(round_robin_gradients=True),
+            "round_robin_gradients writes checkpoints that",
+        ),
+        (
+            "mine.json",
+            zero(stage=3, offload_param={"device": "nvme"}),
+            "offload_param is on a disk: give its directory",
+        ),
+        (
+            "mine.json",
+            zero(zero_hpz_partition_size="auto"),
+            r'zero_hpz_partition_size="auto" is not filled',
+        ),
     ],
 )
 def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, message):
@@ -90,36 +135,72 @@ def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, mes
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (zero(stage="2"), r"zero_optimization\.stage='2' is not a whole number\. Remove the quotes"),
+        (
+            zero(stage="2"),
+            r"zero_optimization\.stage='2' is not a whole number\. Remove the quotes",
+        ),
         (zero(stage=4), r"zero_optimization\.stage=4 is not a choice\. Use one of 0, 1, 2, 3\."),
-        (zero(stage="auto"), r'stage="auto" is not filled in from the run\. Use one of 0, 1, 2, 3\.'),
+        (
+            zero(stage="auto"),
+            r'stage="auto" is not filled in from the run\. Use one of 0, 1, 2, 3\.',
+        ),
         (zero(stage=True), r"zero_optimization\.stage=True is not a whole number"),
         (zero(stage=None), r"zero_optimization\.stage=None is not a whole number"),
-        (zero(reduce_bucket_size="5e8"), r"reduce_bucket_size='5e8' is not a whole number\. Remove the quotes"),
-        (zero(reduce_bucket_size=-1), r"reduce_bucket_size=-1 is refused by DeepSpeed: Input should be greater than 0"),
+        (
+            zero(reduce_bucket_size="5e8"),
+            r"reduce_bucket_size='5e8' is not a whole number\. Remove the quotes",
+        ),
+        (
+            zero(reduce_bucket_size=-1),
+            r"reduce_bucket_size=-1 is refused by DeepSpeed: Input should be greater than 0",
+        ),
         (zero(overlap_comm="true"), r"overlap_comm='true' is not true or false"),
-        (zero(offload_optimizer="cpu"), r"zero_optimization\.offload_optimizer='cpu' is refused by DeepSpeed"),
+        (
+            zero(offload_optimizer="cpu"),
+            r"zero_optimization\.offload_optimizer='cpu' is refused by DeepSpeed",
+        ),
         (
             zero(offload_optimizer={"device": "gpu"}),
             r"offload_optimizer\.device='gpu' is not a choice\. Use one of none, cpu, nvme",
         ),
-        (zero(offload_optimizer={"device": "cpu", "ratio": 2}), r"offload_optimizer\.ratio=2 is refused"),
-        (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "Partial offloading only supported for ZeRO Stage 3"),
+        (
+            zero(offload_optimizer={"device": "cpu", "ratio": 2}),
+            r"offload_optimizer\.ratio=2 is refused",
+        ),
+        (
+            zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "Partial offloading only supported for ZeRO Stage 3",
+        ),
         ({"zero_optimization": None}, "zero_optimization=None is not an object"),
         ({"zero_optimization": True}, "zero_optimization=True is not an object"),
         ({"zero_optimization": []}, r"zero_optimization=\[\] is not an object"),
         ({"bf16": True}, "bf16=True is not an object"),
         ({"fp16": {"loss_scale": "x"}}, r"fp16\.loss_scale='x' is not a number"),
-        ({"fp16": {"initial_scale_power": 1.5}}, r"fp16\.initial_scale_power=1\.5 is not a whole number"),
+        (
+            {"fp16": {"initial_scale_power": 1.5}},
+            r"fp16\.initial_scale_power=1\.5 is not a whole number",
+        ),
         ({"optimizer": "AdamW"}, "optimizer='AdamW' is not an object"),
-        ({"optimizer": {"type": "AdamW", "params": None}}, r"optimizer\.params=None is not an object"),
-        ({"gradient_clipping": "1.0"}, r"gradient_clipping='1\.0' is not a number\. Remove the quotes"),
+        (
+            {"optimizer": {"type": "AdamW", "params": None}},
+            r"optimizer\.params=None is not an object",
+        ),
+        (
+            {"gradient_clipping": "1.0"},
+            r"gradient_clipping='1\.0' is not a number\. Remove the quotes",
+        ),
         ({"gradient_clipping": None}, "gradient_clipping=None is not a number"),
         ({"train_batch_size": [1]}, r"train_batch_size=\[1\] is not a whole number"),
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown=1 is not true or false"),
         ({"aio": {"block_size": "1"}}, r"aio\.block_size='1' is not a whole number"),
-        ({"communication_data_type": "fp8"}, "is refused by DeepSpeed: Invalid communication_data_type"),
-        ({"checkpoint": {"tag_validation": "x"}}, "is refused by DeepSpeed: Checkpoint config contains invalid tag_validation"),
+        (
+            {"communication_data_type": "fp8"},
+            "is refused by DeepSpeed: Invalid communication_data_type",
+        ),
+        (
+            {"checkpoint": {"tag_validation": "x"}},
+            "is refused by DeepSpeed: Checkpoint config contains invalid tag_validation",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(tmp_path, content, message):
@@ -130,14 +211,29 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"zero_optimisation": {}}, r"'zero_optimisation' is not a key of DeepSpeed 0\.\d+\.\d+\. Rename it to 'zero_optimization'"),
-        ({"something_else_entirely": 1}, r"'something_else_entirely' is not a key of DeepSpeed [\d.]+\. Remove it"),
-        (zero(overlap_com=True), r"zero_optimization\.overlap_com is not a key .* Rename it to 'overlap_comm'"),
-        (zero(offload_optimizer={"devise": "cpu"}), r"zero_optimization\.offload_optimizer\.devise .* Rename it to 'device'"),
+        (
+            {"zero_optimisation": {}},
+            r"'zero_optimisation' is not a key of DeepSpeed 0\.\d+\.\d+\. Rename it to 'zero_optimization'",
+        ),
+        (
+            {"something_else_entirely": 1},
+            r"'something_else_entirely' is not a key of DeepSpeed [\d.]+\. Remove it",
+        ),
+        (
+            zero(overlap_com=True),
+            r"zero_optimization\.overlap_com is not a key .* Rename it to 'overlap_comm'",
+        ),
+        (
+            zero(offload_optimizer={"devise": "cpu"}),
+            r"zero_optimization\.offload_optimizer\.devise .* Rename it to 'device'",
+        ),
         ({"bf16": {"enable": True}}, r"bf16\.enable is not a key .* Rename it to 'enabled'"),
         ({"aio": {"thread_count": 1}}, r"aio\.thread_count is not a key"),
         ({"bfloat16": {"enabled": True}}, "'bfloat16' is not supported. Rename it to 'bf16'"),
-        (zero(cpu_offload=True), r"zero_optimization\.cpu_offload is an old name\. Use zero_optimization\.offload_optimizer instead"),
+        (
+            zero(cpu_offload=True),
+            r"zero_optimization\.cpu_offload is an old name\. Use zero_optimization\.offload_optimizer instead",
+        ),
         ({"amp": {"enabled": False}}, r"amp was removed from DeepSpeed.*set trainer\.precision"),
         (zero(mics_shard_size=8), r"zero_optimization\.mics_shard_size was removed from DeepSpeed"),
     ],
@@ -150,19 +246,38 @@ def test_an_unknown_or_removed_key_is_named_with_the_nearest_one(tmp_path, conte
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"activation_checkpointing": {"partition_activations": True}}, r"set trainer\.gradient_checkpointing=true"),
-        ({"torch_autocast": {"enabled": True}}, r"'torch_autocast' is not supported\. .*trainer\.precision"),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            r"set trainer\.gradient_checkpointing=true",
+        ),
+        (
+            {"torch_autocast": {"enabled": True}},
+            r"'torch_autocast' is not supported\. .*trainer\.precision",
+        ),
         ({"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel' is not supported"),
-        ({"checkpoint": {"load_universal": True}}, r"'checkpoint\.load_universal' is not supported"),
+        (
+            {"checkpoint": {"load_universal": True}},
+            r"'checkpoint\.load_universal' is not supported",
+        ),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op='sum' is not supported"),
         ({"managed_gradient_accumulation": False}, r"set trainer\.gradient_accumulation_steps"),
-        (zero(offload_param={"device": "cpu"}), r"offload_param has no effect at stage 2\. Remove it, or set the stage to 3"),
-        (zero(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer has no effect at stage 0"),
+        (
+            zero(offload_param={"device": "cpu"}),
+            r"offload_param has no effect at stage 2\. Remove it, or set the stage to 3",
+        ),
+        (
+            zero(stage=0, offload_optimizer={"device": "cpu"}),
+            "offload_optimizer has no effect at stage 0",
+        ),
         (
             {
                 "scheduler": {
                     "type": "WarmupDecayLR",
-                    "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 100, "total_num_steps": "auto"},
+                    "params": {
+                        "warmup_max_lr": 0.001,
+                        "warmup_num_steps": 100,
+                        "total_num_steps": "auto",
+                    },
                 }
             },
             r"set trainer\.schedule\.name=linear trainer\.lr=0\.001 trainer\.warmup_steps=100 trainer\.num_steps\.$",
@@ -180,9 +295,23 @@ def test_what_a_run_does_not_read_is_refused_with_what_to_set(tmp_path, content,
     "content",
     [
         {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}},
-        {"flops_profiler": {"enabled": False}, "tensorboard": {"enabled": False}, "data_efficiency": {"enabled": False}},
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "nvme_path": None}, "offload_param": None}},
-        {"steps_per_print": None, "wall_clock_breakdown": False, "data_types": {"grad_accum_dtype": None, "keep_in_fp32_modules": "auto"}},
+        {
+            "flops_profiler": {"enabled": False},
+            "tensorboard": {"enabled": False},
+            "data_efficiency": {"enabled": False},
+        },
+        {
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "none", "nvme_path": None},
+                "offload_param": None,
+            }
+        },
+        {
+            "steps_per_print": None,
+            "wall_clock_breakdown": False,
+            "data_types": {"grad_accum_dtype": None, "keep_in_fp32_modules": "auto"},
+        },
     ],
 )
 def test_blocks_that_are_switched_off_are_accepted(tmp_path, content):
@@ -214,7 +343,10 @@ def test_every_key_that_deepspeed_reads_is_known():
 def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path):
     text = '\ufeff# mine\n{"zero_optimization": {"stage": 2, // two\n "overlap_comm": true,}, /* none */ "gradient_clipping": 1.0,}'
     ds = read(tmp_path, text)
-    assert (ds["zero_optimization"], ds["gradient_clipping"]) == ({"stage": 2, "overlap_comm": True}, 1.0)
+    assert (ds["zero_optimization"], ds["gradient_clipping"]) == (
+        {"stage": 2, "overlap_comm": True},
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +356,10 @@ def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path)
         ("", "does not hold a JSON object"),
         ("[]", "does not hold a JSON object"),
         ('"zero3"', "does not hold a JSON object"),
-        ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "'gradient_clipping' occurs twice in one object"),
+        (
+            '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}',
+            "'gradient_clipping' occurs twice in one object",
+        ),
         ('{"zero_optimization": {"stage": 3, "stage": 1}}', "'stage' occurs twice"),
         ("[" * 100_000, "is not valid JSON"),
     ],
@@ -241,7 +376,10 @@ def test_a_broken_file_is_refused(tmp_path, text, message):
     ("content", "changes"),
     [
         (adamw(lr="auto", betas="auto", eps="auto", weight_decay="auto"), {}),
-        (adamw(lr=2e-4, betas=[0.9, 0.95], eps=1e-8, weight_decay=0), {"lr": 2e-4, "betas": [0.9, 0.95]}),
+        (
+            adamw(lr=2e-4, betas=[0.9, 0.95], eps=1e-8, weight_decay=0),
+            {"lr": 2e-4, "betas": [0.9, 0.95]},
+        ),
         (adamw(torch_adam=True, adam_w_mode=True), {}),
         (adamw(torch_adam=False), {"optimizer": OptimizerConfig(name="deepspeed_adamw")}),
         ({"optimizer": {"type": "Adam", "params": {"lr": "auto"}}}, {}),
@@ -256,18 +394,54 @@ def test_an_optimizer_block_that_agrees_leaves_the_optimizer_to_the_run(tmp_path
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (adamw(lr=0.1), "adamw", r"optimizer\.params\.lr=0\.1 contradicts trainer\.lr=0\.0001\. .* or set trainer\.lr=0\.1\."),
-        (adamw(betas=[0.9, 0.999]), "adamw", r"betas=\[0\.9, 0\.999\] contradicts trainer\.betas=\[0\.9, 0\.98\]"),
-        (adamw(weight_decay=0.1), "adamw", r"weight_decay=0\.1 contradicts trainer\.weight_decay=0\.0"),
+        (
+            adamw(lr=0.1),
+            "adamw",
+            r"optimizer\.params\.lr=0\.1 contradicts trainer\.lr=0\.0001\. .* or set trainer\.lr=0\.1\.",
+        ),
+        (
+            adamw(betas=[0.9, 0.999]),
+            "adamw",
+            r"betas=\[0\.9, 0\.999\] contradicts trainer\.betas=\[0\.9, 0\.98\]",
+        ),
+        (
+            adamw(weight_decay=0.1),
+            "adamw",
+            r"weight_decay=0\.1 contradicts trainer\.weight_decay=0\.0",
+        ),
         (adamw(eps=1e-6), "adamw", r"optimizer\.params\.eps=1e-06 contradicts the run's 1e-08"),
-        (adamw(lr="1e-4"), "adamw", r"optimizer\.params\.lr='1e-4' is not a number\. Remove the quotes"),
+        (
+            adamw(lr="1e-4"),
+            "adamw",
+            r"optimizer\.params\.lr='1e-4' is not a number\. Remove the quotes",
+        ),
         (adamw(lr=None), "adamw", r"optimizer\.params\.lr=None is not a number"),
-        (adamw(beta=[0.9, 0.98]), "adamw", r"optimizer\.params\.beta is not an option of AdamW here\. Rename it to 'betas'"),
-        (adamw(max_grad_norm=1.0), "adamw", r"max_grad_norm is not supported\. Remove it, and set trainer\.gradient_clipping"),
+        (
+            adamw(beta=[0.9, 0.98]),
+            "adamw",
+            r"optimizer\.params\.beta is not an option of AdamW here\. Rename it to 'betas'",
+        ),
+        (
+            adamw(max_grad_norm=1.0),
+            "adamw",
+            r"max_grad_norm is not supported\. Remove it, and set trainer\.gradient_clipping",
+        ),
         (adamw(torch_adam=True), "deepspeed_adamw", r"torch_adam=True contradicts the run's False"),
-        (adamw(), "scaled_adam", r"optimizer\.type='AdamW' contradicts trainer\.optimizer\.name=scaled_adam"),
-        ({"optimizer": {"type": "Lion"}}, "adamw", r"optimizer\.type='Lion' contradicts trainer\.optimizer\.name=adamw"),
-        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adamw", "adam_w_mode=False contradicts the run's True"),
+        (
+            adamw(),
+            "scaled_adam",
+            r"optimizer\.type='AdamW' contradicts trainer\.optimizer\.name=scaled_adam",
+        ),
+        (
+            {"optimizer": {"type": "Lion"}},
+            "adamw",
+            r"optimizer\.type='Lion' contradicts trainer\.optimizer\.name=adamw",
+        ),
+        (
+            {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+            "adamw",
+            "adam_w_mode=False contradicts the run's True",
+        ),
         ({"optimizer": {"params": {"lr": 1e-4}}}, "adamw", r"optimizer\.type is missing"),
         (
             zero(offload_optimizer={"device": "cpu"}) | {"zero_force_ds_cpu_optimizer": True},
@@ -291,7 +465,10 @@ def test_offload_accepts_the_optimizer_of_the_run(tmp_path):
 
 def test_a_stage_refuses_what_it_cannot_do(tmp_path):
     cases = {
-        0: ({"optimizer": OptimizerConfig(name="deepspeed_adamw")}, "has no checkpoints at ZeRO stage 0"),
+        0: (
+            {"optimizer": OptimizerConfig(name="deepspeed_adamw")},
+            "has no checkpoints at ZeRO stage 0",
+        ),
         3: ({"compile": True}, "trainer.compile=true does not go with ZeRO-3"),
     }
     for stage, (changes, message) in cases.items():
@@ -304,7 +481,9 @@ def test_a_stage_refuses_what_it_cannot_do(tmp_path):
 def test_a_run_with_an_optimizer_block_has_the_parameter_groups_of_one_without(world, tmp_path):
     """DeepSpeed's own would have one group, for which trainer.lr_of means nothing. Torch's AdamW is accepted with offload."""
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": offload} | adamw(lr="auto")))
+    (tmp_path / "mine.json").write_text(
+        json.dumps({"zero_optimization": offload} | adamw(lr="auto"))
+    )
     keys = {
         "trainer__deepspeed_config": tmp_path / "mine.json",
         "trainer__lr_of__projector": 1e-2,
@@ -323,7 +502,13 @@ def test_a_users_own_file_is_filled(tmp_path):
     own = {
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
+            "params": {
+                "lr": "auto",
+                "betas": "auto",
+                "eps": "auto",
+                "weight_decay": "auto",
+                "torch_adam": True,
+            },
         },
         "zero_optimization": {
             "stage": 3,
@@ -337,14 +522,20 @@ def test_a_users_own_file_is_filled(tmp_path):
     }
     ds = read(tmp_path, own, world_size=2)
     assert "optimizer" not in ds
-    assert (ds["train_batch_size"], ds["gradient_clipping"], ds["bf16"]["enabled"]) == (2, 1.0, True)
+    assert (ds["train_batch_size"], ds["gradient_clipping"], ds["bf16"]["enabled"]) == (
+        2,
+        1.0,
+        True,
+    )
     assert ds["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 works on a GPU")
 def test_fp16_is_refused_where_it_cannot_run(tmp_path):
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(UserError, match=r"trainer\.precision=fp16 cannot run on this device \(cpu\)"):
+    with pytest.raises(
+        UserError, match=r"trainer\.precision=fp16 cannot run on this device \(cpu\)"
+    ):
         read_ds_config(make_config(tmp_path / "mine.json", precision="fp16"), world_size=1)
 
 

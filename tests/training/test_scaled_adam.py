@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asrllm.training.manifest import read_manifest
+from asrllm.training.checkpoint.manifest import read_manifest
 from tests.training.small_engine import Small, engine_of, start, train_step
 
 STEPS = 204
@@ -17,7 +17,10 @@ class Reference:
 
     def __init__(self, weights):
         self.weights = weights
-        self.kept = [{"delta": 0 * w, "v": 0 * w, "rms": w.square().mean().sqrt(), "size_v": 0.0, "dots": []} for w in weights]
+        self.kept = [
+            {"delta": 0 * w, "v": 0 * w, "rms": w.square().mean().sqrt(), "size_v": 0.0, "dots": []}
+            for w in weights
+        ]
         self.step_number, self.norms, self.threshold = 0, [], float("inf")
 
     def clipping(self, grads, lr_scale=0.1):
@@ -52,7 +55,13 @@ class Reference:
                 if t % 4 == 3:
                     dots, k["dots"], b = torch.tensor(k["dots"]), [], beta2**4
                     k["size_v"] = b * k["size_v"] + (1 - b) * dots.square().mean()
-                    share = -lr * 0.1 * (1 - b ** ((t + 1) // 4)) ** 0.5 * dots.sum() / (k["size_v"].sqrt() + 1e-8)
+                    share = (
+                        -lr
+                        * 0.1
+                        * (1 - b ** ((t + 1) // 4)) ** 0.5
+                        * dots.sum()
+                        / (k["size_v"].sqrt() + 1e-8)
+                    )
                     share = share.clamp(-0.1, 0.1) if k["rms"] >= 1e-5 else 0 * share
                     update += w * torch.minimum(share, (3.0 - k["rms"]) / k["rms"])
             k["delta"] = beta1 * k["delta"] + (1 - beta1) * update
@@ -69,7 +78,15 @@ def test_it_is_the_definition():
     model = Small()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = ScaledAdam(parameters, lr=0.03)
-    bind(optimizer, SimpleNamespace(module=model, optimizer=optimizer, device=torch.device("cpu"), zero_optimization_stage=lambda: 0))
+    bind(
+        optimizer,
+        SimpleNamespace(
+            module=model,
+            optimizer=optimizer,
+            device=torch.device("cpu"),
+            zero_optimization_stage=lambda: 0,
+        ),
+    )
     weights = [p.detach().clone() for p in parameters]
     reference, clipped = Reference(weights), 0
     for step in range(STEPS):
@@ -89,19 +106,27 @@ def test_it_is_the_definition():
 
 def train_all(out: str, stages: list, precision: str, source: str = "", steps: int = 12) -> None:
     """In every process: losses, weights and a checkpoint at step 6, from the beginning or from that of `source`."""
-    from asrllm.training import distributed
-    from asrllm.training.checkpoint import load_checkpoint
-    from asrllm.training.partitions import load_from_other_ranks
-    from asrllm.training.zero_files import ZeroFiles
-    from tests.training.test_partitions import save
+    from asrllm import distributed
+    from asrllm.training.checkpoint.partitions import load_from_other_ranks
+    from asrllm.training.checkpoint.saver import load_checkpoint
+    from asrllm.training.checkpoint.zero_files import ZeroFiles
+    from tests.training.checkpoint.test_partitions import save
 
     none = SimpleNamespace(files=dict)
     for stage in stages:
-        engine, folder, begin = engine_of(stage, precision, scaled_adam=True), Path(out) / str(stage), 0
+        engine, folder, begin = (
+            engine_of(stage, precision, scaled_adam=True),
+            Path(out) / str(stage),
+            0,
+        )
         if source:
             checkpoint, begin = Path(source) / str(stage) / "checkpoint-6", 6
             manifest = read_manifest(checkpoint)
-            load = load_checkpoint if manifest["world_size"] == distributed.world_size() else load_from_other_ranks
+            load = (
+                load_checkpoint
+                if manifest["world_size"] == distributed.world_size()
+                else load_from_other_ranks
+            )
             load(engine, checkpoint, manifest)
         losses = []
         for step in range(begin, steps):
@@ -109,7 +134,9 @@ def train_all(out: str, stages: list, precision: str, source: str = "", steps: i
             if step + 1 in (6, steps):
                 save(engine, none, folder, f"checkpoint-{step + 1}", losses)
         if distributed.rank() == 0:
-            files = ZeroFiles(folder / f"checkpoint-{steps}", read_manifest(folder / f"checkpoint-{steps}"))
+            files = ZeroFiles(
+                folder / f"checkpoint-{steps}", read_manifest(folder / f"checkpoint-{steps}")
+            )
             torch.save({name: files.read(name) for name in files.places}, folder / "weights.pt")
 
 
@@ -120,9 +147,20 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_it_is_the_same_at_every_stage_and_after_a_resume(tmp_path):
     stages = [0, 1, 2, 3]
-    start("training.test_scaled_adam:train_all", 2, out=str(tmp_path / "two"), stages=stages, precision="fp32")
     start(
-        "training.test_scaled_adam:train_all", 2, out=str(tmp_path / "again"), stages=stages, precision="fp32", source=str(tmp_path / "two")
+        "training.test_scaled_adam:train_all",
+        2,
+        out=str(tmp_path / "two"),
+        stages=stages,
+        precision="fp32",
+    )
+    start(
+        "training.test_scaled_adam:train_all",
+        2,
+        out=str(tmp_path / "again"),
+        stages=stages,
+        precision="fp32",
+        source=str(tmp_path / "two"),
     )
     start(
         "training.test_scaled_adam:train_all",
@@ -136,15 +174,27 @@ def test_it_is_the_same_at_every_stage_and_after_a_resume(tmp_path):
     for stage in stages:
         for name, found in weights_of(tmp_path / "two" / str(stage)).items():
             torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0)
-            assert torch.equal(weights_of(tmp_path / "again" / str(stage))[name], found), (stage, name)
+            assert torch.equal(weights_of(tmp_path / "again" / str(stage))[name], found), (
+                stage,
+                name,
+            )
             if stage:
-                torch.testing.assert_close(weights_of(tmp_path / "one" / str(stage))[name], found, atol=1e-6, rtol=0)
+                torch.testing.assert_close(
+                    weights_of(tmp_path / "one" / str(stage))[name], found, atol=1e-6, rtol=0
+                )
 
 
 @pytest.mark.slow
 def test_it_trains_and_resumes_in_bfloat16(tmp_path):
     for out, source in (("first", ""), ("again", str(tmp_path / "first"))):
-        start("training.test_scaled_adam:train_all", 2, out=str(tmp_path / out), stages=[0, 1, 2, 3], precision="bf16", source=source)
+        start(
+            "training.test_scaled_adam:train_all",
+            2,
+            out=str(tmp_path / out),
+            stages=[0, 1, 2, 3],
+            precision="bf16",
+            source=source,
+        )
     for stage in range(4):
         first = weights_of(tmp_path / "first" / str(stage))
         for name, found in weights_of(tmp_path / "again" / str(stage)).items():

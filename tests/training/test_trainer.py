@@ -9,7 +9,7 @@ import torch
 
 from asrllm.commands.train import warn_of_long_warmup
 from asrllm.config import build, compose_config
-from asrllm.training.config import TrainerConfig
+from asrllm.training.run_config import TrainerConfig
 from asrllm.training.trainer import seed_step
 from tests.processes import assert_done, run_script
 
@@ -57,7 +57,9 @@ def test_a_run_of_more_steps_than_an_epoch_has_does_all_of_them(world, tmp_path)
         "data__valid_data_config": "null",
     }
     done = assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
-    records = [json.loads(line) for line in (tmp_path / "exp" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "exp" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert records[-1]["step"] == 6
     assert records[-1]["epoch"] > 1, "the epoch is longer than the run: nothing is shown"
     assert done.stderr.count("trainer.warmup_steps=7 is more than the run's 6 steps") == 1
@@ -69,14 +71,22 @@ def test_a_run_of_more_steps_than_an_epoch_has_does_all_of_them(world, tmp_path)
         ({"warmup_steps": 500}, 220, "trainer.warmup_steps=500 is more than the run's 220 steps"),
         ({"warmup_steps": 220}, 220, None),
         ({"warmup_steps": 0}, 1, None),
-        ({"name": "eden"}, 499, "trainer.schedule.warmup_batches=500 is more than the run's 499 steps"),
+        (
+            {"name": "eden"},
+            499,
+            "trainer.schedule.warmup_batches=500 is more than the run's 499 steps",
+        ),
         ({"name": "eden"}, 500, None),
     ],
 )
 def test_a_warmup_longer_than_the_run_is_warned_of(caplog, settings, total, warning):
     config = trainer()
     schedule = dataclasses.replace(config.schedule, name=settings.get("name", "cosine"))
-    config = dataclasses.replace(config, schedule=schedule, warmup_steps=settings.get("warmup_steps", 500))
+    config = dataclasses.replace(
+        config, schedule=schedule, warmup_steps=settings.get("warmup_steps", 500)
+    )
     with caplog.at_level(logging.WARNING):
         warn_of_long_warmup(config, total)
-    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ([warning] if warning else [])
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == (
+        [warning] if warning else []
+    )

@@ -37,23 +37,40 @@ if __name__ == "__main__":
 
 
 def hang(how: str, exp: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", HANG, how, str(exp)], capture_output=True, text=True, timeout=40, env=clean_environment())
+    return subprocess.run(
+        [sys.executable, "-c", HANG, how, str(exp)],
+        capture_output=True,
+        text=True,
+        timeout=40,
+        env=clean_environment(),
+    )
 
 
 @pytest.mark.slow
 def test_it_tells_where_and_on_what_and_leaves_no_reader(tmp_path):
-    done = hang("lock", tmp_path)  # the pipe that the reader holds is closed too, or this would not return
+    done = hang(
+        "lock", tmp_path
+    )  # the pipe that the reader holds is closed too, or this would not return
     assert done.returncode == EXIT_STATUS == 75
     told = (tmp_path / "hang-rank3.txt").read_text()
     for text in (told, done.stderr):
-        assert "rank 3: no progress for 1 s (trainer.step_timeout) while in step 5\nthe last batch: utt1 utt2\n" in text
+        assert (
+            "rank 3: no progress for 1 s (trainer.step_timeout) while in step 5\nthe last batch: utt1 utt2\n"
+            in text
+        )
         assert "in stuck_here" in text
 
 
 @pytest.mark.slow
 def test_a_hang_with_the_interpreters_lock_ends_too(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", HANG.replace("reader.start()", "reader.pid"), "interpreter", str(tmp_path)],
+        [
+            sys.executable,
+            "-c",
+            HANG.replace("reader.start()", "reader.pid"),
+            "interpreter",
+            str(tmp_path),
+        ],
         capture_output=True,
         text=True,
         timeout=40,
@@ -78,10 +95,17 @@ def test_a_run_that_moves_or_asks_for_none_is_left_alone(tmp_path):
 
 def test_a_limit_below_zero_is_refused():
     from asrllm.config import load_config
-    from asrllm.training.config import TrainRun
+    from asrllm.training.run_config import TrainRun
 
-    keys = ["exp_dir=x", "data.train_data_config=x", "model.audio_encoder.pretrained_model=x", "model.llm.pretrained_model=x"]
-    with pytest.raises(UserError, match=r"trainer.step_timeout=-1.0 must be a number of seconds; 0 or null: none"):
+    keys = [
+        "exp_dir=x",
+        "data.train_data_config=x",
+        "model.audio_encoder.pretrained_model=x",
+        "model.llm.pretrained_model=x",
+    ]
+    with pytest.raises(
+        UserError, match=r"trainer.step_timeout=-1.0 must be a number of seconds; 0 or null: none"
+    ):
         load_config("train", [*keys, "trainer.step_timeout=-1"], TrainRun)
     with pytest.raises(UserError, match=r"trainer.max_nonfinite_steps=0 must be at least 1"):
         load_config("train", [*keys, "trainer.max_nonfinite_steps=0"], TrainRun)

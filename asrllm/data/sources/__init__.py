@@ -55,8 +55,17 @@ SOURCES = {
         help="Kaldi data directory: wav.scp, text, and segments, utt2spk, utt2lang where they exist",
         options=("allow_pipes",),
     ),
-    "nemo": Source(read=read_nemo, metavar="FILE", help="NeMo manifest: JSON lines of audio_filepath, duration, text, ..."),
-    "wenet": Source(read=read_wenet, count=count_wenet, metavar="FILE", help="wenet's list: JSON lines of key, wav, txt; or paths of tars"),
+    "nemo": Source(
+        read=read_nemo,
+        metavar="FILE",
+        help="NeMo manifest: JSON lines of audio_filepath, duration, text, ...",
+    ),
+    "wenet": Source(
+        read=read_wenet,
+        count=count_wenet,
+        metavar="FILE",
+        help="wenet's list: JSON lines of key, wav, txt; or paths of tars",
+    ),
     "folder": Source(
         read=read_folder,
         count=count_folder,
@@ -64,6 +73,14 @@ SOURCES = {
         help="audio files with a table (see --table) or with KEY.txt beside each: Common Voice, LJSpeech, audiofolder, ...",
         options=("table",),
     ),
-    "slam": Source(read=read_slam, metavar="FILE", help="SLAM-LLM: JSON lines of key, source, target, prompt, task"),
-    "swift": Source(read=read_swift, metavar="FILE", help="ms-swift, LLaMA-Factory: JSON of messages (or query, response) and audios"),
+    "slam": Source(
+        read=read_slam,
+        metavar="FILE",
+        help="SLAM-LLM: JSON lines of key, source, target, prompt, task",
+    ),
+    "swift": Source(
+        read=read_swift,
+        metavar="FILE",
+        help="ms-swift, LLaMA-Factory: JSON of messages (or query, response) and audios",
+    ),
 }

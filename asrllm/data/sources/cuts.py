@@ -22,13 +22,19 @@ from asrllm.data.storage import check_scheme
 from asrllm.errors import UserError
 
 WHAT = "the cuts manifest"
-CUSTOM = ("prompt", "task", "hotwords")  # custom fields of a supervision, or of its cut, that samples keep
+CUSTOM = (
+    "prompt",
+    "task",
+    "hotwords",
+)  # custom fields of a supervision, or of its cut, that samples keep
 EXACT = 1e-3  # seconds by which a supervision may differ from its cut without being trimmed
 OVERSHOOT = 0.5  # seconds beyond the end that are cut off, as by Kaldi's extract-segments
 SHOWN = 80  # characters of a command in a message
 
 
-def read_cuts(path: str | Path, *, allow_pipes: bool = False, allow_urls: bool = False) -> Iterator[Utterance]:
+def read_cuts(
+    path: str | Path, *, allow_pipes: bool = False, allow_urls: bool = False
+) -> Iterator[Utterance]:
     """Read Lhotse cuts (jsonl or jsonl.gz), one utterance for each supervision.
 
     Relative paths start at the working directory, or beside the manifest if the first files are
@@ -66,7 +72,9 @@ def _sources(value: Any) -> Iterator[dict[str, Any]]:
         sources = value.get("sources")
         if isinstance(sources, list):
             yield from (source for source in sources if isinstance(source, dict))
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    children = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    )
     for child in children:
         yield from _sources(child)
 
@@ -75,7 +83,9 @@ def _is_file(source: dict[str, Any]) -> bool:
     return source.get("type") == "file" and isinstance(source.get("source"), str)
 
 
-def _restrict(source: dict[str, Any], where: str, root: Path, allow_pipes: bool, allow_urls: bool) -> None:
+def _restrict(
+    source: dict[str, Any], where: str, root: Path, allow_pipes: bool, allow_urls: bool
+) -> None:
     """Let an audio source name files and memory, and what the user allowed, in place.
 
     Commands and URLs become files of a type of their own, which `cut_audio` reads: Lhotse would

@@ -52,7 +52,9 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             room -= len(line)
             if room < 0:
                 ratio = f"more than {UNPACKED_RATIO} times its size"
-                raise UserError(f"{str(path)!r} unpacks to {ratio}. Unpack it yourself if that is what you expect.")
+                raise UserError(
+                    f"{str(path)!r} unpacks to {ratio}. Unpack it yourself if that is what you expect."
+                )
             yield line
 
 
@@ -73,12 +75,21 @@ def text_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[
     try:
         for number, line in enumerate(raw_lines(path), 1):
             if number == 1 and line.startswith(UTF16):
-                raise UserError(f"{what} {str(path)!r} is UTF-16 text. Convert it to UTF-8, such as by 'iconv -f UTF-16 -t UTF-8'.")
-            yield number, line.decode("utf-8", "strict" if strict else "surrogateescape").removeprefix("\ufeff")
+                raise UserError(
+                    f"{what} {str(path)!r} is UTF-16 text. Convert it to UTF-8, such as by 'iconv -f UTF-16 -t UTF-8'."
+                )
+            yield (
+                number,
+                line.decode("utf-8", "strict" if strict else "surrogateescape").removeprefix(
+                    "\ufeff"
+                ),
+            )
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path}:{number} is not UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error) as error:  # of gzip too
-        raise UserError(f"{what} {str(path)!r} cannot be read after line {number}: {error}") from error
+        raise UserError(
+            f"{what} {str(path)!r} cannot be read after line {number}: {error}"
+        ) from error
 
 
 def read_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
@@ -93,7 +104,9 @@ def read_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[
             found = True
             yield number, line.rstrip("\r\n")
     if not found:
-        raise UserError(f"{what} {str(path)!r} {'has no utterance' if path.stat().st_size else 'is empty'}: make it again")
+        raise UserError(
+            f"{what} {str(path)!r} {'has no utterance' if path.stat().st_size else 'is empty'}: make it again"
+        )
 
 
 def json_rows(path: Path, what: str) -> Iterator[tuple[str, Row | RejectedError]]:
@@ -104,7 +117,9 @@ def json_rows(path: Path, what: str) -> Iterator[tuple[str, Row | RejectedError]
     lines = read_lines(path, what, strict=False)
     first = next(lines)
     if first[1].lstrip().startswith("["):
-        whole = _parse("\n".join(text for _, text in itertools.chain([first], lines)), str(path), what, list)
+        whole = _parse(
+            "\n".join(text for _, text in itertools.chain([first], lines)), str(path), what, list
+        )
         for number, row in enumerate(whole, 1):
             where = f"{path}, entry {number}"
             yield where, _checked_object(row, f"{what} {where}")
@@ -118,7 +133,9 @@ def json_rows(path: Path, what: str) -> Iterator[tuple[str, Row | RejectedError]
 
 
 def _checked_object(row: Any, where: str) -> Row | RejectedError:
-    return row if isinstance(row, dict) else RejectedError("bad_json", f"{where} is not a JSON object")
+    return (
+        row if isinstance(row, dict) else RejectedError("bad_json", f"{where} is not a JSON object")
+    )
 
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Row]]:
@@ -160,15 +177,23 @@ def take(row: Mapping[str, Any], where: str, *names: str) -> str:
             if row[name] is None:
                 return ""
             if not isinstance(row[name], str):
-                raise RejectedError("bad_field", f"{where}: {name!r} is {row[name]!r}, which is not a text")
+                raise RejectedError(
+                    "bad_field", f"{where}: {name!r} is {row[name]!r}, which is not a text"
+                )
             return row[name]
     has = ", ".join(map(str, row)) or "nothing"
-    raise RejectedError("missing_field", f"{where} has no {' or '.join(map(repr, names))}; it has: {has}")
+    raise RejectedError(
+        "missing_field", f"{where} has no {' or '.join(map(repr, names))}; it has: {has}"
+    )
 
 
 def take_words(row: Mapping[str, Any], where: str, *names: str) -> str:
     """Return what `take` does, and whole numbers as text: of keys, and of transcripts such as 7."""
-    whole = {name: str(row[name]) for name in names if isinstance(row.get(name), int) and not isinstance(row[name], bool)}
+    whole = {
+        name: str(row[name])
+        for name in names
+        if isinstance(row.get(name), int) and not isinstance(row[name], bool)
+    }
     return take({**row, **whole}, where, *names)
 
 
@@ -186,12 +211,17 @@ def take_number(row: Mapping[str, Any], where: str, name: str) -> float | None:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}, which is not a number of seconds")
+    raise RejectedError(
+        "bad_field", f"{where}: {name!r} is {value!r}, which is not a number of seconds"
+    )
 
 
 def sample_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest's row says beside the text, under the names that samples have; hotwords are a list, or parted by commas or bars."""
-    found = {field: next((row[name] for name in names if row.get(name)), None) for field, names in FIELDS.items()}
+    found = {
+        field: next((row[name] for name in names if row.get(name)), None)
+        for field, names in FIELDS.items()
+    }
     if isinstance(words := found["hotwords"], str):
         found["hotwords"] = [word.strip() for word in re.split(r"[,，、|]", words) if word.strip()]
     return {field: value for field, value in found.items() if value}
@@ -201,7 +231,9 @@ def key_of(path: str, start: float | None = None) -> str:
     """An utterance's key where the manifest gives none: the path without its suffix, and the start in milliseconds."""
     if not PurePosixPath(path).name:
         return ""
-    path = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name may be in another encoding
+    path = os.fsencode(path).decode(
+        "utf-8", "backslashreplace"
+    )  # a name may be in another encoding
     parts = [part for part in PurePosixPath(path).with_suffix("").parts if part not in ("/", "..")]
     return "/".join(parts) + (f"-{round(1000 * start)}" if start else "")
 
@@ -213,7 +245,11 @@ def ahead(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
 
 
 def utterances(
-    path: Path, what: str, *, names: Callable[[Row, str], Sequence[str]], make: Callable[[Row, str, Path], Utterance]
+    path: Path,
+    what: str,
+    *,
+    names: Callable[[Row, str], Sequence[str]],
+    make: Callable[[Row, str, Path], Utterance],
 ) -> Iterator[Utterance]:
     """Yield the utterances of a JSON manifest. A row of which none can be made is one with a problem.
 
@@ -250,4 +286,6 @@ def find_root(names: Sequence[str], roots: Sequence[Path]) -> Path:
 
     Asked once for a manifest's first files: to ask for each of millions takes hours on a network's disks.
     """
-    return next((root for root in roots if any(os.path.exists(root / name) for name in names)), roots[0])
+    return next(
+        (root for root in roots if any(os.path.exists(root / name) for name in names)), roots[0]
+    )

@@ -27,7 +27,17 @@ from asrllm.errors import UserError
 
 WHAT = "the table"
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
-AUDIO_COLUMNS = ("file_name", "path", "audio", "audio_file", "audio_path", "audio_filepath", "file", "filename", "wav")
+AUDIO_COLUMNS = (
+    "file_name",
+    "path",
+    "audio",
+    "audio_file",
+    "audio_path",
+    "audio_filepath",
+    "file",
+    "filename",
+    "wav",
+)
 TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription", "normalized_text", "label")
 ROOTS = (".", "clips", "wavs")  # where tables' paths start, below the directory
 
@@ -52,7 +62,11 @@ def count_folder(folder: str | Path, *, table: str | Path | None = None) -> int 
 
 
 def _table(folder: Path, table: str | Path | None) -> Path | None:
-    return Path(table) if table else next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    return (
+        Path(table)
+        if table
+        else next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    )
 
 
 # --- KEY.txt beside KEY.wav ---
@@ -70,9 +84,15 @@ def _from_sidecars(folder: Path) -> Iterator[Utterance]:
         try:
             text, problem = path.with_suffix(".txt").read_text(encoding="utf-8-sig"), None
         except FileNotFoundError:
-            text, problem = "", ("no_transcript", f"{str(path.with_suffix('.txt'))!r} does not exist")
+            text, problem = (
+                "",
+                ("no_transcript", f"{str(path.with_suffix('.txt'))!r} does not exist"),
+            )
         except UnicodeDecodeError as error:
-            text, problem = "", ("no_transcript", f"{str(path.with_suffix('.txt'))!r} is not UTF-8 text: {error}")
+            text, problem = (
+                "",
+                ("no_transcript", f"{str(path.with_suffix('.txt'))!r} is not UTF-8 text: {error}"),
+            )
         yield Utterance(key=key, text=text, load=Stretch(path), file=path, problem=problem)
 
 
@@ -82,7 +102,9 @@ def _from_sidecars(folder: Path) -> Iterator[Utterance]:
 def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
     first, rows = ahead(_json_table(table) if table.suffix == ".jsonl" else _rows(table))
     names = [row.name for _, row in first if isinstance(row, _TableRow)]
-    suffix = "" if any(has_audio_extension(name) for name in names) else ".wav"  # LJSpeech writes none
+    suffix = (
+        "" if any(has_audio_extension(name) for name in names) else ".wav"
+    )  # LJSpeech writes none
     root = find_root([name + suffix for name in names], [folder / name for name in ROOTS])
     for where, row in rows:
         try:
@@ -122,7 +144,14 @@ def _json_table(path: Path) -> Rows:
             continue
         fields = {name.lower(): value for name, value in row.items()}
         try:
-            yield where, _TableRow(take(fields, where, *AUDIO_COLUMNS).strip(), take_words(fields, where, *TEXT_COLUMNS), fields)
+            yield (
+                where,
+                _TableRow(
+                    take(fields, where, *AUDIO_COLUMNS).strip(),
+                    take_words(fields, where, *TEXT_COLUMNS),
+                    fields,
+                ),
+            )
         except RejectedError as why:
             yield where, why
 
@@ -138,8 +167,13 @@ def _rows(path: Path) -> Rows:
     if delimiter == "|" and not _column(header.split("|"), AUDIO_COLUMNS):
         yield from _ljspeech(path)
         return
-    columns = [column.strip() for _, cells in _cells(iter([(1, header)]), delimiter) for column in cells]
-    audio, text = (_named(path, columns, names, what) for names, what in ((AUDIO_COLUMNS, "audio"), (TEXT_COLUMNS, "text")))
+    columns = [
+        column.strip() for _, cells in _cells(iter([(1, header)]), delimiter) for column in cells
+    ]
+    audio, text = (
+        _named(path, columns, names, what)
+        for names, what in ((AUDIO_COLUMNS, "audio"), (TEXT_COLUMNS, "text"))
+    )
     for number, cells in _cells(lines, delimiter):
         where = f"{WHAT} {path}:{number}"
         if isinstance(cells, RejectedError):
@@ -149,7 +183,14 @@ def _rows(path: Path) -> Rows:
             yield where, RejectedError("bad_row", f"{where} {counts}")
         else:
             row = dict(zip(columns, cells, strict=True))
-            yield where, _TableRow(row[audio].strip(), row[text], {name.lower(): value for name, value in row.items()})
+            yield (
+                where,
+                _TableRow(
+                    row[audio].strip(),
+                    row[text],
+                    {name.lower(): value for name, value in row.items()},
+                ),
+            )
 
 
 def _delimiter(path: Path, header: str) -> str:
@@ -199,7 +240,9 @@ def _named(path: Path, columns: Sequence[str], names: Sequence[str], what: str) 
     column = _column(columns, names)
     if column is None:
         known = f"{', '.join(names[:-1])} or {names[-1]}"
-        raise UserError(f"{WHAT} {str(path)!r} has the columns {', '.join(columns)}, and none for the {what}: call it {known}")
+        raise UserError(
+            f"{WHAT} {str(path)!r} has the columns {', '.join(columns)}, and none for the {what}: call it {known}"
+        )
     return column
 
 
@@ -211,4 +254,7 @@ def _ljspeech(path: Path) -> Rows:
         if texts:
             yield where, _TableRow(name.strip(), texts[-1] or texts[0], {})
         else:
-            yield where, RejectedError("bad_row", f"{where} is not 'id|text' or 'id|text|normalised text'")
+            yield (
+                where,
+                RejectedError("bad_row", f"{where} is not 'id|text' or 'id|text|normalised text'"),
+            )

@@ -32,11 +32,19 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
     keys = _read_keys(folder / main)
     texts = _Lookup(folder / "text", keys.in_order)
     others = {"speaker": "utt2spk", "lang": "utt2lang"}
-    tables = {field: _Lookup(folder / name, keys.in_order) for field, name in others.items() if (folder / name).is_file()}
-    for key, recording, stretch in _segments(folder, allow_pipes) if main == "segments" else _whole(folder, allow_pipes):
+    tables = {
+        field: _Lookup(folder / name, keys.in_order)
+        for field, name in others.items()
+        if (folder / name).is_file()
+    }
+    for key, recording, stretch in (
+        _segments(folder, allow_pipes) if main == "segments" else _whole(folder, allow_pipes)
+    ):
         try:
             text = texts.pop(key) or ""
-            fields = {field: table.pop(key) for field, table in tables.items()} | {"recording": recording}
+            fields = {field: table.pop(key) for field, table in tables.items()} | {
+                "recording": recording
+            }
             keys.check(key)
             if isinstance(stretch, RejectedError):
                 raise stretch
@@ -51,7 +59,11 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
             file=stretch.audio if main == "wav.scp" and isinstance(stretch.audio, Path) else None,
         )
     for key, text in texts.rest():
-        yield Utterance(key=key, text=text, problem=("missing_audio", f"the text has a key that {folder}/{main} lacks"))
+        yield Utterance(
+            key=key,
+            text=text,
+            problem=("missing_audio", f"the text has a key that {folder}/{main} lacks"),
+        )
 
 
 def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
@@ -65,7 +77,9 @@ def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """(key, value) of each line."""
     if not path.is_file():
-        raise UserError(f"{str(path.parent)!r} is no Kaldi data directory: the file {path.name} is missing")
+        raise UserError(
+            f"{str(path.parent)!r} is no Kaldi data directory: the file {path.name} is missing"
+        )
     for _, line in read_lines(path, "the Kaldi table", strict=False):
         key, *value = line.split(maxsplit=1)
         yield key, value[0].strip() if value else ""
@@ -88,7 +102,9 @@ class _Keys:
     def check(self, key: str) -> None:
         """Raise RejectedError if the table has several lines for a key, any of which may be the right one."""
         if key in self.repeated:
-            raise RejectedError("duplicate_key", f"{self.path} has several lines for {key!r}. Leave one.")
+            raise RejectedError(
+                "duplicate_key", f"{self.path} has several lines for {key!r}. Leave one."
+            )
 
 
 def _read_keys(path: Path) -> _Keys:
@@ -113,7 +129,9 @@ class _Lookup:
         self.keys = _read_keys(path)
         self.along = self.keys.in_order and asked_in_order
         self.rows = _rows(path)
-        self.held = {} if self.along else dict(self.rows)  # along: the rows that were passed and not asked for
+        self.held = (
+            {} if self.along else dict(self.rows)
+        )  # along: the rows that were passed and not asked for
         self.next = next(self.rows, None)
 
     def pop(self, key: str) -> str | None:
@@ -142,29 +160,44 @@ def _recordings(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch 
         if value:
             yield key, Stretch(_audio(folder, root, key, value, allow_pipes))
         else:
-            yield key, RejectedError("missing_audio", f"{folder / 'wav.scp'}: recording {key!r} has no path")
+            yield (
+                key,
+                RejectedError(
+                    "missing_audio", f"{folder / 'wav.scp'}: recording {key!r} has no path"
+                ),
+            )
 
 
-def _audio(folder: Path, root: Path, key: str, value: str, allow_pipes: bool) -> "Path | _ArkEntry | _Pipe":
+def _audio(
+    folder: Path, root: Path, key: str, value: str, allow_pipes: bool
+) -> "Path | _ArkEntry | _Pipe":
     where = f"{folder / 'wav.scp'}: recording {key!r}"
     if value.endswith("|"):
         if not allow_pipes:
-            raise UserError(f"{where} is a pipe: write a file path, or let its command run with --allow-pipes if you trust it")
+            raise UserError(
+                f"{where} is a pipe: write a file path, or let its command run with --allow-pipes if you trust it"
+            )
         return _Pipe(value[:-1].strip())
     offset = re.search(ARK_OFFSET, value)
     return _ArkEntry(root / value[: offset.start()], int(offset[1])) if offset else root / value
 
 
-def _whole(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
+def _whole(
+    folder: Path, allow_pipes: bool
+) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
     return ((key, None, stretch) for key, stretch in _recordings(folder, allow_pipes))
 
 
-def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
+def _segments(
+    folder: Path, allow_pipes: bool
+) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
     """Yield (utterance, recording, its part, or why it has none)."""
     keys = _read_keys(folder / "wav.scp")
     recordings = dict(_recordings(folder, allow_pipes))
     for recording in keys.repeated:
-        recordings[recording] = RejectedError("duplicate_key", f"{keys.path} has several lines for {recording!r}. Leave one.")
+        recordings[recording] = RejectedError(
+            "duplicate_key", f"{keys.path} has several lines for {recording!r}. Leave one."
+        )
     for key, value in _rows(folder / "segments"):
         try:
             recording, stretch = _segment(f"{folder / 'segments'}: {key!r}", value, recordings)
@@ -173,19 +206,29 @@ def _segments(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, str | None
             yield key, None, why
 
 
-def _segment(where: str, value: str, recordings: Mapping[str, Stretch | RejectedError]) -> tuple[str, Stretch]:
+def _segment(
+    where: str, value: str, recordings: Mapping[str, Stretch | RejectedError]
+) -> tuple[str, Stretch]:
     try:
         recording, start, end, *channel = value.split()
         begin, finish, number = float(start), float(end), _channel(*channel)
     except (ValueError, TypeError) as error:
         form = "'recording start end' or 'recording start end channel'"
         raise RejectedError("bad_segment", f"{where} has {value!r} instead of {form}") from error
-    found = recordings.get(recording, RejectedError("missing_audio", f"{where} names the recording {recording!r}, which wav.scp lacks"))
+    found = recordings.get(
+        recording,
+        RejectedError(
+            "missing_audio", f"{where} names the recording {recording!r}, which wav.scp lacks"
+        ),
+    )
     if isinstance(found, RejectedError):
         raise found
     to_its_end = finish == -1  # Kaldi's
     if begin < 0 or not (to_its_end or finish > begin):
-        raise RejectedError("bad_segment", f"{where} lasts from {start} to {end}: the end must lie after the start, in seconds")
+        raise RejectedError(
+            "bad_segment",
+            f"{where} lasts from {start} to {end}: the end must lie after the start, in seconds",
+        )
     return recording, Stretch(found.audio, begin, None if to_its_end else finish, number)
 
 
@@ -214,7 +257,9 @@ class _ArkEntry:
             header = file.read(8)  # RIFF and the number of the bytes that follow
             left = os.fstat(file.fileno()).st_size - file.tell()
             if header[:4] != b"RIFF":
-                raise RejectedError("unreadable_audio", f"no wav begins at {self.path}:{self.offset}")
+                raise RejectedError(
+                    "unreadable_audio", f"no wav begins at {self.path}:{self.offset}"
+                )
             return io.BytesIO(header + file.read(min(int.from_bytes(header[4:], "little"), left)))
 
 
@@ -235,14 +280,20 @@ def run_command(command: str) -> bytes:
     Raises:
         RejectedError: the command fails, or runs for longer than PIPE_TIMEOUT.
     """
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     with process:
         try:
             output, errors = process.communicate(timeout=PIPE_TIMEOUT)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # the shell's children too, which hold the pipe open
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # the shell's children too, which hold the pipe open
             if isinstance(error, subprocess.TimeoutExpired):
-                raise RejectedError("failed_pipe", f"{command!r} gave no end within {PIPE_TIMEOUT} s") from error
+                raise RejectedError(
+                    "failed_pipe", f"{command!r} gave no end within {PIPE_TIMEOUT} s"
+                ) from error
             raise
     if process.returncode:
         last = (errors.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"])[-1]

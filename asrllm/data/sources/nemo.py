@@ -3,7 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from asrllm.data.sources.files import Row, key_of, sample_fields, take, take_number, take_words, utterances
+from asrllm.data.sources.files import (
+    Row,
+    key_of,
+    sample_fields,
+    take,
+    take_number,
+    take_words,
+    utterances,
+)
 from asrllm.data.sources.utterance import Stretch, Utterance
 
 WHAT = "the NeMo manifest"

@@ -30,7 +30,10 @@ def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
     elif row.get("history"):
         problem = ("not_one_turn", f"{where} is a chat with a history")
     elif [role in USERS for role, _ in said] != [True, False] or said[1][0] not in ASSISTANTS:
-        problem = ("not_one_turn", f"{where} is a chat of {', '.join(role for role, _ in said) or 'nobody'}")
+        problem = (
+            "not_one_turn",
+            f"{where} is a chat of {', '.join(role for role, _ in said) or 'nobody'}",
+        )
     else:
         problem = None
     audio = audios[0] if audios else ""
@@ -41,25 +44,40 @@ def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
     if problem:
         return Utterance(key=key, text="", problem=problem)
     fields = sample_fields(row) | ({"prompt": prompt} if prompt else {})
-    return Utterance(key=key, text=said[1][1], load=Stretch(root / audio), fields=fields, file=root / audio)
+    return Utterance(
+        key=key, text=said[1][1], load=Stretch(root / audio), fields=fields, file=root / audio
+    )
 
 
 def _turns(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
     """(role, text) of each."""
     if "query" in row:
-        return [("user", take(row, where, "query")), ("assistant", take_words(row, where, "response"))]
+        return [
+            ("user", take(row, where, "query")),
+            ("assistant", take_words(row, where, "response")),
+        ]
     name = next((name for name in ("messages", "conversations") if name in row), None)
     if name is None:
         has = ", ".join(row) or "nothing"
-        raise RejectedError("missing_field", f"{where} has neither 'messages' nor 'conversations' nor 'query'; it has: {has}")
+        raise RejectedError(
+            "missing_field",
+            f"{where} has neither 'messages' nor 'conversations' nor 'query'; it has: {has}",
+        )
     if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
-        raise RejectedError("bad_field", f"{where}: {name!r} is not a list of objects with a role and a text")
-    return [(take(turn, where, "role", "from"), take_words(turn, where, "content", "value")) for turn in row[name]]
+        raise RejectedError(
+            "bad_field", f"{where}: {name!r} is not a list of objects with a role and a text"
+        )
+    return [
+        (take(turn, where, "role", "from"), take_words(turn, where, "content", "value"))
+        for turn in row[name]
+    ]
 
 
 def _audios(row: dict[str, Any], where: str) -> list[str]:
     audios: Any = next((row[name] for name in ("audios", "audio") if row.get(name) is not None), [])
     audios = [audios] if isinstance(audios, str) else audios
     if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        raise RejectedError("bad_field", f"{where}: 'audios' is {audios!r}, which is not a list of paths")
+        raise RejectedError(
+            "bad_field", f"{where}: 'audios' is {audios!r}, which is not a list of paths"
+        )
     return audios

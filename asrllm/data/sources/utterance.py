@@ -29,7 +29,9 @@ class Utterance:
 
     key: str
     text: str
-    load: Callable[[], tuple[np.ndarray, int]] = no_audio  # picklable, with a repr that says what it loads
+    load: Callable[[], tuple[np.ndarray, int]] = (
+        no_audio  # picklable, with a repr that says what it loads
+    )
     duration: float | None = None  # in seconds, where the source says one
     fields: dict[str, Any] = field(default_factory=dict)  # speaker, lang, ...
     file: Path | None = None
@@ -56,7 +58,10 @@ class Stretch:
         if not isinstance(self.audio, Path):
             file = open_audio("the audio", self.audio().read())
         elif self.audio.is_fifo():  # nothing may ever write to it
-            raise RejectedError("unreadable_audio", f"{str(self.audio)!r} is a FIFO, which 'asrllm transcribe' alone reads")
+            raise RejectedError(
+                "unreadable_audio",
+                f"{str(self.audio)!r} is a FIFO, which 'asrllm transcribe' alone reads",
+            )
         elif os.path.exists(self.audio):
             file = opened(str(self.audio))
         else:
@@ -65,7 +70,10 @@ class Stretch:
         if self.channel is None:
             return wave[:, 0] if wave.shape[1] == 1 else wave.mean(1), rate
         if self.channel >= wave.shape[1]:
-            raise RejectedError("missing_channel", f"{str(self.audio)!r} has {wave.shape[1]} channels, none is {self.channel}")
+            raise RejectedError(
+                "missing_channel",
+                f"{str(self.audio)!r} has {wave.shape[1]} channels, none is {self.channel}",
+            )
         return wave[:, self.channel], rate
 
 

@@ -58,7 +58,10 @@ def _utterance(row: Row, where: str, root: Path) -> Utterance:
     file = root / take(row, where, "wav")
     start, end = take_number(row, where, "start"), take_number(row, where, "end")
     if end is not None and end <= (start or 0.0):
-        raise RejectedError("bad_field", f"{where} lasts from {start or 0.0} to {end} s: the end must lie after the start")
+        raise RejectedError(
+            "bad_field",
+            f"{where} lasts from {start or 0.0} to {end} s: the end must lie after the start",
+        )
     whole = start is None and end is None
     return Utterance(
         key=take_words(row, where, "key"),
@@ -76,7 +79,9 @@ def _tars(path: Path) -> Iterator[Utterance]:
     for number, line in rows:
         tar = root / line.strip()
         if not os.path.isfile(tar):
-            raise UserError(f"{WHAT} {path}:{number} names {line.strip()!r}, which is no file on this machine: copy the tars to disk first")
+            raise UserError(
+                f"{WHAT} {path}:{number} names {line.strip()!r}, which is no file on this machine: copy the tars to disk first"
+            )
         try:
             yield from _samples(tar)
         except tarfile.TarError as error:
@@ -103,13 +108,21 @@ def _samples(path: Path) -> Iterator[Utterance]:
 def _sample(path: Path, key: str, parts: "dict[str, bytes | TarMember]") -> Utterance:
     text, audio = parts.get("txt"), next((parts[e] for e in AUDIO_EXTENSIONS if e in parts), None)
     if not isinstance(audio, TarMember):
-        return Utterance(key=key, text="", problem=("missing_audio", f"{path} has no audio for {key!r}, only: {', '.join(parts)}"))
+        return Utterance(
+            key=key,
+            text="",
+            problem=("missing_audio", f"{path} has no audio for {key!r}, only: {', '.join(parts)}"),
+        )
     if not isinstance(text, bytes):
         return Utterance(key=key, text="", problem=("no_transcript", f"{path} has no {key}.txt"))
     try:
         return Utterance(key=key, text=text.decode("utf-8-sig"), load=Stretch(audio))
     except UnicodeDecodeError as error:
-        return Utterance(key=key, text="", problem=("no_transcript", f"{key}.txt in {path} is not UTF-8 text: {error}"))
+        return Utterance(
+            key=key,
+            text="",
+            problem=("no_transcript", f"{key}.txt in {path} is not UTF-8 text: {error}"),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,326 @@
+"""The ranks of a run on one node: each notices when another one ends, and one prints for all.
+
+They meet at abstract Unix sockets (unix(7)), which leave no file behind. This works before the ranks
+join their process group, during computations of any length, and with every launcher and with none.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
+
+from asrllm.errors import UserError
+from asrllm.escape import escape
+from asrllm.processes import launchers_above
+
+MAY_SUCCEED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+RUN_AGAIN = "Read the last output before this line, then run the same command again."
+LOOK = 1.0  # seconds between two looks at the launchers
+AFTER_KILL = 1.0  # seconds for this rank to end by itself once another one was killed
+AFTER_ERROR = 2.0  # the same, once another one ended with an error
+AFTER_HANG = 10.0  # the same, once another one hung: the watchdogs look every 5 s
+AFTER_LAUNCHER = 8.0  # seconds to save once the launcher was killed
+WAIT_FOR_OTHERS = 30.0  # seconds that a rank with an error waits for the others
+WAIT_TO_LEAVE = 3.0  # the same, of a rank that ends because another one was killed
+NAME_TAKEN = 10.0  # seconds that a process of an earlier run may take to end
+
+
+class Siblings:
+    """This rank's connections to the other ranks of its run on the same node.
+
+    A rank announces the status that it ends with. A connection that closes without one belongs to a
+    process that was killed or that crashed. Then, and when a rank announced an error, this process
+    ends as well, except that before `join` it first looks for errors of its own.
+    """
+
+    def __init__(self) -> None:
+        self.rank = -1
+        self.run = ""
+        self.connections: dict[socket.socket, int] = {}  # the other rank; -1 until it says which
+        self.statuses: dict[int, int | None] = {}  # of the ranks that ended; None: killed
+        self.printing: list[socket.socket] = []  # names of messages that this process printed
+        self.joined = False
+        self.announced: int | None = None  # the status that this rank ends with
+        self.changed = threading.Condition()
+        self.thread: threading.Thread | None = None
+
+    def start(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Connect to the ranks that are there already; later ones connect to this one.
+
+        Args:
+            environment: holds WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT if there are ranks.
+        """
+        self.launchers = launchers_above()
+        self.selector = selectors.DefaultSelector()
+        self.woken, self.waker = socket.socketpair()
+        self.selector.register(self.woken, selectors.EVENT_READ)
+        if "RANK" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
+            self._meet(environment)
+        self.thread = threading.Thread(target=self._watch, name="siblings", daemon=True)
+        self.thread.start()
+
+    def _meet(self, environment: Mapping[str, str]) -> None:
+        self.rank = int(environment["RANK"])
+        self.run = run_key(environment)
+        self.listener = self._listen()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        # whichever of two ranks listens later finds the other one here
+        for rank in range(int(environment["WORLD_SIZE"])):
+            if rank != self.rank:
+                self._connect(rank)
+
+    def _listen(self) -> socket.socket:
+        deadline = time.monotonic() + NAME_TAKEN
+        while True:
+            listener = bound_socket(self._name(self.rank))
+            if listener is not None:
+                listener.listen(1024)
+                return listener
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"RANK={self.rank} with the same MASTER_ADDR and MASTER_PORT already runs on this "
+                    "node. Stop that process, or choose another MASTER_PORT."
+                )
+            time.sleep(0.05)  # waits for a condition, bounded
+
+    def _name(self, what: object) -> bytes:
+        return f"\0asrllm-{self.run}-{what}".encode()
+
+    def _connect(self, rank: int) -> None:
+        connection = unix_socket()
+        try:
+            connection.connect(self._name(rank))
+            connection.send(f"rank {self.rank}".encode())
+        except OSError:  # the rank is on another node, or not started yet
+            connection.close()
+            return
+        self._add(connection, rank)
+
+    def _accept(self) -> None:
+        connection, _ = self.listener.accept()
+        self._add(connection, -1)
+
+    def _add(self, connection: socket.socket, rank: int) -> None:
+        if peer_user(connection) != os.getuid():
+            connection.close()
+            return
+        with self.changed:
+            self.connections[connection] = rank
+            if self.announced is not None:
+                send(connection, f"status {self.announced}")
+        self.selector.register(connection, selectors.EVENT_READ)
+
+    def join(self) -> None:
+        """From here on this rank waits for the others: it ends when one of them does."""
+        self.joined = True
+        if self.thread is not None:
+            self.waker.send(b".")
+
+    def report(self, text: str) -> None:
+        """Print a line to standard error unless another rank on this node prints the same one."""
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.rank >= 0:
+            name = bound_socket(self._name(digest))
+            if name is None:
+                return
+            self.printing.append(name)  # bound until all ranks on the node have ended
+        with contextlib.suppress(OSError):  # standard error may be gone
+            print(escape(text, keep="\n"), file=sys.stderr, flush=True)
+
+    def announce(self, status: int) -> None:
+        """Tell the other ranks the status that this one ends with; nothing ends it early any more."""
+        with self.changed:
+            if self.announced is not None:
+                return
+            self.announced = status
+            for connection in self.connections:
+                send(connection, f"status {status}")
+
+    def end(self, status: int, seconds: float = WAIT_FOR_OTHERS) -> None:
+        """Announce an error, and wait until the other ranks on the node have ended too.
+
+        A launcher stops the other ranks as soon as one exits, and one of them may be about to print.
+        """
+        self.announce(status)
+        with self.changed:
+            self.changed.wait_for(self._all_ended, seconds)
+
+    def _all_ended(self) -> bool:
+        return all(rank in self.statuses for rank in self.connections.values() if rank >= 0)
+
+    def close(self) -> None:
+        """Stop watching. Another run may start in this process afterwards."""
+        if self.thread is None:
+            return
+        self.announce(0)
+        self.waker.send(b"x")
+        self.thread.join()
+        self.thread = None
+        for used in (self.woken, self.waker, *self.connections, *self.printing):
+            used.close()
+        if self.rank >= 0:
+            self.listener.close()
+        self.selector.close()
+
+    def wait_for_failure(self, seconds: float) -> bool:
+        """Return whether another rank on the node ends with an error within so many seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self._failure() is not None, seconds)
+
+    def _failure(self) -> tuple[int, int | None] | None:
+        """Return the rank and status of the first one that ended with an error."""
+        for rank, status in self.statuses.items():
+            if status != 0:
+                return rank, status
+        return None
+
+    def _watch(self) -> None:
+        deadline: float | None = None
+        leaving = False
+        while True:
+            seconds = LOOK if deadline is None else deadline - time.monotonic()
+            for key, _ in self.selector.select(seconds):
+                if key.fileobj is self.woken:
+                    if self.woken.recv(16).endswith(b"x"):
+                        return
+                elif key.fileobj is self.listener:
+                    self._accept()
+                else:
+                    self._receive(key.fileobj)  # type: ignore[arg-type]
+            if self.launchers and launchers_above() != self.launchers:
+                self.launchers = []
+                threading.Thread(target=self._outlive_launcher, daemon=True).start()
+            failure = self._failure()
+            if leaving or failure is None or not (self.joined or failure[1] is None):
+                continue
+            if deadline is None:
+                deadline = time.monotonic() + grace(failure[1])
+            elif time.monotonic() >= deadline:
+                deadline = None
+                leaving = True
+                # this thread hears meanwhile of the others' end
+                threading.Thread(target=self._leave, args=failure, daemon=True).start()
+
+    def _receive(self, connection: socket.socket) -> None:
+        try:
+            said = connection.recv(64).decode()
+        except OSError:
+            said = ""
+        what, _, number = said.partition(" ")
+        with self.changed:
+            if what == "rank":
+                self.connections[connection] = int(number)
+            elif what == "status":
+                self.statuses.setdefault(self.connections[connection], int(number))
+            else:
+                rank = self.connections.pop(connection)
+                self.selector.unregister(connection)
+                connection.close()
+                if rank >= 0:
+                    self.statuses.setdefault(rank, None)
+            self.changed.notify_all()
+
+    def _leave(self, rank: int, status: int | None) -> None:
+        """End this process after another one, which has printed its own error if it could."""
+        if self.announced is not None:  # the main thread ends the process itself
+            return
+        if status is None:
+            self.leave(f"asrllm: rank {rank} was killed or crashed. {RUN_AGAIN}")
+        self.announce(status)
+        exit_at_once(status)
+
+    def leave(self, text: str) -> NoReturn:
+        """Report that another process is gone, and end this one; the same command may succeed."""
+        self.report(text)
+        self.end(MAY_SUCCEED, WAIT_TO_LEAVE)
+        exit_at_once(MAY_SUCCEED)
+
+    def _outlive_launcher(self) -> None:
+        """End this process, whose launcher was killed: SIGTERM lets training save."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(AFTER_LAUNCHER)
+        self.leave(f"asrllm: the launcher was killed. {RUN_AGAIN}")
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process from any thread, without what runs at exit: gloo would wait or abort there."""
+    with contextlib.suppress(OSError):  # standard output may be gone
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def grace(status: int | None) -> float:
+    """Return the seconds that this rank has to end by itself, by another rank's status."""
+    if status is None:
+        return AFTER_KILL
+    return AFTER_HANG if status == MAY_SUCCEED else AFTER_ERROR
+
+
+def run_key(environment: Mapping[str, str]) -> str:
+    """Return a name that the ranks of one run share, and no other run on the node has."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    parts = [str(os.getuid()), *(environment.get(name, "") for name in names)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def unix_socket() -> socket.socket:
+    """Return a socket that keeps the bounds of messages and closes with its process."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def bound_socket(name: bytes) -> socket.socket | None:
+    """Return a socket with this name, or None if another process has it."""
+    bound = unix_socket()
+    try:
+        bound.bind(name)
+    except OSError as error:
+        bound.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return bound
+
+
+def send(connection: socket.socket, text: str) -> None:
+    """Send a message without waiting; a rank that has ended needs none."""
+    with contextlib.suppress(OSError):
+        connection.send(text.encode(), socket.MSG_DONTWAIT)
+
+
+def peer_user(connection: socket.socket) -> int:
+    """Return the user id of the process at the other end."""
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    _, user, _ = struct.unpack("3i", credentials)
+    return user
+
+
+_mine = Siblings()  # of a process without ranks: prints everything, notices nothing
+
+
+def mine() -> Siblings:
+    """Return this process's connections to the other ranks."""
+    return _mine
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Siblings]:
+    """Within the block this rank and the others on its node notice one another's end."""
+    global _mine
+    _mine = Siblings()
+    try:
+        _mine.start()
+        yield _mine
+    finally:
+        _mine.close()
+        _mine = Siblings()

@@ -1,0 +1,39 @@
+"""Logs of JSON lines that a resumed run appends to."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TextIO
+
+from asrllm.atomic import write_whole
+
+logger = logging.getLogger(__name__)
+
+
+def reopen_log(path: Path, step: int) -> TextIO:
+    """Open a log of JSON lines for appending.
+
+    What an interrupted run wrote past `step`, from which it is resumed, is removed, and so is a
+    corrupted line.
+    """
+    kept = []
+    if step and path.is_file():
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            logged = _step_of(line)
+            if logged is not None and logged <= step:
+                kept.append(line.decode())
+            if logged is None and number < len(lines):  # the last line was being written
+                logger.warning("%s:%d is corrupted and is dropped", path, number)
+    write_whole(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a log record, or None if the line is not a record."""
+    try:
+        record = json.loads(line.decode())
+        step = record["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from asrllm.audio.reader import resample
+from asrllm.errors import UserError
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.testing import TINY_ZIPFORMER, tiny_tokenizer, tone
+
+WHISPER = {"model_type": "whisper", "num_mel_bins": 80, "max_source_positions": 1500}
+
+
+def make_processor(encoder=WHISPER):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|AUDIO|>"], special_tokens=True)
+    return AsrLlmProcessor(tokenizer, AsrLlmConfig(audio_encoder=encoder))
+
+
+WAVE = tone("one", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        (WAVE[:0], "audio 1 is empty"),
+        (
+            WAVE[:159],
+            r"audio 1 is too short: 159 samples at 16 kHz, the model takes 160 \(0\.010 s\) at least",
+        ),
+        (
+            np.zeros(16000 * 31, np.float32),
+            r"audio 1 is too long: 31\.00 s, the model takes 30\.01 s at most: cut it",
+        ),
+        (WAVE * np.nan, "audio 1 holds NaN"),
+        (np.full(9000, np.inf), "audio 1 holds NaN or infinite"),
+        (
+            WAVE.astype(np.float64) * 1e300,
+            "audio 1 holds samples beyond the numbers of float32: give floats from -1 to 1",
+        ),
+        (
+            (WAVE * 32767).astype(np.int16),
+            "audio 1 holds samples of the type int16: give floats from -1 to 1, 16-bit samples divided by",
+        ),
+        (torch.zeros(9000, dtype=torch.int32), "of the type int32"),
+        ([0, 1, 2], "of the type int64"),
+        (np.stack([WAVE, WAVE]), r"audio 1 has the shape \(2, 8000\): give one channel"),
+        (torch.zeros(1, 8000), r"audio 1 has the shape \(1, 8000\)"),
+        ((WAVE, 0), "audio 1 has the sampling rate 0: give it in Hz"),
+        ((WAVE[:20], 48000), "audio 1 is too short"),
+        ([[0.0], [1.0, 2.0]], "audio 1 is no array of samples"),
+        (None, r"audio 1 has the shape \(\)"),
+        ("no.wav", r"'no\.wav' cannot be read"),
+    ],
+)
+def test_bad_audio_is_one_sentence(audio, message):
+    with pytest.raises(UserError, match=message) as caught:
+        make_processor().load_waves([WAVE, audio])
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    soundfile.write(tmp_path / "short.wav", WAVE[:100], 16000)
+    soundfile.write(tmp_path / "none.wav", WAVE[:0], 16000)
+    for name, message in (
+        ("short.wav", r"audio 0 \('.*short\.wav'\) is too short"),
+        ("none.wav", r"none\.wav' holds no sample"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_processor().load_waves([tmp_path / name])
+
+
+def test_limits_are_the_encoders():
+    zipformer = make_processor({"model_type": "zipformer"} | TINY_ZIPFORMER)
+    low, _ = zipformer.config.sample_limits()
+    with pytest.raises(UserError, match=f"takes {low} "):
+        zipformer.load_waves([np.zeros(low - 1, np.float32)])
+    waves, lengths = zipformer.load_waves(
+        [np.zeros(low, np.float32), np.zeros(16000 * 31, np.float32)]
+    )
+    assert waves.shape == (2, 16000 * 31)
+    assert lengths.tolist() == [low, 16000 * 31]
+
+
+@pytest.mark.parametrize("alone", ["a.wav", WAVE, torch.from_numpy(WAVE), (WAVE, 16000), None, 3])
+def test_one_audio_that_is_not_in_a_list_is_one_sentence(alone):
+    with pytest.raises(UserError, match=r"give a list of audios, \[audio\]"):
+        make_processor().load_waves(alone)
+    with pytest.raises(UserError, match="give one at least"):
+        make_processor().load_waves([])
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+def test_other_rates_are_resampled_as_files_are(tmp_path, rate):
+    wave = tone("one", 0.5, rate)
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
+    waves, lengths = make_processor().load_waves(
+        [tmp_path / "a.wav", (wave, rate), (torch.from_numpy(wave), np.int64(rate))]
+    )
+    for row in waves:
+        np.testing.assert_array_equal(row, resample(wave, rate))
+    assert lengths.tolist() == [8000] * 3
+
+
+def test_stereo_files_are_mixed_down(tmp_path):
+    other = tone("two", 0.5)
+    soundfile.write(tmp_path / "a.wav", np.stack([WAVE, other], 1), 16000, subtype="FLOAT")
+    (row,), _ = make_processor().load_waves([tmp_path / "a.wav"])
+    np.testing.assert_allclose(row, (WAVE + other) / 2, atol=1e-7)
+
+
+def test_a_chat_that_is_not_in_a_list_is_one_sentence():
+    processor = make_processor()
+    with pytest.raises(UserError, match=r"give a list of chats, \[messages\]"):
+        processor.share_out(processor.renderer.user_messages("x"), 1)

@@ -1,0 +1,108 @@
+"""The registry: a new encoder is one class and one line."""
+
+import json
+
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from asrllm.audio.features import KaldiFeatures, kaldi_frames
+from asrllm.errors import UserError
+from asrllm.models.encoders import registry as encoders
+from asrllm.models.encoders.registry import build_encoder, encoder_class
+from asrllm.models.model_args import EncoderPart
+from asrllm.testing import tiny_whisper, tiny_zipformer, tone
+from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
+
+
+class Averages(nn.Module):
+    """One frame for four of the features, from their mean."""
+
+    output_dim = 12
+    whisper_features = False
+    unsplit_modules = ()
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.features, self.linear = KaldiFeatures(80), nn.Linear(80, width)
+
+    def forward(self, features, lengths):
+        n, t, width = features.shape
+        whole = features[:, : t // 4 * 4].reshape(n, t // 4, 4, width).mean(2)
+        return self.linear(whole), lengths // 4
+
+    def set_batch_count(self, step):
+        pass
+
+    def gradient_checkpointing_enable(self):
+        pass
+
+    @classmethod
+    def from_fields(cls, values, *, pad_to_30s):
+        return cls(values["width"])
+
+    @staticmethod
+    def frame_lengths(samples):
+        return kaldi_frames(samples) // 4
+
+    @staticmethod
+    def sample_limits(values):
+        return 1600, 16000 * 30
+
+    @staticmethod
+    def read_pretrained(path):
+        return {"width": 12}, torch.load(path, weights_only=True)
+
+
+def test_a_new_encoder_is_a_class_and_a_line(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(encoders.ENCODERS, "averages", Averages)
+    torch.save(Averages(12).state_dict(), tmp_path / "averages.pt")
+    part = EncoderPart(
+        model_type="averages", pretrained_model=str(tmp_path / "averages.pt"), frozen=True
+    )
+    model = make_model(world, audio_encoder=part)
+    model(**batch_of(model, samples())).loss.backward()
+    assert model.projector.mlp.linear1.weight.grad.abs().max() > 0
+    model.save_pretrained(tmp_path / "saved")
+    waves = [s.wave for s in samples()]
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    assert loaded.transcribe(waves, 6) == model.transcribe(waves, 6)
+
+
+def test_an_unknown_encoder_is_one_sentence():
+    with pytest.raises(UserError, match=r"model_type='wisper' is unknown: did you mean 'whisper'"):
+        EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
+
+
+@pytest.mark.parametrize("make", [tiny_whisper, tiny_zipformer])
+def test_features_are_extracted_from_files_and_arrays(tmp_path, make):
+    folder = make(tmp_path / "encoder")
+    fields, _ = encoder_class(make.__name__.removeprefix("tiny_")).read_pretrained(str(folder))
+    encoder = build_encoder(
+        {"model_type": make.__name__.removeprefix("tiny_")} | fields, pad_to_30s=False
+    )
+    wave = tone("one", 0.5)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    x, x_lens = encoder.extract_feature([tmp_path / "a.wav", wave, (tone("two", 0.5, 8000), 8000)])
+    assert x.shape == (3, int(x_lens.max()), 80)
+    torch.testing.assert_close(x[0], x[1])
+    assert not torch.allclose(x[0], x[2])
+    with pytest.raises(UserError, match="audio 1"):
+        encoder.extract_feature([wave, wave.reshape(2, -1)])
+
+
+def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
+    def part(place):
+        return EncoderPart(model_type=str(place), pretrained_model=str(world.whisper), frozen=True)
+
+    by_name = make_model(world, audio_encoder=part("whisper"))
+    by_directory = make_model(world, audio_encoder=part(world.whisper))
+    assert by_directory.config.audio_encoder == by_name.config.audio_encoder
+    config = json.loads((world.whisper / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"encoder_layers": 7}))
+    with pytest.raises(UserError, match="encoder_layers"):
+        make_model(world, audio_encoder=part(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
+    with pytest.raises(UserError, match="wav2vec2"):
+        part(tmp_path)

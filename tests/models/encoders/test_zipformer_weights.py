@@ -1,0 +1,190 @@
+"""Encoders in the files of icefall and Auden, with whatever is around them."""
+
+import argparse
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from asrllm.errors import UserError
+from asrllm.models.encoders.zipformer.configuration import PUBLIC_SIZES, ZipformerConfig
+from asrllm.models.encoders.zipformer.modeling import PRETRAINED_BATCHES, ZipformerEncoder
+from asrllm.models.encoders.zipformer.weights import fields_of_shapes
+from asrllm.models.fingerprint import fingerprint
+from asrllm.testing import TINY_ZIPFORMER
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return ZipformerEncoder(ZipformerConfig(**TINY_ZIPFORMER)).eval()
+
+
+def published(encoder, prefix=""):
+    """The state dict as the published code writes it: with the parameters that nothing reads, and beside other modules."""
+    state = dict(encoder.state_dict())
+    for name in [name for name in state if name.endswith("layers.0.bypass.bypass_scale")]:
+        state[name.replace("bypass.bypass_scale", "bypass_scale")] = torch.full_like(
+            state[name], 9.0
+        )
+    state |= {"encoder_embed.batch_count": torch.tensor(3.0)} if prefix == "bad." else {}
+    return {prefix + name: tensor for name, tensor in state.items()} | {
+        "decoder.weight": torch.ones(2),
+        "model_batch_count": torch.tensor(7),
+    }
+
+
+def assert_same(path, encoder):
+    loaded = ZipformerEncoder.from_pretrained(path)
+    assert not loaded.training
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=0, rtol=0)
+    x, lengths = torch.randn(1, 60, 80), torch.tensor([60])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, lengths)[0], encoder(x, lengths)[0])
+    return loaded
+
+
+@pytest.mark.parametrize("container", [None, "model", "model_avg", "state_dict"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "encoder.", "audio_encoder.", "module.", "module.encoder.", "model.audio_encoder."],
+)
+def test_every_prefix_and_container(encoder, tmp_path, prefix, container):
+    state = published(encoder, prefix)
+    if container == "model_avg":
+        state = {name: tensor.double() for name, tensor in state.items()}
+    torch.save(
+        {container: state, "epoch": 3, "optimizer": {"state": []}} if container else state,
+        tmp_path / "pretrained.pt",
+    )
+    assert_same(tmp_path / "pretrained.pt", encoder)
+
+
+def test_a_directory_with_its_configuration(encoder, tmp_path):
+    save_file(published(encoder, "encoder."), tmp_path / "model.safetensors")
+    fields = TINY_ZIPFORMER | {
+        "pos_head_dim": [4],
+        "chunk_size": [16, 32, 64, -1],
+        "left_context_frames": [64, -1],
+        "dropout": 0.1,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "asr", "encoder_config": fields})
+    )
+    loaded = assert_same(tmp_path, encoder)
+    assert loaded.config.encoder_unmasked_dim == (8, 16)
+    fields, state = ZipformerEncoder.read_pretrained(str(tmp_path))
+    assert (
+        ZipformerEncoder.from_fields(json.loads(json.dumps(fields)), pad_to_30s=False)
+        .load_state_dict(state)
+        .missing_keys
+        == []
+    )
+    wrong = TINY_ZIPFORMER | {"num_heads": [4, 4]}
+    (tmp_path / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(
+        UserError,
+        match=r"config\.json says num_heads=\[4, 4\], but the weights beside it have \[2, 4\]",
+    ):
+        ZipformerEncoder.from_pretrained(tmp_path)
+
+
+def test_head_widths_other_than_icefalls_come_from_the_configuration(tmp_path):
+    encoder = ZipformerEncoder(ZipformerConfig(**TINY_ZIPFORMER | {"pos_head_dim": [2, 6]})).eval()
+    save_file(published(encoder), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"encoder_dim": [16, 24], "pos_head_dim": [2, 6]})
+    )
+    assert_same(tmp_path, encoder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", PUBLIC_SIZES)
+def test_the_shapes_give_the_published_configurations(size, causal):
+    chunks = (
+        {"chunk_size": [16, 32, 64, -1], "left_context_frames": [64, 128, 256, -1]}
+        if causal
+        else {}
+    )
+    config = ZipformerConfig.public(size, causal=causal, **chunks)
+    with torch.device("meta"):
+        state = ZipformerEncoder(config).state_dict()
+    assert ZipformerConfig(**fields_of_shapes(state, {})) == config
+
+
+def test_fine_tuning_starts_at_the_ends_of_the_schedules(encoder, tmp_path):
+    torch.save(published(encoder), tmp_path / "a.pt")
+    loaded = ZipformerEncoder.from_pretrained(tmp_path / "a.pt")
+    counts = {module.batch_count for module in loaded.modules() if hasattr(module, "batch_count")}
+    assert counts == {PRETRAINED_BATCHES} == {100_000}
+    loaded.set_batch_count(5000)
+    assert loaded.encoder_embed.batch_count == 105_000
+    assert type(loaded.encoder_embed.batch_count) is int
+    assert not any("batch_count" in name for name in loaded.state_dict())
+
+
+def test_loading_is_strict(encoder):
+    state = encoder.state_dict()
+    del state["encoder.downsample_output.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*downsample_output"):
+        encoder.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.0\.other"):
+        encoder.load_state_dict(
+            encoder.state_dict() | {"encoder.encoders.0.layers.0.other": torch.ones(1)}
+        )
+
+
+def test_a_files_code_is_never_run(encoder, tmp_path):
+    ran = tmp_path / "ran"
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(ran), "w"))
+
+    torch.save({"model": published(encoder), "sampler": Harm()}, tmp_path / "harm.pt")
+    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+        ZipformerEncoder.from_pretrained(tmp_path / "harm.pt")
+    torch.save(
+        {"model": published(encoder), "params": argparse.Namespace(a=1)}, tmp_path / "params.pt"
+    )
+    with pytest.raises(UserError, match="save its state dict alone"):
+        ZipformerEncoder.from_pretrained(tmp_path / "params.pt")
+    assert not ran.exists()
+
+
+def test_what_is_no_encoder_is_one_sentence(encoder, tmp_path):
+    def refused(message, path=tmp_path):
+        with pytest.raises(UserError, match=message):
+            ZipformerEncoder.from_pretrained(path)
+
+    refused("holds no weights")
+    torch.save({"decoder.weight": torch.ones(2)}, tmp_path / "a.pt")
+    refused("holds no Zipformer encoder")
+    torch.save([1, 2], tmp_path / "a.pt")
+    refused("holds no state dict")
+    (tmp_path / "a.pt").write_bytes(b"junk")
+    refused("cannot be read as plain tensors")
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"model": 1}, protocol=2))
+    refused("cannot be read as plain tensors|holds no Zipformer")
+    torch.save(published(encoder, "a.") | published(encoder, "b."), tmp_path / "a.pt")
+    refused("holds 2 Zipformer encoders, below 'a.', 'b.'")
+    broken = {
+        name: tensor for name, tensor in published(encoder).items() if "linear_pos" not in name
+    }
+    torch.save(broken, tmp_path / "a.pt")
+    refused("is no Zipformer that is known")
+    torch.save(published(encoder), tmp_path / "b.pt")
+    refused("holds 2 checkpoints, such as a.pt")
+    (tmp_path / "config.json").write_text("{")
+    refused("is no JSON", tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"data\.pad_to_30s=true is for Whisper"):
+        ZipformerEncoder.from_fields(TINY_ZIPFORMER, pad_to_30s=True)
+
+
+def test_a_file_has_a_fingerprint(encoder, tmp_path):
+    torch.save(published(encoder), tmp_path / "a.pt")
+    assert fingerprint(tmp_path / "a.pt") == fingerprint(tmp_path)

@@ -1,0 +1,150 @@
+"""Weights of icefall's ASR_LLM: the key table, what is read out of the shapes, and the same numbers afterwards."""
+
+import errno
+
+import pytest
+import torch
+
+from asrllm import AutoModel
+from asrllm.commands.dispatch import main
+from asrllm.errors import UserError
+from asrllm.models.interop.icefall import KEYS, import_icefall, renamed
+from tests.models.asr_llm.test_modeling import make_model, samples
+from tests.models.asr_llm.test_serialization import logits
+
+PROJECTOR = ["linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"]
+
+
+@pytest.fixture
+def theirs(world, tmp_path):
+    """A model of ours, and its trained weights under icefall's names."""
+    model = make_model(world, audio_token="<speech>", llm={"chat_template": "chatml"})
+    back = {ours: name for name, ours in KEYS.items()}
+    state = {
+        back.get(n, n): t
+        for n, t in model.weights().items()
+        if n.startswith("projector") or "lora_" in n
+    }
+    positions = model.weights()["audio_encoder.embed_positions.weight"]
+    torch.save(state | {"encoder.positional_embedding": positions}, tmp_path / "pytorch_model.bin")
+    return model, tmp_path / "pytorch_model.bin"
+
+
+def test_the_key_table():
+    adapter = "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    state = {f"encoder_projector.{name}": torch.zeros(1) for name in PROJECTOR} | {
+        adapter: torch.zeros(1)
+    }
+    state |= {
+        "encoder.blocks.3.attn.query.weight": torch.zeros(1),
+        "encoder.conv1.bias": torch.zeros(1),
+    }
+    assert sorted(renamed(state, "x")) == sorted(
+        [f"projector.mlp.{name}" for name in PROJECTOR]
+        + [adapter, "audio_encoder.layers.3.self_attn.q_proj.weight", "audio_encoder.conv1.bias"]
+    )
+    assert (
+        renamed({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys()
+        == renamed(state, "x").keys()
+    )
+    with pytest.raises(UserError, match=r"'ctc\.weight' is no key of icefall"):
+        renamed(state | {"ctc.weight": torch.zeros(1)}, "x")
+    state.pop("encoder_projector.linear2.bias")
+    with pytest.raises(UserError, match=r"lacks the projector's 'projector\.mlp\.linear2\.bias'"):
+        renamed(state, "x")
+
+
+def test_an_imported_model_computes_the_same(world, theirs, tmp_path):
+    model, file = theirs
+    arguments = [
+        "--audio-encoder",
+        str(world.whisper),
+        "--llm",
+        str(world.llm),
+        "--lora-alpha",
+        "8",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(["import-icefall", str(file), *arguments]) == 0
+    found = AutoModel.from_pretrained(tmp_path / "out", dtype="float32")
+    assert (found.config.lora["r"], found.config.lora["target_modules"]) == (
+        4,
+        ["q_proj", "v_proj"],
+    )
+    assert (found.config.audio_encoder_projector_ds_rate, found.config.projector_hidden_size) == (
+        4,
+        32,
+    )
+    assert (found.config.drop_ragged_frames, found.config.prompts) == (True, ["请转写音频为文字"])
+    for name, tensor in model.weights().items():
+        assert torch.equal(found.weights()[name], tensor), name
+    model.config.drop_ragged_frames = model.projector.drop_ragged = True
+    torch.testing.assert_close(logits(found), logits(model))
+    assert isinstance(found.transcribe([samples(1)[0].wave], max_new_tokens=3)[0], str)
+
+
+def test_a_full_disk_is_one_sentence(world, theirs, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("asrllm.tensor_files._bytes_of", full)
+    arguments = [
+        "--audio-encoder",
+        str(world.whisper),
+        "--llm",
+        str(world.llm),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(["import-icefall", str(theirs[1]), *arguments]) == 2
+    assert "no space is left on the disk" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_encoder_is_refused(world, theirs, tmp_path):
+    _, file = theirs
+    state = torch.load(file, weights_only=True)
+    state["encoder_projector.linear1.weight"] = state["encoder_projector.linear1.weight"][
+        :, :-1
+    ].clone()
+    torch.save(state, file)
+    with pytest.raises(UserError, match="no whole frames"):
+        import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
+    assert not (tmp_path / "out").exists()
+
+
+def one_row_less(state):
+    name = next(name for name in state if "lora_B" in name)
+    state[name] = state[name][:31].clone()
+
+
+HARMS = {
+    "a factor of other rows": (
+        one_row_less,
+        r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)",
+    ),
+    "a layer more": (
+        lambda state: state.update({k.replace(".1.", ".77."): t for k, t in state.items()}),
+        r"unexpected.*layers\.77",
+    ),
+    "a layer without": (
+        lambda state: state.pop(next(k for k in state if "layers.1" in k and "lora_A" in k)),
+        r"lack 1 keys.*layers\.1",
+    ),
+    "part of an encoder": (
+        lambda state: state.update({"encoder.conv1.bias": torch.zeros(16)}),
+        r"lack \d+ keys, the first 'audio_encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_weights_that_fit_no_model_are_refused(world, theirs, tmp_path, harm):
+    _, file = theirs
+    state = torch.load(file, weights_only=True)
+    HARMS[harm][0](state)
+    torch.save(state, file)
+    with pytest.raises(UserError, match=HARMS[harm][1]):
+        import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
+    assert not (tmp_path / "out").exists()

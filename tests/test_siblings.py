@@ -1,0 +1,208 @@
+"""Ranks on one node that notice one another's end, as small processes without torch."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY, clean_environment, free_port, wait_for
+
+# a rank: says that it is connected to all others, reads a word, and does what the word says
+RANK = """
+import os, sys, time
+from asrllm import siblings
+
+with siblings.watched() as ranks:
+    if "joined" in sys.argv:
+        ranks.join()
+    while len(set(ranks.connections.values())) < int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(0.01)
+    print("connected", flush=True)
+    what, _, text = sys.stdin.readline().strip().partition(" ")
+    if what == "error":
+        ranks.report(text)
+        ranks.end(2)
+        os._exit(2)
+    if what == "wait":
+        time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def ranks_of(code: str, count: int, *arguments: str) -> Iterator[list[subprocess.Popen]]:
+    """Start ranks and wait until they are connected; none outlives the block."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [start_rank(code, *arguments, RANK=str(rank), **common) for rank in range(count)]
+    try:
+        for process in ranks:
+            assert process.stdout.readline() == "connected\n"
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def start_rank(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=clean_environment(**environment),
+    )
+
+
+def tell(process: subprocess.Popen, word: str) -> None:
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+
+
+def ended(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Return the status and the standard error of every rank."""
+    errors = [process.communicate(timeout=20)[1] for process in ranks]
+    return [(process.returncode, error) for process, error in zip(ranks, errors, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_message_of_all_ranks_is_printed_once(count):
+    with ranks_of(RANK, count) as ranks:
+        for process in ranks:
+            tell(process, "error x=1 is wrong")
+        results = ended(ranks)
+    assert [status for status, _ in results] == [2] * count
+    assert "".join(error for _, error in results) == "x=1 is wrong\n"
+
+
+@pytest.mark.slow
+def test_no_rank_ends_before_the_others_have_found_their_errors():
+    with ranks_of(RANK, 3) as ranks:
+        tell(ranks[2], "error x=1 is wrong")
+        assert ranks[2].stderr.readline() == "x=1 is wrong\n"
+        tell(ranks[1], "error x=1 is wrong")
+        assert ranks[2].poll() is None
+        assert ranks[1].poll() is None
+        tell(ranks[0], "error y=2 is wrong")
+        assert ended(ranks) == [(2, "y=2 is wrong\n"), (2, ""), (2, "")]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_those_that_wait_for_it():
+    with ranks_of(RANK, 3, "joined") as ranks:
+        for process in ranks[:2]:
+            tell(process, "wait")
+        tell(ranks[2], "error x=1 is wrong")
+        assert ended(ranks) == [(2, ""), (2, ""), (2, "x=1 is wrong\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["joined"]])
+def test_a_killed_rank_ends_the_others_with_status_75(arguments):
+    with ranks_of(RANK, 3, *arguments) as ranks:
+        for process in ranks[1:]:
+            tell(process, "wait")
+        ranks[0].kill()
+        results = ended(ranks)
+    assert [status for status, _ in results] == [-signal.SIGKILL, 75, 75]
+    text = "".join(error for _, error in results)
+    assert text.startswith("asrllm: rank 0 was killed or crashed. ")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_done_ends_no_other():
+    with ranks_of(RANK, 2, "joined") as ranks:
+        tell(ranks[0], "end")
+        assert ended(ranks[:1]) == [(0, "")]
+        with pytest.raises(subprocess.TimeoutExpired):
+            ranks[1].wait(3)  # longer than a rank has after an error of another one
+        tell(ranks[1], "end")
+        assert ended(ranks[1:]) == [(0, "")]
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_already_is_refused():
+    code = """
+from asrllm.errors import UserError
+from asrllm import siblings
+siblings.NAME_TAKEN = 0
+try:
+    with siblings.watched():
+        print("connected")
+except UserError as error:
+    print(error)
+"""
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
+    waits_for_none = RANK.replace("- 1:", "- 2:")
+    first = start_rank(waits_for_none, **environment)
+    try:
+        assert first.stdout.readline() == "connected\n"
+        said, _ = start_rank(code, **environment).communicate(timeout=20)
+        assert said.startswith(
+            "RANK=0 with the same MASTER_ADDR and MASTER_PORT already runs on this node. "
+        )
+        other, _ = start_rank(code, **environment | {"MASTER_PORT": str(free_port())}).communicate(
+            timeout=20
+        )
+        assert other == "connected\n"
+    finally:
+        first.kill()
+        first.communicate()
+
+
+# prints its process id, and starts nothing of torch's
+ALONE = """
+import os, signal, sys, time
+from asrllm import siblings
+
+with siblings.watched():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+def test_a_rank_ends_with_its_launcher(tmp_path, name):
+    launcher = tmp_path / name
+    launcher.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])\n")
+    command = [sys.executable, str(launcher), "-c", ALONE]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=clean_environment(), cwd=REPOSITORY
+    )
+    rank = int(process.stdout.readline())
+    process.kill()
+    process.communicate(timeout=10)  # the rank holds the other end of standard output
+    wait_for(lambda: not Path(f"/proc/{rank}").exists(), 10)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_launcher_outlives_its_shell(tmp_path):
+    shell = subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, ALONE],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        cwd=REPOSITORY,
+    )
+    run = int(shell.stdout.readline())
+    try:
+        shell.kill()
+        shell.wait(10)
+        with pytest.raises(
+            subprocess.TimeoutExpired
+        ):  # the run holds the other end of standard output
+            shell.communicate(timeout=3)  # longer than between two looks at the launchers
+        assert Path(f"/proc/{run}").exists()
+    finally:
+        os.kill(run, signal.SIGKILL)
+        shell.communicate()

@@ -1,0 +1,91 @@
+import dataclasses
+import math
+
+import pytest
+
+from asrllm.config import build, compose_config
+from asrllm.errors import UserError
+from asrllm.training.run_config import TrainerConfig
+from asrllm.training.schedules import DEFAULTS, READ, eden, lr_factor, warmup_cosine
+
+CONFIG = build(TrainerConfig, compose_config("train", [])["trainer"])
+
+
+def factors(name, steps, *, total=110, warmup=10, floor=0.1, **keys):
+    schedule = dataclasses.replace(CONFIG.schedule, name=name, **keys)
+    return [
+        lr_factor(
+            schedule, step, total=total, warmup=warmup, floor=floor, batch=step, epoch=step / 50
+        )
+        for step in steps
+    ]
+
+
+def test_the_defaults_are_those_of_the_yaml():
+    values = vars(CONFIG) | {
+        f"schedule.{key}": value for key, value in vars(CONFIG.schedule).items()
+    }
+    assert {key: values[key] for key in DEFAULTS} == DEFAULTS
+    assert set().union(*READ.values()) == DEFAULTS.keys()
+
+
+def test_cosine_is_what_it_was():
+    steps = [0, 5, 9, 10, 10.5, 60, 109, 110, 200]
+    assert factors("cosine", steps) == [
+        warmup_cosine(step, total=110, warmup=10, floor=0.1) for step in steps
+    ]
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_all_but_eden_warm_up_alike(name):
+    assert factors(name, range(11)) == pytest.approx([*((i + 1) / 10 for i in range(10)), 1.0])
+    assert factors(name, [0], warmup=0) == [1.0]
+
+
+def test_they_fall_as_they_should():
+    assert factors("constant", [50, 110, 500]) == [1.0] * 3
+    assert factors("linear", [60, 110, 500]) == pytest.approx([0.55, 0.1, 0.1])
+    assert factors("wsd", [98, 99, 104.5, 110, 500], decay_ratio=0.1) == pytest.approx(
+        [1.0, 1.0, 0.55, 0.1, 0.1]
+    )
+    assert factors("wsd", [110, 500], decay_ratio=0.0) == [1.0, 1.0]
+
+
+def test_eden_is_icefalls():
+    """((batch^2 + lr_batches^2) / lr_batches^2)^-0.25 times the same of epochs, times a warm-up from warmup_start."""
+    for batch, epoch in [(0, 0.0), (250, 0.1), (500, 0.2), (20000, 8.5)]:
+        by_batches = ((batch**2 + 7500**2) / 7500**2) ** -0.25
+        by_epochs = ((epoch**2 + 3.5**2) / 3.5**2) ** -0.25
+        warmed = 1.0 if batch >= 500 else 0.5 + 0.5 * batch / 500
+        assert eden(batch, epoch, CONFIG.schedule) == pytest.approx(
+            by_batches * by_epochs * warmed, rel=1e-12
+        )
+    assert math.isclose(eden(0, 0.0, dataclasses.replace(CONFIG.schedule, warmup_batches=0.0)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "top", "below", "message"),
+    [
+        (
+            "eden",
+            {"warmup_steps": 7},
+            {},
+            r"trainer\.warmup_steps=7 is not read with trainer\.schedule\.name=eden",
+        ),
+        (
+            "constant",
+            {"min_lr_ratio": 0.1},
+            {},
+            r"trainer\.min_lr_ratio=0\.1 is not read .* or choose linear, cosine, wsd",
+        ),
+        ("cosine", {}, {"decay_ratio": 0.2}, r"trainer\.schedule\.decay_ratio=0\.2 is not read"),
+        ("wsd", {}, {"decay_ratio": 1.5}, r"decay_ratio=1\.5 must be 0 to 1"),
+        ("eden", {}, {"lr_epochs": 0.0}, r"lr_epochs=0\.0 must be a number above 0"),
+        ("eden", {}, {"warmup_batches": -1.0}, "must not be below 0"),
+    ],
+)
+def test_a_key_that_means_nothing_is_refused(name, top, below, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(
+            CONFIG, **top, schedule=dataclasses.replace(CONFIG.schedule, name=name, **below)
+        )
