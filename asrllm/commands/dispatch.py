@@ -43,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = without_launcher_arguments(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else None
-    arguments = build_parser(argv).parse_args(argv)
+    parser = build_parser(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+        arguments = parser.parse_args(argv)
+    else:
+        arguments.overrides += rest  # key=value behind an option
     if verb not in WITH_RANKS:
         return run_verb(arguments, siblings.mine())
     try:

@@ -7,7 +7,6 @@ from typing import Any
 from asrllm import AutoModel, distributed
 from asrllm.checkpoints.average import resolve_weights
 from asrllm.commands.parsers import COMPARE
-from asrllm.config import load_config
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.data.index import RATE
@@ -16,6 +15,7 @@ from asrllm.evaluation.compare import as_text, compare_results
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
+from asrllm.hydra_app import run_app
 from asrllm.models.auto import describe
 from asrllm.training.wandb_login import check_wandb_login
 
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.overrides[:1] == [COMPARE]:
         compare(arguments.overrides[1:])
     else:
-        evaluate(load_config("evaluate", arguments.overrides, EvaluationRun))
+        run_app("evaluate", arguments, EvaluationRun, evaluate)
 
 
 def compare(places: list[str]) -> None:

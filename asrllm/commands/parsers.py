@@ -153,6 +153,28 @@ def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"keys, defaults and meanings:\n\n{help_text(config)}"
+    add_hydra_options(parser)
+
+
+def add_hydra_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of Hydra's options that take effect here."""
+    options = parser.add_argument_group("Hydra's options, see https://hydra.cc")
+    options.add_argument(
+        "--config-dir", metavar="DIR", help="a directory with YAML files and groups of your own"
+    )
+    options.add_argument(
+        "--config-name",
+        metavar="NAME",
+        help="read NAME.yaml instead; a run's config.yaml: --config-dir EXP --config-name config",
+    )
+    options.add_argument(
+        "--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit"
+    )
+    options.add_argument("--package", metavar="KEY", help="with --cfg: print this part only")
+    options.add_argument("--resolve", action="store_true", help="with --cfg: resolve ${...}")
+    options.add_argument(
+        "-m", "--multirun", action="store_true", help="run a job for each of key=value1,value2,..."
+    )
 
 
 def add_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from asrllm.atomic import write_whole
-from asrllm.config import load_config
 from asrllm.data.index import RATE
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
+from asrllm.hydra_app import run_app
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import describe_model
 from asrllm.training.data import TrainingData
@@ -54,7 +54,10 @@ class PlanRun(TrainRun):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = load_config("plan", arguments.overrides, PlanRun)
+    run_app("plan", arguments, PlanRun, plan_and_show)
+
+
+def plan_and_show(config: PlanRun) -> None:
     found = plan(config)
     show(found)
     if config.output:

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import torch
 from asrllm import distributed
 from asrllm.atomic import write_whole
 from asrllm.checkpoints.consolidate import consolidate
-from asrllm.config import as_yaml, load_config
+from asrllm.config import as_yaml
 from asrllm.data.corpora import long_utterance
 from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
+from asrllm.hydra_app import run_app
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
@@ -43,15 +46,23 @@ from asrllm.training.wandb_login import check_wandb_login
 from asrllm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_LOSS = re.compile(r"valid/.*/loss")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    train(load_config("train", arguments.overrides, TrainRun))
+    run_app("train", arguments, TrainRun, train)
 
 
-def train(config: TrainRun) -> None:
+def train(config: TrainRun) -> float | None:
+    """Train one run.
+
+    Returns:
+        The mean loss of the last validation, for Hydra's sweepers; None without one.
+    """
     with Preemption(config.trainer.preemption_signals) as preemption:
         build_and_fit(config, preemption)
+    return last_validation_loss(Path(config.exp_dir or ""))
 
 
 def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
@@ -169,6 +180,16 @@ def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
             "Lower trainer.%s, or train for more steps.",
             key, warmup, total, trainer.lr, key,
         )  # fmt: skip
+
+
+def last_validation_loss(exp_dir: Path) -> float | None:
+    """Return the mean over the validation sets of the last loss in exp_dir/metrics.jsonl."""
+    losses: list[float] = []
+    for line in (exp_dir / METRICS_FILE).read_text().splitlines():
+        record = json.loads(line)
+        found = [value for name, value in record.items() if VALIDATION_LOSS.fullmatch(name)]
+        losses = found or losses
+    return sum(losses) / len(losses) if losses else None
 
 
 def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:

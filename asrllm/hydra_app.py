@@ -1,0 +1,116 @@
+"""Hydra's command line for the verbs that are configured by `key=value`.
+
+Everything that Hydra offers works as its users know it: override syntax (+key, ++key, ~key),
+--config-dir, --config-name, --cfg, --multirun and hydra.* keys. Errors become UserErrors.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+from unittest import mock
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from asrllm.config import build, composition_error, known_keys, quoted_override
+from asrllm.errors import UserError
+
+T = TypeVar("T")
+
+# Hydra would write a directory and a log file for each run; ours are in exp_dir.
+DEFAULTS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+def run_app(
+    name: str,
+    arguments: argparse.Namespace,
+    cls: type[T],
+    task: Callable[[T], Any],
+) -> None:
+    """Compose the configuration and run the task on it, with --multirun once per job.
+
+    Args:
+        name: of the packaged configuration, asrllm/conf/NAME.yaml.
+        arguments: of a parser with `add_overrides`.
+        cls: the dataclass of the configuration.
+        task: what to run; a sweeper reads the number that it returns.
+
+    Raises:
+        UserError: a key is unknown, a value has the wrong type, or a file cannot be composed.
+    """
+    overrides = [quoted_override(text) for text in arguments.overrides]
+    failures: list[BaseException] = []
+    process = os.getpid()
+
+    def run_job(config: DictConfig) -> Any:
+        if failures:  # of an earlier job of a sweep
+            return None
+        try:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                check_exp_dirs(config, overrides)
+            values: Any = OmegaConf.to_container(config, resolve=True)
+            return task(build(cls, values))
+        except Exception as error:
+            if os.getpid() != process:  # a launcher's own process, whose end Hydra watches
+                raise
+            failures.append(error)  # raised here, Hydra would print its own lines before it
+            return None
+
+    given = [*hydra_options(arguments), *DEFAULTS, *overrides]
+    app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
+    try:
+        with command_line([sys.argv[0], *given]):
+            app()
+    except Exception as error:  # of Hydra, OmegaConf or PyYAML: those of the task are in failures
+        raise composition_error(error, overrides, known_keys(name)) from error
+    if failures:
+        raise failures[0]
+
+
+def hydra_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options as words for Hydra's own parser."""
+    words = [f"--{name}" for name in ("resolve", "multirun") if getattr(arguments, name)]
+    for name in ("config_dir", "config_name", "cfg", "package"):
+        value = getattr(arguments, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", value]
+    return words
+
+
+@contextlib.contextmanager
+def command_line(words: Sequence[str]) -> Iterator[None]:
+    """Within the block, Hydra reads these words and raises its errors instead of printing them."""
+    with (
+        mock.patch.object(sys, "argv", list(words)),
+        mock.patch.dict(os.environ, {"HYDRA_FULL_ERROR": "1"}),
+    ):
+        yield
+
+
+def check_exp_dirs(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Check that the jobs of a sweep write to different directories.
+
+    Raises:
+        UserError: exp_dir is the same for all jobs.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if any(o.key_or_group == "exp_dir" and o.is_sweep_override() for o in parsed):
+        return
+    stated = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(stated, dict)
+    if "${" not in str(stated.get("exp_dir")):
+        raise UserError(
+            f"exp_dir={stated.get('exp_dir')} is the same for all jobs of --multirun. "
+            "Use a directory for each, for example exp_dir='exp/NAME/${hydra:job.num}'."
+        )

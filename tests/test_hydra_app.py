@@ -1,0 +1,158 @@
+"""Hydra's command line, as its users know it."""
+
+import json
+
+import pytest
+import yaml
+
+from asrllm.commands.dispatch import build_parser
+from asrllm.config import ALIASES, as_yaml, known_keys
+from asrllm.errors import UserError
+from asrllm.hydra_app import run_app
+from asrllm.training.run_config import TrainRun
+from tests.test_config import GIVEN, load
+
+pytestmark = pytest.mark.usefixtures("empty_directory")
+
+
+@pytest.fixture
+def empty_directory(tmp_path, monkeypatch):
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def jobs(*words):
+    """The configurations that the jobs of a command line get."""
+    found = []
+    argv = ["train", *words]
+    run_app("train", build_parser(argv).parse_args(argv), TrainRun, found.append)
+    return found
+
+
+def job(*words):
+    (found,) = jobs(*words)
+    return found
+
+
+def test_a_run_has_the_configuration_of_the_compose_api_and_writes_nothing(empty_directory):
+    assert job(*GIVEN, "trainer.lr=3", "model.audio_token=<|A B|>") == load(
+        "trainer.lr=3", "model.audio_token=<|A B|>"
+    )
+    assert list(empty_directory.iterdir()) == []
+
+
+def test_own_directories_add_groups_and_experiments(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "big.yaml").write_text(
+        "# @package _global_\ntrainer: {lr: 0.5}\nmodel: {llm: {lora: {r: 99}}}\n"
+    )
+    found = job("--config-dir", str(tmp_path), *GIVEN, "+experiment=big", "trainer.num_steps=7")
+    assert found == load("trainer.lr=0.5", "model.llm.lora.r=99", "trainer.num_steps=7")
+
+
+def test_a_primary_configuration_of_the_users_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
+    found = job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
+    assert found == load("trainer.lr=0.25")
+
+
+def test_the_configuration_that_a_run_stores_can_be_given_back(tmp_path):
+    stored = load("trainer.lr=0.125", "model.audio_token=<|X|>", "prompt_file=p.txt")
+    (tmp_path / "config.yaml").write_text(as_yaml(stored))
+    given_back = ("--config-dir", str(tmp_path), "--config-name", "config")
+    assert job(*given_back) == stored
+    assert job(*given_back, "trainer.lr=2").trainer.lr == 2
+
+
+def test_forced_and_deleted_keys():
+    assert job(*GIVEN, "++trainer.lr=3") == load("trainer.lr=3")
+    with pytest.raises(UserError, match=r"trainer\.lr'"):
+        job(*GIVEN, "~trainer.lr")
+
+
+def test_the_configuration_is_printed_instead_of_run(capsys):
+    assert jobs("--cfg", "job", *GIVEN, "trainer.lr=3") == []
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["lr"] == 3
+    assert jobs("--cfg", "job", "--package", "trainer.optimizer", *GIVEN) == []
+    assert yaml.safe_load(capsys.readouterr().out) == {"name": "adamw"}
+
+
+def test_a_sweep_runs_a_job_for_each_value():
+    found = jobs("-m", *GIVEN, "exp_dir='e/${hydra:job.num}'", "trainer.lr=1,2", "seed=3,4")
+    assert [(config.trainer.lr, config.seed) for config in found] == [
+        (1, 3),
+        (1, 4),
+        (2, 3),
+        (2, 4),
+    ]
+    assert [config.exp_dir for config in found] == ["e/0", "e/1", "e/2", "e/3"]
+    assert [config.exp_dir for config in jobs("-m", *GIVEN, "exp_dir=a,b")] == ["a", "b"]
+
+
+def test_a_sweep_into_one_directory_is_refused_before_the_first_job():
+    with pytest.raises(UserError, match="exp_dir"):
+        jobs("-m", *GIVEN, "trainer.lr=1,2")
+
+
+def test_the_first_failure_ends_a_sweep():
+    found = []
+
+    def task(config):
+        found.append(config.seed)
+        raise UserError("seed")
+
+    argv = ["train", "-m", *GIVEN, "exp_dir='e/${hydra:job.num}'", "seed=3,4"]
+    with pytest.raises(UserError, match="seed"):
+        run_app("train", build_parser(argv).parse_args(argv), TrainRun, task)
+    assert found == [3]
+
+
+def test_hydras_own_keys_work(tmp_path):
+    job(*GIVEN, f"hydra.run.dir={tmp_path / 'out'}", "hydra.output_subdir=.hydra", "trainer.lr=3")
+    stored = yaml.safe_load((tmp_path / "out" / ".hydra" / "config.yaml").read_text())
+    assert stored["trainer"]["lr"] == 3
+
+
+def test_a_file_that_cannot_be_parsed_is_named_with_line_and_column(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train]\ntrainer: {lr: 1\nseed: 2\n")
+    with pytest.raises(UserError, match=r"mine\.yaml.*line \d+, column \d+"):
+        job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["trainer.learning_rate=1"], ["trainer.learning_rate", "trainer.lr"]),
+        (["per_device_train_batch_size=8"], ["data.sampler.max_tokens"]),
+        (["++trainer.num_train_epochs=2"], ["trainer.num_epochs"]),
+        (["trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
+        (["+trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
+        (["--config-dir", "missing"], ["missing"]),
+        (["--config-name", "missing"], ["missing"]),
+        (["trainer=missing"], ["missing"]),
+    ],
+)
+def test_mistakes_name_the_key_and_what_is_nearest(words, names):
+    with pytest.raises(UserError) as raised:
+        job(*words, *GIVEN)
+    for name in names:
+        assert name in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_aliases_lead_to_keys_that_exist():
+    known = known_keys("train") | known_keys("evaluate")
+    for alias, (ours, _) in ALIASES.items():
+        assert ours in known, alias
+
+
+def test_errors_of_the_task_pass_unchanged(capsys):
+    def task(config):
+        raise json.JSONDecodeError("of the task", "", 0)  # a ValueError, as some of Hydra's are
+
+    argv = ["train", *GIVEN]
+    with pytest.raises(json.JSONDecodeError):
+        run_app("train", build_parser(argv).parse_args(argv), TrainRun, task)
+    assert capsys.readouterr().err == ""
