@@ -17,7 +17,7 @@ import asrllm
 from asrllm import siblings
 from asrllm.atomic import MENDED, Terminated, sigterm_raises
 from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
-from asrllm.commands.parsers import VERBS
+from asrllm.commands.parsers import VERBS, split_base_models
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.launchers import adopt_launcher
@@ -26,6 +26,7 @@ WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
 GLOO_CONNECTION = "gloo/transport/tcp/"  # in what gloo raises when a connection closes
 TOO_MANY_FILES = "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command again."
+WITH_BASE_MODELS = ("transcribe", "average", "merge-lora", "export")  # evaluate has its own keys
 WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 
 
@@ -43,7 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = without_launcher_arguments(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else None
+    base_models: dict[str, str] = {}
+    if verb in WITH_BASE_MODELS:
+        try:
+            argv, base_models = split_base_models(argv)
+        except UserError as error:
+            siblings.mine().report(f"asrllm {verb}: {error}")
+            return 2
     arguments = build_parser(argv).parse_args(argv)
+    arguments.base_models = base_models
     if verb not in WITH_RANKS:
         return run_verb(arguments, siblings.mine())
     try:
