@@ -89,12 +89,11 @@ def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
         if not is_present(base["path"]):
             missing.append(part)
     if missing:
-        gone = " and ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
+        gone = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
         keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
         python = ", ".join(f"{part!r}: PATH" for part in missing)
         raise UserError(
-            f"the weights of {gone} are not found, from which the model was trained. "
-            f"Give their present place: {keys} (in Python: base_models={{{python}}})."
+            f"base models not found: {gone}. If they moved, give their present paths: {keys} (in Python: base_models={{{python}}})."
         )
     for part, base in bases.items():
         check_fingerprint(part, base["path"], base["fingerprint"])
