@@ -5,6 +5,11 @@ MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per secon
 REPETITION_GUARD = 32  # tokens that a loop may fill before decoding stops
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
 RATE = 16000  # Hz; every waveform reaches the model at this rate
+# where the pretrained models of a run are
+BASE_MODEL_KEYS = {
+    "audio_encoder": "model.audio_encoder.pretrained_model",
+    "llm": "model.llm.pretrained_model",
+}
 KEPT_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")  # of files that shards hold as they are
 AUDIO_EXTENSIONS = (  # of the files of a directory or tar that are audio; those after sph need ffmpeg
     *KEPT_EXTENSIONS,

@@ -17,12 +17,14 @@ from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
+from asrllm.models.asr_llm.serialization import own_weights
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.training.checkpoint.manifest import (
     EPOCH_TAG,
     MANIFEST,
     STEP_TAG,
     check_run,
+    complete_checkpoints,
     list_checkpoints,
     read_manifest,
 )
@@ -306,19 +308,18 @@ def _names(about: Mapping[str, Any]) -> list[str]:
 def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Path:
     """The weights file that an evaluation takes; an averaged one is made where it is missing or of other checkpoints.
 
-    In this order: filename (absolute, or below exp_dir); iter and avg; epoch and avg; exp_dir/pretrained.pt.
+    In this order: filename (absolute, or below exp_dir); iter and avg; epoch and avg; exp_dir/pretrained.pt; an exported directory's own.
     """
     check_run(exp_dir)
     if filename:
         return _named(exp_dir, filename)
-    if (
-        not (exp_dir / "pretrained.pt").is_file()
-        and not list_checkpoints(exp_dir)
-        and any(exp_dir.glob("model*.safetensors"))
-    ):
-        raise UserError(
-            f"exp_dir={str(exp_dir)!r} is an exported model: give the exp_dir of the run that it was exported from"
-        )
+    if is_exported(exp_dir):
+        if what.iteration or what.epoch or what.avg or what.running:
+            raise UserError(
+                f"exp_dir={str(exp_dir)!r} is an exported model, which has no checkpoints. Leave out checkpoint.model.iter, epoch, avg "
+                "and use_averaged_model, or give the exp_dir of the run."
+            )
+        return own_weights(exp_dir)
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
         raise UserError(_half_a_choice(exp_dir, what))
     if what.avg > 0:
@@ -346,6 +347,13 @@ def _half_a_choice(exp_dir: Path, what: Average) -> str:
         f"checkpoint.model.{key}={number} needs checkpoint.model.avg, the number of checkpoints to average: 1 takes that one alone. "
         f"Without {key}, {str(exp_dir / 'pretrained.pt')!r} is taken."
     )
+
+
+def is_exported(exp_dir: Path) -> bool:
+    """Return whether a directory is a whole model of save_pretrained and not a run."""
+    if (exp_dir / "pretrained.pt").is_file() or complete_checkpoints(exp_dir):
+        return False
+    return any(exp_dir.glob("model*.safetensors"))
 
 
 def _named(exp_dir: Path, filename: str) -> Path:

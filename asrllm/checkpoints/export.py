@@ -15,6 +15,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import PARTS, AsrLlmModel
 from asrllm.models.asr_llm.serialization import merged_names, weight_source, write_generation_config
 from asrllm.models.auto import AutoModel, default_weights, model_folder
+from asrllm.models.base_models import BasePaths
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
 from asrllm.text_files import parse_json, read_yaml
 
@@ -35,16 +36,20 @@ def export(
     parts: bool = False,
     max_shard_size: int | str = "5GB",
     repository: str | None = None,
+    base_models: BasePaths | None = None,
 ) -> None:
     """Write a self-contained directory with a model card; it appears when it is complete.
 
     source: an exp_dir, a weights file in one, or an exported directory. parts: also audio_encoder/, projector/ and llm/, each by itself,
-    with the adapters merged. repository: of the hub, by which the card loads the model.
+    with the adapters merged. repository: of the hub, by which the card loads the model. base_models: as for AutoModel; the directory names
+    them by these paths.
     """
     folder = source.parent if source.is_file() else model_folder(source)
     chosen = source if source.is_file() else Path(weights) if weights else default_weights(folder)
     with new_folder(output) as partial:
-        model = AutoModel.from_pretrained(folder, weights=chosen, dtype=dtype)
+        model = AutoModel.from_pretrained(
+            folder, weights=chosen, dtype=dtype, base_models=base_models
+        )
         card = model_card(
             model.config, folder, repository or output.name, weights=chosen
         )  # before much is written

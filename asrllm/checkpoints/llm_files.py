@@ -14,7 +14,6 @@ from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import (
     as_dtype,
-    base_path,
     check_stored,
     is_base,
     merged_names,
@@ -25,6 +24,7 @@ from asrllm.models.asr_llm.serialization import (
     with_ranks,
 )
 from asrllm.models.auto import load_state, newest_weights, read_state
+from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.fingerprint import weight_files as base_files
 from asrllm.models.pretrained import empty_llm, pretrained_llm
@@ -70,13 +70,20 @@ class Places:
 class LlmFiles:
     """What a run, or an exported directory, and the base model say of the LLM; weights are read when they are wanted.
 
-    source: an exp_dir, a weights file in one, or an exported directory. Raises UserError where it has no adapters on the LLM, and where its
-    weights hold other ones than its configuration describes.
+    source: an exp_dir, a weights file in one, or an exported directory. base_models: as for AutoModel. Raises UserError where it has no
+    adapters on the LLM, and where its weights hold other ones than its configuration describes.
     """
 
-    def __init__(self, source: Path, weights: Path | None = None) -> None:
+    def __init__(
+        self,
+        source: Path,
+        weights: Path | None = None,
+        *,
+        base_models: BasePaths | None = None,
+    ) -> None:
         self.folder = source.parent if source.is_file() else source
         self.config = read_config(self.folder)
+        move_base_models(self.config, base_models, where=str(self.folder))
         if not self.config.lora:
             raise UserError(
                 f"{str(source)!r} has no adapters on its LLM: 'asrllm export' writes it as it is"
@@ -109,12 +116,9 @@ class LlmFiles:
         self.own_llm = self.weights is not None and not all(
             map(is_adapter, own)
         )  # trained beside the adapters, or in a stage before
-        self.base = (
-            Path(resolve_pretrained(base_path(self.config, "llm")))
-            if expected.keys() - own.keys()
-            else None
-        )
-        if self.base is not None:
+        self.base: Path | None = None
+        if expected.keys() - own.keys():
+            self.base = resolve_pretrained(base_paths(self.config, ["llm"])["llm"])
             self._add_base(self.base, expected)
 
     def _own_places(self) -> Places:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from asrllm.checkpoints.average import Average, average
 from asrllm.errors import UserError
+from asrllm.models.auto import describe
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,4 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
         running=arguments.use_averaged_model,
         lora=arguments.lora or "product",
     )
-    print(average(Path(arguments.exp_dir), what, output))
+    exp_dir = Path(arguments.exp_dir)
+    if arguments.base_models:  # averaging reads none: a wrong one is reported before the work
+        describe(exp_dir, arguments.base_models)
+    print(average(exp_dir, what, output))

@@ -17,7 +17,7 @@ import asrllm
 from asrllm import siblings
 from asrllm.atomic import MENDED, Terminated, sigterm_raises
 from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
-from asrllm.commands.parsers import VERBS
+from asrllm.commands.parsers import VERBS, split_base_models
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.launchers import adopt_launcher
@@ -26,6 +26,7 @@ WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
 GLOO_CONNECTION = "gloo/transport/tcp/"  # in what gloo raises when a connection closes
 TOO_MANY_FILES = "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command again."
+WITH_BASE_MODELS = ("transcribe", "average", "merge-lora", "export")  # evaluate has its own keys
 WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 
 
@@ -43,12 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = without_launcher_arguments(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else None
-    parser = build_parser(argv)
-    arguments, rest = parser.parse_known_args(argv)
-    if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
-        arguments = parser.parse_args(argv)
-    else:
-        arguments.overrides += rest  # key=value behind an option
+    base_models: dict[str, str] = {}
+    if verb in WITH_BASE_MODELS:
+        try:
+            argv, base_models = split_base_models(argv)
+        except UserError as error:
+            siblings.mine().report(f"asrllm {verb}: {error}")
+            return 2
+    arguments = parse(argv)
+    arguments.base_models = base_models
     if verb not in WITH_RANKS:
         return run_verb(arguments, siblings.mine())
     try:
@@ -155,6 +159,16 @@ def lacks_descriptors(error: BaseException | None) -> bool:
 def without_launcher_arguments(argv: list[str]) -> list[str]:
     """Drop --local_rank=N of DeepSpeed's and --local-rank=N of torch's launcher, which are in LOCAL_RANK too."""
     return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line, on which key=value may also follow an option."""
+    parser = build_parser(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+        return parser.parse_args(argv)
+    arguments.overrides += rest
+    return arguments
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from asrllm import AutoModel, distributed
-from asrllm.checkpoints.average import resolve_weights
+from asrllm.checkpoints.average import is_exported, resolve_weights
 from asrllm.commands.parsers import COMPARE
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
@@ -17,6 +17,7 @@ from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.hydra_app import run_app
 from asrllm.models.auto import describe
+from asrllm.training.checkpoint.manifest import check_run
 from asrllm.training.wandb_login import check_wandb_login
 
 
@@ -41,6 +42,9 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     check_wandb_login(config.wandb, "wandb")
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
+    check_run(exp_dir)
+    if config.model.paths:  # a wrong one is reported before checkpoints are averaged
+        describe(exp_dir, config.model.paths)
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.of(config.data.cache)
     corpora = read_corpora(
@@ -52,7 +56,13 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     evaluation.check()
-    model = AutoModel.from_pretrained(exp_dir, weights=weights, dtype=config.dtype(device))
+    is_whole = is_exported(exp_dir) and not choice.filename
+    model = AutoModel.from_pretrained(
+        exp_dir,
+        weights=None if is_whole else weights,
+        dtype=config.dtype(device),
+        base_models=config.model.paths,
+    )
     model.cuda_graphs = config.cuda_graphs
     with evaluation.watched():
         evaluation.decode(TorchEngine(model.to(device), config.generation))

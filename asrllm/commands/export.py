@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         parts=arguments.parts,
         max_shard_size=arguments.max_shard_size,
         repository=arguments.push_to_hub,
+        base_models=arguments.base_models,
     )
     print(
         f"{arguments.output}: load it with asrllm.AutoModel.from_pretrained({arguments.output!r})"

@@ -19,7 +19,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"{given[0]} says how the LLM is merged, and --adapter-only merges nothing: leave out one of the two"
         )
     source, output = source_of(arguments), Path(arguments.output)
-    files = LlmFiles(source, Path(arguments.weights) if arguments.weights else None)
+    weights = Path(arguments.weights) if arguments.weights else None
+    files = LlmFiles(source, weights, base_models=arguments.base_models)
     if arguments.adapter_only:
         save_adapter(files, output)
         print(f"{output}: load it with peft.PeftModel.from_pretrained(LLM, {str(output)!r})")

@@ -1,18 +1,22 @@
 """Command lines of all verbs. Importing this module loads neither torch nor numpy."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from asrllm.conf import help_text
 from asrllm.defaults import (
+    BASE_MODEL_KEYS,
     MAX_NEW_TOKENS,
     MAX_TOKENS_PER_SECOND,
     REPETITION_GUARD,
     TRANSCRIPT_FORMATS,
 )
+from asrllm.errors import UserError, nearest
 
+MODEL_KEY = re.compile(r"(model\.[a-z_.]*)=(.*)", re.DOTALL)
 DTYPES = ("bfloat16", "float16", "float32")
 COMPARE = "compare"  # the one action of `asrllm evaluate` that takes no key=value
 COMPARE_HELP = f"""
@@ -177,6 +181,42 @@ def add_hydra_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def split_base_models(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate the words that say where base models are from the rest of a command line.
+
+    They may stand anywhere, which argparse does not offer beside a list of files.
+
+    Returns:
+        The other words, and the path of each part that is given, by the part's name.
+
+    Raises:
+        UserError: another key of the model is given.
+    """
+    parts = {key: part for part, key in BASE_MODEL_KEYS.items()}
+    others: list[str] = []
+    paths: dict[str, str] = {}
+    for word in argv:
+        match = MODEL_KEY.fullmatch(word)
+        if match is None:
+            others.append(word)
+            continue
+        key, path = match.groups()
+        if key not in parts:
+            raise UserError(f"unknown key {key!r} in {word!r}: {nearest(key, parts)}")
+        if path != "null":
+            paths[parts[key]] = path
+    return others, paths
+
+
+def add_base_models(parser: argparse.ArgumentParser) -> None:
+    """Describe in the help what split_base_models takes from the command line."""
+    words = " and ".join(f"{key}=PATH" for key in BASE_MODEL_KEYS.values())
+    parser.add_argument_group(
+        "base models that moved after training",
+        f"{words} say where the base models are now; their weights must be those of training",
+    )
+
+
 def add_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_overrides(parser, "train")
 
@@ -205,6 +245,7 @@ def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     add_output(parser)
     add_prompt(parser)
     add_decoding(parser)
+    add_base_models(parser)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +374,7 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "factors of a greater rank; factors: factor by factor",
     )
     parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
+    add_base_models(parser)
 
 
 def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -386,6 +428,7 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--private", action="store_true", help="make that repository private if it is new"
     )
+    add_base_models(parser)
 
 
 def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -416,6 +459,7 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         action="store_true",
         help="do not compare the logits before and after, which reads the weights three more times",
     )
+    add_base_models(parser)
 
 
 def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

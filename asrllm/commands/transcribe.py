@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard"
         )
     formats = chosen_formats(arguments.format)
-    description = describe(arguments.model)
+    description = describe(arguments.model, arguments.base_models)
     shortest, longest = description.sample_limits()
     files, problems = open_all(find_audio(arguments.audio), shortest)
     check_output(formats, arguments.output_dir, files)
@@ -141,10 +141,13 @@ def load_engine(arguments: argparse.Namespace) -> TorchEngine:
     options["repetition_guard"] = arguments.repetition_guard or None
     device = default_device()
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    model = AutoModel.from_pretrained(arguments.model, weights=arguments.weights, dtype=dtype).to(
-        device
+    model = AutoModel.from_pretrained(
+        arguments.model,
+        weights=arguments.weights,
+        dtype=dtype,
+        base_models=arguments.base_models,
     )
-    return TorchEngine(model, options)
+    return TorchEngine(model.to(device), options)
 
 
 def chosen_formats(given: Sequence[str]) -> list[str]:

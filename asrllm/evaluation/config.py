@@ -42,6 +42,28 @@ class CheckpointChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    pretrained_model: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModels:
+    """Where the base models of a run are now, if they moved after training."""
+
+    audio_encoder: BaseModel
+    llm: BaseModel
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths that are given, by the part's name."""
+        given = {
+            "audio_encoder": self.audio_encoder.pretrained_model,
+            "llm": self.llm.pretrained_model,
+        }
+        return {part: path for part, path in given.items() if path is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TestData:
     test_data_config: str | None
     max_batch_duration: float
@@ -51,6 +73,7 @@ class TestData:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRun:
     exp_dir: str | None
+    model: BaseModels
     checkpoint: CheckpointChoice
     data: TestData
     decoding_method: Literal["greedy_search", "beam_search"]
@@ -102,15 +125,16 @@ class EvaluationRun:
         if self.normalizer != "auto":
             normalizer(self.normalizer)
 
-    @property
-    def suffix(self) -> str:
-        """Of the result files: iter-I-avg-A, epoch-E-avg-A, or the weights file's stem."""
+    def suffix(self, weights: Path) -> str:
+        """Return the suffix of the result files: iter-I-avg-A, epoch-E-avg-A, or a file's stem.
+
+        Args:
+            weights: what is evaluated; the name of an exported directory's is always "model".
+        """
         choice = self.checkpoint.model
-        if choice.filename:
-            return Path(choice.filename).stem
-        if choice.avg > 0:
+        if choice.avg > 0 and not choice.filename:
             return choice.average.suffix
-        return "pretrained"
+        return Path(weights.name.removesuffix(".index.json")).stem
 
     def dtype(self, device: torch.device) -> torch.dtype:
         is_bf16 = (

@@ -33,7 +33,9 @@ from asrllm.evaluation.summary import Scored, score
 from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.locks import FileLock
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import describe
+from asrllm.models.base_models import base_entry, base_paths
 from asrllm.training.watchdog import Watchdog
 
 BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what the baseline said
@@ -55,8 +57,9 @@ class Evaluation:
         self.device, self.dtype = device, config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
         self.folder = self.exp_dir / config.decoding_method
+        self.suffix = config.suffix(weights)
         self.lock = FileLock(self.folder / ".evaluating.lock", blocking=False)
-        self.description = describe(self.exp_dir)
+        self.description = describe(self.exp_dir, config.model.paths)
         self.prompts = {corpus.name: self._prompt(corpus) for corpus in corpora}
         self.normalizers = {
             corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora
@@ -144,7 +147,7 @@ class Evaluation:
         }
         self.scored[name] = score(decoded.transcripts)
         r = self.results[name] = write_results(
-            self.folder, name, self.config.suffix, self.scored[name], about
+            self.folder, name, self.suffix, self.scored[name], about
         )
         metric = r["metric"]
         low, high = r[f"{metric}_ci95"]
@@ -157,11 +160,10 @@ class Evaluation:
     def decode_baseline(self) -> None:
         """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
         self.watchdog.beat("loading the encoder's own Whisper")
-        base = (self.description.base_models or {}).get("audio_encoder", {})
         whisper, why_not = None, None
         try:
             whisper = WhisperEngine(
-                find_whisper(base.get("path")),
+                find_whisper(encoder_path(self.description)),
                 dtype=self.dtype,
                 device=self.device,
                 max_new_tokens=self.config.max_new_tokens,
@@ -203,9 +205,9 @@ class Evaluation:
         if distributed.rank() != 0:
             return
         self.watchdog.beat("writing the report")
-        write_summary(self.folder, self.config.suffix, self.results)
+        write_summary(self.folder, self.suffix, self.results)
         sets = [self._report_set(corpus) for corpus in self.corpora]
-        suffix, newest = self.config.suffix, self.folder / "report.html"
+        suffix, newest = self.suffix, self.folder / "report.html"
         report = self.folder / f"report-{suffix}.html"
         write_report(report, f"{self.exp_dir.name}, {suffix}", sets)
         with new_file(newest) as partial:
@@ -231,6 +233,17 @@ class Evaluation:
             baseline=self.baselines.get(name),
             audio=audio,
         )
+
+
+def encoder_path(description: AsrLlmConfig) -> str | None:
+    """Return the path of the audio encoder's base model; None if the configuration names none.
+
+    Raises:
+        UserError: it is missing, or another one.
+    """
+    if base_entry(description, "audio_encoder") is None:
+        return None
+    return base_paths(description, ["audio_encoder"])["audio_encoder"]
 
 
 def identity_of(path: Path) -> list[tuple[str, int, int]]:

@@ -14,6 +14,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.asr_llm.serialization import load_model, read_tensors, set_generation_config
+from asrllm.models.base_models import BasePaths, move_base_models
 from asrllm.models.encoders.zipformer.weights import DAMAGED
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
@@ -38,26 +39,40 @@ class AutoModel:
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, *, weights: str | Path | None = None, dtype: Any = None, **unknown: Any
+        path: str | Path,
+        *,
+        weights: str | Path | None = None,
+        dtype: Any = None,
+        base_models: BasePaths | None = None,
+        **unknown: Any,
     ) -> AsrLlmModel:
-        """The model of an exported directory, here or on the Hugging Face hub, or of a run, in eval mode.
+        """Return the model of an exported directory or of a run, in eval mode.
 
-        weights: a state dict file to take, or a directory of several; of a run, pretrained.pt by default, else the newest averaged-*.pt.
-        dtype: of the weights, "bfloat16" or a torch.dtype; as saved when None or "auto". Raises UserError where there is no model or its
-        keys do not fit.
+        Args:
+            path: an exported directory, its name on the Hugging Face hub, or an exp_dir.
+            weights: a state dict file, or a directory of several; default for a run:
+                pretrained.pt, else the newest averaged-*.pt.
+            dtype: of the weights, "bfloat16" or a torch.dtype; None or "auto": as saved.
+            base_models: where base models are now that moved after training,
+                {"audio_encoder" or "llm": path}; compared with the fingerprints of training.
+
+        Raises:
+            UserError: there is no model, its keys do not fit, or a base model is missing or is
+                another one.
         """
         if unknown.pop("device_map", None) is not None:
             raise UserError(
                 "AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)"
             )
-        refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype"))
+        refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype", "base_models"))
         folder = model_folder(path)
         if is_auden(folder):
+            move_base_models(read_auden_config(folder), base_models, where=str(folder))
             return load_auden(folder, weights=weights, dtype=dtype)
         file = Path(weights) if weights else default_weights(folder)
         if file is None:
-            return AsrLlmModel.from_pretrained(folder, dtype=dtype)
-        model = load_model(folder, read_state(file), dtype=dtype)
+            return AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
+        model = load_model(folder, read_state(file), dtype=dtype, base_models=base_models)
         if not (
             folder / "generation_config.json"
         ).is_file():  # training writes none: an LLM trained as a whole keeps its base's
@@ -87,10 +102,17 @@ def is_auden(folder: Path) -> bool:
     return read_json(folder / "config.json").get("model_type") in MODEL_TYPES
 
 
-def describe(path: str | Path) -> AsrLlmConfig:
-    """The configuration of whatever directory AutoModel loads, without its weights."""
+def describe(path: str | Path, base_models: BasePaths | None = None) -> AsrLlmConfig:
+    """Return the configuration of whatever directory AutoModel loads, without its weights.
+
+    Args:
+        path: as for AutoModel.
+        base_models: as for AutoModel.
+    """
     folder = model_folder(path)
-    return read_auden_config(folder) if is_auden(folder) else read_config(folder)
+    config = read_auden_config(folder) if is_auden(folder) else read_config(folder)
+    move_base_models(config, base_models, where=str(folder))
+    return config
 
 
 def newest_weights(exp_dir: Path) -> Path:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt
+from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
@@ -30,8 +31,8 @@ from asrllm.models.pretrained import (
 from asrllm.models.state_dict import is_adapter
 from asrllm.text_files import read_json_object, reading
 
-LLM_KEY = "model.llm.pretrained_model"
-ENCODER_KEY = "model.audio_encoder.pretrained_model"
+LLM_KEY = BASE_MODEL_KEYS["llm"]
+ENCODER_KEY = BASE_MODEL_KEYS["audio_encoder"]
 
 
 def describe_model(

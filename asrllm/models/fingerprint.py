@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asrllm.atomic import write_whole
+from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, file_sha256, verify_weights
 
@@ -123,5 +124,6 @@ def check_fingerprint(part: str, path: str | Path, expected: str) -> None:
         shown = [text.removeprefix(PREFIX)[:12] for text in (found, expected)]
         raise UserError(
             f"the {part} at {str(path)!r} is not the one that this model was trained on: its weights "
-            f"have the SHA-256 {shown[0]}..., expected {shown[1]}.... Give the directory used in training."
+            f"have the SHA-256 {shown[0]}..., expected {shown[1]}.... Give the one used in training: "
+            f"{BASE_MODEL_KEYS[part]}=PATH."
         )

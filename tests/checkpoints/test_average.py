@@ -267,9 +267,18 @@ def test_what_is_no_weights_file_is_said(exp, tmp_path):
     assert f"'asrllm consolidate {exp} --tag checkpoint-8'" in said(exp, "checkpoint-8")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.safetensors").touch()
-    assert "is an exported model: give the exp_dir of the run" in said(tmp_path / "exported")
-    assert "is an exported model: give the exp_dir of the run" in said(
-        tmp_path / "exported", iteration=8, avg=1
+    for choice in (
+        {"iteration": 8, "avg": 1},
+        {"epoch": 1, "avg": 1},
+        {"avg": 2},
+        {"avg": 0, "running": True},
+    ):
+        assert "is an exported model, which has no checkpoints" in said(
+            tmp_path / "exported", **choice
+        )
+    assert (
+        resolve_weights(tmp_path / "exported", filename=None, what=Average(avg=0))
+        == tmp_path / "exported" / "model.safetensors"
     )
     with pytest.raises(
         UserError, match=f"is a ZeRO checkpoint: 'asrllm consolidate {exp} --tag checkpoint-8'"

@@ -21,6 +21,7 @@ from asrllm.models.asr_llm.checks import check_given_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.generation import generate
 from asrllm.models.asr_llm.processing import IGNORED_HUB_OPTIONS, AsrLlmProcessor
+from asrllm.models.base_models import BasePaths
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.loss import SupervisedLoss, head_of
 from asrllm.models.pretrained import add_lora, empty_llm, with_lora
@@ -301,12 +302,21 @@ class AsrLlmModel(PreTrainedModel):
         dtype: Any = None,
         torch_dtype: Any = None,
         config: Any = None,
+        base_models: BasePaths | None = None,
         **more: Any,
     ) -> "AsrLlmModel":
-        """A directory of save_pretrained, in eval mode. dtype: of the weights, as saved when None or "auto"; torch_dtype: its old name.
+        """Return the model of a directory that save_pretrained wrote, in eval mode.
 
-        config, more: what transformers' AutoModel passes on (see IGNORED_HUB_OPTIONS); config is the one that it has read in the directory.
-        Raises UserError for another keyword, or another config.
+        Args:
+            path: the directory.
+            dtype: of the weights; None or "auto": as saved. torch_dtype is its old name.
+            config: what transformers' AutoModel has read in the directory.
+            base_models: where the base models of parts that the directory leaves out are now,
+                {"audio_encoder" or "llm": path}.
+            more: what transformers' AutoModel passes on (see IGNORED_HUB_OPTIONS).
+
+        Raises:
+            UserError: for another keyword, another config, or another base model.
         """
         from asrllm.models.asr_llm.serialization import load_directory
 
@@ -316,9 +326,7 @@ class AsrLlmModel(PreTrainedModel):
             )
         if config is not None:
             check_given_config(config, path)
-        refuse_unknown(
-            "from_pretrained()",
-            {k: v for k, v in more.items() if k not in (*IGNORED_HUB_OPTIONS, "device_map")},
-            ("dtype",),
-        )
-        return load_directory(path, dtype=torch_dtype if dtype is None else dtype)
+        unknown = {k: v for k, v in more.items() if k not in (*IGNORED_HUB_OPTIONS, "device_map")}
+        refuse_unknown("from_pretrained()", unknown, ("dtype", "base_models"))
+        dtype = torch_dtype if dtype is None else dtype
+        return load_directory(path, dtype=dtype, base_models=base_models)

@@ -21,7 +21,7 @@ from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.fingerprint import check_fingerprint
+from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.hub_files import load_generation_config
 from asrllm.models.pretrained import (
     empty_llm,
@@ -199,9 +199,14 @@ def merged_parameter(layer: Any, name: str, dtype: torch.dtype | None = None) ->
 # --- reading ---
 
 
-def load_directory(path: str | Path, *, dtype: Any = None) -> AsrLlmModel:
+def load_directory(
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    base_models: BasePaths | None = None,
+) -> AsrLlmModel:
     """See AsrLlmModel.from_pretrained."""
-    config, processor = read_description(path)
+    config, processor = read_description(path, base_models)
     files = weight_files(Path(path))
     state = {
         name: tensor
@@ -218,25 +223,38 @@ def load_directory(path: str | Path, *, dtype: Any = None) -> AsrLlmModel:
     )
 
 
-def load_model(path: str | Path, state: Mapping[str, Tensor], *, dtype: Any = None) -> AsrLlmModel:
-    """The model described in directory `path` with the weights `state`; those of encoder and LLM that it leaves out come from the base
-    models.
+def load_model(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    dtype: Any = None,
+    base_models: BasePaths | None = None,
+) -> AsrLlmModel:
+    """Return the model described in a directory, in eval mode.
 
-    dtype: of the weights; None or "auto" is the one that most numbers of `state` have. Raises UserError naming a missing, unexpected or
-    wrong-shaped key, or a base model that is not the one of training.
+    Args:
+        path: directory with config.json and the tokenizer.
+        state: weights; those of the encoder and the LLM that it leaves out are read from the base
+            models.
+        dtype: of the weights; None or "auto": the one that most numbers of `state` have.
+        base_models: as in move_base_models.
+
+    Raises:
+        UserError: a key is missing, unexpected or has another shape, or a base model is missing
+            or is not the one of training.
     """
-    return assemble(
-        *read_description(path),
-        state,
-        from_base=("audio_encoder", "llm"),
-        dtype=dtype,
-        where=str(path),
-    )
+    config, processor = read_description(path, base_models)
+    from_base = ("audio_encoder", "llm")
+    return assemble(config, processor, state, from_base=from_base, dtype=dtype, where=str(path))
 
 
-def read_description(path: str | Path) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
+def read_description(
+    path: str | Path,
+    base_models: BasePaths | None = None,
+) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
     processor = AsrLlmProcessor.from_pretrained(path)
     config = processor.config
+    move_base_models(config, base_models, where=str(path))
     found = processor.tokenizer.convert_tokens_to_ids(config.audio_token)
     if found != config.audio_token_id:
         raise UserError(
@@ -263,6 +281,12 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{str(folder)!r} lacks {missing[0]}, which {INDEX} names: copy it again")
     return files
+
+
+def own_weights(folder: Path) -> Path:
+    """Return the file by which the weights of a directory of save_pretrained are named: the only one, or their index."""
+    weight_files(folder)
+    return folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
 
 
 def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -424,12 +448,11 @@ def in_base(key: str, part: str) -> bool:
 def with_base_parts(config: AsrLlmConfig, parts: Sequence[str], dtype: torch.dtype) -> AsrLlmModel:
     """The model with the pretrained weights of some parts, and without memory for the others."""
     encoder = llm = None
+    paths = base_paths(config, parts)
     if "audio_encoder" in parts:
-        encoder = cast_parameters(
-            pretrained_encoder(config, base_path(config, "audio_encoder")), dtype
-        )
+        encoder = cast_parameters(pretrained_encoder(config, paths["audio_encoder"]), dtype)
     if "llm" in parts:
-        llm = pretrained_llm(base_path(config, "llm"), dtype)
+        llm = pretrained_llm(paths["llm"], dtype)
     with parameters_on_meta():
         return AsrLlmModel(
             config, audio_encoder=encoder, llm=llm or empty_llm(config.llm or {}, dtype)
@@ -473,17 +496,3 @@ def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, 
         name: tensor.reshape(()) if name in scalars and tensor.numel() == 1 else tensor
         for name, tensor in state.items()
     }
-
-
-def base_path(config: AsrLlmConfig, part: str) -> str:
-    base = (config.base_models or {}).get(part)
-    if base is not None and not (isinstance(base, dict) and {"path", "fingerprint"} <= base.keys()):
-        raise UserError(
-            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the config.json that was saved with the model."
-        )
-    if base is None:
-        raise UserError(
-            f"the weights leave out the {part}, and config.json names no base model for it: export the whole model"
-        )
-    check_fingerprint(part, base["path"], base["fingerprint"])
-    return base["path"]

@@ -1,0 +1,123 @@
+"""Where the pretrained models are now that a model was trained from."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from asrllm.defaults import BASE_MODEL_KEYS
+from asrllm.errors import UserError, nearest
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.fingerprint import (
+    check_fingerprint,
+    is_hub_id,
+    resolve_pretrained,
+    weight_files,
+)
+
+BasePaths = Mapping[str, str | Path]
+
+
+def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, where: str) -> None:
+    """Replace the paths of base models in a configuration.
+
+    Args:
+        config: configuration of a run or of an exported directory; changed in place.
+        base_models: present path of "audio_encoder" and "llm": a directory, a hub id, or of an
+            encoder also a file; None: none has moved.
+        where: the directory of the configuration, for messages.
+
+    Raises:
+        UserError: a path is not found or holds other weights than those of training, or the
+            configuration names no base model for the part.
+    """
+    if not base_models:
+        return
+    named = dict(config.base_models or {})
+    for part, path in base_models.items():
+        if part not in BASE_MODEL_KEYS:
+            raise UserError(
+                f"base_models[{part!r}] is not a pretrained part: {nearest(part, BASE_MODEL_KEYS)}"
+            )
+        key = BASE_MODEL_KEYS[part]
+        base = base_entry(config, part)
+        if base is None:
+            raise UserError(
+                f"{key}={str(path)!r} has no use: {where!r} names no base model of the {part}. Leave it out."
+            )
+        found = find_base_model(part, path)
+        check_fingerprint(part, found, base["fingerprint"])
+        named[part] = base | {"path": str(found)}
+        if part == "llm" and "_name_or_path" in (config.llm or {}):  # transformers' own note of it
+            config.llm = {**(config.llm or {}), "_name_or_path": str(found)}
+    config.base_models = named
+
+
+def find_base_model(part: str, path: str | Path) -> Path:
+    """Return the absolute path that the user gives for a part; raise UserError if there is none."""
+    key = BASE_MODEL_KEYS[part]
+    may_be_file = part == "audio_encoder"
+    what = "directory or file" if may_be_file else "directory"
+    fix = f"Give the {what} of the base model."
+    if not str(path):
+        raise UserError(f"{key} is empty. {fix}")
+    folder = Path(path).expanduser()
+    if not folder.exists() and not is_hub_id(path):
+        raise UserError(f"{key}={str(path)!r} is not found. {fix}")
+    if folder.is_file() and not may_be_file:
+        raise UserError(f"{key}={str(path)!r} is a file. {fix}")
+    found = resolve_pretrained(path, file=may_be_file)
+    if not is_present(found):
+        raise UserError(f"{key}={str(path)!r} holds no weights. {fix}")
+    return found
+
+
+def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
+    """Return the paths of the base models of some parts, all of them checked by fingerprint.
+
+    Raises:
+        UserError: the configuration names none, or some are missing or hold other weights.
+    """
+    bases: dict[str, dict[str, Any]] = {}
+    missing: list[str] = []
+    for part in parts:
+        base = base_entry(config, part)
+        if base is None:
+            raise UserError(
+                f"the weights leave out the {part}, and config.json names no base model for it: export the whole model"
+            )
+        bases[part] = base
+        if not is_present(base["path"]):
+            missing.append(part)
+    if missing:
+        gone = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
+        keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
+        python = ", ".join(f"{part!r}: PATH" for part in missing)
+        raise UserError(
+            f"base models not found: {gone}. If they moved, give their present paths: {keys} (in Python: base_models={{{python}}})."
+        )
+    for part, base in bases.items():
+        check_fingerprint(part, base["path"], base["fingerprint"])
+    return {part: base["path"] for part, base in bases.items()}
+
+
+def base_entry(config: AsrLlmConfig, part: str) -> dict[str, Any] | None:
+    """Return {"path", "fingerprint"} of a part's base model, or None if the configuration has none.
+
+    Raises:
+        UserError: the configuration's entry is something else.
+    """
+    base = (config.base_models or {}).get(part)
+    if base is not None and not (isinstance(base, dict) and {"path", "fingerprint"} <= base.keys()):
+        raise UserError(
+            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the config.json that was saved with the model."
+        )
+    return base
+
+
+def is_present(path: str | Path) -> bool:
+    """Return whether there are weights at a path; an empty mount point has none."""
+    try:
+        weight_files(path)
+    except UserError:
+        return False
+    return True
