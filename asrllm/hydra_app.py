@@ -75,7 +75,7 @@ def run_app(
     except Exception as error:  # of Hydra, OmegaConf or PyYAML: those of the task are in failures
         raise composition_error(error, overrides, known_keys(name)) from error
     if failures:
-        raise failures[0]
+        raise failures.pop()  # kept in the list, its frames and what they hold would not be freed
 
 
 def hydra_options(arguments: argparse.Namespace) -> list[str]:
