@@ -40,6 +40,7 @@ from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.preemption import Preemption
 from asrllm.training.run_config import TrainerConfig, TrainRun
+from asrllm.training.run_table import part_sizes, print_rows, run_rows
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
 from asrllm.training.wandb_login import check_wandb_login
@@ -96,12 +97,16 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
     preemption.defer_to_step_boundary()
     device = distributed.start()
     startup.finish("ranks")
+    if checkpoint:
+        say(f"verifying {checkpoint}")
     checkpoint, manifest = find_intact(config, processor, settings, checkpoint)
     if config.trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
         logger.warning(
             "this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here"
         )
     torch.manual_seed(config.seed)
+    bases = processor.config.base_models or {}
+    say("loading " + " and ".join(base["path"] for base in bases.values()))
     build = functools.partial(
         build_model,
         processor,
@@ -142,6 +147,18 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         )
         checkpoints = Checkpoints(settings, saver, every=config.trainer.save_every, average=average)
         trainer.callbacks = make_callbacks(config, data, trainer, checkpoints, startup)
+        rows = run_rows(
+            config.trainer,
+            part_sizes(engine.module),
+            ranks=distributed.world_size(),
+            stage=ds["zero_optimization"]["stage"],
+            total_steps=data.total_steps(),
+            max_tokens=config.data.sampler.max_tokens,
+            checkpoint=checkpoint,
+            step=trainer.step,
+        )
+        if distributed.rank() == 0:
+            print_rows(rows)
         startup.finish("engine")
         with Watchdog(
             config.trainer.step_timeout, exp_dir, rank=distributed.rank()
@@ -153,6 +170,12 @@ def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
         distributed.first_rank_does(lambda: write_pretrained(exp_dir))
     distributed.finish()
     lock.release()
+
+
+def say(text: str) -> None:
+    """Print a line of progress on the first rank."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
