@@ -133,7 +133,7 @@ FAULTS = [
     Fault("zero", "moments with padding are not recognised", ZERO,
           '(self.optimizers[0]["group_paddings"][0] if self.stage in (1, 2) else 0)', "0"),
     Fault("zero", "another world size fills sub-groups without padding", PARTITIONS, "offset += part", "offset += numel"),
-    Fault("average", "rsLoRA adapters use plain LoRA scaling", AVERAGE, "count**-0.5 if name", "1.0 if name"),
+    Fault("average", "rsLoRA adapters use plain LoRA scaling", AVERAGE, "scale = count**-0.5", "scale = 1.0"),
     Fault("average", "the mean between two checkpoints is weighted wrongly", AVERAGE, "(first / (last - first))", "(first / last)"),
     Fault("average", "the running average forgets too slowly", RUNNING, "alpha=self.period / step", "alpha=1 / step"),
     Fault("average", "a sum is not divided", AVERAGE, "(total.div_(count) for total", "(total for total"),

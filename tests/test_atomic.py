@@ -104,8 +104,8 @@ def test_a_folder_may_be_given_by_a_link_and_is_no_mount_point(tmp_path, monkeyp
     assert (tmp_path / "link").is_symlink()
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
-    with pytest.raises(UserError, match="give a directory below it"), new_folder(tmp_path / "disk"):
-        pytest.fail("it is found before anything is written")
+    with pytest.raises(UserError, match="disk' is a mount point"), new_folder(tmp_path / "disk"):
+        pytest.fail("the mount point was not detected before writing")
     with new_folder(tmp_path / "disk" / "below"):
         pass
 

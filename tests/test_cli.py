@@ -71,7 +71,7 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
         ({"model__llm__model_type": "llama"}, "is a 'qwen2' model"),
         (
             {"data__filter__max_duration": 100},
-            "data.filter.max_duration=100.0: the audio encoder takes 0.01 to 30.01 s",
+            "data.filter.max_duration=100.0 is outside the audio encoder's range",
         ),
         ({"data__filter__min_duration": 0}, "data.filter.min_duration=0.0"),
         ({"prompt_file": "AUDIO_TOKEN"}, "holds the audio token"),
@@ -136,7 +136,7 @@ def test_mistakes_in_evaluation(world, tmp_path, capsys):
     )
     assert "checkpoint.model.avg" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9")
     assert "checkpoint.model.iter" in fails(capsys, "evaluate", exp, test, "checkpoint.model.avg=9")
-    assert "does not exist, nor is it in" in fails(
+    assert "checkpoint.model.filename='x.pt' does not exist" in fails(
         capsys, "evaluate", exp, test, "checkpoint.model.filename=x.pt"
     )
     assert "did you mean 'decoding_method'" in fails(
@@ -158,7 +158,7 @@ def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
         ("average", "--iter", 3, "--avg", 2),
         ("export", "--output", tmp_path / "out"),
     ):
-        assert "does not exist: give " in fails(capsys, verb, tmp_path / "no" / "x.pt", *options)
+        assert "does not exist" in fails(capsys, verb, tmp_path / "no" / "x.pt", *options)
     assert "does not exist" in fails(
         capsys, "shards", "make", tmp_path / "out", "--cuts", tmp_path / "no.jsonl"
     )
@@ -174,16 +174,20 @@ def test_options_that_would_not_be_read_are_refused(tmp_path, capsys):
     (tmp_path / "a.pt").touch()
     out = ("--output", tmp_path / "out")
     for verb in ("merge-lora", "export"):
-        assert "is a weights file too" in fails(
+        assert "are both weights files" in fails(
             capsys, verb, tmp_path / "a.pt", "--weights", tmp_path / "b.pt", *out
         )
     for option in (["--dtype", "float32"], ["--no-check"], ["--max-shard-size", "5GB"]):
-        assert f"{option[0]} says how" in fails(
+        assert f"{option[0]} has no effect with --adapter-only" in fails(
             capsys, "merge-lora", tmp_path, "--adapter-only", *option, *out
         )
-    assert "--private is of the repository" in fails(capsys, "export", tmp_path, "--private", *out)
+    assert "--private has no effect without --push-to-hub" in fails(
+        capsys, "export", tmp_path, "--private", *out
+    )
     average = ("average", tmp_path, "--iter", 1, "--avg", 1, "--use-averaged-model")
-    assert "running averages are of the factors" in fails(capsys, *average, "--lora", "product")
+    assert "--lora product has no effect with --use-averaged-model" in fails(
+        capsys, *average, "--lora", "product"
+    )
     assert "is one file" in fails(capsys, "consolidate", tmp_path, "--max-shard-size", "5GB")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "checkpoint-1"]
 
@@ -203,7 +207,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.EACCES, "its permissions"), (errno.EROFS, "read only"), (errno.ENOTDIR, "is a file")],
+    [(errno.EACCES, "its permissions"), (errno.EROFS, "read-only"), (errno.ENOTDIR, "is a file")],
 )
 def test_what_the_system_refuses_is_one_sentence_in_every_verb(monkeypatch, capsys, number, said):
     from asrllm.commands import transcribe
@@ -229,7 +233,7 @@ def test_mistakes_in_consolidating(tmp_path, capsys):
             options = ("--max-shard-size", size, "--output", tmp_path / output)
             assert "is no size" in fails(capsys, "consolidate", tmp_path, *options)
     error = fails(capsys, "consolidate", tmp_path, "--output", tmp_path / "x.pth")
-    assert "give a file that ends in .pt, .bin, .safetensors, or a directory's name" in error
+    assert "x.pth' has an unsupported suffix" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert (
         main(
@@ -278,7 +282,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(transcribe, "run", full)
     assert main(["transcribe", "x", "a.wav"]) == 2
-    assert capsys.readouterr().err == (
-        "asrllm transcribe: no space is left on the disk ([Errno 28] No space left on device: 'out.txt'): make room, and give the same "
-        "command again\n"
-    )
+    error = capsys.readouterr().err
+    assert error.startswith("asrllm transcribe: no space is left on the disk (")
+    assert "'out.txt'" in error
+    assert error.count("\n") == 1

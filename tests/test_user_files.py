@@ -89,7 +89,7 @@ def copy_of(folder, tmp_path, change):
 LLM = {
     "config missing": (remove("config.json"), "has no config.json"),
     "config cut": (cut("config.json"), "config.json' is not valid JSON"),
-    "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
+    "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
     "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
     "config type": (fields("config.json", hidden_size="x"), "hidden_size"),
     "config heads": (fields("config.json", num_attention_heads=0), "config.json' cannot be read"),
@@ -138,7 +138,7 @@ LLM = {
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }
 WHISPER = {
-    "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
+    "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
     "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
     "config type": (fields("config.json", d_model="x"), "d_model='x' is not a whole number"),
     "config heads": (

@@ -99,7 +99,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_said(tmp_path, state):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=2)
     source = checkpoint_weights(checkpoint)
     shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match=r"was removed while it was read \(trainer\.keep_last_k"):
+    with pytest.raises(UserError, match=r"checkpoint-1.*was removed.*trainer\.keep_last_k"):
         source.load()
 
 
@@ -125,9 +125,7 @@ def test_bytes_that_changed_are_found(tmp_path, state, ranks, name, output):
     content = (checkpoint / name).read_bytes()
     at = content.index(state["projector.b"][-5:].numpy().tobytes()[:16])
     (checkpoint / name).write_bytes(content[:at] + bytes(8) + content[at + 8 :])
-    with pytest.raises(
-        UserError, match=f"{name}' is damaged .it holds other bytes than were written"
-    ):
+    with pytest.raises(UserError, match=f"{name}' is corrupted: .*checksum"):
         consolidate(checkpoint, tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
@@ -161,7 +159,7 @@ def test_a_pickle_that_asks_for_more_is_refused(tmp_path, state):
     (checkpoint / "asrllm.json").write_text(
         json.dumps(manifest | {"files": {file.name: file_digest(file)}})
     )
-    with pytest.raises(UserError, match=r"asks for __builtin__\.print"):
+    with pytest.raises(UserError, match=r"corrupted.*__builtin__\.print"):
         checkpoint_weights(checkpoint)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from asrllm.checkpoints.export import export, made_of, public_name, push, training_data
+from asrllm.checkpoints.export import export, public_name, push, sources_paragraph, training_data
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.models.encoders.registry import encoder_class
@@ -56,7 +56,7 @@ def test_the_card_says_what_it_was_trained_on_and_what_was_measured(exp, tmp_pat
     assert 'from_pretrained("model")' in card
     assert str(tmp_path) not in card
     assert "| llm | qwen2 | llm |" in card
-    assert "The weights are" not in card, "the file does not say of what"
+    assert "The weights are" not in card, "the file does not name its checkpoints"
     export(
         tmp_path / "model", tmp_path / "again", dtype="float32"
     )  # of an exported directory less is known
@@ -91,10 +91,13 @@ def test_what_a_card_says_of_weights_and_of_base_models():
         "mean": "every step between",
     }
     assert (
-        made_of(steps)[0]
+        sources_paragraph(steps)[0]
         == "The weights are the mean over all steps after checkpoint-2 up to checkpoint-8."
     )
-    assert made_of({"sources": steps["sources"][1:]})[0] == "The weights are those of checkpoint-8."
+    assert (
+        sources_paragraph({"sources": steps["sources"][1:]})[0]
+        == "The weights are those of checkpoint-8."
+    )
     assert public_name("/home/me/hub/models--Qwen--Qwen2.5-7B/snapshots/0a1b") == "Qwen/Qwen2.5-7B"
     assert public_name("/home/me/models/whisper") == "whisper"
 
@@ -186,5 +189,5 @@ def test_uploading_makes_the_repository_and_says_where_it_is(monkeypatch, tmp_pa
 @pytest.mark.parametrize("name", ["me/model", "a b"])
 def test_a_hub_that_is_not_reached_leaves_the_directory(monkeypatch, tmp_path, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="is complete, upload it with"):
+    with pytest.raises(UserError, match=f"hf upload {name} {tmp_path}"):
         push(tmp_path, name, private=False)

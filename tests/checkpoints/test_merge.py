@@ -123,7 +123,7 @@ def test_an_llm_that_was_trained_itself_is_not_taken_for_its_base(world, tmp_pat
     exp = run_of(model, tmp_path / "exp")
     torch.save(model.weights(), exp / "pretrained.pt")
     files = LlmFiles(exp)
-    with pytest.raises(UserError, match="hold weights of the LLM beside its adapters"):
+    with pytest.raises(UserError, match=r"weights of the LLM beside its adapters.*--adapter-only"):
         save_adapter(files, tmp_path / "adapter")
     merge_lora(files, tmp_path / "merged")
     settings = "generation_config.json"
@@ -182,10 +182,10 @@ def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path
         )
         == 0
     )
-    assert (
-        "its rank is 8, that of 2 checkpoints together: vLLM needs a max_lora_rank"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "rank 8" in printed
+    assert "2 averaged checkpoints" in printed
+    assert "max_lora_rank=8" in printed
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(world.llm), adapter
     ).eval()
@@ -255,12 +255,12 @@ def test_a_layer_that_was_left_unmerged_is_found(world, tmp_path, monkeypatch, d
 
     def half_done(layer, name, kind):
         last = layer.out_features == 16 and torch.equal(
-            layer.get_base_layer().weight, files.places.read(LAST)
+            layer.get_base_layer().weight, files.tensors.read(LAST)
         )
         return layer.get_base_layer().weight.detach().to(kind) if last else whole(layer, name, kind)
 
     monkeypatch.setattr("asrllm.checkpoints.merge.merged_parameter", half_done)
-    with pytest.raises(UserError, match=f"'{re.escape(LAST)}' is not what its adapters make of it"):
+    with pytest.raises(UserError, match=f"'{re.escape(LAST)}' does not match its adapters"):
         merge_lora(files, tmp_path / "bad", dtype=dtype, check=False)
     assert not (tmp_path / "bad").exists()
 
@@ -272,7 +272,7 @@ def test_an_llm_into_which_nothing_was_merged_gives_other_logits(world, tmp_path
         lambda layer, name, kind: layer.get_base_layer().weight.to(kind),
     )
     monkeypatch.setattr("asrllm.checkpoints.merge.check_layers", lambda *_: None)
-    with pytest.raises(UserError, match="gives other logits"):
+    with pytest.raises(UserError, match="logits of the merged LLM"):
         merge_lora(files, tmp_path / "bad")
     assert [path.name for path in tmp_path.iterdir() if "bad" in path.name] == []
 
@@ -281,7 +281,7 @@ def test_an_llm_into_which_nothing_was_merged_gives_other_logits(world, tmp_path
 def test_numbers_that_are_none_are_not_published(world, tmp_path, check):
     exp = run_of(make_model(world), tmp_path / "exp")
     change_weights(exp, lambda state: state[first_of(state, "lora_A")].fill_(float("nan")))
-    with pytest.raises(UserError, match="is not what its adapters make of it"):
+    with pytest.raises(UserError, match="does not match its adapters"):
         merge_lora(LlmFiles(exp), tmp_path / "merged", check=check)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exp"]
 
