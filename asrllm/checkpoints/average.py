@@ -88,15 +88,13 @@ class Average:
             )
         chosen = [path for number, path in found.items() if number <= end]
         begins_with_training = bool(self.epoch) and self.avg == end
+        needed = self.avg
         if self.running and not begins_with_training:
-            needed = self.avg + 1
-            choice = f"avg={self.avg} with use_averaged_model"
-        else:
-            needed = self.avg
-            choice = f"avg={self.avg}"
+            needed += 1
         if len(chosen) < needed:
+            running = " with use_averaged_model" if self.running else ""
             raise UserError(
-                f"{choice} needs {needed} checkpoints up to {key}={end}, but "
+                f"avg={self.avg}{running} needs {needed} checkpoints up to {key}={end}, but "
                 f"{str(exp_dir)!r} has {len(chosen)}. Use a smaller avg. {available}"
             )
         return chosen[-needed:]
@@ -397,16 +395,20 @@ def check_replaceable(
                 f"{str(path)!r} averages {', '.join(before)}, but {name} no longer exists, so the "
                 f"file is not overwritten. {fix}"
             )
-    after = _checkpoint_names(wanted)
+    logger.warning("%s is averaged again: %s", path.name, _difference(existing, wanted))
+
+
+def _difference(existing: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Return how the record of an averaged file differs from that of the new one."""
     if not existing:
-        reason = "it is incomplete"
-    elif before != after:
-        reason = f"it averages {', '.join(before)} instead of {', '.join(after)}"
-    elif existing["sources"] == wanted["sources"]:
-        reason = "it was averaged with other options"
-    else:
-        reason = "its checkpoints have changed"
-    logger.warning("%s is averaged again: %s", path.name, reason)
+        return "it is incomplete"
+    before = _checkpoint_names(existing)
+    after = _checkpoint_names(wanted)
+    if before != after:
+        return f"it averages {', '.join(before)} instead of {', '.join(after)}"
+    if existing["sources"] == wanted["sources"]:
+        return "it was averaged with other options"
+    return "its checkpoints have changed"
 
 
 def _checkpoint_names(about: Mapping[str, object]) -> list[str]:
@@ -449,6 +451,11 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
             "checkpoint.model.use_averaged_model=true needs the checkpoints to average. "
             "Set checkpoint.model.avg, and checkpoint.model.iter or checkpoint.model.epoch."
         )
+    return _pretrained_file(exp_dir)
+
+
+def _pretrained_file(exp_dir: Path) -> Path:
+    """Return the weights at the end of training."""
     path = exp_dir / "pretrained.pt"
     if not path.is_file():
         available = ", ".join(map(str, list_checkpoints(exp_dir))) or "none"

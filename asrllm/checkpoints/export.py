@@ -59,13 +59,7 @@ def export(
         UserError: the model cannot be loaded, or the output is not empty.
     """
     folder = source.parent if source.is_file() else model_folder(source)
-    chosen: Path | None
-    if source.is_file():
-        chosen = source
-    elif weights:
-        chosen = Path(weights)
-    else:
-        chosen = default_weights(folder)
+    chosen = _weights_file(source, folder, weights)
     with new_folder(output) as partial:
         model = AutoModel.from_pretrained(
             folder, weights=chosen, dtype=dtype, base_models=base_models
@@ -76,6 +70,14 @@ def export(
         if parts:
             save_parts(model, partial, max_shard_size)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _weights_file(source: Path, folder: Path, weights: str | Path | None) -> Path | None:
+    if source.is_file():
+        return source
+    if weights:
+        return Path(weights)
+    return default_weights(folder)
 
 
 def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> None:
@@ -146,26 +148,8 @@ def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path |
         name: the name to load the model by.
         weights: the run's weights file. Error rates of other weights are left out.
     """
-    metadata = {
-        "library_name": "asrllm",
-        "pipeline_tag": "automatic-speech-recognition",
-        "tags": ["asrllm", "speech", "llm"],
-    }
     lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        "An audio encoder, a projector and a large language model that transcribe speech.",
-        "",
-        "```python",
-        "from asrllm import AutoModel",
-        "",
-        f'AutoModel.from_pretrained("{name}").transcribe(["speech.wav"])',
-        "```",
-        "",
+        *card_head(name),
         *parts_table(config),
         "",
         *sources_paragraph(read_about(weights) if weights else {}),
@@ -183,6 +167,31 @@ def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path |
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines += ["## Versions", "", versions, ""]
     return "\n".join(lines)
+
+
+def card_head(name: str) -> list[str]:
+    """Return the metadata, the title and the example of a card."""
+    metadata = {
+        "library_name": "asrllm",
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["asrllm", "speech", "llm"],
+    }
+    return [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "An audio encoder, a projector and a large language model that transcribe speech.",
+        "",
+        "```python",
+        "from asrllm import AutoModel",
+        "",
+        f'AutoModel.from_pretrained("{name}").transcribe(["speech.wav"])',
+        "```",
+        "",
+    ]
 
 
 def parts_table(config: AsrLlmConfig) -> list[str]:

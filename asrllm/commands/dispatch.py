@@ -116,12 +116,7 @@ def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) ->
 def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     """Run a verb and return its exit status. The user's mistakes are reported once per node."""
     try:
-        # FutureWarnings concern developers, not users
-        warnings.simplefilter("ignore", FutureWarning)
-        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
-        handler = logging.StreamHandler()
-        handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
-        logging.basicConfig(level=level, handlers=[handler])
+        set_up_logging()
         run = load_verb(arguments.verb)
         cleanup: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if arguments.verb in WRITE_LARGE_FILES:
@@ -151,6 +146,16 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
         ranks.report(f"asrllm {arguments.verb}: {TOO_MANY_FILES}")
         return 2
     return 0
+
+
+def set_up_logging() -> None:
+    """Log warnings on the first rank and errors on all ranks to standard error."""
+    # FutureWarnings concern developers, not users
+    warnings.simplefilter("ignore", FutureWarning)
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def lacks_descriptors(error: BaseException | None) -> bool:

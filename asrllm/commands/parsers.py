@@ -390,6 +390,25 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm average`."""
     parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    add_averaged_checkpoints(parser)
+    parser.add_argument(
+        "--use-averaged-model",
+        action="store_true",
+        help="average over all steps since the checkpoint before these; requires a run with "
+        "trainer.use_averaged_model=true",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("product", "factors"),
+        help="how adapters are averaged. product (default): the products B A, exactly, with "
+        "factors of a higher rank; factors: factor by factor",
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
+    add_base_models(parser)
+
+
+def add_averaged_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the checkpoints to average."""
     end = parser.add_mutually_exclusive_group(required=True)
     end.add_argument(
         "--iter",
@@ -408,20 +427,6 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--avg", type=positive, required=True, metavar="K", help="number of checkpoints"
     )
-    parser.add_argument(
-        "--use-averaged-model",
-        action="store_true",
-        help="average over all steps since the checkpoint before these; requires a run with "
-        "trainer.use_averaged_model=true",
-    )
-    parser.add_argument(
-        "--lora",
-        choices=("product", "factors"),
-        help="how adapters are averaged. product (default): the products B A, exactly, with "
-        "factors of a higher rank; factors: factor by factor",
-    )
-    parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
-    add_base_models(parser)
 
 
 def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -450,12 +455,7 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         metavar="EXP_OR_FILE",
         help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="state dict; default: EXP/pretrained.pt, else the newest averaged-*.pt",
-    )
+    add_output_and_weights(parser)
     parser.add_argument(
         "--merge-adapter",
         action="store_true",
@@ -478,13 +478,28 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         metavar="SIZE",
         help="maximum size of each file; default: %(default)s",
     )
+    add_upload(parser)
+    add_base_models(parser)
+
+
+def add_output_and_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the directory to write, and the weights file of the run to read."""
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state dict of a run; default: EXP/pretrained.pt, else the newest averaged-*.pt",
+    )
+
+
+def add_upload(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the Hugging Face hub."""
     parser.add_argument(
         "--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub"
     )
     parser.add_argument(
         "--private", action="store_true", help="make that repository private if it is new"
     )
-    add_base_models(parser)
 
 
 def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -494,12 +509,7 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         metavar="EXP_OR_FILE",
         help="a run's exp_dir, a weights file in it, or an exported directory",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="state dict of a run; default: EXP/pretrained.pt, else the newest averaged-*.pt",
-    )
+    add_output_and_weights(parser)
     parser.add_argument(
         "--adapter-only",
         action="store_true",

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.preemption import Preemption
 from asrllm.training.run_config import TrainerConfig, TrainRun
+from asrllm.training.running_average import RunningAverage
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
 from asrllm.training.wandb_login import check_wandb_login
@@ -166,22 +167,8 @@ def build(
     )
     warn_of_slow_bfloat16(config.trainer, device)
     torch.manual_seed(config.seed)
-    build_from_config = functools.partial(
-        build_model,
-        prepared.processor,
-        frozen=config.model.frozen_parts,
-        patterns=config.model.frozen_parameters,
-        attention=config.model.llm.attention,
-        init_from=None if checkpoint else config.init_from,
-        dtype=config.trainer.dtype,
-    )
-
-    def timed_build() -> AsrLlmModel:
-        model = build_from_config()
-        startup.finish("model")
-        return model
-
-    with deepspeed_engine(config.trainer, prepared.ds, timed_build, device) as engine:
+    load_model = model_loader(prepared, startup, resumed=checkpoint is not None)
+    with deepspeed_engine(config.trainer, prepared.ds, load_model, device) as engine:
         trainer = Trainer(
             engine=engine,
             config=config.trainer,
@@ -200,17 +187,48 @@ def build(
         prepared.processor.config.stored = engine.module.stored_weights()
         write_run_files(config, prepared.processor)
         write_inherited(engine.module, prepared.exp_dir, checkpoint)
-        saver = CheckpointSaver(
-            prepared.exp_dir,
-            background=config.trainer.background_checkpoints,
-            keep=config.trainer.keep_last_k,
-        )
-        checkpoints = Checkpoints(
-            prepared.fingerprint, saver, every=config.trainer.save_every, average=average
-        )
+        checkpoints = checkpoint_callback(prepared, average)
         trainer.callbacks = make_callbacks(config, prepared.data, trainer, checkpoints, startup)
         startup.finish("engine")
         yield trainer
+
+
+def model_loader(
+    prepared: PreparedRun, startup: Startup, *, resumed: bool
+) -> Callable[[], AsrLlmModel]:
+    """Return a function that builds the model with its pretrained parts.
+
+    Args:
+        prepared: the run.
+        startup: records the seconds that the model takes.
+        resumed: whether the trained weights come from a checkpoint instead of init_from.
+    """
+    config = prepared.config
+    build_from_config = functools.partial(
+        build_model,
+        prepared.processor,
+        frozen=config.model.frozen_parts,
+        patterns=config.model.frozen_parameters,
+        attention=config.model.llm.attention,
+        init_from=None if resumed else config.init_from,
+        dtype=config.trainer.dtype,
+    )
+
+    def load_model() -> AsrLlmModel:
+        model = build_from_config()
+        startup.finish("model")
+        return model
+
+    return load_model
+
+
+def checkpoint_callback(prepared: PreparedRun, average: RunningAverage | None) -> Checkpoints:
+    """Return the callback that writes checkpoints, with the running average if there is one."""
+    trainer = prepared.config.trainer
+    saver = CheckpointSaver(
+        prepared.exp_dir, background=trainer.background_checkpoints, keep=trainer.keep_last_k
+    )
+    return Checkpoints(prepared.fingerprint, saver, every=trainer.save_every, average=average)
 
 
 def fit(trainer: Trainer, data: TrainingData) -> None:

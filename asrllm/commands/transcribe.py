@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from asrllm.atomic import write_whole
@@ -56,31 +56,50 @@ def run(arguments: argparse.Namespace) -> None:
     listening = Listening(detector=detector, longest=min(longest, segment_samples))
     engine = load_engine(arguments)
     several = len(files) + len(problems) > 1
-    seconds = 0.0
-    done = 0
     began = time.monotonic()
     with audio_progress(files) as bar:
-        for transcript in transcribe_files(
+        transcripts = transcribe_files(
             engine,
             files,
             listening,
             prompt=prompt,
             batch_size=arguments.batch_size,
             advance=in_whole_seconds(bar),
-        ):
-            if transcript.problem:
-                problems.append(transcript.problem)
-                continue
-            warn_of_transcript(transcript)
-            write(transcript, formats, arguments, several=several)
-            seconds += transcript.duration
-            done += 1
+        )
+        done, seconds, failures = write_all(transcripts, formats, arguments, several=several)
     if seconds:
         print_speed(seconds, time.monotonic() - began)
+    problems += failures
     if problems:
         if done:
             problems.append(f"the other files ({done}) are transcribed")
         raise UserError("; ".join(problems))
+
+
+def write_all(
+    transcripts: Iterable[FileTranscript],
+    formats: Sequence[str],
+    arguments: argparse.Namespace,
+    *,
+    several: bool,
+) -> tuple[int, float, list[str]]:
+    """Write transcripts as they become available. Arguments are those of `write`.
+
+    Returns:
+        The number of files that were transcribed, their seconds, and messages about the others.
+    """
+    done = 0
+    seconds = 0.0
+    problems: list[str] = []
+    for transcript in transcripts:
+        if transcript.problem:
+            problems.append(transcript.problem)
+            continue
+        warn_of_transcript(transcript)
+        write(transcript, formats, arguments, several=several)
+        seconds += transcript.duration
+        done += 1
+    return done, seconds, problems
 
 
 def print_speed(audio_seconds: float, seconds: float) -> None:
