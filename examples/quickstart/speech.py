@@ -1,9 +1,8 @@
 """Training and test speech for the quickstart: strings of one to six English digits.
 
 A synthetic voice reads them (Piper, in its own process). Three thousand training strings are cut,
-joined, stretched and distorted, so that a model trained on one clean voice understands recordings of
-other people. The recordings are only used for testing.
-"""
+joined, stretched and distorted, so that a model trained on one clean voice understands recordings
+of other people. The recordings are only used for testing."""
 
 import importlib.util
 import os
