@@ -38,7 +38,7 @@ def keys_of(tree, prefix=""):
 
 
 @pytest.mark.parametrize(("name", "cls"), [("train", TrainRun), ("evaluate", EvaluationRun)])
-def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name, cls):
+def test_yaml_keys_match_dataclass_fields_and_have_help(name, cls):
     keys = set(keys_of(compose_config(name, [])))
     assert keys == set(fields_of(cls))
     text = help_text(name)
@@ -47,7 +47,7 @@ def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name,
 
 
 @pytest.mark.slow
-def test_overrides_reach_the_dataclasses():
+def test_overrides_set_dataclass_fields():
     config = load(
         "model.audio_token=<|A B|>",
         "model.llm.lora.r=64",
@@ -124,20 +124,20 @@ def test_overrides_reach_the_dataclasses():
         ("data.train_data_config=null", r"data\.train_data_config is not set"),
     ],
 )
-def test_a_wrong_override_is_one_sentence_that_names_the_key(override, message):
+def test_wrong_override_is_one_message_with_the_key(override, message):
     with pytest.raises(UserError, match=message) as raised:
         load(override)
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_key_is_named():
+def test_missing_key_is_named():
     with pytest.raises(UserError, match="missing key 'exp_dir'"):
         build(TrainRun, {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
-def test_whispers_features_are_for_whisper(key):
+def test_whisper_feature_options_need_a_whisper_encoder(key):
     with pytest.raises(
         UserError,
         match=rf"data\.{key}=true, but model\.audio_encoder\.model_type=zipformer takes Kaldi",
