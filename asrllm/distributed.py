@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -48,8 +47,6 @@ def start() -> torch.device:
             MASTER_PORT=str(_free_port()),
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if rank() != 0:
-        transformers.utils.logging.disable_progress_bar()
     check_descriptors()
     wait_for_address(os.environ["MASTER_ADDR"])
     siblings.mine().join()

@@ -80,9 +80,13 @@ def train(world: World, exp_dir: Path, options: dict[str, Any]) -> None:
 
 def logged(exp_dir: Path) -> list[dict[str, Any]]:
     """Return the part of the log that is the same for two runs of one version."""
-    kept = ("step", "loss", "grad_norm", "accuracy", "acc", "lr", "valid/loss", "valid/acc")
-    records = [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name in kept} for record in records]
+    kept = ("step", "loss", "acc", "grad_norm", "lr")
+    records = []
+    for line in (exp_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        names = [name for name in record if name in kept or name.startswith("valid/")]
+        records.append({name: record[name] for name in names})
+    return records
 
 
 def decode(world: World, exp_dir: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Packed batches: the utterances of a micro-batch in one row of true tokens."""
+"""Packed batches: the utterances of a micro-batch in one row without padding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +16,23 @@ from asrllm.data.prompts import Prompt, choose_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """N utterances, T tokens in one row.
+    """N utterances whose T tokens are in one row.
 
-    waves (N, samples) float32 at 16 kHz, zero-padded; wave_lengths (N,); input_ids (1, T); position_ids (1, T), from 0 in each utterance;
-    cu_seqlens (N + 1,) int32, where utterances begin and end in the row; target_positions (S,), the positions whose next token is
-    supervised; targets (S,), those tokens. masks (N, M, 2): of SpecAugment, the first `time_masks` of them in time.
-    corpora: the number of each utterance's. keys, prompts: of the utterances trained on, fillers apart. bad: what could not be read.
+    Attributes:
+        waves: (N, samples) float32 at 16 kHz, zero-padded.
+        wave_lengths: (N,) samples of each waveform.
+        input_ids: (1, T) tokens.
+        position_ids: (1, T), from 0 in each utterance.
+        cu_seqlens: (N + 1,) int32, the boundaries of the utterances in the row.
+        target_positions: (S,) positions whose next token is supervised.
+        targets: (S,) those next tokens.
+        masks: (N, M, 2) SpecAugment masks.
+        time_masks: the first so many masks are in time, the others in frequency.
+        keys: of the utterances that are trained on, which excludes fillers.
+        prompts: of the same utterances.
+        audio_seconds: seconds of audio of the same utterances.
+        corpora: the number of each utterance's corpus.
+        bad: messages about utterances that could not be read.
     """
 
     waves: Tensor
@@ -40,18 +51,18 @@ class PackedBatch:
     bad: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = {
-            k: v.to(device, non_blocking=True)
-            for k, v in vars(self).items()
-            if isinstance(v, Tensor)
-        }
+        """Return the batch with its tensors on a device."""
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
 
 
 class Collator:
-    """Samples -> PackedBatch. The prompt is the sample's own, else one of its corpus's, else one of `prompts`, drawn for it.
+    """Turn samples into a PackedBatch.
 
-    num_audio_tokens: samples of a waveform at 16 kHz -> how many tokens the LLM sees of it. time_masks: how many of a sample's masks are.
+    The prompt is the sample's own, else one of its corpus, else one of the common prompts.
     """
 
     def __init__(
@@ -64,24 +75,40 @@ class Collator:
         hotwords: Hotwords | None = None,
         time_masks: int = 0,
     ) -> None:
-        self.renderer, self.prompts, self.seed = renderer, tuple(prompts), seed
-        self.num_audio_tokens, self.hotwords, self.time_masks = (
-            num_audio_tokens,
-            hotwords,
-            time_masks,
-        )
+        """
+        Args:
+            renderer: renders the chats.
+            prompts: the common prompts.
+            num_audio_tokens: maps samples of a waveform at 16 kHz to the number of audio tokens.
+            seed: of the random choices.
+            hotwords: lists hotwords in the prompts; None lists none.
+            time_masks: how many of a sample's masks are in time.
+        """
+        self.renderer = renderer
+        self.prompts = tuple(prompts)
+        self.seed = seed
+        self.num_audio_tokens = num_audio_tokens
+        self.hotwords = hotwords
+        self.time_masks = time_masks
 
     def __call__(self, samples: Sequence[Sample], out: np.ndarray | None = None) -> PackedBatch:
-        """out: (floats,) of float32 in which the waveforms are laid out if they fit."""
+        """Return the batch of some samples.
+
+        Args:
+            samples: the utterances.
+            out: (floats,) float32 memory for the waveforms, which is used if they fit.
+        """
         prompts = [self.prompt(sample) for sample in samples]
-        rows = [
-            self._encode(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)
-        ]
-        ids = [torch.tensor(ids) for ids, _ in rows]
+        ids: list[Tensor] = []
+        shifted: list[Tensor] = []  # the label of a token is at the position before it
+        for sample, prompt in zip(samples, prompts, strict=True):
+            row, labels = self._encode(sample, prompt)
+            ids.append(torch.tensor(row))
+            shifted.append(torch.tensor([*labels[1:], NO_LABEL]))
         lengths = torch.tensor([len(row) for row in ids])
-        # a label stands at the position that predicts it: one to the left of its own token
-        labels = torch.cat([torch.tensor([*labels[1:], NO_LABEL]) for _, labels in rows])
-        positions = torch.nonzero(labels != NO_LABEL).flatten()
+        labels_of_all = torch.cat(shifted)
+        positions = torch.nonzero(labels_of_all != NO_LABEL).flatten()
+        trained = [(s, p) for s, p in zip(samples, prompts, strict=True) if s.weight]
         return PackedBatch(
             waves=torch.from_numpy(pad_waves([sample.wave for sample in samples], out)),
             wave_lengths=torch.tensor([len(sample.wave) for sample in samples]),
@@ -89,62 +116,72 @@ class Collator:
             position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
             target_positions=positions,
-            targets=labels[positions],
+            targets=labels_of_all[positions],
             masks=torch.from_numpy(np.stack([sample.masks for sample in samples])),
             time_masks=self.time_masks,
-            keys=[sample.key for sample in samples if sample.weight],
-            prompts=[
-                prompt for sample, prompt in zip(samples, prompts, strict=True) if sample.weight
-            ],
+            keys=[sample.key for sample, _ in trained],
+            prompts=[prompt for _, prompt in trained],
             corpora=tuple(sample.corpus for sample in samples),
-            audio_seconds=sum(len(s.wave) for s in samples if s.weight) / RATE,
+            audio_seconds=sum(len(sample.wave) for sample, _ in trained) / RATE,
         )
 
     def prompt(self, sample: Sample) -> str:
-        own, task = sample.fields.get("prompt"), sample.fields.get("task")
-        own = own.replace(self.renderer.audio_token, "").strip() if isinstance(own, str) else ""
-        prompts = sample.prompts or self.prompts
-        prompt = own or choose_prompt(
-            prompts,
-            seed=self.seed,
-            pass_index=sample.pass_index,
-            key=sample.key,
-            lang=sample.lang,
-            task=task,
-        )
+        """Return the prompt of a sample, with hotwords if there are any."""
+        own = sample.fields.get("prompt")
+        prompt = ""
+        if isinstance(own, str):
+            prompt = own.replace(self.renderer.audio_token, "").strip()
+        if not prompt:
+            prompt = choose_prompt(
+                sample.prompts or self.prompts,
+                seed=self.seed,
+                pass_index=sample.pass_index,
+                key=sample.key,
+                lang=sample.lang,
+                task=sample.fields.get("task"),
+            )
         if self.hotwords is None:
             return prompt
         words = sample.fields.get("hotwords")
-        words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else ()
-        return with_context(
-            prompt,
-            self.hotwords.context(
-                sample.text, key=sample.key, pass_index=sample.pass_index, own=words
-            ),
+        own_words: list[str] = []
+        if isinstance(words, list):
+            own_words = [word for word in words if isinstance(word, str)]
+        context = self.hotwords.context(
+            sample.text, key=sample.key, pass_index=sample.pass_index, own=own_words
         )
+        return with_context(prompt, context)
 
     def _encode(self, sample: Sample, prompt: str) -> tuple[list[int], list[int]]:
+        """Return tokens and labels. A filler, whose weight is 0, has no label."""
         audio = self.num_audio_tokens(len(sample.wave))
-        ids, labels = self.renderer.encode_training(
-            self.renderer.user_messages(prompt), sample.text, [audio]
-        )
-        return ids, labels if sample.weight else [NO_LABEL] * len(ids)
+        messages = self.renderer.user_messages(prompt)
+        ids, labels = self.renderer.encode_training(messages, sample.text, [audio])
+        if not sample.weight:
+            labels = [NO_LABEL] * len(ids)
+        return ids, labels
 
 
 def pad_waves(waves: Sequence[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
-    """(samples,) each -> (N, longest), zeros behind the shorter ones; in `out` if that is large enough."""
+    """Pad waveforms (samples,) with zeros to (N, longest), in the memory of `out` if they fit."""
     shape = (len(waves), max(map(len, waves)))
     size = shape[0] * shape[1]
-    padded = (
-        out[:size] if out is not None and size <= len(out) else np.empty(size, np.float32)
-    ).reshape(shape)
+    if out is not None and size <= len(out):
+        memory = out[:size]
+    else:
+        memory = np.empty(size, np.float32)
+    padded = memory.reshape(shape)
     for row, wave in zip(padded, waves, strict=True):
-        row[: len(wave)], row[len(wave) :] = wave, 0
+        row[: len(wave)] = wave
+        row[len(wave) :] = 0
     return padded
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids of different lengths -> ids (N, T) and mask (N, T), padding to the left as decoding wants it."""
+    """Pad rows of tokens on the left, for decoding.
+
+    Returns:
+        The tokens (N, T) and their mask (N, T), which is 0 for padding.
+    """
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

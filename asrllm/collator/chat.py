@@ -1,4 +1,4 @@
-"""One renderer of chats for training and decoding: messages -> token ids, the audio token expanded, the labels by spans."""
+"""The one renderer of chats, for training and decoding: messages to tokens and labels."""
 
 import re
 from collections.abc import Sequence
@@ -13,31 +13,40 @@ from asrllm.text_files import first_words
 Messages = Sequence[dict[str, Any]]
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# put before a template that writes today's date: a model would be trained on other prompts than it decodes from
+# precedes a template that writes today's date, so that decoding has the prompts of training
 CONSTANT_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 NO_LABEL = -100
 MAX_WRITTEN = 200_000  # characters that a template may write around the messages
 REPLACE = "Correct the template, or set model.llm.chat_template=chatml."
-KEPT = 1000  # rendered chats
+MAX_CACHED = 1000  # rendered chats
 _PROBE = "asrllm probe"
-_MARK = "\ufdd0{}\ufdd1"  # of noncharacters, which no text holds
+_MARK = "\ufdd0{}\ufdd1"  # noncharacters, which no text contains
 
 
 class ChatRenderer:
-    """Renders with the tokenizer's own chat template, or with ChatML where it has none.
+    """Renders chats with the tokenizer's own template, or with ChatML if it has none.
 
-    A message's content is a string that holds the audio token, or a list of {"type": "audio"} and {"type": "text", "text": ...}, which
-    are joined by spaces. What looks like another special token in a content is text like any other, so that no prompt can end a turn.
-    tokenizer: a transformers tokenizer that knows `audio_token` as one special token; it is not changed.
+    The content of a message is a string with the audio token, or a list of {"type": "audio"} and
+    {"type": "text", "text": ...}, which are joined by spaces. Other special tokens in a content are
+    encoded as plain text, so that no prompt can end a turn.
     """
 
     def __init__(self, tokenizer: Any, audio_token: str) -> None:
-        self.tokenizer, self.audio_token = tokenizer, audio_token
+        """
+        Args:
+            tokenizer: a tokenizer of transformers that has audio_token as one special token. It
+                is not changed.
+            audio_token: stands for the audio in messages.
+        """
+        self.tokenizer = tokenizer
+        self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
-        self._rendered: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
         self._special = self._special_tokens()
         self._first_ids = self._ids_before_text()
         self.end_of_turn = self._find_end_of_turn()
@@ -47,122 +56,148 @@ class ChatRenderer:
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
         stops = {self.end_ids[0], self.tokenizer.eos_token_id}
-        return sorted(i for i in stops if i is not None)
+        return sorted(token for token in stops if token is not None)
 
     def user_messages(self, prompt: str) -> list[dict[str, str]]:
+        """Return the chat of one audio with a prompt."""
         return [{"role": "user", "content": f"{self.audio_token} {prompt}".strip()}]
 
     def count_audios(self, messages: Messages) -> int:
-        """How many audio tokens the rendered chat holds."""
+        """Return the number of audio tokens in the rendered chat."""
         return self._prompt_ids(messages).count(self.audio_token_id)
 
     def encode_prompt(self, messages: Messages, audio_tokens: Sequence[int]) -> list[int]:
-        """Ids up to where the assistant begins to speak; the i-th audio token stands `audio_tokens[i]` times.
+        """Return the tokens up to the beginning of the assistant's turn.
 
-        Raises UserError for messages of another form, for roles that the template refuses and for a wrong number of audio tokens.
+        Args:
+            messages: the chat.
+            audio_tokens: how often to repeat the audio token of each audio.
+
+        Raises:
+            UserError: the messages have another form, the template refuses a role, or the number of
+                audio tokens differs from the number of audios.
         """
         ids = self._prompt_ids(messages)
         found = ids.count(self.audio_token_id)
         if found != len(audio_tokens):
             raise UserError(
-                f"the chat {list(messages)!r} has {found} audio tokens for {len(audio_tokens)} audios: "
-                f"write {self.audio_token} once for each"
+                f"the chat {list(messages)!r} has {found} audio tokens for {len(audio_tokens)} "
+                f"audios. Write {self.audio_token} once for each."
             )
         lengths = iter(audio_tokens)
         expanded: list[int] = []
         for token in ids:
-            expanded += [token] * (next(lengths) if token == self.audio_token_id else 1)
+            if token == self.audio_token_id:
+                expanded += [token] * next(lengths)
+            else:
+                expanded.append(token)
         return expanded
 
     def _prompt_ids(self, messages: Messages) -> list[int]:
-        """Kept for the chats of the last prompts: rendering one takes longer than all the rest."""
+        """Return the tokens of a chat, cached because rendering takes longer than everything else."""
         key = repr(messages)
-        if key not in self._rendered:
-            if len(self._rendered) >= KEPT:
-                self._rendered.pop(next(iter(self._rendered)))
-            self._rendered[key] = self._encode(messages)
-        return self._rendered[key]
+        if key not in self._cache:
+            if len(self._cache) >= MAX_CACHED:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = self._encode(messages)
+        return self._cache[key]
 
     def _encode(self, messages: Messages) -> list[int]:
-        plain = _plain_messages(messages, self.audio_token)
-        literals: list[str] = []
+        literals: list[str] = []  # special tokens in contents, which are plain text there
 
         def mark(found: re.Match[str]) -> str:
             literals.append(found.group())
             return _MARK.format(len(literals) - 1)
 
-        marked = [
-            message | {"content": self._special.sub(mark, message["content"])} for message in plain
-        ]
+        marked = []
+        for message in _plain_messages(messages, self.audio_token):
+            content = self._special.sub(mark, message["content"])
+            marked.append(message | {"content": content})
         text = self._render(marked, add_generation_prompt=True)
-        parts = re.split(
-            _MARK.format(r"(\d+)"), text
-        )  # template's text, number of a literal, text, number, ...
         ids: list[int] = []
-        for i, part in enumerate(parts):
-            ids += (
-                self._ids(literals[int(part)], plain=True)
-                if i % 2
-                else self._ids(part)
-                if part
-                else []
-            )
-        return ids if ids[: len(self._first_ids)] == self._first_ids else self._first_ids + ids
+        # the parts are text, the number of a literal, text, the number of a literal, ..., text
+        for i, part in enumerate(re.split(_MARK.format(r"(\d+)"), text)):
+            if i % 2:
+                ids += self._ids(literals[int(part)], plain=True)
+            elif part:
+                ids += self._ids(part)
+        if ids[: len(self._first_ids)] != self._first_ids:
+            ids = self._first_ids + ids
+        return ids
 
     def encode_training(
         self, messages: Messages, answer: str, audio_tokens: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """(ids, labels) of the chat and its answer: the labels are the answer and its end, NO_LABEL elsewhere.
+        """Return the tokens of a chat with its answer, and their labels.
 
-        The answer is tokenised by itself, so that training sees exactly the prompt ids that decoding starts from.
+        The answer is tokenized by itself, so that training sees exactly the prompt tokens from
+        which decoding starts.
+
+        Args:
+            messages: the chat before the answer.
+            answer: the assistant's text.
+            audio_tokens: how often to repeat the audio token of each audio.
+
+        Returns:
+            Tokens and labels of the same length. The labels are the tokens of the answer and of the
+            end of its turn, and NO_LABEL elsewhere.
         """
         prompt = self.encode_prompt(messages, audio_tokens)
         target = self._ids(answer, plain=True) + self.end_ids
         return prompt + target, [NO_LABEL] * len(prompt) + target
 
     def _special_tokens(self) -> re.Pattern[str]:
-        """Matches the special tokens apart from the audio token, and what the marks begin with."""
+        """Return a pattern for the special tokens except the audio token, and for the marks."""
         special = {*self.tokenizer.all_special_tokens, _MARK[0]}
-        special |= {
-            str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special
-        }
-        return re.compile(
-            "|".join(
-                re.escape(s) for s in sorted(special - {self.audio_token}, key=len, reverse=True)
-            )
-        )
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                special.add(str(token))
+        special.discard(self.audio_token)
+        longest_first = sorted(special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)))
 
     def _ids_before_text(self) -> list[int]:
-        """What the tokenizer writes before any text, such as Llama's and Gemma's BOS, which not every template repeats."""
-        whole, bare = self.tokenizer(_PROBE)["input_ids"], self._ids(_PROBE)
-        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+        """Return what the tokenizer writes before any text, like the BOS of Llama and Gemma.
+
+        Not every chat template repeats it.
+        """
+        whole = self.tokenizer(_PROBE)["input_ids"]
+        bare = self._ids(_PROBE)
+        for n in range(len(whole)):
+            if whole[n : n + len(bare)] == bare:
+                return whole[:n]
+        return []
 
     def _find_end_of_turn(self) -> str:
-        """What the template writes behind an answer, white space apart: one token, or the first of several if that is a special one.
+        """Return the token that the template writes after an answer.
 
-        The end-of-text token where it writes nothing. Raises UserError where the tokenizer does not know it as a token.
+        If the template writes several special tokens, the first one counts, because some write the
+        end of the turn and the end of the text. If it writes nothing, the end-of-text token counts.
+
+        Raises:
+            UserError: the tokenizer does not have it as one token.
         """
-        question: Messages = [{"role": "user", "content": "?"}]
-        full = self._render(
-            [*question, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False
-        )
+        question = {"role": "user", "content": "?"}
+        answer = {"role": "assistant", "content": _PROBE}
+        full = self._render([question, answer], add_generation_prompt=False)
         tail = full.rpartition(_PROBE)[2].strip() or self.tokenizer.eos_token
         if not tail:
             raise UserError(
-                "the tokenizer has neither an end-of-turn in its chat template nor an eos_token: set eos_token"
+                "the tokenizer has neither an end of turn in its chat template nor an eos_token. "
+                "Set eos_token."
             )
-        if found := self._special.match(
-            tail
-        ):  # a template may write the end of the turn and that of the text
-            tail = found.group()
+        first_special = self._special.match(tail)
+        if first_special:
+            tail = first_special.group()
         ids = self._ids(tail)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            found_as = (
-                "its unknown token" if self.tokenizer.unk_token_id in ids else f"{len(ids)} tokens"
-            )
+            encoded_as = f"{len(ids)} tokens"
+            if self.tokenizer.unk_token_id in ids:
+                encoded_as = "its unknown token"
             raise UserError(
-                f"the chat template ends a turn with {tail!r}, which the tokenizer has as {found_as}: add it to the tokenizer as a special "
-                "token, or give the tokenizer the chat template that belongs to it"
+                f"the chat template ends a turn with {tail!r}, which the tokenizer encodes as "
+                f"{encoded_as}. Add it to the tokenizer as a special token, or give the tokenizer "
+                "the chat template that belongs to it."
             )
         return tail
 
@@ -179,7 +214,6 @@ class ChatRenderer:
                 add_generation_prompt=add_generation_prompt,
             )
 
-        roles = [message["role"] for message in messages]
         where = f"the chat template of the tokenizer in {self.tokenizer.name_or_path!r}"
         try:
             if template != CHATML:
@@ -190,14 +224,12 @@ class ChatRenderer:
                 f"{where} does not compile: line {error.lineno}: {error.message}. {REPLACE}"
             ) from error
         except TemplateError as error:
-            hint = (
-                ""
-                if set(roles) <= {"user", "assistant"}
-                else "Write what a refused turn says into the user's. "
-            )
-            raise UserError(
-                f"{where} refuses turns of the roles {', '.join(roles)}: {first_words(error)}. {hint or REPLACE}".strip()
-            ) from error
+            roles = [message["role"] for message in messages]
+            fix = REPLACE
+            if not set(roles) <= {"user", "assistant"}:
+                fix = "Move the text of a refused turn into the user's turn."
+            refused = f"refuses turns of the roles {', '.join(roles)}"
+            raise UserError(f"{where} {refused}: {first_words(error)}. {fix}") from error
         except (TemplateTooSlowError, MemoryError, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{where} loops or writes too much: {first_words(error)}. {REPLACE}"
@@ -213,34 +245,35 @@ class ChatRenderer:
         return text
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:
-        """plain: what looks like a special token is text like any other."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[
-            "input_ids"
-        ]
+        """Return the tokens of a text; with `plain`, special tokens in it are plain text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
+        return encoded["input_ids"]
 
 
 def _plain_messages(messages: Messages, audio_token: str) -> list[dict[str, Any]]:
-    """The messages with each content as a string."""
-    if isinstance(messages, (str, dict)) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
-        raise UserError(
-            f"the chat {messages!r} is not a list of messages: give [{{'role': 'user', 'content': '{audio_token} ...'}}]"
-        )
+    """Return the messages with each content as a string."""
+    is_list = not isinstance(messages, (str, dict))
+    if not is_list or not all(map(_is_message, messages)):
+        example = f"[{{'role': 'user', 'content': '{audio_token} ...'}}]"
+        raise UserError(f"the chat {messages!r} is not a list of messages. Write {example}.")
     if not messages or messages[-1]["role"] in ("assistant", "model"):
         raise UserError(
-            "the chat ends with an assistant's turn or is empty: end it with the user's, which the model answers"
+            "the chat is empty or ends with an assistant's turn. End it with a user's turn."
         )
-    return [
-        message | {"content": _plain_content(message.get("content"), audio_token)}
-        for message in messages
-    ]
+    plain = []
+    for message in messages:
+        plain.append(message | {"content": _plain_content(message.get("content"), audio_token)})
+    return plain
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
 
 
 def _plain_content(content: Any, audio_token: str) -> str:
     if isinstance(content, str):
         return content
-    parts = []
+    parts: list[str] = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "audio":
@@ -248,6 +281,8 @@ def _plain_content(content: Any, audio_token: str) -> str:
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         else:
-            raise UserError(f"{part!r} is no content of a message: give a string, or a list of {{'type': 'audio'}} and of "
-                            "{'type': 'text', 'text': ...}")  # fmt: skip
+            raise UserError(
+                f"{part!r} is not the content of a message. Write a string, or a list of "
+                "{'type': 'audio'} and {'type': 'text', 'text': ...}."
+            )
     return " ".join(parts)

@@ -1,4 +1,4 @@
-"""The `data` part of the configuration, from the corpora to the batch."""
+"""The `data` part of the run's configuration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,8 @@ from asrllm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The keys below `data`, which asrllm/conf/data/default.yaml explains."""
+
     train_data_config: str | None
     valid_data_config: str | None
     use_infinite_dataset: bool
@@ -29,7 +31,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise UserError(
-                f"data.num_workers={self.num_workers} must be 0 (read in the training process) or more"
+                f"data.num_workers={self.num_workers} is negative. "
+                "Use 0, which reads in the training process, or more."
             )
         if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share={self.max_bad_share} must lie between 0 and 1")
+            raise UserError(
+                f"data.max_bad_share={self.max_bad_share} is not a ratio. Use a value from 0 to 1."
+            )

@@ -1,4 +1,4 @@
-"""Hotwords: lists of words in the prompt that an utterance may hold, some of which it does."""
+"""Hotwords: a list in the prompt of words that may occur in the utterance."""
 
 import hashlib
 import random
@@ -11,17 +11,20 @@ from asrllm.errors import UserError
 from asrllm.text_files import read_text
 
 PLACE = "{words}"
-# scripts without spaces between words, and Hangul, whose particles are written onto the word: any character may begin or end a hotword
+# Scripts without spaces between words, and Hangul, whose particles are written onto the word: any
+# character may begin or end a hotword.
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff"
-    "\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-# an apostrophe within a word belongs to it ("don't"), but not that of "'s": McDonald's names McDonald
+# An apostrophe within a word belongs to it ("don't"), except in "'s": McDonald's names McDonald.
 APART = re.compile(r"(?<!\w)'|'(?!\w)|'(?=s\b)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HotwordConfig:
+    """The keys below `data.hotwords`."""
+
     file: str | None
     prob: float
     max_words: int
@@ -30,71 +33,104 @@ class HotwordConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.prob <= 1:
-            raise UserError(f"data.hotwords.prob={self.prob} must lie between 0 and 1")
+            raise UserError(
+                f"data.hotwords.prob={self.prob} is not a probability. Use a value from 0 to 1."
+            )
         if not 1 <= self.max_words <= 10_000:
             raise UserError(
-                f"data.hotwords.max_words={self.max_words} must be from 1 to 10000; data.hotwords.prob=0 gives no lists"
+                f"data.hotwords.max_words={self.max_words} is out of range. Use a value from 1 to "
+                "10000, or data.hotwords.prob=0 for no lists."
             )
         if not 0 <= self.distractor_rate < 1:
             raise UserError(
-                f"data.hotwords.distractor_rate={self.distractor_rate} must be at least 0 and below 1"
+                f"data.hotwords.distractor_rate={self.distractor_rate} is out of range. "
+                "Use a value of at least 0 and below 1."
             )
         if self.template.count(PLACE) != 1:
             raise UserError(
-                f"data.hotwords.template={self.template!r} must hold {PLACE} once, where the list stands"
+                f"data.hotwords.template={self.template!r} does not contain {PLACE} exactly once. "
+                f"Write {PLACE} where the list goes."
             )
 
 
 def filled(template: str, words: Sequence[str]) -> str:
+    """Return the template with a list of words, or "" without words."""
     return template.replace(PLACE, ", ".join(words)) if words else ""
 
 
 def with_context(prompt: str, context: str) -> str:
-    """The prompt as training and decoding give it; context: of `filled`."""
+    """Return a prompt with a filled template, in training as in decoding."""
     return f"{prompt} {context}".rstrip()
 
 
 class Hotwords:
-    """The list of hotwords for each utterance. forbidden: the audio token, which may stand in no hotword."""
+    """Draws the list of hotwords of each utterance."""
 
     def __init__(self, config: HotwordConfig, *, seed: int, forbidden: str) -> None:
+        """
+        Args:
+            config: file, probability, sizes and template.
+            seed: of the draws.
+            forbidden: the audio token, which no hotword may contain.
+
+        Raises:
+            UserError: the template or the file contains the audio token, or the file has no word.
+        """
         if forbidden in config.template:
             raise UserError(
-                f"data.hotwords.template={config.template!r} holds the audio token {forbidden!r}: take it out"
+                f"data.hotwords.template={config.template!r} contains the audio token "
+                f"{forbidden!r}. Remove it."
             )
-        self.config, self.seed, self.forbidden = config, seed, forbidden
+        self.config = config
+        self.seed = seed
+        self.forbidden = forbidden
         self.phrases = _read_phrases(config.file, forbidden) if config.file else {}
         self._names = list(self.phrases)
         self._lengths = _lengths_by_first(self._names)
 
     def context(self, text: str, *, key: str, pass_index: int, own: Sequence[str] = ()) -> str:
-        """The filled template, or "" where the draw from (seed, pass_index, key) says so or there is nothing to list.
+        """Return the filled template, or "" if the draw gives this utterance no list.
 
-        text: the transcript; own: hotwords that the sample carries, which join the list of all. True ones are those that occur in the
-        transcript as whole words in any case. Each place of the list is given to a distractor with the probability `distractor_rate`,
-        else to the next true one, until these or the places are used up; without a true one there are as many distractors as for one.
+        A hotword is true if it occurs in the transcript as whole words in any case. Each place in
+        the list goes to a distractor with the probability `distractor_rate`, else to the next true
+        hotword, until there are no more true hotwords or places. An utterance without a true
+        hotword gets as many distractors as one with a single true hotword.
+
+        Args:
+            text: the transcript.
+            key: of the utterance. The draws depend on (seed, pass_index, key) only.
+            pass_index: earlier passes over the corpus.
+            own: hotwords of the sample, which join those of the file.
         """
-        digest = hashlib.blake2b(
-            f"{self.seed}/{pass_index}/hotwords/{key}".encode(), digest_size=8
-        ).digest()
+        identity = f"{self.seed}/{pass_index}/hotwords/{key}".encode()
+        digest = hashlib.blake2b(identity, digest_size=8).digest()
         draws = random.Random(int.from_bytes(digest, "little"))
         if draws.random() >= self.config.prob:
             return ""
-        own_words = [word.replace(self.forbidden, "").strip() for word in own]
-        own_phrases = {name: word for word in own_words if (name := _name(word))}
-        phrases = {
-            name: own_phrases.get(name) or self.phrases[name]
-            for name in self._occurring(text, own_phrases)
-        }
-        true, others = self._share_out(len(phrases), draws)
-        words = draws.sample(list(phrases.values()), true)
-        words += self._distractors(others, phrases, own_phrases, draws)
-        draws.shuffle(words)  # else the true ones would be told by their place
+        own_phrases = self._own_phrases(own)
+        occurring = {}
+        for name in self._occurring(text, own_phrases):
+            occurring[name] = own_phrases.get(name) or self.phrases[name]
+        true, others = self._draw_sizes(len(occurring), draws)
+        words = draws.sample(list(occurring.values()), true)
+        words += self._distractors(others, occurring, own_phrases, draws)
+        draws.shuffle(words)  # else their places would reveal the true ones
         return filled(self.config.template, words)
 
+    def _own_phrases(self, own: Sequence[str]) -> dict[str, str]:
+        """Return the sample's own hotwords by their names."""
+        phrases = {}
+        for word in own:
+            word = word.replace(self.forbidden, "").strip()
+            name = _name(word)
+            if name:
+                phrases[name] = word
+        return phrases
+
     def _occurring(self, text: str, own: dict[str, str]) -> list[str]:
-        """Names of the phrases in the text, in its order: every run of units of a length that some phrase with its first unit has."""
-        units, own_lengths = _units(text), _lengths_by_first(own)
+        """Return the names of the phrases in the text, in its order."""
+        units = _units(text)
+        own_lengths = _lengths_by_first(own)
         found = {}
         for i, unit in enumerate(units):
             for lengths, names in ((self._lengths, self.phrases), (own_lengths, own)):
@@ -104,69 +140,85 @@ class Hotwords:
                         found[name] = True
         return list(found)
 
-    def _share_out(self, occurring: int, draws: random.Random) -> tuple[int, int]:
-        """How many places of the list true hotwords get, and distractors."""
-        true = others = 0
+    def _draw_sizes(self, occurring: int, draws: random.Random) -> tuple[int, int]:
+        """Return how many true hotwords and how many distractors the list has."""
+        true = 0
+        others = 0
         while true < max(occurring, 1) and true + others < self.config.max_words:
             if draws.random() < self.config.distractor_rate:
                 others += 1
             else:
                 true += 1
-        if not occurring:
-            return 0, true + others if self.config.distractor_rate else 0
-        return true, others
+        if occurring:
+            return true, others
+        return 0, true + others if self.config.distractor_rate else 0
 
     def _distractors(
         self, count: int, occurring: Mapping[str, str], own: Mapping[str, str], draws: random.Random
     ) -> list[str]:
-        """Words that are not in the utterance, the sample's own first: somebody chose them for it."""
+        """Return words that do not occur, first the sample's own, which were chosen for it."""
         absent = [word for name, word in own.items() if name not in occurring]
         words = draws.sample(absent, min(count, len(absent)))
-        left, taken = count - len(words), occurring.keys() | own.keys()
-        candidates = (
-            draws.sample(self._names, min(left + len(taken), len(self._names))) if left else []
-        )
-        return words + [self.phrases[name] for name in candidates if name not in taken][:left]
+        left = count - len(words)
+        if not left:
+            return words
+        taken = occurring.keys() | own.keys()
+        candidates = draws.sample(self._names, min(left + len(taken), len(self._names)))
+        others = [self.phrases[name] for name in candidates if name not in taken]
+        return words + others[:left]
 
 
 def _read_phrases(path: str, forbidden: str) -> dict[str, str]:
-    """One word or phrase a line: its units joined by spaces -> as it is written; of two that differ in case or spacing the first."""
+    """Read a file with one word or phrase per line.
+
+    Returns:
+        Each phrase as it is written, by its name. Of phrases that differ only in case or spacing,
+        the first one counts.
+    """
     phrases: dict[str, str] = {}
     for number, line in enumerate(read_text(path, "data.hotwords.file").splitlines(), 1):
         if forbidden in line:
             raise UserError(
-                f"data.hotwords.file={path!r}, line {number}: {line!r} holds the audio token {forbidden!r}: take it out"
+                f"data.hotwords.file={path!r}, line {number}: {line!r} contains the audio token "
+                f"{forbidden!r}. Remove it."
             )
-        if name := _name(line):
+        name = _name(line)
+        if name:
             phrases.setdefault(name, line.strip())
     if not phrases:
         raise UserError(
-            f"data.hotwords.file={path!r} holds no word: write one word or phrase a line"
+            f"data.hotwords.file={path!r} has no word. Write one word or phrase per line."
         )
     return phrases
 
 
 def _lengths_by_first(names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """First unit of a phrase -> in how many units such phrases are written."""
+    """Return the lengths in units of the phrases that begin with each unit."""
     lengths: dict[str, tuple[int, ...]] = {}
     for name in names:
-        first, length = name.partition(" ")[0], name.count(" ") + 1
+        first = name.partition(" ")[0]
+        length = name.count(" ") + 1
         if length not in lengths.get(first, ()):
             lengths[first] = (*lengths.get(first, ()), length)
     return lengths
 
 
 def _name(phrase: str) -> str:
+    """Return the units of a phrase, joined by spaces."""
     return " ".join(_units(phrase))
 
 
 class _Spacing(dict[int, str]):
-    """For str.translate: spaces around what is a unit by itself, a sign or a character of an unspaced script; filled as characters come."""
+    """A table for str.translate that puts spaces around signs and unspaced characters.
+
+    It is filled as characters are met.
+    """
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
-        sign = unicodedata.category(char)[0] in "PS" and char != "'"
-        self[code] = f" {char} " if sign or UNSPACED.match(char) else char
+        is_sign = unicodedata.category(char)[0] in "PS" and char != "'"
+        is_unit = is_sign or UNSPACED.match(char)
+        self[code] = f" {char} " if is_unit else char
         return self[code]
 
 
@@ -174,6 +226,11 @@ _SPACING = _Spacing()
 
 
 def _units(text: str) -> list[str]:
-    """Words, characters of unspaced scripts, and signs, without case: hotwords begin and end between units."""
+    """Split a text, in lower case, into words, characters of unspaced scripts, and signs.
+
+    Hotwords begin and end at the boundary of a unit.
+    """
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    return (APART.sub(" ' ", text) if "'" in text else text).translate(_SPACING).split()
+    if "'" in text:
+        text = APART.sub(" ' ", text)
+    return text.translate(_SPACING).split()

@@ -1,4 +1,7 @@
-"""The stream of training steps: plan -> workers that read and collate -> micro-batches, with the position to resume from."""
+"""The stream of training steps: the plan, workers that read and collate, and micro-batches.
+
+Each step comes with the position from which a resumed run continues.
+"""
 
 import atexit
 import collections
@@ -27,16 +30,24 @@ from asrllm.data.storage import RemoteFile
 from asrllm.errors import UserError
 from asrllm.processes import die_with_parent, release_sockets
 
-PREFETCH = 4  # batches that each reading process is ahead
-ROOM = 2  # a slot holds so many times the largest batch: speed perturbation makes longer ones, and another window may
-LATER = 2  # windows whose plan and remote shards are made ready beforehand: the one that begins and the next
+Prefetch = Callable[[Sequence[RemoteFile]], None]
+
+PREFETCH = 4  # batches that each worker reads ahead
+# A slot has room for twice the largest batch, because speed perturbation lengthens waveforms and
+# another window may have a larger batch.
+ROOM = 2
+WINDOWS_AHEAD = 2  # windows whose plan and remote shards are prepared: the current and the next
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedStep:
     """What one rank trains on in one optimizer step.
 
-    before: epochs that were done when it began; position: where the data goes on after it.
+    Attributes:
+        micro_batches: in the order of their accumulation.
+        position: where the data continues after the step.
+        before: epochs that were done when the step began.
+        epoch: the number of the epoch, from 0.
     """
 
     micro_batches: list[PackedBatch]
@@ -46,23 +57,41 @@ class LoadedStep:
 
 
 class PlannedDataset(Dataset):
-    """A batch of the plan -> PackedBatch, or the mistake of the user's that was found."""
+    """Reads the batches of the plan."""
 
     def __init__(self, reader: Reader, collator: Collator) -> None:
-        self.reader, self.collator = reader, collator
+        self.reader = reader
+        self.collator = collator
 
     def load(self, items: Batch, out: np.ndarray | None = None) -> PackedBatch:
-        """out: see Collator."""
+        """Read one batch.
+
+        Args:
+            items: the utterances of the batch.
+            out: memory for the waveforms, see Collator.
+
+        Raises:
+            UserError: no utterance of the batch and none of its spares can be read.
+        """
         bad: list[str] = []
-        samples = [sample for item in items if (sample := self._read(item, bad)) is not None]
+        samples = []
+        for item in items:
+            sample = self._read(item, bad)
+            if sample is not None:
+                samples.append(sample)
         if not samples:
             raise UserError(
-                f"{len(bad)} utterances in a row and what could stand in for them cannot be read, the last: {bad[-1]}"
+                f"{len(bad)} utterances of one batch and their spares cannot be read. "
+                f"The last one: {bad[-1]}"
             )
         return replace(self.collator(samples, out), bad=tuple(bad))
 
     def _read(self, item: Item, bad: list[str]) -> Sample | None:
-        """The utterance, or the first of its spares that can be read; what is wrong with a spare is told where it is dealt out itself."""
+        """Return the utterance, or its first spare that can be read.
+
+        Only the message of the utterance itself is added to `bad`. A spare is reported where the
+        plan deals it out.
+        """
         for candidate in (item, *item.spares):
             try:
                 return self.reader.read(replace(candidate, filler=item.filler))
@@ -73,47 +102,53 @@ class PlannedDataset(Dataset):
 
 
 class SharedSlots(Dataset):
-    """Runs a PlannedDataset in reading processes that lay the waveforms out in memory shared with this one.
+    """Runs a PlannedDataset in workers that write the waveforms to memory shared with this process.
 
-    A slot is mapped once, before the processes are forked, and used again and again: waveforms are neither sent nor copied nor allocated,
-    and none of it counts against /dev/shm, which containers keep small.
+    A slot is mapped once, before the workers are forked, and used again and again. So waveforms are
+    not sent, copied or allocated, and do not count against /dev/shm, which is small in containers.
     """
 
     def __init__(self, dataset: PlannedDataset, count: int, floats: int) -> None:
+        """
+        Args:
+            dataset: reads the batches.
+            count: number of slots.
+            floats: float32 values in each slot.
+        """
         self.dataset = dataset
-        self.slots: list[np.ndarray] = [
-            np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32) for _ in range(count)
-        ]
+        self.slots: list[np.ndarray] = []
+        for _ in range(count):
+            self.slots.append(np.frombuffer(mmap.mmap(-1, 4 * floats), np.float32))
         self.free = collections.deque(range(count))
 
     def __getitem__(self, task: tuple[int, Batch]) -> dict[str, Any] | UserError:
-        """In a reading process. A mistake is given back, not raised: a worker's exception would reach the user as a traceback."""
+        """Read a batch in a worker.
+
+        A UserError is returned, not raised: an exception of a worker would be shown as a traceback.
+        """
         slot, items = task
         try:
             batch = self.dataset.load(items, self.slots[slot])
         except UserError as error:
             return error
-        sent = {
-            name: value.numpy() if isinstance(value, Tensor) else value
-            for name, value in vars(batch).items()
-        }
+        sent: dict[str, Any] = {}
+        for name, value in vars(batch).items():
+            sent[name] = value.numpy() if isinstance(value, Tensor) else value
         if np.shares_memory(sent["waves"], self.slots[slot]):
             sent["waves"] = sent["waves"].shape
         return sent
 
     def received(self, slot: int, sent: dict[str, Any] | UserError) -> PackedBatch:
-        """In the main process: the batch, whose waveforms are valid until the slot is given out again."""
+        """Return the batch in the main process; its waveforms are valid until the slot is reused."""
         if isinstance(sent, UserError):
             raise sent
         if isinstance(sent["waves"], tuple):
             shape = sent["waves"]
             sent["waves"] = self.slots[slot][: shape[0] * shape[1]].reshape(shape)
-        return PackedBatch(
-            **{
-                name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
-                for name, v in sent.items()
-            }
-        )
+        fields = {}
+        for name, value in sent.items():
+            fields[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        return PackedBatch(**fields)
 
 
 def steps(
@@ -126,21 +161,31 @@ def steps(
     accumulation: int,
     epochs: int | None,
     num_workers: int,
-    prefetch: Callable[[Sequence[RemoteFile]], None] | None = None,
+    prefetch: Prefetch | None = None,
 ) -> Iterator[LoadedStep]:
-    """Steps from `start` until `epochs` epochs are over, or without end. What is read does not depend on `num_workers`.
+    """Yield the steps of one rank from a position on.
 
-    A step's waveforms are valid until the next one is asked for. prefetch: told of the remote shards of a window and of the next when it
-    begins.
+    What is read does not depend on num_workers. The waveforms of a step are valid until the next
+    step is requested.
+
+    Args:
+        plan: which utterances form which batch.
+        dataset: reads the batches.
+        start: where to begin.
+        rank: of this process.
+        ranks: number of processes that train.
+        accumulation: micro-batches of a step.
+        epochs: where to stop; None never stops.
+        num_workers: reading processes; 0 reads in this process.
+        prefetch: called with the remote shards of a window and the next one when it begins.
     """
     with ThreadPoolExecutor(1, "plan") as thread:
         planned = planned_steps(plan, start, ranks=ranks, accumulation=accumulation, epochs=epochs)
         planned = _prepared(planned, plan, thread, ranks, prefetch)
         if num_workers:
-            # none of the room that is not used is taken; a batch that does not fit is sent
-            shared = SharedSlots(
-                dataset, num_workers * PREFETCH + accumulation + 1, ROOM * plan.largest_batch(ranks)
-            )
+            # unused room takes no memory, and a batch that does not fit is sent
+            count = num_workers * PREFETCH + accumulation + 1
+            shared = SharedSlots(dataset, count, ROOM * plan.largest_batch(ranks))
             loaded = _read_in_processes(planned, rank, shared, num_workers, accumulation)
         else:
             loaded = _read_here(planned, rank, dataset)
@@ -165,27 +210,26 @@ def _read_here(planned: Planned, rank: int, dataset: PlannedDataset) -> Loaded:
 def _read_in_processes(
     planned: Planned, rank: int, shared: SharedSlots, workers: int, accumulation: int
 ) -> Loaded:
-    ahead: collections.deque[tuple[Position, Step, list[int]]] = (
-        collections.deque()
-    )  # given out and not received, with their slots
+    # steps that were given to the workers and not received yet, with their slots
+    pending: collections.deque[tuple[Position, Step, list[int]]] = collections.deque()
 
     def tasks() -> Iterator[tuple[int, Batch]]:
         for position, step in planned:
             slots: list[int] = []
-            ahead.append((position, step, slots))
+            pending.append((position, step, slots))
             for items in step.of_rank(rank):
                 slots.append(shared.free.popleft())
                 yield slots[-1], items
 
-    _kill_readers_at_exit()
+    _kill_workers_at_exit()
     readers = DataLoader(
         shared,
         batch_size=None,
         sampler=tasks(),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=PREFETCH,
-        collate_fn=_as_it_is,
-        worker_init_fn=functools.partial(_begin_reader, parent_of_reader()),
+        collate_fn=_unchanged,
+        worker_init_fn=functools.partial(_begin_worker, parent_of_worker()),
         multiprocessing_context="fork",  # the index and the slots are mapped, not copied
     )
     loader: Any = None
@@ -193,22 +237,21 @@ def _read_in_processes(
         with _interrupt_later():
             loader = iter(readers)
         for first in loader:
-            position, step, slots = ahead.popleft()
+            position, step, slots = pending.popleft()
             sent = [first, *itertools.islice(loader, accumulation - 1)]
-            yield (
-                position,
-                step,
-                [shared.received(slot, batch) for slot, batch in zip(slots, sent, strict=True)],
-            )
+            batches = []
+            for slot, batch in zip(slots, sent, strict=True):
+                batches.append(shared.received(slot, batch))
+            yield position, step, batches
             shared.free.extend(slots)
     finally:
-        # An error's traceback keeps the loader alive. Once the garbage collector frees it, its queues are closed already, and it
-        # would wait 5 s for each reader.
+        # The traceback of an error keeps the loader alive. When the garbage collector frees it, its
+        # queues are closed already, and it would wait 5 s for each worker.
         if loader is not None:
             loader._shutdown_workers()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -216,57 +259,59 @@ def _as_it_is(batch: Any) -> Any:
 def _interrupt_later() -> Iterator[None]:
     """Raise KeyboardInterrupt at the end of the block instead of within it.
 
-    A reader that is forked in between takes no Ctrl-C either: an interrupted fork leaves half a
+    A worker that is forked in the block ignores Ctrl-C too: an interrupted fork leaves half a
     loader, whose finalizer prints a traceback.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         yield
         return
-    noted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-    if noted:
+    if received:
         raise KeyboardInterrupt
 
 
-@functools.cache  # once a process
-def _kill_readers_at_exit() -> None:
-    """A process that ends in the middle of the data sends its readers SIGTERM, which they ignore, and would wait for them for ever."""
-    atexit.register(_kill_readers)
+@functools.cache  # once per process
+def _kill_workers_at_exit() -> None:
+    """Kill the workers when this process exits.
+
+    A process that exits in the middle of the data sends its workers SIGTERM, which they ignore, and
+    would wait for them forever.
+    """
+    atexit.register(_kill_workers)
 
 
-def _kill_readers() -> None:
-    # torch's handler would raise an error for each of them in whatever runs at exit after this
+def _kill_workers() -> None:
+    # torch's handler would raise an error for each worker in whatever runs at exit after this
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
-def parent_of_reader() -> int | None:
-    """Return this process's id if readers may live as long as the current thread, else None.
+def parent_of_worker() -> int | None:
+    """Return this process's id if workers may live as long as the current thread, else None.
 
-    The system kills a reader when the thread that forked it ends; the main thread ends last.
+    The system kills a worker when the thread that forked it ends; the main thread ends last.
     """
     is_main = threading.current_thread() is threading.main_thread()
     return os.getpid() if is_main else None
 
 
-def _begin_reader(parent: int | None, worker: int) -> None:
-    """Prepare a reading process: it ends with its parent, and holds none of its connections.
+def _begin_worker(parent: int | None, worker: int) -> None:
+    """Prepare a worker: it ends with its parent, and holds none of its connections.
 
-    Signals are left to the training process, which stops its readers itself. Launchers, schedulers
-    and terminals signal all processes; the training one saves, and needs its readers until then.
+    Signals are left to the training process, which stops its workers itself. Launchers, schedulers
+    and terminals signal all processes; the training process saves, and needs its workers until then.
 
     Args:
         parent: the process to end with; None: torch notices within seconds that it ended.
-        worker: the reader's number, as torch passes it.
+        worker: the worker's number, as torch passes it.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -281,9 +326,9 @@ def _prepared(
     plan: Plan,
     thread: ThreadPoolExecutor,
     ranks: int,
-    prefetch: Callable[[Sequence[RemoteFile]], None] | None,
+    prefetch: Prefetch | None,
 ) -> Planned:
-    """The steps; when a window begins, what it and the next one need is made ready beside them."""
+    """Yield the steps; when a window begins, prepare it and the next one in a thread."""
     window = (-1, -1)
     for position, step in planned:
         if (position.epoch, position.window) != window:
@@ -292,19 +337,11 @@ def _prepared(
         yield position, step
 
 
-def _prepare(
-    plan: Plan,
-    position: Position,
-    ranks: int,
-    prefetch: Callable[[Sequence[RemoteFile]], None] | None,
-) -> None:
-    """What the window that begins and the one after it need."""
+def _prepare(plan: Plan, position: Position, ranks: int, prefetch: Prefetch | None) -> None:
+    """Prefetch the shards of this window and the next, and plan the next."""
     if prefetch is not None:
-        prefetch(
-            [
-                file
-                for window in range(LATER)
-                for file in plan.files(position.epoch, position.window + window)
-            ]
-        )
+        files: list[RemoteFile] = []
+        for window in range(WINDOWS_AHEAD):
+            files += plan.files(position.epoch, position.window + window)
+        prefetch(files)
     plan.batches(*plan.following(position.epoch, position.window), ranks)

@@ -206,6 +206,9 @@ def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
 
         if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # the verbs have their own progress bars
     module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
     run: Callable[[argparse.Namespace], None] = module.run
     return run

@@ -46,6 +46,7 @@ from asrllm.training.ds_config import check_run, read_ds_config
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.preemption import Preemption
 from asrllm.training.run_config import TrainerConfig, TrainRun
+from asrllm.training.run_table import part_sizes, print_rows, run_rows
 from asrllm.training.running_average import RunningAverage
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
@@ -162,11 +163,15 @@ def build(
         startup: records the seconds of each part of the start.
     """
     config = prepared.config
+    if prepared.checkpoint:
+        print_progress(f"verifying {prepared.checkpoint}")
     checkpoint, manifest = find_intact(
         config, prepared.processor, prepared.fingerprint, prepared.checkpoint
     )
     warn_of_slow_bfloat16(config.trainer, device)
     torch.manual_seed(config.seed)
+    bases = prepared.processor.config.base_models or {}
+    print_progress("loading " + " and ".join(base["path"] for base in bases.values()))
     load_model = model_loader(prepared, startup, resumed=checkpoint is not None)
     with deepspeed_engine(config.trainer, prepared.ds, load_model, device) as engine:
         trainer = Trainer(
@@ -189,6 +194,7 @@ def build(
         write_inherited(engine.module, prepared.exp_dir, checkpoint)
         checkpoints = checkpoint_callback(prepared, average)
         trainer.callbacks = make_callbacks(config, prepared.data, trainer, checkpoints, startup)
+        print_run_table(prepared, trainer, checkpoint)
         startup.finish("engine")
         yield trainer
 
@@ -229,6 +235,28 @@ def checkpoint_callback(prepared: PreparedRun, average: RunningAverage | None) -
         prepared.exp_dir, background=trainer.background_checkpoints, keep=trainer.keep_last_k
     )
     return Checkpoints(prepared.fingerprint, saver, every=trainer.save_every, average=average)
+
+
+def print_run_table(prepared: PreparedRun, trainer: Trainer, checkpoint: Path | None) -> None:
+    """Print on the first rank what is trained, and from which checkpoint."""
+    rows = run_rows(
+        trainer.config,
+        part_sizes(trainer.engine.module),
+        ranks=distributed.world_size(),
+        stage=prepared.ds["zero_optimization"]["stage"],
+        total_steps=prepared.data.total_steps(),
+        max_tokens=prepared.config.data.sampler.max_tokens,
+        checkpoint=checkpoint,
+        step=trainer.step,
+    )
+    if distributed.rank() == 0:
+        print_rows(rows)
+
+
+def print_progress(text: str) -> None:
+    """Print a line of progress on the first rank."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def fit(trainer: Trainer, data: TrainingData) -> None:

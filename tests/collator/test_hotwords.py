@@ -174,26 +174,24 @@ def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prob": 2.0}, r"data\.hotwords\.prob=2\.0 must lie"),
-        ({"max_words": 0}, r"data\.hotwords\.max_words=0 must be from 1"),
-        ({"distractor_rate": 1.0}, r"distractor_rate=1\.0 must be at least 0 and below 1"),
+        ({"prob": 2.0}, r"data\.hotwords\.prob=2\.0"),
+        ({"max_words": 0}, r"data\.hotwords\.max_words=0.* 10000"),
+        ({"distractor_rate": 1.0}, r"data\.hotwords\.distractor_rate=1\.0"),
         (
             {"template": "Hotwords: {word}."},
-            r"template='Hotwords: \{word\}\.' must hold \{words\} once",
+            r"template='Hotwords: \{word\}\.'.*\{words\}",
         ),
-        ({"template": f"{AUDIO} {{words}}"}, "holds the audio token"),
+        ({"template": f"{AUDIO} {{words}}"}, r"<\|AUDIO\|>"),
         ({"file": "/no/such"}, r"data\.hotwords\.file '/no/such' does not exist"),
     ],
 )
-def test_impossible_values_are_one_sentence(tmp_path, changes, message):
+def test_impossible_values_are_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         hotwords(tmp_path, **changes)
 
 
-def test_an_empty_file_and_the_audio_token_in_one_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"data\.hotwords\.file='.*words\.txt' holds no word"):
+def test_a_file_without_words_or_with_the_audio_token_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.hotwords\.file='.*words\.txt'"):
         hotwords(tmp_path, ["", " "])
-    with pytest.raises(
-        UserError, match=r"data\.hotwords\.file=.*, line 2: 'a <\|AUDIO\|>' holds the audio token"
-    ):
+    with pytest.raises(UserError, match=r"data\.hotwords\.file=.*, line 2: 'a <\|AUDIO\|>'"):
         hotwords(tmp_path, ["fine", f"a {AUDIO}"])

@@ -105,7 +105,7 @@ def test_a_batch_larger_than_its_slot_and_a_bad_one_arrive_too(corpora, monkeypa
     monkeypatch.setattr(Plan, "largest_batch", lambda plan, ranks: 500)
     for given, step in zip(make_stream(corpora, num_workers=1), make(corpora), strict=True):
         assert_same([given], [step])
-    with pytest.raises(UserError, match="cannot be read, the last"):
+    with pytest.raises(UserError, match=r"cannot be read.*utterance"):
         list(make_stream([damaged(only(corpora[0], 20), *range(20))], num_workers=1))
     assert not multiprocessing.active_children(), "a reader outlives the error"
 
@@ -197,7 +197,7 @@ def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(
     assert "utterance 7 of train" in message
 
 
-def test_what_neither_it_nor_its_spares_can_be_read_is_left_out_and_without_any_the_run_stops(
+def test_unreadable_utterances_are_left_out_and_a_batch_without_any_other_stops_the_run(
     corpora,
 ):
     few = only(corpora[0], 20)
@@ -205,7 +205,7 @@ def test_what_neither_it_nor_its_spares_can_be_read_is_left_out_and_without_any_
     keys = keys_of(make([damaged(few, *range(12))], **options))
     assert set(keys) <= {f"utt{i:04d}" for i in range(12, 20)}
     assert len(keys) < 20
-    with pytest.raises(UserError, match="cannot be read, the last"):
+    with pytest.raises(UserError, match=r"cannot be read.*utterance"):
         make([damaged(few, *range(20))], **options)
 
 

@@ -1,0 +1,98 @@
+"""The table with which a training run begins: what is trained, on what, and from where."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from asrllm.models.state_dict import is_adapter
+from asrllm.training.checkpoint.partitions import full_shape
+from asrllm.training.run_config import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSize:
+    """Parameters of one part of the model.
+
+    Attributes:
+        name: "audio_encoder", "projector", "llm" or "adapters".
+        trained: number of parameters that the optimizer updates.
+        total: number of all parameters of the part.
+    """
+
+    name: str
+    trained: int
+    total: int
+
+
+def part_sizes(model: nn.Module) -> list[PartSize]:
+    """Count the parameters of each part, also of those that ZeRO-3 partitions.
+
+    Adapters are counted as a part of their own.
+    """
+    trained: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = "adapters" if is_adapter(name) else name.partition(".")[0]
+        size = math.prod(full_shape(parameter))
+        total[part] = total.get(part, 0) + size
+        trained[part] = trained.get(part, 0) + size * parameter.requires_grad
+    return [PartSize(name=part, trained=trained[part], total=total[part]) for part in total]
+
+
+def run_rows(
+    config: TrainerConfig,
+    sizes: Sequence[PartSize],
+    *,
+    ranks: int,
+    stage: int,
+    total_steps: int,
+    max_tokens: int,
+    checkpoint: Path | None,
+    step: int,
+) -> list[tuple[str, str]]:
+    """Return the rows of the table as (label, value).
+
+    Args:
+        config: of the trainer.
+        sizes: what `part_sizes` returned.
+        ranks: number of processes.
+        stage: of ZeRO.
+        total_steps: where the training ends.
+        max_tokens: of a micro-batch of one rank.
+        checkpoint: what the run resumes from; None if it starts.
+        step: optimizer steps that are done.
+    """
+    rows = []
+    for size in sizes:
+        rows.append((size.name, f"{millions(size.trained)} of {millions(size.total)} trained"))
+    trained = sum(size.trained for size in sizes)
+    total = sum(size.total for size in sizes)
+    rows.append(("all parameters", f"{millions(trained)} of {millions(total)} trained"))
+    rows.append(("processes", f"{ranks}, ZeRO stage {stage}, {config.precision}"))
+    rows.append(("steps", f"{step} of {total_steps} done"))
+    tokens = max_tokens * config.gradient_accumulation_steps * ranks
+    rows.append(("tokens per step", f"at most {tokens}, prompts not counted"))
+    rows.append(("starts from", "new weights" if checkpoint is None else str(checkpoint)))
+    scored = "pretrained.pt, the last checkpoint"
+    if config.use_averaged_model:
+        scored += "; the running average with checkpoint.model.use_averaged_model=true"
+    rows.append(("evaluated weights", scored))
+    return rows
+
+
+def millions(count: int) -> str:
+    """Return a number of parameters in millions with three significant digits."""
+    value = count / 1e6
+    digits = max(0, 2 - math.floor(math.log10(value))) if value >= 0.01 else 4
+    return f"{value:.{digits}f}M" if count else "0"
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print the table to standard error."""
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:<{width}}  {value}", file=sys.stderr, flush=True)
