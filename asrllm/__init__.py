@@ -1,6 +1,6 @@
 """asrllm: train a large language model to hear."""
 
-TYPE_CHECKING = False  # `typing` takes 8 ms to import, in which Ctrl-C is not handled yet
+TYPE_CHECKING = False  # importing `typing` takes 8 ms, during which Ctrl-C is not handled yet
 if TYPE_CHECKING:
     from asrllm.models.asr_llm.configuration import AsrLlmConfig
     from asrllm.models.asr_llm.modeling import AsrLlmModel

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files and directories that are either complete or absent."""
 
 import contextlib
 import errno
@@ -12,34 +12,36 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from asrllm.errors import UserError
 
-MENDED = {  # what the system says of a place, and what a user does about it
-    errno.EACCES: "give a place that you may read and write, or change its permissions",
-    errno.EPERM: "give a place that you may read and write, or change its permissions",
-    errno.EROFS: "it is on a file system that is read only: give another place",
-    errno.EEXIST: "a part of its path is a file: give another place",
-    errno.ENOTDIR: "a part of its path is a file: give another place",
-    errno.EISDIR: "it is a directory: give the path of a file",
-    errno.ELOOP: "its links lead in a circle: give another place",
-    errno.ENAMETOOLONG: "give a shorter name",
+OTHER_PATH = "Use another path."
+# what to do about a path that the operating system rejects, by error number
+PATH_FIXES = {
+    errno.EACCES: "Change its permissions, or use another path.",
+    errno.EPERM: "Change its permissions, or use another path.",
+    errno.EROFS: f"Its file system is read-only. {OTHER_PATH}",
+    errno.EEXIST: f"A part of its path is a file. {OTHER_PATH}",
+    errno.ENOTDIR: f"A part of its path is a file. {OTHER_PATH}",
+    errno.EISDIR: "It is a directory. Use the path of a file.",
+    errno.ELOOP: f"Its symbolic links form a loop. {OTHER_PATH}",
+    errno.ENAMETOOLONG: "Use a shorter name.",
 }
 
 
 class Terminated(SystemExit):
-    """SIGTERM, where it is an exception."""
+    """Raised on SIGTERM by `sigterm_raises`."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Inside the block SIGTERM raises Terminated (status 143), so that what the block has begun to write is removed."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+    """Raise Terminated (status 143) on SIGTERM, so that partial output of the block is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python allows signal handlers only in the main thread
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> Any:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -50,21 +52,33 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of its text or stays as it was."""
+    """Write a text file. On failure the file remains as it was."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """The file that is written at the path given becomes `path` at the end, in the place of what is there; nothing is left where it
-    fails."""
+    """Write a file elsewhere, and move it to `path` when the block ends without an error.
+
+    An existing file is replaced. On failure it remains, and nothing else is left behind.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The path to write to.
+
+    Raises:
+        UserError: the directory of `path` cannot be written.
+    """
     with _beside(path) as folder:
         partial = folder / path.name
         yield partial
@@ -74,17 +88,25 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """What is written below the directory given becomes `path` at the end; nothing is left where it fails.
+    """Fill a directory elsewhere, and move it to `path` when the block ends without an error.
 
-    Raises UserError where there is something in `path`.
+    Args:
+        path: the directory, which must be empty or absent.
+
+    Yields:
+        The directory to write to. On failure it is removed.
+
+    Raises:
+        UserError: `path` is not empty, is a mount point, or cannot be written.
     """
-    with place_for(path):
+    with writable_path(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--output {str(path)!r} is not empty: choose another directory")
-        path = path.resolve()  # a link may be given for a directory
+            raise UserError(f"--output {str(path)!r} is not empty. Use another directory.")
+        path = path.resolve()  # may be a symbolic link to a directory
         if path.is_mount():
             raise UserError(
-                f"--output {str(path)!r} is a mount point, which cannot be replaced: give a directory below it"
+                f"--output {str(path)!r} is a mount point, which cannot be replaced. "
+                "Use a directory below it."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as partial:
@@ -95,11 +117,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A directory beside `path` for what is to become it, removed at the end.
+    """Yield a temporary directory in the same directory as `path`, and remove it at the end.
 
-    Each writer has its own, and holds a lock on it while it lives: those of writers that were killed are removed by the next one.
+    Each writer has its own, and locks it as long as it lives. The next writer removes those of
+    writers that were killed.
     """
-    with place_for(path):
+    with writable_path(path):
         _remove_stale(path)
         folder, lock = _locked_folder(path)
     try:
@@ -110,25 +133,26 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
+    """Return a new temporary directory, and the file descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another writer took it for a stale one
+        except FileNotFoundError:  # another writer removed it as stale
             continue
-        with contextlib.suppress(
-            OSError
-        ):  # a file system without locks: nobody takes it for a stale one there
+        # without locks in the file system no other writer removes it as stale
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else the same, before it was locked
+        if folder.exists():  # otherwise another writer removed it before the lock
             return folder, lock
         os.close(lock)
 
 
 def _remove_stale(path: Path) -> None:
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.partial")
-    for folder in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
-        with contextlib.suppress(OSError):  # locked by its writer, or gone
+    """Remove the temporary directories of killed writers of `path`."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.partial")
+    for folder in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        with contextlib.suppress(OSError):  # locked by its writer, or already removed
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,13 +162,16 @@ def _remove_stale(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def place_for(path: Path) -> Iterator[None]:
-    """Raises UserError where the block finds that nothing can be written at `path`."""
+def writable_path(path: Path) -> Iterator[None]:
+    """Turn an operating-system error of the block about `path` into a UserError.
+
+    Raises:
+        UserError: the block finds that `path` cannot be written.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in MENDED:
+        if error.errno not in PATH_FIXES:
             raise
-        raise UserError(
-            f"{str(path)!r} cannot be written ({error.strerror}): {MENDED[error.errno]}"
-        ) from error
+        fix = PATH_FIXES[error.errno]
+        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}). {fix}") from error

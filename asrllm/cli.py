@@ -13,13 +13,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
-INTERRUPTED = 130  # the shell's status of a process that SIGINT ended
+INTERRUPTED = 130  # exit status that shells report for a process ended by SIGINT
 
 
 class RaiseOnInterrupt:
-    """Within the block Ctrl-C raises KeyboardInterrupt; after it, the previous handler is restored.
+    """Raises KeyboardInterrupt on Ctrl-C in the block, and restores the previous handler after it.
 
-    Python drops an exception that is raised in a finalizer. A dropped KeyboardInterrupt exits here.
+    Python drops an exception that is raised in a finalizer. If it drops a KeyboardInterrupt, the
+    process exits.
     """
 
     def __enter__(self) -> None:
@@ -39,17 +40,18 @@ class RaiseOnInterrupt:
         sys.unraisablehook = self.hook
 
     def exit_on_dropped_interrupt(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Exit if the dropped exception is a KeyboardInterrupt; see sys.unraisablehook."""
         if isinstance(dropped.exc_value, KeyboardInterrupt):
             exit_interrupted(signal.SIGINT, None)
         self.hook(dropped)
 
 
 def exit_interrupted(number: int, frame: "FrameType | None") -> None:
-    """Exit at once: an exception in the middle of an import may be swallowed or printed by a library."""
+    """Exit at once, because a library may swallow or print an exception during an import."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:  # noqa: SIM105  # contextlib takes 4 ms to import
             os.write(2, b"asrllm: interrupted\n")
-        except OSError:  # Ctrl-C also ended the `tee` that standard error goes to
+        except OSError:  # Ctrl-C also ended the process that reads standard error, for example tee
             pass
     os._exit(INTERRUPTED)
 
@@ -58,12 +60,12 @@ def console(*verb: str) -> None:
     """Run the command line and exit with its status.
 
     Args:
-        verb: words that precede the command line; a script in launch/ stands for its verb.
+        verb: words to put before the command line. A script in launch/ passes its verb.
     """
-    # SIGINT may be ignored, as in background jobs: leave it so
+    # background jobs ignore SIGINT, which must stay so
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_interrupted)
-        # runs last: the work is done, and the interpreter's end must not change its status
+        # runs last: the work is done, and Ctrl-C during shutdown must not change the exit status
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     from asrllm.commands.dispatch import main
 

@@ -1,6 +1,7 @@
-"""From the Hydra tree in `asrllm/conf` and `key=value` overrides to checked dataclasses.
+"""Compose the Hydra configuration in `asrllm/conf` with overrides, and validate it as dataclasses.
 
-Values and their explanations live in the YAML files; types and checks live in one dataclass per component, in the component's package.
+The YAML files have the default values and their explanations. Types and checks are in one dataclass
+per component, in the component's package.
 """
 
 import dataclasses
@@ -8,7 +9,7 @@ import difflib
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -18,14 +19,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from asrllm.errors import UserError, nearest
+from asrllm.text_files import JsonObject
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 BATCH_BUDGET = (
     "data.sampler.max_tokens",
-    "audio and text tokens in a micro-batch of one rank, whatever the number of utterances",
+    "audio and text tokens in a micro-batch of one rank, for any number of utterances",
 )
 ACCUMULATION = ("trainer.gradient_accumulation_steps", "micro-batches of an optimizer step")
-# keys of Hugging Face, NeMo, icefall and SLAM-LLM: ours, and what it means
+# keys of Hugging Face, NeMo, icefall and SLAM-LLM, with our key and its meaning
 ALIASES = {
     "learning_rate": ("trainer.lr", "the peak learning rate"),
     "base_lr": ("trainer.lr", "the peak learning rate"),
@@ -73,8 +78,8 @@ ALIASES = {
     "lora_rank": ("model.llm.lora.r", "the rank of the LLM's adapters"),
     "lora_alpha": ("model.llm.lora.lora_alpha", "the scale of the LLM's adapters times their rank"),
     "lora_dropout": ("model.llm.lora.lora_dropout", "the dropout before the LLM's adapters"),
-    "freeze_encoder": ("model.audio_encoder.frozen", "true keeps the audio encoder as it is"),
-    "freeze_llm": ("model.llm.frozen", "true keeps the LLM as it is, adapters apart"),
+    "freeze_encoder": ("model.audio_encoder.frozen", "true: train only its adapters, if any"),
+    "freeze_llm": ("model.llm.frozen", "true: train only its adapters, if any"),
     "encoder_name": ("model.audio_encoder.model_type", "whisper or zipformer"),
     "llm_path": ("model.llm.pretrained_model", "a directory or hub id"),
     "model_name_or_path": ("model.llm.pretrained_model", "a directory or hub id"),
@@ -85,7 +90,12 @@ ALIASES = {
 
 
 def load_config(name: str, overrides: Sequence[str], cls: type[T]) -> T:
-    """Compose `asrllm/conf/NAME.yaml` with overrides and build the dataclass `cls` from it.
+    """Compose `asrllm/conf/NAME.yaml` with overrides and build a dataclass from it.
+
+    Args:
+        name: of the configuration.
+        overrides: in Hydra's syntax, for example key=value.
+        cls: the dataclass.
 
     Raises:
         UserError: a key is unknown, a value has the wrong type, or an override is not key=value.
@@ -93,23 +103,31 @@ def load_config(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     return build(cls, compose_config(name, [quoted_override(text) for text in overrides]))
 
 
-def compose_config(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the composed configuration as plain containers."""
+def compose_config(name: str, overrides: Sequence[str]) -> JsonObject:
+    """Return the composed configuration as plain containers.
+
+    Args:
+        name: of the configuration.
+        overrides: in Hydra's syntax.
+
+    Raises:
+        UserError: the configuration cannot be composed.
+    """
     with initialize_config_module("asrllm.conf", version_base="1.3"):
         try:
             config = compose(name, overrides=list(overrides))
             return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            failure = error  # ValueError: a group is set to a number
+            failure = error  # ValueError if a group is set to a number
     raise composition_error(failure, overrides, known_keys(name)) from failure
 
 
 def known_keys(name: str) -> set[str]:
-    """Return all keys of `asrllm/conf/NAME.yaml` and its groups, with dots."""
+    """Return all keys of `asrllm/conf/NAME.yaml` and its groups, as dotted paths."""
     return _keys_of(compose_config(name, []))
 
 
-def _keys_of(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+def _keys_of(tree: Mapping[str, object], prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for key, value in tree.items():
         keys.add(prefix + key)
@@ -119,10 +137,10 @@ def _keys_of(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
 
 
 def quoted_override(text: str) -> str:
-    """Return an override that Hydra's grammar accepts. Values like `<|AUDIO|>` need quotes there.
+    """Return an override that Hydra's grammar accepts: it requires quotes around `<|AUDIO|>`.
 
     Raises:
-        UserError: it is not key=value or ~key.
+        UserError: the text is not key=value or ~key.
     """
     key, equals, value = text.partition("=")
     if not equals and not key.startswith("~"):
@@ -138,10 +156,10 @@ def quoted_override(text: str) -> str:
 def composition_error(
     error: Exception, overrides: Sequence[str], known: Collection[str]
 ) -> UserError:
-    """Return what a user can do about an error of Hydra.
+    """Convert an error of Hydra or OmegaConf into one that names the cause and the fix.
 
     Args:
-        error: of Hydra or OmegaConf.
+        error: the error.
         overrides: of the command line, one of which may have an unknown key.
         known: the keys of the configuration.
     """
@@ -149,18 +167,26 @@ def composition_error(
         key = text.partition("=")[0].lstrip("+~")
         if key not in known and repr(key) in str(error):
             return unknown_key(key, known)
-    what = " ".join(str(root_cause(error)).split())
-    return UserError(f"the configuration cannot be composed: {what}")
+    problem = " ".join(str(root_cause(error)).split())
+    return UserError(f"the configuration cannot be composed: {problem}")
 
 
 def root_cause(error: BaseException) -> BaseException:
+    """Return the first exception in the chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def unknown_key(key: str, known: Collection[str]) -> UserError:
-    """Return an error that names the key of another framework's name, the nearest key, or its neighbours."""
+    """Return an error for an unknown key, which hints at the right one.
+
+    The hint is our key for another framework's key, the nearest key, or the keys of the same group.
+
+    Args:
+        key: the unknown key.
+        known: the keys of the configuration.
+    """
     name = key.rpartition(".")[2]
     ours, meaning = ALIASES.get(name, ("", ""))
     if ours in known:
@@ -168,68 +194,96 @@ def unknown_key(key: str, known: Collection[str]) -> UserError:
     if difflib.get_close_matches(key, known, n=1, cutoff=0.8):
         return UserError(f"unknown key {key!r}: {nearest(key, known)}")
     group = key.rpartition(".")[0]
-    neighbours = {k for k in known if k.rpartition(".")[0] == group}
-    return UserError(
-        f"unknown key {key!r}: {nearest(key, neighbours or {k for k in known if '.' not in k})}"
-    )
+    candidates = _keys_in(group, known) or _keys_in("", known)
+    return UserError(f"unknown key {key!r}: {nearest(key, candidates)}")
+
+
+def _keys_in(group: str, known: Collection[str]) -> set[str]:
+    return {key for key in known if key.rpartition(".")[0] == group}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """The dataclass `cls` from nested mappings: every field given, no other key, every value of its type."""
+    """Build a dataclass from nested mappings.
+
+    Args:
+        cls: the dataclass, whose fields may be dataclasses.
+        values: a value for every field.
+        where: prefix of the keys in messages.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has the wrong type.
+    """
     hints = typing.get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             raise unknown_key(f"{where}{key}", [where + field for field in fields])
-    if missing := [name for name in fields if name not in values]:
-        raise UserError(f"missing key {where + missing[0]!r}")
+    for name in fields:
+        if name not in values:
+            raise UserError(f"missing key {where + name!r}")
     return cls(**{name: _convert(hints[name], values[name], where + name) for name in fields})
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Return a value as the type of a field.
+
+    Args:
+        hint: the type.
+        value: a plain value or container.
+        key: of the value, for messages.
+
+    Raises:
+        UserError: the value has another type.
+    """
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, key + ".")  # type: ignore[arg-type]
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        options = [a for a in args if a is not type(None)]
+        options = [option for option in args if option is not type(None)]
         if len(options) == 1:
             return _convert(options[0], value, key)
-        fitting = [a for a in options if _is_instance(a, value)]
-        if fitting:
-            return _convert(fitting[0], value, key)
+        for option in options:
+            if _is_instance(option, value):
+                return _convert(option, value, key)
     elif origin is list and isinstance(value, list):
         return [_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
     elif origin is Literal:
         if value in args:
             return value
-        raise UserError(f"{key}={value!r} is not a choice: {nearest(str(value), map(str, args))}")
+        raise UserError(
+            f"{key}={value!r} is not a valid choice: {nearest(str(value), map(str, args))}"
+        )
     elif hint is float and _is_instance(float, value):
         return float(value)
     elif _is_instance(hint, value):
         return value
-    raise UserError(f"{key}={value!r} has the wrong type: expected {_type_name(hint)}")
+    raise UserError(f"{key}={value!r} has the wrong type. Expected: {_type_name(hint)}.")
 
 
-def _is_instance(hint: Any, value: Any) -> bool:
+def _is_instance(hint: Any, value: object) -> bool:
+    """Return whether a value fits a type. An int is a float; a bool is neither."""
     hint = typing.get_origin(hint) or hint
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, hint)
 
 
-def _type_name(hint: Any) -> str:
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return (
-        "a group of keys"
-        if dataclasses.is_dataclass(hint)
-        else text.replace("NoneType", "null").replace("None", "null")
-    )
+def _type_name(hint: object) -> str:
+    """Return the name of a type for messages."""
+    if dataclasses.is_dataclass(hint):
+        return "a group of keys"
+    text = str(hint)
+    if isinstance(hint, type) and not typing.get_args(hint):
+        text = hint.__name__
+    return text.replace("NoneType", "null").replace("None", "null")
 
 
-def as_yaml(config: Any) -> str:
-    """The configuration as YAML text, to be kept with the run."""
-    return yaml.safe_dump(
-        dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120
-    )
+def as_yaml(config: "DataclassInstance") -> str:
+    """Return a configuration as YAML text."""
+    values = dataclasses.asdict(config)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

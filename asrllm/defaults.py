@@ -2,16 +2,23 @@
 
 MAX_NEW_TOKENS = 200  # tokens of one answer
 MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per second of audio, plus ten
-REPETITION_GUARD = 32  # tokens that a loop may fill before decoding stops
+REPETITION_GUARD = 32  # tokens of a repetition before decoding stops
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
 RATE = 16000  # Hz; every waveform reaches the model at this rate
-# where the pretrained models of a run are
+# configuration keys with the paths of the pretrained models, by part
 BASE_MODEL_KEYS = {
     "audio_encoder": "model.audio_encoder.pretrained_model",
     "llm": "model.llm.pretrained_model",
 }
-KEPT_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")  # of files that shards hold as they are
-AUDIO_EXTENSIONS = (  # of the files of a directory or tar that are audio; those after sph need ffmpeg
+KEPT_EXTENSIONS = (
+    "flac",
+    "wav",
+    "opus",
+    "ogg",
+    "mp3",
+)  # of files that shards may contain unchanged
+# of audio files in a directory or tar; those after sph need ffmpeg
+AUDIO_EXTENSIONS = (
     *KEPT_EXTENSIONS,
     *("aiff", "aif", "aifc", "au", "caf", "w64", "oga", "sph"),
     *("m4a", "mp4", "aac", "webm", "mkv", "mov", "wma", "amr", "3gp"),

@@ -1,29 +1,46 @@
-"""What a user can mend is said in one sentence."""
+"""Errors caused by user input."""
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence that says what, where and how to mend it. The command line ends with status 2."""
+    """A user's mistake. The message says what is wrong and how to fix it.
+
+    The command line prints the message and exits with status 2.
+    """
 
 
 class CorruptedError(UserError):
-    """A file does not hold the bytes that were written to it."""
+    """The bytes of a file are not those that were written."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the known word nearest to `word`, or all of them when none is near."""
+    """Return a hint with the known word nearest to `word`, or with all known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known are: {', '.join(sorted(known))}"
 
 
-def refuse_unknown(function: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises UserError for the first keyword that a function was given and does not know."""
+def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Check the keyword arguments of a function.
+
+    Args:
+        function: name of the function.
+        given: names of the given arguments.
+        known: names of its arguments.
+
+    Raises:
+        UserError: an argument is unknown.
+    """
     known = list(known)
-    if unknown := [name for name in given if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'none'}"
-        raise UserError(f"{function} does not know the keyword {unknown[0]!r}: {hint}")
+    for name in given:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"it takes {', '.join(known) or 'none'}"
+        if close:
+            hint = f"did you mean {close[0]!r}?"
+        raise UserError(f"{function} has no argument {name!r}: {hint}")

@@ -1,7 +1,7 @@
 """Hydra's command line for the verbs that are configured by `key=value`.
 
-Everything that Hydra offers works as its users know it: override syntax (+key, ++key, ~key),
---config-dir, --config-name, --cfg, --multirun and hydra.* keys. Errors become UserErrors.
+Hydra's features work as its users know them: the override syntax (+key, ++key, ~key),
+--config-dir, --config-name, --cfg, --multirun and the hydra.* keys. Errors become UserErrors.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from asrllm.errors import UserError
 
 T = TypeVar("T")
 
-# Hydra would write a directory and a log file for each run; ours are in exp_dir.
+# Without these Hydra writes a directory and a log file for each run. Ours are in exp_dir.
 DEFAULTS = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -36,15 +36,15 @@ def run_app(
     name: str,
     arguments: argparse.Namespace,
     cls: type[T],
-    task: Callable[[T], Any],
+    task: Callable[[T], object],
 ) -> None:
-    """Compose the configuration and run the task on it, with --multirun once per job.
+    """Compose the configuration and run the task with it; with --multirun, once per job.
 
     Args:
         name: of the packaged configuration, asrllm/conf/NAME.yaml.
-        arguments: of a parser with `add_overrides`.
+        arguments: from a parser with `add_overrides`.
         cls: the dataclass of the configuration.
-        task: what to run; a sweeper reads the number that it returns.
+        task: runs a configuration. Hydra's sweepers use the number that it returns.
 
     Raises:
         UserError: a key is unknown, a value has the wrong type, or a file cannot be composed.
@@ -53,8 +53,8 @@ def run_app(
     failures: list[BaseException] = []
     process = os.getpid()
 
-    def run_job(config: DictConfig) -> Any:
-        if failures:  # of an earlier job of a sweep
+    def run_job(config: DictConfig) -> object:
+        if failures:  # an earlier job of the sweep failed
             return None
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -62,9 +62,10 @@ def run_app(
             values: Any = OmegaConf.to_container(config, resolve=True)
             return task(build(cls, values))
         except Exception as error:
-            if os.getpid() != process:  # a launcher's own process, whose end Hydra watches
+            if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
                 raise
-            failures.append(error)  # raised here, Hydra would print its own lines before it
+            # raised after Hydra has returned, because Hydra prints lines of its own about it
+            failures.append(error)
             return None
 
     given = [*hydra_options(arguments), *DEFAULTS, *overrides]
@@ -72,14 +73,15 @@ def run_app(
     try:
         with command_line([sys.argv[0], *given]):
             app()
-    except Exception as error:  # of Hydra, OmegaConf or PyYAML: those of the task are in failures
+    except Exception as error:  # of Hydra, OmegaConf or PyYAML; those of the task are in failures
         raise composition_error(error, overrides, known_keys(name)) from error
     if failures:
-        raise failures.pop()  # kept in the list, its frames and what they hold would not be freed
+        # removed from the list, which would keep the frames of the task and their objects alive
+        raise failures.pop()
 
 
 def hydra_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the options as words for Hydra's own parser."""
+    """Return the options of the command line as words for Hydra's parser."""
     words = [f"--{name}" for name in ("resolve", "multirun") if getattr(arguments, name)]
     for name in ("config_dir", "config_name", "cfg", "package"):
         value = getattr(arguments, name)
@@ -90,7 +92,7 @@ def hydra_options(arguments: argparse.Namespace) -> list[str]:
 
 @contextlib.contextmanager
 def command_line(words: Sequence[str]) -> Iterator[None]:
-    """Within the block, Hydra reads these words and raises its errors instead of printing them."""
+    """Make Hydra read these words in the block, and raise its errors instead of printing them."""
     with (
         mock.patch.object(sys, "argv", list(words)),
         mock.patch.dict(os.environ, {"HYDRA_FULL_ERROR": "1"}),
@@ -101,16 +103,21 @@ def command_line(words: Sequence[str]) -> Iterator[None]:
 def check_exp_dirs(config: DictConfig, overrides: Sequence[str]) -> None:
     """Check that the jobs of a sweep write to different directories.
 
+    Args:
+        config: of one job.
+        overrides: of the command line.
+
     Raises:
         UserError: exp_dir is the same for all jobs.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    if any(o.key_or_group == "exp_dir" and o.is_sweep_override() for o in parsed):
-        return
-    stated = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(stated, dict)
-    if "${" not in str(stated.get("exp_dir")):
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group == "exp_dir" and override.is_sweep_override():
+            return
+    unresolved = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(unresolved, dict)
+    exp_dir = unresolved.get("exp_dir")
+    if "${" not in str(exp_dir):
         raise UserError(
-            f"exp_dir={stated.get('exp_dir')} is the same for all jobs of --multirun. "
+            f"exp_dir={exp_dir} is the same for all jobs of --multirun. "
             "Use a directory for each, for example exp_dir='exp/NAME/${hydra:job.num}'."
         )

@@ -1,11 +1,11 @@
-"""Whether the bytes of a weight file are those that were written.
+"""Verify that the bytes of a weight file are those that were written.
 
-torch.save writes a CRC-32 with every record of its zip file. Our safetensors files hold the SHA-256 of
-themselves in their metadata, taken with zeros in its own place. A file without a checksum, such as a
-safetensors file of another program, cannot be verified.
+torch.save writes a CRC-32 with every record of its zip file. Our safetensors files have the SHA-256
+of themselves in their metadata, computed with zeros in its place. A file without a checksum, for
+example a safetensors file of another program, cannot be verified.
 
-A bit that flips in a weight changes texts and nothing else, so files are verified before they are used.
-It takes about half a second a GB, once in a process.
+A flipped bit in a weight changes texts and causes no error, so files are verified before they are
+used. This takes about half a second per GB, once in a process.
 """
 
 import functools
@@ -24,7 +24,7 @@ SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 CHUNK = 1 << 20  # bytes
-# what zipfile raises for a file that is corrupted
+# what zipfile raises for a corrupted file
 BAD_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -41,9 +41,9 @@ def verify_weights(path: Path) -> None:
     """Verify a .pt or .safetensors file.
 
     Raises:
-        CorruptedError: its bytes are not those that were written.
-        UserError: it is a git-LFS pointer.
-        OSError: it cannot be read.
+        CorruptedError: the file does not match its checksum.
+        UserError: the file is a git-LFS pointer.
+        OSError: the file cannot be read.
     """
     about = os.stat(path)
     if about.st_size < 1024:  # a pointer has about 130 bytes
@@ -53,6 +53,7 @@ def verify_weights(path: Path) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _verify(path: Path, size: int, mtime_ns: int, inode: int) -> None:
+    """Verify a file, unless this process has verified the same file already."""
     if path.suffix == ".safetensors":
         _verify_safetensors(path, size)
     else:
@@ -62,7 +63,8 @@ def _verify(path: Path, size: int, mtime_ns: int, inode: int) -> None:
 def _verify_archive(path: Path, size: int) -> None:
     try:
         if not zipfile.is_zipfile(path):
-            return  # torch.save's form before 1.6, without checksums, or a file that torch.load refuses
+            # torch.save's format before 1.6, without checksums, or a file that torch.load rejects
+            return
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             for record in records:
@@ -100,31 +102,32 @@ def _written_sha256(path: Path, header: bytes) -> str | None:
         written = metadata.get(SHA256_KEY)
     except (ValueError, AttributeError) as error:
         raise corrupted(path, f"its header is not a JSON object: {error}") from error
-    return written if isinstance(written, str) else None
+    if not isinstance(written, str):
+        return None
+    return written
 
 
 def _check_length(path: Path, header: bytes, found: int) -> None:
-    """Find a safetensors file that was cut short by its header alone.
+    """Check the length of a safetensors file, which also detects truncation without a checksum.
 
     Args:
         path: the file.
         header: its header, a JSON object.
-        found: the bytes that follow the header.
+        found: number of bytes after the header.
 
     Raises:
         CorruptedError: the header describes more or fewer bytes.
     """
     content = parse_json(header)
+    content.pop("__metadata__", None)
     try:
-        ends = [
-            entry["data_offsets"][1] for name, entry in content.items() if name != "__metadata__"
-        ]
+        ends = [entry["data_offsets"][1] for entry in content.values()]
         expected = max(ends, default=0)
         if expected == found:
             return
     except (LookupError, TypeError) as error:
-        raise corrupted(path, f"its header is not of safetensors: {error}") from error
-    raise corrupted(path, f"it holds {found} bytes of tensors, and its header describes {expected}")
+        raise corrupted(path, f"its header is not that of safetensors: {error}") from error
+    raise corrupted(path, f"it has {found} bytes of tensors, but its header describes {expected}")
 
 
 def _update(digest: "hashlib._Hash", file: BinaryIO) -> None:
@@ -141,4 +144,4 @@ def file_sha256(path: Path) -> str:
 def corrupted(path: Path, problem: str) -> CorruptedError:
     """Return the error for a corrupted weight file."""
     text = " ".join(problem.split())[:200]
-    return CorruptedError(f"{str(path)!r} is corrupted: {text}. Copy it again, or make it again.")
+    return CorruptedError(f"{str(path)!r} is corrupted: {text}. Copy it again, or write it again.")

@@ -1,4 +1,4 @@
-"""Locks between processes, whose failures name the file and the fix."""
+"""Locks between processes."""
 
 import errno
 from typing import Any
@@ -7,12 +7,13 @@ import filelock
 
 from asrllm.errors import UserError
 
-# what flock(2) fails with on file systems without locks: NFS without its lock daemon, some of Lustre
+# errors of flock(2) on file systems without locks: NFS without its lock daemon, Lustre by its mount
+# options
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FileLock(filelock.FileLock):
-    """filelock.FileLock that reports a file system without locks as an error of the user's."""
+    """filelock.FileLock that raises UserError on a file system without locks."""
 
     def acquire(self, *arguments: Any, **options: Any) -> Any:
         """Take the lock. Arguments and results are those of filelock.FileLock.
@@ -26,6 +27,7 @@ class FileLock(filelock.FileLock):
             if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
                 raise
             raise UserError(
-                f"{str(self.lock_file)!r} cannot be locked: its file system does not support locks. "
-                "Use a directory on another file system, or mount this one with locks (Lustre: -o flock)."
+                f"{str(self.lock_file)!r} cannot be locked: its file system does not support "
+                "locks. Use a directory on another file system, or mount this one with locks "
+                "(Lustre: -o flock)."
             ) from error

@@ -1,14 +1,17 @@
-"""What torch.save wrote, read without loading it: the objects in a file, and where its tensors lie. Nothing in it is executed."""
+"""Read a file of torch.save without loading it: its objects, and where its tensors are.
+
+Nothing in the file is executed.
+"""
 
 import pickle
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -16,37 +19,51 @@ from torch import Tensor
 from asrllm.errors import UserError
 from asrllm.tensor_files import PIECE, begin_of_record
 
+PlainClasses = Mapping[tuple[str, str], Callable[..., object]]
+
 
 class Storage:
-    """A record of a file. Read from its beginning to its end, it is compared with the checksum that was written with it."""
+    """The storage of one or more tensors: a record of a zip file.
+
+    If it is read from its beginning to its end, it is compared with its checksum in the file.
+
+    Args:
+        path: the zip file.
+        record: the record in it.
+    """
 
     def __init__(self, path: Path, record: zipfile.ZipInfo) -> None:
-        self.path, self.header, self.nbytes, self.written = (
-            path,
-            record.header_offset,
-            record.file_size,
-            record.CRC,
-        )
-        self.begin: int | None = None
-        self.summed, self.sum = 0, 0
+        self.path = path
+        self.header = record.header_offset
+        self.nbytes = record.file_size
+        self.expected_crc = record.CRC
+        self.begin: int | None = None  # offset of the bytes in the file
+        self.crc = 0  # of the first `verified` bytes
+        self.verified = 0
 
     def read(self, start: int, nbytes: int) -> Tensor:
-        """(nbytes,) uint8. Raises UserError where the file is cut short or holds other bytes than were written."""
+        """Return (nbytes,) uint8 from `start` on.
+
+        Raises:
+            UserError: the file is truncated, does not match its checksum, or no longer exists.
+        """
         piece = torch.empty(nbytes, dtype=torch.uint8)
         view = memoryview(piece.numpy())
         with self._open() as file:
             if self.begin is None:
                 self.begin = begin_of_record(file, self.header)
             file.seek(self.begin + start)
-            got = 0
-            while got < nbytes:
-                if not (more := file.readinto(view[got:])):
-                    raise UserError(damaged(self.path, "it is cut short"))
-                got += more
-        if start == self.summed:
-            self.sum, self.summed = zlib.crc32(view, self.sum), start + nbytes
-            if self.summed == self.nbytes and self.sum != self.written:
-                raise UserError(damaged(self.path, "it holds other bytes than were written"))
+            count = 0
+            while count < nbytes:
+                more = file.readinto(view[count:])
+                if not more:
+                    raise UserError(damaged(self.path, "it is truncated"))
+                count += more
+        if start == self.verified:
+            self.crc = zlib.crc32(view, self.crc)
+            self.verified = start + nbytes
+            if self.verified == self.nbytes and self.crc != self.expected_crc:
+                raise UserError(damaged(self.path, "it does not match its checksum"))
         return piece
 
     def _open(self) -> FileIO:
@@ -54,18 +71,27 @@ class Storage:
             return self.path.open("rb", buffering=0)
         except FileNotFoundError as error:
             raise UserError(
-                f"the file {str(self.path)!r} was removed while it was read (trainer.keep_last_k?): choose checkpoints that stay"
+                f"the file {str(self.path)!r} was removed while it was read, perhaps because of "
+                "trainer.keep_last_k. Choose checkpoints that remain."
             ) from error
 
     def check(self) -> None:
-        """Read what has not been compared yet."""
-        while self.summed < self.nbytes:
-            self.read(self.summed, min(PIECE, self.nbytes - self.summed))
+        """Verify the bytes that have not been verified yet."""
+        while self.verified < self.nbytes:
+            self.read(self.verified, min(PIECE, self.nbytes - self.verified))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor in a file. offset: elements before it in its storage. strides: None where it is contiguous."""
+    """A tensor in a file.
+
+    Attributes:
+        storage: its storage.
+        dtype: its dtype.
+        offset: elements before it in its storage.
+        shape: its shape.
+        strides: its strides in elements; None if it is contiguous.
+    """
 
     storage: Storage
     dtype: torch.dtype
@@ -75,47 +101,54 @@ class StoredTensor:
 
     @property
     def ndim(self) -> int:
+        """The number of dimensions."""
         return len(self.shape)
 
     def numel(self) -> int:
+        """Return the number of elements."""
         return torch.Size(self.shape).numel()
 
     def read(self, start: int = 0, numel: int | None = None) -> Tensor:
-        """(numel,) elements from `start` on, as many as there are; all of them by default."""
-        left = max(self.numel() - start, 0)
-        count = left if numel is None else min(numel, left)
+        """Return up to `numel` elements of the flattened tensor from `start` on; default: all."""
+        count = max(self.numel() - start, 0)
+        if numel is not None:
+            count = min(numel, count)
         if self.strides is None:
             return self._elements(start, count)
-        span = 1 + sum(
-            (size - 1) * step for size, step in zip(self.shape, self.strides, strict=True)
-        )
-        return (
-            self._elements(0, span)
-            .as_strided(self.shape, self.strides)
-            .flatten()[start : start + count]
-        )
+        # elements from the tensor's first to its last one in the storage
+        span = 1
+        for size, stride in zip(self.shape, self.strides, strict=True):
+            span += (size - 1) * stride
+        strided = self._elements(0, span).as_strided(self.shape, self.strides)
+        return strided.flatten()[start : start + count]
 
     def _elements(self, start: int, count: int) -> Tensor:
         size = self.dtype.itemsize
         return self.storage.read((self.offset + start) * size, count * size).view(self.dtype)
 
     def load(self) -> Tensor:
+        """Read the whole tensor."""
         return self.read().view(self.shape)
 
     def pieces(self, size: int = PIECE) -> Iterator[Tensor]:
-        """All of it, flat, `size` elements at a time."""
+        """Yield the flattened tensor, `size` elements at a time."""
         for start in range(0, max(self.numel(), 1), size):
             yield self.read(start, size)
 
 
-def read_stored(path: Path, plain: Mapping[tuple[str, str], Any] | None = None) -> Any:
-    """What a file of torch.save holds, StoredTensors in the place of tensors.
+def read_stored(path: Path, plain: PlainClasses | None = None) -> Any:
+    """Return the content of a file of torch.save, with StoredTensors in place of tensors.
 
-    plain: classes, by module and name, that the file may build beside those of a state dict. Raises UserError where it is missing or
-    damaged, or asks for others.
+    Args:
+        path: the file.
+        plain: further classes that the file may use, by module and name. Those of a state dict are
+            always allowed.
+
+    Raises:
+        UserError: the file is missing or corrupted, or uses other classes.
     """
     if not path.is_file():
-        raise UserError(f"the file {str(path)!r} is missing: copy it again")
+        raise UserError(f"the file {str(path)!r} does not exist. Copy it again.")
     try:
         with zipfile.ZipFile(path) as archive:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
@@ -133,55 +166,69 @@ def read_stored(path: Path, plain: Mapping[tuple[str, str], Any] | None = None) 
         raise UserError(damaged(path, " ".join(str(error).split())[:200])) from error
 
 
-def damaged(path: Path, why: str) -> str:
-    return f"the file {str(path)!r} is damaged ({why}): copy it again, or go without it"
+def damaged(path: Path, problem: str) -> str:
+    """Return a message about a corrupted file."""
+    return f"the file {str(path)!r} is corrupted: {problem}. Copy it again, or do without it."
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors' places, containers and the plain classes; refuses all else."""
+    """Builds StoredTensors, containers and the plain classes, and rejects everything else."""
 
     def __init__(
         self,
-        file: Any,
+        file: IO[bytes],
         path: Path,
         records: Mapping[str, zipfile.ZipInfo],
-        plain: Mapping[tuple[str, str], Any],
+        plain: PlainClasses,
     ) -> None:
         super().__init__(file)
-        self.path, self.records, self.plain = path, records, plain
+        self.path = path
+        self.records = records
+        self.plain = plain
         self.storages: dict[str, Storage] = {}
 
-    def persistent_load(self, saved: Any) -> tuple[Storage, torch.dtype]:
+    def persistent_load(
+        self, saved: tuple[object, torch.dtype, str, object, object]
+    ) -> tuple[Storage, torch.dtype]:
         _, dtype, key, _, _ = saved
         if key not in self.storages:
             self.storages[key] = Storage(self.path, self.records[f"data/{key}"])
         return self.storages[key], dtype
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in BUILT:
             return BUILT[module, name]
         if (module, name) in self.plain:
             return self.plain[module, name]
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights have no use for")
+        raise pickle.UnpicklingError(f"it uses {module}.{name}, which weights do not need")
 
 
 def _tensor(
-    stored: tuple[Storage, torch.dtype], offset: int, shape: Any, stride: Any, *_: Any
+    stored: tuple[Storage, torch.dtype],
+    offset: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    *_: object,
 ) -> StoredTensor:
+    """Stand in for torch's function that builds a tensor from its storage."""
     storage, dtype = stored
-    expected, contiguous = 1, True
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        contiguous, expected = contiguous and (size == 1 or step == expected), expected * size
-    return StoredTensor(storage, dtype, offset, tuple(shape), None if contiguous else tuple(stride))
+    expected = 1
+    contiguous = True
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        contiguous = contiguous and (size == 1 or stride == expected)
+        expected *= size
+    own_strides = None if contiguous else tuple(strides)
+    return StoredTensor(storage, dtype, offset, tuple(shape), own_strides)
 
 
-def _parameter(tensor: StoredTensor, *_: Any) -> StoredTensor:
+def _parameter(tensor: StoredTensor, *_: object) -> StoredTensor:
     return tensor
 
 
-STORAGES = {  # torch's names for records of a dtype
+# dtypes of storages by the names of torch's storage classes
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -193,7 +240,8 @@ STORAGES = {  # torch's names for records of a dtype
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-BUILT = {
+# what a state dict is built from, by module and name
+BUILT: dict[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_parameter"): _parameter,

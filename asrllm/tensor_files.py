@@ -1,4 +1,4 @@
-"""Weights written to files piece by piece: memory holds one piece, whatever the model's size."""
+"""Write weights to files piece by piece, so that memory does not grow with the model's size."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -23,15 +23,12 @@ from asrllm.atomic import new_file, sync
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, SHA256_KEY
 from asrllm.progress import ProgressBar
+from asrllm.text_files import JsonObject
 
-PIECE = 1 << 17  # elements: so small that freed ones are used again
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    pickle.UnpicklingError,
-)  # what torch.load says of a damaged file
-DESCRIPTOR = b"PK\x07\x08"  # begins what stands behind a record's bytes in a zip file
+PIECE = 1 << 17  # elements; small enough for the allocator to reuse the memory of earlier pieces
+# what torch.load raises for a corrupted file
+CORRUPTED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+DESCRIPTOR = b"PK\x07\x08"  # begins the data descriptor that follows a record's bytes in a zip file
 ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
     torch.float64: "F64",
@@ -46,24 +43,31 @@ SAFETENSORS = {
 
 
 class Spec(NamedTuple):
+    """Shape and dtype of a tensor."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def nbytes(self) -> int:
+        """The number of bytes."""
         return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A state dict whose tensors are made when they are wanted.
+    """A state dict whose tensors are computed on request.
 
-    pieces: name -> the flat pieces of that tensor in order, of its dtype; together as many elements as its shape has. about: what the file
-    is to say of itself, as JSON has it. check: raises UserError, after all has been read, where something of it was damaged.
+    Attributes:
+        specs: shape and dtype of each tensor by name.
+        pieces: returns the flat pieces of the tensor with a name, in order and in its dtype.
+        about: a JSON object to store in the file, which describes where the weights come from.
+        check: called after everything has been read; raises UserError if something was corrupted.
     """
 
     specs: Mapping[str, Spec]
@@ -72,18 +76,31 @@ class TensorSource:
     check: Callable[[], None] = lambda: None
 
     def load(self) -> dict[str, Tensor]:
-        """All of it, in memory."""
-        return {
-            name: torch.cat([*self.pieces(name)]).view(spec.shape)
-            for name, spec in self.specs.items()
-        }
+        """Return the whole state dict in memory."""
+        state: dict[str, Tensor] = {}
+        for name, spec in self.specs.items():
+            state[name] = torch.cat([*self.pieces(name)]).view(spec.shape)
+        return state
 
 
 def write_file(source: TensorSource, path: Path) -> Path:
-    """One file, safetensors by its suffix or else a state dict for torch.load(weights_only=True); it appears when it is complete."""
+    """Write weights to one file, which appears when it is complete.
+
+    Args:
+        source: the weights.
+        path: the file: safetensors if it has that suffix, otherwise a state dict for
+            torch.load(weights_only=True).
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the path is a directory, its parent does not exist, or the source is corrupted.
+    """
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(
-            f"the output {str(path)!r} is a directory, or its directory does not exist: give a file's path"
+            f"the output {str(path)!r} is a directory, or its parent does not exist. "
+            "Use the path of a file in an existing directory."
         )
     write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
     with new_file(path) as partial, ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
@@ -99,14 +116,19 @@ def write_sharded(
     max_shard_size: int | str = "5GB",
     what: str = "safetensors",
 ) -> None:
-    """Safetensors and, of several, their index, in transformers' form (model.safetensors, or model-0000i-of-0000n.safetensors).
+    """Write weights to a directory in the format of transformers.
 
-    folder: an empty directory, which the caller makes and removes where writing fails. what: is written, as the progress bar says it.
+    The file is model.safetensors, or model-0000i-of-0000n.safetensors with an index.
+
+    Args:
+        source: the weights.
+        folder: an empty directory. The caller removes it if writing fails.
+        max_shard_size: maximum size of each file.
+        what: label of the progress bar.
     """
-    meta = {
-        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        for name, spec in source.specs.items()
-    }
+    meta: dict[str, Tensor] = {}
+    for name, spec in source.specs.items():
+        meta[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     with ProgressBar(f"writing {what}", len(meta)) as bar:
         for file, names in plan.filename_to_tensors.items():
@@ -114,110 +136,140 @@ def write_sharded(
             sync(folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n"
-        )
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _write_safetensors(
     source: TensorSource, names: list[str], path: Path, bar: ProgressBar
 ) -> None:
-    """https://github.com/huggingface/safetensors: the header's length, the header as JSON, the tensors without gaps."""
-    names = sorted(
-        names, key=lambda name: (-source.specs[name].dtype.itemsize, name)
-    )  # each begins at a multiple of its elements' size
-    metadata = {"format": "pt", SHA256_KEY: NO_SHA256}
-    if source.about:
-        metadata[ABOUT] = json.dumps(source.about)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in names:
-        spec, start = source.specs[name], end
-        end += spec.nbytes
-        header[name] = {
-            "dtype": SAFETENSORS[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    begin = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(begin)
+    """Write a safetensors file: the header's length, the header as JSON, the tensors without gaps.
+
+    See https://github.com/huggingface/safetensors.
+    """
+    # sorted by size of the elements, so that each tensor begins at a multiple of it
+    names = sorted(names, key=lambda name: (-source.specs[name].dtype.itemsize, name))
+    header = _safetensors_header(source, names)
+    digest = hashlib.sha256(header)
     with path.open("wb") as file:
-        file.write(begin)
+        file.write(header)
         for name in names:
             for piece in _bytes_of(source, name):
                 file.write(piece)
                 digest.update(piece)
             bar.advance()
-        file.seek(begin.index(NO_SHA256.encode()))
+        file.seek(header.index(NO_SHA256.encode()))
         file.write(digest.hexdigest().encode())
 
 
+def _safetensors_header(source: TensorSource, names: Sequence[str]) -> bytes:
+    """Return the bytes before the tensors, with zeros in place of the SHA-256."""
+    metadata = {"format": "pt", SHA256_KEY: NO_SHA256}
+    if source.about:
+        metadata[ABOUT] = json.dumps(source.about)
+    content: JsonObject = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        spec = source.specs[name]
+        start = end
+        end += spec.nbytes
+        content[name] = {
+            "dtype": SAFETENSORS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
-    """torch lays the file out around memory that nobody touches; the tensors are put in their places after it."""
-    specs = source.specs
-    state: OrderedDict[str, Tensor] = OrderedDict(
-        (name, torch.empty(specs[name].shape, dtype=specs[name].dtype)) for name in names
-    )
+    """Write a state dict of torch.save.
+
+    torch.save lays out the file with uninitialised records, without touching their memory. Then
+    each record and its checksum is overwritten.
+    """
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for name in names:
+        spec = source.specs[name]
+        state[name] = torch.empty(spec.shape, dtype=spec.dtype)
     setattr(state, ABOUT, dict(source.about))
     with torch.serialization.skip_data():
         torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
-        records, directory = archive.infolist(), archive.start_dir
-    headers = {
-        int(record.filename.rpartition("/")[2]): record.header_offset
-        for record in records
-        if "/data/" in record.filename
-    }
+        records = archive.infolist()
+        directory = archive.start_dir
+    headers: dict[int, int] = {}
+    for record in records:
+        if "/data/" in record.filename:
+            number = int(record.filename.rpartition("/")[2])
+            headers[number] = record.header_offset
     checksums: dict[int, int] = {}
     with path.open("r+b") as file:
         for number, name in enumerate(names):
             file.seek(begin_of_record(file, headers[number]))
             checksums[headers[number]] = _write_record(file, source, name)
             bar.advance()
-        _write_checksums(
-            file, directory, [checksums.get(record.header_offset) for record in records]
-        )
+        in_order = [checksums.get(record.header_offset) for record in records]
+        _write_checksums(file, directory, in_order)
 
 
-def _write_record(file: BinaryIO, source: TensorSource, name: str) -> int:
-    """The bytes of a tensor, and their CRC-32 in the descriptor that stands behind them; gives it (PKWARE's APPNOTE, 4.3.9)."""
+def _write_record(file: IO[bytes], source: TensorSource, name: str) -> int:
+    """Write the bytes of a tensor, and their CRC-32 to the data descriptor that follows them.
+
+    See PKWARE's APPNOTE, 4.3.9.
+
+    Returns:
+        The CRC-32.
+    """
     checksum = 0
     for piece in _bytes_of(source, name):
         checksum = zlib.crc32(piece, checksum)
         file.write(piece)
-    if source.specs[name].nbytes:  # nothing stands behind an empty one
+    if source.specs[name].nbytes:  # an empty record has no descriptor
         file.seek(len(DESCRIPTOR), os.SEEK_CUR)
         file.write(checksum.to_bytes(4, "little"))
     return checksum
 
 
-def _write_checksums(file: BinaryIO, directory: int, checksums: Sequence[int | None]) -> None:
-    """Into the entries of the central directory, in their order; None: as it is (PKWARE's APPNOTE, 4.3.12)."""
-    at = directory
+def _write_checksums(file: IO[bytes], directory: int, checksums: Sequence[int | None]) -> None:
+    """Write CRC-32s to the central directory of a zip file (PKWARE's APPNOTE, 4.3.12).
+
+    Args:
+        file: the zip file.
+        directory: offset of the central directory.
+        checksums: of its entries in order; None keeps the one in the file.
+    """
+    entry = directory
     for checksum in checksums:
-        file.seek(at + 28)
+        file.seek(entry + 28)
         name, extra, comment = struct.unpack("<3H", file.read(6))
         if checksum is not None:
-            file.seek(at + 16)
+            file.seek(entry + 16)
             file.write(checksum.to_bytes(4, "little"))
-        at += 46 + name + extra + comment
+        entry += 46 + name + extra + comment
 
 
-def begin_of_record(file: BinaryIO, header: int) -> int:
-    """Where a record's bytes begin: behind its local header of 30 bytes, its name and its extra field (PKWARE's APPNOTE, 4.3.7)."""
+def begin_of_record(file: IO[bytes], header: int) -> int:
+    """Return the offset of a record's bytes in a zip file.
+
+    They follow the local header of 30 bytes, the name and the extra field (PKWARE's APPNOTE,
+    4.3.7).
+
+    Args:
+        file: the zip file.
+        header: offset of the local header.
+    """
     file.seek(header + 26)
-    return (
-        header
-        + 30
-        + int.from_bytes(file.read(2), "little")
-        + int.from_bytes(file.read(2), "little")
-    )
+    name = int.from_bytes(file.read(2), "little")
+    extra = int.from_bytes(file.read(2), "little")
+    return header + 30 + name + extra
 
 
 def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
-    spec, count = source.specs[name], 0
+    """Yield the bytes of a tensor, and check its dtype and number of elements."""
+    spec = source.specs[name]
+    count = 0
     for piece in source.pieces(name):
         assert piece.dtype == spec.dtype, (name, piece.dtype, spec.dtype)
         count += piece.numel()
@@ -225,13 +277,16 @@ def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
     assert count == spec.numel, name
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself; empty where it says nothing or cannot be read."""
-    with contextlib.suppress(*DAMAGED, OSError, TypeError, SafetensorError):
+def read_about(path: Path) -> JsonObject:
+    """Return the record that describes where a weights file comes from.
+
+    It is empty if the file has none or cannot be read.
+    """
+    with contextlib.suppress(*CORRUPTED, OSError, TypeError, SafetensorError):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as tensors:
-                return dict(json.loads((tensors.metadata() or {}).get(ABOUT, "{}")))
-        return dict(
-            getattr(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ABOUT, {})
-        )
+                metadata = tensors.metadata() or {}
+                return dict(json.loads(metadata.get(ABOUT, "{}")))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(getattr(state, ABOUT, {}))
     return {}

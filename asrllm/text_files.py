@@ -9,11 +9,12 @@ from typing import Any
 
 from asrllm.errors import UserError
 
+JsonObject = dict[str, Any]  # its values are JSON values
 LFS_POINTER = (
-    b"version https://git-lfs"  # how the file begins that git holds in place of a large one
+    b"version https://git-lfs"  # begins the file that git-LFS puts in place of a large one
 )
-# not faults of the file that is read; `explain` in asrllm/commands/dispatch.py says what to do
-OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
+# errors that the file does not cause; `explain` in asrllm/commands/dispatch.py names the fix
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -22,14 +23,14 @@ def reading(
     what: str,
     fix: str = "Copy it again, or download it again.",
 ) -> Iterator[None]:
-    """Turn what a library raises while it reads a user's file into a UserError with the path.
+    """Turn any exception of a library that reads a user's file into a UserError with the path.
 
-    Libraries raise almost any exception at a damaged file: transformers KeyError and TypeError,
+    Libraries raise almost any exception for a corrupted file: transformers KeyError and TypeError,
     tokenizers a bare Exception. So put as little as possible into the block.
 
     Args:
         path: the file or directory that is read in the block.
-        what: its role, which begins the error message.
+        what: the role of the file, which begins the error message.
         fix: what the user can do about it.
 
     Raises:
@@ -40,7 +41,7 @@ def reading(
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             raise
         raise UserError(
             f"{what} {str(path)!r} cannot be read: {first_words(error)}. {fix}"
@@ -60,26 +61,27 @@ def first_words(error: BaseException, limit: int = 200) -> str:
 
 
 def check_no_pointer(path: str | Path) -> None:
-    """Check that a file is not the pointer that git-LFS left in its place.
+    """Check that a file is not a git-LFS pointer.
 
     Raises:
-        UserError: it is a pointer.
-        OSError: it cannot be read.
+        UserError: the file is a pointer.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         begin = file.read(len(LFS_POINTER))
     if begin == LFS_POINTER:
         folder = str(Path(path).absolute().parent)
         raise UserError(
-            f"{str(path)!r} is a git-LFS pointer, not the file itself. Run 'git lfs pull' in {folder!r}, or download the file."
+            f"{str(path)!r} is a git-LFS pointer, not the file itself. "
+            f"Run 'git lfs pull' in {folder!r}, or download the file."
         )
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: the text is not JSON, or is nested too deeply to be read.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -88,15 +90,23 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_file(path: str | Path, what: str) -> None:
-    """Raise UserError unless a path is a file that can be read twice."""
+    """Check that a path is a regular file, which can be read more than once.
+
+    Args:
+        path: the file.
+        what: the role of the file, which begins the error message.
+
+    Raises:
+        UserError: the path does not exist, or is a directory, pipe or device.
+    """
     path = Path(path)
     if path.is_file():
         return
     if path.is_dir():
-        raise UserError(f"{what} {str(path)!r} is a directory. Give a file.")
+        raise UserError(f"{what} {str(path)!r} is a directory. Use a file.")
     if path.exists():
         raise UserError(
-            f"{what} {str(path)!r} is a pipe or device. Write its content to a file and give that."
+            f"{what} {str(path)!r} is a pipe or device. Write its content to a file and use that."
         )
     raise UserError(f"{what} {str(path)!r} does not exist. Check the path.")
 
@@ -123,7 +133,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 def read_yaml(path: str | Path, what: str) -> Any:
     """Return the content of a YAML file. Arguments and errors are those of `read_text`."""
-    import yaml  # 40 ms, which verbs that read no YAML need not spend
+    import yaml  # takes 40 ms, which most verbs do not need
 
     try:
         return yaml.safe_load(read_text(path, what))
@@ -132,13 +142,12 @@ def read_yaml(path: str | Path, what: str) -> Any:
             f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
         ) from error
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        problem = " ".join(str(error).split())
+        raise UserError(f"{what} {str(path)!r} is not valid YAML: {problem}") from error
 
 
-def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds. Arguments and errors are those of `read_text`."""
+def read_json_object(path: str | Path, what: str) -> JsonObject:
+    """Return the object in a JSON file. Arguments and errors are those of `read_text`."""
     try:
         content = parse_json(read_text(path, what))
     except ValueError as error:
@@ -146,5 +155,5 @@ def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
             f"{what} {str(path)!r} is not valid JSON: {error}. Copy it again."
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{what} {str(path)!r} must be a JSON object. Copy it again.")
+        raise UserError(f"{what} {str(path)!r} is not a JSON object. Copy it again.")
     return content

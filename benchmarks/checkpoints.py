@@ -1,12 +1,15 @@
-"""Memory and time of the checkpoint tools: consolidating against DeepSpeed's own converter, averages of 2 and of 10, merging
-(writing by itself, and with the comparison of logits, which loads the LLM).
+"""Memory and time of the checkpoint tools.
 
     python benchmarks/checkpoints.py [--rounds R] [--tiny] [--output FILE]
 
-The checkpoint is of a run of two processes at ZeRO-2: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in float32 with
-AdamW. The adapters (rank 16, every linear layer) are of another run. The ten of each that are averaged are hard links under other steps.
-Every tool works in a process of its own; the ways take turns. Peaks are the process's peak of resident memory (VmHWM, pages of mapped
-files counted) beyond what it had after its imports.
+Consolidation is compared with DeepSpeed's own converter, averages of 2 checkpoints with averages of
+10, and merging without the comparison of logits with merging and comparing, which loads the LLM.
+
+The checkpoint comes from a run of two processes with ZeRO-2: an LLM of SmolLM2-135M's shape with
+random weights, fully trained in float32 with AdamW. The adapters (rank 16, every linear layer) come
+from another run. The ten averaged checkpoints of each run are hard links with other step numbers.
+Every tool runs in its own process, and the tools take turns. A peak is the process's peak resident
+memory (VmHWM, which includes pages of mapped files) minus its memory after the imports.
 """
 
 import argparse
@@ -27,11 +30,18 @@ from asrllm.training.checkpoint.manifest import manifest_text, read_manifest
 
 STEPS = 2
 AVERAGE = "from asrllm.checkpoints.average import Average, average"
-MERGE = "from asrllm.checkpoints.llm_files import LlmFiles; from asrllm.checkpoints.merge import merge_lora"
+MERGE = """
+from asrllm.checkpoints.llm_files import LlmFiles
+from asrllm.checkpoints.merge import merge_lora
+"""
 TOOLS = {
-    "consolidate": ("from asrllm.checkpoints.consolidate import consolidate", "consolidate(exp / 'checkpoint-2', out)"),
+    "consolidate": (
+        "from asrllm.checkpoints.consolidate import consolidate",
+        "consolidate(exp / 'checkpoint-2', out)",
+    ),
     "deepspeed": (
-        "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
+        "from deepspeed.utils.zero_to_fp32 import "
+        "convert_zero_checkpoint_to_fp32_state_dict as convert",
         "convert(str(exp), str(out), tag='checkpoint-2', max_shard_size='100GB')",
     ),
     "average 2": (AVERAGE, "average(exp, Average(iteration=10, avg=2), out)"),
@@ -40,7 +50,7 @@ TOOLS = {
     "average 10, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=10), out)"),
     "merge": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard, check=False)"),
     "merge, checked": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
-}  # fmt: skip
+}
 SCRIPT = """
 import sys, time, warnings
 from pathlib import Path
@@ -48,7 +58,8 @@ warnings.simplefilter("ignore")
 exp, lora, out, shard = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 {imports}
 def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 before, began = peak(), time.perf_counter()
 {call}
 print(); print(peak() - before, time.perf_counter() - began)
@@ -56,7 +67,7 @@ print(); print(peak() - before, time.perf_counter() - began)
 
 
 def make_runs(folder: Path, *, tiny: bool) -> tuple[Path, Path]:
-    """(the run trained as a whole with its checkpoints, the run with adapters)"""
+    """Return the directories of the fully trained run and of the run with adapters."""
     make_world(folder, tiny=tiny)
     whole, lora = folder / "whole", folder / "lora"
     deepspeed = [
@@ -73,18 +84,19 @@ def make_runs(folder: Path, *, tiny: bool) -> tuple[Path, Path]:
 
 
 def link_checkpoints(exp: Path, count: int) -> None:
+    """Make copies of a run's checkpoint with the steps 1 to `count`, as hard links."""
     made = exp / f"checkpoint-{STEPS}"
     for step in range(1, count + 1):
         if step == STEPS:
             continue
         copy = shutil.copytree(made, exp / f"checkpoint-{step}", copy_function=os.link)
         manifest = read_manifest(copy) | {"step": step}
-        (copy / "asrllm.json").unlink()  # a link to the file of the checkpoint that was copied
+        (copy / "asrllm.json").unlink()  # a hard link, which must not be written through
         (copy / "asrllm.json").write_text(manifest_text(manifest))
 
 
 def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tuple[float, float]:
-    """(peak MiB beyond the imports, seconds)"""
+    """Return the peak memory in MiB beyond the imports, and the seconds of a tool."""
     imports, call = TOOLS[tool]
     output = scratch / ("out.pt" if tool.startswith(("average", "consolidate")) else "out")
     command = [
@@ -103,11 +115,12 @@ def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tupl
 
 
 def main() -> None:
+    """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="a tiny LLM, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny LLM, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     measured: dict[str, list[tuple[float, float]]] = {tool: [] for tool in TOOLS}
@@ -128,7 +141,8 @@ def main() -> None:
         tool: round(statistics.median(s for _, s in values), 2) for tool, values in measured.items()
     }
     results = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}",
         "rounds": arguments.rounds,
         "checkpoint bytes": size,
         "LLM shard MiB": round(shard / 2**20, 1),

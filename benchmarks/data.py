@@ -1,11 +1,12 @@
-"""How fast the data path is, in ratios: against a bare decoding loop, webdataset's pipeline and lhotse's Shar, on the same audio.
+"""Speed of the data path relative to a decoding loop, webdataset's pipeline and lhotse's Shar.
 
     python benchmarks/data.py [--utterances N] [--rounds R] [--rows M] [--output FILE]
 
-The audio is made up (band-limited noise with the lengths of LibriSpeech, FLAC at 16 kHz, so that decoding is all the work there is).
-Every pipeline gives batches of padded waveforms and texts of about the same number of seconds, from the page cache; ours draws prompts and
-tokenises besides. Medians of several rounds, in which the pipelines take turns.
-"""
+All read the same synthetic audio: band-limited noise with the durations of LibriSpeech, as FLAC at
+16 kHz, so that decoding is nearly all of the work. Every pipeline yields batches of padded
+waveforms and texts with about the same number of seconds, from the page cache. Ours also draws
+prompts and tokenises. The results are medians of several rounds, in which the pipelines take
+turns."""
 
 import argparse
 import copy
@@ -51,18 +52,23 @@ RATE, SECONDS, FIXED = (
     16000,
     200.0,
     16,
-)  # FIXED: utterances in webdataset's batches, about SECONDS of audio
+)  # FIXED: utterances in a batch of webdataset, which have about SECONDS of audio
 BUDGET = SamplerConfig(max_tokens=10**9, max_utterances=10**6, max_duration=SECONDS, window=100_000)
 
 
-BARRIER: Any = None  # of the processes that are measured together
-STATES: dict[
-    float, dict[str, Any]
-] = {}  # of lhotse's sampler, by the share of the epoch that is done
+BARRIER: Any = None  # shared by the processes that are measured together
+# state dicts of lhotse's sampler, by the ratio of the epoch that is done
+STATES: dict[float, dict[str, Any]] = {}
 
 
 class Batch(NamedTuple):
-    """utterances; samples with and without padding."""
+    """Size of a batch.
+
+    Attributes:
+        utterances: number of utterances.
+        read: samples with padding.
+        true: samples without padding.
+    """
 
     utterances: int
     read: int
@@ -73,13 +79,14 @@ class Batch(NamedTuple):
 
 
 def lengths(count: int, seed: int = 0) -> np.ndarray:
-    """(count,) seconds as in LibriSpeech: most of 12 to 16 s, a tail of short ones."""
+    """Return durations (count,) in seconds like LibriSpeech's: mostly 12 to 16 s, some shorter."""
     rng = np.random.default_rng(seed)
     long = rng.random(count) < 0.65
     return np.where(long, rng.normal(14.2, 1.3, count), rng.uniform(1.5, 16, count)).clip(1.3, 30)
 
 
 def make_wave(seconds: float, seed: int) -> tuple[np.ndarray, int]:
+    """Return band-limited noise, and its sampling rate."""
     rng = np.random.default_rng(seed)
     noise = np.cumsum(rng.normal(size=round(seconds * RATE))) * 1e-3
     wave = noise - np.convolve(noise, np.ones(400) / 400, "same")
@@ -87,7 +94,7 @@ def make_wave(seconds: float, seed: int) -> tuple[np.ndarray, int]:
 
 
 def make_corpus_files(folder: Path, count: int) -> None:
-    """folder/shards, ours and webdataset's; folder/flac, single files; folder/shar, lhotse's."""
+    """Write the same audio as shards for asrllm and webdataset, as FLAC files, and as Shar."""
     seconds = lengths(count)
     utterances = [
         Utterance(
@@ -125,17 +132,18 @@ def make_corpus_files(folder: Path, count: int) -> None:
     CutSet.from_cuts(cuts).to_shar(folder / "shar", fields={"recording": "flac"}, shard_size=500)
 
 
-# --- the pipelines: each gives an epoch's batches, from a share of the epoch on ---
+# --- the pipelines: each yields the batches of an epoch, from a ratio of it (`start`) on ---
 
 
 def bare(folder: Path, workers: int, start: float) -> Iterator[Batch]:
-    """soundfile decodes file after file in this process; nothing else."""
+    """Decode one file after the other with soundfile in this process."""
     for path in sorted((folder / "flac").iterdir()):
         wave = decode(path)
         yield Batch(1, len(wave), len(wave))
 
 
 def ours(folder: Path, workers: int, start: float) -> Iterator[Batch]:
+    """Read planned batches."""
     corpus = make_corpus("c", open_index(folder / "shards"), None)
     plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
     at = Position(window=0, batch=int(start * len(plan.batches(0, 0, 1))), ranks=1)
@@ -148,7 +156,10 @@ def ours(folder: Path, workers: int, start: float) -> Iterator[Batch]:
 
 
 def reading(folder: Path, workers: int, start: float) -> Iterator[Batch]:
-    """What reading adds to decoding: the same utterances out of the tars, in the plan's order, in this process; nothing is collated."""
+    """Read the utterances from the tars in the plan's order in this process, without collating.
+
+    The difference to `bare` is what reading costs in addition to decoding.
+    """
     corpus = make_corpus("c", open_index(folder / "shards"), None)
     reader = Reader([corpus])
     for step in Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0).steps(
@@ -160,6 +171,7 @@ def reading(folder: Path, workers: int, start: float) -> Iterator[Batch]:
 
 
 def collator() -> Collator:
+    """Return a collator with a tiny tokenizer."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|AUDIO|>"], special_tokens=True)
     return Collator(
@@ -171,7 +183,10 @@ def collator() -> Collator:
 
 
 def webdatasets(folder: Path, workers: int, start: float) -> Iterator[Batch]:
-    """Shuffled shards, a buffer of 1000, batches of a fixed number; a resumed run skips what it has had before decoding it."""
+    """Read shuffled shards with a shuffle buffer of 1000 in batches of a fixed size.
+
+    A resumed run skips the samples that it has already read, without decoding them.
+    """
     shards = open_index(folder / "shards").shards
     skipped = int(start * len(os.listdir(folder / "flac"))) // max(workers, 1)
     data = webdataset.WebDataset(shards, shardshuffle=100, seed=0, nodesplitter=None).shuffle(
@@ -186,28 +201,36 @@ def webdatasets(folder: Path, workers: int, start: float) -> Iterator[Batch]:
 
 
 def skip(samples: Iterator[Any], count: int) -> Iterator[Any]:
+    """Skip the first `count` samples."""
     return itertools.islice(samples, count, None)
 
 
 def decode_sample(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
+    """Return the waveform and the text of a sample."""
     wave, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
     return torch.from_numpy(wave), json.loads(sample["json"])["text"]
 
 
 def pad(samples: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Return padded waveforms, their lengths and the texts."""
     waves = [wave for wave, _ in samples]
     padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
     return padded, torch.tensor([len(wave) for wave in waves]), [text for _, text in samples]
 
 
 class CutAudio(Dataset):
+    """Batches of waveforms, lengths and texts from lhotse's cuts."""
+
     def __getitem__(self, cuts: CutSet) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         waves, wave_lengths = collate_audio(cuts)
         return waves, wave_lengths, [cut.supervisions[0].text for cut in cuts]
 
 
 def lhotses(folder: Path, workers: int, start: float) -> Iterator[Batch]:
-    """Shar with DynamicBucketingSampler in the worker; a resumed run loads the sampler's state dict."""
+    """Read Shar with DynamicBucketingSampler in the worker.
+
+    A resumed run loads the sampler's state dict.
+    """
 
     def sampler(workers: int = workers) -> DynamicBucketingSampler:
         cuts = CutSet.from_shar(
@@ -236,7 +259,10 @@ def lhotses(folder: Path, workers: int, start: float) -> Iterator[Batch]:
 def shar_state(
     folder: Path, start: float, sampler: Callable[[int], DynamicBucketingSampler]
 ) -> dict[str, Any]:
-    """The state of a sampler that has given the share `start` of an epoch: made ahead, its making is not timed."""
+    """Return the state of a sampler that has yielded the ratio `start` of an epoch.
+
+    It is computed once and outside the measured time.
+    """
     if start not in STATES:
         past = sampler(0)
         total, had = len(os.listdir(folder / "flac")), 0
@@ -245,7 +271,7 @@ def shar_state(
             if had >= start * total:
                 break
         STATES[start] = past.state_dict()
-    return copy.deepcopy(STATES[start])  # loading takes it apart
+    return copy.deepcopy(STATES[start])  # load_state_dict modifies it
 
 
 OTHERS = {"webdataset": webdatasets, "lhotse Shar": lhotses}
@@ -259,7 +285,7 @@ RESUME = "seconds to resume at 90 %"
 def rate(
     pipeline: Callable[..., Iterator[Batch]], folder: Path, workers: int
 ) -> tuple[float, float]:
-    """(utterances a second after the first batch, share of padding)."""
+    """Return the utterances per second after the first batch, and the padding ratio."""
     batches = pipeline(folder, workers, 0.0)
     seen = [next(batches)]
     began = time.perf_counter()
@@ -270,19 +296,20 @@ def rate(
 
 
 def resume_seconds(pipeline: Callable[..., Iterator[Batch]], folder: Path) -> float:
-    """From nothing to the first batch at nine tenths of an epoch."""
+    """Return the seconds from the start to the first batch at 90 % of an epoch."""
     began = time.perf_counter()
     next(pipeline(folder, 1, 0.9))
     return time.perf_counter() - began
 
 
 def compare(folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure all pipelines in turn, and return medians and ratios."""
     measured: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         measured.setdefault(name, []).append(value)
 
-    lhotses_state = next(lhotses(folder, 0, 0.9))  # makes and keeps the state
+    lhotses_state = next(lhotses(folder, 0, 0.9))  # computes the state for the measurements
     assert lhotses_state.utterances
     for _ in range(rounds):
         note("bare loop/utterances per second", rate(bare, folder, 0)[0])
@@ -328,7 +355,10 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def make_large_index(folder: Path, small: Index, count: int) -> None:
-    """An index of `count` rows, which go round and round through the small corpus's utterances; its tars are links to the small one's."""
+    """Write an index of `count` rows that repeats the utterances of a small corpus.
+
+    Its tars are links to those of the small corpus.
+    """
     folder.mkdir()
     rows, records, per_shard = np.array(small.rows), [], len(small) // len(small.shards)
     for number in range(count // per_shard):
@@ -349,7 +379,7 @@ def make_large_index(folder: Path, small: Index, count: int) -> None:
 
 
 def large(folder: Path, rounds: int) -> dict[str, Any]:
-    """Opening, planning and reading with a large index; each process is a fresh one."""
+    """Measure opening, planning and reading with a large index, each time in a new process."""
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, value in in_fresh_processes(_first_batch, folder, 1)[0].items():
@@ -362,7 +392,7 @@ def large(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def in_fresh_processes(function: Callable[..., Any], folder: Path, count: int) -> list[Any]:
-    """The results of `count` processes that run the function at once."""
+    """Run a function in `count` processes at the same time, and return their results."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _set_barrier, (context.Barrier(count),)) as pool:
         return [future.result() for future in [pool.submit(function, folder) for _ in range(count)]]
@@ -398,8 +428,11 @@ def _first_batch(folder: Path) -> dict[str, float]:
 
 
 def _resident(folder: Path) -> float:
-    """Megabytes that opening and planning add: private pages, and this process's part of the shared ones."""
-    BARRIER.wait(120)  # every process has its imports, and a share of their pages
+    """Return the megabytes that opening and planning add.
+
+    Shared pages count in proportion to the number of processes that share them.
+    """
+    BARRIER.wait(120)  # all processes have finished their imports, whose pages they share
     before = _proportional_mb()
     corpus = make_corpus("c", open_index(folder), None)
     plan = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
@@ -416,6 +449,7 @@ def _proportional_mb() -> float:
 
 
 def machine() -> dict[str, Any]:
+    """Describe the machine and the versions."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -432,6 +466,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -439,11 +474,11 @@ def main() -> None:
         "--utterances",
         type=int,
         default=3000,
-        help="of the corpus that is read; default: %(default)s",
+        help="utterances to read; default: %(default)s",
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
-        "--rows", type=int, default=10_000_000, help="of the large index; default: %(default)s"
+        "--rows", type=int, default=10_000_000, help="rows of the large index; default: %(default)s"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()

@@ -1,15 +1,20 @@
-"""Decoding a test set: ours, and transformers' generate on the same model, utterance by utterance and in batches of a fixed size.
+"""Speed of decoding a test set relative to transformers' generate with the same model.
 
-    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] [--tokens-per-second R] [--rounds R] [--output FILE]
+    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] \\
+        [--tokens-per-second R] [--rounds R] [--output FILE]
     python benchmarks/decode.py --tiny
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=CORES benchmarks/decode.py ...
 
-All ways get the same waveforms, out of the shards, and the same model; the ways take turns. transformers' ways take the utterances in the
-order of the shards and pad each batch to its longest. Ours is what `asrllm evaluate` does: batches of similar lengths within a budget of
-seconds, the next one read meanwhile, rows that are done leave. Texts are compared. With --tokens-per-second no answer ends by itself, each
-is as long as its audio says (and ten tokens more): what long answers would take of a model that gives short ones. With torchrun ours is
-shared out to the ranks, as in an evaluation, and transformers' ways have as many threads as there are ranks: each has the whole machine.
-"""
+All methods decode the same waveforms from the shards with the same model, and take turns. generate
+decodes one utterance at a time, or batches of a fixed size; it takes the utterances in the order of
+the shards and pads each batch to its longest. Ours is the method of `asrllm evaluate`: batches of
+similar durations within a budget of seconds, the next batch is read during decoding, and finished
+rows leave the batch. The texts are compared.
+
+With --tokens-per-second no text ends by itself. Each has the length that its audio allows, plus
+ten tokens. This measures long texts with a model that writes short ones. With torchrun, ours
+distributes the utterances over the ranks, as in an evaluation, and generate gets as many threads
+as there are ranks, so that every method has the whole machine. """
 
 import argparse
 import json
@@ -38,12 +43,12 @@ from asrllm.evaluation.journal import Journal
 from asrllm.models.asr_llm.generation import token_limit
 
 MAX_NEW_TOKENS = 100
-Rate = float | None  # tokens a second
+Rate = float | None  # tokens per second
 
 
 @torch.no_grad()
 def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) -> list[str]:
-    """transformers' generate, as its users write it."""
+    """Decode with transformers' generate, as its users write it."""
     reader, processor = Reader([corpus]), model.processor
     stops, texts = processor.renderer.stop_ids, []
     for start in range(0, len(corpus.index), batch_size):
@@ -76,6 +81,7 @@ def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) 
 
 
 def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
+    """Decode like `asrllm evaluate`."""
     engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS, "max_tokens_per_second": rate})
     options = DecodingOptions(prompt=prompt, max_batch_duration=240.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +93,8 @@ def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
 
 
 def never_end(model: Any) -> None:
+    """Prevent the model from ending a text."""
+
     def forward(_: Any, __: Any, output: Any) -> Any:
         output.logits[..., model.processor.renderer.stop_ids] = -1e4
         return output
@@ -97,12 +105,15 @@ def never_end(model: Any) -> None:
 def measure(
     ways: dict[str, Callable[[], list[str]]], rounds: int
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """(median seconds, texts) of each way; the ways take turns. All ranks run ours, the first one the others, with the threads of all."""
+    """Return the median seconds and the texts of each method. The methods take turns.
+
+    All ranks run ours. The first rank runs the other methods, with the threads of all ranks.
+    """
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     texts: dict[str, list[str]] = {}
     threads = torch.get_num_threads()
     for way, run in list(ways.items()) * rounds:
-        distributed.gather_objects(None)  # the others wait
+        distributed.gather_objects(None)  # the other ranks wait here
         began = time.perf_counter()
         if way == "ours":
             texts[way] = run()
@@ -115,7 +126,7 @@ def measure(
 
 
 def tiny(folder: Path) -> tuple[Path, Path]:
-    """A model of random weights and a few tones."""
+    """Write a model with random weights and a few tones, and return their directories."""
     from asrllm.data.shards import write_shards
     from asrllm.data.sources import read_kaldi
     from asrllm.models.build import build_model, describe_model
@@ -123,11 +134,26 @@ def tiny(folder: Path) -> tuple[Path, Path]:
     from asrllm.testing import kaldi_directory, tiny_llm, tiny_whisper, tone_sentences
 
     config = ModelConfig(
-        audio_encoder=EncoderPart(model_type="whisper", pretrained_model=str(tiny_whisper(folder / "whisper")), frozen=True),
-        llm=LlmPart(model_type="qwen2", pretrained_model=str(tiny_llm(folder / "llm")), frozen=True, lora=None, chat_template=None),
-        projector="mlp", projector_hidden_size=32, audio_encoder_projector_ds_rate=4, audio_token="<|AUDIO|>", tag_audio_boundary=False,
-        frozen_parameters=[], exclude_from_checkpoint=[],
-    )  # fmt: skip
+        audio_encoder=EncoderPart(
+            model_type="whisper",
+            pretrained_model=str(tiny_whisper(folder / "whisper")),
+            frozen=True,
+        ),
+        llm=LlmPart(
+            model_type="qwen2",
+            pretrained_model=str(tiny_llm(folder / "llm")),
+            frozen=True,
+            lora=None,
+            chat_template=None,
+        ),
+        projector="mlp",
+        projector_hidden_size=32,
+        audio_encoder_projector_ds_rate=4,
+        audio_token="<|AUDIO|>",
+        tag_audio_boundary=False,
+        frozen_parameters=[],
+        exclude_from_checkpoint=[],
+    )
     processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
     build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).save_pretrained(
         folder / "model"
@@ -139,6 +165,7 @@ def tiny(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
+    """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,21 +177,21 @@ def main() -> None:
         help="an exported directory, or a run's exp_dir",
     )
     parser.add_argument("--weights", type=Path, help="a run's weights file")
-    parser.add_argument("--shards", type=Path, help="the utterances")
+    parser.add_argument("--shards", type=Path, help="utterances to decode")
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="of the fixed batches; default: %(default)s"
+        "--batch-size", type=int, default=8, help="size of the fixed batches; default: %(default)s"
     )
     parser.add_argument(
         "--tokens-per-second",
         type=float,
         metavar="R",
-        help="answers of this length; default: as the model ends them",
+        help="length of every text; default: the model ends its texts",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +199,7 @@ def main() -> None:
             tiny(Path(folder)) if arguments.tiny else (arguments.model, arguments.shards)
         )
         if where is None or shards is None:
-            parser.error("give MODEL and --shards, or --tiny")
+            parser.error("Use MODEL and --shards, or --tiny.")
         results = compare(where, shards, arguments)
     if not results:
         return
@@ -183,6 +210,7 @@ def main() -> None:
 
 
 def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure all methods, and return the results on the first rank."""
     if distributed.world_size() > 1:
         distributed.start()
     model = AutoModel.from_pretrained(where, weights=arguments.weights, dtype=arguments.dtype)
@@ -204,7 +232,8 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         return {}
     audio = corpus.index.hours * 3600
     return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}",
         "ranks": distributed.world_size(),
         "threads a rank": torch.get_num_threads(),
         "dtype": arguments.dtype,

@@ -1,17 +1,17 @@
-"""A fault campaign: damaged files, hostile files and kills, and what becomes of each.
+"""A fault campaign: corrupt files, read hostile files and kill processes, and count the outcomes.
 
     python benchmarks/faults.py [--damages N] [--kills N] [--seed S] [--output FILE]
 
 Each trial has one of these outcomes:
 
-    detected    a message that names the file, and status 2; or, of a log, the line is dropped with a warning
-    harmless    the result is the same, bit by bit
-    silent      the result is another one, and nothing was said
-    traceback   an error that is not a message
-    lost        what was intact before cannot be used any more
+    detected    a message that names the file, and status 2; a log drops the line and warns
+    harmless    the result is bitwise the same
+    silent      the result is different, without a message
+    traceback   an exception instead of a message
+    lost        files that were intact before cannot be used any more
 
-The bar is no silent, traceback or lost, and no process or temporary file left behind.
-"""
+The campaign passes without silent, traceback and lost, and without remaining processes and
+temporary files."""
 
 import argparse
 import contextlib
@@ -54,15 +54,15 @@ from asrllm.training.checkpoint.zero_files import file_digest
 
 ASRLLM = [sys.executable, "-m", "asrllm.cli"]
 OUTCOMES = ("detected", "harmless", "silent", "traceback", "lost")
-MEMORY = 3 << 30  # bytes of address space beyond the imports that a hostile file may take
-TIME = 60  # seconds that a hostile file may take
+MEMORY = 3 << 30  # bytes of address space beyond the imports for reading a hostile file
+TIME = 60  # seconds for reading a hostile file
 
 
-# --- damaged files ---
+# --- corrupted files ---
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:
-    """Return the content with one fault of a kind that disks, networks and copies make."""
+    """Return the content with one fault that disks, networks or copies can cause."""
     place = int(rng.integers(len(content)))
     kind = rng.choice(["bit", "bit", "bit", "zeros", "cut", "garbage", "repeated"])
     if kind == "bit":
@@ -88,6 +88,7 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of a state dict."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode() + tensors[name].numpy().tobytes())
@@ -95,12 +96,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 class Artifact:
-    """Something that a run leaves on disk.
+    """Files that a run writes.
 
     Attributes:
-        folder: where it is.
-        use: gives what its user gets of it, or raises UserError.
-        is_log: whether a part of the result may be missing, as of a log.
+        folder: their directory.
+        use: reads them and returns the result, or raises UserError.
+        is_log: whether a part of the result may be missing, because the files are a log.
     """
 
     def __init__(self, folder: Path, use: Callable[[Path], Any], *, is_log: bool = False) -> None:
@@ -110,6 +111,7 @@ class Artifact:
 
 
 def shards(folder: Path) -> Artifact:
+    """Write shards and their index."""
     write_shards(
         folder / "shards",
         read_kaldi(kaldi_directory(folder / "kaldi", tone_sentences(12))),
@@ -119,6 +121,7 @@ def shards(folder: Path) -> Artifact:
 
 
 def use_shards(folder: Path) -> Any:
+    """Read every sample."""
     index = open_index(folder)
     reader = Reader([make_corpus("train", index, None)])
     samples = [reader.read(Item(corpus=0, row=row)) for row in range(len(index))]
@@ -132,6 +135,7 @@ STATE = {f"projector.{i}": torch.arange(4096.0).view(64, 64) + i for i in range(
 
 
 def checkpoint(folder: Path) -> Artifact:
+    """Write a ZeRO-0 checkpoint."""
     place = folder / "run" / "checkpoint-1"
     place.mkdir(parents=True)
     torch.save({"module": STATE, "optimizer": {}}, place / "mp_rank_00_model_states.pt")
@@ -139,15 +143,24 @@ def checkpoint(folder: Path) -> Artifact:
         name: {"shape": list(tensor.shape), "dtype": "float32"} for name, tensor in STATE.items()
     }
     manifest = {
-        "step": 1, "position": {}, "zero_stage": 0, "world_size": 1, "trainable": about, "param_groups": [list(STATE)],
-        "running_average": False, "base_models": {}, "settings": {}, "prompts": [],
+        "step": 1,
+        "position": {},
+        "zero_stage": 0,
+        "world_size": 1,
+        "trainable": about,
+        "param_groups": [list(STATE)],
+        "running_average": False,
+        "base_models": {},
+        "settings": {},
+        "prompts": [],
         "files": {"mp_rank_00_model_states.pt": file_digest(place / "mp_rank_00_model_states.pt")},
-    }  # fmt: skip
+    }
     (place / "asrllm.json").write_text(manifest_text(manifest))
     return Artifact(place, use_checkpoint)
 
 
 def use_checkpoint(folder: Path) -> Any:
+    """Verify and consolidate a checkpoint."""
     if problem := corruption(folder):
         raise UserError(problem)
     with tempfile.TemporaryDirectory() as name:
@@ -156,6 +169,7 @@ def use_checkpoint(folder: Path) -> Any:
 
 
 def weights(folder: Path, name: str) -> Artifact:
+    """Write consolidated weights to a file with this name."""
     place = folder / name.replace(".", "-")
     place.mkdir()
     made = checkpoint(place)
@@ -180,6 +194,7 @@ DECODED = DecodedUtterance(
 
 
 def journal(folder: Path) -> Artifact:
+    """Write the journal of an evaluation."""
     place = folder / "journal"
     with Journal(place, "test", of=1) as made:
         made.write([DecodedUtterance(**vars(DECODED) | {"row": row}) for row in range(20)])
@@ -191,6 +206,7 @@ def journal(folder: Path) -> Artifact:
 
 
 def metrics(folder: Path) -> Artifact:
+    """Write metrics.jsonl."""
     place = folder / "metrics"
     place.mkdir()
     (place / "metrics.jsonl").write_text(
@@ -200,15 +216,14 @@ def metrics(folder: Path) -> Artifact:
 
 
 def use_metrics(folder: Path) -> Any:
+    """Reopen metrics.jsonl and return its steps. JSON has no checksum, so a number may change."""
     reopen_log(folder / "metrics.jsonl", 100).close()
     lines = (folder / "metrics.jsonl").read_text().split("\n")
-    return [
-        json.loads(line)["step"] for line in lines if line
-    ]  # JSON has no checksum: a number may be another
+    return [json.loads(line)["step"] for line in lines if line]
 
 
 def try_damage(artifact: Artifact, expected: Any, rng: np.random.Generator) -> str:
-    """Damage one file of a copy, use the copy, and return the outcome."""
+    """Corrupt one file of a copy, read the copy, and return the outcome."""
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         copy = Path(name) / artifact.folder.name
         shutil.copytree(artifact.folder, copy)
@@ -232,13 +247,14 @@ def try_damage(artifact: Artifact, expected: Any, rng: np.random.Generator) -> s
         return "harmless"
     if artifact.is_log and all(part in expected for part in found):
         return "detected"
-    if artifact.is_log and artifact.use is use_metrics:  # a step that is another number
+    if artifact.is_log and artifact.use is use_metrics:  # the number of a step has changed
         return "harmless"
     print(f"silent: {victim.name}", file=sys.stderr)
     return "silent"
 
 
 def damages(count: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
+    """Corrupt files of each kind `count` times, and return the outcomes by kind."""
     artifacts = {
         "index and shards": shards(folder),
         "checkpoint": checkpoint(folder / "checkpoint"),
@@ -259,12 +275,15 @@ def damages(count: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
 
 
 def hostile(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield what is wrong with an input, and the command that reads it."""
+    """Yield the name of a hostile input, and the command that reads it."""
     canary = folder / "ran"
     recording = {
-        "id": "r", "sampling_rate": 16000, "num_samples": 16000, "duration": 1.0,
+        "id": "r",
+        "sampling_rate": 16000,
+        "num_samples": 16000,
+        "duration": 1.0,
         "sources": [{"type": "command", "channels": [0], "source": f"touch {canary}"}],
-    }  # fmt: skip
+    }
     cut = {
         "id": "c",
         "start": 0,
@@ -305,6 +324,7 @@ def hostile(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def tars() -> dict[str, bytes]:
+    """Return hostile tars by name."""
     import tarfile
 
     def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -328,6 +348,13 @@ def tars() -> dict[str, bytes]:
 
 
 def try_hostile(command: list[str], canary: Path) -> str:
+    """Run a command with limited memory and time, and return the outcome.
+
+    Args:
+        command: reads a hostile file.
+        canary: a file that exists if the command has executed code of the hostile file.
+    """
+
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY + (6 << 30), MEMORY + (6 << 30)))
 
@@ -349,7 +376,7 @@ def try_hostile(command: list[str], canary: Path) -> str:
 
 
 def kills(count: int, seed: int, folder: Path) -> Counter[str]:
-    """Kill `shards make` at random moments; the last run must give the bytes of an undisturbed one."""
+    """Kill `shards make` at random times. The next run must write the bytes of an intact one."""
     kaldi = kaldi_directory(folder / "kaldi-kills", tone_sentences(60, seed=seed))
     command = [
         *ASRLLM,
@@ -375,7 +402,7 @@ def kills(count: int, seed: int, folder: Path) -> Counter[str]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        time.sleep(float(rng.uniform(0.2, 3.0)))  # the moment of the kill is random on purpose
+        time.sleep(float(rng.uniform(0.2, 3.0)))  # the time of the kill is random on purpose
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         if not out.exists():
@@ -387,6 +414,7 @@ def kills(count: int, seed: int, folder: Path) -> Counter[str]:
 
 
 def campaign(damage_count: int, kill_count: int, seed: int) -> dict[str, Any]:
+    """Run all trials, and return the number of each outcome by kind of trial."""
     with (
         tempfile.TemporaryDirectory(prefix="faults-") as name,
         contextlib.redirect_stdout(io.StringIO()),
@@ -408,6 +436,7 @@ def campaign(damage_count: int, kill_count: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the campaign, and exit with status 1 if an outcome is bad."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -416,7 +445,7 @@ def main() -> None:
         type=int,
         default=300,
         metavar="N",
-        help="of each kind of file; default: %(default)s",
+        help="corrupted files of each kind; default: %(default)s",
     )
     parser.add_argument("--kills", type=int, default=30, metavar="N", help="default: %(default)s")
     parser.add_argument(

@@ -1,11 +1,12 @@
-"""What a checkpoint costs the step that saves: written beside training, written at once, against a step that does not save.
+"""Time that writing a checkpoint adds to a step, in the background and in the foreground.
 
     python benchmarks/saving.py [--rounds R] [--steps N] [--every K] [--tiny] [--output FILE]
 
-A run of `launch/train.py`: an LLM of SmolLM2-135M's shape (random weights) trained as a whole in float32 with AdamW under
-ZeRO-1 in one process. The ways take turns; medians over all steps of a kind. A step that saves is the time from the end of its arithmetic
-to the end of the next step's; "steps after" are those during which the files may still be written.
-"""
+`launch/train.py` trains an LLM of SmolLM2-135M's shape with random weights, fully in float32 with
+AdamW and ZeRO-1 in one process. Background ("beside training") and foreground ("at once") take
+turns. The results are medians over all steps of a kind, relative to steps without a checkpoint. A
+step that saves takes from the end of its arithmetic to the end of the next step's. "steps after"
+are those during which the files may still be written."""
 
 import argparse
 import json
@@ -37,14 +38,20 @@ WAYS = {"beside training": "true", "at once": "false"}
 
 
 def make_world(folder: Path, *, tiny: bool) -> None:
+    """Write models and training data."""
     tiny_whisper(folder / "whisper")
     if tiny:
         tiny_llm(folder / "llm")
     else:
         config = Qwen2Config(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
             tie_word_embeddings=True,
-        )  # fmt: skip
+        )
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "llm")
         tiny_tokenizer().save_pretrained(folder / "llm")
     write_shards(
@@ -56,7 +63,14 @@ def make_world(folder: Path, *, tiny: bool) -> None:
 
 
 def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
-    """A run over make_world's data. launcher: the command before the script; others: overrides, '__' for '.'."""
+    """Train with the models and data of `make_world`.
+
+    Args:
+        folder: of `make_world`.
+        exp: the run's directory.
+        launcher: the command before the script; default: the Python interpreter.
+        others: overrides, with '__' in place of '.'.
+    """
     overrides = {
         "exp_dir": exp,
         "model.audio_encoder.model_type": "whisper",
@@ -66,13 +80,13 @@ def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
         "model.llm.lora.r": 0,
         "data.train_data_config": folder / "train.yaml",
         "data.sampler.max_tokens": 600,
-        "data.sampler.max_utterances": 6,  # steps of about the same work
+        "data.sampler.max_utterances": 6,  # so that all steps have about the same work
         "data.filter.min_duration": 0.1,
         "data.filter.max_chars_per_second": 100,
         "data.use_infinite_dataset": "true",
         "trainer.deepspeed_config": "ds_configs/zero1.json",
         "trainer.num_epochs": "null",
-        "trainer.precision": "fp32",  # the faster one on a processor
+        "trainer.precision": "fp32",  # faster than bf16 on a processor
         "trainer.log_every": 1,
         "trainer.tensorboard": "false",
     } | {key.replace("__", "."): value for key, value in others.items()}
@@ -89,6 +103,7 @@ def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
 def seconds_of_steps(
     folder: Path, exp: Path, background: str, steps: int, every: int
 ) -> list[float]:
+    """Train, and return the seconds of each step."""
     settings = {
         "num_steps": steps,
         "save_every": every,
@@ -101,29 +116,33 @@ def seconds_of_steps(
 
 
 def kinds(seconds: list[float], every: int) -> dict[str, list[float]]:
-    """Hooks run in the time of the following step's record: step k * every + 1 bears the cost of saving."""
+    """Return the seconds of the steps by kind.
+
+    A record includes the time since the previous one, so step k * every + 1 has the cost of saving.
+    """
     found: dict[str, list[float]] = {"saves": [], "steps after": [], "others": []}
     for step, value in enumerate(seconds[:-1], start=1):
         place = (step - 1) % every
-        if (
-            step > 2 * every
-        ):  # the first checkpoint allocates the copies' memory, and steps before it warm up
-            found["saves" if place == 0 else "steps after" if place <= 2 else "others"].append(
-                value
-            )
+        # the first checkpoint allocates memory for the copies, and the steps before it are warm-up
+        if step > 2 * every:
+            kind = "saves" if place == 0 else "steps after" if place <= 2 else "others"
+            found[kind].append(value)
     return found
 
 
 def main() -> None:
+    """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=31, help="of a run; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=31, help="steps of a run; default: %(default)s"
+    )
     parser.add_argument(
         "--every", type=int, default=6, help="steps between checkpoints; default: %(default)s"
     )
-    parser.add_argument("--tiny", action="store_true", help="a tiny LLM, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny LLM, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     measured: dict[str, dict[str, list[float]]] = {
@@ -147,7 +166,8 @@ def main() -> None:
         measured["beside training"]["others"] + measured["at once"]["others"]
     )
     results = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}",
         "checkpoint bytes": size,
         "seconds of a step that does not save": round(normal, 4),
         "ratios to it": {

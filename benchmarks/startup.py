@@ -1,11 +1,11 @@
-"""How long the command line takes to start, against `import torch` in the same minute.
+"""Start-up time of the command line relative to `import torch`.
 
     python benchmarks/startup.py [--rounds R] [--output FILE]
 
-Each command runs in a process of its own, in turn; figures are medians of wall seconds. The imports of a training process are compared in
-processor seconds with `import torch, transformers, deepspeed`, and with the same plus transformers' PreTrainedModel: `import transformers`
-alone is lazy, and the class that every model derives from loads torch's distributed tensors and compiler.
-"""
+Each command runs in its own process, in turn. The results are medians of wall seconds. The imports
+of a training process are compared in processor seconds with `import torch, transformers,
+deepspeed`, and with the same plus transformers' PreTrainedModel: `import transformers` alone is
+lazy, and the base class of every model loads torch's distributed tensors and compiler."""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ LIBRARIES = "import torch, transformers, deepspeed"
 
 
 def commands(shards: Path) -> dict[str, list[str]]:
+    """Return the commands to measure by name."""
     return {
         "python": [*PYTHON, "pass"],
         "import numpy": [*PYTHON, "import numpy"],
@@ -49,7 +50,7 @@ def commands(shards: Path) -> dict[str, list[str]]:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Return the wall and the processor seconds of a command."""
+    """Return the wall seconds and the processor seconds of a command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
@@ -62,6 +63,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,7 +88,8 @@ def main() -> None:
     processor = {what: statistics.median(p for _, p in values) for what, values in measured.items()}
     train = processor["import asrllm.commands.train"]
     results = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
         "wall seconds": {what: round(seconds, 3) for what, seconds in wall.items()},
         "processor seconds": {what: round(seconds, 3) for what, seconds in processor.items()},

@@ -1,15 +1,18 @@
-"""How fast a training step is, in ratios: packed rows against the padded batches of plain transformers code, on the same weights and data.
+"""Speed of a training step on packed rows relative to padded batches in plain transformers code.
 
     python benchmarks/train_step.py [--rounds R] [--utterances N] [--output FILE]
 
-On a CPU: Whisper-tiny's encoder and SmolLM2-135M's shape, projector and LoRA (r=16 on q and v), 8 utterances of 3 to 15 s. On a CUDA GPU:
-Whisper-large-v3's encoder and Qwen2.5-7B's shape, LoRA r=64 on all linear layers, bf16; every attention backend, with and without gradient
-checkpointing. Weights are random, audio is noise: neither changes the time. The baseline is written as such systems are today: audio
-padded to 30 s, a padded batch for the LLM, logits everywhere. It gets its features for nothing; ours computes them in the step.
+Both have the same weights and data. On a CPU: Whisper-tiny's encoder and SmolLM2-135M's shape,
+projector and LoRA (r=16 on q and v), 8 utterances of 3 to 15 s. On a CUDA GPU: Whisper-large-v3's
+encoder and Qwen2.5-7B's shape, LoRA r=64 on all linear layers, bf16; every attention backend, with
+and without gradient checkpointing. Weights are random and the audio is noise, which does not
+change the time. The baseline does what such systems do today: it pads the audio to 30 s and the
+batch of the LLM, and computes logits at all positions. Its features are computed in advance; ours
+computes them in the step.
 
-A step is forward, backward and AdamW. Its operations are counted by asrllm/models/flops.py; only true tokens count. MFU is their rate over
-that of a large matrix product measured in the same run.
-"""
+A step is forward, backward and AdamW. asrllm/models/flops.py counts its operations; only tokens
+that are not padding count. MFU is their rate relative to that of a large matrix product in the
+same run."""
 
 import argparse
 import functools
@@ -55,18 +58,34 @@ LARGE = WHISPER | {
     "encoder_ffn_dim": 5120,
 }
 SMOLLM2 = {
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
 QWEN = {
-    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False, "max_position_embeddings": 32768,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of a model and a batch."""
+
     encoder: dict[str, Any]
     llm: dict[str, Any]
     lora: dict[str, Any]
@@ -77,7 +96,8 @@ class Shape:
 
     @property
     def audio_token(self) -> int:
-        return self.llm["vocab_size"] + 1  # as if it had been added to the tokenizer
+        """Id of the audio token, as if it had been added to the tokenizer."""
+        return self.llm["vocab_size"] + 1
 
 
 CPU_LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
@@ -90,7 +110,7 @@ FEW = Shape(
     CPU_LORA,
     utterances=2,
     loss_vocabulary=1000,
-)  # to see that the script runs
+)  # to test the script
 GPU = Shape(
     LARGE,
     QWEN,
@@ -105,7 +125,14 @@ GPU = Shape(
 
 @dataclass(frozen=True)
 class Utterance:
-    """wave (samples,); tokens before the audio, between the audio and the answer, and of the answer with its end."""
+    """An utterance with its chat.
+
+    Attributes:
+        wave: (samples,).
+        before: token ids before the audio.
+        after: token ids between the audio and the answer.
+        answer: token ids of the answer, with its end.
+    """
 
     wave: Tensor
     before: Tensor
@@ -113,11 +140,15 @@ class Utterance:
     answer: Tensor
 
     def frames(self, *, padded: bool) -> int:
+        """Return the encoder's output length."""
         return 1500 if padded else (len(self.wave) // HOP + 1) // 2
 
 
 def make_utterances(shape: Shape, seed: int = 0) -> list[Utterance]:
-    """3 to 15 s, 3.5 tokens of answer a second, a prompt and a chat template of 24 tokens."""
+    """Return utterances of 3 to 15 s.
+
+    An answer has 3.5 tokens per second, and prompt and chat template have 24 tokens.
+    """
     rng, torch_rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
     def tokens(count: int) -> Tensor:
@@ -136,7 +167,7 @@ def make_utterances(shape: Shape, seed: int = 0) -> list[Utterance]:
 
 
 def row_of(utterance: Utterance, audio_tokens: int, shape: Shape) -> tuple[Tensor, Tensor]:
-    """(ids, labels) of one chat."""
+    """Return the ids and labels of one chat."""
     audio = torch.full((audio_tokens,), shape.audio_token)
     prompt = torch.cat([utterance.before, audio, utterance.after])
     return torch.cat([prompt, utterance.answer]), torch.cat(
@@ -148,11 +179,16 @@ def row_of(utterance: Utterance, audio_tokens: int, shape: Shape) -> tuple[Tenso
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> AsrLlmModel:
+    """Return our model with random weights."""
     torch.manual_seed(0)
     config = AsrLlmConfig(
-        audio_encoder=shape.encoder, llm=shape.llm, lora=shape.lora, projector_hidden_size=shape.projector_hidden,
-        audio_encoder_projector_ds_rate=shape.projector_rate, audio_token_id=shape.audio_token,
-    )  # fmt: skip
+        audio_encoder=shape.encoder,
+        llm=shape.llm,
+        lora=shape.lora,
+        projector_hidden_size=shape.projector_hidden,
+        audio_encoder_projector_ds_rate=shape.projector_rate,
+        audio_token_id=shape.audio_token,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -165,6 +201,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> AsrLlmModel
 
 
 def packed_inputs(utterances: Sequence[Utterance], shape: Shape) -> dict[str, Any]:
+    """Return the inputs of our model: one packed row."""
     rows = [
         row_of(u, -(-u.frames(padded=False) // shape.projector_rate), shape) for u in utterances
     ]
@@ -183,7 +220,13 @@ def packed_inputs(utterances: Sequence[Utterance], shape: Shape) -> dict[str, An
 
 
 class Baseline(nn.Module):
-    """A speech LLM in plain transformers code, with right padding. pad_to_30s: of the audio; its silence goes through the LLM too."""
+    """A speech LLM in plain transformers code, with right padding.
+
+    Args:
+        ours: the model to copy the weights from.
+        shape: its sizes.
+        pad_to_30s: pad the audio to 30 s. The LLM reads the frames of this silence too.
+    """
 
     def __init__(self, ours: AsrLlmModel, shape: Shape, *, pad_to_30s: bool) -> None:
         super().__init__()
@@ -202,7 +245,7 @@ class Baseline(nn.Module):
         self.shape, self.pad_to_30s = shape, pad_to_30s
 
     def inputs(self, ours: AsrLlmModel, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
-        """Features (N, mel, T), ids, labels and mask (N, L)."""
+        """Return features (N, mel, T), and ids, labels and mask (N, L)."""
         device = next(self.parameters()).device
         waves = nn.utils.rnn.pad_sequence([u.wave for u in utterances], batch_first=True).to(device)
         features, _ = ours.audio_encoder.features(
@@ -243,7 +286,7 @@ class Baseline(nn.Module):
         ).loss
 
     def encode(self, features: Tensor) -> Tensor:
-        """transformers' encoder, which by itself takes 30 s alone, layer by layer."""
+        """Run the encoder of transformers, which supports only 30 s; else run it layer by layer."""
         if self.pad_to_30s:
             return self.encoder(features).last_hidden_state
         x = nn.functional.gelu(
@@ -261,7 +304,7 @@ Step = Callable[[], float]
 
 
 def make_step(loss: Callable[[], Tensor], model: nn.Module) -> Step:
-    """forward, backward, AdamW; gives the loss."""
+    """Return a function that runs forward, backward and AdamW, and returns the loss."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
 
@@ -310,7 +353,7 @@ def padded_step(
 
 
 def variants(shape: Shape, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """What is compared, by name; each builds its model when it is called."""
+    """Return the variants to compare by name. Each builds its model when it is called."""
     single, half = torch.float32, torch.bfloat16
     if device.type == "cpu":
         return {
@@ -341,6 +384,7 @@ def variants(shape: Shape, device: torch.device) -> dict[str, Callable[[], Step]
 
 
 def synchronised(device: torch.device) -> float:
+    """Return the time after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -349,7 +393,11 @@ def synchronised(device: torch.device) -> float:
 def time_steps(
     made: dict[str, Callable[[], Step]], device: torch.device, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Median seconds of a step. On a CPU the variants take turns; on a GPU they do not fit beside each other, and follow one another."""
+    """Return the median seconds of a step of each variant.
+
+    On a CPU the variants take turns. On a GPU they do not fit in memory together, so they run one
+    after the other.
+    """
     if device.type == "cpu":
         steps = {name: build_step() for name, build_step in made.items()}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -374,6 +422,7 @@ def time_steps(
 
 
 def time_alone(build_step: Callable[[], Step], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Return the median seconds and the peak memory of a variant on a GPU."""
     step = build_step()
     for _ in range(2):
         step()
@@ -391,7 +440,7 @@ def time_alone(build_step: Callable[[], Step], device: torch.device, rounds: int
 
 
 def cpu_peak(name: str, shape: Shape) -> float:
-    """Peak memory of a variant's steps beyond its model, in GB, in a process of its own."""
+    """Return the peak memory in GB of a variant's steps beyond its model, in a new process."""
     command = [sys.executable, __file__, "--peak-of", name, "--utterances", str(shape.utterances)]
     command += ["--tiny"] if shape.loss_vocabulary == FEW.loss_vocabulary else []
     return float(
@@ -400,10 +449,11 @@ def cpu_peak(name: str, shape: Shape) -> float:
 
 
 def print_peak(build_step: Callable[[], Step]) -> None:
+    """Run a step, and print its peak memory in GB beyond its model."""
     step = build_step()
     gc.collect()
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
     step()
     peak = next(
         int(line.split()[1])
@@ -414,7 +464,7 @@ def print_peak(build_step: Callable[[], Step]) -> None:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    """Operations a second of a product of matrices (n, n), the best of several."""
+    """Return the operations per second of a product of (n, n) matrices, the best of ten."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
@@ -425,6 +475,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def step_operations(shape: Shape) -> float:
+    """Return the number of operations of a step."""
     inputs = packed_inputs(make_utterances(shape), shape)
     return count_flops(build_meta(shape)).of_batch(
         inputs["wave_lengths"], inputs["cu_seqlens"], len(inputs["targets"])
@@ -432,11 +483,15 @@ def step_operations(shape: Shape) -> float:
 
 
 def build_meta(shape: Shape) -> AsrLlmModel:
+    """Return our model on the meta device."""
     return build(shape, torch.device("meta"), torch.float32)
 
 
 def loss_steps(device: torch.device, vocabulary: int) -> dict[str, Callable[[], Step]]:
-    """Head and loss alone, forward and backward: 400 supervised of 1600 tokens (width 896), ours and with logits everywhere."""
+    """Return steps of the head and the loss alone, ours and with logits at all positions.
+
+    400 of 1600 tokens of width 896 are supervised. A step is forward and backward.
+    """
 
     def build_step(ours: bool) -> Step:
         torch.manual_seed(0)
@@ -467,7 +522,10 @@ def loss_steps(device: torch.device, vocabulary: int) -> dict[str, Callable[[], 
 
 
 def agreement(shape: Shape, device: torch.device) -> float:
-    """The largest difference between our loss and the baseline's of each utterance alone, where nothing is padded, in float32."""
+    """Return the largest difference in float32 between our loss and the baseline's.
+
+    Each utterance is alone in its batch, so nothing is padded.
+    """
     ours = build(shape, device, torch.float32).eval()
     baseline = Baseline(ours, shape, pad_to_30s=False).eval()
     worst = 0.0
@@ -483,6 +541,7 @@ def agreement(shape: Shape, device: torch.device) -> float:
 
 
 def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Run all measurements, and return the results."""
     results = {
         "steps": time_steps(variants(shape, device), device, rounds),
         "head and loss": time_steps(loss_steps(device, shape.loss_vocabulary), device, rounds),
@@ -529,6 +588,7 @@ def report(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """Return the number and the name of the processors."""
     names = [
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -538,10 +598,12 @@ def cpu_name() -> str:
 
 
 def print_table(results: dict[str, Any]) -> None:
+    """Print the results as a table."""
     steps = results["steps"]
     references = [name for name in steps if name.startswith("padded")]
     print(
-        f"{'':44s} {'s a step':>9s} {'tokens/s':>9s} {'MFU':>6s} {'peak GB':>8s}  times as fast as each padded one"
+        f"{'':44s} {'s/step':>9s} {'tokens/s':>9s} {'MFU':>6s} {'peak GB':>8s}  "
+        "speed-up over each padded variant"
     )
     for name, result in steps.items():
         if result["seconds"] is None:
@@ -552,22 +614,28 @@ def print_table(results: dict[str, Any]) -> None:
             for r in references
             if steps[r]["seconds"]
         ]
-        print(f"{name:44s} {result['seconds']:9.3f} {result['true tokens/s']:9.0f} {100 * result['MFU']:5.1f}% {result['peak GB']:8.2f}  "
-              f"{' '.join(ratios)}")  # fmt: skip
+        print(
+            f"{name:44s} {result['seconds']:9.3f} {result['true tokens/s']:9.0f} "
+            f"{100 * result['MFU']:5.1f}% {result['peak GB']:8.2f}  "
+            f"{' '.join(ratios)}"
+        )
     for name, result in results["head and loss"].items():
         print(f"{name:44s} {result['seconds']:9.3f} {'':16s} {result['peak GB']:8.2f}")
     print(json.dumps(results["about"], indent=1))
 
 
 def main() -> None:
+    """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--rounds", type=int, default=5, help="steps of each kind; default: %(default)s"
     )
-    parser.add_argument("--utterances", type=int, help="in a batch; default: 8, on a GPU 64")
+    parser.add_argument(
+        "--utterances", type=int, help="utterances in a batch; default: 8, on a GPU 64"
+    )
     parser.add_argument("--output", type=Path, help="write the results as JSON")
     parser.add_argument(
-        "--tiny", action="store_true", help="models of a few weights, to see that the script runs"
+        "--tiny", action="store_true", help="use models with few weights, to test the script"
     )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -581,7 +649,8 @@ def main() -> None:
         return
     if device.type == "cpu":
         print(
-            f"largest difference of the losses, float32, utterance by utterance: {agreement(shape, device):.2e}"
+            "largest difference of the losses of single utterances in float32: "
+            f"{agreement(shape, device):.2e}"
         )
     results = report(shape, device, arguments.rounds)
     print_table(results)

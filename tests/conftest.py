@@ -1,15 +1,13 @@
-"""What the tests share: tiny models, a tiny corpus, and a way to run commands as a user does."""
+"""Fixtures of the tests: tiny models and a tiny corpus. Limits for the duration of tests."""
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is there: threads that wait for one another take minutes beside another job
+# before torch is imported: threads that wait for one another take minutes beside another job
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.pop(
-    "PYTHONDONTWRITEBYTECODE", None
-)  # else every process that the tests start compiles asrllm again
+# otherwise every process that the tests start compiles asrllm again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import shutil
 import timeit
@@ -27,13 +25,12 @@ __all__ = ["REPOSITORY", "World", "assert_done", "clean_environment", "free_port
 
 
 LONGEST = 20.0  # seconds that one test may take
-SECONDS_OF_LOOP = 0.022  # of `slowness`, on the machine whose LONGEST this is
+SECONDS_OF_LOOP = 0.022  # of the loop in `slowness`, on the machine that LONGEST is chosen for
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (
-        "PYTEST_XDIST_TESTRUNUID" in os.environ
-    ):  # a worker, whose temporary directory is below that of the run
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+        # a worker, whose temporary directory is below that of the run
         processes.share_cores(Path(config.option.basetemp).parent)
     elif not config.getoption("--soak"):
         config.pluginmanager.register(LongTests(config.getoption("--longest")))
@@ -41,14 +38,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--soak", action="store_true", help="tests with the mark 'soak' at their full size"
+        "--soak", action="store_true", help="run tests with the mark 'soak' at their full size"
     )
     parser.addoption(
         "--longest",
         type=float,
         default=LONGEST,
         metavar="S",
-        help="seconds that a test may take, on a machine like CI's",
+        help="maximum seconds of a test, on a machine like that of CI",
     )
 
 
@@ -62,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def soak(request: pytest.FixtureRequest) -> bool:
-    """Whether a test runs at its full size."""
+    """Return whether a test runs at its full size."""
     return request.config.getoption("--soak")
 
 
@@ -76,9 +73,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 
 class LongTests:
-    """Prints the slowest tests; in CI, a run whose tests all passed fails where one took longer than it may.
+    """Prints the slowest tests. In CI, a run fails if a test exceeds its limit.
 
-    Waiting for the other worker does not count, nor do fixtures, which may make what other tests read too.
+    Waiting for the other worker does not count. Fixtures do not count, because other tests may use
+    them too.
     """
 
     def __init__(self, longest: float) -> None:
@@ -106,22 +104,25 @@ class LongTests:
             terminalreporter.write_line(f"{seconds:6.2f} {name}")
         for name, seconds in self.long.items():
             terminalreporter.write_line(
-                f"ERROR: {name} took {seconds:.1f} s, longer than a test may take. Make it faster, or split it.",
+                f"ERROR: {name} took {seconds:.1f} s, which exceeds its limit. "
+                "Make it faster, or split it.",
                 red=True,
             )
 
 
 def slowness() -> float:
-    """How many times as long a fixed computation takes here, now, as on the machine whose LONGEST was chosen; at least 1."""
-    return max(
-        1.0,
-        timeit.timeit(lambda: sum(i * i for i in range(400_000)), number=20) / 20 / SECONDS_OF_LOOP,
-    )
+    """Return how much slower this machine is at present than the one that LONGEST is chosen for.
+
+    Returns:
+        A ratio of the seconds of a fixed computation, at least 1.
+    """
+    seconds = timeit.timeit(lambda: sum(i * i for i in range(400_000)), number=20) / 20
+    return max(1.0, seconds / SECONDS_OF_LOOP)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Each test, with its fixtures, computes on one core; time-outs begin when it has one."""
+    """Run each test and its fixtures on one core. Its time-out starts when it has the core."""
     with processes.one_core():
         processes.take_waited()
         return (yield)
@@ -129,7 +130,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """Where the tiny models and corpora of a test session lie."""
+    """Paths of the tiny models and corpora of a test session."""
 
     root: Path
 
@@ -150,7 +151,12 @@ class World:
         return self.root / "shards" / "train"
 
     def overrides(self, exp: Path, **more: object) -> list[str]:
-        """A training run's overrides: 8 steps of the tiny models; more: further keys, dots as double underscores."""
+        """Return the overrides of a training run of 8 steps with the tiny models.
+
+        Args:
+            exp: the run's directory.
+            more: further keys, with double underscores in place of dots; None removes a key.
+        """
         keys = {
             "exp_dir": exp,
             "model.audio_encoder.model_type": "whisper",
@@ -181,7 +187,7 @@ class World:
 def made_once(
     tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
 ) -> Path:
-    """A directory that the first worker which wants it makes, for all of them to read."""
+    """Return a directory that the first worker writes and all workers read."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / f"made-{name}"
@@ -190,7 +196,7 @@ def made_once(
         lock.acquire()
     with lock:
         if not (folder / ".done").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            shutil.rmtree(folder, ignore_errors=True)  # remains of a worker that failed
             folder.mkdir()
             make(folder)
             (folder / ".done").touch()
@@ -199,13 +205,14 @@ def made_once(
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return tiny models and corpora, which tests must not change."""
     return World(made_once(tmp_path_factory, "world", make_world))
 
 
 def make_world(root: Path) -> None:
-    from asrllm.data.shards import (
-        write_shards,  # not above: the process that hands out the tests needs none of it
-    )
+    """Write tiny models, and corpora of 60, 7 and 9 utterances."""
+    # imported here, because the process that distributes the tests does not need asrllm
+    from asrllm.data.shards import write_shards
     from asrllm.data.sources import read_kaldi
     from asrllm.testing import (
         data_config,

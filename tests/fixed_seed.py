@@ -1,11 +1,13 @@
-"""Losses, gradient norms, texts and error rates of fixed-seed runs, to compare two versions of the code bit by bit.
+"""Record runs with fixed seeds, to compare two versions of the code bitwise.
+
+The records have losses, gradient norms, texts and error rates.
 
     python -m tests.fixed_seed WORLD before.json     # in a checkout of the version before
     python -m tests.fixed_seed WORLD after.json      # in a checkout of the version after
     cmp before.json after.json
 
-Both versions must run on the same machine and read the same WORLD, a directory of tiny models and
-corpora that the first call makes. It takes some minutes on two cores.
+Both versions must run on the same machine with the same WORLD, a directory of tiny models and
+corpora that the first call writes. A call takes some minutes on two cores.
 """
 
 import argparse
@@ -24,7 +26,8 @@ LORA_ENCODER = {
     "model__audio_encoder__lora__r": 2,
     "model__audio_encoder__lora__target_modules": "[q_proj,v_proj]",
 }
-RUNS: dict[str, dict[str, object]] = {  # name: options beyond those of World.overrides
+# further options of World.overrides by name
+RUNS: dict[str, dict[str, object]] = {
     **{f"ZeRO-{stage}, bf16": {"stage": stage} for stage in range(4)},
     **{f"ZeRO-{stage}, fp32": {"stage": stage, "trainer__precision": "fp32"} for stage in range(4)},
     "two ranks, ZeRO-2": {"stage": 2, "ranks": 2},
@@ -56,7 +59,7 @@ DECODED = ("ZeRO-2, bf16", "ZeRO-3, bf16", "everything trained", "LoRA on the en
 
 
 def train(world: World, exp_dir: Path, options: dict[str, Any]) -> None:
-    """Train for STEPS steps, or as many as `steps` says."""
+    """Train for options["steps"] steps; default: STEPS."""
     options = dict(options)
     ranks = options.pop("ranks", 1)
     stage = options.pop("stage")
@@ -76,7 +79,7 @@ def train(world: World, exp_dir: Path, options: dict[str, Any]) -> None:
 
 
 def logged(exp_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run that two runs of one version have in common."""
+    """Return the part of the log that is the same for two runs of one version."""
     kept = ("step", "loss", "acc", "grad_norm", "lr")
     records = []
     for line in (exp_dir / "metrics.jsonl").read_text().splitlines():
@@ -121,7 +124,7 @@ def decode(world: World, exp_dir: Path) -> dict[str, Any]:
 
 
 def record(world: World) -> Iterator[tuple[str, Any]]:
-    """Yield (name, what a run logged or decoded)."""
+    """Yield the name of each run, and what it logged or decoded."""
     with tempfile.TemporaryDirectory(prefix="asrllm-fixed-seed-") as name:
         folder = Path(name)
         for number, (title, options) in enumerate(RUNS.items()):
@@ -138,6 +141,7 @@ def record(world: World) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
+    """Record all runs, and write the JSON file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Runs that are started as a user starts them, by each launcher, of which a process is killed."""
+"""Runs that each launcher starts like a user does, and of which a process is killed."""
 
 import contextlib
 import os
@@ -15,12 +15,12 @@ from tests.processes import REPOSITORY, clean_environment, free_port, wait_for
 
 BINARIES = Path(sys.executable).parent
 TRAIN = REPOSITORY / "launch" / "train.py"
-GONE = 10.0  # seconds in which the other ranks must end
-CLEAN = 15.0  # seconds after which nothing may be left
+GONE = 10.0  # seconds within which the other ranks must end
+CLEAN = 15.0  # seconds after which no process and no file may remain
 
 
 def launch_command(launcher: str, ranks: int) -> list[str]:
-    """Return what precedes the script, for a launcher with processes of its own."""
+    """Return the command before the script, for a launcher with its own processes."""
     if launcher == "torchrun":
         return [
             f"{BINARIES / 'torchrun'}",
@@ -37,7 +37,7 @@ def launch_command(launcher: str, ranks: int) -> list[str]:
 
 
 def environments(launcher: str, ranks: int) -> list[dict[str, str]]:
-    """Return the environment of each rank: set by hand for plain ranks, or as srun sets it."""
+    """Return the environment of each rank, set by hand or like srun."""
     port = str(free_port())
     if launcher == "plain":
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -59,7 +59,15 @@ def environments(launcher: str, ranks: int) -> list[dict[str, str]]:
 
 @dataclass
 class Job:
-    """A started run. mark: in the environment of all its processes."""
+    """A started run.
+
+    Attributes:
+        launcher: its launcher.
+        mark: value of ASRLLM_TEST_JOB in the environment of all its processes.
+        temporary: its directory for temporary files.
+        logs: files with the output of its processes.
+        started: the processes that the test started.
+    """
 
     launcher: str
     mark: str
@@ -68,7 +76,7 @@ class Job:
     started: list[subprocess.Popen] = field(default_factory=list)
 
     def processes(self) -> list[psutil.Process]:
-        """Return every living process of the run, the launcher's own included."""
+        """Return all living processes of the run, including the launcher's."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -80,7 +88,7 @@ class Job:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """Return the processes of the ranks, without those that they started."""
+        """Return the processes of the ranks, without their child processes."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -98,7 +106,7 @@ class Job:
 
 @contextlib.contextmanager
 def job(launcher: str, folder: Path, arguments: list[str], *, ranks: int = 2) -> Iterator[Job]:
-    """Start `python launch/train.py ARGUMENTS` under a launcher; nothing of it outlives the block."""
+    """Start `launch/train.py ARGUMENTS` with a launcher, and kill it at the end of the block."""
     folder.mkdir(parents=True)
     if launcher in ("torchrun", "deepspeed"):
         starts = [(launch_command(launcher, ranks), clean_environment())]
@@ -130,7 +138,11 @@ def job(launcher: str, folder: Path, arguments: list[str], *, ranks: int = 2) ->
 
 
 def kill_and_wait(run: Job, victim: psutil.Process) -> dict:
-    """Kill a process. Return how long the ranks took to end, and what was left 15 s after the kill."""
+    """Kill a process of a run.
+
+    Returns:
+        The seconds that the ranks took to end, and what remains 15 s after the kill.
+    """
     pids = {str(process.pid) for process in run.processes()}
     victim.kill()
     killed = time.monotonic()
@@ -149,6 +161,6 @@ def kill_and_wait(run: Job, victim: psutil.Process) -> dict:
 
 
 def left_files(run: Job, pids: set[str]) -> list[str]:
-    """Return what is left in the run's temporary directory, and in /dev/shm with one of its process ids."""
+    """Return the remaining files of a run in its temporary directory and in /dev/shm."""
     shared = [name for name in os.listdir("/dev/shm") if pids & set(name.split("_"))]
     return sorted([*shared, *os.listdir(run.temporary)])

@@ -1,8 +1,15 @@
-"""launch/train.py with a model that misbehaves: python tests/misbehave.py '{"what": ..., "steps": [...], "ranks": [...]}' OVERRIDES.
+"""launch/train.py with a model that misbehaves.
 
-what: loss or gradient: it is not finite in these steps (from 1) of these ranks; build: building waits for exp_dir/go; mode: after these
-steps of these ranks the projector is in eval mode; trace: trainer.compile traces the layers and runs them as they are; nodes: each rank
-takes itself for the only one on its node.
+    python tests/misbehave.py '{"what": ..., "steps": [...], "ranks": [...]}' OVERRIDES
+
+Values of `what`:
+
+    loss       the loss is not finite in these steps (from 1) of these ranks
+    gradient   the gradient is not finite in these steps of these ranks
+    mode       the projector is in eval mode after these steps of these ranks
+    build      building the model waits for exp_dir/go
+    trace      trainer.compile traces the layers, but does not compile them
+    nodes      each rank considers itself the only one on its node
 """
 
 import json
@@ -19,7 +26,8 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 
 def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
     now = 0
-    count, forward = AsrLlmModel.set_batch_count, AsrLlmModel.forward
+    count = AsrLlmModel.set_batch_count
+    forward = AsrLlmModel.forward
 
     def set_batch_count(self, step):
         nonlocal now
@@ -41,7 +49,8 @@ def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
             output.loss.register_hook(lambda gradient: gradient * math.inf)
         return output
 
-    AsrLlmModel.set_batch_count, AsrLlmModel.forward = set_batch_count, bad_forward
+    AsrLlmModel.set_batch_count = set_batch_count
+    AsrLlmModel.forward = bad_forward
 
 
 def wait_before_building(exp: Path) -> None:
@@ -58,11 +67,12 @@ def wait_before_building(exp: Path) -> None:
 
 
 def trace(folder: Path) -> None:
-    """torch.compile without its C++: writes to folder/traced how many graphs it made."""
+    """Replace torch.compile's backend by one without C++, and count graphs in folder/traced."""
     import torch
     from torch import nn
 
-    compile_, graphs = nn.Module.compile, 0
+    compile_ = nn.Module.compile
+    graphs = 0
 
     def backend(graph, inputs):
         nonlocal graphs

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Small faults in the core, and whether the tests notice each of them.
+"""Insert small faults into the core, and check that the tests detect each of them.
 
     python tests/mutations.py [--only AREA ...] [--repository DIR] [--jobs N] [--output FILE]
 
-Each fault replaces one piece of one file in a copy of the repository, where the tests named for its area run until the first failure:
-the fast ones first, then the slow ones. `--repository` takes another checkout. A fault that no test notices asks for a test.
+Each fault replaces one piece of one file in a copy of the repository. The tests of its area run in
+the copy until the first failure, first the fast ones, then the slow ones. `--repository` uses
+another checkout. If no test detects a fault, write one.
 """
 
 import argparse
@@ -21,14 +22,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIMIT = 1800  # seconds for the tests of one area; a fault that makes them hang is caught
+LIMIT = 1800  # seconds for the tests of one area; a fault that makes them hang counts as caught
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "__pycache__", ".*_cache", "quickstart", "exp", ".hypothesis", "*.egg-info"
 )
 
 
 class Fault(NamedTuple):
-    """In `file`, `right` becomes `wrong`."""
+    """A fault.
+
+    Attributes:
+        area: key of TESTS.
+        name: what the fault does.
+        file: path in the repository.
+        right: code that is in the file exactly once.
+        wrong: its replacement.
+    """
 
     area: str
     name: str
@@ -133,7 +142,7 @@ FAULTS = [
     Fault("zero", "moments with padding are not recognised", ZERO,
           '(self.optimizers[0]["group_paddings"][0] if self.stage in (1, 2) else 0)', "0"),
     Fault("zero", "another world size fills sub-groups without padding", PARTITIONS, "offset += part", "offset += numel"),
-    Fault("average", "rsLoRA adapters use plain LoRA scaling", AVERAGE, "count**-0.5 if name", "1.0 if name"),
+    Fault("average", "rsLoRA adapters use plain LoRA scaling", AVERAGE, "scale = count**-0.5", "scale = 1.0"),
     Fault("average", "the mean between two checkpoints is weighted wrongly", AVERAGE, "(first / (last - first))", "(first / last)"),
     Fault("average", "the running average forgets too slowly", RUNNING, "alpha=self.period / step", "alpha=1 / step"),
     Fault("average", "a sum is not divided", AVERAGE, "(total.div_(count) for total", "(total for total"),
@@ -163,10 +172,10 @@ FAULTS = [
 
 
 def with_fault(fault: Fault, repository: Path) -> str:
-    """Return the content of the fault's file with the fault. How its lines are wrapped does not matter.
+    """Return the content of the fault's file with the fault, for any wrapping of its lines.
 
     Raises:
-        SystemExit: the code that the fault replaces is not in the file exactly once.
+        SystemExit: the file does not contain `fault.right` exactly once.
     """
     text = (repository / fault.file).read_text()
     words = re.findall(r"\w+|\s+|[^\w\s]", fault.right)
@@ -180,7 +189,11 @@ def with_fault(fault: Fault, repository: Path) -> str:
 
 
 def first_failure(repository: Path, tests: list[str], fault: Fault | None) -> str | None:
-    """The first of these tests that fails in a copy of the repository that has the fault; None where all pass."""
+    """Return the first of these tests that fails in a copy of the repository with the fault.
+
+    Returns:
+        The test; None if all pass.
+    """
     with tempfile.TemporaryDirectory(prefix="asrllm-fault-") as name:
         folder = Path(name)
         shutil.copytree(repository, folder, ignore=IGNORED, dirs_exist_ok=True)
@@ -188,7 +201,7 @@ def first_failure(repository: Path, tests: list[str], fault: Fault | None) -> st
             (folder / fault.file).write_text(with_fault(fault, repository))
         environment = os.environ | {"PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"}
         for which in ("not slow", "slow"):
-            # one process, in the order of the files, whatever pyproject.toml says
+            # in one process and in the order of the files, without the options of pyproject.toml
             command = [
                 sys.executable,
                 "-m",
@@ -203,7 +216,10 @@ def first_failure(repository: Path, tests: list[str], fault: Fault | None) -> st
                 "addopts=",
             ]
             if "--longest" in (folder / "tests" / "conftest.py").read_text():
-                command += ["--longest", "10000"]  # a slow machine must not count as a caught fault
+                command += [
+                    "--longest",
+                    "10000",
+                ]  # on a slow machine, time-outs must not count as caught
             try:
                 done = subprocess.run(
                     [*command, *tests],
@@ -223,13 +239,13 @@ def first_failure(repository: Path, tests: list[str], fault: Fault | None) -> st
             if done.returncode in (1, 2) and failed:  # 2: a file of tests cannot be imported
                 return failed[0]
             if done.returncode not in (0, 5):  # 5: no test of this kind
-                raise SystemExit(
-                    f"pytest ended with the status {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-1000:]}"
-                )
+                output = done.stdout[-1000:] + done.stderr[-1000:]
+                raise SystemExit(f"pytest exited with status {done.returncode}:\n{output}")
     return None
 
 
 def main() -> int:
+    """Try the chosen faults, and return 1 if one is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,7 +262,7 @@ def main() -> int:
         type=Path,
         default=REPOSITORY,
         metavar="DIR",
-        help="default: the one of this script",
+        help="default: that of this script",
     )
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="faults at a time; default: %(default)s"
@@ -260,7 +276,7 @@ def main() -> int:
             lambda area: first_failure(arguments.repository, TESTS[area], None), arguments.only
         )
         for area, test in zip(arguments.only, sound, strict=True):
-            if test is not None:  # every fault would seem to be caught
+            if test is not None:  # otherwise every fault of the area would count as caught
                 raise SystemExit(f"{area}: {test} fails without a fault")
         found = pool.map(
             lambda fault: first_failure(arguments.repository, TESTS[fault.area], fault), chosen

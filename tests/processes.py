@@ -1,7 +1,8 @@
-"""Processes of the tests: forked from a server that has imported everything once, or started by a real launcher.
+"""Processes of the tests: forked from a server with all imports, or started by a real launcher.
 
-A process that imports torch, transformers and deepspeed computes for 5 s before it does anything. The server (Python's own forkserver) does
-so once in each test worker; what it forks runs the same scripts with the same command line, environment and signals.
+Importing torch, transformers and deepspeed takes 5 s of processor time. The server (Python's
+forkserver) imports them once in each test worker. The processes that it forks run the same scripts
+with the same command line, environment and signals.
 """
 
 import atexit
@@ -35,13 +36,15 @@ PRELOADED = [
     "deepspeed.runtime.zero.muon.original_muon",
     "peft",
     "tests.processes",
-]  # not wandb, which makes a temporary directory when it is imported and removes it when the first process ends
-# one of the tests' own: the tested code starts Python's common one as well, with SIGINT blocked and nothing imported
+]  # without wandb, which makes a temporary directory on import and removes it at the first exit
+# Separate from Python's common server, which the tested code starts with SIGINT blocked and without
+# imports.
 server = forkserver.ForkServer()
 server.set_forkserver_preload(PRELOADED)
 
 
 def free_port() -> int:
+    """Return a TCP port that is free at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -62,13 +65,13 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 class Process:
-    """A script in a process of its own, with the interface of subprocess.Popen.
+    """A script in a new process, with the interface of subprocess.Popen.
 
     Args:
-        command: a script and its arguments, or "-m", a module and its arguments; as after `python`.
-        environment: all of it.
-        output: the file that standard output and standard error are appended to.
-        errors: the file for standard error, where it is not the same.
+        command: what follows `python`: a script or "-m" and a module, and arguments.
+        environment: the complete environment.
+        output: file to append standard output and standard error to.
+        errors: file for standard error; default: `output`.
     """
 
     def __init__(
@@ -112,8 +115,12 @@ class Process:
 
 
 def start_from_server(process: multiprocessing.process.BaseProcess) -> None:
-    """Start a process from this module's server, which begins with the first one, in an environment that no test has changed."""
-    before, common = dict(os.environ), forkserver.connect_to_new_process
+    """Start a process from this module's server.
+
+    The server starts with the first process. Its environment must not have changes of a test.
+    """
+    before = dict(os.environ)
+    common = forkserver.connect_to_new_process
     environment = clean_environment()
     os.environ.clear()
     os.environ.update(environment)
@@ -127,7 +134,7 @@ def start_from_server(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def become(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """Turn a process that was just forked into `python WORDS...`, in a session of its own."""
+    """Turn a forked process into `python WORDS...`, in a new session."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
@@ -141,9 +148,8 @@ def become(words: list[str], environment: dict[str, str], output: str, errors: s
     sys.stderr = open(2, "w", closefd=False, **options)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    multiprocessing.set_start_method(
-        None, force=True
-    )  # else its own children come from a forkserver too
+    # otherwise its child processes come from a forkserver too
+    multiprocessing.set_start_method(None, force=True)
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
@@ -153,7 +159,8 @@ def become(words: list[str], environment: dict[str, str], output: str, errors: s
             sys.path.insert(0, str(Path(words[0]).parent))
             runpy.run_path(words[0], run_name="__main__")
     finally:
-        threading._shutdown()  # what the interpreter's own end does, which a child of multiprocessing leaves out
+        # the interpreter does this at exit, but not in a child process of multiprocessing
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
 
@@ -173,7 +180,10 @@ def rank_environments(count: int, **more: str) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def started(logs: Path, *commands: Sequence[object], **environment: str) -> Iterator[list[Process]]:
-    """The ranks of a job, with logs/{rank} for their output; none of them, nor of theirs, outlives the block."""
+    """Start the ranks of a job, and kill them and their child processes at the end of the block.
+
+    Their output goes to logs/{rank}.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     with both_cores() if len(commands) > 1 else contextlib.nullcontext():
         processes = []
@@ -192,14 +202,15 @@ def started(logs: Path, *commands: Sequence[object], **environment: str) -> Iter
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
-    """Return once the condition holds. Fails after the given time."""
+    """Wait until the condition holds, and fail after the given time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
         time.sleep(0.02)  # waits for a condition, bounded
 
 
 def descendants(pid: int) -> list[psutil.Process]:
+    """Return the child processes of a process, and theirs."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
     return []
@@ -214,8 +225,14 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Run launch/SCRIPT.py and return its result.
 
-    launcher: python: one process; ranks: two processes with a launcher's environment; both are forked. torchrun, deepspeed: the real
-    ones with two processes; interpreter: `python launch/SCRIPT.py`, the real one.
+    Args:
+        script: name of the script.
+        arguments: of the script.
+        launcher: "python": one forked process; "ranks": two forked processes with the environment
+            of a launcher; "torchrun" or "deepspeed": the real launcher with two processes;
+            "interpreter": a new Python interpreter.
+        timeout: seconds.
+        environment: further environment variables.
     """
     command = [str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
     if launcher in ("python", "ranks"):
@@ -252,7 +269,7 @@ def run_script(
 def run_forked(
     command: Sequence[object], *, ranks: int = 1, timeout: float = 150, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a command on every rank. Return the joined output and the first status that is not 0."""
+    """Run a command on every rank, and return the joined output and the first non-zero status."""
     with tempfile.TemporaryDirectory(prefix="asrllm-test-") as name:
         folder = Path(name)
         processes: list[Process] = []
@@ -277,6 +294,7 @@ def run_forked(
 
 
 def read_all(folder: Path, kind: str) -> str:
+    """Return the content of all files with a suffix."""
     texts = [
         path.read_text(encoding="utf-8", errors="replace")
         for path in sorted(folder.glob(f"*.{kind}"))
@@ -285,6 +303,7 @@ def read_all(folder: Path, kind: str) -> str:
 
 
 def assert_done(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """Assert that a process exited with status 0."""
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return result
 
@@ -293,19 +312,22 @@ def assert_done(result: subprocess.CompletedProcess) -> subprocess.CompletedProc
 
 
 class Cores:
-    """Which worker computes: each test holds one core; what starts two ranks gives it back and takes both.
+    """Assigns two cores to the test workers.
 
-    A test's own process has nothing to do while its ranks run. The locks are shared and exclusive ones of a file; the turnstile keeps those
-    who want one core from passing somebody who waits for both.
+    Each test holds one core. A test that starts two ranks releases it and takes both, because its
+    own process is idle while the ranks run. One core is a shared lock of a file, both are an
+    exclusive one. The turnstile prevents tests that need one core from passing a test that waits
+    for both.
     """
 
     def __init__(self, folder: Path) -> None:
         self.turnstile = open(folder / "turnstile", "a")  # noqa: SIM115
         self.cores = open(folder / "cores", "a")  # noqa: SIM115
 
-        self.waited = 0.0  # seconds, of the test that runs
+        self.waited = 0.0  # seconds that the current test has waited
 
     def take(self, how: int) -> None:
+        """Wait for one core (LOCK_SH) or both (LOCK_EX)."""
         began = time.monotonic()
         fcntl.flock(self.cores, fcntl.LOCK_UN)
         fcntl.flock(self.turnstile, fcntl.LOCK_EX)
@@ -314,6 +336,7 @@ class Cores:
         self.waited += time.monotonic() - began
 
     def give_back(self) -> None:
+        """Release what this worker holds."""
         fcntl.flock(self.cores, fcntl.LOCK_UN)
 
 
@@ -343,15 +366,17 @@ def no_core() -> Iterator[None]:
 
 
 def take_waited() -> float:
-    """The seconds that were spent waiting for the other worker since the last call."""
+    """Return the seconds of waiting for the other worker since the last call."""
     if cores is None:
         return 0.0
-    waited, cores.waited = cores.waited, 0.0
+    waited = cores.waited
+    cores.waited = 0.0
     return waited
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
+    """Hold one core in the block."""
     if cores is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Files that appear whole, whoever else writes them and whatever ends the writer."""
+"""Files appear complete, with concurrent writers and with killed writers."""
 
 import signal
 import subprocess
@@ -50,7 +50,7 @@ def end(process, number):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["new_file", "new_folder"])
-def test_sigterm_leaves_nothing_and_what_sigkill_leaves_is_removed_by_the_next_writer(
+def test_sigterm_leaves_nothing_and_remains_of_sigkill_are_removed_by_the_next_writer(
     tmp_path, kind
 ):
     path = tmp_path / "out"
@@ -70,7 +70,7 @@ def test_sigterm_leaves_nothing_and_what_sigkill_leaves_is_removed_by_the_next_w
     assert names(tmp_path) == [".out-of-somebody", "out"]
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+def test_remains_of_a_killed_writer_are_removed_by_the_next(tmp_path):
     for name in (".x.pt.0a_b1c2d.partial", ".x.pt.older", ".y.pt.0a_b1c2d.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.pt").touch()
@@ -78,7 +78,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     assert names(tmp_path) == [".x.pt.older", ".y.pt.0a_b1c2d.partial", "x.pt"]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
+def test_concurrent_writers_of_one_file_do_not_interfere(tmp_path):
     with new_file(tmp_path / "x.pt") as one, new_file(tmp_path / "x.pt") as other:
         one.write_text("one")
         other.write_text("other")
@@ -86,16 +86,16 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert names(tmp_path) == ["x.pt"]
 
 
-def test_what_fails_leaves_what_was_there(tmp_path):
+def test_failed_write_keeps_the_existing_file(tmp_path):
     write_whole(tmp_path / "x", "before")
     with pytest.raises(FileNotFoundError), new_file(tmp_path / "x"):
-        pass  # and nothing is written
+        pass  # the block writes nothing
     with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / "x" / "below"):
         pass
     assert (names(tmp_path), (tmp_path / "x").read_text()) == (["x"], "before")
 
 
-def test_a_folder_may_be_given_by_a_link_and_is_no_mount_point(tmp_path, monkeypatch):
+def test_output_directory_may_be_a_link_but_not_a_mount_point(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
     with new_folder(tmp_path / "link") as partial:
@@ -104,14 +104,15 @@ def test_a_folder_may_be_given_by_a_link_and_is_no_mount_point(tmp_path, monkeyp
     assert (tmp_path / "link").is_symlink()
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
-    with pytest.raises(UserError, match="give a directory below it"), new_folder(tmp_path / "disk"):
-        pytest.fail("it is found before anything is written")
+    with pytest.raises(UserError, match="disk' is a mount point"), new_folder(tmp_path / "disk"):
+        pytest.fail("the mount point was not detected before writing")
     with new_folder(tmp_path / "disk" / "below"):
         pass
 
 
-def test_a_writer_whose_folder_was_taken_for_a_stale_one_makes_another(tmp_path, monkeypatch):
-    make, made = tempfile.mkdtemp, []
+def test_writer_retries_if_its_directory_was_removed_as_stale(tmp_path, monkeypatch):
+    make = tempfile.mkdtemp
+    made = []
 
     def make_and_lose_the_first(**options):
         made.append(make(**options))
@@ -125,14 +126,13 @@ def test_a_writer_whose_folder_was_taken_for_a_stale_one_makes_another(tmp_path,
     assert names(tmp_path) == ["x"]
 
 
-def test_sigterm_is_an_exception_inside_the_block_alone():
+def test_sigterm_raises_only_inside_the_block():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated), sigterm_raises():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
     with sigterm_raises():
-        thread = threading.Thread(
-            target=lambda: sigterm_raises().__enter__()
-        )  # where Python has no signals
+        # Python has no signal handlers outside the main thread
+        thread = threading.Thread(target=lambda: sigterm_raises().__enter__())
         thread.start()
         thread.join()

@@ -1,4 +1,7 @@
-"""The benchmarks run: what they measure is not asserted. `make soak` runs each whole; here their parts run once, at their smallest."""
+"""The benchmarks run; their results are not asserted.
+
+`make soak` runs each benchmark completely. Otherwise their parts run once with the smallest sizes.
+"""
 
 import json
 import sys
@@ -18,7 +21,7 @@ def run_benchmark(script, *arguments):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Imports a benchmark by its name, as it is imported when it is run."""
+    """Return a function that imports a benchmark by its name, like running it does."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
 
     def load(name):
@@ -32,12 +35,12 @@ def benchmark(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)
-def test_every_benchmark_explains_itself(script):
+def test_every_benchmark_has_help(script):
     assert "--rounds" in assert_done(run_forked([script, "--help"])).stdout
 
 
 @pytest.mark.slow
-def test_the_compared_training_steps_agree_and_run(benchmark):
+def test_compared_training_steps_agree_and_run(benchmark):
     module = benchmark("train_step")
     cpu = torch.device("cpu")
     assert module.agreement(module.FEW, cpu) < 1e-4
@@ -48,7 +51,7 @@ def test_the_compared_training_steps_agree_and_run(benchmark):
 
 
 @pytest.mark.slow
-def test_the_compared_data_pipelines_read_the_same_utterances(benchmark, tmp_path):
+def test_compared_data_pipelines_read_the_same_utterances(benchmark, tmp_path):
     module = benchmark("data")
     module.make_corpus_files(tmp_path, 24)
     for pipeline in (module.bare, module.reading, *module.PIPELINES.values()):
@@ -56,8 +59,8 @@ def test_the_compared_data_pipelines_read_the_same_utterances(benchmark, tmp_pat
 
 
 @pytest.mark.slow
-def test_no_damage_is_silent_or_a_traceback(benchmark, tmp_path):
-    """A short form of the fault campaign."""
+def test_no_corruption_is_silent_or_a_traceback(benchmark, tmp_path):
+    """A short fault campaign."""
     table = benchmark("faults").damages(12, 0, tmp_path)
     assert len(table) == 6
     for what, outcomes in table.items():
@@ -66,12 +69,12 @@ def test_no_damage_is_silent_or_a_traceback(benchmark, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
-def test_the_fault_campaign_has_no_bad_outcome(tmp_path):
+def test_fault_campaign_has_no_bad_outcome(tmp_path):
     run_benchmark("faults.py", "--damages", 100, "--kills", 5, "--output", tmp_path / "r.json")
 
 
 @pytest.mark.slow
-def test_the_decoding_benchmark_runs(tmp_path):
+def test_decoding_benchmark_runs(tmp_path):
     run_benchmark("decode.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
     assert set(results["texts that differ"].values()) == {0}
@@ -80,7 +83,7 @@ def test_the_decoding_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
-def test_the_training_steps_benchmark_runs(tmp_path):
+def test_training_step_benchmark_runs(tmp_path):
     run_benchmark("train_step.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
     assert set(results["steps"]) > {"padded to 30 s, float32", "packed, float32", "packed, bf16"}
@@ -91,7 +94,7 @@ def test_the_training_steps_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
-def test_the_saving_benchmark_runs(tmp_path):
+def test_saving_benchmark_runs(tmp_path):
     run_benchmark(
         "saving.py",
         "--tiny",
@@ -110,7 +113,7 @@ def test_the_saving_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
-def test_the_data_benchmark_runs(tmp_path):
+def test_data_benchmark_runs(tmp_path):
     run_benchmark(
         "data.py",
         "--utterances",
@@ -129,7 +132,7 @@ def test_the_data_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.soak(only=True)
-def test_the_checkpoint_tools_benchmark_runs(tmp_path):
+def test_checkpoint_tools_benchmark_runs(tmp_path):
     run_benchmark("checkpoints.py", "--tiny", "--rounds", 1, "--output", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())
     assert min(results["peak MiB"].values()) > 0

@@ -38,7 +38,7 @@ def keys_of(tree, prefix=""):
 
 
 @pytest.mark.parametrize(("name", "cls"), [("train", TrainRun), ("evaluate", EvaluationRun)])
-def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name, cls):
+def test_yaml_keys_match_dataclass_fields_and_have_help(name, cls):
     keys = set(keys_of(compose_config(name, [])))
     assert keys == set(fields_of(cls))
     text = help_text(name)
@@ -47,7 +47,7 @@ def test_every_key_of_the_files_is_a_field_and_every_field_a_key_with_help(name,
 
 
 @pytest.mark.slow
-def test_overrides_reach_the_dataclasses():
+def test_overrides_set_dataclass_fields():
     config = load(
         "model.audio_token=<|A B|>",
         "model.llm.lora.r=64",
@@ -84,15 +84,18 @@ def test_overrides_reach_the_dataclasses():
         ),
         ("+model.new=1", r"unknown key 'model\.new'"),
         ("exp_dir", "'exp_dir' is not an override"),
-        ("trainer.lr=fast", r"trainer\.lr='fast' has the wrong type: expected float"),
+        ("trainer.lr=fast", r"trainer\.lr='fast' has the wrong type\. Expected: float"),
         ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 has the wrong type"),
-        ("data.trace=1", r"data\.trace=1 has the wrong type: expected bool"),
+        ("data.trace=1", r"data\.trace=1 has the wrong type\. Expected: bool"),
         (
             "trainer.precision=bf17",
-            r"trainer\.precision='bf17' is not a choice: did you mean 'bf16'",
+            r"trainer\.precision='bf17' .* did you mean 'bf16'",
         ),
         ("model.audio_encoder.model_type=wisper", "did you mean 'whisper'"),
-        ("trainer=3", r"trainer=3 has the wrong type: expected a group of keys|cannot be composed"),
+        (
+            "trainer=3",
+            r"trainer=3 has the wrong type\. Expected: a group of keys|cannot be composed",
+        ),
         ("trainer.log_every=0", r"trainer\.log_every=0 must be at least 1"),
         (
             "trainer.profile_steps=[5,3]",
@@ -111,7 +114,7 @@ def test_overrides_reach_the_dataclasses():
         ("data.hotwords.max_words=1000000000", r"data\.hotwords\.max_words=1000000000.* 10000"),
         ("data.augment.noise.prob=0.5", "needs data.augment.noise.source"),
         ("data.augment.speed=[]", "must be a list of factors"),
-        ("data.text_normalization=lower", "is not a choice"),
+        ("data.text_normalization=lower", r"data\.text_normalization='lower'"),
         ("seed=-1", "seed=-1 must be a whole number"),
         ("data.whisper_fbank=false", "takes Whisper's features"),
         ("model.llm.lora.r=-1", "must not be below 0"),
@@ -121,20 +124,20 @@ def test_overrides_reach_the_dataclasses():
         ("data.train_data_config=null", r"data\.train_data_config is not set"),
     ],
 )
-def test_a_wrong_override_is_one_sentence_that_names_the_key(override, message):
+def test_wrong_override_is_one_message_with_the_key(override, message):
     with pytest.raises(UserError, match=message) as raised:
         load(override)
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_key_is_named():
+def test_missing_key_is_named():
     with pytest.raises(UserError, match="missing key 'exp_dir'"):
         build(TrainRun, {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["whisper_fbank", "pad_to_30s"])
-def test_whispers_features_are_for_whisper(key):
+def test_whisper_feature_options_need_a_whisper_encoder(key):
     with pytest.raises(
         UserError,
         match=rf"data\.{key}=true, but model\.audio_encoder\.model_type=zipformer takes Kaldi",

@@ -1,4 +1,4 @@
-"""The data in training, with real processes: what a killed run trains on, what is augmented, dropped and fetched."""
+"""Training data with real processes: resuming, augmentation, filters and downloads."""
 
 import json
 import shutil
@@ -23,8 +23,11 @@ def trace(exp):
 
 
 @pytest.mark.longest(60)
-def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(world, tmp_path):
-    """kill -9 of two ranks, twice, with other workers each time: keys, prompts and losses of the uninterrupted run, all augmentation on."""
+def test_killed_run_resumes_with_the_same_data_for_any_number_of_workers(world, tmp_path):
+    """Two ranks are killed twice, and resume with another number of workers each time.
+
+    Keys, prompts and losses equal those of the uninterrupted run, with all augmentation.
+    """
     (tmp_path / "words.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
     noises = kaldi_directory(tmp_path / "noise", tone_sentences(4, seed=7)) / "wav"
     settings = {
@@ -44,7 +47,8 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
         "trainer__save_every": 3,
         "model__llm__lora__lora_dropout": 0.1,
     }
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     assert_done(
         run_script(
             "train", *world.overrides(whole, data__num_workers=0, **settings), launcher="ranks"
@@ -55,7 +59,7 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
             killed / f"checkpoint-{checkpoint}",
             world.overrides(killed, data__num_workers=workers, **settings),
         )
-        assert not (killed / "pretrained.pt").exists(), "it was to be killed, and finished"
+        assert not (killed / "pretrained.pt").exists(), "the run finished before it was killed"
     assert_done(
         run_script(
             "train", *world.overrides(killed, data__num_workers=2, **settings), launcher="ranks"
@@ -77,16 +81,15 @@ def test_a_run_that_is_killed_trains_on_the_same_with_any_number_of_workers(worl
 
 def kill_after(path, overrides):
     command = [REPOSITORY / "launch" / "train.py", *overrides]
-    with started(
-        path.parent.with_name("logs"), command, command
-    ) as ranks:  # at its end all are killed, their readers too
+    # at the end of the block all ranks and their reading processes are killed
+    with started(path.parent.with_name("logs"), command, command) as ranks:
         deadline = time.monotonic() + 120
         while not path.exists() and time.monotonic() < deadline and ranks[0].poll() is None:
             time.sleep(0.02)  # waits for a condition, bounded
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
+def test_shards_at_a_url_are_downloaded_once_for_all_ranks(world, tmp_path, kind):
     with (web_server if kind == "http" else s3_server)() as server:
         for file in world.shards.iterdir():
             url = server.put(f"/train/{file.name}", file.read_bytes())
@@ -96,7 +99,8 @@ def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
             "data__cache__dir": tmp_path / "cache",
             "data__trace": "true",
         }
-        local, remote = tmp_path / "local", tmp_path / "remote"
+        local = tmp_path / "local"
+        remote = tmp_path / "remote"
         environment = server.environment if kind == "s3" else {}
         assert_done(
             run_script(
@@ -109,7 +113,7 @@ def test_shards_at_a_url_are_fetched_once_for_all_ranks(world, tmp_path, kind):
     assert losses(remote) == losses(local)
 
 
-def test_what_the_filters_drop_is_counted_in_the_log(world, tmp_path):
+def test_filtered_utterances_are_counted_in_the_log(world, tmp_path):
     settings = {
         "data__filter__max_duration": 1.0,
         "trainer__num_steps": 2,
@@ -123,7 +127,7 @@ def test_what_the_filters_drop_is_counted_in_the_log(world, tmp_path):
     assert b"dropped/too_long" in run.read_bytes()
 
 
-def test_other_data_under_the_same_name_is_not_gone_on_with(world, tmp_path):
+def test_run_does_not_resume_with_other_data_of_the_same_name(world, tmp_path):
     for name, options in (("a", []), ("b", ["--seed", "3"])):
         command = [tmp_path / name / "train", "--kaldi", world.root / "kaldi" / "train", *options]
         assert_done(run_script("make_shards", *command))
@@ -141,7 +145,7 @@ def test_other_data_under_the_same_name_is_not_gone_on_with(world, tmp_path):
     assert "training data" in refused.stderr
 
 
-def test_a_language_without_a_prompt_ends_the_run_before_the_models_load(world, tmp_path):
+def test_language_without_a_prompt_is_reported_before_model_load(world, tmp_path):
     (tmp_path / "train.yaml").write_text(
         f"- {{shards: {world.shards}, lang: en, prompts: [{{prompt: Schreib., lang: de}}]}}\n"
     )
@@ -153,7 +157,7 @@ def test_a_language_without_a_prompt_ends_the_run_before_the_models_load(world, 
     assert "Loading weights" not in refused.stderr
 
 
-def test_endless_mixing_trains_and_needs_a_number_of_steps(world, tmp_path):
+def test_infinite_dataset_needs_a_number_of_steps(world, tmp_path):
     settings = {
         "data__use_infinite_dataset": "true",
         "data__sampler__window": 10,
@@ -170,7 +174,7 @@ def test_endless_mixing_trains_and_needs_a_number_of_steps(world, tmp_path):
     assert "data.use_infinite_dataset=true has no epochs" in refused.stderr
 
 
-def test_a_missing_shard_ends_the_run_before_the_models_load(world, tmp_path):
+def test_missing_shard_is_reported_before_model_load(world, tmp_path):
     shutil.copytree(world.shards, tmp_path / "shards")
     (tmp_path / "shards" / "shard-000001.tar").unlink()
     (tmp_path / "train.yaml").write_text(f"- shards: {tmp_path / 'shards'}\n")

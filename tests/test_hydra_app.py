@@ -1,4 +1,4 @@
-"""Hydra's command line, as its users know it."""
+"""Hydra's features work as its users know them."""
 
 import json
 
@@ -24,7 +24,7 @@ def empty_directory(tmp_path, monkeypatch):
 
 
 def jobs(*words):
-    """The configurations that the jobs of a command line get."""
+    """Return the configurations of the jobs of a command line."""
     found = []
     argv = ["train", *words]
     run_app("train", build_parser(argv).parse_args(argv), TrainRun, found.append)
@@ -36,14 +36,14 @@ def job(*words):
     return found
 
 
-def test_a_run_has_the_configuration_of_the_compose_api_and_writes_nothing(empty_directory):
+def test_app_composes_like_the_compose_api_and_writes_nothing(empty_directory):
     assert job(*GIVEN, "trainer.lr=3", "model.audio_token=<|A B|>") == load(
         "trainer.lr=3", "model.audio_token=<|A B|>"
     )
     assert list(empty_directory.iterdir()) == []
 
 
-def test_own_directories_add_groups_and_experiments(tmp_path):
+def test_config_dir_adds_groups_and_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "big.yaml").write_text(
         "# @package _global_\ntrainer: {lr: 0.5}\nmodel: {llm: {lora: {r: 99}}}\n"
@@ -52,13 +52,13 @@ def test_own_directories_add_groups_and_experiments(tmp_path):
     assert found == load("trainer.lr=0.5", "model.llm.lora.r=99", "trainer.num_steps=7")
 
 
-def test_a_primary_configuration_of_the_users_own(tmp_path):
+def test_config_name_selects_the_users_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
     found = job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
     assert found == load("trainer.lr=0.25")
 
 
-def test_the_configuration_that_a_run_stores_can_be_given_back(tmp_path):
+def test_stored_configuration_can_be_used_again(tmp_path):
     stored = load("trainer.lr=0.125", "model.audio_token=<|X|>", "prompt_file=p.txt")
     (tmp_path / "config.yaml").write_text(as_yaml(stored))
     given_back = ("--config-dir", str(tmp_path), "--config-name", "config")
@@ -66,20 +66,20 @@ def test_the_configuration_that_a_run_stores_can_be_given_back(tmp_path):
     assert job(*given_back, "trainer.lr=2").trainer.lr == 2
 
 
-def test_forced_and_deleted_keys():
+def test_keys_can_be_forced_and_deleted():
     assert job(*GIVEN, "++trainer.lr=3") == load("trainer.lr=3")
     with pytest.raises(UserError, match=r"trainer\.lr'"):
         job(*GIVEN, "~trainer.lr")
 
 
-def test_the_configuration_is_printed_instead_of_run(capsys):
+def test_cfg_prints_the_configuration_without_running(capsys):
     assert jobs("--cfg", "job", *GIVEN, "trainer.lr=3") == []
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["lr"] == 3
     assert jobs("--cfg", "job", "--package", "trainer.optimizer", *GIVEN) == []
     assert yaml.safe_load(capsys.readouterr().out) == {"name": "adamw"}
 
 
-def test_a_sweep_runs_a_job_for_each_value():
+def test_sweep_runs_a_job_for_each_value():
     found = jobs("-m", *GIVEN, "exp_dir='e/${hydra:job.num}'", "trainer.lr=1,2", "seed=3,4")
     assert [(config.trainer.lr, config.seed) for config in found] == [
         (1, 3),
@@ -91,12 +91,12 @@ def test_a_sweep_runs_a_job_for_each_value():
     assert [config.exp_dir for config in jobs("-m", *GIVEN, "exp_dir=a,b")] == ["a", "b"]
 
 
-def test_a_sweep_into_one_directory_is_refused_before_the_first_job():
+def test_sweep_into_one_directory_is_rejected_before_the_first_job():
     with pytest.raises(UserError, match="exp_dir"):
         jobs("-m", *GIVEN, "trainer.lr=1,2")
 
 
-def test_the_first_failure_ends_a_sweep():
+def test_first_failure_stops_a_sweep():
     found = []
 
     def task(config):
@@ -109,13 +109,13 @@ def test_the_first_failure_ends_a_sweep():
     assert found == [3]
 
 
-def test_hydras_own_keys_work(tmp_path):
+def test_hydra_keys_have_an_effect(tmp_path):
     job(*GIVEN, f"hydra.run.dir={tmp_path / 'out'}", "hydra.output_subdir=.hydra", "trainer.lr=3")
     stored = yaml.safe_load((tmp_path / "out" / ".hydra" / "config.yaml").read_text())
     assert stored["trainer"]["lr"] == 3
 
 
-def test_a_file_that_cannot_be_parsed_is_named_with_line_and_column(tmp_path):
+def test_parse_error_names_file_line_and_column(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train]\ntrainer: {lr: 1\nseed: 2\n")
     with pytest.raises(UserError, match=r"mine\.yaml.*line \d+, column \d+"):
         job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_parsed_is_named_with_line_and_column(tmp_path):
         (["trainer=missing"], ["missing"]),
     ],
 )
-def test_mistakes_name_the_key_and_what_is_nearest(words, names):
+def test_unknown_key_is_named_with_the_nearest_key(words, names):
     with pytest.raises(UserError) as raised:
         job(*words, *GIVEN)
     for name in names:
@@ -142,15 +142,17 @@ def test_mistakes_name_the_key_and_what_is_nearest(words, names):
     assert "\n" not in str(raised.value)
 
 
-def test_aliases_lead_to_keys_that_exist():
+def test_aliases_name_existing_keys():
     known = known_keys("train") | known_keys("evaluate")
     for alias, (ours, _) in ALIASES.items():
         assert ours in known, alias
 
 
-def test_errors_of_the_task_pass_unchanged(capsys):
+def test_errors_of_the_task_are_raised_unchanged(capsys):
     def task(config):
-        raise json.JSONDecodeError("of the task", "", 0)  # a ValueError, as some of Hydra's are
+        raise json.JSONDecodeError(
+            "of the task", "", 0
+        )  # a ValueError, like some of Hydra's errors
 
     argv = ["train", *GIVEN]
     with pytest.raises(json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""A flipped bit of a weight file is found before the file is used."""
+"""Corrupted weight files are detected before they are used."""
 
 import os
 import shutil
@@ -32,12 +32,14 @@ def flipped(content: bytes, place: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_a_flipped_bit_of_a_weight_file_is_found_or_changes_nothing(tmp_path, name):
+def test_flipped_bit_is_detected_or_changes_nothing(tmp_path, name):
     path = consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / name)
     verify_weights(path)
     content = path.read_bytes()
     for place in range(0, len(content), 31):
-        changed = tmp_path / f"{place}{path.suffix}"  # its own name: a file is verified once
+        changed = (
+            tmp_path / f"{place}{path.suffix}"
+        )  # a new name, because a file is verified only once
         changed.write_bytes(flipped(content, place))
         try:
             state = read_state(changed)
@@ -47,7 +49,7 @@ def test_a_flipped_bit_of_a_weight_file_is_found_or_changes_nothing(tmp_path, na
         assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items()), place
 
 
-def test_a_file_is_verified_again_when_it_has_changed(tmp_path):
+def test_changed_file_is_verified_again(tmp_path):
     path = consolidate(
         write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
     )
@@ -58,14 +60,14 @@ def test_a_file_is_verified_again_when_it_has_changed(tmp_path):
         verify_weights(path)
 
 
-def test_a_compressed_record_is_refused_without_unpacking_it(tmp_path):
+def test_compressed_record_is_rejected_without_unpacking(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w/data/0", bytes(1 << 20))
     with pytest.raises(CorruptedError, match="is compressed"):
         verify_weights(tmp_path / "w.pt")
 
 
-def test_safetensors_of_others_are_read(tmp_path):
+def test_safetensors_without_a_checksum_are_accepted(tmp_path):
     from safetensors.torch import save_file
 
     save_file(STATE, tmp_path / "w.safetensors")
@@ -75,9 +77,10 @@ def test_safetensors_of_others_are_read(tmp_path):
 # --- base models ---
 
 
-def test_the_fingerprint_sees_every_byte(tmp_path):
+def test_fingerprint_depends_on_every_byte(tmp_path):
     path = consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "model.pt")
-    content, original = path.read_bytes(), fingerprint(path)
+    content = path.read_bytes()
+    original = fingerprint(path)
     path.write_bytes(flipped(content, content.index(STATE["projector.a"].numpy().tobytes())))
     with pytest.raises(CorruptedError):
         fingerprint(path)
@@ -91,7 +94,7 @@ def test_the_fingerprint_sees_every_byte(tmp_path):
     assert fingerprint(path) == original
 
 
-def test_the_fingerprint_of_a_large_file_is_cached(tmp_path, monkeypatch):
+def test_fingerprint_of_a_large_file_is_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint_module, "CACHED_ABOVE", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "model.safetensors"
@@ -114,7 +117,7 @@ def test_the_fingerprint_of_a_large_file_is_cached(tmp_path, monkeypatch):
         fingerprint(path)
 
 
-def test_a_fingerprint_without_a_place_for_the_cache_is_computed(tmp_path, monkeypatch):
+def test_fingerprint_is_computed_without_a_writable_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint_module, "CACHED_ABOVE", 0)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -124,7 +127,7 @@ def test_a_fingerprint_without_a_place_for_the_cache_is_computed(tmp_path, monke
     assert fingerprint(path).startswith("sha256:")
 
 
-def test_a_fingerprint_of_an_earlier_version_is_said(tmp_path):
+def test_fingerprint_of_an_earlier_version_is_reported(tmp_path):
     path = consolidate(
         write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
     )
@@ -136,7 +139,7 @@ def test_a_fingerprint_of_an_earlier_version_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_every_kind_of_damage_to_a_checkpoint_is_found(tmp_path, ranks):
+def test_every_kind_of_checkpoint_corruption_is_detected(tmp_path, ranks):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", STATE, ranks=ranks)
     manifest = read_manifest(checkpoint)
     (checkpoint / "asrllm.json").write_text(manifest_text(manifest))
@@ -146,12 +149,12 @@ def test_every_kind_of_damage_to_a_checkpoint_is_found(tmp_path, ranks):
         content = path.read_bytes()
         harmless = 0
         for place in generator.integers(len(content), size=40):
-            # Another file each time: what was verified is not verified again
+            # another file each time, because a file is verified only once
             path.unlink()
             path.write_bytes(flipped(content, int(place)))
             os.utime(path, ns=(int(place), int(place)))
             harmless += corruption(checkpoint) is None
-        # bytes between the records of a .pt file, and spaces of the JSON
+        # e.g. bytes between the records of a .pt file, or spaces in the JSON
         assert harmless < 30, path
         tensors = content.find(STATE["projector.a"].numpy().tobytes()[:16])
         if tensors > 0:

@@ -1,4 +1,4 @@
-"""Training in stages, with adapters on both parts, by real processes."""
+"""Training in stages with adapters on both parts, in real processes."""
 
 import json
 import shutil
@@ -37,14 +37,14 @@ def losses(exp):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "stage"), [("ranks", 2), ("ranks", 3)])
-def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path, launcher, stage):
-    first, second = tmp_path / "first", tmp_path / "second"
+def test_second_stage_keeps_trained_weights_and_resumes_bitwise(world, tmp_path, launcher, stage):
+    first = tmp_path / "first"
+    second = tmp_path / "second"
     assert_done(run_script("train", *world.overrides(first, **STAGE_1)))
     ds = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
     if stage == 3:
-        ds["zero_optimization"]["stage3_param_persistence_threshold"] = (
-            0  # the tiny tensors are divided too
-        )
+        # partition the tiny tensors too
+        ds["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     settings = (
         STAGE_1 | ADAPTERS | {"trainer__deepspeed_config": tmp_path / "ds.json", "init_from": first}
@@ -60,7 +60,7 @@ def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path
         assert torch.equal(trained[name], tensor), name
     waves = [wave for _, wave in tone_sentences(3)]
     texts = AutoModel.from_pretrained(second).transcribe(waves, max_new_tokens=8)
-    # the second run goes on without the first one: what it took over is its own
+    # the second run resumes without the first one, because it has copies of the inherited weights
     shutil.rmtree(first)
     for path in (second / "checkpoint-8" / "asrllm.json", second / "pretrained.pt"):
         path.unlink()
@@ -74,8 +74,8 @@ def test_a_second_stage_keeps_what_the_first_trained_and_resumes(world, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("ranks", 1), ("ranks", 3)])
-def test_a_part_of_the_encoder_and_the_whole_llm_are_fine_tuned(world, tmp_path, launcher, stage):
-    """Layers that stay frozen come from the base model, those trained from the checkpoint."""
+def test_partial_encoder_and_full_llm_fine_tuning(world, tmp_path, launcher, stage):
+    """Frozen layers come from the base model, trained layers from the checkpoint."""
     settings = {
         "model__audio_encoder__frozen": "false",
         "model__frozen_parameters": "['audio_encoder.layers.0.*','audio_encoder.conv*']",

@@ -1,4 +1,4 @@
-"""How the command line starts: what it imports, how Ctrl-C ends it, and what a training run says about its start."""
+"""Start of the command line: imports, Ctrl-C, and the start-up times of a training run."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.processes import clean_environment, descendants, started, wait_for
 from tests.test_interruptions import losses
 
 HEAVY = {"torch", "transformers", "deepspeed", "lhotse", "webdataset", "hydra"}
-# prints what a command line has imported when it ends
+# prints the imported modules of a command line when it exits
 IMPORTED = """
 import atexit, sys
 from asrllm.cli import console
@@ -23,7 +23,8 @@ atexit.register(lambda: print("imported:", *{module.partition(".")[0] for module
 sys.argv = ["asrllm", *sys.argv[1:]]
 console()
 """
-# sends SIGINT to its own process when a module is about to be imported; a shell may have started the tests with it ignored
+# sends SIGINT to its own process when a module is about to be imported; the handler is set because
+# the shell may have started the tests with SIGINT ignored
 INTERRUPTED = """
 import os, signal, sys
 
@@ -93,7 +94,7 @@ def test_public_names_are_listed_and_imported_on_first_use():
 @pytest.mark.parametrize(
     "module", ["argparse", "asrllm.commands.parsers", "asrllm.commands.shards", "numpy"]
 )
-def test_ctrl_c_while_a_light_verb_is_imported(module, tmp_path):
+def test_ctrl_c_during_the_import_of_a_light_verb(module, tmp_path):
     done = run_python(
         INTERRUPTED.format(handler="signal.default_int_handler"),
         module,
@@ -110,7 +111,7 @@ def test_ctrl_c_while_a_light_verb_is_imported(module, tmp_path):
     "module",
     ["torch", "torch.nn", "deepspeed", "transformers.modeling_utils", "asrllm.training.trainer"],
 )
-def test_ctrl_c_while_training_is_imported(module, tmp_path):
+def test_ctrl_c_during_the_import_of_training(module, tmp_path):
     done = run_python(
         INTERRUPTED.format(handler="signal.default_int_handler"),
         module,
@@ -122,8 +123,8 @@ def test_ctrl_c_while_training_is_imported(module, tmp_path):
     assert not (tmp_path / "exp").exists()
 
 
-def test_ctrl_c_with_standard_error_gone(tmp_path):
-    """As with `2>&1 | tee log`, where Ctrl-C ends tee too."""
+def test_ctrl_c_with_closed_standard_error(tmp_path):
+    """With `2>&1 | tee log`, Ctrl-C ends tee too."""
     reader, writer = os.pipe()
     os.close(reader)
     code = INTERRUPTED.format(handler="signal.default_int_handler")
@@ -135,8 +136,8 @@ def test_ctrl_c_with_standard_error_gone(tmp_path):
     assert done.returncode == 130
 
 
-def test_an_ignored_sigint_stays_ignored(tmp_path):
-    """As a shell starts what runs in the background."""
+def test_ignored_sigint_stays_ignored(tmp_path):
+    """A shell starts background jobs with SIGINT ignored."""
     done = run_python(
         INTERRUPTED.format(handler="signal.SIG_IGN"),
         "asrllm.commands.shards",
@@ -149,7 +150,7 @@ def test_an_ignored_sigint_stays_ignored(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_while_training_ends_every_process_without_a_traceback(world, tmp_path, ranks):
+def test_ctrl_c_during_training_ends_every_process_without_a_traceback(world, tmp_path, ranks):
     exp = tmp_path / "exp"
     command = [
         REPOSITORY / "launch" / "train.py",
@@ -160,7 +161,7 @@ def test_ctrl_c_while_training_ends_every_process_without_a_traceback(world, tmp
         readers = [child for process in processes for child in descendants(process.pid)]
         for process in (
             processes
-        ):  # a terminal sends it to all of its processes, each of which has a session here
+        ):  # a terminal sends SIGINT to all of its processes; here each has its own session
             os.killpg(process.pid, signal.SIGINT)
         assert [process.wait(30) for process in processes] == [130] * ranks
         wait_for(lambda: not any(reader.is_running() for reader in readers), 15)
@@ -170,17 +171,17 @@ def test_ctrl_c_while_training_ends_every_process_without_a_traceback(world, tmp
     assert "first step after" in logs[0]
 
 
-def test_the_parts_of_a_start_add_up_to_the_age_of_the_process():
+def test_startup_parts_add_up_to_the_age_of_the_process():
     before = process_age()
     startup = Startup()
     startup.finish("imports")
     startup.finish("data")
     assert list(startup.seconds) == ["imports", "data"]
-    assert before <= sum(startup.seconds.values()) <= process_age() + 0.1  # its ticks are of 10 ms
+    assert before <= sum(startup.seconds.values()) <= process_age() + 0.1  # a clock tick is 10 ms
     assert startup.seconds["imports"] > startup.seconds["data"]
     assert "imports" in startup.summary()
 
 
-def test_a_process_is_as_old_as_the_system_says(tmp_path):
+def test_process_age_matches_the_operating_system(tmp_path):
     code = "from asrllm.training.startup import process_age; print(process_age())"
     assert 0 < float(run_python(code).stdout) < 30

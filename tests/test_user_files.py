@@ -1,4 +1,4 @@
-"""Damaged or odd files and environments end with one message and status 2, before weights load."""
+"""Corrupted files and wrong environments exit with one message and status 2 before model load."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"})
 
 
 class ReachedRanksError(Exception):
-    """All checks before the ranks and the weights passed."""
+    """All checks before the start of the ranks and the model load have passed."""
 
 
 def write(name, content):
@@ -89,7 +89,7 @@ def copy_of(folder, tmp_path, change):
 LLM = {
     "config missing": (remove("config.json"), "has no config.json"),
     "config cut": (cut("config.json"), "config.json' is not valid JSON"),
-    "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
+    "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
     "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
     "config type": (fields("config.json", hidden_size="x"), "hidden_size"),
     "config heads": (fields("config.json", num_attention_heads=0), "config.json' cannot be read"),
@@ -138,7 +138,7 @@ LLM = {
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }
 WHISPER = {
-    "config list": (write("config.json", "[1]"), "config.json' must be a JSON object"),
+    "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
     "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
     "config type": (fields("config.json", d_model="x"), "d_model='x' is not a whole number"),
     "config heads": (
@@ -156,7 +156,7 @@ WHISPER = {
 
 
 @pytest.mark.parametrize(("change", "message"), LLM.values(), ids=LLM)
-def test_a_damaged_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
+def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
     llm = copy_of(world.llm, tmp_path, change)
     assert train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm) == 2
     error = capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_damaged_llm_is_one_message(change, message, world, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("change", "message"), WHISPER.values(), ids=WHISPER)
-def test_a_damaged_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
+def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
     whisper = copy_of(world.whisper, tmp_path, change)
     more = {"model__audio_encoder__pretrained_model": whisper}
     assert train(world, tmp_path, monkeypatch, **more) == 2
@@ -182,13 +182,13 @@ def test_a_damaged_whisper_is_one_message(change, message, world, tmp_path, monk
         write("chat_template.json", json.dumps({"chat_template": GOOD})),
     ],
 )
-def test_chat_templates_in_every_form_are_accepted(change, world, tmp_path, monkeypatch):
+def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, monkeypatch):
     llm = copy_of(world.llm, tmp_path, change)
     with pytest.raises(ReachedRanksError):
         train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm)
 
 
-def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+def test_endless_template_is_stopped(monkeypatch):
     def loop():
         while True:
             pass
@@ -208,7 +208,7 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
         ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     ],
 )
-def test_ranks_that_contradict_each_other_are_one_message(environment, message):
+def test_contradictory_rank_variables_are_one_message(environment, message):
     if "LOCAL_RANK" in environment:
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         environment = common | environment
@@ -216,7 +216,7 @@ def test_ranks_that_contradict_each_other_are_one_message(environment, message):
         adopt_launcher(dict(environment))
 
 
-def test_a_host_that_does_not_resolve_is_one_message(monkeypatch):
+def test_unresolvable_host_is_one_message(monkeypatch):
     def fail(*_):
         raise socket.gaierror("Name or service not known")
 
@@ -226,13 +226,13 @@ def test_a_host_that_does_not_resolve_is_one_message(monkeypatch):
         distributed.wait_for_address("nosuch")
 
 
-def test_a_port_in_use_is_one_message(monkeypatch):
+def test_port_in_use_is_one_message(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1234")
     with pytest.raises(UserError, match="MASTER_PORT=1234 is used"), distributed.explained_port():
         raise RuntimeError("failed to listen, code: -98, name: EADDRINUSE")
 
 
-def test_wandb_without_a_login_is_one_message(monkeypatch, tmp_path):
+def test_wandb_without_login_is_one_message(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -243,7 +243,7 @@ def test_wandb_without_a_login_is_one_message(monkeypatch, tmp_path):
     check_wandb_login(online, "trainer.wandb")
 
 
-def test_a_file_system_without_locks_is_one_message(monkeypatch, tmp_path):
+def test_file_system_without_locks_is_one_message(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -261,13 +261,13 @@ def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys
     assert "ulimit -n" in capsys.readouterr().err
 
 
-def test_a_low_limit_of_open_files_is_one_message(monkeypatch):
+def test_low_limit_of_open_files_is_one_message(monkeypatch):
     monkeypatch.setattr(distributed.resource, "getrlimit", lambda _: (20, 4096))
     with pytest.raises(UserError, match="only 20 files may be open"):
         distributed.check_descriptors()
 
 
-def test_an_exp_dir_that_is_a_file_is_one_message(world, tmp_path, monkeypatch, capsys):
+def test_exp_dir_that_is_a_file_is_one_message(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "exp").touch()
     assert train(world, tmp_path, monkeypatch) == 2
     assert "is a file" in capsys.readouterr().err

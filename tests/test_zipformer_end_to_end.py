@@ -1,4 +1,4 @@
-"""Training and evaluation with Zipformer by real processes, the encoder fine-tuned."""
+"""Training and evaluation with a fine-tuned Zipformer in real processes."""
 
 import json
 
@@ -20,10 +20,11 @@ def settings(world, **more):
 
 
 @pytest.mark.soak
-def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path, soak):
-    """ZeRO-3 on two processes; layers recomputed, an encoder that draws its skips on each rank.
+def test_zipformer_fine_tuning_resumes_and_is_evaluated(world, tmp_path, soak):
+    """ZeRO-3 on two processes, with gradient checkpointing and random layer skips on each rank.
 
-    At its full size in bfloat16, whose convolutions take ten times as long where a processor has no instructions for it.
+    The soak test uses bfloat16, whose convolutions take ten times as long on a processor without
+    bfloat16 instructions.
     """
     exp = tmp_path / "exp"
     more = settings(
@@ -42,7 +43,7 @@ def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path
     for name, tensor in before.items():
         start = tensor.bfloat16().float() if soak else tensor
         assert not torch.equal(trained[f"audio_encoder.{name}"].reshape(tensor.shape), start), name
-    # as if it had been killed between steps 2 and 3
+    # like a run that was killed between steps 2 and 3
     for path in (exp / "checkpoint-3" / "asrllm.json", exp / "pretrained.pt"):
         path.unlink()
     assert_done(run_script("train", *world.overrides(exp, **more), launcher="ranks"))
@@ -62,9 +63,10 @@ def test_a_fine_tuned_zipformer_is_trained_resumed_and_evaluated(world, tmp_path
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32")])
-def test_every_rank_has_every_gradient_at_the_lower_stages(world, tmp_path, stage, precision):
-    """A checkpoint's file is given instead of a directory."""
-    exp, file = tmp_path / "exp", tmp_path / "icefall.pt"
+def test_zipformer_fine_tuning_from_a_file_with_zero_1_and_2(world, tmp_path, stage, precision):
+    """The pretrained encoder is a checkpoint file instead of a directory."""
+    exp = tmp_path / "exp"
+    file = tmp_path / "icefall.pt"
     torch.save({"model": ZipformerEncoder.from_pretrained(world.zipformer).state_dict()}, file)
     more = settings(
         world, trainer__deepspeed_config=f"ds_configs/zero{stage}.json", trainer__num_steps=3

@@ -1,1 +1,1 @@
-"""From ZeRO checkpoints to weights: consolidate, average, choose."""
+"""Turn ZeRO checkpoints into weights: consolidate, average, merge, export."""

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints, and which weights an evaluation takes."""
+"""Average several checkpoints, and choose the weights of an evaluation."""
 
 import itertools
 import logging
@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.serialization import own_weights
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
+from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.manifest import (
     EPOCH_TAG,
     MANIFEST,
@@ -32,15 +33,22 @@ from asrllm.training.checkpoint.zero_files import AVERAGE
 
 LoraMean = Literal["product", "factors"]
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
-STACKED = {"A": 0, "B": 1}  # the dimension of the rank, in PEFT's factors
+RANK_DIMENSION = {"A": 0, "B": 1}  # of PEFT's factors
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """What is averaged: the last `avg` step checkpoints up to `iteration`, or epoch checkpoints up to `epoch`.
+    """The choice of the checkpoints to average, and how to average them.
 
-    running: the mean over every step between the checkpoint before those and the last one, from their running averages (icefall's
-    use_averaged_model), instead of the mean of the checkpoints themselves. lora: see mean_weights.
+    Attributes:
+        iteration: the last step checkpoint; 0 to choose by epoch.
+        epoch: the last epoch checkpoint; 0 to choose by step.
+        avg: the number of checkpoints.
+        running: average over every step between the checkpoint before the chosen ones and the last
+            one, by their running averages (icefall's use_averaged_model), instead of averaging the
+            checkpoints themselves.
+        lora: how adapters are averaged, see `mean_weights`.
     """
 
     iteration: int = 0
@@ -51,51 +59,60 @@ class Average:
 
     @property
     def suffix(self) -> str:
+        """The part of result file names that identifies these weights."""
         last = f"iter-{self.iteration}" if self.iteration else f"epoch-{self.epoch}"
-        how = (
-            "-use-averaged-model"
-            if self.running
-            else "-lora-factors"
-            if self.lora == "factors"
-            else ""
-        )
-        return f"{last}-avg-{self.avg}{how}"
+        method = ""
+        if self.running:
+            method = "-use-averaged-model"
+        elif self.lora == "factors":
+            method = "-lora-factors"
+        return f"{last}-avg-{self.avg}{method}"
 
     def sources(self, exp_dir: Path) -> list[Path]:
-        """The checkpoints, in ascending order; with `running` the one before them too, but where they begin with the training."""
+        """Return the checkpoints to read, in ascending order.
+
+        With `running` the checkpoint before the chosen ones is included, unless they begin with
+        the training.
+
+        Raises:
+            UserError: exp_dir does not have these checkpoints.
+        """
         check_run(exp_dir)
-        pattern, end, key = (
-            (STEP_TAG, self.iteration, "iter")
-            if self.iteration
-            else (EPOCH_TAG, self.epoch, "epoch")
-        )
-        found = list_checkpoints(exp_dir, pattern)
-        there = ", ".join(map(str, found)) or "none"
+        key = "iter" if self.iteration else "epoch"
+        end = self.iteration or self.epoch
+        found = list_checkpoints(exp_dir, STEP_TAG if self.iteration else EPOCH_TAG)
+        available = f"Available: {', '.join(map(str, found)) or 'none'}."
         if end not in found:
             raise UserError(
-                f"exp_dir={str(exp_dir)!r} has no complete checkpoint for {key}={end}; there are: {there}"
+                f"exp_dir={str(exp_dir)!r} has no complete checkpoint for {key}={end}. {available}"
             )
         chosen = [path for number, path in found.items() if number <= end]
-        wanted = self.avg + (self.running and not (self.epoch and self.avg == end))
-        if len(chosen) < wanted:
-            what = f"avg={self.avg}" + (
-                " and the one before, which use_averaged_model needs," if wanted > self.avg else ""
-            )
+        begins_with_training = bool(self.epoch) and self.avg == end
+        needed = self.avg
+        if self.running and not begins_with_training:
+            needed += 1
+        if len(chosen) < needed:
+            running = " with use_averaged_model" if self.running else ""
             raise UserError(
-                f"{what} is more than the {len(chosen)} checkpoints up to {key}={end} in {str(exp_dir)!r}; there are: {there}"
+                f"avg={self.avg}{running} needs {needed} checkpoints up to {key}={end}, but "
+                f"{str(exp_dir)!r} has {len(chosen)}. Use a smaller avg. {available}"
             )
-        return chosen[-wanted:]
+        return chosen[-needed:]
 
     def weights(self, exp_dir: Path) -> TensorSource:
-        """The averaged weights, float32, made piece by piece: the number of checkpoints takes no memory."""
+        """Return the averaged weights in float32.
+
+        They are computed piece by piece, so memory does not grow with the number of checkpoints.
+        """
         sources = self.sources(exp_dir)
-        if self.running:
-            return mean_between(sources[0] if len(sources) > self.avg else None, sources[-1])
-        return mean_weights(sources, lora=self.lora, rslora=adapters_with_rslora(exp_dir))
+        if not self.running:
+            return mean_weights(sources, lora=self.lora, rslora=adapters_with_rslora(exp_dir))
+        start = sources[0] if len(sources) > self.avg else None
+        return mean_between(start, sources[-1])
 
 
 def adapters_with_rslora(exp_dir: Path) -> tuple[str, ...]:
-    """The parts whose adapters are scaled by the root of their rank (PEFT's use_rslora)."""
+    """Return the parts whose adapters are scaled by alpha / sqrt(rank) (PEFT's use_rslora)."""
     config = read_config(exp_dir)
     options = {"llm": config.lora, "audio_encoder": config.audio_encoder_lora}
     return tuple(part for part, chosen in options.items() if (chosen or {}).get("use_rslora"))
@@ -104,74 +121,112 @@ def adapters_with_rslora(exp_dir: Path) -> tuple[str, ...]:
 def mean_weights(
     checkpoints: Sequence[Path], *, lora: LoraMean = "product", rslora: Sequence[str] = ()
 ) -> TensorSource:
-    """The mean of the checkpoints' weights, float32.
+    """Average the weights of checkpoints, in float32.
 
-    lora="product": of adapters, the mean of the products B A, exactly: the checkpoints' factors one after another, so that the rank is as
-    many times as great; a model that is loaded with them scales by alpha / that rank. "factors": of each factor by itself, as the other
-    weights; it is no mean of what the adapters do. rslora: the parts whose adapters are scaled by alpha / sqrt(rank).
+    Args:
+        checkpoints: ZeRO checkpoints of one run.
+        lora: "product" averages the products B A of the adapters exactly. It concatenates the
+            checkpoints' factors, so the rank is multiplied by their number; a model that is loaded
+            with them scales by alpha / that rank. "factors" averages each factor by itself, like
+            the other weights, which is not the mean of what the adapters do.
+        rslora: the parts whose adapters are scaled by alpha / sqrt(rank).
+
+    Raises:
+        UserError: the checkpoints differ in a name or shape, or the adapters have no exact mean.
     """
-    parts: list[TensorSource] = []
-    for path in checkpoints:
-        part = checkpoint_weights(path)
-        check_same_weights(checkpoints[0], parts[0] if parts else part, path, part)
-        parts.append(
-            replace(part, specs=parts[0].specs) if parts else part
-        )  # one copy, however many there are
-    count, specs = len(parts), parts[0].specs
-    adapted = [name for name in specs if FACTOR.search(name)]
+    parts = _matching_weights(checkpoints)
+    count = len(parts)
+    specs = parts[0].specs
     stacked: dict[str, int] = {}
     if lora == "product" and count > 1:
-        if dora := next((name for name in specs if "lora_magnitude" in name), None):
-            raise UserError(
-                f"adapters with magnitudes (DoRA, {dora!r}) have no exact mean: average their factors (--lora factors, or "
-                "checkpoint.model.lora=factors)"
-            )
-        stacked = {
-            name: STACKED[match.group(1)] for name in adapted if (match := FACTOR.search(name))
-        }
+        stacked = _stacked_dimensions(specs)
     readers = [part.pieces for part in parts]
 
     def pieces(name: str) -> Iterator[Tensor]:
-        scale = (
-            count**-0.5 if name.startswith(tuple(rslora)) else 1.0
-        )  # of B: 1 / count against the greater rank in alpha / rank
         if name not in stacked:
-            return (total.div_(count) for total in _sums([pieces(name) for pieces in readers]))
-        if len(specs[name].shape) == 1:  # the bias of B, which is scaled with it
-            return (total.mul_(scale) for total in _sums([pieces(name) for pieces in readers]))
+            streams = [read(name) for read in readers]
+            return (total.div_(count) for total in _sums(streams))
+        # The rank is `count` times as large, so alpha / rank already divides by `count`. With
+        # alpha / sqrt(rank), B is divided by the other sqrt(count).
+        scale = 1.0
+        if name.startswith(tuple(rslora)):
+            scale = count**-0.5
+        if len(specs[name].shape) == 1:  # the bias of B, which is scaled like B
+            streams = [read(name) for read in readers]
+            return (total.mul_(scale) for total in _sums(streams))
         if stacked[name] == 0:
-            return itertools.chain.from_iterable(pieces(name) for pieces in readers)
+            return itertools.chain.from_iterable(read(name) for read in readers)
         width = specs[name].numel // specs[name].shape[0]
         rows = max(PIECE // (width * count), 1)
-        return _side_by_side([pieces(name, rows * width) for pieces in readers], width, scale)
+        blocks = [read(name, rows * width) for read in readers]
+        return _side_by_side(blocks, width, scale)
 
-    about = {"sources": _sources(parts), "mean": "checkpoints"} | (
-        {"lora": lora} if adapted else {}
-    )
-    made = {
-        name: _stacked(spec, stacked[name], count) if name in stacked else spec
-        for name, spec in specs.items()
-    }
-    return TensorSource(made, pieces, about, _all_checks(parts))
+    about: JsonObject = {"sources": _source_records(parts), "mean": "checkpoints"}
+    if any(map(FACTOR.search, specs)):
+        about["lora"] = lora
+    mean_specs = dict(specs)
+    for name, dimension in stacked.items():
+        mean_specs[name] = _stacked_spec(specs[name], dimension, count)
+    return TensorSource(mean_specs, pieces, about, _check_all(parts))
+
+
+def _matching_weights(checkpoints: Sequence[Path]) -> list[TensorSource]:
+    """Return the weights of checkpoints after checking that names and shapes are the same."""
+    parts: list[TensorSource] = []
+    for path in checkpoints:
+        part = checkpoint_weights(path)
+        if parts:
+            check_same_weights(checkpoints[0], parts[0], path, part)
+            # one copy of the specs in memory for any number of checkpoints
+            part = replace(part, specs=parts[0].specs)
+        parts.append(part)
+    return parts
+
+
+def _stacked_dimensions(specs: Mapping[str, Spec]) -> dict[str, int]:
+    """Return the dimension in which each adapter factor is concatenated, by name."""
+    stacked: dict[str, int] = {}
+    for name in specs:
+        if "lora_magnitude" in name:
+            raise UserError(
+                f"{name!r} belongs to adapters with magnitudes (DoRA), which have no exact mean. "
+                "Average their factors with --lora factors, or checkpoint.model.lora=factors."
+            )
+        match = FACTOR.search(name)
+        if match:
+            stacked[name] = RANK_DIMENSION[match.group(1)]
+    return stacked
 
 
 def check_same_weights(
     first: Path, weights: TensorSource, second: Path, others: TensorSource
 ) -> None:
-    """Raises UserError where two checkpoints' weights differ in a name or a shape."""
-    mine, theirs = weights.specs, others.specs
-    if mine != theirs:
-        name = min(
-            name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
-        )
-        raise UserError(
-            f"{str(second)!r} and {str(first)!r} differ in {name!r}: they are of different runs"
-        )
+    """Check that two checkpoints have the same weights.
+
+    Args:
+        first: a checkpoint.
+        weights: its weights.
+        second: another checkpoint.
+        others: the other's weights.
+
+    Raises:
+        UserError: they differ in a name or a shape.
+    """
+    mine = weights.specs
+    theirs = others.specs
+    if mine == theirs:
+        return
+    names = mine.keys() | theirs.keys()
+    different = min(name for name in names if mine.get(name) != theirs.get(name))
+    raise UserError(
+        f"{str(second)!r} and {str(first)!r} differ in {different!r}. "
+        "Choose checkpoints of the same run."
+    )
 
 
-def _sums(running: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
-    """Of tensors in equal pieces, one piece of one of them at a time."""
-    first, *others = map(iter, running)
+def _sums(streams: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
+    """Add tensors that come in equal pieces, with one piece of one tensor in memory at a time."""
+    first, *others = map(iter, streams)
     for total in first:
         for other in others:
             total += next(other)
@@ -179,54 +234,72 @@ def _sums(running: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
 
 
 def _side_by_side(
-    running: Sequence[Iterable[Tensor]], width: int, scale: float
+    streams: Sequence[Iterable[Tensor]], width: int, scale: float
 ) -> Iterator[Tensor]:
-    """Matrices that come in equal blocks of whole rows, `width` elements each, next to each other."""
-    for blocks in zip(*running, strict=True):
-        yield torch.cat([block.view(-1, width) for block in blocks], dim=1).mul_(scale).flatten()
+    """Concatenate matrices along their rows and scale them.
+
+    Args:
+        streams: one matrix each, in flat blocks of whole rows, which are equal for all matrices.
+        width: elements in a row of one matrix.
+        scale: factor of every element.
+    """
+    for blocks in zip(*streams, strict=True):
+        rows = [block.view(-1, width) for block in blocks]
+        yield torch.cat(rows, dim=1).mul_(scale).flatten()
 
 
-def _all_checks(parts: Sequence[TensorSource]) -> Callable[[], None]:
+def _check_all(parts: Sequence[TensorSource]) -> Callable[[], None]:
     checks = [part.check for part in parts]
 
     def check() -> None:
-        for one in checks:
-            one()
+        for check_part in checks:
+            check_part()
 
     return check
 
 
-def _stacked(spec: Spec, dim: int, count: int) -> Spec:
+def _stacked_spec(spec: Spec, dimension: int, count: int) -> Spec:
+    """Return the spec of `count` factors that are concatenated; a bias keeps its shape."""
     if len(spec.shape) == 1:
         return spec
-    return Spec(
-        tuple(size * count if i == dim else size for i, size in enumerate(spec.shape)), spec.dtype
-    )
+    shape = list(spec.shape)
+    shape[dimension] *= count
+    return Spec(tuple(shape), spec.dtype)
 
 
-def _sources(parts: Sequence[TensorSource]) -> list[dict[str, Any]]:
+def _source_records(parts: Sequence[TensorSource]) -> list[JsonObject]:
     return [source for part in parts for source in part.about["sources"]]
 
 
 def mean_between(start: Path | None, end: Path) -> TensorSource:
-    """The mean of the weights over the steps after `start` (None: all) up to `end`, float32: (end * average - start * average) / steps.
+    """Average the weights over the steps after `start` up to `end`, in float32.
 
-    Adapters' factors are averaged as such: so the running average has them.
+    The mean is (end * average(end) - start * average(start)) / (end - start) in steps. Adapters are
+    averaged factor by factor, because the running average is.
+
+    Args:
+        start: the checkpoint before the first step; None: all steps up to `end`.
+        end: the checkpoint of the last step.
+
+    Raises:
+        UserError: a checkpoint has no running average, or they differ in a name or shape.
     """
     for path in (start, end):
         if path is not None and not read_manifest(path)["running_average"]:
             raise UserError(
-                f"{str(path)!r} has no running average: train with trainer.use_averaged_model=true, or evaluate without it"
+                f"{str(path)!r} has no running average. Train with "
+                "trainer.use_averaged_model=true, or evaluate without use_averaged_model."
             )
     until = checkpoint_weights(end, AVERAGE)
-    before = checkpoint_weights(start, AVERAGE) if start is not None else None
-    if start is not None and before is not None:
+    last = read_manifest(end)["step"]
+    before: TensorSource | None = None
+    first = 0
+    parts = [until]
+    if start is not None:
+        before = checkpoint_weights(start, AVERAGE)
+        first = read_manifest(start)["step"]
         check_same_weights(start, before, end, until)
-    parts = [before, until] if before else [until]
-    last, first = (
-        read_manifest(end)["step"],
-        read_manifest(start)["step"] if start is not None else 0,
-    )
+        parts = [before, until]
 
     def pieces(name: str) -> Iterator[Tensor]:
         earlier: Iterable[Tensor | None] = before.pieces(name) if before else itertools.repeat(None)
@@ -236,116 +309,176 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
             yield average.float()
 
     specs = {name: Spec(spec.shape, torch.float32) for name, spec in until.specs.items()}
-    about = {"sources": _sources(parts), "mean": "every step between"} | (
-        {"lora": "factors"} if any(map(FACTOR.search, specs)) else {}
-    )
-    return TensorSource(specs, pieces, about, _all_checks(parts))
+    about: JsonObject = {"sources": _source_records(parts), "mean": "every step between"}
+    if any(map(FACTOR.search, specs)):
+        about["lora"] = "factors"
+    return TensorSource(specs, pieces, about, _check_all(parts))
 
 
 def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:
-    """Write the averaged weights, to exp_dir/averaged-{iter|epoch}-N-avg-K.pt by default; the file names its sources.
+    """Write averaged weights to a file that names its source checkpoints.
 
-    By default it raises UserError where what is there by that name cannot be made again.
+    Args:
+        exp_dir: the run's directory.
+        what: the checkpoints, and how to average them.
+        output: the file; default: exp_dir/averaged-{iter|epoch}-N-avg-K.pt.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the checkpoints cannot be averaged, or the default file exists and could not be
+            made again.
     """
-    return (
-        write_file(what.weights(exp_dir), output)
-        if output
-        else averaged_file(exp_dir, what, again=True)
-    )
+    if output:
+        return write_file(what.weights(exp_dir), output)
+    return averaged_file(exp_dir, what, again=True)
 
 
 def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
-    """The file of that name in exp_dir; made where it is missing or of other checkpoints, or `again`."""
-    made = exp_dir / f"averaged-{what.suffix}.pt"
+    """Return exp_dir/averaged-{suffix}.pt, and write it if it is absent or outdated.
+
+    Args:
+        exp_dir: the run's directory.
+        what: the checkpoints, and how to average them.
+        again: write it even if it is up to date.
+
+    Raises:
+        UserError: the checkpoints cannot be averaged, or the file could not be made again.
+    """
+    path = exp_dir / f"averaged-{what.suffix}.pt"
     try:
         weights = what.weights(exp_dir)
     except UserError as error:
-        if not made.is_file():
+        if not path.is_file():
             raise
+        problem = str(error).rstrip(".")
         raise UserError(
-            f"{error}; {made.name} is there, checkpoint.model.filename={made.name} takes it as it is"
+            f"{problem}. To use the existing {path.name}, set "
+            f"checkpoint.model.filename={path.name}."
         ) from error
-    with FileLock(exp_dir / ".averaging.lock"):  # of several ranks the first one averages
-        there = read_about(made)
-        if there == weights.about and not again:
-            return made
-        check_replaceable(made, there, weights.about)
+    with FileLock(exp_dir / ".averaging.lock"):  # the first of several ranks averages
+        existing = read_about(path)
+        if existing == weights.about and not again:
+            return path
+        check_replaceable(path, existing, weights.about)
         with sigterm_raises():
-            return write_file(weights, made)
+            return write_file(weights, path)
 
 
-def check_replaceable(made: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say why an averaged file is made again. Raises UserError where it is of somebody else's, or of checkpoints that are gone."""
-    if there == now or not made.exists():
+def check_replaceable(
+    path: Path, existing: Mapping[str, object], wanted: Mapping[str, object]
+) -> None:
+    """Check that an averaged file may be overwritten, and log why it is.
+
+    Args:
+        path: the file.
+        existing: the record in the file; empty if it has none or is incomplete.
+        wanted: the record that the new file will have.
+
+    Raises:
+        UserError: the file has no record of its checkpoints, or one of them no longer exists.
+    """
+    if existing == wanted or not path.exists():
         return
-    take = f"give checkpoint.model.filename={made.name} to take it, or move it away to have the mean made"
-    if not there and zipfile.is_zipfile(made):  # one that is cut short is no loss
+    fix = f"Set checkpoint.model.filename={path.name} to use it, or move it away to average again."
+    # without a record an incomplete file is no loss, but a complete one is somebody else's
+    if not existing and zipfile.is_zipfile(path):
         raise UserError(
-            f"{str(made)!r} does not say of which checkpoints it is the mean, so it is not written over: {take}"
+            f"{str(path)!r} does not name the checkpoints that it averages, so it is not "
+            f"overwritten. {fix}"
         )
-    before, after = _names(there), _names(now)
-    if gone := [name for name in before if not (made.parent / name).exists()]:
-        raise UserError(
-            f"{str(made)!r} is the mean of {', '.join(before)}, of which {gone[0]} is gone, so it is not written over: {take}"
-        )
-    if not there:
-        why = "it was cut short"
-    elif before != after:
-        why = f"it is the mean of {', '.join(before)}, and is to be that of {', '.join(after)}"
-    else:
-        why = (
-            "it was averaged otherwise"
-            if there["sources"] == now["sources"]
-            else "its checkpoints have changed since"
-        )
-    logging.getLogger(__name__).warning("%s is made again: %s", made.name, why)
+    before = _checkpoint_names(existing)
+    for name in before:
+        if not (path.parent / name).exists():
+            raise UserError(
+                f"{str(path)!r} averages {', '.join(before)}, but {name} no longer exists, so the "
+                f"file is not overwritten. {fix}"
+            )
+    logger.warning("%s is averaged again: %s", path.name, _difference(existing, wanted))
 
 
-def _names(about: Mapping[str, Any]) -> list[str]:
-    return [source["checkpoint"] for source in about.get("sources", [])]
+def _difference(existing: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Return how the record of an averaged file differs from that of the new one."""
+    if not existing:
+        return "it is incomplete"
+    before = _checkpoint_names(existing)
+    after = _checkpoint_names(wanted)
+    if before != after:
+        return f"it averages {', '.join(before)} instead of {', '.join(after)}"
+    if existing["sources"] == wanted["sources"]:
+        return "it was averaged with other options"
+    return "its checkpoints have changed"
+
+
+def _checkpoint_names(about: Mapping[str, object]) -> list[str]:
+    sources = about.get("sources", [])
+    assert isinstance(sources, list)
+    return [source["checkpoint"] for source in sources]
 
 
 def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Path:
-    """The weights file that an evaluation takes; an averaged one is made where it is missing or of other checkpoints.
+    """Return the weights file of an evaluation. An averaged file is written if it is outdated.
 
-    In this order: filename (absolute, or below exp_dir); iter and avg; epoch and avg; exp_dir/pretrained.pt; an exported directory's own.
+    The first of these that is given is used: `filename`; the average by step or by epoch; the
+    weights of an exported directory; exp_dir/pretrained.pt.
+
+    Args:
+        exp_dir: a run's directory, or an exported directory.
+        filename: a weights file, absolute or relative to exp_dir.
+        what: the checkpoints to average.
+
+    Raises:
+        UserError: the choice is incomplete or contradictory, or the file does not exist.
     """
     check_run(exp_dir)
     if filename:
-        return _named(exp_dir, filename)
+        return _named_file(exp_dir, filename)
     if is_exported(exp_dir):
         if what.iteration or what.epoch or what.avg or what.running:
             raise UserError(
-                f"exp_dir={str(exp_dir)!r} is an exported model, which has no checkpoints. Leave out checkpoint.model.iter, epoch, avg "
-                "and use_averaged_model, or give the exp_dir of the run."
+                f"exp_dir={str(exp_dir)!r} is an exported model, which has no checkpoints. "
+                "Leave out checkpoint.model.iter, epoch, avg and use_averaged_model, or give the "
+                "exp_dir of the run."
             )
         return own_weights(exp_dir)
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
-        raise UserError(_half_a_choice(exp_dir, what))
+        raise UserError(_incomplete_choice(exp_dir, what))
     if what.avg > 0:
         return averaged_file(exp_dir, what)
     if what.running:
         raise UserError(
-            "checkpoint.model.use_averaged_model=true needs iter and avg, or epoch and avg"
+            "checkpoint.model.use_averaged_model=true needs the checkpoints to average. "
+            "Set checkpoint.model.avg, and checkpoint.model.iter or checkpoint.model.epoch."
         )
+    return _pretrained_file(exp_dir)
+
+
+def _pretrained_file(exp_dir: Path) -> Path:
+    """Return the weights at the end of training."""
     path = exp_dir / "pretrained.pt"
     if not path.is_file():
-        there = ", ".join(map(str, list_checkpoints(exp_dir))) or "none"
+        available = ", ".join(map(str, list_checkpoints(exp_dir))) or "none"
         raise UserError(
-            f"exp_dir={str(exp_dir)!r} has no pretrained.pt: train to the end, or give checkpoint.model.iter and checkpoint.model.avg "
-            f"(checkpoints there: {there})"
+            f"exp_dir={str(exp_dir)!r} has no pretrained.pt. Train to the end, or set "
+            f"checkpoint.model.iter and checkpoint.model.avg. Available checkpoints: {available}."
         )
     return path
 
 
-def _half_a_choice(exp_dir: Path, what: Average) -> str:
-    """Return what is missing to a choice of checkpoints."""
+def _incomplete_choice(exp_dir: Path, what: Average) -> str:
+    """Return a message about a choice of checkpoints with only the last one or only the number."""
     if what.avg > 0:
-        return f"checkpoint.model.avg={what.avg} needs checkpoint.model.iter or checkpoint.model.epoch, the last checkpoint of the mean."
-    key, number = ("iter", what.iteration) if what.iteration > 0 else ("epoch", what.epoch)
+        return (
+            f"checkpoint.model.avg={what.avg} needs checkpoint.model.iter or "
+            "checkpoint.model.epoch. Set one of them to the last checkpoint to average."
+        )
+    key = "iter" if what.iteration > 0 else "epoch"
+    number = what.iteration if what.iteration > 0 else what.epoch
     return (
-        f"checkpoint.model.{key}={number} needs checkpoint.model.avg, the number of checkpoints to average: 1 takes that one alone. "
-        f"Without {key}, {str(exp_dir / 'pretrained.pt')!r} is taken."
+        f"checkpoint.model.{key}={number} needs checkpoint.model.avg, the number of checkpoints to "
+        f"average. Use checkpoint.model.avg=1 for this checkpoint alone, or leave out {key} to "
+        f"evaluate {str(exp_dir / 'pretrained.pt')!r}."
     )
 
 
@@ -356,16 +489,29 @@ def is_exported(exp_dir: Path) -> bool:
     return any(exp_dir.glob("model*.safetensors"))
 
 
-def _named(exp_dir: Path, filename: str) -> Path:
+def _named_file(exp_dir: Path, filename: str) -> Path:
+    """Return the path of a weights file that the user named."""
     path = exp_dir / filename  # an absolute filename stays as it is
     given = f"checkpoint.model.filename={filename!r}"
     if not path.exists():
-        raise UserError(f"{given} does not exist, nor is it in {str(exp_dir)!r}: check the path")
-    if (path / MANIFEST).is_file():
-        step, epoch = STEP_TAG.fullmatch(path.name), EPOCH_TAG.fullmatch(path.name)
-        choice = f"iter={step[1]} " if step else f"epoch={epoch[1]} " if epoch else "iter=N "
         raise UserError(
-            f"{given} is a ZeRO checkpoint: give checkpoint.model.{choice}checkpoint.model.avg=1 instead, or make weights of it with "
-            f"'asrllm consolidate {path.parent} --tag {path.name}'"
+            f"{given} does not exist, and {str(exp_dir)!r} has no such file. Check the path."
+        )
+    if (path / MANIFEST).is_file():
+        raise UserError(
+            f"{given} is a ZeRO checkpoint. Use checkpoint.model.{_choice_of(path.name)} "
+            "checkpoint.model.avg=1 instead, or convert it with "
+            f"'asrllm consolidate {path.parent} --tag {path.name}'."
         )
     return path
+
+
+def _choice_of(tag: str) -> str:
+    """Return the key and value that choose a checkpoint."""
+    step = STEP_TAG.fullmatch(tag)
+    if step:
+        return f"iter={step[1]}"
+    epoch = EPOCH_TAG.fullmatch(tag)
+    if epoch:
+        return f"epoch={epoch[1]}"
+    return "iter=N"

@@ -1,10 +1,9 @@
-"""One ZeRO checkpoint -> the trained weights in float32."""
+"""Convert one ZeRO checkpoint to the trained weights in float32."""
 
 import hashlib
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,14 @@ from torch import Tensor
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
 from asrllm.tensor_files import PIECE, Spec, TensorSource, write_file, write_sharded
+from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.manifest import MANIFEST, read_manifest
 from asrllm.training.checkpoint.saver import read_inherited
 from asrllm.training.checkpoint.zero_files import AVERAGE, MASTERS, ZeroFiles
 
 DTYPES = {MASTERS: torch.float32, AVERAGE: torch.float64}
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
+# of files, so that a directory is not written under such a name by mistake
 OTHER_SUFFIXES = (
     ".pth",
     ".ckpt",
@@ -30,21 +31,33 @@ OTHER_SUFFIXES = (
     ".onnx",
     ".zip",
     ".tar",
-)  # no directory's name
+)
 
 
 def consolidate(
     checkpoint: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write the trained weights of `checkpoint` to `output`, which appears when it is complete and what was read is what was saved.
+    """Write the trained weights of a checkpoint, using less than 100 MB of memory beside imports.
 
-    A name that ends in .pt, .bin or .safetensors is one file; another is a directory of safetensors of at most max_shard_size each.
-    Beyond its imports it takes less than 100 MB of memory.
+    The output appears when it is complete and all bytes that were read match their checksums.
+
+    Args:
+        checkpoint: the ZeRO checkpoint.
+        output: a file if it ends in .pt, .bin or .safetensors, otherwise a directory of safetensors
+            files.
+        max_shard_size: maximum size of each file in the directory.
+
+    Returns:
+        The output.
+
+    Raises:
+        UserError: the output has the suffix of another format, or the checkpoint is corrupted.
     """
     output = Path(output)
     if output.suffix in OTHER_SUFFIXES:
         raise UserError(
-            f"the output {str(output)!r}: give a file that ends in {', '.join(FILE_SUFFIXES)}, or a directory's name"
+            f"the output {str(output)!r} has an unsupported suffix. Use a file that ends in "
+            f"{', '.join(FILE_SUFFIXES)}, or a directory."
         )
     source = checkpoint_weights(Path(checkpoint))
     if output.suffix in FILE_SUFFIXES:
@@ -56,22 +69,32 @@ def consolidate(
 
 
 def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
-    """The trained weights by name, float32, and the inherited ones; with key=AVERAGE their running average, float64.
+    """Return the trained and the inherited weights of a checkpoint by name.
 
-    Its pieces may be asked for in another size. Raises UserError naming the missing file, key or shape; its check a file whose bytes are
-    not those that were written.
+    Args:
+        checkpoint: the ZeRO checkpoint.
+        key: MASTERS for the weights in float32, AVERAGE for their running average in float64.
+
+    Returns:
+        The weights. Their pieces may be requested in another size. The check verifies the bytes.
+
+    Raises:
+        UserError: a file, key or shape is missing or does not match; the message names it.
     """
     manifest = read_manifest(checkpoint)
     files = ZeroFiles(checkpoint, manifest)
     files.keep_weights_alone()
-    inherited, dtype = read_inherited(checkpoint, manifest), DTYPES[key]
-    shapes = {name: files.places[name].shape for name in manifest["trainable"]} | {
-        name: tensor.shape for name, tensor in inherited.items()
-    }
+    inherited = read_inherited(checkpoint, manifest)
+    dtype = DTYPES[key]
+    specs = {name: Spec(files.places[name].shape, dtype) for name in manifest["trainable"]}
+    for name, tensor in inherited.items():
+        specs[name] = Spec(tensor.shape, dtype)
 
     def pieces(name: str, size: int = PIECE) -> Iterator[Tensor]:
-        found = inherited[name].pieces(size) if name in inherited else files.pieces(name, key, size)
-        return map(methodcaller("to", dtype), found)
+        to_dtype = methodcaller("to", dtype)
+        if name in inherited:
+            return map(to_dtype, inherited[name].pieces(size))
+        return map(to_dtype, files.pieces(name, key, size))
 
     def check() -> None:
         files.check(key)
@@ -79,12 +102,14 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
             tensor.storage.check()
 
     about = {"sources": [describe_source(checkpoint, manifest)]}
-    return TensorSource(
-        {name: Spec(shape, dtype) for name, shape in shapes.items()}, pieces, about, check
-    )
+    return TensorSource(specs, pieces, about, check)
 
 
-def describe_source(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a weights file says of a checkpoint that it is made of; the manifest has its files' digests."""
+def describe_source(checkpoint: Path, manifest: JsonObject) -> JsonObject:
+    """Return the record of a source checkpoint in a weights file.
+
+    The manifest's digest identifies the checkpoint's content, because it contains the digests of
+    all its files.
+    """
     digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
     return {"checkpoint": checkpoint.name, "step": manifest["step"], "manifest": digest}

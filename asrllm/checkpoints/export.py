@@ -1,13 +1,13 @@
-"""A model as a directory for others: whole, its parts by themselves, a card that says what it is."""
+"""Write a model as a directory to publish: complete, optionally with its parts, and with a card."""
 
 import json
 import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
+from torch import nn
 
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
@@ -17,13 +17,16 @@ from asrllm.models.asr_llm.serialization import merged_names, weight_source, wri
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.base_models import BasePaths
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
-from asrllm.text_files import parse_json, read_yaml
+from asrllm.text_files import JsonObject, parse_json, read_yaml
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
-KEYS_THERE = {
-    "whisper": "model.encoder."
-}  # how the weights of an encoder begin in its own framework
+# how the names of an encoder's weights begin in its own framework
+ENCODER_PREFIXES = {"whisper": "model.encoder."}
+ERROR_RATES_HEAD = [
+    "| test set | WER % | 95 % | CER % | utterances | normalizer | decoding |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+]
 
 
 def export(
@@ -38,46 +41,71 @@ def export(
     repository: str | None = None,
     base_models: BasePaths | None = None,
 ) -> None:
-    """Write a self-contained directory with a model card; it appears when it is complete.
+    """Write a self-contained directory with a model card. It appears when it is complete.
 
-    source: an exp_dir, a weights file in one, or an exported directory. parts: also audio_encoder/, projector/ and llm/, each by itself,
-    with the adapters merged. repository: of the hub, by which the card loads the model. base_models: as for AutoModel; the directory names
-    them by these paths.
+    Args:
+        source: an exp_dir, a weights file in one, or an exported directory.
+        output: the directory to write.
+        weights: the weights file; default: the newest of the run.
+        dtype: of the weights.
+        merge_adapter: merge the adapters into their layers.
+        parts: also write audio_encoder/, projector/ and llm/ separately, with merged adapters.
+        max_shard_size: maximum size of each file.
+        repository: of the hub, from which the card's example loads the model.
+        base_models: paths of base models that moved, as for AutoModel. The directory names the base
+            models by these paths.
+
+    Raises:
+        UserError: the model cannot be loaded, or the output is not empty.
     """
     folder = source.parent if source.is_file() else model_folder(source)
-    chosen = source if source.is_file() else Path(weights) if weights else default_weights(folder)
+    chosen = _weights_file(source, folder, weights)
     with new_folder(output) as partial:
         model = AutoModel.from_pretrained(
             folder, weights=chosen, dtype=dtype, base_models=base_models
         )
-        card = model_card(
-            model.config, folder, repository or output.name, weights=chosen
-        )  # before much is written
+        # before the weights are written, which takes longer
+        card = model_card(model.config, folder, repository or output.name, weights=chosen)
         model.save_pretrained(partial, merge_adapter=merge_adapter, max_shard_size=max_shard_size)
         if parts:
             save_parts(model, partial, max_shard_size)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
+def _weights_file(source: Path, folder: Path, weights: str | Path | None) -> Path | None:
+    if source.is_file():
+        return source
+    if weights:
+        return Path(weights)
+    return default_weights(folder)
+
+
 def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> None:
-    """The encoder as `model.audio_encoder.pretrained_model` reads it, the LLM as transformers does, the projector by its own names."""
-    encoder, config = model.config.audio_encoder or {}, model.config
-    size = {
-        "input_size": model.audio_encoder.output_dim,
-        "output_size": model.llm.config.get_text_config().hidden_size,
-    }
+    """Write the parts of a model to subdirectories.
+
+    Training reads the encoder as `model.audio_encoder.pretrained_model`, transformers reads the
+    LLM, and the projector has its own names.
+
+    Args:
+        model: the model.
+        folder: the directory with the subdirectories.
+        max_shard_size: maximum size of each file.
+    """
+    config = model.config
+    encoder = config.audio_encoder or {}
     projector = {
         "projector": config.projector,
         "projector_hidden_size": config.projector_hidden_size,
-    } | size
-    projector["audio_encoder_projector_ds_rate"] = config.audio_encoder_projector_ds_rate
+        "input_size": model.audio_encoder.output_dim,
+        "output_size": model.llm.config.get_text_config().hidden_size,
+        "audio_encoder_projector_ds_rate": config.audio_encoder_projector_ds_rate,
+    }
     for part in PARTS:
         (folder / part).mkdir()
-        source = part_weights(
-            model,
-            part,
-            KEYS_THERE.get(encoder["model_type"], "") if part == "audio_encoder" else "",
-        )
+        prefix = ""
+        if part == "audio_encoder":
+            prefix = ENCODER_PREFIXES.get(encoder["model_type"], "")
+        source = part_weights(model, part, prefix)
         write_sharded(source, folder / part, max_shard_size=max_shard_size, what=part)
     (folder / "audio_encoder" / "config.json").write_text(json.dumps(encoder, indent=2) + "\n")
     (folder / "projector" / "config.json").write_text(json.dumps(projector, indent=2) + "\n")
@@ -87,157 +115,206 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
 
 
 def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
-    """A part's weights without adapters, which are merged into their layers one at a time. prefix: put before every name."""
-    state, tuned = model.weights(), dict[str, Any]()
+    """Return the weights of a part. Adapters are merged into their layers one at a time.
+
+    Args:
+        model: the model.
+        part: its part.
+        prefix: prepended to every name.
+    """
+    state = model.weights()
+    adapted: dict[str, nn.Module] = {}
     if model.config.lora or model.config.audio_encoder_lora:
-        state, tuned = merged_names(model, state)
-    own = {
-        key: prefix + key.removeprefix(f"{part}.") for key in state if key.startswith(f"{part}.")
-    }
+        state, adapted = merged_names(model, state)
+    names: dict[str, str] = {}
+    for key in state:
+        if key.startswith(f"{part}."):
+            names[key] = prefix + key.removeprefix(f"{part}.")
     return weight_source(
-        {name: state[key] for key, name in own.items()},
-        {name: tuned[key] for key, name in own.items() if key in tuned},
+        {name: state[key] for key, name in names.items()},
+        {name: adapted[key] for key, name in names.items() if key in adapted},
     )
 
 
 def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path | None) -> str:
-    """README.md in the form of Hugging Face's model cards: base models, training data, prompts, error rates, versions; what is known.
+    """Return README.md in the format of Hugging Face's model cards.
 
-    name: by which the model is loaded. weights: the file of the run's that was taken; error rates of others are left out.
+    It states the base models, training data, prompts, error rates and versions as far as they are
+    known.
+
+    Args:
+        config: the model's configuration.
+        source: the run's directory, or an exported directory.
+        name: the name to load the model by.
+        weights: the run's weights file. Error rates of other weights are left out.
     """
-    bases = {part: public_name(base["path"]) for part, base in (config.base_models or {}).items()}
-    header = {
+    lines = [
+        *card_head(name),
+        *parts_table(config),
+        "",
+        *sources_paragraph(read_about(weights) if weights else {}),
+        "The licences of the base models and of the training data apply to it.",
+        "",
+    ]
+    training = training_data(source)
+    if training:
+        lines += ["## Training data", "", *training, ""]
+    measured = error_rates(source, weights.name if weights else "")
+    if measured:
+        lines += ["## Error rates", "", *measured, ""]
+    if config.prompts:
+        lines += ["## Prompts", "", *(f"- {prompt}" for prompt in config.prompts), ""]
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    lines += ["## Versions", "", versions, ""]
+    return "\n".join(lines)
+
+
+def card_head(name: str) -> list[str]:
+    """Return the metadata, the title and the example of a card."""
+    metadata = {
         "library_name": "asrllm",
         "pipeline_tag": "automatic-speech-recognition",
         "tags": ["asrllm", "speech", "llm"],
     }
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
-    lines += [
-        "An audio encoder, a projector and a large language model that writes what is said.",
+    return [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "An audio encoder, a projector and a large language model that transcribe speech.",
         "",
         "```python",
-    ]
-    lines += [
         "from asrllm import AutoModel",
         "",
         f'AutoModel.from_pretrained("{name}").transcribe(["speech.wav"])',
         "```",
         "",
     ]
-    kinds = {
-        "audio_encoder": (config.audio_encoder or {}).get("model_type"),
-        "llm": (config.llm or {}).get("model_type"),
-    }
-    lines += ["| part | kind | trained from |", "| --- | --- | --- |"]
-    lines += [
-        f"| {part} | {kind} | {bases.get(part, 'see above')} |" for part, kind in kinds.items()
+
+
+def parts_table(config: AsrLlmConfig) -> list[str]:
+    """Return a table of the model's parts and what they were trained from."""
+    bases: dict[str, str] = {}
+    for part, base in (config.base_models or {}).items():
+        bases[part] = public_name(base["path"])
+    encoder = (config.audio_encoder or {}).get("model_type")
+    llm = (config.llm or {}).get("model_type")
+    frames = config.audio_encoder_projector_ds_rate
+    return [
+        "| part | kind | trained from |",
+        "| --- | --- | --- |",
+        f"| audio_encoder | {encoder} | {bases.get('audio_encoder', 'see above')} |",
+        f"| llm | {llm} | {bases.get('llm', 'see above')} |",
+        f"| projector | {config.projector}, {frames} frames per token | random weights |",
     ]
-    lines += [
-        f"| projector | {config.projector}, {config.audio_encoder_projector_ds_rate} frames to a token | random weights |",
-        "",
-    ]
-    lines += [
-        *made_of(read_about(weights) if weights else {}),
-        "The licences of the base models and of the training data apply to it.",
-        "",
-    ]
-    for title, rows in (
-        ("Training data", training_data(source)),
-        ("Error rates", error_rates(source, weights.name if weights else "")),
-    ):
-        if rows:
-            lines += [f"## {title}", "", *rows, ""]
-    if config.prompts:
-        lines += ["## Prompts", "", *(f"- {prompt}" for prompt in config.prompts), ""]
-    return "\n".join(
-        [
-            *lines,
-            "## Versions",
-            "",
-            ", ".join(f"{package} {version(package)}" for package in PACKAGES),
-            "",
-        ]
-    )
 
 
 def public_name(path: str) -> str:
-    """A base model's hub id, or its directory's name: where it lay is nobody else's business."""
-    cached = next((part for part in Path(path).parts if part.startswith("models--")), None)
-    return cached.removeprefix("models--").replace("--", "/", 1) if cached else Path(path).name
+    """Return a base model's hub id, or its directory's name; the rest of the path is private."""
+    for part in Path(path).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return Path(path).name
 
 
-def made_of(about: Mapping[str, Any]) -> list[str]:
-    """A paragraph on the checkpoints of which the weights are, where their file names them."""
-    names = [source["checkpoint"] for source in about.get("sources", [])]
+def sources_paragraph(about: Mapping[str, object]) -> list[str]:
+    """Return a paragraph about the checkpoints that the weights come from, if they are known.
+
+    Args:
+        about: the record in the weights file.
+    """
+    sources = about.get("sources", [])
+    assert isinstance(sources, list)
+    names = [source["checkpoint"] for source in sources]
     if not names:
         return []
     if about.get("mean") == "every step between":
-        what = f"the mean over all steps {f'after {names[0]} ' if len(names) > 1 else ''}up to {names[-1]}"
+        begin = f"after {names[0]} " if len(names) > 1 else ""
+        text = f"The weights are the mean over all steps {begin}up to {names[-1]}."
     elif len(names) > 1:
-        what = f"the mean of {', '.join(names[:-1])} and {names[-1]}"
+        text = f"The weights are the mean of {', '.join(names[:-1])} and {names[-1]}."
     else:
-        what = f"those of {names[0]}"
-    return [f"The weights are {what}.", ""]
+        text = f"The weights are those of {names[0]}."
+    return [text, ""]
 
 
 def training_data(exp_dir: Path) -> list[str]:
-    """A table of the corpora that the run's configuration names, where its files are still there."""
+    """Return a table of the run's corpora. It is empty if the run's files no longer exist."""
     path = exp_dir / "config.yaml"
+    if not path.is_file():
+        return []
+    lines = ["| corpus | hours | language |", "| --- | --- | --- |"]
     try:
-        run = read_yaml(path, "the run's configuration") if path.is_file() else {}
-        if not (named := run.get("data", {}).get("train_data_config")):
+        run = read_yaml(path, "the run's configuration")
+        data_config = run.get("data", {}).get("train_data_config")
+        if not data_config:
             return []
-        corpora: list[dict[str, Any]] = read_yaml(named, "the list of training data")
-        rows = [
-            (
-                Path(str(c.get("shards") or c.get("manifest"))).name,
-                c.get("hours", ""),
-                c.get("lang", ""),
-            )
-            for c in corpora
-        ]
+        corpora: list[JsonObject] = read_yaml(data_config, "the list of training data")
+        for corpus in corpora:
+            name = Path(str(corpus.get("shards") or corpus.get("manifest"))).name
+            language = corpus.get("lang", "") or ""
+            lines.append(f"| {name} | {corpus.get('hours', '')} | {language} |")
     except (UserError, TypeError, AttributeError) as error:
         logger.warning(
-            "the model card has no table of training data: what %s names is not there so (%s): export where it ran",
+            "the model card has no table of training data, because the files that %s names cannot "
+            "be read (%s). Export on the machine of the run.",
             path,
             error,
         )
         return []
-    return [
-        "| corpus | hours | language |",
-        "| --- | --- | --- |",
-        *(f"| {name} | {hours} | {lang or ''} |" for name, hours, lang in rows),
-    ]
+    return lines
 
 
 def error_rates(exp_dir: Path, weights: str) -> list[str]:
-    """A table of what evaluations of the run have measured with these weights."""
+    """Return a table of the error rates that evaluations of the run measured.
+
+    Args:
+        exp_dir: the run's directory.
+        weights: name of the weights file. Other weights are left out.
+    """
     rows: dict[tuple[str, str], str] = {}
-    # the newest results are last, and are in results.json too
+    # the newest results come last, and results.json repeats them
     for path in sorted(exp_dir.glob("*/results*.json"), key=lambda path: path.stat().st_mtime):
+        decoding = path.parent.name
         try:
             measured = parse_json(path.read_text(encoding="utf-8"))
-            for test, found in measured.items():
-                if Path(found["weights"]).name == weights:
-                    rows[path.parent.name, test] = _error_rate(test, found, path.parent.name)
+            for test, result in measured.items():
+                if Path(result["weights"]).name == weights:
+                    rows[decoding, test] = _error_rate(test, result, decoding)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning(
-                "the model card has no error rates of %s, which 'asrllm evaluate' did not write so (%r)",
+                "the model card has no error rates of %s, which does not have the format of "
+                "'asrllm evaluate' (%r)",
                 path,
                 error,
             )
-    head = "| test set | WER % | 95 % | CER % | utterances | normalizer | decoding |"
-    return [head, "| --- " * 7 + "|", *rows.values()] if rows else []
+    if not rows:
+        return []
+    return [*ERROR_RATES_HEAD, *rows.values()]
 
 
-def _error_rate(test: str, found: Mapping[str, Any], decoding: str) -> str:
-    low, high = found["wer_ci95"]
-    rates = f"{found['wer']:.2f} | {low:.2f} to {high:.2f} | {found['cer']:.2f}"
-    return f"| {test} | {rates} | {found['utterances']} | {found['normalizer']} | {decoding} |"
+def _error_rate(test: str, result: JsonObject, decoding: str) -> str:
+    low, high = result["wer_ci95"]
+    rates = f"{result['wer']:.2f} | {low:.2f} to {high:.2f} | {result['cer']:.2f}"
+    return f"| {test} | {rates} | {result['utterances']} | {result['normalizer']} | {decoding} |"
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload a directory to the hub; gives its address. Raises UserError where the hub cannot be reached or refuses."""
+    """Upload a directory to the Hugging Face hub.
+
+    Args:
+        folder: the directory.
+        repository: the repository, which is created if it does not exist.
+        private: create it as a private repository.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses the upload.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -246,11 +323,11 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Model exported by asrllm"
         )
-    except (
-        Exception
-    ) as error:  # the hub's own and its HTTP client's, which is another in other versions
+    except Exception as error:  # the hub's own, or of its HTTP client, which depends on its version
+        problem = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--push-to-hub {repository!r} failed ({' '.join(str(error).split())[:200]}): log in with 'hf auth login' and check the name; "
-            f"{str(folder)!r} is complete, upload it with 'hf upload {repository} {folder}'"
+            f"--push-to-hub {repository!r} failed: {problem}. Log in with 'hf auth login' and "
+            f"check the name. {str(folder)!r} is complete. Upload it with "
+            f"'hf upload {repository} {folder}'."
         ) from error
     return str(address)

@@ -1,12 +1,13 @@
-"""The files that hold an LLM and its adapters: those of a run or an export, and the base model's."""
+"""The files with an LLM and its adapters: those of a run or an export, and the base model's."""
 
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from asrllm.errors import UserError
@@ -31,47 +32,73 @@ from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.models.state_dict import check_state, is_adapter, plain_name
 
 LLM = "llm."
+PEFT_DEFAULT_RANK = 8
 
 
-class Places:
-    """Tensors by name, read from their files when they are wanted. meta: their shapes and dtypes, by the same names."""
+class SafetensorsKey(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    key: str
+
+
+class LazyTensors:
+    """Tensors by name, which are read from their files on request.
+
+    Attributes:
+        sources: where each tensor is: in a safetensors file, or mapped into memory.
+        meta: tensors on the meta device with the same names, shapes and dtypes.
+    """
 
     def __init__(self) -> None:
-        self.where: dict[str, tuple[Path, str] | Tensor] = {}
+        self.sources: dict[str, SafetensorsKey | Tensor] = {}
         self.meta: dict[str, Tensor] = {}
 
     def add_file(self, file: Path, name_of: Callable[[str], str]) -> None:
-        """What is there already, by names of the file's keys, stays."""
+        """Add the tensors of a file, except those whose names are already known.
+
+        Args:
+            file: a safetensors file, or a state dict of torch.save.
+            name_of: returns the name for a key of the file.
+        """
         if file.suffix != ".safetensors":
             self.add(load_state(file, mapped=True), name_of)
             return
         with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                self._add(name_of(key), (file, key), tensors.get_tensor(key))
+                self._add(name_of(key), SafetensorsKey(file, key), tensors.get_tensor(key))
 
     def add(self, state: Mapping[str, Tensor], name_of: Callable[[str], str]) -> None:
+        """Add the tensors of a state dict, except those whose names are already known."""
         for key, tensor in state.items():
             self._add(name_of(key), tensor, tensor)
 
-    def _add(self, name: str, place: tuple[Path, str] | Tensor, tensor: Tensor) -> None:
-        if name not in self.where:
-            self.where[name], self.meta[name] = place, tensor.to("meta")
+    def _add(self, name: str, source: SafetensorsKey | Tensor, tensor: Tensor) -> None:
+        if name not in self.sources:
+            self.sources[name] = source
+            self.meta[name] = tensor.to("meta")
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """dtype: its own when None."""
-        place = self.where[name]
-        if isinstance(place, Tensor):
-            return place.to(dtype or place.dtype)
-        with open_tensors(place[0]) as tensors:
-            tensor = tensors.get_tensor(place[1])
+        """Return a tensor in a dtype; default: its own."""
+        source = self.sources[name]
+        if isinstance(source, Tensor):
+            return source.to(dtype or source.dtype)
+        with open_tensors(source.file) as tensors:
+            tensor = tensors.get_tensor(source.key)
             return tensor.to(dtype or tensor.dtype, copy=True)
 
 
 class LlmFiles:
-    """What a run, or an exported directory, and the base model say of the LLM; weights are read when they are wanted.
+    """The LLM of a run or an exported directory, with its adapters. Weights are read on request.
 
-    source: an exp_dir, a weights file in one, or an exported directory. base_models: as for AutoModel. Raises UserError where it has no
-    adapters on the LLM, and where its weights hold other ones than its configuration describes.
+    Args:
+        source: an exp_dir, a weights file in one, or an exported directory.
+        weights: the weights file of the run; default: the newest.
+        base_models: paths of base models that moved, as for AutoModel.
+
+    Raises:
+        UserError: the LLM has no adapters, or the weights have other ones than config.json
+            describes.
     """
 
     def __init__(
@@ -86,100 +113,130 @@ class LlmFiles:
         move_base_models(self.config, base_models, where=str(self.folder))
         if not self.config.lora:
             raise UserError(
-                f"{str(source)!r} has no adapters on its LLM: 'asrllm export' writes it as it is"
+                f"{str(source)!r} has no adapters on its LLM, so there is nothing to merge. "
+                "Use 'asrllm export' to write it as it is."
             )
-        exported = weights is None and source.is_dir() and any(source.glob("model*.safetensors*"))
-        self.weights = (
-            None
-            if exported
-            else (source if source.is_file() else weights or newest_weights(source))
-        )
-        self.places = self._own_places()
-        self.model = self._model()
+        self.weights = _weights_file(source, weights)
+        self.tensors = self._own_tensors()
+        self.model = self._empty_model()
         expected = {
             stored_name(key): tensor
             for key, tensor in self.model.weights().items()
             if key.startswith(LLM)
         }
-        own = {name: tensor for name, tensor in self.places.meta.items() if name.startswith(LLM)}
-        where, mend = (
-            f"the weights of {str(self.weights or self.folder)!r}",
-            f"they are not of {str(self.folder / 'config.json')!r}",
-        )
-        check_state(
-            own, expected, where, mend, needed=[name for name in expected if is_adapter(name)]
-        )
-        if self.weights is not None:
-            check_stored(
-                self.config, "llm", sum(not is_adapter(name) for name in own), str(self.folder)
-            )
-        self.own_llm = self.weights is not None and not all(
-            map(is_adapter, own)
-        )  # trained beside the adapters, or in a stage before
+        own = {name: tensor for name, tensor in self.tensors.meta.items() if name.startswith(LLM)}
+        self._check_own(own, expected)
+        # the LLM was trained as well as its adapters, or in an earlier stage
+        self.own_llm = self.weights is not None and not all(map(is_adapter, own))
         self.base: Path | None = None
         if expected.keys() - own.keys():
             self.base = resolve_pretrained(base_paths(self.config, ["llm"])["llm"])
             self._add_base(self.base, expected)
 
-    def _own_places(self) -> Places:
-        places = Places()
-        if self.weights and (
-            self.weights.suffix == ".json" or not self.weights.is_file()
-        ):  # several files, or none
-            places.add(read_state(self.weights), stored_name)
-            return places
-        for file in [self.weights] if self.weights else weight_files(self.folder):
-            places.add_file(file, stored_name)
-        return places
+    def _check_own(self, own: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        """Check that the run's own weights of the LLM are the adapters of its configuration."""
+        check_state(
+            own,
+            expected,
+            f"the weights of {str(self.weights or self.folder)!r}",
+            f"they are not of {str(self.folder / 'config.json')!r}",
+            needed=[name for name in expected if is_adapter(name)],
+        )
+        if self.weights is not None:
+            trained = sum(not is_adapter(name) for name in own)
+            check_stored(self.config, "llm", trained, str(self.folder))
+
+    def _own_tensors(self) -> LazyTensors:
+        """Return the tensors of the run or the exported directory."""
+        tensors = LazyTensors()
+        if self.weights is None:
+            for file in weight_files(self.folder):
+                tensors.add_file(file, stored_name)
+        elif self.weights.suffix == ".json" or not self.weights.is_file():
+            # an index of several files, or no file, which read_state reports
+            tensors.add(read_state(self.weights), stored_name)
+        else:
+            tensors.add_file(self.weights, stored_name)
+        return tensors
 
     def _add_base(self, base: Path, expected: Mapping[str, Tensor]) -> None:
+        """Add the base model's tensors."""
         for file in base_files(base):
-            self.places.add_file(file, lambda key: LLM + key)
-        if expected.keys() - self.places.meta.keys():  # transformers renames keys of this family
-            llm = pretrained_llm(
-                str(base), as_dtype((self.config.llm or {}).get("dtype")) or torch.bfloat16
-            )
-            self.places.add(llm.state_dict(), lambda key: LLM + key)
+            self.tensors.add_file(file, lambda key: LLM + key)
+        if expected.keys() - self.tensors.meta.keys():
+            # transformers renames keys of this family when it loads the model
+            dtype = as_dtype((self.config.llm or {}).get("dtype")) or torch.bfloat16
+            llm = pretrained_llm(str(base), dtype)
+            self.tensors.add(llm.state_dict(), lambda key: LLM + key)
 
-    def _model(self) -> AsrLlmModel:
-        """Without memory for its weights; its adapters have the rank of the file's."""
+    def _empty_model(self) -> AsrLlmModel:
+        """Return the model on the meta device. Its adapters have the rank of those in the file."""
         with parameters_on_meta():
-            model = AsrLlmModel(
-                self.config, llm=empty_llm(self.config.llm or {}, where=self.folder)
+            llm = empty_llm(self.config.llm or {}, where=self.folder)
+            # an averaged file has the factors of several checkpoints
+            self.averaged_checkpoints = rank_in_file(
+                AsrLlmModel(self.config, llm=llm), self.tensors.meta
             )
-            self.times = rank_in_file(model, self.places.meta)
-            self.config = with_ranks(self.config, self.times)
+            self.config = with_ranks(self.config, self.averaged_checkpoints)
             self.config.exclude_from_checkpoint = None
-            return AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}, where=self.folder))
+            llm = empty_llm(self.config.llm or {}, where=self.folder)
+            return AsrLlmModel(self.config, llm=llm)
 
     @property
     def rank(self) -> int:
-        """The largest of the adapters'."""
+        """The highest rank of the adapters."""
         options = self.config.lora or {}
-        return max(
-            [options.get("r", 8), *(options.get("rank_pattern") or {}).values()]
-        )  # PEFT's default
+        other_ranks = options.get("rank_pattern") or {}
+        return max([options.get("r", PEFT_DEFAULT_RANK), *other_ranks.values()])
 
     @cached_property
-    def merged(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As merged_names: the LLM's weights without adapters, and which of them adapters change, with their layers."""
-        return merged_names(
-            self.model, {key: t for key, t in self.model.weights().items() if key.startswith(LLM)}
-        )
+    def _merged_names(self) -> tuple[dict[str, Tensor], dict[str, BaseTunerLayer]]:
+        weights = {key: t for key, t in self.model.weights().items() if key.startswith(LLM)}
+        return merged_names(self.model, weights)
 
-    def layer(self, key: str) -> Any:
-        """The layer whose adapters change the weight `key`, in eval mode, with its weights and its adapters'."""
-        empty = self.merged[1][key]
+    @property
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The LLM's weights without adapters by name, on the meta device."""
+        return self._merged_names[0]
+
+    @property
+    def adapted_layers(self) -> dict[str, BaseTunerLayer]:
+        """The layers on the meta device whose adapters change a weight, by the weight's name."""
+        return self._merged_names[1]
+
+    def layer(self, key: str) -> BaseTunerLayer:
+        """Read the layer whose adapters change a weight.
+
+        Args:
+            key: the weight's name.
+
+        Returns:
+            The layer in eval mode, with its weights and its adapters.
+        """
+        empty = self.adapted_layers[key]
         prefix = next(name for name, module in self.model.named_modules() if module is empty)
         layer = copy.deepcopy(empty).eval()
-        names = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()}
-        state = {
-            name: self.places.read(plain_name(full) if is_base(full, prefix) else full)
-            for name, full in names.items()
-        }
+        state: dict[str, Tensor] = {}
+        for name, _ in layer.named_parameters():
+            full_name = f"{prefix}.{name}"
+            if is_base(full_name, prefix):
+                full_name = plain_name(full_name)
+            state[name] = self.tensors.read(full_name)
         layer.load_state_dict(state, assign=True)
         return layer
 
 
+def _weights_file(source: Path, weights: Path | None) -> Path | None:
+    """Return the weights file of a run; None for an exported directory."""
+    if source.is_file():
+        return source
+    if weights is not None:
+        return weights
+    if any(source.glob("model*.safetensors*")):
+        return None
+    return newest_weights(source)
+
+
 def stored_name(key: str) -> str:
+    """Return the name of a weight in files, which have base weights by their plain names."""
     return key if is_adapter(key) else plain_name(key)

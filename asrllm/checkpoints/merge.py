@@ -1,9 +1,8 @@
-"""The adapters of the LLM merged into it, from files, a weight at a time; or by themselves, in PEFT's form."""
+"""Write an LLM with its adapters merged, one weight at a time, or the adapters in PEFT's format."""
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,24 +23,35 @@ from asrllm.models.hub_files import load_tokenizer
 from asrllm.models.pretrained import lora_config
 from asrllm.models.state_dict import is_adapter
 from asrllm.tensor_files import Spec, TensorSource, write_file, write_sharded
+from asrllm.text_files import JsonObject
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def merged_llm(files: LlmFiles, dtype: torch.dtype | None = None) -> TensorSource:
-    """The LLM's weights by transformers' names, its adapters in it, each in the dtype that it has in the base, or in `dtype`."""
-    weights, tuned = files.merged
+    """Return the LLM's weights with merged adapters, by the names of transformers.
+
+    Args:
+        files: the LLM and its adapters.
+        dtype: of floating-point weights; default: the dtype that each has in the base model.
+    """
+    specs: dict[str, Spec] = {}
+    for key in files.merged_weights:
+        tensor = files.tensors.meta[key]
+        weight_dtype = tensor.dtype
+        if dtype and tensor.is_floating_point():
+            weight_dtype = dtype
+        specs[key.removeprefix(LLM)] = Spec(tuple(tensor.shape), weight_dtype)
 
     def pieces(name: str) -> Iterator[Tensor]:
-        key, kind = LLM + name, specs[name].dtype
-        if key in tuned:
-            yield merged_parameter(files.layer(key), key.rpartition(".")[2], kind).flatten()
+        key = LLM + name
+        weight_dtype = specs[name].dtype
+        if key in files.adapted_layers:
+            parameter = key.rpartition(".")[2]
+            yield merged_parameter(files.layer(key), parameter, weight_dtype).flatten()
         else:
-            yield files.places.read(key).to(kind).flatten()
+            yield files.tensors.read(key).to(weight_dtype).flatten()
 
-    held = {key.removeprefix(LLM): files.places.meta[key] for key in weights}
-    specs = {
-        name: Spec(tuple(t.shape), dtype if dtype and t.is_floating_point() else t.dtype)
-        for name, t in held.items()
-    }
     return TensorSource(specs, pieces)
 
 
@@ -53,61 +63,91 @@ def merge_lora(
     max_shard_size: int | str = "5GB",
     check: bool = True,
 ) -> Parity | None:
-    """Write a plain directory of the LLM, which transformers loads without this package; it appears when it is complete and right.
+    """Write the merged LLM as a directory that transformers loads without this package.
 
-    check: compare logits; some columns of every merged weight are compared without it too.
+    The directory appears when it is complete and checked.
+
+    Args:
+        files: the LLM and its adapters.
+        output: the directory to write.
+        dtype: of the weights; default: that of each weight in the base model.
+        max_shard_size: maximum size of each file.
+        check: compare the logits of the merged LLM with those of the LLM and its adapters. Some
+            columns of every merged weight are compared in any case.
+
+    Returns:
+        The comparison of the logits; None without it.
+
+    Raises:
+        UserError: the merged weights do not match, or the output is not empty.
     """
     with new_folder(output) as partial:
-        write_tokenizer(
-            files, partial
-        )  # first: a damaged one is found before the weights are merged
-        source = merged_llm(files, as_dtype(dtype))
+        # first, so that a corrupted tokenizer is found before the weights are merged
+        write_tokenizer(files, partial)
+        chosen_dtype = as_dtype(dtype)
+        source = merged_llm(files, chosen_dtype)
         write_sharded(source, partial, max_shard_size=max_shard_size, what="merged LLM")
         check_layers(files, partial)
         config = AutoConfig.for_model(**(files.config.llm or {}))
-        config.dtype = as_dtype(dtype) or prevailing_dtype(
-            {key: files.places.meta[key] for key in files.merged[0]}, str(files.folder)
-        )
+        weights = {key: files.tensors.meta[key] for key in files.merged_weights}
+        config.dtype = chosen_dtype or prevailing_dtype(weights, str(files.folder))
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(partial)
-        return check_parity(files, partial, config.dtype) if check else None
+        if not check:
+            return None
+        return check_parity(files, partial, config.dtype)
 
 
 def write_tokenizer(files: LlmFiles, folder: Path) -> None:
-    """Of the base model where it is read, with the chat template of the run; and the base model's generation settings."""
+    """Write the tokenizer with the run's chat template, and the generation settings.
+
+    Both come from the base model if its weights are read.
+    """
     home = files.base or files.folder
     tokenizer = load_tokenizer(home)
     tokenizer.chat_template = load_tokenizer(files.folder, config=files.config).chat_template
     tokenizer.save_pretrained(folder)
-    name = "generation_config.json"
-    homes = [home, Path((_base(files.config) or {}).get("path", home))]  # training writes none
-    if settings := next((path / name for path in homes if (path / name).is_file()), None):
-        shutil.copyfile(settings, folder / name)
+    base = _base_model(files.config) or {}
+    # a run does not have the generation settings, so the base model's path is tried too
+    for directory in (home, Path(base.get("path", home))):
+        settings = directory / GENERATION_CONFIG
+        if settings.is_file():
+            shutil.copyfile(settings, folder / GENERATION_CONFIG)
+            return
 
 
 def save_adapter(files: LlmFiles, output: Path) -> None:
-    """Write the adapters in PEFT's own form: PeftModel.from_pretrained(base LLM, output).
+    """Write the adapters in PEFT's format, for PeftModel.from_pretrained(base LLM, output).
 
-    Raises UserError where they belong to an LLM that is not the base model any more.
+    Args:
+        files: the LLM and its adapters.
+        output: the directory to write.
+
+    Raises:
+        UserError: the LLM was trained too, so the adapters do not fit the base model.
     """
     if files.own_llm:
         raise UserError(
-            f"the weights {str(files.weights)!r} hold weights of the LLM beside its adapters, which do not fit the base model without "
-            "them: merge them (without --adapter-only), or take 'asrllm export --parts'"
+            f"the weights {str(files.weights)!r} contain weights of the LLM beside its adapters, "
+            "so the adapters do not fit the base model. Merge them without --adapter-only, or use "
+            "'asrllm export --parts'."
         )
     with new_folder(output) as partial:
-        names = [key for key in files.places.where if is_adapter(key) and key.startswith(LLM)]
-        state = {
-            key.removeprefix(LLM).replace(".default", ""): files.places.read(key) for key in names
-        }
+        state: dict[str, Tensor] = {}
+        for key in files.tensors.sources:
+            if is_adapter(key) and key.startswith(LLM):
+                name = key.removeprefix(LLM).replace(".default", "")
+                state[name] = files.tensors.read(key)
         write_file(weight_source(state, {}), partial / "adapter_model.safetensors")
-        about = {
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "base_model_name_or_path": (_base(files.config) or {}).get("path"),
-        }
-        lora_config(files.config.lora or {}, **about).save_pretrained(partial)
+        base = _base_model(files.config) or {}
+        config = lora_config(
+            files.config.lora or {},
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=base.get("path"),
+        )
+        config.save_pretrained(partial)
 
 
-def _base(config: AsrLlmConfig) -> dict[str, Any] | None:
+def _base_model(config: AsrLlmConfig) -> JsonObject | None:
     return (config.base_models or {}).get("llm")

@@ -1,4 +1,4 @@
-"""asrllm average: the mean of several checkpoints."""
+"""asrllm average: average the weights of several checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -9,12 +9,13 @@ from asrllm.models.auto import describe
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm average`."""
     if arguments.lora and arguments.use_averaged_model:
         raise UserError(
-            f"--lora {arguments.lora}: running averages are of the factors, whatever it says: leave out one of the two"
+            f"--lora {arguments.lora} has no effect with --use-averaged-model, which always "
+            "averages adapters factor by factor. Leave out one of the two."
         )
-    output = Path(arguments.output) if arguments.output else None
-    what = Average(
+    choice = Average(
         iteration=arguments.iter,
         epoch=arguments.epoch,
         avg=arguments.avg,
@@ -22,6 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
         lora=arguments.lora or "product",
     )
     exp_dir = Path(arguments.exp_dir)
-    if arguments.base_models:  # averaging reads none: a wrong one is reported before the work
+    if arguments.base_models:
+        # averaging reads no base model, but a wrong path is reported before the work
         describe(exp_dir, arguments.base_models)
-    print(average(exp_dir, what, output))
+    output = Path(arguments.output) if arguments.output else None
+    print(average(exp_dir, choice, output))

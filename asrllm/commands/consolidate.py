@@ -1,4 +1,4 @@
-"""asrllm consolidate: one ZeRO checkpoint -> a plain state dict."""
+"""asrllm consolidate: convert one ZeRO checkpoint to a plain state dict."""
 
 import argparse
 from pathlib import Path
@@ -10,6 +10,7 @@ from asrllm.training.checkpoint.manifest import find_checkpoint
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm consolidate`."""
     size = arguments.max_shard_size
     check_shard_size(size or "5GB")
     exp_dir = Path(arguments.exp_dir)
@@ -17,6 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output or exp_dir / f"{checkpoint.name}.pt")
     if size and output.suffix in FILE_SUFFIXES:
         raise UserError(
-            f"--max-shard-size={size} is for a directory, and {str(output)!r} is one file: leave it out, or name a directory"
+            f"--max-shard-size={size} applies to a directory, but {str(output)!r} is one file. "
+            "Leave out the option, or use --output with a directory."
         )
     print(consolidate(checkpoint, output, max_shard_size=size or "5GB"))

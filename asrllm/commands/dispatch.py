@@ -1,4 +1,4 @@
-"""From a command line to the verb that runs it, and from its errors to an exit status."""
+"""Run the verb that a command line names, and turn its errors into an exit status."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import asrllm
 from asrllm import siblings
-from asrllm.atomic import MENDED, Terminated, sigterm_raises
+from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
 from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
 from asrllm.commands.parsers import VERBS, split_base_models
 from asrllm.errors import UserError
@@ -24,10 +24,13 @@ from asrllm.launchers import adopt_launcher
 
 WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
-GLOO_CONNECTION = "gloo/transport/tcp/"  # in what gloo raises when a connection closes
-TOO_MANY_FILES = "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command again."
 WITH_BASE_MODELS = ("transcribe", "average", "merge-lora", "export")  # evaluate has its own keys
-WRITE_MUCH = ("consolidate", "average", "merge-lora", "export", "import-icefall")
+WRITE_LARGE_FILES = ("consolidate", "average", "merge-lora", "export", "import-icefall")
+GLOO_CONNECTION = "gloo/transport/tcp/"  # part of gloo's message when a connection closes
+TOO_MANY_FILES = (
+    "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command "
+    "again."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,12 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments without the program's name; default: those of the process.
 
     Returns:
-        The exit status: 0 done, or interrupted by a signal and saved; 2 an error of the user's;
-        75 a rank hung or was killed, and the same command may succeed (see Watchdog, Siblings);
-        130, 141, 143 ended by SIGINT, SIGPIPE, SIGTERM.
-        A bug ends in a traceback, with status 1.
+        The exit status. 0: done, or interrupted by a signal and saved. 2: the user's mistake.
+        75: a rank hung or was killed, and the same command may succeed (see Watchdog, Siblings).
+        130, 141, 143: ended by SIGINT, SIGPIPE, SIGTERM. A bug exits with a traceback and status 1.
     """
-    argv = without_launcher_arguments(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+    argv = drop_launcher_arguments(argv)
     verb = argv[0] if argv else None
     base_models: dict[str, str] = {}
     if verb in WITH_BASE_MODELS:
@@ -68,11 +72,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_as_rank(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
-    """Run a verb, and tell the other ranks on the node how it ends."""
+    """Run a verb, and announce its exit status to the other ranks on the node."""
     try:
         status = run_verb(arguments, ranks)
-    except SystemExit as ended:
-        ranks.announce(ended.code if isinstance(ended.code, int) else 0)
+    except SystemExit as exit_:
+        ranks.announce(exit_.code if isinstance(exit_.code, int) else 0)
         raise
     except RuntimeError as error:
         if not is_lost_connection(error):
@@ -84,7 +88,7 @@ def run_as_rank(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
         raise
     if status == 0:
         ranks.announce(status)
-    elif status == INTERRUPTED:  # of all ranks at once, so that no one need wait for long
+    elif status == INTERRUPTED:  # all ranks are interrupted at once, so the others exit soon
         ranks.end(status, siblings.WAIT_TO_LEAVE)
     else:
         ranks.end(status)
@@ -92,13 +96,13 @@ def run_as_rank(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another rank has ended."""
+    """Return whether a collective failed because another rank has exited."""
     is_network_error = type(error).__name__ == "DistNetworkError"
     return is_network_error or GLOO_CONNECTION in str(error)
 
 
 def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) -> NoReturn:
-    """End this process without the traceback: the rank that ended first prints what is wrong.
+    """Exit without a traceback, because the rank that exited first prints the cause.
 
     If that rank is on this node, the thread that watches it ends this process.
     """
@@ -110,29 +114,26 @@ def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) ->
 
 
 def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
-    """Run a verb and return its exit status; report errors of the user's once on a node."""
+    """Run a verb and return its exit status. The user's mistakes are reported once per node."""
     try:
-        # FutureWarnings concern developers, not users
-        warnings.simplefilter("ignore", FutureWarning)
-        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
-        handler = logging.StreamHandler()
-        handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
-        logging.basicConfig(level=level, handlers=[handler])
+        set_up_logging()
         run = load_verb(arguments.verb)
-        cleaning = sigterm_raises() if arguments.verb in WRITE_MUCH else contextlib.nullcontext()
-        with RaiseOnInterrupt(), cleaning:
+        cleanup: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if arguments.verb in WRITE_LARGE_FILES:
+            cleanup = sigterm_raises()
+        with RaiseOnInterrupt(), cleanup:
             run(arguments)
             sys.stdout.flush()
-    except BrokenPipeError:  # `| head` wants no more
+    except BrokenPipeError:  # the reader of standard output, for example `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         ranks.report(f"asrllm {arguments.verb}: interrupted")
         return INTERRUPTED
-    except Terminated as ended:
+    except Terminated as exit_:
         text = f"asrllm {arguments.verb}: interrupted by SIGTERM. Run the same command again."
         ranks.report(text)
-        return int(ended.code or 0)
+        return int(exit_.code or 0)
     except UserError as error:
         ranks.report(f"asrllm {arguments.verb}: {error}")
         return 2
@@ -147,8 +148,18 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     return 0
 
 
+def set_up_logging() -> None:
+    """Log warnings on the first rank and errors on all ranks to standard error."""
+    # FutureWarnings concern developers, not users
+    warnings.simplefilter("ignore", FutureWarning)
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
 def lacks_descriptors(error: BaseException | None) -> bool:
-    """Return whether an error comes from the limit of open files, whatever a library made of it."""
+    """Return whether an error, or one that caused it, comes from the limit of open files."""
     while error is not None:
         if os.strerror(errno.EMFILE) in str(error):
             return True
@@ -156,13 +167,16 @@ def lacks_descriptors(error: BaseException | None) -> bool:
     return False
 
 
-def without_launcher_arguments(argv: list[str]) -> list[str]:
-    """Drop --local_rank=N of DeepSpeed's and --local-rank=N of torch's launcher, which are in LOCAL_RANK too."""
+def drop_launcher_arguments(argv: list[str]) -> list[str]:
+    """Drop --local_rank=N of DeepSpeed's launcher and --local-rank=N of torch's.
+
+    The launchers set the environment variable LOCAL_RANK to the same number.
+    """
     return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse a command line, on which key=value may also follow an option."""
+    """Parse a command line, where key=value may also follow an option."""
     parser = build_parser(argv)
     arguments, rest = parser.parse_known_args(argv)
     if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
@@ -172,7 +186,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    """Return the parser of a command line: all verbs, and the arguments of the one in `argv`."""
+    """Return a parser that knows all verbs, and the arguments of the verb in `argv`."""
     parser = argparse.ArgumentParser(
         prog="asrllm", description="Train a large language model to hear."
     )
@@ -186,15 +200,15 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
-    """Import the implementation of a verb, which takes seconds where torch is needed."""
+    """Import the implementation of a verb, which takes seconds if it needs torch."""
     if verb not in WITHOUT_TORCH:
         import torch
 
-        if not torch.accelerator.is_available():  # DeepSpeed would warn that it found none
+        if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()  # the verbs have their own
+        transformers.utils.logging.disable_progress_bar()  # the verbs have their own progress bars
     module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
     run: Callable[[argparse.Namespace], None] = module.run
     return run
@@ -203,11 +217,12 @@ def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
 def explain(error: OSError) -> str:
     """Return what the user can do about an operating-system error, or raise it again."""
     if error.errno == errno.ENOSPC:
-        return f"no space is left on the disk ({error}): make room, and give the same command again"
+        return f"no space is left on the disk ({error}). Free space and run the same command again."
     if lacks_descriptors(error) or error.errno == errno.ENFILE:
         return TOO_MANY_FILES
     if error.errno == errno.ENOLCK:
         return f"a file cannot be locked ({error}). Use directories on a file system with locks."
-    if error.errno in MENDED and error.filename:
-        return f"{error.filename!r} cannot be read or written ({error.strerror}): {MENDED[error.errno]}"
+    if error.errno in PATH_FIXES and error.filename:
+        fix = PATH_FIXES[error.errno]
+        return f"{error.filename!r} cannot be read or written ({error.strerror}). {fix}"
     raise error

@@ -1,6 +1,11 @@
-"""asrllm evaluate: choose the checkpoint, decode the test sets, score them, write the results; or compare two results."""
+"""asrllm evaluate: decode and score test sets, or compare two results.
+
+An evaluation chooses or averages the checkpoint, decodes the test sets, scores them and writes
+the results.
+"""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +27,44 @@ from asrllm.training.wandb_login import check_wandb_login
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm evaluate`."""
     if arguments.overrides[:1] == [COMPARE]:
         compare(arguments.overrides[1:])
     else:
         run_app("evaluate", arguments, EvaluationRun, evaluate)
 
 
-def compare(places: list[str]) -> None:
+def compare(places: Sequence[str]) -> None:
+    """Print the comparison of two results on every test set that they have in common.
+
+    Args:
+        places: two directories or files with results.
+
+    Raises:
+        UserError: there are not exactly two places.
+    """
     if len(places) != 2:
         raise UserError(
-            f"'{COMPARE}' takes two results, not {len(places)}: asrllm evaluate {COMPARE} A B"
+            f"'{COMPARE}' needs two results, not {len(places)}. "
+            f"Use 'asrllm evaluate {COMPARE} A B'."
         )
-    for name, found in compare_results(*map(Path, places)).items():
-        print(as_text(name, found))
+    first, second = map(Path, places)
+    for name, comparison in compare_results(first, second).items():
+        print(as_text(name, comparison))
 
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
-    """Gives what results.json holds."""
+    """Evaluate a checkpoint on the test sets.
+
+    Returns:
+        The content of results.json on the first rank.
+    """
     check_wandb_login(config.wandb, "wandb")
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     check_run(exp_dir)
-    if config.model.paths:  # a wrong one is reported before checkpoints are averaged
+    if config.model.paths:
+        # a wrong path is reported before checkpoints are averaged
         describe(exp_dir, config.model.paths)
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.of(config.data.cache)
@@ -51,8 +72,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
         config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache
     )
     check_names([corpus.name for corpus in corpora])
-    description = describe(exp_dir)
-    check_test_durations(corpora, description.sample_limits())
+    check_test_durations(corpora, describe(exp_dir).sample_limits())
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     evaluation.check()
@@ -73,25 +93,43 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     return evaluation.results
 
 
-def check_names(names: list[str]) -> None:
+def check_names(names: Sequence[str]) -> None:
+    """Check that each test set has its own name, as result files are named after it.
+
+    Raises:
+        UserError: two sets have the same name, or one is named "all".
+    """
     for name in names:
         if names.count(name) > 1:
             raise UserError(
-                f"data.test_data_config has two test sets named {name!r}: give each its own 'name'"
+                f"data.test_data_config has several test sets named {name!r}. "
+                "Set a different 'name' for each."
             )
         if name == "all":
             raise UserError(
-                "data.test_data_config has a test set named 'all', as the table of all sets is: give it another 'name'"
+                "data.test_data_config has a test set named 'all', which is reserved for the "
+                "table of all sets. Set another 'name'."
             )
 
 
-def check_test_durations(corpora: list[Corpus], limits: tuple[int, int]) -> None:
-    """An utterance that the model cannot take is found before it loads."""
-    low, high = (n / RATE for n in limits)
+def check_test_durations(corpora: Sequence[Corpus], limits: tuple[int, int]) -> None:
+    """Check, before the model loads, that its audio encoder supports every test utterance.
+
+    Args:
+        corpora: the test sets.
+        limits: the fewest and the most samples at 16 kHz that the encoder supports.
+
+    Raises:
+        UserError: an utterance is too short or too long.
+    """
+    shortest, longest = limits
     for corpus in corpora:
         samples = corpus.index.rows["samples"]
-        if unfit := int(((samples < limits[0]) | (samples > limits[1])).sum()):
+        is_unfit = (samples < shortest) | (samples > longest)
+        unfit = int(is_unfit.sum())
+        if unfit:
             raise UserError(
-                f"{unfit} utterances of the test set {corpus.name!r} are shorter than {low:.2f} s or longer than {high:.2f} s, which the "
-                "model takes: leave them out of the set"
+                f"{unfit} utterances of the test set {corpus.name!r} are shorter than "
+                f"{shortest / RATE:.2f} s or longer than {longest / RATE:.2f} s, the limits of "
+                "the model. Remove them from the set."
             )

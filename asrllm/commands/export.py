@@ -1,4 +1,4 @@
-"""asrllm export: a run -> a self-contained Hugging Face directory."""
+"""asrllm export: write a run as a self-contained Hugging Face directory."""
 
 import argparse
 from pathlib import Path
@@ -9,26 +9,35 @@ from asrllm.models.asr_llm.modeling import check_shard_size
 
 
 def source_of(arguments: argparse.Namespace) -> Path:
-    """Raises UserError where it does not exist, and where weights are given twice."""
+    """Return the path that EXP_OR_FILE names.
+
+    Raises:
+        UserError: the path does not exist, or both it and --weights name a weights file.
+    """
     source = Path(arguments.source)
     if not source.exists():
         raise UserError(
-            f"{arguments.source!r} does not exist: give a run's exp_dir, a weights file in it, or an exported directory"
+            f"{arguments.source!r} does not exist. Use a run's exp_dir, a weights file in it, "
+            "or an exported directory."
         )
     if source.is_file() and arguments.weights:
         raise UserError(
-            f"--weights {arguments.weights!r}, but {arguments.source!r} is a weights file too: leave out one of the two"
+            f"--weights {arguments.weights!r} and {arguments.source!r} are both weights files. "
+            "Leave out --weights, or use the run's exp_dir."
         )
     return source
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm export`."""
     check_shard_size(arguments.max_shard_size)
     if arguments.private and not arguments.push_to_hub:
         raise UserError(
-            "--private is of the repository that --push-to-hub uploads to: give that too, or leave it out"
+            "--private has no effect without --push-to-hub. Add --push-to-hub REPO, "
+            "or leave out --private."
         )
-    source, output = source_of(arguments), Path(arguments.output)
+    source = source_of(arguments)
+    output = Path(arguments.output)
     export(
         source,
         output,
@@ -40,8 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         repository=arguments.push_to_hub,
         base_models=arguments.base_models,
     )
-    print(
-        f"{arguments.output}: load it with asrllm.AutoModel.from_pretrained({arguments.output!r})"
-    )
+    name = arguments.output
+    print(f"Wrote {name}. Load it with asrllm.AutoModel.from_pretrained({name!r}).")
     if arguments.push_to_hub:
         print(push(output, arguments.push_to_hub, private=arguments.private))

@@ -1,4 +1,4 @@
-"""asrllm import-icefall: weights of icefall's ASR_LLM recipes -> a directory as a run leaves it."""
+"""asrllm import-icefall: convert weights of icefall's ASR_LLM recipe to a run's directory."""
 
 import argparse
 from pathlib import Path
@@ -7,13 +7,14 @@ from asrllm.models.interop.icefall import import_icefall
 
 
 def run(arguments: argparse.Namespace) -> None:
-    options = {
-        "encoder": arguments.audio_encoder,
-        "llm": arguments.llm,
-        "lora_alpha": arguments.lora_alpha,
-        "prompt": arguments.prompt,
-    }
-    import_icefall(Path(arguments.file), Path(arguments.output), **options)
-    print(
-        f"{arguments.output}: load it with asrllm.AutoModel.from_pretrained({arguments.output!r})"
+    """Run `asrllm import-icefall`."""
+    import_icefall(
+        Path(arguments.file),
+        Path(arguments.output),
+        encoder=arguments.audio_encoder,
+        llm=arguments.llm,
+        lora_alpha=arguments.lora_alpha,
+        prompt=arguments.prompt,
     )
+    output = arguments.output
+    print(f"Wrote {output}. Load it with asrllm.AutoModel.from_pretrained({output!r}).")

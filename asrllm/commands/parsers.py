@@ -1,4 +1,4 @@
-"""Command lines of all verbs. Importing this module loads neither torch nor numpy."""
+"""Arguments of all verbs. Importing this module loads neither torch nor numpy."""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ from asrllm.errors import UserError, nearest
 
 MODEL_KEY = re.compile(r"(model\.[a-z_.]*)=(.*)", re.DOTALL)
 DTYPES = ("bfloat16", "float16", "float32")
-COMPARE = "compare"  # the one action of `asrllm evaluate` that takes no key=value
+COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
 COMPARE_HELP = f"""
 asrllm evaluate {COMPARE} A B: compare two results on the same utterances, with a paired bootstrap
 interval and a permutation test. A and B are exp_dir/greedy_search directories, or files
@@ -27,13 +27,14 @@ generations-*.jsonl or recogs-*.txt (icefall's too).
 
 
 def positive(text: str) -> int:
-    """Parse a whole number above 0."""
+    """Parse a positive integer."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
 
 
 def add_shards(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the actions of `asrllm shards`, and the arguments of the action in `argv`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, add, help_line in (
         ("make", add_shards_make, "write shards, their index and rejected.jsonl"),
@@ -51,6 +52,7 @@ def add_shards(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def add_shards_make(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `asrllm shards make`."""
     from asrllm.data.sources import SOURCES  # numpy and libsndfile
 
     parser.epilog = (
@@ -63,12 +65,19 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
     choice = group.add_mutually_exclusive_group(required=True)
     for name, source in SOURCES.items():
         choice.add_argument(f"--{name}", metavar=source.metavar, help=source.help)
+    add_source_options(parser)
+    add_sample_options(parser)
+    add_workers(parser)
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that only some sources of `asrllm shards make` have."""
     options = parser.add_argument_group("source options")
     options.add_argument(
         "--allow-pipes",
         action="store_true",
         default=None,
-        help="run the shell commands that --kaldi's wav.scp (... |) or --cuts' recordings name",
+        help="run the shell commands in --kaldi's wav.scp (... |) or in --cuts' recordings",
     )
     options.add_argument(
         "--allow-urls",
@@ -81,25 +90,30 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --folder: csv, tsv or jsonl; default: its metadata.csv, .tsv or .jsonl",
     )
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `asrllm shards make` that apply to every source."""
     samples = parser.add_argument_group("samples")
-    samples.add_argument("--lang", help="language of samples whose source names none")
+    samples.add_argument("--lang", help="language of samples without one in the source")
     samples.add_argument("--corpus", help="corpus name of every sample; default: the name of OUT")
     samples.add_argument(
         "--trust-audio",
         action="store_true",
-        help="take the duration of the audio where the source says another; default: reject",
+        help="use the duration of the audio if the source states another; default: reject",
     )
     samples.add_argument(
         "--codec",
         choices=["flac", "keep"],
         default="flac",
-        help="flac: 16-bit FLAC; keep: the bytes of files that hold one utterance, FLAC for the rest; default: %(default)s",
+        help="flac: 16-bit FLAC; keep: the original bytes of files with one utterance, FLAC for "
+        "the rest; default: %(default)s",
     )
     samples.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="shuffle, which holds the manifest in memory; default: the order of the source",
+        help="shuffle, with the manifest in memory; default: the order of the source",
     )
     samples.add_argument(
         "--utterances-per-shard",
@@ -108,10 +122,10 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="default: %(default)s",
     )
-    add_workers(parser)
 
 
 def add_shards_index(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `asrllm shards index`."""
     parser.epilog = "Unusable samples are listed in rejected.jsonl beside the index."
     parser.add_argument(
         "tars", nargs="+", metavar="TAR", help="paths or URLs (s3://, gs://, https://, ...)"
@@ -123,12 +137,14 @@ def add_shards_index(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shards_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `asrllm shards verify`."""
     parser.add_argument("folder", metavar="DIR", help="directory or URL with an index")
-    parser.add_argument("--output", metavar="FILE", help="write all problems there, one per line")
+    parser.add_argument("--output", metavar="FILE", help="write all problems to it, one per line")
     add_workers(parser)
 
 
 def add_shards_stats(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `asrllm shards stats`."""
     parser.add_argument(
         "folders", nargs="+", metavar="DIR", help="directories or URLs with an index, summed"
     )
@@ -139,6 +155,7 @@ def add_shards_stats(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the number of processes."""
     from asrllm.data.parallel import usable_cores
 
     parser.add_argument(
@@ -151,7 +168,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
-    """Add the `key=value` arguments, and the keys of `asrllm/conf/CONFIG.yaml` to the help."""
+    """Add the `key=value` arguments, and describe the keys of `asrllm/conf/CONFIG.yaml`."""
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a configuration key and its new value"
     )
@@ -161,15 +178,16 @@ def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
 
 
 def add_hydra_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of Hydra's options that take effect here."""
+    """Add the options of Hydra that have an effect in asrllm."""
     options = parser.add_argument_group("Hydra's options, see https://hydra.cc")
     options.add_argument(
-        "--config-dir", metavar="DIR", help="a directory with YAML files and groups of your own"
+        "--config-dir", metavar="DIR", help="a directory with your own YAML files and groups"
     )
     options.add_argument(
         "--config-name",
         metavar="NAME",
-        help="read NAME.yaml instead; a run's config.yaml: --config-dir EXP --config-name config",
+        help="read NAME.yaml instead; for a run's config.yaml use --config-dir EXP "
+        "--config-name config",
     )
     options.add_argument(
         "--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit"
@@ -182,12 +200,12 @@ def add_hydra_options(parser: argparse.ArgumentParser) -> None:
 
 
 def split_base_models(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Separate the words that say where base models are from the rest of a command line.
+    """Separate the paths of base models from the rest of a command line.
 
-    They may stand anywhere, which argparse does not offer beside a list of files.
+    They may appear anywhere, which argparse does not support together with a list of files.
 
     Returns:
-        The other words, and the path of each part that is given, by the part's name.
+        The other words, and the given paths by the part of the model.
 
     Raises:
         UserError: another key of the model is given.
@@ -209,38 +227,43 @@ def split_base_models(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def add_base_models(parser: argparse.ArgumentParser) -> None:
-    """Describe in the help what split_base_models takes from the command line."""
+    """Describe in the help what `split_base_models` takes from the command line."""
     words = " and ".join(f"{key}=PATH" for key in BASE_MODEL_KEYS.values())
     parser.add_argument_group(
         "base models that moved after training",
-        f"{words} say where the base models are now; their weights must be those of training",
+        f"{words}: where the base models are now; their weights must match those of training",
     )
 
 
 def add_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm train`."""
     add_overrides(parser, "train")
 
 
 def add_plan(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm plan`."""
     add_overrides(parser, "plan")
 
 
 def add_evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm evaluate`."""
     add_overrides(parser, "evaluate")
     parser.epilog = f"{COMPARE_HELP}\n{parser.epilog}"
 
 
 def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm transcribe`."""
     parser.add_argument(
         "model",
         metavar="DIR_OR_EXP",
-        help="an exported directory, a run's exp_dir, or a directory of Auden's",
+        help="an exported directory, a run's exp_dir, or a directory of Auden",
     )
     parser.add_argument(
         "audio",
         nargs="+",
         metavar="AUDIO",
-        help="audio files of any length (wav, flac, mp3, ogg, opus, ...; m4a, mp4, webm, ... with ffmpeg on PATH), or directories of them",
+        help="audio files of any length (wav, flac, mp3, ogg, opus, ...; m4a, mp4, webm, ... with "
+        "ffmpeg on PATH), or directories of them",
     )
     add_output(parser)
     add_prompt(parser)
@@ -249,45 +272,57 @@ def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `asrllm transcribe` about its output."""
     names = ", ".join(TRANSCRIPT_FORMATS)
     parser.add_argument(
         "--format",
         action="append",
         metavar="F[,F]",
         default=[],
-        help=f"output formats: {names}; several need --output-dir; default: txt",
+        help=f"output formats: {names}; several formats need --output-dir; default: txt",
     )
     parser.add_argument(
         "--output-dir",
         type=Path,
         metavar="DIR",
         help="write DIR/NAME.FORMAT for each file, replacing existing ones; default: standard "
-        "output, where several files are lines of PATH TAB TEXT or of JSON",
+        "output, with one line per file (PATH TAB TEXT, or JSON) if there are several",
     )
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `asrllm transcribe` that make up the prompt."""
     parser.add_argument(
         "--prompt", metavar="TEXT", help="instruction; default: the first prompt of training"
     )
     parser.add_argument(
         "--language",
         metavar="LANG",
-        help="language of the speech, for example en: selects the first prompt trained for it, and is stored in the JSON",
+        help="language of the speech, for example en: selects the first prompt trained for it, and "
+        "is stored in the JSON",
     )
     parser.add_argument(
         "--hotwords",
         metavar="W,W|@FILE",
-        help="words that may occur, or a file with one per line: listed in the prompt",
+        help="words that may occur, or a file with one per line; listed in the prompt",
     )
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `asrllm transcribe` about segments, weights and decoding."""
+    add_segments(parser)
+    add_weights(parser)
+    add_search(parser)
+
+
+def add_segments(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the segments that are transcribed."""
     parser.add_argument(
         "--vad",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="transcribe speech only, in segments cut at pauses; --no-vad: all audio, cut where it is quiet; default: --vad",
+        help="transcribe speech only, in segments cut at pauses; --no-vad: all audio, cut at quiet "
+        "places; default: --vad",
     )
     parser.add_argument(
         "--max-segment",
@@ -296,6 +331,17 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         help="longest segment; default: the longest utterances of training, at most 28 s",
     )
     parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="segments decoded together; default: %(default)s",
+    )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the weights and their data type."""
+    parser.add_argument(
         "--weights",
         metavar="FILE",
         help="state dict of a run; default: pretrained.pt, else the newest averaged-*.pt",
@@ -303,15 +349,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of the weights; default: bfloat16 on an accelerator, float32 on a CPU, where bfloat16 halves the memory and is often slower",
+        help="data type of the weights; default: bfloat16 on an accelerator, float32 on a CPU, "
+        "where bfloat16 halves the memory and is often slower",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="segments decoded together; default: %(default)s",
-    )
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the search for the text of a segment."""
     parser.add_argument(
         "--num-beams",
         type=positive,
@@ -324,26 +368,47 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=MAX_NEW_TOKENS,
         metavar="N",
-        help="longest text of a segment; default: %(default)s",
+        help="maximum number of tokens of a segment's text; default: %(default)s",
     )
     parser.add_argument(
         "--max-tokens-per-second",
         type=positive,
         default=MAX_TOKENS_PER_SECOND,
         metavar="N",
-        help="a text has at most N tokens per second of audio, plus ten; default: %(default)g",
+        help="maximum number of tokens per second of audio, plus ten; default: %(default)g",
     )
     parser.add_argument(
         "--repetition-guard",
         type=int,
         default=REPETITION_GUARD,
         metavar="N",
-        help="cut a text that repeats a few tokens for more than N tokens down to one copy; 0: no guard; default: %(default)s",
+        help="if a text repeats a few tokens for more than N tokens, keep one copy of them; "
+        "0: no guard; default: %(default)s",
     )
 
 
 def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm average`."""
     parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    add_averaged_checkpoints(parser)
+    parser.add_argument(
+        "--use-averaged-model",
+        action="store_true",
+        help="average over all steps since the checkpoint before these; requires a run with "
+        "trainer.use_averaged_model=true",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("product", "factors"),
+        help="how adapters are averaged. product (default): the products B A, exactly, with "
+        "factors of a higher rank; factors: factor by factor",
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
+    add_base_models(parser)
+
+
+def add_averaged_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the checkpoints to average."""
     end = parser.add_mutually_exclusive_group(required=True)
     end.add_argument(
         "--iter",
@@ -362,22 +427,10 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--avg", type=positive, required=True, metavar="K", help="number of checkpoints"
     )
-    parser.add_argument(
-        "--use-averaged-model",
-        action="store_true",
-        help="average over all steps since the checkpoint before these; needs a run with trainer.use_averaged_model=true",
-    )
-    parser.add_argument(
-        "--lora",
-        choices=("product", "factors"),
-        help="how adapters are averaged: product (default): the products B A, exactly, with "
-        "factors of a greater rank; factors: factor by factor",
-    )
-    parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
-    add_base_models(parser)
 
 
 def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm consolidate`."""
     parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
     parser.add_argument(
         "--tag", help="checkpoint-N or epoch-N; default: the newest complete checkpoint"
@@ -385,27 +438,24 @@ def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="a .pt, .bin or .safetensors file, else a directory of safetensors; default: EXP/TAG.pt",
+        help="a .pt, .bin or .safetensors file, or a directory for safetensors files; default: "
+        "EXP/TAG.pt",
     )
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        help="maximum size of each file of a directory; default: 5GB",
+        help="maximum size of each file in the directory; default: 5GB",
     )
 
 
 def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm export`."""
     parser.add_argument(
         "source",
         metavar="EXP_OR_FILE",
-        help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden's",
+        help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="state dict; default: EXP/pretrained.pt, else the newest averaged-*.pt",
-    )
+    add_output_and_weights(parser)
     parser.add_argument(
         "--merge-adapter",
         action="store_true",
@@ -414,35 +464,52 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--parts",
         action="store_true",
-        help="also write audio_encoder/, projector/ and llm/ as directories of their own, merged",
+        help="also write audio_encoder/, projector/ and llm/ as separate directories, merged",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="data type of the weights; default: %(default)s",
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of each file; default: %(default)s"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="maximum size of each file; default: %(default)s",
     )
-    parser.add_argument(
-        "--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub"
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="make that repository private if it is new"
-    )
+    add_upload(parser)
     add_base_models(parser)
 
 
-def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    parser.add_argument(
-        "source",
-        metavar="EXP_OR_FILE",
-        help="a run's exp_dir, a weights file in it, or an exported directory",
-    )
+def add_output_and_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the directory to write, and the weights file of the run to read."""
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--weights",
         metavar="FILE",
         help="state dict of a run; default: EXP/pretrained.pt, else the newest averaged-*.pt",
     )
+
+
+def add_upload(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the Hugging Face hub."""
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make that repository private if it is new"
+    )
+
+
+def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm merge-lora`."""
+    parser.add_argument(
+        "source",
+        metavar="EXP_OR_FILE",
+        help="a run's exp_dir, a weights file in it, or an exported directory",
+    )
+    add_output_and_weights(parser)
     parser.add_argument(
         "--adapter-only",
         action="store_true",
@@ -451,9 +518,12 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights; default: that of the base model, or of the run where it trained them",
+        help="data type of the weights; default: that of the base model, or of the run for weights "
+        "that it trained",
     )
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of each file; default: 5GB")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="maximum size of each file; default: 5GB"
+    )
     parser.add_argument(
         "--no-check",
         action="store_true",
@@ -463,6 +533,7 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
 
 
 def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm import-icefall`."""
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -472,7 +543,7 @@ def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
         "--audio-encoder",
         required=True,
         metavar="PATH",
-        help="the Whisper of that training: a directory, or OpenAI's .pt",
+        help="the Whisper model of that training: a directory, or OpenAI's .pt",
     )
     parser.add_argument(
         "--llm",
@@ -502,12 +573,12 @@ def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
 
 
 class Verb(NamedTuple):
-    """One verb of `asrllm`; its implementation is `run` in `asrllm.commands.NAME`.
+    """One verb of `asrllm`, implemented by `run` in `asrllm.commands.NAME`.
 
-    Args:
-        help: one line.
-        add_arguments: adds the arguments of the verb to its parser; also takes the words that
-            follow the verb.
+    Attributes:
+        help: one line that describes the verb.
+        add_arguments: adds the arguments of the verb to its parser, given the parser and the words
+            that follow the verb.
     """
 
     help: str

@@ -1,12 +1,13 @@
-"""asrllm plan: what a run will take, before it is started."""
+"""asrllm plan: estimate the steps, padding and memory of a run before it starts."""
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +17,18 @@ from asrllm.data.index import RATE
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import describe_model
+from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import read_ds_config
 from asrllm.training.memory_estimate import (
     CONTEXT,
     SLACK,
+    Activations,
+    Memory,
+    Sizes,
     count_sizes,
     measure_activations,
     on_meta,
@@ -30,15 +36,39 @@ from asrllm.training.memory_estimate import (
 )
 from asrllm.training.run_config import TrainRun
 
-DS_CONFIGS = tuple(
-    f"ds_configs/{name}.json"
-    for name in ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+DS_CONFIGS = (
+    "ds_configs/zero0.json",
+    "ds_configs/zero1.json",
+    "ds_configs/zero2.json",
+    "ds_configs/zero2_offload.json",
+    "ds_configs/zero3.json",
+    "ds_configs/zero3_offload.json",
 )
 GB = 1e9
+DEFAULT_GPU_MEMORY = 80.0  # GB, on a machine without a GPU
+# of the table, beside the DeepSpeed JSON and the budget; keys of Memory.as_dict
+MEMORY_COLUMNS = (
+    "weights",
+    "masters",
+    "moments",
+    "gradients",
+    "gathered",
+    "activations",
+    "device",
+    "host",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRun(TrainRun):
+    """Configuration of `asrllm plan`: that of the run, and the hardware.
+
+    Attributes:
+        gpus: number of GPUs.
+        gpu_memory: memory of each GPU in GB; None: that of this machine's GPU, or 80 without one.
+        output: JSON file to write; None: none.
+    """
+
     gpus: int
     gpu_memory: float | None
     output: str | None
@@ -46,151 +76,208 @@ class PlanRun(TrainRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gpus < 1:
-            raise UserError(f"gpus={self.gpus} must be at least 1")
+            raise UserError(f"gpus={self.gpus} is below 1. Use a positive number of GPUs.")
         if self.gpu_memory is not None and not 0 < self.gpu_memory < 1e5:
             raise UserError(
-                f"gpu_memory={self.gpu_memory} must be a number of GB above 0; null: of the GPU at hand, else 80"
+                f"gpu_memory={self.gpu_memory} is out of range. Use a positive number of GB below "
+                "100000, or null for that of this machine's GPU."
             )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm plan`."""
     run_app("plan", arguments, PlanRun, plan_and_show)
 
 
 def plan_and_show(config: PlanRun) -> None:
-    found = plan(config)
-    show(found)
+    """Print the plan, and write it as JSON if the configuration names a file."""
+    estimate = plan(config)
+    show(estimate)
     if config.output:
-        write_whole(Path(config.output), json.dumps(found, indent=1) + "\n")
+        write_whole(Path(config.output), json.dumps(estimate, indent=1) + "\n")
 
 
-def plan(config: PlanRun) -> dict[str, Any]:
-    """{"data": of an epoch, "model": numbers of weights, "memory": by DeepSpeed JSON}; bytes."""
+def plan(config: PlanRun) -> JsonObject:
+    """Estimate what a run needs.
+
+    Returns:
+        A JSON object. "data" describes an epoch, "model" has numbers of weights, and "memory" has
+        bytes on each GPU by DeepSpeed JSON.
+    """
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(
         config.model,
         pad_to_30s=config.data.pad_to_30s,
         prompts=tuple(prompt.text for prompt in prompts),
     )
-    data = data_of_an_epoch(TrainingData(config, processor, prompts), config.gpus)
-    return {
-        "data": data,
-        **memory_by_stage(
-            config, processor, data["tokens of the largest row"], data["share of audio tokens"]
-        ),
-    }
-
-
-def data_of_an_epoch(data: Any, ranks: int) -> dict[str, Any]:
-    """Counts of the corpora, and what the batches of the plan's first window look like on so many ranks."""
-    batches = [batch for batch in data.plan.typical_batches(ranks) if len(batch)]
-    audio = sum(int(data.tokens(batch["samples"].astype("int64")).sum()) for batch in batches)
-    samples = sum(int(batch["samples"].sum(dtype="int64")) for batch in batches)
-    prompt = max(
-        len(data.renderer.encode_prompt(data.renderer.user_messages(prompt.text), [0]))
-        for prompt in data.prompts
+    data = describe_epoch(TrainingData(config, processor, prompts), config.gpus)
+    memory = estimate_memory(
+        config,
+        processor,
+        tokens=data["tokens of the largest row"],
+        audio_ratio=data["share of audio tokens"],
     )
+    return {"data": data, **memory}
+
+
+def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
+    """Count the corpora's utterances, and describe the batches of the plan's first window.
+
+    Args:
+        data: the training data.
+        ranks: the number of ranks.
+    """
+    batches = [batch for batch in data.plan.typical_batches(ranks) if len(batch)]
+    audio_tokens = sum(_audio_tokens(data, batch) for batch in batches)
+    samples = sum(_sum(batch["samples"]) for batch in batches)
+    padded_samples = sum(len(batch) * int(batch["samples"].max()) for batch in batches)
+    prompt_tokens = longest_prompt(data)
+    row_tokens = [_sum(batch["tokens"]) + prompt_tokens * len(batch) for batch in batches]
+    utterances = sum(len(batch) for batch in batches)
+    steps: int | None = None
+    if not data.plan.endless:
+        steps = data.plan.estimate_steps(ranks=ranks, accumulation=data.accumulation)
     return {
         "utterances": sum(corpus.kept for corpus in data.corpora),
         "hours": round(sum(corpus.kept_hours for corpus in data.corpora), 2),
-        "steps an epoch": None
-        if data.plan.endless
-        else data.plan.estimate_steps(ranks=ranks, accumulation=data.accumulation),
-        "utterances a batch": round(sum(map(len, batches)) / len(batches), 1),
+        "steps an epoch": steps,
+        "utterances a batch": round(utterances / len(batches), 1),
         "audio seconds a batch": round(samples / RATE / len(batches), 1),
-        "padding of the audio": round(
-            1 - samples / sum(len(batch) * int(batch["samples"].max()) for batch in batches), 4
-        ),
-        "share of audio tokens": round(
-            audio
-            / sum(
-                int(batch["tokens"].sum(dtype="int64")) + prompt * len(batch) for batch in batches
-            ),
-            3,
-        ),
-        "tokens of the largest row": max(
-            int(batch["tokens"].sum(dtype="int64")) + prompt * len(batch) for batch in batches
-        ),
+        "padding of the audio": round(1 - samples / padded_samples, 4),
+        "share of audio tokens": round(audio_tokens / sum(row_tokens), 3),
+        "tokens of the largest row": max(row_tokens),
     }
 
 
-def memory_by_stage(
-    config: PlanRun, processor: AsrLlmProcessor, tokens: int, audio: float
-) -> dict[str, Any]:
-    trainer, budget = config.trainer, config.data.sampler.max_tokens
+def longest_prompt(data: TrainingData) -> int:
+    """Return the number of tokens of the longest prompt with its chat template."""
+    lengths: list[int] = []
+    for prompt in data.prompts:
+        messages = data.renderer.user_messages(prompt.text)
+        lengths.append(len(data.renderer.encode_prompt(messages, [0])))
+    return max(lengths)
+
+
+def _audio_tokens(data: TrainingData, batch: np.ndarray) -> int:
+    return int(data.tokens(batch["samples"].astype("int64")).sum())
+
+
+def _sum(values: np.ndarray) -> int:
+    return int(values.sum(dtype="int64"))
+
+
+def estimate_memory(
+    config: PlanRun, processor: AsrLlmProcessor, *, tokens: int, audio_ratio: float
+) -> JsonObject:
+    """Estimate the memory of each GPU for each DeepSpeed JSON.
+
+    Args:
+        config: the run and its hardware.
+        processor: describes the model.
+        tokens: tokens of the largest packed row.
+        audio_ratio: ratio of audio tokens to all tokens.
+    """
+    trainer = config.trainer
     model = on_meta(processor.config, config.model, trainer.dtype)
     activations = measure_activations(
-        model, dtype=trainer.dtype, recompute=trainer.gradient_checkpointing, audio=audio
+        model, dtype=trainer.dtype, recompute=trainer.gradient_checkpointing, audio=audio_ratio
     )
-    total = (config.gpu_memory or gpu_at_hand()) * GB
-    usable, by_stage = (total - CONTEXT) * (1 - SLACK), {}
+    total = (config.gpu_memory or this_gpu_memory()) * GB
+    usable = (total - CONTEXT) * (1 - SLACK)
+    by_stage: JsonObject = {}
     for name in dict.fromkeys((*DS_CONFIGS, trainer.deepspeed_config)):
-        ds = read_ds_config(
-            dataclasses.replace(trainer, deepspeed_config=name), world_size=config.gpus
-        )
-        sizes = count_sizes(
-            model, threshold=ds["zero_optimization"].get("stage3_param_persistence_threshold", 0)
-        )
-        arguments = {"ranks": config.gpus, "width": trainer.dtype.itemsize}
-        memory = state_memory(sizes, ds, **arguments, activations=activations.bytes(tokens))
-        without = state_memory(sizes, ds, **arguments, activations=0)
-        most = activations.tokens(usable - without.device)
+        sizes, memory, limit = memory_with(name, config, model, activations, tokens, usable)
         by_stage[name] = memory.as_dict() | {
             "fits": memory.device <= usable,
-            "largest data.sampler.max_tokens": int(
-                most * budget / max(tokens, 1)
-            ),  # prompts come on top of the budget
+            "largest data.sampler.max_tokens": limit,
         }
     return {
         "model": dataclasses.asdict(sizes),
         "activations": dataclasses.asdict(activations),
         "gpu": {"bytes": int(total), "usable": int(usable)},
-        "data.sampler.max_tokens": budget,
+        "data.sampler.max_tokens": config.data.sampler.max_tokens,
         "memory": by_stage,
     }
 
 
-def gpu_at_hand() -> float:
-    """GB of this machine's GPU; 80 without one."""
-    return (
-        torch.cuda.get_device_properties(0).total_memory / GB if torch.cuda.is_available() else 80.0
-    )
+def memory_with(
+    ds_config: str,
+    config: PlanRun,
+    model: AsrLlmModel,
+    activations: Activations,
+    tokens: int,
+    usable: float,
+) -> tuple[Sizes, Memory, int]:
+    """Estimate the memory of each GPU with one DeepSpeed JSON.
+
+    Args:
+        ds_config: the DeepSpeed JSON.
+        config: the run and its hardware.
+        model: on the meta device.
+        activations: bytes by number of tokens.
+        tokens: tokens of the largest packed row.
+        usable: bytes of a GPU that tensors can use.
+
+    Returns:
+        The model's sizes, the memory, and the largest data.sampler.max_tokens that fits.
+    """
+    trainer = dataclasses.replace(config.trainer, deepspeed_config=ds_config)
+    ds = read_ds_config(trainer, world_size=config.gpus)
+    threshold = ds["zero_optimization"].get("stage3_param_persistence_threshold", 0)
+    sizes = count_sizes(model, threshold=threshold)
+
+    def memory_of(activation_bytes: int) -> Memory:
+        return state_memory(
+            sizes,
+            ds,
+            ranks=config.gpus,
+            width=trainer.dtype.itemsize,
+            activations=activation_bytes,
+        )
+
+    memory = memory_of(activations.bytes(tokens))
+    row_limit = activations.tokens(usable - memory_of(0).device)
+    # the largest row has more tokens than the budget, which does not count prompts
+    limit = int(row_limit * config.data.sampler.max_tokens / max(tokens, 1))
+    return sizes, memory, limit
 
 
-def show(found: dict[str, Any]) -> None:
+def this_gpu_memory() -> float:
+    """Return the memory of this machine's GPU in GB, or 80 without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GB
+    return DEFAULT_GPU_MEMORY
+
+
+def show(estimate: JsonObject) -> None:
+    """Print the result of `plan`."""
     console = Console(width=130, highlight=False)
-    for key, value in found["data"].items():
+    for key, value in estimate["data"].items():
         console.print(f"{key}: {value}")
-    model = found["model"]
+    weights = estimate["model"]["weights"] / 1e6
+    trained = estimate["model"]["trained"] / 1e6
+    console.print(f"weights: {weights:,.1f} M, of which {trained:,.1f} M are trained")
+    console.print(memory_table(estimate))
     console.print(
-        f"weights: {model['weights'] / 1e6:,.1f} M, of which {model['trained'] / 1e6:,.1f} M are trained"
+        "max_tokens: the largest data.sampler.max_tokens that fits. Try a smaller value first."
     )
-    table = Table(
-        title=f"GB on each of the GPUs of {found['gpu']['bytes'] / GB:.0f} GB, data.sampler.max_tokens={found['data.sampler.max_tokens']}"
-    )
-    columns = (
-        "weights",
-        "masters",
-        "moments",
-        "gradients",
-        "gathered",
-        "activations",
-        "device",
-        "host",
-    )
-    for column in ("DeepSpeed JSON", *columns, "fits", "max_tokens"):
-        table.add_column(
-            column, justify="left" if column == "DeepSpeed JSON" else "right", no_wrap=True
-        )
-    for name, memory in found["memory"].items():
-        sizes = [f"{memory[column] / GB:.2f}" for column in columns]
-        table.add_row(
-            Path(name).stem,
-            *sizes,
-            "yes" if memory["fits"] else "no",
-            str(memory["largest data.sampler.max_tokens"]),
-        )
-    console.print(table)
-    console.print(
-        "max_tokens: the largest data.sampler.max_tokens that fits; try one below it first"
-    )
+
+
+def memory_table(estimate: JsonObject) -> Table:
+    """Return the table of memory by DeepSpeed JSON, in GB."""
+    gpu = estimate["gpu"]["bytes"] / GB
+    budget = estimate["data.sampler.max_tokens"]
+    table = Table(title=f"GB on each GPU of {gpu:.0f} GB, data.sampler.max_tokens={budget}")
+    table.add_column("DeepSpeed JSON", justify="left", no_wrap=True)
+    for column in (*MEMORY_COLUMNS, "fits", "max_tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, memory in estimate["memory"].items():
+        table.add_row(Path(name).stem, *memory_cells(memory))
+    return table
+
+
+def memory_cells(memory: JsonObject) -> Sequence[str]:
+    """Return the cells of one row of the memory table, without the name of the DeepSpeed JSON."""
+    sizes = [f"{memory[column] / GB:.2f}" for column in MEMORY_COLUMNS]
+    fits = "yes" if memory["fits"] else "no"
+    return [*sizes, fits, str(memory["largest data.sampler.max_tokens"])]

@@ -24,27 +24,32 @@ SHOWN_PROBLEMS = 20
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm shards ACTION`."""
     actions = {"make": make_shards, "index": index, "verify": verify, "stats": stats}
     actions[arguments.action](arguments)
 
 
 # Each action imports only its own dependencies, which saves a third of the start-up time.
 def make_shards(arguments: argparse.Namespace) -> None:
+    """Write shards from the source that the command line names."""
     from asrllm.data.shards import write_shards
     from asrllm.data.sources import SOURCES
 
     name = next(name for name in SOURCES if getattr(arguments, name) is not None)
-    source, where, options = SOURCES[name], getattr(arguments, name), _options(arguments, name)
+    source = SOURCES[name]
+    path = getattr(arguments, name)
+    options = _source_options(arguments, name)
     fields = {"corpus": arguments.corpus or Path(arguments.out).name}
     if arguments.lang:
         fields["lang"] = arguments.lang
-    utterances = source.read(where, **options)
+    utterances = source.read(path, **options)
     if arguments.trust_audio:
         utterances = (replace(utterance, duration=None) for utterance in utterances)
-    with ProgressBar("writing shards", source.count(where, **options)) as bar:
+    with ProgressBar("writing shards", source.count(path, **options)) as bar:
 
-        def keep(count: int) -> None:
-            bar.begun_at += count  # else the time left would be reckoned by them
+        def skip_finished(count: int) -> None:
+            # shards of the interrupted run took no time, and must not shorten the remaining time
+            bar.begun_at += count
             bar.advance(count)
 
         summary = write_shards(
@@ -56,48 +61,59 @@ def make_shards(arguments: argparse.Namespace) -> None:
             codec=arguments.codec,
             seed=arguments.seed,
             advance=bar.advance,
-            keep=keep,
+            keep=skip_finished,
         )
     if summary.kept:
-        print(f"kept {summary.kept} finished shards of the earlier run")
+        print(f"reused {summary.kept} finished shards of the interrupted run")
     _print_summary(arguments.out, summary)
 
 
-def _options(arguments: argparse.Namespace, source: str) -> dict[str, Any]:
-    """What the source takes beside its path; an option of another source is a mistake."""
+def _source_options(arguments: argparse.Namespace, source: str) -> dict[str, Any]:
+    """Return the given options of a source, by name.
+
+    Raises:
+        UserError: an option of another source is given.
+    """
     from asrllm.data.sources import SOURCES
 
+    own = SOURCES[source].options
     all_options = {option for about in SOURCES.values() for option in about.options}
-    for option in sorted(all_options - set(SOURCES[source].options)):
+    for option in sorted(all_options - set(own)):
         if getattr(arguments, option) is not None:
-            takers = " or ".join(
-                f"--{name}" for name, about in SOURCES.items() if option in about.options
-            )
+            owners = [name for name, about in SOURCES.items() if option in about.options]
             raise UserError(
-                f"--{option.replace('_', '-')} belongs to {takers}, but the source is --{source}. Leave it out."
+                f"--{option.replace('_', '-')} belongs to --{' or --'.join(owners)}, "
+                f"but the source is --{source}. Leave it out."
             )
-    given = {option: getattr(arguments, option) for option in SOURCES[source].options}
+    given = {option: getattr(arguments, option) for option in own}
     return {option: value for option, value in given.items() if value is not None}
 
 
 def index(arguments: argparse.Namespace) -> None:
+    """Write the index of existing tars."""
     from asrllm.data.verify import index_tars
 
     with ProgressBar("indexing", len(arguments.tars)) as bar:
         summary = index_tars(
             arguments.tars, arguments.output, workers=arguments.workers, advance=bar.advance
         )
-    _print_summary(str(Path(arguments.output or Path(arguments.tars[0]).parent)), summary)
+    folder = Path(arguments.output or Path(arguments.tars[0]).parent)
+    _print_summary(str(folder), summary)
 
 
 def _print_summary(folder: str, summary: "ShardSummary") -> None:
-    index = summary.index
-    print(f"{folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards")
+    print(describe_index(folder, summary.index))
     if summary.rejected:
-        print(f"rejected: {_counts(summary.rejected)}; see {folder}/rejected.jsonl")
-    if sum(summary.rejected.values()) > len(index):  # something is wrong with all of them
+        print(f"rejected: {_counts(summary.rejected)}. See {folder}/rejected.jsonl.")
+    if sum(summary.rejected.values()) > len(summary.index):
+        # most utterances are rejected, probably all for the same reason
         for example in summary.examples:
             print(escape(example))
+
+
+def describe_index(folder: str, index: Index) -> str:
+    """Return one line with the size of a directory of shards."""
+    return f"{folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:
@@ -105,60 +121,69 @@ def _counts(reasons: Mapping[str, int]) -> str:
 
 
 def verify(arguments: argparse.Namespace) -> None:
+    """Check every sample of a directory of shards.
+
+    Raises:
+        UserError: a sample has a problem, or --output cannot be written.
+    """
     from asrllm.data.verify import verify_shards
 
     with _opened([arguments.folder]) as (index,), ProgressBar("verifying", len(index)) as bar:
         problems = verify_shards(index, workers=arguments.workers, advance=bar.advance)
     lines = [f"{problem}\n" for problem in problems]
     if arguments.output:
-        try:
-            Path(arguments.output).write_text(
-                "".join(lines), encoding="utf-8", errors="backslashreplace"
-            )
-        except OSError as error:
-            raise UserError(f"{arguments.output!r} cannot be written: {error}") from error
+        _write_problems(arguments.output, lines)
     if not problems:
-        print(
-            f"{arguments.folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards: all is well"
-        )
+        print(f"{describe_index(arguments.folder, index)}, no problems")
         return
-    sys.stdout.writelines(lines[:SHOWN_PROBLEMS])
-    if len(lines) > SHOWN_PROBLEMS:
-        rest = (
-            f"; all are in {arguments.output}"
-            if arguments.output
-            else ": give --output FILE to have them all"
-        )
-        print(f"... and {len(lines) - SHOWN_PROBLEMS} more{rest}")
-    said = _counts(Counter(problem.reason for problem in problems))
+    _print_problems(lines, arguments.output)
+    counts = _counts(Counter(problem.reason for problem in problems))
     raise UserError(
-        f"{arguments.folder!r} has {len(problems)} problems ({said}): restore the shards, or make or index them again"
+        f"{arguments.folder!r} has {len(problems)} problems ({counts}). "
+        "Restore the shards, or make or index them again."
     )
 
 
+def _write_problems(output: str, lines: Sequence[str]) -> None:
+    try:
+        Path(output).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"{output!r} cannot be written: {error}") from error
+
+
+def _print_problems(lines: Sequence[str], output: str | None) -> None:
+    """Print the first problems, and where to find the others."""
+    sys.stdout.writelines(lines[:SHOWN_PROBLEMS])
+    hidden = len(lines) - SHOWN_PROBLEMS
+    if hidden > 0 and output:
+        print(f"... and {hidden} more. All are in {output}.")
+    elif hidden > 0:
+        print(f"... and {hidden} more. Use --output FILE to list them all.")
+
+
 def stats(arguments: argparse.Namespace) -> None:
+    """Print the statistics of one or more directories of shards, and draw them with --output."""
     from asrllm.data.stats import as_json, as_text, describe, draw
 
     with _opened(arguments.folders) as indexes:
         statistics = describe(" + ".join(arguments.folders), indexes)
     if arguments.output:
         draw(statistics, arguments.output)
-    print(
-        as_json(statistics)
-        if arguments.json
-        else as_text(statistics, shutil.get_terminal_size().columns)
-    )
+    if arguments.json:
+        print(as_json(statistics))
+    else:
+        print(as_text(statistics, shutil.get_terminal_size().columns))
 
 
 @contextmanager
 def _opened(folders: Sequence[str]) -> Iterator[list[Index]]:
-    """The indexes of directories or URLs; those of URLs are on this machine for as long as they are used."""
+    """Open the indexes of directories or URLs. Indexes of URLs are cached within the block."""
     if not any(is_url(folder) for folder in folders):
         yield [open_index(folder) for folder in folders]
         return
     from asrllm.data.cache import ShardCache
     from asrllm.data.verify import UNBOUNDED
 
-    with tempfile.TemporaryDirectory(prefix="asrllm-") as folder_of_cache:
-        cache = ShardCache(Path(folder_of_cache), max_bytes=UNBOUNDED)
+    with tempfile.TemporaryDirectory(prefix="asrllm-") as cache_folder:
+        cache = ShardCache(Path(cache_folder), max_bytes=UNBOUNDED)
         yield [open_index(folder, cache) for folder in folders]

@@ -1,11 +1,14 @@
-"""asrllm train: from a configuration to a trained run."""
+"""asrllm train: train a run from its configuration."""
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
 import re
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +23,12 @@ from asrllm.data.plan import Position
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
+from asrllm.locks import FileLock
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
+from asrllm.text_files import JsonObject
 from asrllm.training.callbacks.build import make_callbacks
 from asrllm.training.callbacks.nonfinite import skip_nonfinite
 from asrllm.training.callbacks.saving import Checkpoints
@@ -41,6 +47,7 @@ from asrllm.training.engine import deepspeed_engine
 from asrllm.training.preemption import Preemption
 from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.run_table import part_sizes, print_rows, run_rows
+from asrllm.training.running_average import RunningAverage
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
 from asrllm.training.wandb_login import check_wandb_login
@@ -51,7 +58,33 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_LOSS = re.compile(r"valid/.*/loss")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """What is known about a run before its weights are loaded.
+
+    Attributes:
+        config: the run's configuration.
+        exp_dir: the run's directory.
+        ds: the DeepSpeed configuration.
+        processor: tokenizer, chat and description of the model.
+        data: training and validation data.
+        lock: held by the first rank while the run writes to exp_dir.
+        fingerprint: settings that a resumed run must have in common with its checkpoint.
+        checkpoint: the checkpoint to resume from, not verified yet; None for a new run.
+    """
+
+    config: TrainRun
+    exp_dir: Path
+    ds: JsonObject
+    processor: AsrLlmProcessor
+    data: TrainingData
+    lock: FileLock
+    fingerprint: JsonObject
+    checkpoint: Path | None
+
+
 def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm train`."""
     run_app("train", arguments, TrainRun, train)
 
 
@@ -62,147 +95,249 @@ def train(config: TrainRun) -> float | None:
         The mean loss of the last validation, for Hydra's sweepers; None without one.
     """
     with Preemption(config.trainer.preemption_signals) as preemption:
-        build_and_fit(config, preemption)
-    return last_validation_loss(Path(config.exp_dir or ""))
+        startup = Startup()
+        startup.finish("imports")
+        prepared = prepare(config)
+        startup.finish("data")
+        preemption.defer_to_step_boundary()
+        device = distributed.start()
+        startup.finish("ranks")
+        with build(prepared, device, preemption, startup) as trainer:
+            initial_step = trainer.step
+            fit(trainer, prepared.data)
+        finish(prepared, trainer, initial_step)
+    return last_validation_loss(prepared.exp_dir)
 
 
-def build_and_fit(config: TrainRun, preemption: Preemption) -> None:
-    """Everything that can be wrong without the weights is found before they are loaded; then build, resume, fit, finish."""
-    startup = Startup()
-    startup.finish("imports")
+def prepare(config: TrainRun) -> PreparedRun:
+    """Read everything except the weights, so that the user's mistakes are found before they load.
+
+    Raises:
+        UserError: the configuration, the data or the directory cannot be used.
+    """
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     check_run(config.trainer, ds)
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
     prompts = read_prompts(config.prompt_file)
-    texts = tuple(prompt.text for prompt in prompts)
-    processor = describe_model(config.model, pad_to_30s=config.data.pad_to_30s, prompts=texts)
-    check_lengths(config, processor)
-    data = TrainingData(config, processor, prompts)
-    own_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
-    warn_of_long_warmup(config.trainer, data.total_steps())
-    check_prompts([prompt.text for prompt in own_prompts], config.model.audio_token)
-    describe_prompts(processor.config, [*prompts, *own_prompts])
-    processor.config.trained_seconds = long_utterance(data.corpora) or None
-    processor.config.hotwords_template = (
-        config.data.hotwords.template if config.data.hotwords.prob else None
+    processor = describe_model(
+        config.model,
+        pad_to_30s=config.data.pad_to_30s,
+        prompts=tuple(prompt.text for prompt in prompts),
     )
+    check_duration_filter(config, processor)
+    data = TrainingData(config, processor, prompts)
+    warn_of_long_warmup(config.trainer, data.total_steps())
+    corpus_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
+    describe_prompts(processor.config, [*prompts, *corpus_prompts])
+    describe_data(processor.config, config, data)
     lock = lock_exp_dir(exp_dir)
-    settings = {
+    fingerprint = {
         "zero_stage": ds["zero_optimization"]["stage"],
         **resume_fingerprint(config, processor, data),
     }
-    checkpoint, manifest = find_resume(config, processor, settings)
-    startup.finish("data")
-    preemption.defer_to_step_boundary()
-    device = distributed.start()
-    startup.finish("ranks")
-    if checkpoint:
-        say(f"verifying {checkpoint}")
-    checkpoint, manifest = find_intact(config, processor, settings, checkpoint)
-    if config.trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
-        logger.warning(
-            "this processor has no instructions for bfloat16: trainer.precision=fp32 is some ten times as fast here"
-        )
-    torch.manual_seed(config.seed)
-    bases = processor.config.base_models or {}
-    say("loading " + " and ".join(base["path"] for base in bases.values()))
-    build = functools.partial(
-        build_model,
-        processor,
-        frozen=config.model.frozen_parts,
-        patterns=config.model.frozen_parameters,
-        attention=config.model.llm.attention,
-        init_from=None if checkpoint else config.init_from,
-        dtype=config.trainer.dtype,
+    checkpoint, _ = find_resume(config, processor, fingerprint)
+    return PreparedRun(
+        config=config,
+        exp_dir=exp_dir,
+        ds=ds,
+        processor=processor,
+        data=data,
+        lock=lock,
+        fingerprint=fingerprint,
+        checkpoint=checkpoint,
     )
 
-    def timed_build() -> AsrLlmModel:
-        model = build()
-        startup.finish("model")
-        return model
 
-    with deepspeed_engine(config.trainer, ds, timed_build, device) as engine:
+@contextlib.contextmanager
+def build(
+    prepared: PreparedRun, device: torch.device, preemption: Preemption, startup: Startup
+) -> Iterator[Trainer]:
+    """Load the model into a DeepSpeed engine, restore the checkpoint, and yield the trainer.
+
+    Args:
+        prepared: the run.
+        device: where this rank trains.
+        preemption: tells the trainer when to stop early.
+        startup: records the seconds of each part of the start.
+    """
+    config = prepared.config
+    if prepared.checkpoint:
+        print_progress(f"verifying {prepared.checkpoint}")
+    checkpoint, manifest = find_intact(
+        config, prepared.processor, prepared.fingerprint, prepared.checkpoint
+    )
+    warn_of_slow_bfloat16(config.trainer, device)
+    torch.manual_seed(config.seed)
+    bases = prepared.processor.config.base_models or {}
+    print_progress("loading " + " and ".join(base["path"] for base in bases.values()))
+    load_model = model_loader(prepared, startup, resumed=checkpoint is not None)
+    with deepspeed_engine(config.trainer, prepared.ds, load_model, device) as engine:
         trainer = Trainer(
             engine=engine,
             config=config.trainer,
             device=device,
-            exp_dir=exp_dir,
+            exp_dir=prepared.exp_dir,
             seed=config.seed,
-            total_steps=data.total_steps(),
+            total_steps=prepared.data.total_steps(),
             preemption=preemption,
         )
         skip_nonfinite(engine)
         engine.module.label_smoothing = config.trainer.label_smoothing
         average = restore(engine, config.trainer, checkpoint, manifest)
         if checkpoint:
-            trainer.step, trainer.position = manifest["step"], Position(**manifest["position"])
-        processor.config.stored = engine.module.stored_weights()
-        write_run_files(config, processor)
-        write_inherited(engine.module, exp_dir, checkpoint)
-        saver = CheckpointSaver(
-            exp_dir,
-            background=config.trainer.background_checkpoints,
-            keep=config.trainer.keep_last_k,
-        )
-        checkpoints = Checkpoints(settings, saver, every=config.trainer.save_every, average=average)
-        trainer.callbacks = make_callbacks(config, data, trainer, checkpoints, startup)
-        rows = run_rows(
-            config.trainer,
-            part_sizes(engine.module),
-            ranks=distributed.world_size(),
-            stage=ds["zero_optimization"]["stage"],
-            total_steps=data.total_steps(),
-            max_tokens=config.data.sampler.max_tokens,
-            checkpoint=checkpoint,
-            step=trainer.step,
-        )
-        if distributed.rank() == 0:
-            print_rows(rows)
+            trainer.step = manifest["step"]
+            trainer.position = Position(**manifest["position"])
+        prepared.processor.config.stored = engine.module.stored_weights()
+        write_run_files(config, prepared.processor)
+        write_inherited(engine.module, prepared.exp_dir, checkpoint)
+        checkpoints = checkpoint_callback(prepared, average)
+        trainer.callbacks = make_callbacks(config, prepared.data, trainer, checkpoints, startup)
+        print_run_table(prepared, trainer, checkpoint)
         startup.finish("engine")
-        with Watchdog(
-            config.trainer.step_timeout, exp_dir, rank=distributed.rank()
-        ) as trainer.watchdog:
-            trainer.fit(data.train_steps)
-    if distributed.rank() == 0 and trainer.preempted:
-        tell_preempted(preemption, trainer.step, begun_at=manifest.get("step", 0))
-    if not trainer.preempted:
-        distributed.first_rank_does(lambda: write_pretrained(exp_dir))
-    distributed.finish()
-    lock.release()
+        yield trainer
 
 
-def say(text: str) -> None:
+def model_loader(
+    prepared: PreparedRun, startup: Startup, *, resumed: bool
+) -> Callable[[], AsrLlmModel]:
+    """Return a function that builds the model with its pretrained parts.
+
+    Args:
+        prepared: the run.
+        startup: records the seconds that the model takes.
+        resumed: whether the trained weights come from a checkpoint instead of init_from.
+    """
+    config = prepared.config
+    build_from_config = functools.partial(
+        build_model,
+        prepared.processor,
+        frozen=config.model.frozen_parts,
+        patterns=config.model.frozen_parameters,
+        attention=config.model.llm.attention,
+        init_from=None if resumed else config.init_from,
+        dtype=config.trainer.dtype,
+    )
+
+    def load_model() -> AsrLlmModel:
+        model = build_from_config()
+        startup.finish("model")
+        return model
+
+    return load_model
+
+
+def checkpoint_callback(prepared: PreparedRun, average: RunningAverage | None) -> Checkpoints:
+    """Return the callback that writes checkpoints, with the running average if there is one."""
+    trainer = prepared.config.trainer
+    saver = CheckpointSaver(
+        prepared.exp_dir, background=trainer.background_checkpoints, keep=trainer.keep_last_k
+    )
+    return Checkpoints(prepared.fingerprint, saver, every=trainer.save_every, average=average)
+
+
+def print_run_table(prepared: PreparedRun, trainer: Trainer, checkpoint: Path | None) -> None:
+    """Print on the first rank what is trained, and from which checkpoint."""
+    rows = run_rows(
+        trainer.config,
+        part_sizes(trainer.engine.module),
+        ranks=distributed.world_size(),
+        stage=prepared.ds["zero_optimization"]["stage"],
+        total_steps=prepared.data.total_steps(),
+        max_tokens=prepared.config.data.sampler.max_tokens,
+        checkpoint=checkpoint,
+        step=trainer.step,
+    )
+    if distributed.rank() == 0:
+        print_rows(rows)
+
+
+def print_progress(text: str) -> None:
     """Print a line of progress on the first rank."""
     if distributed.rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_lengths(config: TrainRun, processor: AsrLlmProcessor) -> None:
-    """Filters that let through what the encoder cannot take are a mistake of the configuration, not of an utterance."""
+def fit(trainer: Trainer, data: TrainingData) -> None:
+    """Run the training loop to its end, watched for hangs."""
+    timeout = trainer.config.step_timeout
+    with Watchdog(timeout, trainer.exp_dir, rank=distributed.rank()) as trainer.watchdog:
+        trainer.fit(data.train_steps)
+
+
+def finish(prepared: PreparedRun, trainer: Trainer, initial_step: int) -> None:
+    """Write pretrained.pt if the training is complete, and release the run's directory.
+
+    Args:
+        prepared: the run.
+        trainer: after `fit`.
+        initial_step: optimizer steps done before `fit`.
+    """
+    if trainer.preempted:
+        if distributed.rank() == 0:
+            print_preempted(trainer, initial_step)
+    else:
+        distributed.first_rank_does(lambda: write_pretrained(prepared.exp_dir))
+    distributed.finish()
+    prepared.lock.release()
+
+
+def describe_data(description: AsrLlmConfig, config: TrainRun, data: TrainingData) -> None:
+    """Record in the model's description what inference needs to know about the training data."""
+    description.trained_seconds = long_utterance(data.corpora) or None
+    hotwords = config.data.hotwords
+    description.hotwords_template = hotwords.template if hotwords.prob else None
+
+
+def check_duration_filter(config: TrainRun, processor: AsrLlmProcessor) -> None:
+    """Check that data.filter admits only durations that the audio encoder supports.
+
+    Raises:
+        UserError: a bound is outside the encoder's range. The configuration is wrong in this case,
+            not a single utterance.
+    """
     low, high = (samples / RATE for samples in processor.config.sample_limits())
-    for key, fits in (
-        ("min_duration", config.data.filter.min_duration >= low),
-        ("max_duration", config.data.filter.max_duration <= high),
-    ):
-        if not fits:
-            value = getattr(config.data.filter, key)
+    duration = config.data.filter
+    in_range = {
+        "min_duration": duration.min_duration >= low,
+        "max_duration": duration.max_duration <= high,
+    }
+    for key, is_in_range in in_range.items():
+        if not is_in_range:
             raise UserError(
-                f"data.filter.{key}={value}: the audio encoder takes {low:.2f} to {high:.2f} s; set it within these"
+                f"data.filter.{key}={getattr(duration, key)} is outside the audio encoder's range. "
+                f"Use a value from {low:.2f} to {high:.2f} s."
             )
 
 
 def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
     """Warn if the learning rate would still be rising at the end of a run of `total` steps."""
-    eden = trainer.schedule.name == "eden"
-    key = "schedule.warmup_batches" if eden else "warmup_steps"
-    warmup = trainer.schedule.warmup_batches if eden else trainer.warmup_steps
+    if trainer.schedule.name == "eden":
+        key = "schedule.warmup_batches"
+        warmup = trainer.schedule.warmup_batches
+    else:
+        key = "warmup_steps"
+        warmup = trainer.warmup_steps
     if warmup > total:
         logger.warning(
-            "trainer.%s=%g is more than the run's %d steps, so the learning rate does not reach its peak of %g. "
-            "Lower trainer.%s, or train for more steps.",
-            key, warmup, total, trainer.lr, key,
-        )  # fmt: skip
+            "trainer.%s=%g is more than the run's %d steps, so the learning rate does not reach "
+            "its peak of %g. Lower trainer.%s, or train for more steps.",
+            key,
+            warmup,
+            total,
+            trainer.lr,
+            key,
+        )
+
+
+def warn_of_slow_bfloat16(trainer: TrainerConfig, device: torch.device) -> None:
+    """Warn if the run uses bfloat16 on a processor that only emulates it."""
+    if trainer.dtype == torch.bfloat16 and not distributed.multiplies_bfloat16(device):
+        logger.warning(
+            "this processor has no bfloat16 instructions. "
+            "Use trainer.precision=fp32, which is about ten times as fast here."
+        )
 
 
 def last_validation_loss(exp_dir: Path) -> float | None:
@@ -212,11 +347,13 @@ def last_validation_loss(exp_dir: Path) -> float | None:
         record = json.loads(line)
         found = [value for name, value in record.items() if VALIDATION_LOSS.fullmatch(name)]
         losses = found or losses
-    return sum(losses) / len(losses) if losses else None
+    if not losses:
+        return None
+    return sum(losses) / len(losses)
 
 
 def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
-    """exp_dir/config.yaml, and what inference needs beside weights."""
+    """Write exp_dir/config.yaml, and the files beside the weights that inference needs."""
     exp_dir = Path(config.exp_dir or "")
     if distributed.rank() == 0:
         exp_dir.mkdir(parents=True, exist_ok=True)
@@ -226,21 +363,26 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
     distributed.barrier()
 
 
-def tell_preempted(preemption: Preemption, step: int, *, begun_at: int) -> None:
-    what = f"saved checkpoint-{step}" if step > begun_at else "no step was done"
-    asked = preemption.asked or "a signal to another rank"
+def print_preempted(trainer: Trainer, initial_step: int) -> None:
+    """Print which signal interrupted the run, and how to resume it."""
+    interrupted_by = trainer.preemption.asked or "a signal to another rank"
+    outcome = "no step was done"
+    if trainer.step > initial_step:
+        outcome = f"saved checkpoint-{trainer.step}"
     print(
-        f"asrllm train: {asked}: {what}, ended; the same command goes on from there",
+        f"asrllm train: interrupted by {interrupted_by}: {outcome}. "
+        "Run the same command to resume from there.",
         file=sys.stderr,
         flush=True,
     )
 
 
 def write_pretrained(exp_dir: Path) -> None:
-    """exp_dir/pretrained.pt: the last checkpoint's weights."""
+    """Write the weights of the newest checkpoint to exp_dir/pretrained.pt."""
     newest = newest_checkpoint(exp_dir)
     assert newest is not None
     consolidate(newest, exp_dir / "pretrained.pt")
     print(
-        f"trained: {exp_dir / 'pretrained.pt'}; evaluate it with 'asrllm evaluate exp_dir={exp_dir} data.test_data_config=...'"
+        f"Wrote {exp_dir / 'pretrained.pt'}. Evaluate it with "
+        f"'asrllm evaluate exp_dir={exp_dir} data.test_data_config=...'."
     )

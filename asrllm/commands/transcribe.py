@@ -1,4 +1,4 @@
-"""asrllm transcribe: text for audio files."""
+"""asrllm transcribe: write text for audio files."""
 
 import argparse
 import functools
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from asrllm.atomic import write_whole
@@ -24,35 +24,27 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import AutoModel, describe
 from asrllm.progress import ProgressBar
 
-LONGEST = {
-    True: 28.0,
-    False: 30.0,
-}  # seconds of a segment, with --vad and without; the model may take less
-SHORTEST = 2.0  # seconds that a segment may always have, whatever was trained
+# Seconds of the longest segment; the model may support less.
+LONGEST_WITH_VAD = 28.0
+LONGEST_WITHOUT_VAD = 30.0
+SHORTEST = 2.0  # a segment may always be this many seconds long, whatever the training data was
 
 logger = logging.getLogger(__name__)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Everything that can be wrong without the weights is found before they are loaded."""
+    """Run `asrllm transcribe`. Mistakes are reported before the weights load, if possible."""
     if arguments.repetition_guard < 0:
         raise UserError(
-            f"--repetition-guard {arguments.repetition_guard} must not be below 0, which is no guard"
+            f"--repetition-guard {arguments.repetition_guard} is negative. "
+            "Use 0 to switch the guard off, or a value above 0."
         )
     formats = chosen_formats(arguments.format)
     description = describe(arguments.model, arguments.base_models)
     shortest, longest = description.sample_limits()
     files, problems = open_all(find_audio(arguments.audio), shortest)
     check_output(formats, arguments.output_dir, files)
-    if (
-        arguments.prompt is None
-        and arguments.language
-        and of_language(description, arguments.language) is None
-    ):
-        logger.warning(
-            "no prompt of training is for --language %s alone: the first is asked, as for any language",
-            arguments.language,
-        )
+    warn_of_untrained_language(arguments, description)
     prompt = prompt_to_ask(
         description,
         prompt=arguments.prompt,
@@ -60,44 +52,80 @@ def run(arguments: argparse.Namespace) -> None:
         hotwords=arguments.hotwords,
     )
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    listening = Listening(
-        detector=detector,
-        longest=min(longest, round(segment_seconds(arguments, description) * RATE)),
-    )
-    engine, several = load_engine(arguments), len(files) + len(problems) > 1
-    seconds, done, began = 0.0, 0, time.monotonic()
-    with bar_over(files) as bar:
-        advance = whole_seconds(bar)
-        for transcript in transcribe_files(
+    segment_samples = round(segment_seconds(arguments, description) * RATE)
+    listening = Listening(detector=detector, longest=min(longest, segment_samples))
+    engine = load_engine(arguments)
+    several = len(files) + len(problems) > 1
+    began = time.monotonic()
+    with audio_progress(files) as bar:
+        transcripts = transcribe_files(
             engine,
             files,
             listening,
             prompt=prompt,
             batch_size=arguments.batch_size,
-            advance=advance,
-        ):
-            if transcript.problem:
-                problems.append(transcript.problem)
-                continue
-            warn_of(transcript)
-            write(transcript, formats, arguments, several=several)
-            seconds += transcript.duration
-            done += 1
+            advance=in_whole_seconds(bar),
+        )
+        done, seconds, failures = write_all(transcripts, formats, arguments, several=several)
     if seconds:
-        took = time.monotonic() - began
-        print(
-            f"{seconds / 3600:.2f} h of audio transcribed in {took:.1f} s, {seconds / took:.1f} x real time",
-            file=sys.stderr,
-        )
+        print_speed(seconds, time.monotonic() - began)
+    problems += failures
     if problems:
-        raise UserError(
-            "; ".join(problems) + (f"; the other files ({done}) are transcribed" if done else "")
-        )
+        if done:
+            problems.append(f"the other files ({done}) are transcribed")
+        raise UserError("; ".join(problems))
+
+
+def write_all(
+    transcripts: Iterable[FileTranscript],
+    formats: Sequence[str],
+    arguments: argparse.Namespace,
+    *,
+    several: bool,
+) -> tuple[int, float, list[str]]:
+    """Write transcripts as they become available. Arguments are those of `write`.
+
+    Returns:
+        The number of files that were transcribed, their seconds, and messages about the others.
+    """
+    done = 0
+    seconds = 0.0
+    problems: list[str] = []
+    for transcript in transcripts:
+        if transcript.problem:
+            problems.append(transcript.problem)
+            continue
+        warn_of_transcript(transcript)
+        write(transcript, formats, arguments, several=several)
+        seconds += transcript.duration
+        done += 1
+    return done, seconds, problems
+
+
+def print_speed(audio_seconds: float, seconds: float) -> None:
+    """Print how much audio was transcribed, and how fast."""
+    print(
+        f"Transcribed {audio_seconds:.1f} s of audio in {seconds:.1f} s "
+        f"({audio_seconds / seconds:.1f}x real time)",
+        file=sys.stderr,
+    )
 
 
 def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list[str]]:
-    """The files, and what is wrong with those that cannot be heard. Raises UserError where none can."""
-    files, problems = [], []
+    """Open audio files.
+
+    Args:
+        paths: the files.
+        shortest: the fewest samples at 16 kHz that the audio encoder supports.
+
+    Returns:
+        The usable files, and one message for each unusable one.
+
+    Raises:
+        UserError: no file is usable.
+    """
+    files: list[AudioFile] = []
+    problems: list[str] = []
     for path in paths:
         try:
             file = open_audio(path)
@@ -114,44 +142,77 @@ def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list
     return files, problems
 
 
-def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) -> float:
-    """The longest segment: what was asked for, else as long as utterances in training were, beyond which a model leaves words out."""
-    trained, longest = description.trained_seconds, LONGEST[arguments.vad]
-    asked = arguments.max_segment
-    if asked is None:
-        return longest if trained is None else min(longest, max(trained, SHORTEST))
-    if not SHORTEST <= asked <= LONGEST[False]:
-        raise UserError(
-            f"--max-segment {asked:g} must be from {SHORTEST:g} to {LONGEST[False]:g} seconds"
-        )
-    if trained is not None and asked > max(trained, SHORTEST):
+def warn_of_untrained_language(arguments: argparse.Namespace, description: AsrLlmConfig) -> None:
+    """Warn if --language would choose the prompt, but no training prompt is for that language."""
+    if arguments.prompt is not None or not arguments.language:
+        return
+    if of_language(description, arguments.language) is None:
         logger.warning(
-            "--max-segment %g is longer than what the model was trained on (%g s): it may leave words out",
-            asked,
+            "no training prompt is for --language %s alone. The first prompt is used, as for any "
+            "language.",
+            arguments.language,
+        )
+
+
+def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) -> float:
+    """Return the longest segment in seconds.
+
+    The default is the duration of long training utterances, because a model omits words of longer
+    ones.
+
+    Raises:
+        UserError: --max-segment is out of range.
+    """
+    trained = description.trained_seconds
+    requested = arguments.max_segment
+    if requested is None:
+        longest = LONGEST_WITH_VAD if arguments.vad else LONGEST_WITHOUT_VAD
+        if trained is None:
+            return longest
+        return min(longest, max(trained, SHORTEST))
+    if not SHORTEST <= requested <= LONGEST_WITHOUT_VAD:
+        raise UserError(
+            f"--max-segment {requested:g} is out of range. "
+            f"Use a value from {SHORTEST:g} to {LONGEST_WITHOUT_VAD:g} seconds."
+        )
+    if trained is not None and requested > max(trained, SHORTEST):
+        logger.warning(
+            "--max-segment %g is longer than the training utterances (%g s). The model may omit "
+            "words.",
+            requested,
             trained,
         )
-    return float(asked)
+    return float(requested)
 
 
 def load_engine(arguments: argparse.Namespace) -> TorchEngine:
-    options = {
-        name: getattr(arguments, name)
-        for name in ("num_beams", "max_new_tokens", "max_tokens_per_second")
-    }
-    options["repetition_guard"] = arguments.repetition_guard or None
+    """Load the model with the decoding options of the command line."""
     device = default_device()
-    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    default_dtype = "float32" if device.type == "cpu" else "bfloat16"
     model = AutoModel.from_pretrained(
         arguments.model,
         weights=arguments.weights,
-        dtype=dtype,
+        dtype=arguments.dtype or default_dtype,
         base_models=arguments.base_models,
     )
+    options = {
+        "num_beams": arguments.num_beams,
+        "max_new_tokens": arguments.max_new_tokens,
+        "max_tokens_per_second": arguments.max_tokens_per_second,
+        "repetition_guard": arguments.repetition_guard or None,
+    }
     return TorchEngine(model.to(device), options)
 
 
 def chosen_formats(given: Sequence[str]) -> list[str]:
-    """Each once, in the order given. Raises UserError for an unknown one."""
+    """Return the output formats without duplicates, in the given order; by default txt.
+
+    Args:
+        given: values of --format, each one or several names separated by commas.
+
+    Raises:
+        UserError: a format is unknown.
+    """
     names = [name.strip() for part in given for name in part.split(",")] or ["txt"]
     for name in names:
         if name not in FORMATS:
@@ -160,32 +221,60 @@ def chosen_formats(given: Sequence[str]) -> list[str]:
 
 
 def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[AudioFile]) -> None:
-    """Raises UserError where the output has no place, or two files would have the same."""
+    """Check that every transcript can be written to a place of its own.
+
+    Args:
+        formats: the output formats.
+        folder: --output-dir; None for standard output.
+        files: the audio files.
+
+    Raises:
+        UserError: the output does not fit on standard output, the directory cannot be written, or
+            two transcripts would have the same path.
+    """
     if folder is None:
-        if len(formats) > 1:
-            raise UserError(
-                f"--format {','.join(formats)} are several: give --output-dir, where each is a file"
-            )
-        if len(files) > 1 and formats[0] in ("srt", "vtt"):
-            raise UserError(
-                f"--format {formats[0]} of {len(files)} files does not fit on standard output: give --output-dir"
-            )
+        check_standard_output(formats, files)
         return
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"--output-dir {str(folder)!r}: {str(there)!r} is a file: give a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--output-dir {str(folder)!r} cannot be written: change the permissions of {str(there)!r}, or give another"
-        )
+    check_writable(folder)
     sources: dict[str, str] = {}
     for file in files:
-        first = sources.setdefault(Path(file.path).stem, file.path)
+        stem = Path(file.path).stem
+        first = sources.setdefault(stem, file.path)
         if Path(first).resolve() != Path(file.path).resolve():
             raise UserError(
-                f"{first!r} and {file.path!r} would both be written to {Path(file.path).stem}.{formats[0]} in --output-dir: rename one, "
-                "or transcribe them one after the other into two directories"
+                f"{first!r} and {file.path!r} would both be written to {stem}.{formats[0]} in "
+                "--output-dir. Rename one, or transcribe them into two directories."
             )
+
+
+def check_standard_output(formats: Sequence[str], files: Sequence[AudioFile]) -> None:
+    """Raise UserError if standard output cannot take these formats of these files."""
+    if len(formats) > 1:
+        raise UserError(
+            f"--format {','.join(formats)} names several formats, but standard output takes one. "
+            "Use --output-dir, or one format."
+        )
+    if len(files) > 1 and formats[0] in ("srt", "vtt"):
+        raise UserError(
+            f"--format {formats[0]} of {len(files)} files cannot be written to standard output. "
+            "Use --output-dir."
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless a directory is writable or can be created."""
+    candidates = (folder, *folder.absolute().parents)
+    existing = next(path for path in candidates if path.exists())
+    if not existing.is_dir():
+        raise UserError(
+            f"--output-dir {str(folder)!r} cannot be created: {str(existing)!r} is a file. "
+            "Use a directory."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output-dir {str(folder)!r} is not writable. "
+            f"Change the permissions of {str(existing)!r}, or use another directory."
+        )
 
 
 def write(
@@ -195,6 +284,14 @@ def write(
     *,
     several: bool,
 ) -> None:
+    """Write a transcript to --output-dir in every format, or to standard output in the first one.
+
+    Args:
+        transcript: of one file.
+        formats: the output formats.
+        arguments: --output-dir and --language are read.
+        several: whether there are several files, each of which is one line of standard output.
+    """
     if arguments.output_dir is not None:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         for name in formats:
@@ -204,32 +301,44 @@ def write(
     if several and formats[0] == "json":
         text = as_json(transcript, arguments.language, indent=None)
     elif several:
-        # a row, whatever the LLM and the file's name hold
+        # stays one line whatever the text and the file's name contain
         text = f"{escape(transcript.audio)}\t{escape(' '.join(transcript.text.split()))}\n"
     else:
         text = FORMATS[formats[0]](transcript, arguments.language)
     print(text, end="", flush=True)
 
 
-def warn_of(transcript: FileTranscript) -> None:
+def warn_of_transcript(transcript: FileTranscript) -> None:
+    """Warn if a file has no speech, or if texts were cut at their maximum length."""
     if not transcript.segments:
         logger.warning(
-            "no speech was found in %r: its text is empty; --no-vad would hear all of it",
+            "no speech was found in %r, so its text is empty. Use --no-vad to transcribe all of "
+            "it.",
             transcript.audio,
         )
-    if cut := sum(spoken.end_reason == "limit" for spoken in transcript.segments):
-        logger.warning("%d of %d texts of %r were cut off at their longest: raise --max-new-tokens or --max-tokens-per-second", cut,
-                       len(transcript.segments), transcript.audio)  # fmt: skip
+    cut = sum(segment.end_reason == "limit" for segment in transcript.segments)
+    if cut:
+        logger.warning(
+            "%d of %d texts of %r were cut at their maximum length. "
+            "Raise --max-new-tokens or --max-tokens-per-second.",
+            cut,
+            len(transcript.segments),
+            transcript.audio,
+        )
 
 
-def bar_over(files: Sequence[AudioFile]) -> ProgressBar:
-    seconds = [file.seconds for file in files]
-    return ProgressBar(
-        "transcribing, seconds", None if None in seconds else int(sum(s or 0.0 for s in seconds))
-    )
+def audio_progress(files: Sequence[AudioFile]) -> ProgressBar:
+    """Return a progress bar over the seconds of all files."""
+    total = 0.0
+    for file in files:
+        if file.seconds is None:
+            return ProgressBar("transcribing, seconds", None)
+        total += file.seconds
+    return ProgressBar("transcribing, seconds", int(total))
 
 
-def whole_seconds(bar: ProgressBar) -> Callable[[float], None]:
+def in_whole_seconds(bar: ProgressBar) -> Callable[[float], None]:
+    """Return a function that advances the bar, which counts whole seconds, by fractions."""
     done = 0.0
 
     def advance(seconds: float) -> None:

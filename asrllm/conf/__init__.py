@@ -1,11 +1,11 @@
-"""The Hydra tree: one YAML file per verb and one directory per group, with a comment for every key."""
+"""The Hydra configuration: a YAML file per verb, a directory per group, a comment per key."""
 
 import re
 from importlib import resources
 
 
 def help_text(name: str) -> str:
-    """Return every key of `NAME.yaml` and its groups with its default and comment, as the YAML files state them."""
+    """Return every key of `NAME.yaml` and its groups with its default and comment."""
     root = resources.files("asrllm.conf")
     main = (root / f"{name}.yaml").read_text()
     parts = [main.partition("\n\n")[2]]

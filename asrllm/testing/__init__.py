@@ -1,48 +1,75 @@
-"""Tiny models and made-up speech: what tests and first experiments need, without a download."""
+"""Tiny models and synthetic speech for tests and first experiments, without a download."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+# of synthetic vowels, in Hz
+FORMANTS = (
+    (730, 1090, 2440),
+    (270, 2290, 3010),
+    (300, 870, 2240),
+    (530, 1840, 2480),
+    (570, 840, 2410),
+)
+FORMANT_WIDTHS = (80, 100, 140)  # Hz
+TINY_ZIPFORMER = {
+    "encoder_dim": [16, 24],
+    "encoder_unmasked_dim": [8, 16],
+    "num_encoder_layers": [1, 2],
+    "feedforward_dim": [24, 32],
+    "downsampling_factor": [1, 2],
+    "cnn_module_kernel": [7, 5],
+    "num_heads": [2, 4],
+    "query_head_dim": [8],
+    "value_head_dim": [4],
+    "pos_dim": 16,
+}
 
 
 def tiny_whisper(folder: Path, *, seed: int = 0, num_mel_bins: int = 80) -> Path:
-    """A Hugging Face Whisper directory of random weights: 2 layers of width 16."""
+    """Write a Hugging Face Whisper directory with random weights: 2 encoder layers of width 16.
+
+    Returns:
+        The directory.
+    """
     from transformers import WhisperConfig, WhisperModel
 
     torch.manual_seed(seed)
-    size = {
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 1,
-        "vocab_size": 64,
-        "num_mel_bins": num_mel_bins,
-    }
-    heads = {
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-    }
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
-    WhisperModel(WhisperConfig(**size, **heads, **tokens)).save_pretrained(folder)
+    config = WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        vocab_size=64,
+        num_mel_bins=num_mel_bins,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    WhisperModel(config).save_pretrained(folder)
     return folder
 
 
-TINY_ZIPFORMER = {
-    "encoder_dim": [16, 24], "encoder_unmasked_dim": [8, 16], "num_encoder_layers": [1, 2], "feedforward_dim": [24, 32],
-    "downsampling_factor": [1, 2], "cnn_module_kernel": [7, 5], "num_heads": [2, 4], "query_head_dim": [8], "value_head_dim": [4],
-    "pos_dim": 16,
-}  # fmt: skip
-
-
 def tiny_zipformer(folder: Path, *, seed: int = 0) -> Path:
-    """A Zipformer directory, as Auden's, of random weights: 3 layers in 2 stacks."""
+    """Write a Zipformer directory in Auden's format with random weights: 3 layers in 2 stacks.
+
+    Returns:
+        The directory.
+    """
     from safetensors.torch import save_file
 
     from asrllm.models.encoders.zipformer.modeling import ZipformerConfig, ZipformerEncoder
@@ -56,24 +83,30 @@ def tiny_zipformer(folder: Path, *, seed: int = 0) -> Path:
 
 
 def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
-    """A Hugging Face Qwen2 directory of random weights, 2 layers of width 32, with a tokenizer of bytes and words."""
+    """Write a Hugging Face Qwen2 directory with random weights: 2 layers of width 32.
+
+    Args:
+        folder: the directory to write.
+        seed: of the weights.
+        tied: whether the LM head has the weights of the embeddings.
+
+    Returns:
+        The directory. Its tokenizer has the bytes and WORDS.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    size = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
     config = Qwen2Config(
-        **size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
         tie_word_embeddings=tied,
-        initializer_range=0.3,  # large enough for what it hears to change what it says
+        initializer_range=0.3,  # large enough for the audio to change the text
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
@@ -84,17 +117,17 @@ def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
     return folder
 
 
-def tiny_tokenizer():  # type: ignore[no-untyped-def]  # a transformers tokenizer
+def tiny_tokenizer() -> "PreTrainedTokenizerFast":
+    """Return a byte-level BPE tokenizer of at most 320 tokens, trained on WORDS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=special,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -105,76 +138,79 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]  # a transformers tokenize
 
 
 def tone(word: str, seconds: float, rate: int = 16000) -> np.ndarray:
-    """A word's tone: its number decides the pitch. (samples,) float32"""
-    t = np.arange(round(seconds * rate)) / rate
-    return (0.3 * np.sin(2 * np.pi * 200 * 1.25 ** WORDS.index(word) * t)).astype(np.float32)
-
-
-VOWELS = (
-    (730, 1090, 2440),
-    (270, 2290, 3010),
-    (300, 870, 2240),
-    (530, 1840, 2480),
-    (570, 840, 2410),
-)  # formants in Hz
+    """Return a tone (samples,) in float32, whose pitch depends on the word's index in WORDS."""
+    time = np.arange(round(seconds * rate)) / rate
+    return (0.3 * np.sin(2 * np.pi * 200 * 1.25 ** WORDS.index(word) * time)).astype(np.float32)
 
 
 def vowels(seconds: float, *, seed: int = 0, rate: int = 16000) -> np.ndarray:
-    """Vowels one after the other, which voice activity detection takes for speech. (samples,) float32"""
+    """Return a sequence of vowels (samples,) in float32, which a VAD classifies as speech."""
     rng = np.random.default_rng(seed)
-    harmonics = np.arange(1, 36)[:, None]
     sounds: list[np.ndarray] = []
     while sum(map(len, sounds)) < seconds * rate:
-        pitch = rng.uniform(100, 140) * np.linspace(
-            1, rng.uniform(0.85, 1.1), round(rng.uniform(0.12, 0.25) * rate)
-        )
-        gains = sum(
-            1 / (1 + ((harmonics * pitch.mean() - f) / width) ** 2)
-            for f, width in zip(rng.choice(VOWELS), (80, 100, 140), strict=True)
-        )
-        wave = (
-            gains / harmonics**0.5 * np.sin(2 * np.pi * harmonics * np.cumsum(pitch) / rate)
-        ).sum(0)
-        sounds.append(wave / np.abs(wave).max() * np.hanning(len(wave)) ** 0.3)
+        sounds.append(_vowel(rng, rate))
     return (0.3 * np.concatenate(sounds)[: round(seconds * rate)]).astype(np.float32)
 
 
+def _vowel(rng: np.random.Generator, rate: int) -> np.ndarray:
+    """Return one vowel (samples,) of 0.12 to 0.25 s with a peak of at most 1."""
+    first_pitch = rng.uniform(100, 140)  # Hz
+    last_factor = rng.uniform(0.85, 1.1)
+    samples = round(rng.uniform(0.12, 0.25) * rate)
+    pitch = first_pitch * np.linspace(1, last_factor, samples)
+    harmonics = np.arange(1, 36)[:, None]
+    gains = 0
+    for formant, width in zip(rng.choice(FORMANTS), FORMANT_WIDTHS, strict=True):
+        gains = gains + 1 / (1 + ((harmonics * pitch.mean() - formant) / width) ** 2)
+    phase = 2 * np.pi * harmonics * np.cumsum(pitch) / rate
+    wave = (gains / harmonics**0.5 * np.sin(phase)).sum(0)
+    return wave / np.abs(wave).max() * np.hanning(len(wave)) ** 0.3
+
+
 def tone_sentences(count: int, *, seed: int = 0, rate: int = 16000) -> list[tuple[str, np.ndarray]]:
-    """(words, waveform) of sentences of one to four tones, 0.1 to 0.4 s each."""
+    """Return (text, waveform) of sentences with one to four tones of 0.1 to 0.4 s each.
+
+    Args:
+        count: number of sentences.
+        seed: of the random choices.
+        rate: sampling rate in Hz.
+    """
     rng = np.random.default_rng(seed)
-    sentences = []
+    sentences: list[tuple[str, np.ndarray]] = []
     for _ in range(count):
         words = [str(word) for word in rng.choice(WORDS, rng.integers(1, 5))]
-        sentences.append(
-            (
-                " ".join(words),
-                np.concatenate([tone(word, rng.uniform(0.1, 0.4), rate) for word in words]),
-            )
-        )
+        tones = [tone(word, rng.uniform(0.1, 0.4), rate) for word in words]
+        sentences.append((" ".join(words), np.concatenate(tones)))
     return sentences
 
 
 def kaldi_directory(
     folder: Path, sentences: Sequence[tuple[str, np.ndarray]], *, rate: int = 16000
 ) -> Path:
-    """wav.scp, text, utt2spk and the wavs."""
+    """Write a Kaldi data directory: wav.scp, text, utt2spk and the wav files.
+
+    Args:
+        folder: the directory to write.
+        sentences: (text, waveform) of each utterance.
+        rate: sampling rate in Hz.
+
+    Returns:
+        The directory.
+    """
     (folder / "wav").mkdir(parents=True)
     tables: dict[str, list[str]] = {"wav.scp": [], "text": [], "utt2spk": []}
     for i, (words, wave) in enumerate(sentences):
         key = f"utt{i:04d}"
         soundfile.write(folder / "wav" / f"{key}.wav", wave, rate)
-        for name, value in (
-            ("wav.scp", f"wav/{key}.wav"),
-            ("text", words),
-            ("utt2spk", f"spk{i % 3}"),
-        ):
-            tables[name].append(f"{key} {value}\n")
+        tables["wav.scp"].append(f"{key} wav/{key}.wav\n")
+        tables["text"].append(f"{key} {words}\n")
+        tables["utt2spk"].append(f"{key} spk{i % 3}\n")
     for name, lines in tables.items():
         (folder / name).write_text("".join(lines), encoding="utf-8")
     return folder
 
 
 def data_config(path: Path, entries: Sequence[dict[str, object]]) -> Path:
-    """A data config; JSON is YAML."""
+    """Write a data configuration as JSON, which is YAML too, and return its path."""
     path.write_text(json.dumps(list(entries)))
     return path

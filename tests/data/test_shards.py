@@ -238,7 +238,7 @@ def test_shards_are_never_written_over_others(tmp_path):
         write_shards(tmp_path / "out", [utterance()])
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_output_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_shards(tmp_path / "file" / "out", [utterance()])

@@ -578,7 +578,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence(web, tmp_path):
+def test_full_disk_is_one_message(web, tmp_path):
     _, _, file = put(web)
     script = """
         import resource

@@ -297,7 +297,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     assert "holds no generations-*.jsonl" in fails(
         capsys, "evaluate", "compare", a, tmp_path / "no"
     )
-    assert "takes two results, not 1" in fails(capsys, "evaluate", "compare", a)
+    assert "two results, not 1" in fails(capsys, "evaluate", "compare", a)
     (tmp_path / "recogs-x.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no utterance"):
         compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")

@@ -1,4 +1,4 @@
-"""The quickstart's own parts; `make quickstart` is the whole."""
+"""Parts of the quickstart. `make quickstart` runs all of it."""
 
 import struct
 import sys
@@ -17,7 +17,7 @@ import weights
 
 
 def ctranslate2_file(path, variables, aliases=(), version=6):
-    """A model.bin as CTranslate2 writes it."""
+    """Write a model.bin like CTranslate2."""
 
     def string(text):
         return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
@@ -53,8 +53,8 @@ def test_ctranslate2_files_are_read(tmp_path):
         weights.read_ctranslate2(ctranslate2_file(tmp_path / "n.bin", variables, version=5))
 
 
-def test_whispers_names_are_transformers_own(world):
-    """Every parameter of transformers' Whisper, stacked as CTranslate2 has it, comes back under its own name."""
+def test_whisper_weights_get_the_names_of_transformers(world):
+    """Parameters of transformers' Whisper, stacked like CTranslate2's, get their names back."""
     from transformers import WhisperModel
 
     theirs = {
@@ -78,7 +78,8 @@ def test_whispers_names_are_transformers_own(world):
         ]
         put(f"{part}/layer_norm", f"model.{part}.layer_norm")
         for i in range(layers):
-            a, b = f"{part}/layer_{i}", f"model.{part}.layers.{i}"
+            a = f"{part}/layer_{i}"
+            b = f"model.{part}.layers.{i}"
             put(f"{a}/self_attention/layer_norm", f"{b}.self_attn_layer_norm")
             put(f"{a}/self_attention/linear_0", *(f"{b}.self_attn.{x}_proj" for x in "qkv"))
             put(f"{a}/self_attention/linear_1", f"{b}.self_attn.out_proj")
@@ -99,7 +100,7 @@ def test_whispers_names_are_transformers_own(world):
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def test_a_directory_appears_when_it_is_complete(tmp_path):
+def test_directory_appears_only_when_complete(tmp_path):
     def interrupted():
         with weights.NewDirectory(tmp_path / "out") as folder:
             (folder / "half").touch()
@@ -114,7 +115,7 @@ def test_a_directory_appears_when_it_is_complete(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_strings_are_what_their_words_say():
+def test_training_strings_are_reproducible_and_within_bounds():
     pool = {
         word: [np.sin(np.arange(4000) * 0.05 * (i + 1)).astype(np.float32)]
         for i, word in enumerate(speech.DIGITS)
@@ -137,8 +138,9 @@ def test_training_strings_are_what_their_words_say():
     assert len(speech.digit_strings(pool, seed=0)) == speech.TEST_STRINGS
 
 
-def test_a_done_step_is_not_done_again(tmp_path, capsys):
-    times, done = run.Times(), []
+def test_finished_step_is_skipped(tmp_path, capsys):
+    times = run.Times()
+    done = []
     assert times.step("a", tmp_path / "result", lambda: done.append(1)) is None
     (tmp_path / "result").touch()
     times.step("a", tmp_path / "result", lambda: done.append(2))

@@ -345,7 +345,7 @@ def test_the_command_merges(world, tmp_path, capsys):
         )
         == 0
     )
-    assert "load it with" in capsys.readouterr().out
+    assert str(tmp_path / "out") in capsys.readouterr().out
     assert not any("lora_" in key for key in load_file(tmp_path / "out" / "model.safetensors"))
     torch.testing.assert_close(
         logits(asrllm.AutoModel.from_pretrained(tmp_path / "out")),
@@ -519,7 +519,7 @@ DAMAGES = {
         "is a 'qwen2' model, not 'asrllm'",
     ),
     "no json": (lambda f: (f / "config.json").write_text("{"), r"config\.json' is not valid JSON"),
-    "no object": (lambda f: (f / "config.json").write_text("[]"), "must be a JSON object"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
     "no tokenizer settings": (
         lambda f: (f / "tokenizer_config.json").unlink(),
@@ -637,11 +637,11 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     for options, message in (
         (
             {"merge_adapters": True},
-            r"save_pretrained\(\) does not know the keyword 'merge_adapters': did you mean 'merge_adapter'",
+            r"save_pretrained\(\) .*'merge_adapters': did you mean 'merge_adapter'",
         ),
         (
             {"state_dict": {}},
-            "does not know the keyword 'state_dict': it takes merge_adapter, max_shard_size",
+            "'state_dict': it takes merge_adapter, max_shard_size",
         ),
         ({"max_shard_size": "banana"}, "max_shard_size='banana' is no size: give bytes above 0"),
         ({"max_shard_size": 0}, "max_shard_size=0 is no size"),
@@ -652,7 +652,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     assert not (tmp_path / "saved").exists()
     model.save_pretrained(tmp_path / "saved", max_shard_size="0.5 gb")
     for options, message in (
-        ({"atn_implementation": "sdpa"}, "does not know the keyword 'atn_implementation'"),
+        ({"atn_implementation": "sdpa"}, "'atn_implementation'"),
         ({"dtyp": "bfloat16"}, "did you mean 'dtype'"),
         ({"device_map": "auto"}, r"use \.to\(device\)"),
     ):
@@ -663,7 +663,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
         ):
             with pytest.raises(UserError, match=message):
                 load(tmp_path / "saved", **options)
-    with pytest.raises(UserError, match="does not know the keyword 'chat_template'"):
+    with pytest.raises(UserError, match="'chat_template'"):
         asrllm.AsrLlmProcessor.from_pretrained(tmp_path / "saved", chat_template="x")
     config = copy.deepcopy(model.config)
     assert AsrLlmModel.from_pretrained(tmp_path / "saved", config=config)

@@ -137,7 +137,7 @@ def test_it_says_what_the_model_says_of_each_segment(model, tmp_path, speech, ca
         )
         captured = capsys.readouterr()
         outputs.append(captured.out)
-        assert "0.00 h of audio transcribed in " in captured.err
+        assert "s of audio in" in captured.err
     assert outputs[0] == outputs[1] == outputs[2]
     row, again = outputs[0].splitlines()
     assert row == again
@@ -240,7 +240,7 @@ def test_what_is_asked(model, world, speech, tmp_path, capsys, monkeypatch, capl
     assert asked("--language", "en-US") == ("Write.", [])
     assert asked("--language", "zh") == ("写下来。", [])
     text, (warning,) = asked("--language", "de")
-    assert (text, "no prompt of training is for --language de" in warning) == ("Transcribe.", True)
+    assert (text, "--language de" in warning) == ("Transcribe.", True)
     assert asked("--prompt", "Write.") == ("Write.", [])
     text, (warning,) = asked("--prompt", "Sing.")
     assert (text, warning) == (
@@ -271,11 +271,10 @@ def test_silence_and_answers_without_end_are_warned_of(
     first, second = warned(
         caplog, monkeypatch, "transcribe", model, tmp_path / "silent.wav", speech
     )
-    assert (
-        first
-        == f"no speech was found in {str(tmp_path / 'silent.wav')!r}: its text is empty; --no-vad would hear all of it"
-    )
-    assert second.startswith(f"2 of 2 texts of {str(speech)!r} were cut off at their longest")
+    assert first.startswith(f"no speech was found in {str(tmp_path / 'silent.wav')!r}")
+    assert "--no-vad" in first
+    assert second.startswith(f"2 of 2 texts of {str(speech)!r} were cut")
+    assert "--max-new-tokens" in second
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'silent.wav'}\t\n{speech}\t")
 
 
@@ -289,15 +288,15 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
     (tmp_path / "text.txt").write_text("words\n")
     for arguments, message in (
         (["--format", "svt"], "--format 'svt' is unknown: did you mean 'vtt'"),
-        (["--format", "srt,vtt"], "--format srt,vtt are several: give --output-dir"),
+        (["--format", "srt,vtt"], "--format srt,vtt names several"),
         (
             [speech, "--format", "srt"],
-            "--format srt of 2 files does not fit on standard output: give --output-dir",
+            "--format srt of 2 files",
         ),
-        (["--output-dir", tmp_path / "text.txt"], "is a file: give a directory"),
+        (["--output-dir", tmp_path / "text.txt"], "text.txt' is a file"),
         (
             ["--output-dir", tmp_path / "text.txt" / "a" / "b"],
-            "text.txt' is a file: give a directory",
+            "text.txt' is a file",
         ),
         (
             [tmp_path / "other", "--output-dir", tmp_path / "out"],
@@ -307,13 +306,13 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
         (["--hotwords", ","], "holds no word"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
         (["--prompt", "Hear <|AUDIO|>"], "holds the audio token"),
-        (["--repetition-guard", "-1"], "must not be below 0"),
+        (["--repetition-guard", "-1"], "--repetition-guard -1 is negative"),
     ):
         assert message in fails(capsys, "transcribe", model, speech, *arguments)
     assert not (tmp_path / "out").exists()
     if os.geteuid():  # root may write everywhere
         (tmp_path / "none").chmod(0o500)
-        assert "cannot be written: change" in fails(
+        assert "is not writable" in fails(
             capsys, "transcribe", model, speech, "--output-dir", tmp_path / "none" / "out"
         )
 
@@ -396,6 +395,8 @@ def test_segments_are_as_long_as_what_was_trained(world, tmp_path, monkeypatch, 
     heard = Heard(monkeypatch)
     given = ("transcribe", tmp_path / "4.0", tmp_path / "long.wav", "--max-segment")
     (warning,) = warned(caplog, monkeypatch, *given, 10)
-    assert "--max-segment 10 is longer than what the model was trained on (4 s)" in warning
+    assert "--max-segment 10 is longer than the training utterances (4 s)" in warning
     assert 4 < max(heard.seconds) <= 10
-    assert "--max-segment 1 must be from 2 to 30 seconds" in fails(capsys, *given, 1)
+    assert "--max-segment 1 is out of range. Use a value from 2 to 30 seconds" in fails(
+        capsys, *given, 1
+    )

@@ -84,7 +84,7 @@ def test_an_imported_model_computes_the_same(world, theirs, tmp_path):
     assert isinstance(found.transcribe([samples(1)[0].wave], max_new_tokens=3)[0], str)
 
 
-def test_a_full_disk_is_one_sentence(world, theirs, tmp_path, monkeypatch, capsys):
+def test_full_disk_is_one_message(world, theirs, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
