@@ -147,7 +147,7 @@ def test_mistakes_in_evaluation(world, tmp_path, capsys):
 
 
 def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
-    assert "holds no complete checkpoint" in fails(capsys, "consolidate", tmp_path)
+    assert "has no complete checkpoint" in fails(capsys, "consolidate", tmp_path)
     assert "no complete checkpoint for iter=3" in fails(
         capsys, "average", tmp_path, "--iter", 3, "--avg", 2
     )
@@ -158,7 +158,7 @@ def test_mistakes_of_the_other_verbs(world, tmp_path, capsys):
         ("average", "--iter", 3, "--avg", 2),
         ("export", "--output", tmp_path / "out"),
     ):
-        assert "does not exist: give " in fails(capsys, verb, tmp_path / "no" / "x.pt", *options)
+        assert "does not exist" in fails(capsys, verb, tmp_path / "no" / "x.pt", *options)
     assert "does not exist" in fails(
         capsys, "shards", "make", tmp_path / "out", "--cuts", tmp_path / "no.jsonl"
     )
@@ -221,9 +221,9 @@ def test_mistakes_in_consolidating(tmp_path, capsys):
     for step in (2, 10):
         write_checkpoint(tmp_path / f"checkpoint-{step}", {"projector.a": torch.ones(3)}, step=step)
     for tag in ("checkpoint-5", tmp_path / "checkpoint-2", "/checkpoint-2"):
-        assert "(there are: checkpoint-2, checkpoint-10)" in fails(
-            capsys, "consolidate", tmp_path, "--tag", tag
-        )
+        error = fails(capsys, "consolidate", tmp_path, "--tag", tag)
+        assert repr(str(tag)) in error
+        assert "checkpoint-2, checkpoint-10" in error
     for size in ("nonsense", "0"):
         for output in ("x", "x.pt"):
             options = ("--max-shard-size", size, "--output", tmp_path / output)

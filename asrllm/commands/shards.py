@@ -44,7 +44,7 @@ def make_shards(arguments: argparse.Namespace) -> None:
     with ProgressBar("writing shards", source.count(where, **options)) as bar:
 
         def keep(count: int) -> None:
-            bar.begun_at += count  # else the time left would be reckoned by them
+            bar.done_before += count  # else the time left would be reckoned by them
             bar.advance(count)
 
         summary = write_shards(

@@ -228,7 +228,7 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
 
 def tell_preempted(preemption: Preemption, step: int, *, begun_at: int) -> None:
     what = f"saved checkpoint-{step}" if step > begun_at else "no step was done"
-    asked = preemption.asked or "a signal to another rank"
+    asked = preemption.signal_name or "a signal to another rank"
     print(
         f"asrllm train: {asked}: {what}, ended; the same command goes on from there",
         file=sys.stderr,
