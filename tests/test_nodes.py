@@ -150,7 +150,7 @@ def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, t
 
 @pytest.mark.longest(60)
 def test_failure_of_a_node_ends_the_other(world, settings, hosts, tmp_path):
-    """The cable is cut before the processes are killed, so that no packet reaches the other node."""
+    """The cable is cut before the processes are killed, so that the other node gets no packet."""
     exp = tmp_path / "exp"
     timeout = 5
     shared_memory = set(os.listdir("/dev/shm"))

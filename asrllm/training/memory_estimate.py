@@ -175,11 +175,6 @@ def state_memory(sizes: Sizes, ds: DsConfig, *, ranks: int, width: int, activati
     gradients = sizes.trained * width * (partition if stage >= 2 else 1)
     gradients += buckets
     gradients += masters  # gradients in float32 for the update have the size of the masters
-    gathered = 0.0
-    if stage == 3:
-        prefetched = min(zero.get("stage3_prefetch_bucket_size", 0), sizes.weights)
-        temporary = min(sizes.largest + prefetched, sizes.weights) * (ranks > 1)
-        gathered = (sizes.persistent * (1 - partition) + temporary) * width
     host = 0.0
     if optimizer_on_host:
         host += masters + moments + gradients
@@ -194,10 +189,19 @@ def state_memory(sizes: Sizes, ds: DsConfig, *, ranks: int, width: int, activati
         masters=int(masters),
         moments=int(moments),
         gradients=int(gradients),
-        gathered=int(gathered),
+        gathered=int(_gathered_memory(sizes, zero, ranks, width)),
         activations=activations,
         host=int(host),
     )
+
+
+def _gathered_memory(sizes: Sizes, zero: DsConfig, ranks: int, width: int) -> float:
+    """Return the bytes of the weights that ZeRO-3 gathers on one device."""
+    if zero["stage"] != 3:
+        return 0.0
+    prefetched = min(zero.get("stage3_prefetch_bucket_size", 0), sizes.weights)
+    temporary = min(sizes.largest + prefetched, sizes.weights) * (ranks > 1)
+    return (sizes.persistent * (1 - 1 / ranks) + temporary) * width
 
 
 def _is_offloaded(zero: DsConfig, key: str) -> bool:

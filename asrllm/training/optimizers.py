@@ -127,7 +127,7 @@ def compiling(op: str) -> Iterator[None]:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     folder.mkdir(parents=True, exist_ok=True)
     path_before = os.environ["PATH"]
-    # ninja is installed beside Python, even if the environment is not activated
+    # ninja is in the same directory as Python, even if the environment is not activated
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
     try:
         with FileLock(folder / f"{op}.asrllm.lock"):

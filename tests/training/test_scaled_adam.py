@@ -172,7 +172,7 @@ def test_result_is_the_same_at_every_stage_and_after_a_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_trains_and_resumes_in_bfloat16(tmp_path):
+def test_training_in_bfloat16_resumes_bitwise(tmp_path):
     for out, source in (("first", ""), ("again", str(tmp_path / "first"))):
         start(
             "training.test_scaled_adam:train_all",

@@ -61,13 +61,19 @@ def make_callbacks(
     if config.data.trace:
         callbacks.append(Trace(trainer.exp_dir, trainer.step))
     if data.valid:
-        decoder = None
-        if options.valid_decode:
-            decoder = Decoder(data.valid_subsets(options.valid_decode), data.normalize)
-        sets = data.valid_sets()
-        callbacks.append(Validation(sets, metrics, every=options.valid_every, decoder=decoder))
+        callbacks.append(make_validation(config, data, metrics))
     callbacks.append(checkpoints)
     return callbacks
+
+
+def make_validation(config: TrainRun, data: TrainingData, metrics: Metrics) -> Validation:
+    """Build the callback that measures the validation sets, if wanted with decoding."""
+    count = config.trainer.valid_decode
+    decoder = None
+    if count:
+        decoder = Decoder(data.valid_subsets(count), data.normalize)
+    every = config.trainer.valid_every
+    return Validation(data.valid_sets(), metrics, every=every, decoder=decoder)
 
 
 def make_sinks(config: TrainRun, data: TrainingData, trainer: Trainer) -> list[sinks.Sink]:

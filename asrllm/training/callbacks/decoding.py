@@ -69,15 +69,7 @@ class Decoder:
             texts = self._transcribe(trainer, batch)
             for (sample, _), text in zip(batch, texts, strict=True):
                 if sample.key != PADDING_KEY:
-                    decoded.append(
-                        ValidationSample(
-                            key=sample.key,
-                            corpus=corpus,
-                            reference=sample.text,
-                            hypothesis=text,
-                            errors=word_errors(sample.text, text),
-                        )
-                    )
+                    decoded.append(scored(sample, corpus, text))
         samples = []
         for of_rank in distributed.gather_objects(decoded):
             samples += of_rank
@@ -94,6 +86,17 @@ class Decoder:
             repetition_guard=REPETITION_GUARD,
         )
         return [self.normalize(text) for text in texts]
+
+
+def scored(sample: Sample, corpus: str, hypothesis: str) -> ValidationSample:
+    """Return a decoded utterance with its word errors."""
+    return ValidationSample(
+        key=sample.key,
+        corpus=corpus,
+        reference=sample.text,
+        hypothesis=hypothesis,
+        errors=word_errors(sample.text, hypothesis),
+    )
 
 
 def word_error_rate(decoded: Sequence[ValidationSample]) -> float | None:

@@ -19,16 +19,16 @@ def reopen_log(path: Path, step: int) -> TextIO:
         path: path of the log.
         step: optimizer steps done.
     """
-    kept = []
+    lines_to_keep = []
     if step and path.is_file():
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             logged = _step_of(line)
             if logged is not None and logged <= step:
-                kept.append(line.decode())
+                lines_to_keep.append(line.decode())
             if logged is None and number < len(lines):  # the last line may be incomplete
                 logger.warning("%s:%d is corrupted and is dropped", path, number)
-    write_whole(path, "".join(line + "\n" for line in kept))
+    write_whole(path, "".join(line + "\n" for line in lines_to_keep))
     return open(path, "a", encoding="utf-8")
 
 

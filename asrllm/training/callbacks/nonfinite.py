@@ -8,7 +8,7 @@ NaN, so that there is one decision, on which the ranks agree anyway.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import deepspeed
 import torch
@@ -83,18 +83,22 @@ class NonFiniteGuard(Callback):
                 flush=True,
             )
         if self.in_row >= self.most:
-            keys: list[str] = []
-            for of_rank in keys_by_rank:
-                keys += of_rank
-            named = " ".join(keys[:MAX_NAMED])
-            if len(keys) > MAX_NAMED:
-                named += f" and {len(keys) - MAX_NAMED} more"
-            raise UserError(
-                f"the {what} was not finite in {self.in_row} steps in a row "
-                f"(trainer.max_nonfinite_steps={self.most}). The last one, step {trainer.step}, "
-                f"had the utterances {named}. "
-                "Check these utterances, lower trainer.lr, or resume from an earlier checkpoint."
-            )
+            raise self._error(what, trainer.step, keys_by_rank)
+
+    def _error(self, what: str, step: int, keys_by_rank: Sequence[Sequence[str]]) -> UserError:
+        """Return the error for too many skipped steps in a row."""
+        keys: list[str] = []
+        for of_rank in keys_by_rank:
+            keys += of_rank
+        named = " ".join(keys[:MAX_NAMED])
+        if len(keys) > MAX_NAMED:
+            named += f" and {len(keys) - MAX_NAMED} more"
+        return UserError(
+            f"the {what} was not finite in {self.in_row} steps in a row "
+            f"(trainer.max_nonfinite_steps={self.most}). "
+            f"The last one, step {step}, had the utterances {named}. "
+            "Check these utterances, lower trainer.lr, or resume from an earlier checkpoint."
+        )
 
     def _find_cause(
         self, trainer: Trainer, loaded: LoadedStep

@@ -12,7 +12,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.text_files import read_json_object
 
 Manifest = dict[str, Any]  # content of asrllm.json
-Settings = dict[str, Any]  # settings that a resumed run must share with its checkpoint
+Settings = dict[str, Any]  # settings that a run and its checkpoint must have in common
 ParameterInfo = dict[str, Any]  # "shape" and "dtype" of a trained parameter
 
 MANIFEST = "asrllm.json"

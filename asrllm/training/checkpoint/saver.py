@@ -35,7 +35,7 @@ from asrllm.training.checkpoint.partitions import full_shape, parameter_names
 from asrllm.training.checkpoint.writer import CheckpointWriter
 from asrllm.training.checkpoint.zero_files import check_files, file_digest, trusted_unpickling
 
-# Frozen weights that no base model has. All checkpoints of a run share the file.
+# Frozen weights that no base model has. All checkpoints of a run use the same file.
 INHERITED = "inherited_weights.pt"
 STAGING = ".incomplete"  # below exp_dir: checkpoints that are being written or removed
 
@@ -296,7 +296,7 @@ def _write_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def read_inherited(checkpoint: Path, manifest: Manifest) -> dict[str, StoredTensor]:
-    """Return the inherited frozen weights of a checkpoint, which are in a file beside it.
+    """Return the inherited frozen weights of a checkpoint, from the file in its parent directory.
 
     Raises:
         UserError: the file is not the one that the checkpoint was written with.

@@ -63,7 +63,7 @@ def test_memory_is_that_of_the_rank_with_the_most():
     assert PeakMemory().record([1.0, 3.0, 2.0], 1.0) == {"memory_gb": 3.0}
 
 
-def test_the_documentation_names_every_metric():
+def test_documentation_has_every_metric():
     text = (REPOSITORY / "docs" / "training.md").read_text()
     for name, (unit, meaning) in METRICS.items():
         assert f"| `{name}` | {unit} | {meaning} |" in text, name

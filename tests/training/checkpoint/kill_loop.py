@@ -2,7 +2,7 @@
 
     python -m tests.training.checkpoint.kill_loop DIR KILLS SEED
 
-The processes are forked from this one, which has imported everything. The result is printed as JSON.
+The processes are forked from this one, which has imported everything. The output is JSON.
 """
 
 import json

@@ -90,7 +90,7 @@ def test_write_error_of_one_rank_is_raised_on_all_and_earlier_checkpoints_remain
 
 
 def save_both_ways(out: str) -> None:
-    """Save at each stage in the background and in the training thread. This runs in every process."""
+    """Save at each stage with and without background writing. This runs in every process."""
     for stage in range(4):
         engine = engine_of(stage, "bf16")
         for step in range(3):
