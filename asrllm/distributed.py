@@ -1,4 +1,4 @@
-"""Ranks and processes, as whichever launcher started them says."""
+"""Ranks and collectives of torch.distributed, under any launcher."""
 
 import atexit
 import contextlib
@@ -20,24 +20,34 @@ from asrllm import siblings
 from asrllm.errors import UserError
 from asrllm.launchers import whole_number
 
-MIN_DESCRIPTORS = 64  # fewer do not suffice for the sockets of a run
-RESOLVE_WITHIN = 120.0  # seconds: the name of a pod in Kubernetes appears once it runs
+MIN_DESCRIPTORS = 64  # open files; the sockets of a run need about as many
+RESOLVE_WITHIN = 120.0  # seconds; the name of a pod in Kubernetes appears once it runs
 
 
 def rank() -> int:
+    """Return the number of this process among all processes of the run."""
     return whole_number(os.environ, "RANK", 0)
 
 
 def world_size() -> int:
+    """Return the number of processes of the run."""
     return whole_number(os.environ, "WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
+    """Return the number of this process among those on its node."""
     return whole_number(os.environ, "LOCAL_RANK", 0)
 
 
 def start() -> torch.device:
-    """Join the other processes and take this one's device. A process started plainly is a world of one."""
+    """Join the process group and return the device of this process.
+
+    A process without a launcher is a group of one.
+
+    Raises:
+        UserError: the limit of open files is too low, the first rank cannot be reached, its port is
+            in use, or there are fewer devices than processes.
+    """
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0",
@@ -52,12 +62,13 @@ def start() -> torch.device:
     siblings.mine().join()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # else DeepSpeed compiles an operator for a minute that changes no loss and leaves shared memory behind
+        # Otherwise DeepSpeed compiles an operator for a minute. It changes no loss, and it leaves
+        # shared memory behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with explained_port():
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-        # gloo's threads would release their tensors while the interpreter ends and abort the
-        # process: https://github.com/pytorch/pytorch/issues/190489
+        # Otherwise gloo's threads release their tensors while the interpreter ends, which aborts
+        # the process: https://github.com/pytorch/pytorch/issues/190489
         atexit.register(finish)
         return torch.device("cpu")
     index = device_index(accelerator.device_count())
@@ -70,7 +81,7 @@ def start() -> torch.device:
 def check_descriptors() -> None:
     """Check the limit of open files.
 
-    torch.distributed tries for 30 minutes to open a socket beyond the limit, whatever signal comes.
+    Beyond the limit torch.distributed tries to open a socket for 30 minutes, and ignores signals.
 
     Raises:
         UserError: the limit is too low for sockets, data and checkpoints.
@@ -78,7 +89,8 @@ def check_descriptors() -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= limit < MIN_DESCRIPTORS:
         raise UserError(
-            f"only {limit} files may be open at a time. Raise the limit with 'ulimit -n 4096', then run the same command again."
+            f"the limit of {limit} open files is too low. "
+            "Raise it with 'ulimit -n 4096', then run the same command again."
         )
 
 
@@ -86,7 +98,7 @@ def wait_for_address(host: str) -> None:
     """Wait until the first rank's host name resolves.
 
     Raises:
-        UserError: it does not within RESOLVE_WITHIN.
+        UserError: it does not resolve within RESOLVE_WITHIN seconds.
     """
     deadline = time.monotonic() + RESOLVE_WITHIN
     while True:
@@ -104,56 +116,73 @@ def wait_for_address(host: str) -> None:
 
 @contextlib.contextmanager
 def explained_port() -> Iterator[None]:
-    """Raise UserError if another process listens on the port at which the ranks are to meet."""
+    """Raise UserError if another process uses the port on which the first rank listens."""
     try:
         yield
     except RuntimeError as error:  # torch.distributed.DistNetworkError
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']} is used by another process on {socket.gethostname()!r}. "
-            "Set MASTER_PORT to another port, the same for all ranks."
+            f"MASTER_PORT={os.environ['MASTER_PORT']} is used by another process on "
+            f"{socket.gethostname()!r}. Set MASTER_PORT to another port, the same for all ranks."
         ) from error
 
 
 def device_index(devices: int) -> int:
-    """Of this process on its host. Where Slurm shows each task a device of its own, that one. Raises UserError where there is none."""
+    """Return the index of this process's device.
+
+    Slurm may show each task only its own device, whose index is then 0.
+
+    Args:
+        devices: number of devices that this process can see.
+
+    Raises:
+        UserError: there are fewer devices than processes on the node.
+    """
     if local_rank() < devices:
         return local_rank()
     if devices == 1 and "SLURM_STEP_ID" in os.environ:
         return 0
     raise UserError(
-        f"process {local_rank()} of {socket.gethostname()!r} has no device, there are {devices}: start as many processes as GPUs"
+        f"LOCAL_RANK={local_rank()} on {socket.gethostname()!r} has no device: "
+        f"the node has {devices}. Start as many processes as GPUs."
     )
 
 
 def _free_port() -> int:
+    """Return a port that no process uses."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def finish() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks in place, and return it."""
     dist.all_reduce(values)
     return values
 
 
-def gather_objects(mine: Any) -> list[Any]:
-    """What every rank gives, in the order of the ranks, on every rank."""
+def gather_objects(own: Any) -> list[Any]:
+    """Return the objects of all ranks in order, on every rank."""
     if not dist.is_initialized() or world_size() == 1:
-        return [mine]
-    everywhere: list[Any] = [None] * world_size()
-    dist.all_gather_object(everywhere, mine)
-    return everywhere
+        return [own]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def first_rank_does(action: Callable[[], None]) -> None:
-    """Run it on the first rank while the others wait; a UserError or OSError there is a UserError on all."""
+    """Run an action on the first rank while the others wait.
+
+    Raises:
+        UserError: the action raised UserError or OSError. All ranks raise it.
+    """
     failure = None
     if rank() == 0:
         try:
@@ -166,15 +195,21 @@ def first_rank_does(action: Callable[[], None]) -> None:
 
 
 def barrier() -> None:
+    """Wait until all ranks are here."""
     dist.barrier()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for it; a processor without them takes some twenty times as long as for float32."""
+    """Return whether a device has instructions for bfloat16.
+
+    A processor without them takes about twenty times as long as for float32.
+    """
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def default_device() -> torch.device:
-    """An accelerator where there is one."""
+    """Return the first accelerator if there is one, else the CPU."""
     accelerator = get_accelerator()
-    return torch.device("cpu" if accelerator.device_name() == "cpu" else accelerator.device_name(0))
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.device_name(0))

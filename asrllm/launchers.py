@@ -1,4 +1,7 @@
-"""Which rank a process is, as its launcher says: torchrun's and DeepSpeed's names are taken as they are, others' are turned into them."""
+"""Ranks and addresses from the environment of whichever launcher started a process.
+
+The variables of torchrun and DeepSpeed are used as they are; those of srun and MPI are translated.
+"""
 
 import contextlib
 import os
@@ -10,10 +13,18 @@ from asrllm.errors import UserError
 
 DEFAULT_PORT = 29500
 MAX_PORT = 65535
+JOB_PORTS = 20000  # number of ports for Slurm jobs, and the first of them
 
 
 class Names(NamedTuple):
-    """Under which names a launcher tells a process where it stands."""
+    """Environment variables in which a launcher passes a process its rank.
+
+    Attributes:
+        launcher: name of the launcher, for messages.
+        rank: variable of the rank.
+        world_size: variable of the number of processes.
+        local_rank: variable of the rank on the node.
+    """
 
     launcher: str
     rank: str
@@ -21,7 +32,8 @@ class Names(NamedTuple):
     local_rank: str
 
 
-# a shell or a batch script within a Slurm job has most of its names too, but only what srun starts is a step
+# A shell or a batch script inside a Slurm job has most of these variables as well, but only a
+# process that srun started has SLURM_STEP_ID.
 SLURM = Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 MPI = (
     Names(
@@ -36,7 +48,7 @@ MPI = (
 
 @contextlib.contextmanager
 def switched_on(variable: str) -> Iterator[None]:
-    """Within the block an environment variable is 1."""
+    """Set an environment variable to 1 in the block."""
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
@@ -48,34 +60,24 @@ def switched_on(variable: str) -> Iterator[None]:
 
 
 def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has other names for them. What is set stays.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the launcher's variables.
 
-    A process that no launcher started is left alone. Raises UserError where the first rank's address is not known.
+    Variables that are set already remain. A process that no launcher started is left as it is.
+
+    Args:
+        environment: environment of the process, which is changed.
+
+    Raises:
+        UserError: the address of the first rank is unknown, or the variables are not valid.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         check_ranks(environment)
         return
-    known = (SLURM, *MPI) if "SLURM_STEP_ID" in environment else MPI
-    names = next(
-        (
-            names
-            for names in known
-            if names.rank in environment and whole_number(environment, names.world_size, 1) > 1
-        ),
-        None,
-    )
+    names = find_launcher(environment)
     if names is None:
         return
     if "MASTER_ADDR" not in environment:
-        if names is not SLURM or not (
-            hosts := environment.get(
-                "SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "")
-            )
-        ):
-            raise UserError(
-                f"{names.launcher} does not say where the first rank is: set MASTER_ADDR to its host's name, for all ranks"
-            )
-        environment["MASTER_ADDR"] = first_host(hosts)
+        environment["MASTER_ADDR"] = first_address(names, environment)
     environment.setdefault("MASTER_PORT", str(port_of_job(environment.get("SLURM_JOB_ID"))))
     environment["WORLD_SIZE"] = environment[names.world_size]
     environment["LOCAL_RANK"] = environment.get(names.local_rank, "0")
@@ -83,10 +85,39 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     check_ranks(environment)
 
 
+def find_launcher(environment: Mapping[str, str]) -> Names | None:
+    """Return the variables of the launcher that started several processes, or None."""
+    launchers: tuple[Names, ...] = MPI
+    if "SLURM_STEP_ID" in environment:
+        launchers = (SLURM, *MPI)
+    for names in launchers:
+        if names.rank in environment and whole_number(environment, names.world_size, 1) > 1:
+            return names
+    return None
+
+
+def first_address(names: Names, environment: Mapping[str, str]) -> str:
+    """Return the host of the first rank.
+
+    Raises:
+        UserError: the launcher does not pass it on.
+    """
+    hosts = ""
+    if names is SLURM:
+        hosts = environment.get("SLURM_JOB_NODELIST", "")
+        hosts = environment.get("SLURM_STEP_NODELIST", hosts)
+    if not hosts:
+        raise UserError(
+            f"{names.launcher} does not pass on the host of the first rank. "
+            "Set MASTER_ADDR to its name for all ranks."
+        )
+    return first_host(hosts)
+
+
 def check_ranks(environment: MutableMapping[str, str]) -> None:
     """Check the variables that place a process among the others of its run.
 
-    A process that is the only one of its run may lack them.
+    If a process is the only one of its run, missing variables are set.
 
     Raises:
         UserError: a variable is missing or is not a number, or they contradict each other.
@@ -96,22 +127,23 @@ def check_ranks(environment: MutableMapping[str, str]) -> None:
         raise UserError(f"WORLD_SIZE={size} is not above 0. Set it to the number of processes.")
     if size == 1 and "RANK" not in environment:
         return
-    alone = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(DEFAULT_PORT)}
+    defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(DEFAULT_PORT)}
     if size == 1:
         environment.setdefault("WORLD_SIZE", "1")
-        for name, value in alone.items():
+        for name, value in defaults.items():
             environment.setdefault(name, value)
-    for name in ("RANK", *alone):
+    for name in ("RANK", *defaults):
         if name not in environment:
             raise UserError(
-                f"WORLD_SIZE={size} is set, but {name} is not. Start the processes with torchrun or "
-                "deepspeed, or unset WORLD_SIZE to run a single process."
+                f"WORLD_SIZE={size} is set, but {name} is not. Start the processes with torchrun "
+                "or deepspeed, or unset WORLD_SIZE to run a single process."
             )
     for name in ("RANK", "LOCAL_RANK"):
         number = whole_number(environment, name, 0)
         if number >= size:
             raise UserError(
-                f"{name}={number} is not below WORLD_SIZE={size}. Number the processes from 0, or raise WORLD_SIZE."
+                f"{name}={number} is not below WORLD_SIZE={size}. "
+                "Number the processes from 0, or raise WORLD_SIZE."
             )
     port = whole_number(environment, "MASTER_PORT", DEFAULT_PORT)
     if not 0 < port <= MAX_PORT:
@@ -121,23 +153,34 @@ def check_ranks(environment: MutableMapping[str, str]) -> None:
 def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
     """Return the whole number in an environment variable.
 
+    Args:
+        environment: environment of the process.
+        name: name of the variable.
+        default: value if the variable is not set.
+
     Raises:
-        UserError: the variable holds something else.
+        UserError: the variable is not a whole number.
     """
     text = environment.get(name, str(default))
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
         raise UserError(
-            f"the environment has {name}={text!r}, which is not a whole number. Correct or unset it."
+            f"the environment variable {name}={text!r} is not a whole number. Correct or unset it."
         )
     return int(text)
 
 
 def first_host(nodes: str) -> str:
-    """Of Slurm's node list: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    """Return the first host of Slurm's node list: "gpu[07-09,12],cpu1" -> "gpu07"."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 
 def port_of_job(job: str | None) -> int:
-    """Jobs that share a node have ports of their own."""
-    return 20000 + int(job) % 20000 if job else DEFAULT_PORT
+    """Return the port of a Slurm job, so that jobs on one node use different ports.
+
+    Args:
+        job: id of the job, or None outside of Slurm.
+    """
+    if not job:
+        return DEFAULT_PORT
+    return JOB_PORTS + int(job) % JOB_PORTS

@@ -1,4 +1,4 @@
-"""What a process knows of the processes above it, and what a forked one must give up."""
+"""Parents of this process, and what a forked process must release."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+PR_SET_PDEATHSIG = 1  # option of prctl(2)
 LAUNCHERS = {
     "torchrun",
     "torch.distributed.run",
@@ -16,27 +16,26 @@ LAUNCHERS = {
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
 }
-MOST_LAUNCHERS = (
-    3  # `deepspeed` runs deepspeed.launcher.launch, which runs the ranks; one more for a wrapper
-)
+# `deepspeed` runs deepspeed.launcher.launch, which runs the ranks; one more for a wrapper script.
+MAX_DEPTH = 3
 
 
 def die_with_parent(parent: int) -> None:
-    """Make the system kill this process when the thread that forked it ends.
+    """Let the system kill this process when the thread that forked it ends.
 
     Args:
-        parent: the parent's process id, noted before the fork.
+        parent: process id of the parent, recorded before the fork.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the system knew
+    if os.getppid() != parent:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def release_sockets() -> None:
     """Replace every inherited socket except the standard streams by /dev/null.
 
-    The descriptors stay open: an inherited object closes its own when it is freed, and the number
-    could belong to a file by then.
+    The descriptors stay open: an inherited object closes its descriptor when it is freed, and by
+    then the number could belong to a file.
     """
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
@@ -47,7 +46,8 @@ def release_sockets() -> None:
 
 
 def is_socket(descriptor: int) -> bool:
-    with suppress(OSError):  # the descriptor of the listing itself is closed
+    """Return whether a file descriptor is a socket."""
+    with suppress(OSError):  # for example the descriptor of the listing itself, which is closed
         return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
     return False
 
@@ -55,12 +55,12 @@ def is_socket(descriptor: int) -> bool:
 def launchers_above() -> list[int]:
     """Return the process ids of the launchers that started this process, the nearest first.
 
-    A shell, nohup, setsid and srun are none: a process outlives those.
+    Shells, nohup, setsid and srun do not count, because a process outlives them.
     """
     launchers = []
     process = os.getppid()
-    with suppress(OSError):  # the process ended meanwhile
-        for _ in range(MOST_LAUNCHERS):
+    with suppress(OSError):  # the process may have ended
+        for _ in range(MAX_DEPTH):
             if is_launcher(process):
                 launchers.append(process)
             process = parent_of(process)
@@ -76,6 +76,7 @@ def is_launcher(process: int) -> bool:
 
 
 def parent_of(process: int) -> int:
-    """Return a process's parent, proc(5) `stat`. The name in parentheses may hold blanks."""
+    """Return the id of a process's parent, from proc(5) `stat`."""
+    # the process name in parentheses may contain blanks
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(fields[1])

@@ -1,7 +1,8 @@
-"""The ranks of a run on one node: each notices when another one ends, and one prints for all.
+"""Connections between the ranks of a run on one node.
 
-They meet at abstract Unix sockets (unix(7)), which leave no file behind. This works before the ranks
-join their process group, during computations of any length, and with every launcher and with none.
+Each rank notices when another one ends, and errors that all ranks have are printed once. The ranks
+are connected by abstract Unix sockets (unix(7)), which leave no file behind. This works before the
+ranks join their process group, during computations of any length, and with or without a launcher.
 """
 
 import contextlib
@@ -22,58 +23,72 @@ from asrllm.errors import UserError
 from asrllm.escape import escape
 from asrllm.processes import launchers_above
 
-MAY_SUCCEED = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+MAY_SUCCEED = 75  # exit status EX_TEMPFAIL of sysexits.h: the same command may succeed
 RUN_AGAIN = "Read the last output before this line, then run the same command again."
-LOOK = 1.0  # seconds between two looks at the launchers
-AFTER_KILL = 1.0  # seconds for this rank to end by itself once another one was killed
-AFTER_ERROR = 2.0  # the same, once another one ended with an error
-AFTER_HANG = 10.0  # the same, once another one hung: the watchdogs look every 5 s
-AFTER_LAUNCHER = 8.0  # seconds to save once the launcher was killed
+CHECK_INTERVAL = 1.0  # seconds between two checks of the launchers
+AFTER_KILL = 1.0  # seconds for this rank to end by itself after another one was killed
+AFTER_ERROR = 2.0  # the same after another one ended with an error
+AFTER_HANG = 10.0  # the same after another one hung: the watchdogs check every 5 s
+AFTER_LAUNCHER = 8.0  # seconds to save after the launcher was killed
 WAIT_FOR_OTHERS = 30.0  # seconds that a rank with an error waits for the others
-WAIT_TO_LEAVE = 3.0  # the same, of a rank that ends because another one was killed
+WAIT_TO_LEAVE = 3.0  # the same for a rank that ends because another one was killed
 NAME_TAKEN = 10.0  # seconds that a process of an earlier run may take to end
 
 
 class Siblings:
-    """This rank's connections to the other ranks of its run on the same node.
+    """Connections of this rank to the other ranks of its run on the same node.
 
-    A rank announces the status that it ends with. A connection that closes without one belongs to a
-    process that was killed or that crashed. Then, and when a rank announced an error, this process
-    ends as well, except that before `join` it first looks for errors of its own.
+    A rank announces the exit status before it ends. If a connection closes without a status, the
+    other process was killed or crashed. Then this process ends as well. It also ends after another
+    rank announced an error, but only after `join`: before that it first finds its own errors.
+
+    Attributes:
+        rank: this rank, or -1 without other ranks.
+        run: name of the run, from `run_key`.
+        connections: the other rank of each connection, or -1 until it has sent its number.
+        statuses: exit statuses of the ranks that ended. None: killed or crashed.
+        printing: bound names of the messages that this process printed.
+        joined: whether `join` was called.
+        announced: exit status that this rank announced.
+        changed: guards and signals changes of the connections and statuses.
     """
 
     def __init__(self) -> None:
         self.rank = -1
         self.run = ""
-        self.connections: dict[socket.socket, int] = {}  # the other rank; -1 until it says which
-        self.statuses: dict[int, int | None] = {}  # of the ranks that ended; None: killed
-        self.printing: list[socket.socket] = []  # names of messages that this process printed
+        self.connections: dict[socket.socket, int] = {}
+        self.statuses: dict[int, int | None] = {}
+        self.printing: list[socket.socket] = []
         self.joined = False
-        self.announced: int | None = None  # the status that this rank ends with
+        self.announced: int | None = None
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
 
     def start(self, environment: Mapping[str, str] = os.environ) -> None:
-        """Connect to the ranks that are there already; later ones connect to this one.
+        """Connect to the ranks that are running. Later ones connect to this one.
 
         Args:
-            environment: holds WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT if there are ranks.
+            environment: environment with WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT, unless
+                there is only one process.
+
+        Raises:
+            UserError: this rank is already running.
         """
         self.launchers = launchers_above()
         self.selector = selectors.DefaultSelector()
         self.woken, self.waker = socket.socketpair()
         self.selector.register(self.woken, selectors.EVENT_READ)
         if "RANK" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
-            self._meet(environment)
+            self._connect_to_all(environment)
         self.thread = threading.Thread(target=self._watch, name="siblings", daemon=True)
         self.thread.start()
 
-    def _meet(self, environment: Mapping[str, str]) -> None:
+    def _connect_to_all(self, environment: Mapping[str, str]) -> None:
         self.rank = int(environment["RANK"])
         self.run = run_key(environment)
         self.listener = self._listen()
         self.selector.register(self.listener, selectors.EVENT_READ)
-        # whichever of two ranks listens later finds the other one here
+        # of two ranks, the one that listens later connects to the other one here
         for rank in range(int(environment["WORLD_SIZE"])):
             if rank != self.rank:
                 self._connect(rank)
@@ -87,13 +102,14 @@ class Siblings:
                 return listener
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"RANK={self.rank} with the same MASTER_ADDR and MASTER_PORT already runs on this "
-                    "node. Stop that process, or choose another MASTER_PORT."
+                    f"RANK={self.rank} is already running on this node with the same MASTER_ADDR "
+                    "and MASTER_PORT. Stop that process, or choose another MASTER_PORT."
                 )
             time.sleep(0.05)  # waits for a condition, bounded
 
-    def _name(self, what: object) -> bytes:
-        return f"\0asrllm-{self.run}-{what}".encode()
+    def _name(self, suffix: object) -> bytes:
+        """Return the name of an abstract socket of this run."""
+        return f"\0asrllm-{self.run}-{suffix}".encode()
 
     def _connect(self, rank: int) -> None:
         connection = unix_socket()
@@ -120,24 +136,24 @@ class Siblings:
         self.selector.register(connection, selectors.EVENT_READ)
 
     def join(self) -> None:
-        """From here on this rank waits for the others: it ends when one of them does."""
+        """From now on end this rank when another one ends with an error."""
         self.joined = True
         if self.thread is not None:
             self.waker.send(b".")
 
     def report(self, text: str) -> None:
-        """Print a line to standard error unless another rank on this node prints the same one."""
+        """Print a line to standard error, unless another rank on this node prints the same one."""
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self.rank >= 0:
             name = bound_socket(self._name(digest))
             if name is None:
                 return
             self.printing.append(name)  # bound until all ranks on the node have ended
-        with contextlib.suppress(OSError):  # standard error may be gone
+        with contextlib.suppress(OSError):  # standard error may be closed
             print(escape(text, keep="\n"), file=sys.stderr, flush=True)
 
     def announce(self, status: int) -> None:
-        """Tell the other ranks the status that this one ends with; nothing ends it early any more."""
+        """Send this rank's exit status to the others. Afterwards nothing ends this rank early."""
         with self.changed:
             if self.announced is not None:
                 return
@@ -148,7 +164,11 @@ class Siblings:
     def end(self, status: int, seconds: float = WAIT_FOR_OTHERS) -> None:
         """Announce an error, and wait until the other ranks on the node have ended too.
 
-        A launcher stops the other ranks as soon as one exits, and one of them may be about to print.
+        A launcher stops the other ranks as soon as one exits, and one of them may still print.
+
+        Args:
+            status: exit status of this rank.
+            seconds: longest time to wait.
         """
         self.announce(status)
         with self.changed:
@@ -172,12 +192,12 @@ class Siblings:
         self.selector.close()
 
     def wait_for_failure(self, seconds: float) -> bool:
-        """Return whether another rank on the node ends with an error within so many seconds."""
+        """Return whether another rank on the node ends with an error within some seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: self._failure() is not None, seconds)
 
     def _failure(self) -> tuple[int, int | None] | None:
-        """Return the rank and status of the first one that ended with an error."""
+        """Return (rank, status) of the first rank that ended with an error, or None."""
         for rank, status in self.statuses.items():
             if status != 0:
                 return rank, status
@@ -187,7 +207,9 @@ class Siblings:
         deadline: float | None = None
         leaving = False
         while True:
-            seconds = LOOK if deadline is None else deadline - time.monotonic()
+            seconds = CHECK_INTERVAL
+            if deadline is not None:
+                seconds = deadline - time.monotonic()
             for key, _ in self.selector.select(seconds):
                 if key.fileobj is self.woken:
                     if self.woken.recv(16).endswith(b"x"):
@@ -207,19 +229,20 @@ class Siblings:
             elif time.monotonic() >= deadline:
                 deadline = None
                 leaving = True
-                # this thread hears meanwhile of the others' end
+                # meanwhile this thread receives the statuses of the others
                 threading.Thread(target=self._leave, args=failure, daemon=True).start()
 
     def _receive(self, connection: socket.socket) -> None:
+        """Receive a message: "rank R", "status S", or "" if the connection closed."""
         try:
-            said = connection.recv(64).decode()
+            message = connection.recv(64).decode()
         except OSError:
-            said = ""
-        what, _, number = said.partition(" ")
+            message = ""
+        kind, _, number = message.partition(" ")
         with self.changed:
-            if what == "rank":
+            if kind == "rank":
                 self.connections[connection] = int(number)
-            elif what == "status":
+            elif kind == "status":
                 self.statuses.setdefault(self.connections[connection], int(number))
             else:
                 rank = self.connections.pop(connection)
@@ -230,7 +253,7 @@ class Siblings:
             self.changed.notify_all()
 
     def _leave(self, rank: int, status: int | None) -> None:
-        """End this process after another one, which has printed its own error if it could."""
+        """End this process because another rank ended."""
         if self.announced is not None:  # the main thread ends the process itself
             return
         if status is None:
@@ -239,46 +262,51 @@ class Siblings:
         exit_at_once(status)
 
     def leave(self, text: str) -> NoReturn:
-        """Report that another process is gone, and end this one; the same command may succeed."""
+        """Report that another process ended, and end this one. The same command may succeed."""
         self.report(text)
         self.end(MAY_SUCCEED, WAIT_TO_LEAVE)
         exit_at_once(MAY_SUCCEED)
 
     def _outlive_launcher(self) -> None:
-        """End this process, whose launcher was killed: SIGTERM lets training save."""
+        """End this process after its launcher was killed. SIGTERM lets training save first."""
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(AFTER_LAUNCHER)
         self.leave(f"asrllm: the launcher was killed. {RUN_AGAIN}")
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End this process from any thread, without what runs at exit: gloo would wait or abort there."""
-    with contextlib.suppress(OSError):  # standard output may be gone
+    """End this process from any thread without exit handlers, in which gloo would wait or abort."""
+    with contextlib.suppress(OSError):  # standard output may be closed
         sys.stdout.flush()
     os._exit(status)
 
 
 def grace(status: int | None) -> float:
-    """Return the seconds that this rank has to end by itself, by another rank's status."""
+    """Return the seconds that this rank has to end by itself after another one ended.
+
+    Args:
+        status: exit status of the other rank, or None if it was killed or crashed.
+    """
     if status is None:
         return AFTER_KILL
     return AFTER_HANG if status == MAY_SUCCEED else AFTER_ERROR
 
 
 def run_key(environment: Mapping[str, str]) -> str:
-    """Return a name that the ranks of one run share, and no other run on the node has."""
+    """Return a name that all ranks of a run have, and no other run on the node."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    parts = [str(os.getuid()), *(environment.get(name, "") for name in names)]
+    values = [environment.get(name, "") for name in names]
+    parts = [str(os.getuid()), *values]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def unix_socket() -> socket.socket:
-    """Return a socket that keeps the bounds of messages and closes with its process."""
+    """Return a socket that preserves message boundaries and closes with its process."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def bound_socket(name: bytes) -> socket.socket | None:
-    """Return a socket with this name, or None if another process has it."""
+    """Return a socket bound to a name, or None if another process uses the name."""
     bound = unix_socket()
     try:
         bound.bind(name)
@@ -291,13 +319,13 @@ def bound_socket(name: bytes) -> socket.socket | None:
 
 
 def send(connection: socket.socket, text: str) -> None:
-    """Send a message without waiting; a rank that has ended needs none."""
+    """Send a message without waiting. Errors are ignored, because the rank may have ended."""
     with contextlib.suppress(OSError):
         connection.send(text.encode(), socket.MSG_DONTWAIT)
 
 
 def peer_user(connection: socket.socket) -> int:
-    """Return the user id of the process at the other end."""
+    """Return the user id of the process at the other end of a connection."""
     credentials = connection.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
     )
@@ -305,17 +333,17 @@ def peer_user(connection: socket.socket) -> int:
     return user
 
 
-_mine = Siblings()  # of a process without ranks: prints everything, notices nothing
+_mine = Siblings()  # without other ranks: it prints every message and never ends the process
 
 
 def mine() -> Siblings:
-    """Return this process's connections to the other ranks."""
+    """Return the connections of this process to the other ranks."""
     return _mine
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[Siblings]:
-    """Within the block this rank and the others on its node notice one another's end."""
+    """Connect this rank to the others on its node in the block."""
     global _mine
     _mine = Siblings()
     try:

@@ -1,15 +1,16 @@
-"""Runs that are asked to end, that hang, and whose losses are not finite, with real processes over gloo."""
+"""Runs that are interrupted, hang, or have losses that are not finite, in real processes."""
 
 import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,16 +23,22 @@ from tests.jobs import CLEAN, GONE, job, kill_and_wait
 from tests.processes import both_cores, clean_environment, descendants, started, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
-TRAIN, MISBEHAVE = REPOSITORY / "launch" / "train.py", REPOSITORY / "tests" / "misbehave.py"
+TRAIN = REPOSITORY / "launch" / "train.py"
+MISBEHAVE = REPOSITORY / "tests" / "misbehave.py"
 STEPS = 24
 
 
 def records(exp: Path) -> list[dict]:
     path = exp / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [
-        record for line in lines if line.endswith("\n") and "loss" in (record := json.loads(line))
-    ]
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # else it is being written
+            record = json.loads(line)
+            if "loss" in record:
+                found.append(record)
+    return found
 
 
 def losses(exp: Path) -> list[float]:
@@ -60,19 +67,25 @@ def settings() -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def whole(world: World, settings, tmp_path_factory) -> Path:
-    """The uninterrupted run, to be read alone."""
+    """The directory of an uninterrupted run. Tests only read it."""
 
     def train(folder: Path) -> None:
-        assert_done(
-            run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks")
-        )
+        overrides = world.overrides(folder / "exp", **settings)
+        assert_done(run_script("train", *overrides, launcher="ranks"))
         assert len(losses(folder / "exp")) == STEPS
 
     return made_once(tmp_path_factory, "uninterrupted", train) / "exp"
 
 
-def assert_goes_on(world: World, exp: Path, settings: dict, whole: Path) -> None:
-    """exp was ended early, with a complete checkpoint of its last step; the next run ends it as the uninterrupted one did."""
+def assert_resumes(world: World, exp: Path, settings: dict, whole: Path) -> None:
+    """Check that an interrupted run saved its last step, and that the next run completes it.
+
+    Args:
+        world: data and models.
+        exp: directory of the interrupted run.
+        settings: settings of the run.
+        whole: directory of the uninterrupted run, which must have the same losses and weights.
+    """
     done = len(losses(exp))
     assert 3 <= done < STEPS
     assert (exp / "latest").read_text() == f"checkpoint-{done}"
@@ -81,42 +94,45 @@ def assert_goes_on(world: World, exp: Path, settings: dict, whole: Path) -> None
     assert not (exp / "pretrained.pt").exists()
     assert_done(run_script("train", *world.overrides(exp, **settings), launcher="ranks"))
     assert losses(exp) == losses(whole)
-    for rank in range(2):
-        assert (exp / f"keys-rank{rank}.jsonl").read_text() == (
-            whole / f"keys-rank{rank}.jsonl"
-        ).read_text()
-    ends = [torch.load(path / "pretrained.pt", weights_only=True) for path in (exp, whole)]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    for name in ("keys-rank0.jsonl", "keys-rank1.jsonl"):
+        assert (exp / name).read_text() == (whole / name).read_text()
+    found = torch.load(exp / "pretrained.pt", weights_only=True)
+    expected = torch.load(whole / "pretrained.pt", weights_only=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
-def test_a_signal_to_one_rank_saves_on_all_and_the_next_run_goes_on(
+def test_signal_to_one_rank_saves_on_all_and_the_next_run_resumes(
     world, settings, whole, tmp_path, number, rank
 ):
-    exp, command = tmp_path / "exp", train_command(*world.overrides(tmp_path / "exp", **settings))
+    exp = tmp_path / "exp"
+    command = train_command(*world.overrides(exp, **settings))
     with started(tmp_path / "logs", command, command) as ranks:
         wait_for(lambda: len(losses(exp)) >= 3)
-        readers = [child for process in ranks for child in descendants(process.pid)]
-        began = time.monotonic()
+        workers = workers_of(ranks)
+        start = time.monotonic()
         ranks[rank].send_signal(number)
-        for reader in readers if number == signal.SIGTERM else []:  # as DeepSpeed's launcher does
-            reader.terminate()
-        assert [process.wait(60) for process in ranks] == [0, 0], (
-            tmp_path / "logs" / "0"
-        ).read_text()
-        print(f"{time.monotonic() - began:.2f} s from the signal to the exit")
-        assert len(readers) == 2
-        wait_for(lambda: not any(reader.is_running() for reader in readers), 15)
-    said = (tmp_path / "logs" / "0").read_text()
-    assert said.count("asrllm train: interrupted by") == 1
-    assert f"saved checkpoint-{len(losses(exp))}" in said
-    assert "interrupted by" not in (tmp_path / "logs" / "1").read_text()
-    assert_goes_on(world, exp, settings, whole)
+        if number == signal.SIGTERM:  # DeepSpeed's launcher sends it to the workers too
+            for worker in workers:
+                worker.terminate()
+        assert_succeeded(ranks, tmp_path / "logs")
+        print(f"{time.monotonic() - start:.2f} s from the signal to the exit")
+        assert len(workers) == 2
+        wait_for(lambda: not any(worker.is_running() for worker in workers), 15)
+    tag = f"checkpoint-{len(losses(exp))}"
+    assert (tmp_path / "logs" / "0").read_text().count(tag) == 1
+    assert tag not in (tmp_path / "logs" / "1").read_text()
+    assert_resumes(world, exp, settings, whole)
+
+
+def assert_succeeded(ranks: Sequence[subprocess.Popen], logs: Path) -> None:
+    statuses = [process.wait(60) for process in ranks]
+    assert statuses == [0] * len(ranks), (logs / "0").read_text()
 
 
 @contextlib.contextmanager
 def launched(log: Path, command: list[str]) -> Iterator[subprocess.Popen]:
-    """A real launcher of two ranks; neither it nor they outlive the block."""
+    """Start a real launcher of two ranks. Neither it nor they outlive the block."""
     with both_cores(), open(log, "w") as file:
         process = subprocess.Popen(
             command,
@@ -129,9 +145,9 @@ def launched(log: Path, command: list[str]) -> Iterator[subprocess.Popen]:
         try:
             yield process
         finally:
-            for each in [*descendants(process.pid), process]:
+            for started_process in [*descendants(process.pid), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
+                    started_process.kill()
             process.wait()
 
 
@@ -146,10 +162,10 @@ def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.mark.longest(60)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(
+def test_terminated_launcher_gives_the_ranks_time_to_save(
     world, settings, whole, tmp_path, launcher
 ):
-    """torchrun's agent, and DeepSpeed's launcher of a node, pass SIGTERM on; both end with a status of their own."""
+    """torchrun's agent and DeepSpeed's node launcher forward SIGTERM. Their own status varies."""
     exp = tmp_path / "exp"
     start = {
         "torchrun": [
@@ -159,12 +175,10 @@ def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(
             f"--master_port={free_port()}",
         ],
         "deepspeed": [
-            *(
-                "-m",
-                "deepspeed.launcher.launch",
-                f"--master_port={free_port()}",
-                "--master_addr=127.0.0.1",
-            ),
+            "-m",
+            "deepspeed.launcher.launch",
+            f"--master_port={free_port()}",
+            "--master_addr=127.0.0.1",
             "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19",  # {"localhost": [0, 1]}
         ],
     }[launcher]
@@ -172,16 +186,16 @@ def test_a_launcher_that_is_ended_gives_the_ranks_time_to_save(
     with launched(tmp_path / "log", command) as process:
         wait_for(lambda: len(losses(exp)) >= 3)
         below = ranks_below(process)
-        began = time.monotonic()
+        start_time = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-        print(f"{time.monotonic() - began:.2f} s from the signal to the launcher's exit")
+        print(f"{time.monotonic() - start_time:.2f} s from the signal to the launcher's exit")
         wait_for(lambda: not any(child.is_running() for child in below), 15)
-    assert "resume from there" in (tmp_path / "log").read_text()
-    assert_goes_on(world, exp, settings, whole)
+    assert f"checkpoint-{len(losses(exp))}" in (tmp_path / "log").read_text()
+    assert_resumes(world, exp, settings, whole)
 
 
-def test_a_signal_while_the_model_is_built_ends_the_run_with_nothing_half_written(
+def test_signal_while_the_model_is_built_stops_the_run_without_incomplete_files(
     world, settings, tmp_path
 ):
     exp = tmp_path / "exp"
@@ -192,41 +206,42 @@ def test_a_signal_while_the_model_is_built_ends_the_run_with_nothing_half_writte
         wait_for(lambda: all((exp / f"building-{rank}").exists() for rank in range(2)))
         ranks[1].send_signal(signal.SIGTERM)
         (exp / "go").touch()
-        assert [process.wait(60) for process in ranks] == [0, 0], (
-            tmp_path / "logs" / "0"
-        ).read_text()
+        assert_succeeded(ranks, tmp_path / "logs")
     assert "no step was done" in (tmp_path / "logs" / "0").read_text()
     assert not list(exp.glob("checkpoint*"))
     assert not (exp / "latest").exists()
     assert losses(exp) == []
 
 
-def test_a_rank_that_stops_is_noticed_by_the_others(world, settings, tmp_path):
+def test_other_ranks_end_when_one_stops_responding(world, settings, tmp_path):
     exp = tmp_path / "exp"
-    command = train_command(
-        *world.overrides(exp, **settings | {"trainer__step_timeout": 5, "trainer__num_steps": 4000})
-    )
+    changes = {"trainer__step_timeout": 5, "trainer__num_steps": 4000}
+    command = train_command(*world.overrides(exp, **settings | changes))
     with started(tmp_path / "logs", command, command) as (rank0, rank1):
         wait_for(lambda: len(losses(exp)) >= 3)
-        readers = descendants(rank0.pid)
+        workers = descendants(rank0.pid)
         rank1.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
+        start = time.monotonic()
         assert rank0.wait(20) == 75
-        took = time.monotonic() - began
-        assert 3 < took < 10
-        wait_for(lambda: not any(reader.is_running() for reader in readers), 5)
+        assert 3 < time.monotonic() - start < 10
+        wait_for(lambda: not any(worker.is_running() for worker in workers), 5)
         rank1.kill()
-    assert len(readers) == 1
-    told = (exp / "hang-rank0.txt").read_text()
-    assert "rank 0: no progress for 5 s (trainer.step_timeout) while" in told
-    assert "the last batch: utt" in told
-    assert "most recent call first" in told
-    assert "in fit" in told
+    assert len(workers) == 1
+    report = (exp / "hang-rank0.txt").read_text()
+    assert "rank 0: no progress for 5 s (trainer.step_timeout) while" in report
+    assert "the last batch: utt" in report
+    assert "most recent call first" in report
+    assert "in fit" in report
     assert "no progress for 5 s" in (tmp_path / "logs" / "0").read_text()
-    pids = [str(process.pid) for process in (rank0, rank1, *readers)]
-    assert not [
-        name for name in os.listdir("/dev/shm") if any(pid in name.split("_") for pid in pids)
-    ]
+    pids = {str(process.pid) for process in (rank0, rank1, *workers)}
+    assert all(pids.isdisjoint(name.split("_")) for name in os.listdir("/dev/shm"))
+
+
+def workers_of(ranks: Sequence[subprocess.Popen]) -> list[psutil.Process]:
+    workers = []
+    for process in ranks:
+        workers += descendants(process.pid)
+    return workers
 
 
 def sockets_of(pid: int) -> set[str]:
@@ -236,29 +251,31 @@ def sockets_of(pid: int) -> set[str]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others_at_once_and_leaves_no_reader(
+def test_killed_rank_ends_the_others_at_once_and_no_worker_remains(
     world, settings, tmp_path, victim
 ):
     exp = tmp_path / "exp"
     command = train_command(*world.overrides(exp, **settings | {"trainer__num_steps": 4000}))
     with started(tmp_path / "logs", command, command) as ranks:
         wait_for(lambda: len(losses(exp)) >= 3)
-        readers = [child for process in ranks for child in descendants(process.pid)]
-        assert len(readers) == 2
+        workers = workers_of(ranks)
+        assert len(workers) == 2
         assert sockets_of(ranks[0].pid)
-        assert not any(sockets_of(reader.pid) for reader in readers)
+        assert not any(sockets_of(worker.pid) for worker in workers)
         ranks[victim].kill()
-        began = time.monotonic()
+        start = time.monotonic()
         assert ranks[1 - victim].wait(20) == 75
-        assert time.monotonic() - began < 10
-        wait_for(lambda: not any(reader.is_running() for reader in readers), 5)
-    said = (tmp_path / "logs" / f"{1 - victim}").read_text()
-    assert f"asrllm: rank {victim} was killed or crashed. " in said
-    assert "Traceback" not in said
+        assert time.monotonic() - start < 10
+        wait_for(lambda: not any(worker.is_running() for worker in workers), 5)
+    output = (tmp_path / "logs" / f"{1 - victim}").read_text()
+    assert f"asrllm: rank {victim} was killed or crashed" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_on_another_node_is_a_lost_connection(world, settings, tmp_path, victim):
+def test_rank_killed_on_another_node_is_reported_as_a_lost_connection(
+    world, settings, tmp_path, victim
+):
     exp = tmp_path / "exp"
     overrides = world.overrides(exp, **settings | {"trainer__num_steps": 4000})
     command = train_command(*overrides, script=MISBEHAVE, how={"what": "nodes"})
@@ -266,13 +283,13 @@ def test_a_rank_killed_on_another_node_is_a_lost_connection(world, settings, tmp
         wait_for(lambda: len(losses(exp)) >= 3)
         ranks[victim].kill()
         assert ranks[1 - victim].wait(10) == 75
-    said = (tmp_path / "logs" / f"{1 - victim}").read_text()
-    assert "asrllm: the connection to another rank at 127.0.0.1 was lost. " in said
-    assert "Traceback" not in said
+    output = (tmp_path / "logs" / f"{1 - victim}").read_text()
+    assert "connection to another rank at 127.0.0.1 " in output
+    assert "Traceback" not in output
 
 
-def test_a_rank_killed_while_the_model_is_built_ends_the_others(world, settings, tmp_path):
-    """They are in no collective then, whose failure could tell them."""
+def test_rank_killed_while_the_model_is_built_ends_the_others(world, settings, tmp_path):
+    """The others are not in a collective then, so no error of it can end them."""
     exp = tmp_path / "exp"
     command = train_command(
         *world.overrides(exp, **settings), script=MISBEHAVE, how={"what": "build"}
@@ -281,16 +298,16 @@ def test_a_rank_killed_while_the_model_is_built_ends_the_others(world, settings,
         wait_for(lambda: all((exp / f"building-{rank}").exists() for rank in range(2)))
         ranks[0].kill()
         assert ranks[1].wait(10) == 75
-    assert "asrllm: rank 0 was killed or crashed. " in (tmp_path / "logs" / "1").read_text()
+    assert "asrllm: rank 0 was killed or crashed" in (tmp_path / "logs" / "1").read_text()
 
 
-def test_a_mistake_that_every_rank_finds_is_printed_once(world, settings, tmp_path):
+def test_error_of_all_ranks_is_printed_once(world, settings, tmp_path):
     command = train_command(*world.overrides(tmp_path / "exp", **settings | {"trainer__lrr": 1}))
     with started(tmp_path / "logs", *[command] * 3) as ranks:
         assert [process.wait(60) for process in ranks] == [2, 2, 2]
-    said = "".join((tmp_path / "logs" / f"{rank}").read_text() for rank in range(3))
-    assert said.count("asrllm train: ") == 1
-    assert "unknown key 'trainer.lrr'" in said
+    output = "".join((tmp_path / "logs" / f"{rank}").read_text() for rank in range(3))
+    assert output.count("asrllm train: ") == 1
+    assert "'trainer.lrr'" in output
 
 
 KILLS = [
@@ -301,16 +318,14 @@ KILLS = [
     ("torchrun", "launcher"),
     ("deepspeed", "launcher"),
 ]
-LEFT_BY_LAUNCHERS = (
-    "torchelastic_",
-    "torchinductor_",
-)  # torchrun's logs, torch's cache: also of runs that end well
+# torchrun's logs and torch's cache, which successful runs leave behind as well
+LEFT_BY_LAUNCHERS = ("torchelastic_", "torchinductor_")
 
 
 @pytest.mark.soak(only=True)
 @pytest.mark.timeout(7200)
 def test_no_kill_leaves_a_process_or_a_file(world, settings, tmp_path):
-    """100 kills of a rank or a launcher at random moments of training, with the real launchers."""
+    """Kill a rank or a real launcher at 100 random moments of training."""
     rng = random.Random(0)
     for number in range(100):
         launcher, what = KILLS[number % len(KILLS)]
@@ -342,10 +357,11 @@ def test_no_kill_leaves_a_process_or_a_file(world, settings, tmp_path):
 
 @pytest.mark.soak(only=True)
 @pytest.mark.timeout(14400)
-def test_no_message_is_lost_under_torchrun(world, tmp_path):
-    """200 runs of 2 to 8 ranks that all find the same mistake."""
+def test_error_of_all_ranks_is_printed_once_under_torchrun(world, tmp_path):
+    """Start 200 runs of 2 to 8 ranks that all find the same error."""
     for number in range(200):
-        folder, ranks = tmp_path / f"{number}", 2 + number % 7
+        folder = tmp_path / f"{number}"
+        ranks = 2 + number % 7
         arguments = world.overrides(folder / "exp", trainer__lrr=1)
         with job("torchrun", folder, arguments, ranks=ranks) as run:
             wait_for(lambda run=run: None not in run.statuses(), 200)
@@ -363,11 +379,15 @@ def test_no_message_is_lost_under_torchrun(world, tmp_path):
         (3, "bf16", "loss"),
     ],
 )
-def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(
+def test_step_that_is_not_finite_is_skipped_by_all_ranks(
     world, settings, tmp_path, stage, precision, what
 ):
-    """Steps 3 and 4 of 8, on the second rank; what follows is what follows when the run is resumed from just after them."""
-    exp, again = tmp_path / "exp", tmp_path / "again"
+    """Steps 3 and 4 of 8 are not finite on the second rank.
+
+    The steps after them equal those of a run that resumes after step 4.
+    """
+    exp = tmp_path / "exp"
+    again = tmp_path / "again"
     changes = {
         "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
         "trainer__precision": precision,
@@ -397,22 +417,18 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(
     assert all(bool(tensor.isfinite().all()) for tensor in weights[2].values())
 
 
-def test_too_many_steps_in_a_row_end_the_run(world, settings, tmp_path):
+def test_too_many_skipped_steps_in_a_row_stop_the_run(world, settings, tmp_path):
     exp = tmp_path / "exp"
     changes = {"trainer__num_steps": 8, "trainer__max_nonfinite_steps": 2}
     how = {"what": "loss", "steps": [2, 4, 5, 6], "ranks": [0, 1]}
     command = train_command(*world.overrides(exp, **settings | changes), script=MISBEHAVE, how=how)
     with started(tmp_path / "logs", command, command) as ranks:
         assert [process.wait(90) for process in ranks] == [2, 2]
-    said = "".join((tmp_path / "logs" / rank).read_text() for rank in "01")
-    assert "step 2 is skipped, its loss is not finite; rank 0: utt" in said
+    output = "".join((tmp_path / "logs" / rank).read_text() for rank in "01")
+    assert re.search(r"step 2 is skipped, .*loss .*rank 0: utt", output)
     # one of the ranks prints it
-    assert (
-        said.count(
-            "the loss was not finite in 2 steps in a row (trainer.max_nonfinite_steps), the last, 5, with utt"
-        )
-        == 1
-    )
-    assert "Traceback" not in said
+    error = r"loss .*trainer\.max_nonfinite_steps=2.* step 5, .* utt"
+    assert len(re.findall(error, output)) == 1
+    assert "Traceback" not in output
     assert losses(exp)[1] is None
     assert len(losses(exp)) == 5

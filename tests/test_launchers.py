@@ -1,4 +1,4 @@
-"""Ranks and addresses from whichever environment is there, and what launch/ holds for clusters."""
+"""Ranks and addresses from the environment of each launcher, and the files in launch/."""
 
 import re
 import subprocess
@@ -12,9 +12,13 @@ from asrllm.launchers import adopt_launcher, first_host
 from tests.conftest import REPOSITORY
 
 SRUN = {
-    "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "41234",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
-}  # fmt: skip
+}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "2",
@@ -61,7 +65,7 @@ HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
         (SRUN | TORCHRUN, TORCHRUN),  # torchrun or deepspeed below srun
     ],
 )
-def test_a_launchers_names_are_adopted(given, expected):
+def test_variables_of_the_launcher_are_translated(given, expected):
     environment = dict(given)
     adopt_launcher(environment)
     assert environment | expected == environment
@@ -71,20 +75,19 @@ def test_a_launchers_names_are_adopted(given, expected):
     "given",
     [
         {},
-        {
-            key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"
-        },  # in a batch script, or a shell of salloc
+        # in a batch script, or in a shell of salloc
+        {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"},
         SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
     ],
 )
-def test_a_process_by_itself_is_left_alone(given):
+def test_environment_of_a_single_process_is_not_changed(given):
     environment = dict(given)
     adopt_launcher(environment)
     assert environment == given
 
 
-def test_an_unknown_first_rank_is_one_sentence():
-    with pytest.raises(UserError, match="set MASTER_ADDR"):
+def test_error_if_the_host_of_the_first_rank_is_unknown():
+    with pytest.raises(UserError, match="MASTER_ADDR"):
         adopt_launcher(dict(OPEN_MPI))
 
 
@@ -98,7 +101,7 @@ def test_an_unknown_first_rank_is_one_sentence():
         ("a-b.c[10]", "a-b.c10"),
     ],
 )
-def test_the_first_host_of_a_node_list(nodes, host):
+def test_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
 
 
@@ -110,7 +113,7 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_file_of_launch_is_what_it_should_be(path):
+def test_every_file_in_launch_is_valid(path):
     if path.suffix == ".sh":
         assert subprocess.run(["bash", "-n", path], timeout=10).returncode == 0
     elif path.name == "hostfile":

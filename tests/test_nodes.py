@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces with their own addresses, a process in each."""
+"""Training on two hosts, which are network namespaces with their own addresses."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def ip(*arguments: object, check: bool = True) -> str:
 
 
 class Hosts:
-    """Two namespaces, joined by a cable."""
+    """Two network namespaces that are connected by a cable."""
 
     def __init__(self) -> None:
         self.names = [f"asrllm{os.getpid()}{letter}" for letter in "ab"]
@@ -104,12 +104,20 @@ def command(
     return ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", *where, script, *overrides]
 
 
+def start_nodes(
+    launcher: str, hosts: Hosts, folder: Path, overrides: list[str]
+) -> list[subprocess.Popen]:
+    port = free_port()
+    nodes = []
+    for number in range(2):
+        arguments = command(launcher, number, hosts, port, folder, overrides)
+        nodes.append(hosts.start(number, arguments, folder / f"{number}.log"))
+    return nodes
+
+
 def losses(exp: Path) -> list[float]:
-    return [
-        json.loads(line)["loss"]
-        for line in (exp / "metrics.jsonl").read_text().splitlines()
-        if '"loss"' in line
-    ]
+    lines = (exp / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines if '"loss"' in line]
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +132,8 @@ def settings() -> dict[str, object]:
 @pytest.fixture(scope="module")
 def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
     def train(folder: Path) -> None:
-        assert_done(
-            run_script("train", *world.overrides(folder / "exp", **settings), launcher="ranks")
-        )
+        overrides = world.overrides(folder / "exp", **settings)
+        assert_done(run_script("train", *overrides, launcher="ranks"))
 
     return losses(made_once(tmp_path_factory, "one-node", train) / "exp")
 
@@ -134,32 +141,22 @@ def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
 @pytest.mark.longest(60)
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, tmp_path, launcher):
-    overrides, port = world.overrides(tmp_path / "exp", **settings), free_port()
-    nodes = [
-        hosts.start(
-            n, command(launcher, n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log"
-        )
-        for n in range(2)
-    ]
+    overrides = world.overrides(tmp_path / "exp", **settings)
+    nodes = start_nodes(launcher, hosts, tmp_path, overrides)
     for number, node in enumerate(nodes):
         assert node.wait(timeout=120) == 0, (tmp_path / f"{number}.log").read_text()[-3000:]
     assert losses(tmp_path / "exp") == on_one_node
 
 
 @pytest.mark.longest(60)
-def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
-    """Its cable is cut first: nothing tells the other that it is gone."""
-    exp, port, timeout = tmp_path / "exp", free_port(), 5
+def test_failure_of_a_node_ends_the_other(world, settings, hosts, tmp_path):
+    """The cable is cut before the processes are killed, so that the other node gets no packet."""
+    exp = tmp_path / "exp"
+    timeout = 5
     shared_memory = set(os.listdir("/dev/shm"))
-    overrides = world.overrides(
-        exp, **settings | {"trainer__num_steps": 100000, "trainer__step_timeout": timeout}
-    )
-    nodes = [
-        hosts.start(
-            n, command("torchrun", n, hosts, port, tmp_path, overrides), tmp_path / f"{n}.log"
-        )
-        for n in range(2)
-    ]
+    changes = {"trainer__num_steps": 100000, "trainer__step_timeout": timeout}
+    overrides = world.overrides(exp, **settings | changes)
+    nodes = start_nodes("torchrun", hosts, tmp_path, overrides)
     deadline = time.monotonic() + 100
     while not (exp / "checkpoint-4" / "asrllm.json").exists():
         assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()[-3000:]
@@ -168,12 +165,10 @@ def test_a_node_that_dies_is_noticed(world, settings, hosts, tmp_path):
     ip("-n", hosts.names[1], "link", "set", hosts.cables[1], "down")
     for pid in hosts.processes(hosts.names[1]):
         os.kill(pid, signal.SIGKILL)
-    cut = time.monotonic()
+    cut = time.time()
     assert nodes[0].wait(timeout=timeout + 60) != 0
     hang = (exp / "hang-rank0.txt").read_text()
     assert f"no progress for {timeout} s" in hang
-    assert (
-        exp / "hang-rank0.txt"
-    ).stat().st_mtime - time.time() + time.monotonic() - cut < timeout + 8
+    assert (exp / "hang-rank0.txt").stat().st_mtime - cut < timeout + 8
     assert hosts.processes(hosts.names[0]) == [], "a process is left"
     assert set(os.listdir("/dev/shm")) - shared_memory == set()

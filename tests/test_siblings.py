@@ -1,4 +1,4 @@
-"""Ranks on one node that notice one another's end, as small processes without torch."""
+"""Ranks on one node notice when another one ends. They are small processes without torch."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from tests.processes import REPOSITORY, clean_environment, free_port, wait_for
 
-# a rank: says that it is connected to all others, reads a word, and does what the word says
+# a rank: prints when it is connected to all others, then reads a command and runs it
 RANK = """
 import os, sys, time
 from asrllm import siblings
@@ -35,7 +35,7 @@ with siblings.watched() as ranks:
 
 @contextlib.contextmanager
 def ranks_of(code: str, count: int, *arguments: str) -> Iterator[list[subprocess.Popen]]:
-    """Start ranks and wait until they are connected; none outlives the block."""
+    """Start ranks and wait until they are connected. None outlives the block."""
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [start_rank(code, *arguments, RANK=str(rank), **common) for rank in range(count)]
     try:
@@ -73,7 +73,7 @@ def ended(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 8])
-def test_a_message_of_all_ranks_is_printed_once(count):
+def test_message_of_all_ranks_is_printed_once(count):
     with ranks_of(RANK, count) as ranks:
         for process in ranks:
             tell(process, "error x=1 is wrong")
@@ -83,7 +83,7 @@ def test_a_message_of_all_ranks_is_printed_once(count):
 
 
 @pytest.mark.slow
-def test_no_rank_ends_before_the_others_have_found_their_errors():
+def test_rank_with_an_error_waits_for_the_errors_of_the_others():
     with ranks_of(RANK, 3) as ranks:
         tell(ranks[2], "error x=1 is wrong")
         assert ranks[2].stderr.readline() == "x=1 is wrong\n"
@@ -95,7 +95,7 @@ def test_no_rank_ends_before_the_others_have_found_their_errors():
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_ends_those_that_wait_for_it():
+def test_error_of_one_rank_ends_the_ranks_that_wait_for_it():
     with ranks_of(RANK, 3, "joined") as ranks:
         for process in ranks[:2]:
             tell(process, "wait")
@@ -105,7 +105,7 @@ def test_an_error_of_one_rank_ends_those_that_wait_for_it():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["joined"]])
-def test_a_killed_rank_ends_the_others_with_status_75(arguments):
+def test_killed_rank_ends_the_others_with_status_75(arguments):
     with ranks_of(RANK, 3, *arguments) as ranks:
         for process in ranks[1:]:
             tell(process, "wait")
@@ -113,12 +113,12 @@ def test_a_killed_rank_ends_the_others_with_status_75(arguments):
         results = ended(ranks)
     assert [status for status, _ in results] == [-signal.SIGKILL, 75, 75]
     text = "".join(error for _, error in results)
-    assert text.startswith("asrllm: rank 0 was killed or crashed. ")
+    assert text.startswith("asrllm: rank 0 was killed or crashed")
     assert text.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_done_ends_no_other():
+def test_successful_rank_does_not_end_the_others():
     with ranks_of(RANK, 2, "joined") as ranks:
         tell(ranks[0], "end")
         assert ended(ranks[:1]) == [(0, "")]
@@ -129,7 +129,7 @@ def test_a_rank_that_is_done_ends_no_other():
 
 
 @pytest.mark.slow
-def test_a_rank_that_runs_already_is_refused():
+def test_error_if_the_same_rank_is_already_running():
     code = """
 from asrllm.errors import UserError
 from asrllm import siblings
@@ -146,20 +146,18 @@ except UserError as error:
     first = start_rank(waits_for_none, **environment)
     try:
         assert first.stdout.readline() == "connected\n"
-        said, _ = start_rank(code, **environment).communicate(timeout=20)
-        assert said.startswith(
-            "RANK=0 with the same MASTER_ADDR and MASTER_PORT already runs on this node. "
-        )
-        other, _ = start_rank(code, **environment | {"MASTER_PORT": str(free_port())}).communicate(
-            timeout=20
-        )
-        assert other == "connected\n"
+        output, _ = start_rank(code, **environment).communicate(timeout=20)
+        assert output.startswith("RANK=0 ")
+        assert "MASTER_PORT" in output
+        environment["MASTER_PORT"] = str(free_port())
+        output, _ = start_rank(code, **environment).communicate(timeout=20)
+        assert output == "connected\n"
     finally:
         first.kill()
         first.communicate()
 
 
-# prints its process id, and starts nothing of torch's
+# a process that prints its id, without torch
 ALONE = """
 import os, signal, sys, time
 from asrllm import siblings
@@ -172,7 +170,7 @@ with siblings.watched():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
-def test_a_rank_ends_with_its_launcher(tmp_path, name):
+def test_rank_ends_when_its_launcher_is_killed(tmp_path, name):
     launcher = tmp_path / name
     launcher.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])\n")
     command = [sys.executable, str(launcher), "-c", ALONE]
@@ -186,7 +184,7 @@ def test_a_rank_ends_with_its_launcher(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_run_without_a_launcher_outlives_its_shell(tmp_path):
+def test_run_without_a_launcher_outlives_its_shell(tmp_path):
     shell = subprocess.Popen(
         ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, ALONE],
         stdout=subprocess.PIPE,
@@ -198,10 +196,9 @@ def test_a_run_without_a_launcher_outlives_its_shell(tmp_path):
     try:
         shell.kill()
         shell.wait(10)
-        with pytest.raises(
-            subprocess.TimeoutExpired
-        ):  # the run holds the other end of standard output
-            shell.communicate(timeout=3)  # longer than between two looks at the launchers
+        # the run holds the other end of standard output
+        with pytest.raises(subprocess.TimeoutExpired):
+            shell.communicate(timeout=3)  # longer than between two checks of the launchers
         assert Path(f"/proc/{run}").exists()
     finally:
         os.kill(run, signal.SIGKILL)

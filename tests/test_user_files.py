@@ -202,7 +202,7 @@ def test_endless_template_is_stopped(monkeypatch):
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "RANK is not"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is not a whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' "),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
         ({"RANK": "2", "LOCAL_RANK": "0"}, "RANK=2 is not below WORLD_SIZE=2"),
         ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
@@ -237,7 +237,7 @@ def test_wandb_without_login_is_one_message(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     online = WandbConfig(mode="online", project="x", name=None)
-    with pytest.raises(UserError, match="no login for W&B"):
+    with pytest.raises(UserError, match=r"trainer\.wandb\.mode=online .*wandb login"):
         check_wandb_login(online, "trainer.wandb")
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check_wandb_login(online, "trainer.wandb")
@@ -263,11 +263,11 @@ def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys
 
 def test_low_limit_of_open_files_is_one_message(monkeypatch):
     monkeypatch.setattr(distributed.resource, "getrlimit", lambda _: (20, 4096))
-    with pytest.raises(UserError, match="only 20 files may be open"):
+    with pytest.raises(UserError, match="20 open files"):
         distributed.check_descriptors()
 
 
 def test_exp_dir_that_is_a_file_is_one_message(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "exp").touch()
     assert train(world, tmp_path, monkeypatch) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) ->
     If that rank is on this node, the thread that watches it ends this process.
     """
     if ranks.wait_for_failure(siblings.AFTER_ERROR):
-        time.sleep(siblings.AFTER_HANG + siblings.LOOK)
+        time.sleep(siblings.AFTER_HANG + siblings.CHECK_INTERVAL)
     address = re.search(r"\[([^\]]+)\]:\d+", str(error))
     where = f" at {address[1]}" if address else ""
     ranks.leave(f"asrllm: the connection to another rank{where} was lost. {siblings.RUN_AGAIN}")

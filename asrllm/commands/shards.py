@@ -49,7 +49,7 @@ def make_shards(arguments: argparse.Namespace) -> None:
 
         def skip_finished(count: int) -> None:
             # shards of the interrupted run took no time, and must not shorten the remaining time
-            bar.begun_at += count
+            bar.done_before += count
             bar.advance(count)
 
         summary = write_shards(

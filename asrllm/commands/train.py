@@ -365,7 +365,7 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
 
 def print_preempted(trainer: Trainer, initial_step: int) -> None:
     """Print which signal interrupted the run, and how to resume it."""
-    interrupted_by = trainer.preemption.asked or "a signal to another rank"
+    interrupted_by = trainer.preemption.signal_name or "a signal to another rank"
     outcome = "no step was done"
     if trainer.step > initial_step:
         outcome = f"saved checkpoint-{trainer.step}"

@@ -1,1 +1,1 @@
-"""The DeepSpeed engine, the loop, its hooks, and checkpoints."""
+"""The DeepSpeed engine, the training loop, its callbacks, and checkpoints."""

@@ -1,4 +1,4 @@
-"""The corpora of a run, their plans, and the batches that a rank reads."""
+"""Corpora of a run, their batch plans, and the batches that a rank reads."""
 
 import functools
 import logging
@@ -21,103 +21,133 @@ from asrllm.data.text import transcript_normalizer
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.training.run_config import TrainRun
-from asrllm.training.subset import Subset
+from asrllm.training.subset import DecodingSubset
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """The corpora, their plans, and the streams of batches that this rank reads."""
+    """Training and validation corpora with their plans and streams of batches."""
 
     def __init__(
         self, config: TrainRun, processor: AsrLlmProcessor, prompts: Sequence[Prompt]
     ) -> None:
-        self.config, self.prompts, self.renderer = config, prompts, processor.renderer
+        """Open the corpora and plan the batches.
+
+        Args:
+            config: configuration of the run.
+            processor: processor of the model, for audio limits and token counts.
+            prompts: prompts of the run.
+
+        Raises:
+            UserError: a data config is wrong, a language has no prompt, or the cache is too small
+                for a remote shard.
+        """
+        self.config = config
+        self.prompts = prompts
+        self.renderer = processor.renderer
         self.cache = ShardCache.of(config.data.cache)
-        self.tokens, self.limits = (
-            processor.config.num_audio_tokens,
-            processor.config.sample_limits(),
-        )
+        self.tokens = processor.config.num_audio_tokens
+        self.limits = processor.config.sample_limits()
         self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
         words = config.data.hotwords
-        self.hotwords = (
-            Hotwords(words, seed=config.seed, forbidden=processor.config.audio_token)
-            if words.prob
-            else None
-        )
+        self.hotwords: Hotwords | None = None
+        if words.prob:
+            forbidden = processor.config.audio_token
+            self.hotwords = Hotwords(words, seed=config.seed, forbidden=forbidden)
         self.normalize = transcript_normalizer(config.data.text_normalization)
         self.corpora = self._corpora(config.data.train_data_config or "")
-        self.valid = (
-            self._corpora(config.data.valid_data_config) if config.data.valid_data_config else []
-        )
+        self.valid: list[Corpus] = []
+        if config.data.valid_data_config:
+            self.valid = self._corpora(config.data.valid_data_config)
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
         self.accumulation = config.trainer.gradient_accumulation_steps
         self._check_cache()
         self._check_languages()
 
     def _check_languages(self) -> None:
-        """Every language of a corpus has a prompt."""
+        """Raise UserError if a language of a corpus has no prompt."""
         for corpus in self.corpora + self.valid:
-            for written in corpus.index.about["languages"]:
-                lang = written or corpus.lang
-                if not any(
-                    prompt.fits(lang, prompt.task) for prompt in corpus.prompts or self.prompts
-                ):
+            prompts = corpus.prompts or self.prompts
+            for language in corpus.index.about["languages"]:
+                lang = language or corpus.lang
+                if not any(prompt.fits(lang, prompt.task) for prompt in prompts):
                     raise UserError(
-                        f"no prompt is for lang={lang!r}, which the corpus {corpus.name!r} has: add one to prompt_file or to its prompts"
+                        f"no prompt fits lang={lang!r}, which occurs in the corpus "
+                        f"{corpus.name!r}. Add one to prompt_file or to the corpus's prompts."
                     )
 
     def _check_cache(self) -> None:
-        largest = max(
-            (
-                size
-                for c in self.corpora
-                for size, name in zip(c.index.sizes, c.index.shards, strict=True)
-                if is_url(name)
-            ),
-            default=0,
-        )
+        """Raise UserError for a cache that cannot hold a shard. Warn if windows do not fit."""
+        limit = self.config.data.cache.max_gb
+        largest = self._largest_remote_shard()
         if largest > self.cache.max_bytes:
-            limit = self.config.data.cache.max_gb
             raise UserError(
-                f"data.cache.max_gb={limit:g} is less than the largest remote shard, which has {largest / 1e9:.3g} GB: raise it"
+                f"data.cache.max_gb={limit:g} is less than the largest remote shard, "
+                f"which has {largest / 1e9:.3g} GB. Raise data.cache.max_gb."
             )
-        sizes = {
-            file.url: file.size or 0 for window in range(2) for file in self.plan.files(0, window)
-        }
-        if sum(sizes.values()) > self.cache.max_bytes:
+        sizes: dict[str, int] = {}
+        for window in range(2):
+            for file in self.plan.files(0, window):
+                sizes[file.url] = file.size or 0
+        total = sum(sizes.values())
+        if total > self.cache.max_bytes:
             logger.warning(
-                "two windows read %.3g GB of remote shards and data.cache.max_gb=%g: shards will be fetched again and again; "
-                "raise it, or lower data.sampler.window",
-                sum(sizes.values()) / 1e9,
-                self.config.data.cache.max_gb,
+                "Two windows read %.3g GB of remote shards, more than data.cache.max_gb=%g, so "
+                "that shards will be downloaded repeatedly. "
+                "Raise data.cache.max_gb, or lower data.sampler.window.",
+                total / 1e9,
+                limit,
             )
 
+    def _largest_remote_shard(self) -> int:
+        """Return the bytes of the largest remote training shard, or 0 if there is none."""
+        largest = 0
+        for corpus in self.corpora:
+            for size, name in zip(corpus.index.sizes, corpus.index.shards, strict=True):
+                if is_url(name):
+                    largest = max(largest, size)
+        return largest
+
     def _corpora(self, path: str) -> list[Corpus]:
+        """Read the corpora of a data config."""
         made = Path(self.config.exp_dir or "") / "shards"
         return read_corpora(path, filters=self.config.data.filter, made=made, cache=self.cache)
 
     def _plan(self, corpora: list[Corpus], *, shuffle: bool, endless: bool = False) -> Plan:
-        sampler, seed = self.config.data.sampler, self.config.seed
         return Plan(
-            corpora, sampler, audio_tokens=self.tokens, seed=seed, shuffle=shuffle, endless=endless
+            corpora,
+            self.config.data.sampler,
+            audio_tokens=self.tokens,
+            seed=self.config.seed,
+            shuffle=shuffle,
+            endless=endless,
         )
 
     def total_steps(self) -> int:
-        """Return the steps until num_steps or num_epochs, whichever comes first; the latter is an estimate."""
-        steps, epochs = self.config.trainer.num_steps, self.config.trainer.last_epoch
+        """Return the steps until num_steps or num_epochs, whichever comes first.
+
+        The number of steps in the epochs is an estimate.
+        """
+        num_steps = self.config.trainer.num_steps
+        epochs = self.config.trainer.last_epoch
         if epochs is None:
-            return steps or 0
-        in_epochs = epochs * self.plan.estimate_steps(
+            return num_steps or 0
+        per_epoch = self.plan.estimate_steps(
             ranks=distributed.world_size(), accumulation=self.accumulation
         )
-        return min(steps or in_epochs, in_epochs)
+        in_epochs = epochs * per_epoch
+        return min(num_steps or in_epochs, in_epochs)
 
     def dropped(self) -> dict[str, int]:
-        """Utterances of the training corpora that data.filter leaves out, by reason."""
-        return dict(sum((Counter(corpus.dropped) for corpus in self.corpora), Counter()))
+        """Return how many training utterances data.filter drops, by reason."""
+        total: Counter[str] = Counter()
+        for corpus in self.corpora:
+            total = total + Counter(corpus.dropped)
+        return dict(total)
 
     def train_steps(self, start: Position) -> Iterator[LoadedStep]:
+        """Yield this rank's training steps from a position in the data."""
         collator = self._collator(self.hotwords, self.config.data.augment.spec_augment.time_masks)
         reader = self._reader(self.corpora, self.augment)
         return self._steps(
@@ -129,21 +159,29 @@ class TrainingData:
         )
 
     def valid_sets(self) -> dict[str, Callable[[], Iterator[PackedBatch]]]:
+        """Return, by validation set, a function that yields this rank's batches."""
         return {
             corpus.name: functools.partial(self._valid_batches, corpus) for corpus in self.valid
         }
 
     def _valid_batches(self, corpus: Corpus) -> Iterator[PackedBatch]:
         dataset = PlannedDataset(self._reader([corpus], None), self._collator(None, 0))
-        for loaded in self._steps(self._plan([corpus], shuffle=False), dataset, Position(), 1, 1):
+        plan = self._plan([corpus], shuffle=False)
+        for loaded in self._steps(plan, dataset, Position(), 1, 1):
             yield from loaded.micro_batches
 
-    def valid_subsets(self, count: int) -> dict[str, Subset]:
-        """What is decoded of each validation set."""
-        return {
-            c.name: Subset(c, self._reader([c], None), self._collator(None, 0), count=count)
-            for c in self.valid
-        }
+    def valid_subsets(self, count: int) -> dict[str, DecodingSubset]:
+        """Return the utterances to decode, by validation set.
+
+        Args:
+            count: utterances of each validation set.
+        """
+        subsets = {}
+        for corpus in self.valid:
+            reader = self._reader([corpus], None)
+            collator = self._collator(None, 0)
+            subsets[corpus.name] = DecodingSubset(corpus, reader, collator, count=count)
+        return subsets
 
     def _reader(self, corpora: list[Corpus], augment: Augmenter | None) -> Reader:
         return Reader(
@@ -168,6 +206,7 @@ class TrainingData:
         accumulation: int,
         epochs: int | None,
     ) -> Iterator[LoadedStep]:
+        """Yield this rank's steps of a plan. The first rank of a node fetches remote shards."""
         return steps(
             plan,
             dataset,

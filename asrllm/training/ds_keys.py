@@ -1,4 +1,4 @@
-"""The keys of a DeepSpeed JSON: which ones DeepSpeed knows, and which types their values have."""
+"""Keys of a DeepSpeed JSON: which ones DeepSpeed knows, and which types their values have."""
 
 import difflib
 import enum
@@ -14,10 +14,13 @@ from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from asrllm.errors import UserError
 
-Kinds = tuple[type, ...]
+DsConfig = dict[str, Any]  # content of a DeepSpeed JSON
+Block = Mapping[str, Any]  # an object in a DeepSpeed JSON
+Kinds = tuple[type, ...]  # types that a value may have
 WHOLE: Kinds = (int,)
 NUMBER: Kinds = (int, float)
 SWITCH: Kinds = (bool,)
@@ -32,7 +35,7 @@ KIND_NAMES = {
     list: "a list",
 }
 
-# Keys that DeepSpeed reads with dict.get, so that it notices neither a typing error nor a wrong type.
+# DeepSpeed reads these keys with dict.get, so it detects neither a typing error nor a wrong type.
 SCALARS: dict[str, Kinds] = {
     "train_batch_size": WHOLE,
     "train_micro_batch_size_per_gpu": WHOLE,
@@ -111,7 +114,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "csv_monitor": CSVConfig,
     "comet": CometConfig,
 }
-# Features of DeepSpeed that a run does not have, and what to do instead.
+# Features of DeepSpeed that runs do not support, and what to do instead.
 UNSUPPORTED = {
     "activation_checkpointing": "Remove it, and set trainer.gradient_checkpointing=true.",
     "autotuning": "Remove it, and run 'asrllm plan' for sizes that fit.",
@@ -140,26 +143,25 @@ FIXED = {
     ),
 }
 KNOWN_KEYS = frozenset(
-    [*SCALARS, *PLAIN_BLOCKS, *MODELS, *(key for key in UNSUPPORTED if "." not in key)]
+    {*SCALARS, *PLAIN_BLOCKS, *MODELS} | {key for key in UNSUPPORTED if "." not in key}
 )
 
 
-def check_keys(ds: dict[str, Any], path: Path) -> None:
-    """Check every key and the type of every value, and drop blocks that are switched off.
+def check_keys(ds: DsConfig, path: Path) -> None:
+    """Check every key and the type of every value, and remove blocks that are switched off.
 
     Args:
-        ds: the content of the file.
-        path: the file, for the messages.
+        ds: content of the file.
+        path: path of the file, for the messages.
 
     Raises:
-        UserError: a key is unknown or was removed, a value has the wrong type, or a feature is not supported.
+        UserError: a key is unknown or was removed from DeepSpeed, a value has the wrong type, or a
+            feature is not supported.
     """
     check_removed(ds, path)
     for key in list(ds):
         if key not in KNOWN_KEYS:
-            raise UserError(
-                f"{path}: {key!r} is not a key of DeepSpeed {deepspeed.__version__}. {correction(key, KNOWN_KEYS)}"
-            )
+            raise unknown_key(repr(key), key, KNOWN_KEYS, path)
         value = ds[key]
         if key in SCALARS:
             check_type(value, SCALARS[key], key, path)
@@ -174,27 +176,29 @@ def check_keys(ds: dict[str, Any], path: Path) -> None:
     check_supported(ds, path)
 
 
-def check_removed(ds: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError for a key that earlier versions of DeepSpeed had."""
-    zero = ds.get("zero_optimization")
+def check_removed(ds: Block, path: Path) -> None:
+    """Raise UserError for a key of earlier versions of DeepSpeed."""
     removed = {key: getattr(ds_runtime, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}) for key in ds}
+    zero = ds.get("zero_optimization")
     if isinstance(zero, dict):
-        removed |= {
-            f"zero_optimization.{key}": getattr(ds_runtime, "_REMOVED_ZERO_CONFIG_KEYS", {})
-            for key in zero
-        }
+        removed_zero = getattr(ds_runtime, "_REMOVED_ZERO_CONFIG_KEYS", {})
+        for key in zero:
+            removed[f"zero_optimization.{key}"] = removed_zero
     for place, known in removed.items():
         if place.rpartition(".")[2] in known:
             fix = "Remove it, and set trainer.precision." if place == "amp" else "Remove it."
             raise UserError(
-                f"{path}: {place} was removed from DeepSpeed, which {deepspeed.__version__} is. {fix}"
+                f"{path}: {place} was removed from DeepSpeed. "
+                f"The installed version is {deepspeed.__version__}. {fix}"
             )
 
 
-def check_supported(ds: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError for a feature that a run does not have."""
-    checkpoint = ds.get("checkpoint", {})
-    used = [*ds, *(f"checkpoint.{key}" for key, value in checkpoint.items() if value)]
+def check_supported(ds: Block, path: Path) -> None:
+    """Raise UserError for a feature that runs do not support."""
+    used = list(ds)
+    for key, value in ds.get("checkpoint", {}).items():
+        if value:
+            used.append(f"checkpoint.{key}")
     for place in used:
         if place in UNSUPPORTED:
             raise UserError(f"{path}: {place!r} is not supported. {UNSUPPORTED[place]}")
@@ -203,71 +207,113 @@ def check_supported(ds: Mapping[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {key}={ds[key]!r} is not supported. {fix}")
 
 
-def is_off(value: Any) -> bool:
-    """Return whether a block of the file asks for nothing."""
+def is_off(value: object) -> bool:
+    """Return whether a block of the file switches nothing on."""
     if not isinstance(value, dict):
         return not value
     return value.get("enabled") is False or not any(value.values())
 
 
-def check_plain(
-    known: Mapping[str, Kinds], block: Mapping[str, Any], place: str, path: Path
-) -> None:
-    """Check a block for which DeepSpeed has no model."""
+def check_plain(known: Mapping[str, Kinds], block: Block, place: str, path: Path) -> None:
+    """Check a block for which DeepSpeed has no pydantic model.
+
+    Args:
+        known: types of the values by key.
+        block: the block.
+        place: name of the block, for the messages.
+        path: path of the file, for the messages.
+
+    Raises:
+        UserError: a key is unknown or a value has the wrong type.
+    """
     for key, value in block.items():
+        name = f"{place}.{key}"
         if key not in known:
-            raise unknown_key(f"{place}.{key}", known, path)
-        check_type(value, known[key], f"{place}.{key}", path)
+            raise unknown_key(name, key, known, path)
+        check_type(value, known[key], name, path)
 
 
-def check_model(model: type[BaseModel], block: Mapping[str, Any], place: str, path: Path) -> None:
-    """Check a block by DeepSpeed's own pydantic model of it; "auto" is accepted everywhere."""
-    fields = {
-        name: field
-        for key, field in model.model_fields.items()
-        for name in (key, field.alias)
-        if name
-    }
-    shown = {
-        field.alias or key for key, field in model.model_fields.items() if not replacement_of(field)
-    }
+def check_model(model: type[BaseModel], block: Block, place: str, path: Path) -> None:
+    """Check a block with DeepSpeed's pydantic model. "auto" is accepted everywhere.
+
+    Args:
+        model: DeepSpeed's model of the block.
+        block: the block.
+        place: name of the block, for the messages.
+        path: path of the file, for the messages.
+
+    Raises:
+        UserError: a key is unknown or renamed, or a value is not valid.
+    """
+    fields: dict[str, FieldInfo] = {}
+    suggestions: set[str] = set()
+    for name, field in model.model_fields.items():
+        fields[name] = field
+        if field.alias:
+            fields[field.alias] = field
+        if not replacement_of(field):
+            suggestions.add(field.alias or name)
     for key, value in block.items():
         if key not in fields:
-            raise unknown_key(f"{place}.{key}", shown, path)
-        if new := replacement_of(fields[key]):
-            raise UserError(f"{path}: {place}.{key} is an old name. Use {place}.{new} instead.")
-        kinds = list(annotated_types(fields[key].annotation))
-        nested = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
-        if nested and isinstance(value, dict):
-            check_model(nested, value, f"{place}.{key}", path)
-        elif plain := plain_kinds(kinds):
-            check_type(value, plain, f"{place}.{key}", path)
-            check_choice(value, kinds, f"{place}.{key}", path)
+            raise unknown_key(f"{place}.{key}", key, suggestions, path)
+        check_field(fields[key], value, f"{place}.{key}", path)
     try:
         model(**without_autos(block))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([place, *map(str, first["loc"])])
-        value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
-        reason = (
-            first["msg"]
-            .removeprefix("Value error, ")
-            .removeprefix("Assertion failed, ")
-            .rstrip(".")
-        )
-        raise UserError(
-            f"{path}: {where}{value} is refused by DeepSpeed: {reason}. Correct the value."
-        ) from error
+        raise invalid_value(error, place, path) from error
 
 
-def replacement_of(field: Any) -> str | None:
+def check_field(field: FieldInfo, value: object, name: str, path: Path) -> None:
+    """Check the value of one field of a pydantic model.
+
+    Args:
+        field: the field.
+        value: value in the file.
+        name: full name of the key, for the messages.
+        path: path of the file, for the messages.
+
+    Raises:
+        UserError: the key was renamed, or the value is not valid.
+    """
+    new = replacement_of(field)
+    if new:
+        block = name.rpartition(".")[0]
+        raise UserError(f"{path}: {name} is an old name. Use {block}.{new} instead.")
+    kinds = list(annotated_types(field.annotation))
+    nested = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+    if nested and isinstance(value, dict):
+        check_model(nested, value, name, path)
+        return
+    plain = plain_kinds(kinds)
+    if plain:
+        check_type(value, plain, name, path)
+        check_choice(value, kinds, name, path)
+
+
+def invalid_value(error: ValidationError, place: str, path: Path) -> UserError:
+    """Return the error for a value that DeepSpeed's pydantic model rejects."""
+    first = error.errors()[0]
+    name = ".".join([place, *map(str, first["loc"])])
+    value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
+    reason = first["msg"]
+    for prefix in ("Value error, ", "Assertion failed, "):
+        reason = reason.removeprefix(prefix)
+    reason = reason.rstrip(".")
+    return UserError(
+        f"{path}: {name}{value} is rejected by DeepSpeed: {reason}. Correct the value."
+    )
+
+
+def replacement_of(field: FieldInfo) -> str | None:
     """Return the new name of a deprecated field, or None if it is not deprecated."""
-    extra = field.json_schema_extra or {}
-    return str(extra.get("new_param")) if extra.get("deprecated") else None
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and extra.get("deprecated"):
+        return str(extra.get("new_param"))
+    return None
 
 
-def annotated_types(annotation: Any) -> Iterator[type]:
-    """Yield the classes that an annotation names: of `int | None`, int and NoneType."""
+def annotated_types(annotation: object) -> Iterator[type]:
+    """Yield the classes in an annotation, for example int and NoneType in `int | None`."""
     if isinstance(annotation, type):
         yield annotation
         return
@@ -276,9 +322,9 @@ def annotated_types(annotation: Any) -> Iterator[type]:
 
 
 def plain_kinds(kinds: Iterable[type]) -> Kinds | None:
-    """Return the JSON types of a field of numbers, switches or text, or None for any other field.
+    """Return the JSON types of a field of numbers, switches or text, or None for other fields.
 
-    pydantic itself would accept numbers and switches as text, such as "stage": "2".
+    pydantic itself would accept numbers and switches as text, for example "stage": "2".
     """
     found: list[type] = []
     for kind in kinds:
@@ -290,47 +336,56 @@ def plain_kinds(kinds: Iterable[type]) -> Kinds | None:
     return tuple(found) or None
 
 
-def check_type(value: Any, kinds: Kinds, place: str, path: Path) -> None:
-    """Raise UserError for a value that is of none of the types. "auto" is checked where it is filled in."""
-    is_whole = isinstance(value, float) and value.is_integer()  # sizes are often written as 5e8
-    fits = (
-        isinstance(value, bool)
-        if kinds == SWITCH
-        else isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-    )
-    if (
-        fits
-        or value == "auto"
-        or (int in kinds and is_whole)
-        or (float in kinds and type(value) is int)
-    ):
+def check_type(value: object, kinds: Kinds, place: str, path: Path) -> None:
+    """Raise UserError for a value that has none of the types.
+
+    "auto" is accepted here and checked when it is replaced.
+    """
+    if value == "auto" or has_type(value, kinds):
         return
-    expected = " or ".join(
-        "null" if kind is type(None) else KIND_NAMES[kind]
-        for kind in kinds
-        if (kind, kinds) != (int, NUMBER)
-    )
-    fix = (
-        "Remove the quotes."
-        if isinstance(value, str) and looks_unquoted(value)
-        else f"Give {expected}, or remove the key."
-    )
+    expected = " or ".join(type_names(kinds))
+    fix = f"Give {expected}, or remove the key."
+    if isinstance(value, str) and looks_unquoted(value):
+        fix = "Remove the quotes."
     raise UserError(f"{path}: {place}={value!r} is not {expected}. {fix}")
 
 
-def check_choice(value: Any, kinds: Iterable[type], place: str, path: Path) -> None:
-    """Raise UserError for a value that is no member of the enumeration among the types of its field."""
+def has_type(value: object, kinds: Kinds) -> bool:
+    """Return whether a JSON value has one of the types."""
+    if isinstance(value, bool):  # which Python counts as a whole number
+        return bool in kinds
+    if isinstance(value, kinds):
+        return True
+    if isinstance(value, float) and int in kinds:
+        return value.is_integer()  # sizes are often written as 5e8
+    return isinstance(value, int) and float in kinds
+
+
+def type_names(kinds: Kinds) -> list[str]:
+    """Return the names of JSON types for a message."""
+    names = []
+    for kind in kinds:
+        if kind is type(None):
+            names.append("null")
+        elif kind is not int or kinds != NUMBER:  # "a number" includes whole numbers
+            names.append(KIND_NAMES[kind])
+    return names
+
+
+def check_choice(value: object, kinds: Iterable[type], place: str, path: Path) -> None:
+    """Raise UserError for a value that is not a member of a field's enumeration."""
     for kind in kinds:
         if issubclass(kind, enum.Enum):
             choices = [member.value for member in kind]
             if value not in (*choices, "auto", None):
                 raise UserError(
-                    f"{path}: {place}={value!r} is not a choice. Use one of {', '.join(map(str, choices))}."
+                    f"{path}: {place}={value!r} is not a choice. "
+                    f"Use one of {', '.join(map(str, choices))}."
                 )
 
 
 def looks_unquoted(text: str) -> bool:
-    """Return whether text would be a number or a switch without its quotes."""
+    """Return whether a text would be a number or a switch without its quotes."""
     try:
         float(text)
     except ValueError:
@@ -338,23 +393,33 @@ def looks_unquoted(text: str) -> bool:
     return True
 
 
-def without_autos(block: Mapping[str, Any]) -> dict[str, Any]:
+def without_autos(block: Block) -> dict[str, Any]:
     """Return a copy of a block without the values "auto", at any depth."""
-    kept = {key: value for key, value in block.items() if value != "auto"}
-    return {
-        key: without_autos(value) if isinstance(value, dict) else value
-        for key, value in kept.items()
-    }
+    result = {}
+    for key, value in block.items():
+        if isinstance(value, dict):
+            result[key] = without_autos(value)
+        elif value != "auto":
+            result[key] = value
+    return result
 
 
-def unknown_key(place: str, known: Iterable[str], path: Path) -> UserError:
-    key = place.rpartition(".")[2]
+def unknown_key(name: str, key: str, known: Iterable[str], path: Path) -> UserError:
+    """Return the error for a key that DeepSpeed does not know.
+
+    Args:
+        name: full name of the key.
+        key: the key in its block.
+        known: keys of the block.
+        path: path of the file.
+    """
     return UserError(
-        f"{path}: {place} is not a key of DeepSpeed {deepspeed.__version__}. {correction(key, known)}"
+        f"{path}: {name} is not a key of DeepSpeed {deepspeed.__version__}. "
+        f"{correction(key, known)}"
     )
 
 
 def correction(word: str, known: Iterable[str]) -> str:
-    """Return what to do about an unknown word, with the known word nearest to it."""
+    """Return what to do about an unknown word, with the most similar known word."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"Rename it to {close[0]!r}, or remove it." if close else "Remove it."

@@ -1,18 +1,18 @@
-"""The DeepSpeed engine around the model."""
+"""Building the DeepSpeed engine around the model."""
 
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from asrllm.errors import UserError
 from asrllm.launchers import switched_on
+from asrllm.training.ds_keys import DsConfig
 from asrllm.training.optimizers import make_optimizer, parameter_groups
 from asrllm.training.run_config import TrainerConfig
 from asrllm.training.scaled_adam import ScaledAdam, bind
@@ -20,21 +20,26 @@ from asrllm.training.scaled_adam import ScaledAdam, bind
 
 @contextlib.contextmanager
 def deepspeed_engine(
-    config: TrainerConfig, ds: dict[str, Any], build: Callable[[], nn.Module], device: torch.device
+    config: TrainerConfig, ds: DsConfig, build: Callable[[], nn.Module], device: torch.device
 ) -> Iterator[deepspeed.DeepSpeedEngine]:
-    """The engine with the model that `build` makes.
+    """Yield the engine around a model.
 
-    Within the block transformers knows of ZeRO-3: `build` loads the LLM partition by partition, and generating gathers its layers.
+    Inside the block transformers knows that ZeRO-3 is used: `build` loads the LLM partition by
+    partition, and generation gathers its layers.
+
+    Args:
+        config: `trainer` part of the run's configuration.
+        ds: complete DeepSpeed configuration.
+        build: returns the model.
+        device: device of this rank.
+
+    Raises:
+        UserError: the model has no trainable parameter.
     """
-    stage3 = HfDeepSpeedConfig(ds)  # transformers holds it weakly: this name keeps it alive
+    # transformers only keeps a weak reference to this object, so the name keeps it alive
+    hf_ds_config = HfDeepSpeedConfig(ds)
     model = build()
-    for parameter in model.parameters():
-        if not hasattr(
-            parameter, "ds_id"
-        ):  # ZeRO-3 wants one dtype: those outside its reach so far (LoRA, projector, encoder) follow
-            parameter.data = torch.atleast_1d(
-                parameter.data.to(config.dtype)
-            )  # stage 3 cannot divide a scalar; load_model turns it back
+    cast_parameters(model, config.dtype)
     if config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
         model.llm.enable_input_require_grads()
@@ -44,12 +49,12 @@ def deepspeed_engine(
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UserError(
-            "nothing is trained: every part is frozen; set model.llm.lora, or frozen=false for a part"
+            "nothing is trained, because every part is frozen. "
+            "Set model.llm.lora, or set frozen=false for a part."
         )
     drop_frozen_aliases(model)
-    if (
-        ds["zero_optimization"]["stage"] == 3
-    ):  # a layer is gathered at once rather than weight by weight
+    if ds["zero_optimization"]["stage"] == 3:
+        # gather a whole layer at once rather than weight by weight
         set_z3_leaf_modules(model, model.unsplit_modules())
         gather_head_for_loss(model)
     optimizer = build_optimizer(config, ds, model, device)
@@ -60,29 +65,42 @@ def deepspeed_engine(
     if isinstance(optimizer, ScaledAdam):
         bind(optimizer, engine)
     yield engine
-    del stage3
+    del hf_ds_config
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters that ZeRO-3 has not partitioned: LoRA, projector and encoder.
+
+    ZeRO-3 needs one dtype for all parameters. It cannot partition scalars either, so they become
+    vectors of one element; load_model restores their shape.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = torch.atleast_1d(parameter.data.to(dtype))
 
 
 def import_muon_uncompiled() -> None:
-    """deepspeed.initialize asks of every optimizer whether it is DeepSpeed's Muon, whose module loads torch's compiler for two seconds."""
-    with (
-        switched_on("TORCHDYNAMO_DISABLE"),
-        contextlib.suppress(ImportError),
-    ):  # torch reads it where a function is decorated
+    """Import DeepSpeed's Muon without torch's compiler, which saves two seconds.
+
+    deepspeed.initialize checks every optimizer against Muon, whose module has functions that are
+    decorated with torch.compile. torch reads TORCHDYNAMO_DISABLE when a function is decorated.
+    """
+    with switched_on("TORCHDYNAMO_DISABLE"), contextlib.suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def compile_layers(model: nn.Module) -> None:
-    """torch.compile of the LLM's layers, each by itself, for rows of any length."""
-    kinds = set(model.causal_lm._no_split_modules or ())
+    """Compile each layer of the LLM by itself with torch.compile, for rows of any length."""
+    layer_names = set(model.causal_lm._no_split_modules or ())
     for layer in model.causal_lm.modules():
-        if type(layer).__name__ in kinds:
+        if type(layer).__name__ in layer_names:
             layer.compile(dynamic=True)
 
 
 def build_optimizer(
-    config: TrainerConfig, ds: dict[str, Any], model: nn.Module, device: torch.device
+    config: TrainerConfig, ds: DsConfig, model: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
+    """Return the run's optimizer over the trainable parameters of the model."""
     groups = parameter_groups(
         dict(model.named_parameters()),
         lr=config.lr,
@@ -97,26 +115,34 @@ def build_optimizer(
 
 
 def gather_head_for_loss(model: nn.Module) -> None:
-    """ZeRO-3 gathers a module's own parameters: the loss uses those of the LLM's head."""
+    """Let ZeRO-3 gather the LM head for the loss.
+
+    ZeRO-3 gathers only a module's own parameters, but the loss uses those of the LLM's head.
+    """
     for parameter in model.causal_lm.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(model.loss, parameter)
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Set the learning rate of every parameter group to `lr` times the group's ratio."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
 
 
 def drop_frozen_aliases(model: nn.Module) -> None:
-    """Keep the second names of frozen tied weights out of checkpoints: DeepSpeed leaves frozen weights out by their first name only."""
-    first = {name for name, _ in model.named_parameters()}
-    aliases = {
-        name
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if name not in first and not p.requires_grad
-    }
+    """Keep the second names of frozen tied weights out of checkpoints.
 
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    DeepSpeed excludes frozen weights by their first name only.
+    """
+    first_names = {name for name, _ in model.named_parameters()}
+    aliases = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in first_names and not parameter.requires_grad:
+            aliases.add(name)
+
+    def drop(
+        module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, object]
+    ) -> None:
         for name in aliases:
             state.pop(prefix + name, None)
 

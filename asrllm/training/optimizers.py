@@ -19,38 +19,58 @@ from asrllm.training.run_config import PeakRates
 from asrllm.training.scaled_adam import ScaledAdam
 
 PARTS = ("projector", "lora", "audio_encoder", "llm")
+ParamGroup = dict[str, Any]  # one group of torch.optim.Optimizer.param_groups
 
 
 def part_of(name: str) -> str:
-    """Adapters are `lora` wherever they are; all else goes by the model's part."""
+    """Return the part of the model that a parameter belongs to. All adapters are "lora"."""
     return "lora" if "lora_" in name else name.split(".")[0]
 
 
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter], *, lr: float, lr_of: PeakRates, weight_decay: float
-) -> list[dict[str, Any]]:
-    """One group for each part and for what of it decays (matrices) and does not, in a fixed order; `lr_ratio` is to `lr`."""
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    by_kind: dict[tuple[str, bool], list[nn.Parameter]] = {
-        (part, decays): [] for part in PARTS for decays in (True, False)
-    }
-    for name, parameter in trained.items():
-        by_kind[part_of(name), _is_matrix(parameter)].append(parameter)
+) -> list[ParamGroup]:
+    """Split the trained parameters into groups by part and by whether they decay.
+
+    Matrices decay; biases and norms do not. The order of the groups is fixed.
+
+    Args:
+        parameters: all parameters of the model by name.
+        lr: peak learning rate of the run.
+        lr_of: peak learning rates of the parts.
+        weight_decay: weight decay of matrices.
+
+    Returns:
+        The groups that are not empty. `lr_ratio` is the ratio of the group's rate to `lr`.
+
+    Raises:
+        UserError: a part has a learning rate but no trained parameter.
+    """
+    by_kind: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for part in PARTS:
+        by_kind[part, True] = []
+        by_kind[part, False] = []
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            by_kind[part_of(name), _is_matrix(parameter)].append(parameter)
     for part, rate in vars(lr_of).items():
-        if rate is not None and not any(by_kind[part, decays] for decays in (True, False)):
+        if rate is not None and not by_kind[part, True] and not by_kind[part, False]:
             raise UserError(
-                f"trainer.lr_of.{part}={rate}, but nothing of {part} is trained: leave it out, or train it"
+                f"trainer.lr_of.{part}={rate} has no effect, because nothing of {part} is trained. "
+                "Remove it, or train that part."
             )
-    return [
-        {
-            "params": group,
-            "lr": lr,
-            "lr_ratio": (getattr(lr_of, part) or lr) / lr,
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (part, decays), group in by_kind.items()
-        if group
-    ]
+    groups = []
+    for (part, decays), group in by_kind.items():
+        if group:
+            groups.append(
+                {
+                    "params": group,
+                    "lr": lr,
+                    "lr_ratio": (getattr(lr_of, part) or lr) / lr,
+                    "weight_decay": weight_decay if decays else 0.0,
+                }
+            )
+    return groups
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -59,48 +79,68 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 def make_optimizer(
     name: str,
-    groups: list[dict[str, Any]],
+    groups: list[ParamGroup],
     *,
     lr: float,
     betas: tuple[float, float],
     device: torch.device,
     offload: bool,
 ) -> torch.optim.Optimizer:
+    """Build an optimizer.
+
+    Args:
+        name: trainer.optimizer.name.
+        groups: parameter groups.
+        lr: peak learning rate.
+        betas: AdamW's two decay rates.
+        device: device of this rank.
+        offload: whether the optimizer state is in host memory.
+
+    Raises:
+        UserError: an operator of DeepSpeed cannot be compiled.
+    """
     if name == "scaled_adam":
         return ScaledAdam(groups, lr=lr, betas=betas)
+    on_device = device.type != "cpu" and not offload
     if name == "deepspeed_adamw":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        on_device = device.type != "cpu" and not offload
-        kind, op = (FusedAdam, "fused_adam") if on_device else (DeepSpeedCPUAdam, "cpu_adam")
-        with building(op):
-            return kind(groups, lr=lr, betas=betas)
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=betas, fused=device.type == "cuda" and not offload
-    )
+        if on_device:
+            with compiling("fused_adam"):
+                return FusedAdam(groups, lr=lr, betas=betas)
+        with compiling("cpu_adam"):
+            return DeepSpeedCPUAdam(groups, lr=lr, betas=betas)
+    fused = device.type == "cuda" and not offload
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 @contextlib.contextmanager
-def building(op: str) -> Iterator[None]:
-    """An operator of DeepSpeed's is compiled inside at its first use, by one process at a time. Raises UserError where it cannot be."""
+def compiling(op: str) -> Iterator[None]:
+    """Let one process at a time compile an operator of DeepSpeed at its first use.
+
+    Args:
+        op: the operator's name, such as "cpu_adam".
+
+    Raises:
+        UserError: the operator cannot be compiled.
+    """
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     folder.mkdir(parents=True, exist_ok=True)
-    before, programs = (
-        os.environ["PATH"],
-        str(Path(sys.executable).parent),
-    )  # ninja is there, also where the environment is not activated
-    os.environ["PATH"] = f"{programs}{os.pathsep}{before}"
+    path_before = os.environ["PATH"]
+    # ninja is in the same directory as Python, even if the environment is not activated
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
     try:
         with FileLock(folder / f"{op}.asrllm.lock"):
-            for left in folder.glob(
-                f"**/{op}/lock"
-            ):  # by a build that was killed; torch would wait for it without end
-                left.unlink()
+            # a killed build leaves torch's own lock behind, on which torch would wait forever
+            for stale_lock in folder.glob(f"**/{op}/lock"):
+                stale_lock.unlink()
             yield
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"trainer.optimizer.name=deepspeed_adamw: its operator {op} cannot be compiled in {str(folder)!r} "
-            f"({' '.join(str(error).split())[:200]}): install a C++ compiler, or take trainer.optimizer.name=adamw"
+            f"trainer.optimizer.name=deepspeed_adamw needs the operator {op}, which cannot be "
+            f"compiled in {str(folder)!r} ({reason}). "
+            "Install a C++ compiler, or set trainer.optimizer.name=adamw."
         ) from error
     finally:
-        os.environ["PATH"] = before
+        os.environ["PATH"] = path_before

@@ -1,41 +1,51 @@
-"""Signals that ask the run to save and to end: what schedulers send before they take a machine away."""
+"""Signals that schedulers send before they take a machine away: save, then stop."""
 
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any
 
 from asrllm.errors import UserError
 
-ALLOWED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Ctrl-C always ends the run at once
+ALLOWED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Ctrl-C always stops the run at once
+STDERR = 2  # file descriptor
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 def check_signals(names: Sequence[str]) -> None:
+    """Raise UserError if a name in trainer.preemption_signals is not allowed."""
     for name in names:
         if name not in ALLOWED:
             raise UserError(
-                f"trainer.preemption_signals: {name!r} is none of {', '.join(ALLOWED)}: leave it out"
+                f"trainer.preemption_signals={name!r} is not supported. "
+                f"Use any of {', '.join(ALLOWED)}."
             )
 
 
 class Preemption:
-    """Within its block a signal is noted instead of ending the process, for the ranks to agree on; `asked` is its name.
+    """Record signals inside its block instead of letting them end the process.
 
-    Until `meet` is called no other rank waits for this one and nothing is there to be saved: a signal then ends the process at once, with
-    status 0.
+    The ranks then agree to stop after the same step. Until `defer_to_step_boundary` is called, no
+    other rank waits for this one and there is nothing to save, so that a signal ends the process
+    at once with status 0.
+
+    Attributes:
+        signal_name: name of the last signal received, or None.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
+        """Take the names of the signals to record."""
         self.signals = [signal.Signals[name] for name in names]
-        self.asked: str | None = None
-        self.met = False
-        self.before: dict[signal.Signals, Any] = {}
+        self.signal_name: str | None = None
+        self.deferred = False
+        self.previous_handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Preemption":
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self.before = {number: signal.signal(number, self._receive) for number in self.signals}
+        # Python allows signal handlers in the main thread only
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                self.previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -44,19 +54,20 @@ class Preemption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def defer_to_step_boundary(self) -> None:
-        """From here on the ranks end together."""
-        self.met = True
+        """From now on only record signals: the ranks stop together after a step."""
+        self.deferred = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        if not self.met:
-            # not print: the signal may have come in the middle of one
-            os.write(
-                2,
-                f"asrllm train: {self.asked} before the training began: ended, nothing was to be saved\n".encode(),
+        self.signal_name = signal.Signals(number).name
+        if not self.deferred:
+            message = (
+                f"asrllm train: interrupted by {self.signal_name} before the first step. "
+                "There was nothing to save.\n"
             )
+            # not print, because the signal may have interrupted a print
+            os.write(STDERR, message.encode())
             raise SystemExit(0)

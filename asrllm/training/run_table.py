@@ -1,4 +1,4 @@
-"""The table with which a training run begins: what is trained, on what, and from where."""
+"""Table printed at the start of a training run: what is trained, on what, and from where."""
 
 import math
 import sys
@@ -29,9 +29,9 @@ class PartSize:
 
 
 def part_sizes(model: nn.Module) -> list[PartSize]:
-    """Count the parameters of each part, also of those that ZeRO-3 partitions.
+    """Count the parameters of each part, including those that ZeRO-3 partitions.
 
-    Adapters are counted as a part of their own.
+    Adapters count as a separate part.
     """
     trained: dict[str, int] = {}
     total: dict[str, int] = {}
@@ -57,14 +57,14 @@ def run_rows(
     """Return the rows of the table as (label, value).
 
     Args:
-        config: of the trainer.
-        sizes: what `part_sizes` returned.
+        config: `trainer` part of the run's configuration.
+        sizes: parameters of each part, from `part_sizes`.
         ranks: number of processes.
-        stage: of ZeRO.
-        total_steps: where the training ends.
-        max_tokens: of a micro-batch of one rank.
-        checkpoint: what the run resumes from; None if it starts.
-        step: optimizer steps that are done.
+        stage: ZeRO stage.
+        total_steps: number of steps of the whole run.
+        max_tokens: largest number of tokens in a micro-batch of one rank.
+        checkpoint: checkpoint to resume from, or None for a new run.
+        step: optimizer steps done.
     """
     rows = []
     for size in sizes:

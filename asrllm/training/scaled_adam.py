@@ -1,11 +1,12 @@
-"""ScaledAdam (Yao et al. 2023, "Zipformer"; Povey's, of icefall) on DeepSpeed's partitions.
+"""ScaledAdam (Yao et al. 2023, "Zipformer"; by Povey, from icefall) on DeepSpeed's partitions.
 
-Steps are in proportion to a weight's root mean square, the scale of every weight is learned besides, and gradients are clipped at
-a multiple of their median norm over the last steps. What concerns a whole weight is summed over the pieces of it on all ranks; the rest is
-elementwise. As in icefall, each parameter group clips for itself.
+Steps are proportional to a weight's root mean square (RMS), the scale of every weight is learned as
+well, and gradients are clipped at a multiple of their median norm over the last steps. Quantities
+of a whole weight are summed over its pieces on all ranks; the rest is elementwise. As in icefall,
+each parameter group clips for itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -17,11 +18,23 @@ from asrllm.errors import UserError
 from asrllm.training.checkpoint.partitions import full_shape, parameter_names, partitions
 from asrllm.training.checkpoint.zero_files import SHARED
 
-EARLY = (10, 20, 40)  # steps at which the clipping threshold is set for the first times
+# Steps at which the clipping threshold is first set. Norms change quickly at the start, so the
+# threshold is twice as high there.
+EARLY_STEPS = (10, 20, 40)
+MAX_SCALE_STEP = 0.1  # largest relative change of a weight's scale in one update
+
+Group = dict[str, Any]  # one group of torch.optim.Optimizer.param_groups
+State = dict[str, Any]  # one vector's state, and in the group's first vector that of the group
 
 
 class Piece(NamedTuple):
-    """The elements of weight `number` of its group that lie in one of this rank's vectors."""
+    """Part of a weight in one of this rank's vectors.
+
+    Attributes:
+        number: index of the weight in its group.
+        begin: first element in the vector.
+        end: element after the last one.
+    """
 
     number: int
     begin: int
@@ -29,14 +42,27 @@ class Piece(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Of a group: numel of each weight, and the pieces in each of its vectors."""
+    """Layout of a parameter group.
+
+    Attributes:
+        numel: (weights,), number of elements of each weight.
+        pieces: pieces in each of the group's vectors.
+    """
 
     numel: Tensor
     pieces: list[list[Piece]]
 
 
-class Held(NamedTuple):
-    """A piece of a weight with what belongs to it."""
+class PieceState(NamedTuple):
+    """A piece of a weight and its state, all (elements,).
+
+    Attributes:
+        number: index of the weight in its group.
+        weight: float32 values.
+        grad: gradient.
+        delta: previous step, as momentum.
+        exp_avg_sq: running average of the squared gradient.
+    """
 
     number: int
     weight: Tensor
@@ -46,7 +72,11 @@ class Held(NamedTuple):
 
 
 class ScaledAdam(torch.optim.Optimizer):
-    """`bind` tells it what lies where; before, a step makes room for its state and changes nothing."""
+    """ScaledAdam on partitions.
+
+    `bind` sets which weights are in the vectors. Before that, a step only allocates its state and
+    changes no weight: DeepSpeed does such a step when it starts.
+    """
 
     def __init__(
         self,
@@ -63,6 +93,21 @@ class ScaledAdam(torch.optim.Optimizer):
         size_update_period: int = 4,
         eps: float = 1e-8,
     ) -> None:
+        """Create the optimizer. The names and defaults are icefall's.
+
+        Args:
+            params: parameters or parameter groups.
+            lr: learning rate.
+            betas: decay rates of the momentum and of the squared gradient.
+            clipping_scale: multiple of the median norm at which gradients are clipped.
+            clipping_update_period: steps over which the median is taken.
+            scalar_lr_scale: factor on the learning rate of scalars and of scales.
+            scalar_max: largest absolute value of a scalar.
+            param_min_rms: smallest RMS of a weight that is not a scalar.
+            param_max_rms: largest RMS of a weight that is not a scalar.
+            size_update_period: steps between two updates of the weights' scales.
+            eps: added to denominators.
+        """
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -77,62 +122,69 @@ class ScaledAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.layouts: dict[Tensor, Layout] = {}  # by the first vector of a group
-        self.device, self.spread = torch.device("cpu"), False
+        self.device = torch.device("cpu")
+        self.partitioned = False
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:  # ZeRO shows one at a time, with the others empty or absent
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Do one step for every group. `closure` is not used."""
+        # ZeRO passes one group at a time, with the others empty or absent
+        for group in self.param_groups:
             for vector in group["params"]:
-                if "delta" not in self.state[vector]:
-                    self.state[vector].update(
-                        delta=torch.zeros_like(vector), exp_avg_sq=torch.zeros_like(vector)
-                    )
+                state = self.state[vector]
+                if "delta" not in state:
+                    state["delta"] = torch.zeros_like(vector)
+                    state["exp_avg_sq"] = torch.zeros_like(vector)
             if group["params"] and self.layouts:
                 self._step_group(group, self.layouts[group["params"][0]])
 
-    def _step_group(self, group: dict[str, Any], layout: Layout) -> None:
-        held = list(self._held(group, layout))
-        scalar, first = layout.numel == 1, self.state[group["params"][0]]
-        if "shared_step" not in first:
-            first.update(self._first_state(group, layout, held))
-        step, period, rms = first["shared_step"], group["size_update_period"], first["shared_rms"]
-        grad_squares = self._sums(layout, [(h, h.grad, h.grad) for h in held])
-        products = self._sums(layout, [(h, h.weight, h.grad) for h in held])
-        clip = _clip(
-            group, first, grad_squares * torch.where(scalar, group["scalar_lr_scale"], rms).square()
-        )
-        first["shared_scale_grads"][step % period] = clip * products
-        resize = torch.zeros_like(rms)
+    def _step_group(self, group: Group, layout: Layout) -> None:
+        pieces = list(self._pieces(group, layout))
+        is_scalar = layout.numel == 1
+        state = self.state[group["params"][0]]
+        if "shared_step" not in state:
+            state.update(self._initial_state(group, layout, pieces))
+        step = state["shared_step"]
+        period = group["size_update_period"]
+        rms = state["shared_rms"]
+        grad_squares = self._sums(layout, [(piece, piece.grad, piece.grad) for piece in pieces])
+        products = self._sums(layout, [(piece, piece.weight, piece.grad) for piece in pieces])
+        scale = torch.where(is_scalar, group["scalar_lr_scale"], rms)
+        clip = _clip(group, state, grad_squares * scale.square())
+        state["shared_scale_grads"][step % period] = clip * products
+        scale_steps = torch.zeros_like(rms)
         if step % period == period - 1:
-            rms.copy_(self._rms(layout, held))
-            resize = _resize(group, first).masked_fill(scalar, 0.0)
-        pace = (
-            torch.where(scalar, group["scalar_lr_scale"], rms.clamp(min=group["param_min_rms"]))
-            * -group["lr"]
-        )
-        _move(group, held, step, clip, pace.tolist(), resize.tolist(), scalar.tolist())
-        first["shared_step"] = step + 1
+            rms.copy_(self._rms(layout, pieces))
+            scale_steps = _scale_steps(group, state).masked_fill(is_scalar, 0.0)
+        min_rms = group["param_min_rms"]
+        scale = torch.where(is_scalar, group["scalar_lr_scale"], rms.clamp(min=min_rms))
+        lrs = scale * -group["lr"]
+        _update(group, pieces, step, clip, lrs.tolist(), scale_steps.tolist(), is_scalar.tolist())
+        state["shared_step"] = step + 1
 
-    def _held(self, group: dict[str, Any], layout: Layout) -> Iterator[Held]:
+    def _pieces(self, group: Group, layout: Layout) -> Iterator[PieceState]:
+        """Yield all pieces of weights in this rank's vectors of a group."""
         for vector, pieces in zip(group["params"], layout.pieces, strict=True):
-            state, grad = (
-                self.state[vector],
-                torch.zeros_like(vector) if vector.grad is None else vector.grad,
-            )
+            state = self.state[vector]
+            grad = vector.grad
+            if grad is None:
+                grad = torch.zeros_like(vector)
+            flat_grad = grad.contiguous().view(-1)
             for number, begin, end in pieces:
-                yield Held(
+                yield PieceState(
                     number,
-                    *(
-                        t.view(-1)[begin:end]
-                        for t in (vector, grad.contiguous(), state["delta"], state["exp_avg_sq"])
-                    ),
+                    weight=vector.view(-1)[begin:end],
+                    grad=flat_grad[begin:end],
+                    delta=state["delta"].view(-1)[begin:end],
+                    exp_avg_sq=state["exp_avg_sq"].view(-1)[begin:end],
                 )
 
-    def _first_state(
-        self, group: dict[str, Any], layout: Layout, held: list[Held]
-    ) -> dict[str, Any]:
-        """What is kept of each weight of a group, the same on all ranks, in the order of the model: it fits any number of ranks."""
-        rms = self._rms(layout, held)
+    def _initial_state(self, group: Group, layout: Layout, pieces: list[PieceState]) -> State:
+        """Return the state of a group's whole weights.
+
+        It is the same on all ranks and in the model's order, so that it fits any number of ranks.
+        """
+        rms = self._rms(layout, pieces)
         return {
             f"{SHARED}step": 0,
             f"{SHARED}rms": rms,
@@ -142,106 +194,139 @@ class ScaledAdam(torch.optim.Optimizer):
             f"{SHARED}threshold": rms.new_full((1,), torch.inf),
         }
 
-    def _rms(self, layout: Layout, held: list[Held]) -> Tensor:
-        return (self._sums(layout, [(h, h.weight, h.weight) for h in held]) / layout.numel).sqrt()
+    def _rms(self, layout: Layout, pieces: list[PieceState]) -> Tensor:
+        """Return the RMS of each weight, (weights,)."""
+        squares = self._sums(layout, [(piece, piece.weight, piece.weight) for piece in pieces])
+        return (squares / layout.numel).sqrt()
 
-    def _sums(self, layout: Layout, factors: list[tuple[Held, Tensor, Tensor]]) -> Tensor:
-        """Of each weight's products, over all ranks."""
-        total = torch.zeros(len(layout.numel), dtype=torch.float64, device=layout.numel.device)
-        for held, one, other in factors:
-            total[held.number] += (one * other).sum(dtype=torch.float64)
-        return (distributed.sum_over_ranks(total.to(self.device)) if self.spread else total).to(
-            layout.numel.device, torch.float32
-        )
+    def _sums(self, layout: Layout, factors: Sequence[tuple[PieceState, Tensor, Tensor]]) -> Tensor:
+        """Return the sum of elementwise products of each weight over all ranks.
+
+        Args:
+            layout: layout of the group.
+            factors: (piece, one, other) with two (elements,) factors for every piece.
+
+        Returns:
+            (weights,) in float32, summed in float64.
+        """
+        device = layout.numel.device
+        total = torch.zeros(len(layout.numel), dtype=torch.float64, device=device)
+        for piece, one, other in factors:
+            total[piece.number] += (one * other).sum(dtype=torch.float64)
+        if self.partitioned:
+            total = distributed.sum_over_ranks(total.to(self.device))
+        return total.to(device, torch.float32)
 
 
-def _clip(group: dict[str, Any], state: dict[str, Any], squares: Tensor) -> float:
-    """The factor on the gradients that holds their norm below a multiple of its median over the last steps."""
-    step, norms, threshold = state["shared_step"], state["shared_norms"], state["shared_threshold"]
+def _clip(group: Group, state: State, squares: Tensor) -> float:
+    """Return the factor that clips the gradients at a multiple of their median norm.
+
+    Args:
+        group: the parameter group.
+        state: state of the group.
+        squares: (weights,), squared norm of each weight's gradient times its scale.
+    """
+    step = state["shared_step"]
+    norms = state["shared_norms"]
+    threshold = state["shared_threshold"]
     if step == 0:
         return 1.0
-    norm, period = squares.sum().sqrt(), len(norms)
+    norm = squares.sum().sqrt()
+    period = len(norms)
     norms[step % period] = norm
-    early = step in EARLY and step < period
+    early = step in EARLY_STEPS and step < period
     if step % period == 0 or early:
-        ordered = norms.sort().values[-step:] if early else norms.sort().values
+        ordered = norms.sort().values
+        factor = 1
+        if early:
+            ordered = ordered[-step:]
+            factor = 2
         median = ordered[min(len(ordered) - 1, len(ordered) // 4 * 2)]
-        threshold.fill_(
-            group["clipping_scale"] * median * (2 if early else 1)
-        )  # norms change fast in the beginning
+        threshold.fill_(group["clipping_scale"] * median * factor)
     return min(1.0, (threshold / (norm + 1e-20)).item())
 
 
-def _resize(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    """By which share each weight grows or shrinks as a whole: Adam on its scale, every `size_update_period` steps."""
-    grads, squares, rms = (
-        state["shared_scale_grads"],
-        state["shared_scale_exp_avg_sq"],
-        state["shared_rms"],
-    )
+def _scale_steps(group: Group, state: State) -> Tensor:
+    """Return the relative change of each weight's scale, (weights,).
+
+    This is Adam on the scale, once in `size_update_period` steps.
+    """
+    grads = state["shared_scale_grads"]
+    squares = state["shared_scale_exp_avg_sq"]
+    rms = state["shared_rms"]
     period = len(grads)
     beta2 = group["betas"][1] ** period
     squares.mul_(beta2).add_(grads.square().mean(dim=0), alpha=1 - beta2)
-    correction = (1 - beta2 ** ((state["shared_step"] + 1) // period)) ** 0.5
-    share = (
-        -group["lr"]
-        * group["scalar_lr_scale"]
-        * correction
-        * grads.sum(dim=0)
-        / (squares.sqrt() + group["eps"])
-    )
-    share = share.masked_fill(rms < group["param_min_rms"], 0.0).clamp(-0.1, 0.1)
-    return torch.minimum(share, (group["param_max_rms"] - rms) / rms)
+    updates = (state["shared_step"] + 1) // period
+    correction = (1 - beta2**updates) ** 0.5
+    lr = -group["lr"] * group["scalar_lr_scale"] * correction
+    change = lr * grads.sum(dim=0) / (squares.sqrt() + group["eps"])
+    change = change.masked_fill(rms < group["param_min_rms"], 0.0)
+    change = change.clamp(-MAX_SCALE_STEP, MAX_SCALE_STEP)
+    return torch.minimum(change, (group["param_max_rms"] - rms) / rms)
 
 
-def _move(
-    group: dict[str, Any],
-    held: list[Held],
+def _update(
+    group: Group,
+    pieces: list[PieceState],
     step: int,
     clip: float,
-    pace: list[float],
-    resize: list[float],
-    scalar: list[bool],
+    lrs: list[float],
+    scale_steps: list[float],
+    is_scalar: list[bool],
 ) -> None:
-    """The elementwise part. pace: learning rate of each weight; resize: its growth."""
+    """Do the elementwise part of a step.
+
+    Args:
+        group: the parameter group.
+        pieces: pieces of weights.
+        step: number of earlier steps.
+        clip: factor on the gradients.
+        lrs: signed learning rate of each weight.
+        scale_steps: relative change of each weight's scale.
+        is_scalar: whether each weight has one element.
+    """
     beta1, beta2 = group["betas"]
     correction = 1 - beta2 ** (step + 1)
-    for number, weight, grad, delta, squares in held:
+    for number, weight, grad, delta, squares in pieces:
         grad = grad * clip
         squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         corrected = squares / correction if correction < 0.99 else squares
-        update = pace[number] * grad / (corrected.sqrt() + group["eps"])
-        if resize[number]:
-            update += weight * resize[number]
-        weight.add_(delta.mul_(beta1).add_(update, alpha=1 - beta1))
-        if scalar[number]:
+        change = lrs[number] * grad / (corrected.sqrt() + group["eps"])
+        if scale_steps[number]:
+            change += weight * scale_steps[number]
+        weight.add_(delta.mul_(beta1).add_(change, alpha=1 - beta1))
+        if is_scalar[number]:
             weight.clamp_(-group["scalar_max"], group["scalar_max"])
 
 
 def bind(optimizer: ScaledAdam, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Tell the optimizer which weights lie in its vectors, on this rank."""
-    groups, numels = (
-        parameter_names(engine),
-        {name: torch.Size(full_shape(p)).numel() for name, p in engine.module.named_parameters()},
-    )
+    """Set which weights are in the optimizer's vectors on this rank.
+
+    Raises:
+        UserError: DeepSpeed has split a parameter group, which this optimizer steps as a whole.
+    """
+    groups = parameter_names(engine)
     if len(groups) != len(optimizer.param_groups):
         raise UserError(
-            "scaled_adam steps a parameter group as a whole: raise zero_optimization.sub_group_size in the DeepSpeed JSON"
+            "trainer.optimizer.name=scaled_adam needs undivided parameter groups. "
+            "Raise zero_optimization.sub_group_size in the DeepSpeed JSON."
         )
-    optimizer.device, optimizer.spread = engine.device, engine.zero_optimization_stage() > 0
-    held = list(partitions(engine))
+    numels = {}
+    for name, parameter in engine.module.named_parameters():
+        numels[name] = torch.Size(full_shape(parameter)).numel()
+    optimizer.device = engine.device
+    optimizer.partitioned = engine.zero_optimization_stage() > 0
+    remaining = list(partitions(engine))
     for names in groups:
-        vectors, held = (
-            (held[: len(names)], held[len(names) :])
-            if not optimizer.spread
-            else (held[:1], held[1:])
-        )
+        # with ZeRO a group has one vector, without it one vector per weight
+        count = 1 if optimizer.partitioned else len(names)
+        vectors = remaining[:count]
+        remaining = remaining[count:]
         index = {name: i for i, name in enumerate(names)}
-        pieces = [
-            [Piece(index[s.name], s.offset, s.offset + s.numel) for s in segments]
-            for _, segments in vectors
-        ]
+        pieces = []
+        for _, segments in vectors:
+            pieces.append([Piece(index[s.name], s.offset, s.offset + s.numel) for s in segments])
         first = vectors[0][0]
-        optimizer.layouts[first] = Layout(
-            torch.tensor([numels[name] for name in names], device=first.device), pieces
-        )
+        numel = torch.tensor([numels[name] for name in names], device=first.device)
+        optimizer.layouts[first] = Layout(numel, pieces)

@@ -1,12 +1,13 @@
-"""The learning rate as a pure function of the step: a resumed run needs no state for it."""
+"""Learning-rate schedules as pure functions of the step, so that resuming needs no state."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from asrllm.errors import UserError
 
-# What a schedule reads; a key that it does not read and that was changed is a mistake.
+# The keys that each schedule reads. A changed key that the chosen schedule ignores is an error.
 READ = {
     "constant": {"warmup_steps"},
     "linear": {"warmup_steps", "min_lr_ratio"},
@@ -32,6 +33,17 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
+    """Choice and shape of the learning-rate schedule.
+
+    Attributes:
+        name: the schedule. "wsd" is warm-up, stable, decay; "eden" is icefall's.
+        decay_ratio: for wsd, ratio of the decaying steps to all steps.
+        lr_batches: for eden, steps after which the rate decays.
+        lr_epochs: for eden, epochs after which the rate decays.
+        warmup_batches: for eden, steps of linear warm-up.
+        warmup_start: for eden, ratio of the first rate to the peak.
+    """
+
     name: Literal["constant", "linear", "cosine", "wsd", "eden"]
     decay_ratio: float
     lr_batches: float
@@ -41,26 +53,38 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for key in ("lr_batches", "lr_epochs"):
-            if not 0 < getattr(self, key) < math.inf:
+            value = getattr(self, key)
+            if not 0 < value < math.inf:
                 raise UserError(
-                    f"trainer.schedule.{key}={getattr(self, key)} must be a number above 0"
+                    f"trainer.schedule.{key}={value} is not a positive number. Use a value above 0."
                 )
         if not 0 <= self.warmup_batches < math.inf:
             raise UserError(
-                f"trainer.schedule.warmup_batches={self.warmup_batches} must not be below 0"
+                f"trainer.schedule.warmup_batches={self.warmup_batches} is negative or infinite. "
+                "Use a number of at least 0."
             )
         for key in ("decay_ratio", "warmup_start"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"trainer.schedule.{key}={getattr(self, key)} must be 0 to 1")
+            value = getattr(self, key)
+            if not 0 <= value <= 1:
+                raise UserError(
+                    f"trainer.schedule.{key}={value} is out of range. Use a value from 0 to 1."
+                )
 
 
-def check_read(schedule: ScheduleConfig, values: dict[str, Any]) -> None:
-    """values: of the keys below `trainer` that some schedule reads."""
+def check_read(schedule: ScheduleConfig, values: Mapping[str, object]) -> None:
+    """Raise UserError for a changed key that the schedule does not use.
+
+    Args:
+        schedule: choice of the schedule.
+        values: values by key below `trainer`, at least for the keys in DEFAULTS.
+    """
     for key, default in DEFAULTS.items():
         if key not in READ[schedule.name] and values[key] != default:
             readers = ", ".join(name for name, keys in READ.items() if key in keys)
             raise UserError(
-                f"trainer.{key}={values[key]} is not read with trainer.schedule.name={schedule.name}: leave it out, or choose {readers}"
+                f"trainer.{key}={values[key]} is not used with "
+                f"trainer.schedule.name={schedule.name}. "
+                f"Remove it, or set trainer.schedule.name to one of: {readers}."
             )
 
 
@@ -74,9 +98,16 @@ def lr_factor(
     batch: int,
     epoch: float,
 ) -> float:
-    """Factor on the peak learning rate.
+    """Return the factor on the peak learning rate.
 
-    step: where the run stands in a schedule of `total`. batch, epoch: optimizer steps and passes over the data that are done, in fractions.
+    Args:
+        schedule: choice and shape of the schedule.
+        step: position in a schedule of `total` steps, with fractions.
+        total: number of steps of the run.
+        warmup: steps of linear warm-up, except for eden.
+        floor: factor at the end, for linear, cosine and wsd.
+        batch: optimizer steps done.
+        epoch: passes over the data done, with fractions.
     """
     if schedule.name == "eden":
         return eden(batch, epoch, schedule)
@@ -86,13 +117,16 @@ def lr_factor(
         )
     if schedule.name == "constant":
         return warmup_linear(step, total=total, warmup=warmup, floor=1.0)
-    return {"linear": warmup_linear, "cosine": warmup_cosine}[schedule.name](
-        step, total=total, warmup=warmup, floor=floor
-    )
+    if schedule.name == "linear":
+        return warmup_linear(step, total=total, warmup=warmup, floor=floor)
+    return warmup_cosine(step, total=total, warmup=warmup, floor=floor)
 
 
 def warmup_cosine(step: float, *, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor on the peak learning rate for step 0, 1, ...: linear from 1/warmup to 1, then half a cosine down to `floor`."""
+    """Return the factor of a linear warm-up and half a cosine down to `floor`.
+
+    The warm-up rises from 1/warmup at step 0 to 1.
+    """
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -100,7 +134,7 @@ def warmup_cosine(step: float, *, total: int, warmup: int, floor: float = 0.0) -
 
 
 def warmup_linear(step: float, *, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Up as warmup_cosine, then straight down to `floor`."""
+    """Return the factor of the warm-up of `warmup_cosine` and a linear decay to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -110,17 +144,27 @@ def warmup_linear(step: float, *, total: int, warmup: int, floor: float = 0.0) -
 def warmup_stable_decay(
     step: float, *, total: int, warmup: int, floor: float = 0.0, decay_ratio: float
 ) -> float:
-    """Up as warmup_cosine, constant, and straight down to `floor` in the last `decay_ratio` of all steps."""
+    """Return the factor of the warm-up of `warmup_cosine`, a constant rate and a linear decay.
+
+    The decay to `floor` takes the last `decay_ratio` of all steps.
+    """
     if step < warmup:
         return (step + 1) / warmup
     decay = decay_ratio * total
-    progress = min(1.0, max(0.0, step - (total - decay)) / decay) if decay else 0.0
+    progress = 0.0
+    if decay:
+        progress = min(1.0, max(0.0, step - (total - decay)) / decay)
     return floor + (1 - floor) * (1 - progress)
 
 
 def eden(batch: float, epoch: float, schedule: ScheduleConfig) -> float:
-    """icefall's (Povey et al.): the inverse square root of batches and of epochs, far from the beginning."""
+    """Return the factor of icefall's Eden schedule (Povey et al.).
+
+    Far from the start it is the inverse square root of the batches and of the epochs.
+    """
     by_batches = ((batch / schedule.lr_batches) ** 2 + 1) ** -0.25
     by_epochs = ((epoch / schedule.lr_epochs) ** 2 + 1) ** -0.25
-    warmed = min(1.0, batch / schedule.warmup_batches) if schedule.warmup_batches else 1.0
+    warmed = 1.0
+    if schedule.warmup_batches:
+        warmed = min(1.0, batch / schedule.warmup_batches)
     return by_batches * by_epochs * (schedule.warmup_start + (1 - schedule.warmup_start) * warmed)

@@ -1,32 +1,32 @@
-"""How long a process takes from its launch to the end of its first step, by part."""
+"""Time from the launch of a process to the end of its first step, by phase."""
 
 import os
 import time
 
 
 class Startup:
-    """Seconds of each part of a start, in the order in which the parts end."""
+    """Durations of the startup phases in seconds, in the order in which the phases end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.since = time.monotonic() - process_age()
+        self.phase_start = time.monotonic() - process_age()
 
-    def finish(self, part: str) -> None:
-        """End a part; the next one begins."""
+    def finish(self, phase: str) -> None:
+        """End a phase. The next one starts now."""
         now = time.monotonic()
-        self.seconds[part] = now - self.since
-        self.since = now
+        self.seconds[phase] = now - self.phase_start
+        self.phase_start = now
 
     def summary(self) -> str:
-        """Return one line: the total, then every part, in seconds."""
-        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
-        return f"first step after {sum(self.seconds.values()):.1f} s ({parts})"
+        """Return one line with the total and the duration of every phase."""
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        return f"first step after {sum(self.seconds.values()):.1f} s ({phases})"
 
 
 def process_age() -> float:
     """Return the seconds since the operating system started this process (proc(5), `stat`).
 
-    Without /proc the answer is the processor time so far: imports spend their time computing.
+    Without /proc, return the processor time used so far: imports are bound by computation.
     """
     try:
         with open("/proc/self/stat") as file:

@@ -1,4 +1,4 @@
-"""The utterances of a validation set that are decoded in the course of training."""
+"""Utterances of a validation set that are decoded during training."""
 
 import sys
 from collections.abc import Iterator
@@ -12,39 +12,56 @@ from asrllm.data.index import RATE
 from asrllm.data.plan import Item
 from asrllm.escape import escape
 
-TOGETHER = 8  # utterances in a batch
-SILENCE = ""  # the key of what fills up a batch
+BATCH_SIZE = 8  # utterances
+PADDING_KEY = ""  # key of silence that fills up a batch
 
 
-class Subset:
+class DecodingSubset:
     """`count` utterances spread evenly over a corpus, the longest first."""
 
     def __init__(self, corpus: Corpus, reader: Reader, collator: Collator, *, count: int) -> None:
-        self.reader, self.collator, rows = reader, collator, corpus.index.rows
-        kept = np.flatnonzero(corpus.passes(rows[:]))
-        chosen = kept[
-            np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int))
-        ]
-        self.rows = chosen[
-            np.argsort(-rows["samples"][chosen].astype(np.int64), kind="stable")
-        ].tolist()
+        """Choose the utterances.
+
+        Args:
+            corpus: validation set, after its filters.
+            reader: reads the audio.
+            collator: chooses the prompts.
+            count: number of utterances, or more than the corpus has for all of them.
+        """
+        self.reader = reader
+        self.collator = collator
+        rows = corpus.index.rows
+        passing = np.flatnonzero(corpus.passes(rows[:]))
+        spread = np.linspace(0, len(passing) - 1, min(count, len(passing)))
+        chosen = passing[np.unique(spread.round().astype(int))]
+        lengths = rows["samples"][chosen].astype(np.int64)
+        self.rows = chosen[np.argsort(-lengths, kind="stable")].tolist()
 
     def batches(self, rank: int, ranks: int) -> Iterator[list[tuple[Sample, str]]]:
-        """Utterances with their prompts: every rank's share, in as many batches of as many. Silence without a key stands in for what
-        cannot be read, and where a rank has fewer than others."""
-        each = -(-len(self.rows) // ranks)
-        mine: list[int | None] = [*self.rows[rank::ranks]]
-        mine += [None] * (each - len(mine))
-        for start in range(0, each, TOGETHER):
-            samples = [self._read(row) for row in mine[start : start + TOGETHER]]
-            first = self.collator.prompts[0].text
-            yield [(s, first if s.key == SILENCE else self.collator.prompt(s)) for s in samples]
+        """Yield the batches of a rank as lists of (utterance, prompt).
+
+        All ranks get the same number of batches of the same sizes. Silence with the key
+        PADDING_KEY replaces utterances that cannot be read or that a rank has fewer of.
+        """
+        per_rank = -(-len(self.rows) // ranks)
+        own_rows: list[int | None] = [*self.rows[rank::ranks]]
+        own_rows += [None] * (per_rank - len(own_rows))
+        for start in range(0, per_rank, BATCH_SIZE):
+            samples = [self._read(row) for row in own_rows[start : start + BATCH_SIZE]]
+            yield [(sample, self._prompt(sample)) for sample in samples]
+
+    def _prompt(self, sample: Sample) -> str:
+        if sample.key == PADDING_KEY:
+            return self.collator.prompts[0].text
+        return self.collator.prompt(sample)
 
     def _read(self, row: int | None) -> Sample:
+        """Return the utterance of an index row, or silence."""
         if row is not None:
             try:
                 return self.reader.read(Item(corpus=0, row=row))
             except SampleError as error:
                 print(escape(f"unreadable: {error}"), file=sys.stderr, flush=True)
-        fewest, most = self.reader.limits
-        return Sample(key=SILENCE, wave=np.zeros(min(max(RATE, fewest), most), np.float32), text="")
+        shortest, longest = self.reader.limits
+        samples = min(max(RATE, shortest), longest)
+        return Sample(key=PADDING_KEY, wave=np.zeros(samples, np.float32), text="")

@@ -17,22 +17,20 @@ LOG_IN = "Run 'wandb login', set WANDB_API_KEY, or choose the mode offline."
 
 
 def check_wandb_login(config: WandbConfig, key: str) -> None:
-    """Check that there are credentials if a run logs to W&B online.
+    """Check that credentials exist if a run logs to W&B online.
 
     Args:
-        config: the run's W&B options.
-        key: the configuration key of these options.
+        config: W&B options of the run.
+        key: configuration key of these options.
 
     Raises:
-        UserError: there are none.
+        UserError: no credentials were found.
     """
     if config.mode != "online" or any(os.environ.get(name) for name in CREDENTIALS):
         return
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or DEFAULT_HOST
-    given = os.environ.get("NETRC")
-    files = [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in files:
-        # wandb reads a file that Python's parser refuses, so such a file counts as credentials
+    for file in netrc_files():
+        # wandb reads files that Python's parser rejects, so such a file counts as credentials
         with contextlib.suppress(OSError):
             try:
                 hosts = netrc.netrc(file).hosts
@@ -40,11 +38,21 @@ def check_wandb_login(config: WandbConfig, key: str) -> None:
                 return
             if host in hosts or has_other_server():
                 return
-    raise UserError(f"{key}.mode=online, but there is no login for W&B at {host!r}. {LOG_IN}")
+    raise UserError(
+        f"{key}.mode=online needs a login for W&B at {host!r}, but none was found. {LOG_IN}"
+    )
+
+
+def netrc_files() -> list[Path]:
+    """Return the files in which wandb looks for credentials."""
+    path = os.environ.get("NETRC")
+    if path:
+        return [Path(path)]
+    return [Path.home() / ".netrc", Path.home() / "_netrc"]
 
 
 def has_other_server() -> bool:
-    """Return whether wandb's own settings may name another server than WANDB_BASE_URL does."""
+    """Return whether wandb's own settings may name a different server than WANDB_BASE_URL."""
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
     try:
         return "base_url" in (folder / "settings").read_text()
@@ -57,11 +65,13 @@ def explained_wandb(key: str) -> Iterator[None]:
     """Raise UserError if wandb cannot start a run.
 
     Args:
-        key: the configuration key of the W&B options.
+        key: configuration key of the W&B options.
     """
     import wandb
 
     try:
         yield
     except wandb.errors.Error as error:
-        raise UserError(f"{key}: W&B cannot start a run: {first_words(error)}. {LOG_IN}") from error
+        raise UserError(
+            f"{key}: W&B could not start a run: {first_words(error)}. {LOG_IN}"
+        ) from error

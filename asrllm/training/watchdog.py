@@ -1,4 +1,4 @@
-"""A run that hangs ends, and says where it hung."""
+"""Ends a run that hangs, and reports where it hangs."""
 
 import faulthandler
 import multiprocessing
@@ -14,16 +14,19 @@ from typing import TextIO
 from asrllm import siblings
 
 EXIT_STATUS = siblings.MAY_SUCCEED
-MOST_BETWEEN_LOOKS = 5.0  # seconds
-LAST_RESORT = 10  # seconds for telling, whose file system may be what hangs
+MAX_CHECK_INTERVAL = 5.0  # seconds
+REPORT_TIMEOUT = 10  # seconds to write the report: its file system may be what hangs
 
 
 class Watchdog:
-    """Within its block the process must call `beat` every `timeout` seconds (None or 0: need not).
+    """End the process if it does not call `beat` for `timeout` seconds inside the block.
 
-    Else the stacks of all threads, with the keys of the last batch, go to stderr and to folder/hang-rank{rank}.txt; the reading processes
-    are killed and this one exits with status 75 (1, with the stacks on stderr alone, where the interpreter's lock is never given back). A
-    thread does it, since the main one may be in a collective that never returns.
+    The stacks of all threads and the keys of the last batch go to standard error and to
+    folder/hang-rank{rank}.txt. The data workers are killed, and the process exits with status 75.
+    If the interpreter lock is never released, the status is 1 and the stacks go to standard error
+    only.
+
+    A thread checks the time, because the main thread may wait in a collective that never returns.
     """
 
     def __init__(
@@ -34,17 +37,26 @@ class Watchdog:
         rank: int = 0,
         key: str = "trainer.step_timeout",
     ) -> None:
+        """Prepare a watchdog.
+
+        Args:
+            timeout: seconds between two beats. None or 0 switches the watchdog off.
+            folder: directory for the report.
+            rank: rank of this process, for the report.
+            key: configuration key of the timeout, for the report.
+        """
         self.timeout = timeout or 0.0
         self.rank = rank
         self.file = folder / f"hang-rank{rank}.txt"
-        self.key = key  # in the configuration, of the timeout
-        self.look = min(self.timeout / 4, MOST_BETWEEN_LOOKS)
-        self.ended = threading.Event()
+        self.key = key
+        self.check_interval = min(self.timeout / 4, MAX_CHECK_INTERVAL)
+        self.stopped = threading.Event()
         self.keys: Sequence[str] = ()
-        self.doing, self.since = "beginning", time.monotonic()
+        self.activity = "starting"
+        self.last_beat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        self.beat("beginning")
+        self.beat("starting")
         if self.timeout:
             self.file.unlink(missing_ok=True)
             self._arm()
@@ -58,41 +70,54 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.ended.set()
+        self.stopped.set()
         if self.timeout:
             self.thread.join()
             faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, doing: str, keys: Sequence[str] | None = None) -> None:
-        """Something is about to be done. keys: of the batch that was just loaded."""
-        self.keys = self.keys if keys is None else keys
-        self.doing, self.since = doing, time.monotonic()
+    def beat(self, activity: str, keys: Sequence[str] | None = None) -> None:
+        """Record progress.
+
+        Args:
+            activity: what the process does next, such as "in step 5".
+            keys: keys of the batch that was just loaded, or None to keep the previous ones.
+        """
+        if keys is not None:
+            self.keys = keys
+        self.activity = activity
+        self.last_beat = time.monotonic()
 
     def _watch(self) -> None:
-        while not self.ended.wait(self.look):
+        while not self.stopped.wait(self.check_interval):
             self._arm()
-            if time.monotonic() - self.since >= self.timeout:
-                self._end()
+            if time.monotonic() - self.last_beat >= self.timeout:
+                self._end_process()
 
     def _arm(self) -> None:
-        """Should the main thread hang with the interpreter's lock, the watching one stops too: C code then prints the stacks and exits."""
-        faulthandler.dump_traceback_later(self.timeout + 2 * self.look, exit=True)
+        """Let C code print the stacks and exit if the watching thread stops too.
 
-    def _end(self) -> None:
-        faulthandler.dump_traceback_later(LAST_RESORT, exit=True)
-        said = f"rank {self.rank}: no progress for {self.timeout:g} s ({self.key}) while {self.doing}\n"
-        said += f"the last batch: {' '.join(self.keys) or 'none'}\n"
+        It stops if the main thread hangs while it holds the interpreter lock.
+        """
+        faulthandler.dump_traceback_later(self.timeout + 2 * self.check_interval, exit=True)
+
+    def _end_process(self) -> None:
+        faulthandler.dump_traceback_later(REPORT_TIMEOUT, exit=True)
+        report = (
+            f"rank {self.rank}: no progress for {self.timeout:g} s ({self.key}) "
+            f"while {self.activity}\n"
+            f"the last batch: {' '.join(self.keys) or 'none'}\n"
+        )
         for child in multiprocessing.active_children():
             child.kill()
         try:
-            self._tell(sys.stderr, said)
+            self._write_report(sys.stderr, report)
             with open(self.file, "w", encoding="utf-8") as file:
-                self._tell(file, said)
+                self._write_report(file, report)
         finally:
             siblings.mine().announce(EXIT_STATUS)
             os._exit(EXIT_STATUS)
 
-    def _tell(self, file: TextIO, said: str) -> None:
-        file.write(said)
+    def _write_report(self, file: TextIO, report: str) -> None:
+        file.write(report)
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)

@@ -1,4 +1,4 @@
-"""A small model under DeepSpeed in as many processes as a test wants: `start` runs a function of this file in each."""
+"""A small model under DeepSpeed in several processes: `start` runs a function in each."""
 
 import json
 import sys
@@ -13,20 +13,19 @@ from tests.processes import Process, started
 
 
 class Small(nn.Module):
-    """Weights of awkward sizes, a frozen one among them."""
+    """A model whose weights have odd sizes. One of them is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second, self.last = (
-            nn.Linear(7, 5),
-            nn.Linear(5, 13),
-            nn.Linear(13, 3, bias=False),
-        )
+        self.first = nn.Linear(7, 5)
+        self.second = nn.Linear(5, 13)
+        self.last = nn.Linear(13, 3, bias=False)
         self.scale = nn.Parameter(torch.ones(1))
         self.frozen = nn.Linear(3, 3)
         self.frozen.requires_grad_(False)
-        self.config, self.inherited = SimpleNamespace(base_models={}, prompts=[]), ()
+        self.config = SimpleNamespace(base_models={}, prompts=[])
+        self.inherited = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.second(torch.tanh(self.first(x.to(self.scale.dtype)))))
@@ -34,7 +33,7 @@ class Small(nn.Module):
 
 
 def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool = False):
-    """width: of a further square layer, to make it as large as wanted."""
+    """Return an engine. A width adds square layers of that size, to make the model larger."""
     import deepspeed
 
     from asrllm import distributed
@@ -42,9 +41,8 @@ def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool =
 
     model = Small()
     if width:
-        model.second = nn.Sequential(
-            nn.Linear(5, width), *(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, 13)
-        )
+        sizes = [5, width, width, width, width, width, 13]
+        model.second = nn.Sequential(*map(nn.Linear, sizes[:-1], sizes[1:]))
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     names = dict(model.named_parameters())
     matrices = [p for p in names.values() if p.requires_grad and p.ndim > 1]
@@ -69,10 +67,11 @@ def engine_of(stage: int, precision: str, *, width: int = 0, scaled_adam: bool =
 
 
 def train_step(engine, step: int, *, rows: int = 8) -> float:
-    """The same batch over all ranks, however many there are; gives its loss."""
+    """Train on the same batch with any number of ranks, and return its loss."""
     from asrllm import distributed
 
-    rank, ranks = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
+    ranks = distributed.world_size()
     x = torch.randn(rows, 7, generator=torch.Generator().manual_seed(step))[rank::ranks]
     loss = engine(x)
     engine.backward(loss)
@@ -83,7 +82,15 @@ def train_step(engine, step: int, *, rows: int = 8) -> float:
 def start(
     function: str, ranks: int, *, timeout: float = 120, check: bool = True, **arguments: object
 ) -> list[Process]:
-    """Run `function(**arguments)` of tests.<module> ("module:name") in `ranks` processes and wait for them."""
+    """Run a function in several processes and wait for them.
+
+    Args:
+        function: "module:name" of a function in tests.
+        ranks: number of processes.
+        timeout: longest time in seconds to wait for each process.
+        check: fail if a process has an exit status other than 0.
+        arguments: arguments of the function, which must be JSON values.
+    """
     command = ["-m", "tests.training.small_engine", function, json.dumps(arguments)]
     with tempfile.TemporaryDirectory() as name:
         logs = Path(name)

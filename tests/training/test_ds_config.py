@@ -35,34 +35,29 @@ def make_config(path, **changes):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_every_shipped_file_is_filled_from_the_run(path, precision, monkeypatch):
-    monkeypatch.setattr(ds_config, "disks_work", lambda: True)
-    changes = (
-        {"optimizer": OptimizerConfig(name="deepspeed_adamw"), "nvme_path": "/disk"}
-        if path.stem.endswith("nvme")
-        else {}
-    )
-    ds = read_ds_config(
-        make_config(path, precision=precision, gradient_accumulation_steps=3, **changes),
-        world_size=4,
-    )
+    monkeypatch.setattr(ds_config, "async_io_works", lambda: True)
+    changes = {"precision": precision, "gradient_accumulation_steps": 3}
+    if path.stem.endswith("nvme"):
+        changes["optimizer"] = OptimizerConfig(name="deepspeed_adamw")
+        changes["nvme_path"] = "/disk"
+    ds = read_ds_config(make_config(path, **changes), world_size=4)
     assert ds["zero_optimization"]["stage"] == int(re.search(r"zero(\d)", path.stem).group(1))
-    assert (ds["train_batch_size"], ds["gradient_accumulation_steps"], ds["gradient_clipping"]) == (
-        12,
-        3,
-        1.0,
-    )
-    assert (ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (precision == "bf16", False)
+    assert ds["train_batch_size"] == 12
+    assert ds["gradient_accumulation_steps"] == 3
+    assert ds["gradient_clipping"] == 1.0
+    assert ds["bf16"]["enabled"] == (precision == "bf16")
+    assert ds["fp16"]["enabled"] is False
     assert "auto" not in json.dumps(ds)
 
 
-def test_the_stages_are_shipped():
+def test_all_stages_are_shipped():
     assert {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"} <= {
         path.stem for path in SHIPPED
     }
 
 
 def read(tmp_path, content, *, name="mine.json", world_size=1, **changes):
-    """read_ds_config of a file with this content: text, or an object to write as JSON."""
+    """Write a file and return read_ds_config of it. The content is text or a JSON object."""
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return read_ds_config(make_config(tmp_path / name, **changes), world_size=world_size)
 
@@ -82,8 +77,8 @@ def zero(**keys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("stage2.json", {}, "is named for ZeRO stage 2, but its zero_optimization.stage is 0"),
-        ("zero3_mine.json", {"zero_optimization": {"stage": 1}}, "is named for ZeRO stage 3"),
+        ("stage2.json", {}, r"stage2\.json .*stage 2, .*zero_optimization\.stage is 0"),
+        ("zero3_mine.json", {"zero_optimization": {"stage": 1}}, r"stage 3, .*\.stage is 1"),
         (
             "mine.json",
             {"gradient_clipping": 5.5},
@@ -113,12 +108,12 @@ def zero(**keys):
         (
             "mine.json",
             zero(round_robin_gradients=True),
-            "round_robin_gradients writes checkpoints that",
+            r"zero_optimization\.round_robin_gradients ",
         ),
         (
             "mine.json",
             zero(stage=3, offload_param={"device": "nvme"}),
-            "offload_param is on a disk: give its directory",
+            r"offload_param .*trainer\.nvme_path=",
         ),
         (
             "mine.json",
@@ -127,7 +122,7 @@ def zero(**keys):
         ),
     ],
 )
-def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, message):
+def test_file_that_contradicts_the_run_is_rejected(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, name=name)
 
@@ -152,12 +147,12 @@ def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, mes
         ),
         (
             zero(reduce_bucket_size=-1),
-            r"reduce_bucket_size=-1 is refused by DeepSpeed: Input should be greater than 0",
+            r"reduce_bucket_size=-1 is rejected by DeepSpeed: Input should be greater than 0",
         ),
         (zero(overlap_comm="true"), r"overlap_comm='true' is not true or false"),
         (
             zero(offload_optimizer="cpu"),
-            r"zero_optimization\.offload_optimizer='cpu' is refused by DeepSpeed",
+            r"zero_optimization\.offload_optimizer='cpu' is rejected by DeepSpeed",
         ),
         (
             zero(offload_optimizer={"device": "gpu"}),
@@ -165,7 +160,7 @@ def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, mes
         ),
         (
             zero(offload_optimizer={"device": "cpu", "ratio": 2}),
-            r"offload_optimizer\.ratio=2 is refused",
+            r"offload_optimizer\.ratio=2 is rejected",
         ),
         (
             zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
@@ -195,15 +190,15 @@ def test_a_file_that_contradicts_the_run_is_refused(tmp_path, name, content, mes
         ({"aio": {"block_size": "1"}}, r"aio\.block_size='1' is not a whole number"),
         (
             {"communication_data_type": "fp8"},
-            "is refused by DeepSpeed: Invalid communication_data_type",
+            "is rejected by DeepSpeed: Invalid communication_data_type",
         ),
         (
             {"checkpoint": {"tag_validation": "x"}},
-            "is refused by DeepSpeed: Checkpoint config contains invalid tag_validation",
+            "is rejected by DeepSpeed: Checkpoint config contains invalid tag_validation",
         ),
     ],
 )
-def test_a_wrong_value_is_named_with_its_place(tmp_path, content, message):
+def test_message_names_a_wrong_value_and_its_key(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
@@ -213,7 +208,7 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, content, message):
     [
         (
             {"zero_optimisation": {}},
-            r"'zero_optimisation' is not a key of DeepSpeed 0\.\d+\.\d+\. Rename it to 'zero_optimization'",
+            r"'zero_optimisation' .*DeepSpeed 0\.\d+\.\d+\. .*'zero_optimization'",
         ),
         (
             {"something_else_entirely": 1},
@@ -232,13 +227,13 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, content, message):
         ({"bfloat16": {"enabled": True}}, "'bfloat16' is not supported. Rename it to 'bf16'"),
         (
             zero(cpu_offload=True),
-            r"zero_optimization\.cpu_offload is an old name\. Use zero_optimization\.offload_optimizer instead",
+            r"zero_optimization\.cpu_offload .*zero_optimization\.offload_optimizer ",
         ),
         ({"amp": {"enabled": False}}, r"amp was removed from DeepSpeed.*set trainer\.precision"),
         (zero(mics_shard_size=8), r"zero_optimization\.mics_shard_size was removed from DeepSpeed"),
     ],
 )
-def test_an_unknown_or_removed_key_is_named_with_the_nearest_one(tmp_path, content, message):
+def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
@@ -280,13 +275,13 @@ def test_an_unknown_or_removed_key_is_named_with_the_nearest_one(tmp_path, conte
                     },
                 }
             },
-            r"set trainer\.schedule\.name=linear trainer\.lr=0\.001 trainer\.warmup_steps=100 trainer\.num_steps\.$",
+            r"\.name=linear trainer\.lr=0\.001 trainer\.warmup_steps=100 trainer\.num_steps\.$",
         ),
         (scheduler("OneCycle"), r"set trainer\.schedule\.name\.$"),
         ({"scheduler": None}, "scheduler=None is not an object"),
     ],
 )
-def test_what_a_run_does_not_read_is_refused_with_what_to_set(tmp_path, content, message):
+def test_message_names_the_setting_that_replaces_an_unsupported_key(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
@@ -319,7 +314,7 @@ def test_blocks_that_are_switched_off_are_accepted(tmp_path, content):
 
 
 def test_every_key_that_deepspeed_reads_is_known():
-    """Another version of DeepSpeed may read keys that the list of names has not."""
+    """This fails if another version of DeepSpeed reads further keys."""
 
     read = set()
 
@@ -341,21 +336,22 @@ def test_every_key_that_deepspeed_reads_is_known():
 
 
 def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path):
-    text = '\ufeff# mine\n{"zero_optimization": {"stage": 2, // two\n "overlap_comm": true,}, /* none */ "gradient_clipping": 1.0,}'
-    ds = read(tmp_path, text)
-    assert (ds["zero_optimization"], ds["gradient_clipping"]) == (
-        {"stage": 2, "overlap_comm": True},
-        1.0,
+    text = (
+        '\ufeff# mine\n{"zero_optimization": {"stage": 2, // two\n "overlap_comm": true,}, '
+        '/* none */ "gradient_clipping": 1.0,}'
     )
+    ds = read(tmp_path, text)
+    assert ds["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert ds["gradient_clipping"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ("", "does not hold a JSON object"),
-        ("[]", "does not hold a JSON object"),
-        ('"zero3"', "does not hold a JSON object"),
+        ("", "is not a JSON object"),
+        ("[]", "is not a JSON object"),
+        ('"zero3"', "is not a JSON object"),
         (
             '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}',
             "'gradient_clipping' occurs twice in one object",
@@ -364,7 +360,7 @@ def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path)
         ("[" * 100_000, "is not valid JSON"),
     ],
 )
-def test_a_broken_file_is_refused(tmp_path, text, message):
+def test_invalid_json_is_rejected(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
 
@@ -386,8 +382,8 @@ def test_a_broken_file_is_refused(tmp_path, text, message):
         ({"optimizer": {"type": "AdamW"}}, {}),
     ],
 )
-def test_an_optimizer_block_that_agrees_leaves_the_optimizer_to_the_run(tmp_path, content, changes):
-    """The run builds it with its own parameter groups, so that trainer.lr_of is obeyed."""
+def test_optimizer_block_that_agrees_is_removed(tmp_path, content, changes):
+    """The run builds its own optimizer with parameter groups, so that trainer.lr_of has effect."""
     assert "optimizer" not in read(tmp_path, content, **changes)
 
 
@@ -397,7 +393,7 @@ def test_an_optimizer_block_that_agrees_leaves_the_optimizer_to_the_run(tmp_path
         (
             adamw(lr=0.1),
             "adamw",
-            r"optimizer\.params\.lr=0\.1 contradicts trainer\.lr=0\.0001\. .* or set trainer\.lr=0\.1\.",
+            r"optimizer\.params\.lr=0\.1 .*trainer\.lr=0\.0001\. .*trainer\.lr=0\.1\.",
         ),
         (
             adamw(betas=[0.9, 0.999]),
@@ -419,7 +415,7 @@ def test_an_optimizer_block_that_agrees_leaves_the_optimizer_to_the_run(tmp_path
         (
             adamw(beta=[0.9, 0.98]),
             "adamw",
-            r"optimizer\.params\.beta is not an option of AdamW here\. Rename it to 'betas'",
+            r"optimizer\.params\.beta is not a .* Rename it to 'betas'",
         ),
         (
             adamw(max_grad_norm=1.0),
@@ -450,36 +446,42 @@ def test_an_optimizer_block_that_agrees_leaves_the_optimizer_to_the_run(tmp_path
         ),
     ],
 )
-def test_an_optimizer_block_that_contradicts_the_run_is_refused(tmp_path, content, name, message):
+def test_optimizer_block_that_contradicts_the_run_is_rejected(tmp_path, content, name, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, optimizer=OptimizerConfig(name=name))
 
 
 def test_offload_accepts_the_optimizer_of_the_run(tmp_path):
-    """DeepSpeed would refuse torch's AdamW with offload when the model is loaded."""
+    """By default DeepSpeed would reject torch's AdamW with offload when the model is loaded."""
     offload = zero(offload_optimizer={"device": "cpu"})
     assert read(tmp_path, offload)["zero_force_ds_cpu_optimizer"] is False
     own = read(tmp_path, offload, optimizer=OptimizerConfig(name="deepspeed_adamw"))
     assert "zero_force_ds_cpu_optimizer" not in own
 
 
-def test_a_stage_refuses_what_it_cannot_do(tmp_path):
-    cases = {
-        0: (
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        (
+            0,
             {"optimizer": OptimizerConfig(name="deepspeed_adamw")},
-            "has no checkpoints at ZeRO stage 0",
+            r"trainer\.optimizer\.name=deepspeed_adamw .*ZeRO stage 0",
         ),
-        3: ({"compile": True}, "trainer.compile=true does not go with ZeRO-3"),
-    }
-    for stage, (changes, message) in cases.items():
-        ds = read(tmp_path, zero(stage=stage), **changes)
-        with pytest.raises(UserError, match=message):
-            check_run(make_config(tmp_path / "mine.json", **changes), ds)
+        (3, {"compile": True}, r"trainer\.compile=true .*ZeRO stage 3"),
+    ],
+)
+def test_settings_that_a_stage_does_not_support_are_rejected(tmp_path, stage, changes, message):
+    ds = read(tmp_path, zero(stage=stage), **changes)
+    with pytest.raises(UserError, match=message):
+        check_run(make_config(tmp_path / "mine.json", **changes), ds)
 
 
 @pytest.mark.slow
-def test_a_run_with_an_optimizer_block_has_the_parameter_groups_of_one_without(world, tmp_path):
-    """DeepSpeed's own would have one group, for which trainer.lr_of means nothing. Torch's AdamW is accepted with offload."""
+def test_run_with_an_optimizer_block_has_its_own_parameter_groups(world, tmp_path):
+    """DeepSpeed's optimizer would have one group, so that trainer.lr_of had no effect.
+
+    The test also shows that torch's AdamW is accepted with offload.
+    """
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     (tmp_path / "mine.json").write_text(
         json.dumps({"zero_optimization": offload} | adamw(lr="auto"))
@@ -493,12 +495,12 @@ def test_a_run_with_an_optimizer_block_has_the_parameter_groups_of_one_without(w
     }
     assert_done(run_script("train", *world.overrides(tmp_path / "exp", **keys)))
     groups = read_manifest(tmp_path / "exp" / "checkpoint-1")["param_groups"]
-    assert {part_of(name) for group in groups for name in group} == {"projector", "lora"}
-    assert all(len({part_of(name) for name in group}) == 1 for group in groups)
+    parts = [set(map(part_of, group)) for group in groups]
+    assert all(len(part) == 1 for part in parts)
+    assert set().union(*parts) == {"projector", "lora"}
 
 
-def test_a_users_own_file_is_filled(tmp_path):
-    """As they are written for transformers' Trainer."""
+def test_file_for_the_transformers_trainer_is_filled_in(tmp_path):
     own = {
         "optimizer": {
             "type": "AdamW",
@@ -522,24 +524,20 @@ def test_a_users_own_file_is_filled(tmp_path):
     }
     ds = read(tmp_path, own, world_size=2)
     assert "optimizer" not in ds
-    assert (ds["train_batch_size"], ds["gradient_clipping"], ds["bf16"]["enabled"]) == (
-        2,
-        1.0,
-        True,
-    )
+    assert ds["train_batch_size"] == 2
+    assert ds["gradient_clipping"] == 1.0
+    assert ds["bf16"]["enabled"] is True
     assert ds["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 works on a GPU")
-def test_fp16_is_refused_where_it_cannot_run(tmp_path):
+def test_fp16_is_rejected_on_a_device_without_it(tmp_path):
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"trainer\.precision=fp16 cannot run on this device \(cpu\)"
-    ):
+    with pytest.raises(UserError, match=r"trainer\.precision=fp16 .*\(cpu\)"):
         read_ds_config(make_config(tmp_path / "mine.json", precision="fp16"), world_size=1)
 
 
-def test_the_schedule_warms_up_and_falls():
+def test_schedule_warms_up_and_decays():
     factors = [warmup_cosine(step, total=110, warmup=10, floor=0.1) for step in range(120)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1.0

@@ -1,4 +1,4 @@
-"""What `asrllm plan` says, against what real steps and real processes hold."""
+"""The memory estimate of `asrllm plan` against measurements of real steps and processes."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ from tests.training.small_engine import Small, engine_of, start, train_step
 DS = {"stage3_param_persistence_threshold": 20}
 
 
-def hold(out: str, kinds: list) -> None:
-    """In every process: bytes of weights, masters and moments."""
+def measure(out: str, kinds: list) -> None:
+    """Write the bytes of weights, masters and moments. This runs in every process."""
     from asrllm import distributed
     from asrllm.training.checkpoint.partitions import partitions
 
@@ -32,35 +32,27 @@ def hold(out: str, kinds: list) -> None:
         engine = engine_of(stage, precision, width=200)
         train_step(engine, 0)
         vectors = [vector for vector, _ in partitions(engine)]
-        inner = (
-            engine.optimizer.optimizer
-            if hasattr(engine.optimizer, "optimizer")
-            else engine.optimizer
-        )
-        states = [
-            value
-            for vector in vectors
-            for value in inner.state[vector].values()
-            if torch.is_tensor(value) and value.ndim
-        ]
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        states = []
+        for vector in vectors:
+            values = inner.state[vector].values()
+            states += [value for value in values if torch.is_tensor(value) and value.ndim]
         weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
         masters = [] if stage == 0 and precision == "fp32" else vectors
-        report[f"{stage}-{precision}"] = [
-            sum(t.nbytes for t in part) for part in (weights, masters, states)
-        ]
+        sizes = []
+        for tensors in (weights, masters, states):
+            sizes.append(sum(tensor.nbytes for tensor in tensors))
+        report[f"{stage}-{precision}"] = sizes
     (Path(out) / f"{distributed.rank()}.json").write_text(json.dumps(report))
 
 
 @pytest.mark.slow
-def test_weights_masters_and_moments_are_those_of_two_processes(tmp_path):
+def test_weights_masters_and_moments_match_two_processes(tmp_path):
     kinds = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
-    start("training.test_memory_estimate:hold", 2, out=str(tmp_path), kinds=kinds)
+    start("training.test_memory_estimate:measure", 2, out=str(tmp_path), kinds=kinds)
     model = Small()
-    model.second = torch.nn.Sequential(
-        torch.nn.Linear(5, 200),
-        *(torch.nn.Linear(200, 200) for _ in range(4)),
-        torch.nn.Linear(200, 13),
-    )
+    widths = [5, 200, 200, 200, 200, 200, 13]
+    model.second = torch.nn.Sequential(*map(torch.nn.Linear, widths[:-1], widths[1:]))
     parameters = list(model.parameters())
     sizes = Sizes(
         weights=sum(p.numel() for p in parameters),
@@ -72,12 +64,10 @@ def test_weights_masters_and_moments_are_those_of_two_processes(tmp_path):
         for kind, found in json.loads((tmp_path / f"{rank}.json").read_text()).items():
             stage, precision = int(kind[0]), kind[2:]
             ds = {"zero_optimization": {"stage": stage, **DS}}
-            memory = state_memory(
-                sizes, ds, ranks=2, width=4 if precision == "fp32" else 2, activations=0
-            )
-            assert [memory.weights, memory.masters, memory.moments] == pytest.approx(
-                found, rel=0.15
-            ), kind
+            width = 4 if precision == "fp32" else 2
+            memory = state_memory(sizes, ds, ranks=2, width=width, activations=0)
+            estimated = [memory.weights, memory.masters, memory.moments]
+            assert estimated == pytest.approx(found, rel=0.15), kind
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +105,18 @@ def described(parts, **changes):
     ],
 )
 @pytest.mark.parametrize("seconds", [(1.0, 2.0, 0.7), (5.0, 4.0, 6.0, 7.0)])
-def test_activations_are_those_of_a_training_step(parts, changes, seconds):
+def test_activations_match_a_training_step(parts, changes, seconds):
     from asrllm.audio.reader import Sample
     from asrllm.data.prompts import Prompt
     from asrllm.models.build import build_model
 
     config, processor = described(parts, **changes)
     model = build_model(processor, frozen=config.model.frozen_parts, dtype=torch.float32).train()
-    samples = [
-        Sample(
-            key=str(i),
-            wave=torch.randn(round(s * 16000)).numpy(),
-            text="one two three " * round(4 * s),
-        )
-        for i, s in enumerate(seconds)
-    ]
+    samples = []
+    for number, duration in enumerate(seconds):
+        wave = torch.randn(round(duration * 16000)).numpy()
+        text = "one two three " * round(4 * duration)
+        samples.append(Sample(key=str(number), wave=wave, text=text))
     collate = Collator(
         processor.renderer,
         [Prompt(text="Transcribe.")],
@@ -150,10 +137,10 @@ def test_activations_are_those_of_a_training_step(parts, changes, seconds):
         )
         model(**{name: getattr(batch, name) for name in inputs})
     tokens = batch.input_ids.shape[1]
-    share = float((batch.input_ids == processor.renderer.audio_token_id).float().mean())
+    is_audio = batch.input_ids == processor.renderer.audio_token_id
     described_model = on_meta(processor.config, config.model, torch.float32)
     predicted = measure_activations(
-        described_model, dtype=torch.float32, recompute=False, audio=share
+        described_model, dtype=torch.float32, recompute=False, audio=float(is_audio.float().mean())
     )
     assert predicted.bytes(tokens) - predicted.chunk == pytest.approx(counter.total, rel=0.15)
 
@@ -162,15 +149,12 @@ def planned(world, tmp_path, *overrides):
     from asrllm.commands.plan import PlanRun, plan
     from asrllm.config import load_config
 
-    return plan(
-        load_config(
-            "plan", [*world.overrides(tmp_path / "exp", trainer__num_epochs=1), *overrides], PlanRun
-        )
-    )
+    common = world.overrides(tmp_path / "exp", trainer__num_epochs=1)
+    return plan(load_config("plan", [*common, *overrides], PlanRun))
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_run(world, tmp_path):
+def test_plan_counts_the_data_and_estimates_every_stage(world, tmp_path):
     found = planned(world, tmp_path, "gpus=2", "gpu_memory=10")
     assert found["data"]["utterances"] == 60
     assert 1 < found["data"]["steps an epoch"] < 60
@@ -181,32 +165,25 @@ def test_the_plan_of_a_run(world, tmp_path):
     assert weights[0] == weights[1] == weights[2] > 1.9 * weights[3]
     assert by_stage["ds_configs/zero2_offload.json"]["host"] > 0
     assert all(memory["fits"] for memory in by_stage.values())
-    assert not any(
-        memory["fits"]
-        for memory in planned(world, tmp_path, "gpu_memory=1.0001")["memory"].values()
-    )
+    small = planned(world, tmp_path, "gpu_memory=1.0001")["memory"]
+    assert not any(memory["fits"] for memory in small.values())
 
 
 @pytest.mark.slow
-def test_the_largest_budget_is_where_it_stops_to_fit(world, tmp_path):
+def test_largest_budget_is_where_the_run_stops_fitting(world, tmp_path):
     at = "ds_configs/zero1.json"
     most = planned(world, tmp_path, "gpu_memory=2")["memory"][at]["largest data.sampler.max_tokens"]
     assert most > 1000
 
     def device(tokens):
         found = planned(world, tmp_path, "gpu_memory=2")
-        scaled = (
-            tokens / found["data.sampler.max_tokens"] * found["data"]["tokens of the largest row"]
-        )
-        chunk = found["activations"]["chunk"]
-        activations = (
-            int(found["activations"]["fixed"] + found["activations"]["each"] * scaled) + chunk
-        )
-        held = {
-            key: found["memory"][at][key]
-            for key in ("weights", "masters", "moments", "gradients", "gathered")
-        }
-        return Memory(**held, activations=activations).device, found["gpu"]["usable"]
+        ratio = tokens / found["data.sampler.max_tokens"]
+        row = ratio * found["data"]["tokens of the largest row"]
+        measured = found["activations"]
+        activations = int(measured["fixed"] + measured["each"] * row) + measured["chunk"]
+        keys = ("weights", "masters", "moments", "gradients", "gathered")
+        state = {key: found["memory"][at][key] for key in keys}
+        return Memory(**state, activations=activations).device, found["gpu"]["usable"]
 
     for tokens, fits in ((most * 0.97, True), (most * 1.06, False)):
         used, usable = device(tokens)
@@ -214,8 +191,8 @@ def test_the_largest_budget_is_where_it_stops_to_fit(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_gpus_and_their_memory_are_checked(world, tmp_path):
-    with pytest.raises(UserError, match="gpus=0 must be at least 1"):
+def test_invalid_numbers_of_gpus_and_memory_are_rejected(world, tmp_path):
+    with pytest.raises(UserError, match="gpus=0 "):
         planned(world, tmp_path, "gpus=0")
     with pytest.raises(UserError, match="gpu_memory=-1"):
         planned(world, tmp_path, "gpu_memory=-1.0")

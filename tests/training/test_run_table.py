@@ -30,7 +30,7 @@ def test_parameters_are_counted_by_part():
     }
 
 
-def test_the_table_says_where_the_run_starts_and_what_a_step_has(tmp_path, capsys):
+def test_table_has_the_start_of_the_run_and_the_size_of_a_step(tmp_path, capsys):
     config = load_config(
         "train",
         [*GIVEN, "trainer.gradient_accumulation_steps=3", "trainer.use_averaged_model=true"],

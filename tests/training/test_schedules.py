@@ -21,7 +21,7 @@ def factors(name, steps, *, total=110, warmup=10, floor=0.1, **keys):
     ]
 
 
-def test_the_defaults_are_those_of_the_yaml():
+def test_defaults_match_the_yaml():
     values = vars(CONFIG) | {
         f"schedule.{key}": value for key, value in vars(CONFIG.schedule).items()
     }
@@ -29,7 +29,7 @@ def test_the_defaults_are_those_of_the_yaml():
     assert set().union(*READ.values()) == DEFAULTS.keys()
 
 
-def test_cosine_is_what_it_was():
+def test_cosine_is_warmup_cosine():
     steps = [0, 5, 9, 10, 10.5, 60, 109, 110, 200]
     assert factors("cosine", steps) == [
         warmup_cosine(step, total=110, warmup=10, floor=0.1) for step in steps
@@ -37,12 +37,12 @@ def test_cosine_is_what_it_was():
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
-def test_all_but_eden_warm_up_alike(name):
+def test_all_schedules_but_eden_have_the_same_warmup(name):
     assert factors(name, range(11)) == pytest.approx([*((i + 1) / 10 for i in range(10)), 1.0])
     assert factors(name, [0], warmup=0) == [1.0]
 
 
-def test_they_fall_as_they_should():
+def test_schedules_decay_to_the_floor():
     assert factors("constant", [50, 110, 500]) == [1.0] * 3
     assert factors("linear", [60, 110, 500]) == pytest.approx([0.55, 0.1, 0.1])
     assert factors("wsd", [98, 99, 104.5, 110, 500], decay_ratio=0.1) == pytest.approx(
@@ -51,8 +51,8 @@ def test_they_fall_as_they_should():
     assert factors("wsd", [110, 500], decay_ratio=0.0) == [1.0, 1.0]
 
 
-def test_eden_is_icefalls():
-    """((batch^2 + lr_batches^2) / lr_batches^2)^-0.25 times the same of epochs, times a warm-up from warmup_start."""
+def test_eden_matches_the_formula_of_icefall():
+    """((batch^2 + lr_batches^2) / lr_batches^2)^-0.25, the same for epochs, and the warm-up."""
     for batch, epoch in [(0, 0.0), (250, 0.1), (500, 0.2), (20000, 8.5)]:
         by_batches = ((batch**2 + 7500**2) / 7500**2) ** -0.25
         by_epochs = ((epoch**2 + 3.5**2) / 3.5**2) ** -0.25
@@ -66,25 +66,15 @@ def test_eden_is_icefalls():
 @pytest.mark.parametrize(
     ("name", "top", "below", "message"),
     [
-        (
-            "eden",
-            {"warmup_steps": 7},
-            {},
-            r"trainer\.warmup_steps=7 is not read with trainer\.schedule\.name=eden",
-        ),
-        (
-            "constant",
-            {"min_lr_ratio": 0.1},
-            {},
-            r"trainer\.min_lr_ratio=0\.1 is not read .* or choose linear, cosine, wsd",
-        ),
-        ("cosine", {}, {"decay_ratio": 0.2}, r"trainer\.schedule\.decay_ratio=0\.2 is not read"),
-        ("wsd", {}, {"decay_ratio": 1.5}, r"decay_ratio=1\.5 must be 0 to 1"),
-        ("eden", {}, {"lr_epochs": 0.0}, r"lr_epochs=0\.0 must be a number above 0"),
-        ("eden", {}, {"warmup_batches": -1.0}, "must not be below 0"),
+        ("eden", {"warmup_steps": 7}, {}, r"trainer\.warmup_steps=7 .*schedule\.name=eden"),
+        ("constant", {"min_lr_ratio": 0.1}, {}, r"min_lr_ratio=0\.1 .*linear, cosine, wsd"),
+        ("cosine", {}, {"decay_ratio": 0.2}, r"trainer\.schedule\.decay_ratio=0\.2 .*=cosine"),
+        ("wsd", {}, {"decay_ratio": 1.5}, r"trainer\.schedule\.decay_ratio=1\.5 "),
+        ("eden", {}, {"lr_epochs": 0.0}, r"trainer\.schedule\.lr_epochs=0\.0 "),
+        ("eden", {}, {"warmup_batches": -1.0}, r"trainer\.schedule\.warmup_batches=-1\.0 "),
     ],
 )
-def test_a_key_that_means_nothing_is_refused(name, top, below, message):
+def test_unused_and_invalid_keys_are_rejected(name, top, below, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(
             CONFIG, **top, schedule=dataclasses.replace(CONFIG.schedule, name=name, **below)

@@ -1,4 +1,4 @@
-"""What a training step follows from."""
+"""Randomness of a step, the end of a run, and the warning about a long warm-up."""
 
 import dataclasses
 import json
@@ -19,12 +19,12 @@ def drawn(*, seed=1, step=2, rank=0):
     return torch.rand(4)
 
 
-def test_a_step_draws_the_same_when_it_is_trained_again():
+def test_repeated_step_draws_the_same_numbers():
     assert torch.equal(drawn(), drawn())
 
 
 @pytest.mark.parametrize("changed", [{"seed": 2}, {"step": 3}, {"rank": 1}])
-def test_seeds_steps_and_ranks_have_dropout_of_their_own(changed):
+def test_other_seed_step_or_rank_draws_other_numbers(changed):
     assert not torch.equal(drawn(), drawn(**changed))
 
 
@@ -42,12 +42,12 @@ def trainer(*overrides):
         (["trainer.num_epochs=null", "trainer.num_steps=100"], None),
     ],
 )
-def test_a_number_of_steps_alone_has_no_limit_of_epochs(overrides, epochs):
+def test_epochs_are_unlimited_only_with_num_steps(overrides, epochs):
     assert trainer(*overrides).last_epoch == epochs
 
 
 @pytest.mark.slow
-def test_a_run_of_more_steps_than_an_epoch_has_does_all_of_them(world, tmp_path):
+def test_run_with_more_steps_than_an_epoch_does_all_steps(world, tmp_path):
     settings = {
         "trainer__num_epochs": None,
         "trainer__num_steps": 6,
@@ -57,36 +57,32 @@ def test_a_run_of_more_steps_than_an_epoch_has_does_all_of_them(world, tmp_path)
         "data__valid_data_config": "null",
     }
     done = assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
-    records = [
-        json.loads(line) for line in (tmp_path / "exp" / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = (tmp_path / "exp" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert records[-1]["step"] == 6
     assert records[-1]["epoch"] > 1, "the epoch is longer than the run: nothing is shown"
-    assert done.stderr.count("trainer.warmup_steps=7 is more than the run's 6 steps") == 1
+    assert done.stderr.count("trainer.warmup_steps=7 ") == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "total", "warning"),
     [
-        ({"warmup_steps": 500}, 220, "trainer.warmup_steps=500 is more than the run's 220 steps"),
+        ({"warmup_steps": 500}, 220, "trainer.warmup_steps=500"),
         ({"warmup_steps": 220}, 220, None),
         ({"warmup_steps": 0}, 1, None),
-        (
-            {"name": "eden"},
-            499,
-            "trainer.schedule.warmup_batches=500 is more than the run's 499 steps",
-        ),
+        ({"name": "eden"}, 499, "trainer.schedule.warmup_batches=500"),
         ({"name": "eden"}, 500, None),
     ],
 )
-def test_a_warmup_longer_than_the_run_is_warned_of(caplog, settings, total, warning):
+def test_warning_for_a_warmup_longer_than_the_run(caplog, settings, total, warning):
     config = trainer()
     schedule = dataclasses.replace(config.schedule, name=settings.get("name", "cosine"))
-    config = dataclasses.replace(
-        config, schedule=schedule, warmup_steps=settings.get("warmup_steps", 500)
-    )
+    warmup = settings.get("warmup_steps", 500)
+    config = dataclasses.replace(config, schedule=schedule, warmup_steps=warmup)
     with caplog.at_level(logging.WARNING):
         warn_of_long_warmup(config, total)
-    assert [record.getMessage().partition(",")[0] for record in caplog.records] == (
-        [warning] if warning else []
-    )
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (warning is not None)
+    for message in messages:
+        assert warning in message
+        assert f"{total} steps" in message

@@ -1,4 +1,4 @@
-"""A process without progress ends with its stacks on the record."""
+"""A process without progress ends, and its stacks are written to a file."""
 
 import subprocess
 import sys
@@ -47,30 +47,22 @@ def hang(how: str, exp: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_it_tells_where_and_on_what_and_leaves_no_reader(tmp_path):
-    done = hang(
-        "lock", tmp_path
-    )  # the pipe that the reader holds is closed too, or this would not return
+def test_report_names_the_step_and_the_batch_and_no_worker_remains(tmp_path):
+    # the worker's end of the pipe must be closed as well, or this would not return
+    done = hang("lock", tmp_path)
     assert done.returncode == EXIT_STATUS == 75
-    told = (tmp_path / "hang-rank3.txt").read_text()
-    for text in (told, done.stderr):
-        assert (
-            "rank 3: no progress for 1 s (trainer.step_timeout) while in step 5\nthe last batch: utt1 utt2\n"
-            in text
-        )
+    report = (tmp_path / "hang-rank3.txt").read_text()
+    for text in (report, done.stderr):
+        assert "rank 3: no progress for 1 s (trainer.step_timeout) while in step 5\n" in text
+        assert "utt1 utt2\n" in text
         assert "in stuck_here" in text
 
 
 @pytest.mark.slow
-def test_a_hang_with_the_interpreters_lock_ends_too(tmp_path):
+def test_process_that_hangs_with_the_interpreter_lock_ends_too(tmp_path):
+    code = HANG.replace("reader.start()", "reader.pid")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            HANG.replace("reader.start()", "reader.pid"),
-            "interpreter",
-            str(tmp_path),
-        ],
+        [sys.executable, "-c", code, "interpreter", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=40,
@@ -81,7 +73,7 @@ def test_a_hang_with_the_interpreters_lock_ends_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_moves_or_asks_for_none_is_left_alone(tmp_path):
+def test_run_with_progress_or_without_a_limit_is_not_ended(tmp_path):
     for timeout in (0, None, 1000):
         with Watchdog(timeout, tmp_path) as watchdog:
             watchdog.beat("in step 1", ["utt1"])
@@ -93,7 +85,7 @@ def test_a_run_that_moves_or_asks_for_none_is_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_limit_below_zero_is_refused():
+def test_limits_that_are_too_small_are_rejected():
     from asrllm.config import load_config
     from asrllm.training.run_config import TrainRun
 
@@ -103,9 +95,7 @@ def test_a_limit_below_zero_is_refused():
         "model.audio_encoder.pretrained_model=x",
         "model.llm.pretrained_model=x",
     ]
-    with pytest.raises(
-        UserError, match=r"trainer.step_timeout=-1.0 must be a number of seconds; 0 or null: none"
-    ):
+    with pytest.raises(UserError, match=r"trainer\.step_timeout=-1\.0 "):
         load_config("train", [*keys, "trainer.step_timeout=-1"], TrainRun)
-    with pytest.raises(UserError, match=r"trainer.max_nonfinite_steps=0 must be at least 1"):
+    with pytest.raises(UserError, match=r"trainer\.max_nonfinite_steps=0 "):
         load_config("train", [*keys, "trainer.max_nonfinite_steps=0"], TrainRun)

@@ -1,1 +1,1 @@
-"""What happens beside the loop, a hook a file."""
+"""Optional behaviour around the training loop, one callback per file."""

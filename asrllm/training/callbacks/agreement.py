@@ -1,8 +1,10 @@
-"""Whether all ranks are about to do the same step: where they are not, collectives hang or mix up without a word."""
+"""Checks before every step that all ranks are about to do the same step.
+
+If they are not, collectives hang or mix up data without an error.
+"""
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,51 +13,67 @@ from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training.trainer import Callback, Trainer
 
+Signature = dict[str, object]  # what must be the same on all ranks, by description
+
 
 class RankCheck(Callback):
     """Compares the ranks before every step."""
 
     def before_step(self, trainer: Trainer, loaded: LoadedStep) -> None:
+        """Raise UserError on all ranks if they differ."""
         check_same_step(trainer.step + 1, distributed.gather_objects(signature(trainer, loaded)))
 
 
-def signature(trainer: Trainer, loaded: LoadedStep) -> dict[str, Any]:
-    """What has to be the same on all ranks. A filler has no targets, and is the only thing without."""
+def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
+    """Return what must be the same on all ranks.
+
+    Only fillers, which have no keys, may lack targets.
+    """
     batches = loaded.micro_batches
-    training = str(
-        [name for name, module in trainer.engine.module.named_modules() if module.training]
-    )
+    with_audio = []
+    without_targets = []
+    dtypes = {}
+    for index, batch in enumerate(batches):
+        if batch.waves.numel():
+            with_audio.append(index)
+        if batch.keys and not len(batch.targets):
+            without_targets.append(index)
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                dtypes[name] = str(value.dtype)
+    modules = trainer.engine.module.named_modules()
+    training = str([name for name, module in modules if module.training])
     return {
         "step": trainer.step + 1,
         "position in the data": loaded.position.as_dict(),
         "number of micro-batches": len(batches),
-        "micro-batches with audio": [i for i, b in enumerate(batches) if b.waves.numel()],
-        "micro-batches without the targets they should have": [
-            i for i, b in enumerate(batches) if b.keys and not len(b.targets)
-        ],
-        "tensors' dtypes": {
-            name: str(v.dtype)
-            for b in batches
-            for name, v in vars(b).items()
-            if isinstance(v, torch.Tensor)
-        },
+        "micro-batches with audio": with_audio,
+        "micro-batches that lack targets": without_targets,
+        "dtypes of the tensors": dtypes,
         "modules in training mode": hashlib.blake2b(training.encode(), digest_size=4).hexdigest(),
     }
 
 
-def check_same_step(step: int, everywhere: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError, on every rank alike, that names what differs, the values and who has them."""
-    told = []
+def check_same_step(step: int, everywhere: Sequence[Signature]) -> None:
+    """Compare the signatures of all ranks.
+
+    Args:
+        step: number of the next step.
+        everywhere: signatures by rank.
+
+    Raises:
+        UserError: they differ. The message names what differs, the values and their ranks.
+    """
+    differences = []
     for what in everywhere[0]:
         ranks: dict[str, list[int]] = {}
-        for rank, mine in enumerate(everywhere):
-            ranks.setdefault(str(mine[what]), []).append(rank)
+        for rank, values in enumerate(everywhere):
+            ranks.setdefault(str(values[what]), []).append(rank)
         if len(ranks) > 1:
-            said = "; ".join(
-                f"{value} on rank {', '.join(map(str, those))}" for value, those in ranks.items()
-            )
-            told.append(f"{what}: {said}")
-    if told:
+            found = [f"{value} on rank {', '.join(map(str, ranks[value]))}" for value in ranks]
+            differences.append(f"{what}: {'; '.join(found)}")
+    if differences:
         raise UserError(
-            f"the ranks differ before step {step} in {' | '.join(told)}: start all of them with the same command, code and data"
+            f"the ranks differ before step {step} in {' | '.join(differences)}. "
+            "Start all of them with the same command, code and data."
         )

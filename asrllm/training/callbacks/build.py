@@ -1,4 +1,4 @@
-"""The hooks of a run, in the order in which they are called."""
+"""The callbacks of a run in the order in which they are called."""
 
 import dataclasses
 
@@ -32,62 +32,91 @@ def make_callbacks(
     checkpoints: Checkpoints,
     startup: Startup,
 ) -> list[Callback]:
-    keys, exp_dir = config.trainer, trainer.exp_dir
-    to: list[sinks.Sink] = []
-    if distributed.rank() == 0:
-        to = [
-            sinks.MetricsFile(exp_dir, trainer.step),
-            sinks.ConsoleSink(trainer.total_steps, trainer.step),
-        ]
-        if data.valid and keys.valid_decode:
-            to.append(sinks.SamplesFile(exp_dir, trainer.step))
-        if keys.tensorboard:
-            to.append(sinks.TensorBoardSink(exp_dir))
-        if keys.wandb.mode != "disabled":
-            to.append(sinks.WandbSink(keys.wandb, exp_dir, dataclasses.asdict(config)))
+    """Build the callbacks of a run.
+
+    Args:
+        config: configuration of the run.
+        data: training and validation data.
+        trainer: trainer, at the step from which it starts.
+        checkpoints: callback that saves checkpoints.
+        startup: durations of the startup phases.
+    """
+    options = config.trainer
     metrics = Metrics(
-        to,
+        make_sinks(config, data, trainer),
         make_meters(config, data, trainer),
-        every=keys.log_every,
+        every=options.log_every,
         max_bad_share=config.data.max_bad_share,
     )
-    if trainer.step == 0 and (dropped := data.dropped()):
-        metrics.write(
-            {
-                "step": trainer.step,
-                **{f"dropped/{reason}": count for reason, count in dropped.items()},
-            }
-        )
-    made: list[Callback] = [FirstStep(startup), metrics]
-    if keys.profile_steps:
-        made.append(Profiler(exp_dir, *keys.profile_steps))
-    if keys.check_ranks:
-        made.append(RankCheck())
-    if keys.gc_every:
-        made.append(GarbageCollection(every=keys.gc_every))
-    made.append(NonFiniteGuard(most=keys.max_nonfinite_steps))
+    if trainer.step == 0:
+        write_dropped(metrics, data)
+    callbacks: list[Callback] = [FirstStep(startup), metrics]
+    if options.profile_steps:
+        callbacks.append(Profiler(trainer.exp_dir, *options.profile_steps))
+    if options.check_ranks:
+        callbacks.append(RankCheck())
+    if options.gc_every:
+        callbacks.append(GarbageCollection(every=options.gc_every))
+    callbacks.append(NonFiniteGuard(most=options.max_nonfinite_steps))
     if config.data.trace:
-        made.append(Trace(exp_dir, trainer.step))
+        callbacks.append(Trace(trainer.exp_dir, trainer.step))
     if data.valid:
-        decoder = (
-            Decoder(data.valid_subsets(keys.valid_decode), data.normalize)
-            if keys.valid_decode
-            else None
-        )
-        made.append(Validation(data.valid_sets(), metrics, every=keys.valid_every, decoder=decoder))
-    made.append(checkpoints)
+        callbacks.append(make_validation(config, data, metrics))
+    callbacks.append(checkpoints)
+    return callbacks
+
+
+def make_validation(config: TrainRun, data: TrainingData, metrics: Metrics) -> Validation:
+    """Build the callback that measures the validation sets, if wanted with decoding."""
+    count = config.trainer.valid_decode
+    decoder = None
+    if count:
+        decoder = Decoder(data.valid_subsets(count), data.normalize)
+    every = config.trainer.valid_every
+    return Validation(data.valid_sets(), metrics, every=every, decoder=decoder)
+
+
+def make_sinks(config: TrainRun, data: TrainingData, trainer: Trainer) -> list[sinks.Sink]:
+    """Build the destinations of log records. Only the first rank has any."""
+    if distributed.rank() != 0:
+        return []
+    options = config.trainer
+    exp_dir = trainer.exp_dir
+    made: list[sinks.Sink] = [
+        sinks.MetricsFile(exp_dir, trainer.step),
+        sinks.ConsoleSink(trainer.total_steps, trainer.step),
+    ]
+    if data.valid and options.valid_decode:
+        made.append(sinks.SamplesFile(exp_dir, trainer.step))
+    if options.tensorboard:
+        made.append(sinks.TensorBoardSink(exp_dir))
+    if options.wandb.mode != "disabled":
+        made.append(sinks.WandbSink(options.wandb, exp_dir, dataclasses.asdict(config)))
     return made
 
 
+def write_dropped(metrics: Metrics, data: TrainingData) -> None:
+    """Log how many training utterances data.filter drops, if it drops any."""
+    dropped = data.dropped()
+    if not dropped:
+        return
+    record: sinks.Record = {"step": 0}
+    for reason, count in dropped.items():
+        record[f"dropped/{reason}"] = count
+    metrics.write(record)
+
+
 def make_meters(config: TrainRun, data: TrainingData, trainer: Trainer) -> list[Meter]:
-    known = None
-    if torch.cuda.is_available() and get_accelerator().device_name() != "cpu":
-        known = peak_tflops(torch.cuda.get_device_name(trainer.device))
-    made: list[Meter] = [
-        Rate(count_flops(trainer.engine.module), config.trainer.peak_tflops or known),
+    """Build the meters of a run."""
+    peak = config.trainer.peak_tflops
+    on_cuda = torch.cuda.is_available() and get_accelerator().device_name() != "cpu"
+    if not peak and on_cuda:
+        peak = peak_tflops(torch.cuda.get_device_name(trainer.device))
+    meters: list[Meter] = [
+        Rate(count_flops(trainer.engine.module), peak),
         PeakMemory(),
         Stragglers(),
     ]
     if len(data.corpora) > 1:
-        made.append(CorpusLosses([corpus.name for corpus in data.corpora]))
-    return made
+        meters.append(CorpusLosses([corpus.name for corpus in data.corpora]))
+    return meters

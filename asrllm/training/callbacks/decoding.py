@@ -1,18 +1,27 @@
 """Greedy decoding of a part of the validation sets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from asrllm import distributed
+from asrllm.audio.reader import Sample
 from asrllm.data.text import word_errors
 from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
-from asrllm.training.subset import SILENCE, Subset
+from asrllm.training.subset import PADDING_KEY, DecodingSubset
 from asrllm.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSample:
-    """errors: between the words of the two texts, both normalised."""
+    """A decoded utterance.
+
+    Attributes:
+        key: key of the utterance.
+        corpus: name of the validation set.
+        reference: normalised reference.
+        hypothesis: normalised hypothesis.
+        errors: word errors between the two.
+    """
 
     key: str
     corpus: str
@@ -21,48 +30,78 @@ class ValidationSample:
     errors: int
 
 
-class AskedToEnd(Exception):  # noqa: N818 - no error
-    """The run's time is for saving."""
+class ValidationInterrupted(Exception):  # noqa: N818 - not an error
+    """Raised to stop a validation, because the rest of the run's time is needed to save."""
 
 
 class Decoder:
-    """All ranks decode their share of each set's subset. They generate equally often: under ZeRO-3 each needs the others for every layer,
-    and transformers keeps them in step within a call."""
+    """Decodes a part of each validation set, split over the ranks.
 
-    def __init__(self, subsets: Mapping[str, Subset], normalize: Callable[[str], str]) -> None:
-        self.subsets, self.normalize = subsets, normalize
+    All ranks generate equally often: under ZeRO-3 each needs the others for every layer, and
+    transformers keeps them in step within a call.
+    """
+
+    def __init__(
+        self, subsets: Mapping[str, DecodingSubset], normalize: Callable[[str], str]
+    ) -> None:
+        """Create a decoder.
+
+        Args:
+            subsets: utterances to decode, by validation set.
+            normalize: normalises a hypothesis. References are normalised already.
+        """
+        self.subsets = subsets
+        self.normalize = normalize
 
     def decode(self, trainer: Trainer, corpus: str) -> list[ValidationSample]:
-        """What all ranks have decoded, on every rank. Raises AskedToEnd."""
-        model, mine = trainer.engine.module, []
-        for batch in self.subsets[corpus].batches(distributed.rank(), distributed.world_size()):
-            trainer.watchdog.beat(f"decoding {corpus}", [sample.key for sample, _ in batch])
-            if trainer.agree_to_end():
-                raise AskedToEnd
-            messages = [model.processor.renderer.user_messages(prompt) for _, prompt in batch]
-            limits = {
-                "max_tokens_per_second": MAX_TOKENS_PER_SECOND,
-                "repetition_guard": REPETITION_GUARD,
-            }
-            texts = map(
-                self.normalize,
-                model.generate([sample.wave for sample, _ in batch], messages, **limits),
-            )
-            mine += [
-                ValidationSample(
-                    key=s.key,
-                    corpus=corpus,
-                    reference=s.text,
-                    hypothesis=text,
-                    errors=word_errors(s.text, text),
-                )
-                for (s, _), text in zip(batch, texts, strict=True)
-                if s.key != SILENCE
-            ]
-        return [decoded for rank in distributed.gather_objects(mine) for decoded in rank]
+        """Decode one validation set and return the utterances of all ranks, on every rank.
+
+        Raises:
+            ValidationInterrupted: a rank received a signal.
+        """
+        decoded: list[ValidationSample] = []
+        subset = self.subsets[corpus]
+        for batch in subset.batches(distributed.rank(), distributed.world_size()):
+            keys = [sample.key for sample, _ in batch]
+            trainer.watchdog.beat(f"decoding {corpus}", keys)
+            if trainer.sync_preemption():
+                raise ValidationInterrupted
+            texts = self._transcribe(trainer, batch)
+            for (sample, _), text in zip(batch, texts, strict=True):
+                if sample.key != PADDING_KEY:
+                    decoded.append(scored(sample, corpus, text))
+        samples = []
+        for of_rank in distributed.gather_objects(decoded):
+            samples += of_rank
+        return samples
+
+    def _transcribe(self, trainer: Trainer, batch: Sequence[tuple[Sample, str]]) -> list[str]:
+        """Return the normalised hypotheses of (utterance, prompt) pairs."""
+        model = trainer.engine.module
+        messages = [model.processor.renderer.user_messages(prompt) for _, prompt in batch]
+        texts = model.generate(
+            [sample.wave for sample, _ in batch],
+            messages,
+            max_tokens_per_second=MAX_TOKENS_PER_SECOND,
+            repetition_guard=REPETITION_GUARD,
+        )
+        return [self.normalize(text) for text in texts]
 
 
-def word_error_rate(decoded: list[ValidationSample]) -> float | None:
-    """Per cent of the references' words; None where there is none."""
-    words = sum(len(d.reference.split()) for d in decoded)
-    return 100 * sum(d.errors for d in decoded) / words if words else None
+def scored(sample: Sample, corpus: str, hypothesis: str) -> ValidationSample:
+    """Return a decoded utterance with its word errors."""
+    return ValidationSample(
+        key=sample.key,
+        corpus=corpus,
+        reference=sample.text,
+        hypothesis=hypothesis,
+        errors=word_errors(sample.text, hypothesis),
+    )
+
+
+def word_error_rate(decoded: Sequence[ValidationSample]) -> float | None:
+    """Return the word error rate in percent, or None if the references have no words."""
+    words = sum(len(sample.reference.split()) for sample in decoded)
+    if not words:
+        return None
+    return 100 * sum(sample.errors for sample in decoded) / words

@@ -1,4 +1,4 @@
-"""A line of the log after the first step of a process."""
+"""Reports the startup time after the first step of a process."""
 
 import sys
 
@@ -9,13 +9,14 @@ from asrllm.training.trainer import Callback, StepSums, Trainer
 
 
 class FirstStep(Callback):
-    """Print how long each part of the start took, the first step included."""
+    """Prints how long each phase of the startup took, including the first step."""
 
     def __init__(self, startup: Startup) -> None:
         self.startup = startup
         self.done = False
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
+        """Print the durations once, on the first rank."""
         if self.done:
             return
         self.done = True

@@ -1,4 +1,7 @@
-"""Python's garbage collection at the same steps on all ranks: on its own each stops at another time, and all wait for each."""
+"""Runs Python's garbage collection at the same steps on all ranks.
+
+If each rank collected at its own time, all ranks would wait for each collection.
+"""
 
 import gc
 
@@ -7,16 +10,19 @@ from asrllm.training.trainer import Callback, StepSums, Trainer
 
 
 class GarbageCollection(Callback):
-    """Every `every` steps; Python's own is off until the end."""
+    """Collects every `every` steps. Python's own collection is switched off until the end."""
 
     def __init__(self, *, every: int) -> None:
-        self.every, self.was_enabled = every, gc.isenabled()
+        self.every = every
+        self.was_enabled = gc.isenabled()
         gc.disable()
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
+        """Collect if it is due."""
         if trainer.step % self.every == 0:
             gc.collect()
 
     def at_end(self, trainer: Trainer) -> None:
+        """Switch Python's own collection on again if it was on."""
         if self.was_enabled:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Logs of JSON lines that a resumed run appends to."""
+"""Logs of JSON lines to which a resumed run appends."""
 
 import json
 import logging
@@ -13,19 +13,22 @@ logger = logging.getLogger(__name__)
 def reopen_log(path: Path, step: int) -> TextIO:
     """Open a log of JSON lines for appending.
 
-    What an interrupted run wrote past `step`, from which it is resumed, is removed, and so is a
-    corrupted line.
+    Records after `step`, from which the run resumes, and corrupted lines are removed.
+
+    Args:
+        path: path of the log.
+        step: optimizer steps done.
     """
-    kept = []
+    lines_to_keep = []
     if step and path.is_file():
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             logged = _step_of(line)
             if logged is not None and logged <= step:
-                kept.append(line.decode())
-            if logged is None and number < len(lines):  # the last line was being written
+                lines_to_keep.append(line.decode())
+            if logged is None and number < len(lines):  # the last line may be incomplete
                 logger.warning("%s:%d is corrupted and is dropped", path, number)
-    write_whole(path, "".join(line + "\n" for line in kept))
+    write_whole(path, "".join(line + "\n" for line in lines_to_keep))
     return open(path, "a", encoding="utf-8")
 
 

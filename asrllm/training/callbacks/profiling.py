@@ -1,4 +1,4 @@
-"""A profile of some steps."""
+"""Profiles a range of steps."""
 
 from pathlib import Path
 
@@ -13,21 +13,30 @@ ROWS = 40  # of the summary
 
 
 class Profiler(Callback):
-    """exp_dir/profile/rank{r}.json, a trace for chrome://tracing or Perfetto, and rank{r}.txt, what took longest, of the steps first to
-    last with what is between them."""
+    """Profiles the steps from `first` to `last` and everything between them.
+
+    Each rank writes two files below exp_dir/profile: rank{r}.json, a trace for chrome://tracing or
+    Perfetto, and rank{r}.txt, a table of the most expensive operations.
+    """
 
     def __init__(self, exp_dir: Path, first: int, last: int) -> None:
-        self.folder, self.first, self.last = exp_dir / "profile", first, last
+        self.folder = exp_dir / "profile"
+        self.first = first
+        self.last = last
         self.running: profile | None = None
 
     def before_step(self, trainer: Trainer, loaded: LoadedStep) -> None:
+        """Start the profiler before the first step of the range."""
         if self.running is None and self.first <= trainer.step + 1 <= self.last:
-            on_device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self.running = profile(activities=[ProfilerActivity.CPU, *on_device])
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self.running = profile(activities=activities)
             self.running.start()
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
-        if self.running is not None and (trainer.step >= self.last or trainer.ending):
+        """Stop the profiler and write its files after the last step of the range."""
+        if self.running is not None and (trainer.step >= self.last or trainer.stopping):
             self.running.stop()
             self._write(self.running)
             self.running = None
@@ -36,7 +45,6 @@ class Profiler(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"rank{distributed.rank()}"
         done.export_chrome_trace(str(self.folder / f"{name}.json"))
-        by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        (self.folder / f"{name}.txt").write_text(
-            done.key_averages().table(sort_by=by, row_limit=ROWS), encoding="utf-8"
-        )
+        device = "device" if torch.cuda.is_available() else "cpu"
+        table = done.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        (self.folder / f"{name}.txt").write_text(table, encoding="utf-8")

@@ -1,50 +1,67 @@
-"""When checkpoints are written."""
-
-from typing import Any
+"""Saves checkpoints during training."""
 
 from asrllm.collator.loader import LoadedStep
+from asrllm.training.checkpoint.manifest import Settings
 from asrllm.training.checkpoint.saver import CheckpointSaver, make_manifest
 from asrllm.training.running_average import RunningAverage
 from asrllm.training.trainer import Callback, StepSums, Trainer
 
 
 class Checkpoints(Callback):
-    """checkpoint-{step} every `every` steps and at the run's end; epoch-{n} after the n-th epoch. They hold the running average too."""
+    """Saves checkpoint-{step} and epoch-{n}, with the running average if there is one.
+
+    checkpoint-{step} is saved every `every` steps and at the end of the run, epoch-{n} after the
+    n-th epoch.
+    """
 
     def __init__(
         self,
-        settings: dict[str, Any],
+        settings: Settings,
         saver: CheckpointSaver,
         *,
         every: int,
         average: RunningAverage | None,
     ) -> None:
-        self.settings, self.saver, self.every, self.average = settings, saver, every, average
+        """Create the callback.
+
+        Args:
+            settings: settings that a resumed run must have in common with the checkpoint.
+            saver: writes the checkpoints.
+            every: steps between two checkpoints.
+            average: running average of the weights, or None.
+        """
+        self.settings = settings
+        self.saver = saver
+        self.every = every
+        self.average = average
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
+        """Update the running average, and save a checkpoint if one is due."""
         if self.average:
             self.average.update(trainer.step)
-        self.saver.look(trainer.device)
-        tags = [f"epoch-{loaded.position.epoch}"] if loaded.position.epoch != loaded.epoch else []
-        if trainer.step % self.every == 0 or trainer.ending:
+        self.saver.publish_if_written(trainer.device)
+        tags = []
+        if loaded.position.epoch != loaded.epoch:
+            tags.append(f"epoch-{loaded.position.epoch}")
+        if trainer.step % self.every == 0 or trainer.stopping:
             tags.append(f"checkpoint-{trainer.step}")
         if tags:
             self.save(trainer, tags)
 
     def save(self, trainer: Trainer, tags: list[str]) -> None:
+        """Save one checkpoint under one or several names."""
         trainer.watchdog.beat(f"saving {tags[-1]}")
-        averaged = self.average is not None
         manifest = make_manifest(
             trainer.engine,
             self.settings,
             step=trainer.step,
             position=trainer.position,
-            averaged=averaged,
+            averaged=self.average is not None,
         )
-        self.saver.begin(
-            trainer.engine, tags, manifest, self.average.files() if self.average else None
-        )
+        more = self.average.files() if self.average else None
+        self.saver.begin(trainer.engine, tags, manifest, more)
 
     def at_end(self, trainer: Trainer) -> None:
+        """Wait until the last checkpoint is written."""
         trainer.watchdog.beat(f"waiting for checkpoint-{trainer.step}")
         self.saver.finish()

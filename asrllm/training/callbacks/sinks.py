@@ -1,13 +1,12 @@
-"""Where log records go."""
+"""Destinations of log records."""
 
 import json
 import os
 import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from asrllm.escape import escape
 from asrllm.progress import ProgressBar
@@ -17,116 +16,149 @@ from asrllm.training.callbacks.metric_names import METRICS, describe
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb
 
-Record = dict[str, Any]
+Record = dict[str, float | int | None]  # values of a step by metric
+TABLE_HEADER = ["| key | reference | hypothesis | errors |", "| --- | --- | --- | --- |"]
 
 
 class Sink:
-    """Where log records go, on rank 0; a sink defines what it takes."""
+    """Destination of log records on rank 0. Subclasses override the methods they need."""
 
     def write(self, record: Record) -> None:
-        """Numbers of a step."""
+        """Write the metrics of a step."""
 
     def write_samples(self, step: int, samples: Sequence[ValidationSample]) -> None:
-        """What was decoded after a step."""
+        """Write the utterances that were decoded after a step."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish writing."""
 
 
 class SamplesFile(Sink):
-    """exp_dir/samples.jsonl"""
+    """exp_dir/samples.jsonl: decoded utterances of the validation sets."""
 
     def __init__(self, exp_dir: Path, step: int) -> None:
+        """Open the file and remove records after the step from which the run resumes."""
         self.file = reopen_log(exp_dir / "samples.jsonl", step)
 
     def write_samples(self, step: int, samples: Sequence[ValidationSample]) -> None:
-        self.file.writelines(
-            json.dumps({"step": step, **vars(sample)}, ensure_ascii=False) + "\n"
-            for sample in samples
-        )
+        """Write one line per utterance."""
+        for sample in samples:
+            record = {"step": step, **vars(sample)}
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 class MetricsFile(Sink):
-    """exp_dir/metrics.jsonl"""
+    """exp_dir/metrics.jsonl: one line per record."""
 
     def __init__(self, exp_dir: Path, step: int) -> None:
+        """Open the file and remove records after the step from which the run resumes."""
         self.file = reopen_log(exp_dir / "metrics.jsonl", step)
 
     def write(self, record: Record) -> None:
+        """Write one line."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 class ConsoleSink(Sink):
+    """Progress of the training on standard error."""
+
     def __init__(self, total_steps: int, step: int) -> None:
+        """Start the progress bar.
+
+        Args:
+            total_steps: number of steps of the whole run.
+            step: optimizer steps done.
+        """
         self.bar = ProgressBar("training", total_steps, done=step)
         self.step = step
 
     def write(self, record: Record) -> None:
+        """Advance the bar for a training record, or print any other record."""
         if "loss" not in record:
-            values = ", ".join(
-                f"{k} {v:.6g}" for k, v in record.items() if k != "step" and v is not None
-            )
-            print(f"step {record['step']}: {values}", file=sys.stderr, flush=True)
+            self._print_values(record)
             return
-        loss = (
-            "no finite loss"
-            if record["loss"] is None
-            else f"loss {record['loss']:.3f}  acc {record['acc']:.3f}"
-        )
+        loss = "no finite loss"
+        if record["loss"] is not None:
+            loss = f"loss {record['loss']:.3f}  acc {record['acc']:.3f}"
         note = f"{loss}  lr {record['lr']:.2e}  {record['seconds_per_step']:.2f} s/step"
-        self.bar.advance(record["step"] - self.step, note)
-        self.step = record["step"]
+        step = int(record["step"] or 0)
+        self.bar.advance(step - self.step, note)
+        self.step = step
+
+    def _print_values(self, record: Record) -> None:
+        """Print a record without a loss, for example of a validation."""
+        values = []
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                values.append(f"{name} {value:.6g}")
+        print(f"step {record['step']}: {', '.join(values)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Stop the bar."""
         self.bar.close()
 
 
 class TensorBoardSink(Sink):
+    """exp_dir/tensorboard."""
+
     def __init__(self, exp_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(exp_dir / "tensorboard"))
 
     def write(self, record: Record) -> None:
+        """Write the metrics as scalars."""
         for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if value is not None and name != "step":
                 self.writer.add_scalar(full_name(name), value, record["step"])
         self.writer.flush()
 
     def write_samples(self, step: int, samples: Sequence[ValidationSample]) -> None:
-        for corpus in dict.fromkeys(sample.corpus for sample in samples):
-            shown = [s for s in samples if s.corpus == corpus]
-            rows = [
-                escape(f"| {s.key} | {s.reference} | {s.hypothesis} | {s.errors} |") for s in shown
-            ]
-            table = "\n".join(
-                ["| key | reference | hypothesis | errors |", "| --- | --- | --- | --- |", *rows]
-            )
-            self.writer.add_text(f"samples/{corpus}", table, step)
+        """Write one table per validation set."""
+        tables: dict[str, list[str]] = {}
+        for sample in samples:
+            cells = f"{sample.key} | {sample.reference} | {sample.hypothesis} | {sample.errors}"
+            tables.setdefault(sample.corpus, [*TABLE_HEADER]).append(escape(f"| {cells} |"))
+        for corpus, rows in tables.items():
+            self.writer.add_text(f"samples/{corpus}", "\n".join(rows), step)
         self.writer.flush()
 
     def close(self) -> None:
+        """Close the writer."""
         self.writer.close()
 
 
 class WandbSink(Sink):
-    """exp_dir/wandb. run_config: shown with the run."""
+    """A Weights & Biases run, with its files below exp_dir/wandb."""
 
-    def __init__(self, config: WandbConfig, exp_dir: Path, run_config: dict[str, Any]) -> None:
+    def __init__(
+        self, config: WandbConfig, exp_dir: Path, run_config: Mapping[str, object]
+    ) -> None:
+        """Start or resume the W&B run.
+
+        Args:
+            config: options of Weights & Biases.
+            exp_dir: directory of the run.
+            run_config: configuration that W&B shows with the run.
+        """
         import wandb
 
-        self.wandb, self.exp_dir, self.checkpoint = wandb, exp_dir, newest_tag(exp_dir)
-        os.environ.pop(
-            "WANDB_SERVICE", None
-        )  # a parent's service outlives a killed run, whose id it then calls in use
+        self.wandb = wandb
+        self.exp_dir = exp_dir
+        self.checkpoint = newest_tag(exp_dir)
+        # A parent's service outlives a killed run. It would report that the run's id is in use.
+        os.environ.pop("WANDB_SERVICE", None)
+        metrics = {name: describe(name) for name in METRICS}
         with explained_wandb("trainer.wandb"):
             self.run = wandb.init(
                 mode=config.mode,
@@ -135,27 +167,33 @@ class WandbSink(Sink):
                 id=_run_id(exp_dir),
                 resume="allow",
                 dir=str(exp_dir),
-                config=run_config | {"metrics": {name: describe(name) for name in METRICS}},
+                config={**run_config, "metrics": metrics},
                 settings=wandb.Settings(silent=True, console="off"),
             )
         for name in dict.fromkeys(map(wandb_name, METRICS)):
             self.run.define_metric(name, summary="last")
 
     def write(self, record: Record) -> None:
-        self.run.log(
-            {full_name(k): v for k, v in record.items() if v is not None}, step=record["step"]
-        )
-        self._look_for_checkpoint()
+        """Log the metrics, and a new checkpoint if there is one."""
+        values = {}
+        for name, value in record.items():
+            if value is not None:
+                values[full_name(name)] = value
+        self.run.log(values, step=record["step"])
+        self._log_new_checkpoint()
 
     def write_samples(self, step: int, samples: Sequence[ValidationSample]) -> None:
+        """Log a table of the decoded utterances."""
+        columns = list(vars(samples[0]))
         rows = [list(vars(sample).values()) for sample in samples]
-        self.run.log(
-            {"valid/samples": self.wandb.Table(columns=list(vars(samples[0])), data=rows)},
-            step=step,
-        )
+        table = self.wandb.Table(columns=columns, data=rows)
+        self.run.log({"valid/samples": table}, step=step)
 
-    def _look_for_checkpoint(self) -> None:
-        """A new complete one becomes an artifact that says where it lies; nothing of it is read or sent."""
+    def _log_new_checkpoint(self) -> None:
+        """Log a new complete checkpoint as an artifact that refers to its path.
+
+        The files are neither read nor uploaded.
+        """
         tag = newest_tag(self.exp_dir)
         if tag is None or tag == self.checkpoint:
             return
@@ -167,28 +205,29 @@ class WandbSink(Sink):
         self.run.log_artifact(artifact, aliases=["latest", tag])
 
     def close(self) -> None:
-        self._look_for_checkpoint()
+        """Log the last checkpoint and finish the W&B run."""
+        self._log_new_checkpoint()
         self.run.finish()
 
 
 def newest_tag(exp_dir: Path) -> str | None:
-    """Of the newest complete checkpoint."""
+    """Return the name of the newest complete checkpoint, or None."""
     latest = exp_dir / "latest"
     return latest.read_text().strip() if latest.is_file() else None
 
 
 def full_name(name: str) -> str:
-    """Without a group of its own it is training's."""
+    """Return a metric's name with its group. Metrics without a group belong to "train"."""
     return name if "/" in name else f"train/{name}"
 
 
 def wandb_name(name: str) -> str:
-    """Of METRICS; W&B takes a star for what varies."""
+    """Return W&B's pattern for a name in METRICS: a star replaces the variable part."""
     return re.sub(r"{\w+}.*", "*", full_name(name))
 
 
 def _run_id(exp_dir: Path) -> str:
-    """One W&B run for one exp_dir, also after a resume."""
+    """Return the id of exp_dir's W&B run, which stays the same after a resume."""
     path = exp_dir / "wandb" / "run-id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which utterances every step had."""
+"""Logs which utterances every step trains on."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,23 @@ from asrllm.training.trainer import Callback, StepSums, Trainer
 
 
 class Trace(Callback):
-    """exp_dir/keys-rank{r}.jsonl: which utterances this rank trained on, step by step, and with which prompts."""
+    """Writes exp_dir/keys-rank{r}.jsonl: keys and prompts of this rank's utterances by step."""
 
     def __init__(self, exp_dir: Path, step: int) -> None:
+        """Open the file and remove records after the step from which the run resumes."""
         self.file = reopen_log(exp_dir / f"keys-rank{distributed.rank()}.jsonl", step)
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
-        batches = loaded.micro_batches
-        keys, prompts = (
-            [value for batch in batches for value in getattr(batch, name)]
-            for name in ("keys", "prompts")
-        )
-        self.file.write(
-            json.dumps({"step": trainer.step, "keys": keys, "prompts": prompts}, ensure_ascii=False)
-            + "\n"
-        )
+        """Write the utterances of a step."""
+        keys: list[str] = []
+        prompts: list[str] = []
+        for batch in loaded.micro_batches:
+            keys += batch.keys
+            prompts += batch.prompts
+        record = {"step": trainer.step, "keys": keys, "prompts": prompts}
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def at_end(self, trainer: Trainer) -> None:
+        """Close the file."""
         self.file.close()

@@ -7,8 +7,8 @@ import torch
 from asrllm.collator.batch import PackedBatch
 from asrllm.collator.loader import LoadedStep
 from asrllm.training.callbacks.decoding import (
-    AskedToEnd,
     Decoder,
+    ValidationInterrupted,
     ValidationSample,
     word_error_rate,
 )
@@ -18,10 +18,11 @@ from asrllm.training.trainer import MODEL_INPUTS, Callback, StepSums, Trainer, c
 
 
 class Validation(Callback):
-    """Loss and token accuracy of each validation set, every `every` steps and at the end; all ranks take part. With a decoder also the
-    word error rate of what it decodes.
+    """Measures loss and accuracy of each validation set every `every` steps and at the end.
 
-    A run that is asked to end leaves it out or breaks it off: its time is for saving.
+    With a decoder it also measures the word error rate of the utterances that it decodes. All ranks
+    take part. If the run is interrupted, validation is skipped or stopped, because the time is
+    needed to save.
     """
 
     def __init__(
@@ -32,18 +33,31 @@ class Validation(Callback):
         every: int,
         decoder: Decoder | None = None,
     ) -> None:
-        self.sets, self.metrics, self.every, self.decoder = sets, metrics, every, decoder
+        """Create the callback.
+
+        Args:
+            sets: by validation set, a function that yields this rank's batches.
+            metrics: callback that writes the records.
+            every: steps between two validations.
+            decoder: decodes a part of each set, or None.
+        """
+        self.sets = sets
+        self.metrics = metrics
+        self.every = every
+        self.decoder = decoder
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
+        """Validate if it is due."""
         if (trainer.step % self.every == 0 or trainer.last) and not trainer.preempted:
             with self.metrics.beside_training():
                 self.run(trainer)
 
     def run(self, trainer: Trainer) -> None:
+        """Validate and write the record, unless a signal interrupts it."""
         trainer.engine.eval()
         try:
             record, samples = self._measure(trainer)
-        except AskedToEnd:
+        except ValidationInterrupted:
             return
         finally:
             trainer.engine.train()
@@ -53,14 +67,13 @@ class Validation(Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer) -> tuple[Record, list[ValidationSample]]:
+        """Return the log record and the decoded utterances of all sets."""
         record: Record = {"step": trainer.step}
         samples: list[ValidationSample] = []
         for name in self.sets:
             total = self._sums(trainer, name)
-            record |= {
-                f"valid/{name}/loss": total.loss / max(total.targets, 1),
-                f"valid/{name}/acc": total.correct / max(total.targets, 1),
-            }
+            record[f"valid/{name}/loss"] = total.loss / max(total.targets, 1)
+            record[f"valid/{name}/acc"] = total.correct / max(total.targets, 1)
             if self.decoder is None:
                 continue
             decoded = self.decoder.decode(trainer, name)
@@ -69,11 +82,12 @@ class Validation(Callback):
         return record, samples
 
     def _sums(self, trainer: Trainer, name: str) -> StepSums:
+        """Return the sums of a validation set over all ranks."""
         sums = StepSums()
         for batch in self.sets[name]():
             trainer.watchdog.beat(f"validating on {name}", batch.keys)
-            if trainer.agree_to_end():
-                raise AskedToEnd
+            if trainer.sync_preemption():
+                raise ValidationInterrupted
             batch = batch.to(trainer.device)
             output = trainer.engine(**{key: getattr(batch, key) for key in MODEL_INPUTS})
             sums += count(batch, output.loss, output.correct)

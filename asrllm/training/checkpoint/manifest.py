@@ -1,8 +1,9 @@
-"""What a checkpoint says of itself, and which checkpoints a run has."""
+"""Manifests of checkpoints, and the checkpoints that a run has."""
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from asrllm.errors import CorruptedError, UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.text_files import read_json_object
 
+Manifest = dict[str, Any]  # content of asrllm.json
+Settings = dict[str, Any]  # settings that a run and its checkpoint must have in common
+ParameterInfo = dict[str, Any]  # "shape" and "dtype" of a trained parameter
+
 MANIFEST = "asrllm.json"
 SHA256 = "sha256"  # key of the checksum of all other keys
-STEP_TAG, EPOCH_TAG = re.compile(r"checkpoint-(\d+)"), re.compile(r"epoch-(\d+)")
+STEP_TAG = re.compile(r"checkpoint-(\d+)")
+EPOCH_TAG = re.compile(r"epoch-(\d+)")
 KEYS = {
     "step",
     "position",
@@ -28,119 +34,175 @@ KEYS = {
 
 
 def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict[int, Path]:
-    """Complete checkpoints by step (or, with EPOCH_TAG, by epoch), in ascending order."""
-    found = {
-        int(match.group(1)): path
-        for path in exp_dir.glob("*")
-        if (match := pattern.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    }
+    """Return the complete checkpoints by step, in ascending order.
+
+    Args:
+        exp_dir: directory of the run.
+        pattern: STEP_TAG, or EPOCH_TAG for checkpoints by epoch.
+    """
+    found = {}
+    for path in exp_dir.glob("*"):
+        match = pattern.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found[int(match.group(1))] = path
     return dict(sorted(found.items()))
 
 
 def check_run(exp_dir: Path) -> None:
+    """Raise UserError if exp_dir is not a directory."""
     if not exp_dir.is_dir():
         raise UserError(
-            f"exp_dir={str(exp_dir)!r} does not exist: give the directory of a trained run"
+            f"exp_dir={str(exp_dir)!r} does not exist. Give the directory of a trained run."
         )
 
 
 def find_checkpoint(exp_dir: Path, tag: str | None) -> Path:
-    """The checkpoint of that name in exp_dir, or without one the newest. Raises UserError naming those that are there."""
+    """Return the checkpoint with a name, or the newest one.
+
+    Args:
+        exp_dir: directory of the run.
+        tag: name of the checkpoint, or None for the newest one.
+
+    Raises:
+        UserError: there is no such complete checkpoint. The message names the available ones.
+    """
     check_run(exp_dir)
-    found = [
-        path.name
-        for pattern in (EPOCH_TAG, STEP_TAG)
-        for path in list_checkpoints(exp_dir, pattern).values()
-    ]
     if not tag:
-        if (newest := newest_checkpoint(exp_dir)) is None:
+        newest = newest_checkpoint(exp_dir)
+        if newest is None:
             raise UserError(
-                f"{str(exp_dir)!r} holds no complete checkpoint: give the exp_dir of a run that has saved one"
+                f"exp_dir={str(exp_dir)!r} has no complete checkpoint. "
+                "Give the exp_dir of a run that has saved one."
             )
         return newest
     name = tag.rstrip("/")
     if "/" in name or not (exp_dir / name / MANIFEST).is_file():
+        available = ", ".join(path.name for path in complete_checkpoints(exp_dir))
         raise UserError(
-            f"--tag {tag!r} is no complete checkpoint in {str(exp_dir)!r}: give the name of one (there are: {', '.join(found) or 'none'})"
+            f"{str(exp_dir)!r} has no complete checkpoint named {tag!r}. "
+            f"Set --tag to one of: {available or 'none'}."
         )
     return exp_dir / name
 
 
 def newest_checkpoint(exp_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step, whatever `latest` says: a run may be killed just before it is written."""
+    """Return the complete checkpoint with the highest step, or None.
+
+    The file `latest` is not read: a run may be killed just before it is written.
+    """
     return max(complete_checkpoints(exp_dir), key=step_of, default=None)
 
 
 def complete_checkpoints(exp_dir: Path) -> list[Path]:
-    """Return the checkpoints of epochs and of steps, in no order."""
+    """Return the complete checkpoints of epochs, then those of steps."""
     return [*list_checkpoints(exp_dir, EPOCH_TAG).values(), *list_checkpoints(exp_dir).values()]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step of a checkpoint, from its name where that holds it."""
+    """Return the step of a checkpoint, from its name if possible, else from its manifest."""
     match = STEP_TAG.fullmatch(checkpoint.name)
     return int(match[1]) if match else read_manifest(checkpoint)["step"]
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and verify the manifest of a checkpoint.
+
+    Raises:
+        CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
+        UserError: there is no manifest, so the checkpoint is not complete.
+    """
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise UserError(f"{str(checkpoint)!r} is no complete checkpoint: {MANIFEST} is missing")
+        raise UserError(
+            f"{str(checkpoint)!r} is not a complete checkpoint, because {MANIFEST} is missing. "
+            "Choose another one."
+        )
     try:
         manifest = read_json_object(path, "the manifest")
     except UserError as error:
-        raise CorruptedError(f"{error}. The checkpoint is corrupted: remove it.") from error
-    if missing := KEYS - manifest.keys():
+        problem = str(error).rstrip(".")
+        raise CorruptedError(f"{problem}. The checkpoint is corrupted. Remove it.") from error
+    missing = KEYS - manifest.keys()
+    if missing:
         raise CorruptedError(
-            f"the manifest {str(path)!r} lacks {sorted(missing)}, so the checkpoint is corrupted. Remove it."
+            f"the manifest {str(path)!r} lacks {sorted(missing)}, so the checkpoint is corrupted. "
+            "Remove it."
         )
     written = manifest.pop(SHA256, None)  # the first version did not write it
     if written is not None and written != manifest_sha256(manifest):
         raise CorruptedError(
-            f"the manifest {str(path)!r} does not match its SHA-256, so the checkpoint is corrupted. Remove it."
+            f"the manifest {str(path)!r} does not match its SHA-256, so the checkpoint is "
+            "corrupted. Remove it."
         )
     return manifest
 
 
-def manifest_sha256(manifest: dict[str, Any]) -> str:
+def manifest_sha256(manifest: Manifest) -> str:
+    """Return the checksum of a manifest without its checksum key."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def manifest_text(manifest: dict[str, Any]) -> str:
-    """Return the content of a manifest's file, its checksum included."""
-    manifest = json.loads(json.dumps(manifest))  # tuples are lists in the file
+def manifest_text(manifest: Manifest) -> str:
+    """Return the content of a manifest's file, including its checksum."""
+    manifest = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
     return json.dumps(manifest | {SHA256: manifest_sha256(manifest)}, indent=1)
 
 
-def check_same_model(
-    checkpoint: Path, description: AsrLlmConfig, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The manifest of the checkpoint to go on from; raises UserError where it belongs to another model or to other settings."""
+def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: Settings) -> Manifest:
+    """Return the manifest of a checkpoint that a run wants to resume from.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        description: configuration of the run's model.
+        settings: settings that the run and the checkpoint must have in common.
+
+    Raises:
+        UserError: the checkpoint has different base models or settings.
+    """
     manifest = read_manifest(checkpoint)
     for part, base in (description.base_models or {}).items():
         trained_on = manifest["base_models"][part]
         if trained_on["fingerprint"] != base["fingerprint"]:
             raise UserError(
-                f"{str(checkpoint)!r} is a checkpoint of another model: its {part} was {trained_on['path']!r}, now it is "
-                f"{base['path']!r} with other weights; choose another exp_dir"
+                f"{str(checkpoint)!r} does not match the model. Its {part} was "
+                f"{trained_on['path']!r}, but {base['path']!r} has other weights. "
+                "Choose another exp_dir."
             )
     for key, value in settings.items():
-        if manifest["settings"].get(key) != value:  # an older version may not have written it
+        written = manifest["settings"].get(key)  # older versions may not have written it
+        if written != value:
             raise UserError(
-                f"{str(checkpoint)!r} was written with {key}={manifest['settings'].get(key)}, this run has {value}: "
-                "go on as it was, or choose another exp_dir"
+                f"{str(checkpoint)!r} was written with {key}={written}, but this run has {value}. "
+                "Use the same value, or choose another exp_dir."
             )
     return manifest
 
 
-def check_same_parameters(checkpoint: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
-    """The trained parameters by name and shape are those of the checkpoint."""
-    then, another = manifest["trainable"], f"{str(checkpoint)!r} is a checkpoint of another model"
-    for name in sorted(then.keys() | now.keys()):
-        if name not in now or name not in then:
-            where = "the checkpoint alone" if name in then else "this run alone"
-            raise UserError(f"{another}: {name!r} is trained in {where}; choose another exp_dir")
-        if then[name]["shape"] != now[name]["shape"]:
+def check_same_parameters(
+    checkpoint: Path, manifest: Manifest, trained: Mapping[str, ParameterInfo]
+) -> None:
+    """Check that a run trains the parameters of its checkpoint.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        manifest: manifest of the checkpoint.
+        trained: trained parameters of the run by name.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    saved = manifest["trainable"]
+    mismatch = f"{str(checkpoint)!r} does not match the model"
+    for name in sorted(saved.keys() | trained.keys()):
+        if name not in trained or name not in saved:
+            where = "the checkpoint" if name in saved else "this run"
             raise UserError(
-                f"{another}: {name!r} has the shape {then[name]['shape']} there and {now[name]['shape']} here; choose another exp_dir"
+                f"{mismatch}: {name!r} is trained only in {where}. Choose another exp_dir."
+            )
+        saved_shape = saved[name]["shape"]
+        shape = trained[name]["shape"]
+        if saved_shape != shape:
+            raise UserError(
+                f"{mismatch}: {name!r} has the shape {saved_shape} in the checkpoint and {shape} "
+                "in this run. Choose another exp_dir."
             )

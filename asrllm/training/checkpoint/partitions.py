@@ -1,6 +1,9 @@
-"""What a rank's optimizer holds of every trained weight, and filling it from a checkpoint of another number of ranks."""
+"""A rank's partition of the trained weights and optimizer state, and loading it from a checkpoint.
 
-from collections.abc import Iterator
+The checkpoint may have been written by any number of ranks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from asrllm import distributed
+from asrllm.training.checkpoint.manifest import Manifest
 from asrllm.training.checkpoint.zero_files import MASTERS, ZeroFiles
+
+ZeroOptimizer = Any  # one of DeepSpeed's optimizers, which have no common base class
+BIT16_GROUPS = ("bf16_groups", "bit16_groups", "fp16_groups")  # by optimizer and stage
 
 
 class Segment(NamedTuple):
-    """A stretch of a weight in one of the optimizer's float32 vectors: it begins at `start` in the weight and at `offset` in the vector."""
+    """A range of a weight in one of the optimizer's flat float32 vectors.
+
+    Attributes:
+        name: name of the weight.
+        start: first element in the flattened weight.
+        offset: first element in the vector.
+        numel: number of elements.
+    """
 
     name: str
     start: int
@@ -21,73 +35,87 @@ class Segment(NamedTuple):
     numel: int
 
 
-def partitions(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[Tensor, list[Segment]]]:
-    """This rank's float32 vectors with what lies in them; padding apart. At stage 0 every vector is a whole weight."""
+Partition = tuple[Tensor, list[Segment]]  # a flat float32 vector and its weights without padding
+ParameterNames = Mapping[nn.Parameter, str]
+
+
+def partitions(engine: deepspeed.DeepSpeedEngine) -> Iterator[Partition]:
+    """Yield this rank's flat float32 vectors. At stage 0 every vector is a whole weight."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    yield from {0: _whole, 1: _flat, 2: _flat, 3: _sub_groups}[engine.zero_optimization_stage()](
-        engine.optimizer, names
-    )
+    stage = engine.zero_optimization_stage()
+    by_stage: dict[int, Callable[[ZeroOptimizer, ParameterNames], Iterator[Partition]]] = {
+        0: _whole_weights,
+        1: _group_vectors,
+        2: _group_vectors,
+        3: _sub_group_vectors,
+    }
+    yield from by_stage[stage](engine.optimizer, names)
 
 
 def parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[list[str]]:
-    """The trained weights by parameter group, in the order in which DeepSpeed holds them."""
+    """Return the names of the trained weights by parameter group, in DeepSpeed's order."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
-    held = next(
-        (key for key in ("bf16_groups", "bit16_groups", "fp16_groups") if hasattr(optimizer, key)),
-        None,
-    )
-    groups = (
-        getattr(optimizer, held) if held else [group["params"] for group in optimizer.param_groups]
-    )
-    return [[names[parameter] for parameter in group] for group in groups]
+    for attribute in BIT16_GROUPS:
+        if hasattr(optimizer, attribute):
+            groups = getattr(optimizer, attribute)
+            break
+    else:
+        groups = [group["params"] for group in optimizer.param_groups]
+    result = []
+    for group in groups:
+        result.append([names[parameter] for parameter in group])
+    return result
 
 
 def full_shape(parameter: nn.Parameter) -> list[int]:
-    """The shape of a parameter that ZeRO-3 may hold in parts."""
+    """Return the shape of a whole parameter, which ZeRO-3 may have partitioned."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _whole(optimizer: Any, names: dict[Any, str]) -> Iterator[tuple[Tensor, list[Segment]]]:
+def _whole_weights(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[Partition]:
+    """Yield the partitions of stage 0."""
     if hasattr(optimizer, "fp32_groups"):
-        groups = zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
-    else:  # in float32 the weights are the masters
-        groups = zip(*2 * [[group["params"] for group in optimizer.param_groups]], strict=True)
-    for masters, parameters in groups:
-        for master, parameter in zip(masters, parameters, strict=True):
+        masters = optimizer.fp32_groups
+        groups = optimizer.fp16_groups
+    else:  # in float32 the weights are the master weights
+        groups = [group["params"] for group in optimizer.param_groups]
+        masters = groups
+    for group_masters, parameters in zip(masters, groups, strict=True):
+        for master, parameter in zip(group_masters, parameters, strict=True):
             yield master, [Segment(names[parameter], 0, 0, master.numel())]
 
 
-def _flat(optimizer: Any, names: dict[Any, str]) -> Iterator[tuple[Tensor, list[Segment]]]:
+def _group_vectors(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[Partition]:
+    """Yield the partitions of stages 1 and 2."""
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer
-        vectors, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        vectors = optimizer.fp32_groups_flat_partition
+        groups = optimizer.bf16_groups
     else:
-        vectors, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        vectors = optimizer.single_partition_of_fp32_groups
+        groups = optimizer.bit16_groups
     for vector, parameters in zip(vectors, groups, strict=True):
-        held = [(names[p], p._hp_mapping) for p in parameters if p._hp_mapping is not None]
-        yield (
-            vector,
-            [
-                Segment(
-                    name,
-                    m.lp_fragment_address.start,
-                    m.hp_fragment_address.start,
-                    m.hp_fragment_address.numel,
-                )
-                for name, m in held
-            ],
-        )
+        segments = []
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:  # this rank has a part of the weight
+                start = mapping.lp_fragment_address.start
+                address = mapping.hp_fragment_address
+                segments.append(Segment(names[parameter], start, address.start, address.numel))
+        yield vector, segments
 
 
-def _sub_groups(optimizer: Any, names: dict[Any, str]) -> Iterator[tuple[Tensor, list[Segment]]]:
-    for vector, parameters in zip(
-        optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
-    ):
-        segments, offset = [], 0
+def _sub_group_vectors(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[Partition]:
+    """Yield the partitions of stage 3."""
+    vectors = optimizer.fp32_partitioned_groups_flat
+    for vector, parameters in zip(vectors, optimizer.fp16_groups, strict=True):
+        segments = []
+        offset = 0
         for parameter in parameters:
             part = parameter.partition_numel()
             start = part * distributed.rank()
-            if (numel := min(part, parameter.ds_numel - start)) > 0:
+            numel = min(part, parameter.ds_numel - start)
+            if numel > 0:
                 segments.append(Segment(names[parameter], start, offset, numel))
             offset += part
         yield vector, segments
@@ -95,30 +123,27 @@ def _sub_groups(optimizer: Any, names: dict[Any, str]) -> Iterator[tuple[Tensor,
 
 @torch.no_grad()
 def load_from_other_ranks(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, manifest: dict[str, Any]
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, manifest: Manifest
 ) -> None:
-    """Fill this rank's partitions of weights and optimizer from the files of another number of ranks; each reads what it keeps."""
-    files, optimizer = ZeroFiles(checkpoint, manifest), engine.optimizer
-    staged = engine.zero_optimization_stage() == 3
-    if staged:
+    """Load weights and optimizer from a checkpoint of another number of ranks.
+
+    Each rank reads only its own partition.
+    """
+    files = ZeroFiles(checkpoint, manifest)
+    optimizer = engine.optimizer
+    is_stage_3 = engine.zero_optimization_stage() == 3
+    if is_stage_3:
         optimizer.checkpoint_event_prologue()
     for number, (vector, segments) in enumerate(partitions(engine)):
         state = optimizer.optimizer.state[vector]
-        state.update(
-            {key: _like(value, state.get(key)) for key, value in files.shared_state(number).items()}
-        )
-        for key in (MASTERS, *files.state_keys()):
-            target = (
-                vector.data if key == MASTERS else state.setdefault(key, torch.zeros_like(vector))
-            )
-            fill(target, segments, files, key)
-    if staged:
-        for working, vector in zip(
-            optimizer.fp16_partitioned_groups_flat,
-            optimizer.fp32_partitioned_groups_flat,
-            strict=True,
-        ):
-            working.copy_(vector)
+        for key, value in files.shared_state(number).items():
+            state[key] = _to_device_of(state.get(key), value)
+        fill(vector.data, segments, files, MASTERS)
+        for key in files.state_keys():
+            values = state.setdefault(key, torch.zeros_like(vector))
+            fill(values, segments, files, key)
+    if is_stage_3:
+        _copy_to_working_weights(optimizer)
         optimizer.checkpoint_event_epilogue()
     else:
         for name, parameter in engine.module.named_parameters():
@@ -130,13 +155,29 @@ def load_from_other_ranks(
         optimizer.loss_scaler = files.optimizers[0]["loss_scaler"]
 
 
+def _copy_to_working_weights(optimizer: ZeroOptimizer) -> None:
+    """Copy the master weights of stage 3 to the working weights."""
+    working = optimizer.fp16_partitioned_groups_flat
+    masters = optimizer.fp32_partitioned_groups_flat
+    for weights, vector in zip(working, masters, strict=True):
+        weights.copy_(vector)
+
+
 def fill(vector: Tensor, segments: list[Segment], files: ZeroFiles, key: str) -> None:
+    """Fill a flat vector from a checkpoint.
+
+    Args:
+        vector: (n,), this rank's part of the weights or of their optimizer state.
+        segments: the weights in the vector.
+        files: files of the checkpoint.
+        key: MASTERS, AVERAGE or one of `files.state_keys()`.
+    """
     for name, start, offset, numel in segments:
         vector[offset : offset + numel].copy_(files.read_range(name, start, numel, key))
 
 
-def _like(value: Any, there: Any) -> Any:
-    """On the device of what is there."""
-    return (
-        value.to(there.device) if isinstance(value, Tensor) and isinstance(there, Tensor) else value
-    )
+def _to_device_of(current: object, value: Any) -> Any:
+    """Return a value, moved to the device of the current one if both are tensors."""
+    if isinstance(value, Tensor) and isinstance(current, Tensor):
+        return value.to(current.device)
+    return value

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what it must have in common with it."""
+"""Choosing the checkpoint that a run resumes from, checking that it matches, and loading it."""
 
 import dataclasses
 import functools
@@ -6,11 +6,12 @@ import hashlib
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
+import deepspeed
 from filelock import Timeout
 
 from asrllm import distributed
+from asrllm.data.corpora import Corpus
 from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import verify_weights
 from asrllm.locks import FileLock
@@ -18,6 +19,8 @@ from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.init_from import PROJECTOR_FIELDS, copy_into
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
+    Manifest,
+    Settings,
     check_same_model,
     check_same_parameters,
     complete_checkpoints,
@@ -27,7 +30,7 @@ from asrllm.training.checkpoint.manifest import (
 from asrllm.training.checkpoint.partitions import load_from_other_ranks, parameter_names
 from asrllm.training.checkpoint.saver import (
     INHERITED,
-    explain_damage,
+    explain_corruption,
     load_checkpoint,
     read_inherited,
     trained_parameters,
@@ -38,38 +41,47 @@ from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.running_average import RunningAverage
 
 logger = logging.getLogger(__name__)
-SECONDS_TO_DIE = 20  # reading processes outlive a killed run by some seconds
+LOCK_TIMEOUT = 20  # seconds; the data workers outlive a killed run by some seconds
+MODEL_FIELDS = ("lora", "audio_encoder_lora", *PROJECTOR_FIELDS, "prompts")
 
 
 def lock_exp_dir(exp_dir: Path) -> FileLock:
-    """Two runs in one exp_dir would write over each other's checkpoints: the first rank holds a lock as long as it lives."""
+    """Lock exp_dir, so that no other run overwrites its checkpoints.
+
+    The first rank holds the lock until it ends.
+
+    Raises:
+        UserError: exp_dir is not a directory, or another run uses it.
+    """
     if exp_dir.exists() and not exp_dir.is_dir():
-        raise UserError(f"exp_dir={str(exp_dir)!r} is a file: give a directory")
+        raise UserError(f"exp_dir={str(exp_dir)!r} is not a directory. Give a directory.")
     lock = FileLock(exp_dir / ".training.lock")
     if distributed.rank() == 0:
         exp_dir.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=SECONDS_TO_DIE)
+            lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout as error:
             raise UserError(
-                f"another process is training in exp_dir={str(exp_dir)!r}: wait for it, end it, or choose another exp_dir"
+                f"another process is training in exp_dir={str(exp_dir)!r}. "
+                "Wait for it, stop it, or choose another exp_dir."
             ) from error
     return lock
 
 
 def resume_fingerprint(
     config: TrainRun, processor: AsrLlmProcessor, data: TrainingData
-) -> dict[str, Any]:
-    """What a resumed run must have in common with its checkpoint: the model, the order of the data, the arithmetic. Plain JSON values."""
+) -> Settings:
+    """Return what a resumed run must have in common with its checkpoint.
+
+    These are the model, the order of the data and the arithmetic, as plain JSON values.
+    """
     description = processor.config
-    model = ("lora", "audio_encoder_lora", *PROJECTOR_FIELDS, "prompts")
+    vocabulary = repr(sorted(processor.tokenizer.get_vocab().items()))
     return {
         "audio_token_id": description.audio_token_id,
-        "vocabulary": hashlib.sha256(
-            repr(sorted(processor.tokenizer.get_vocab().items())).encode()
-        ).hexdigest()[:16],
+        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         "chat_template": processor.tokenizer.chat_template,
-        **{key: getattr(description, key) for key in model},
+        **{key: getattr(description, key) for key in MODEL_FIELDS},
         "seed": config.seed,
         "precision": config.trainer.precision,
         "trainer.optimizer.name": config.trainer.optimizer.name,
@@ -83,35 +95,54 @@ def resume_fingerprint(
         "the prompts' weights, languages and tasks": [
             dataclasses.asdict(prompt) for prompt in data.prompts
         ],
-        "training data": [
-            [
-                c.name,
-                c.kept,
-                c.hours,
-                c.weight,
-                c.lang,
-                c.index.about["rows_sha256"],
-                [dataclasses.asdict(p) for p in c.prompts],
-            ]
-            for c in data.corpora
-        ],
+        "training data": [_corpus_fingerprint(corpus) for corpus in data.corpora],
     }
 
 
-def find_resume(
-    config: TrainRun, processor: AsrLlmProcessor, settings: dict[str, Any]
-) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from and its manifest; None to start anew.
+def _corpus_fingerprint(corpus: Corpus) -> list[object]:
+    """Return what determines the order of a corpus's utterances in training."""
+    return [
+        corpus.name,
+        corpus.kept,
+        corpus.hours,
+        corpus.weight,
+        corpus.lang,
+        corpus.index.about["rows_sha256"],
+        [dataclasses.asdict(prompt) for prompt in corpus.prompts],
+    ]
 
-    On another number of ranks gradient_accumulation_steps may change too, so that the batch can stay as large as it was.
+
+def find_resume(
+    config: TrainRun, processor: AsrLlmProcessor, settings: Settings
+) -> tuple[Path | None, Manifest]:
+    """Choose the checkpoint that a run resumes from.
+
+    On another number of ranks gradient_accumulation_steps may change too, so that the batch can
+    stay as large as it was.
+
+    Args:
+        config: configuration of the run.
+        processor: processor of the run's model.
+        settings: settings that the run and its checkpoint must have in common.
+
+    Returns:
+        The checkpoint and its manifest; (None, {}) for a new run. The manifest is empty if it is
+        corrupted and trainer.resume=auto: then `find_intact` looks for an earlier checkpoint.
+
+    Raises:
+        UserError: the checkpoint does not match the run or trainer.resume.
     """
-    exp_dir, resume = Path(config.exp_dir or ""), config.trainer.resume
-    newest = max(complete_checkpoints(exp_dir), key=_age, default=None)
+    exp_dir = Path(config.exp_dir or "")
+    resume = config.trainer.resume
+    newest = max(complete_checkpoints(exp_dir), key=_step_or_infinity, default=None)
     if resume == "never" and newest is not None:
         raise UserError(
-            f"trainer.resume=never, but exp_dir={str(exp_dir)!r} holds {newest.name}: choose another exp_dir, or remove it"
+            f"trainer.resume=never, but exp_dir={str(exp_dir)!r} has {newest.name}. "
+            "Choose another exp_dir, or remove the checkpoint."
         )
-    checkpoint = newest if resume in ("auto", "never") else named_checkpoint(Path(resume), newest)
+    checkpoint = newest
+    if resume not in ("auto", "never"):
+        checkpoint = named_checkpoint(Path(resume), newest)
     if checkpoint is None:
         return None, {}
     try:
@@ -119,38 +150,37 @@ def find_resume(
     except CorruptedError:
         if resume != "auto":
             raise
-        return checkpoint, {}  # find_intact looks for the one before it
+        return checkpoint, {}
 
 
-def checked_manifest(
-    checkpoint: Path, processor: AsrLlmProcessor, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the manifest of a checkpoint that this run can resume from. It may have another number of ranks.
+def checked_manifest(checkpoint: Path, processor: AsrLlmProcessor, settings: Settings) -> Manifest:
+    """Return the manifest of a checkpoint that this run can resume from.
+
+    The number of ranks may differ.
 
     Raises:
         CorruptedError: the manifest is corrupted.
-        UserError: the checkpoint is of another model, or was written with other settings.
+        UserError: the checkpoint has another model or was written with other settings.
     """
     if read_manifest(checkpoint)["world_size"] != distributed.world_size():
-        settings = {
-            key: value for key, value in settings.items() if key != "gradient_accumulation_steps"
-        }
+        settings = settings.copy()
+        settings.pop("gradient_accumulation_steps", None)
     return check_same_model(checkpoint, processor.config, settings)
 
 
 def find_intact(
-    config: TrainRun, processor: AsrLlmProcessor, settings: dict[str, Any], checkpoint: Path | None
-) -> tuple[Path | None, dict[str, Any]]:
-    """Verify all bytes of the checkpoint to resume from. All ranks call this, and each reads a part.
+    config: TrainRun, processor: AsrLlmProcessor, settings: Settings, checkpoint: Path | None
+) -> tuple[Path | None, Manifest]:
+    """Verify all bytes of the checkpoint to resume from.
 
-    With trainer.resume=auto a corrupted checkpoint is renamed to corrupted-NAME, and the one before
-    it is returned.
+    All ranks must call this, and each reads a part. With trainer.resume=auto a corrupted checkpoint
+    is renamed to corrupted-NAME, and the one before it is returned.
 
     Args:
-        config: the run's configuration.
-        processor: of the run's model.
-        settings: what the run must have in common with its checkpoint.
-        checkpoint: what `find_resume` found.
+        config: configuration of the run.
+        processor: processor of the run's model.
+        settings: settings that the run and its checkpoint must have in common.
+        checkpoint: checkpoint that `find_resume` returned.
 
     Returns:
         The checkpoint and its manifest.
@@ -162,7 +192,8 @@ def find_intact(
         return None, {}
     candidates = [checkpoint]
     if config.trainer.resume == "auto":
-        candidates = sorted(complete_checkpoints(checkpoint.parent), key=_age, reverse=True)
+        checkpoints = complete_checkpoints(checkpoint.parent)
+        candidates = sorted(checkpoints, key=_step_or_infinity, reverse=True)
     problems: dict[Path, str] = {}
     for candidate in candidates:
         problem = corruption(candidate)
@@ -170,120 +201,166 @@ def find_intact(
             distributed.first_rank_does(functools.partial(set_aside, problems, candidate))
             return candidate, checked_manifest(candidate, processor, settings)
         problems[candidate] = problem
-    problem = problems[candidates[0]]
-    left = (
-        "no intact checkpoint is left"
-        if config.trainer.resume == "auto"
-        else "it was named in trainer.resume"
-    )
+    reason = "It was named in trainer.resume."
+    if config.trainer.resume == "auto":
+        reason = "No intact checkpoint is left."
     raise UserError(
-        f"{problem}: {left}. Restore its files, or choose another checkpoint or exp_dir."
+        f"{problems[candidates[0]]} {reason} "
+        "Restore its files, or choose another checkpoint or exp_dir."
     )
 
 
-def _age(checkpoint: Path) -> float:
+def _step_or_infinity(checkpoint: Path) -> float:
+    """Return the step of a checkpoint, or infinity if its manifest is corrupted.
+
+    The name of an epoch's checkpoint does not hold its step, so such a checkpoint is tried first.
+    """
     try:
         return step_of(checkpoint)
-    except CorruptedError:  # of an epoch, whose name does not hold the step: look at it first
+    except CorruptedError:
         return math.inf
 
 
 def corruption(checkpoint: Path) -> str | None:
-    """Return why a checkpoint is corrupted, the same on all ranks; None if it is intact.
+    """Return how a checkpoint is corrupted, the same on all ranks, or None if it is intact.
 
     Raises:
         UserError: a file cannot be read for another reason, such as its permissions.
     """
-    problem, failure = None, None
+    problem = None
+    failure = None
     try:
-        manifest = read_manifest(checkpoint)
-        check_files(checkpoint, manifest)
-        names = sorted(manifest["files"])
-        for name in names[distributed.rank() :: distributed.world_size()]:
-            verify_weights(checkpoint / name)
-        if distributed.rank() == 0 and manifest.get("inherited"):
-            read_inherited(checkpoint, manifest)
-            verify_weights(checkpoint.parent / INHERITED)
+        _verify_files(checkpoint)
     except CorruptedError as error:
         problem = str(error)
     except (UserError, OSError) as error:
         failure = str(error)
-    everywhere = distributed.gather_objects((problem, failure))
-    for _, failed in everywhere:
+    results = distributed.gather_objects((problem, failure))
+    for _, failed in results:
         if failed:
             raise UserError(failed)
-    return next((found for found, _ in everywhere if found), None)
+    for found, _ in results:
+        if found:
+            return found
+    return None
+
+
+def _verify_files(checkpoint: Path) -> None:
+    """Verify this rank's part of a checkpoint's files."""
+    manifest = read_manifest(checkpoint)
+    check_files(checkpoint, manifest)
+    names = sorted(manifest["files"])
+    for name in names[distributed.rank() :: distributed.world_size()]:
+        verify_weights(checkpoint / name)
+    if distributed.rank() == 0 and manifest.get("inherited"):
+        read_inherited(checkpoint, manifest)
+        verify_weights(checkpoint.parent / INHERITED)
 
 
 def set_aside(problems: dict[Path, str], intact: Path) -> None:
-    """Rename corrupted checkpoints, so that they neither count nor are lost, and say so."""
+    """Rename corrupted checkpoints, so that they are neither used nor lost, and log it.
+
+    Args:
+        problems: how each checkpoint is corrupted.
+        intact: checkpoint from which training resumes.
+    """
     for path, problem in problems.items():
-        place = path.with_name(f"corrupted-{path.name}")
-        times = 1
-        while place.exists():
-            times += 1
-            place = path.with_name(f"corrupted-{path.name}-{times}")
-        path.rename(place)
+        target = path.with_name(f"corrupted-{path.name}")
+        count = 1
+        while target.exists():
+            count += 1
+            target = path.with_name(f"corrupted-{path.name}-{count}")
+        path.rename(target)
         logger.warning(
             "%s is renamed to %s, and training resumes from %s: %s",
             path.name,
-            place.name,
+            target.name,
             intact.name,
             problem,
         )
 
 
 def named_checkpoint(path: Path, newest: Path | None) -> Path:
-    """A checkpoint given by name, which what exp_dir holds must not be ahead of: the next run would go on from there again."""
+    """Return the checkpoint named in trainer.resume.
+
+    Args:
+        path: path of the checkpoint.
+        newest: newest checkpoint in exp_dir. It must not be at a later step, because the next run
+            would resume from it.
+
+    Raises:
+        UserError: the checkpoint is not complete, or exp_dir has a later one.
+    """
     path = path.resolve()
     if not (path / MANIFEST).is_file():
         raise UserError(
-            f"trainer.resume={str(path)!r} is no complete checkpoint: give auto, never, or such as exp/NAME/checkpoint-1000"
+            f"trainer.resume={str(path)!r} is not a complete checkpoint. "
+            "Use auto, never, or the path of one, for example exp/NAME/checkpoint-1000."
         )
-    if (
-        newest is not None
-        and newest.resolve() != path
-        and read_manifest(newest)["step"] >= read_manifest(path)["step"]
-    ):
+    if newest is None or newest.resolve() == path:
+        return path
+    if read_manifest(newest)["step"] >= read_manifest(path)["step"]:
         raise UserError(
-            f"trainer.resume={str(path)!r}, but {str(newest)!r} is not before it: remove what is later, or choose another exp_dir"
+            f"trainer.resume={str(path)!r} is not after {str(newest)!r}. "
+            "Remove the later checkpoints, or choose another exp_dir."
         )
     return path
 
 
 def restore(
-    engine: Any, config: TrainerConfig, checkpoint: Path | None, manifest: dict[str, Any]
+    engine: deepspeed.DeepSpeedEngine,
+    config: TrainerConfig,
+    checkpoint: Path | None,
+    manifest: Manifest,
 ) -> RunningAverage | None:
-    """Weights, optimizer and running average of the checkpoint, written by as many ranks as there are now or by others.
+    """Load weights, optimizer and running average from a checkpoint of any number of ranks.
 
-    Gives the running average, where one is kept. Raises UserError where the checkpoint has other weights, is damaged, or has no average.
+    Args:
+        engine: DeepSpeed engine.
+        config: `trainer` part of the run's configuration.
+        checkpoint: checkpoint to resume from, or None for a new run.
+        manifest: manifest of the checkpoint.
+
+    Returns:
+        The running average, or None if trainer.use_averaged_model is false.
+
+    Raises:
+        UserError: the checkpoint has other weights, is corrupted or lacks the running average.
     """
-    if checkpoint is None:
-        return (
-            RunningAverage(engine, period=config.average_period)
-            if config.use_averaged_model
-            else None
-        )
+    if checkpoint is not None:
+        _load(engine, config, checkpoint, manifest)
+    if not config.use_averaged_model:
+        return None
+    average = RunningAverage(engine, period=config.average_period)
+    if checkpoint is not None:
+        average.load(checkpoint, manifest)
+    return average
+
+
+def _load(
+    engine: deepspeed.DeepSpeedEngine,
+    config: TrainerConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+) -> None:
+    """Load weights and optimizer from a checkpoint, after checking that it matches the run."""
     check_same_parameters(checkpoint, manifest, trained_parameters(engine.module))
     if manifest["param_groups"] != parameter_names(engine):
         raise UserError(
-            f"{str(checkpoint)!r} was written with other parameter groups: give the same optimizer and DeepSpeed JSON"
+            f"{str(checkpoint)!r} has other parameter groups than this run. "
+            "Use the same optimizer and the same DeepSpeed JSON."
         )
     if config.use_averaged_model and not manifest["running_average"]:
         raise UserError(
-            f"trainer.use_averaged_model=true, but {str(checkpoint)!r} was written without: go on as it was"
+            f"trainer.use_averaged_model=true, but {str(checkpoint)!r} has no running average. "
+            "Set trainer.use_averaged_model=false."
         )
     engine.module.inherited = tuple(manifest["inherited"])
-    same_ranks = manifest["world_size"] == distributed.world_size() or manifest["zero_stage"] == 0
-    with explain_damage(checkpoint):
-        (load_checkpoint if same_ranks else load_from_other_ranks)(engine, checkpoint, manifest)
-    copy_into(
-        engine.module,
-        {name: tensor.load() for name, tensor in read_inherited(checkpoint, manifest).items()},
-    )
-    average = (
-        RunningAverage(engine, period=config.average_period) if config.use_averaged_model else None
-    )
-    if average:
-        average.load(checkpoint, manifest)
-    return average
+    same_ranks = manifest["world_size"] == distributed.world_size()
+    with explain_corruption(checkpoint):
+        if same_ranks or manifest["zero_stage"] == 0:
+            load_checkpoint(engine, checkpoint, manifest)
+        else:
+            load_from_other_ranks(engine, checkpoint, manifest)
+    inherited = read_inherited(checkpoint, manifest)
+    copy_into(engine.module, {name: tensor.load() for name, tensor in inherited.items()})

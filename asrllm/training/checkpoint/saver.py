@@ -1,13 +1,13 @@
-"""Checkpoints of a run: DeepSpeed tags with a manifest, complete or invisible."""
+"""Saving and loading checkpoints: DeepSpeed tags with a manifest, complete or invisible."""
 
 import contextlib
 import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -24,6 +24,9 @@ from asrllm.models.init_from import whole
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
+    Manifest,
+    ParameterInfo,
+    Settings,
     list_checkpoints,
     manifest_text,
     newest_checkpoint,
@@ -32,31 +35,58 @@ from asrllm.training.checkpoint.partitions import full_shape, parameter_names
 from asrllm.training.checkpoint.writer import CheckpointWriter
 from asrllm.training.checkpoint.zero_files import check_files, file_digest, trusted_unpickling
 
-INHERITED = "inherited_weights.pt"  # frozen weights that no base model has; the same for all checkpoints of a run
-STAGING = ".incomplete"  # below exp_dir: what is being written, or removed
+# Frozen weights that no base model has. All checkpoints of a run use the same file.
+INHERITED = "inherited_weights.pt"
+STAGING = ".incomplete"  # below exp_dir: checkpoints that are being written or removed
+
+
+class Pending(NamedTuple):
+    """A checkpoint that is being written: its tags and its manifest."""
+
+    tags: Sequence[str]
+    manifest: Manifest
 
 
 class CheckpointSaver:
-    """Writes checkpoints on all ranks: built aside, renamed when every rank's files are on the disk; `latest` follows.
+    """Writes checkpoints on all ranks. All ranks must call every method.
 
-    With `background` the ranks go on training meanwhile, and `look` publishes what they have written. Every method is a collective. Raises
-    UserError on all ranks where one of them cannot write: what it began is removed, earlier checkpoints stay. keep: step checkpoints to
-    keep; 0: all.
+    The files are written to a staging directory, which is renamed when the files of every rank are
+    on the disk. Then `latest` is updated. In the background training continues meanwhile, and
+    `publish_if_written` publishes the files once they are written.
+
+    If a rank cannot write, all ranks raise UserError, the incomplete files are removed, and earlier
+    checkpoints remain.
     """
 
     def __init__(self, exp_dir: Path, *, background: bool, keep: int) -> None:
-        self.exp_dir, self.staging, self.keep = exp_dir, exp_dir / STAGING, keep
+        """Prepare a saver.
+
+        Args:
+            exp_dir: directory of the run.
+            background: write while training continues.
+            keep: number of step checkpoints to keep, or 0 for all.
+        """
+        self.exp_dir = exp_dir
+        self.staging = exp_dir / STAGING
+        self.keep = keep
         self.writer = CheckpointWriter(background=background)
-        self.pending: tuple[Sequence[str], dict[str, Any]] | None = None
+        self.pending: Pending | None = None
 
     def begin(
         self,
         engine: deepspeed.DeepSpeedEngine,
         tags: Sequence[str],
-        manifest: dict[str, Any],
-        more: dict[str, Any] | None = None,
+        manifest: Manifest,
+        more: Mapping[str, object] | None = None,
     ) -> None:
-        """Copy all that the checkpoint holds, under one or several names. more: further files of this rank's."""
+        """Copy the content of a checkpoint and start to write it.
+
+        Args:
+            engine: DeepSpeed engine.
+            tags: one or several names of the checkpoint.
+            manifest: manifest without the digests of the files.
+            more: contents of further files of this rank, by file name.
+        """
         self.finish()
         self._on_first_rank(self._clear, tags)
         with _written_by(engine, self.writer):
@@ -65,13 +95,13 @@ class CheckpointSaver:
             )
         for name, state in (more or {}).items():
             self.writer.save(state, str(self.staging / tags[0] / name))
-        self.pending = (tags, manifest)
+        self.pending = Pending(tags, manifest)
         self.writer.start()
         if not self.writer.background:
             self.finish()
 
-    def look(self, device: torch.device) -> None:
-        """Publish what is being written if all ranks are done with it."""
+    def publish_if_written(self, device: torch.device) -> None:
+        """Publish the pending checkpoint if all ranks have written it."""
         if self.pending is None:
             return
         busy = torch.tensor(float(self.writer.writing), device=device)
@@ -79,58 +109,62 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what is being written, and publish it."""
+        """Wait for the pending checkpoint and publish it."""
         if self.pending is None:
             return
         self.writer.wait()
-        (tags, manifest), self.pending = self.pending, None
-        self._agree(self.writer.error, tags)
+        tags, manifest = self.pending
+        self.pending = None
+        self._raise_on_all(self.writer.error, tags)
         self._on_first_rank(lambda: self._publish(tags, manifest), tags)
 
     def _clear(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
 
-    def _publish(self, tags: Sequence[str], manifest: dict[str, Any]) -> None:
+    def _publish(self, tags: Sequence[str], manifest: Manifest) -> None:
+        """Complete the manifest, rename the directories and update `latest`."""
         first = self.staging / tags[0]
-        files = {path.name: file_digest(path) for path in sorted(first.glob("*.pt"))}
-        inherited = {}
+        more: Manifest = {
+            "files": {path.name: file_digest(path) for path in sorted(first.glob("*.pt"))}
+        }
         if manifest["inherited"]:
-            inherited["inherited_file"] = file_digest(self.exp_dir / INHERITED)
-        write_whole(first / MANIFEST, manifest_text(manifest | {"files": files} | inherited))
+            more["inherited_file"] = file_digest(self.exp_dir / INHERITED)
+        write_whole(first / MANIFEST, manifest_text(manifest | more))
         for tag in tags[1:]:
             _link_files(first, self.staging / tag)
         for tag in tags:
+            target = self.exp_dir / tag
             sync(self.staging / tag)
-            if (self.exp_dir / tag).exists():  # what is there is no complete checkpoint
-                (self.exp_dir / tag).rename(self.staging / f"replaced-{tag}")
-            (self.staging / tag).rename(self.exp_dir / tag)
+            if target.exists():  # it is not a complete checkpoint
+                target.rename(self.staging / f"replaced-{tag}")
+            (self.staging / tag).rename(target)
         shutil.copyfile(zero_to_fp32.__file__, self.staging / "zero_to_fp32.py")
         (self.staging / "zero_to_fp32.py").replace(self.exp_dir / "zero_to_fp32.py")
         write_whole(self.exp_dir / "latest", tags[-1])
         sync(self.exp_dir)
-        for path in (
-            list(list_checkpoints(self.exp_dir).values())[: -self.keep] if self.keep else []
-        ):
-            path.rename(
-                self.staging / path.name
-            )  # from here on it is no checkpoint any more, whatever happens to the rest
+        if self.keep:
+            for path in list(list_checkpoints(self.exp_dir).values())[: -self.keep]:
+                # from here on it does not count as a checkpoint, even if it is not removed
+                path.rename(self.staging / path.name)
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _on_first_rank(self, action: Callable[[], None], tags: Sequence[str]) -> None:
+        """Run an action on the first rank. If it fails, raise UserError on all ranks."""
         error = None
         if distributed.rank() == 0:
             try:
                 action()
             except OSError as failure:
                 error = str(failure)
-        self._agree(error, tags)
+        self._raise_on_all(error, tags)
 
-    def _agree(self, mine: str | None, tags: Sequence[str]) -> None:
-        """All ranks know of a failure of one."""
-        errors = {
-            rank: error for rank, error in enumerate(distributed.gather_objects(mine)) if error
-        }
+    def _raise_on_all(self, own_error: str | None, tags: Sequence[str]) -> None:
+        """Raise UserError on all ranks if one of them has an error."""
+        errors = {}
+        for rank, error in enumerate(distributed.gather_objects(own_error)):
+            if error:
+                errors[rank] = error
         if not errors:
             return
         if distributed.rank() == 0:
@@ -138,34 +172,37 @@ class CheckpointSaver:
         rank, error = min(errors.items())
         free = shutil.disk_usage(self.exp_dir).free / 1e6
         last = newest_checkpoint(self.exp_dir)
+        resumed = f"resumes from {last.name}" if last else "starts again"
         raise UserError(
-            f"rank {rank} could not write {tags[-1]} to exp_dir={str(self.exp_dir)!r} ({error}; {free:.0f} MB are free there): make room; "
-            f"the same command goes on from {last.name if last else 'the beginning'}"
+            f"rank {rank} could not write {tags[-1]} to exp_dir={str(self.exp_dir)!r} "
+            f"({error}; {free:.0f} MB are free there). "
+            f"Free some space. Then the same command {resumed}."
         )
 
 
 @contextlib.contextmanager
 def _written_by(engine: deepspeed.DeepSpeedEngine, writer: CheckpointWriter) -> Iterator[None]:
-    """DeepSpeed's own writing would fail on one rank, and leave the others waiting.
+    """Let a writer save what DeepSpeed saves in the block.
 
-    What shares its weights is not noted: from such a note zero_to_fp32.py makes a second tensor of a tied head, which is no key of the
-    model and which safetensors refuses.
+    If DeepSpeed's own writing failed on one rank, the others would wait for it.
+
+    Shared parameters are not recorded: from such a record zero_to_fp32.py makes a second tensor of
+    a tied head, which is not a key of the model and which safetensors rejects.
     """
-    before = engine.checkpoint_engine
-    engine.checkpoint_engine, engine._copy_recovery_script, engine._get_shared_params = (
-        writer,
-        lambda _: None,
-        dict,
-    )
+    engine_before = engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda save_path: None
+    engine._get_shared_params = dict
     try:
         yield
     finally:
-        engine.checkpoint_engine = before
-        del engine._copy_recovery_script, engine._get_shared_params
+        engine.checkpoint_engine = engine_before
+        del engine._copy_recovery_script
+        del engine._get_shared_params
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """The same files under another directory's name; copied where the file system has no links."""
+    """Link the files of a directory into a new one, or copy them if links are not supported."""
     target.mkdir()
     for file in source.iterdir():
         try:
@@ -177,15 +214,22 @@ def _link_files(source: Path, target: Path) -> None:
 
 def make_manifest(
     engine: deepspeed.DeepSpeedEngine,
-    settings: dict[str, Any],
+    settings: Settings,
     *,
     step: int,
     position: Position,
     averaged: bool,
-) -> dict[str, Any]:
-    """What the checkpoint holds and what it belongs to. settings: what a run that goes on from it must have in common."""
+) -> Manifest:
+    """Return the manifest of a checkpoint without the digests of its files.
+
+    Args:
+        engine: DeepSpeed engine.
+        settings: settings that a resumed run must have in common with the checkpoint.
+        step: optimizer steps done.
+        position: position in the data from which a resumed run continues.
+        averaged: whether the checkpoint has a running average.
+    """
     description: AsrLlmConfig = engine.module.config
-    trainable = trained_parameters(engine.module)
     return {
         "format": 2,
         "asrllm": asrllm.__version__,
@@ -193,7 +237,7 @@ def make_manifest(
         "position": position.as_dict(),
         "zero_stage": engine.zero_optimization_stage(),
         "world_size": distributed.world_size(),
-        "trainable": trainable,
+        "trainable": trained_parameters(engine.module),
         "param_groups": parameter_names(engine),
         "running_average": averaged,
         "inherited": list(engine.module.inherited),
@@ -203,20 +247,30 @@ def make_manifest(
     }
 
 
-def trained_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Shape and dtype by name."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        name: {"shape": full_shape(p), "dtype": str(p.dtype).removeprefix("torch.")}
-        for name, p in trained.items()
-    }
+def trained_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
+    """Return the shapes and dtypes of the trained parameters by name."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            trained[name] = {"shape": full_shape(parameter), "dtype": dtype}
+    return trained
 
 
 def write_inherited(model: nn.Module, exp_dir: Path, checkpoint: Path | None = None) -> None:
-    """Write exp_dir/inherited_weights.pt, if there is anything to carry, called on all ranks. checkpoint: that the run goes on from."""
+    """Write exp_dir/inherited_weights.pt if the model has inherited weights.
+
+    All ranks must call this.
+
+    Args:
+        model: model, whose attribute `inherited` names the weights.
+        exp_dir: directory of the run.
+        checkpoint: checkpoint from which the run resumes.
+    """
     if checkpoint is not None and checkpoint.parent.resolve() == exp_dir.resolve():
-        return  # the file is there, and the manifests of exp_dir name its digest
-    parameters, state = dict(model.named_parameters()), {}
+        return  # the file exists, and the manifests in exp_dir have its digest
+    parameters = dict(model.named_parameters())
+    state = {}
     for name in model.inherited:
         with whole(parameters[name]):
             if distributed.rank() == 0:
@@ -226,40 +280,55 @@ def write_inherited(model: nn.Module, exp_dir: Path, checkpoint: Path | None = N
 
 
 def _write_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write a weight file atomically."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         torch.save(state, partial)
-    except RuntimeError as error:  # so torch says that the disk is full
+    except RuntimeError as error:  # torch's error for a full disk
         partial.unlink()
+        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{str(path)!r} was cut short ({' '.join(str(error).split())[:100]}): make room on its disk"
+            f"{str(path)!r} could not be written completely ({reason}). "
+            "Free some space on its disk."
         ) from error
     sync(partial)
     partial.replace(path)
 
 
-def read_inherited(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
-    """The frozen weights that belong to a checkpoint and lie beside it. Raises UserError where they are others than it was written with."""
+def read_inherited(checkpoint: Path, manifest: Manifest) -> dict[str, StoredTensor]:
+    """Return the inherited frozen weights of a checkpoint, from the file in its parent directory.
+
+    Raises:
+        UserError: the file is not the one that the checkpoint was written with.
+    """
     names = manifest.get("inherited", [])
+    if not names:
+        return {}
     path = checkpoint.parent / INHERITED
-    state = read_stored(path) if names else {}
-    if missing := sorted(set(names) - state.keys()):
+    state = read_stored(path)
+    missing = sorted(set(names) - state.keys())
+    if missing:
         raise UserError(
-            f"{str(path)!r} lacks {missing[0]!r}, which its checkpoints need: it is of another run"
+            f"{str(path)!r} does not match its checkpoints, because it lacks {missing[0]!r}. "
+            "Copy the file of the same run."
         )
-    written = manifest.get("inherited_file")  # an older version has not written it
-    if names and written and file_digest(path) != written:
+    digest = manifest.get("inherited_file")  # older versions did not write it
+    if digest and file_digest(path) != digest:
         raise UserError(
-            f"{str(path)!r} is not the file that {checkpoint.name} was written with: a run that went on here from a checkpoint of another "
-            "exp_dir has replaced it, or it was copied from another run; copy the right one again, or remove the checkpoint"
+            f"{str(path)!r} is not the file that {checkpoint.name} was written with. It was copied "
+            "from another run, or replaced by a run that resumed here from another exp_dir. "
+            "Copy the right file again, or remove the checkpoint."
         )
     return {name: state[name] for name in names}
 
 
 def load_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, manifest: dict[str, Any]
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, manifest: Manifest
 ) -> None:
-    """Weights and optimizer, on as many ranks as wrote it; pickles may build nothing but what DeepSpeed's checkpoints hold."""
+    """Load weights and optimizer on as many ranks as wrote them.
+
+    Pickles can only build the objects that DeepSpeed's checkpoints hold.
+    """
     check_files(checkpoint, manifest)
     with trusted_unpickling():
         loaded, _ = engine.load_checkpoint(
@@ -270,7 +339,8 @@ def load_checkpoint(
 
 
 @contextlib.contextmanager
-def explain_damage(checkpoint: Path) -> Iterator[None]:
+def explain_corruption(checkpoint: Path) -> Iterator[None]:
+    """Raise UserError for the errors that a corrupted checkpoint causes in the block."""
     try:
         yield
     except (
@@ -283,7 +353,8 @@ def explain_damage(checkpoint: Path) -> Iterator[None]:
         struct.error,
         pickle.UnpicklingError,
     ) as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"the checkpoint {str(checkpoint)!r} is damaged: remove it to go on from the one before ({said})"
+            f"the checkpoint {str(checkpoint)!r} is corrupted ({reason}). "
+            "Remove it to resume from the one before."
         ) from error

@@ -1,4 +1,7 @@
-"""DeepSpeed's checkpoint files, copied at the step that saves and written beside the steps that follow."""
+"""Writing DeepSpeed's checkpoint files, if wanted in the background.
+
+The tensors are copied at the step that saves, and written while the next steps run.
+"""
 
 import copy
 import os
@@ -16,33 +19,39 @@ from torch import Tensor
 from asrllm.atomic import sync
 
 NICENESS = 10  # of the writing thread, whose work can wait
+State = Any  # nested dicts, lists and tuples of tensors and plain objects
 
 
 class CheckpointWriter(CheckpointEngine):
-    """What DeepSpeed saves is noted by `save`, and written by `start` or, with `background`, by a thread that `start` begins.
+    """Collects what DeepSpeed saves, and writes it when `start` is called.
 
-    The copies are kept from one checkpoint to the next: as much host memory as a rank's files have bytes.
+    In the background a thread writes the files. The copies are reused for the next checkpoint:
+    they take as much host memory as a rank's files have bytes.
+
+    Attributes:
+        background: whether a thread writes the files.
+        error: what went wrong in the last write, or None.
     """
 
     def __init__(self, *, background: bool) -> None:
         self.background = background
-        self.noted: list[tuple[Path, Any]] = []
+        self.pending: list[tuple[Path, State]] = []
         self.copies = Copies()
         self.thread: threading.Thread | None = None
         self.error: str | None = None
 
-    def save(self, state_dict: Any, path: str) -> None:
-        copied = (
-            self.copies.of(state_dict)
-            if self.background
-            else mapped(state_dict, torch.Tensor.detach)
-        )
-        self.noted.append((Path(path), copied))
+    def save(self, state_dict: State, path: str) -> None:
+        """Add a file to write. DeepSpeed calls this."""
+        if self.background:
+            state = self.copies.copy_of(state_dict)
+        else:
+            state = map_tensors(state_dict, torch.Tensor.detach)
+        self.pending.append((Path(path), state))
 
     def start(self) -> None:
-        """Every noted file, whole and on the disk. `error` says what went wrong."""
+        """Write the added files and sync them to the disk. `error` reports a failure."""
         self.error = None
-        self.copies.end()
+        self.copies.finish()
         if self.background:
             self.thread = threading.Thread(target=self._write_all, name="checkpoint", daemon=True)
             self.thread.start()
@@ -51,87 +60,94 @@ class CheckpointWriter(CheckpointEngine):
 
     @property
     def writing(self) -> bool:
+        """Whether the thread is writing."""
         return self.thread is not None and self.thread.is_alive()
 
     def wait(self) -> None:
+        """Wait until the thread has written the files."""
         if self.thread is not None:
             self.thread.join()
 
     def _write_all(self) -> None:
         if self.background:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        for path, state in self.noted:
+        for path, state in self.pending:
             try:
                 torch.save(state, path)
                 sync(path)
             except OSError as error:
                 self.error = str(error)
-            except (
-                RuntimeError
-            ) as error:  # so torch says that the disk is full, and does not say why
-                self.error = f"{path.name} was cut short, {' '.join(str(error).split())[:100]}"
+            except RuntimeError as error:  # torch's error for a full disk, which gives no reason
+                reason = " ".join(str(error).split())[:100]
+                self.error = f"{path.name} was truncated: {reason}"
             if self.error:
                 break
-        self.noted.clear()
+        self.pending.clear()
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """DeepSpeed is about to save."""
+        """Do nothing. DeepSpeed calls this before it saves."""
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        raise NotImplementedError("it writes only")
+    def load(self, path: str, map_location: object = None) -> State:
+        """Raise NotImplementedError: this engine only writes."""
+        raise NotImplementedError("CheckpointWriter only writes")
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Return True. DeepSpeed calls this after it has saved."""
         return True
 
 
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested containers with changed tensors.
+def map_tensors(value: State, change: Callable[[Tensor], Tensor]) -> State:
+    """Return nested containers with changed tensors. Plain objects are copied.
 
     Args:
-        value: dicts, lists and tuples of tensors and plain objects, which are copied.
-        change: makes a plain tensor of a parameter, whose attributes are not to be pickled:
-            under ZeRO-3 they hold DeepSpeed's own objects, which no reader accepts.
+        value: dicts, lists and tuples of tensors and plain objects.
+        change: returns a plain tensor for a parameter. A parameter's attributes must not be
+            pickled: under ZeRO-3 they hold DeepSpeed's own objects, which no reader accepts.
     """
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return type(value)((key, mapped(item, change)) for key, item in value.items())
+        return type(value)((key, map_tensors(item, change)) for key, item in value.items())
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(mapped(item, change) for item in value)
-    return copy.copy(value)  # such as a loss scaler
+        return type(value)(map_tensors(item, change) for item in value)
+    return copy.copy(value)  # for example a loss scaler
 
 
 class Copies:
-    """Copies of tensors in host memory, which are used again for the next checkpoint's."""
+    """Copies of tensors in host memory, which is reused for the next checkpoint."""
 
     def __init__(self) -> None:
-        self.kept: dict[Any, list[Tensor]] = defaultdict(list)
-        self.used: dict[Any, int] = defaultdict(int)
-        self.copied: dict[Any, Tensor] = {}  # tied weights once
+        self.buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        self.used: dict[tuple[torch.Size, torch.dtype], int] = defaultdict(int)
+        self.copied: dict[tuple[object, ...], Tensor] = {}  # so that tied weights are copied once
 
-    def of(self, value: Any) -> Any:
-        """The value with copies in the place of tensors."""
-        return mapped(value, self._copy)
+    def copy_of(self, value: State) -> State:
+        """Return nested containers with copies of their tensors."""
+        return map_tensors(value, self._copy)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if where not in self.copied or not tensor.numel():
-            kind = (tensor.shape, tensor.dtype)
-            if self.used[kind] == len(self.kept[kind]):
-                self.kept[kind].append(
-                    torch.empty(
-                        tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-                    )
-                )
-            copied = self.kept[kind][self.used[kind]]
-            self.used[kind] += 1
-            self.copied[where] = copied.copy_(tensor, non_blocking=True)
+            buffer = self._buffer(tensor)
+            self.copied[where] = buffer.copy_(tensor, non_blocking=True)
         return self.copied[where]
 
-    def end(self) -> None:
-        """The copies are complete, and free for the next checkpoint when these are written."""
-        if any(tensor.is_pinned() for tensors in self.kept.values() for tensor in tensors[:1]):
+    def _buffer(self, tensor: Tensor) -> Tensor:
+        """Return unused memory for a tensor. It is pinned if the tensor is on a CUDA device."""
+        kind = (tensor.shape, tensor.dtype)
+        buffers = self.buffers[kind]
+        if self.used[kind] == len(buffers):
+            pinned = tensor.device.type == "cuda"
+            buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned))
+        buffer = buffers[self.used[kind]]
+        self.used[kind] += 1
+        return buffer
+
+    def finish(self) -> None:
+        """Wait for the copies. Their memory may be reused once they are written."""
+        first_buffers = [buffers[0] for buffers in self.buffers.values() if buffers]
+        if any(buffer.is_pinned() for buffer in first_buffers):
             torch.cuda.synchronize()
         self.used.clear()
         self.copied.clear()

@@ -1,8 +1,12 @@
-"""Where a weight, and what the optimizer keeps of it, lies in DeepSpeed's files.
+"""Reading weights and optimizer state from DeepSpeed's checkpoint files.
 
-The optimizer's float32 masters are read, not the rounded working copies. Where they lie depends on the stage:
-0: whole, in `mp_rank_00_model_states.pt`. 1, 2: one flat vector a parameter group, cut into equal parts over the ranks.
-3: every parameter cut into equal parts over the ranks, the last one padded; a rank's parts lie one after another, in sub-groups.
+The optimizer's float32 master weights are read, not the rounded working copies. Their layout
+depends on the ZeRO stage:
+
+0: whole weights, in `mp_rank_00_model_states.pt`.
+1, 2: one flat vector per parameter group, cut into equal parts over the ranks.
+3: every parameter cut into equal parts over the ranks, the last one padded. The parts of a rank
+   follow each other in sub-groups.
 """
 
 import contextlib
@@ -13,7 +17,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,25 +29,29 @@ from asrllm.integrity import BAD_ARCHIVE
 from asrllm.launchers import switched_on
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.tensor_files import PIECE
+from asrllm.training.checkpoint.manifest import Manifest
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-MASTERS = "fp32"
-SHARED = "shared_"  # begins the names of what an optimizer keeps of a group, whatever its size
-BY_WEIGHT = (
-    "param_slice_mappings",
-    "param_alignment_paddings",
-)  # what says again, an object a weight, where the weights lie
-AVERAGE = "average"  # of the masters, over the training
-MODEL_FILES = {
-    0: "mp_rank_00_model_states.pt",
-    1: "mp_rank_00_model_states.pt",
-    2: "mp_rank_00_model_states.pt",
-}
-MODEL_FILE_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+MASTERS = "fp32"  # key of the master weights
+AVERAGE = "average"  # key of their running average over the training
+SHARED = "shared_"  # prefix of state that an optimizer holds per group, whatever its size
+# These repeat, with one object per weight, where the weights are.
+REDUNDANT_KEYS = ("param_slice_mappings", "param_alignment_paddings")
+MODEL_FILE = "mp_rank_00_model_states.pt"
+MODEL_FILE_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"  # at stage 3
+
+State = dict[str, Any]  # content of a file of DeepSpeed
+Group = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of the weights in a group
 
 
 class Place(NamedTuple):
-    """Where a parameter begins: in its group's flat vector (stages 1, 2), or in a sub-group's on each rank (3); at stage 0 its number."""
+    """Where a parameter starts.
+
+    Attributes:
+        group: parameter group (stages 1, 2), sub-group (stage 3) or number of the weight (stage 0).
+        offset: first element in the group's flat vector; at stage 3, in that of each rank.
+        shape: shape of the parameter.
+    """
 
     group: int
     offset: int
@@ -51,164 +59,213 @@ class Place(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
 class ZeroFiles:
-    """One checkpoint's files: where its tensors lie, which are read when they are wanted; it takes next to no memory.
+    """Tensors in the files of one checkpoint, read only when requested.
 
-    Raises UserError naming a file that is missing or damaged.
+    Attributes:
+        checkpoint: directory of the checkpoint.
+        stage: ZeRO stage.
+        ranks: number of ranks that wrote the checkpoint.
+        model: content of the model file without the weights.
+        optimizers: optimizer state by rank.
+        masters: flat float32 vectors by rank; at stage 0 whole weights.
+        places: where each trained weight is, by name.
     """
 
-    def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        """Open the files.
+
+        Raises:
+            UserError: a file is missing or corrupted. The message names it.
+        """
         check_files(checkpoint, manifest)
         self.checkpoint = checkpoint
-        self.stage, self.ranks = manifest["zero_stage"], manifest["world_size"]
-        self.model = read_zero_file(checkpoint / MODEL_FILES.get(self.stage, MODEL_FILE_3))
+        self.stage: int = manifest["zero_stage"]
+        self.ranks: int = manifest["world_size"]
+        model_file = MODEL_FILE_3 if self.stage == 3 else MODEL_FILE
+        self.model = read_zero_file(checkpoint / model_file)
         working = self.model.pop("module", {})
-        self.optimizers = [self.model["optimizer"]] if self.stage == 0 else self._optimizers()
+        self.optimizers = self._optimizers()
         self.masters = [self._masters_of(saved, working, manifest) for saved in self.optimizers]
         self.averages: list[Sequence[StoredTensor]] = []
         self._check_dtypes(working, manifest)
         self.places = self._places(manifest)
 
-    def _optimizers(self) -> list[dict[str, Any]]:
-        """The optimizer states of all ranks, in their order."""
-        files = {
-            int(match.group(1)): path
-            for path in self.checkpoint.glob("*.pt")
-            if (match := RANK_FILE.fullmatch(path.name))
-        }
+    def _optimizers(self) -> list[State]:
+        """Return the optimizer states of all ranks in order."""
+        if self.stage == 0:
+            return [self.model["optimizer"]]
+        files = {}
+        for path in self.checkpoint.glob("*.pt"):
+            match = RANK_FILE.fullmatch(path.name)
+            if match:
+                files[int(match.group(1))] = path
         if sorted(files) != list(range(self.ranks)):
             raise UserError(
-                f"{self.checkpoint}: optimizer files of ranks {sorted(files)}, but the run had {self.ranks} ranks: it is damaged"
+                f"{str(self.checkpoint)!r} is corrupted: it has optimizer files of the ranks "
+                f"{sorted(files)}, but was written by {self.ranks} ranks. Choose another one."
             )
         states = []
         for rank in range(self.ranks):
             saved = read_zero_file(files[rank])["optimizer_state_dict"]
-            states.append({key: value for key, value in saved.items() if key not in BY_WEIGHT})
+            states.append({key: saved[key] for key in saved if key not in REDUNDANT_KEYS})
         return states
 
     def _masters_of(
-        self, saved: dict[str, Any], working: dict[str, Any], manifest: dict[str, Any]
+        self, saved: State, working: dict[str, StoredTensor], manifest: Manifest
     ) -> Sequence[StoredTensor]:
-        """One rank's flat vectors; at stage 0 whole weights."""
-        if self.stage != 0:
-            return saved[
-                "single_partition_of_fp32_groups" if self.stage in (1, 2) else "fp32_flat_groups"
-            ]
-        if (
-            groups := saved.get("fp32_groups")
-        ) is None:  # trained in float32: the weights are the masters
-            return [working[name] for group in manifest["param_groups"] for name in group]
-        return [tensor for group in groups for tensor in group]
+        """Return the flat master vectors of one rank; at stage 0 whole weights.
 
-    def _check_dtypes(self, working: dict[str, Any], manifest: dict[str, Any]) -> None:
-        for name, about in manifest["trainable"].items():
-            if name in working and str(working[name].dtype) != f"torch.{about['dtype']}":
+        Args:
+            saved: optimizer state of the rank.
+            working: working weights by name.
+            manifest: manifest of the checkpoint.
+        """
+        if self.stage in (1, 2):
+            return saved["single_partition_of_fp32_groups"]
+        if self.stage == 3:
+            return saved["fp32_flat_groups"]
+        groups = saved.get("fp32_groups")
+        if groups is not None:
+            return list(itertools.chain.from_iterable(groups))
+        # trained in float32, so the working weights are the master weights
+        names = itertools.chain.from_iterable(manifest["param_groups"])
+        return [working[name] for name in names]
+
+    def _check_dtypes(self, working: dict[str, StoredTensor], manifest: Manifest) -> None:
+        """Raise UserError for weights whose dtypes are not those that were written."""
+        for name, info in manifest["trainable"].items():
+            if name in working and str(working[name].dtype) != f"torch.{info['dtype']}":
                 raise UserError(
-                    f"{self.checkpoint}: {name!r} is {working[name].dtype}, in its manifest {about['dtype']}: it is damaged"
+                    f"{str(self.checkpoint)!r} is corrupted: {name!r} is {working[name].dtype}, "
+                    f"but its manifest says {info['dtype']}. Choose another one."
                 )
-        if wrong := {vector.dtype for vectors in self.masters for vector in vectors} - {
-            torch.float32
-        }:
-            raise UserError(
-                f"{self.checkpoint}: its master weights are {wrong.pop()} instead of torch.float32: it is damaged"
-            )
+        for vector in itertools.chain.from_iterable(self.masters):
+            if vector.dtype != torch.float32:
+                raise UserError(
+                    f"{str(self.checkpoint)!r} is corrupted: its master weights are "
+                    f"{vector.dtype} instead of torch.float32. Choose another one."
+                )
 
-    def _places(self, manifest: dict[str, Any]) -> dict[str, Place]:
-        shapes = {name: tuple(about["shape"]) for name, about in manifest["trainable"].items()}
+    def _places(self, manifest: Manifest) -> dict[str, Place]:
+        """Return where the trained weights are, and check them against the manifest."""
+        shapes = {name: tuple(info["shape"]) for name, info in manifest["trainable"].items()}
+        groups: list[Group] = []
         if self.stage == 0:
-            groups = tuple(
-                tuple((name, shapes.get(name, ())) for name in group)
-                for group in manifest["param_groups"]
-            )
+            for names in manifest["param_groups"]:
+                groups.append(tuple((name, shapes.get(name, ())) for name in names))
         else:
-            groups = tuple(
-                tuple((name, tuple(shape)) for name, shape in group.items())
-                for group in self.model.pop("param_shapes")
-            )
-        held = dict(itertools.chain.from_iterable(groups))
-        if wrong := sorted(shapes.keys() ^ held.keys()):
-            where = "its files alone" if wrong[0] in held else "its manifest alone"
-            raise UserError(
-                f"{self.checkpoint}: {wrong[0]!r} is in {where}: the checkpoint is damaged"
-            )
-        for name, shape in held.items():
+            for group in self.model.pop("param_shapes"):
+                groups.append(tuple((name, tuple(shape)) for name, shape in group.items()))
+        saved = dict(itertools.chain.from_iterable(groups))
+        self._check_shapes(saved, shapes)
+        vectors = tuple(vector.numel() for vector in self.masters[0])
+        return places(self.stage, self.ranks, tuple(groups), vectors)
+
+    def _check_shapes(
+        self, saved: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Raise UserError if the shapes in the files are not those in the manifest."""
+        problem = f"{str(self.checkpoint)!r} is corrupted"
+        unmatched = sorted(shapes.keys() ^ saved.keys())
+        if unmatched:
+            where = "its files" if unmatched[0] in saved else "its manifest"
+            raise UserError(f"{problem}: {unmatched[0]!r} is only in {where}. Choose another one.")
+        for name, shape in saved.items():
             if shape != shapes[name]:
                 raise UserError(
-                    f"{self.checkpoint}: {name!r} is {list(shape)}, in its manifest {list(shapes[name])}: it is damaged"
+                    f"{problem}: {name!r} has the shape {list(shape)}, "
+                    f"but its manifest says {list(shapes[name])}. Choose another one."
                 )
-        return places(
-            self.stage, self.ranks, groups, tuple(vector.numel() for vector in self.masters[0])
-        )
 
     def keep_weights_alone(self) -> None:
-        """Forget the optimizer's states: of many checkpoints that are open at once they add up."""
-        self.model, self.optimizers = {}, []
+        """Free the optimizer states, which add up if many checkpoints are open at once."""
+        self.model = {}
+        self.optimizers = []
 
     def state_keys(self) -> list[str]:
-        """What the optimizer keeps of each element, such as exp_avg."""
-        size = self.masters[0][0].numel() + (
-            self.optimizers[0]["group_paddings"][0] if self.stage in (1, 2) else 0
-        )
-        return [
-            key
-            for key, value in self._state_of(0, 0).items()
-            if isinstance(value, StoredTensor)
-            and value.ndim
-            and value.numel() == size
-            and not key.startswith(SHARED)
-        ]
+        """Return the names of the optimizer's state per element, for example exp_avg."""
+        size = self.masters[0][0].numel()
+        if self.stage in (1, 2):
+            size += self.optimizers[0]["group_paddings"][0]
+        keys = []
+        for key, value in self._state_of(0, 0).items():
+            if key.startswith(SHARED) or not isinstance(value, StoredTensor):
+                continue
+            if value.ndim and value.numel() == size:
+                keys.append(key)
+        return keys
 
-    def shared_state(self, group: int) -> dict[str, Any]:
-        """What the optimizer keeps of a group as a whole, such as its number of steps."""
-        elementwise, state = self.state_keys(), self._state_of(0, group)
-        return {
-            key: v.load() if isinstance(v, StoredTensor) else v
-            for key, v in state.items()
-            if key not in elementwise
-        }
+    def shared_state(self, group: int) -> State:
+        """Return the optimizer's state per group, for example its number of steps."""
+        elementwise = self.state_keys()
+        shared = {}
+        for key, value in self._state_of(0, group).items():
+            if key not in elementwise:
+                shared[key] = value.load() if isinstance(value, StoredTensor) else value
+        return shared
 
-    def _state_of(self, rank: int, group: int) -> dict[str, Any]:
+    def _state_of(self, rank: int, group: int) -> State:
+        """Return the optimizer's state of one group as one rank saved it."""
         saved = self.optimizers[rank]
         if self.stage in (1, 2):
-            return saved["base_optimizer_state"]["state"].get(group, {})
-        return (
-            saved["optimizer_state_dict"]["state"].get(group, {})
-            if "optimizer_state_dict" in saved
-            else saved["state"].get(group, {})
-        )
+            saved = saved["base_optimizer_state"]
+        elif "optimizer_state_dict" in saved:
+            saved = saved["optimizer_state_dict"]
+        return saved["state"].get(group, {})
 
     def _vector(self, key: str, rank: int, group: int) -> StoredTensor:
-        """A flat vector of one rank's; at stage 0 a whole weight."""
+        """Return a flat vector of one rank; at stage 0 a whole weight."""
         if key == MASTERS:
             return self.masters[rank][group]
-        return self._averages()[rank][group] if key == AVERAGE else self._state_of(rank, group)[key]
+        if key == AVERAGE:
+            return self._averages()[rank][group]
+        return self._state_of(rank, group)[key]
 
     def _averages(self) -> list[Sequence[StoredTensor]]:
+        """Return the flat vectors of the running average by rank."""
         if not self.averages:
-            self.averages = [
-                read_zero_file(self.checkpoint / average_file(rank))[AVERAGE]
-                for rank in range(len(self.masters))
-            ]
+            files = [self.checkpoint / average_file(rank) for rank in range(len(self.masters))]
+            self.averages = [read_zero_file(file)[AVERAGE] for file in files]
         return self.averages
 
     def check(self, key: str = MASTERS) -> None:
-        """Compare what has not been read of the weights with its checksums. Raises UserError naming a file with other bytes."""
-        for vectors in self.masters if key == MASTERS else self._averages():
-            for vector in vectors:
-                vector.storage.check()
+        """Compare the bytes of the weights that were not read yet with their checksums.
+
+        Args:
+            key: MASTERS or AVERAGE.
+
+        Raises:
+            UserError: a file does not hold the bytes that were written. The message names it.
+        """
+        by_rank = self.masters if key == MASTERS else self._averages()
+        for vector in itertools.chain.from_iterable(by_rank):
+            vector.storage.check()
 
     def read(self, name: str, key: str = MASTERS) -> Tensor:
-        """A weight, or what is kept of it, in its shape. Raises UserError where it is of another size."""
+        """Return a weight, or its optimizer state, in the weight's shape.
+
+        Args:
+            name: name of the weight.
+            key: MASTERS, AVERAGE or one of `state_keys`.
+
+        Raises:
+            UserError: the file has another number of values.
+        """
         place = self.places[name]
-        found = self.read_range(name, 0, place.numel, key)
-        self._check_numel(name, found.numel(), place.numel)
-        return found.view(place.shape)
+        values = self.read_range(name, 0, place.numel, key)
+        self._check_numel(name, values.numel(), place.numel)
+        return values.view(place.shape)
 
     def pieces(self, name: str, key: str = MASTERS, size: int = PIECE) -> Iterator[Tensor]:
-        """The same, flat, `size` elements at a time; none is kept while others are read."""
+        """Yield the values of `read`, flattened, in pieces of `size` elements.
+
+        Only one piece is in memory at a time.
+        """
         numel = self.places[name].numel
         for start in range(0, max(numel, 1), size):
             yield self._piece(name, start, min(size, numel - start), key)
@@ -218,133 +275,168 @@ class ZeroFiles:
         self._check_numel(name, start + piece.numel(), start + numel)
         return piece
 
-    def _check_numel(self, name: str, found: int, expected: int) -> None:
-        if found != expected:
+    def _check_numel(self, name: str, numel: int, expected: int) -> None:
+        """Raise UserError if a file does not have the expected number of values."""
+        if numel != expected:
             shape = list(self.places[name].shape)
             raise UserError(
-                f"{self.checkpoint}: {name!r} has {found} values, its manifest says {shape}: it is damaged"
+                f"{str(self.checkpoint)!r} is corrupted: {name!r} has {numel} values, "
+                f"but its manifest says {shape}. Choose another one."
             )
 
     def read_range(self, name: str, start: int, numel: int, key: str = MASTERS) -> Tensor:
-        """(numel,) of a flattened weight from `start` on."""
+        """Return elements of a flattened weight or of its optimizer state.
+
+        Args:
+            name: name of the weight.
+            start: first element.
+            numel: number of elements.
+            key: MASTERS, AVERAGE or one of `state_keys`.
+
+        Returns:
+            (numel,), or fewer elements if the files end before.
+        """
         group, offset, shape = self.places[name]
         if self.stage == 0:
             vector = self._vector(key, 0, group)
             self._check_numel(name, vector.numel(), self.places[name].numel)
             return vector.read(start, numel)
+        parts = []
         if self.stage == 3:
-            stretches = self._stretches(start, numel, stride(3, self.ranks, shape))
-            parts = [
-                self._vector(key, rank, group).read(offset + begin, end - begin)
-                for rank, begin, end in stretches
-            ]
+            part = stride(3, self.ranks, shape)
+            for rank, begin, end in self._stretches(start, numel, part):
+                parts.append(self._vector(key, rank, group).read(offset + begin, end - begin))
         else:
-            part = (
-                self.masters[0][group].numel()
-            )  # saved without its padding, which rank 0 has only where it holds the whole group
-            stretches = self._stretches(offset + start, numel, part)
-            parts = [
-                self._vector(key, rank, group).read(begin, end - begin)
-                for rank, begin, end in stretches
-            ]
+            # saved without the padding, which rank 0 only has if it holds the whole group
+            part = self.masters[0][group].numel()
+            for rank, begin, end in self._stretches(offset + start, numel, part):
+                parts.append(self._vector(key, rank, group).read(begin, end - begin))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _stretches(self, start: int, numel: int, part: int) -> Iterator[tuple[int, int, int]]:
-        """(rank, begin, end) of what each rank has of the stretch, where each has `part` elements of the whole."""
+        """Yield (rank, begin, end): where each rank has elements of a range.
+
+        Args:
+            start: first element of the range in the whole.
+            numel: number of elements of the range.
+            part: elements of the whole that each rank has.
+        """
         for rank in range(start // part, -(-(start + numel) // part)):
             yield rank, max(start - rank * part, 0), min(start + numel - rank * part, part)
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # checkpoints of one run have the same: one copy, however many are averaged
+# Checkpoints of one run have the same layout: one copy suffices, however many are averaged.
+@functools.lru_cache(maxsize=1)
 def places(
-    stage: int,
-    ranks: int,
-    groups: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...],
-    vectors: tuple[int, ...],
+    stage: int, ranks: int, groups: tuple[Group, ...], vectors: tuple[int, ...]
 ) -> dict[str, Place]:
-    """groups: names and shapes by parameter group, in DeepSpeed's order. vectors: elements of one rank's flat vectors."""
+    """Return where every weight is, by name.
+
+    Args:
+        stage: ZeRO stage.
+        ranks: number of ranks.
+        groups: parameter groups in DeepSpeed's order.
+        vectors: number of elements of each flat vector of one rank.
+    """
     found: dict[str, Place] = {}
-    group, offset = 0, 0
-    for number, named in enumerate(groups):
+    group = 0
+    offset = 0
+    for number, weights in enumerate(groups):
         if stage in (1, 2):
-            group, offset = number, 0
-        for name, shape in named:
+            group = number
+            offset = 0
+        for name, shape in weights:
             if stage == 0:
-                group, offset = len(found), 0
+                group = len(found)
+                offset = 0
             elif stage == 3 and offset >= vectors[group]:
-                group, offset = group + 1, 0
+                group = group + 1
+                offset = 0
             found[name] = Place(group, offset, shape)
             offset += stride(stage, ranks, shape)
     return found
 
 
 def stride(stage: int, ranks: int, shape: tuple[int, ...]) -> int:
-    """Elements that a parameter takes in a flat vector."""
+    """Return the number of elements that a parameter takes in a flat vector."""
     numel = torch.Size(shape).numel()
     return -(-numel // ranks) if stage == 3 else numel
 
 
 def average_file(rank: int) -> str:
+    """Return the name of a rank's file of the running average."""
     return f"average_rank_{rank}.pt"
 
 
 def file_digest(path: Path) -> str:
-    """Of what torch.save wrote, by the checksums in its directory: the tensors are not read."""
+    """Return a digest of a file of torch.save.
+
+    It covers the names, sizes and CRC-32 of the records in the archive's directory, so that the
+    tensors need not be read.
+    """
     with zipfile.ZipFile(path) as archive:
         records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
     return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
 
 
-def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError naming a file that is missing, cut short or of another checkpoint."""
+def check_files(checkpoint: Path, manifest: Manifest) -> None:
+    """Check that the files of a checkpoint exist and are those that were written.
+
+    Raises:
+        CorruptedError: a file is missing, truncated or from another checkpoint.
+        UserError: a file cannot be read because of its permissions.
+    """
     for name, digest in manifest["files"].items():
         if Path(name).name != name:
             raise CorruptedError(
-                f"the manifest of {str(checkpoint)!r} names the file {name!r}. Remove the checkpoint."
+                f"the manifest of {str(checkpoint)!r} names the file {name!r}, which is a path. "
+                "Remove the checkpoint."
             )
         file = f"the checkpoint file {str(checkpoint / name)!r}"
+        fix = "Copy it again, or remove the checkpoint."
         try:
-            found = file_digest(checkpoint / name)
+            current = file_digest(checkpoint / name)
         except FileNotFoundError as error:
-            raise CorruptedError(
-                f"{file} is missing: copy it again, or remove the checkpoint"
-            ) from error
+            raise CorruptedError(f"{file} is missing. {fix}") from error
         except PermissionError as error:
             raise UserError(
-                f"{file} may not be read ({error.strerror}): change its permissions"
+                f"{file} cannot be read ({error.strerror}). Change its permissions."
             ) from error
         except (*BAD_ARCHIVE, OSError) as error:
-            raise CorruptedError(
-                f"{file} is cut short or damaged ({error}): copy it again, or remove the checkpoint"
-            ) from error
-        if found != digest:
-            raise CorruptedError(
-                f"{file} is of another checkpoint: copy the right one again, or remove the checkpoint"
-            )
+            raise CorruptedError(f"{file} is truncated or corrupted ({error}). {fix}") from error
+        if current != digest:
+            raise CorruptedError(f"{file} is from another checkpoint. {fix}")
 
 
-def load_file(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> State:
+    """Load a file of a checkpoint with torch.load, memory-mapped and without trusting it.
+
+    Raises:
+        UserError: the file is missing or corrupted.
+    """
     if not path.is_file():
-        raise UserError(f"the checkpoint file {str(path)!r} is missing: the checkpoint is damaged")
+        raise UserError(f"the checkpoint file {str(path)!r} is missing. Copy it again.")
     try:
         with trusted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the checkpoint file {str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}"
+            f"the checkpoint file {str(path)!r} cannot be read ({reason}). Copy it again."
         ) from error
 
 
-def read_zero_file(path: Path) -> dict[str, Any]:
-    """What a file of DeepSpeed's holds; see read_stored."""
-    plain = {(kind.__module__, kind.__qualname__): kind for kind in plain_classes()}
-    return read_stored(path, {**plain, ("__builtin__", "getattr"): stage_named})
+def read_zero_file(path: Path) -> State:
+    """Return the content of a DeepSpeed file with StoredTensors in place of tensors."""
+    allowed: dict[tuple[str, str], Callable[..., object]] = {}
+    for kind in plain_classes():
+        allowed[kind.__module__, kind.__qualname__] = kind
+    allowed["__builtin__", "getattr"] = zero_stage_by_name
+    return read_stored(path, allowed)
 
 
 def plain_classes() -> list[type]:
-    """What DeepSpeed's checkpoints hold beside tensors."""
+    """Return the classes whose objects DeepSpeed's checkpoints hold besides tensors."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -352,18 +444,21 @@ def plain_classes() -> list[type]:
     return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 
 
-def stage_named(kind: Any, name: str) -> Any:
-    """Python 3.11.0 to 3.11.3 pickle an enum as getattr(its class, its name); of getattr nothing else is let through."""
+def zero_stage_by_name(kind: object, name: str) -> object:
+    """Replace getattr while unpickling: return a ZeRO stage by name, and reject all else.
+
+    Python 3.11.0 to 3.11.3 pickle an enum member as getattr(class, name).
+    """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+    if name not in ZeroStageEnum.__members__ or kind is not ZeroStageEnum:
         raise pickle.UnpicklingError(f"the checkpoint asks for {name!r} of {kind!r}")
     return getattr(ZeroStageEnum, name)
 
 
 @contextlib.contextmanager
 def trusted_unpickling() -> Iterator[None]:
-    """torch.load refuses, inside the block, whatever is neither a tensor nor one of DeepSpeed's plain classes."""
-    safe = [*plain_classes(), (stage_named, "builtins.getattr")]
+    """Let torch.load accept nothing but tensors and DeepSpeed's plain classes in the block."""
+    safe = [*plain_classes(), (zero_stage_by_name, "builtins.getattr")]
     with switched_on("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), torch.serialization.safe_globals(safe):
         yield

@@ -1,4 +1,4 @@
-"""Which utterances are decoded, in which batches, and what it does to training: nothing."""
+"""Decoding during training: the utterances, their batches, and no effect on the losses."""
 
 import json
 from types import SimpleNamespace
@@ -10,20 +10,20 @@ from asrllm.audio.reader import Reader
 from asrllm.data.corpora import read_corpora
 from asrllm.data.text import word_errors
 from asrllm.training.callbacks.decoding import (
-    AskedToEnd,
     Decoder,
+    ValidationInterrupted,
     ValidationSample,
     word_error_rate,
 )
 from asrllm.training.callbacks.validation import Validation
-from asrllm.training.subset import SILENCE, TOGETHER, Subset
+from asrllm.training.subset import BATCH_SIZE, PADDING_KEY, DecodingSubset
 from asrllm.training.watchdog import Watchdog
 from tests.conftest import assert_done, run_script
 from tests.test_end_to_end import losses, metrics
 
 
 class Prompts:
-    """In a collator's place."""
+    """Stands in for a collator."""
 
     prompts = (type("Prompt", (), {"text": "first"}),)
 
@@ -37,48 +37,56 @@ def corpus(world):
     return corpus
 
 
-def test_every_rank_has_as_many_batches_and_every_utterance_is_decoded_once(corpus):
+def test_all_ranks_have_equal_batches_and_every_utterance_is_decoded_once(corpus):
     for ranks in (1, 2, 3, 7):
-        subset = Subset(corpus, Reader([corpus]), Prompts(), count=32)
-        of_ranks = [list(subset.batches(rank, ranks)) for rank in range(ranks)]
-        sizes = [[len(batch) for batch in batches] for batches in of_ranks]
-        assert all(each == sizes[0] for each in sizes)
-        assert max(sizes[0]) <= TOGETHER
-        pairs = [pair for batches in of_ranks for batch in batches for pair in batch]
-        keys = [sample.key for sample, _ in pairs if sample.key != SILENCE]
+        subset = DecodingSubset(corpus, Reader([corpus]), Prompts(), count=32)
+        by_rank = [list(subset.batches(rank, ranks)) for rank in range(ranks)]
+        sizes = [list(map(len, batches)) for batches in by_rank]
+        assert all(rank_sizes == sizes[0] for rank_sizes in sizes)
+        assert max(sizes[0]) <= BATCH_SIZE
+        pairs = []
+        for batches in by_rank:
+            for batch in batches:
+                pairs += batch
+        keys = [sample.key for sample, _ in pairs if sample.key != PADDING_KEY]
         assert len(keys) == len(set(keys)) == 32
-        assert all(prompt == (f"prompt of {s.key}" if s.key else "first") for s, prompt in pairs)
+        for sample, prompt in pairs:
+            assert prompt == (f"prompt of {sample.key}" if sample.key else "first")
         lengths = [len(sample.wave) for sample, _ in pairs[: len(keys) // ranks]]
         assert lengths == sorted(lengths, reverse=True)
 
 
-def test_a_set_of_fewer_is_decoded_whole_and_silence_stands_in_for_what_cannot_be_read(
-    corpus, capsys
-):
-    subset = Subset(
-        corpus, Reader([corpus], limits=(int(0.5 * 16000), 1 << 40)), Prompts(), count=1000
-    )
-    samples = [sample for batch in subset.batches(0, 1) for sample, _ in batch]
-    read = [sample for sample in samples if sample.key != SILENCE]
+def test_small_set_is_decoded_whole_and_silence_replaces_unreadable_utterances(corpus, capsys):
+    reader = Reader([corpus], limits=(int(0.5 * 16000), 1 << 40))
+    subset = DecodingSubset(corpus, reader, Prompts(), count=1000)
+    samples = []
+    for batch in subset.batches(0, 1):
+        samples += [sample for sample, _ in batch]
+    read = [sample for sample in samples if sample.key != PADDING_KEY]
     unreadable = capsys.readouterr().err.count("unreadable: utt")
     assert len(samples) == 60
     assert 0 < unreadable == 60 - len(read) < 60
-    assert all(not sample.wave.any() for sample in samples if sample.key == SILENCE)
+    assert not any(sample.wave.any() for sample in samples if sample.key == PADDING_KEY)
 
 
-def test_errors_are_counted_over_all_words():
+def test_word_error_rate_is_over_the_words_of_all_references():
     assert word_errors("a b c", "a x c d") == 2
     texts = [("a b c", "a x c d"), ("a", "a"), ("", "b")]
-    decoded = [
-        ValidationSample(key="k", corpus="c", reference=r, hypothesis=h, errors=word_errors(r, h))
-        for r, h in texts
-    ]
+    decoded = []
+    for reference, hypothesis in texts:
+        errors = word_errors(reference, hypothesis)
+        decoded.append(
+            ValidationSample(
+                key="k", corpus="c", reference=reference, hypothesis=hypothesis, errors=errors
+            )
+        )
     assert word_error_rate(decoded) == pytest.approx(100 * 3 / 4)
     assert word_error_rate([]) is None
 
 
-def test_a_run_that_is_asked_to_end_breaks_decoding_off_and_records_nothing(corpus):
-    modes, written = [], []
+def test_interrupted_validation_stops_and_records_nothing(corpus):
+    modes = []
+    written = []
     engine = SimpleNamespace(
         module=None, eval=lambda: modes.append("eval"), train=lambda: modes.append("train")
     )
@@ -87,41 +95,39 @@ def test_a_run_that_is_asked_to_end_breaks_decoding_off_and_records_nothing(corp
         engine=engine,
         watchdog=Watchdog(),
         device=torch.device("cpu"),
-        agree_to_end=lambda: True,
+        sync_preemption=lambda: True,
     )
-    decoder = Decoder({"set": Subset(corpus, Reader([corpus]), Prompts(), count=2)}, str)
+    subset = DecodingSubset(corpus, Reader([corpus]), Prompts(), count=2)
+    decoder = Decoder({"set": subset}, str)
     metrics = SimpleNamespace(
         write=written.append, write_samples=lambda *_: written.append("samples")
     )
-    with pytest.raises(AskedToEnd):
+    with pytest.raises(ValidationInterrupted):
         decoder.decode(trainer, "set")
-    Validation(
-        {"set": lambda: iter([SimpleNamespace(keys=[])])}, metrics, every=1, decoder=decoder
-    ).run(trainer)
-    assert (modes, written) == (["eval", "train"], [])
+    sets = {"set": lambda: iter([SimpleNamespace(keys=[])])}
+    Validation(sets, metrics, every=1, decoder=decoder).run(trainer)
+    assert modes == ["eval", "train"]
+    assert written == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("ranks", 3)])
-def test_decoding_leaves_the_losses_as_they_are(world, tmp_path, launcher, stage):
-    """Bit for bit; 7 utterances on two ranks: one of them has fewer."""
+def test_decoding_does_not_change_the_losses(world, tmp_path, launcher, stage):
+    """The losses are equal bit for bit. On two ranks one has fewer of the 7 utterances."""
     runs = {}
     for count in (0, 32):
         settings = {
             "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
             "trainer__valid_every": 3,
             "trainer__valid_decode": count,
-        }
-        settings |= {
             "model__llm__lora__lora_dropout": 0.1,
             "trainer__wandb__mode": "offline",
             "trainer__tensorboard": "true",
         }
         runs[count] = tmp_path / str(count)
-        assert_done(
-            run_script("train", *world.overrides(runs[count], **settings), launcher=launcher)
-        )
+        overrides = world.overrides(runs[count], **settings)
+        assert_done(run_script("train", *overrides, launcher=launcher))
     assert losses(runs[32]) == losses(runs[0])
     assert len(losses(runs[0])) == 8
     rates = [
@@ -131,8 +137,8 @@ def test_decoding_leaves_the_losses_as_they_are(world, tmp_path, launcher, stage
     assert [sum(s["step"] == step for s in samples) for step in (3, 6, 8)] == [7, 7, 7]
     last = [s for s in samples if s["step"] == 8]
     assert sorted(s["key"] for s in last) == [f"utt{i:04d}" for i in range(7)]
-    assert rates[-1] == pytest.approx(
-        100 * sum(s["errors"] for s in last) / sum(len(s["reference"].split()) for s in last)
-    )
+    errors = sum(s["errors"] for s in last)
+    words = sum(len(s["reference"].split()) for s in last)
+    assert rates[-1] == pytest.approx(100 * errors / words)
     assert not (runs[0] / "samples.jsonl").exists()
     assert not any("valid/valid/wer" in record for record in metrics(runs[0]))

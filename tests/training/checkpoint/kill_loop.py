@@ -1,8 +1,8 @@
-"""Train and save in two processes, kill both at random moments, and check what is left.
+"""Train and save in two processes, kill both at random moments, and check the checkpoints.
 
     python -m tests.training.checkpoint.kill_loop DIR KILLS SEED
 
-The processes are forked from this one, which has everything imported. Prints what was seen as JSON.
+The processes are forked from this one, which has imported everything. The output is JSON.
 """
 
 import json
@@ -24,11 +24,13 @@ from asrllm.training.checkpoint.zero_files import ZeroFiles
 from tests.conftest import free_port
 from tests.training.small_engine import engine_of, train_step
 
-RANKS, KEEP, WIDTH = 2, 2, 300
+RANKS = 2
+KEEP = 2  # checkpoints
+WIDTH = 300  # of the model's layers
 
 
 def live(exp_dir: Path, rank: int, port: int, ready, until: int) -> None:
-    """One rank's life: go on from the newest checkpoint, save at every step."""
+    """Resume one rank from the newest checkpoint, and save at every step."""
     warnings.simplefilter("ignore")
     os.environ.update(
         RANK=str(rank),
@@ -40,8 +42,10 @@ def live(exp_dir: Path, rank: int, port: int, ready, until: int) -> None:
     from asrllm import distributed
 
     device = distributed.start()
-    engine, step = engine_of(2, "fp32", width=WIDTH), 0
-    if newest := newest_checkpoint(exp_dir):
+    engine = engine_of(2, "fp32", width=WIDTH)
+    step = 0
+    newest = newest_checkpoint(exp_dir)
+    if newest:
         manifest = read_manifest(newest)
         load_checkpoint(engine, newest, manifest)
         step = manifest["step"]
@@ -50,64 +54,77 @@ def live(exp_dir: Path, rank: int, port: int, ready, until: int) -> None:
     while step < until:
         train_step(engine, step)
         step += 1
-        saver.look(device)
-        saver.begin(
-            engine,
-            [f"checkpoint-{step}"],
-            make_manifest(engine, {}, step=step, position=Position(), averaged=False),
-        )
+        saver.publish_if_written(device)
+        manifest = make_manifest(engine, {}, step=step, position=Position(), averaged=False)
+        saver.begin(engine, [f"checkpoint-{step}"], manifest)
     saver.finish()
 
 
 def run_life(exp_dir: Path, seconds: float | None, until: int = 1 << 30) -> bool:
-    """Both ranks, killed so long after they began to train; None: let them end. Whether they ended well or began in time."""
-    fork, port = multiprocessing.get_context("fork"), free_port()
+    """Run both ranks.
+
+    Args:
+        exp_dir: directory of the run.
+        seconds: kill the ranks after this time of training, or None to let them finish.
+        until: number of steps.
+
+    Returns:
+        Whether the ranks started in time and, unless they were killed, finished without an error.
+    """
+    fork = multiprocessing.get_context("fork")
+    port = free_port()
     ready = fork.Event()
     processes = [
         fork.Process(target=live, args=(exp_dir, rank, port, ready, until)) for rank in range(RANKS)
     ]
     for process in processes:
         process.start()
-    began = ready.wait(60)
+    started = ready.wait(60)
     if seconds is not None:
         time.sleep(seconds)  # the moment of the kill is random on purpose
         for process in processes:
             process.kill()
     for process in processes:
         process.join(60)
-    return began and (seconds is not None or all(process.exitcode == 0 for process in processes))
+    if seconds is not None:
+        return started
+    return started and all(process.exitcode == 0 for process in processes)
 
 
 def state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every weight and moment; raises where a file is not whole."""
+    """Return every weight and moment. This raises if a file is not complete."""
     files = ZeroFiles(checkpoint, read_manifest(checkpoint))
-    return {
-        f"{name}/{key}": files.read(name, key).clone()
-        for name in files.places
-        for key in ("fp32", *files.state_keys())
-    }
+    tensors = {}
+    for name in files.places:
+        for key in ("fp32", *files.state_keys()):
+            tensors[f"{name}/{key}"] = files.read(name, key).clone()
+    return tensors
 
 
 def main(folder: Path, kills: int, seed: int) -> dict:
-    rng, exp, newest, lost, leftovers = random.Random(seed), folder / "exp", 0, 0, 0
+    rng = random.Random(seed)
+    exp = folder / "exp"
+    newest = 0
+    lost = 0
+    leftovers = 0
     steps: list[int] = []
     for _ in range(kills):
-        assert run_life(exp, rng.uniform(0, 0.6)), "the ranks did not begin"
+        assert run_life(exp, rng.uniform(0, 0.6)), "the ranks did not start"
         visible = sorted(exp.glob("checkpoint-*"))
         for checkpoint in visible:
             state(checkpoint)
         assert len(visible) <= KEEP + 1, visible
-        at = max((read_manifest(path)["step"] for path in visible), default=0)
-        lost += at < newest
-        newest = at
-        steps.append(at)
+        step = max((read_manifest(path)["step"] for path in visible), default=0)
+        lost += step < newest
+        newest = step
+        steps.append(step)
         leftovers += (exp / ".incomplete").exists()
     shutil.copytree(newest_checkpoint(exp), folder / "last")
     assert run_life(folder / "whole", None, until=newest), "the uninterrupted run failed"
-    expected, found = state(folder / "whole" / f"checkpoint-{newest}"), state(folder / "last")
-    same = expected.keys() == found.keys() and all(
-        torch.equal(found[name], tensor) for name, tensor in expected.items()
-    )
+    expected = state(folder / "whole" / f"checkpoint-{newest}")
+    found = state(folder / "last")
+    same = expected.keys() == found.keys()
+    same = same and all(torch.equal(found[name], expected[name]) for name in expected)
     return {"steps": steps, "lost": lost, "killed_while_writing": leftovers, "same": same}
 
 

@@ -1,6 +1,5 @@
-"""Checkpoints that go on with another number of processes: nothing of weights, moments or averages changes."""
+"""Resuming with another number of processes changes no weight, moment or average."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ KINDS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf
 
 
 def train_and_save(out: str, kinds: list, steps: int) -> None:
-    """In every process: from the beginning."""
+    """Train and save. This runs in every process."""
     from asrllm.training.running_average import RunningAverage
 
     for stage, precision in kinds:
@@ -34,7 +33,10 @@ def train_and_save(out: str, kinds: list, steps: int) -> None:
 
 
 def load_and_save(source: str, out: str, kinds: list, steps: int) -> None:
-    """In every process: from checkpoint-4 of any number of processes; what was loaded is saved again before going on."""
+    """Resume checkpoint-4 of any number of processes, save it again, and train on.
+
+    This runs in every process.
+    """
     from asrllm.training.checkpoint.partitions import load_from_other_ranks
     from asrllm.training.running_average import RunningAverage
 
@@ -71,64 +73,43 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     keys = [MASTERS, AVERAGE, *files.state_keys()]
     assert {"exp_avg", "exp_avg_sq"} <= set(keys)
     steps = {f"step/{g}": files.shared_state(g)["step"] for g in range(2)}
-    return {f"{name}/{key}": files.read(name, key) for name in files.places for key in keys} | steps
+    tensors = {}
+    for name in files.places:
+        for key in keys:
+            tensors[f"{name}/{key}"] = files.read(name, key)
+    return tensors | steps
 
 
 @pytest.mark.slow
 @pytest.mark.soak
 def test_weights_moments_and_averages_are_the_same_on_another_number_of_ranks(tmp_path, soak):
     kinds = KINDS if soak else [(1, "bf16"), (2, "fp32"), (3, "bf16")]
-    start(
-        "training.checkpoint.test_partitions:train_and_save",
-        2,
-        out=str(tmp_path / "two"),
-        kinds=kinds,
-        steps=6,
-    )
+    module = "training.checkpoint.test_partitions"
+    two = tmp_path / "two"
+    start(f"{module}:train_and_save", 2, out=str(two), kinds=kinds, steps=6)
     for stage, precision in kinds:
-        early, late = (
-            tmp_path / "two" / f"{stage}-{precision}" / f"checkpoint-{step}" for step in (4, 6)
-        )
-        between, since, weights = (
-            mean_between(early, late).load(),
-            mean_between(None, late).load(),
-            checkpoint_weights(late).load(),
-        )
-        average_of_two = checkpoint_weights(
-            early, AVERAGE
-        ).load()  # of the weights after steps 2 and 4
-        for name, tensor in weights.items():
+        early = two / f"{stage}-{precision}" / "checkpoint-4"
+        late = two / f"{stage}-{precision}" / "checkpoint-6"
+        between = mean_between(early, late).load()
+        since = mean_between(None, late).load()
+        # the mean of the weights after steps 2 and 4
+        average_of_two = checkpoint_weights(early, AVERAGE).load()
+        for name, tensor in checkpoint_weights(late).load().items():
             torch.testing.assert_close(between[name], tensor)  # one update, after step 6
-            torch.testing.assert_close(
-                since[name], ((2 * average_of_two[name] + tensor) / 3).float()
-            )
+            average_of_three = (2 * average_of_two[name] + tensor) / 3
+            torch.testing.assert_close(since[name], average_of_three.float())
     for source, ranks in (("two", 1), ("two", 4), ("on-1", 2)):
         out = tmp_path / f"on-{ranks}"
-        start(
-            "training.checkpoint.test_partitions:load_and_save",
-            ranks,
-            source=str(tmp_path / source),
-            out=str(out),
-            kinds=kinds,
-            steps=6,
-        )
+        folder = str(tmp_path / source)
+        start(f"{module}:load_and_save", ranks, source=folder, out=str(out), kinds=kinds, steps=6)
         for stage, precision in kinds:
-            before, after, uninterrupted = (
-                folder / f"{stage}-{precision}" / tag
-                for folder, tag in (
-                    (tmp_path / "two", "checkpoint-4"),
-                    (out, "checkpoint-4"),
-                    (tmp_path / "two", "checkpoint-6"),
-                )
-            )
-            expected, found = contents(before), contents(after)
+            kind = f"{stage}-{precision}"
+            expected = contents(two / kind / "checkpoint-4")
+            found = contents(out / kind / "checkpoint-4")
             assert expected.keys() == found.keys()
             for name, tensor in expected.items():
-                assert torch.equal(found[name], tensor), (source, ranks, stage, precision, name)
-            went_on = json.loads(
-                (out / f"{stage}-{precision}" / "checkpoint-6" / "asrllm.json").read_text()
-            )["settings"]["losses"]
+                assert torch.equal(found[name], tensor), (source, ranks, kind, name)
+            resumed = read_manifest(out / kind / "checkpoint-6")["settings"]["losses"]
+            uninterrupted = read_manifest(two / kind / "checkpoint-6")["settings"]["losses"]
             tolerance = 1e-5 if precision == "fp32" else 2e-2
-            assert went_on == pytest.approx(
-                read_manifest(uninterrupted)["settings"]["losses"][4:], rel=tolerance
-            )
+            assert resumed == pytest.approx(uninterrupted[4:], rel=tolerance)

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or invisible, whatever happens while they are written."""
+"""Checkpoints are complete or invisible, even if a process is killed while it writes them."""
 
 import json
 import resource
@@ -25,21 +25,18 @@ from tests.training.small_engine import engine_of, start, train_step
 @pytest.mark.timeout(500)
 def test_kills_lose_no_checkpoint(tmp_path, soak):
     kills = 50 if soak else 6
+    command = ["-m", "tests.training.checkpoint.kill_loop", tmp_path, kills, 7]
     with both_cores():
-        done = assert_done(
-            run_forked(
-                ["-m", "tests.training.checkpoint.kill_loop", tmp_path, kills, 7], timeout=480
-            )
-        )
+        done = assert_done(run_forked(command, timeout=480))
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["lost"] == 0
-    assert seen["same"], "the run that was killed has other weights than the uninterrupted one"
-    assert seen["steps"][-1] > kills / 5, "what was saved was not gone on from"
-    assert seen["killed_while_writing"] > kills / 5, "the kills did not meet the writing"
+    assert seen["same"], "the killed run has other weights than the uninterrupted one"
+    assert seen["steps"][-1] > kills / 5, "the run did not resume from its checkpoints"
+    assert seen["killed_while_writing"] > kills / 5, "no kill was during the writing"
 
 
 def save_until_full(out: str, megabytes: int) -> None:
-    """In every process: files may be so large on the second rank, and not larger."""
+    """Save with a limit of the file size on the second rank. This runs in every process."""
     from asrllm import distributed
     from asrllm.errors import UserError
     from asrllm.training.checkpoint.saver import CheckpointSaver, make_manifest
@@ -75,26 +72,25 @@ def save_until_full(out: str, megabytes: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_cannot_write_is_one_sentence_on_all_and_keeps_what_was_there(tmp_path):
-    for process in start(
-        "training.checkpoint.test_saver:save_until_full", 2, out=str(tmp_path), megabytes=2000
-    ):
-        sentences = [
-            line for line in process.output.splitlines() if line.startswith(("refused", "saved"))
-        ]
-        assert len(sentences) == 2
-        for sentence in sentences:
-            assert sentence.startswith("refused: rank 1 could not write checkpoint-2 to exp_dir=")
-            assert "make room; the same command goes on from checkpoint-1" in sentence
+def test_write_error_of_one_rank_is_raised_on_all_and_earlier_checkpoints_remain(tmp_path):
+    save = "training.checkpoint.test_saver:save_until_full"
+    for process in start(save, 2, out=str(tmp_path), megabytes=2000):
+        lines = process.output.splitlines()
+        messages = [line for line in lines if line.startswith(("refused", "saved"))]
+        assert len(messages) == 2
+        for message in messages:
+            assert message.startswith("refused: rank 1 ")
+            assert "checkpoint-2" in message
+            assert f"exp_dir={str(tmp_path)!r}" in message
+            assert message.endswith("checkpoint-1.")
     assert list(list_checkpoints(tmp_path)) == [1]
     assert not (tmp_path / ".incomplete").exists()
-    assert ZeroFiles(tmp_path / "checkpoint-1", read_manifest(tmp_path / "checkpoint-1")).read(
-        "scale"
-    ).shape == (1,)
+    files = ZeroFiles(tmp_path / "checkpoint-1", read_manifest(tmp_path / "checkpoint-1"))
+    assert files.read("scale").shape == (1,)
 
 
 def save_both_ways(out: str) -> None:
-    """In every process: each stage's checkpoint, written beside the training and by the training thread."""
+    """Save at each stage with and without background writing. This runs in every process."""
     for stage in range(4):
         engine = engine_of(stage, "bf16")
         for step in range(3):
@@ -104,7 +100,7 @@ def save_both_ways(out: str) -> None:
 
 
 def resume_both_ways(source: str, out: str) -> None:
-    """In every process: each of these checkpoints is loaded and saved again."""
+    """Load each of these checkpoints and save it again. This runs in every process."""
     from asrllm import distributed
     from asrllm.training.checkpoint.partitions import load_from_other_ranks
     from asrllm.training.checkpoint.saver import load_checkpoint
@@ -114,8 +110,10 @@ def resume_both_ways(source: str, out: str) -> None:
             engine = engine_of(stage, "bf16")
             checkpoint = Path(source) / f"{stage}-{background}" / "checkpoint-3"
             manifest = read_manifest(checkpoint)
-            same = stage == 0 or manifest["world_size"] == distributed.world_size()
-            (load_checkpoint if same else load_from_other_ranks)(engine, checkpoint, manifest)
+            if stage == 0 or manifest["world_size"] == distributed.world_size():
+                load_checkpoint(engine, checkpoint, manifest)
+            else:
+                load_from_other_ranks(engine, checkpoint, manifest)
             save(engine, Path(out) / f"{stage}-{background}", background=background)
 
 
@@ -134,7 +132,7 @@ def save(engine, exp_dir: Path, *, background: bool) -> None:
 
 
 def converted(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What DeepSpeed's own converter reads."""
+    """Return the weights that DeepSpeed's own converter reads."""
     return get_fp32_state_dict_from_zero_checkpoint(
         str(checkpoint.parent), checkpoint.name, exclude_frozen_parameters=True
     )
@@ -142,50 +140,45 @@ def converted(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_checkpoints_are_the_same_with_and_without_background_writing(tmp_path):
-    """Stages 0 to 3, one and two ranks; consolidated, averaged, by DeepSpeed's converter, resumed on as many ranks and on others."""
-    start("training.checkpoint.test_saver:save_both_ways", 2, out=str(tmp_path / "made"))
+    """Consolidate, average, convert and resume at stages 0 to 3, on the same and on fewer ranks."""
+    module = "training.checkpoint.test_saver"
+    made = str(tmp_path / "made")
+    start(f"{module}:save_both_ways", 2, out=made)
     for ranks in (2, 1):
-        start(
-            "training.checkpoint.test_saver:resume_both_ways",
-            ranks,
-            source=str(tmp_path / "made"),
-            out=str(tmp_path / f"on-{ranks}"),
-        )
+        start(f"{module}:resume_both_ways", ranks, source=made, out=str(tmp_path / f"on-{ranks}"))
     for stage in range(4):
         expected = checkpoint_weights(tmp_path / "made" / f"{stage}-True" / "checkpoint-3").load()
         assert len(expected) == 6
         for folder in ("made", "on-2", "on-1"):
             for background in (True, False):
                 checkpoint = tmp_path / folder / f"{stage}-{background}" / "checkpoint-3"
-                weights, mean = (
-                    checkpoint_weights(checkpoint).load(),
-                    mean_weights([checkpoint, checkpoint]).load(),
-                )
+                weights = checkpoint_weights(checkpoint).load()
+                mean = mean_weights([checkpoint, checkpoint]).load()
                 found = [weights, mean]
                 if stage:  # stage 0 needs no converter
                     found.append(converted(checkpoint))
                 for state in found:
                     assert state.keys() == expected.keys()
-                    assert all(
-                        torch.equal(state[name], tensor) for name, tensor in expected.items()
-                    ), (folder, stage, background)
+                    for name, tensor in expected.items():
+                        assert torch.equal(state[name], tensor), (folder, stage, background)
 
 
-def test_copies_are_apart_from_what_goes_on_changing_and_share_what_was_shared():
-    copies, weight = Copies(), torch.arange(6.0)
+def test_copies_do_not_change_with_the_tensors_and_tied_tensors_are_copied_once():
+    copies = Copies()
+    weight = torch.arange(6.0)
     state = {"a": weight, "b": [weight, {"c": weight[2:]}], "n": 3}
-    first = copies.of(state)
-    copies.end()
+    first = copies.copy_of(state)
+    copies.finish()
     weight.zero_()
     assert first["a"].tolist() == [0, 1, 2, 3, 4, 5]
     assert first["b"][1]["c"].tolist() == [2, 3, 4, 5]
     assert first["a"] is first["b"][0]
     assert first["n"] == 3
-    again = copies.of(state)
-    assert again["a"].data_ptr() == first["a"].data_ptr(), "the memory is used again"
+    again = copies.copy_of(state)
+    assert again["a"].data_ptr() == first["a"].data_ptr(), "the memory is not reused"
 
 
-def test_a_failed_write_is_told_and_the_next_one_is_not(tmp_path):
+def test_error_of_a_failed_write_is_cleared_by_the_next_one(tmp_path):
     writer = CheckpointWriter(background=True)
     for path, fails in ((tmp_path / "none" / "x.pt", True), (tmp_path / "x.pt", False)):
         writer.save({"x": torch.ones(3)}, str(path))
@@ -195,7 +188,7 @@ def test_a_failed_write_is_told_and_the_next_one_is_not(tmp_path):
     assert torch.load(tmp_path / "x.pt", weights_only=True)["x"].tolist() == [1, 1, 1]
 
 
-def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+def test_newest_checkpoint_has_the_highest_step(tmp_path):
     needed = {
         "position": {},
         "zero_stage": 0,
