@@ -74,7 +74,7 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
             "data.filter.max_duration=100.0: the audio encoder takes 0.01 to 30.01 s",
         ),
         ({"data__filter__min_duration": 0}, "data.filter.min_duration=0.0"),
-        ({"prompt_file": "AUDIO_TOKEN"}, "holds the audio token"),
+        ({"prompt_file": "AUDIO_TOKEN"}, "contains the audio token"),
     ],
 )
 def test_a_mistake_in_training_ends_before_anything_is_written(
@@ -227,7 +227,7 @@ def test_mistakes_in_consolidating(tmp_path, capsys):
     for size in ("nonsense", "0"):
         for output in ("x", "x.pt"):
             options = ("--max-shard-size", size, "--output", tmp_path / output)
-            assert "is no size" in fails(capsys, "consolidate", tmp_path, *options)
+            assert "max_shard_size=" in fails(capsys, "consolidate", tmp_path, *options)
     error = fails(capsys, "consolidate", tmp_path, "--output", tmp_path / "x.pth")
     assert "give a file that ends in .pt, .bin, .safetensors, or a directory's name" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]

@@ -15,18 +15,17 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import (
     as_dtype,
     check_stored,
-    is_base,
+    is_base_layer,
     merged_names,
     open_tensors,
     parameters_on_meta,
-    rank_in_file,
+    rank_multiple,
     weight_files,
-    with_ranks,
+    with_rank_multiple,
 )
 from asrllm.models.auto import load_state, newest_weights, read_state
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
-from asrllm.models.fingerprint import resolve_pretrained
-from asrllm.models.fingerprint import weight_files as base_files
+from asrllm.models.fingerprint import pretrained_weight_files, resolve_pretrained
 from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.models.state_dict import check_state, is_adapter, plain_name
 
@@ -104,7 +103,7 @@ class LlmFiles:
         own = {name: tensor for name, tensor in self.places.meta.items() if name.startswith(LLM)}
         where, mend = (
             f"the weights of {str(self.weights or self.folder)!r}",
-            f"they are not of {str(self.folder / 'config.json')!r}",
+            f"They do not match {str(self.folder / 'config.json')!r}.",
         )
         check_state(
             own, expected, where, mend, needed=[name for name in expected if is_adapter(name)]
@@ -133,7 +132,7 @@ class LlmFiles:
         return places
 
     def _add_base(self, base: Path, expected: Mapping[str, Tensor]) -> None:
-        for file in base_files(base):
+        for file in pretrained_weight_files(base):
             self.places.add_file(file, lambda key: LLM + key)
         if expected.keys() - self.places.meta.keys():  # transformers renames keys of this family
             llm = pretrained_llm(
@@ -147,8 +146,8 @@ class LlmFiles:
             model = AsrLlmModel(
                 self.config, llm=empty_llm(self.config.llm or {}, where=self.folder)
             )
-            self.times = rank_in_file(model, self.places.meta)
-            self.config = with_ranks(self.config, self.times)
+            self.times = rank_multiple(model, self.places.meta)
+            self.config = with_rank_multiple(self.config, self.times)
             self.config.exclude_from_checkpoint = None
             return AsrLlmModel(self.config, llm=empty_llm(self.config.llm or {}, where=self.folder))
 
@@ -174,7 +173,7 @@ class LlmFiles:
         layer = copy.deepcopy(empty).eval()
         names = {name: f"{prefix}.{name}" for name, _ in layer.named_parameters()}
         state = {
-            name: self.places.read(plain_name(full) if is_base(full, prefix) else full)
+            name: self.places.read(plain_name(full) if is_base_layer(full, prefix) else full)
             for name, full in names.items()
         }
         layer.load_state_dict(state, assign=True)

@@ -7,7 +7,7 @@ from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.export import source_of
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.modeling import check_shard_size
+from asrllm.models.asr_llm.serialization import check_shard_size
 
 
 def run(arguments: argparse.Namespace) -> None:

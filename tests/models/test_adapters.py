@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asrllm.errors import UserError
-from asrllm.models.init_from import take_over
+from asrllm.models.init_from import load_initial_weights
 from asrllm.models.model_args import EncoderPart, LoraPart
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
@@ -92,14 +92,16 @@ def test_mistakes_in_the_options_are_one_sentence(world):
         {"modules_to_save": ["lm_head"]},
         {"inference_mode": True},
     ):
-        with pytest.raises(UserError, match="none of those that go with packed training"):
+        with pytest.raises(UserError, match=f"lora.options: {next(iter(options))!r} "):
             llm_lora(options=options)
     with pytest.raises(UserError, match="changes the base weights"):
         llm_lora(options={"init_lora_weights": "pissa"})
     lora = LoraPart(**WHISPER_LORA | {"target_modules": ["nothing"]})
-    with pytest.raises(UserError, match=r"model\.audio_encoder\.lora does not fit"):
+    with pytest.raises(UserError, match=r"model\.audio_encoder\.lora .*nothing"):
         make_model(world, audio_encoder=encoder_part(world, "whisper", lora=lora))
-    with pytest.raises(UserError, match=r"set model\.audio_encoder\.lora\.r=0"):
+    with pytest.raises(
+        UserError, match=r"model\.audio_encoder\.frozen=false .*model\.audio_encoder\.lora\.r=0"
+    ):
         encoder_part(world, "whisper", frozen=False)
 
 
@@ -122,9 +124,7 @@ def test_patterns_freeze_parameters_by_name(world):
     assert model.inherited == tuple(
         n for n, _ in model.named_parameters() if n.startswith("projector.")
     )
-    with pytest.raises(
-        UserError, match=r"'projektor\.\*' fits no parameter; names are such as 'projector"
-    ):
+    with pytest.raises(UserError, match=r"'projektor\.\*' matches no parameter.*'projector"):
         make_model(world, patterns=["projektor.*"])
 
 
@@ -132,7 +132,7 @@ def test_patterns_freeze_parameters_by_name(world):
 
 
 def finished_run(model, folder):
-    """What take_over reads of a run."""
+    """What load_initial_weights reads of a run."""
     model.config.save_pretrained(folder)
     torch.save(
         {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad},
@@ -146,7 +146,7 @@ def test_a_run_takes_over_all_that_an_earlier_one_trained(world, tmp_path):
     with torch.no_grad():
         first.projector.mlp.linear1.weight.add_(1)
     second = make_model(world, audio_encoder=encoder_part(world, "whisper"))
-    taken = take_over(second, finished_run(first, tmp_path))
+    taken = load_initial_weights(second, finished_run(first, tmp_path))
     assert taken == {name for name, _ in first.named_parameters() if name.startswith("projector.")}
     for name, parameter in first.projector.named_parameters():
         assert torch.equal(parameter, second.projector.get_parameter(name))
@@ -181,10 +181,10 @@ def test_a_part_trained_in_full_may_be_frozen_or_given_adapters_next(world, tmp_
     assert set(second.inherited) == base | adapters
     assert second.stored_weights() == {"audio_encoder": len(base), "llm": 0}
     with pytest.raises(
-        UserError, match=r"exclude_from_checkpoint=\[audio_encoder\], but init_from brings"
+        UserError, match=r"exclude_from_checkpoint=\[audio_encoder\], but init_from "
     ):
         make_model(world, init_from=run, exclude_from_checkpoint=["audio_encoder"])
-    with pytest.raises(UserError, match="trains it: what it learns would be lost"):
+    with pytest.raises(UserError, match=r"model\.audio_encoder\.frozen=false"):
         make_model(
             world,
             audio_encoder=encoder_part(world, "whisper", frozen=False, lora=None),
@@ -196,7 +196,9 @@ def test_another_base_model_is_refused(world, tmp_path):
     finished_run(make_model(world), tmp_path)
     other = tiny_llm(tmp_path / "other", seed=5)
     with pytest.raises(UserError, match="was trained on another llm"):
-        take_over(make_model(world, llm=llm_lora() | {"pretrained_model": str(other)}), tmp_path)
+        load_initial_weights(
+            make_model(world, llm=llm_lora() | {"pretrained_model": str(other)}), tmp_path
+        )
 
 
 def test_recomputation_reaches_an_llm_that_is_frozen(world):
@@ -228,7 +230,7 @@ def test_label_smoothing_is_of_training_alone(world):
     [
         (
             {"audio_encoder_projector_ds_rate": 2},
-            "was trained with audio_encoder_projector_ds_rate=4, this run has 2",
+            "was trained with audio_encoder_projector_ds_rate=4, .*has 2",
         ),
         ({"tag_audio_boundary": True}, "was trained with tag_audio_boundary=False"),
         ({"llm": llm_lora(lora_alpha=9)}, "was trained with lora=.*'lora_alpha': 8"),
@@ -238,13 +240,15 @@ def test_label_smoothing_is_of_training_alone(world):
 def test_what_does_not_fit_an_earlier_run_is_named(world, tmp_path, changes, message):
     finished_run(make_model(world), tmp_path)
     with pytest.raises(UserError, match=message):
-        take_over(make_model(world, **changes), tmp_path)
+        load_initial_weights(make_model(world, **changes), tmp_path)
 
 
 def test_dropout_may_differ_and_weights_must_be_whole(world, tmp_path):
     finished_run(make_model(world), tmp_path)
     state = torch.load(tmp_path / "pretrained.pt", weights_only=True)
-    assert take_over(make_model(world, llm=llm_lora(lora_dropout=0.5)), tmp_path) == set(state)
+    assert load_initial_weights(make_model(world, llm=llm_lora(lora_dropout=0.5)), tmp_path) == set(
+        state
+    )
     name = "projector.mlp.linear1.weight"
     for change, message in (({name: None}, f"has no '{name}'"), ({"projector.x": torch.zeros(1)}, "'projector.x' was trained there"),
                             ({name: torch.zeros(2, 2)}, rf"'{name}' has the shape \(2, 2\) there")):  # fmt: skip
@@ -252,6 +256,6 @@ def test_dropout_may_differ_and_weights_must_be_whole(world, tmp_path):
             {k: v for k, v in (state | change).items() if v is not None}, tmp_path / "pretrained.pt"
         )
         with pytest.raises(UserError, match=message):
-            take_over(make_model(world), tmp_path)
-    with pytest.raises(UserError, match="is no run"):
-        take_over(make_model(world), tmp_path / "nothing")
+            load_initial_weights(make_model(world), tmp_path)
+    with pytest.raises(UserError, match=r"init_from=.*nothing. is not a run"):
+        load_initial_weights(make_model(world), tmp_path / "nothing")

@@ -42,7 +42,7 @@ def perturb(file):
 
 @pytest.fixture
 def moved(world, tmp_path):
-    """A run that holds no weights of its base models, which were at tmp_path/old and are at tmp_path/new."""
+    """A run that has no weights of its base models, which were at tmp_path/old and are at tmp_path/new."""
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(world.whisper, old / "whisper")
     shutil.copytree(world.llm, old / "llm")
@@ -139,7 +139,7 @@ def test_another_base_model_is_refused(moved, others, tmp_path, capsys, part, na
         ("model.llm.pretrained_model=/no/llm", "/no/llm"),
         ("model.llm.pretrained_model=", "model.llm.pretrained_model"),
         ("model.llm.pretrained_model={new}/llm/model.safetensors", "is a file"),
-        ("model.llm.pretrained_model={new}", "holds no weights"),
+        ("model.llm.pretrained_model={new}", "has no weights"),
         ("model.llm.pretrained=/no/llm", "did you mean 'model.llm.pretrained_model'"),
         ("model.encoder=/no", "model.audio_encoder.pretrained_model"),
     ],

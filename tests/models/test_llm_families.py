@@ -129,7 +129,7 @@ def test_adapters_on_the_head_are_refused():
     model, rows = make_model("llama", False), list(chats())
     options = {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
     model = AsrLlmModel(AsrLlmConfig(**model.config.to_dict() | {"lora": options}))
-    with pytest.raises(UserError, match="the adapters' target_modules name the LLM's head"):
+    with pytest.raises(UserError, match=r"target_modules .*the LLM's head"):
         model(**packed(rows))
 
 
@@ -149,12 +149,16 @@ def test_no_tensor_of_the_step_is_all_tokens_by_the_vocabulary(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("mamba", {}, "which cannot be packed"),
-        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}, "which cannot be packed"),
+        ("mamba", {}, "do(es)? not support packed sequences"),
+        (
+            "bloom",
+            {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+            "do(es)? not support packed sequences",
+        ),
         (
             "llama4_text",
             {"intermediate_size_mlp": 32, "num_local_experts": 2},
-            "of the kind 'chunked_attention', which cannot",
+            "'chunked_attention'",
         ),
     ],
 )
@@ -165,5 +169,5 @@ def test_families_that_cannot_be_packed_are_refused(family, fields, message):
 
 def test_an_unknown_scale_of_the_logits_is_refused():
     llm = empty_llm({"model_type": "llama", "logits_scaling": 3.0} | SIZE)
-    with pytest.raises(UserError, match="a 'llama' model with logits_scaling="):
+    with pytest.raises(UserError, match=r"'llama' .*logits_scaling=3"):
         head_of(llm)

@@ -9,7 +9,13 @@ import transformers
 from transformers import GenerationConfig
 
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.generation import RowEnds, cut, decoding_config, first_loop, token_limit
+from asrllm.models.asr_llm.generation import (
+    RowStopping,
+    answer_tokens,
+    decoding_config,
+    first_loop,
+    token_limit,
+)
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
 from asrllm.testing import tiny_llm, tiny_tokenizer, tone_sentences
@@ -180,11 +186,11 @@ def test_several_audios_in_chats_are_dealt_out_in_order(model):
 @pytest.mark.parametrize(
     ("audios", "contents", "message"),
     [
-        (2, ["{a}", "none"], "chat 1 has no audio token: write"),
-        (2, ["{a} {a}", "{a}"], "2 chats for 2 audios: the chats hold 2, 1 audio tokens"),
-        (3, ["{a}"], "1 chats for 3 audios: the chats hold 1 audio"),
-        (1, [], "0 chats for 1 audios"),
-        (1, [[{"type": "image"}]], "chat 0: .* is no content of a message"),
+        (2, ["{a}", "none"], "chat 1 .* no audio token"),
+        (2, ["{a} {a}", "{a}"], "2 chats .* 2, 1 audio tokens.* 2 audios"),
+        (3, ["{a}"], "1 chats .* 1 audio tokens.* 3 audios"),
+        (1, [], "0 chats .* 0 audio tokens.* 1 audios"),
+        (1, [[{"type": "image"}]], "chat 0: .*'image'"),
     ],
 )
 def test_a_wrong_number_of_audio_tokens_is_one_sentence(model, audios, contents, message):
@@ -200,16 +206,16 @@ def test_a_wrong_number_of_audio_tokens_is_one_sentence(model, audios, contents,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, n: (x * float("nan"), n), "features of audio 0 hold NaN"),
-        (lambda x, n: (x, n + 1000), r"x_lens\[0\]=\d+ is not from 1 to"),
-        (lambda x, n: (x, n * 0), r"x_lens\[0\]=0 is not from 1 to"),
-        (lambda x, n: (x[..., :40], n), r"give \(N, T, 80\) of floats"),
-        (lambda x, n: (x[0], n), r"give \(N, T, 80\) of floats"),
-        (lambda x, n: (x, n[:1]), "one for each of 2"),
-        (lambda x, n: (x, n.float()), "give whole numbers"),
+        (lambda x, n: (x * float("nan"), n), "features of audio 0 .* NaN"),
+        (lambda x, n: (x, n + 1000), r"x_lens\[0\]=\d+ .* 1 and \d+"),
+        (lambda x, n: (x, n * 0), r"x_lens\[0\]=0 .* 1 and \d+"),
+        (lambda x, n: (x[..., :40], n), r"\(N, T, 80\)"),
+        (lambda x, n: (x[0], n), r"\(N, T, 80\)"),
+        (lambda x, n: (x, n[:1]), r"x_lens has the shape \(1,\)"),
+        (lambda x, n: (x, n.float()), r"x_lens .* torch\.float32"),
         (
             lambda x, n: (torch.zeros(2, 4000, 80), torch.tensor([4000, 10])),
-            r"x_lens\[0\]=4000 is not from 1 to 3001",
+            r"x_lens\[0\]=4000 .* 1 and 3001",
         ),
     ],
 )
@@ -261,28 +267,28 @@ def test_options_come_as_a_config_or_as_keywords(model, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beam": 2}, "'num_beam' is no option"),
+        ({"num_beam": 2}, "'num_beam' .*'num_beams'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_length": 9}, "give max_new_tokens"),
+        ({"max_length": 9}, "max_length .* max_new_tokens"),
         ({"num_return_sequences": 2}, "one text for each chat"),
-        ({"temperature": 0.5}, "give do_sample=True"),
+        ({"temperature": 0.5}, r"temperature=0\.5 .*do_sample=True"),
         ({"repetition_guard": 0}, "repetition_guard=0"),
         ({"max_tokens_per_second": -1.0}, "max_tokens_per_second=-1"),
         ({"max_tokens_per_second": "two"}, "max_tokens_per_second='two'"),
-        ({"num_beams": 0}, "num_beams=0 must be a whole number above 0"),
-        ({"num_beams": "two"}, "num_beams='two' must be a whole number above 0"),
-        ({"num_beams": True}, "num_beams=True must be"),
-        ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 must be a number above 0"),
-        ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 must be"),
-        ({"do_sample": "yes"}, "do_sample='yes' must be True or False"),
-        ({"guidance_scale": 1.5}, "guidance_scale is not possible"),
-        ({"assistant_early_exit": 1}, "assistant_early_exit is not possible"),
-        ({"stop_strings": [1]}, r"stop_strings=\[1\] must be a text or a list of texts"),
-        ({"bad_words_ids": [3]}, r"bad_words_ids=\[3\] must be a list of lists"),
-        ({"eos_token_id": "x"}, "eos_token_id='x' must be a token id"),
+        ({"num_beams": 0}, "num_beams=0 .* above 0"),
+        ({"num_beams": "two"}, "num_beams='two' .* above 0"),
+        ({"num_beams": True}, "num_beams=True "),
+        ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 .* above 0"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 "),
+        ({"do_sample": "yes"}, "do_sample='yes' .*True or False"),
+        ({"guidance_scale": 1.5}, "^guidance_scale "),
+        ({"assistant_early_exit": 1}, "^assistant_early_exit "),
+        ({"stop_strings": [1]}, r"stop_strings=\[1\] .* a text or a list of texts"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids=\[3\] .* a list of lists"),
+        ({"eos_token_id": "x"}, "eos_token_id='x' .* a token id"),
         (
             {"generation_config": {"num_beams": 2}},
-            "generation_config is a dict: give a GenerationConfig",
+            "generation_config is a dict",
         ),
     ],
 )
@@ -347,9 +353,9 @@ def test_a_text_may_end_the_answer(model):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ((chat for chat in ()), "messages is a generator: give a list of chats"),
+        ((chat for chat in ()), "messages is a generator"),
         (None, "messages is a NoneType"),
-        ([None], "chat 0 is a NoneType: give a list of messages"),
+        ([None], "chat 0 is a NoneType"),
         ([(m for m in ())], "chat 0 is a generator"),
     ],
 )
@@ -361,9 +367,7 @@ def test_messages_of_another_form_are_one_sentence(model, messages, message):
 def test_samples_too_large_for_features_are_one_sentence(model, tmp_path):
     wave = waves_of(1)[0]
     soundfile.write(tmp_path / "loud.wav", wave * 1e30, 16000, subtype="FLOAT")
-    with pytest.raises(
-        UserError, match="the features of audio 1 are not finite: its samples are too large"
-    ):
+    with pytest.raises(UserError, match="the features of audio 1 are not finite"):
         model.transcribe([wave, wave * np.float32(1e30)])
     with pytest.raises(
         UserError, match=r"'.*loud\.wav' holds samples as large as \de\+\d\d: scale them"
@@ -378,7 +382,7 @@ def test_samples_too_large_for_features_are_one_sentence(model, tmp_path):
 def test_weights_of_nan_are_one_sentence(model, name, options):
     broken = copy.deepcopy(model)
     broken.get_parameter(name).data.fill_(float("nan"))
-    with pytest.raises(UserError, match="answers chat 0 with NaN: its weights hold NaN"):
+    with pytest.raises(UserError, match="chat 0 are NaN"):
         broken.generate(waves_of(2), chats_of(model, 2), 5, **options)
 
 
@@ -387,7 +391,7 @@ def test_an_answer_of_nan_is_named_by_its_chat(model):
         output.logits[2:] = float("nan")  # the second chat's, of two beams each
 
     hook = model.llm.register_forward_hook(forward)
-    with pytest.raises(UserError, match="answers chat 1 with NaN"):
+    with pytest.raises(UserError, match="chat 1 are NaN"):
         model.generate(waves_of(2), chats_of(model, 2), 5, num_beams=2)
     hook.remove()
 
@@ -408,7 +412,7 @@ def test_a_model_in_training_decodes_without_dropout_and_goes_on_training(model)
     with pytest.raises(UserError):
         training.generate(waves, chats, 8, num_beams=0)
     training.llm.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="with NaN"):
+    with pytest.raises(UserError, match="NaN"):
         training.generate(waves, chats, 8)
     assert {name: module.training for name, module in training.named_modules()} == modes
 
@@ -482,9 +486,9 @@ HONEST = [
 def test_honest_repetitions_stand(row):
     assert first_loop(row, 32) is None
     assert not any(
-        RowEnds([999], 32)(torch.tensor([row[:n]]), None).any() for n in range(1, len(row) + 1)
+        RowStopping([999], 32)(torch.tensor([row[:n]]), None).any() for n in range(1, len(row) + 1)
     )
-    assert cut(row, [99], 32) == row
+    assert answer_tokens(row, [99], 32) == row
 
 
 @pytest.mark.parametrize(
@@ -494,13 +498,13 @@ def test_honest_repetitions_stand(row):
 def test_a_loop_ends_the_row_as_soon_as_it_is_one_and_one_copy_is_kept(unit, copies):
     before = [50, 51, 50]
     row = before + unit * copies
-    ends = RowEnds([999, 999], 32)
+    ends = RowStopping([999, 999], 32)
     other = torch.randint(100, 10_000, (len(row),))
     assert ends(torch.stack([torch.tensor(row), other]), None).tolist() == [True, False]
     assert ends(torch.stack([torch.tensor(row), other])[:, :-1], None).tolist() == [False, False]
-    assert cut(row, [99], 32) == before + unit
-    assert cut([*row, 99, 3], [99], 32) == before + unit
-    assert cut(row, [99], None) == row
+    assert answer_tokens(row, [99], 32) == before + unit
+    assert answer_tokens([*row, 99, 3], [99], 32) == before + unit
+    assert answer_tokens(row, [99], None) == row
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from asrllm.models.asr_llm import generation
-from asrllm.models.asr_llm.greedy_search import RECORDED
+from asrllm.models.asr_llm.greedy_search import DECODERS
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_generation import FAMILIES, chats_of, family, make_model, waves_of
 
@@ -23,7 +23,7 @@ def both_ways(model, monkeypatch, count=12, **options):
     ours = model.generate(waves, chats, **options)
     hook.remove()
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "is_plain", lambda _: False)
+        patch.setattr(generation, "is_greedy", lambda _: False)
         theirs = model.generate(waves, chats, **options)
     return ours, theirs, rows
 
@@ -92,7 +92,7 @@ def test_texts_are_the_same_where_keys_and_values_have_fixed_places(model, monke
     assert model.generate(waves[::-1], chats[::-1], 24, generation_config=early) == expected[::-1]
     hook.remove()
     assert len(set(shapes)) == 1
-    assert len(RECORDED) == 1
+    assert len(DECODERS) == 1
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_windows_are_not_recorded(world, tmp_path, monkeypatch):
     expected = model.generate(waves_of(3), chats_of(model, 3), 24)
     monkeypatch.setattr(model, "cuda_graphs", True)
     assert model.generate(waves_of(3), chats_of(model, 3), 24) == expected
-    assert model.causal_lm not in RECORDED
+    assert model.causal_lm not in DECODERS
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,6 @@ def test_a_model_that_answers_nan_is_named(model):
         output.logits.fill_(torch.nan)
 
     hook = model.llm.register_forward_hook(spoil)
-    with pytest.raises(generation.UserError, match="answers chat 0 with NaN"):
+    with pytest.raises(generation.UserError, match="chat 0 are NaN"):
         model.generate(waves_of(2), chats_of(model, 2), 4)
     hook.remove()

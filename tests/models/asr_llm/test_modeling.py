@@ -207,9 +207,9 @@ def test_parts_left_out_come_from_their_base_model_and_another_base_is_refused(w
     [
         (
             lambda s: s.pop("projector.mlp.linear1.bias"),
-            r"lack 1 keys, the first 'projector\.mlp\.linear1\.bias'",
+            r"lack 1 keys .*'projector\.mlp\.linear1\.bias'",
         ),
-        (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected keys, the first 'extra'"),
+        (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected keys .*'extra'"),
         (
             lambda s: s.update({"projector.mlp.linear1.bias": torch.zeros(3)}),
             r"'projector\.mlp\.linear1\.bias' has the shape \(3,\), expected \(32,\)",
@@ -233,8 +233,8 @@ def test_bad_input_is_one_sentence(world):
         ([wave[:100]], [chat], "audio 0 is too short"),
         ([wave * float("nan")], [chat], "NaN"),
         ([wave[None]], [chat], "one channel"),
-        ([wave, wave], [chat], "1 chats for 2 audios"),
-        ([wave], [[{"role": "user", "content": "hi"}]], "chat 0 has no audio token"),
+        ([wave, wave], [chat], "1 chats .* 2 audios"),
+        ([wave], [[{"role": "user", "content": "hi"}]], "chat 0 contains no audio token"),
     ):
         with pytest.raises(UserError, match=message):
             model.generate(audio, chats)
@@ -249,15 +249,15 @@ def test_mistakes_are_found_before_weights_are_loaded(world, tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
         describe(llm={"pretrained_model": str(tmp_path / "llm")})
-    with pytest.raises(UserError, match="is a 'qwen2' model: correct it"):
+    with pytest.raises(UserError, match=r"model\.llm\.model_type='llama'.* 'qwen2' model"):
         describe(llm={"model_type": "llama"})
-    with pytest.raises(UserError, match="does not exist: give a directory or a hub id"):
+    with pytest.raises(UserError, match="does not exist"):
         describe(llm={"pretrained_model": "/no/such/llm"})
     with pytest.raises(UserError, match="is already a token"):
         describe(audio_token="<|im_end|>")
-    with pytest.raises(UserError, match=r"set model\.llm\.lora\.r=0"):
+    with pytest.raises(UserError, match=r"model\.llm\.frozen=false .*model\.llm\.lora\.r=0"):
         describe(llm={"frozen": False})
-    with pytest.raises(UserError, match=r"model\.llm\.lora does not fit"):
+    with pytest.raises(UserError, match=r"model\.llm\.lora .*'nothing'"):
         make_model(
             world,
             llm={"lora": LoraPart(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["nothing"])},

@@ -27,11 +27,11 @@ WAVE = tone("one", 0.5)
         (WAVE[:0], "audio 1 is empty"),
         (
             WAVE[:159],
-            r"audio 1 is too short: 159 samples at 16 kHz, the model takes 160 \(0\.010 s\) at least",
+            r"audio 1 is too short: .* 159 samples .* 160 \(0\.010 s\)",
         ),
         (
             np.zeros(16000 * 31, np.float32),
-            r"audio 1 is too long: 31\.00 s, the model takes 30\.01 s at most: cut it",
+            r"audio 1 is too long: .* 31\.00 s.* 30\.01 s",
         ),
         (WAVE * np.nan, "audio 1 holds NaN"),
         (np.full(9000, np.inf), "audio 1 holds NaN or infinite"),
@@ -74,7 +74,7 @@ def test_bad_files_are_named(tmp_path):
 def test_limits_are_the_encoders():
     zipformer = make_processor({"model_type": "zipformer"} | TINY_ZIPFORMER)
     low, _ = zipformer.config.sample_limits()
-    with pytest.raises(UserError, match=f"takes {low} "):
+    with pytest.raises(UserError, match=f"needs {low} "):
         zipformer.load_waves([np.zeros(low - 1, np.float32)])
     waves, lengths = zipformer.load_waves(
         [np.zeros(low, np.float32), np.zeros(16000 * 31, np.float32)]
@@ -112,5 +112,5 @@ def test_stereo_files_are_mixed_down(tmp_path):
 
 def test_a_chat_that_is_not_in_a_list_is_one_sentence():
     processor = make_processor()
-    with pytest.raises(UserError, match=r"give a list of chats, \[messages\]"):
-        processor.share_out(processor.renderer.user_messages("x"), 1)
+    with pytest.raises(UserError, match=r"messages is one chat"):
+        processor.count_audios(processor.renderer.user_messages("x"), 1)

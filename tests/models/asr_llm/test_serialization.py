@@ -21,7 +21,7 @@ from asrllm.models.asr_llm.serialization import (
     as_dtype,
     load_model,
     parameters_on_meta,
-    rank_in_file,
+    rank_multiple,
     read_tensors,
     weight_files,
 )
@@ -104,13 +104,13 @@ def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
     twice = state | {
         "llm.lm_head.weight": state["llm.model.embed_tokens.weight"].clone()
     }  # as DeepSpeed's converter had it
-    found = load_model(tmp_path, twice)
+    found = load_model(AsrLlmModel, tmp_path, twice)
     torch.testing.assert_close(logits(found), logits(model))
     twice["llm.lm_head.weight"] += 1
     with pytest.raises(
         UserError, match=r"'llm\.lm_head\.weight' differs from 'llm\.model\.embed_tokens\.weight'"
     ):
-        load_model(tmp_path, twice)
+        load_model(AsrLlmModel, tmp_path, twice)
 
 
 def assert_same_buffers(model, other):
@@ -234,7 +234,7 @@ def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
 def test_the_rank_is_seen_in_adapters_of_the_embeddings_alone():
     key = "llm.base_model.model.model.embed_tokens.lora_embedding_A.default"
     model = SimpleNamespace(weights=lambda: {key: torch.zeros(2, 11)})
-    assert rank_in_file(model, {key: torch.zeros(6, 11)}) == 3
+    assert rank_multiple(model, {key: torch.zeros(6, 11)}) == 3
 
 
 def test_an_encoders_adapters_are_merged_too(world, tmp_path):
@@ -262,7 +262,7 @@ def test_merging_and_what_contradicts_it(world, tmp_path):
     with pytest.raises(UserError, match="the model has no adapters"):
         loaded.save_pretrained(tmp_path / "again", merge_adapter=True)
     model.config.exclude_from_checkpoint = ["llm"]
-    with pytest.raises(UserError, match="into the llm, which exclude_from_checkpoint leaves out"):
+    with pytest.raises(UserError, match=r"merge_adapter=True .* the llm.* exclude_from_checkpoint"):
         model.save_pretrained(tmp_path / "again", merge_adapter=True)
     assert not (tmp_path / "again").exists()
 
@@ -270,7 +270,7 @@ def test_merging_and_what_contradicts_it(world, tmp_path):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT warns of it
 def test_an_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
     model = lora_model(world, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UserError, match="would change the head, which shares them"):
+    with pytest.raises(UserError, match=r"merge_adapter=True: .* the head"):
         model.save_pretrained(tmp_path / "merged", merge_adapter=True)
     assert not (tmp_path / "merged").exists()
 
@@ -293,15 +293,15 @@ def test_merging_rounds_once(world, tmp_path):
     [
         (
             lambda s: s.pop("model.layers.0.mlp.up_proj.weight"),
-            r"has 1 missing keys, the first model\.layers\.0\.mlp\.up_proj\.weight",
+            r"has 1 missing keys .*model\.layers\.0\.mlp\.up_proj\.weight",
         ),
         (
             lambda s: s.update({"model.extra": torch.zeros(1)}),
-            r"has 1 unexpected keys, the first model\.extra",
+            r"has 1 unexpected keys .*model\.extra",
         ),
         (
             lambda s: s.update({"model.norm.weight": torch.zeros(3)}),
-            r"has 1 mismatched keys, the first model\.norm\.weight",
+            r"has 1 mismatched keys .*model\.norm\.weight",
         ),
         (None, "is corrupted"),
     ],
@@ -324,7 +324,7 @@ def test_a_chat_beyond_the_llms_vocabulary_is_one_sentence(world, tmp_path):
     folder = shutil.copytree(world.llm, tmp_path / "llm")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
-    with pytest.raises(UserError, match=r"has 2 embeddings, none for the token"):
+    with pytest.raises(UserError, match=r"has 2 embeddings, .* the token 'u'"):
         make_model(world, llm={"pretrained_model": str(folder)})
 
 
@@ -389,7 +389,7 @@ def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path / "saved")), expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file: give a directory"):
+    with pytest.raises(UserError, match=r"file. is a file"):
         model.save_pretrained(tmp_path / "file")
 
 
@@ -507,12 +507,15 @@ DAMAGES = {
     ),
     "a lost shard": (
         damage_index,
-        r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names",
+        r"model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names",
     ),
-    "two saves": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both"),
+    "two saves": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "both model.safetensors and model.safetensors.index.json",
+    ),
     "no weights": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        "holds neither",
+        r"neither model\.safetensors nor model\.safetensors\.index\.json",
     ),
     "another kind": (
         lambda f: set_config(f, model_type="qwen2"),
@@ -527,7 +530,7 @@ DAMAGES = {
     ),
     "another tokenizer": (
         lambda f: set_config(f, audio_token_id=7),
-        r"has '<\|AUDIO\|>' as \d+, config\.json as 7",
+        r"the id \d+ for '<\|AUDIO\|>', but config\.json has 7",
     ),
     "no generation settings": (
         lambda f: (f / "generation_config.json").write_text("{"),
@@ -535,31 +538,31 @@ DAMAGES = {
     ),
     "no encoder": (
         lambda f: set_config(f, audio_encoder=None),
-        r"config\.json': audio_encoder\.model_type=None is none of whisper, ",
+        r"config\.json': audio_encoder\.model_type=None is not one of whisper, ",
     ),
     "an encoder's field too many": (
         lambda f: set_part(f, "audio_encoder", extra=1),
-        r"config\.json': audio_encoder is of no .*'extra'",
+        r"config\.json': audio_encoder .* whisper: .*'extra'",
     ),
     "an encoder's field lost": (
         lambda f: set_part(f, "audio_encoder", d_model=DROPPED),
-        r"audio_encoder is of no .*d_model",
+        r"audio_encoder .* whisper: .*d_model",
     ),
     "an encoder's text": (
         lambda f: set_part(f, "audio_encoder", d_model="16"),
-        r"json': audio_encoder, with d_model='16', is of no",
+        r"json': audio_encoder with d_model='16' ",
     ),
     "an LLM of no type": (
         lambda f: set_part(f, "llm", model_type="qwen99"),
-        r"config\.json': llm\.model_type='qwen99' is no LLM that tra",
+        r"config\.json': llm\.model_type='qwen99' is not an LLM",
     ),
     "an LLM that writes nothing": (
         lambda f: set_part(f, "llm", model_type="vit"),
-        r"llm\.model_type='vit' is no causal LLM",
+        r"llm\.model_type='vit' is not a causal LLM",
     ),
     "an LLM's text": (
         lambda f: set_part(f, "llm", hidden_size="x"),
-        r"config\.json': llm is no configuration of a 'qwen2' .*hidden_size",
+        r"config\.json': llm .* 'qwen2' .*hidden_size",
     ),
     "no LLM": (lambda f: set_config(f, llm=None), r"llm\.model_type=None"),
     "a rate in words": (
@@ -568,7 +571,7 @@ DAMAGES = {
     ),
     "no rate": (
         lambda f: set_config(f, audio_encoder_projector_ds_rate=0),
-        r"audio_encoder_projector_ds_rate=0 must be above 0",
+        r"audio_encoder_projector_ds_rate=0 ",
     ),
     "prompts of no list": (
         lambda f: set_config(f, prompts="x"),
@@ -576,7 +579,7 @@ DAMAGES = {
     ),
     "another projector": (
         lambda f: set_config(f, projector="q"),
-        r"config\.json': projector='q' is none of mlp, normed",
+        r"config\.json': projector='q' is not one of mlp, normed",
     ),
     "empty": (lambda f: save_file({}, f / "model.safetensors"), "are empty"),
 }
@@ -596,7 +599,7 @@ def test_dtypes(world, tmp_path):
     make_model(world).save_pretrained(tmp_path)
     for wrong, message in (
         ("float17", "dtype='float17' is unknown: did you mean"),
-        (torch.int8, "is none for weights"),
+        (torch.int8, r"dtype=torch\.int8 "),
     ):
         with pytest.raises(UserError, match=message):
             asrllm.AutoModel.from_pretrained(tmp_path, dtype=wrong)
@@ -610,7 +613,7 @@ def test_tensors_are_read_whole_however_often_the_file_is_opened_anew(tmp_path, 
     state = {f"t{i}": torch.randn(100) for i in range(7)} | {"count": torch.tensor(3)}
     save_file(state, tmp_path / "x.safetensors")
     for size in (1, 900, 1 << 30):
-        monkeypatch.setattr("asrllm.models.asr_llm.serialization.REOPEN", size)
+        monkeypatch.setattr("asrllm.models.asr_llm.serialization.REOPEN_BYTES", size)
         read = read_tensors(tmp_path / "x.safetensors", torch.float64)
         assert read.keys() == state.keys()
         assert all(torch.equal(read[name].to(state[name].dtype), state[name]) for name in state)
@@ -643,9 +646,9 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
             {"state_dict": {}},
             "does not know the keyword 'state_dict': it takes merge_adapter, max_shard_size",
         ),
-        ({"max_shard_size": "banana"}, "max_shard_size='banana' is no size: give bytes above 0"),
-        ({"max_shard_size": 0}, "max_shard_size=0 is no size"),
-        ({"max_shard_size": "0.0GB"}, "is no size"),
+        ({"max_shard_size": "banana"}, "max_shard_size='banana' "),
+        ({"max_shard_size": 0}, "max_shard_size=0 "),
+        ({"max_shard_size": "0.0GB"}, r"max_shard_size='0\.0GB' "),
     ):
         with pytest.raises(UserError, match=message):
             model.save_pretrained(tmp_path / "saved", **options)
@@ -654,7 +657,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     for options, message in (
         ({"atn_implementation": "sdpa"}, "does not know the keyword 'atn_implementation'"),
         ({"dtyp": "bfloat16"}, "did you mean 'dtype'"),
-        ({"device_map": "auto"}, r"use \.to\(device\)"),
+        ({"device_map": "auto"}, r"device_map"),
     ):
         for load in (
             asrllm.AutoModel.from_pretrained,
@@ -669,7 +672,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     assert AsrLlmModel.from_pretrained(tmp_path / "saved", config=config)
     config.projector_hidden_size = 7
     for load in (AsrLlmModel.from_pretrained, transformers.AutoModel.from_pretrained):
-        with pytest.raises(UserError, match="leave out config and projector_hidden_size"):
+        with pytest.raises(UserError, match="projector_hidden_size differs"):
             load(tmp_path / "saved", config=config)
     given = {"revision": "main", "trust_remote_code": True, "local_files_only": True}
     assert (

@@ -306,7 +306,7 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
         ([tmp_path / "none"], "holds no audio file"),
         (["--hotwords", ","], "holds no word"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
-        (["--prompt", "Hear <|AUDIO|>"], "holds the audio token"),
+        (["--prompt", "Hear <|AUDIO|>"], "contains the audio token '<|AUDIO|>'"),
         (["--repetition-guard", "-1"], "must not be below 0"),
     ):
         assert message in fails(capsys, "transcribe", model, speech, *arguments)

@@ -139,7 +139,7 @@ def test_bfloat16_is_near_float32(world):
 
 @pytest.mark.parametrize("length", [0, 3001])
 def test_too_short_and_too_long_are_one_sentence(world, length):
-    with pytest.raises(UserError, match="takes 10 ms to 30 s of audio"):
+    with pytest.raises(UserError, match="10 ms to 30 s of audio"):
         load(world.whisper)(torch.zeros(1, max(length, 1), 80), torch.tensor([length]))
 
 
@@ -268,9 +268,7 @@ def test_openais_key_names():
         "encoder.mlp.0.weight",
         "encoder.conv1",
     ):
-        with pytest.raises(
-            UserError, match=re.escape(f"'here' has {key!r}, which no Whisper encoder")
-        ):
+        with pytest.raises(UserError, match=re.escape(f"'here' has the key {key!r}")):
             from_openai({key: torch.zeros(1)}, "here")
 
 
@@ -284,7 +282,7 @@ def test_files_that_are_not_openais_are_one_sentence(world, tmp_path):
     with pytest.raises(UserError, match=r"damaged\.pt' cannot be read as plain tensors"):
         read(tmp_path / "damaged.pt")
     torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="is no file of OpenAI's Whisper"):
+    with pytest.raises(UserError, match="is not a file of OpenAI's Whisper"):
         read(tmp_path / "other.pt")
     with pytest.raises(UserError, match="has no 'n_audio_head' in its 'dims'"):
         read(
@@ -294,7 +292,7 @@ def test_files_that_are_not_openais_are_one_sentence(world, tmp_path):
                 dims={k: v for k, v in TINY_DIMS.items() if k != "n_audio_head"},
             )
         )
-    with pytest.raises(UserError, match=r"has 'encoder\.extra\.weight'"):
+    with pytest.raises(UserError, match=r"has the key 'encoder\.extra\.weight'"):
         read(
             openai_file(
                 world,
@@ -334,11 +332,11 @@ def test_sharded_and_pickled_directories(world, tmp_path, options):
     [
         (
             lambda s: s.pop("encoder.layers.1.fc1.bias"),
-            r"lack 1 keys, the first 'layers\.1\.fc1\.bias'",
+            r"lack 1 keys .*'layers\.1\.fc1\.bias'",
         ),
         (
             lambda s: s.update({"encoder.extra": torch.zeros(1)}),
-            "have 1 unexpected keys, the first 'extra'",
+            "have 1 unexpected keys .*'extra'",
         ),
         (
             lambda s: s.update({"encoder.conv1.bias": torch.zeros(3)}),

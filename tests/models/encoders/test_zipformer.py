@@ -242,16 +242,16 @@ def test_mistakes_in_the_configuration_are_one_sentence():
     fields = TINY_ZIPFORMER | {"causal": True, "chunk_size": [16], "left_context_frames": [32]}
     ZipformerConfig(**fields)
     for changes, message in (
-        ({"num_heads": [1, 2, 3]}, "num_heads has 3 values for the 2 stacks"),
-        ({"cnn_module_kernel": [7, 4]}, "cnn_module_kernel=4 must be odd"),
+        ({"num_heads": [1, 2, 3]}, "num_heads has 3 values.* 2 stacks"),
+        ({"cnn_module_kernel": [7, 4]}, "cnn_module_kernel=4 "),
         (
             {"encoder_unmasked_dim": [8, 32]},
-            "encoder_unmasked_dim=32 must not be above encoder_dim=24",
+            "encoder_unmasked_dim=32 .* encoder_dim=24",
         ),
-        ({"pos_dim": 15}, "pos_dim even"),
-        ({"chunk_size": [15]}, "chunk_size=15 is no multiple of downsampling_factor=2"),
+        ({"pos_dim": 15}, r"pos_dim=\d+ is not even"),
+        ({"chunk_size": [15]}, "chunk_size=15 .* downsampling_factor=2"),
         ({"chunk_size": [2], "left_context_frames": [2]}, "less than the 3 frames"),
-        ({"chunk_size": [0]}, r"chunk_size=\[0\] must hold numbers above 0"),
+        ({"chunk_size": [0]}, r"chunk_size=\[0\] "),
     ):
         with pytest.raises(UserError, match=message):
             ZipformerConfig(**fields | changes)
@@ -290,11 +290,11 @@ def test_the_length_of_a_waveform_is_a_formula():
 def test_too_short_an_utterance_is_one_sentence(length):
     with pytest.raises(
         UserError,
-        match=rf"utterance 1 of the batch has {length} frames .* takes at least 9 \(90 ms\)",
+        match=rf"utterance 1 of the batch has {length} frames .* at least 9 \(90 ms\)",
     ):
         tiny()(torch.zeros(3, 50, 80), torch.tensor([50, length, 20]))
     with pytest.raises(
-        UserError, match="utterance 2 of the batch has 51 frames by x_lens, but x has 50"
+        UserError, match="utterance 2 of the batch has 51 frames by x_lens, but x has only 50"
     ):
         tiny()(torch.zeros(3, 50, 80), torch.tensor([50, 20, 51]))
 

@@ -153,7 +153,7 @@ def test_evaluation_draws_nothing_and_gradients_there_are_plain():
 def test_masks_are_drawn_by_sequence():
     encoder = training()
     x = torch.zeros(2000, 1, 16)
-    first, second = (mask[:, 0] for mask in encoder.encoder._feature_masks(x))
+    first, second = (mask[:, 0] for mask in encoder.encoder._channel_masks(x))
     for mask, free in ((first, 8), (second, 16)):
         assert (mask[:, :free] == 1).all()
         half = (mask.shape[1] - free) // 2

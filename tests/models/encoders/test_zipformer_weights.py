@@ -87,7 +87,7 @@ def test_a_directory_with_its_configuration(encoder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     with pytest.raises(
         UserError,
-        match=r"config\.json says num_heads=\[4, 4\], but the weights beside it have \[2, 4\]",
+        match=r"config\.json has num_heads=\[4, 4\], but the weights beside it have \[2, 4\]",
     ):
         ZipformerEncoder.from_pretrained(tmp_path)
 
@@ -151,7 +151,7 @@ def test_a_files_code_is_never_run(encoder, tmp_path):
     torch.save(
         {"model": published(encoder), "params": argparse.Namespace(a=1)}, tmp_path / "params.pt"
     )
-    with pytest.raises(UserError, match="save its state dict alone"):
+    with pytest.raises(UserError, match=r"params\.pt. cannot be read as plain tensors"):
         ZipformerEncoder.from_pretrained(tmp_path / "params.pt")
     assert not ran.exists()
 
@@ -161,26 +161,26 @@ def test_what_is_no_encoder_is_one_sentence(encoder, tmp_path):
         with pytest.raises(UserError, match=message):
             ZipformerEncoder.from_pretrained(path)
 
-    refused("holds no weights")
+    refused("has no weights")
     torch.save({"decoder.weight": torch.ones(2)}, tmp_path / "a.pt")
-    refused("holds no Zipformer encoder")
+    refused("has no Zipformer encoder")
     torch.save([1, 2], tmp_path / "a.pt")
-    refused("holds no state dict")
+    refused("is not a state dict")
     (tmp_path / "a.pt").write_bytes(b"junk")
     refused("cannot be read as plain tensors")
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"model": 1}, protocol=2))
-    refused("cannot be read as plain tensors|holds no Zipformer")
+    refused("cannot be read as plain tensors|has no Zipformer")
     torch.save(published(encoder, "a.") | published(encoder, "b."), tmp_path / "a.pt")
-    refused("holds 2 Zipformer encoders, below 'a.', 'b.'")
+    refused("contains 2 Zipformer encoders.* 'a\\.', 'b\\.'")
     broken = {
         name: tensor for name, tensor in published(encoder).items() if "linear_pos" not in name
     }
     torch.save(broken, tmp_path / "a.pt")
-    refused("is no Zipformer that is known")
+    refused("is not a supported Zipformer")
     torch.save(published(encoder), tmp_path / "b.pt")
-    refused("holds 2 checkpoints, such as a.pt")
+    refused("contains 2 checkpoints .*a\\.pt")
     (tmp_path / "config.json").write_text("{")
-    refused("is no JSON", tmp_path / "b.pt")
+    refused("is not valid JSON", tmp_path / "b.pt")
     with pytest.raises(UserError, match=r"data\.pad_to_30s=true is for Whisper"):
         ZipformerEncoder.from_fields(TINY_ZIPFORMER, pad_to_30s=True)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import asrllm
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
+from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import load_model
 from asrllm.models.auto import describe
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
@@ -110,7 +111,9 @@ def test_a_directory_loads_and_is_the_same_model_saved_our_way(
         asrllm.AutoModel.from_pretrained(tmp_path / "ours").generate(waves, chats, max_new_tokens=8)
         == texts
     )
-    by_hand = load_model(tmp_path / "ours", load_file(tmp_path / "ours" / "model.safetensors"))
+    by_hand = load_model(
+        AsrLlmModel, tmp_path / "ours", load_file(tmp_path / "ours" / "model.safetensors")
+    )
     assert by_hand.generate(waves, chats, max_new_tokens=8) == texts
 
 
@@ -156,9 +159,9 @@ def test_the_key_table_names_every_key_of_the_projector():
     assert renamed({f"module.{key}": tensor for key, tensor in state.items()}, "x").keys() == set(
         KEYS.values()
     )
-    with pytest.raises(UserError, match="'ctc_head' is no key of Auden's lalm"):
+    with pytest.raises(UserError, match="the key 'ctc_head'"):
         renamed({"ctc_head": torch.zeros(1)}, "x")
-    with pytest.raises(UserError, match="merge them into the LLM first"):
+    with pytest.raises(UserError, match=r"contains adapters \('llm\.model"):
         renamed({"llm.model.q_proj.lora_A.default.weight": torch.zeros(1)}, "x")
 
 
@@ -212,7 +215,7 @@ def test_the_names_of_the_weight_file_and_an_untied_llm_in_half_precision(world,
     (folder / name).rename(
         folder / "averaged-iter-8-avg-2.pt" if name.endswith(".pt") else folder / "x.safetensors"
     )
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         asrllm.AutoModel.from_pretrained(folder)
 
 
@@ -221,12 +224,12 @@ def test_mistakes_are_one_sentence(world, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     whisper = config["audio_encoder_config"]
     for change, message in (
-        ({"projector_type": "qformer"}, "'projector_type' is no field"),
+        ({"projector_type": "qformer"}, "the field 'projector_type'"),
         ({"llm_config": None}, "has no llm_config"),
-        ({"llm_config": {"model_type": "nothing"}}, "llm_config is of no LLM"),
+        ({"llm_config": {"model_type": "nothing"}}, "llm_config .*nothing"),
         (
             {"audio_encoder_config": whisper | {"activation_function": "relu"}},
-            "activation_function='relu' is not built",
+            "activation_function='relu' is not supported",
         ),
         (
             {"audio_encoder_config": {"model_type": "hubert"}},
@@ -237,29 +240,29 @@ def test_mistakes_are_one_sentence(world, tmp_path):
                 "audio_encoder_config": {"model_type": "zipformer", "use_rope": True}
                 | TINY_ZIPFORMER
             },
-            "use_rope is no field",
+            "the field audio_encoder_config\\.use_rope",
         ),
     ):
         with pytest.raises(UserError, match=message):
             config_fields(config | change, "x")
     shutil.copytree(folder / "llm", folder / "kept")
     (folder / "llm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="is a 'llama' model, and llm_config says 'qwen2'"):
+    with pytest.raises(UserError, match="is a 'llama' model, but llm_config has 'qwen2'"):
         asrllm.AutoModel.from_pretrained(folder)
     shutil.rmtree(folder / "llm")
-    with pytest.raises(UserError, match="the llm is neither in the weights nor a sub-directory"):
+    with pytest.raises(UserError, match="the llm is neither in the weights nor in a subdirectory"):
         asrllm.AutoModel.from_pretrained(folder)
     (folder / "kept").rename(folder / "llm")
     state = torch.load(folder / "pretrained.pt", weights_only=True)
     torch.save(state | {"llm.x": torch.zeros(1)}, folder / "pretrained.pt")
-    with pytest.raises(UserError, match="the llm is both in the weights and in a sub-directory"):
+    with pytest.raises(UserError, match="the llm is both in the weights and in a subdirectory"):
         asrllm.AutoModel.from_pretrained(folder)
     state.pop("encoder_projector.linear1.bias")
     torch.save(state, folder / "pretrained.pt")
-    with pytest.raises(UserError, match=r"lack 1 keys, the first 'projector\.mlp\.linear1\.bias'"):
+    with pytest.raises(UserError, match=r"lack 1 keys .*'projector\.mlp\.linear1\.bias'"):
         asrllm.AutoModel.from_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    with pytest.raises(UserError, match="lacks the audio token"):
+    with pytest.raises(UserError, match="has no audio token"):
         asrllm.AutoModel.from_pretrained(folder)
 
 

@@ -47,10 +47,10 @@ def test_the_key_table():
         renamed({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys()
         == renamed(state, "x").keys()
     )
-    with pytest.raises(UserError, match=r"'ctc\.weight' is no key of icefall"):
+    with pytest.raises(UserError, match=r"the key 'ctc\.weight'"):
         renamed(state | {"ctc.weight": torch.zeros(1)}, "x")
     state.pop("encoder_projector.linear2.bias")
-    with pytest.raises(UserError, match=r"lacks the projector's 'projector\.mlp\.linear2\.bias'"):
+    with pytest.raises(UserError, match=r"has no 'projector\.mlp\.linear2\.bias'"):
         renamed(state, "x")
 
 
@@ -109,7 +109,7 @@ def test_another_encoder_is_refused(world, theirs, tmp_path):
         :, :-1
     ].clone()
     torch.save(state, file)
-    with pytest.raises(UserError, match="no whole frames"):
+    with pytest.raises(UserError, match=r"width 63, .* multiple of 16"):
         import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
     assert not (tmp_path / "out").exists()
 
@@ -134,7 +134,7 @@ HARMS = {
     ),
     "part of an encoder": (
         lambda state: state.update({"encoder.conv1.bias": torch.zeros(16)}),
-        r"lack \d+ keys, the first 'audio_encoder",
+        r"lack \d+ keys .*'audio_encoder",
     ),
 }
 
