@@ -1,4 +1,4 @@
-"""Directories that save_pretrained writes: whole, merged, sharded, damaged; and loading without a second copy."""
+"""Directories that save_pretrained writes: complete, merged, sharded and damaged ones."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ FAMILIES = {"qwen2": {}, "qwen3": {"head_dim": 8}, "llama": {}, "mistral": {}, "
 
 
 def family_llm(folder, family, *, tied=True):
-    """A directory of a tiny LLM with random weights of another family than tiny_llm's."""
+    """Write a directory of a tiny LLM of another family than tiny_llm's, with random weights."""
     tokenizer = tiny_tokenizer()
     ids = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -66,7 +66,7 @@ def family_llm(folder, family, *, tied=True):
 
 
 def lora_model(world, **options):
-    """A model whose LoraConfig has further options than the run's configuration knows."""
+    """Return a model whose LoraConfig has options that the run's configuration does not support."""
     processor = describe_model(make_config(world), pad_to_30s=False, prompts=("Transcribe.",))
     processor.config.lora |= options
     torch.manual_seed(0)
@@ -79,9 +79,9 @@ def lora_model(world, **options):
 
 @torch.no_grad()
 def logits(model):
-    """The LLM's, for an utterance heard and a few tokens read."""
+    """Return the LLM's logits for an utterance and a few tokens."""
     if model.config.llm["model_type"] == "gemma2":
-        model.llm.set_attn_implementation("eager")  # no other here knows its capped scores
+        model.llm.set_attn_implementation("eager")  # no other attention here supports its soft cap
     features, lengths = model.audio_encoder.features(
         *model.processor.load_waves([samples(1)[0].wave])
     )
@@ -92,7 +92,7 @@ def logits(model):
     ).logits
 
 
-def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
+def test_weights_may_contain_a_tied_head_twice(world, tmp_path):
     model = make_model(world, frozen=("audio_encoder",), llm={"frozen": False, "lora": None})
     model.require_processor().save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
     }
     twice = state | {
         "llm.lm_head.weight": state["llm.model.embed_tokens.weight"].clone()
-    }  # as DeepSpeed's converter had it
+    }  # as in the files of DeepSpeed's converter
     found = load_model(AsrLlmModel, tmp_path, twice)
     torch.testing.assert_close(logits(found), logits(model))
     twice["llm.lm_head.weight"] += 1
@@ -124,7 +124,7 @@ def assert_same_buffers(model, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_of_llm_comes_back_bit_by_bit(world, tmp_path, family, tied):
+def test_every_llm_family_is_saved_and_loaded_bitwise(world, tmp_path, family, tied):
     llm = family_llm(tmp_path / "llm", family, tied=tied)
     model = make_model(world, llm={"model_type": family, "pretrained_model": str(llm)})
     model.save_pretrained(tmp_path / "saved")
@@ -152,7 +152,7 @@ def test_every_family_of_llm_comes_back_bit_by_bit(world, tmp_path, family, tied
 @pytest.mark.parametrize(
     "fields", [{"model_type": "whisper"}, {"model_type": "zipformer"} | TINY_ZIPFORMER]
 )
-def test_an_encoder_made_without_memory_is_as_the_ordinary_one(fields):
+def test_encoder_built_on_meta_matches_the_ordinary_one(fields):
     if fields["model_type"] == "whisper":
         fields |= {
             "num_mel_bins": 80,
@@ -177,7 +177,7 @@ def test_an_encoder_made_without_memory_is_as_the_ordinary_one(fields):
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
-def test_an_llm_made_without_memory_keeps_its_tied_weights_and_generation(world):
+def test_llm_built_on_meta_keeps_tied_weights_and_generation_config(world):
     fields = transformers.AutoConfig.from_pretrained(world.llm).to_dict()
     with parameters_on_meta():
         llm = empty_llm(fields)
@@ -188,7 +188,7 @@ def test_an_llm_made_without_memory_keeps_its_tied_weights_and_generation(world)
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}]
 )
-def test_merging_leaves_the_model_as_it_is_and_gives_a_plain_one(world, tmp_path, options):
+def test_merging_does_not_change_the_model_and_writes_a_plain_one(world, tmp_path, options):
     model = lora_model(
         world,
         target_modules=["q_proj", "v_proj", "down_proj"]
@@ -216,7 +216,7 @@ def test_merging_leaves_the_model_as_it_is_and_gives_a_plain_one(world, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
-def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
+def test_adapter_bias_without_a_layer_bias_is_rejected(world, tmp_path):
     options = {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}
     with pytest.raises(
         UserError,
@@ -231,13 +231,13 @@ def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
         AsrLlmModel(config).save_pretrained(tmp_path / "merged", merge_adapter=True)
 
 
-def test_the_rank_is_seen_in_adapters_of_the_embeddings_alone():
+def test_rank_multiple_is_read_from_adapters_of_embeddings():
     key = "llm.base_model.model.model.embed_tokens.lora_embedding_A.default"
     model = SimpleNamespace(weights=lambda: {key: torch.zeros(2, 11)})
     assert rank_multiple(model, {key: torch.zeros(6, 11)}) == 3
 
 
-def test_an_encoders_adapters_are_merged_too(world, tmp_path):
+def test_adapters_of_the_encoder_are_merged(world, tmp_path):
     from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
     options = LoraConfig(r=2, target_modules=["q_proj", "out_proj"], init_lora_weights=False)
@@ -253,7 +253,7 @@ def test_an_encoders_adapters_are_merged_too(world, tmp_path):
         )
 
 
-def test_merging_and_what_contradicts_it(world, tmp_path):
+def test_merging_is_rejected_without_adapters_and_with_excluded_parts(world, tmp_path):
     model = make_model(world, exclude_from_checkpoint=["audio_encoder"])
     model.save_pretrained(tmp_path / "saved", merge_adapter=True)
     loaded = asrllm.AutoModel.from_pretrained(tmp_path / "saved")
@@ -268,15 +268,15 @@ def test_merging_and_what_contradicts_it(world, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT warns of it
-def test_an_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
+def test_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
     model = lora_model(world, target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(UserError, match=r"merge_adapter=True: .* the head"):
         model.save_pretrained(tmp_path / "merged", merge_adapter=True)
     assert not (tmp_path / "merged").exists()
 
 
-def test_merging_rounds_once(world, tmp_path):
-    """A bfloat16 model: the merged weight is the sum in float32, rounded."""
+def test_merged_weights_are_rounded_once(world, tmp_path):
+    """The merged weight of a bfloat16 model is the sum in float32, rounded."""
     model = lora_model(world, target_modules=["q_proj"]).bfloat16()
     layer = model.causal_lm.model.layers[0].self_attn.q_proj
     a, b, base = (
@@ -306,7 +306,7 @@ def test_merging_rounds_once(world, tmp_path):
         (None, "is corrupted"),
     ],
 )
-def test_a_damaged_base_llm_is_one_sentence(world, tmp_path, change, message):
+def test_damaged_base_llm_is_reported(world, tmp_path, change, message):
     folder = shutil.copytree(world.llm, tmp_path / "llm")
     state = load_file(folder / "model.safetensors")
     if change:
@@ -320,7 +320,7 @@ def test_a_damaged_base_llm_is_one_sentence(world, tmp_path, change, message):
         make_model(world, llm={"pretrained_model": str(folder)})
 
 
-def test_a_chat_beyond_the_llms_vocabulary_is_one_sentence(world, tmp_path):
+def test_chat_tokens_beyond_the_vocabulary_are_reported(world, tmp_path):
     folder = shutil.copytree(world.llm, tmp_path / "llm")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
@@ -328,7 +328,7 @@ def test_a_chat_beyond_the_llms_vocabulary_is_one_sentence(world, tmp_path):
         make_model(world, llm={"pretrained_model": str(folder)})
 
 
-def test_the_command_merges(world, tmp_path, capsys):
+def test_merge_lora_command(world, tmp_path, capsys):
     model = make_model(world)
     model.save_pretrained(tmp_path / "saved")
     assert (
@@ -356,7 +356,7 @@ def test_the_command_merges(world, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_saving_again_leaves_nothing_of_the_earlier_save(world, tmp_path):
+def test_saving_again_removes_the_earlier_files(world, tmp_path):
     model, folder = make_model(world), tmp_path / "saved"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
@@ -374,7 +374,7 @@ def test_saving_again_leaves_nothing_of_the_earlier_save(world, tmp_path):
     assert not list(folder.glob(".saving*"))
 
 
-def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_existing_files(world, tmp_path, monkeypatch):
     model = make_model(world)
     model.save_pretrained(tmp_path / "saved")
     expected = logits(model)
@@ -393,7 +393,7 @@ def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "file")
 
 
-def test_a_model_may_be_saved_over_the_directory_it_came_from(world, tmp_path):
+def test_model_may_be_saved_to_the_directory_it_was_loaded_from(world, tmp_path):
     make_model(world).save_pretrained(tmp_path)
     model = asrllm.AutoModel.from_pretrained(tmp_path)
     expected = logits(model)
@@ -402,7 +402,7 @@ def test_a_model_may_be_saved_over_the_directory_it_came_from(world, tmp_path):
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path)), expected)
 
 
-def test_a_hub_id_is_loaded_as_a_directory_is(world, tmp_path, monkeypatch):
+def test_hub_id_is_loaded_like_a_directory(world, tmp_path, monkeypatch):
     make_model(world).save_pretrained(tmp_path / "snapshot")
     asked = []
     monkeypatch.setattr(
@@ -417,7 +417,7 @@ def test_a_hub_id_is_loaded_as_a_directory_is(world, tmp_path, monkeypatch):
             asrllm.AutoModel.from_pretrained(path)
 
 
-def test_features_and_generation_settings_come_back(world, tmp_path):
+def test_features_and_generation_config_are_saved_and_loaded(world, tmp_path):
     wide = tiny_whisper(tmp_path / "wide", num_mel_bins=128)
     encoder = make_config(world).audio_encoder
     model = make_model(
@@ -435,7 +435,7 @@ def test_features_and_generation_settings_come_back(world, tmp_path):
     )
 
 
-def test_generation_settings_that_transformers_refuses_are_one_sentence(world, tmp_path):
+def test_invalid_generation_config_is_reported(world, tmp_path):
     model = make_model(world)
     model.llm.generation_config.temperature = 0.5
     with pytest.raises(UserError, match=r"generation settings cannot be saved.*`temperature`"):
@@ -444,7 +444,7 @@ def test_generation_settings_that_transformers_refuses_are_one_sentence(world, t
 
 
 @pytest.mark.slow
-def test_the_auto_classes_of_a_fresh_process_need_the_directory_alone(world, tmp_path):
+def test_auto_classes_in_a_new_process_need_only_the_directory(world, tmp_path):
     whisper, llm = tiny_whisper(tmp_path / "whisper"), tiny_llm(tmp_path / "llm")
     encoder = type(make_config(world).audio_encoder)(
         model_type="whisper", pretrained_model=str(whisper), frozen=True
@@ -586,7 +586,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_directory_is_one_sentence(world, tmp_path, damage):
+def test_damaged_directory_is_reported(world, tmp_path, damage):
     make_model(world).save_pretrained(tmp_path)
     change, message = DAMAGES[damage]
     change(tmp_path)
@@ -595,7 +595,7 @@ def test_a_damaged_directory_is_one_sentence(world, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-def test_dtypes(world, tmp_path):
+def test_weights_are_loaded_in_the_requested_dtype(world, tmp_path):
     make_model(world).save_pretrained(tmp_path)
     for wrong, message in (
         ("float17", "dtype='float17' is unknown: did you mean"),
@@ -609,7 +609,7 @@ def test_dtypes(world, tmp_path):
     )
 
 
-def test_tensors_are_read_whole_however_often_the_file_is_opened_anew(tmp_path, monkeypatch):
+def test_read_tensors_reads_everything_when_the_file_is_reopened(tmp_path, monkeypatch):
     state = {f"t{i}": torch.randn(100) for i in range(7)} | {"count": torch.tensor(3)}
     save_file(state, tmp_path / "x.safetensors")
     for size in (1, 900, 1 << 30):
@@ -620,7 +620,7 @@ def test_tensors_are_read_whole_however_often_the_file_is_opened_anew(tmp_path, 
     assert read["count"].dtype == torch.int64
 
 
-def test_a_state_dict_file_of_a_run(world, tmp_path):
+def test_run_is_loaded_from_a_state_dict_file(world, tmp_path):
     model = make_model(world)
     model.config.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
@@ -635,7 +635,7 @@ def test_a_state_dict_file_of_a_run(world, tmp_path):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
-def test_unknown_keywords_are_refused_by_name(world, tmp_path):
+def test_unknown_keywords_are_rejected(world, tmp_path):
     model = make_model(world)
     for options, message in (
         (
@@ -687,7 +687,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     )
 
 
-def test_an_llm_trained_as_a_whole_keeps_its_bases_generation_settings(world, tmp_path):
+def test_llm_trained_in_full_keeps_the_generation_config_of_its_base(world, tmp_path):
     llm = tiny_llm(tmp_path / "llm")
     transformers.GenerationConfig(pad_token_id=0, max_new_tokens=77).save_pretrained(llm)
     model = make_model(world, llm={"pretrained_model": str(llm), "frozen": False, "lora": None})
@@ -708,7 +708,7 @@ def test_an_llm_trained_as_a_whole_keeps_its_bases_generation_settings(world, tm
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "model.safetensors.index.json", "a/../../b.bin"]
 )
-def test_a_weight_map_names_nothing_outside_of_its_directory(tmp_path, name):
+def test_weight_map_with_files_outside_of_its_directory_is_rejected(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     for read in (weight_files, read_state):
@@ -719,7 +719,7 @@ def test_a_weight_map_names_nothing_outside_of_its_directory(tmp_path, name):
 @pytest.mark.parametrize(
     "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000]
 )
-def test_a_weight_map_of_another_form_is_refused(tmp_path, content):
+def test_invalid_weight_map_is_rejected(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
         weight_files(tmp_path)

@@ -1,4 +1,4 @@
-"""Directories of Auden's audio LLM, made by hand here as its training lays them out."""
+"""Directories of Auden's audio LLM, written here in the layout of its training."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def auden_directory(
     name="pretrained.pt",
     tied=True,
 ):
-    """A directory as Auden's training leaves it, with random weights."""
+    """Write a directory like those of Auden's training, with random weights."""
     folder.mkdir()
     llm_folder = tiny_llm(folder / "llm", tied=tied)
     llm = transformers.AutoModelForCausalLM.from_pretrained(llm_folder)
@@ -92,9 +92,7 @@ def auden_directory(
 @pytest.mark.parametrize("tags", [False, True])
 @pytest.mark.parametrize("left_out", [("audio_encoder", "llm"), ("llm",), ()])
 @pytest.mark.parametrize("kind", ["whisper", "zipformer"])
-def test_a_directory_loads_and_is_the_same_model_saved_our_way(
-    world, tmp_path, kind, left_out, tags
-):
+def test_directory_loads_as_the_same_model_in_our_format(world, tmp_path, kind, left_out, tags):
     folder = auden_directory(world, tmp_path / "auden", kind=kind, left_out=left_out, tags=tags)
     theirs = torch.load(folder / "pretrained.pt", weights_only=True)
     theirs = theirs.get("state_dict", theirs)
@@ -119,8 +117,8 @@ def test_a_directory_loads_and_is_the_same_model_saved_our_way(
 
 @torch.no_grad()
 @pytest.mark.parametrize("tags", [False, True])
-def test_what_the_llm_hears_is_what_audens_arithmetic_gives(world, tmp_path, tags):
-    """Transformers' own Whisper on one utterance, whole stacks of frames, linear, ReLU, linear; tags before and behind."""
+def test_audio_embeddings_match_audens_arithmetic(world, tmp_path, tags):
+    """Whisper of transformers, complete stacks of frames, linear, ReLU, linear, boundary embeddings."""
     folder = auden_directory(world, tmp_path / "auden", tags=tags)
     model = asrllm.AutoModel.from_pretrained(folder)
     state = torch.load(folder / "pretrained.pt", weights_only=True)
@@ -151,7 +149,7 @@ def test_what_the_llm_hears_is_what_audens_arithmetic_gives(world, tmp_path, tag
     assert len(ours) == model.config.num_audio_tokens(len(samples(1)[0].wave))
 
 
-def test_the_key_table_names_every_key_of_the_projector():
+def test_key_table_covers_the_projector_and_unknown_keys_are_rejected():
     state = {key: torch.zeros(i) for i, key in enumerate(KEYS)}
     assert {ours: len(tensor) for ours, tensor in renamed(state, "x").items()} == {
         ours: i for i, ours in enumerate(KEYS.values())
@@ -165,9 +163,7 @@ def test_the_key_table_names_every_key_of_the_projector():
         renamed({"llm.model.q_proj.lora_A.default.weight": torch.zeros(1)}, "x")
 
 
-def test_what_its_config_describes_is_known_without_its_weights(
-    world, tmp_path, caplog, monkeypatch
-):
+def test_describe_reads_the_configuration_without_weights(world, tmp_path, caplog, monkeypatch):
     folder = auden_directory(world, tmp_path / "auden")
     caplog.clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -185,7 +181,7 @@ def test_what_its_config_describes_is_known_without_its_weights(
         describe(folder)
 
 
-def test_the_chat_is_audens(world, tmp_path):
+def test_chat_matches_audens(world, tmp_path):
     model = asrllm.AutoModel.from_pretrained(auden_directory(world, tmp_path / "auden"))
     assert model.processor.tokenizer.chat_template == CHATML
     chat = [{"role": "system", "content": "Hear."}, {"role": "user", "content": "<|AUDIO|> Write."}]
@@ -198,7 +194,7 @@ def test_the_chat_is_audens(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pretrained.safetensors", "model.safetensors", "model.pt"])
-def test_the_names_of_the_weight_file_and_an_untied_llm_in_half_precision(world, tmp_path, name):
+def test_every_name_of_the_weight_file_is_found(world, tmp_path, name):
     folder = auden_directory(world, tmp_path / "auden", name=name, tied=False)
     model = asrllm.AutoModel.from_pretrained(folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
@@ -219,7 +215,7 @@ def test_the_names_of_the_weight_file_and_an_untied_llm_in_half_precision(world,
         asrllm.AutoModel.from_pretrained(folder)
 
 
-def test_mistakes_are_one_sentence(world, tmp_path):
+def test_invalid_directories_are_rejected(world, tmp_path):
     folder = auden_directory(world, tmp_path / "auden")
     config = json.loads((folder / "config.json").read_text())
     whisper = config["audio_encoder_config"]
@@ -266,7 +262,7 @@ def test_mistakes_are_one_sentence(world, tmp_path):
         asrllm.AutoModel.from_pretrained(folder)
 
 
-def test_a_tied_head_that_differs_is_refused(world, tmp_path):
+def test_tied_head_that_differs_is_rejected(world, tmp_path):
     folder = auden_directory(world, tmp_path / "auden", left_out=("audio_encoder",))
     state = torch.load(folder / "pretrained.pt", weights_only=True)
     state["llm.lm_head.weight"] += 1
