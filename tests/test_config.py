@@ -114,7 +114,7 @@ def test_overrides_reach_the_dataclasses():
         ("data.text_normalization=lower", "is not a choice"),
         ("seed=-1", "seed=-1 must be a whole number"),
         ("data.whisper_fbank=false", "takes Whisper's features"),
-        ("model.llm.lora.r=-1", "must not be below 0"),
+        ("model.llm.lora.r=-1", r"lora\.r=-1 "),
         ("model.exclude_from_checkpoint=[projector]", "'projector' is not a part"),
         ("model.llm.pretrained_model=null", "is not set"),
         ("exp_dir=null", "exp_dir is not set"),

@@ -134,7 +134,12 @@ def choose(query: Tensor, value: Tensor, options: Options) -> str:
     return "sdpa"
 
 
-def why_not(backend: str, query: Tensor, value: Tensor, options: Options) -> str:
+def why_not(
+    backend: str,
+    query: Tensor,
+    value: Tensor,
+    options: Options,
+) -> str:
     """Return why a backend cannot compute this, or "" if it can."""
     reason = missing(backend)
     if reason:
@@ -182,28 +187,39 @@ def missing(backend: str) -> str:
     if backend not in BACKENDS:
         hint = nearest(backend, ["auto", *BACKENDS])
         raise UserError(f"the attention backend {backend!r} is unknown: {hint}")
-    cuda = torch.cuda.is_available()
     if backend in ("flash", "varlen"):
-        if not cuda:
+        if not torch.cuda.is_available():
             return "there is no CUDA device"
         if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
             return "the GPU is older than Ampere"
     try:
-        if backend == "flash":
-            from flash_attn import flash_attn_varlen_func  # noqa: F401
-        if backend == "varlen":
-            from torch.nn.attention.varlen import varlen_attn
-
-            needed = {"window_size", "enable_gqa", "scale"}
-            if not needed <= inspect.signature(varlen_attn).parameters.keys():
-                return f"torch {torch.__version__} has it without windows or grouped heads"
-        if backend == "flex":
-            from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
-
-            if cuda:
-                import triton  # noqa: F401
+        return _missing_import(backend)
     except ImportError as error:  # also if a package was built for another version of torch
         return str(error)
+
+
+def _missing_import(backend: str) -> str:
+    """Import what a backend needs.
+
+    Returns:
+        What torch lacks for it, or "".
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        needed = {"window_size", "enable_gqa", "scale"}
+        if not needed <= inspect.signature(varlen_attn).parameters.keys():
+            return f"torch {torch.__version__} has it without windows or grouped heads"
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
+
+        if torch.cuda.is_available():
+            import triton  # noqa: F401
     return ""
 
 
@@ -223,7 +239,8 @@ def _sdpa(
     keys = key.split(lengths, 2)
     values = value.split(lengths, 2)
     parts = zip(queries, keys, values, strict=True)
-    return torch.cat([_one_utterance(q, k, v, options) for q, k, v in parts], 1)
+    outputs = [_one_utterance(q, k, v, options) for q, k, v in parts]
+    return torch.cat(outputs, 1)
 
 
 def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -259,7 +276,12 @@ class _MetaAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
         output = query.new_empty(*query.shape[:3], value.shape[3])
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, logsumexp)
@@ -277,8 +299,12 @@ def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:
     Returns:
         (length, length), one row per query.
     """
-    shape = (length, length)
-    lowest = torch.full(shape, torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+    lowest = torch.full(
+        (length, length),
+        torch.finfo(like.dtype).min,
+        dtype=like.dtype,
+        device=like.device,
+    )
     if window is None:
         return lowest.triu(1)
     return lowest.triu(1) + lowest.tril(-window)
@@ -320,7 +346,8 @@ def explicit(
     weights = scores.softmax(-1)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return (weights @ value.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+    output = weights @ value.unsqueeze(2)  # (B, kv heads, groups, Q, d)
+    return output.flatten(1, 2).transpose(1, 2)
 
 
 def _flash(
@@ -415,7 +442,12 @@ def _block_mask(cu_seqlens: Tensor, query: Tensor, options: Options) -> "BlockMa
     numbers = torch.arange(len(cu_seqlens) - 1, device=query.device)
     utterance = numbers.repeat_interleave(cu_seqlens.diff().to(query.device), output_size=total)
 
-    def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def attends(
+        b: Tensor,
+        h: Tensor,
+        q: Tensor,
+        k: Tensor,
+    ) -> Tensor:
         allowed = utterance[q] == utterance[k]
         if causal:
             allowed = allowed & (k <= q)

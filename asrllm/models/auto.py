@@ -23,6 +23,7 @@ from asrllm.models.base_models import BasePaths, move_base_models
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
+from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words
 
 # Importing this module registers the model with transformers' Auto classes. No other module has
@@ -140,7 +141,7 @@ def newest_weights(exp_dir: Path) -> Path:
     )
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> StateDict:
     """Read a plain state dict. No code in it is executed.
 
     Args:
@@ -154,7 +155,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"the weights {str(path)!r} do not exist. Check the path.")
     if path.suffix == ".json":
-        state: dict[str, torch.Tensor] = {}
+        state: StateDict = {}
         for file in indexed_files(path):
             state.update(read_state(file))
         return state
@@ -175,7 +176,7 @@ def _weights_in(folder: Path) -> Path:
     return folder / WEIGHT_NAMES[0]
 
 
-def load_state(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
+def load_state(path: Path, *, mapped: bool = False) -> StateDict:
     """Read a state dict that torch.save wrote.
 
     Args:
@@ -197,7 +198,6 @@ def load_state(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(
-            f"the weights {str(path)!r} are not a plain state dict of tensors. Give a file that "
-            "'asrllm average' or 'asrllm consolidate' wrote."
+            f"the weights {str(path)!r} are not a plain state dict of tensors. Give one."
         )
     return state

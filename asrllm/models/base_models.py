@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError, nearest
@@ -13,11 +12,17 @@ from asrllm.models.fingerprint import (
     pretrained_weight_files,
     resolve_pretrained,
 )
+from asrllm.models.hub_files import Fields
 
 BasePaths = Mapping[str, str | Path]
 
 
-def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, where: str) -> None:
+def move_base_models(
+    config: AsrLlmConfig,
+    base_models: BasePaths | None,
+    *,
+    where: str,
+) -> None:
     """Replace the paths of base models in a configuration.
 
     Args:
@@ -34,25 +39,27 @@ def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, whe
         return
     named = dict(config.base_models or {})
     for part, path in base_models.items():
-        if part not in BASE_MODEL_KEYS:
-            raise UserError(
-                f"base_models[{part!r}] is not a pretrained part: {nearest(part, BASE_MODEL_KEYS)}"
-            )
-        key = BASE_MODEL_KEYS[part]
-        base = base_entry(config, part)
-        if base is None:
-            raise UserError(
-                f"{key}={str(path)!r} has no effect: {where!r} names no base model of the {part}. "
-                "Leave it out."
-            )
-        found = find_base_model(part, path)
-        check_fingerprint(part, found, base["fingerprint"])
-        named[part] = base | {"path": str(found)}
-        if part == "llm" and "_name_or_path" in (
-            config.llm or {}
-        ):  # transformers' copy of the path
-            config.llm = {**(config.llm or {}), "_name_or_path": str(found)}
+        named[part] = _moved_entry(config, part, path, where)
+        # transformers stores a copy of the path
+        if part == "llm" and config.llm and "_name_or_path" in config.llm:
+            config.llm = config.llm | {"_name_or_path": named[part]["path"]}
     config.base_models = named
+
+
+def _moved_entry(config: AsrLlmConfig, part: str, path: str | Path, where: str) -> Fields:
+    """Return the entry of a base model with its present path, after checking the fingerprint."""
+    if part not in BASE_MODEL_KEYS:
+        hint = nearest(part, BASE_MODEL_KEYS)
+        raise UserError(f"base_models[{part!r}] is not a pretrained part: {hint}")
+    base = base_entry(config, part)
+    if base is None:
+        raise UserError(
+            f"{BASE_MODEL_KEYS[part]}={str(path)!r} has no effect: {where!r} names no base model "
+            f"of the {part}. Leave it out."
+        )
+    found = find_base_model(part, path)
+    check_fingerprint(part, found, base["fingerprint"])
+    return base | {"path": str(found)}
 
 
 def find_base_model(part: str, path: str | Path) -> Path:
@@ -84,7 +91,7 @@ def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
     Raises:
         UserError: the configuration names none, or one is missing or has other weights.
     """
-    bases: dict[str, dict[str, Any]] = {}
+    bases: dict[str, Fields] = {}
     missing: list[str] = []
     for part in parts:
         base = base_entry(config, part)
@@ -97,19 +104,24 @@ def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
         if not is_present(base["path"]):
             missing.append(part)
     if missing:
-        gone = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
-        keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
-        python = ", ".join(f"{part!r}: PATH" for part in missing)
-        raise UserError(
-            f"base models not found: {gone}. If they moved, give their present paths: {keys} "
-            f"(in Python: base_models={{{python}}})."
-        )
+        raise UserError(_not_found(bases, missing))
     for part, base in bases.items():
         check_fingerprint(part, base["path"], base["fingerprint"])
     return {part: base["path"] for part, base in bases.items()}
 
 
-def base_entry(config: AsrLlmConfig, part: str) -> dict[str, Any] | None:
+def _not_found(bases: Mapping[str, Fields], missing: Iterable[str]) -> str:
+    """Return the message for missing base models."""
+    paths = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
+    keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
+    python = ", ".join(f"{part!r}: PATH" for part in missing)
+    return (
+        f"base models not found: {paths}. If they moved, give their present paths: {keys} "
+        f"(in Python: base_models={{{python}}})."
+    )
+
+
+def base_entry(config: AsrLlmConfig, part: str) -> Fields | None:
     """Return {"path", "fingerprint"} of a part's base model, or None if the configuration has none.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
-from asrllm.models.hub_files import check_directory, load_config, load_generation_config
+from asrllm.models.hub_files import Fields, check_directory, load_config, load_generation_config
 from asrllm.models.init_from import gathered, load_initial_weights
 from asrllm.models.loss import head_of
 from asrllm.models.model_args import LoraPart, ModelConfig
@@ -83,7 +82,7 @@ def describe_model(
     return processor
 
 
-def _peft_options(lora: LoraPart | None) -> dict[str, Any] | None:
+def _peft_options(lora: LoraPart | None) -> Fields | None:
     return None if lora is None else lora.as_peft()
 
 
@@ -109,7 +108,12 @@ def _check_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> None:
         load_generation_config(path)
 
 
-def _check_encoder(config: ModelConfig, path: str, *, pad_to_30s: bool) -> dict[str, Any]:
+def _check_encoder(
+    config: ModelConfig,
+    path: str,
+    *,
+    pad_to_30s: bool,
+) -> Fields:
     """Return the fields of the audio encoder at `path`.
 
     Raises:
@@ -127,7 +131,7 @@ def _check_encoder(config: ModelConfig, path: str, *, pad_to_30s: bool) -> dict[
     return fields
 
 
-def _check_same_encoder(model_type: str, fields: dict[str, Any], path: str) -> None:
+def _check_same_encoder(model_type: str, fields: Fields, path: str) -> None:
     """Check that the config.json at `model_type` agrees with the pretrained encoder at `path`."""
     config = resolve_pretrained(model_type) / "config.json"
     stated = read_json_object(config, "the encoder's configuration")
@@ -152,16 +156,8 @@ def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
         UserError: a token of the chat or of the tokenizer has no embedding, or the chat is ChatML
             and the tokenizer has no tokens for it.
     """
-    renderer = processor.renderer
     tokenizer = processor.tokenizer
-    ids = [*renderer.encode_prompt(renderer.user_messages("?"), [1]), *renderer.stop_ids]
-    for token in ids:
-        if token >= size and token != renderer.audio_token_id:
-            text = tokenizer.convert_ids_to_tokens(token)
-            raise UserError(
-                f"the LLM {path!r} has {size} embeddings, and none for the token {text!r} "
-                f"({token}) of its chat. Give the tokenizer that belongs to the LLM."
-            )
+    _check_chat_tokens(processor, size, path)
     beyond = words_beyond(tokenizer, size)
     if beyond:
         raise UserError(
@@ -169,15 +165,29 @@ def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
             f"tokenizer has {len(beyond)} tokens without one (first: {beyond[0]!r}). Give the "
             "tokenizer that belongs to the LLM."
         )
-    has_no_chatml = tokenizer.convert_tokens_to_ids("<|im_start|>") in (
-        None,
-        tokenizer.unk_token_id,
-    )
-    if tokenizer.chat_template == CHATML and has_no_chatml:
+    _check_chatml(tokenizer, path)
+
+
+def _check_chatml(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise UserError if the chat template is ChatML and the tokenizer has no tokens for it."""
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    if tokenizer.chat_template == CHATML and start in (None, tokenizer.unk_token_id):
         raise UserError(
             f"the chat template is ChatML, but {path!r} has no token '<|im_start|>'. Choose an "
             "instruction-tuned LLM."
         )
+
+
+def _check_chat_tokens(processor: AsrLlmProcessor, size: int, path: str) -> None:
+    renderer = processor.renderer
+    prompt = renderer.encode_prompt(renderer.user_messages("?"), [1])
+    for token in (*prompt, *renderer.stop_ids):
+        if token >= size and token != renderer.audio_token_id:
+            text = processor.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(
+                f"the LLM {path!r} has {size} embeddings, and none for the token {text!r} "
+                f"({token}) of its chat. Give the tokenizer that belongs to the LLM."
+            )
 
 
 def words_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:

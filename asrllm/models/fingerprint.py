@@ -118,21 +118,27 @@ def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
             f"the pretrained model {str(path)!r} does not exist. Give a directory, or a hub id "
             "like Qwen/Qwen2.5-7B-Instruct."
         )
+    return _download(str(path))
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local snapshot of a hub id, downloading it if the hub can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), ignore_patterns=NOT_DOWNLOADED))
+        return Path(snapshot_download(hub_id, ignore_patterns=NOT_DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"the pretrained model {str(path)!r} is not a directory, and it cannot be downloaded "
+            f"the pretrained model {hub_id!r} is not a directory, and it cannot be downloaded "
             f"from the hub: {first_words(error)}."
         ) from error
 
 
 def is_hub_id(path: str | Path) -> bool:
     """Return whether a path has the form of a hub id, owner/name."""
-    return str(path).count("/") == 1 and not str(path).startswith(("/", ".", "~"))
+    text = str(path)
+    return text.count("/") == 1 and not text.startswith(("/", ".", "~"))
 
 
 def check_fingerprint(part: str, path: str | Path, expected: str) -> None:

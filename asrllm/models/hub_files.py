@@ -5,9 +5,8 @@ damaged or of another kind causes a UserError that names the file. Code in a dir
 executed.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import transformers
 from transformers import (
@@ -21,6 +20,8 @@ from transformers import (
 from asrllm.errors import UserError
 from asrllm.text_files import check_no_pointer, read_json_object, read_text, reading
 
+# The content of a configuration in JSON.
+Fields: TypeAlias = dict[str, Any]
 # Files that transformers reads as JSON objects. It ignores some of them if they are damaged.
 JSON_FILES = (
     "config.json",
@@ -130,17 +131,7 @@ def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
     fields = read_json_object(path, "the LLM's configuration")
     check_plain(fields, path)
     kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        if "auto_map" in fields:
-            raise UserError(
-                f"{key}={str(folder)!r} is a {kind!r} model with custom code (auto_map in "
-                "config.json), which is never executed. Choose a model that transformers includes."
-            )
-        raise UserError(
-            f"{str(path)!r}: model_type={kind!r} is not a model that transformers "
-            f"{transformers.__version__} knows. Correct it, choose another model, or upgrade "
-            "transformers."
-        )
+    _check_model_type(fields, path, key)
     with reading(path, "the LLM's configuration", "Correct it, or download it again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -151,7 +142,23 @@ def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
     return config
 
 
-def check_plain(fields: Mapping[str, Any], path: Path) -> None:
+def _check_model_type(fields: Fields, path: Path, key: str) -> None:
+    """Raise UserError if transformers does not know the model_type in a config.json."""
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        if "auto_map" in fields:
+            raise UserError(
+                f"{key}={str(path.parent)!r} is a {kind!r} model with custom code (auto_map in "
+                "config.json), which is never executed. Choose a model that transformers includes."
+            )
+        raise UserError(
+            f"{str(path)!r}: model_type={kind!r} is not a model that transformers "
+            f"{transformers.__version__} knows. Correct it, choose another model, or upgrade "
+            "transformers."
+        )
+
+
+def check_plain(fields: Fields, path: Path) -> None:
     """Raise UserError if a config.json describes quantized weights."""
     method = fields.get("quantization_config")
     if method is None:
@@ -178,7 +185,7 @@ def load_tokenizer(
     """
     folder = Path(folder)
     check_text_files(folder)
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: Fields = {"trust_remote_code": False}
     if config is not None:
         options["config"] = config
     try:
@@ -186,21 +193,24 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             tokenizer("a", add_special_tokens=False)  # fails if a setting has a wrong type
     except UserError:
-        for name in LARGE_JSON_FILES:
-            if (folder / name).is_file():
-                read_json_object(folder / name, "the tokenizer's file")
+        _check_large_files(folder)
         raise
     tokenizer.chat_template = default_template(tokenizer.chat_template, folder)
     return tokenizer
 
 
+def _check_large_files(folder: Path) -> None:
+    for name in LARGE_JSON_FILES:
+        if (folder / name).is_file():
+            read_json_object(folder / name, "the tokenizer's file")
+
+
 def default_template(found: object, folder: Path) -> str | None:
-    """Return the chat template to use.
+    """Return the chat template to use. transformers writes chat_template.json for processors.
 
     Args:
         found: the tokenizer's template: a text, None, or a dict of several templates by name.
-        folder: the directory of the tokenizer. Its chat_template.json, which transformers writes
-            for processors, is used if there is no other template.
+        folder: the tokenizer's directory. Its chat_template.json is used if `found` is empty.
 
     Raises:
         UserError: there are several templates and none is named "default", or one is not a text.
@@ -211,8 +221,7 @@ def default_template(found: object, folder: Path) -> str | None:
         if found and "default" not in found:
             raise UserError(
                 f"the tokenizer in {str(folder)!r} has the chat templates "
-                f"{', '.join(sorted(found))}, but none named 'default'. Rename one of them to "
-                "'default', or remove them."
+                f"{', '.join(sorted(found))}, but none named 'default'. Rename one."
             )
         found = found.get("default")
     if found is not None and not isinstance(found, str):

@@ -13,7 +13,7 @@ from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.auto import newest_weights, read_state
-from asrllm.models.state_dict import is_adapter, plain_name
+from asrllm.models.state_dict import StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
 # Fields without which the trained weights of the projector have no meaning.
@@ -43,15 +43,38 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
         UserError: the run has no weights, or they do not fit this model.
     """
     where = f"init_from={str(exp_dir)!r}"
-    if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
-        raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
-    earlier = read_config(exp_dir)
-    state = read_state(newest_weights(exp_dir))
+    earlier, state = _read_run(exp_dir, where)
     _check_same_meaning(earlier, model.config, state, where)
     parameters = dict(model.named_parameters())
     # a part that was trained in full may have adapters in the next stage
     names = {plain_name(name): name for name in parameters}
-    state = {names.get(plain_name(name), name): tensor for name, tensor in state.items()}
+    state = _renamed(state, names)
+    _check_shapes(parameters, state, where)
+    groups = {_group_of(name) for name in state}
+    _check_complete_groups(groups, parameters, state, where)
+    copy_into(model, state)
+    logger.info("%s: loaded %d weights of %s", exp_dir, len(state), ", ".join(sorted(groups)))
+    return set(state)
+
+
+def _renamed(state: StateDict, names: Mapping[str, str]) -> StateDict:
+    """Rename weights by the names of the present model, given by their plain names."""
+    renamed: StateDict = {}
+    for name, tensor in state.items():
+        renamed[names.get(plain_name(name), name)] = tensor
+    return renamed
+
+
+def _read_run(exp_dir: Path, where: str) -> tuple[AsrLlmConfig, StateDict]:
+    """Return the configuration of a run and its weights."""
+    if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
+        raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
+    return read_config(exp_dir), read_state(newest_weights(exp_dir))
+
+
+def _check_shapes(
+    parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], where: str
+) -> None:
     for name, tensor in state.items():
         if name not in parameters:
             raise UserError(
@@ -64,11 +87,6 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
                 f"{where}: {name!r} has the shape {tuple(tensor.shape)} there and {tuple(shape)} "
                 "here. Use the same configuration."
             )
-    groups = {_group_of(name) for name in state}
-    _check_complete_groups(groups, parameters, state, where)
-    copy_into(model, state)
-    logger.info("%s: loaded %d weights of %s", exp_dir, len(state), ", ".join(sorted(groups)))
-    return set(state)
 
 
 def _check_complete_groups(

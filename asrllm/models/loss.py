@@ -116,7 +116,11 @@ class _Gradients(NamedTuple):
 
 
 def _accumulate(
-    grads: _Gradients, grad: Tensor, hidden: Tensor, weight: Tensor, rows: slice
+    grads: _Gradients,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: slice,
 ) -> None:
     """Add a chunk to the gradients.
 
@@ -172,7 +176,8 @@ def _chunk(
     grad = logits.sub_(normaliser[:, None]).exp_()
     if smoothing:
         grad -= smoothing / logits.shape[1]
-    grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
+    at_target = grad.new_full((len(targets), 1), smoothing - 1)
+    grad.scatter_add_(1, targets[:, None], at_target)
     if slope is not None:
         grad *= slope
     if scale != 1:

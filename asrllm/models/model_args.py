@@ -8,7 +8,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
 
-# Options of PEFT's LoraConfig beside LoraPart's own. They neither train weights besides the
+# Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
 # adapters nor change the weights below them.
 PEFT_OPTIONS = (
     "exclude_modules",
@@ -147,7 +147,12 @@ class LlmPart:
             )
 
 
-def check_lora(part: str, lora: LoraPart | None, *, frozen: bool) -> None:
+def check_lora(
+    part: str,
+    lora: LoraPart | None,
+    *,
+    frozen: bool,
+) -> None:
     """Raise UserError if a part has adapters although it is trained in full."""
     if lora is not None and lora.r and not frozen:
         raise UserError(

@@ -15,6 +15,7 @@ from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
+from asrllm.models.hub_files import Fields
 from asrllm.models.state_dict import check_state
 from asrllm.models.zero3_loading import partitioned_llm
 from asrllm.text_files import first_words, reading
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LLM_CONFIG = "the LLM's configuration (llm in config.json) of"
+COPY_CONFIG = "Copy the config.json that was saved with the model."
 FIX_FAMILY = "Choose a Qwen, Llama or Gemma model."
 
 
@@ -71,6 +74,11 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
         llm = partitioned_llm(path, dtype, attention)
         if llm is not None:
             return check_family(llm)
+    return check_family(_load_llm(path, dtype, attention))
+
+
+def _load_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load an LLM with transformers, and check its keys."""
     with reading(path, "the LLM", "Download it again."):
         llm, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -81,10 +89,10 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
         )
     _check_loading_report(report, path)
-    return check_family(llm)
+    return llm
 
 
-def _check_loading_report(report: Mapping[str, Any], path: str) -> None:
+def _check_loading_report(report: Fields, path: str) -> None:
     for problem in ("missing", "unexpected", "mismatched"):
         entries = report[f"{problem}_keys"]
         # a mismatched key comes with its two shapes: (key, shape, shape)
@@ -118,7 +126,7 @@ def check_family(llm: PreTrainedModel) -> PreTrainedModel:
 
 
 def empty_llm(
-    fields: dict[str, Any],
+    fields: Fields,
     dtype: torch.dtype | None = None,
     *,
     where: str | Path = "config.json",
@@ -134,18 +142,16 @@ def empty_llm(
         UserError: no LLM can be built from the fields, or the family is not supported.
     """
     register_packed_attention()
-    options: dict[str, Any] = {"attn_implementation": PACKED, "trust_remote_code": False}
+    options: Fields = {"attn_implementation": PACKED, "trust_remote_code": False}
     if dtype is not None:
         options["dtype"] = dtype
-    what = "the LLM's configuration (llm in config.json) of"
-    fix = "Copy the config.json that was saved with the model."
-    with reading(where, what, fix):
+    with reading(where, LLM_CONFIG, COPY_CONFIG):
         config = AutoConfig.for_model(**fields)
         llm = AutoModelForCausalLM.from_config(config, **options)
     return check_family(llm)
 
 
-def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:
+def with_lora(llm: PreTrainedModel, options: Fields) -> nn.Module:
     """Return an LLM in PEFT's wrapper, with adapters.
 
     Args:
@@ -158,7 +164,12 @@ def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:
         return get_peft_model(llm, lora_config(options, task_type="CAUSAL_LM"))
 
 
-def add_lora(module: nn.Module, options: dict[str, Any], *, key: str) -> None:
+def add_lora(
+    module: nn.Module,
+    options: Fields,
+    *,
+    key: str,
+) -> None:
     """Add adapters to a module that is not a transformers model, without a wrapper.
 
     Args:
@@ -172,7 +183,7 @@ def add_lora(module: nn.Module, options: dict[str, Any], *, key: str) -> None:
         inject_adapter_in_model(lora_config(options), module)
 
 
-def lora_config(options: dict[str, Any], **more: Any) -> "LoraConfig":
+def lora_config(options: Fields, **more: Any) -> "LoraConfig":
     """Return PEFT's LoraConfig with these options."""
     from peft import LoraConfig
 

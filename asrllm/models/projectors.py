@@ -13,7 +13,13 @@ from asrllm.errors import UserError, nearest
 class MlpProjector(nn.Module):
     """Stacked frames, linear, ReLU, linear: the projector of SLAM-ASR (Ma et al., 2024)."""
 
-    def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        rate: int,
+        hidden_size: int,
+    ) -> None:
         super().__init__()
         self.linear1 = nn.Linear(input_size * rate, hidden_size)
         self.linear2 = nn.Linear(hidden_size, output_size)
@@ -31,7 +37,13 @@ class NormedProjector(nn.Module):
     within a hundred steps.
     """
 
-    def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        rate: int,
+        hidden_size: int,
+    ) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(input_size * rate)
         self.linear1 = nn.Linear(input_size * rate, hidden_size)
@@ -52,6 +64,12 @@ PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {
     "mlp": MlpProjector,
     "normed": NormedProjector,
 }
+
+
+def first_frames(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return a mask (N, T) of the first `lengths` (N,) frames of x (N, T, C)."""
+    positions = torch.arange(x.shape[1], device=x.device)
+    return positions < lengths[:, None]
 
 
 class AudioProjector(nn.Module):
@@ -102,16 +120,14 @@ class AudioProjector(nn.Module):
         Returns:
             (sum of AsrLlmConfig.num_audio_tokens, output_size).
         """
-        is_true = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
-        frames = frames * is_true[..., None]
-        frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % self.rate))
+        frames = frames * first_frames(frames, lengths)[..., None]
+        missing = -frames.shape[1] % self.rate
+        frames = F.pad(frames, (0, 0, 0, missing))
         counts = -(-lengths // self.rate)
         if self.drop_ragged:
             counts = lengths // self.rate
         stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
-        # padding is not projected
-        is_token = torch.arange(stacked.shape[1], device=frames.device) < counts[:, None]
-        tokens = self.mlp(stacked[is_token])
+        tokens = self.mlp(stacked[first_frames(stacked, counts)])  # without padding
         if self.boundary is None:
             return tokens
         begin, end = self.boundary.to(tokens.dtype).split(1)

@@ -1,11 +1,14 @@
 """Names of weights: adapters, PEFT's wrappers, tied weights, and whether a state dict fits."""
 
 from collections.abc import Collection, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from asrllm.errors import UserError
+
+StateDict: TypeAlias = dict[str, Tensor]
 
 
 def is_adapter(name: str) -> bool:
@@ -19,9 +22,7 @@ def plain_name(name: str) -> str:
     return (part + dot + rest.removeprefix("base_model.model.")).replace(".base_layer.", ".")
 
 
-def without_second_names(
-    model: nn.Module, state: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
+def without_second_names(model: nn.Module, state: Mapping[str, Tensor], where: str) -> StateDict:
     """Return a state dict without the second names of tied weights.
 
     The model has a head that is tied to the embeddings once. Auden's files and DeepSpeed's
@@ -35,12 +36,7 @@ def without_second_names(
     Raises:
         UserError: two tied weights differ.
     """
-    first_names: dict[Tensor, str] = {}
-    second_names: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = first_names.setdefault(parameter, name)
-        if name != first and name in state and first in state:
-            second_names[name] = first
+    second_names = _second_names(model, state)
     for name, first in second_names.items():
         if not torch.equal(state[name], state[first]):
             raise UserError(
@@ -48,6 +44,17 @@ def without_second_names(
                 "them. Set tie_word_embeddings to false."
             )
     return {name: tensor for name, tensor in state.items() if name not in second_names}
+
+
+def _second_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the first name of a tied weight by its second name, if `state` has both."""
+    first_names: dict[Tensor, str] = {}
+    second_names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(parameter, name)
+        if name != first and name in state and first in state:
+            second_names[name] = first
+    return second_names
 
 
 def check_state(

@@ -1,7 +1,6 @@
 """Checks of a model directory's config.json, before anything is built from it."""
 
 import json
-from collections.abc import Mapping
 from inspect import get_annotations
 from pathlib import Path
 from types import UnionType
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
-from asrllm.models.hub_files import check_plain
+from asrllm.models.hub_files import Fields, check_plain
 from asrllm.models.projectors import PROJECTORS
 from asrllm.text_files import first_words, read_json_object, reading
 
@@ -23,7 +22,7 @@ SIZES = ("projector_hidden_size", "audio_encoder_projector_ds_rate")
 FIX = "Correct it, or copy the config.json that was saved with the model."
 
 
-def read_config_fields(folder: str | Path) -> dict[str, Any]:
+def read_config_fields(folder: str | Path) -> Fields:
     """Return the content of the config.json in a model's directory.
 
     Raises:
@@ -45,9 +44,10 @@ def indexed_files(index: Path) -> list[Path]:
         UserError: the index is damaged, or names a file outside of its directory.
     """
     weight_map = read_json_object(index, "the index of the weights").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+    values = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in values):
         raise UserError(f"{str(index)!r} has no 'weight_map' of file names. Copy it again.")
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(values))
     for name in names:
         is_outside = Path(name).is_absolute() or ".." in Path(name).parts
         if is_outside or name.endswith(".json"):
@@ -94,12 +94,13 @@ def check_given_config(config: PreTrainedConfig, folder: str | Path) -> None:
         )
 
 
-def _plain_fields(config: PreTrainedConfig) -> dict[str, Any]:
+def _plain_fields(config: PreTrainedConfig) -> Fields:
     """Return the fields of a configuration as they are after a round trip through JSON."""
-    return json.loads(json.dumps({name: getattr(config, name, None) for name in TYPES}))
+    fields = {name: getattr(config, name, None) for name in TYPES}
+    return json.loads(json.dumps(fields))
 
 
-def check_fields(fields: Mapping[str, Any], where: str) -> None:
+def check_fields(fields: Fields, where: str) -> None:
     """Check the fields of an AsrLlmConfig.
 
     Args:
@@ -134,7 +135,7 @@ def _has_type(value: object, hint: Any) -> bool:
     return isinstance(value, kinds)
 
 
-def _check_encoder(fields: Mapping[str, Any], pad_to_30s: bool, where: str) -> None:
+def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(
@@ -158,7 +159,7 @@ def _check_encoder(fields: Mapping[str, Any], pad_to_30s: bool, where: str) -> N
         ) from error
 
 
-def _check_llm(fields: Mapping[str, Any], where: str) -> None:
+def _check_llm(fields: Fields, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(

@@ -442,7 +442,8 @@ def make_answer(
         end = "loop"
     elif length < len(row):
         end = "stop"
-    return Answer(text=tokenizer.decode(tokens, skip_special_tokens=True).strip(), end=end)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Answer(text=text.strip(), end=end)
 
 
 def is_features(inputs: AudioInputs) -> bool:
@@ -507,7 +508,8 @@ class FirstLogitsCheck(LogitsProcessor):
         is_nan = scores.isnan().any(1)
         if not is_nan.any():
             return
-        chat = int(is_nan.nonzero()[0]) // (len(is_nan) // self.chats)
+        row = int(is_nan.nonzero()[0])
+        chat = row // (len(is_nan) // self.chats)
         dtype = str(scores.dtype).removeprefix("torch.")
         raise UserError(
             f"the model's logits for chat {chat} are NaN: its weights contain NaN, or numbers too "
@@ -546,7 +548,8 @@ class RowStopping(StoppingCriteria):
         """
         length = input_ids.shape[1]
         self.limits = self.limits.to(input_ids.device)
-        done = (self.limits <= length).repeat_interleave(len(input_ids) // len(self.limits))
+        rows_per_answer = len(input_ids) // len(self.limits)
+        done = (self.limits <= length).repeat_interleave(rows_per_answer)
         if not self.guard:
             return done
         for n in range(1, MAX_LOOP_TOKENS + 1):

@@ -90,7 +90,8 @@ def greedy(
                 finished = finished[running]
                 stopping.keep(running)
         logits = decoder.step(chosen)
-    return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    rows_and_lengths = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return [row[:length] for row, length in rows_and_lengths]
 
 
 class DynamicCacheDecoder:
@@ -118,7 +119,8 @@ class DynamicCacheDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """See StepDecoder."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        ones = self.mask.new_ones(len(tokens), 1)
+        self.mask = torch.cat([self.mask, ones], 1)
         position_ids = self.mask.sum(1, keepdim=True) - 1
         return self._logits(input_ids=tokens[:, None], position_ids=position_ids)
 
@@ -147,17 +149,14 @@ class CudaGraphDecoder:
         """Allocate the cache. The LLMs are those of `DynamicCacheDecoder`.
 
         Args:
-            llm: the LLM as it is called, with its adapters.
-            causal_lm: the transformers model inside it.
             rows: number of rows.
             length: number of tokens of a row, prompt and answer together.
         """
+        config = causal_lm.config.get_text_config(decoder=True)
         self.llm = weakref.proxy(llm)
         self.rows = rows
         self.length = length
-        self.cache = StaticCache(
-            config=causal_lm.config.get_text_config(decoder=True), max_cache_len=length
-        )
+        self.cache = StaticCache(config=config, max_cache_len=length)
         self.cache_argument = cache_argument(causal_lm)
         self.prompt_options = last_logits_option(causal_lm)
         self.device = next(causal_lm.parameters()).device
@@ -232,7 +231,9 @@ class CudaGraphDecoder:
 
     def _fill_rows(self, x: Tensor) -> Tensor:
         """Repeat the last row: a row without tokens would have nothing to attend to."""
-        return torch.cat([x, x[-1:].expand(self.rows - self.batch_size, *x.shape[1:])])
+        missing = self.rows - self.batch_size
+        copies = x[-1:].expand(missing, *x.shape[1:])
+        return torch.cat([x, copies])
 
     def _step_logits(self) -> Tensor:
         return self._logits(self.mask, input_ids=self.tokens, position_ids=self.positions)
@@ -254,7 +255,11 @@ class CudaGraphDecoder:
             self.logits.copy_(logits)
         self.graph = graph
 
-    def _logits(self, mask: Tensor, **inputs: Tensor) -> Tensor:
+    def _logits(
+        self,
+        mask: Tensor,
+        **inputs: Tensor,
+    ) -> Tensor:
         cache = {self.cache_argument: self.cache}
         output = self.llm(**inputs, attention_mask=mask, **cache, use_cache=True)
         return output.logits[:, -1].float()
@@ -296,7 +301,8 @@ def last_logits_option(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
     """
     if "logits_to_keep" not in inspect.signature(causal_lm.forward).parameters:
         return {}
-    return {"logits_to_keep": torch.tensor([-1], device=next(causal_lm.parameters()).device)}
+    device = next(causal_lm.parameters()).device
+    return {"logits_to_keep": torch.tensor([-1], device=device)}
 
 
 def cache_argument(causal_lm: PreTrainedModel) -> str:

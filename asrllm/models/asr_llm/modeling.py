@@ -166,7 +166,8 @@ class AsrLlmModel(AsrLlmNetwork):
             )
         if config is not None:
             check_given_config(config, path)
-        unknown = {k: v for k, v in more.items() if k not in (*IGNORED_HUB_OPTIONS, "device_map")}
+        ignored = (*IGNORED_HUB_OPTIONS, "device_map")
+        unknown = {name: value for name, value in more.items() if name not in ignored}
         refuse_unknown("from_pretrained()", unknown, ("dtype", "base_models"))
         dtype = torch_dtype if dtype is None else dtype
         return load_directory(cls, path, dtype=dtype, base_models=base_models)

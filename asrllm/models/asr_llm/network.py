@@ -57,7 +57,7 @@ class AsrLlmNetwork(PreTrainedModel):
         processor: tokenizer, chat template and prompts. `from_pretrained` and the builder set it.
             Generating text needs it.
         label_smoothing: label smoothing of the loss; it applies in training mode only.
-        inherited: names of frozen parameters that no base model holds.
+        inherited: names of frozen parameters that are not in a base model.
         cuda_graphs: whether greedy search on CUDA records a step as a CUDA graph and replays it.
             The key-value cache then has a fixed size.
     """
@@ -185,7 +185,7 @@ class AsrLlmNetwork(PreTrainedModel):
         return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
 
     def stored_weights(self) -> dict[str, int]:
-        """Return how many weights of the encoder and of the LLM a checkpoint holds.
+        """Return how many weights of the encoder and of the LLM a checkpoint contains.
 
         Trained and inherited weights count; adapters do not.
         """
@@ -203,7 +203,8 @@ class AsrLlmNetwork(PreTrainedModel):
         A layer is best gathered, checkpointed or placed on a device as a whole.
         """
         names = {*(self.llm._no_split_modules or ()), *self.audio_encoder.unsplit_modules}
-        return list({type(module) for module in self.modules() if type(module).__name__ in names})
+        classes = {type(module) for module in self.modules()}
+        return [kind for kind in classes if kind.__name__ in names]
 
     def set_batch_count(self, step: int) -> None:
         """Set the number of completed steps, on which the encoder's training schedules depend.
@@ -263,4 +264,5 @@ class AsrLlmNetwork(PreTrainedModel):
         """Return the state dict without the second names of tied weights."""
         first_names = {name for name, _ in self.named_parameters()}
         first_names |= {name for name, _ in self.named_buffers()}
-        return {name: tensor for name, tensor in self.state_dict().items() if name in first_names}
+        state = self.state_dict()
+        return {name: tensor for name, tensor in state.items() if name in first_names}

@@ -59,7 +59,11 @@ class AsrLlmProcessor:
         return (self.config.prompts or [""])[0]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **more: Any) -> "AsrLlmProcessor":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        **more: Any,
+    ) -> "AsrLlmProcessor":
         """Return the processor in a saved model's directory or in a run's exp_dir.
 
         Args:
@@ -80,7 +84,7 @@ class AsrLlmProcessor:
         """
         folder = Path(path)
         missing = ""
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not _has_tokenizer(folder):
             missing = f"tokenizer (none of {', '.join(TOKENIZER_FILES)})"
         elif not (folder / "tokenizer_config.json").is_file():
             missing = "tokenizer_config.json"
@@ -138,6 +142,12 @@ class AsrLlmProcessor:
                 model, or a feature is not finite.
         """
         self._check_feature_shapes(x, x_lens)
+        self._check_feature_lengths(x, x_lens)
+        names = [f"audio {i}" for i in range(len(x))]
+        check_finite(x, names, "contain NaN or infinite values.")
+        return x, x_lens
+
+    def _check_feature_lengths(self, x: Tensor, x_lens: Tensor) -> None:
         low, high = (max(1, round(n / HOP)) for n in self.config.sample_limits())
         for i, length in enumerate(x_lens.tolist()):
             if not 1 <= length <= x.shape[1]:
@@ -150,9 +160,6 @@ class AsrLlmProcessor:
                     f"x_lens[{i}]={length} is not between {low} and {high}, the numbers of frames "
                     "that the model accepts."
                 )
-        names = [f"audio {i}" for i in range(len(x))]
-        check_finite(x, names, "contain NaN or infinite values.")
-        return x, x_lens
 
     def _check_feature_shapes(self, x: Tensor, x_lens: Tensor) -> None:
         width = feature_width(self.config)
@@ -188,12 +195,9 @@ class AsrLlmProcessor:
                 "belongs."
             )
         if sum(counts) != audios or not counts:
-            shown = ", ".join(map(str, counts[:MAX_SHOWN_COUNTS]))
-            if len(counts) > MAX_SHOWN_COUNTS:
-                shown += ", ..."
             raise UserError(
-                f"{len(counts)} chats contain {shown or 0} audio tokens, but there are {audios} "
-                f"audios. Write {token} once for each audio."
+                f"{len(counts)} chats contain {_shown(counts)} audio tokens, but there are "
+                f"{audios} audios. Write {token} once for each audio."
             )
         return counts
 
@@ -215,6 +219,13 @@ class AsrLlmProcessor:
         return prompts
 
 
+def _shown(counts: Sequence[int]) -> str:
+    shown = ", ".join(map(str, counts[:MAX_SHOWN_COUNTS]))
+    if len(counts) > MAX_SHOWN_COUNTS:
+        shown += ", ..."
+    return shown or "0"
+
+
 def _check_chats(messages: Sequence[Messages]) -> None:
     """Raise UserError unless `messages` is a list of chats, and each chat a list of messages."""
     is_sequence = isinstance(messages, (list, tuple))
@@ -231,7 +242,11 @@ def _check_chats(messages: Sequence[Messages]) -> None:
             )
 
 
-def _in_chat(i: int, do: Callable[..., Result], *arguments: Any) -> Result:
+def _in_chat(
+    i: int,
+    do: Callable[..., Result],
+    *arguments: Any,
+) -> Result:
     """Call a function, and prefix its UserError with the number of the chat."""
     try:
         return do(*arguments)
@@ -259,6 +274,10 @@ def check_finite(features: Tensor, names: Sequence[str], problem: str) -> None:
         raise UserError(f"the features of {names[first]} {problem}")
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_llm_tokenizer(
     path: str, *, audio_token: str, chat_template: str | None
 ) -> PreTrainedTokenizerBase:
@@ -272,8 +291,7 @@ def load_llm_tokenizer(
     Raises:
         UserError: there is no tokenizer, or it already has the audio token.
     """
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         raise UserError(
             f"model.llm.pretrained_model={path!r} has no tokenizer (none of "
             f"{', '.join(TOKENIZER_FILES)}). Copy the tokenizer files there."

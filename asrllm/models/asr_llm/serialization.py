@@ -30,7 +30,13 @@ from asrllm.models.pretrained import (
     pretrained_encoder,
     pretrained_llm,
 )
-from asrllm.models.state_dict import check_state, is_adapter, plain_name, without_second_names
+from asrllm.models.state_dict import (
+    StateDict,
+    check_state,
+    is_adapter,
+    plain_name,
+    without_second_names,
+)
 from asrllm.tensor_files import Spec, TensorSource, write_sharded
 from asrllm.text_files import first_words
 
@@ -80,12 +86,7 @@ def save_model(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.stored = None
-    excluded = tuple(f"{part}." for part in config.exclude_from_checkpoint or [])
-    state = {
-        name: tensor
-        for name, tensor in model.weights().items()
-        if not name.startswith(excluded) or is_adapter(name)
-    }
+    state = _saved_weights(model)
     tuned: dict[str, nn.Module] = {}
     if merge_adapter:
         state, tuned = merged_names(model, state)
@@ -105,6 +106,16 @@ def save_model(
     except BaseException:
         shutil.rmtree(folder if is_new else partial, ignore_errors=True)
         raise
+
+
+def _saved_weights(model: AsrLlmNetwork) -> StateDict:
+    """Return the weights of all parts that are not excluded, and all adapters."""
+    excluded = tuple(f"{part}." for part in model.config.exclude_from_checkpoint or [])
+    state: StateDict = {}
+    for name, tensor in model.weights().items():
+        if not name.startswith(excluded) or is_adapter(name):
+            state[name] = tensor
+    return state
 
 
 def _describe_as_merged(config: AsrLlmConfig) -> None:
@@ -164,7 +175,7 @@ def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, nn.Module]) -
 
 def merged_names(
     model: AsrLlmNetwork, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+) -> tuple[StateDict, dict[str, nn.Module]]:
     """Rename weights to their names in the model without adapters.
 
     Args:
@@ -186,15 +197,21 @@ def merged_names(
     }
     _check_mergeable(model, state, layers)
     factors: set[str] = set()
-    tuned: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         keys = [key for key, _ in layer.named_parameters(name)]
         factors.update(key for key in keys if not is_base_layer(key, name))
+    renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
+    return renamed, _tuned_weights(layers)
+
+
+def _tuned_weights(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the adapted layers by the plain names of the weights that the adapters change."""
+    tuned: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
         tuned[plain_name(f"{name}.base_layer.weight")] = layer
         if any(getattr(layer, "lora_bias", {}).values()):
             tuned[plain_name(f"{name}.base_layer.bias")] = layer
-    renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
-    return renamed, tuned
+    return tuned
 
 
 def _check_mergeable(
@@ -220,6 +237,11 @@ def _check_mergeable(
             f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), but the layer "
             "has none. Save without merging."
         )
+    _check_untied(model, layers)
+
+
+def _check_untied(model: AsrLlmNetwork, layers: Mapping[str, nn.Module]) -> None:
+    """Raise UserError if adapted embeddings are tied to the head."""
     head = model.causal_lm.get_output_embeddings().weight
     is_tied = head is model.causal_lm.get_input_embeddings().weight
     if is_tied and any(layer.get_base_layer().weight is head for layer in layers.values()):
@@ -263,7 +285,7 @@ def load_directory(
 ) -> ModelT:
     """Load a directory that `save_model` wrote. See `AsrLlmModel.from_pretrained`."""
     config, processor = read_description(path, base_models)
-    state: dict[str, Tensor] = {}
+    state: StateDict = {}
     for file in weight_files(Path(path)):
         state.update(read_tensors(file, as_dtype(dtype)))
     return assemble(
@@ -343,8 +365,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if single.is_file() and index.is_file():
         raise UserError(
-            f"{str(folder)!r} contains both {SINGLE} and {INDEX}. Remove the one that does not "
-            "belong to this model."
+            f"{str(folder)!r} contains both {SINGLE} and {INDEX}. Remove the outdated one."
         )
     if single.is_file():
         return [single]
@@ -356,9 +377,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = indexed_files(index)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(
-            f"{str(folder)!r} has no {missing[0]}, which {INDEX} names. Copy the directory again."
-        )
+        raise UserError(f"{str(folder)!r} has no {missing[0]}, which {INDEX} names. Copy it again.")
     return files
 
 
@@ -369,7 +388,7 @@ def main_weight_file(folder: Path) -> Path:
     return single if single.is_file() else folder / INDEX
 
 
-def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:
     """Read a safetensors file into memory.
 
     The tensors are copies, so that the file may be replaced while the model is in use. The file's
@@ -380,7 +399,7 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         file: the file.
         dtype: dtype of the floating-point tensors; by default as saved.
     """
-    state: dict[str, Tensor] = {}
+    state: StateDict = {}
     with open_tensors(file) as tensors:
         names = list(tensors.keys())
     while len(state) < len(names):
@@ -389,14 +408,17 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
             for name in names[len(state) :]:
                 tensor = tensors.get_tensor(name)
                 taken += tensor.nbytes
-                target = tensor.dtype
-                if dtype and tensor.is_floating_point():
-                    target = dtype
-                state[name] = tensor.to(target, copy=True)
+                state[name] = _copied(tensor, dtype)
                 if taken > REOPEN_BYTES:
                     break
             del tensor
     return state
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    return tensor.to(dtype, copy=True)
 
 
 @contextlib.contextmanager
@@ -479,7 +501,8 @@ def assemble(
         model = _without_weights(model_class, config, chosen, where)
     state = without_second_names(model, state, where)
     for part in config.stored or {}:
-        found = [key for key in state.keys() & model.weights().keys() if is_base_weight(key, part)]
+        own = state.keys() & model.weights().keys()
+        found = [key for key in own if is_base_weight(key, part)]
         check_stored(config, part, len(found), where)
     missing = model.weights().keys() - state.keys()
     based = [part for part in from_base if any(is_base_weight(key, part) for key in missing)]
@@ -516,7 +539,12 @@ def _check_complete(
     check_state(state, expected, what, _mismatch_reason("model", where), needed=needed)
 
 
-def check_stored(config: AsrLlmConfig, part: str, found: int, where: str) -> None:
+def check_stored(
+    config: AsrLlmConfig,
+    part: str,
+    found: int,
+    where: str,
+) -> None:
     """Raise UserError unless weights have as many tensors of a part as the run's checkpoints.
 
     Args:
@@ -630,14 +658,13 @@ def set_generation_config(llm: PreTrainedModel, folder: Path) -> None:
         llm.generation_config = load_generation_config(folder)
 
 
-def _restore_scalars(model: AsrLlmNetwork, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _restore_scalars(model: AsrLlmNetwork, state: Mapping[str, Tensor]) -> StateDict:
     """Return the state dict with the shape () of the model's scalars.
 
     Training stores them as vectors of one element.
     """
-    scalars = {name for name, tensor in model.weights().items() if tensor.dim() == 0}
     restored = dict(state)
-    for name in scalars & state.keys():
-        if state[name].numel() == 1:
+    for name, tensor in model.weights().items():
+        if tensor.dim() == 0 and name in state and state[name].numel() == 1:
             restored[name] = state[name].reshape(())
     return restored

@@ -13,6 +13,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
+from asrllm.models.hub_files import Fields
 from asrllm.text_files import read_json_object
 
 
@@ -49,7 +50,7 @@ class AudioEncoder(Protocol):
         ...
 
     @classmethod
-    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "AudioEncoder":
+    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "AudioEncoder":
         """Return an encoder without its weights.
 
         Args:
@@ -71,7 +72,7 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
-    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
+    def sample_limits(values: Fields) -> tuple[int, int]:
         """Return the smallest and largest number of samples at 16 kHz that the encoder accepts.
 
         Args:
@@ -80,7 +81,7 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
         """Return the fields and the state dict in a pretrained model's directory or file."""
         ...
 
@@ -88,7 +89,7 @@ class AudioEncoder(Protocol):
 ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder, "zipformer": ZipformerEncoder}
 
 
-def build_encoder(fields: dict[str, Any], *, pad_to_30s: bool) -> AudioEncoder:
+def build_encoder(fields: Fields, *, pad_to_30s: bool) -> AudioEncoder:
     """Return an encoder without its weights.
 
     Args:

@@ -19,6 +19,7 @@ from asrllm.audio.waves import ExtractsFeatures
 from asrllm.errors import UserError
 from asrllm.models.attention import packed
 from asrllm.models.encoders.whisper_weights import read_whisper
+from asrllm.models.hub_files import Fields
 
 
 class WhisperEncoder(ExtractsFeatures):
@@ -86,7 +87,8 @@ class WhisperEncoder(ExtractsFeatures):
                 "recordings, and drop shorter ones."
             )
         x = self._convolve(features, lengths)
-        x = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = x + self.embed_positions(positions)
         attended = torch.full_like(frames, x.shape[1]) if self.pad_to_30s else frames
         return self._transform(x, attended), frames
 
@@ -95,7 +97,8 @@ class WhisperEncoder(ExtractsFeatures):
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if not self.pad_to_30s:
             valid = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
-        x = features.to(self.conv1.weight.dtype).mul(valid[..., None]).transpose(1, 2)
+        x = features.to(self.conv1.weight.dtype).mul(valid[..., None])
+        x = x.transpose(1, 2)
         # The second convolution sees zeros after the end, as it does for an utterance alone.
         x = F.gelu(self.conv1(x)).mul(valid[:, None])
         return F.gelu(self.conv2(x)).transpose(1, 2)
@@ -117,7 +120,8 @@ class WhisperEncoder(ExtractsFeatures):
         for layer in self.layers:
             row = self._run(layer, row, cu_seqlens, max(lengths))
         parts = self.layer_norm(row)[0].split(lengths)
-        return torch.stack([F.pad(part, (0, 0, 0, x.shape[1] - len(part))) for part in parts])
+        output = [_pad_frames(part, x.shape[1]) for part in parts]
+        return torch.stack(output)
 
     def _run(self, layer: "WhisperLayer", *inputs: Tensor | int) -> Tensor:
         if self.recompute and self.training:
@@ -132,7 +136,7 @@ class WhisperEncoder(ExtractsFeatures):
         self.recompute = True
 
     @classmethod
-    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "WhisperEncoder":
+    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "WhisperEncoder":
         """See AudioEncoder."""
         return cls(pad_to_30s=pad_to_30s, **values)
 
@@ -142,14 +146,19 @@ class WhisperEncoder(ExtractsFeatures):
         return (whisper_frames(samples) + 1) // 2
 
     @staticmethod
-    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
+    def sample_limits(values: Fields) -> tuple[int, int]:
         """See AudioEncoder."""
         return WHISPER_HOP, (2 * values["max_source_positions"] + 1) * WHISPER_HOP - 1
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
         """Read a Hugging Face Whisper directory or OpenAI's own file. See AudioEncoder."""
         return read_whisper(Path(path))
+
+
+def _pad_frames(x: Tensor, length: int) -> Tensor:
+    """Pad frames (T, C) with zeros to (length, C)."""
+    return F.pad(x, (0, 0, 0, length - len(x)))
 
 
 class WhisperLayer(nn.Module):
@@ -166,7 +175,8 @@ class WhisperLayer(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         """Apply the layer. The arguments are those of WhisperAttention."""
         x = x + self.self_attn(self.self_attn_layer_norm(x), cu_seqlens, longest)
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        hidden = F.gelu(self.fc1(self.final_layer_norm(x)))
+        return x + self.fc2(hidden)
 
 
 class WhisperAttention(nn.Module):

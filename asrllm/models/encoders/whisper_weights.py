@@ -8,7 +8,6 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,7 +16,8 @@ from torch import Tensor
 from asrllm.errors import UserError
 from asrllm.integrity import verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
-from asrllm.models.hub_files import check_kind, check_plain
+from asrllm.models.hub_files import Fields, check_kind, check_plain
+from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words, read_json_object
 
 KEY = "model.audio_encoder.pretrained_model"
@@ -63,7 +63,7 @@ BLOCK_NAMES = {
 OPENAI_KEY = re.compile(r"encoder\.(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
-def read_whisper(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_whisper(path: Path) -> tuple[Fields, StateDict]:
     """Return the encoder's fields, and its weights by transformers' names without a prefix.
 
     Args:
@@ -77,7 +77,7 @@ def read_whisper(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return read_directory(path)
 
 
-def read_openai(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_openai(file: Path) -> tuple[Fields, StateDict]:
     """Read OpenAI's .pt file. See `read_whisper`."""
     content = _load_openai(file)
     dims = None
@@ -112,7 +112,7 @@ def _load_openai(file: Path) -> object:
         ) from error
 
 
-def from_openai(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def from_openai(state: Mapping[str, Tensor], where: str) -> StateDict:
     """Rename an encoder's weights from OpenAI's to transformers' names.
 
     Args:
@@ -122,7 +122,7 @@ def from_openai(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises:
         UserError: a key is unknown.
     """
-    renamed: dict[str, Tensor] = {}
+    renamed: StateDict = {}
     for key, tensor in state.items():
         if key == "encoder.positional_embedding":
             renamed["embed_positions.weight"] = tensor
@@ -145,7 +145,7 @@ def _transformers_name(key: str, where: str) -> str:
     )
 
 
-def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_directory(folder: Path) -> tuple[Fields, StateDict]:
     """Read a Hugging Face directory. See `read_whisper`."""
     path = folder / "config.json"
     check_kind(folder, KEY)
@@ -162,7 +162,18 @@ def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{KEY}={str(folder)!r} is a {kind!r} model, not whisper. Set "
             "model.audio_encoder.model_type to match."
         )
-    state: dict[str, Tensor] = {}
+    state = _read_encoder(folder)
+    for field in FIELDS:
+        if field not in config:
+            raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
+    fields = {field: config[field] for field in FIELDS}
+    check_fields(fields, path)
+    return fields, state
+
+
+def _read_encoder(folder: Path) -> StateDict:
+    """Return the encoder's weights in a directory, without their prefix."""
+    state: StateDict = {}
     for file in whisper_weight_files(folder):
         for key, tensor in _encoder_tensors(file).items():
             head, found, name = key.partition("encoder.")
@@ -173,15 +184,10 @@ def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{KEY}={str(folder)!r} has no weights of an encoder (no key starts with "
             f"'model.encoder.'). {AGAIN}"
         )
-    for field in FIELDS:
-        if field not in config:
-            raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
-    fields = {field: config[field] for field in FIELDS}
-    check_fields(fields, path)
-    return fields, state
+    return state
 
 
-def check_fields(fields: dict[str, Any], path: Path) -> None:
+def check_fields(fields: Fields, path: Path) -> None:
     """Check the sizes of an encoder.
 
     Args:
@@ -216,7 +222,7 @@ def whisper_weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _encoder_tensors(file: Path) -> dict[str, Tensor]:
+def _encoder_tensors(file: Path) -> StateDict:
     """Read the tensors that may be the encoder's. The others in a safetensors file are not read."""
     if file.suffix == ".bin":
         return load_tensors(file)

@@ -20,10 +20,9 @@ stack (drop_ragged_frames).
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
@@ -45,7 +44,8 @@ from asrllm.models.encoders.zipformer.configuration import FIELDS as ZIPFORMER_F
 from asrllm.models.encoders.zipformer.configuration import ZipformerConfig
 from asrllm.models.encoders.zipformer.modeling import plain_fields
 from asrllm.models.encoders.zipformer.weights import load_tensors, read_zipformer, without_dead_keys
-from asrllm.models.hub_files import load_tokenizer
+from asrllm.models.hub_files import Fields, load_tokenizer
+from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words
 
 MODEL_TYPES = ("lalm", "audio-llm")
@@ -80,6 +80,8 @@ IGNORED_FIELDS = {
     "dtype",
 }
 IGNORED_ZIPFORMER_FIELDS = {"model_type", "warmup_batches", "dropout"}
+BOTH = "is both in the weights and in a subdirectory. Remove one of them."
+NEITHER = "is neither in the weights nor in a subdirectory. Copy the directory again."
 WHISPER_CONSTANTS = {"activation_function": "gelu", "scale_embedding": False}
 
 
@@ -122,14 +124,14 @@ def read_auden_config(folder: Path) -> AsrLlmConfig:
     return AsrLlmConfig(**read_fields(folder))
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> Fields:
     """Return the fields of AsrLlmConfig that Auden's config.json determines."""
     fields = config_fields(read_config_fields(folder), str(folder))
     check_fields(fields, str(folder / "config.json"))
     return fields
 
 
-def config_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+def config_fields(theirs: Fields, where: str) -> Fields:
     """Convert the fields of Auden's config.json to those of AsrLlmConfig.
 
     Args:
@@ -151,13 +153,7 @@ def config_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}/config.json has no {name}. Copy the config.json that Auden's training "
                 "wrote."
             )
-    try:
-        llm = AutoConfig.for_model(**theirs["llm_config"])
-    except Exception as error:  # transformers raises AttributeError and KeyError as well
-        raise UserError(
-            f"{where}/config.json: llm_config does not describe an LLM that transformers knows: "
-            f"{first_words(error)}. Copy the config.json that Auden's training wrote."
-        ) from error
+    llm = _llm_config(theirs["llm_config"], where)
     return {
         "audio_encoder": encoder_fields(theirs["audio_encoder_config"], where),
         "llm": llm.to_dict(),
@@ -170,7 +166,17 @@ def config_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def encoder_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _llm_config(theirs: Fields, where: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(**theirs)
+    except Exception as error:  # transformers raises AttributeError and KeyError as well
+        raise UserError(
+            f"{where}/config.json: llm_config does not describe an LLM that transformers knows: "
+            f"{first_words(error)}. Copy the config.json that Auden's training wrote."
+        ) from error
+
+
+def encoder_fields(theirs: Fields, where: str) -> Fields:
     """Convert Auden's audio_encoder_config to the `audio_encoder` part of AsrLlmConfig."""
     kind = theirs.get("model_type")
     if kind == "zipformer":
@@ -183,7 +189,7 @@ def encoder_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
     )
 
 
-def _zipformer_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _zipformer_fields(theirs: Fields, where: str) -> Fields:
     unknown = sorted(theirs.keys() - IGNORED_ZIPFORMER_FIELDS - set(ZIPFORMER_FIELDS))
     if unknown:
         raise UserError(
@@ -195,7 +201,7 @@ def _zipformer_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"model_type": "zipformer"} | plain_fields(ZipformerConfig(**known))
 
 
-def _whisper_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _whisper_fields(theirs: Fields, where: str) -> Fields:
     whisper = AutoConfig.for_model(**theirs)
     for name, value in WHISPER_CONSTANTS.items():
         found = getattr(whisper, name)
@@ -207,7 +213,7 @@ def _whisper_fields(theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"model_type": "whisper"} | {name: getattr(whisper, name) for name in WHISPER_FIELDS}
 
 
-def read_processor(folder: Path, fields: dict[str, Any]) -> AsrLlmProcessor:
+def read_processor(folder: Path, fields: Fields) -> AsrLlmProcessor:
     """Return the processor in a directory of Auden.
 
     Args:
@@ -229,7 +235,7 @@ def read_processor(folder: Path, fields: dict[str, Any]) -> AsrLlmProcessor:
     return AsrLlmProcessor(tokenizer, config)
 
 
-def read_weights(folder: Path, file: Path | None, fields: dict[str, Any]) -> dict[str, Tensor]:
+def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
     """Return all weights of a directory of Auden, renamed.
 
     Args:
@@ -247,16 +253,8 @@ def read_weights(folder: Path, file: Path | None, fields: dict[str, Any]) -> dic
     for part in PARTS:
         is_in_file = any(key.startswith(f"{part}.") for key in state)
         is_beside = (folder / part).is_dir()
-        if is_in_file and is_beside:
-            raise UserError(
-                f"{str(folder)!r}: the {part} is both in the weights and in a subdirectory. Remove "
-                "one of them."
-            )
-        if not is_in_file and not is_beside:
-            raise UserError(
-                f"{str(folder)!r}: the {part} is neither in the weights nor in a subdirectory. "
-                "Copy the directory again."
-            )
+        if is_in_file == is_beside:
+            raise UserError(f"{str(folder)!r}: the {part} {BOTH if is_in_file else NEITHER}")
         if is_beside:
             tensors = _read_part(part, folder / part, fields)
             state |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
@@ -270,7 +268,7 @@ def _default_file(folder: Path) -> Path | None:
     return None
 
 
-def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], where: str) -> StateDict:
     """Rename Auden's keys by KEYS. Those of PARTS do not change.
 
     Args:
@@ -280,7 +278,7 @@ def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises:
         UserError: a key is unknown, or belongs to an adapter.
     """
-    result: dict[str, Tensor] = {}
+    result: StateDict = {}
     for theirs, tensor in state.items():
         key = theirs.removeprefix("module.")
         if "lora_" in key:
@@ -297,7 +295,7 @@ def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return result
 
 
-def _read_part(part: str, folder: Path, fields: dict[str, Any]) -> dict[str, Tensor]:
+def _read_part(part: str, folder: Path, fields: Fields) -> StateDict:
     """Read a part's subdirectory: the weights by their names within the part."""
     if part == "llm":
         return _read_llm(folder, fields)
@@ -310,7 +308,7 @@ def _read_part(part: str, folder: Path, fields: dict[str, Any]) -> dict[str, Ten
     }
 
 
-def _read_llm(folder: Path, fields: dict[str, Any]) -> dict[str, Tensor]:
+def _read_llm(folder: Path, fields: Fields) -> StateDict:
     kind = read_config_fields(folder).get("model_type")
     expected = fields["llm"]["model_type"]
     if kind != expected:
@@ -321,8 +319,8 @@ def _read_llm(folder: Path, fields: dict[str, Any]) -> dict[str, Tensor]:
     return _read_files(folder)
 
 
-def _read_files(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+def _read_files(folder: Path) -> StateDict:
+    state: StateDict = {}
     for file in weight_files(folder):
         state.update(read_tensors(file))
     return state

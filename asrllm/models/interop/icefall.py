@@ -24,7 +24,7 @@ from asrllm.models.encoders.whisper_weights import from_openai
 from asrllm.models.interop.auden import KEYS as AUDEN_KEYS
 from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, ModelConfig
 from asrllm.models.pretrained import empty_llm
-from asrllm.models.state_dict import check_state, is_adapter, without_second_names
+from asrllm.models.state_dict import StateDict, check_state, is_adapter, without_second_names
 from asrllm.tensor_files import write_file
 
 # icefall's key: the key here
@@ -70,7 +70,7 @@ def import_icefall(
         write_file(weight_source(state, {}), partial / "pretrained.pt")
 
 
-def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], where: str) -> StateDict:
     """Rename icefall's keys.
 
     Args:
@@ -80,8 +80,8 @@ def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises:
         UserError: a key is unknown, or one of the projector's is missing.
     """
-    ours: dict[str, Tensor] = {}
-    encoder: dict[str, Tensor] = {}
+    ours: StateDict = {}
+    encoder: StateDict = {}
     for theirs, tensor in state.items():
         key = theirs.removeprefix("module.")
         if key in KEYS:
@@ -106,7 +106,7 @@ def renamed(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return ours
 
 
-def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> StateDict:
     """Check that weights fit the described model, and return them without second names.
 
     They must contain the whole projector and all adapters, and of the encoder and the LLM either
@@ -143,7 +143,12 @@ def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> di
 
 
 def describe(
-    state: Mapping[str, Tensor], *, encoder: str, llm: str, lora_alpha: int, prompt: str
+    state: Mapping[str, Tensor],
+    *,
+    encoder: str,
+    llm: str,
+    lora_alpha: int,
+    prompt: str,
 ) -> AsrLlmProcessor:
     """Return the description of the trained model.
 

@@ -102,6 +102,13 @@ class ZipformerConfig:
             object.__setattr__(self, name, self._for_each_stack(name))
         for name in ("chunk_size", "left_context_frames"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        self._check_sizes()
+        self._check_stacks()
+        # icefall's and Auden's defaults set chunks for other encoders too, and do not use them
+        if self.causal:
+            self._check_chunks()
+
+    def _check_sizes(self) -> None:
         sizes = [self.pos_dim, self.feature_dim]
         for name in PER_STACK:
             sizes += getattr(self, name)
@@ -114,6 +121,8 @@ class ZipformerConfig:
                 "zipformer: output_downsampling_factor="
                 f"{self.output_downsampling_factor} is not 2. {FIX}"
             )
+
+    def _check_stacks(self) -> None:
         for kernel in self.cnn_module_kernel:
             if kernel % 2 == 0:
                 raise UserError(f"zipformer: cnn_module_kernel={kernel} is not odd. {FIX}")
@@ -123,9 +132,6 @@ class ZipformerConfig:
                     f"zipformer: encoder_unmasked_dim={unmasked} is above encoder_dim={width}. "
                     f"{FIX}"
                 )
-        # icefall's and Auden's defaults set chunks for other encoders too, and do not use them
-        if self.causal:
-            self._check_chunks()
 
     def _for_each_stack(self, name: str) -> tuple[int, ...]:
         values = _as_tuple(getattr(self, name))
@@ -171,7 +177,11 @@ class ZipformerConfig:
                 )
 
     @classmethod
-    def public(cls, size: str, **changes: Any) -> "ZipformerConfig":
+    def public(
+        cls,
+        size: str,
+        **changes: Any,
+    ) -> "ZipformerConfig":
         """Return the configuration of a published size.
 
         Args:

@@ -48,11 +48,16 @@ class _Swoosh(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, shift: float, offset: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        shift: float,
+        offset: float,
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shift = shift
-        y = F.softplus(x.float() - shift).sub_(offset).sub_(x.float(), alpha=SWOOSH_SLOPE)
-        return y.to(x.dtype)
+        y = F.softplus(x.float() - shift).sub_(offset)
+        return y.sub_(x.float(), alpha=SWOOSH_SLOPE).to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +85,13 @@ class SwooshR(nn.Module):
         return swoosh_r(x)
 
 
-def scaled_linear(inputs: int, outputs: int, *, scale: float, bias: bool = True) -> nn.Linear:
+def scaled_linear(
+    inputs: int,
+    outputs: int,
+    *,
+    scale: float,
+    bias: bool = True,
+) -> nn.Linear:
     """Return a linear layer that starts small.
 
     Args:
@@ -113,7 +124,8 @@ class BiasNorm(Scheduled):
         log_scale = self.log_scale
         if self.training:
             log_scale = limit_value(log_scale, -1.5, 1.5)
-        mean_square = (x.float() - self.bias.float()).square().mean(-1, keepdim=True)
+        difference = x.float() - self.bias.float()
+        mean_square = difference.square().mean(-1, keepdim=True)
         scale = mean_square.rsqrt() * log_scale.float().exp()
         return (x.float() * scale).to(x.dtype)
 
@@ -149,9 +161,11 @@ class Downsample(nn.Module):
         """Map (N, T, C) to (N, ceil(T / rate), C)."""
         missing = -x.shape[1] % self.rate
         if missing:
-            x = torch.cat([x, x[:, -1:].expand(-1, missing, -1)], 1)
+            last = x[:, -1:]
+            x = torch.cat([x, last.expand(-1, missing, -1)], 1)
         weights = self.bias.float().softmax(0).to(x.dtype)
-        return (x.unflatten(1, (-1, self.rate)) * weights[:, None]).sum(2)
+        groups = x.unflatten(1, (-1, self.rate))
+        return (groups * weights[:, None]).sum(2)
 
 
 def relative_positions(frames: int, width: int, device: torch.device) -> Tensor:
@@ -171,10 +185,12 @@ def relative_positions(frames: int, width: int, device: torch.device) -> Tensor:
     """
     x = torch.arange(1 - frames, frames, device=device, dtype=torch.float32)[:, None]
     c = math.sqrt(width)
-    compressed = c * x.sign() * ((x.abs() + c).log() - math.log(c))
+    logarithms = (x.abs() + c).log() - math.log(c)
+    compressed = c * x.sign() * logarithms
     frequencies = torch.arange(1, width // 2 + 1, device=device)
     angles = (compressed * (2 * math.pi / width)).atan() * frequencies
-    encodings = torch.stack([angles.cos(), angles.sin()], 2).flatten(1)
+    pairs = torch.stack([angles.cos(), angles.sin()], 2)
+    encodings = pairs.flatten(1)
     encodings[:, -1] = 1.0
     return encodings
 
@@ -187,7 +203,13 @@ class AttentionWeights(Scheduled):
     """
 
     def __init__(
-        self, width: int, *, heads: int, query_head_dim: int, pos_head_dim: int, pos_dim: int
+        self,
+        width: int,
+        *,
+        heads: int,
+        query_head_dim: int,
+        pos_head_dim: int,
+        pos_dim: int,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -218,11 +240,9 @@ class AttentionWeights(Scheduled):
         key = self.whiten_keys(self.balance_keys(key))
         if self.training:
             position = position * float(not chance(self.now(POSITION_SKIP)))
-        query = split_heads(query, self.heads)
-        key = split_heads(key, self.heads)
-        position = split_heads(position, self.heads)
-        # (heads, pos_head_dim, 2T - 1)
-        distances = self.linear_pos(positions).unflatten(1, (self.heads, -1)).permute(1, 2, 0)
+        query, key, position = (split_heads(x, self.heads) for x in (query, key, position))
+        distances = self.linear_pos(positions).unflatten(1, (self.heads, -1))
+        distances = distances.permute(1, 2, 0)  # (heads, pos_head_dim, 2T - 1)
         scores = query @ key.transpose(2, 3)
         scores += by_key(position @ distances)
         return scores.masked_fill_(mask, MASKED).softmax(3)
@@ -253,7 +273,13 @@ def by_key(scores: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention with given weights."""
 
-    def __init__(self, width: int, *, heads: int, value_head_dim: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        value_head_dim: int,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.in_proj = nn.Linear(width, heads * value_head_dim)
@@ -311,7 +337,13 @@ class FeedForward(Scheduled):
 class ConvModule(nn.Module):
     """Gate, depthwise convolution over time, SwooshR."""
 
-    def __init__(self, width: int, kernel: int, *, causal: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        kernel: int,
+        *,
+        causal: bool,
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.in_proj = nn.Linear(width, 2 * width)
@@ -406,7 +438,9 @@ class ChunkCausalConv(nn.Module):
         """
         left, right = self.chunkwise_conv_scale
         beyond = max(0, chunk - self.kernel)
-        return 1 + F.pad(left[:, :chunk], (0, beyond)) + F.pad(right[:, -chunk:], (beyond, 0))
+        at_left = F.pad(left[:, :chunk], (0, beyond))
+        at_right = F.pad(right[:, -chunk:], (beyond, 0))
+        return 1 + at_left + at_right
 
 
 class ZipformerLayer(Scheduled):

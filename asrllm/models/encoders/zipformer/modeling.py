@@ -42,6 +42,7 @@ from asrllm.models.encoders.zipformer.training import (
     keep_mask,
 )
 from asrllm.models.encoders.zipformer.weights import read_zipformer, without_dead_keys
+from asrllm.models.hub_files import Fields
 
 MIN_FRAMES = 9  # feature frames that the front end's convolutions need for one frame of output
 MAX_SECONDS = 3600  # the model itself has no limit but memory
@@ -154,7 +155,7 @@ class ZipformerEncoder(ExtractsFeatures):
         self.set_batch_count(0)
 
     @classmethod
-    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "ZipformerEncoder":
+    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "ZipformerEncoder":
         """Return the encoder of an AsrLlmModel. See AudioEncoder.
 
         These encoders are pretrained, and encode an utterance alone as in a batch.
@@ -174,18 +175,18 @@ class ZipformerEncoder(ExtractsFeatures):
         return (kaldi_frames(samples) - 5) // 4
 
     @staticmethod
-    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
+    def sample_limits(values: Fields) -> tuple[int, int]:
         """See AudioEncoder."""
         return MIN_FRAMES * KALDI_HOP - KALDI_HOP // 2, MAX_SECONDS * RATE
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
         """Read an icefall or Auden file or directory. See AudioEncoder."""
         config, state = read_zipformer(Path(path))
         return plain_fields(config), state
 
 
-def plain_fields(config: ZipformerConfig) -> dict[str, Any]:
+def plain_fields(config: ZipformerConfig) -> Fields:
     """Return the fields of a configuration, with lists instead of tuples as in JSON."""
     fields = asdict(config)
     for name, value in fields.items():
@@ -389,8 +390,9 @@ def repeat_last_frame(x: Tensor, padding: Tensor) -> Tensor:
         padding: true after the end of an utterance (N, T).
     """
     last = (~padding).sum(1) - 1
-    last_frames = x[torch.arange(len(x), device=x.device), last][:, None]
-    return torch.where(padding[..., None], last_frames, x)
+    rows = torch.arange(len(x), device=x.device)
+    last_frames = x[rows, last]
+    return torch.where(padding[..., None], last_frames[:, None], x)
 
 
 class ZipformerStack(nn.Module):
@@ -400,28 +402,14 @@ class ZipformerStack(nn.Module):
         super().__init__()
         self.pos_dim = config.pos_dim
         self.recompute = False
-        heads = {
-            "heads": config.num_heads[i],
-            "query_head_dim": config.query_head_dim[i],
-            "pos_head_dim": config.pos_head_dim[i],
-            "pos_dim": config.pos_dim,
-        }
         stacks = len(config.encoder_dim)
         count = config.num_encoder_layers[i]
         self.layers = nn.ModuleList()
         for j in range(count):
             begin = i + j / count
             end = i + (j + 1) / count
-            layer = ZipformerLayer(
-                config.encoder_dim[i],
-                heads=heads,
-                value_head_dim=config.value_head_dim[i],
-                hidden=config.feedforward_dim[i],
-                kernel=config.cnn_module_kernel[i],
-                causal=config.causal,
-                skip=layer_skip(begin, end, stacks, config.downsampling_factor[i]),
-            )
-            self.layers.append(layer)
+            skip = layer_skip(begin, end, stacks, config.downsampling_factor[i])
+            self.layers.append(_layer(config, i, skip))
 
     def forward(
         self,
@@ -458,7 +446,30 @@ class ZipformerStack(nn.Module):
         return layer(*inputs)
 
 
-def layer_skip(begin: float, end: float, stacks: int, rate: int) -> Schedule:
+def _layer(config: ZipformerConfig, i: int, skip: Schedule) -> ZipformerLayer:
+    """Return a layer of stack i."""
+    return ZipformerLayer(
+        config.encoder_dim[i],
+        heads={
+            "heads": config.num_heads[i],
+            "query_head_dim": config.query_head_dim[i],
+            "pos_head_dim": config.pos_head_dim[i],
+            "pos_dim": config.pos_dim,
+        },
+        value_head_dim=config.value_head_dim[i],
+        hidden=config.feedforward_dim[i],
+        kernel=config.cnn_module_kernel[i],
+        causal=config.causal,
+        skip=skip,
+    )
+
+
+def layer_skip(
+    begin: float,
+    end: float,
+    stacks: int,
+    rate: int,
+) -> Schedule:
     """Return how often training skips a layer: at first half the time, then seldom.
 
     Args:
@@ -468,7 +479,9 @@ def layer_skip(begin: float, end: float, stacks: int, rate: int) -> Schedule:
         rate: downsampling factor of its stack.
     """
     step = WARM_UP / (stacks + 1)
-    return (((begin + 1) * step, 0.5), ((end + 1) * step, 0.035 * rate**0.5))
+    first_corner = ((begin + 1) * step, 0.5)
+    last_corner = ((end + 1) * step, 0.035 * rate**0.5)
+    return (first_corner, last_corner)
 
 
 class DownsampledStack(nn.Module):
@@ -499,5 +512,7 @@ class DownsampledStack(nn.Module):
             filled = repeat_last_frame(x, padding)
             ends = tuple(-(-end // self.rate) for end in ends)
         slow = self.downsample(filled)
-        slow = self.encoder(slow, mask, padding[:, :: self.rate], chunk, channel_mask, ends)
-        return self.out_combiner(x, slow.repeat_interleave(self.rate, 1)[:, : x.shape[1]])
+        slow_padding = padding[:, :: self.rate]
+        slow = self.encoder(slow, mask, slow_padding, chunk, channel_mask, ends)
+        after = slow.repeat_interleave(self.rate, 1)
+        return self.out_combiner(x, after[:, : x.shape[1]])

@@ -79,7 +79,8 @@ def dropout_shared_over_time(x: Tensor, drop: float) -> Tensor:
     """Apply dropout to `x` (N, T, C) with one mask (N, 1, C) for all frames."""
     if drop <= 0:
         return x
-    return x * keep_mask(x, (len(x), 1, x.shape[2]), drop) / (1 - drop)
+    mask = keep_mask(x, (len(x), 1, x.shape[2]), drop)
+    return x * mask / (1 - drop)
 
 
 class Balancer(Scheduled):
@@ -167,13 +168,14 @@ class _Balance(torch.autograd.Function):
             x = x.detach().float().requires_grad_()
             mean = x.mean(others, keepdim=True)
             square = x.square().mean(others, keepdim=True)
-            ratio = mean / (square - mean.square()).clamp(min=TINY).sqrt()
+            variance = square - mean.square()
+            ratio = mean / variance.clamp(min=TINY).sqrt()
             size = square.clamp(min=TINY).sqrt()
             ratio_loss = (ratio - ratio.clamp(*ctx.means)).abs()
             size_loss = (size.clamp(*ctx.sizes) / size).log().abs()
             (push,) = torch.autograd.grad((ratio_loss + size_loss).sum(), x)
-        push_size = push.square().mean(others, keepdim=True).sqrt().clamp(min=TINY)
-        push = push * (ctx.scale / push_size)
+        push_size = push.square().mean(others, keepdim=True).sqrt()
+        push = push * (ctx.scale / push_size.clamp(min=TINY))
         balanced = grad.float() + grad.float().abs() * push
         return balanced.to(grad.dtype), None, None, None, None
 
@@ -185,7 +187,13 @@ class Whiten(Scheduled):
     mean(eigenvalue)^2 over the covariance of x (..., C), at least 1.
     """
 
-    def __init__(self, limit: Schedule, *, groups: int = 1, grad_scale: float = 0.01) -> None:
+    def __init__(
+        self,
+        limit: Schedule,
+        *,
+        groups: int = 1,
+        grad_scale: float = 0.01,
+    ) -> None:
         """Build the module.
 
         Args:
@@ -207,7 +215,13 @@ class Whiten(Scheduled):
 
 class _Whiten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, groups: int, limit: float, scale: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        groups: int,
+        limit: float,
+        scale: float,
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.groups = groups
         ctx.limit = limit
@@ -223,8 +237,10 @@ class _Whiten(torch.autograd.Function):
             distance = distance_from_white(x, ctx.groups)
             (push,) = torch.autograd.grad(distance, x)
         is_active = distance.detach() > ctx.limit
-        strength = ctx.scale * grad.float().norm() / push.norm().clamp(min=TINY) * is_active
-        return (grad.float() + push * strength).to(grad.dtype), None, None, None
+        push_size = push.norm().clamp(min=TINY)
+        strength = ctx.scale * grad.float().norm() / push_size * is_active
+        whitened = grad.float() + push * strength
+        return whitened.to(grad.dtype), None, None, None
 
 
 def distance_from_white(x: Tensor, groups: int) -> Tensor:
@@ -238,11 +254,13 @@ def distance_from_white(x: Tensor, groups: int) -> Tensor:
         A scalar of at least 1: the mean of the squared eigenvalues of the groups' covariances,
         divided by the square of their mean.
     """
-    x = x.flatten(0, -2).unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, frames, C / groups)
+    frames = x.flatten(0, -2)
+    x = frames.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, frames, C / groups)
     x = x - x.mean(1, keepdim=True)
     covariance = x.transpose(1, 2) @ x / x.shape[1]
     mean = covariance.diagonal(dim1=1, dim2=2).mean()
-    return covariance.square().sum() / x.shape[2] / groups / (mean.square() + TINY)
+    mean_square = covariance.square().sum() / x.shape[2] / groups
+    return mean_square / (mean.square() + TINY)
 
 
 def limit_value(parameter: Tensor, low: float, high: float) -> Tensor:
@@ -258,7 +276,12 @@ def limit_value(parameter: Tensor, low: float, high: float) -> Tensor:
 
 class _Limit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        low: float,
+        high: float,
+    ) -> Tensor:
         # not x itself, because ZeRO-3 releases it before the backward pass
         ctx.save_for_backward(x < low, x > high)
         return x.clone()

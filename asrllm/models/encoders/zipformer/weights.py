@@ -23,6 +23,8 @@ from asrllm.models.encoders.zipformer.configuration import (
     PUBLIC_SIZES,
     ZipformerConfig,
 )
+from asrllm.models.hub_files import Fields
+from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words, parse_json
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
@@ -62,7 +64,7 @@ def without_dead_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not DEAD_KEY.fullmatch(key)}
 
 
-def read_zipformer(path: Path) -> tuple[ZipformerConfig, dict[str, Tensor]]:
+def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     """Return an encoder's configuration and its weights, without a prefix.
 
     Fields that config.json does not contain are derived from the weights' shapes. Without a
@@ -75,11 +77,7 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, dict[str, Tensor]]:
     Raises:
         UserError: the file is damaged, or has no Zipformer encoder.
     """
-    files = [path] if path.is_file() else zipformer_weight_files(path)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_tensors(file)
-    state = encoder_weights(tensors, path)
+    state = encoder_weights(_load_all(path), path)
     folder = path if path.is_dir() else path.parent
     given = read_fields(folder / "config.json")
     try:
@@ -90,6 +88,14 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, dict[str, Tensor]]:
             "the file."
         ) from error
     return config, state
+
+
+def _load_all(path: Path) -> StateDict:
+    files = [path] if path.is_file() else zipformer_weight_files(path)
+    tensors: StateDict = {}
+    for file in files:
+        tensors |= load_tensors(file)
+    return tensors
 
 
 def zipformer_weight_files(folder: Path) -> list[Path]:
@@ -112,7 +118,7 @@ def zipformer_weight_files(folder: Path) -> list[Path]:
     )
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> StateDict:
     """Return the tensors of a file by name, taken out of their container.
 
     No code in the file is executed.
@@ -139,7 +145,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> StateDict:
     """Return the encoder's weights by its own names, without the dead keys.
 
     Args:
@@ -150,6 +156,16 @@ def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     Raises:
         UserError: there is no encoder, or more than one.
     """
+    prefix = _encoder_prefix(tensors, path)
+    starts = tuple(prefix + part for part in PARTS)
+    state: StateDict = {}
+    for key, tensor in tensors.items():
+        if key.startswith(starts):
+            state[key.removeprefix(prefix)] = tensor
+    return without_dead_keys(state)
+
+
+def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
     first_keys = [key for key in tensors if f".{key}".endswith(f".{FIRST_KEY}")]
     prefixes = sorted({key.removesuffix(FIRST_KEY) for key in first_keys})
     if not prefixes:
@@ -162,13 +178,10 @@ def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tens
             f"{str(path)!r} contains {len(prefixes)} Zipformer encoders, with the prefixes "
             f"{', '.join(map(repr, prefixes))}. Save only one of them."
         )
-    prefix = prefixes[0]
-    starts = tuple(prefix + part for part in PARTS)
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(starts)}
-    return without_dead_keys(own)
+    return prefixes[0]
 
 
-def read_fields(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> Fields:
     """Return the encoder's fields in a config.json, or {} if there are none.
 
     Args:
@@ -194,7 +207,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     return {}
 
 
-def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> Fields:
     """Return all fields of an encoder.
 
     Args:
@@ -204,15 +217,23 @@ def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> d
     Raises:
         UserError: the shapes contradict `given`.
     """
-    count = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.encoders."))
+    stack_keys = [key for key in state if key.startswith("encoder.encoders.")]
+    count = 1 + max(int(key.split(".")[2]) for key in stack_keys)
     positions = given.get("pos_head_dim", POS_HEAD_DIM)
     positions = [positions] if isinstance(positions, int) else list(positions)
     stacks = [stack_of_shapes(state, i, positions[i % len(positions)]) for i in range(count)]
-    found: dict[str, Any] = {}
+    found: Fields = {}
     for name in stacks[0]:
         found[name] = [stack[name] for stack in stacks]
     found["pos_dim"] = state[first_layer(state, 0) + "self_attn_weights.linear_pos.weight"].shape[1]
     found["causal"] = any(key.endswith("chunkwise_conv_scale") for key in state)
+    _check_given(given, found, count)
+    chunks = ICEFALL_CHUNKS if found["causal"] else {}
+    return {"encoder_unmasked_dim": unmasked(found["encoder_dim"]), **chunks, **given, **found}
+
+
+def _check_given(given: Mapping[str, Any], found: Fields, count: int) -> None:
+    """Raise UserError if a given field contradicts the one found in the weights."""
     for name, value in found.items():
         stated = given.get(name, value)
         if name in PER_STACK:
@@ -222,8 +243,6 @@ def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> d
                 f"config.json has {name}={stated}, but the weights beside it have {value}. Give "
                 "files of the same model."
             )
-    chunks = ICEFALL_CHUNKS if found["causal"] else {}
-    return {"encoder_unmasked_dim": unmasked(found["encoder_dim"]), **chunks, **given, **found}
 
 
 def _for_each_stack(value: int | list[int], count: int) -> list[int]:
