@@ -74,7 +74,7 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
             "data.filter.max_duration=100.0 is outside the audio encoder's range",
         ),
         ({"data__filter__min_duration": 0}, "data.filter.min_duration=0.0"),
-        ({"prompt_file": "AUDIO_TOKEN"}, "holds the audio token"),
+        ({"prompt_file": "AUDIO_TOKEN"}, "contains the audio token"),
     ],
 )
 def test_mistake_in_training_exits_before_writing(world, tmp_path, capsys, change, message):
@@ -229,7 +229,7 @@ def test_mistakes_in_consolidate_are_one_message(tmp_path, capsys):
     for size in ("nonsense", "0"):
         for output in ("x", "x.pt"):
             options = ("--max-shard-size", size, "--output", tmp_path / output)
-            assert "is no size" in fails(capsys, "consolidate", tmp_path, *options)
+            assert "max_shard_size=" in fails(capsys, "consolidate", tmp_path, *options)
     error = fails(capsys, "consolidate", tmp_path, "--output", tmp_path / "x.pth")
     assert "x.pth' has an unsupported suffix" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]

@@ -114,7 +114,7 @@ def test_overrides_set_dataclass_fields():
         ("data.text_normalization=lower", r"data\.text_normalization='lower'"),
         ("seed=-1", "seed=-1 .* 0 to 4294967295"),
         ("data.whisper_fbank=false", r"data\.whisper_fbank=false .*Whisper"),
-        ("model.llm.lora.r=-1", "must not be below 0"),
+        ("model.llm.lora.r=-1", r"lora\.r=-1 "),
         ("model.exclude_from_checkpoint=[projector]", "'projector' is not a part"),
         ("model.llm.pretrained_model=null", "is not set"),
         ("exp_dir=null", "exp_dir is not set"),

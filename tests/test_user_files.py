@@ -100,7 +100,7 @@ LLM = {
     ),
     "config own code": (
         fields("config.json", model_type="own", auto_map={"AutoConfig": "x.Y"}),
-        "code of its own (auto_map",
+        "custom code (auto_map",
     ),
     "tokenizer cut": (cut("tokenizer.json"), "tokenizer.json' is not valid JSON"),
     "tokenizer pointer": (write("tokenizer.json", POINTER), "Run 'git lfs pull' in"),
@@ -140,7 +140,7 @@ LLM = {
 WHISPER = {
     "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
     "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
-    "config type": (fields("config.json", d_model="x"), "d_model='x' is not a whole number"),
+    "config type": (fields("config.json", d_model="x"), "d_model='x' is not an integer"),
     "config heads": (
         fields("config.json", encoder_attention_heads=3),
         "d_model=16 is not a multiple",

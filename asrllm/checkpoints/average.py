@@ -17,7 +17,7 @@ from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
-from asrllm.models.asr_llm.serialization import own_weights
+from asrllm.models.asr_llm.serialization import main_weight_file
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.manifest import (
@@ -441,7 +441,7 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
                 "Leave out checkpoint.model.iter, epoch, avg and use_averaged_model, or give the "
                 "exp_dir of the run."
             )
-        return own_weights(exp_dir)
+        return main_weight_file(exp_dir)
     if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
         raise UserError(_incomplete_choice(exp_dir, what))
     if what.avg > 0:

@@ -12,7 +12,8 @@ from torch import nn
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.asr_llm.modeling import PARTS, AsrLlmModel
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.network import PARTS
 from asrllm.models.asr_llm.serialization import merged_names, weight_source, write_generation_config
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.base_models import BasePaths

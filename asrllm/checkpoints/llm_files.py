@@ -16,18 +16,17 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import (
     as_dtype,
     check_stored,
-    is_base,
+    is_base_layer,
     merged_names,
     open_tensors,
     parameters_on_meta,
-    rank_in_file,
+    rank_multiple,
     weight_files,
-    with_ranks,
+    with_rank_multiple,
 )
 from asrllm.models.auto import load_state, newest_weights, read_state
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
-from asrllm.models.fingerprint import resolve_pretrained
-from asrllm.models.fingerprint import weight_files as base_files
+from asrllm.models.fingerprint import pretrained_weight_files, resolve_pretrained
 from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.models.state_dict import check_state, is_adapter, plain_name
 
@@ -139,7 +138,7 @@ class LlmFiles:
             own,
             expected,
             f"the weights of {str(self.weights or self.folder)!r}",
-            f"they are not of {str(self.folder / 'config.json')!r}",
+            f"They do not match {str(self.folder / 'config.json')!r}.",
             needed=[name for name in expected if is_adapter(name)],
         )
         if self.weights is not None:
@@ -161,7 +160,7 @@ class LlmFiles:
 
     def _add_base(self, base: Path, expected: Mapping[str, Tensor]) -> None:
         """Add the base model's tensors."""
-        for file in base_files(base):
+        for file in pretrained_weight_files(base):
             self.tensors.add_file(file, lambda key: LLM + key)
         if expected.keys() - self.tensors.meta.keys():
             # transformers renames keys of this family when it loads the model
@@ -174,10 +173,10 @@ class LlmFiles:
         with parameters_on_meta():
             llm = empty_llm(self.config.llm or {}, where=self.folder)
             # an averaged file has the factors of several checkpoints
-            self.averaged_checkpoints = rank_in_file(
+            self.averaged_checkpoints = rank_multiple(
                 AsrLlmModel(self.config, llm=llm), self.tensors.meta
             )
-            self.config = with_ranks(self.config, self.averaged_checkpoints)
+            self.config = with_rank_multiple(self.config, self.averaged_checkpoints)
             self.config.exclude_from_checkpoint = None
             llm = empty_llm(self.config.llm or {}, where=self.folder)
             return AsrLlmModel(self.config, llm=llm)
@@ -219,7 +218,7 @@ class LlmFiles:
         state: dict[str, Tensor] = {}
         for name, _ in layer.named_parameters():
             full_name = f"{prefix}.{name}"
-            if is_base(full_name, prefix):
+            if is_base_layer(full_name, prefix):
                 full_name = plain_name(full_name)
             state[name] = self.tensors.read(full_name)
         layer.load_state_dict(state, assign=True)

@@ -1,19 +1,23 @@
-"""Attention over a packed row: each utterance attends to itself alone, by the fastest kernel that is there.
+"""Attention over a packed row, by the fastest kernel available.
 
-sdpa    one torch call for each utterance; everywhere, and the choice on the CPU
-flash   flash_attn's kernel for rows of several lengths; CUDA, float16 or bfloat16
-varlen  the same kernel inside torch; CUDA, float16 or bfloat16, no soft cap, no dropout
-flex    torch's flex_attention with a block mask, compiled; CUDA, no dropout; on the CPU for tests alone
+Each utterance attends only to itself. The backends are:
+
+sdpa    one torch call per utterance; works everywhere, and is the choice on the CPU
+flash   flash_attn's kernel for sequences of different lengths; CUDA, float16 or bfloat16
+varlen  the same kernel in torch; CUDA, float16 or bfloat16, without soft cap and dropout
+flex    torch's flex_attention with a block mask, compiled; CUDA, without dropout; on the CPU it is
+        used by tests only
 """
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,16 +25,21 @@ from transformers.masking_utils import sdpa_mask
 
 from asrllm.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 PACKED = "asrllm_packed"
 HALF = (torch.float16, torch.bfloat16)
-# scores of an utterance that are held whole, at most: for halves on the CPU that takes half of the fused kernel's time; they are rounded
-# to halves, as in transformers' eager attention, which the fused kernel's are not
-MOST_SCORES = 1 << 22
-_facts = WeakTensorKeyDictionary()  # cu_seqlens -> what was worked out from it
+# Largest number of scores of an utterance that are computed without a fused kernel, for float16 and
+# bfloat16 on the CPU. That takes half of the fused kernel's time. The scores are rounded to the
+# input's dtype, as in transformers' eager attention; the fused kernel's are not.
+MAX_UNFUSED_SCORES = 1 << 22
+# Values derived from each cu_seqlens.
+_derived = WeakTensorKeyDictionary()
 
 
 class Options(NamedTuple):
-    """What attention is to compute; see packed()."""
+    """What attention computes. The fields are arguments of `packed`."""
 
     causal: bool
     longest: int
@@ -54,116 +63,163 @@ def packed(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """query (1, heads, T, d), key and value (1, kv heads, T, d), cu_seqlens (N + 1,) -> (1, T, heads, d).
+    """Compute the attention of packed utterances.
 
-    longest: the longest utterance's length. window: a token attends to itself and to window - 1 tokens before (causal attention alone).
-    softcap: scores become softcap * tanh(scores / softcap). cu_seqlens is never to be changed in place: what follows from it is kept.
-    Raises UserError where the backend cannot run here.
+    Args:
+        query: (1, heads, T, d).
+        key: (1, kv heads, T, d).
+        value: (1, kv heads, T, d).
+        cu_seqlens: boundaries of the N utterances in the row (N + 1,). It must never be changed in
+            place, because values derived from it are cached.
+        causal: whether a token attends only to itself and to those before it.
+        longest: length of the longest utterance; by default it is read from `cu_seqlens`.
+        scale: factor of the scores; by default d ** -0.5.
+        dropout: dropout of the attention weights.
+        window: a token attends to itself and to the window - 1 tokens before it. Needs `causal`.
+        softcap: scores become softcap * tanh(scores / softcap).
+        backend: a name in BACKENDS, or "auto" for the fastest one.
+
+    Returns:
+        (1, T, heads, d).
+
+    Raises:
+        UserError: the backend cannot run here.
     """
     assert window is None or causal
-    longest = max(row_lengths(cu_seqlens)) if longest is None else longest
-    window = None if window is None or window >= longest else window
-    options = Options(
-        causal,
-        longest,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout,
-        window,
-        softcap,
-    )
+    if longest is None:
+        longest = max(row_lengths(cu_seqlens))
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if window is not None and window >= longest:
+        window = None
+    options = Options(causal, longest, scale, dropout, window, softcap)
     if backend == "auto":
         backend = choose(query, value, options)
-    elif reason := why_not(backend, query, value, options):
-        raise UserError(
-            f"the attention backend {backend!r} cannot run here ({reason}): set it to 'auto' or 'sdpa'"
-        )
+    else:
+        reason = why_not(backend, query, value, options)
+        if reason:
+            raise UserError(
+                f"the attention backend {backend!r} cannot run here: {reason}. Use 'auto' or "
+                "'sdpa'."
+            )
     return BACKENDS[backend](query, key, value, cu_seqlens, options)
 
 
 def row_lengths(cu_seqlens: Tensor) -> list[int]:
-    """Read once for a row and not in every layer: on a GPU each reading waits for it."""
-    return _once(cu_seqlens, "lengths", lambda: cu_seqlens.diff().tolist())
+    """Return the lengths of the utterances in a row.
+
+    They are read once per row and not in every layer, because reading them waits for the GPU.
+    """
+    return _cached(cu_seqlens, "lengths", lambda: cu_seqlens.diff().tolist())
 
 
-def _once(cu_seqlens: Tensor, what: Any, make: Callable[[], Any]) -> Any:
-    facts = _facts.setdefault(cu_seqlens, {})
-    if what not in facts:
-        facts[what] = make()
-    return facts[what]
+def _cached(cu_seqlens: Tensor, name: Hashable, make: Callable[[], Any]) -> Any:
+    values = _derived.setdefault(cu_seqlens, {})
+    if name not in values:
+        values[name] = make()
+    return values[name]
 
 
-# --- the choice ---
+# --- choice of the backend ---
 
 
 def choose(query: Tensor, value: Tensor, options: Options) -> str:
-    if not query.is_cuda:
+    """Return the name of the fastest backend that can compute this."""
+    if not query.is_cuda or query.dtype not in HALF:
+        # flex is not a choice for float32: its kernel may round to TF32, and sdpa is exact
         return "sdpa"
-    # flex is no choice for float32: its kernel may round to TF32, and per-utterance calls are exact
-    names = ("flash", "varlen", "flex") if query.dtype in HALF else ()
-    return next((name for name in names if not why_not(name, query, value, options)), "sdpa")
+    for name in ("flash", "varlen", "flex"):
+        if not why_not(name, query, value, options):
+            return name
+    return "sdpa"
 
 
-def why_not(backend: str, query: Tensor, value: Tensor, options: Options) -> str:
-    """Why the backend cannot compute this; "" where it can."""
-    if reason := missing(backend):
+def why_not(
+    backend: str,
+    query: Tensor,
+    value: Tensor,
+    options: Options,
+) -> str:
+    """Return why a backend cannot compute this, or "" if it can."""
+    reason = missing(backend)
+    if reason:
         return reason
     if backend in ("flash", "varlen"):
-        if not query.is_cuda or query.dtype not in HALF:
-            return f"it takes float16 or bfloat16 on CUDA, not {str(query.dtype).removeprefix('torch.')} on {query.device.type}"
-        if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
-            return f"it takes heads of at most 256 channels, a multiple of 8, not {query.shape[-1]}"
-    if (
-        backend == "flex"
-        and not query.is_cuda
-        and torch.is_grad_enabled()
-        and (query.requires_grad or value.requires_grad)
-    ):
-        return "it has no backward pass on the CPU"
-    if backend == "flex" and query.is_cuda and query.shape[-1] < 16:
-        return f"it takes heads of 16 channels or more, not {query.shape[-1]}"
+        reason = _kernel_limits(query, value)
+    elif backend == "flex":
+        reason = _flex_limits(query, value)
+    if reason:
+        return reason
     if backend == "varlen" and options.softcap is not None:
-        return "it has no soft cap of attention scores"
+        return "it does not support a soft cap of the scores"
     if backend in ("varlen", "flex") and options.dropout:
-        return "it has no dropout of attention"
+        return "it does not support dropout"
+    return ""
+
+
+def _kernel_limits(query: Tensor, value: Tensor) -> str:
+    dtype = str(query.dtype).removeprefix("torch.")
+    width = query.shape[-1]
+    if not query.is_cuda or query.dtype not in HALF:
+        return f"it needs float16 or bfloat16 on CUDA, not {dtype} on {query.device.type}"
+    if width != value.shape[-1] or width > 256 or width % 8:
+        return f"it needs heads of at most 256 channels, a multiple of 8, not {width}"
+    return ""
+
+
+def _flex_limits(query: Tensor, value: Tensor) -> str:
+    width = query.shape[-1]
+    if query.is_cuda:
+        return f"it needs heads of at least 16 channels, not {width}" if width < 16 else ""
+    if torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
+        return "it has no backward pass on the CPU"
     return ""
 
 
 def backends() -> dict[str, str]:
-    """Each backend's name -> "" if it works here, else why not."""
+    """Return, for each backend's name, "" if it works on this machine, or else why not."""
     return {name: missing(name) for name in BACKENDS}
 
 
 @functools.cache
 def missing(backend: str) -> str:
-    """What the backend lacks on this machine, whatever it is to compute; "" where nothing."""
+    """Return what a backend lacks on this machine, or "" if nothing."""
     if backend not in BACKENDS:
-        raise UserError(
-            f"the attention backend {backend!r} is unknown: {nearest(backend, ['auto', *BACKENDS])}"
-        )
-    cuda = torch.cuda.is_available()
+        hint = nearest(backend, ["auto", *BACKENDS])
+        raise UserError(f"the attention backend {backend!r} is unknown: {hint}")
     if backend in ("flash", "varlen"):
-        if not cuda:
-            return "no CUDA device"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
         if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
             return "the GPU is older than Ampere"
     try:
-        if backend == "flash":
-            from flash_attn import flash_attn_varlen_func  # noqa: F401
-        if backend == "varlen":
-            from torch.nn.attention.varlen import varlen_attn
-
-            if (
-                not {"window_size", "enable_gqa", "scale"}
-                <= inspect.signature(varlen_attn).parameters.keys()
-            ):
-                return f"torch {torch.__version__} has it without windows or grouped heads"
-        if backend == "flex":
-            from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
-
-            if cuda:
-                import triton  # noqa: F401
-    except ImportError as error:  # also of a package built for another torch
+        return _missing_import(backend)
+    except ImportError as error:  # also if a package was built for another version of torch
         return str(error)
+
+
+def _missing_import(backend: str) -> str:
+    """Import what a backend needs.
+
+    Returns:
+        What torch lacks for it, or "".
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        needed = {"window_size", "enable_gqa", "scale"}
+        if not needed <= inspect.signature(varlen_attn).parameters.keys():
+            return f"torch {torch.__version__} has it without windows or grouped heads"
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
+
+        if torch.cuda.is_available():
+            import triton  # noqa: F401
     return ""
 
 
@@ -174,26 +230,30 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
 ) -> Tensor:
     lengths = row_lengths(cu_seqlens)
-    if (
-        query.is_cuda and query.shape[1] != key.shape[1]
-    ):  # in float32 only torch's unfused kernel knows grouped heads
-        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    parts = zip(
-        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-    )
-    return torch.cat([_one_utterance(q, k, v, options) for q, k, v in parts], 1)
+    if query.is_cuda and query.shape[1] != key.shape[1]:
+        # in float32 only torch's unfused kernel supports grouped heads
+        groups = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)
+    queries = query.split(lengths, 2)
+    keys = key.split(lengths, 2)
+    values = value.split(lengths, 2)
+    parts = zip(queries, keys, values, strict=True)
+    outputs = [_one_utterance(q, k, v, options) for q, k, v in parts]
+    return torch.cat(outputs, 1)
 
 
 def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-    """query (1, heads, L, d), key and value (1, kv heads, L, d) -> (1, L, heads, d)"""
+    """Map query (1, heads, L, d), key and value (1, kv heads, L, d) to (1, L, heads, d)."""
     heads, length = query.shape[1:3]
     if query.is_meta:
-        return _Shapes.apply(query, key, value).transpose(1, 2)
-    window = options.window if options.window is not None and options.window < length else None
-    small_half = (
-        not query.is_cuda and query.dtype in HALF and heads * length * length <= MOST_SCORES
-    )
-    if options.softcap is not None or small_half:
+        return _MetaAttention.apply(query, key, value).transpose(1, 2)
+    window = options.window
+    if window is not None and window >= length:
+        window = None
+    is_small = heads * length * length <= MAX_UNFUSED_SCORES
+    is_half_on_cpu = not query.is_cuda and query.dtype in HALF
+    if options.softcap is not None or (is_half_on_cpu and is_small):
         bias = causal_bias(length, window, query) if options.causal else None
         return explicit(query, key, value, bias, options.scale, options.dropout, options.softcap)
     output = F.scaled_dot_product_attention(
@@ -209,24 +269,45 @@ def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) 
     return output.transpose(1, 2)
 
 
-class _Shapes(torch.autograd.Function):
-    """On the meta device: the shapes, and what a fused kernel keeps for its backward pass; torch's own takes one that keeps all scores."""
+class _MetaAttention(torch.autograd.Function):
+    """Attention on the meta device: the shapes, and what a fused kernel saves for backward.
+
+    torch's own implementation chooses a kernel that saves all scores.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
         output = query.new_empty(*query.shape[:3], value.shape[3])
-        ctx.save_for_backward(
-            query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32)
-        )
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
         return output
 
 
 def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:
-    """(length, length): 0 where a query (row) attends to a key, the lowest number elsewhere."""
+    """Return a bias of the scores: 0 where a query attends to a key, else the lowest number.
+
+    Args:
+        length: number of queries and of keys.
+        window: a query attends to itself and to the window - 1 keys before it; None for all.
+        like: a tensor of the dtype and device of the result.
+
+    Returns:
+        (length, length), one row per query.
+    """
     lowest = torch.full(
-        (length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device
+        (length, length),
+        torch.finfo(like.dtype).min,
+        dtype=like.dtype,
+        device=like.device,
     )
-    return lowest.triu(1) if window is None else lowest.triu(1) + lowest.tril(-window)
+    if window is None:
+        return lowest.triu(1)
+    return lowest.triu(1) + lowest.tril(-window)
 
 
 def explicit(
@@ -238,21 +319,35 @@ def explicit(
     dropout: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """query (B, heads, Q, d), key and value (B, kv heads, S, d), bias as (B, 1, Q, S) -> (B, Q, heads, d).
+    """Compute attention without a fused kernel, by transformers' eager formula.
 
-    Transformers' eager formula: products in the input's dtype, the softmax in float32 (which torch does inside for halves).
+    The products are in the input's dtype and the softmax is in float32, which torch does inside for
+    float16 and bfloat16.
+
+    Args:
+        query: (B, heads, Q, d).
+        key: (B, kv heads, S, d).
+        value: (B, kv heads, S, d).
+        bias: added to the scores; (B, 1, Q, S) or (Q, S).
+        scale: factor of the scores.
+        dropout: dropout of the attention weights.
+        softcap: scores become softcap * tanh(scores / softcap).
+
+    Returns:
+        (B, Q, heads, d).
     """
     groups = query.shape[1] // key.shape[1]
-    scores = (query * scale).unflatten(1, (-1, groups)) @ key.unsqueeze(2).transpose(
-        -1, -2
-    )  # (B, kv heads, groups, Q, S)
+    grouped_query = (query * scale).unflatten(1, (-1, groups))
+    scores = grouped_query @ key.unsqueeze(2).transpose(-1, -2)  # (B, kv heads, groups, Q, S)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     if bias is not None:
         scores = scores + (bias if bias.dim() == 2 else bias.unsqueeze(2))
-    shares = scores.softmax(-1)
-    shares = F.dropout(shares, dropout) if dropout else shares
-    return (shares @ value.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+    weights = scores.softmax(-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    output = weights @ value.unsqueeze(2)  # (B, kv heads, groups, Q, d)
+    return output.flatten(1, 2).transpose(1, 2)
 
 
 def _flash(
@@ -260,7 +355,7 @@ def _flash(
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu_seqlens = _once(cu_seqlens, "int32", lambda: cu_seqlens.int())
+    cu_seqlens = _cached(cu_seqlens, "int32", lambda: cu_seqlens.int())
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     output = flash_attn_varlen_func(
         q,
@@ -284,7 +379,7 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_seqlens = _once(cu_seqlens, "int32", lambda: cu_seqlens.int())
+    cu_seqlens = _cached(cu_seqlens, "int32", lambda: cu_seqlens.int())
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     before = -1 if options.window is None else options.window - 1
     output = varlen_attn(
@@ -307,18 +402,19 @@ def _flex(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = _compiled_flex()
-    if (
-        not query.is_cuda
-    ):  # for tests: not compiled, and it refuses parameters even where no gradient is asked for
-        attend, query, key, value = flex_attention, query.detach(), key.detach(), value.detach()
-    kind = ("flex", options.causal, options.window)
-    output = attend(
+    attention = _compiled_flex()
+    if not query.is_cuda:
+        # For tests: not compiled, and detached, because flex_attention rejects parameters on the
+        # CPU even if no gradient is needed.
+        attention = flex_attention
+        query, key, value = (x.detach() for x in (query, key, value))
+    name = ("flex", options.causal, options.window)
+    output = attention(
         query,
         key,
         value,
         score_mod=None if options.softcap is None else _capped(options.softcap),
-        block_mask=_once(cu_seqlens, kind, lambda: _block_mask(cu_seqlens, query, options)),
+        block_mask=_cached(cu_seqlens, name, lambda: _block_mask(cu_seqlens, query, options)),
         scale=options.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -332,25 +428,34 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-@functools.cache  # one function for each value: another would be compiled anew
+@functools.cache  # one function per value: another function would be compiled again
 def _capped(softcap: float) -> Callable[..., Tensor]:
     return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
 
 
-def _block_mask(cu_seqlens: Tensor, query: Tensor, options: Options) -> Any:
+def _block_mask(cu_seqlens: Tensor, query: Tensor, options: Options) -> "BlockMask":
     from torch.nn.attention.flex_attention import create_block_mask
 
-    total, causal, window = query.shape[2], options.causal, options.window
+    total = query.shape[2]
+    causal = options.causal
+    window = options.window
     numbers = torch.arange(len(cu_seqlens) - 1, device=query.device)
     utterance = numbers.repeat_interleave(cu_seqlens.diff().to(query.device), output_size=total)
 
-    def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def attends(
+        b: Tensor,
+        h: Tensor,
+        q: Tensor,
+        k: Tensor,
+    ) -> Tensor:
         allowed = utterance[q] == utterance[k]
         if causal:
             allowed = allowed & (k <= q)
-        return allowed if window is None else allowed & (q - k < window)
+        if window is not None:
+            allowed = allowed & (q - k < window)
+        return allowed
 
-    # compiled, it never holds the (T, T) mask from which the blocks are found
+    # If compiled, it never allocates the (T, T) mask from which the blocks are computed.
     return create_block_mask(
         attends, None, None, total, total, device=query.device, _compile=query.is_cuda
     )
@@ -364,17 +469,17 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Options], Tensor]]
 }
 
 
-# --- transformers' side ---
+# --- registration with transformers ---
 
 
 def register_packed_attention() -> str:
-    """Make the attention known to transformers; its name is what `attn_implementation` takes."""
+    """Register the attention with transformers, and return its name for `attn_implementation`."""
     AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, _mask_of_padded)
+    AttentionMaskInterface.register(PACKED, _padding_mask)
     return PACKED
 
 
-@torch.compiler.disable  # it reads how long utterances are, and calls kernels of its own
+@torch.compiler.disable  # it reads the lengths of utterances, and calls custom kernels
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -390,29 +495,27 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """packed() as transformers calls it; the backend is `asrllm_attention` of the LLM's config, "auto" where that has none.
+    """Compute the attention of an LLM's layer, as transformers calls it.
 
-    Without cu_seq_lens_q (decoding, query (N, heads, Q, d)) it is transformers' own attention with the mask given.
+    With cu_seq_lens_q it is `packed`. Its backend is `asrllm_attention` in the LLM's configuration,
+    or "auto" if that is not set. Without cu_seq_lens_q (decoding, query (N, heads, Q, d)) it is
+    transformers' own attention with the given mask.
+
+    Raises:
+        UserError: the LLM uses a kind of attention that packed rows do not support.
     """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UserError(
-                f"{type(module).__name__} gives {name!r} to its attention, which packed rows cannot have: take another LLM"
+                f"{type(module).__name__} uses {name!r} in its attention, which packed rows do not "
+                "support. Choose another LLM."
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
-        return _padded(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling,
-            dropout,
-            sliding_window,
-            softcap,
-            causal,
-        ), None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        options = Options(causal, query.shape[2], scale, dropout, sliding_window, softcap)
+        return _padded(module, query, key, value, attention_mask, scaling, options), None
+    config = getattr(module, "config", None)
     output = packed(
         query,
         key,
@@ -424,7 +527,7 @@ def packed_attention(
         dropout=dropout,
         window=sliding_window,
         softcap=softcap,
-        backend=getattr(getattr(module, "config", None), "asrllm_attention", None) or "auto",
+        backend=getattr(config, "asrllm_attention", None) or "auto",
     )
     return output, None
 
@@ -435,40 +538,49 @@ def _padded(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool,
+    scaling: float | None,
+    options: Options,
 ) -> Tensor:
-    """query (N, heads, Q, d), key and value (N, kv heads, S, d), mask (N, 1, Q, S) bool or to be added -> (N, Q, heads, d)
+    """Compute the attention of a padded batch.
 
-    Without a mask the row is one utterance whose keys are all there, so that Q == S, or a token that attends to all (Q == 1).
+    Args:
+        module: the LLM's layer.
+        query: (N, heads, Q, d).
+        key: (N, kv heads, S, d).
+        value: (N, kv heads, S, d).
+        mask: (N, 1, Q, S), bool or added to the scores. Without a mask a row is one utterance with
+            all of its keys (Q == S), or a token that attends to everything (Q == 1).
+        scaling: factor of the scores as transformers passes it.
+        options: what to compute. `longest` is Q.
+
+    Returns:
+        (N, Q, heads, d).
     """
-    length = query.shape[2]
-    narrow = window is not None and window < length
-    if mask is None and causal and length > 1 and (narrow or softcap is not None):
-        mask = causal_bias(length, window if narrow else None, query)[None, None]
-    if softcap is None:
+    length = options.longest
+    window = options.window
+    if window is not None and window >= length:
+        window = None
+    needs_bias = window is not None or options.softcap is not None
+    if mask is None and options.causal and length > 1 and needs_bias:
+        mask = causal_bias(length, window, query)[None, None]
+    if options.softcap is None:
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=causal
+            module,
+            query,
+            key,
+            value,
+            mask,
+            dropout=options.dropout,
+            scaling=scaling,
+            is_causal=options.causal,
         )[0]
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
-            ~mask, torch.finfo(query.dtype).min
-        )
-    return explicit(
-        query,
-        key,
-        value,
-        mask,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout,
-        softcap,
-    )
+        zeros = torch.zeros_like(mask, dtype=query.dtype)
+        mask = zeros.masked_fill(~mask, torch.finfo(query.dtype).min)
+    return explicit(query, key, value, mask, options.scale, options.dropout, options.softcap)
 
 
-def _mask_of_padded(
+def _padding_mask(
     *,
     batch_size: int,
     q_length: int,
@@ -476,7 +588,10 @@ def _mask_of_padded(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """No mask for one row without a cache, which may be a packed one: packed_attention knows its windows. The usual one otherwise."""
+    """Return transformers' usual mask, or None for one row without a cache.
+
+    That row may be packed, and packed_attention knows its windows.
+    """
     if attention_mask is None and batch_size == 1 and q_length == kv_length:
         return None
     return sdpa_mask(

@@ -1,4 +1,4 @@
-"""Loading whatever directory a user has: an exported model, a run's exp_dir, or one of Auden's."""
+"""Load a model from any directory: an exported model, a run's exp_dir, or a directory of Auden."""
 
 import zipfile
 from pathlib import Path
@@ -9,24 +9,31 @@ import transformers
 
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.integrity import verify_weights
-from asrllm.models.asr_llm.checks import indexed_files, read_config, read_json
+from asrllm.models.asr_llm.checks import indexed_files, read_config, read_config_fields
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.asr_llm.serialization import load_model, read_tensors, set_generation_config
+from asrllm.models.asr_llm.serialization import (
+    Dtype,
+    load_model,
+    read_tensors,
+    set_generation_config,
+)
 from asrllm.models.base_models import BasePaths, move_base_models
-from asrllm.models.encoders.zipformer.weights import DAMAGED
+from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
+from asrllm.models.state_dict import StateDict
+from asrllm.text_files import first_words
 
-# Importing this module makes the model known to transformers' Auto classes; no other module has such an effect.
+# Importing this module registers the model with transformers' Auto classes. No other module has
+# such an effect.
 transformers.AutoConfig.register("asrllm", AsrLlmConfig, exist_ok=True)
 transformers.AutoModel.register(AsrLlmConfig, AsrLlmModel, exist_ok=True)
 transformers.AutoProcessor.register(AsrLlmConfig, AsrLlmProcessor, exist_ok=True)
 
-
-# of a directory of weights, as transformers and DeepSpeed's zero_to_fp32.py write it
-WEIGHTS_FILES = (
+# Names of the weights in a directory that transformers or DeepSpeed's zero_to_fp32.py wrote.
+WEIGHT_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -35,14 +42,14 @@ WEIGHTS_FILES = (
 
 
 class AutoModel:
-    """`AutoModel.from_pretrained(dir_or_exp)`"""
+    """Loads any directory with a model: `AutoModel.from_pretrained(dir_or_exp)`."""
 
     @staticmethod
     def from_pretrained(
         path: str | Path,
         *,
         weights: str | Path | None = None,
-        dtype: Any = None,
+        dtype: Dtype = None,
         base_models: BasePaths | None = None,
         **unknown: Any,
     ) -> AsrLlmModel:
@@ -50,19 +57,22 @@ class AutoModel:
 
         Args:
             path: an exported directory, its name on the Hugging Face hub, or an exp_dir.
-            weights: a state dict file, or a directory of several; default for a run:
-                pretrained.pt, else the newest averaged-*.pt.
-            dtype: of the weights, "bfloat16" or a torch.dtype; None or "auto": as saved.
-            base_models: where base models are now that moved after training,
-                {"audio_encoder" or "llm": path}; compared with the fingerprints of training.
+            weights: a state dict file, or a directory of several. The default for a run is
+                pretrained.pt, or else the newest averaged-*.pt.
+            dtype: dtype of the weights, for example "bfloat16" or torch.bfloat16. None or "auto"
+                means as saved.
+            base_models: present paths of base models that moved after training,
+                {"audio_encoder" or "llm": path}. They are compared with the fingerprints of
+                training.
 
         Raises:
-            UserError: there is no model, its keys do not fit, or a base model is missing or is
-                another one.
+            UserError: there is no model, its keys do not fit, or a base model is missing or does
+                not match.
         """
         if unknown.pop("device_map", None) is not None:
             raise UserError(
-                "AutoModel.from_pretrained() does not place weights by device_map: leave it out, and use .to(device)"
+                "AutoModel.from_pretrained() does not support device_map. Leave it out, and call "
+                ".to(device) on the model."
             )
         refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype", "base_models"))
         folder = model_folder(path)
@@ -72,38 +82,38 @@ class AutoModel:
         file = Path(weights) if weights else default_weights(folder)
         if file is None:
             return AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
-        model = load_model(folder, read_state(file), dtype=dtype, base_models=base_models)
-        if not (
-            folder / "generation_config.json"
-        ).is_file():  # training writes none: an LLM trained as a whole keeps its base's
-            set_generation_config(
-                model.causal_lm,
-                Path((model.config.base_models or {}).get("llm", {}).get("path", folder)),
-            )
+        model = load_model(
+            AsrLlmModel, folder, read_state(file), dtype=dtype, base_models=base_models
+        )
+        if not (folder / "generation_config.json").is_file():
+            # training writes none: an LLM that is trained in full keeps the one of its base model
+            base = (model.config.base_models or {}).get("llm", {})
+            set_generation_config(model.causal_lm, Path(base.get("path", folder)))
         return model
 
 
 def model_folder(path: str | Path) -> Path:
-    """A directory as it is; what is none and may be a hub id as its local snapshot, downloaded where a hub is reached."""
+    """Return the directory of a model, downloading a hub id if the hub can be reached."""
     folder = Path(path)
-    return folder if folder.exists() or not is_hub_id(path) else resolve_pretrained(path)
+    if folder.exists() or not is_hub_id(path):
+        return folder
+    return resolve_pretrained(path)
 
 
 def default_weights(folder: Path) -> Path | None:
-    """The weights file that is taken where none is given; None where the directory is a model by itself."""
-    return (
-        None
-        if is_auden(folder) or any(folder.glob("model*.safetensors*"))
-        else newest_weights(folder)
-    )
+    """Return the weights of a run's exp_dir, or None if the directory is a complete model."""
+    if is_auden(folder) or any(folder.glob("model*.safetensors*")):
+        return None
+    return newest_weights(folder)
 
 
 def is_auden(folder: Path) -> bool:
-    return read_json(folder / "config.json").get("model_type") in MODEL_TYPES
+    """Return whether a directory's config.json is one of Auden's."""
+    return read_config_fields(folder).get("model_type") in MODEL_TYPES
 
 
 def describe(path: str | Path, base_models: BasePaths | None = None) -> AsrLlmConfig:
-    """Return the configuration of whatever directory AutoModel loads, without its weights.
+    """Return the configuration of any directory that AutoModel loads, without its weights.
 
     Args:
         path: as for AutoModel.
@@ -116,52 +126,78 @@ def describe(path: str | Path, base_models: BasePaths | None = None) -> AsrLlmCo
 
 
 def newest_weights(exp_dir: Path) -> Path:
+    """Return a run's pretrained.pt, or else its newest averaged-*.pt.
+
+    Raises:
+        UserError: the run has neither.
+    """
     averaged = sorted(exp_dir.glob("averaged-*.pt"), key=lambda p: p.stat().st_mtime)
-    candidates = [exp_dir / "pretrained.pt", *reversed(averaged)]
-    for path in candidates:
+    for path in (exp_dir / "pretrained.pt", *reversed(averaged)):
         if path.is_file():
             return path
     raise UserError(
-        f"{str(exp_dir)!r} holds neither pretrained.pt nor averaged-*.pt: average its checkpoints with 'asrllm average {exp_dir}'"
+        f"{str(exp_dir)!r} contains neither pretrained.pt nor averaged-*.pt. Average its "
+        f"checkpoints with 'asrllm average {exp_dir}'."
     )
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A plain state dict file, or a directory or an index of several; nothing in it is executed."""
+def read_state(path: Path) -> StateDict:
+    """Read a plain state dict. No code in it is executed.
+
+    Args:
+        path: a file, an index of several files, or a directory with either.
+
+    Raises:
+        UserError: the weights do not exist, are damaged, or are a ZeRO checkpoint.
+    """
     if path.is_dir():
-        if any(path.glob("*mp_rank_*_states.pt")):
-            raise UserError(
-                f"{str(path)!r} is a ZeRO checkpoint: 'asrllm consolidate {path.parent} --tag {path.name}' makes weights of it"
-            )
-        path = next(
-            (path / name for name in WEIGHTS_FILES if (path / name).is_file()),
-            path / WEIGHTS_FILES[0],
-        )
+        path = _weights_in(path)
     if not path.is_file():
-        raise UserError(f"the weights {str(path)!r} do not exist: check the path")
+        raise UserError(f"the weights {str(path)!r} do not exist. Check the path.")
     if path.suffix == ".json":
-        return {
-            name: tensor
-            for file in indexed_files(path)
-            for name, tensor in read_state(file).items()
-        }
+        state: StateDict = {}
+        for file in indexed_files(path):
+            state.update(read_state(file))
+        return state
     if path.suffix == ".safetensors":
         return read_tensors(path)
     return load_state(path)
 
 
-def load_state(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict of torch.save's. mapped: read when it is used, where the file's form allows it."""
+def _weights_in(folder: Path) -> Path:
+    if any(folder.glob("*mp_rank_*_states.pt")):
+        raise UserError(
+            f"{str(folder)!r} is a ZeRO checkpoint. Convert it to weights with "
+            f"'asrllm consolidate {folder.parent} --tag {folder.name}'."
+        )
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    return folder / WEIGHT_NAMES[0]
+
+
+def load_state(path: Path, *, mapped: bool = False) -> StateDict:
+    """Read a state dict that torch.save wrote.
+
+    Args:
+        path: the file.
+        mapped: map the file into memory if its format allows it, so that a tensor is read when it
+            is used.
+
+    Raises:
+        UserError: the file cannot be read, or is not a plain state dict.
+    """
     try:
         verify_weights(path)
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
-        )
-    except (*DAMAGED, OSError) as error:
-        said = " ".join(str(error).split())[:200]
+        mapped = mapped and zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (*READ_ERRORS, OSError) as error:
         raise UserError(
-            f"the weights {str(path)!r} cannot be read ({said}): copy the file again, or make it again"
+            f"the weights {str(path)!r} cannot be read: {first_words(error)}. Copy the file again, "
+            "or make it again."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"the weights {str(path)!r} are no plain state dict of tensors")
+        raise UserError(
+            f"the weights {str(path)!r} are not a plain state dict of tensors. Give one."
+        )
     return state

@@ -1,8 +1,7 @@
-"""Where the pretrained models are now that a model was trained from."""
+"""The present paths of the base models that a model was trained from."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError, nearest
@@ -10,50 +9,65 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.fingerprint import (
     check_fingerprint,
     is_hub_id,
+    pretrained_weight_files,
     resolve_pretrained,
-    weight_files,
 )
+from asrllm.models.hub_files import Fields
 
 BasePaths = Mapping[str, str | Path]
 
 
-def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, where: str) -> None:
+def move_base_models(
+    config: AsrLlmConfig,
+    base_models: BasePaths | None,
+    *,
+    where: str,
+) -> None:
     """Replace the paths of base models in a configuration.
 
     Args:
         config: configuration of a run or of an exported directory; changed in place.
-        base_models: present path of "audio_encoder" and "llm": a directory, a hub id, or of an
-            encoder also a file; None: none has moved.
-        where: the directory of the configuration, for messages.
+        base_models: present paths of "audio_encoder" and "llm". A path is a directory, a hub id
+            or, for the encoder, a file. None means that none has moved.
+        where: the directory of the configuration, for error messages.
 
     Raises:
-        UserError: a path is not found or holds other weights than those of training, or the
+        UserError: a path is not found or does not contain the weights of training, or the
             configuration names no base model for the part.
     """
     if not base_models:
         return
     named = dict(config.base_models or {})
     for part, path in base_models.items():
-        if part not in BASE_MODEL_KEYS:
-            raise UserError(
-                f"base_models[{part!r}] is not a pretrained part: {nearest(part, BASE_MODEL_KEYS)}"
-            )
-        key = BASE_MODEL_KEYS[part]
-        base = base_entry(config, part)
-        if base is None:
-            raise UserError(
-                f"{key}={str(path)!r} has no use: {where!r} names no base model of the {part}. Leave it out."
-            )
-        found = find_base_model(part, path)
-        check_fingerprint(part, found, base["fingerprint"])
-        named[part] = base | {"path": str(found)}
-        if part == "llm" and "_name_or_path" in (config.llm or {}):  # transformers' own note of it
-            config.llm = {**(config.llm or {}), "_name_or_path": str(found)}
+        named[part] = _moved_entry(config, part, path, where)
+        # transformers stores a copy of the path
+        if part == "llm" and config.llm and "_name_or_path" in config.llm:
+            config.llm = config.llm | {"_name_or_path": named[part]["path"]}
     config.base_models = named
 
 
+def _moved_entry(config: AsrLlmConfig, part: str, path: str | Path, where: str) -> Fields:
+    """Return the entry of a base model with its present path, after checking the fingerprint."""
+    if part not in BASE_MODEL_KEYS:
+        hint = nearest(part, BASE_MODEL_KEYS)
+        raise UserError(f"base_models[{part!r}] is not a pretrained part: {hint}")
+    base = base_entry(config, part)
+    if base is None:
+        raise UserError(
+            f"{BASE_MODEL_KEYS[part]}={str(path)!r} has no effect: {where!r} names no base model "
+            f"of the {part}. Leave it out."
+        )
+    found = find_base_model(part, path)
+    check_fingerprint(part, found, base["fingerprint"])
+    return base | {"path": str(found)}
+
+
 def find_base_model(part: str, path: str | Path) -> Path:
-    """Return the absolute path that the user gives for a part; raise UserError if there is none."""
+    """Return the absolute path of a base model that the user gives for a part.
+
+    Raises:
+        UserError: the path is not found, or has no weights.
+    """
     key = BASE_MODEL_KEYS[part]
     may_be_file = part == "audio_encoder"
     what = "directory or file" if may_be_file else "directory"
@@ -67,57 +81,67 @@ def find_base_model(part: str, path: str | Path) -> Path:
         raise UserError(f"{key}={str(path)!r} is a file. {fix}")
     found = resolve_pretrained(path, file=may_be_file)
     if not is_present(found):
-        raise UserError(f"{key}={str(path)!r} holds no weights. {fix}")
+        raise UserError(f"{key}={str(path)!r} has no weights. {fix}")
     return found
 
 
 def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
-    """Return the paths of the base models of some parts, all of them checked by fingerprint.
+    """Return the paths of the base models of some parts, after checking their fingerprints.
 
     Raises:
-        UserError: the configuration names none, or some are missing or hold other weights.
+        UserError: the configuration names none, or one is missing or has other weights.
     """
-    bases: dict[str, dict[str, Any]] = {}
+    bases: dict[str, Fields] = {}
     missing: list[str] = []
     for part in parts:
         base = base_entry(config, part)
         if base is None:
             raise UserError(
-                f"the weights leave out the {part}, and config.json names no base model for it: export the whole model"
+                f"the weights do not contain the {part}, and config.json names no base model for "
+                "it. Export the whole model."
             )
         bases[part] = base
         if not is_present(base["path"]):
             missing.append(part)
     if missing:
-        gone = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
-        keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
-        python = ", ".join(f"{part!r}: PATH" for part in missing)
-        raise UserError(
-            f"base models not found: {gone}. If they moved, give their present paths: {keys} (in Python: base_models={{{python}}})."
-        )
+        raise UserError(_not_found(bases, missing))
     for part, base in bases.items():
         check_fingerprint(part, base["path"], base["fingerprint"])
     return {part: base["path"] for part, base in bases.items()}
 
 
-def base_entry(config: AsrLlmConfig, part: str) -> dict[str, Any] | None:
+def _not_found(bases: Mapping[str, Fields], missing: Iterable[str]) -> str:
+    """Return the message for missing base models."""
+    paths = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
+    keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
+    python = ", ".join(f"{part!r}: PATH" for part in missing)
+    return (
+        f"base models not found: {paths}. If they moved, give their present paths: {keys} "
+        f"(in Python: base_models={{{python}}})."
+    )
+
+
+def base_entry(config: AsrLlmConfig, part: str) -> Fields | None:
     """Return {"path", "fingerprint"} of a part's base model, or None if the configuration has none.
 
     Raises:
-        UserError: the configuration's entry is something else.
+        UserError: the configuration's entry is incomplete.
     """
     base = (config.base_models or {}).get(part)
-    if base is not None and not (isinstance(base, dict) and {"path", "fingerprint"} <= base.keys()):
+    if base is None:
+        return None
+    if not isinstance(base, dict) or not {"path", "fingerprint"} <= base.keys():
         raise UserError(
-            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the config.json that was saved with the model."
+            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the "
+            "config.json that was saved with the model."
         )
     return base
 
 
 def is_present(path: str | Path) -> bool:
-    """Return whether there are weights at a path; an empty mount point has none."""
+    """Return whether a path has weights. An empty mount point has none."""
     try:
-        weight_files(path)
+        pretrained_weight_files(path)
     except UserError:
         return False
     return True

@@ -1,12 +1,11 @@
-"""From the run's configuration to a model with pretrained parts."""
+"""Build the model of a run's configuration, with pretrained parts."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt
@@ -17,10 +16,10 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
-from asrllm.models.hub_files import check_directory, load_config, load_generation_config
-from asrllm.models.init_from import take_over, whole
+from asrllm.models.hub_files import Fields, check_directory, load_config, load_generation_config
+from asrllm.models.init_from import gathered, load_initial_weights
 from asrllm.models.loss import head_of
-from asrllm.models.model_args import ModelConfig
+from asrllm.models.model_args import LoraPart, ModelConfig
 from asrllm.models.pretrained import (
     check_encoder_state,
     check_family,
@@ -33,12 +32,22 @@ from asrllm.text_files import read_json_object, reading
 
 LLM_KEY = BASE_MODEL_KEYS["llm"]
 ENCODER_KEY = BASE_MODEL_KEYS["audio_encoder"]
+MAX_SAMPLED_EMBEDDINGS = 4096
 
 
 def describe_model(
     config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]
 ) -> AsrLlmProcessor:
-    """Everything of the model but its weights; every mistake that can be found without loading them is found here."""
+    """Return everything of a model except its weights.
+
+    Args:
+        config: the `model` part of the run's configuration.
+        pad_to_30s: whether Whisper's features are padded to 30 s.
+        prompts: prompts that training mixes.
+
+    Raises:
+        UserError: for every mistake that can be found without loading the weights.
+    """
     check_prompts(prompts, config.audio_token)
     encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True))
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
@@ -47,19 +56,13 @@ def describe_model(
     tokenizer = load_llm_tokenizer(
         llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template
     )
-    if config.llm.model_type not in (None, llm.model_type):
-        raise UserError(
-            f"model.llm.model_type={config.llm.model_type!r}, but {llm_path!r} is a {llm.model_type!r} model: correct it, or leave it null"
-        )
-    check_buildable(llm, llm_path)
-    fields = check_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
+    _check_llm(config, llm, llm_path)
+    fields = _check_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
     description = AsrLlmConfig(
         audio_encoder={"model_type": config.audio_encoder.kind} | fields,
         llm=llm.to_dict(),
-        lora=config.llm.lora.as_peft() if config.llm.lora else None,
-        audio_encoder_lora=config.audio_encoder.lora.as_peft()
-        if config.audio_encoder.lora
-        else None,
+        lora=_peft_options(config.llm.lora),
+        audio_encoder_lora=_peft_options(config.audio_encoder.lora),
         projector=config.projector,
         projector_hidden_size=config.projector_hidden_size,
         audio_encoder_projector_ds_rate=config.audio_encoder_projector_ds_rate,
@@ -79,25 +82,38 @@ def describe_model(
     return processor
 
 
-def check_buildable(config: PreTrainedConfig, path: str) -> None:
-    """Build the LLM without memory for its weights.
+def _peft_options(lora: LoraPart | None) -> Fields | None:
+    return None if lora is None else lora.as_peft()
+
+
+def _check_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> None:
+    """Check the LLM's family, and build it without memory for its weights.
 
     Raises:
-        UserError: config.json holds values from which the LLM cannot be built, the family is not
-            supported, or generation_config.json is damaged.
+        UserError: the family is not the configured one or is not supported, config.json has values
+            from which the LLM cannot be built, or generation_config.json is damaged.
     """
+    expected = config.llm.model_type
+    if expected not in (None, llm.model_type):
+        raise UserError(
+            f"model.llm.model_type={expected!r}, but {path!r} is a {llm.model_type!r} model. "
+            "Correct model_type, or leave it null."
+        )
     file = Path(path) / "config.json"
-    with (
-        reading(file, "the LLM's configuration", "Correct it, or download it again."),
-        torch.device("meta"),
-    ):
-        llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    check_family(llm)
+    fix = "Correct it, or download it again."
+    with reading(file, "the LLM's configuration", fix), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(llm, trust_remote_code=False)
+    check_family(empty)
     if (Path(path) / "generation_config.json").is_file():
         load_generation_config(path)
 
 
-def check_encoder(config: ModelConfig, path: str, *, pad_to_30s: bool) -> dict[str, Any]:
+def _check_encoder(
+    config: ModelConfig,
+    path: str,
+    *,
+    pad_to_30s: bool,
+) -> Fields:
     """Return the fields of the audio encoder at `path`.
 
     Raises:
@@ -106,80 +122,107 @@ def check_encoder(config: ModelConfig, path: str, *, pad_to_30s: bool) -> dict[s
     kind = config.audio_encoder.kind
     fields, state = encoder_class(kind).read_pretrained(path)
     what = f"the configuration of {ENCODER_KEY}"
-    with reading(path, what, "Correct config.json, or download it again."), torch.device("meta"):
-        encoder = cast(
-            nn.Module, build_encoder({"model_type": kind} | fields, pad_to_30s=pad_to_30s)
-        )
+    fix = "Correct config.json, or download it again."
+    with reading(path, what, fix), torch.device("meta"):
+        encoder: nn.Module = build_encoder({"model_type": kind} | fields, pad_to_30s=pad_to_30s)
     check_encoder_state(state, encoder, path)
     if config.audio_encoder.model_type != kind:
-        check_same_encoder(config.audio_encoder.model_type, fields, path)
+        _check_same_encoder(config.audio_encoder.model_type, fields, path)
     return fields
 
 
-def check_same_encoder(model_type: str, fields: dict[str, Any], path: str) -> None:
-    """Raise UserError if the config.json at `model_type` contradicts the fields of the pretrained encoder at `path`."""
+def _check_same_encoder(model_type: str, fields: Fields, path: str) -> None:
+    """Check that the config.json at `model_type` agrees with the pretrained encoder at `path`."""
     config = resolve_pretrained(model_type) / "config.json"
     stated = read_json_object(config, "the encoder's configuration")
     for name, value in fields.items():
         if stated.get(name, value) != value:
             raise UserError(
-                f"model.audio_encoder.model_type={str(config)!r} has {name}={stated[name]}, but {ENCODER_KEY}={path!r} has "
-                f"{value}. Set model_type={stated['model_type']} to take what the pretrained model has."
+                f"model.audio_encoder.model_type={str(config)!r} has {name}={stated[name]}, but "
+                f"{ENCODER_KEY}={path!r} has {value}. Set model_type={stated['model_type']} to use "
+                "the fields of the pretrained model."
             )
 
 
 def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
-    """Raises UserError where the chat holds a token that the LLM has no embedding for, or is not written in tokens of its own."""
-    renderer, tokenizer = processor.renderer, processor.tokenizer
-    ids = [*renderer.encode_prompt(renderer.user_messages("?"), [1]), *renderer.stop_ids]
-    for token in ids:
-        if token >= size and token != renderer.audio_token_id:
-            text = tokenizer.convert_ids_to_tokens(token)
-            raise UserError(
-                f"the LLM {path!r} has {size} embeddings, none for the token {text!r} ({token}) of its chat: give its own tokenizer"
-            )
+    """Check that the LLM has an embedding for every token that it may be given.
+
+    Args:
+        processor: the processor.
+        size: number of the LLM's embeddings.
+        path: the LLM's directory, for error messages.
+
+    Raises:
+        UserError: a token of the chat or of the tokenizer has no embedding, or the chat is ChatML
+            and the tokenizer has no tokens for it.
+    """
+    tokenizer = processor.tokenizer
+    _check_chat_tokens(processor, size, path)
     beyond = words_beyond(tokenizer, size)
     if beyond:
         raise UserError(
-            f"the LLM {path!r} has {size} embeddings (vocab_size in config.json), and its tokenizer has "
-            f"{len(beyond)} tokens without one, the first {beyond[0]!r}. Give the tokenizer that belongs to the LLM."
+            f"the LLM {path!r} has {size} embeddings (vocab_size in config.json), and its "
+            f"tokenizer has {len(beyond)} tokens without one (first: {beyond[0]!r}). Give the "
+            "tokenizer that belongs to the LLM."
         )
-    if tokenizer.chat_template == CHATML and tokenizer.convert_tokens_to_ids("<|im_start|>") in (
-        None,
-        tokenizer.unk_token_id,
-    ):
+    _check_chatml(tokenizer, path)
+
+
+def _check_chatml(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise UserError if the chat template is ChatML and the tokenizer has no tokens for it."""
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    if tokenizer.chat_template == CHATML and start in (None, tokenizer.unk_token_id):
         raise UserError(
-            f"the chat is ChatML, and {path!r} has no token '<|im_start|>': take an instruction-tuned LLM"
+            f"the chat template is ChatML, but {path!r} has no token '<|im_start|>'. Choose an "
+            "instruction-tuned LLM."
         )
 
 
-def words_beyond(tokenizer: Any, size: int) -> list[str]:
-    """Return the tokens that a text may hold and that have no embedding, in the order of their ids.
+def _check_chat_tokens(processor: AsrLlmProcessor, size: int, path: str) -> None:
+    renderer = processor.renderer
+    prompt = renderer.encode_prompt(renderer.user_messages("?"), [1])
+    for token in (*prompt, *renderer.stop_ids):
+        if token >= size and token != renderer.audio_token_id:
+            text = processor.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(
+                f"the LLM {path!r} has {size} embeddings, and none for the token {text!r} "
+                f"({token}) of its chat. Give the tokenizer that belongs to the LLM."
+            )
 
-    Special tokens do not count, because texts are never encoded into them. Gemma 3 has one of them
-    without an embedding.
+
+def words_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+    """Return the tokens that a text may contain and that have no embedding, in order of their ids.
+
+    Special tokens do not count, because texts are never encoded into them. Gemma 3 has one without
+    an embedding.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+        size: number of the LLM's embeddings.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    beyond = {
-        i: word for word, i in tokenizer.get_vocab().items() if i >= size and i not in special
-    }
-    return [beyond[i] for i in sorted(beyond)]
+    beyond = {i: word for word, i in tokenizer.get_vocab().items() if i >= size}
+    return [beyond[i] for i in sorted(beyond.keys() - special)]
 
 
 def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
+    """Raise UserError if a prompt contains the audio token."""
     for prompt in prompts:
         if audio_token in prompt:
             raise UserError(
-                f"the prompt {prompt!r} holds the audio token {audio_token!r}, which is put before it: take it out"
+                f"the prompt {prompt!r} contains the audio token {audio_token!r}, which is added "
+                "before it. Remove the token."
             )
 
 
 def describe_prompts(description: AsrLlmConfig, prompts: Sequence[Prompt]) -> None:
-    """What is stored of the prompts: each text once, and the language of those that are for one."""
+    """Store the prompts in a configuration.
+
+    Each text is stored once, and the language of the prompts that are for one language.
+    """
     description.prompts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    description.prompt_languages = {
-        prompt.text: prompt.lang for prompt in prompts if prompt.lang
-    } or None
+    languages = {prompt.text: prompt.lang for prompt in prompts if prompt.lang}
+    description.prompt_languages = languages or None
 
 
 def build_model(
@@ -191,47 +234,80 @@ def build_model(
     attention: str = "auto",
     dtype: torch.dtype,
 ) -> AsrLlmModel:
-    """The described model with its pretrained parts, or with what the run `init_from` made of them.
+    """Return a model with its pretrained parts.
 
-    frozen: parts out of training; patterns: of further parameters' names. attention: the backend of the LLM's.
+    Args:
+        processor: the description of the model, from `describe_model`.
+        frozen: parts that are not trained.
+        patterns: glob patterns of the names of further parameters that are not trained.
+        init_from: exp_dir of an earlier run whose trained weights are loaded.
+        attention: backend of the LLM's attention over packed sequences.
+        dtype: dtype of the LLM's weights.
+
+    Raises:
+        UserError: a base model or the earlier run does not fit.
     """
     description = processor.config
     assert description.base_models is not None
     encoder = pretrained_encoder(description, description.base_models["audio_encoder"]["path"])
     llm = pretrained_llm(description.base_models["llm"]["path"], dtype)
     model = AsrLlmModel(description, audio_encoder=encoder, llm=llm)
-    if biased := layer_without_bias(model):
-        raise UserError(
-            f"model.{biased.partition('.')[0]}.lora.options.lora_bias=true, but {biased!r} has no bias to merge the adapter's into: "
-            "leave it out of target_modules, or leave lora_bias out"
-        )
+    _check_adapter_biases(model)
     model.processor = processor
     model.causal_lm.config.asrllm_attention = attention
-    if hasattr(model.projector.mlp, "fit_embeddings"):
-        table = model.llm.get_input_embeddings()
-        with whole(table.weight), torch.no_grad():  # its output: Gemma 3 scales the rows
-            model.projector.mlp.fit_embeddings(
-                table(torch.arange(min(4096, table.num_embeddings), device=table.weight.device))
-            )
-    taken = take_over(model, Path(init_from)) if init_from else set()
+    _fit_projector(model)
+    loaded = load_initial_weights(model, Path(init_from)) if init_from else set()
     model.freeze(*frozen, patterns=patterns)
-    model.inherited = tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-        and (name in taken or name.startswith("projector.") or is_adapter(name))
-    )
-    for part in description.exclude_from_checkpoint or []:
-        if name := next(
-            (
-                name
-                for name in model.inherited
-                if name.startswith(f"{part}.") and not is_adapter(name)
-            ),
-            None,
-        ):
-            raise UserError(
-                f"model.exclude_from_checkpoint=[{part}], but init_from brings such as {name!r}: leave it out"
-            )
-    head_of(model.causal_lm)  # a head that the loss cannot take is found here
+    model.inherited = _inherited_names(model, loaded)
+    _check_excluded_parts(model)
+    head_of(model.causal_lm)  # raises an error for a head that the loss does not support
     return model
+
+
+def _check_adapter_biases(model: AsrLlmModel) -> None:
+    biased = layer_without_bias(model)
+    if biased:
+        part = biased.partition(".")[0]
+        raise UserError(
+            f"model.{part}.lora.options.lora_bias=true, but {biased!r} has no bias into which the "
+            "adapter's bias can be merged. Remove the layer from target_modules, or remove "
+            "lora_bias."
+        )
+
+
+def _fit_projector(model: AsrLlmModel) -> None:
+    """Scale the projector's output to the LLM's embeddings, if the projector supports it."""
+    if not hasattr(model.projector.mlp, "fit_embeddings"):
+        return
+    table = model.llm.get_input_embeddings()
+    count = min(MAX_SAMPLED_EMBEDDINGS, table.num_embeddings)
+    with gathered(table.weight), torch.no_grad():
+        # the module's output and not its weight: Gemma 3 scales the rows
+        embeddings = table(torch.arange(count, device=table.weight.device))
+        model.projector.mlp.fit_embeddings(embeddings)
+
+
+def _inherited_names(model: AsrLlmModel, loaded: set[str]) -> tuple[str, ...]:
+    """Return the names of frozen parameters that no base model contains.
+
+    Args:
+        model: the model.
+        loaded: names of the parameters from an earlier run.
+    """
+    names: list[str] = []
+    for name, parameter in model.named_parameters():
+        is_new = name.startswith("projector.") or is_adapter(name)
+        if not parameter.requires_grad and (name in loaded or is_new):
+            names.append(name)
+    return tuple(names)
+
+
+def _check_excluded_parts(model: AsrLlmModel) -> None:
+    """Raise UserError if a part is excluded from checkpoints but has weights of an earlier run."""
+    for part in model.config.exclude_from_checkpoint or []:
+        for name in model.inherited:
+            if name.startswith(f"{part}.") and not is_adapter(name):
+                raise UserError(
+                    f"model.exclude_from_checkpoint=[{part}], but init_from loads weights of that "
+                    f"part (first: {name!r}). Remove it from the list."
+                )

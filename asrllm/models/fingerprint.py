@@ -1,4 +1,8 @@
-"""Fingerprints of pretrained models: another base under trained adapters gives wrong text and no error, so it is refused."""
+"""Fingerprints of pretrained models.
+
+Adapters that were trained on another base model produce wrong text without an error. A model whose
+fingerprint does not match is therefore rejected.
+"""
 
 import contextlib
 import hashlib
@@ -10,10 +14,12 @@ from asrllm.atomic import write_whole
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, file_sha256, verify_weights
+from asrllm.text_files import first_words
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
-PREFIX = "sha256:"  # earlier versions read a sample of the bytes, and wrote no prefix
-CACHED_ABOVE = 1 << 26  # bytes; a smaller file is read as fast as its entry in the cache
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
+PREFIX = "sha256:"  # earlier versions hashed a sample of the bytes, and wrote no prefix
+CACHED_ABOVE = 1 << 26  # bytes; a smaller file is read as fast as its cache entry
+NOT_DOWNLOADED = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 
 
 def fingerprint(path: str | Path) -> str:
@@ -23,40 +29,39 @@ def fingerprint(path: str | Path) -> str:
     the file is read once and not at every start.
 
     Raises:
-        CorruptedError: a file does not match the checksums that it holds itself.
+        CorruptedError: a file does not match the checksums that it contains.
     """
     digest = hashlib.sha256()
-    for file in weight_files(path):
+    for file in pretrained_weight_files(path):
         digest.update(f"{file.name} {_content_sha256(file)}\n".encode())
     return PREFIX + digest.hexdigest()
 
 
 def _content_sha256(file: Path) -> str:
-    about = os.stat(file)
-    if about.st_size < CACHED_ABOVE:
+    status = os.stat(file)
+    if status.st_size < CACHED_ABOVE:
         verify_weights(file)
         return file_sha256(file)
-    key = f"{os.path.realpath(file)} {about.st_size} {about.st_mtime_ns} {about.st_ino}"
+    key = f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
     entry = cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
     with contextlib.suppress(OSError):
         cached = entry.read_text()
         if len(cached) == len(NO_SHA256):
             return cached
-    with _lock(entry):  # of several ranks the first reads the file
+    with _lock(entry):  # only the first of several ranks reads the file
         with contextlib.suppress(OSError):
             return entry.read_text()
         verify_weights(file)
         found = file_sha256(file)
-        with contextlib.suppress(
-            OSError, UserError
-        ):  # without a place for the cache the file is read every time
+        # if the cache cannot be written, the file is read every time
+        with contextlib.suppress(OSError, UserError):
             write_whole(entry, found)
     return found
 
 
 @contextlib.contextmanager
 def _lock(entry: Path) -> Iterator[None]:
-    from asrllm.locks import FileLock  # 25 ms
+    from asrllm.locks import FileLock  # importing it takes 25 ms
 
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, UserError):
@@ -70,60 +75,84 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asrllm"
 
 
-def weight_files(path: str | Path) -> list[Path]:
-    """The weight files of a pretrained model's directory, the first kind that is there; or the one file given."""
+def pretrained_weight_files(path: str | Path) -> list[Path]:
+    """Return the weight files of a pretrained model that its fingerprint covers.
+
+    Args:
+        path: a directory, of which the files of the first pattern that matches are returned; a hub
+            id; or a single file.
+
+    Raises:
+        UserError: there are no weights.
+    """
     folder = resolve_pretrained(path, file=True)
     if folder.is_file():
         return [folder]
-    for pattern in WEIGHT_FILES:
-        if files := sorted(folder.glob(pattern)):
+    for pattern in WEIGHT_PATTERNS:
+        files = sorted(folder.glob(pattern))
+        if files:
             return files
     raise UserError(
-        f"the pretrained model {str(path)!r} has no weights (none of {', '.join(WEIGHT_FILES)}): download it again"
+        f"the pretrained model {str(path)!r} has no weights (none of "
+        f"{', '.join(WEIGHT_PATTERNS)}). Download it again."
     )
 
 
 def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
-    """A directory, or with `file` a file, by its absolute path; a hub id as its local snapshot, downloaded where a hub is reached."""
+    """Return the local path of a pretrained model.
+
+    Args:
+        path: a directory, or a hub id, whose snapshot is downloaded if the hub can be reached.
+        file: whether `path` may also be a file.
+
+    Raises:
+        UserError: the path does not exist, or the download fails.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir() or (file and folder.is_file()):
-        return (
-            folder.absolute()
-        )  # links are kept: what the hub's cache links to has other names, hence other fingerprints
+        # Links are not resolved: the files in the hub's cache that they point to have other names,
+        # hence other fingerprints.
+        return folder.absolute()
     if not is_hub_id(path):
         raise UserError(
-            f"the pretrained model {str(path)!r} does not exist: give a directory or a hub id such as Qwen/Qwen2.5-7B-Instruct"
+            f"the pretrained model {str(path)!r} does not exist. Give a directory, or a hub id "
+            "like Qwen/Qwen2.5-7B-Instruct."
         )
+    return _download(str(path))
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local snapshot of a hub id, downloading it if the hub can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(str(path), ignore_patterns=["*.gguf", "*.onnx", "*.msgpack", "*.h5"])
-        )
+        return Path(snapshot_download(hub_id, ignore_patterns=NOT_DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the pretrained model {str(path)!r} is no directory and could not be fetched from the hub: {said}"
+            f"the pretrained model {hub_id!r} is not a directory, and it cannot be downloaded "
+            f"from the hub: {first_words(error)}."
         ) from error
 
 
 def is_hub_id(path: str | Path) -> bool:
-    return str(path).count("/") == 1 and not str(path).startswith(("/", ".", "~"))
+    """Return whether a path has the form of a hub id, owner/name."""
+    text = str(path)
+    return text.count("/") == 1 and not text.startswith(("/", ".", "~"))
 
 
 def check_fingerprint(part: str, path: str | Path, expected: str) -> None:
-    """Raise UserError unless the pretrained model at `path` is the one that training used."""
+    """Raise UserError unless the pretrained model at `path` is the one used in training."""
     if not expected.startswith(PREFIX):
         raise UserError(
-            f"the fingerprint of the {part} at {str(path)!r} was written by an earlier version, which "
-            "read a sample of its bytes. Use that version, or train again."
+            f"the fingerprint of the {part} at {str(path)!r} was written by an earlier version, "
+            "which read a sample of its bytes. Use that version, or train again."
         )
     found = fingerprint(path)
     if found != expected:
         shown = [text.removeprefix(PREFIX)[:12] for text in (found, expected)]
         raise UserError(
-            f"the {part} at {str(path)!r} is not the one that this model was trained on: its weights "
-            f"have the SHA-256 {shown[0]}..., expected {shown[1]}.... Give the one used in training: "
-            f"{BASE_MODEL_KEYS[part]}=PATH."
+            f"the {part} at {str(path)!r} is not the one that this model was trained on: its "
+            f"weights have the SHA-256 {shown[0]}..., expected {shown[1]}.... Give the one used in "
+            f"training: {BASE_MODEL_KEYS[part]}=PATH."
         )

@@ -1,20 +1,28 @@
 """Read configurations and tokenizers from directories in the layout of the Hugging Face hub.
 
-Every call into transformers that reads a user's directory is made here. A directory that is damaged,
-or of another kind, ends in one UserError that names the file. Code in a directory is never run.
+Every call of transformers that reads a user's directory is in this module. A directory that is
+damaged or of another kind causes a UserError that names the file. Code in a directory is never
+executed.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from asrllm.errors import UserError
 from asrllm.text_files import check_no_pointer, read_json_object, read_text, reading
 
-# files that transformers reads as JSON objects; it ignores some of them when they are damaged
+# The content of a configuration in JSON.
+Fields: TypeAlias = dict[str, Any]
+# Files that transformers reads as JSON objects. It ignores some of them if they are damaged.
 JSON_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -25,13 +33,14 @@ JSON_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-LARGE_JSON_FILES = ("tokenizer.json", "vocab.json")  # up to 30 MB: parsed only to explain an error
+# Up to 30 MB, and therefore parsed only to explain an error.
+LARGE_JSON_FILES = ("tokenizer.json", "vocab.json")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 WEIGHTS = ("*.safetensors", "*.bin")
-AGAIN = "Copy the directory again, or download it again."
-ORIGINAL = "Give the original Hugging Face directory with config.json and *.safetensors."
-# what a directory without Hugging Face weights holds: a pattern of its files, and what it then is
+COPY_AGAIN = "Copy the directory again, or download it again."
+GIVE_ORIGINAL = "Give the original Hugging Face directory with config.json and *.safetensors."
+# What a directory without Hugging Face weights is, by a pattern of its files.
 OTHER_KINDS = {
     "*.gguf": "a GGUF model",
     "*.onnx": "an ONNX model",
@@ -56,11 +65,12 @@ def check_directory(folder: str | Path, key: str) -> None:
     check_kind(folder, key)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{key}={str(folder)!r} holds a model and adapter_config.json, whose adapters transformers "
-            "would load too. Merge the adapters into the model, or remove adapter_config.json."
+            f"{key}={str(folder)!r} contains a model and adapter_config.json, whose adapters "
+            "transformers would load too. Merge the adapters into the model, or remove "
+            "adapter_config.json."
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}={str(folder)!r} has no config.json. {ORIGINAL}")
+        raise UserError(f"{key}={str(folder)!r} has no config.json. {GIVE_ORIGINAL}")
     check_text_files(folder)
     for pattern in WEIGHTS:
         for file in sorted(folder.glob(pattern)):
@@ -69,25 +79,27 @@ def check_directory(folder: str | Path, key: str) -> None:
 
 
 def check_kind(folder: Path, key: str) -> None:
-    """Raise UserError if a directory holds adapters, or a model in another program's format."""
+    """Raise UserError if a directory contains adapters, or a model in another program's format."""
     if any(folder.glob("*.safetensors.index.json")) or any(folder.glob("model*.safetensors")):
         return
     if (folder / "adapter_config.json").is_file():
         fields = read_json_object(folder / "adapter_config.json", "the adapter's configuration")
         base = fields.get("base_model_name_or_path")
         raise UserError(
-            f"{key}={str(folder)!r} holds PEFT adapters (adapter_config.json), not a whole model. "
-            f"Give its base model, {base!r}, or a directory into which the adapters are merged."
+            f"{key}={str(folder)!r} contains PEFT adapters (adapter_config.json), not a whole "
+            f"model. Give their base model, {base!r}, or a model with merged adapters."
         )
     if any(folder.glob("pytorch_model*.bin")):
         return
     for pattern, kind in OTHER_KINDS.items():
         if any(folder.glob(pattern)):
-            raise UserError(f"{key}={str(folder)!r} is {kind}, which cannot be trained. {ORIGINAL}")
+            raise UserError(
+                f"{key}={str(folder)!r} is {kind}, which cannot be trained. {GIVE_ORIGINAL}"
+            )
 
 
 def check_text_files(folder: Path) -> None:
-    """Raise UserError if a JSON file or a chat template of the directory is damaged or a pointer."""
+    """Raise UserError if a JSON file or a chat template is damaged or a git-LFS pointer."""
     for name in JSON_FILES:
         if (folder / name).exists():
             read_json_object(folder / name, "the file")
@@ -112,75 +124,93 @@ def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
         key: the configuration key that names it, for the error message.
 
     Raises:
-        UserError: config.json is damaged, or is not of a causal LLM that transformers knows.
+        UserError: config.json is damaged, or does not describe a causal LLM that transformers
+            knows.
     """
     path = Path(folder) / "config.json"
     fields = read_json_object(path, "the LLM's configuration")
     check_plain(fields, path)
     kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        if "auto_map" in fields:
-            raise UserError(
-                f"{key}={str(folder)!r} is a {kind!r} model with code of its own (auto_map in "
-                "config.json), which is never run. Choose a model that transformers has built in."
-            )
-        raise UserError(
-            f"{str(path)!r}: model_type={kind!r} is not a model that transformers "
-            f"{transformers.__version__} knows. Correct it, choose another model, or upgrade transformers."
-        )
+    _check_model_type(fields, path, key)
     with reading(path, "the LLM's configuration", "Correct it, or download it again."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{key}={str(folder)!r} is a {kind!r} model, which is not a causal LLM. Give a causal LLM."
+            f"{key}={str(folder)!r} is a {kind!r} model, which is not a causal LLM. Give a causal "
+            "LLM."
         )
     return config
 
 
-def check_plain(fields: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError if a config.json describes quantized weights."""
-    if fields.get("quantization_config") is not None:
-        settings = fields["quantization_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+def _check_model_type(fields: Fields, path: Path, key: str) -> None:
+    """Raise UserError if transformers does not know the model_type in a config.json."""
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        if "auto_map" in fields:
+            raise UserError(
+                f"{key}={str(path.parent)!r} is a {kind!r} model with custom code (auto_map in "
+                "config.json), which is never executed. Choose a model that transformers includes."
+            )
         raise UserError(
-            f"{str(path)!r}: the weights are quantized (quantization_config, {method!r}), which "
-            "cannot be trained. Give the model that is not quantized."
+            f"{str(path)!r}: model_type={kind!r} is not a model that transformers "
+            f"{transformers.__version__} knows. Correct it, choose another model, or upgrade "
+            "transformers."
         )
 
 
-def load_tokenizer(folder: str | Path, *, config: PreTrainedConfig | None = None) -> Any:
-    """Return the tokenizer of a directory; its chat template is one text or None.
+def check_plain(fields: Fields, path: Path) -> None:
+    """Raise UserError if a config.json describes quantized weights."""
+    method = fields.get("quantization_config")
+    if method is None:
+        return
+    if isinstance(method, dict):
+        method = method.get("quant_method")
+    raise UserError(
+        f"{str(path)!r}: the weights are quantized (quantization_config, {method!r}) and cannot be "
+        "trained. Give the model that is not quantized."
+    )
+
+
+def load_tokenizer(
+    folder: str | Path, *, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a directory. Its chat template is a single text or None.
 
     Args:
         folder: the directory.
-        config: the model's configuration where transformers does not know its kind.
+        config: the model's configuration. It is needed if transformers does not know its kind.
 
     Raises:
         UserError: a file of the tokenizer is damaged.
     """
     folder = Path(folder)
     check_text_files(folder)
-    given = {} if config is None else {"config": config}
+    options: Fields = {"trust_remote_code": False}
+    if config is not None:
+        options["config"] = config
     try:
-        with reading(folder, "the tokenizer in", AGAIN):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
-            tokenizer("a", add_special_tokens=False)  # finds settings of a wrong type
+        with reading(folder, "the tokenizer in", COPY_AGAIN):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer("a", add_special_tokens=False)  # fails if a setting has a wrong type
     except UserError:
-        for name in LARGE_JSON_FILES:
-            if (folder / name).is_file():
-                read_json_object(folder / name, "the tokenizer's file")
+        _check_large_files(folder)
         raise
     tokenizer.chat_template = default_template(tokenizer.chat_template, folder)
     return tokenizer
 
 
-def default_template(found: Any, folder: Path) -> str | None:
-    """Return the chat template to use.
+def _check_large_files(folder: Path) -> None:
+    for name in LARGE_JSON_FILES:
+        if (folder / name).is_file():
+            read_json_object(folder / name, "the tokenizer's file")
+
+
+def default_template(found: object, folder: Path) -> str | None:
+    """Return the chat template to use. transformers writes chat_template.json for processors.
 
     Args:
-        found: the tokenizer's: a text, None, or a dict of several by their names.
-        folder: the directory of the tokenizer. chat_template.json, which transformers writes for
-            processors, counts where there is no other template.
+        found: the tokenizer's template: a text, None, or a dict of several templates by name.
+        folder: the tokenizer's directory. Its chat_template.json is used if `found` is empty.
 
     Raises:
         UserError: there are several templates and none is named "default", or one is not a text.
@@ -190,14 +220,14 @@ def default_template(found: Any, folder: Path) -> str | None:
     if isinstance(found, dict):
         if found and "default" not in found:
             raise UserError(
-                f"the tokenizer in {str(folder)!r} has the chat templates {', '.join(sorted(found))}, "
-                "and none named 'default'. Name one of them 'default', or remove them."
+                f"the tokenizer in {str(folder)!r} has the chat templates "
+                f"{', '.join(sorted(found))}, but none named 'default'. Rename one."
             )
         found = found.get("default")
     if found is not None and not isinstance(found, str):
         raise UserError(
-            f"the chat template of the tokenizer in {str(folder)!r} is {str(found)[:60]!r}, not a text. "
-            "Correct 'chat_template' in tokenizer_config.json."
+            f"the chat template of the tokenizer in {str(folder)!r} is {str(found)[:60]!r}, not a "
+            "text. Correct 'chat_template' in tokenizer_config.json."
         )
     return found or None
 

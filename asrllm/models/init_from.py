@@ -1,4 +1,4 @@
-"""Training in stages: a run begins with the weights that an earlier one ended with."""
+"""Training in stages: start a run with the weights at the end of an earlier one."""
 
 import contextlib
 import logging
@@ -13,10 +13,10 @@ from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.auto import newest_weights, read_state
-from asrllm.models.state_dict import is_adapter, plain_name
+from asrllm.models.state_dict import StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
-# what the trained weights of a part mean only together with
+# Fields without which the trained weights of the projector have no meaning.
 PROJECTOR_FIELDS = (
     "projector",
     "projector_hidden_size",
@@ -25,101 +25,139 @@ PROJECTOR_FIELDS = (
     "pad_to_30s",
 )
 LORA_FIELDS = {"audio_encoder": "audio_encoder_lora", "llm": "lora"}
+# Groups of weights that a run trains either completely or not at all.
+COMPLETE_GROUPS = ("projector", "llm adapters", "audio_encoder adapters")
 
 
-def take_over(model: AsrLlmModel, exp_dir: Path) -> set[str]:
-    """Put all that the earlier run trained into the model; gives the names. A part that it did not train stays as it is.
+def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
+    """Load all weights that an earlier run trained. Parts that it did not train do not change.
 
-    Raises UserError where the run has no weights, or where one of them has no place here or means something else here.
+    Args:
+        model: the model; changed in place.
+        exp_dir: the earlier run.
+
+    Returns:
+        The names of the loaded weights.
+
+    Raises:
+        UserError: the run has no weights, or they do not fit this model.
     """
-    if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
-        raise UserError(
-            f"init_from={str(exp_dir)!r} is no run: give the exp_dir of a training that has ended"
-        )
-    earlier, state = read_config(exp_dir), read_state(newest_weights(exp_dir))
-    check_meaning(earlier, model.config, state, exp_dir)
+    where = f"init_from={str(exp_dir)!r}"
+    earlier, state = _read_run(exp_dir, where)
+    _check_same_meaning(earlier, model.config, state, where)
     parameters = dict(model.named_parameters())
-    now = {
-        plain_name(name): name for name in parameters
-    }  # a part trained in full may be given adapters in the next stage
-    state = {now.get(plain_name(name), name): tensor for name, tensor in state.items()}
+    # a part that was trained in full may have adapters in the next stage
+    names = {plain_name(name): name for name in parameters}
+    state = _renamed(state, names)
+    _check_shapes(parameters, state, where)
+    groups = {_group_of(name) for name in state}
+    _check_complete_groups(groups, parameters, state, where)
+    copy_into(model, state)
+    logger.info("%s: loaded %d weights of %s", exp_dir, len(state), ", ".join(sorted(groups)))
+    return set(state)
+
+
+def _renamed(state: StateDict, names: Mapping[str, str]) -> StateDict:
+    """Rename weights by the names of the present model, given by their plain names."""
+    renamed: StateDict = {}
+    for name, tensor in state.items():
+        renamed[names.get(plain_name(name), name)] = tensor
+    return renamed
+
+
+def _read_run(exp_dir: Path, where: str) -> tuple[AsrLlmConfig, StateDict]:
+    """Return the configuration of a run and its weights."""
+    if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
+        raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
+    return read_config(exp_dir), read_state(newest_weights(exp_dir))
+
+
+def _check_shapes(
+    parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], where: str
+) -> None:
     for name, tensor in state.items():
         if name not in parameters:
             raise UserError(
-                f"init_from={str(exp_dir)!r}: {name!r} was trained there and is not in this model: choose the same adapters"
+                f"{where}: {name!r} was trained there, but is not in this model. Use the same "
+                "adapters."
             )
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
         if tensor.shape != shape and tensor.shape != (1,):  # scalars are trained as vectors
             raise UserError(
-                f"init_from={str(exp_dir)!r}: {name!r} has the shape {tuple(tensor.shape)} there and {tuple(shape)} here"
+                f"{where}: {name!r} has the shape {tuple(tensor.shape)} there and {tuple(shape)} "
+                "here. Use the same configuration."
             )
-    for group in {group_of(name) for name in state}:
-        lacking = [name for name in parameters if group_of(name) == group and name not in state]
-        if lacking and group in ("projector", "llm adapters", "audio_encoder adapters"):
+
+
+def _check_complete_groups(
+    groups: set[str],
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    for name in parameters:
+        group = _group_of(name)
+        if group in groups and group in COMPLETE_GROUPS and name not in state:
             raise UserError(
-                f"init_from={str(exp_dir)!r} has no {lacking[0]!r}, which this run's {group} have: choose the same there and here"
+                f"{where} has no {name!r}, which the {group} of this run have. Use the same "
+                "configuration in both runs."
             )
-    copy_into(model, state)
-    logger.info(
-        "%s: took over %d weights of %s",
-        exp_dir,
-        len(state),
-        ", ".join(sorted({group_of(name) for name in state})),
-    )
-    return set(state)
 
 
-def group_of(name: str) -> str:
+def _group_of(name: str) -> str:
     part = name.partition(".")[0]
     return f"{part} adapters" if is_adapter(name) else part
 
 
-def check_meaning(
-    earlier: AsrLlmConfig, now: AsrLlmConfig, state: Mapping[str, Tensor], exp_dir: Path
+def _check_same_meaning(
+    earlier: AsrLlmConfig, now: AsrLlmConfig, state: Mapping[str, Tensor], where: str
 ) -> None:
-    """The options that make numbers of the weights, and the frozen models below them, are the same."""
+    """Check the options that give the weights their meaning, and the base models below them."""
     keys = list(PROJECTOR_FIELDS)
-    keys += [
-        field
-        for part, field in LORA_FIELDS.items()
-        if any(group_of(name) == f"{part} adapters" for name in state)
-    ]
+    groups = {_group_of(name) for name in state}
+    keys += [field for part, field in LORA_FIELDS.items() if f"{part} adapters" in groups]
     for key in keys:
-        there, here = (_arithmetic(getattr(config, key)) for config in (earlier, now))
+        there = _without_dropout(getattr(earlier, key))
+        here = _without_dropout(getattr(now, key))
         if there != here:
             raise UserError(
-                f"init_from={str(exp_dir)!r} was trained with {key}={there}, this run has {here}: choose the same"
+                f"{where} was trained with {key}={there}, but this run has {here}. Use the same "
+                "value."
             )
     for part in ("audio_encoder", "llm"):
-        there, here = ((config.base_models or {}).get(part, {}) for config in (earlier, now))
-        if there.get("fingerprint") != here.get("fingerprint"):
+        base_there = (earlier.base_models or {}).get(part, {})
+        base_here = (now.base_models or {}).get(part, {})
+        if base_there.get("fingerprint") != base_here.get("fingerprint"):
             raise UserError(
-                f"init_from={str(exp_dir)!r} was trained on another {part}, {there.get('path')!r}; this run has {here.get('path')!r}: "
-                "give the same pretrained model"
+                f"{where} was trained on another {part}, {base_there.get('path')!r}; this run has "
+                f"{base_here.get('path')!r}. Give the same pretrained model."
             )
 
 
-def _arithmetic(value: object) -> object:
-    """Dropout may differ: it changes training, not the weights' meaning."""
-    return (
-        {k: v for k, v in value.items() if k != "lora_dropout"}
-        if isinstance(value, dict)
-        else value
-    )
+def _without_dropout(value: object) -> object:
+    """Return LoRA options without dropout, which does not change the meaning of the weights."""
+    if not isinstance(value, dict):
+        return value
+    return {key: option for key, option in value.items() if key != "lora_dropout"}
 
 
 def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model's parameters of the same names, whole or held in parts by ZeRO-3."""
+    """Copy weights into the parameters of the same names, which ZeRO-3 may partition."""
     for name, parameter in model.named_parameters():
         if name in state:
-            with whole(parameter, change=True), torch.no_grad():
+            with gathered(parameter, change=True), torch.no_grad():
                 parameter.copy_(state[name].reshape(parameter.shape))
 
 
-def whole(
+def gathered(
     parameter: nn.Parameter, *, change: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """The parameter whole inside the block, where ZeRO-3 holds it in parts. change: what is written to it inside stays."""
+    """Gather a parameter inside the block, if ZeRO-3 partitions it.
+
+    Args:
+        parameter: the parameter.
+        change: whether changes inside the block are written to the partitions.
+    """
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed

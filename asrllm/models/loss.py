@@ -1,21 +1,30 @@
-"""Language-model head and cross-entropy on supervised positions alone, chunk by chunk: no tensor of (all tokens x vocabulary) is built.
+"""Language-model head and cross-entropy on supervised positions only, computed in chunks.
 
-Each chunk's logits are turned into its loss and at once into the gradients with respect to the hidden states (and to the head, if that
-is trained), so that they need not be kept or computed again for the backward pass (the way of Liger Kernel, Hsu et al., 2024).
+No tensor of (all tokens x vocabulary) is built. Each chunk's logits are turned into its loss and at
+once into the gradients of the hidden states (and of the head, if it is trained). They are neither
+kept nor recomputed for the backward pass, as in Liger Kernel (Hsu et al., 2024).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrllm.errors import UserError
 
-LOGITS = 1 << 26  # of a chunk, at most: 256 MB in float32
+LOGITS = 1 << 26  # maximum number of logits in a chunk: 256 MB in float32
 
 
 class HeadOptions(NamedTuple):
-    """What stands between the head's product and the softmax: logits = cap(scale * hidden @ weight.T); and label smoothing."""
+    """What happens between the head's product and the loss.
+
+    Attributes:
+        scale: factor of the logits, scale * hidden @ weight.T.
+        softcap: maximum size of the scaled logits, which become softcap * tanh(logits / softcap).
+        label_smoothing: part of the target probability that is spread evenly over the vocabulary.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -23,49 +32,63 @@ class HeadOptions(NamedTuple):
 
 
 class SupervisedLoss(nn.Module):
-    """A module of its own, without parameters, so that ZeRO-3 gathers the head's weights for as long as they are used."""
+    """Cross-entropy of the head's predictions.
+
+    It is a module without parameters, so that ZeRO-3 gathers the head's weights for as long as they
+    are used.
+    """
 
     def forward(
         self, hidden: Tensor, head: nn.Linear, targets: Tensor, options: HeadOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (S, width), targets (S,) -> (loss summed over S in nats, targets that are the most probable token), float32 scalars, and
-        each target's loss (S,), without a gradient."""
-        weight, bias = head.weight, head.bias
-        if (
-            not torch.is_grad_enabled()
-        ):  # a function does not see that no gradient is wanted of a trained head
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        """Compute the loss.
+
+        Args:
+            hidden: hidden states at the supervised positions (S, width).
+            head: the LLM's head.
+            targets: token ids (S,).
+            options: what the LLM's family does with the logits.
+
+        Returns:
+            The summed loss in nats and the number of correct predictions, both float32 scalars, and
+            each target's loss (S,), which has no gradient.
+        """
+        weight = head.weight
+        bias = head.bias
+        if not torch.is_grad_enabled():
+            # an autograd function cannot see that a trained head needs no gradient
+            weight = weight.detach()
+            bias = None if bias is None else bias.detach()
         return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, options)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
         options: HeadOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants = ctx.needs_input_grad
-        grads = [
-            torch.empty_like(hidden) if wants[0] else None,
-            *(_zeros(p) if wants[i] else None for i, p in ((1, weight), (2, bias))),
-        ]
-        loss, correct = (
-            hidden.new_zeros((), dtype=torch.float32),
-            hidden.new_zeros((), dtype=torch.float32),
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grads = _Gradients(
+            hidden=torch.empty_like(hidden) if needs_hidden else None,
+            weight=_zeros(weight) if needs_weight else None,
+            bias=_zeros(bias) if needs_bias else None,
         )
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        correct = hidden.new_zeros((), dtype=torch.float32)
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         size = max(1, LOGITS // len(weight))
+        backward = any(ctx.needs_input_grad)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = nn.functional.linear(hidden[rows], weight, bias).float()
-            part, losses[rows], hits, grad = _chunk(
-                logits, targets[rows], options, backward=any(wants)
-            )
-            loss, correct = loss + part, correct + hits
+            part, losses[rows], hits, grad = _chunk(logits, targets[rows], options, backward)
+            loss = loss + part
+            correct = correct + hits
             if grad is not None:
                 _accumulate(grads, grad.to(hidden.dtype), hidden[rows], weight, rows)
         ctx.save_for_backward(*grads)
@@ -73,35 +96,64 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, correct, losses
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (
-            *(None if grad is None else grad * outer[0] for grad in ctx.saved_tensors),
-            None,
-            None,
-        )
+    def backward(  # type: ignore[override]
+        ctx: FunctionCtx, *outer: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        scaled = [None if grad is None else grad * outer[0] for grad in ctx.saved_tensors]
+        return (*scaled, None, None)
 
 
 def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter)
 
 
+class _Gradients(NamedTuple):
+    """Gradients of the loss; None if not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 def _accumulate(
-    grads: list[Tensor | None], grad: Tensor, hidden: Tensor, weight: Tensor, rows: slice
+    grads: _Gradients,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: slice,
 ) -> None:
-    """grad (rows, vocabulary): the loss's with respect to the head's product."""
-    of_hidden, of_weight, of_bias = grads
-    if of_hidden is not None:
-        torch.mm(grad, weight, out=of_hidden[rows])
-    if of_weight is not None:
-        of_weight.addmm_(grad.T, hidden)
-    if of_bias is not None:
-        of_bias += grad.sum(0)
+    """Add a chunk to the gradients.
+
+    Args:
+        grads: gradients of all chunks; changed in place.
+        grad: gradient of the head's product (rows, vocabulary).
+        hidden: hidden states of the chunk (rows, width).
+        weight: the head's weight (vocabulary, width).
+        rows: where the chunk is.
+    """
+    if grads.hidden is not None:
+        torch.mm(grad, weight, out=grads.hidden[rows])
+    if grads.weight is not None:
+        grads.weight.addmm_(grad.T, hidden)
+    if grads.bias is not None:
+        grads.bias.add_(grad.sum(0))
 
 
 def _chunk(
-    logits: Tensor, targets: Tensor, options: HeadOptions, *, backward: bool
+    logits: Tensor, targets: Tensor, options: HeadOptions, backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(loss, of each row, correct, gradient of the loss with respect to the given logits) of some rows; the logits' memory is used up."""
+    """Compute the loss of a chunk. The memory of the logits is reused.
+
+    Args:
+        logits: products of the head (rows, vocabulary), float32.
+        targets: token ids (rows,).
+        options: what happens to the logits.
+        backward: whether to compute the gradient.
+
+    Returns:
+        The summed loss, each row's loss, the number of correct predictions, and the gradient of
+        `logits` or None.
+    """
     scale, softcap, smoothing = options
     if scale != 1:
         logits *= scale
@@ -112,32 +164,49 @@ def _chunk(
     losses = normaliser - picked
     loss = losses.sum()
     if smoothing:  # the target distribution is (1 - smoothing) one-hot + smoothing uniform
-        spread = normaliser - logits.mean(1)
-        loss = (1 - smoothing) * loss + smoothing * spread.sum()
-        losses = torch.lerp(losses, spread, smoothing)
+        uniform_losses = normaliser - logits.mean(1)
+        loss = (1 - smoothing) * loss + smoothing * uniform_losses.sum()
+        losses = torch.lerp(losses, uniform_losses, smoothing)
     correct = (logits.argmax(1) == targets).sum().float()
     if not backward:
         return loss, losses, correct, None
-    slope = 1 - (logits / softcap).square() if softcap else None
+    slope: Tensor | None = None
+    if softcap:
+        slope = 1 - (logits / softcap).square()
     grad = logits.sub_(normaliser[:, None]).exp_()
     if smoothing:
         grad -= smoothing / logits.shape[1]
-    grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
+    at_target = grad.new_full((len(targets), 1), smoothing - 1)
+    grad.scatter_add_(1, targets[:, None], at_target)
     if slope is not None:
         grad *= slope
-    return loss, losses, correct, grad.mul_(scale) if scale != 1 else grad
+    if scale != 1:
+        grad = grad.mul_(scale)
+    return loss, losses, correct, grad
 
 
-def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOptions]:
-    """The head of a transformers causal LLM and what its family does with the logits.
+def head_of(llm: PreTrainedModel, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOptions]:
+    """Return the head of a causal LLM, and what its family does with the logits.
 
-    Raises UserError for adapters on the head, and for a family whose scale of the logits is not known here.
+    Args:
+        llm: the transformers model.
+        label_smoothing: label smoothing of the loss.
+
+    Raises:
+        UserError: the head has adapters, or the loss does not know how the family scales logits.
     """
-    head, config = llm.get_output_embeddings(), llm.config.get_text_config()
+    head = llm.get_output_embeddings()
+    config = llm.config.get_text_config()
     if type(head) is not nn.Linear:
         raise UserError(
-            "the adapters' target_modules name the LLM's head, which the loss takes as it is: leave it out of them"
+            "the adapters' target_modules include the LLM's head, which the loss does not support. "
+            "Leave it out of target_modules."
         )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return head, HeadOptions(_logit_scale(config), softcap, label_smoothing)
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
     scale = 1.0
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(config, name, None)
@@ -149,8 +218,7 @@ def head_of(llm: Any, label_smoothing: float = 0.0) -> tuple[nn.Linear, HeadOpti
             scale /= value
         else:
             raise UserError(
-                f"the LLM is a {config.model_type!r} model with {name}={value}, which the loss does not know: take another LLM"
+                f"{config.model_type!r} models have {name}={value}, which the loss does not "
+                "support. Choose another LLM."
             )
-    return head, HeadOptions(
-        scale, getattr(config, "final_logit_softcapping", None), label_smoothing
-    )
+    return scale

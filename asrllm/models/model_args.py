@@ -1,4 +1,4 @@
-"""The `model` part of the run's configuration."""
+"""The `model` part of a run's configuration."""
 
 import functools
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
 
-# of PEFT's LoraConfig, beside LoraPart's own: those that neither train something beside the adapters nor change the weights below them
+# Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
+# adapters nor change the weights below them.
 PEFT_OPTIONS = (
     "exclude_modules",
     "layers_to_transform",
@@ -18,12 +19,25 @@ PEFT_OPTIONS = (
     "init_lora_weights",
     "lora_bias",
 )
+PRETRAINED_PARTS = ("audio_encoder", "llm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPart:
-    """PEFT's LoraConfig (https://huggingface.co/docs/peft): Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023); Liu et al., "DoRA"
-    (2024). r = 0: no adapters. options: those of PEFT_OPTIONS."""
+    """Adapters of a part. The fields are those of PEFT's LoraConfig.
+
+    See https://huggingface.co/docs/peft; Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023);
+    Liu et al., "DoRA" (2024).
+
+    Attributes:
+        r: rank; 0 means no adapters.
+        lora_alpha: alpha; the adapters are scaled by lora_alpha / r.
+        lora_dropout: dropout of the adapters' input.
+        target_modules: names of the adapted layers, or a regular expression.
+        use_rslora: scale by lora_alpha / sqrt(r) instead.
+        use_dora: train a magnitude besides.
+        options: further options, of those in PEFT_OPTIONS.
+    """
 
     r: int
     lora_alpha: int
@@ -35,40 +49,45 @@ class LoraPart:
 
     def __post_init__(self) -> None:
         if self.r < 0:
-            raise UserError(f"lora.r={self.r} must not be below 0; 0 trains without adapters")
-        if not 0 <= self.lora_dropout < 1 or self.lora_alpha < 1:
+            raise UserError(f"lora.r={self.r} is negative. Use 0 to train without adapters.")
+        if not 0 <= self.lora_dropout < 1:
             raise UserError(
-                f"lora: lora_dropout={self.lora_dropout} must be 0 to below 1, lora_alpha={self.lora_alpha} at least 1"
+                f"lora.lora_dropout={self.lora_dropout} is out of range. Use a value of at least 0 "
+                "and below 1."
             )
+        if self.lora_alpha < 1:
+            raise UserError(f"lora.lora_alpha={self.lora_alpha} is below 1. Use at least 1.")
         if self.r and not self.target_modules:
             raise UserError(
-                "lora.target_modules names no layer: name some, such as [q_proj,v_proj]"
+                "lora.target_modules is empty. Name the layers to adapt, for example "
+                "[q_proj,v_proj]."
             )
         for key, value in (self.options or {}).items():
             if key not in PEFT_OPTIONS:
                 raise UserError(
-                    f"lora.options: {key!r} is none of those that go with packed training: {nearest(key, PEFT_OPTIONS)}"
+                    f"lora.options: {key!r} is not supported: {nearest(key, PEFT_OPTIONS)}"
                 )
             if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
                 raise UserError(
-                    f"lora.options.init_lora_weights={value!r} changes the base weights: take true or gaussian"
+                    f"lora.options.init_lora_weights={value!r} changes the base weights. Use true "
+                    "or gaussian."
                 )
 
     def as_peft(self) -> dict[str, Any] | None:
-        """The fields for PEFT; None without adapters. Those that are off are left out."""
+        """Return the options for PEFT without those that are off, or None without adapters."""
         if not self.r:
             return None
-        given = {
+        options: dict[str, Any] = {
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": self.target_modules,
         }
-        return (
-            given
-            | {key: True for key in ("use_rslora", "use_dora") if getattr(self, key)}
-            | (self.options or {})
-        )
+        if self.use_rslora:
+            options["use_rslora"] = True
+        if self.use_dora:
+            options["use_dora"] = True
+        return options | (self.options or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +96,9 @@ class EncoderPart:
 
     Attributes:
         model_type: a name in ENCODERS, or a directory or hub id with a config.json.
+        pretrained_model: directory, file or hub id of the pretrained weights.
+        frozen: whether its weights are not trained.
+        lora: its adapters.
     """
 
     model_type: str
@@ -90,12 +112,23 @@ class EncoderPart:
 
     @functools.cached_property
     def kind(self) -> str:
-        """Its name in ENCODERS."""
+        """The encoder's name in ENCODERS."""
         return encoder_kind(self.model_type)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlmPart:
+    """The LLM.
+
+    Attributes:
+        model_type: its family, checked against config.json; None accepts any.
+        pretrained_model: directory or hub id of the pretrained weights.
+        frozen: whether its weights are not trained.
+        lora: its adapters.
+        chat_template: "chatml" replaces the tokenizer's own chat template.
+        attention: backend of the attention over packed sequences.
+    """
+
     model_type: str | None
     pretrained_model: str | None
     frozen: bool
@@ -105,21 +138,45 @@ class LlmPart:
 
     def __post_init__(self) -> None:
         check_lora("llm", self.lora, frozen=self.frozen)
-        if self.attention != "auto" and (reason := backends()[self.attention]):
+        if self.attention == "auto":
+            return
+        reason = backends()[self.attention]
+        if reason:
             raise UserError(
-                f"model.llm.attention={self.attention} cannot run here ({reason}): leave it at auto"
+                f"model.llm.attention={self.attention} cannot run here: {reason}. Use auto."
             )
 
 
-def check_lora(part: str, lora: LoraPart | None, *, frozen: bool) -> None:
+def check_lora(
+    part: str,
+    lora: LoraPart | None,
+    *,
+    frozen: bool,
+) -> None:
+    """Raise UserError if a part has adapters although it is trained in full."""
     if lora is not None and lora.r and not frozen:
         raise UserError(
-            f"model.{part}.frozen=false trains all of it, and model.{part}.lora adds adapters: set model.{part}.lora.r=0"
+            f"model.{part}.frozen=false trains all weights of the {part}, but model.{part}.lora.r="
+            f"{lora.r} adds adapters to it. Set model.{part}.lora.r=0 or model.{part}.frozen=true."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model of a run.
+
+    Attributes:
+        audio_encoder: the audio encoder.
+        llm: the LLM.
+        projector: a name in PROJECTORS.
+        projector_hidden_size: width of the projector's hidden layer.
+        audio_encoder_projector_ds_rate: number of encoder frames that make one audio token.
+        audio_token: text that stands for an audio in a chat.
+        tag_audio_boundary: put a learned embedding before and after each audio.
+        frozen_parameters: glob patterns of the names of further parameters that are not trained.
+        exclude_from_checkpoint: frozen parts that checkpoints do not contain.
+    """
+
     audio_encoder: EncoderPart
     llm: LlmPart
     projector: Literal["mlp", "normed"]
@@ -132,32 +189,36 @@ class ModelConfig:
 
     @property
     def frozen_parts(self) -> list[str]:
-        return [
-            name
-            for name, part in (("audio_encoder", self.audio_encoder), ("llm", self.llm))
-            if part.frozen
-        ]
+        """Names of the parts that are not trained."""
+        return [name for name in PRETRAINED_PARTS if getattr(self, name).frozen]
 
     def __post_init__(self) -> None:
-        for key, part in (("audio_encoder", self.audio_encoder), ("llm", self.llm)):
-            if not part.pretrained_model:
+        for name in PRETRAINED_PARTS:
+            if not getattr(self, name).pretrained_model:
                 raise UserError(
-                    f"model.{key}.pretrained_model is not set: give the directory of a pretrained model"
+                    f"model.{name}.pretrained_model is not set. Give the directory of a pretrained "
+                    "model."
                 )
         for key in ("audio_encoder_projector_ds_rate", "projector_hidden_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}={getattr(self, key)} must be at least 1")
+            value = getattr(self, key)
+            if value < 1:
+                raise UserError(f"model.{key}={value} is below 1. Use at least 1.")
         if not self.audio_token.strip():
             raise UserError(
-                "model.audio_token is empty: give a text that no prompt contains, such as <|AUDIO|>"
+                "model.audio_token is empty. Use a text that no prompt contains, for example "
+                "<|AUDIO|>."
             )
-        for part_name in self.exclude_from_checkpoint:
-            if part_name in ("audio_encoder", "llm") and not getattr(self, part_name).frozen:
-                raise UserError(
-                    f"model.exclude_from_checkpoint=[{part_name}], but model.{part_name}.frozen=false trains it: what it learns would be "
-                    "lost; leave it out of the list"
-                )
-            if part_name not in ("audio_encoder", "llm"):
-                raise UserError(
-                    f"model.exclude_from_checkpoint: {part_name!r} is not a part: choose from audio_encoder, llm"
-                )
+        for name in self.exclude_from_checkpoint:
+            self._check_excluded(name)
+
+    def _check_excluded(self, name: str) -> None:
+        if name not in PRETRAINED_PARTS:
+            raise UserError(
+                f"model.exclude_from_checkpoint: {name!r} is not a part. Choose from "
+                f"{', '.join(PRETRAINED_PARTS)}."
+            )
+        if not getattr(self, name).frozen:
+            raise UserError(
+                f"model.exclude_from_checkpoint=[{name}], but model.{name}.frozen=false trains it, "
+                "and what it learns would be lost. Remove it from the list."
+            )

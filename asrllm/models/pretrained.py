@@ -1,9 +1,9 @@
-"""The model's parts by themselves: an encoder or an LLM with pretrained weights or without, adapters on it."""
+"""Build the parts of a model: encoder and LLM, with or without pretrained weights, and adapters."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,43 +15,72 @@ from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
+from asrllm.models.hub_files import Fields
 from asrllm.models.state_dict import check_state
 from asrllm.models.zero3_loading import partitioned_llm
-from asrllm.text_files import reading
+from asrllm.text_files import first_words, reading
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LLM_CONFIG = "the LLM's configuration (llm in config.json) of"
+COPY_CONFIG = "Copy the config.json that was saved with the model."
+FIX_FAMILY = "Choose a Qwen, Llama or Gemma model."
 
 
 def pretrained_encoder(config: AsrLlmConfig, path: str) -> nn.Module:
-    """The encoder with a base model's weights. Raises UserError naming a key that is missing, unexpected or of another shape."""
+    """Return the encoder with a base model's weights.
+
+    Args:
+        config: the model's configuration.
+        path: directory or file of the base model.
+
+    Raises:
+        UserError: a key is missing, unexpected or has another shape.
+    """
     fields = config.audio_encoder or {}
     _, state = encoder_class(fields["model_type"]).read_pretrained(path)
-    encoder = cast(nn.Module, build_encoder(fields, pad_to_30s=config.pad_to_30s))
+    encoder: nn.Module = build_encoder(fields, pad_to_30s=config.pad_to_30s)
     check_encoder_state(state, encoder, path)
     encoder.load_state_dict(state)
     return encoder
 
 
 def check_encoder_state(state: Mapping[str, Tensor], encoder: nn.Module, path: str) -> None:
-    """Raise UserError if a key of the encoder's weights is missing, unexpected or of another shape."""
-    where = f"the encoder's weights at model.audio_encoder.pretrained_model={path!r}"
-    fix = "download it again, or give the model that its configuration describes"
-    check_state(state, encoder.state_dict(), where, fix)
+    """Raise UserError if a key of the weights is missing, unexpected or has another shape."""
+    what = f"the encoder's weights at model.audio_encoder.pretrained_model={path!r}"
+    fix = "Download them again, or give the model that its configuration describes."
+    check_state(state, encoder.state_dict(), what, fix)
 
 
 def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Under a live HfDeepSpeedConfig of stage 3, every rank keeps its partition alone.
+    """Return an LLM with its weights.
 
-    Raises UserError for files that cannot be read, for a missing, unexpected or wrong-shaped key, and for a family that cannot be packed.
+    With ZeRO-3 (a live HfDeepSpeedConfig of stage 3) every rank holds only its own partition.
+
+    Args:
+        path: the LLM's directory.
+        dtype: dtype of the weights.
+
+    Raises:
+        UserError: a file cannot be read, a key is missing, unexpected or has another shape, or the
+            family does not support packed sequences.
     """
     for index in Path(path).glob("*.index.json"):
         indexed_files(index)  # transformers would load whatever file it names
     attention = register_packed_attention()
-    if (
-        is_deepspeed_zero3_enabled()
-        and (llm := partitioned_llm(path, dtype, attention)) is not None
-    ):
-        return check_family(llm)
+    if is_deepspeed_zero3_enabled():
+        llm = partitioned_llm(path, dtype, attention)
+        if llm is not None:
+            return check_family(llm)
+    return check_family(_load_llm(path, dtype, attention))
+
+
+def _load_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load an LLM with transformers, and check its keys."""
     with reading(path, "the LLM", "Download it again."):
-        llm, found = AutoModelForCausalLM.from_pretrained(
+        llm, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,
@@ -59,34 +88,45 @@ def pretrained_llm(path: str, dtype: torch.dtype) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
-    for what in (
-        "missing",
-        "unexpected",
-        "mismatched",
-    ):  # mismatched: of another shape; (key, shape, shape)
-        if keys := sorted(key if isinstance(key, str) else key[0] for key in found[f"{what}_keys"]):
+    _check_loading_report(report, path)
+    return llm
+
+
+def _check_loading_report(report: Fields, path: str) -> None:
+    for problem in ("missing", "unexpected", "mismatched"):
+        entries = report[f"{problem}_keys"]
+        # a mismatched key comes with its two shapes: (key, shape, shape)
+        keys = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
+        if keys:
             raise UserError(
-                f"the LLM {path!r} has {len(keys)} {what} keys, the first {keys[0]}: download it again"
+                f"the LLM {path!r} has {len(keys)} {problem} keys (first: {keys[0]!r}). "
+                "Download it again."
             )
-    return check_family(llm)
 
 
 def check_family(llm: PreTrainedModel) -> PreTrainedModel:
-    """Raises UserError where the utterances of a packed row would see each other."""
-    kinds = set(getattr(llm.config.get_text_config(), "layer_types", None) or []) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if llm._is_stateful or not llm._supports_attention_backend or kinds:
-        what = f"layers of the kind {min(kinds)!r}" if kinds else "an attention of its own"
+    """Return the LLM, or raise UserError if its family does not support packed sequences.
+
+    In an unsupported family the utterances of a packed row would attend to each other.
+    """
+    kind = llm.config.model_type
+    layer_types = set(getattr(llm.config.get_text_config(), "layer_types", None) or [])
+    unsupported = layer_types - SUPPORTED_LAYER_TYPES
+    if unsupported:
         raise UserError(
-            f"the LLM is a {llm.config.model_type!r} model with {what}, which cannot be packed: take a Qwen, Llama or Gemma"
+            f"{kind!r} models have layers of the type {min(unsupported)!r}, which do not support "
+            f"packed sequences. {FIX_FAMILY}"
+        )
+    if llm._is_stateful or not llm._supports_attention_backend:
+        raise UserError(
+            f"{kind!r} models use a custom attention that does not support packed sequences. "
+            f"{FIX_FAMILY}"
         )
     return llm
 
 
 def empty_llm(
-    fields: dict[str, Any],
+    fields: Fields,
     dtype: torch.dtype | None = None,
     *,
     where: str | Path = "config.json",
@@ -95,62 +135,78 @@ def empty_llm(
 
     Args:
         fields: the LLM's own config.json.
-        dtype: the dtype of its weights; by default the one in `fields`.
+        dtype: dtype of its weights; by default the one in `fields`.
         where: the file or directory that `fields` were read from, for the error message.
 
     Raises:
         UserError: no LLM can be built from the fields, or the family is not supported.
     """
     register_packed_attention()
-    given = {} if dtype is None else {"dtype": dtype}
-    with reading(
-        where,
-        "the LLM's configuration (llm in config.json) of",
-        "Copy the config.json that was saved with the model.",
-    ):
+    options: Fields = {"attn_implementation": PACKED, "trust_remote_code": False}
+    if dtype is not None:
+        options["dtype"] = dtype
+    with reading(where, LLM_CONFIG, COPY_CONFIG):
         config = AutoConfig.for_model(**fields)
-        llm = AutoModelForCausalLM.from_config(
-            config, attn_implementation=PACKED, trust_remote_code=False, **given
-        )
+        llm = AutoModelForCausalLM.from_config(config, **options)
     return check_family(llm)
 
 
-def with_lora(llm: PreTrainedModel, options: dict[str, Any]) -> nn.Module:
-    """The LLM inside PEFT's wrapper. options: of PEFT's LoraConfig."""
+def with_lora(llm: PreTrainedModel, options: Fields) -> nn.Module:
+    """Return an LLM in PEFT's wrapper, with adapters.
+
+    Args:
+        llm: the LLM.
+        options: options of PEFT's LoraConfig.
+    """
     from peft import get_peft_model
 
-    with _explained("model.llm.lora"):
+    with _converted_errors("model.llm.lora"):
         return get_peft_model(llm, lora_config(options, task_type="CAUSAL_LM"))
 
 
-def add_lora(module: nn.Module, options: dict[str, Any], *, key: str) -> None:
-    """Adapters in a module that is no transformers model, without a wrapper around it."""
+def add_lora(
+    module: nn.Module,
+    options: Fields,
+    *,
+    key: str,
+) -> None:
+    """Add adapters to a module that is not a transformers model, without a wrapper.
+
+    Args:
+        module: the module; changed in place.
+        options: options of PEFT's LoraConfig.
+        key: their configuration key, for error messages.
+    """
     from peft import inject_adapter_in_model
 
-    with _explained(key):
+    with _converted_errors(key):
         inject_adapter_in_model(lora_config(options), module)
 
 
-def lora_config(options: dict[str, Any], **more: Any) -> Any:
+def lora_config(options: Fields, **more: Any) -> "LoraConfig":
+    """Return PEFT's LoraConfig with these options."""
     from peft import LoraConfig
 
     return LoraConfig(**options, **more)
 
 
 def layer_without_bias(model: nn.Module) -> str | None:
-    """The first layer that has no bias while its adapter has one (PEFT's lora_bias): the two cannot be merged."""
+    """Return the first adapted layer that has no bias although its adapter has one, or None.
+
+    Such an adapter (PEFT's lora_bias) cannot be merged into its layer.
+    """
     for name, layer in model.named_modules():
-        if (
-            any(getattr(layer, "lora_bias", {}).values())
-            and getattr(layer.get_base_layer(), "bias", None) is None
-        ):
+        if not any(getattr(layer, "lora_bias", {}).values()):
+            continue
+        if getattr(layer.get_base_layer(), "bias", None) is None:
             return name
     return None
 
 
 @contextlib.contextmanager
-def _explained(key: str) -> Iterator[None]:
+def _converted_errors(key: str) -> Iterator[None]:
+    """Convert what PEFT raises for wrong options to a UserError."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise UserError(f"{key} does not fit: {' '.join(str(error).split())}") from error
+        raise UserError(f"{key} is not valid for this model: {first_words(error)}.") from error

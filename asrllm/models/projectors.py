@@ -1,4 +1,7 @@
-"""Projectors: encoder frames -> LLM embeddings at a lower rate. Adding one: a class and a line in PROJECTORS."""
+"""Projectors from encoder frames to LLM embeddings at a lower rate.
+
+To add one, write a class and add a line to PROJECTORS.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,23 +11,39 @@ from asrllm.errors import UserError, nearest
 
 
 class MlpProjector(nn.Module):
-    """Stack `rate` frames, then linear1, ReLU, linear2 (the concatenating projector of SLAM-ASR, Ma et al., 2024)."""
+    """Stacked frames, linear, ReLU, linear: the projector of SLAM-ASR (Ma et al., 2024)."""
 
-    def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        rate: int,
+        hidden_size: int,
+    ) -> None:
         super().__init__()
         self.linear1 = nn.Linear(input_size * rate, hidden_size)
         self.linear2 = nn.Linear(hidden_size, output_size)
 
     def forward(self, stacked: Tensor) -> Tensor:
-        """(M, rate x input_size) -> (M, output_size)"""
+        """Map (M, rate x input_size) to (M, output_size)."""
         return self.linear2(F.relu(self.linear1(stacked)))
 
 
 class NormedProjector(nn.Module):
-    """Stack, LayerNorm, linear, GELU, linear, LayerNorm whose gain starts at the size of the LLM's embeddings: training starts near
-    where the LLM expects its input, and a frozen LLM listens within a hundred steps."""
+    """Stacked frames, LayerNorm, linear, GELU, linear, LayerNorm.
 
-    def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
+    The gain of the last LayerNorm starts at the standard deviation of the LLM's embeddings.
+    Training thus starts near the input that the LLM expects, and a frozen LLM responds to the audio
+    within a hundred steps.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        rate: int,
+        hidden_size: int,
+    ) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(input_size * rate)
         self.linear1 = nn.Linear(input_size * rate, hidden_size)
@@ -32,11 +51,12 @@ class NormedProjector(nn.Module):
         self.norm_out = nn.LayerNorm(output_size)
 
     def forward(self, stacked: Tensor) -> Tensor:
-        """As MlpProjector.forward."""
-        return self.norm_out(self.linear2(F.gelu(self.linear1(self.norm_in(stacked)))))
+        """Map (M, rate x input_size) to (M, output_size)."""
+        hidden = F.gelu(self.linear1(self.norm_in(stacked)))
+        return self.norm_out(self.linear2(hidden))
 
     def fit_embeddings(self, embeddings: Tensor) -> None:
-        """Set the output's gain to the embeddings' standard deviation. embeddings: (some rows, output_size)"""
+        """Set the output's gain to the standard deviation of embeddings (rows, output_size)."""
         nn.init.constant_(self.norm_out.weight, embeddings.float().std().item())
 
 
@@ -46,9 +66,17 @@ PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {
 }
 
 
+def first_frames(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return a mask (N, T) of the first `lengths` (N,) frames of x (N, T, C)."""
+    positions = torch.arange(x.shape[1], device=x.device)
+    return positions < lengths[:, None]
+
+
 class AudioProjector(nn.Module):
-    """A projector with what surrounds it: the ragged end padded with zeros or dropped, true lengths, learned boundary embeddings if asked
-    for."""
+    """A projector for a padded batch.
+
+    It can put learned embeddings before and after each audio.
+    """
 
     def __init__(
         self,
@@ -61,25 +89,49 @@ class AudioProjector(nn.Module):
         tag_boundary: bool,
         drop_ragged: bool = False,
     ) -> None:
+        """Build the projector.
+
+        Args:
+            kind: a name in PROJECTORS.
+            input_size: width of the encoder's frames.
+            output_size: width of the LLM's embeddings.
+            rate: number of frames that make one audio token.
+            hidden_size: width of the projector's hidden layer.
+            tag_boundary: put a learned embedding before and after each audio.
+            drop_ragged: drop the frames after the last full stack instead of padding with zeros.
+        """
         super().__init__()
         if kind not in PROJECTORS:
             raise UserError(f"model.projector={kind!r} is unknown: {nearest(kind, PROJECTORS)}")
-        self.rate, self.drop_ragged = rate, drop_ragged
+        self.rate = rate
+        self.drop_ragged = drop_ragged
         self.mlp = PROJECTORS[kind](input_size, output_size, rate, hidden_size)
-        self.boundary = nn.Parameter(torch.randn(2, output_size) * 0.02) if tag_boundary else None
+        self.boundary: nn.Parameter | None = None
+        if tag_boundary:
+            self.boundary = nn.Parameter(torch.randn(2, output_size) * 0.02)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """frames (N, T, input_size), lengths (N,) -> (sum of AsrLlmConfig.num_audio_tokens, output_size), utterance after utterance."""
-        keep = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
-        frames = F.pad(frames * keep[..., None], (0, 0, 0, -frames.shape[1] % self.rate))
-        counts = lengths // self.rate if self.drop_ragged else -(-lengths // self.rate)
+        """Return the audio tokens of a batch, one utterance after the other.
+
+        Args:
+            frames: (N, T, input_size).
+            lengths: number of true frames (N,).
+
+        Returns:
+            (sum of AsrLlmConfig.num_audio_tokens, output_size).
+        """
+        frames = frames * first_frames(frames, lengths)[..., None]
+        missing = -frames.shape[1] % self.rate
+        frames = F.pad(frames, (0, 0, 0, missing))
+        counts = -(-lengths // self.rate)
+        if self.drop_ragged:
+            counts = lengths // self.rate
         stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
-        tokens = self.mlp(
-            stacked[torch.arange(stacked.shape[1], device=frames.device) < counts[:, None]]
-        )  # padding is not projected
+        tokens = self.mlp(stacked[first_frames(stacked, counts)])  # without padding
         if self.boundary is None:
             return tokens
         begin, end = self.boundary.to(tokens.dtype).split(1)
-        return torch.cat(
-            [row for part in tokens.split(counts.tolist()) for row in (begin, part, end)]
-        )
+        parts: list[Tensor] = []
+        for part in tokens.split(counts.tolist()):
+            parts += [begin, part, end]
+        return torch.cat(parts)

@@ -1,61 +1,91 @@
-"""Weights by name: which are adapters, what PEFT's wrappers add to a name, and whether a state dict fits."""
+"""Names of weights: adapters, PEFT's wrappers, tied weights, and whether a state dict fits."""
 
 from collections.abc import Collection, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from asrllm.errors import UserError
 
+StateDict: TypeAlias = dict[str, Tensor]
+
 
 def is_adapter(name: str) -> bool:
+    """Return whether a weight belongs to a LoRA adapter."""
     return "lora_" in name
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without adapters around it."""
+    """Return the name that a weight has in the model without adapters."""
     part, dot, rest = name.partition(".")
     return (part + dot + rest.removeprefix("base_model.model.")).replace(".base_layer.", ".")
 
 
-def without_second_names(
-    model: nn.Module, state: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
-    """The state dict without a head that is tied to the embeddings: the model has it once, Auden's files and DeepSpeed's converter twice.
+def without_second_names(model: nn.Module, state: Mapping[str, Tensor], where: str) -> StateDict:
+    """Return a state dict without the second names of tied weights.
 
-    Raises UserError where the two are not the same.
+    The model has a head that is tied to the embeddings once. Auden's files and DeepSpeed's
+    converter contain it twice.
+
+    Args:
+        model: the model.
+        state: its weights.
+        where: the directory or file of the weights, for the error message.
+
+    Raises:
+        UserError: two tied weights differ.
     """
-    first, twice = dict[Tensor, str](), dict[str, str]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        twice[name] = first.setdefault(parameter, name)
-    twice = {
-        name: one for name, one in twice.items() if name != one and {name, one} <= state.keys()
-    }
-    for name, one in twice.items():
-        if not torch.equal(state[name], state[one]):
+    second_names = _second_names(model, state)
+    for name, first in second_names.items():
+        if not torch.equal(state[name], state[first]):
             raise UserError(
-                f"{where!r}: {name!r} differs from {one!r}, to which the LLM's configuration ties it: set tie_word_embeddings to false"
+                f"{where!r}: {name!r} differs from {first!r}, but the LLM's configuration ties "
+                "them. Set tie_word_embeddings to false."
             )
-    return {name: tensor for name, tensor in state.items() if name not in twice}
+    return {name: tensor for name, tensor in state.items() if name not in second_names}
+
+
+def _second_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the first name of a tied weight by its second name, if `state` has both."""
+    first_names: dict[Tensor, str] = {}
+    second_names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(parameter, name)
+        if name != first and name in state and first in state:
+            second_names[name] = first
+    return second_names
 
 
 def check_state(
     state: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    where: str,
-    mend: str,
+    what: str,
+    fix: str,
     *,
     needed: Collection[str] | None = None,
 ) -> None:
-    """Raises UserError naming a key that is missing (of `needed`, all that are expected by default), unexpected, or of another shape."""
-    if missing := sorted(set(expected if needed is None else needed) - state.keys()):
-        raise UserError(f"{where} lack {len(missing)} keys, the first {missing[0]!r}: {mend}")
-    if extra := sorted(state.keys() - expected.keys()):
-        raise UserError(
-            f"{where} have {len(extra)} unexpected keys, the first {extra[0]!r}: {mend}"
-        )
+    """Check the keys and shapes of a state dict.
+
+    Args:
+        state: the weights.
+        expected: weights of the expected keys and shapes.
+        what: a name of the weights in the plural, which begins the error message.
+        fix: a sentence that ends the error message.
+        needed: keys that `state` must contain; by default all expected ones.
+
+    Raises:
+        UserError: a key is missing, unexpected or has another shape.
+    """
+    missing = sorted(set(expected if needed is None else needed) - state.keys())
+    if missing:
+        raise UserError(f"{what} lack {len(missing)} keys (first: {missing[0]!r}). {fix}")
+    extra = sorted(state.keys() - expected.keys())
+    if extra:
+        raise UserError(f"{what} have {len(extra)} unexpected keys (first: {extra[0]!r}). {fix}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise UserError(
-                f"{where}: {key!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}: {mend}"
+                f"{what}: {key!r} has the shape {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[key].shape)}. {fix}"
             )

@@ -1,10 +1,10 @@
-"""Loading an LLM under ZeRO-3: every rank reads its own part of every weight, and no rank ever has the whole of more than a few rows.
+"""Load an LLM under ZeRO-3: every rank reads its own partition of every weight.
 
-transformers reads all of it on the first rank, broadcasts it weight by weight, and tells nobody of keys that do not fit.
+No rank ever holds more than a few rows of a whole weight. transformers reads everything on the
+first rank, broadcasts it weight by weight, and does not report keys that do not fit.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,86 +13,111 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
 from asrllm.errors import UserError
-from asrllm.models.fingerprint import weight_files
+from asrllm.models.fingerprint import pretrained_weight_files
 from asrllm.models.hub_files import load_config, load_generation_config
+from asrllm.text_files import first_words
 
 KEY = "model.llm.pretrained_model"
 
 
 def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
-    """The LLM, partitioned by DeepSpeed, with its weights; None where transformers must rename the keys, or the format is another."""
-    files = weight_files(path)
+    """Return an LLM with its weights, partitioned by DeepSpeed.
+
+    Args:
+        path: the LLM's directory.
+        dtype: dtype of the weights.
+        attention: name of the attention implementation.
+
+    Returns:
+        The LLM, or None if transformers must rename the keys or the weights are not safetensors.
+    """
+    files = pretrained_weight_files(path)
     if any(file.suffix != ".safetensors" for file in files):
         return None
-    where = {name: file for file in files for name in _names(file)}
-    llm = _empty(load_config(path, KEY), dtype, attention)
+    keys = {file: _keys(file) for file in files}
+    file_of = {key: file for file in files for key in keys[file]}
+    llm = _without_weights(load_config(path, KEY), dtype, attention)
     parameters = dict(llm.named_parameters())
-    stored = set(llm.state_dict())
-    if not parameters.keys() <= where.keys() <= stored or any(
-        _in_whole(p) for p in parameters.values()
-    ):
+    saved = set(llm.state_dict())
+    if not parameters.keys() <= file_of.keys() <= saved:
+        return None
+    if not all(_is_evenly_partitioned(p) for p in parameters.values()):
         return None
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for name in _names(file) & parameters.keys():
-                _fill(parameters[name], tensors.get_slice(name), f"{name!r} in {str(file)!r}")
-    _fill_buffers(llm, where)
+            for name in keys[file] & parameters.keys():
+                what = f"{name!r} in {str(file)!r}"
+                _fill_partition(parameters[name], tensors.get_slice(name), what)
+    _fill_buffers(llm, file_of)
     if (Path(path) / "generation_config.json").is_file():
         llm.generation_config = load_generation_config(path)
     return llm.eval()
 
 
-def _names(file: Path) -> set[str]:
+def _keys(file: Path) -> set[str]:
     try:
         with safe_open(file, "pt") as tensors:
             return set(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"the weights {str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): download it again"
+            f"the weights {str(file)!r} cannot be read: {first_words(error)}. Download them again."
         ) from error
 
 
-def _empty(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """As transformers builds it before it loads: partitioned, its weights not initialised, its tied weights one."""
+def _without_weights(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """Build the LLM as transformers does before loading: partitioned and not initialised."""
     family = AutoModelForCausalLM._model_mapping[type(config)]
-    config._attn_implementation, config.dtype = attention, dtype
+    config._attn_implementation = attention
+    config.dtype = dtype
     with ContextManagers(family.get_init_context(dtype, False, False, None)):
         llm = family(config)
     llm.tie_weights()
     return llm
 
 
-def _in_whole(parameter: nn.Parameter) -> bool:
-    """DeepSpeed holds it in another way than in equal parts in memory: swapped to a disk, or twice."""
-    part = parameter.ds_tensor
-    return (
-        part.numel() != parameter.partition_numel()
-        or getattr(parameter, "ds_secondary_tensor", None) is not None
-    )
+def _is_evenly_partitioned(parameter: nn.Parameter) -> bool:
+    """Return whether DeepSpeed holds a parameter once, in equal partitions in memory.
+
+    Otherwise it is swapped to a disk, or has a secondary copy.
+    """
+    has_copy = getattr(parameter, "ds_secondary_tensor", None) is not None
+    return parameter.ds_tensor.numel() == parameter.partition_numel() and not has_copy
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, source: Any, what: str) -> None:
-    """This rank's part: so many elements of the flattened weight, from the rows that hold them."""
-    if list(source.get_shape()) != list(parameter.ds_shape):
+def _fill_partition(parameter: nn.Parameter, source: Tensor, what: str) -> None:
+    """Read this rank's partition from the rows that contain it.
+
+    Args:
+        parameter: the partitioned parameter. A partition is a range of the flattened weight.
+        source: the whole weight in the file, of which slices can be read.
+        what: a name of the weight, for error messages.
+    """
+    shape = list(source.get_shape())
+    expected = list(parameter.ds_shape)
+    if shape != expected:
         raise UserError(
-            f"the weight {what} has the shape {source.get_shape()}, expected {list(parameter.ds_shape)}: download it again"
+            f"the weight {what} has the shape {shape}, expected {expected}. Download it again."
         )
-    part = parameter.ds_tensor
-    begin = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-    end = min(begin + part.numel(), parameter.ds_numel)
+    partition = parameter.ds_tensor
+    begin = partition.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    end = min(begin + partition.numel(), parameter.ds_numel)
     if begin >= end:
         return
-    row = parameter.ds_numel // parameter.ds_shape[0]
-    first = begin // row
-    rows: Tensor = source[first : -(-end // row)]
-    part[: end - begin].copy_(rows.reshape(-1)[begin - first * row : end - first * row])
+    row_size = parameter.ds_numel // parameter.ds_shape[0]
+    first_row = begin // row_size
+    last_row = -(-end // row_size)  # exclusive
+    offset = first_row * row_size
+    rows: Tensor = source[first_row:last_row]
+    partition[: end - begin].copy_(rows.reshape(-1)[begin - offset : end - offset])
 
 
 @torch.no_grad()
-def _fill_buffers(llm: PreTrainedModel, where: dict[str, Path]) -> None:
-    """Buffers that a model saves; DeepSpeed leaves them whole."""
+def _fill_buffers(llm: PreTrainedModel, file_of: dict[str, Path]) -> None:
+    """Read the saved buffers, which DeepSpeed does not partition."""
     for name, buffer in llm.named_buffers():
-        if name in where:
-            with safe_open(where[name], "pt") as tensors:
+        if name in file_of:
+            with safe_open(file_of[name], "pt") as tensors:
                 buffer.copy_(tensors.get_tensor(name))

@@ -280,11 +280,11 @@ def test_choices_that_are_not_weights_files_are_rejected(exp, tmp_path):
         == tmp_path / "exported" / "model.safetensors"
     )
     with pytest.raises(
-        UserError, match=f"is a ZeRO checkpoint: 'asrllm consolidate {exp} --tag checkpoint-8'"
+        UserError, match=f"is a ZeRO checkpoint.* 'asrllm consolidate {exp} --tag checkpoint-8'"
     ):
         read_state(exp / "checkpoint-8")
     (exp / "short.pt").write_bytes(resolve(exp).read_bytes()[:-100])
-    with pytest.raises(UserError, match="copy the file again, or make it again"):
+    with pytest.raises(UserError, match=r"short\.pt. cannot be read"):
         read_state(exp / "short.pt")
 
 

@@ -17,7 +17,7 @@ from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.serialization import in_base, merged_parameter
+from asrllm.models.asr_llm.serialization import is_base_weight, merged_parameter
 from tests.conftest import clean_environment
 from tests.models.asr_llm.test_modeling import make_model
 from tests.models.asr_llm.test_serialization import family_llm, lora_model
@@ -135,12 +135,12 @@ def test_adapters_of_a_trained_llm_are_not_saved_alone(world, tmp_path):
 
 def test_missing_inherited_llm_is_not_replaced_by_the_base_model(world, tmp_path):
     model = lora_model(world)
-    model.config.stored = {"llm": sum(in_base(name, "llm") for name in model.weights())}
-    exp = run_of(model, tmp_path / "exp")  # like the output of zero_to_fp32.py
+    model.config.stored = {"llm": sum(is_base_weight(name, "llm") for name in model.weights())}
+    exp = run_of(model, tmp_path / "exp")  # what zero_to_fp32.py makes of it
     (exp / "inherited_weights.pt").touch()
     with pytest.raises(
         UserError,
-        match=r"0 of the llm.*inherited_weights\.pt.*'asrllm consolidate'",
+        match=r"0 tensors of the llm, .*'asrllm consolidate' .*inherited_weights\.pt",
     ):
         LlmFiles(exp)
     torch.save(model.weights(), exp / "pretrained.pt")

@@ -1,4 +1,4 @@
-"""Every backend against a softmax with a dense mask, in float64; and the rows of whole LLMs against transformers' own attention."""
+"""Attention backends against a dense mask in float64, and LLMs against transformers' attention."""
 
 import copy
 import itertools
@@ -23,12 +23,14 @@ CASES = [
     {"causal": True, "softcap": 2.0, "window": 5, "scale": 0.3},
     {"causal": False, "softcap": 2.0, "scale": 0.5},
 ]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def row(lengths, heads=(4, 2), width=16, dtype=torch.float32, device="cpu", seed=0):
-    """Query, key, value (1, heads, T, width) as a projection gives them (transposed), a gradient of the output, cu_seqlens."""
+    """Return query, key and value (1, heads, T, width), transposed as after a projection, a gradient of
+    the output, and cu_seqlens.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, sum(lengths), h, width) for h in (heads[0], heads[1], heads[1], heads[0])]
     *tensors, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
@@ -37,7 +39,7 @@ def row(lengths, heads=(4, 2), width=16, dtype=torch.float32, device="cpu", seed
 
 
 def dense(query, key, value, cu_seqlens, *, causal, scale=None, window=None, softcap=None):
-    """The definition, with a mask of (T x T)."""
+    """Compute the definition of attention, with a mask (T, T)."""
     total, groups = query.shape[2], query.shape[1] // key.shape[1]
     at = torch.arange(total, device=query.device)
     utterance = torch.searchsorted(cu_seqlens[1:].long(), at, right=True)
@@ -69,7 +71,7 @@ def check(inputs, grad, cu_seqlens, backend, tolerance, **options):
 @uncompiled
 @pytest.mark.parametrize("options", CASES, ids=str)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
-def test_outputs_and_gradients_are_those_of_a_dense_mask(backend, options):
+def test_outputs_and_gradients_match_a_dense_mask(backend, options):
     if backend == "sdpa":
         check(*row(LENGTHS), backend, 1e-5, **options)
         check(*row(LENGTHS, heads=(3, 3)), backend, 1e-5, **options)
@@ -85,9 +87,9 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(backend, options):
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_bfloat16_on_the_cpu_whole_or_fused(monkeypatch, options):
+def test_bfloat16_on_the_cpu_with_and_without_the_fused_kernel(monkeypatch, options):
     check(*row(LENGTHS, dtype=torch.bfloat16), "sdpa", 4e-2, **options)
-    monkeypatch.setattr(attention, "MOST_SCORES", 0)
+    monkeypatch.setattr(attention, "MAX_UNFUSED_SCORES", 0)
     check(*row(LENGTHS, dtype=torch.bfloat16), "sdpa", 4e-2, **options)
 
 
@@ -117,7 +119,7 @@ def test_float32_on_a_gpu_is_exact_by_default(options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_utterances_never_see_each_other(backend, options, dtype):
+def test_utterances_do_not_attend_to_each_other(backend, options, dtype):
     inputs, _, cu_seqlens = row(LENGTHS, dtype=dtype)
     others = [x.detach().clone() for x in inputs]
     for x in others:
@@ -130,7 +132,7 @@ def test_utterances_never_see_each_other(backend, options, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation gives."""
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     elements = 0
 
@@ -147,7 +149,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_no_tensor_of_the_whole_row_squared_is_built(options, dtype):
+def test_no_tensor_of_the_squared_row_length_is_built(options, dtype):
     lengths = [40] * 50
     inputs, grad, cu_seqlens = row(lengths, dtype=dtype)
     with Largest() as largest:
@@ -155,7 +157,7 @@ def test_no_tensor_of_the_whole_row_squared_is_built(options, dtype):
     assert inputs[0].numel() <= largest.elements < sum(lengths) ** 2 / 20
 
 
-def test_dropout_drops_and_keeps_the_mean():
+def test_dropout_keeps_the_mean():
     inputs, _, cu_seqlens = row([200])
     with torch.no_grad():
         value = torch.ones_like(inputs[2])
@@ -167,43 +169,43 @@ def test_dropout_drops_and_keeps_the_mean():
             torch.testing.assert_close(output.mean(), torch.tensor(1.0), atol=0.05, rtol=0)
 
 
-def test_lengths_are_read_once_for_a_row(monkeypatch):
+def test_lengths_are_read_once_per_row(monkeypatch):
     inputs, _, cu_seqlens = row(LENGTHS)
     assert row_lengths(cu_seqlens) is row_lengths(cu_seqlens)
-    kept = len(attention._facts)
+    kept = len(attention._derived)
     packed(*inputs, cu_seqlens, causal=True)
-    assert len(attention._facts) == kept
+    assert len(attention._derived) == kept
     del cu_seqlens
-    assert len(attention._facts) == kept - 1
+    assert len(attention._derived) == kept - 1
 
 
-def test_a_backend_that_cannot_run_here_is_one_sentence():
+def test_unavailable_backend_is_rejected():
     inputs, _, cu_seqlens = row(LENGTHS)
     for backend in ("flash", "varlen"):
         with pytest.raises(
             UserError,
-            match=rf"backend '{backend}' cannot run here \(.+\): set it to 'auto' or 'sdpa'",
+            match=rf"backend '{backend}' cannot run here: .*CUDA",
         ):
             packed(*inputs, cu_seqlens, causal=True, backend=backend)
     with pytest.raises(
-        UserError, match=r"'flex' cannot run here \(it has no backward pass on the CPU"
+        UserError, match=r"'flex' cannot run here: it has no backward pass on the CPU"
     ):
         packed(*inputs, cu_seqlens, causal=True, backend="flex")
     with (
         torch.no_grad(),
-        pytest.raises(UserError, match=r"'flex' cannot run here \(it has no dropout"),
+        pytest.raises(UserError, match=r"'flex' cannot run here: it does not support dropout"),
     ):
         packed(*inputs, cu_seqlens, causal=True, backend="flex", dropout=0.1)
     with pytest.raises(UserError, match="'flahs' is unknown: did you mean 'flash'"):
         packed(*inputs, cu_seqlens, causal=True, backend="flahs")
 
 
-def test_what_works_here_is_known():
+def test_backends_reports_what_works_here():
     found = backends()
     assert list(found) == ["sdpa", "flash", "varlen", "flex"]
     assert found["sdpa"] == ""
     if not torch.cuda.is_available():
-        assert found["flash"] == found["varlen"] == "no CUDA device"
+        assert found["flash"] == found["varlen"] == "there is no CUDA device"
 
 
 # --- whole LLMs ---
@@ -236,7 +238,7 @@ LLMS = {
 
 
 def llms(kind):
-    """The LLM with packed attention, and transformers' eager one with the same weights."""
+    """Return an LLM with packed attention, and one with eager attention and the same weights."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **SIZE, **HEADS, **LLMS[kind])
     config.initializer_range = 0.5
@@ -255,7 +257,7 @@ def llms(kind):
 
 
 @pytest.mark.parametrize("kind", LLMS)
-def test_a_packed_row_is_transformers_eager_attention_on_each_utterance(kind):
+def test_packed_row_matches_transformers_eager_attention_on_each_utterance(kind):
     mine, theirs = llms(kind)
     utterances = [torch.randint(1, 64, (1, n)) for n in (9, 1, 17, 3)]
     positions = torch.cat([torch.arange(x.shape[1]) for x in utterances])[None]
@@ -278,7 +280,7 @@ def test_a_packed_row_is_transformers_eager_attention_on_each_utterance(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", LLMS)
-def test_padded_decoding_is_transformers_own(kind):
+def test_padded_decoding_matches_transformers(kind):
     mine, theirs = llms(kind)
     ids = torch.randint(1, 64, (3, 11))
     mask = torch.ones_like(ids)
@@ -305,7 +307,7 @@ def test_padded_decoding_is_transformers_own(kind):
         torch.testing.assert_close(one[true], two[true], atol=1e-4, rtol=1e-4)
 
 
-def test_the_llm_config_chooses_the_backend():
+def test_llm_config_chooses_the_backend():
     mine, _ = llms("qwen2")
     mine.config.asrllm_attention = "flash"
     if not torch.cuda.is_available():

@@ -23,7 +23,7 @@ from tests.test_cli import does, fails
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Models of the same shapes with other weights."""
+    """Write models of the same shapes with other weights."""
     root = tmp_path_factory.mktemp("others")
     torch.manual_seed(7)
     tiny_whisper(root / "whisper")
@@ -42,7 +42,7 @@ def perturb(file):
 
 @pytest.fixture
 def moved(world, tmp_path):
-    """A run that holds no weights of its base models, which were at tmp_path/old and are at tmp_path/new."""
+    """Return a run whose base models moved from tmp_path/old to tmp_path/new."""
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(world.whisper, old / "whisper")
     shutil.copytree(world.llm, old / "llm")
@@ -72,7 +72,7 @@ def assert_same_weights(found, expected):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_base_models_are_read_from_where_they_are_now(moved):
+def test_base_models_are_read_from_their_present_paths(moved):
     loaded = AutoModel.from_pretrained(moved.exp, base_models=moved.paths)
     assert_same_weights(loaded.weights(), moved.model.weights())
     assert torch.equal(logits(loaded), logits(moved.model))
@@ -100,7 +100,7 @@ def test_a_relative_path_is_stored_as_an_absolute_one(moved, monkeypatch):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_missing_base_models_are_reported_with_the_keys_to_give(moved, tmp_path, capsys, empty):
-    if empty:  # as a mount point without its file system is
+    if empty:  # like a mount point without its file system
         (moved.old / "whisper").mkdir(parents=True)
         (moved.old / "llm").mkdir()
     error = fails(capsys, "export", moved.exp, "--output", tmp_path / "model")
@@ -112,7 +112,7 @@ def test_missing_base_models_are_reported_with_the_keys_to_give(moved, tmp_path,
 
 
 @pytest.mark.parametrize(("part", "name"), [("audio_encoder", "whisper"), ("llm", "llm")])
-def test_another_base_model_is_refused(moved, others, tmp_path, capsys, part, name):
+def test_another_base_model_is_rejected(moved, others, tmp_path, capsys, part, name):
     wrong = words_of(moved.paths | {part: str(others / name)})
     wav = tmp_path / "a.wav"
     output = ("--output", tmp_path / "out")
@@ -139,18 +139,18 @@ def test_another_base_model_is_refused(moved, others, tmp_path, capsys, part, na
         ("model.llm.pretrained_model=/no/llm", "/no/llm"),
         ("model.llm.pretrained_model=", "model.llm.pretrained_model"),
         ("model.llm.pretrained_model={new}/llm/model.safetensors", "is a file"),
-        ("model.llm.pretrained_model={new}", "holds no weights"),
+        ("model.llm.pretrained_model={new}", "has no weights"),
         ("model.llm.pretrained=/no/llm", "did you mean 'model.llm.pretrained_model'"),
         ("model.encoder=/no", "model.audio_encoder.pretrained_model"),
     ],
 )
-def test_mistakes_in_the_words(moved, tmp_path, capsys, word, said):
+def test_invalid_base_model_options_are_rejected(moved, tmp_path, capsys, word, said):
     word = word.format(new=moved.new)
     assert said in fails(capsys, "export", moved.exp, word, "--output", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_unknown_parts_and_models_without_base_models_are_refused(moved):
+def test_unknown_parts_and_models_without_base_models_are_rejected(moved):
     config = AsrLlmConfig()
     with pytest.raises(UserError, match="did you mean 'audio_encoder'"):
         move_base_models(config, {"encoder": "x"}, where="exp")
@@ -162,7 +162,7 @@ def test_unknown_parts_and_models_without_base_models_are_refused(moved):
     assert config.base_models is None
 
 
-def test_the_words_may_stand_anywhere_among_the_arguments(moved, tmp_path, capsys):
+def test_base_model_options_may_be_anywhere_among_the_arguments(moved, tmp_path, capsys):
     encoder, llm = moved.words
     does(
         capsys,
@@ -178,7 +178,7 @@ def test_the_words_may_stand_anywhere_among_the_arguments(moved, tmp_path, capsy
     assert_same_weights(weights_of(tmp_path / "model"), moved.model.weights())
 
 
-def test_what_is_exported_names_the_present_places(moved, tmp_path, capsys):
+def test_export_stores_the_present_paths(moved, tmp_path, capsys):
     does(
         capsys,
         "export",
@@ -201,7 +201,7 @@ def test_what_is_exported_names_the_present_places(moved, tmp_path, capsys):
     assert_same_weights(weights_of(tmp_path / "model"), moved.model.weights())
 
 
-def test_a_part_that_an_exported_directory_leaves_out_may_move(moved, tmp_path, capsys):
+def test_part_excluded_from_an_export_may_move(moved, tmp_path, capsys):
     config = json.loads((moved.exp / "config.json").read_text())
     (moved.exp / "config.json").write_text(
         json.dumps(config | {"exclude_from_checkpoint": ["llm"]})
@@ -224,7 +224,7 @@ def test_a_part_that_an_exported_directory_leaves_out_may_move(moved, tmp_path, 
     assert_same_weights(found, moved.model.weights())
 
 
-def test_an_llm_is_merged_from_where_it_is_now(moved, tmp_path, capsys):
+def test_llm_is_merged_from_its_present_path(moved, tmp_path, capsys):
     does(capsys, "merge-lora", moved.exp, "--output", tmp_path / "moved", moved.words[1])
     (tmp_path / "old").symlink_to(moved.new)
     merge_lora(LlmFiles(moved.exp), tmp_path / "there")
@@ -249,7 +249,7 @@ def test_an_llm_is_merged_from_where_it_is_now(moved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("verb", ["transcribe", "average", "merge-lora", "export", "evaluate"])
-def test_the_help_names_the_keys(verb, capsys):
+def test_help_names_the_keys(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = " ".join(capsys.readouterr().out.split())

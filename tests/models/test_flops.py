@@ -1,4 +1,4 @@
-"""Counted operations against torch's counter, which sees every product of a forward and backward pass."""
+"""Compare the counted operations with torch's counter of all products."""
 
 import math
 
@@ -43,7 +43,7 @@ def make_model(kind: str, lora: dict | None, frozen: tuple[str, ...]) -> AsrLlmM
 
 
 def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
-    """Three utterances of one length: padding would be counted by torch and not here."""
+    """Return three utterances of the same length: torch would count padding, and count_flops does not."""
     lengths = torch.full((3,), 64000)
     audio = [int(n) for n in model.config.num_audio_tokens(lengths)]
     rows = [torch.cat([torch.full((n,), 301), torch.randint(0, 300, (40,))]) for n in audio]
@@ -72,7 +72,7 @@ def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
         (None, ()),
     ],
 )
-def test_the_count_is_torchs(kind, lora, frozen):
+def test_count_matches_torchs_counter(kind, lora, frozen):
     model = make_model(kind, lora, frozen)
     batch = make_batch(model)
     counter = FlopCounterMode(
@@ -88,18 +88,18 @@ def test_the_count_is_torchs(kind, lora, frozen):
     tokens = batch["cu_seqlens"].diff().double()
     mine += flops.pair * float(
         (tokens**2 - tokens * (tokens + 1) / 2).sum()
-    )  # plain products do what causality spares too
+    )  # plain products include what a causal mask saves
     assert mine == pytest.approx(
         counts["Global"] - counts["AsrLlmModel.audio_encoder.features"], rel=0.05
     )
 
 
 def convolution_backward(gradient, x, weight, *arguments, out_shape, **_):
-    """torch counts the weights' gradient of a convolution in groups as if there were none."""
+    """Count the gradient of grouped convolutions, for which torch ignores the groups."""
     return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(arguments[-1][:2])
 
 
-def test_devices_are_known_by_their_names():
+def test_peak_tflops_is_known_by_device_name():
     names = {
         "NVIDIA A100-SXM4-80GB": 312,
         "NVIDIA A10": 125,

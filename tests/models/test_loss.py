@@ -16,7 +16,7 @@ def inputs(rows=7, width=12, vocabulary=50, bias=False, dtype=torch.float64):
 
 
 def plain(hidden, head, targets, options):
-    """The whole logits, through torch's own cross-entropy and autograd."""
+    """Compute all logits, torch's cross-entropy and its gradients."""
     logits = head(hidden) * options.scale
     if options.softcap:
         logits = options.softcap * torch.tanh(logits / options.softcap)
@@ -31,7 +31,7 @@ def plain(hidden, head, targets, options):
     "options", [HeadOptions(), HeadOptions(0.3), HeadOptions(1.0, 2.0), HeadOptions(0.5, 3.0, 0.1)]
 )
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, bias, options, rows_at_once):
+def test_loss_and_gradients_match_the_unchunked_loss(monkeypatch, bias, options, rows_at_once):
     monkeypatch.setattr(loss, "LOGITS", rows_at_once * 50)
     hidden, head, targets = inputs(bias=bias)
     mine, correct, losses = SupervisedLoss()(hidden, head, targets, options)
@@ -50,7 +50,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, bias, opt
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
+def test_frozen_head_allocates_no_gradient():
     hidden, head, targets = inputs()
     head.requires_grad_(False)
     SupervisedLoss()(hidden, head, targets, HeadOptions())[0].backward()
@@ -58,9 +58,9 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
     assert hidden.grad.abs().max() > 0
 
 
-def test_without_gradients_and_without_targets(monkeypatch):
+def test_loss_without_gradients_and_without_targets(monkeypatch):
     hidden, head, targets = inputs()
-    monkeypatch.setattr(loss, "_zeros", None)  # there is no room made for a gradient of the head
+    monkeypatch.setattr(loss, "_zeros", None)  # no gradient of the head is allocated
     with torch.no_grad():
         value, *_ = SupervisedLoss()(hidden, head, targets, HeadOptions())
     monkeypatch.undo()
@@ -86,7 +86,7 @@ def test_bfloat16_is_near_float32():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation gives."""
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""SmolLM2 with its real weights, out of the package that the quickstart takes them from."""
+"""SmolLM2 with its real weights, from the package that the quickstart uses."""
 
 import sys
 
@@ -29,7 +29,7 @@ def model(world, tmp_path_factory):
 
 
 @pytest.mark.longest(60)
-def test_the_llm_loads_as_transformers_loads_it(model):
+def test_llm_loads_as_in_transformers(model):
     plain = AutoModelForCausalLM.from_pretrained(
         model.config.base_models["llm"]["path"], dtype=torch.float32
     )
@@ -44,7 +44,7 @@ def test_the_llm_loads_as_transformers_loads_it(model):
 
 
 @pytest.mark.longest(60)
-def test_the_packed_step_is_transformers_own(model):
+def test_packed_step_matches_transformers(model):
     chosen = samples(3)
     mine = model(**batch_of(model, chosen)).loss
     mine.backward()
@@ -70,12 +70,12 @@ def test_the_packed_step_is_transformers_own(model):
 
 @pytest.mark.longest(60)
 @pytest.mark.soak
-def test_what_an_utterance_is_batched_with_changes_nothing(model, soak):
+def test_texts_do_not_depend_on_the_rest_of_the_batch(model, soak):
     assert_batch_invariant(model, 6 if soak else 2)
 
 
 @pytest.mark.longest(60)
-def test_a_saved_directory_says_the_same(model, tmp_path):
+def test_saved_directory_gives_the_same_texts(model, tmp_path):
     model.save_pretrained(tmp_path)
     waves = [wave for _, wave in tone_sentences(3)]
     assert AutoModel.from_pretrained(tmp_path).transcribe(waves, 8) == model.transcribe(waves, 8)

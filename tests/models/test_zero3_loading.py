@@ -1,4 +1,4 @@
-"""Loading under ZeRO-3, in two real processes."""
+"""Load LLMs under ZeRO-3 in two processes."""
 
 import json
 import resource
@@ -21,7 +21,7 @@ DS = {
 
 
 def load(folders: list[str], out: str) -> None:
-    """In every process: what it holds of each LLM, and what the whole is."""
+    """Return, in every process, its partitions of each LLM and the gathered weights."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -56,7 +56,7 @@ def load(folders: list[str], out: str) -> None:
     del alive
 
 
-def test_every_rank_holds_and_reads_its_part(tmp_path):
+def test_every_rank_reads_only_its_partition(tmp_path):
     tied, untied, large, cut, odd = (
         tmp_path / name for name in ("tied", "untied", "large", "cut", "odd")
     )
@@ -97,11 +97,11 @@ def test_every_rank_holds_and_reads_its_part(tmp_path):
     total = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     for rank in ranks:
         assert rank[2]["held"] == pytest.approx(total / 2, rel=0.01)
-        assert rank[2]["grown"] < 1.2 * total  # its half, twice: as it is read and as it is kept
+        assert rank[2]["grown"] < 1.2 * total  # its half, twice: while it is read, and in the model
         assert (
             rank[0]["eos"]
             == AutoModelForCausalLM.from_pretrained(tied).generation_config.eos_token_id
         )
-        assert "missing keys, the first model.norm.weight" in rank[3]["error"]
+        assert all(word in rank[3]["error"] for word in ("missing keys", "model.norm.weight"))
         assert "'model.norm.weight' in" in rank[4]["error"]
         assert "has the shape [31], expected [32]" in rank[4]["error"]

@@ -1,4 +1,4 @@
-"""What a saved model says of itself, in transformers' config.json."""
+"""The configuration of a saved model, in transformers' config.json."""
 
 from typing import Any
 
@@ -10,14 +10,29 @@ from asrllm.models.encoders.registry import encoder_class
 class AsrLlmConfig(PreTrainedConfig):
     """Configuration of an AsrLlmModel.
 
-    audio_encoder: {"model_type", and the fields of that encoder}. llm: the causal LLM's own config.json. lora, audio_encoder_lora:
-    options of PEFT's LoraConfig, or None.
-    base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a checkpoint leaves out.
-    drop_ragged_frames: the frames behind the last full stack of audio_encoder_projector_ds_rate are dropped instead of padded with zeros.
-    stored: of a run, how many weights of each part its checkpoints hold, adapters apart.
-    prompts: those that training mixed; the first is the default of transcribe(). prompt_languages: {prompt: lang} of those for one.
-    hotwords_template: what training filled its lists of hotwords into; None: it gave none. trained_seconds: all but one in a hundred of the
-    utterances trained on are shorter; None: not known.
+    Attributes:
+        audio_encoder: {"model_type": ...} and the fields of that encoder.
+        llm: the causal LLM's own config.json.
+        lora: options of PEFT's LoraConfig for the LLM, or None.
+        audio_encoder_lora: options of PEFT's LoraConfig for the encoder, or None.
+        projector: a name in PROJECTORS.
+        projector_hidden_size: width of the projector's hidden layer.
+        audio_encoder_projector_ds_rate: number of encoder frames that make one audio token.
+        drop_ragged_frames: drop the frames after the last full stack of
+            audio_encoder_projector_ds_rate frames, instead of padding them with zeros.
+        audio_token: text that stands for an audio in a chat.
+        audio_token_id: its token id.
+        tag_audio_boundary: put a learned embedding before and after each audio.
+        pad_to_30s: pad Whisper's features to 30 s.
+        exclude_from_checkpoint: parts that a saved directory does not contain.
+        base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a
+            checkpoint does not contain.
+        stored: for a run, the number of weights of each part in its checkpoints, without adapters.
+        prompts: prompts that training mixed. The first is the default of transcribe().
+        prompt_languages: {prompt: language} of the prompts that are for one language.
+        hotwords_template: text into which training inserted its lists of hotwords, or None if it
+            had none.
+        trained_seconds: 99 % of the utterances in training were shorter; None if unknown.
     """
 
     model_type = "asrllm"
@@ -43,16 +58,26 @@ class AsrLlmConfig(PreTrainedConfig):
     trained_seconds: float | None = None
 
     def num_audio_tokens(self, samples: Any) -> Any:
-        """Samples of a waveform at 16 kHz -> tokens that the LLM sees of it; an int, array or tensor, as given. No forward is run.
+        """Return how many tokens of the LLM a waveform takes. No forward pass is run.
 
-        The last token may be part silence: no frame is cut off, unless drop_ragged_frames says so.
+        The last token may be partly silence: no frame is dropped, unless drop_ragged_frames is set.
+
+        Args:
+            samples: length of the waveform in samples at 16 kHz, as an int, an array or a tensor.
+
+        Returns:
+            The number of tokens, in the type of `samples`.
         """
         frames = encoder_class((self.audio_encoder or {})["model_type"]).frame_lengths(samples)
         rate = self.audio_encoder_projector_ds_rate
-        tokens = frames // rate if self.drop_ragged_frames else -(-frames // rate)
-        return tokens + (2 if self.tag_audio_boundary else 0)
+        tokens = -(-frames // rate)
+        if self.drop_ragged_frames:
+            tokens = frames // rate
+        if self.tag_audio_boundary:
+            tokens = tokens + 2
+        return tokens
 
     def sample_limits(self) -> tuple[int, int]:
-        """The fewest and the most samples at 16 kHz that the audio encoder takes."""
+        """Return the smallest and largest number of samples at 16 kHz that the encoder accepts."""
         fields = self.audio_encoder or {}
         return encoder_class(fields["model_type"]).sample_limits(fields)

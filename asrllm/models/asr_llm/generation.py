@@ -1,12 +1,10 @@
-"""Text out: greedy, beam or sampled decoding of a batch."""
-
-from __future__ import annotations
+"""Text generation: greedy search, beam search or sampling for a batch of audios."""
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -25,67 +24,126 @@ from asrllm.data.index import RATE
 from asrllm.defaults import MAX_NEW_TOKENS
 from asrllm.errors import UserError, nearest
 from asrllm.models.asr_llm.greedy_search import (
+    CudaGraphDecoder,
     DynamicCacheDecoder,
-    Recorded,
+    StepDecoder,
     can_be_recorded,
     greedy,
 )
+from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import HOP, check_finite
+from asrllm.text_files import first_words
 
-if TYPE_CHECKING:
-    from asrllm.models.asr_llm.modeling import AsrLlmModel
+MAX_LOOP_TOKENS = 16  # the longest sequence of tokens whose repetition counts as a loop
+MIN_LOOP_COPIES = 5  # how often it must be repeated
+EXTRA_TOKENS = 10  # added to the limit by duration, so that a short audio can have an answer
+# Greedy search, with every option set. transformers would fill an option that is None from the
+# LLM's generation_config.json, which is meant for conversation: Qwen's has a temperature and a
+# repetition penalty.
+GREEDY_OPTIONS = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "early_stopping": False,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
 
-LONGEST_LOOP, FEWEST_COPIES = (
-    16,
-    5,
-)  # tokens that repeat themselves, and how often they must to be a loop
-# greedy search, said in full: transformers would fill what is None from the LLM's generation_config.json (Qwen's has a temperature and a
-# repetition penalty), which is meant for conversation
-PLAIN = {
-    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "early_stopping": False,
-    "num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False, "output_scores": False,
-    "return_dict_in_generate": False, "use_cache": True,
-}  # fmt: skip
+# Features (x, x_lens), or a list of audios.
+AudioInputs = tuple[Tensor, Tensor] | Sequence[Any]
+
+# --- options ---
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: object) -> bool:
+    """Return whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite int or float and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
-def is_ids(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(is_whole(i) and i >= 0 for i in value)
-    )
+def is_ids(value: object) -> bool:
+    """Return whether a value is a list of token ids with at least one item."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(is_integer(i) and i >= 0 for i in value)
 
 
+def is_id_or_ids(value: object) -> bool:
+    """Return whether a value is a token id or a list of them."""
+    return is_ids([value]) or is_ids(value)
+
+
+def is_texts(value: object) -> bool:
+    """Return whether a value is a text that is not empty, or a list of such texts."""
+    if isinstance(value, str):
+        return value != ""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) and text for text in value)
+
+
+def is_id_lists(value: object) -> bool:
+    """Return whether a value is a list of lists of token ids."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(map(is_ids, value))
+
+
+def is_biases(value: object) -> bool:
+    """Return whether a value is a dict of numbers by sequences of token ids."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(is_ids(ids) and is_number(bias) for ids, bias in value.items())
+
+
+def is_length_penalty(value: object) -> bool:
+    """Return whether a value is a pair (tokens before the penalty begins, factor)."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return is_integer(value[0]) and is_number(value[1])
+
+
+# A check of a value, and what the value must be.
 Rule = tuple[Callable[[Any], bool], str]
+NUMBER: Rule = (is_number, "a number")
 ABOVE_0: Rule = (lambda v: is_number(v) and v > 0, "a number above 0")
-COUNT: Rule = (lambda v: is_whole(v) and v >= 0, "a whole number, not below 0")
-COUNT_ABOVE_0: Rule = (lambda v: is_whole(v) and v > 0, "a whole number above 0")
-SHARE: Rule = (lambda v: is_number(v) and 0 < v <= 1, "a number above 0, 1 at most")
-CUTOFF: Rule = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-YES_OR_NO: Rule = (lambda v: isinstance(v, bool), "True or False")
+COUNT: Rule = (lambda v: is_integer(v) and v >= 0, "an integer of at least 0")
+COUNT_ABOVE_0: Rule = (lambda v: is_integer(v) and v > 0, "an integer above 0")
+PROBABILITY: Rule = (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1")
+CUTOFF: Rule = (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1")
+FLAG: Rule = (lambda v: isinstance(v, bool), "True or False")
 IDS: Rule = (is_ids, "a list of token ids")
-ID_OR_IDS: Rule = (lambda v: is_ids([v]) or is_ids(v), "a token id or a list of them")
-# the options of transformers' GenerationConfig that mean something where the prompt is given as embeddings
+ID_OR_IDS: Rule = (is_id_or_ids, "a token id or a list of token ids")
+# The options of transformers' GenerationConfig that work with a prompt given as embeddings.
 OPTIONS: dict[str, Rule] = {
     "num_beams": COUNT_ABOVE_0,
-    "length_penalty": (is_number, "a number"),
+    "length_penalty": NUMBER,
     "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
-    "do_sample": YES_OR_NO,
+    "do_sample": FLAG,
     "temperature": ABOVE_0,
     "top_k": COUNT,
-    "top_p": SHARE,
+    "top_p": PROBABILITY,
     "min_p": CUTOFF,
-    "top_h": SHARE,
-    "typical_p": SHARE,
+    "top_h": PROBABILITY,
+    "typical_p": PROBABILITY,
     "epsilon_cutoff": CUTOFF,
     "eta_cutoff": CUTOFF,
     "repetition_penalty": ABOVE_0,
@@ -93,42 +151,31 @@ OPTIONS: dict[str, Rule] = {
     "max_new_tokens": COUNT_ABOVE_0,
     "min_new_tokens": COUNT,
     "max_time": ABOVE_0,
-    "stop_strings": (
-        lambda v: all(
-            isinstance(s, str) and s
-            for s in ([v] if isinstance(v, str) else v if isinstance(v, list) and v else [None])
-        ),
-        "a text or a list of texts",
-    ),
+    "stop_strings": (is_texts, "a text or a list of texts"),
     "eos_token_id": ID_OR_IDS,
     "forced_eos_token_id": ID_OR_IDS,
     "suppress_tokens": IDS,
     "begin_suppress_tokens": IDS,
-    "bad_words_ids": (
-        lambda v: isinstance(v, list) and bool(v) and all(map(is_ids, v)),
-        "a list of lists of token ids",
-    ),
-    "sequence_bias": (
-        lambda v: (
-            isinstance(v, dict)
-            and bool(v)
-            and all(is_ids(k) and is_number(x) for k, x in v.items())
-        ),
-        "{(token id, ...): number}",
-    ),
-    "exponential_decay_length_penalty": (
-        lambda v: (
-            isinstance(v, (list, tuple)) and len(v) == 2 and is_whole(v[0]) and is_number(v[1])
-        ),
-        "(tokens before it begins, factor)",
-    ),
-    "renormalize_logits": YES_OR_NO,
-    "use_cache": YES_OR_NO,
+    "bad_words_ids": (is_id_lists, "a list of lists of token ids"),
+    "sequence_bias": (is_biases, "{(token id, ...): number}"),
+    "exponential_decay_length_penalty": (is_length_penalty, "(tokens before it begins, factor)"),
+    "renormalize_logits": FLAG,
+    "use_cache": FLAG,
 }
-# what an LLM's generation_config.json says beside; fixed below, or without a meaning for one text a chat
-IGNORED_OPTIONS = ("pad_token_id", "bos_token_id", "transformers_version", "num_return_sequences", "output_attentions",
-                  "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")  # fmt: skip
-SAMPLING = (
+# Further entries of an LLM's generation_config.json. They are fixed below, or have no meaning for
+# one text per chat.
+IGNORED_OPTIONS = (
+    "pad_token_id",
+    "bos_token_id",
+    "transformers_version",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+)
+SAMPLING_OPTIONS = (
     "temperature",
     "top_k",
     "top_p",
@@ -140,10 +187,136 @@ SAMPLING = (
 )
 
 
+def decoding_config(
+    given: GenerationConfig | None,
+    max_new_tokens: int | None,
+    stop_ids: Sequence[int],
+    **options: Any,
+) -> GenerationConfig:
+    """Return the complete decoding options of a call of `generate`.
+
+    Args:
+        given: the caller's GenerationConfig, if any.
+        max_new_tokens: maximum number of tokens in an answer; None leaves it to `given`.
+        stop_ids: token ids that end an answer.
+        options: the caller's keywords. They override `given`; GREEDY_OPTIONS fills the rest.
+
+    Raises:
+        UserError: an option is unknown, unsupported, or has a wrong value.
+    """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise UserError(
+            f"generation_config is a {type(given).__name__}. Give a GenerationConfig of "
+            "transformers."
+        )
+    chosen = _non_default_options(given or GenerationConfig())
+    keywords = {name: value for name, value in options.items() if value is not None}
+    chosen |= keywords
+    if max_new_tokens is None:
+        max_new_tokens = chosen.get("max_new_tokens", MAX_NEW_TOKENS)
+    if not chosen.get("do_sample"):
+        for name, value in keywords.items():
+            if name in SAMPLING_OPTIONS:
+                raise UserError(f"{name}={value} has no effect without do_sample=True. Add it.")
+        chosen = {name: v for name, v in chosen.items() if name not in SAMPLING_OPTIONS}
+    check_options(chosen | {"max_new_tokens": max_new_tokens})
+    further_stops = chosen.get("eos_token_id", [])
+    if not isinstance(further_stops, list):
+        further_stops = [further_stops]
+    all_stops = sorted({*stop_ids, *further_stops})
+    chosen = {name: v for name, v in chosen.items() if name not in IGNORED_OPTIONS}
+    chosen |= {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": all_stops,
+        "pad_token_id": all_stops[0],
+    }
+    try:
+        return GenerationConfig(**GREEDY_OPTIONS | chosen)
+    except ValueError as error:
+        raise UserError(
+            f"the generation options contradict each other: {first_words(error)}."
+        ) from error
+
+
+def _non_default_options(config: GenerationConfig) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value is not None and not name.startswith("_")
+    }
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise UserError for an option that is unknown, unsupported, or has a wrong value."""
+    if "max_length" in options:
+        raise UserError(
+            "max_length counts the tokens of the prompt and of the audio too. Use max_new_tokens."
+        )
+    if options.get("num_return_sequences", 1) != 1:
+        raise UserError(
+            f"num_return_sequences={options['num_return_sequences']!r} is not supported: "
+            "generate() returns one text for each chat. Leave it out."
+        )
+    known_to_transformers = vars(GenerationConfig())
+    for name, value in options.items():
+        if name in IGNORED_OPTIONS:
+            continue
+        if name not in OPTIONS and name in known_to_transformers:
+            raise UserError(
+                f"{name} is not supported in generate(), because the prompt contains audio. "
+                "Leave it out."
+            )
+        if name not in OPTIONS:
+            raise UserError(f"{name!r} is not an option of generate(): {nearest(name, OPTIONS)}")
+        is_valid, wanted = OPTIONS[name]
+        if not is_valid(value):
+            raise UserError(f"{name}={value!r} is not valid. It must be {wanted}.")
+
+
+def check_limits(max_tokens_per_second: float | None, repetition_guard: int | None) -> None:
+    """Raise UserError for a limit that is neither None nor above 0."""
+    is_rate_valid, wanted = ABOVE_0
+    if max_tokens_per_second is not None and not is_rate_valid(max_tokens_per_second):
+        raise UserError(
+            f"max_tokens_per_second={max_tokens_per_second!r} is not valid. It must be {wanted}, "
+            "or None for no limit by duration."
+        )
+    is_guard_valid, wanted = COUNT_ABOVE_0
+    if repetition_guard is not None and not is_guard_valid(repetition_guard):
+        raise UserError(
+            f"repetition_guard={repetition_guard!r} is not valid. It must be {wanted}, or None for "
+            "no guard."
+        )
+
+
+def token_limit(seconds: float, max_new_tokens: int, max_tokens_per_second: float | None) -> int:
+    """Return the maximum number of tokens in the answer to some seconds of audio."""
+    if max_tokens_per_second is None:
+        return max_new_tokens
+    return min(max_new_tokens, round(seconds * max_tokens_per_second) + EXTRA_TOKENS)
+
+
+# --- generation ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The LLM's answer to a chat.
+
+    Attributes:
+        text: the text, without special tokens.
+        end: why it ended: "stop" at a stop token, "loop" for a repetition of which one copy
+            remains, "limit" at its maximum length.
+    """
+
+    text: str
+    end: str = "stop"
+
+
 @torch.no_grad()
 def generate(
-    model: AsrLlmModel,
-    inputs: Any,
+    model: AsrLlmNetwork,
+    inputs: AudioInputs,
     messages: Sequence[Messages],
     max_new_tokens: int | None,
     generation_config: GenerationConfig | None,
@@ -151,117 +324,137 @@ def generate(
     repetition_guard: int | None,
     **options: Any,
 ) -> list[Answer]:
-    """See AsrLlmModel.generate."""
+    """Return the answers of a model. The arguments are those of `AsrLlmModel.generate`."""
     processor = model.require_processor()
-    config = decoding_config(
-        generation_config, max_new_tokens, processor.renderer.stop_ids, **options
-    )
+    stop_ids = processor.renderer.stop_ids
+    config = decoding_config(generation_config, max_new_tokens, stop_ids, **options)
     check_limits(max_tokens_per_second, repetition_guard)
     device = model.llm.get_input_embeddings().weight.device
-    if is_features(inputs):
-        features, lengths = processor.check_features(*inputs)
-        samples = lengths.cpu() * HOP
-        counts = processor.share_out(messages, len(samples))
-        features, lengths = features.to(device), lengths.to(device)
-    else:
-        waves, samples = processor.load_waves(inputs)
-        counts = processor.share_out(messages, len(samples))
-        features, lengths = model.audio_encoder.features(waves.to(device), samples.to(device))
-        names = [audio_name(item, i) for i, item in enumerate(as_list(inputs))]
-        check_finite(
-            features, names, "are not finite: its samples are too large, give floats from -1 to 1"
-        )
-    prompts = processor.encode_prompts(
-        messages, counts, model.config.num_audio_tokens(samples).tolist()
-    )
+    features, lengths, samples, counts = _prepare_audio(model, inputs, messages, device)
+    audio_tokens = model.config.num_audio_tokens(samples).tolist()
+    prompts = processor.encode_prompts(messages, counts, audio_tokens)
     input_ids, mask = (x.to(device) for x in pad_left(prompts))
-    seconds = [float(part.sum()) / RATE for part in samples.split(counts)]
-    limits = [token_limit(s, config.max_new_tokens, max_tokens_per_second) for s in seconds]
+    limits: list[int] = []
+    for part in samples.split(counts):
+        seconds = float(part.sum()) / RATE
+        limits.append(token_limit(seconds, config.max_new_tokens, max_tokens_per_second))
+    guard = repetition_guard if config.num_beams == 1 else None
     with eval_mode(model):
         embeddings = model.embed(input_ids, model.encode(features, lengths))
-        rows = decode(
-            model,
-            embeddings,
-            mask,
-            config,
-            RowEnds(limits, repetition_guard if config.num_beams == 1 else None),
-            len(counts),
-        )
-    ends = config.eos_token_id
+        stopping = RowStopping(limits, guard)
+        rows = decode(model, embeddings, mask, config, stopping, len(counts))
     return [
-        make_answer(processor.tokenizer, row[:limit], ends, repetition_guard)
+        make_answer(processor.tokenizer, row[:limit], config.eos_token_id, repetition_guard)
         for row, limit in zip(rows, limits, strict=True)
     ]
 
 
+def _prepare_audio(
+    model: AsrLlmNetwork, inputs: AudioInputs, messages: Sequence[Messages], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Check the inputs and compute features.
+
+    Returns:
+        Features (N, T, F) and their lengths in frames (N,) on the device, the lengths in samples
+        (N,) on the CPU, and the number of audios in each chat.
+    """
+    processor = model.require_processor()
+    if is_features(inputs):
+        features, lengths = processor.check_features(*inputs)
+        samples = lengths.cpu() * HOP
+        counts = processor.count_audios(messages, len(samples))
+        return features.to(device), lengths.to(device), samples, counts
+    waves, samples = processor.load_waves(inputs)
+    counts = processor.count_audios(messages, len(samples))
+    features, lengths = model.audio_encoder.features(waves.to(device), samples.to(device))
+    names = [audio_name(item, i) for i, item in enumerate(as_list(inputs))]
+    problem = "are not finite, because its samples are too large. Give floats from -1 to 1."
+    check_finite(features, names, problem)
+    return features, lengths, samples, counts
+
+
 def decode(
-    model: AsrLlmModel,
+    model: AsrLlmNetwork,
     embeddings: Tensor,
     mask: Tensor,
     config: GenerationConfig,
-    ends: RowEnds,
+    stopping: "RowStopping",
     chats: int,
 ) -> list[list[int]]:
-    """The new tokens of each chat. Greedy search is our own, but not of a partitioned LLM: there transformers keeps the ranks in step."""
-    first, stops = FirstLogits(chats), config.eos_token_id
-    partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
-    if is_plain(config) and not partitioned and model.causal_lm._supports_default_dynamic_cache():
-        llms = model.llm, model.causal_lm
-        recorded = model.cuda_graphs and can_be_recorded(model.causal_lm)
-        steps = (
-            Recorded.fitting(*llms, mask, int(ends.limits.max()))
-            if recorded
-            else DynamicCacheDecoder(*llms)
-        )
-        return greedy(steps, embeddings, mask, stops, ends, first.check)
-    set_length(config, int(ends.limits.max()), mask.shape[1], model.llm.generation_config)
+    """Return the new tokens of each chat.
+
+    Greedy search is our own, except for an LLM that ZeRO-3 has partitioned: there transformers
+    keeps the ranks in step.
+
+    Args:
+        model: the model.
+        embeddings: prompts, padded on the left (N, T, LLM width).
+        mask: attention mask of the prompts (N, T).
+        config: decoding options.
+        stopping: when each row ends.
+        chats: number of chats.
+    """
+    first_logits = FirstLogitsCheck(chats)
+    max_tokens = int(stopping.limits.max())
+    is_partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
+    has_cache = model.causal_lm._supports_default_dynamic_cache()
+    if is_greedy(config) and not is_partitioned and has_cache:
+        decoder: StepDecoder
+        if model.cuda_graphs and can_be_recorded(model.causal_lm):
+            decoder = CudaGraphDecoder.for_batch(model.llm, model.causal_lm, mask, max_tokens)
+        else:
+            decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
+        stop_ids = config.eos_token_id
+        return greedy(decoder, embeddings, mask, stop_ids, stopping, first_logits.check)
+    set_length(config, max_tokens, mask.shape[1], model.llm.generation_config)
+    keywords = {}
+    if config.stop_strings:
+        keywords["tokenizer"] = model.require_processor().tokenizer
     return model.llm.generate(
         inputs_embeds=embeddings,
         attention_mask=mask,
         generation_config=config,
-        logits_processor=LogitsProcessorList([first]),
-        stopping_criteria=StoppingCriteriaList([ends]),
-        **({"tokenizer": model.require_processor().tokenizer} if config.stop_strings else {}),
+        logits_processor=LogitsProcessorList([first_logits]),
+        stopping_criteria=StoppingCriteriaList([stopping]),
+        **keywords,
     ).tolist()
 
 
-def is_plain(config: GenerationConfig) -> bool:
-    """Greedy search with no option that changes what is probable."""
-    said = {name: value for name in OPTIONS if (value := getattr(config, name, None)) is not None}
-    return all(
-        value == PLAIN.get(name)
-        for name, value in said.items()
-        if name not in ("max_new_tokens", "eos_token_id")
-    )
+def is_greedy(config: GenerationConfig) -> bool:
+    """Return whether decoding is greedy search without an option that changes probabilities."""
+    for name in OPTIONS:
+        value = getattr(config, name, None)
+        if value is None or name in ("max_new_tokens", "eos_token_id"):
+            continue
+        if value != GREEDY_OPTIONS.get(name):
+            return False
+    return True
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the LLM says. end: of what it was: "stop", by itself; "loop", of which one copy is kept; "limit", of its length."""
+def make_answer(
+    tokenizer: PreTrainedTokenizerBase, row: list[int], stop_ids: Sequence[int], guard: int | None
+) -> Answer:
+    """Return the answer in the new tokens of a row."""
+    length = first_stop(row, stop_ids)
+    tokens = answer_tokens(row, stop_ids, guard)
+    end = "limit"
+    if len(tokens) < length:
+        end = "loop"
+    elif length < len(row):
+        end = "stop"
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Answer(text=text.strip(), end=end)
 
-    text: str
-    end: str = "stop"
 
-
-def make_answer(tokenizer: Any, row: list[int], stops: Sequence[int], guard: int | None) -> Answer:
-    until = next((i for i, token in enumerate(row) if token in stops), len(row))
-    kept = cut(row, stops, guard)
-    end = "loop" if len(kept) < until else "stop" if until < len(row) else "limit"
-    return Answer(text=tokenizer.decode(kept, skip_special_tokens=True).strip(), end=end)
-
-
-def is_features(inputs: Any) -> bool:
-    """A pair of tensors is (x, x_lens); raw audio comes as a list."""
-    return (
-        isinstance(inputs, tuple)
-        and len(inputs) == 2
-        and all(isinstance(x, Tensor) for x in inputs)
-    )
+def is_features(inputs: AudioInputs) -> bool:
+    """Return whether the inputs are features (x, x_lens). Raw audio is a list."""
+    is_pair = isinstance(inputs, tuple) and len(inputs) == 2
+    return is_pair and all(isinstance(x, Tensor) for x in inputs)
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout; a model in training is put back as it was, module by module."""
+    """Put a model into eval mode inside the block, and restore the mode of each module after it."""
     in_training = [module for module in model.modules() if module.training]
     if in_training:
         model.eval()
@@ -272,159 +465,120 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def check_limits(max_tokens_per_second: float | None, repetition_guard: int | None) -> None:
-    if max_tokens_per_second is not None and not (
-        is_number(max_tokens_per_second) and max_tokens_per_second > 0
-    ):
-        raise UserError(
-            f"max_tokens_per_second={max_tokens_per_second!r} must be a number above 0, or None for no limit by duration"
-        )
-    if repetition_guard is not None and not (is_whole(repetition_guard) and repetition_guard > 0):
-        raise UserError(
-            f"repetition_guard={repetition_guard!r} must be a whole number above 0, or None for no guard"
-        )
-
-
-def token_limit(seconds: float, max_new_tokens: int, max_tokens_per_second: float | None) -> int:
-    """The longest answer to so much audio: `max_tokens_per_second` of it and ten more, `max_new_tokens` at most."""
-    if max_tokens_per_second is None:
-        return max_new_tokens
-    return min(max_new_tokens, round(seconds * max_tokens_per_second) + 10)
-
-
-def decoding_config(
-    given: GenerationConfig | None, max_new_tokens: int | None, stops: list[int], **options: Any
-) -> GenerationConfig:
-    """What the caller said, keywords before `given`, and PLAIN for the rest."""
-    if given is not None and not isinstance(given, GenerationConfig):
-        raise UserError(
-            f"generation_config is a {type(given).__name__}: give a GenerationConfig of transformers"
-        )
-    said = {
-        k: v
-        for k, v in vars(given or GenerationConfig()).items()
-        if v is not None and not k.startswith("_")
-    }
-    said |= {k: v for k, v in options.items() if v is not None}
-    longest = (
-        max_new_tokens if max_new_tokens is not None else said.get("max_new_tokens", MAX_NEW_TOKENS)
-    )
-    if not said.get("do_sample"):
-        if wrong := [k for k in SAMPLING if k in options and options[k] is not None]:
-            raise UserError(
-                f"{wrong[0]}={options[wrong[0]]} is an option of sampling: give do_sample=True with it"
-            )
-        said = {k: v for k, v in said.items() if k not in SAMPLING}
-    check_options(said | {"max_new_tokens": longest})
-    given_stops = said.get("eos_token_id", [])
-    stops = sorted({*stops, *(given_stops if isinstance(given_stops, list) else [given_stops])})
-    said = {k: v for k, v in said.items() if k not in IGNORED_OPTIONS}
-    fixed = {"max_new_tokens": longest, "eos_token_id": stops, "pad_token_id": stops[0]}
-    try:
-        return GenerationConfig(**PLAIN | said | fixed)
-    except ValueError as error:
-        raise UserError(
-            f"the generation options do not fit together: {' '.join(str(error).split())}"
-        ) from error
-
-
-def check_options(said: dict[str, Any]) -> None:
-    """Raises UserError for an option that is unknown, not possible or of another value than it may have."""
-    if "max_length" in said:
-        raise UserError(
-            "max_length counts the prompt and the audio's tokens too: give max_new_tokens in its place"
-        )
-    if said.get("num_return_sequences", 1) != 1:
-        raise UserError(
-            f"num_return_sequences={said['num_return_sequences']!r} is not possible: generate() gives one text for each chat"
-        )
-    for name, value in said.items():
-        if name in IGNORED_OPTIONS:
-            continue
-        if name not in OPTIONS and name in vars(GenerationConfig()):
-            raise UserError(
-                f"{name} is not possible in generate(), whose prompt holds audio: leave it out"
-            )
-        if name not in OPTIONS:
-            raise UserError(f"{name!r} is no option of generate(): {nearest(name, OPTIONS)}")
-        fits, what = OPTIONS[name]
-        if not fits(value):
-            raise UserError(f"{name}={value!r} must be {what}")
-
-
 def set_length(
     config: GenerationConfig, tokens: int, prompt: int, defaults: GenerationConfig
 ) -> None:
-    """End every row after so many tokens; in the terms of the LLM's defaults, because transformers warns where both are set."""
+    """Limit every row to some new tokens.
+
+    The limit is set by the option that the LLM's defaults use, because transformers warns if both
+    are set.
+
+    Args:
+        config: decoding options; changed in place.
+        tokens: maximum number of new tokens.
+        prompt: number of tokens in the prompt.
+        defaults: the LLM's own generation settings.
+    """
     if defaults.max_length is None:
         config.max_new_tokens = tokens
     else:
-        config.max_new_tokens, config.max_length = None, prompt + tokens
+        config.max_new_tokens = None
+        config.max_length = prompt + tokens
 
 
-class FirstLogits(LogitsProcessor):
-    """Raises UserError where an answer's first token has no probabilities: it would be an empty text, as if nothing had been said."""
+class FirstLogitsCheck(LogitsProcessor):
+    """Raise UserError if an answer's first token has no probabilities.
+
+    Otherwise the answer would be an empty text, as if nothing had been spoken.
+    """
 
     def __init__(self, chats: int) -> None:
-        self.chats, self.seen = chats, False
+        self.chats = chats
+        self.is_checked = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (rows, vocabulary), of which beam search has several rows for each chat; given out as they are"""
-        if not self.seen:
+        """Return the scores (rows, vocabulary) unchanged. Beam search has several rows per chat."""
+        if not self.is_checked:
             self.check(scores)
-        self.seen = True
+        self.is_checked = True
         return scores
 
     def check(self, scores: Tensor) -> None:
-        if (bad := scores.isnan().any(1)).any():
-            raise UserError(
-                f"the model answers chat {int(bad.nonzero()[0]) // (len(bad) // self.chats)} with NaN: its weights hold NaN, or numbers "
-                f"too large for {str(scores.dtype).removeprefix('torch.')}: load other weights, or with dtype='float32'"
-            )
+        """Raise UserError if a row of the scores contains NaN."""
+        is_nan = scores.isnan().any(1)
+        if not is_nan.any():
+            return
+        row = int(is_nan.nonzero()[0])
+        chat = row // (len(is_nan) // self.chats)
+        dtype = str(scores.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the model's logits for chat {chat} are NaN: its weights contain NaN, or numbers too "
+            f"large for {dtype}. Load other weights, or use dtype='float32'."
+        )
 
 
-class RowEnds(StoppingCriteria):
-    """Ends each row at its own limit, or where it has begun to loop: the batch ends with the last of its rows.
+class RowStopping(StoppingCriteria):
+    """Stop each row at its own limit, or when it has begun to loop.
 
-    guard: as in first_loop; None with beam search, where a looping hypothesis that was ended would win over honest ones that go on.
+    A batch ends with the last of its rows.
+
+    Attributes:
+        limits: maximum number of new tokens of each row.
+        guard: as in `first_loop`. It is None with beam search, where a looping hypothesis that
+            was stopped would win over correct ones that continue.
     """
 
     def __init__(self, limits: Sequence[int], guard: int | None) -> None:
-        self.limits, self.guard = torch.tensor(limits), guard
+        self.limits = torch.tensor(limits)
+        self.guard = guard
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows, given by their indices."""
         self.limits = self.limits[rows]
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """input_ids (rows, new tokens), of which beam search has several for each answer -> (rows,) bool"""
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
+        """Return which rows are done.
+
+        Args:
+            input_ids: (rows, new tokens). Beam search has several rows for each answer.
+            scores: not used.
+
+        Returns:
+            (rows,) bool.
+        """
         length = input_ids.shape[1]
         self.limits = self.limits.to(input_ids.device)
-        done = (self.limits <= length).repeat_interleave(len(input_ids) // len(self.limits))
-        for n in range(1, LONGEST_LOOP + 1) if self.guard else ():
-            stretch = n * copies_of_loop(n, self.guard or 0)
-            if stretch <= length:
-                done |= (
-                    input_ids[:, length - stretch + n :]
-                    == input_ids[:, length - stretch : length - n]
-                ).all(1)
+        rows_per_answer = len(input_ids) // len(self.limits)
+        done = (self.limits <= length).repeat_interleave(rows_per_answer)
+        if not self.guard:
+            return done
+        for n in range(1, MAX_LOOP_TOKENS + 1):
+            start = length - n * copies_of_loop(n, self.guard)
+            if start >= 0:
+                is_loop = input_ids[:, start + n :] == input_ids[:, start : length - n]
+                done |= is_loop.all(1)
         return done
 
 
 def copies_of_loop(n: int, guard: int) -> int:
-    """How many copies of n tokens in a row are a loop: more than `guard` tokens, and FEWEST_COPIES at least."""
-    return max(FEWEST_COPIES, guard // n + 1)
+    """Return how many consecutive copies of n tokens are a loop.
+
+    They must have more than `guard` tokens together, and be at least MIN_LOOP_COPIES.
+    """
+    return max(MIN_LOOP_COPIES, guard // n + 1)
 
 
 def first_loop(row: Sequence[Hashable], guard: int) -> int | None:
-    """Where the first loop's second copy begins.
+    """Return where the second copy of the first loop begins, or None if there is no loop.
 
-    A loop is the same 1 to LONGEST_LOOP tokens at least FEWEST_COPIES times in a row, which together are more than `guard` tokens. With
-    32: one token 33 times, two tokens 17 times, seven or more tokens 5 times. Laughter, "no no no" and rows of digits are shorter.
+    A loop is the same 1 to MAX_LOOP_TOKENS tokens at least MIN_LOOP_COPIES times in a row, with
+    more than `guard` tokens together. For guard=32 it is one token 33 times, two tokens 17 times,
+    or seven or more tokens 5 times. Laughter, "no no no" and rows of digits are shorter.
     """
-    found: list[tuple[int, int]] = []  # where the loop is complete, where its second copy begins
-    for n in range(1, LONGEST_LOOP + 1):
-        needed, run = n * (copies_of_loop(n, guard) - 1), 0
+    found: list[tuple[int, int]] = []  # (where the loop is complete, where its second copy begins)
+    for n in range(1, MAX_LOOP_TOKENS + 1):
+        needed = n * (copies_of_loop(n, guard) - 1)
+        run = 0
         for i in range(n, len(row)):
             run = run + 1 if row[i] == row[i - n] else 0
             if run >= needed:
@@ -433,7 +587,20 @@ def first_loop(row: Sequence[Hashable], guard: int) -> int | None:
     return min(found)[1] if found else None
 
 
-def cut(row: list[int], stops: Sequence[int], guard: int | None) -> list[int]:
-    """The answer without its end and what stands behind it; one copy of a loop, and nothing after it, which would be no better."""
-    row = row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
-    return row[: first_loop(row, guard)] if guard else row
+def first_stop(row: Sequence[int], stop_ids: Sequence[int]) -> int:
+    """Return the position of the first stop token, or the length of the row if it has none."""
+    for i, token in enumerate(row):
+        if token in stop_ids:
+            return i
+    return len(row)
+
+
+def answer_tokens(row: list[int], stop_ids: Sequence[int], guard: int | None) -> list[int]:
+    """Return the tokens of an answer: those before the first stop token and before a loop.
+
+    The first copy of a loop is part of the answer. What follows a loop is not reliable either.
+    """
+    row = row[: first_stop(row, stop_ids)]
+    if not guard:
+        return row
+    return row[: first_loop(row, guard)]

@@ -1,4 +1,4 @@
-"""Everything around the weights: tokenizer, chat, features' rate, prompts."""
+"""Everything of a model except its weights: tokenizer, chat template and prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from asrllm.audio.waves import as_list, audio_name, padded, read_wave
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
@@ -17,59 +18,98 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.hub_files import load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-HOP = 160  # samples a feature frame, for Whisper and for Kaldi features
-SHOWN = 20  # chats of a message
-# keywords of transformers' Auto classes that change nothing in what is read from a local directory without code of its own: _from_auto,
-# revision, trust_remote_code, adapter_kwargs and _commit_hash come with every call of them, the others are about downloading
-IGNORED_HUB_OPTIONS = ("_from_auto", "_commit_hash", "adapter_kwargs", "trust_remote_code", "code_revision", "revision", "cache_dir",
-                  "force_download", "local_files_only", "proxies", "token")  # fmt: skip
+HOP = 160  # samples per feature frame, both for Whisper's and for Kaldi's features
+MAX_SHOWN_COUNTS = 20
+# Keywords of transformers' Auto classes that do not change what is read from a local directory
+# without code. Every call of an Auto class passes _from_auto, _commit_hash, adapter_kwargs,
+# trust_remote_code and revision; the others control downloads.
+IGNORED_HUB_OPTIONS = (
+    "_from_auto",
+    "_commit_hash",
+    "adapter_kwargs",
+    "trust_remote_code",
+    "code_revision",
+    "revision",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "token",
+)
 Result = TypeVar("Result")
 
 
 class AsrLlmProcessor:
-    """tokenizer: knows the audio token; renderer: the chat of training and decoding; prompts: the first is the default."""
+    """Tokenizer, chat template and prompts of a model.
 
-    def __init__(self, tokenizer: Any, config: AsrLlmConfig) -> None:
-        self.tokenizer, self.config = tokenizer, config
+    Attributes:
+        tokenizer: the LLM's tokenizer with the audio token added.
+        renderer: writes the chats of training and of decoding.
+        config: the model's configuration.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: AsrLlmConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
         self.renderer = ChatRenderer(tokenizer, config.audio_token)
 
     @property
     def default_prompt(self) -> str:
+        """The prompt of `transcribe`: the first one of training."""
         return (self.config.prompts or [""])[0]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **more: Any) -> "AsrLlmProcessor":
-        """From a saved model's directory or a run's exp_dir. more: of transformers' AutoProcessor, see IGNORED_HUB_OPTIONS."""
-        refuse_unknown(
-            "AsrLlmProcessor.from_pretrained()",
-            {k: v for k, v in more.items() if k not in IGNORED_HUB_OPTIONS},
-            (),
-        )
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        **more: Any,
+    ) -> "AsrLlmProcessor":
+        """Return the processor in a saved model's directory or in a run's exp_dir.
+
+        Args:
+            path: the directory.
+            more: keywords that transformers' AutoProcessor passes (see IGNORED_HUB_OPTIONS).
+        """
+        unknown = {k: v for k, v in more.items() if k not in IGNORED_HUB_OPTIONS}
+        refuse_unknown("AsrLlmProcessor.from_pretrained()", unknown, ())
         config = read_config(path)
         cls.check_files(path)
         return cls(load_tokenizer(path, config=config), config)
 
     @staticmethod
     def check_files(path: str | Path) -> None:
-        """Raises UserError where a file of the tokenizer is missing: transformers would do with what is left, without a word."""
-        has_vocabulary = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
-        if not has_vocabulary or not (Path(path) / "tokenizer_config.json").is_file():
-            lacking = (
-                "tokenizer_config.json"
-                if has_vocabulary
-                else f"tokenizer (none of {', '.join(TOKENIZER_FILES)})"
-            )
+        """Raise UserError if a file of the tokenizer is missing.
+
+        transformers would silently build a different tokenizer from the files that remain.
+        """
+        folder = Path(path)
+        missing = ""
+        if not _has_tokenizer(folder):
+            missing = f"tokenizer (none of {', '.join(TOKENIZER_FILES)})"
+        elif not (folder / "tokenizer_config.json").is_file():
+            missing = "tokenizer_config.json"
+        if missing:
             raise UserError(
-                f"{str(path)!r} has no {lacking}: copy the tokenizer files that were saved with the model"
+                f"{str(path)!r} has no {missing}. Copy the tokenizer files that were saved with "
+                "the model."
             )
 
     def save_pretrained(self, path: str | Path) -> None:
+        """Write the tokenizer's files and the chat template to a directory."""
         self.tokenizer.save_pretrained(path)
 
     def load_waves(self, audio: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Files, float arrays or tensors at 16 kHz, or pairs (array, rate) -> waves (N, samples), lengths (N,).
+        """Read a batch of audios.
 
-        Raises UserError that names the audio by its place in the list, and a file by its name.
+        Args:
+            audio: files, float arrays or tensors at 16 kHz, or pairs (array, rate in Hz).
+
+        Returns:
+            Waveforms (N, samples) and their lengths in samples (N,).
+
+        Raises:
+            UserError: an audio cannot be read, or is too short or too long. The message has its
+                position in the list and, for a file, its path.
         """
         items = as_list(audio)
         return padded(items, [self._wave(item, i) for i, item in enumerate(items)])
@@ -80,77 +120,134 @@ class AsrLlmProcessor:
         low, high = self.config.sample_limits()
         if len(wave) < low:
             raise UserError(
-                f"{name} is too short: {len(wave)} samples at 16 kHz, the model takes {low} ({low / RATE:.3f} s) at least"
+                f"{name} is too short: it has {len(wave)} samples at 16 kHz, but the model needs "
+                f"{low} ({low / RATE:.3f} s)."
             )
         if len(wave) > high:
             raise UserError(
-                f"{name} is too long: {len(wave) / RATE:.2f} s, the model takes {high / RATE:.2f} s at most: cut it"
+                f"{name} is too long: it lasts {len(wave) / RATE:.2f} s, but the model accepts at "
+                f"most {high / RATE:.2f} s. Cut it into shorter pieces."
             )
         return wave
 
     def check_features(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, x_lens) as they are given. Raises UserError for other shapes, lengths beyond x, and NaN."""
-        width = feature_width(self.config)
-        if x.dim() != 3 or not x.is_floating_point() or x.shape[2] != width:
-            raise UserError(
-                f"the features have the shape {tuple(x.shape)} and are {x.dtype}: give (N, T, {width}) of floats"
-            )
-        whole = not (x_lens.is_floating_point() or x_lens.dtype == torch.bool)
-        if x_lens.shape != x.shape[:1] or not len(x) or not whole:
-            raise UserError(
-                f"x_lens has the shape {tuple(x_lens.shape)} and is {x_lens.dtype}: give whole numbers, one for each of {len(x)}"
-            )
+        """Check features that a caller has computed, and return them unchanged.
+
+        Args:
+            x: features (N, T, F).
+            x_lens: number of frames of each utterance (N,).
+
+        Raises:
+            UserError: a shape or dtype is wrong, a length is beyond x or beyond the limits of the
+                model, or a feature is not finite.
+        """
+        self._check_feature_shapes(x, x_lens)
+        self._check_feature_lengths(x, x_lens)
+        names = [f"audio {i}" for i in range(len(x))]
+        check_finite(x, names, "contain NaN or infinite values.")
+        return x, x_lens
+
+    def _check_feature_lengths(self, x: Tensor, x_lens: Tensor) -> None:
         low, high = (max(1, round(n / HOP)) for n in self.config.sample_limits())
         for i, length in enumerate(x_lens.tolist()):
             if not 1 <= length <= x.shape[1]:
                 raise UserError(
-                    f"x_lens[{i}]={length} is not from 1 to {x.shape[1]}, the frames that x has"
+                    f"x_lens[{i}]={length} is not between 1 and {x.shape[1]}, the number of frames "
+                    "in x."
                 )
             if not low <= length <= high:
                 raise UserError(
-                    f"x_lens[{i}]={length} is not from {low} to {high}, the frames that the model takes"
+                    f"x_lens[{i}]={length} is not between {low} and {high}, the numbers of frames "
+                    "that the model accepts."
                 )
-        check_finite(x, [f"audio {i}" for i in range(len(x))], "hold NaN or infinite values")
-        return x, x_lens
 
-    def share_out(self, messages: Sequence[Messages], audios: int) -> list[int]:
-        """How many of the audios each chat takes, in order. Raises UserError where a chat takes none or all take another number."""
-        if isinstance(messages, (str, dict)) or (
-            isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], dict)
-        ):
-            raise UserError("messages is one chat: give a list of chats, [messages]")
-        if not isinstance(messages, (list, tuple)):
-            raise UserError(f"messages is a {type(messages).__name__}: give a list of chats")
-        for i, chat in enumerate(messages):
-            if not isinstance(chat, (list, tuple)):
-                raise UserError(
-                    f"chat {i} is a {type(chat).__name__}: give a list of messages, [{{'role': 'user', 'content': ...}}]"
-                )
+    def _check_feature_shapes(self, x: Tensor, x_lens: Tensor) -> None:
+        width = feature_width(self.config)
+        if x.dim() != 3 or not x.is_floating_point() or x.shape[2] != width:
+            raise UserError(
+                f"the features have the shape {tuple(x.shape)} and the dtype {x.dtype}. Give a "
+                f"floating-point tensor of the shape (N, T, {width})."
+            )
+        is_integer = not (x_lens.is_floating_point() or x_lens.dtype == torch.bool)
+        if x_lens.shape != x.shape[:1] or not len(x) or not is_integer:
+            raise UserError(
+                f"x_lens has the shape {tuple(x_lens.shape)} and the dtype {x_lens.dtype}. Give "
+                f"one integer for each of the {len(x)} utterances."
+            )
+
+    def count_audios(self, messages: Sequence[Messages], audios: int) -> list[int]:
+        """Return how many of the audios each chat contains, in order.
+
+        Args:
+            messages: chats.
+            audios: number of audios.
+
+        Raises:
+            UserError: `messages` is not a list of chats, a chat contains no audio token, or the
+                number of audio tokens is not that of the audios.
+        """
+        _check_chats(messages)
         token = self.renderer.audio_token
-        counts = [_of_chat(i, self.renderer.count_audios, chat) for i, chat in enumerate(messages)]
+        counts = [_in_chat(i, self.renderer.count_audios, chat) for i, chat in enumerate(messages)]
         if 0 in counts:
             raise UserError(
-                f"chat {counts.index(0)} has no audio token: write {token} where its audio is to be heard"
+                f"chat {counts.index(0)} contains no audio token. Write {token} where its audio "
+                "belongs."
             )
         if sum(counts) != audios or not counts:
-            shown = ", ".join(map(str, counts[:SHOWN])) + (", ..." if len(counts) > SHOWN else "")
             raise UserError(
-                f"{len(counts)} chats for {audios} audios: the chats hold {shown or 0} audio tokens; write {token} once for each audio"
+                f"{len(counts)} chats contain {_shown(counts)} audio tokens, but there are "
+                f"{audios} audios. Write {token} once for each audio."
             )
         return counts
 
     def encode_prompts(
         self, messages: Sequence[Messages], counts: Sequence[int], audio_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """Ids of each chat; counts: of share_out; audio_tokens: how many tokens each audio has."""
+        """Return the token ids of each chat.
+
+        Args:
+            messages: chats.
+            counts: number of audios in each chat, from `count_audios`.
+            audio_tokens: number of tokens of each audio.
+        """
         lengths = iter(audio_tokens)
-        return [
-            _of_chat(i, self.renderer.encode_prompt, chat, [next(lengths) for _ in range(count)])
-            for i, (chat, count) in enumerate(zip(messages, counts, strict=True))
-        ]
+        prompts: list[list[int]] = []
+        for i, (chat, count) in enumerate(zip(messages, counts, strict=True)):
+            own_lengths = [next(lengths) for _ in range(count)]
+            prompts.append(_in_chat(i, self.renderer.encode_prompt, chat, own_lengths))
+        return prompts
 
 
-def _of_chat(i: int, do: Callable[..., Result], *arguments: Any) -> Result:
+def _shown(counts: Sequence[int]) -> str:
+    shown = ", ".join(map(str, counts[:MAX_SHOWN_COUNTS]))
+    if len(counts) > MAX_SHOWN_COUNTS:
+        shown += ", ..."
+    return shown or "0"
+
+
+def _check_chats(messages: Sequence[Messages]) -> None:
+    """Raise UserError unless `messages` is a list of chats, and each chat a list of messages."""
+    is_sequence = isinstance(messages, (list, tuple))
+    is_one_chat = is_sequence and len(messages) > 0 and isinstance(messages[0], dict)
+    if isinstance(messages, (str, dict)) or is_one_chat:
+        raise UserError("messages is one chat. Give a list of chats: [messages].")
+    if not is_sequence:
+        raise UserError(f"messages is a {type(messages).__name__}. Give a list of chats.")
+    for i, chat in enumerate(messages):
+        if not isinstance(chat, (list, tuple)):
+            raise UserError(
+                f"chat {i} is a {type(chat).__name__}. Give a list of messages: "
+                "[{'role': 'user', 'content': ...}]."
+            )
+
+
+def _in_chat(
+    i: int,
+    do: Callable[..., Result],
+    *arguments: Any,
+) -> Result:
+    """Call a function, and prefix its UserError with the number of the chat."""
     try:
         return do(*arguments)
     except UserError as error:
@@ -158,27 +255,52 @@ def _of_chat(i: int, do: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def feature_width(config: AsrLlmConfig) -> int:
-    """The features a frame has; an encoder whose fields do not say has 80."""
+    """Return the number of features in a frame: 80, unless the encoder's fields define it."""
     fields = config.audio_encoder or {}
     return fields.get("num_mel_bins") or fields.get("feature_dim") or 80
 
 
 def check_finite(features: Tensor, names: Sequence[str], problem: str) -> None:
-    """Raises UserError naming the first of the audios whose features (N, T, F) are not finite."""
-    if not (finite := torch.isfinite(features).all(2).all(1)).all():
-        raise UserError(f"the features of {names[int((~finite).nonzero()[0])]} {problem}")
+    """Raise UserError for the first audio whose features are not finite.
+
+    Args:
+        features: (N, T, F).
+        names: what to call the N audios.
+        problem: the end of the message.
+    """
+    finite = torch.isfinite(features).all(2).all(1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise UserError(f"the features of {names[first]} {problem}")
 
 
-def load_llm_tokenizer(path: str, *, audio_token: str, chat_template: str | None) -> Any:
-    """The LLM's tokenizer with the audio token added; chat_template "chatml" replaces its own template."""
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_llm_tokenizer(
+    path: str, *, audio_token: str, chat_template: str | None
+) -> PreTrainedTokenizerBase:
+    """Return an LLM's tokenizer with the audio token added.
+
+    Args:
+        path: the LLM's directory.
+        audio_token: text of the audio token.
+        chat_template: "chatml" replaces the tokenizer's own chat template.
+
+    Raises:
+        UserError: there is no tokenizer, or it already has the audio token.
+    """
+    if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         raise UserError(
-            f"model.llm.pretrained_model={path!r} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer files there"
+            f"model.llm.pretrained_model={path!r} has no tokenizer (none of "
+            f"{', '.join(TOKENIZER_FILES)}). Copy the tokenizer files there."
         )
     tokenizer = load_tokenizer(path)
     if audio_token in tokenizer.get_vocab():
         raise UserError(
-            f"model.audio_token={audio_token!r} is already a token of {path!r}: choose another text"
+            f"model.audio_token={audio_token!r} is already a token of {path!r}. Choose another "
+            "text."
         )
     tokenizer.add_tokens([audio_token], special_tokens=True)
     if chat_template == "chatml" or not tokenizer.chat_template:

@@ -1,13 +1,14 @@
-"""A model's directory on disk: what save_pretrained writes, and loading it back, strict about keys."""
+"""Save a model to a directory, and load it again with strict checks of its keys."""
 
 import contextlib
 import copy
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.integrity import verify_weights
 from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.hub_files import load_generation_config
@@ -29,78 +30,119 @@ from asrllm.models.pretrained import (
     pretrained_encoder,
     pretrained_llm,
 )
-from asrllm.models.state_dict import check_state, is_adapter, plain_name, without_second_names
+from asrllm.models.state_dict import (
+    StateDict,
+    check_state,
+    is_adapter,
+    plain_name,
+    without_second_names,
+)
 from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.text_files import first_words
 
-SINGLE, INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # a directory with neither holds no complete model
+# A directory with neither of these files does not contain a complete model.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
     "float64": torch.float64,
 }
-REOPEN = 1 << 26  # bytes read of a file before its pages are let go
+REOPEN_BYTES = 1 << 26  # bytes read from a file before its memory-mapped pages are released
+SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
+PEFT_DEFAULT_RANK = 8
 
-# --- writing ---
+ModelT = TypeVar("ModelT", bound=AsrLlmNetwork)
+Dtype: TypeAlias = torch.dtype | str | None
+
+# --- saving ---
+
+
+def check_shard_size(size: int | str) -> None:
+    """Raise UserError unless `size` is a number of bytes above 0 or a text like "5GB"."""
+    if isinstance(size, str):
+        is_valid = SIZE.fullmatch(size) is not None
+    else:
+        is_valid = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if not is_valid:
+        raise UserError(
+            f"max_shard_size={size!r} is not a size. Use a number of bytes above 0, or a text "
+            "like '5GB'."
+        )
 
 
 def save_model(
-    model: AsrLlmModel,
+    model: AsrLlmNetwork,
     folder: Path,
     *,
     merge_adapter: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """See AsrLlmModel.save_pretrained. What stands in the directory is replaced when all is written, the weights' list last."""
+    """Save a model. The arguments are those of `AsrLlmModel.save_pretrained`.
+
+    Existing files are replaced only once all new ones are written, the list of weights last.
+    """
     config = copy.deepcopy(model.config)
-    config.architectures, config.stored = [type(model).__name__], None
-    left_out = tuple(f"{part}." for part in config.exclude_from_checkpoint or [])
-    state = {
-        k: v for k, v in model.weights().items() if not k.startswith(left_out) or is_adapter(k)
-    }
-    tuned: dict[str, Any] = {}
+    config.architectures = [type(model).__name__]
+    config.stored = None
+    state = _saved_weights(model)
+    tuned: dict[str, nn.Module] = {}
     if merge_adapter:
         state, tuned = merged_names(model, state)
-        config.lora = None
-        if hasattr(config, "audio_encoder_lora"):
-            config.audio_encoder_lora = None
-        config.base_models = {
-            part: base
-            for part, base in (config.base_models or {}).items()
-            if f"{part}." in left_out
-        } or None
+        _describe_as_merged(config)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is a file: give a directory to save to")
-    made = not folder.exists()
+        raise UserError(f"{str(folder)!r} is a file. Give a directory to save the model to.")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         model.require_processor().save_pretrained(partial)
         write_generation_config(model.llm.generation_config, partial)
         config.save_pretrained(partial)
-        write_sharded(
-            weight_source(state, tuned), partial, max_shard_size=max_shard_size, what="model"
-        )
-        put_in_place(partial, folder)
+        source = weight_source(state, tuned)
+        write_sharded(source, partial, max_shard_size=max_shard_size, what="model")
+        _move_into_place(partial, folder)
     except BaseException:
-        shutil.rmtree(folder if made else partial, ignore_errors=True)
+        shutil.rmtree(folder if is_new else partial, ignore_errors=True)
         raise
 
 
+def _saved_weights(model: AsrLlmNetwork) -> StateDict:
+    """Return the weights of all parts that are not excluded, and all adapters."""
+    excluded = tuple(f"{part}." for part in model.config.exclude_from_checkpoint or [])
+    state: StateDict = {}
+    for name, tensor in model.weights().items():
+        if not name.startswith(excluded) or is_adapter(name):
+            state[name] = tensor
+    return state
+
+
+def _describe_as_merged(config: AsrLlmConfig) -> None:
+    """Remove from a configuration what a model with merged adapters no longer has."""
+    config.lora = None
+    config.audio_encoder_lora = None
+    excluded = config.exclude_from_checkpoint or []
+    bases = {part: base for part, base in (config.base_models or {}).items() if part in excluded}
+    config.base_models = bases or None
+
+
 def write_generation_config(settings: GenerationConfig, folder: Path) -> None:
+    """Write generation_config.json, or raise UserError if transformers refuses the settings."""
     try:
         settings.save_pretrained(folder)
     except ValueError as error:
         raise UserError(
-            f"the LLM's generation settings cannot be saved: {' '.join(str(error).split())[:300]}: correct its generation_config.json"
+            f"the LLM's generation settings cannot be saved: {first_words(error, 300)}. "
+            "Correct its generation_config.json."
         ) from error
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Move everything from `partial`, which lies in `folder`, there. A death on the way leaves a directory that does not load."""
+def _move_into_place(partial: Path, folder: Path) -> None:
+    """Move all files from `partial`, a subdirectory of `folder`, to `folder`.
+
+    If the process dies on the way, the directory does not load.
+    """
     for name in (SINGLE, INDEX):
         (folder / name).unlink(missing_ok=True)
     for stale in folder.glob("model-*-of-*.safetensors"):
@@ -113,82 +155,117 @@ def put_in_place(partial: Path, folder: Path) -> None:
     partial.rmdir()
 
 
-def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, Any]) -> TensorSource:
-    """A state dict to be written. tuned: key -> the layer whose adapters are merged into it, when it is written."""
+def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, nn.Module]) -> TensorSource:
+    """Return a state dict in the form that the writers take.
+
+    Args:
+        state: the weights.
+        tuned: by key, the layer whose adapters are merged into the weight when it is written.
+    """
 
     def pieces(key: str) -> Iterator[Tensor]:
-        yield (
-            merged_parameter(tuned[key], key.rpartition(".")[2]) if key in tuned else state[key]
-        ).flatten()
+        tensor = state[key]
+        if key in tuned:
+            tensor = merged_parameter(tuned[key], key.rpartition(".")[2])
+        yield tensor.flatten()
 
-    return TensorSource(
-        {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}, pieces
-    )
+    specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
+    return TensorSource(specs, pieces)
 
 
 def merged_names(
-    model: AsrLlmModel, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(the state by the names of the model without adapters, those of its keys that an adapter changes with their layers).
+    model: AsrLlmNetwork, state: Mapping[str, Tensor]
+) -> tuple[StateDict, dict[str, nn.Module]]:
+    """Rename weights to their names in the model without adapters.
 
-    Raises UserError where there are no adapters, where they are of a part that is left out, or where a layer cannot hold them.
+    Args:
+        model: the model with adapters.
+        state: its weights.
+
+    Returns:
+        The renamed state without the adapters, and the layers whose adapters change it, by the key
+        of the changed weight.
+
+    Raises:
+        UserError: the model has no adapters, an adapted part is excluded from the checkpoint, or a
+            layer cannot represent the merged adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules = dict(model.named_modules())
     layers = {
-        name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)
+        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
+    _check_mergeable(model, state, layers)
+    factors: set[str] = set()
+    for name, layer in layers.items():
+        keys = [key for key, _ in layer.named_parameters(name)]
+        factors.update(key for key in keys if not is_base_layer(key, name))
+    renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
+    return renamed, _tuned_weights(layers)
+
+
+def _tuned_weights(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the adapted layers by the plain names of the weights that the adapters change."""
+    tuned: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        tuned[plain_name(f"{name}.base_layer.weight")] = layer
+        if any(getattr(layer, "lora_bias", {}).values()):
+            tuned[plain_name(f"{name}.base_layer.bias")] = layer
+    return tuned
+
+
+def _check_mergeable(
+    model: AsrLlmNetwork, state: Mapping[str, Tensor], layers: Mapping[str, nn.Module]
+) -> None:
     if not layers:
-        raise UserError("merge_adapter=True, but the model has no adapters: save it without")
+        raise UserError("merge_adapter=True, but the model has no adapters. Save it without.")
     for part in model.config.exclude_from_checkpoint or []:
         if any(name.startswith(f"{part}.") for name in layers):
             raise UserError(
-                f"merge_adapter=True puts the adapters into the {part}, which exclude_from_checkpoint leaves out: choose one"
+                f"merge_adapter=True merges the adapters into the {part}, but "
+                f"exclude_from_checkpoint excludes the {part}. Remove one of the two."
             )
-    if kept := next(
-        (key for key in state if ".modules_to_save." in key or ".token_adapter." in key), None
-    ):
+    for key in state:
+        if ".modules_to_save." in key or ".token_adapter." in key:
+            raise UserError(
+                f"merge_adapter=True: {key!r} is trained beside the adapted layers and cannot be "
+                "merged. Save without merging."
+            )
+    biased = layer_without_bias(model)
+    if biased:
         raise UserError(
-            f"merge_adapter=True: {kept!r} is trained beside the adapters' layers and cannot be merged: save without merging"
+            f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), but the layer "
+            "has none. Save without merging."
         )
-    if biased := layer_without_bias(model):
+    _check_untied(model, layers)
+
+
+def _check_untied(model: AsrLlmNetwork, layers: Mapping[str, nn.Module]) -> None:
+    """Raise UserError if adapted embeddings are tied to the head."""
+    head = model.causal_lm.get_output_embeddings().weight
+    is_tied = head is model.causal_lm.get_input_embeddings().weight
+    if is_tied and any(layer.get_base_layer().weight is head for layer in layers.values()):
         raise UserError(
-            f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), its layer has none: save without merging"
+            "merge_adapter=True: the adapter of the embeddings would change the head, which is "
+            "tied to them. Save without merging."
         )
 
-    tied = model.causal_lm.get_output_embeddings().weight
-    if tied is model.causal_lm.get_input_embeddings().weight and any(
-        layer.get_base_layer().weight is tied for layer in layers.values()
-    ):
-        raise UserError(
-            "merge_adapter=True: the adapter of the embeddings would change the head, which shares them: save unmerged"
-        )
 
-    factors = {
-        key
-        for name, layer in layers.items()
-        for key, _ in layer.named_parameters(name)
-        if not is_base(key, name)
-    }
-    tuned = {plain_name(f"{name}.base_layer.weight"): layer for name, layer in layers.items()}
-    tuned |= {
-        plain_name(f"{name}.base_layer.bias"): layer
-        for name, layer in layers.items()
-        if any(getattr(layer, "lora_bias", {}).values())
-    }
-    return {plain_name(key): tensor for key, tensor in state.items() if key not in factors}, tuned
-
-
-def is_base(key: str, layer: str) -> bool:
+def is_base_layer(key: str, layer: str) -> bool:
+    """Return whether a key belongs to the base layer inside the adapted layer `layer`."""
     return key.startswith(f"{layer}.base_layer.")
 
 
 @torch.no_grad()
-def merged_parameter(layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The base layer's parameter with the adapters in it, computed in float32 at least and rounded once, to its own dtype or to `dtype`.
+def merged_parameter(layer: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a parameter of the base layer with the adapters merged into it.
 
-    The layer stays as it is.
+    The merge is computed in at least float32 and rounded once. The layer does not change.
+
+    Args:
+        layer: the adapted layer.
+        name: "weight" or "bias".
+        dtype: dtype of the result; by default the parameter's own.
     """
     own = getattr(layer.get_base_layer(), name).dtype
     layer = copy.deepcopy(layer).to(torch.promote_types(own, torch.float32))
@@ -196,24 +273,23 @@ def merged_parameter(layer: Any, name: str, dtype: torch.dtype | None = None) ->
     return getattr(layer.get_base_layer(), name).to(dtype or own).contiguous()
 
 
-# --- reading ---
+# --- loading ---
 
 
 def load_directory(
+    model_class: type[ModelT],
     path: str | Path,
     *,
-    dtype: Any = None,
+    dtype: Dtype = None,
     base_models: BasePaths | None = None,
-) -> AsrLlmModel:
-    """See AsrLlmModel.from_pretrained."""
+) -> ModelT:
+    """Load a directory that `save_model` wrote. See `AsrLlmModel.from_pretrained`."""
     config, processor = read_description(path, base_models)
-    files = weight_files(Path(path))
-    state = {
-        name: tensor
-        for file in files
-        for name, tensor in read_tensors(file, as_dtype(dtype)).items()
-    }
+    state: StateDict = {}
+    for file in weight_files(Path(path)):
+        state.update(read_tensors(file, as_dtype(dtype)))
     return assemble(
+        model_class,
         config,
         processor,
         state,
@@ -224,78 +300,106 @@ def load_directory(
 
 
 def load_model(
+    model_class: type[ModelT],
     path: str | Path,
     state: Mapping[str, Tensor],
     *,
-    dtype: Any = None,
+    dtype: Dtype = None,
     base_models: BasePaths | None = None,
-) -> AsrLlmModel:
-    """Return the model described in a directory, in eval mode.
+) -> ModelT:
+    """Return the model described in a directory with the weights of `state`, in eval mode.
 
     Args:
-        path: directory with config.json and the tokenizer.
-        state: weights; those of the encoder and the LLM that it leaves out are read from the base
-            models.
-        dtype: of the weights; None or "auto": the one that most numbers of `state` have.
-        base_models: as in move_base_models.
+        model_class: class of the model.
+        path: a directory with config.json and the tokenizer.
+        state: the weights. Weights of the encoder and of the LLM that it does not contain are read
+            from the base models.
+        dtype: dtype of the weights. None or "auto" means the most frequent one in `state`.
+        base_models: as in `move_base_models`.
 
     Raises:
         UserError: a key is missing, unexpected or has another shape, or a base model is missing
-            or is not the one of training.
+            or is not the one used in training.
     """
     config, processor = read_description(path, base_models)
-    from_base = ("audio_encoder", "llm")
-    return assemble(config, processor, state, from_base=from_base, dtype=dtype, where=str(path))
+    return assemble(
+        model_class,
+        config,
+        processor,
+        state,
+        from_base=("audio_encoder", "llm"),
+        dtype=dtype,
+        where=str(path),
+    )
 
 
 def read_description(
     path: str | Path,
     base_models: BasePaths | None = None,
 ) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
+    """Return the configuration and the processor in a directory.
+
+    Raises:
+        UserError: a file is missing or damaged, or the tokenizer does not match the configuration.
+    """
     processor = AsrLlmProcessor.from_pretrained(path)
     config = processor.config
     move_base_models(config, base_models, where=str(path))
     found = processor.tokenizer.convert_tokens_to_ids(config.audio_token)
     if found != config.audio_token_id:
         raise UserError(
-            f"the tokenizer in {str(path)!r} has {config.audio_token!r} as {found}, config.json as {config.audio_token_id}: copy the "
-            "tokenizer files that were saved with the model"
+            f"the tokenizer in {str(path)!r} has the id {found} for {config.audio_token!r}, but "
+            f"config.json has {config.audio_token_id}. Copy the tokenizer files that were saved "
+            "with the model."
         )
     return config, processor
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a directory that save_pretrained wrote."""
-    single, index = folder / SINGLE, folder / INDEX
+    """Return the safetensors files of a directory that `save_pretrained` wrote.
+
+    Raises:
+        UserError: the directory is incomplete, or contains the weights of two models.
+    """
+    single = folder / SINGLE
+    index = folder / INDEX
     if single.is_file() and index.is_file():
         raise UserError(
-            f"{str(folder)!r} holds both {SINGLE} and {INDEX}: remove the one that is not of this model"
+            f"{str(folder)!r} contains both {SINGLE} and {INDEX}. Remove the outdated one."
         )
     if single.is_file():
         return [single]
     if not index.is_file():
         raise UserError(
-            f"{str(folder)!r} holds neither {SINGLE} nor {INDEX}: give a directory written by 'asrllm export' to its end"
+            f"{str(folder)!r} contains neither {SINGLE} nor {INDEX}. Give a directory that "
+            "'asrllm export' has completed."
         )
     files = indexed_files(index)
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{str(folder)!r} lacks {missing[0]}, which {INDEX} names: copy it again")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{str(folder)!r} has no {missing[0]}, which {INDEX} names. Copy it again.")
     return files
 
 
-def own_weights(folder: Path) -> Path:
-    """Return the file by which the weights of a directory of save_pretrained are named: the only one, or their index."""
+def main_weight_file(folder: Path) -> Path:
+    """Return the only weight file of a saved directory, or the index if there are several."""
     weight_files(folder)
-    return folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    single = folder / SINGLE
+    return single if single.is_file() else folder / INDEX
 
 
-def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A safetensors file in memory, floating numbers as `dtype` where one is given.
+def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:
+    """Read a safetensors file into memory.
 
-    The tensors are copies, so that the file may be replaced while the model lives; its pages are let go on the way, so that they do not
-    take the room of a second model.
+    The tensors are copies, so that the file may be replaced while the model is in use. The file's
+    memory-mapped pages are released on the way, so that they do not take the memory of a second
+    model.
+
+    Args:
+        file: the file.
+        dtype: dtype of the floating-point tensors; by default as saved.
     """
-    state: dict[str, Tensor] = {}
+    state: StateDict = {}
     with open_tensors(file) as tensors:
         names = list(tensors.keys())
     while len(state) < len(names):
@@ -304,195 +408,263 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
             for name in names[len(state) :]:
                 tensor = tensors.get_tensor(name)
                 taken += tensor.nbytes
-                state[name] = tensor.to(
-                    dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True
-                )
-                if taken > REOPEN:
+                state[name] = _copied(tensor, dtype)
+                if taken > REOPEN_BYTES:
                     break
             del tensor
     return state
 
 
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    return tensor.to(dtype, copy=True)
+
+
 @contextlib.contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped. Raises UserError where it cannot be read, inside the block too."""
+def open_tensors(file: Path) -> Iterator[safe_open]:
+    """Open a safetensors file as a memory map.
+
+    Raises:
+        UserError: the file cannot be read. Errors inside the block are converted too.
+    """
     try:
         verify_weights(file)
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"the weights {str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): copy the file again"
+            f"the weights {str(file)!r} cannot be read: {first_words(error)}. Copy the file again."
         ) from error
 
 
-def as_dtype(dtype: Any) -> torch.dtype | None:
-    """A user's dtype: None and "auto" are None."""
+def as_dtype(dtype: Dtype) -> torch.dtype | None:
+    """Return the dtype that a user asked for, or None for None and "auto".
+
+    Raises:
+        UserError: the dtype is unknown, or is not a floating-point dtype.
+    """
     if isinstance(dtype, str) and dtype != "auto":
-        if dtype.removeprefix("torch.") not in DTYPES:
+        name = dtype.removeprefix("torch.")
+        if name not in DTYPES:
             raise UserError(f"dtype={dtype!r} is unknown: {nearest(dtype, DTYPES)}")
-        dtype = DTYPES[dtype.removeprefix("torch.")]
-    if isinstance(dtype, torch.dtype) and dtype not in DTYPES.values():
-        raise UserError(f"dtype={dtype} is none for weights: choose from {', '.join(DTYPES)}")
-    return dtype if isinstance(dtype, torch.dtype) else None
+        return DTYPES[name]
+    if not isinstance(dtype, torch.dtype):
+        return None
+    if dtype not in DTYPES.values():
+        raise UserError(
+            f"dtype={dtype} is not a dtype of weights. Choose from {', '.join(DTYPES)}."
+        )
+    return dtype
 
 
 def prevailing_dtype(state: Mapping[str, Tensor], where: str) -> torch.dtype:
-    numbers: Counter[torch.dtype] = Counter()
+    """Return the floating-point dtype that most elements of a state dict have."""
+    elements: Counter[torch.dtype] = Counter()
     for tensor in state.values():
-        numbers[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-    if not numbers.total():
-        raise UserError(f"the weights of {where!r} are empty: save the model again")
-    return numbers.most_common(1)[0][0]
+        if tensor.is_floating_point():
+            elements[tensor.dtype] += tensor.numel()
+    if not elements.total():
+        raise UserError(f"the weights of {where!r} are empty. Save the model again.")
+    return elements.most_common(1)[0][0]
 
 
 def assemble(
+    model_class: type[ModelT],
     config: AsrLlmConfig,
     processor: AsrLlmProcessor,
     state: Mapping[str, Tensor],
     *,
     from_base: Sequence[str],
-    dtype: Any,
+    dtype: Dtype,
     where: str,
-) -> AsrLlmModel:
-    """The model in eval mode. Its parameters are the tensors of `state`, not copies of them; none is initialised first.
+) -> ModelT:
+    """Build a model from its weights, in eval mode.
 
-    from_base: parts that `state` need not hold, or not whole; what it lacks of them comes from their base models.
+    The parameters are the tensors of `state`, not copies of them, and none is initialised first.
+
+    Args:
+        model_class: class of the model.
+        config: its configuration.
+        processor: its processor.
+        state: its weights.
+        from_base: parts of which `state` may lack weights. Those come from the base models.
+        dtype: dtype of the weights. None or "auto" means the most frequent one in `state`.
+        where: the directory of the model, for error messages.
     """
     chosen = as_dtype(dtype) or prevailing_dtype(state, where)
-    with parameters_on_meta():
-        model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen, where=where))
-        if (times := rank_in_file(model, state)) > 1:
-            config = processor.config = with_ranks(config, times)
-            model = AsrLlmModel(config, llm=empty_llm(config.llm or {}, chosen, where=where))
+    model = _without_weights(model_class, config, chosen, where)
+    multiple = rank_multiple(model, state)
+    if multiple > 1:
+        config = with_rank_multiple(config, multiple)
+        processor.config = config
+        model = _without_weights(model_class, config, chosen, where)
     state = without_second_names(model, state, where)
     for part in config.stored or {}:
-        check_stored(
-            config,
-            part,
-            sum(in_base(key, part) for key in state.keys() & model.weights().keys()),
-            where,
-        )
-    based = [
-        part
-        for part in from_base
-        if any(in_base(key, part) for key in model.weights().keys() - state.keys())
-    ]
+        own = state.keys() & model.weights().keys()
+        found = [key for key in own if is_base_weight(key, part)]
+        check_stored(config, part, len(found), where)
+    missing = model.weights().keys() - state.keys()
+    based = [part for part in from_base if any(is_base_weight(key, part) for key in missing)]
     if based:
-        model = with_base_parts(config, based, chosen)
+        model = _with_base_parts(model_class, config, based, chosen)
     set_generation_config(model.causal_lm, Path(where))
-    state = scalars_again(model, state)
-    expected = model.weights()
-    needed = [key for key in expected if not any(in_base(key, part) for part in based)]
-    check_state(
-        state, expected, f"the weights of {where!r}", of_another("model", where), needed=needed
-    )
-    for key in list(
-        state
-    ):  # a tensor at a time: the ones of another dtype are let go, where nobody else holds them
-        state[key] = state[key].to(chosen) if state[key].is_floating_point() else state[key]
+    state = _restore_scalars(model, state)
+    _check_complete(model, state, based, where)
+    # One tensor at a time: the original of a converted tensor is freed if nothing else holds it.
+    for key in list(state):
+        if state[key].is_floating_point():
+            state[key] = state[key].to(chosen)
     model.load_state_dict(state, strict=False, assign=True)
     model.llm.tie_weights()
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     model.processor = processor
-    return cast(AsrLlmModel, model.eval())
+    return model.eval()
 
 
-def check_stored(config: AsrLlmConfig, part: str, found: int, where: str) -> None:
-    """Raises UserError where weights hold more or fewer of a part than the run's checkpoints do."""
+def _without_weights(
+    model_class: type[ModelT], config: AsrLlmConfig, dtype: torch.dtype, where: str
+) -> ModelT:
+    with parameters_on_meta():
+        return model_class(config, llm=empty_llm(config.llm or {}, dtype, where=where))
+
+
+def _check_complete(
+    model: AsrLlmNetwork, state: Mapping[str, Tensor], based: Sequence[str], where: str
+) -> None:
+    """Check keys and shapes of `state`, which may lack the base weights of the `based` parts."""
+    expected = model.weights()
+    needed = [key for key in expected if not any(is_base_weight(key, part) for part in based)]
+    what = f"the weights of {where!r}"
+    check_state(state, expected, what, _mismatch_reason("model", where), needed=needed)
+
+
+def check_stored(
+    config: AsrLlmConfig,
+    part: str,
+    found: int,
+    where: str,
+) -> None:
+    """Raise UserError unless weights have as many tensors of a part as the run's checkpoints.
+
+    Args:
+        config: configuration of the run.
+        part: "audio_encoder" or "llm".
+        found: number of its tensors in the weights, without adapters.
+        where: the directory of the run.
+    """
     count = (config.stored or {}).get(part, found)
     if found != count:
         raise UserError(
-            f"the weights of {where!r} hold {found} of the {part}, its checkpoints {count}: {of_another('run', where)}"
+            f"the weights of {where!r} contain {found} tensors of the {part}, but its checkpoints "
+            f"contain {count}. {_mismatch_reason('run', where)}"
         )
 
 
-def of_another(what: str, where: str) -> str:
-    """Why weights do not fit the run in directory `where`."""
-    without = " or, of zero_to_fp32.py, lack those in inherited_weights.pt: make them with 'asrllm consolidate'"
-    return f"they are of another {what}{without if (Path(where) / 'inherited_weights.pt').is_file() else ''}"
+def _mismatch_reason(what: str, where: str) -> str:
+    """Return the likely reasons why weights do not fit the run in the directory `where`."""
+    reason = f"They belong to another {what}."
+    if (Path(where) / "inherited_weights.pt").is_file():
+        reason += (
+            " If zero_to_fp32.py wrote them, run 'asrllm consolidate' instead: that script drops "
+            "the weights in inherited_weights.pt."
+        )
+    return reason
 
 
-def rank_in_file(model: AsrLlmModel, state: Mapping[str, Tensor]) -> int:
-    """How many times the rank of the model's adapters those of `state` have: averaged ones hold several checkpoints' factors."""
+def rank_multiple(model: AsrLlmNetwork, state: Mapping[str, Tensor]) -> int:
+    """Return how many times the rank of the model's adapters the adapters in `state` have.
+
+    Averaged adapters contain the factors of several checkpoints.
+    """
     for key, tensor in model.weights().items():
-        if (
-            (".lora_A." in key or ".lora_embedding_A." in key)
-            and key in state
-            and tensor.shape[1:] == state[key].shape[1:]
-        ):
-            return (
-                state[key].shape[0] // tensor.shape[0]
-                if state[key].shape[0] % tensor.shape[0] == 0
-                else 1
-            )
+        is_factor = ".lora_A." in key or ".lora_embedding_A." in key
+        if not is_factor or key not in state or tensor.shape[1:] != state[key].shape[1:]:
+            continue
+        multiple, rest = divmod(state[key].shape[0], tensor.shape[0])
+        return multiple if rest == 0 else 1
     return 1
 
 
-def with_ranks(config: AsrLlmConfig, times: int) -> AsrLlmConfig:
-    """The configuration with adapters of so many times the rank, and the same alpha."""
+def with_rank_multiple(config: AsrLlmConfig, multiple: int) -> AsrLlmConfig:
+    """Return a copy of the configuration with adapters of a multiple of the rank.
+
+    Their alpha does not change.
+    """
     config = copy.deepcopy(config)
     for options in (config.lora, config.audio_encoder_lora):
         if options is not None:
-            options["r"] = options.get("r", 8) * times  # PEFT's default
-            options["rank_pattern"] = {
-                name: rank * times for name, rank in (options.get("rank_pattern") or {}).items()
-            }
+            options["r"] = options.get("r", PEFT_DEFAULT_RANK) * multiple
+            pattern = options.get("rank_pattern") or {}
+            options["rank_pattern"] = {name: rank * multiple for name, rank in pattern.items()}
     return config
 
 
-def in_base(key: str, part: str) -> bool:
+def is_base_weight(key: str, part: str) -> bool:
+    """Return whether a key belongs to the pretrained weights of a part, not to its adapters."""
     return key.startswith(f"{part}.") and not is_adapter(key)
 
 
-def with_base_parts(config: AsrLlmConfig, parts: Sequence[str], dtype: torch.dtype) -> AsrLlmModel:
-    """The model with the pretrained weights of some parts, and without memory for the others."""
-    encoder = llm = None
+def _with_base_parts(
+    model_class: type[ModelT], config: AsrLlmConfig, parts: Sequence[str], dtype: torch.dtype
+) -> ModelT:
+    """Build a model with the pretrained weights of some parts, and the others on meta."""
+    encoder = None
+    llm = None
     paths = base_paths(config, parts)
     if "audio_encoder" in parts:
-        encoder = cast_parameters(pretrained_encoder(config, paths["audio_encoder"]), dtype)
+        encoder = _cast_parameters(pretrained_encoder(config, paths["audio_encoder"]), dtype)
     if "llm" in parts:
         llm = pretrained_llm(paths["llm"], dtype)
     with parameters_on_meta():
-        return AsrLlmModel(
-            config, audio_encoder=encoder, llm=llm or empty_llm(config.llm or {}, dtype)
-        )
+        llm = llm or empty_llm(config.llm or {}, dtype)
+        return model_class(config, audio_encoder=encoder, llm=llm)
 
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside have a shape and no memory, and initialising them takes no time; buffers are made as ever."""
+    """Create parameters on the meta device inside the block; buffers are created as usual.
 
-    def without_memory(
+    The parameters take no memory and no time to initialise.
+    """
+
+    def to_meta(
         module: nn.Module, name: str, parameter: nn.Parameter | None
     ) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:  # the same object again, where weights are tied
+        if parameter is None or parameter.is_meta:  # a tied weight keeps its identity
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(without_memory)
+    handle = register_module_parameter_registration_hook(to_meta)
     try:
         yield
     finally:
         handle.remove()
 
 
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Buffers keep theirs: a rotary embedding's frequencies lose the far positions in bfloat16."""
+def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert the parameters and not the buffers.
+
+    In bfloat16 a rotary embedding's frequencies would lose the far positions.
+    """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
 
 
 def set_generation_config(llm: PreTrainedModel, folder: Path) -> None:
+    """Give an LLM the settings in a directory's generation_config.json, if there is one."""
     if (folder / "generation_config.json").is_file():
         llm.generation_config = load_generation_config(folder)
 
 
-def scalars_again(model: AsrLlmModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with the model's scalars as such: training holds them as vectors of one element."""
-    scalars = {name for name, tensor in model.weights().items() if tensor.dim() == 0}
-    return {
-        name: tensor.reshape(()) if name in scalars and tensor.numel() == 1 else tensor
-        for name, tensor in state.items()
-    }
+def _restore_scalars(model: AsrLlmNetwork, state: Mapping[str, Tensor]) -> StateDict:
+    """Return the state dict with the shape () of the model's scalars.
+
+    Training stores them as vectors of one element.
+    """
+    restored = dict(state)
+    for name, tensor in model.weights().items():
+        if tensor.dim() == 0 and name in state and state[name].numel() == 1:
+            restored[name] = state[name].reshape(())
+    return restored

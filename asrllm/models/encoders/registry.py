@@ -1,6 +1,6 @@
 """The audio encoders by name.
 
-To add one, write a file like whisper.py, a line in ENCODERS and a test like
+To add one, write a file like whisper.py, add a line to ENCODERS, and write a test like
 tests/models/encoders/test_whisper.py.
 """
 
@@ -13,16 +13,19 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
+from asrllm.models.hub_files import Fields
 from asrllm.text_files import read_json_object
 
 
 class AudioEncoder(Protocol):
-    """What the model asks of an encoder, an nn.Module.
+    """The interface of an encoder, which is an nn.Module.
 
-    features: module, waveforms (N, samples) at 16 kHz and lengths (N,) -> features (N, T, F) and lengths (N,).
-    whisper_features: whether those are Whisper's, which may be padded to 30 s.
-    unsplit_modules: names of the classes of its layers, each gathered as a whole under ZeRO-3.
-    frame_lengths: samples of a waveform -> frames that forward() gives, as arithmetic on ints, arrays or tensors.
+    Attributes:
+        output_dim: width of its frames.
+        whisper_features: whether its features are Whisper's, which can be padded to 30 s.
+        unsplit_modules: names of the classes of its layers. ZeRO-3 gathers each as a whole.
+        features: module that maps waveforms (N, samples) at 16 kHz and lengths (N,) to features
+            (N, T, F) and lengths (N,).
     """
 
     output_dim: int
@@ -31,52 +34,78 @@ class AudioEncoder(Protocol):
     features: nn.Module
 
     def __call__(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, T, F), (N,) -> (N, T', output_dim), (N,)"""
+        """Map features (N, T, F) and lengths (N,) to frames and lengths.
+
+        Returns:
+            Frames (N, T', output_dim), and their numbers (N,).
+        """
         ...
 
     def set_batch_count(self, step: int) -> None:
-        """Called before every training step with the steps done, for what depends on it."""
+        """Set the number of completed steps. It is called before every training step."""
         ...
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+        """Recompute activations in the backward pass instead of storing them."""
         ...
 
     @classmethod
-    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "AudioEncoder":
-        """An encoder without its weights. Raises UserError where pad_to_30s is not for it."""
+    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "AudioEncoder":
+        """Return an encoder without its weights.
+
+        Args:
+            values: the encoder's fields.
+            pad_to_30s: whether features are padded to 30 s.
+
+        Raises:
+            UserError: a field is wrong, or the encoder does not support pad_to_30s.
+        """
         ...
 
     @staticmethod
-    def frame_lengths(samples: Any) -> Any: ...
+    def frame_lengths(samples: Any) -> Any:
+        """Return how many frames the encoder gives for a waveform.
 
-    @staticmethod
-    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
-        """The fewest and the most samples at 16 kHz that an encoder of these fields takes."""
+        Args:
+            samples: length of the waveform in samples, as an int, an array or a tensor.
+        """
         ...
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(the fields of the encoder, its state dict) from a pretrained model's directory or file."""
+    def sample_limits(values: Fields) -> tuple[int, int]:
+        """Return the smallest and largest number of samples at 16 kHz that the encoder accepts.
+
+        Args:
+            values: the encoder's fields.
+        """
+        ...
+
+    @staticmethod
+    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
+        """Return the fields and the state dict in a pretrained model's directory or file."""
         ...
 
 
 ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder, "zipformer": ZipformerEncoder}
 
 
-def build_encoder(fields: dict[str, Any], *, pad_to_30s: bool) -> AudioEncoder:
-    """An encoder without its weights, from the `audio_encoder` part of AsrLlmConfig."""
+def build_encoder(fields: Fields, *, pad_to_30s: bool) -> AudioEncoder:
+    """Return an encoder without its weights.
+
+    Args:
+        fields: the `audio_encoder` part of AsrLlmConfig.
+        pad_to_30s: whether features are padded to 30 s.
+    """
     kind = encoder_class(fields["model_type"])
-    return kind.from_fields(
-        {k: v for k, v in fields.items() if k != "model_type"}, pad_to_30s=pad_to_30s
-    )
+    values = {name: value for name, value in fields.items() if name != "model_type"}
+    return kind.from_fields(values, pad_to_30s=pad_to_30s)
 
 
 def encoder_kind(model_type: str) -> str:
     """Return the name of an encoder in ENCODERS.
 
     Args:
-        model_type: that name, or a directory or hub id with a config.json that says it.
+        model_type: that name, or a directory or hub id with a config.json that contains it.
 
     Raises:
         UserError: it is neither.
@@ -88,14 +117,15 @@ def encoder_kind(model_type: str) -> str:
     kind = read_json_object(config, "the encoder's configuration").get("model_type")
     if kind not in ENCODERS:
         raise UserError(
-            f"{str(config)!r} has model_type={kind!r}, which is none of {', '.join(ENCODERS)}. Give another encoder."
+            f"{str(config)!r} has model_type={kind!r}, which is not one of {', '.join(ENCODERS)}. "
+            "Give another encoder."
         )
     return str(kind)
 
 
 def encoder_class(model_type: str) -> type[AudioEncoder]:
+    """Return the class of an encoder by its name in ENCODERS."""
     if model_type not in ENCODERS:
-        raise UserError(
-            f"model.audio_encoder.model_type={model_type!r} is unknown: {nearest(model_type, ENCODERS)}"
-        )
+        hint = nearest(model_type, ENCODERS)
+        raise UserError(f"model.audio_encoder.model_type={model_type!r} is unknown: {hint}")
     return ENCODERS[model_type]

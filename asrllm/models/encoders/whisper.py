@@ -1,7 +1,9 @@
-"""Whisper's encoder (Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision", 2022) on audio of any length to 30 s.
+"""Whisper's encoder for audio of any length up to 30 s.
 
-The published code pads every utterance to 30 s. Here the frames are the true ones: padding within a batch is masked in the convolutions,
-and the layers run on one row of all utterances' frames without any. The state dict has transformers' key names below `model.encoder.`.
+Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (2022). The published
+code pads every utterance to 30 s. Here only the true frames are computed: padding within a batch is
+masked in the convolutions, and the layers run on one packed row of all utterances' frames. The
+state dict has transformers' key names below `model.encoder.`.
 """
 
 from pathlib import Path
@@ -17,10 +19,11 @@ from asrllm.audio.waves import ExtractsFeatures
 from asrllm.errors import UserError
 from asrllm.models.attention import packed
 from asrllm.models.encoders.whisper_weights import read_whisper
+from asrllm.models.hub_files import Fields
 
 
 class WhisperEncoder(ExtractsFeatures):
-    """pad_to_30s: attend to the silence after an utterance, as in the published code; the frames given out are the true ones either way."""
+    """Whisper's encoder. Its output is at 50 Hz."""
 
     whisper_features = True
     unsplit_modules = ("WhisperLayer",)
@@ -36,12 +39,22 @@ class WhisperEncoder(ExtractsFeatures):
         max_source_positions: int = 1500,
         pad_to_30s: bool = False,
     ) -> None:
+        """Build an encoder. The arguments are fields of transformers' WhisperConfig.
+
+        Args:
+            num_mel_bins: number of features in a frame.
+            d_model: width of the layers.
+            encoder_layers: number of layers.
+            encoder_attention_heads: number of attention heads.
+            encoder_ffn_dim: width of the feed-forward layers.
+            max_source_positions: maximum number of frames of an utterance.
+            pad_to_30s: attend to the silence after an utterance, as the published code does. The
+                frames that are returned are the true ones in either case.
+        """
         super().__init__()
-        self.output_dim, self.max_frames, self.pad_to_30s = (
-            d_model,
-            max_source_positions,
-            pad_to_30s,
-        )
+        self.output_dim = d_model
+        self.max_frames = max_source_positions
+        self.pad_to_30s = pad_to_30s
         self.recompute = False
         self.features = WhisperFeatures(num_mel_bins, pad_to_30s)
         self.conv1 = nn.Conv1d(num_mel_bins, d_model, 3, padding=1)
@@ -54,72 +67,103 @@ class WhisperEncoder(ExtractsFeatures):
         self.layer_norm = nn.LayerNorm(d_model)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """features (N, T, num_mel_bins) at 100 Hz, lengths (N,) -> (N, T', d_model) at 50 Hz, (N,) = (lengths + 1) // 2.
+        """Encode a batch.
 
-        Raises UserError where an utterance has no frame or more than 30 s.
+        Args:
+            features: (N, T, num_mel_bins) at 100 Hz.
+            lengths: number of frames of each utterance (N,).
+
+        Returns:
+            Frames (N, T', d_model) at 50 Hz, and their numbers (N,) = (lengths + 1) // 2.
+
+        Raises:
+            UserError: an utterance has no frame, or lasts more than 30 s.
         """
         frames = (lengths + 1) // 2
         if int(lengths.min()) < 1 or int(frames.max()) > self.max_frames:
             raise UserError(
-                f"Whisper's encoder takes 10 ms to {self.max_frames / 50:g} s of audio, the batch has {lengths.min() / 100:g} s to "
-                f"{lengths.max() / 100:g} s: cut longer recordings, drop shorter ones"
+                f"Whisper's encoder accepts 10 ms to {self.max_frames / 50:g} s of audio, but the "
+                f"batch has {lengths.min() / 100:g} s to {lengths.max() / 100:g} s. Cut longer "
+                "recordings, and drop shorter ones."
             )
+        x = self._convolve(features, lengths)
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = x + self.embed_positions(positions)
+        attended = torch.full_like(frames, x.shape[1]) if self.pad_to_30s else frames
+        return self._transform(x, attended), frames
+
+    def _convolve(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Map features (N, T, num_mel_bins) to (N, T', d_model)."""
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if not self.pad_to_30s:
             valid = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
-        x = features.to(self.conv1.weight.dtype).mul(valid[..., None]).transpose(1, 2)
-        x = F.gelu(self.conv1(x)).mul(
-            valid[:, None]
-        )  # what the second convolution sees past the end is zero, as for one alone
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
-        x = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))
-        return self.transform(
-            x, torch.full_like(frames, x.shape[1]) if self.pad_to_30s else frames
-        ), frames
+        x = features.to(self.conv1.weight.dtype).mul(valid[..., None])
+        x = x.transpose(1, 2)
+        # The second convolution sees zeros after the end, as it does for an utterance alone.
+        x = F.gelu(self.conv1(x)).mul(valid[:, None])
+        return F.gelu(self.conv2(x)).transpose(1, 2)
 
-    def transform(self, x: Tensor, frames: Tensor) -> Tensor:
-        """The layers. x (N, T', d_model), frames (N,): how many of each are attended to -> (N, T', d_model), zero after those."""
+    def _transform(self, x: Tensor, frames: Tensor) -> Tensor:
+        """Apply the layers.
+
+        Args:
+            x: (N, T', d_model).
+            frames: number of frames of each utterance that are attended to (N,).
+
+        Returns:
+            (N, T', d_model), zero after those frames.
+        """
         lengths = frames.tolist()
-        row = torch.cat([part[:length] for part, length in zip(x, lengths, strict=True)])[
-            None
-        ]  # (1, all frames, d_model)
+        parts = [part[:length] for part, length in zip(x, lengths, strict=True)]
+        row = torch.cat(parts)[None]  # (1, all frames, d_model)
         cu_seqlens = F.pad(frames.cumsum(0), (1, 0)).int()
         for layer in self.layers:
-            args = (row, cu_seqlens, max(lengths))
-            row = (
-                checkpoint(layer, *args, use_reentrant=False)
-                if self.recompute and self.training
-                else layer(*args)
-            )
+            row = self._run(layer, row, cu_seqlens, max(lengths))
         parts = self.layer_norm(row)[0].split(lengths)
-        return torch.stack([F.pad(part, (0, 0, 0, x.shape[1] - len(part))) for part in parts])
+        output = [_pad_frames(part, x.shape[1]) for part in parts]
+        return torch.stack(output)
+
+    def _run(self, layer: "WhisperLayer", *inputs: Tensor | int) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def set_batch_count(self, step: int) -> None:
-        """Nothing here changes in the course of training."""
+        """Do nothing: this encoder has no training schedules."""
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute each layer's activations in the backward pass."""
         self.recompute = True
 
     @classmethod
-    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "WhisperEncoder":
+    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "WhisperEncoder":
+        """See AudioEncoder."""
         return cls(pad_to_30s=pad_to_30s, **values)
 
     @staticmethod
     def frame_lengths(samples: Any) -> Any:
+        """See AudioEncoder."""
         return (whisper_frames(samples) + 1) // 2
 
     @staticmethod
-    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
+    def sample_limits(values: Fields) -> tuple[int, int]:
+        """See AudioEncoder."""
         return WHISPER_HOP, (2 * values["max_source_positions"] + 1) * WHISPER_HOP - 1
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Fields and encoder weights of a Hugging Face Whisper directory or of OpenAI's own file."""
+    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
+        """Read a Hugging Face Whisper directory or OpenAI's own file. See AudioEncoder."""
         return read_whisper(Path(path))
 
 
+def _pad_frames(x: Tensor, length: int) -> Tensor:
+    """Pad frames (T, C) with zeros to (length, C)."""
+    return F.pad(x, (0, 0, 0, length - len(x)))
+
+
 class WhisperLayer(nn.Module):
+    """Self-attention and feed-forward, each with a LayerNorm before it."""
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.self_attn = WhisperAttention(width, heads)
@@ -129,11 +173,15 @@ class WhisperLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Apply the layer. The arguments are those of WhisperAttention."""
         x = x + self.self_attn(self.self_attn_layer_norm(x), cu_seqlens, longest)
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        hidden = F.gelu(self.fc1(self.final_layer_norm(x)))
+        return x + self.fc2(hidden)
 
 
 class WhisperAttention(nn.Module):
+    """Self-attention within each utterance of a packed row."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -143,9 +191,19 @@ class WhisperAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        """x (1, frames of all utterances, width), cu_seqlens (N + 1,)"""
-        q, k, v = (
-            proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(packed(q, k, v, cu_seqlens, causal=False, longest=longest).flatten(2))
+        """Compute the attention.
+
+        Args:
+            x: (1, frames of all utterances, width).
+            cu_seqlens: boundaries of the N utterances (N + 1,).
+            longest: length of the longest utterance.
+        """
+        query = self._split_heads(self.q_proj(x))
+        key = self._split_heads(self.k_proj(x))
+        value = self._split_heads(self.v_proj(x))
+        output = packed(query, key, value, cu_seqlens, causal=False, longest=longest)
+        return self.out_proj(output.flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Map (1, T, width) to (1, heads, T, width / heads)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

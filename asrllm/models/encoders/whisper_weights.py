@@ -1,9 +1,13 @@
-"""Whisper's weights: Hugging Face directories (safetensors or pytorch_model.bin, in one file or several) and OpenAI's own .pt files."""
+"""Read the weights of Whisper's encoder.
+
+Supported are Hugging Face directories (safetensors or pytorch_model.bin, in one file or several)
+and OpenAI's own .pt files.
+"""
 
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,11 +15,13 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_weights
-from asrllm.models.encoders.zipformer.weights import DAMAGED, load_tensors
-from asrllm.models.hub_files import check_kind, check_plain
-from asrllm.text_files import read_json_object
+from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
+from asrllm.models.hub_files import Fields, check_kind, check_plain
+from asrllm.models.state_dict import StateDict
+from asrllm.text_files import first_words, read_json_object
 
 KEY = "model.audio_encoder.pretrained_model"
+AGAIN = "Download it again."
 FIELDS = (
     "num_mel_bins",
     "d_model",
@@ -24,14 +30,16 @@ FIELDS = (
     "encoder_ffn_dim",
     "max_source_positions",
 )
-# the hub's large models hold a second copy, model.fp32-*: the plain names come first; safetensors before others, as in fingerprints
-FILES = (
+# The hub's large models contain a second copy, model.fp32-*, so that the plain names come first.
+# safetensors come before other formats, as in fingerprints.
+PATTERNS = (
     "model.safetensors",
     "model-*.safetensors",
     "*.safetensors",
     "pytorch_model.bin",
     "pytorch_model-*.bin",
 )
+# transformers' field: OpenAI's name in "dims"
 DIMS = {
     "num_mel_bins": "n_mels",
     "d_model": "n_audio_state",
@@ -39,9 +47,10 @@ DIMS = {
     "encoder_attention_heads": "n_audio_head",
     "max_source_positions": "n_audio_ctx",
 }
-# OpenAI's names, below `encoder.`, and transformers'
-TOP = {"conv1": "conv1", "conv2": "conv2", "ln_post": "layer_norm"}
-BLOCK = {
+# OpenAI's name below `encoder.`: transformers' name
+TOP_NAMES = {"conv1": "conv1", "conv2": "conv2", "ln_post": "layer_norm"}
+# OpenAI's name below `encoder.blocks.N.`: transformers' name
+BLOCK_NAMES = {
     "attn.query": "self_attn.q_proj",
     "attn.key": "self_attn.k_proj",
     "attn.value": "self_attn.v_proj",
@@ -51,122 +60,177 @@ BLOCK = {
     "mlp.2": "fc2",
     "mlp_ln": "final_layer_norm",
 }
+OPENAI_KEY = re.compile(r"encoder\.(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
-def read_whisper(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The encoder's fields and its weights by transformers' names, with no prefix."""
-    return read_openai(path) if path.is_file() else read_directory(path)
+def read_whisper(path: Path) -> tuple[Fields, StateDict]:
+    """Return the encoder's fields, and its weights by transformers' names without a prefix.
+
+    Args:
+        path: a Hugging Face directory, or OpenAI's .pt file.
+
+    Raises:
+        UserError: the files are damaged, or are not a Whisper model.
+    """
+    if path.is_file():
+        return read_openai(path)
+    return read_directory(path)
 
 
-def read_openai(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:  # mapped where the format allows: the decoder is most of the file
-        verify_weights(file)
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (*DAMAGED, OSError) as error:
-        raise UserError(
-            f"{KEY}={str(file)!r} cannot be read as plain tensors ({' '.join(str(error).split())[:160]}): download it again"
-        ) from error
-    dims, state = (
-        content.get(name) if isinstance(content, dict) else None
-        for name in ("dims", "model_state_dict")
-    )
+def read_openai(file: Path) -> tuple[Fields, StateDict]:
+    """Read OpenAI's .pt file. See `read_whisper`."""
+    content = _load_openai(file)
+    dims = None
+    state = None
+    if isinstance(content, dict):
+        dims = content.get("dims")
+        state = content.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(state, dict):
         raise UserError(
-            f"{KEY}={str(file)!r} is no file of OpenAI's Whisper (no 'dims' with 'model_state_dict'): give one, or a Hugging Face directory"
+            f"{KEY}={str(file)!r} is not a file of OpenAI's Whisper (it has no 'dims' and "
+            "'model_state_dict'). Give such a file, or a Hugging Face directory."
         )
-    if absent := [name for name in DIMS.values() if name not in dims]:
-        raise UserError(
-            f"{KEY}={str(file)!r} has no {absent[0]!r} in its 'dims': download it again"
-        )
+    for name in DIMS.values():
+        if name not in dims:
+            raise UserError(f"{KEY}={str(file)!r} has no {name!r} in its 'dims'. {AGAIN}")
     fields = {field: dims[name] for field, name in DIMS.items()}
     check_fields(fields, file)
     fields["encoder_ffn_dim"] = 4 * fields["d_model"]
-    return fields, from_openai(
-        {k: v for k, v in state.items() if k.startswith("encoder.")}, str(file)
-    )
+    encoder = {key: tensor for key, tensor in state.items() if key.startswith("encoder.")}
+    return fields, from_openai(encoder, str(file))
 
 
-def from_openai(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The encoder's weights by transformers' names. Raises UserError naming a key that is not known."""
-    renamed = {}
+def _load_openai(file: Path) -> object:
+    try:
+        verify_weights(file)
+        # mapped into memory if the format allows it, because the decoder is most of the file
+        mapped = zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (*READ_ERRORS, OSError) as error:
+        raise UserError(
+            f"{KEY}={str(file)!r} cannot be read as plain tensors: {first_words(error)}. {AGAIN}"
+        ) from error
+
+
+def from_openai(state: Mapping[str, Tensor], where: str) -> StateDict:
+    """Rename an encoder's weights from OpenAI's to transformers' names.
+
+    Args:
+        state: weights whose keys begin with "encoder.".
+        where: their file, for the error message.
+
+    Raises:
+        UserError: a key is unknown.
+    """
+    renamed: StateDict = {}
     for key, tensor in state.items():
         if key == "encoder.positional_embedding":
             renamed["embed_positions.weight"] = tensor
-            continue
-        match = re.fullmatch(r"encoder\.(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", key)
-        number, name, kind = match.groups() if match else (None, "", "")
-        table, head = (TOP, "") if number is None else (BLOCK, f"layers.{number}.")
-        if name not in table:
-            raise UserError(
-                f"{KEY}={where!r} has {key!r}, which no Whisper encoder of OpenAI's has: check that it is one"
-            )
-        renamed[f"{head}{table[name]}.{kind}"] = tensor
+        else:
+            renamed[_transformers_name(key, where)] = tensor
     return renamed
 
 
-def read_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _transformers_name(key: str, where: str) -> str:
+    match = OPENAI_KEY.fullmatch(key)
+    if match:
+        block, name, kind = match.groups()
+        if block is None and name in TOP_NAMES:
+            return f"{TOP_NAMES[name]}.{kind}"
+        if block is not None and name in BLOCK_NAMES:
+            return f"layers.{block}.{BLOCK_NAMES[name]}.{kind}"
+    raise UserError(
+        f"{KEY}={where!r} has the key {key!r}, which OpenAI's Whisper encoders do not have. Check "
+        "that the file is one of OpenAI's."
+    )
+
+
+def read_directory(folder: Path) -> tuple[Fields, StateDict]:
+    """Read a Hugging Face directory. See `read_whisper`."""
+    path = folder / "config.json"
     check_kind(folder, KEY)
-    if not (folder / "config.json").is_file():
+    if not path.is_file():
         raise UserError(
-            f"{KEY}={str(folder)!r} has no config.json: give a Hugging Face Whisper directory, or OpenAI's .pt file itself"
+            f"{KEY}={str(folder)!r} has no config.json. Give a Hugging Face Whisper directory, or "
+            "OpenAI's .pt file itself."
         )
-    config = read_json_object(folder / "config.json", "the encoder's configuration")
-    check_plain(config, folder / "config.json")
-    if config.get("model_type") != "whisper":
+    config = read_json_object(path, "the encoder's configuration")
+    check_plain(config, path)
+    kind = config.get("model_type")
+    if kind != "whisper":
         raise UserError(
-            f"{KEY}={str(folder)!r} is a {config.get('model_type')!r} model, not whisper: set model.audio_encoder.model_type to match"
+            f"{KEY}={str(folder)!r} is a {kind!r} model, not whisper. Set "
+            "model.audio_encoder.model_type to match."
         )
-    state = {}
-    for file in weight_files(folder):
-        for key, tensor in encoder_tensors(file).items():
+    state = _read_encoder(folder)
+    for field in FIELDS:
+        if field not in config:
+            raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
+    fields = {field: config[field] for field in FIELDS}
+    check_fields(fields, path)
+    return fields, state
+
+
+def _read_encoder(folder: Path) -> StateDict:
+    """Return the encoder's weights in a directory, without their prefix."""
+    state: StateDict = {}
+    for file in whisper_weight_files(folder):
+        for key, tensor in _encoder_tensors(file).items():
             head, found, name = key.partition("encoder.")
             if found and head in ("", "model."):
                 state[name] = tensor
     if not state:
         raise UserError(
-            f"{KEY}={str(folder)!r} has no weights of an encoder (no key starts with 'model.encoder.'): download it again"
+            f"{KEY}={str(folder)!r} has no weights of an encoder (no key starts with "
+            f"'model.encoder.'). {AGAIN}"
         )
-    if absent := [field for field in FIELDS if field not in config]:
-        raise UserError(f"{str(folder / 'config.json')!r} has no {absent[0]!r}: download it again")
-    fields = {field: config[field] for field in FIELDS}
-    check_fields(fields, folder / "config.json")
-    return fields, state
+    return state
 
 
-def check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Raise UserError if a size of the encoder is not a positive whole number, or the heads do not fit."""
+def check_fields(fields: Fields, path: Path) -> None:
+    """Check the sizes of an encoder.
+
+    Args:
+        fields: the encoder's fields.
+        path: their file, for the error message.
+
+    Raises:
+        UserError: a size is not an integer above 0, or the heads do not divide the width.
+    """
     for name, value in fields.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(
-                f"{str(path)!r}: {name}={value!r} is not a whole number above 0. Correct it."
+                f"{str(path)!r}: {name}={value!r} is not an integer above 0. Correct it."
             )
-    width, heads = fields["d_model"], fields["encoder_attention_heads"]
+    width = fields["d_model"]
+    heads = fields["encoder_attention_heads"]
     if width % heads:
         raise UserError(
-            f"{str(path)!r}: d_model={width} is not a multiple of encoder_attention_heads={heads}. Correct them."
+            f"{str(path)!r}: d_model={width} is not a multiple of encoder_attention_heads={heads}. "
+            "Correct them."
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    for pattern in FILES:
-        if found := sorted(folder.glob(pattern)):
+def whisper_weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a Hugging Face Whisper directory."""
+    for pattern in PATTERNS:
+        found = sorted(folder.glob(pattern))
+        if found:
             return found
     raise UserError(
-        f"{KEY}={str(folder)!r} has no weights (none of {', '.join(FILES)}): download it again"
+        f"{KEY}={str(folder)!r} has no weights (none of {', '.join(PATTERNS)}). {AGAIN}"
     )
 
 
-def encoder_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that may be the encoder's; of safetensors the others are not read."""
+def _encoder_tensors(file: Path) -> StateDict:
+    """Read the tensors that may be the encoder's. The others in a safetensors file are not read."""
     if file.suffix == ".bin":
         return load_tensors(file)
     try:
         verify_weights(file)
         with safe_open(file, "pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys() if "encoder." in key}  # noqa: SIM118 (not a mapping)
-    except (*DAMAGED, OSError) as error:
-        raise UserError(
-            f"{str(file)!r} cannot be read ({' '.join(str(error).split())[:160]}): download it again"
-        ) from error
+            keys = list(tensors.keys())
+            names = [key for key in keys if "encoder." in key]
+            return {key: tensors.get_tensor(key) for key in names}
+    except (*READ_ERRORS, OSError) as error:
+        raise UserError(f"{str(file)!r} cannot be read: {first_words(error)}. {AGAIN}") from error

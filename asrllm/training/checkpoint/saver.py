@@ -20,7 +20,7 @@ from asrllm.atomic import sync, write_whole
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.init_from import whole
+from asrllm.models.init_from import gathered
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
@@ -272,7 +272,7 @@ def write_inherited(model: nn.Module, exp_dir: Path, checkpoint: Path | None = N
     parameters = dict(model.named_parameters())
     state = {}
     for name in model.inherited:
-        with whole(parameters[name]):
+        with gathered(parameters[name]):
             if distributed.rank() == 0:
                 state[name] = parameters[name].detach().cpu().clone()
     if model.inherited:

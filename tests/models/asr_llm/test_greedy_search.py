@@ -1,11 +1,11 @@
-"""Our greedy search against transformers'."""
+"""Compare our greedy search with that of transformers."""
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from asrllm.models.asr_llm import generation
-from asrllm.models.asr_llm.greedy_search import RECORDED
+from asrllm.models.asr_llm.greedy_search import DECODERS
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_generation import FAMILIES, chats_of, family, make_model, waves_of
 
@@ -16,20 +16,20 @@ def model(world, tmp_path_factory):
 
 
 def both_ways(model, monkeypatch, count=12, **options):
-    """(our texts, transformers' texts, the rows of each forward pass of ours)"""
+    """Return our texts, those of transformers, and the rows of each of our forward passes."""
     waves, chats = waves_of(count), chats_of(model, count)
     rows = []
     hook = model.llm.register_forward_hook(lambda _, __, output: rows.append(len(output.logits)))
     ours = model.generate(waves, chats, **options)
     hook.remove()
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "is_plain", lambda _: False)
+        patch.setattr(generation, "is_greedy", lambda _: False)
         theirs = model.generate(waves, chats, **options)
     return ours, theirs, rows
 
 
 def ends_early(model, count=12):
-    """Words that end some answers early and others late."""
+    """Return token ids that end some answers early and others late."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.processor.tokenizer, "decode", lambda row, **_: seen.append(row) or "")
@@ -40,7 +40,7 @@ def ends_early(model, count=12):
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", *FAMILIES])
-def test_texts_are_transformers_own_while_rows_leave(world, tmp_path, monkeypatch, model_type):
+def test_texts_match_transformers_while_rows_are_removed(world, tmp_path, monkeypatch, model_type):
     llm = (
         tiny_llm(tmp_path / "llm", tied=False)
         if model_type == "qwen2"
@@ -56,7 +56,7 @@ def test_texts_are_transformers_own_while_rows_leave(world, tmp_path, monkeypatc
     assert len(set(rows)) > 1 or len(set(ours)) == 1, "no finished row has left the batch"
 
 
-def test_limits_and_loops_end_rows_as_they_do_there(model, monkeypatch):
+def test_limits_and_loops_stop_rows_as_in_transformers(model, monkeypatch):
     for options in (
         {"max_tokens_per_second": 3},
         {"repetition_guard": 4},
@@ -66,7 +66,7 @@ def test_limits_and_loops_end_rows_as_they_do_there(model, monkeypatch):
         assert ours == theirs
 
 
-def test_the_ends_of_answers_are_told_apart(model):
+def test_end_reasons_of_answers(model):
     waves, chats = waves_of(6), chats_of(model, 6)
     limits = {"generation_config": None, "max_tokens_per_second": None, "repetition_guard": None}
     cut_off = generation.generate(model, waves, chats, 1, **limits)
@@ -81,8 +81,8 @@ def test_the_ends_of_answers_are_told_apart(model):
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])
-def test_texts_are_the_same_where_keys_and_values_have_fixed_places(model, monkeypatch, count):
-    """Without CUDA the step is not recorded, but of the same shapes; the second batch takes the places of the first."""
+def test_texts_are_the_same_with_a_cache_of_fixed_size(model, monkeypatch, count):
+    """Without CUDA the step has the same shapes but is not recorded. The second batch reuses the cache."""
     early, waves, chats = ends_early(model), waves_of(count), chats_of(model, count)
     expected = model.generate(waves, chats, 24, generation_config=early)
     shapes = []
@@ -92,12 +92,12 @@ def test_texts_are_the_same_where_keys_and_values_have_fixed_places(model, monke
     assert model.generate(waves[::-1], chats[::-1], 24, generation_config=early) == expected[::-1]
     hook.remove()
     assert len(set(shapes)) == 1
-    assert len(RECORDED) == 1
+    assert len(DECODERS) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_recorded_step_says_the_same(model, monkeypatch):
+def test_replayed_cuda_graph_gives_the_same_texts(model, monkeypatch):
     on_gpu = model.to("cuda")
     early, waves, chats = ends_early(on_gpu), waves_of(12), chats_of(on_gpu, 12)
     expected = on_gpu.generate(waves, chats, 24, generation_config=early)
@@ -106,30 +106,30 @@ def test_a_recorded_step_says_the_same(model, monkeypatch):
         assert on_gpu.generate(waves, chats, 24, generation_config=early) == expected
 
 
-def test_windows_are_not_recorded(world, tmp_path, monkeypatch):
+def test_llms_with_sliding_windows_are_not_recorded(world, tmp_path, monkeypatch):
     model = make_model(world, family(tmp_path / "llm", "mistral"), model_type="mistral")
     expected = model.generate(waves_of(3), chats_of(model, 3), 24)
     monkeypatch.setattr(model, "cuda_graphs", True)
     assert model.generate(waves_of(3), chats_of(model, 3), 24) == expected
-    assert model.causal_lm not in RECORDED
+    assert model.causal_lm not in DECODERS
 
 
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 2}, {"do_sample": True}, {"min_new_tokens": 2}, {"suppress_tokens": [5]}],
 )
-def test_other_searches_are_transformers(model, monkeypatch, options):
+def test_other_decoding_methods_use_transformers(model, monkeypatch, options):
     monkeypatch.setattr(
         generation, "greedy", lambda *_: pytest.fail("this is no plain greedy search")
     )
     assert len(model.generate(waves_of(2), chats_of(model, 2), 4, **options)) == 2
 
 
-def test_a_model_that_answers_nan_is_named(model):
+def test_nan_logits_are_reported_by_greedy_search(model):
     def spoil(_, __, output):
         output.logits.fill_(torch.nan)
 
     hook = model.llm.register_forward_hook(spoil)
-    with pytest.raises(generation.UserError, match="answers chat 0 with NaN"):
+    with pytest.raises(generation.UserError, match="chat 0 are NaN"):
         model.generate(waves_of(2), chats_of(model, 2), 4)
     hook.remove()

@@ -52,7 +52,7 @@ def make_model(world, frozen=("audio_encoder", "llm"), patterns=(), init_from=No
         processor, frozen=frozen, patterns=patterns, init_from=init_from, dtype=torch.float32
     )
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first: the adapters would not be tested
+        if "lora_B" in name:  # it starts at zero, and adapters would not be tested
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
@@ -74,7 +74,7 @@ def batch_of(model, chosen):
     return {name: getattr(batch, name) for name in MODEL_INPUTS}
 
 
-def test_base_models_are_kept_by_their_absolute_paths(world, tmp_path, monkeypatch):
+def test_base_models_are_stored_by_absolute_path(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world.root)
     encoder = EncoderPart(model_type="whisper", pretrained_model="whisper", frozen=True, lora=None)
     config = make_config(world, audio_encoder=encoder, llm={"pretrained_model": "llm"})
@@ -89,9 +89,7 @@ def test_base_models_are_kept_by_their_absolute_paths(world, tmp_path, monkeypat
 
 @pytest.mark.parametrize("boundary", [False, True])
 @pytest.mark.parametrize("projector", ["mlp", "normed"])
-def test_the_packed_loss_is_the_sum_of_the_losses_alone_with_their_gradients(
-    world, boundary, projector
-):
+def test_packed_loss_and_gradients_are_the_sum_over_single_utterances(world, boundary, projector):
     model = make_model(world, tag_audio_boundary=boundary, projector=projector)
     together = model(**batch_of(model, samples()))
     together.loss.backward()
@@ -109,8 +107,8 @@ def test_the_packed_loss_is_the_sum_of_the_losses_alone_with_their_gradients(
             torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_the_loss_is_transformers_own(world):
-    """The same chat with the audio's embeddings put in by hand, through the plain causal LM with labels."""
+def test_loss_matches_transformers(world):
+    """Run the same chat through the plain causal LM, with labels and audio embeddings set by hand."""
     model = make_model(world)
     (sample,) = samples(1)
     inputs = batch_of(model, [sample])
@@ -130,7 +128,7 @@ def test_the_loss_is_transformers_own(world):
     torch.testing.assert_close(model(**inputs).loss, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_only_adapters_and_projector_are_trained_and_the_rest_stays_in_eval_mode(world):
+def test_only_adapters_and_projector_are_trained_and_frozen_parts_stay_in_eval_mode(world):
     model = make_model(world).train()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {
@@ -141,14 +139,14 @@ def test_only_adapters_and_projector_are_trained_and_the_rest_stays_in_eval_mode
     assert model.projector.training
 
 
-def test_full_fine_tuning_of_a_part(world):
+def test_a_part_can_be_trained_in_full(world):
     model = make_model(world, frozen=("audio_encoder",), llm={"frozen": False, "lora": None})
     assert all(p.requires_grad for p in model.llm.parameters())
     assert not any(p.requires_grad for p in model.audio_encoder.parameters())
 
 
 @pytest.mark.slow
-def test_batch_invariance_of_texts_and_features_or_raw_input(world, tmp_path):
+def test_texts_are_batch_invariant_for_features_and_for_raw_audio(world, tmp_path):
     model = make_model(world, llm={"pretrained_model": str(tiny_llm(tmp_path / "llm", tied=False))})
     chosen = samples(8)
     waves = [s.wave for s in chosen]
@@ -165,7 +163,7 @@ def test_batch_invariance_of_texts_and_features_or_raw_input(world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_directory_is_self_contained_and_loads_with_auto_classes(world, tmp_path, tied):
+def test_saved_directory_is_self_contained_and_loads_with_auto_classes(world, tmp_path, tied):
     llm = tiny_llm(tmp_path / "llm", tied=tied)
     model = make_model(world, llm={"pretrained_model": str(llm)})
     texts = model.transcribe([s.wave for s in samples()], max_new_tokens=10)
@@ -183,7 +181,7 @@ def test_a_saved_directory_is_self_contained_and_loads_with_auto_classes(world, 
     assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").model_type == "asrllm"
 
 
-def test_parts_left_out_come_from_their_base_model_and_another_base_is_refused(world, tmp_path):
+def test_excluded_parts_are_read_from_the_base_model_and_another_base_is_rejected(world, tmp_path):
     llm = tiny_llm(tmp_path / "llm")
     model = make_model(
         world, llm={"pretrained_model": str(llm)}, exclude_from_checkpoint=["llm", "audio_encoder"]
@@ -207,16 +205,16 @@ def test_parts_left_out_come_from_their_base_model_and_another_base_is_refused(w
     [
         (
             lambda s: s.pop("projector.mlp.linear1.bias"),
-            r"lack 1 keys, the first 'projector\.mlp\.linear1\.bias'",
+            r"lack 1 keys .*'projector\.mlp\.linear1\.bias'",
         ),
-        (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected keys, the first 'extra'"),
+        (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected keys .*'extra'"),
         (
             lambda s: s.update({"projector.mlp.linear1.bias": torch.zeros(3)}),
             r"'projector\.mlp\.linear1\.bias' has the shape \(3,\), expected \(32,\)",
         ),
     ],
 )
-def test_wrong_keys_are_named(world, tmp_path, change, message):
+def test_wrong_keys_are_reported(world, tmp_path, change, message):
     make_model(world).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     change(state)
@@ -225,7 +223,7 @@ def test_wrong_keys_are_named(world, tmp_path, change, message):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
-def test_bad_input_is_one_sentence(world):
+def test_invalid_generation_input_is_rejected(world):
     model = make_model(world)
     wave = samples(1)[0].wave
     chat = model.processor.renderer.user_messages("x")
@@ -233,14 +231,14 @@ def test_bad_input_is_one_sentence(world):
         ([wave[:100]], [chat], "audio 0 is too short"),
         ([wave * float("nan")], [chat], "NaN"),
         ([wave[None]], [chat], "one channel"),
-        ([wave, wave], [chat], "1 chats for 2 audios"),
-        ([wave], [[{"role": "user", "content": "hi"}]], "chat 0 has no audio token"),
+        ([wave, wave], [chat], "1 chats .* 2 audios"),
+        ([wave], [[{"role": "user", "content": "hi"}]], "chat 0 contains no audio token"),
     ):
         with pytest.raises(UserError, match=message):
             model.generate(audio, chats)
 
 
-def test_mistakes_are_found_before_weights_are_loaded(world, tmp_path):
+def test_invalid_configuration_is_reported_before_weights_are_loaded(world, tmp_path):
     def describe(**changes):
         return describe_model(make_config(world, **changes), pad_to_30s=False, prompts=("x",))
 
@@ -249,22 +247,22 @@ def test_mistakes_are_found_before_weights_are_loaded(world, tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
         describe(llm={"pretrained_model": str(tmp_path / "llm")})
-    with pytest.raises(UserError, match="is a 'qwen2' model: correct it"):
+    with pytest.raises(UserError, match=r"model\.llm\.model_type='llama'.* 'qwen2' model"):
         describe(llm={"model_type": "llama"})
-    with pytest.raises(UserError, match="does not exist: give a directory or a hub id"):
+    with pytest.raises(UserError, match="does not exist"):
         describe(llm={"pretrained_model": "/no/such/llm"})
     with pytest.raises(UserError, match="is already a token"):
         describe(audio_token="<|im_end|>")
-    with pytest.raises(UserError, match=r"set model\.llm\.lora\.r=0"):
+    with pytest.raises(UserError, match=r"model\.llm\.frozen=false .*model\.llm\.lora\.r=0"):
         describe(llm={"frozen": False})
-    with pytest.raises(UserError, match=r"model\.llm\.lora does not fit"):
+    with pytest.raises(UserError, match=r"model\.llm\.lora .*'nothing'"):
         make_model(
             world,
             llm={"lora": LoraPart(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["nothing"])},
         )
 
 
-def test_an_exp_dir_without_weights_is_one_sentence(world, tmp_path):
+def test_exp_dir_without_weights_is_reported(world, tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         asrllm.AutoModel.from_pretrained(tmp_path)
     make_model(world).config.save_pretrained(tmp_path)

@@ -27,11 +27,11 @@ WAVE = tone("one", 0.5)
         (WAVE[:0], "audio 1 is empty"),
         (
             WAVE[:159],
-            r"audio 1 is too short: 159 samples at 16 kHz, the model takes 160 \(0\.010 s\) at least",
+            r"audio 1 is too short: .* 159 samples .* 160 \(0\.010 s\)",
         ),
         (
             np.zeros(16000 * 31, np.float32),
-            r"audio 1 is too long: 31\.00 s, the model takes 30\.01 s at most: cut it",
+            r"audio 1 is too long: .* 31\.00 s.* 30\.01 s",
         ),
         (WAVE * np.nan, "audio 1 holds NaN"),
         (np.full(9000, np.inf), "audio 1 holds NaN or infinite"),
@@ -54,13 +54,13 @@ WAVE = tone("one", 0.5)
         ("no.wav", r"'no\.wav' cannot be read"),
     ],
 )
-def test_bad_audio_is_one_sentence(audio, message):
+def test_invalid_audio_is_rejected(audio, message):
     with pytest.raises(UserError, match=message) as caught:
         make_processor().load_waves([WAVE, audio])
     assert "\n" not in str(caught.value)
 
 
-def test_bad_files_are_named(tmp_path):
+def test_invalid_audio_files_are_reported_by_path(tmp_path):
     soundfile.write(tmp_path / "short.wav", WAVE[:100], 16000)
     soundfile.write(tmp_path / "none.wav", WAVE[:0], 16000)
     for name, message in (
@@ -71,10 +71,10 @@ def test_bad_files_are_named(tmp_path):
             make_processor().load_waves([tmp_path / name])
 
 
-def test_limits_are_the_encoders():
+def test_audio_limits_are_those_of_the_encoder():
     zipformer = make_processor({"model_type": "zipformer"} | TINY_ZIPFORMER)
     low, _ = zipformer.config.sample_limits()
-    with pytest.raises(UserError, match=f"takes {low} "):
+    with pytest.raises(UserError, match=f"needs {low} "):
         zipformer.load_waves([np.zeros(low - 1, np.float32)])
     waves, lengths = zipformer.load_waves(
         [np.zeros(low, np.float32), np.zeros(16000 * 31, np.float32)]
@@ -84,7 +84,7 @@ def test_limits_are_the_encoders():
 
 
 @pytest.mark.parametrize("alone", ["a.wav", WAVE, torch.from_numpy(WAVE), (WAVE, 16000), None, 3])
-def test_one_audio_that_is_not_in_a_list_is_one_sentence(alone):
+def test_audio_outside_of_a_list_is_rejected(alone):
     with pytest.raises(UserError, match=r"give a list of audios, \[audio\]"):
         make_processor().load_waves(alone)
     with pytest.raises(UserError, match="give one at least"):
@@ -92,7 +92,7 @@ def test_one_audio_that_is_not_in_a_list_is_one_sentence(alone):
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
-def test_other_rates_are_resampled_as_files_are(tmp_path, rate):
+def test_arrays_of_other_rates_are_resampled_as_files_are(tmp_path, rate):
     wave = tone("one", 0.5, rate)
     soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
     waves, lengths = make_processor().load_waves(
@@ -110,7 +110,7 @@ def test_stereo_files_are_mixed_down(tmp_path):
     np.testing.assert_allclose(row, (WAVE + other) / 2, atol=1e-7)
 
 
-def test_a_chat_that_is_not_in_a_list_is_one_sentence():
+def test_chat_outside_of_a_list_is_rejected():
     processor = make_processor()
-    with pytest.raises(UserError, match=r"give a list of chats, \[messages\]"):
-        processor.share_out(processor.renderer.user_messages("x"), 1)
+    with pytest.raises(UserError, match=r"messages is one chat"):
+        processor.count_audios(processor.renderer.user_messages("x"), 1)

@@ -1,4 +1,4 @@
-"""Directories that save_pretrained writes: whole, merged, sharded, damaged; and loading without a second copy."""
+"""Directories that save_pretrained writes: complete, merged, sharded and damaged ones."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from asrllm.models.asr_llm.serialization import (
     as_dtype,
     load_model,
     parameters_on_meta,
-    rank_in_file,
+    rank_multiple,
     read_tensors,
     weight_files,
 )
@@ -44,7 +44,7 @@ FAMILIES = {"qwen2": {}, "qwen3": {"head_dim": 8}, "llama": {}, "mistral": {}, "
 
 
 def family_llm(folder, family, *, tied=True):
-    """A directory of a tiny LLM with random weights of another family than tiny_llm's."""
+    """Write a directory of a tiny LLM of another family than tiny_llm's, with random weights."""
     tokenizer = tiny_tokenizer()
     ids = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -66,7 +66,7 @@ def family_llm(folder, family, *, tied=True):
 
 
 def lora_model(world, **options):
-    """A model whose LoraConfig has further options than the run's configuration knows."""
+    """Return a model whose LoraConfig has options that the run's configuration does not support."""
     processor = describe_model(make_config(world), pad_to_30s=False, prompts=("Transcribe.",))
     processor.config.lora |= options
     torch.manual_seed(0)
@@ -79,9 +79,9 @@ def lora_model(world, **options):
 
 @torch.no_grad()
 def logits(model):
-    """The LLM's, for an utterance heard and a few tokens read."""
+    """Return the LLM's logits for an utterance and a few tokens."""
     if model.config.llm["model_type"] == "gemma2":
-        model.llm.set_attn_implementation("eager")  # no other here knows its capped scores
+        model.llm.set_attn_implementation("eager")  # no other attention here supports its soft cap
     features, lengths = model.audio_encoder.features(
         *model.processor.load_waves([samples(1)[0].wave])
     )
@@ -92,7 +92,7 @@ def logits(model):
     ).logits
 
 
-def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
+def test_weights_may_contain_a_tied_head_twice(world, tmp_path):
     model = make_model(world, frozen=("audio_encoder",), llm={"frozen": False, "lora": None})
     model.require_processor().save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
@@ -103,14 +103,14 @@ def test_a_tied_head_may_be_in_the_weights_twice(world, tmp_path):
     }
     twice = state | {
         "llm.lm_head.weight": state["llm.model.embed_tokens.weight"].clone()
-    }  # as DeepSpeed's converter had it
-    found = load_model(tmp_path, twice)
+    }  # as in the files of DeepSpeed's converter
+    found = load_model(AsrLlmModel, tmp_path, twice)
     torch.testing.assert_close(logits(found), logits(model))
     twice["llm.lm_head.weight"] += 1
     with pytest.raises(
         UserError, match=r"'llm\.lm_head\.weight' differs from 'llm\.model\.embed_tokens\.weight'"
     ):
-        load_model(tmp_path, twice)
+        load_model(AsrLlmModel, tmp_path, twice)
 
 
 def assert_same_buffers(model, other):
@@ -124,7 +124,7 @@ def assert_same_buffers(model, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_of_llm_comes_back_bit_by_bit(world, tmp_path, family, tied):
+def test_every_llm_family_is_saved_and_loaded_bitwise(world, tmp_path, family, tied):
     llm = family_llm(tmp_path / "llm", family, tied=tied)
     model = make_model(world, llm={"model_type": family, "pretrained_model": str(llm)})
     model.save_pretrained(tmp_path / "saved")
@@ -152,7 +152,7 @@ def test_every_family_of_llm_comes_back_bit_by_bit(world, tmp_path, family, tied
 @pytest.mark.parametrize(
     "fields", [{"model_type": "whisper"}, {"model_type": "zipformer"} | TINY_ZIPFORMER]
 )
-def test_an_encoder_made_without_memory_is_as_the_ordinary_one(fields):
+def test_encoder_built_on_meta_matches_the_ordinary_one(fields):
     if fields["model_type"] == "whisper":
         fields |= {
             "num_mel_bins": 80,
@@ -177,7 +177,7 @@ def test_an_encoder_made_without_memory_is_as_the_ordinary_one(fields):
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
-def test_an_llm_made_without_memory_keeps_its_tied_weights_and_generation(world):
+def test_llm_built_on_meta_keeps_tied_weights_and_generation_config(world):
     fields = transformers.AutoConfig.from_pretrained(world.llm).to_dict()
     with parameters_on_meta():
         llm = empty_llm(fields)
@@ -188,7 +188,7 @@ def test_an_llm_made_without_memory_keeps_its_tied_weights_and_generation(world)
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}]
 )
-def test_merging_leaves_the_model_as_it_is_and_gives_a_plain_one(world, tmp_path, options):
+def test_merging_does_not_change_the_model_and_writes_a_plain_one(world, tmp_path, options):
     model = lora_model(
         world,
         target_modules=["q_proj", "v_proj", "down_proj"]
@@ -216,7 +216,7 @@ def test_merging_leaves_the_model_as_it_is_and_gives_a_plain_one(world, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
-def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
+def test_adapter_bias_without_a_layer_bias_is_rejected(world, tmp_path):
     options = {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}
     with pytest.raises(
         UserError,
@@ -231,13 +231,13 @@ def test_an_adapters_bias_that_no_layer_can_hold_is_refused(world, tmp_path):
         AsrLlmModel(config).save_pretrained(tmp_path / "merged", merge_adapter=True)
 
 
-def test_the_rank_is_seen_in_adapters_of_the_embeddings_alone():
+def test_rank_multiple_is_read_from_adapters_of_embeddings():
     key = "llm.base_model.model.model.embed_tokens.lora_embedding_A.default"
     model = SimpleNamespace(weights=lambda: {key: torch.zeros(2, 11)})
-    assert rank_in_file(model, {key: torch.zeros(6, 11)}) == 3
+    assert rank_multiple(model, {key: torch.zeros(6, 11)}) == 3
 
 
-def test_an_encoders_adapters_are_merged_too(world, tmp_path):
+def test_adapters_of_the_encoder_are_merged(world, tmp_path):
     from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
     options = LoraConfig(r=2, target_modules=["q_proj", "out_proj"], init_lora_weights=False)
@@ -253,7 +253,7 @@ def test_an_encoders_adapters_are_merged_too(world, tmp_path):
         )
 
 
-def test_merging_and_what_contradicts_it(world, tmp_path):
+def test_merging_is_rejected_without_adapters_and_with_excluded_parts(world, tmp_path):
     model = make_model(world, exclude_from_checkpoint=["audio_encoder"])
     model.save_pretrained(tmp_path / "saved", merge_adapter=True)
     loaded = asrllm.AutoModel.from_pretrained(tmp_path / "saved")
@@ -262,21 +262,21 @@ def test_merging_and_what_contradicts_it(world, tmp_path):
     with pytest.raises(UserError, match="the model has no adapters"):
         loaded.save_pretrained(tmp_path / "again", merge_adapter=True)
     model.config.exclude_from_checkpoint = ["llm"]
-    with pytest.raises(UserError, match="into the llm, which exclude_from_checkpoint leaves out"):
+    with pytest.raises(UserError, match=r"merge_adapter=True .* the llm.* exclude_from_checkpoint"):
         model.save_pretrained(tmp_path / "again", merge_adapter=True)
     assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT warns of it
-def test_an_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
+def test_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
     model = lora_model(world, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UserError, match="would change the head, which shares them"):
+    with pytest.raises(UserError, match=r"merge_adapter=True: .* the head"):
         model.save_pretrained(tmp_path / "merged", merge_adapter=True)
     assert not (tmp_path / "merged").exists()
 
 
-def test_merging_rounds_once(world, tmp_path):
-    """A bfloat16 model: the merged weight is the sum in float32, rounded."""
+def test_merged_weights_are_rounded_once(world, tmp_path):
+    """The merged weight of a bfloat16 model is the sum in float32, rounded."""
     model = lora_model(world, target_modules=["q_proj"]).bfloat16()
     layer = model.causal_lm.model.layers[0].self_attn.q_proj
     a, b, base = (
@@ -293,20 +293,20 @@ def test_merging_rounds_once(world, tmp_path):
     [
         (
             lambda s: s.pop("model.layers.0.mlp.up_proj.weight"),
-            r"has 1 missing keys, the first model\.layers\.0\.mlp\.up_proj\.weight",
+            r"has 1 missing keys .*model\.layers\.0\.mlp\.up_proj\.weight",
         ),
         (
             lambda s: s.update({"model.extra": torch.zeros(1)}),
-            r"has 1 unexpected keys, the first model\.extra",
+            r"has 1 unexpected keys .*model\.extra",
         ),
         (
             lambda s: s.update({"model.norm.weight": torch.zeros(3)}),
-            r"has 1 mismatched keys, the first model\.norm\.weight",
+            r"has 1 mismatched keys .*model\.norm\.weight",
         ),
         (None, "is corrupted"),
     ],
 )
-def test_a_damaged_base_llm_is_one_sentence(world, tmp_path, change, message):
+def test_damaged_base_llm_is_reported(world, tmp_path, change, message):
     folder = shutil.copytree(world.llm, tmp_path / "llm")
     state = load_file(folder / "model.safetensors")
     if change:
@@ -320,15 +320,15 @@ def test_a_damaged_base_llm_is_one_sentence(world, tmp_path, change, message):
         make_model(world, llm={"pretrained_model": str(folder)})
 
 
-def test_a_chat_beyond_the_llms_vocabulary_is_one_sentence(world, tmp_path):
+def test_chat_tokens_beyond_the_vocabulary_are_reported(world, tmp_path):
     folder = shutil.copytree(world.llm, tmp_path / "llm")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
-    with pytest.raises(UserError, match=r"has 2 embeddings, none for the token"):
+    with pytest.raises(UserError, match=r"has 2 embeddings, .* the token 'u'"):
         make_model(world, llm={"pretrained_model": str(folder)})
 
 
-def test_the_command_merges(world, tmp_path, capsys):
+def test_merge_lora_command(world, tmp_path, capsys):
     model = make_model(world)
     model.save_pretrained(tmp_path / "saved")
     assert (
@@ -356,7 +356,7 @@ def test_the_command_merges(world, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_saving_again_leaves_nothing_of_the_earlier_save(world, tmp_path):
+def test_saving_again_removes_the_earlier_files(world, tmp_path):
     model, folder = make_model(world), tmp_path / "saved"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
@@ -374,7 +374,7 @@ def test_saving_again_leaves_nothing_of_the_earlier_save(world, tmp_path):
     assert not list(folder.glob(".saving*"))
 
 
-def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_existing_files(world, tmp_path, monkeypatch):
     model = make_model(world)
     model.save_pretrained(tmp_path / "saved")
     expected = logits(model)
@@ -389,11 +389,11 @@ def test_a_save_that_fails_leaves_what_was_there(world, tmp_path, monkeypatch):
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path / "saved")), expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file: give a directory"):
+    with pytest.raises(UserError, match=r"file. is a file"):
         model.save_pretrained(tmp_path / "file")
 
 
-def test_a_model_may_be_saved_over_the_directory_it_came_from(world, tmp_path):
+def test_model_may_be_saved_to_the_directory_it_was_loaded_from(world, tmp_path):
     make_model(world).save_pretrained(tmp_path)
     model = asrllm.AutoModel.from_pretrained(tmp_path)
     expected = logits(model)
@@ -402,7 +402,7 @@ def test_a_model_may_be_saved_over_the_directory_it_came_from(world, tmp_path):
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path)), expected)
 
 
-def test_a_hub_id_is_loaded_as_a_directory_is(world, tmp_path, monkeypatch):
+def test_hub_id_is_loaded_like_a_directory(world, tmp_path, monkeypatch):
     make_model(world).save_pretrained(tmp_path / "snapshot")
     asked = []
     monkeypatch.setattr(
@@ -417,7 +417,7 @@ def test_a_hub_id_is_loaded_as_a_directory_is(world, tmp_path, monkeypatch):
             asrllm.AutoModel.from_pretrained(path)
 
 
-def test_features_and_generation_settings_come_back(world, tmp_path):
+def test_features_and_generation_config_are_saved_and_loaded(world, tmp_path):
     wide = tiny_whisper(tmp_path / "wide", num_mel_bins=128)
     encoder = make_config(world).audio_encoder
     model = make_model(
@@ -435,7 +435,7 @@ def test_features_and_generation_settings_come_back(world, tmp_path):
     )
 
 
-def test_generation_settings_that_transformers_refuses_are_one_sentence(world, tmp_path):
+def test_invalid_generation_config_is_reported(world, tmp_path):
     model = make_model(world)
     model.llm.generation_config.temperature = 0.5
     with pytest.raises(UserError, match=r"generation settings cannot be saved.*`temperature`"):
@@ -444,7 +444,7 @@ def test_generation_settings_that_transformers_refuses_are_one_sentence(world, t
 
 
 @pytest.mark.slow
-def test_the_auto_classes_of_a_fresh_process_need_the_directory_alone(world, tmp_path):
+def test_auto_classes_in_a_new_process_need_only_the_directory(world, tmp_path):
     whisper, llm = tiny_whisper(tmp_path / "whisper"), tiny_llm(tmp_path / "llm")
     encoder = type(make_config(world).audio_encoder)(
         model_type="whisper", pretrained_model=str(whisper), frozen=True
@@ -507,12 +507,15 @@ DAMAGES = {
     ),
     "a lost shard": (
         damage_index,
-        r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names",
+        r"model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names",
     ),
-    "two saves": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both"),
+    "two saves": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "both model.safetensors and model.safetensors.index.json",
+    ),
     "no weights": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        "holds neither",
+        r"neither model\.safetensors nor model\.safetensors\.index\.json",
     ),
     "another kind": (
         lambda f: set_config(f, model_type="qwen2"),
@@ -527,7 +530,7 @@ DAMAGES = {
     ),
     "another tokenizer": (
         lambda f: set_config(f, audio_token_id=7),
-        r"has '<\|AUDIO\|>' as \d+, config\.json as 7",
+        r"the id \d+ for '<\|AUDIO\|>', but config\.json has 7",
     ),
     "no generation settings": (
         lambda f: (f / "generation_config.json").write_text("{"),
@@ -535,31 +538,31 @@ DAMAGES = {
     ),
     "no encoder": (
         lambda f: set_config(f, audio_encoder=None),
-        r"config\.json': audio_encoder\.model_type=None is none of whisper, ",
+        r"config\.json': audio_encoder\.model_type=None is not one of whisper, ",
     ),
     "an encoder's field too many": (
         lambda f: set_part(f, "audio_encoder", extra=1),
-        r"config\.json': audio_encoder is of no .*'extra'",
+        r"config\.json': audio_encoder .* whisper: .*'extra'",
     ),
     "an encoder's field lost": (
         lambda f: set_part(f, "audio_encoder", d_model=DROPPED),
-        r"audio_encoder is of no .*d_model",
+        r"audio_encoder .* whisper: .*d_model",
     ),
     "an encoder's text": (
         lambda f: set_part(f, "audio_encoder", d_model="16"),
-        r"json': audio_encoder, with d_model='16', is of no",
+        r"json': audio_encoder with d_model='16' ",
     ),
     "an LLM of no type": (
         lambda f: set_part(f, "llm", model_type="qwen99"),
-        r"config\.json': llm\.model_type='qwen99' is no LLM that tra",
+        r"config\.json': llm\.model_type='qwen99' is not an LLM",
     ),
     "an LLM that writes nothing": (
         lambda f: set_part(f, "llm", model_type="vit"),
-        r"llm\.model_type='vit' is no causal LLM",
+        r"llm\.model_type='vit' is not a causal LLM",
     ),
     "an LLM's text": (
         lambda f: set_part(f, "llm", hidden_size="x"),
-        r"config\.json': llm is no configuration of a 'qwen2' .*hidden_size",
+        r"config\.json': llm .* 'qwen2' .*hidden_size",
     ),
     "no LLM": (lambda f: set_config(f, llm=None), r"llm\.model_type=None"),
     "a rate in words": (
@@ -568,7 +571,7 @@ DAMAGES = {
     ),
     "no rate": (
         lambda f: set_config(f, audio_encoder_projector_ds_rate=0),
-        r"audio_encoder_projector_ds_rate=0 must be above 0",
+        r"audio_encoder_projector_ds_rate=0 ",
     ),
     "prompts of no list": (
         lambda f: set_config(f, prompts="x"),
@@ -576,14 +579,14 @@ DAMAGES = {
     ),
     "another projector": (
         lambda f: set_config(f, projector="q"),
-        r"config\.json': projector='q' is none of mlp, normed",
+        r"config\.json': projector='q' is not one of mlp, normed",
     ),
     "empty": (lambda f: save_file({}, f / "model.safetensors"), "are empty"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_directory_is_one_sentence(world, tmp_path, damage):
+def test_damaged_directory_is_reported(world, tmp_path, damage):
     make_model(world).save_pretrained(tmp_path)
     change, message = DAMAGES[damage]
     change(tmp_path)
@@ -592,11 +595,11 @@ def test_a_damaged_directory_is_one_sentence(world, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-def test_dtypes(world, tmp_path):
+def test_weights_are_loaded_in_the_requested_dtype(world, tmp_path):
     make_model(world).save_pretrained(tmp_path)
     for wrong, message in (
         ("float17", "dtype='float17' is unknown: did you mean"),
-        (torch.int8, "is none for weights"),
+        (torch.int8, r"dtype=torch\.int8 "),
     ):
         with pytest.raises(UserError, match=message):
             asrllm.AutoModel.from_pretrained(tmp_path, dtype=wrong)
@@ -606,18 +609,18 @@ def test_dtypes(world, tmp_path):
     )
 
 
-def test_tensors_are_read_whole_however_often_the_file_is_opened_anew(tmp_path, monkeypatch):
+def test_read_tensors_reads_everything_when_the_file_is_reopened(tmp_path, monkeypatch):
     state = {f"t{i}": torch.randn(100) for i in range(7)} | {"count": torch.tensor(3)}
     save_file(state, tmp_path / "x.safetensors")
     for size in (1, 900, 1 << 30):
-        monkeypatch.setattr("asrllm.models.asr_llm.serialization.REOPEN", size)
+        monkeypatch.setattr("asrllm.models.asr_llm.serialization.REOPEN_BYTES", size)
         read = read_tensors(tmp_path / "x.safetensors", torch.float64)
         assert read.keys() == state.keys()
         assert all(torch.equal(read[name].to(state[name].dtype), state[name]) for name in state)
     assert read["count"].dtype == torch.int64
 
 
-def test_a_state_dict_file_of_a_run(world, tmp_path):
+def test_run_is_loaded_from_a_state_dict_file(world, tmp_path):
     model = make_model(world)
     model.config.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
@@ -632,7 +635,7 @@ def test_a_state_dict_file_of_a_run(world, tmp_path):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
-def test_unknown_keywords_are_refused_by_name(world, tmp_path):
+def test_unknown_keywords_are_rejected(world, tmp_path):
     model = make_model(world)
     for options, message in (
         (
@@ -643,9 +646,9 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
             {"state_dict": {}},
             "'state_dict': it takes merge_adapter, max_shard_size",
         ),
-        ({"max_shard_size": "banana"}, "max_shard_size='banana' is no size: give bytes above 0"),
-        ({"max_shard_size": 0}, "max_shard_size=0 is no size"),
-        ({"max_shard_size": "0.0GB"}, "is no size"),
+        ({"max_shard_size": "banana"}, "max_shard_size='banana' "),
+        ({"max_shard_size": 0}, "max_shard_size=0 "),
+        ({"max_shard_size": "0.0GB"}, r"max_shard_size='0\.0GB' "),
     ):
         with pytest.raises(UserError, match=message):
             model.save_pretrained(tmp_path / "saved", **options)
@@ -654,7 +657,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     for options, message in (
         ({"atn_implementation": "sdpa"}, "'atn_implementation'"),
         ({"dtyp": "bfloat16"}, "did you mean 'dtype'"),
-        ({"device_map": "auto"}, r"use \.to\(device\)"),
+        ({"device_map": "auto"}, r"device_map"),
     ):
         for load in (
             asrllm.AutoModel.from_pretrained,
@@ -669,7 +672,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     assert AsrLlmModel.from_pretrained(tmp_path / "saved", config=config)
     config.projector_hidden_size = 7
     for load in (AsrLlmModel.from_pretrained, transformers.AutoModel.from_pretrained):
-        with pytest.raises(UserError, match="leave out config and projector_hidden_size"):
+        with pytest.raises(UserError, match="projector_hidden_size differs"):
             load(tmp_path / "saved", config=config)
     given = {"revision": "main", "trust_remote_code": True, "local_files_only": True}
     assert (
@@ -684,7 +687,7 @@ def test_unknown_keywords_are_refused_by_name(world, tmp_path):
     )
 
 
-def test_an_llm_trained_as_a_whole_keeps_its_bases_generation_settings(world, tmp_path):
+def test_llm_trained_in_full_keeps_the_generation_config_of_its_base(world, tmp_path):
     llm = tiny_llm(tmp_path / "llm")
     transformers.GenerationConfig(pad_token_id=0, max_new_tokens=77).save_pretrained(llm)
     model = make_model(world, llm={"pretrained_model": str(llm), "frozen": False, "lora": None})
@@ -705,7 +708,7 @@ def test_an_llm_trained_as_a_whole_keeps_its_bases_generation_settings(world, tm
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "model.safetensors.index.json", "a/../../b.bin"]
 )
-def test_a_weight_map_names_nothing_outside_of_its_directory(tmp_path, name):
+def test_weight_map_with_files_outside_of_its_directory_is_rejected(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     for read in (weight_files, read_state):
@@ -716,7 +719,7 @@ def test_a_weight_map_names_nothing_outside_of_its_directory(tmp_path, name):
 @pytest.mark.parametrize(
     "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000]
 )
-def test_a_weight_map_of_another_form_is_refused(tmp_path, content):
+def test_invalid_weight_map_is_rejected(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
         weight_files(tmp_path)

@@ -1,4 +1,4 @@
-"""`asrllm transcribe` on every kind of directory, and all that it can be told."""
+"""`asrllm transcribe` on every kind of directory, and all of its options."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from tests.test_cli import fails
 
 
 class Heard:
-    """Stands in for the engine's answers: notes what it was asked."""
+    """An engine that records its requests."""
 
     def __init__(self, monkeypatch, end="stop"):
         self.prompts, self.seconds, self.dtypes = [], [], []
@@ -41,7 +41,7 @@ class Heard:
 
 
 def warned(caplog, monkeypatch, *argv):
-    """What a command that ends well warns of."""
+    """Return the warnings of a command that succeeds."""
     caplog.clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert main([str(a) for a in argv]) == 0
@@ -66,7 +66,7 @@ def model(world, tmp_path):
 
 @pytest.fixture
 def speech(tmp_path):
-    """Two utterances with 3 s of silence between, at 22.05 kHz."""
+    """Write two utterances with 3 s of silence between them, at 22.05 kHz."""
     rate = 22050
     wave = np.concatenate(
         [vowels(2, rate=rate), np.zeros(3 * rate), vowels(1.5, seed=1, rate=rate), np.zeros(rate)]
@@ -76,8 +76,10 @@ def speech(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_directories_that_transcribe_takes(world, tmp_path, capsys, monkeypatch, caplog):
-    """A run, an exported directory and one of Auden's; another is one sentence."""
+def test_transcribe_accepts_runs_exports_and_auden_directories(
+    world, tmp_path, capsys, monkeypatch, caplog
+):
+    """Other directories are rejected."""
     run, exported, auden, out = (tmp_path / name for name in ("run", "exported", "auden", "out"))
     model = make_model(world)
     model.save_pretrained(exported)
@@ -116,8 +118,8 @@ def test_the_directories_that_transcribe_takes(world, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.slow
-def test_it_says_what_the_model_says_of_each_segment(model, tmp_path, speech, capsys, monkeypatch):
-    """And the same in any batch."""
+def test_each_segment_gets_the_text_of_the_model(model, tmp_path, speech, capsys, monkeypatch):
+    """The texts do not depend on the batch size."""
     outputs = []
     for size in (1, 3, 8):
         assert (
@@ -176,14 +178,14 @@ def test_it_says_what_the_model_says_of_each_segment(model, tmp_path, speech, ca
 
 
 @pytest.mark.slow
-def test_without_detection_a_short_file_is_heard_whole(model, speech, capsys):
+def test_short_file_is_one_segment_without_vad(model, speech, capsys):
     assert main(["transcribe", str(model), str(speech), "--no-vad"]) == 0
     expected = AutoModel.from_pretrained(model).transcribe([str(speech)])
     assert capsys.readouterr().out == escape(expected[0], keep="\n") + "\n"
 
 
 @pytest.mark.slow
-def test_formats_and_directories(model, speech, tmp_path, capsys, monkeypatch):
+def test_output_formats_and_directories(model, speech, tmp_path, capsys, monkeypatch):
     Heard(monkeypatch)
     (tmp_path / "in" / "deeper").mkdir(parents=True)
     shutil.copy(speech, tmp_path / "in" / "a.flac")
@@ -226,7 +228,7 @@ def test_formats_and_directories(model, speech, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_asked(model, world, speech, tmp_path, capsys, monkeypatch, caplog):
+def test_options_reach_the_engine(model, world, speech, tmp_path, capsys, monkeypatch, caplog):
     heard = Heard(monkeypatch)
     (tmp_path / "words.txt").write_text("\ufeffAnna Lind\n\n东京\n", encoding="utf-8")
 
@@ -263,7 +265,7 @@ def test_what_is_asked(model, world, speech, tmp_path, capsys, monkeypatch, capl
     )
 
 
-def test_silence_and_answers_without_end_are_warned_of(
+def test_silence_and_truncated_answers_cause_warnings(
     model, speech, tmp_path, capsys, monkeypatch, caplog
 ):
     Heard(monkeypatch, end="limit")
@@ -278,7 +280,9 @@ def test_silence_and_answers_without_end_are_warned_of(
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'silent.wav'}\t\n{speech}\t")
 
 
-def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsys, monkeypatch):
+def test_invalid_options_are_reported_before_the_model_loads(
+    model, speech, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(
         transcribe, "load_engine", lambda arguments: pytest.fail("the model was loaded")
     )
@@ -305,7 +309,7 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
         ([tmp_path / "none"], "holds no audio file"),
         (["--hotwords", ","], "holds no word"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
-        (["--prompt", "Hear <|AUDIO|>"], "holds the audio token"),
+        (["--prompt", "Hear <|AUDIO|>"], "contains the audio token '<|AUDIO|>'"),
         (["--repetition-guard", "-1"], "--repetition-guard -1 is negative"),
     ):
         assert message in fails(capsys, "transcribe", model, speech, *arguments)
@@ -317,7 +321,7 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
         )
 
 
-def test_files_that_cannot_be_heard_are_told_and_the_others_transcribed(
+def test_unreadable_files_are_reported_and_the_others_transcribed(
     model, speech, tmp_path, capsys, monkeypatch
 ):
     heard, loaded = Heard(monkeypatch), transcribe.load_engine
@@ -344,7 +348,7 @@ def test_files_that_cannot_be_heard_are_told_and_the_others_transcribed(
     assert said.err.endswith("; the other files (1) are transcribed\n")
 
 
-def test_what_is_damaged_in_the_middle_is_told_at_the_end(
+def test_damage_in_the_middle_of_a_file_is_reported_at_the_end(
     model, speech, tmp_path, capsys, monkeypatch
 ):
     Heard(monkeypatch)
@@ -369,7 +373,7 @@ def test_what_is_damaged_in_the_middle_is_told_at_the_end(
 
 
 @pytest.mark.slow
-def test_segments_are_as_long_as_what_was_trained(world, tmp_path, monkeypatch, caplog, capsys):
+def test_segments_are_at_most_as_long_as_in_training(world, tmp_path, monkeypatch, caplog, capsys):
     rate = 16000
     soundfile.write(
         tmp_path / "long.wav",

@@ -1,4 +1,4 @@
-"""The registry: a new encoder is one class and one line."""
+"""The registry of encoders."""
 
 import json
 
@@ -17,7 +17,7 @@ from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
 
 
 class Averages(nn.Module):
-    """One frame for four of the features, from their mean."""
+    """An encoder whose frames are means of four feature frames."""
 
     output_dim = 12
     whisper_features = False
@@ -55,7 +55,7 @@ class Averages(nn.Module):
         return {"width": 12}, torch.load(path, weights_only=True)
 
 
-def test_a_new_encoder_is_a_class_and_a_line(world, tmp_path, monkeypatch):
+def test_new_encoder_needs_one_class_and_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, "averages", Averages)
     torch.save(Averages(12).state_dict(), tmp_path / "averages.pt")
     part = EncoderPart(
@@ -70,7 +70,7 @@ def test_a_new_encoder_is_a_class_and_a_line(world, tmp_path, monkeypatch):
     assert loaded.transcribe(waves, 6) == model.transcribe(waves, 6)
 
 
-def test_an_unknown_encoder_is_one_sentence():
+def test_unknown_encoder_is_rejected():
     with pytest.raises(UserError, match=r"model_type='wisper' is unknown: did you mean 'whisper'"):
         EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
 

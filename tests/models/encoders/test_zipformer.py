@@ -1,4 +1,4 @@
-"""The encoder's arithmetic: parity with the public code, sizes, lengths, padding, precision."""
+"""The encoder: parity with the public code, sizes, lengths, padding and precision."""
 
 import dataclasses
 import json
@@ -63,8 +63,11 @@ def read_case(path):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a_six_stacks", "b_batch", "c_short", "d_causal"])
-def test_the_published_encoders_outputs(name):
-    """Numbers of the public encoder for randomly drawn weights; the files are not in the repository (ASRLLM_PARITY names their folder)."""
+def test_outputs_match_the_published_encoder(name):
+    """Compare with the public encoder for random weights.
+
+    The files are not in the repository; ASRLLM_PARITY is their directory.
+    """
     if not OUTSIDE.is_dir():
         pytest.skip(f"no parity files in {OUTSIDE}")
     fields, tensors, state = read_case(OUTSIDE / f"{name}.safetensors")
@@ -84,8 +87,11 @@ def test_the_published_encoders_outputs(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_published_stacks_outputs(count):
-    """As above from the front end's output to the outputs of stacks at the rates 1, 1/2 and 1/4, small enough to be in the repository."""
+def test_outputs_match_the_published_stacks(count):
+    """Compare the outputs of stacks at the rates 1, 1/2 and 1/4, given the front end's output.
+
+    These files are small enough to be in the repository.
+    """
     fields, tensors, state = read_case(SMALL_CASE)
     per_stack = {
         name: value[:count]
@@ -121,8 +127,8 @@ def test_the_published_stacks_outputs(count):
         ("auden-large", False, 152_675_514),
     ],
 )
-def test_the_published_sizes(size, causal, parameters):
-    """The published code counts a parameter of the layer's width in each layer that nothing reads: it is not built here."""
+def test_parameter_counts_match_the_published_sizes(size, causal, parameters):
+    """The published count includes an unused parameter per layer, which is not built here."""
     config = ZipformerConfig.public(size, causal=causal)
     with torch.device("meta"):
         encoder = ZipformerEncoder(config)
@@ -141,7 +147,7 @@ def linear(name, inputs, outputs):
 
 
 def layer_shapes(width, hidden, heads, kernel, causal):
-    """As the published code's, from its documentation."""
+    """Return the shapes of a layer's weights, from the documentation of the published code."""
     shapes = {
         "bypass.bypass_scale": (width,),
         "bypass_mid.bypass_scale": (width,),
@@ -231,27 +237,27 @@ def all_shapes(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", PUBLIC_SIZES)
-def test_the_state_dict_has_the_published_names_and_shapes(size, causal):
+def test_state_dict_has_the_published_names_and_shapes(size, causal):
     config = ZipformerConfig.public(size, causal=causal)
     with torch.device("meta"):
         state = ZipformerEncoder(config).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == all_shapes(config)
 
 
-def test_mistakes_in_the_configuration_are_one_sentence():
+def test_invalid_configuration_is_rejected():
     fields = TINY_ZIPFORMER | {"causal": True, "chunk_size": [16], "left_context_frames": [32]}
     ZipformerConfig(**fields)
     for changes, message in (
-        ({"num_heads": [1, 2, 3]}, "num_heads has 3 values for the 2 stacks"),
-        ({"cnn_module_kernel": [7, 4]}, "cnn_module_kernel=4 must be odd"),
+        ({"num_heads": [1, 2, 3]}, "num_heads has 3 values.* 2 stacks"),
+        ({"cnn_module_kernel": [7, 4]}, "cnn_module_kernel=4 "),
         (
             {"encoder_unmasked_dim": [8, 32]},
-            "encoder_unmasked_dim=32 must not be above encoder_dim=24",
+            "encoder_unmasked_dim=32 .* encoder_dim=24",
         ),
-        ({"pos_dim": 15}, "pos_dim even"),
-        ({"chunk_size": [15]}, "chunk_size=15 is no multiple of downsampling_factor=2"),
+        ({"pos_dim": 15}, r"pos_dim=\d+ is not even"),
+        ({"chunk_size": [15]}, "chunk_size=15 .* downsampling_factor=2"),
         ({"chunk_size": [2], "left_context_frames": [2]}, "less than the 3 frames"),
-        ({"chunk_size": [0]}, r"chunk_size=\[0\] must hold numbers above 0"),
+        ({"chunk_size": [0]}, r"chunk_size=\[0\] "),
     ):
         with pytest.raises(UserError, match=message):
             ZipformerConfig(**fields | changes)
@@ -264,10 +270,10 @@ def test_mistakes_in_the_configuration_are_one_sentence():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_length_formula_is_the_length():
+def test_frame_lengths_match_the_output_lengths():
     encoder = tiny(
         feature_dim=8, num_encoder_layers=[1, 1]
-    )  # few bins for speed: they have no part in it
+    )  # few bins for speed: they do not matter here
     for frames in range(9, 401):
         out, lengths = encoder(torch.zeros(1, frames, 8), torch.tensor([frames]))
         assert out.shape == (1, (frames - 5) // 4, 24)
@@ -275,7 +281,7 @@ def test_the_length_formula_is_the_length():
 
 
 @torch.no_grad()
-def test_the_length_of_a_waveform_is_a_formula():
+def test_frame_lengths_of_waveforms_match_the_output_lengths():
     encoder = tiny()
     shortest, _ = encoder.sample_limits({})
     for samples in (shortest, shortest + 1, 5000, 16000, 47999):
@@ -287,22 +293,22 @@ def test_the_length_of_a_waveform_is_a_formula():
 
 
 @pytest.mark.parametrize("length", [0, 1, 8])
-def test_too_short_an_utterance_is_one_sentence(length):
+def test_too_short_utterance_is_rejected(length):
     with pytest.raises(
         UserError,
-        match=rf"utterance 1 of the batch has {length} frames .* takes at least 9 \(90 ms\)",
+        match=rf"utterance 1 of the batch has {length} frames .* at least 9 \(90 ms\)",
     ):
         tiny()(torch.zeros(3, 50, 80), torch.tensor([50, length, 20]))
     with pytest.raises(
-        UserError, match="utterance 2 of the batch has 51 frames by x_lens, but x has 50"
+        UserError, match="utterance 2 of the batch has 51 frames by x_lens, but x has only 50"
     ):
         tiny()(torch.zeros(3, 50, 80), torch.tensor([50, 20, 51]))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("isolate", [False, True])
-def test_padding_further_than_the_longest_utterance(isolate):
-    """As to 30 s: frames far behind an utterance change nothing."""
+def test_padding_beyond_the_longest_utterance_does_not_change_frames(isolate):
+    """Padding to 30 s, for example, does not change the frames."""
     encoder = tiny(isolate=isolate)
     x, lengths = features(120, 77)
     longer = torch.nn.functional.pad(x, (0, 0, 0, 80))
@@ -318,7 +324,7 @@ def test_padding_further_than_the_longest_utterance(isolate):
 
 
 @torch.no_grad()
-def test_the_rest_of_the_batch_changes_nothing():
+def test_frames_do_not_depend_on_the_rest_of_the_batch():
     encoder = tiny()
     x, lengths = features(90, 61, 90)
     out, out_lengths = encoder(x, lengths)
@@ -331,12 +337,12 @@ def test_the_rest_of_the_batch_changes_nothing():
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [None, 16, 48, -1])
-def test_isolated_utterances_are_the_same_alone_and_in_a_batch(chunk):
-    """The published code lets the padding reach the end of an utterance; an encoder in a model does not."""
+def test_isolated_utterance_is_encoded_alone_as_in_a_batch(chunk):
+    """In the published code, padding changes the last frames. In a model it does not."""
     x, lengths = features(200, 9, 41, 97, 150)
     padded = x.clone()
     for i, n in enumerate(lengths):
-        padded[i, n:] = 100.0  # whatever stands in the padding
+        padded[i, n:] = 100.0  # arbitrary values in the padding
     rates = {"downsampling_factor": [1, 8]} | (
         {"causal": True, "chunk_size": chunk, "left_context_frames": 64} if chunk else {}
     )
@@ -351,7 +357,7 @@ def test_isolated_utterances_are_the_same_alone_and_in_a_batch(chunk):
 
 
 @torch.no_grad()
-def test_the_published_front_end_sees_padding_at_the_end_alone():
+def test_padding_changes_only_the_last_frames_of_the_front_end():
     encoder = tiny()
     x, _ = features(200, 97)
     together, alone = encoder.encoder_embed(x, None)[1], encoder.encoder_embed(x[1:, :97], None)[0]
@@ -364,9 +370,9 @@ def test_the_published_front_end_sees_padding_at_the_end_alone():
 
 
 @torch.no_grad()
-def test_a_causal_encoder_does_not_look_past_the_chunk():
+def test_causal_encoder_does_not_look_past_the_chunk():
     encoder = tiny(causal=True, chunk_size=[8], left_context_frames=[16])
-    x, lengths = features(9 + 2 * 31)  # 32 frames behind the front end, 4 chunks
+    x, lengths = features(9 + 2 * 31)  # 32 frames after the front end, 4 chunks
     later = x.clone()
     later[:, 9 + 2 * 19 :] += (
         1.0  # the front end's frames from 16 on may see this (its kernels look 3 frames ahead)
@@ -380,7 +386,7 @@ def test_a_causal_encoder_does_not_look_past_the_chunk():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_left_context_is_bounded():
+def test_left_context_is_limited():
     encoder = tiny(
         causal=True,
         chunk_size=[4],
@@ -397,7 +403,7 @@ def test_left_context_is_bounded():
 
 
 @torch.no_grad()
-def test_evaluation_takes_the_widest_chunks_every_time():
+def test_evaluation_always_uses_the_largest_chunk():
     several = tiny(causal=True, chunk_size=[8, -1, 16], left_context_frames=[16, 32])
     x, lengths = features(150)
     whole = tiny(causal=True)
@@ -417,7 +423,7 @@ def test_evaluation_takes_the_widest_chunks_every_time():
 
 
 def random_again(encoder, seed=1):
-    """Every parameter drawn anew, as in the parity files: the stock initialisation makes layers small."""
+    """Draw all parameters again as in the parity files: the default initialisation is too small."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -427,7 +433,7 @@ def random_again(encoder, seed=1):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_bfloat16_is_near_float32_and_leaves_nothing_behind():
+def test_bfloat16_is_near_float32_and_does_not_change_later_calls():
     encoder = random_again(tiny())
     x, lengths = features(200, 120)
     whole, out_lengths = encoder(x, lengths)
@@ -443,7 +449,7 @@ def test_bfloat16_is_near_float32_and_leaves_nothing_behind():
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_more_than_twenty_seconds_after_a_shorter_utterance(dtype):
+def test_long_utterance_after_a_short_one(dtype):
     encoder = tiny().to(dtype)
     encoder(*features(100))
     out, lengths = encoder(*features(2300))
@@ -451,12 +457,14 @@ def test_more_than_twenty_seconds_after_a_shorter_utterance(dtype):
     assert out.isfinite().all()
 
 
-def test_positions_and_swoosh_keep_their_precision():
+def test_positions_and_swoosh_are_precise_in_bfloat16():
     positions = relative_positions(1200, 48, torch.device("cpu"))
     assert positions.shape == (2399, 48)
     assert positions.dtype == torch.float32
     assert (positions[:, -1] == 1).all()
-    assert positions[:-1].sub(positions[1:]).abs().amax(1).min() > 0  # no two distances look alike
+    assert (
+        positions[:-1].sub(positions[1:]).abs().amax(1).min() > 0
+    )  # all distances have different encodings
     x = torch.linspace(-30, 30, 200, dtype=torch.float64)
     for swoosh, shift, offset in ((swoosh_l, 4, 0.035), (swoosh_r, 1, 0.313261687)):
         y = x.float().requires_grad_()
@@ -476,8 +484,8 @@ def test_positions_and_swoosh_keep_their_precision():
 
 
 @torch.no_grad()
-def test_attention_weights_have_the_models_dtype():
-    """In float32 those of 8 x 30 s would take 273 MiB a layer. Their sum is 1 as nearly as the dtype says it: softmax is not rounded."""
+def test_attention_weights_have_the_dtype_of_the_model():
+    """In float32 those of 8 x 30 s would take 273 MiB per layer. Their sum is 1 up to the dtype's precision."""
     attention = (
         AttentionWeights(16, heads=2, query_head_dim=8, pos_head_dim=4, pos_dim=16)
         .bfloat16()
@@ -493,8 +501,8 @@ def test_attention_weights_have_the_models_dtype():
 
 
 @torch.no_grad()
-def test_positions_are_of_the_key_less_the_query():
-    """Scores by distance against an index of every pair."""
+def test_position_scores_are_by_key_minus_query():
+    """Compare the scores with those of an explicit index for every pair."""
     attention = AttentionWeights(16, heads=2, query_head_dim=8, pos_head_dim=4, pos_dim=16).eval()
     attention.linear_pos.weight.normal_()
     x, positions = torch.randn(2, 13, 16), relative_positions(13, 16, torch.device("cpu"))
@@ -510,6 +518,6 @@ def test_positions_are_of_the_key_less_the_query():
     torch.testing.assert_close(mine, scores.softmax(3), atol=1e-6, rtol=1e-5)
 
 
-def test_the_fields_survive_json():
+def test_configuration_survives_json():
     config = ZipformerConfig.public("auden-base", causal=True, chunk_size=[16, -1])
     assert ZipformerConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

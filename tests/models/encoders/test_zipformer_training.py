@@ -1,4 +1,4 @@
-"""What Zipformer does in training: schedules, random masks, gradients that limit activations; and that ZeRO can rely on every gradient."""
+"""Zipformer in training: schedules, random masks, gradient corrections, and ZeRO."""
 
 import copy
 import random
@@ -28,7 +28,7 @@ def training(**changes):
 
 
 def gradients(encoder, seed, x, lengths):
-    """One training step's output and gradients, by parameter."""
+    """Return the output and the gradients by parameter of a training step."""
     encoder.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     out, _ = encoder(x, lengths)
@@ -49,12 +49,12 @@ def gradients(encoder, seed, x, lengths):
         (0.7, {0: 0.7, 100_000: 0.7}),
     ],
 )
-def test_schedules(schedule, values):
+def test_schedules_are_piecewise_linear(schedule, values):
     for count, value in values.items():
         assert value_at(schedule, count) == pytest.approx(value)
 
 
-def test_layers_stop_being_skipped_one_after_the_other():
+def test_layers_cease_to_be_skipped_one_after_the_other():
     first, last = layer_skip(0, 0.5, 6, 1), layer_skip(5.5, 6, 6, 4)
     assert [value_at(first, n) for n in (0, 4000, 100_000)] == pytest.approx([0.5, 0.035, 0.035])
     assert [value_at(last, n) for n in (0, 3600, 4000, 100_000)] == pytest.approx(
@@ -66,7 +66,7 @@ def test_layers_stop_being_skipped_one_after_the_other():
             assert value_at(layer.bypass.skip, 100_000) == pytest.approx(0.035 * rate**0.5)
 
 
-def test_the_count_is_an_int_that_bfloat16_cannot_round():
+def test_batch_count_is_an_int_that_bfloat16_cannot_round():
     encoder = training().bfloat16()
     encoder.set_batch_count(4097)
     encoder = copy.deepcopy(encoder)
@@ -77,8 +77,8 @@ def test_the_count_is_an_int_that_bfloat16_cannot_round():
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("count", [0, 4000, 100_000])
-def test_every_parameter_has_a_gradient_at_every_step(count, causal):
-    """Whatever is skipped: a parameter used on one rank and not on another ends a run under ZeRO."""
+def test_every_parameter_has_a_gradient_in_every_step(count, causal):
+    """A parameter that is used on one rank and not on another would make ZeRO hang."""
     chunks = {"chunk_size": [8, 16, -1], "left_context_frames": [16, 32, -1]} if causal else {}
     encoder = training(causal=causal, **chunks)
     encoder.set_batch_count(count)
@@ -90,8 +90,8 @@ def test_every_parameter_has_a_gradient_at_every_step(count, causal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activation_checkpointing_changes_nothing(recompute):
-    """Python's own generator, which checkpointing does not restore, has no part in the skips: it is disturbed here."""
+def test_activation_checkpointing_does_not_change_the_gradients(recompute):
+    """Skips do not depend on Python's generator, which checkpointing does not restore."""
     encoder = training()
     x, lengths = features(60, 41)
     for count in (0, 100_000):
@@ -108,8 +108,8 @@ def test_activation_checkpointing_changes_nothing(recompute):
             assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
-def test_a_step_follows_from_the_seed_alone():
-    """Nothing is remembered from the steps before, so a resumed run does what the uninterrupted one did."""
+def test_step_depends_only_on_the_seed():
+    """No state is stored between steps, so that a resumed run repeats the uninterrupted one."""
     encoder = training()
     x, lengths = features(60, 41)
     _, expected = gradients(encoder, 5, x, lengths)
@@ -120,7 +120,7 @@ def test_a_step_follows_from_the_seed_alone():
 
 
 @pytest.mark.slow
-def test_training_in_bfloat16():
+def test_training_in_bfloat16_gives_finite_gradients():
     encoder = training().bfloat16()
     x, lengths = features(60, 41)
     for seed in range(6):
@@ -131,7 +131,7 @@ def test_training_in_bfloat16():
         )
 
 
-def test_evaluation_draws_nothing_and_gradients_there_are_plain():
+def test_evaluation_draws_no_random_numbers_and_has_plain_gradients():
     encoder = training().eval()
     x, lengths = features(60, 41)
     out, expected = gradients(encoder, 0, x, lengths)
@@ -150,10 +150,10 @@ def test_evaluation_draws_nothing_and_gradients_there_are_plain():
     assert (losses[0] - losses[1]) / (2 * change) == pytest.approx(expected[name].item(), rel=1e-2)
 
 
-def test_masks_are_drawn_by_sequence():
+def test_channel_masks_are_drawn_by_sequence():
     encoder = training()
     x = torch.zeros(2000, 1, 16)
-    first, second = (mask[:, 0] for mask in encoder.encoder._feature_masks(x))
+    first, second = (mask[:, 0] for mask in encoder.encoder._channel_masks(x))
     for mask, free in ((first, 8), (second, 16)):
         assert (mask[:, :free] == 1).all()
         half = (mask.shape[1] - free) // 2
@@ -168,7 +168,7 @@ def test_masks_are_drawn_by_sequence():
     assert skipped.mean() == pytest.approx(0.8, abs=0.04)
 
 
-def test_a_parameters_gradient_is_turned_round_outside_its_limits():
+def test_gradient_of_a_parameter_is_reversed_outside_of_its_limits():
     x = torch.tensor([-2.0, -2.0, 0.5, 2.0, 2.0], requires_grad=True)
     seen = set()
     for seed in range(20):
@@ -182,7 +182,7 @@ def test_a_parameters_gradient_is_turned_round_outside_its_limits():
 
 
 def descend(module, x, steps=200, lr=0.02):
-    """x moved against the gradients that the module adds to a random one."""
+    """Move x against the gradients that the module adds to a random one."""
     x = x.clone().requires_grad_()
     for _ in range(steps):
         y = module(x)
@@ -193,7 +193,7 @@ def descend(module, x, steps=200, lr=0.02):
     return x.detach()
 
 
-def test_balancer_brings_channels_into_their_ranges():
+def test_balancer_moves_channels_into_their_ranges():
     torch.manual_seed(0)
     x = torch.randn(400, 4) * torch.tensor([1.0, 1.0, 0.05, 8.0]) + torch.tensor(
         [3.0, 0.0, 0.0, 0.0]
@@ -220,7 +220,7 @@ def test_balancer_brings_channels_into_their_ranges():
     assert torch.equal(plain, descend(torch.nn.Identity(), x, steps=1))
 
 
-def test_balancer_leaves_what_is_in_range_alone():
+def test_balancer_does_not_change_gradients_within_the_ranges():
     torch.manual_seed(0)
     x, grad = torch.randn(500, 3, requires_grad=True), torch.randn(500, 3)
     balancer = Balancer(
@@ -233,7 +233,7 @@ def test_balancer_leaves_what_is_in_range_alone():
     assert (y.grad - 1).abs().sum((0, 2, 3)).min() > 0
 
 
-def test_whiten_spreads_the_eigenvalues(monkeypatch):
+def test_whiten_equalises_the_eigenvalues(monkeypatch):
     monkeypatch.setattr("asrllm.models.encoders.zipformer.training.WHITEN_PROBABILITY", 1.0)
     torch.manual_seed(0)
     x = torch.randn(300, 8) @ torch.diag(torch.tensor([4.0, 1, 1, 1, 1, 1, 1, 1]))

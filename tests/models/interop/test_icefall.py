@@ -1,4 +1,4 @@
-"""Weights of icefall's ASR_LLM: the key table, what is read out of the shapes, and the same numbers afterwards."""
+"""Weights of icefall's ASR_LLM: the key table, and parity of the imported model."""
 
 import errno
 
@@ -17,7 +17,7 @@ PROJECTOR = ["linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"]
 
 @pytest.fixture
 def theirs(world, tmp_path):
-    """A model of ours, and its trained weights under icefall's names."""
+    """Return a model, and its trained weights by icefall's names."""
     model = make_model(world, audio_token="<speech>", llm={"chat_template": "chatml"})
     back = {ours: name for name, ours in KEYS.items()}
     state = {
@@ -30,7 +30,7 @@ def theirs(world, tmp_path):
     return model, tmp_path / "pytorch_model.bin"
 
 
-def test_the_key_table():
+def test_key_table_and_unknown_keys():
     adapter = "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     state = {f"encoder_projector.{name}": torch.zeros(1) for name in PROJECTOR} | {
         adapter: torch.zeros(1)
@@ -47,14 +47,14 @@ def test_the_key_table():
         renamed({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys()
         == renamed(state, "x").keys()
     )
-    with pytest.raises(UserError, match=r"'ctc\.weight' is no key of icefall"):
+    with pytest.raises(UserError, match=r"the key 'ctc\.weight'"):
         renamed(state | {"ctc.weight": torch.zeros(1)}, "x")
     state.pop("encoder_projector.linear2.bias")
-    with pytest.raises(UserError, match=r"lacks the projector's 'projector\.mlp\.linear2\.bias'"):
+    with pytest.raises(UserError, match=r"has no 'projector\.mlp\.linear2\.bias'"):
         renamed(state, "x")
 
 
-def test_an_imported_model_computes_the_same(world, theirs, tmp_path):
+def test_imported_model_computes_the_same(world, theirs, tmp_path):
     model, file = theirs
     arguments = [
         "--audio-encoder",
@@ -84,7 +84,7 @@ def test_an_imported_model_computes_the_same(world, theirs, tmp_path):
     assert isinstance(found.transcribe([samples(1)[0].wave], max_new_tokens=3)[0], str)
 
 
-def test_full_disk_is_one_message(world, theirs, tmp_path, monkeypatch, capsys):
+def test_full_disk_is_reported(world, theirs, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -102,14 +102,14 @@ def test_full_disk_is_one_message(world, theirs, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_encoder_is_refused(world, theirs, tmp_path):
+def test_another_encoder_is_rejected(world, theirs, tmp_path):
     _, file = theirs
     state = torch.load(file, weights_only=True)
     state["encoder_projector.linear1.weight"] = state["encoder_projector.linear1.weight"][
         :, :-1
     ].clone()
     torch.save(state, file)
-    with pytest.raises(UserError, match="no whole frames"):
+    with pytest.raises(UserError, match=r"width 63, .* multiple of 16"):
         import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
     assert not (tmp_path / "out").exists()
 
@@ -134,13 +134,13 @@ HARMS = {
     ),
     "part of an encoder": (
         lambda state: state.update({"encoder.conv1.bias": torch.zeros(16)}),
-        r"lack \d+ keys, the first 'audio_encoder",
+        r"lack \d+ keys .*'audio_encoder",
     ),
 }
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_weights_that_fit_no_model_are_refused(world, theirs, tmp_path, harm):
+def test_weights_that_do_not_fit_are_rejected(world, theirs, tmp_path, harm):
     _, file = theirs
     state = torch.load(file, weights_only=True)
     HARMS[harm][0](state)

@@ -5,28 +5,79 @@ from typing import Any
 
 from asrllm.errors import UserError, nearest
 
-PUBLIC_SIZES: dict[str, dict[str, Any]] = {
-    "icefall-small": {"encoder_dim": [192, 256, 256, 256, 256, 256], "encoder_unmasked_dim": [192] * 6,
-                      "num_encoder_layers": [2] * 6, "feedforward_dim": [512, 768, 768, 768, 768, 768]},
-    "icefall-medium": {"encoder_dim": [192, 256, 384, 512, 384, 256], "encoder_unmasked_dim": [192, 192, 256, 256, 256, 192],
-                       "num_encoder_layers": [2, 2, 3, 4, 3, 2], "feedforward_dim": [512, 768, 1024, 1536, 1024, 768]},
-    "icefall-large": {"encoder_dim": [192, 256, 512, 768, 512, 256], "encoder_unmasked_dim": [192, 192, 256, 320, 256, 192],
-                      "num_encoder_layers": [2, 2, 4, 5, 4, 2], "feedforward_dim": [512, 768, 1536, 2048, 1536, 768]},
-}  # fmt: skip
-PUBLIC_SIZES["auden-base"] = PUBLIC_SIZES["icefall-medium"] | {
-    "feedforward_dim": [576, 768, 1152, 1536, 1152, 768]
+FIX = "Correct the encoder's config.json."
+PUBLIC_SIZES: dict[str, dict[str, list[int]]] = {
+    "icefall-small": {
+        "encoder_dim": [192, 256, 256, 256, 256, 256],
+        "encoder_unmasked_dim": [192, 192, 192, 192, 192, 192],
+        "num_encoder_layers": [2, 2, 2, 2, 2, 2],
+        "feedforward_dim": [512, 768, 768, 768, 768, 768],
+    },
+    "icefall-medium": {
+        "encoder_dim": [192, 256, 384, 512, 384, 256],
+        "encoder_unmasked_dim": [192, 192, 256, 256, 256, 192],
+        "num_encoder_layers": [2, 2, 3, 4, 3, 2],
+        "feedforward_dim": [512, 768, 1024, 1536, 1024, 768],
+    },
+    "icefall-large": {
+        "encoder_dim": [192, 256, 512, 768, 512, 256],
+        "encoder_unmasked_dim": [192, 192, 256, 320, 256, 192],
+        "num_encoder_layers": [2, 2, 4, 5, 4, 2],
+        "feedforward_dim": [512, 768, 1536, 2048, 1536, 768],
+    },
+    "auden-base": {
+        "encoder_dim": [192, 256, 384, 512, 384, 256],
+        "encoder_unmasked_dim": [192, 192, 256, 256, 256, 192],
+        "num_encoder_layers": [2, 2, 3, 4, 3, 2],
+        "feedforward_dim": [576, 768, 1152, 1536, 1152, 768],
+    },
+    "auden-large": {
+        "encoder_dim": [192, 256, 512, 768, 512, 256],
+        "encoder_unmasked_dim": [192, 192, 256, 320, 256, 192],
+        "num_encoder_layers": [2, 2, 4, 5, 4, 2],
+        "feedforward_dim": [576, 768, 1536, 2304, 1536, 768],
+    },
 }
-PUBLIC_SIZES["auden-large"] = PUBLIC_SIZES["icefall-large"] | {
-    "feedforward_dim": [576, 768, 1536, 2304, 1536, 768]
-}
+PER_STACK = (
+    "num_encoder_layers",
+    "encoder_dim",
+    "encoder_unmasked_dim",
+    "feedforward_dim",
+    "downsampling_factor",
+    "cnn_module_kernel",
+    "num_heads",
+    "query_head_dim",
+    "value_head_dim",
+    "pos_head_dim",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZipformerConfig:
-    """One value for each stack; a list of one, or a plain number, is for all of them. The defaults are what the public sizes share.
+    """Configuration of a Zipformer encoder.
 
-    encoder_unmasked_dim: channels that training never masks. chunk_size (frames at 50 Hz, -1: everything) and left_context_frames are
-    for causal models: training draws from them, evaluation takes the widest of each.
+    The fields in PER_STACK have one value per stack. A list of one value, or a plain number,
+    applies to all stacks. The defaults are those that the public sizes have in common.
+
+    Attributes:
+        num_encoder_layers: number of layers.
+        encoder_dim: width.
+        encoder_unmasked_dim: number of channels that training never masks.
+        feedforward_dim: width of the second feed-forward module. The first has 3/4 and the third
+            5/4 of it.
+        downsampling_factor: 50 Hz divided by the frame rate.
+        cnn_module_kernel: kernel size of the convolutions, odd.
+        num_heads: number of attention heads.
+        query_head_dim: width of a head's queries and keys.
+        value_head_dim: width of a head's values.
+        pos_head_dim: width of a head's position queries.
+        pos_dim: width of the position encodings, even.
+        feature_dim: number of features in a frame.
+        output_downsampling_factor: 50 Hz divided by the output's frame rate; always 2.
+        causal: whether the encoder attends only to past chunks and the current one.
+        chunk_size: chunk sizes of a causal encoder in frames at 50 Hz; -1 means everything.
+            Training draws from them, and evaluation uses the largest.
+        left_context_frames: left contexts of a causal encoder in frames at 50 Hz, used alike.
     """
 
     num_encoder_layers: tuple[int, ...]
@@ -50,78 +101,104 @@ class ZipformerConfig:
         for name in PER_STACK:
             object.__setattr__(self, name, self._for_each_stack(name))
         for name in ("chunk_size", "left_context_frames"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
-        numbers = [
-            *(n for name in PER_STACK for n in getattr(self, name)),
-            self.pos_dim,
-            self.feature_dim,
-        ]
-        if (
-            not all(isinstance(n, int) and n > 0 for n in numbers)
-            or self.pos_dim % 2
-            or self.output_downsampling_factor != 2
-        ):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        self._check_sizes()
+        self._check_stacks()
+        # icefall's and Auden's defaults set chunks for other encoders too, and do not use them
+        if self.causal:
+            self._check_chunks()
+
+    def _check_sizes(self) -> None:
+        sizes = [self.pos_dim, self.feature_dim]
+        for name in PER_STACK:
+            sizes += getattr(self, name)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise UserError(f"zipformer: a size is not an integer above 0. {FIX}")
+        if self.pos_dim % 2:
+            raise UserError(f"zipformer: pos_dim={self.pos_dim} is not even. {FIX}")
+        if self.output_downsampling_factor != 2:
             raise UserError(
-                "zipformer: sizes must be whole numbers above 0, pos_dim even, output_downsampling_factor 2: correct its config"
+                "zipformer: output_downsampling_factor="
+                f"{self.output_downsampling_factor} is not 2. {FIX}"
             )
-        if even := [k for k in self.cnn_module_kernel if k % 2 == 0]:
-            raise UserError(
-                f"zipformer: cnn_module_kernel={even[0]} must be odd: correct its config"
-            )
-        if wide := [
-            (u, d)
-            for u, d in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True)
-            if u > d
-        ]:
-            raise UserError(
-                f"zipformer: encoder_unmasked_dim={wide[0][0]} must not be above encoder_dim={wide[0][1]}: correct its config"
-            )
-        self._check_chunks()
+
+    def _check_stacks(self) -> None:
+        for kernel in self.cnn_module_kernel:
+            if kernel % 2 == 0:
+                raise UserError(f"zipformer: cnn_module_kernel={kernel} is not odd. {FIX}")
+        for unmasked, width in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True):
+            if unmasked > width:
+                raise UserError(
+                    f"zipformer: encoder_unmasked_dim={unmasked} is above encoder_dim={width}. "
+                    f"{FIX}"
+                )
 
     def _for_each_stack(self, name: str) -> tuple[int, ...]:
-        value, stacks = getattr(self, name), len(tuple(self.encoder_dim))
-        value = (value,) if isinstance(value, int) else tuple(value)
-        if len(value) not in (1, stacks) or not stacks:
+        values = _as_tuple(getattr(self, name))
+        stacks = len(tuple(self.encoder_dim))
+        if len(values) not in (1, stacks) or not stacks:
             raise UserError(
-                f"zipformer: {name} has {len(value)} values for the {stacks} stacks of encoder_dim: give one, or one for each"
+                f"zipformer: {name} has {len(values)} values, but encoder_dim has {stacks} stacks. "
+                "Give one value, or one for each stack."
             )
-        return value * stacks if len(value) == 1 else value
+        return values * stacks if len(values) == 1 else values
 
     def _check_chunks(self) -> None:
-        if not self.causal:
-            return  # icefall's and Auden's own defaults name chunks here too, and do not use them
-        if (
-            not self.chunk_size
-            or not self.left_context_frames
-            or any(c < 1 and c != -1 for c in self.chunk_size)
-        ):
+        is_valid = all(size == -1 or size >= 1 for size in self.chunk_size)
+        if not self.chunk_size or not self.left_context_frames or not is_valid:
             raise UserError(
-                f"zipformer: chunk_size={list(self.chunk_size)} must hold numbers above 0, or -1 for no chunks"
+                f"zipformer: chunk_size={list(self.chunk_size)} and left_context_frames="
+                f"{list(self.left_context_frames)} are not valid. Use numbers above 0, or -1 for "
+                "no limit."
             )
-        for chunk in (c for c in self.chunk_size if c > 0):
-            for ds, kernel in zip(self.downsampling_factor, self.cnn_module_kernel, strict=True):
-                if chunk % ds:
-                    raise UserError(
-                        f"zipformer: chunk_size={chunk} is no multiple of downsampling_factor={ds}: choose one that is"
-                    )
-                for left in (n for n in self.left_context_frames if n >= 0):
-                    if chunk * max(1, left // chunk) < kernel // 2 * ds:
-                        raise UserError(
-                            f"zipformer: left_context_frames={left} with chunk_size={chunk} is less than the {kernel // 2 * ds} frames "
-                            f"that the convolution of width {kernel} at downsampling_factor={ds} looks back: enlarge it"
-                        )
+        for chunk in self.chunk_size:
+            if chunk == -1:
+                continue
+            for factor, kernel in zip(
+                self.downsampling_factor, self.cnn_module_kernel, strict=True
+            ):
+                self._check_chunk(chunk, factor, kernel)
+
+    def _check_chunk(self, chunk: int, factor: int, kernel: int) -> None:
+        """Check a chunk size against a stack's downsampling factor and kernel size."""
+        if chunk % factor:
+            raise UserError(
+                f"zipformer: chunk_size={chunk} is not a multiple of downsampling_factor={factor}. "
+                "Use a multiple."
+            )
+        needed = kernel // 2 * factor
+        for left in self.left_context_frames:
+            if left >= 0 and chunk * max(1, left // chunk) < needed:
+                raise UserError(
+                    f"zipformer: left_context_frames={left} with chunk_size={chunk} is less than "
+                    f"the {needed} frames of left context of the convolution with "
+                    f"cnn_module_kernel={kernel} at downsampling_factor={factor}. Use a larger "
+                    "value."
+                )
 
     @classmethod
-    def public(cls, size: str, **changes: Any) -> "ZipformerConfig":
-        """A published size: icefall-small, -medium, -large, auden-base, -large. changes: further fields, such as causal."""
+    def public(
+        cls,
+        size: str,
+        **changes: Any,
+    ) -> "ZipformerConfig":
+        """Return the configuration of a published size.
+
+        Args:
+            size: icefall-small, icefall-medium, icefall-large, auden-base or auden-large.
+            changes: further fields, for example causal=True.
+
+        Raises:
+            UserError: the size is unknown, or a field is wrong.
+        """
         if size not in PUBLIC_SIZES:
-            raise UserError(
-                f"the zipformer size {size!r} is unknown: {nearest(size, PUBLIC_SIZES)}"
-            )
+            hint = nearest(size, PUBLIC_SIZES)
+            raise UserError(f"the zipformer size {size!r} is unknown: {hint}")
         return cls(**PUBLIC_SIZES[size] | changes)
 
 
-PER_STACK = ("num_encoder_layers", "encoder_dim", "encoder_unmasked_dim", "feedforward_dim", "downsampling_factor", "cnn_module_kernel",
-             "num_heads", "query_head_dim", "value_head_dim", "pos_head_dim")  # fmt: skip
+def _as_tuple(value: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
 FIELDS = tuple(field.name for field in fields(ZipformerConfig))

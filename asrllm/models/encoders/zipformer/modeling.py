@@ -1,5 +1,7 @@
-"""Zipformer, an encoder whose stacks of layers run at different frame rates (Yao et al., "Zipformer: A faster and better encoder for
-automatic speech recognition", ICLR 2024), in PyTorch alone. The state dict has the key names of icefall's and Auden's checkpoints.
+"""Zipformer, an encoder whose stacks of layers run at different frame rates, in plain PyTorch.
+
+Yao et al., "Zipformer: A faster and better encoder for automatic speech recognition" (ICLR 2024).
+The state dict has the key names of icefall's and Auden's checkpoints.
 
 Kaldi features at 100 Hz -> convolutions, 50 Hz -> stacks at 50 / downsampling Hz -> 25 Hz.
 """
@@ -40,38 +42,51 @@ from asrllm.models.encoders.zipformer.training import (
     keep_mask,
 )
 from asrllm.models.encoders.zipformer.weights import read_zipformer, without_dead_keys
+from asrllm.models.hub_files import Fields
 
-MIN_FRAMES = 9  # of features: what the front end's convolutions need for one frame
-MAX_SECONDS = 3600  # no limit of the model's, which has none but memory
-PRETRAINED_BATCHES = 100_000  # where fine-tuning starts in the schedules: their ends
-WARM_UP = 4000  # batches in which the layers stop being skipped, from the first to the last
+MIN_FRAMES = 9  # feature frames that the front end's convolutions need for one frame of output
+MAX_SECONDS = 3600  # the model itself has no limit but memory
+PRETRAINED_BATCHES = 100_000  # beyond the end of all schedules, which is where fine-tuning starts
+WARM_UP = 4000  # batches during which layers cease to be skipped, from the first layer to the last
 FEATURE_SKIP = 0.125
 
 
 class ZipformerEncoder(ExtractsFeatures):
-    """isolate: an utterance's frames are what they would be if it were alone in the batch, instead of the published code's, where the
-    padding reaches the last ones (through the front end and the downsampling) and by attention all others.
-    """
+    """A Zipformer encoder."""
 
     whisper_features = False
     unsplit_modules = ("ZipformerLayer",)
 
     def __init__(self, config: ZipformerConfig, *, isolate: bool = False) -> None:
+        """Build an encoder.
+
+        Args:
+            config: its configuration.
+            isolate: compute the same frames for an utterance as if it were alone in the batch. In
+                the published code, padding changes the last frames (through the front end and the
+                downsampling) and, through attention, all others.
+        """
         super().__init__()
-        self.config, self.output_dim, self.isolate, self.first_batch = (
-            config,
-            max(config.encoder_dim),
-            isolate,
-            0,
-        )
+        self.config = config
+        self.output_dim = max(config.encoder_dim)
+        self.isolate = isolate
+        self.first_batch = 0
         self.features = KaldiFeatures(config.feature_dim)
         self.encoder_embed = FrontEnd(config.feature_dim, config.encoder_dim[0])
         self.encoder = ZipformerStacks(config)
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, feature_dim) at 100 Hz, x_lens (N,) -> (N, T', max(encoder_dim)) at 25 Hz, (N,) = (x_lens - 5) // 4.
+        """Encode a batch.
 
-        T may be more than the longest of x_lens. Raises UserError where an utterance has fewer than 9 frames or more than T.
+        Args:
+            x: features (N, T, feature_dim) at 100 Hz. T may be more than the longest of `x_lens`.
+            x_lens: number of frames of each utterance (N,).
+
+        Returns:
+            Frames (N, T', max(encoder_dim)) at 25 Hz, and their numbers (N,) = (x_lens - 5) // 4.
+
+        Raises:
+            UserError: an utterance has fewer than 9 frames, or more than T.
         """
         self._check_lengths(x, x_lens)
         frames = (x_lens - 7) // 2
@@ -80,19 +95,28 @@ class ZipformerEncoder(ExtractsFeatures):
         return self.encoder(x, padding, self.isolate), (frames + 1) // 2
 
     def _check_lengths(self, x: Tensor, x_lens: Tensor) -> None:
-        shortest, longest = int(x_lens.argmin()), int(x_lens.argmax())
-        if (length := int(x_lens[shortest])) < MIN_FRAMES:
+        shortest = int(x_lens.argmin())
+        length = int(x_lens[shortest])
+        if length < MIN_FRAMES:
             raise UserError(
-                f"utterance {shortest} of the batch has {length} frames ({length * 10} ms), and Zipformer takes at least {MIN_FRAMES} "
-                f"({MIN_FRAMES * 10} ms): drop it, or pad it with silence"
+                f"utterance {shortest} of the batch has {length} frames ({length * 10} ms), but "
+                f"Zipformer needs at least {MIN_FRAMES} ({MIN_FRAMES * 10} ms). Drop it, or pad it "
+                "with silence."
             )
-        if (length := int(x_lens[longest])) > x.shape[1]:
+        longest = int(x_lens.argmax())
+        length = int(x_lens[longest])
+        if length > x.shape[1]:
             raise UserError(
-                f"utterance {longest} of the batch has {length} frames by x_lens, but x has {x.shape[1]}: correct x_lens"
+                f"utterance {longest} of the batch has {length} frames by x_lens, but x has only "
+                f"{x.shape[1]}. Correct x_lens."
             )
 
     def set_batch_count(self, step: int) -> None:
-        """Called before each training step with the steps done: sets the schedules, which for pretrained weights start at their ends."""
+        """Set the number of completed steps, from which the schedules are computed.
+
+        It is called before each training step. With pretrained weights the schedules start at
+        their ends.
+        """
         for module in self.modules():
             if isinstance(module, Scheduled):
                 module.batch_count = self.first_batch + step
@@ -106,12 +130,19 @@ class ZipformerEncoder(ExtractsFeatures):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Strict, but for what the public files hold beside the weights; see without_dead_keys."""
+        """Load weights, ignoring what public files contain besides them (see without_dead_keys)."""
         return super().load_state_dict(without_dead_keys(state_dict), strict=strict, assign=assign)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, isolate: bool = False) -> "ZipformerEncoder":
-        """An encoder of icefall or Auden from a file or a directory, in eval mode, float32; fine-tuning starts at the schedules' ends."""
+        """Return an encoder of icefall or Auden, float32 and in eval mode.
+
+        Fine-tuning it starts at the ends of the schedules.
+
+        Args:
+            path: a file or a directory.
+            isolate: as in the constructor.
+        """
         values, state = cls.read_pretrained(str(path))
         encoder = cls(ZipformerConfig(**values), isolate=isolate)
         encoder.load_state_dict(state)
@@ -119,15 +150,20 @@ class ZipformerEncoder(ExtractsFeatures):
         return encoder.eval()
 
     def start_pretrained(self) -> None:
+        """Move all schedules to their ends."""
         self.first_batch = PRETRAINED_BATCHES
         self.set_batch_count(0)
 
     @classmethod
-    def from_fields(cls, values: dict[str, Any], *, pad_to_30s: bool) -> "ZipformerEncoder":
-        """The encoder of an AsrLlmModel, whose encoders are pretrained and whose utterances are the same alone and in a batch."""
+    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "ZipformerEncoder":
+        """Return the encoder of an AsrLlmModel. See AudioEncoder.
+
+        These encoders are pretrained, and encode an utterance alone as in a batch.
+        """
         if pad_to_30s:
             raise UserError(
-                "data.pad_to_30s=true is for Whisper: leave it out with model.audio_encoder.model_type=zipformer"
+                "data.pad_to_30s=true is for Whisper only, but model.audio_encoder.model_type is "
+                "zipformer. Set data.pad_to_30s=false."
             )
         encoder = cls(ZipformerConfig(**values), isolate=True)
         encoder.start_pretrained()
@@ -135,19 +171,28 @@ class ZipformerEncoder(ExtractsFeatures):
 
     @staticmethod
     def frame_lengths(samples: Any) -> Any:
+        """See AudioEncoder."""
         return (kaldi_frames(samples) - 5) // 4
 
     @staticmethod
-    def sample_limits(values: dict[str, Any]) -> tuple[int, int]:
+    def sample_limits(values: Fields) -> tuple[int, int]:
+        """See AudioEncoder."""
         return MIN_FRAMES * KALDI_HOP - KALDI_HOP // 2, MAX_SECONDS * RATE
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Fields and weights of an icefall or Auden file or directory."""
+    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
+        """Read an icefall or Auden file or directory. See AudioEncoder."""
         config, state = read_zipformer(Path(path))
-        return {
-            name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()
-        }, state
+        return plain_fields(config), state
+
+
+def plain_fields(config: ZipformerConfig) -> Fields:
+    """Return the fields of a configuration, with lists instead of tuples as in JSON."""
+    fields = asdict(config)
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            fields[name] = list(value)
+    return fields
 
 
 class FrontEnd(Scheduled):
@@ -156,28 +201,48 @@ class FrontEnd(Scheduled):
     def __init__(self, feature_dim: int, width: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=(0, 1)), ScaleGradient(0.2), Balancer(1, max_abs=1.0), SwooshR(),
-            nn.Conv2d(8, 32, 3, stride=2), Balancer(1, max_abs=4.0), SwooshR(),
-            nn.Conv2d(32, 128, 3, stride=(1, 2)), Balancer(1, max_abs=4.0), SwooshR(),
-        )  # fmt: skip
+            nn.Conv2d(1, 8, 3, padding=(0, 1)),
+            ScaleGradient(0.2),
+            Balancer(1, max_abs=1.0),
+            SwooshR(),
+            nn.Conv2d(8, 32, 3, stride=2),
+            Balancer(1, max_abs=4.0),
+            SwooshR(),
+            nn.Conv2d(32, 128, 3, stride=(1, 2)),
+            Balancer(1, max_abs=4.0),
+            SwooshR(),
+        )
         self.convnext = ConvNeXt(128)
-        self.out = nn.Linear(128 * (((feature_dim - 1) // 2 - 1) // 2), width)
+        bins = ((feature_dim - 1) // 2 - 1) // 2
+        self.out = nn.Linear(128 * bins, width)
         self.whiten = Whiten(((0, 4.0), (20000, 8.0)), grad_scale=0.02)
         self.out_norm = BiasNorm(width)
 
     def forward(self, x: Tensor, frames: Tensor | None) -> Tensor:
-        """x (N, T, feature_dim) -> (N, (T - 7) // 2, width). frames (N,): the true ones, beyond which silence is to be seen, or None."""
+        """Map features to frames of half the rate.
+
+        Args:
+            x: (N, T, feature_dim).
+            frames: number of true frames of the output (N,), after which the last convolutions see
+                zeros; None for no masking.
+
+        Returns:
+            (N, (T - 7) // 2, width).
+        """
         x = self.conv(x.to(self.out.weight.dtype)[:, None])  # (N, 128, T', F')
         if frames is not None:
-            x = x.masked_fill(
-                (torch.arange(x.shape[2], device=x.device) >= frames[:, None])[:, None, :, None], 0
-            )
+            padding = torch.arange(x.shape[2], device=x.device) >= frames[:, None]
+            x = x.masked_fill(padding[:, None, :, None], 0)
         x = self.convnext(x).transpose(1, 2).flatten(2)
-        return dropout_shared_over_time(self.out_norm(self.whiten(self.out(x))), self.now(DROPOUT))
+        x = self.out_norm(self.whiten(self.out(x)))
+        return dropout_shared_over_time(x, self.now(DROPOUT))
 
 
 class ConvNeXt(nn.Module):
-    """Liu et al., "A ConvNet for the 2020s" (2022), without its normalisation and with SwooshL."""
+    """The block of Liu et al., "A ConvNet for the 2020s" (2022).
+
+    It has SwooshL and no normalisation.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -185,78 +250,109 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv1 = nn.Conv2d(width, 3 * width, 1)
         self.pointwise_conv2 = nn.Conv2d(3 * width, width, 1)
         with torch.no_grad():
-            self.pointwise_conv2.weight.mul_(0.01)  # starts as the identity, nearly
+            self.pointwise_conv2.weight.mul_(0.01)  # starts near the identity
         self.balance_hidden = Balancer(
             1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0
         )
         self.balance_out = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, T, F) -> the same shape"""
-        hidden = swoosh_l(self.balance_hidden(self.pointwise_conv1(self.depthwise_conv(x))))
+        """Map x (N, C, T, F) to the same shape."""
+        hidden = self.pointwise_conv1(self.depthwise_conv(x))
+        hidden = swoosh_l(self.balance_hidden(hidden))
         return self.balance_out(x + self.pointwise_conv2(hidden))
 
 
 class ZipformerStacks(Scheduled):
-    """All stacks, and the last downsampling."""
+    """All stacks, and the downsampling of their output."""
 
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()
         self.config = config
-        stacks = range(len(config.encoder_dim))
-        self.encoders = nn.ModuleList(
-            ZipformerStack(config, i)
-            if config.downsampling_factor[i] == 1
-            else DownsampledStack(config, i)
-            for i in stacks
-        )
+        self.encoders = nn.ModuleList()
+        for i, factor in enumerate(config.downsampling_factor):
+            kind = ZipformerStack if factor == 1 else DownsampledStack
+            self.encoders.append(kind(config, i))
         self.downsample_output = Downsample(config.output_downsampling_factor)
 
     def forward(self, x: Tensor, padding: Tensor, isolate: bool) -> Tensor:
-        """x (N, T, first encoder_dim), padding (N, T) -> (N, ceil(T / 2), max(encoder_dim))"""
-        chunk, context = self._chunks(x.shape[1], x.device)
-        kept = self._feature_masks(x) if self.training else [None] * len(self.encoders)
-        ends = tuple((~padding).sum(1).tolist()) if isolate else None
-        outputs = []
-        for i, (stack, rate) in enumerate(
-            zip(self.encoders, self.config.downsampling_factor, strict=True)
-        ):
-            hidden = padding[:, ::rate][:, None, None]
-            if context is not None:
-                hidden = hidden | context[::rate, ::rate]
+        """Apply all stacks.
+
+        Args:
+            x: (N, T, first encoder_dim).
+            padding: true after the end of an utterance (N, T).
+            isolate: as in ZipformerEncoder.
+
+        Returns:
+            (N, ceil(T / 2), max(encoder_dim)).
+        """
+        chunk, context_mask = self._chunks(x.shape[1], x.device)
+        channel_masks: list[Tensor | None] = [None] * len(self.encoders)
+        if self.training:
+            channel_masks = self._channel_masks(x)
+        ends: tuple[int, ...] | None = None
+        if isolate:
+            ends = tuple((~padding).sum(1).tolist())
+        outputs: list[Tensor] = []
+        for i, stack in enumerate(self.encoders):
+            rate = self.config.downsampling_factor[i]
+            mask = padding[:, ::rate][:, None, None]
+            if context_mask is not None:
+                mask = mask | context_mask[::rate, ::rate]
+            stack_chunk = chunk // rate if chunk > 0 else -1
             x = match_width(x, self.config.encoder_dim[i])
-            x = stack(x, hidden, padding, chunk // rate if chunk > 0 else -1, kept[i], ends)
+            x = stack(x, mask, padding, stack_chunk, channel_masks[i], ends)
             outputs.append(x)
         x = join_outputs(outputs)
-        return self.downsample_output(repeat_last_frame(x, padding) if isolate else x)
+        if isolate:
+            x = repeat_last_frame(x, padding)
+        return self.downsample_output(x)
 
     def _chunks(self, frames: int, device: torch.device) -> tuple[int, Tensor | None]:
-        """The chunk (frames at 50 Hz, -1: all), and (frames, frames) true where query [i] must not see key [j]."""
-        chunk, left = (
-            (
-                _draw(sizes) if self.training else max(sizes, key=lambda n: (n < 0, n))
-            )  # the widest; the published code draws here too
-            for sizes in (self.config.chunk_size, self.config.left_context_frames)
-        )
+        """Choose a chunk size and a left context.
+
+        Returns:
+            The chunk size in frames at 50 Hz, -1 for everything, and a mask (frames, frames) that
+            is true where query [i] does not attend to key [j].
+        """
+        chunk = self._choose(self.config.chunk_size)
+        left = self._choose(self.config.left_context_frames)
         if not self.config.causal or chunk < 0:
             return -1, None
-        at = torch.arange(frames, device=device) // chunk
-        behind = at[:, None] - at  # chunks that the key is behind the query
-        hidden = behind < 0
-        return chunk, hidden if left < 0 else hidden | (behind > max(1, left // chunk))
+        chunk_index = torch.arange(frames, device=device) // chunk
+        distance = chunk_index[:, None] - chunk_index  # chunks by which the key is before the query
+        mask = distance < 0
+        if left >= 0:
+            mask = mask | (distance > max(1, left // chunk))
+        return chunk, mask
 
-    def _feature_masks(self, x: Tensor) -> list[Tensor | None]:
-        """For each stack (N, 1, C): in some sequences 0 for the channels above the unmasked ones, in more of them for their upper half."""
+    def _choose(self, sizes: tuple[int, ...]) -> int:
+        """Draw a size in training, else return the largest. The published code always draws."""
+        if self.training:
+            return _draw(sizes)
+        return max(sizes, key=lambda size: (size < 0, size))
+
+    def _channel_masks(self, x: Tensor) -> list[Tensor | None]:
+        """Draw a mask (N, 1, C) for each stack.
+
+        In some sequences it is 0 for the channels above the unmasked ones, and in more of them for
+        the upper half of those.
+        """
         shape = (len(x), 1, 1)
         lower = keep_mask(x, shape, FEATURE_SKIP)
         upper = lower * keep_mask(x, shape, FEATURE_SKIP)
+        ones = torch.ones_like(lower)
         masks: list[Tensor | None] = []
-        for width, free in zip(
+        for width, unmasked in zip(
             self.config.encoder_dim, self.config.encoder_unmasked_dim, strict=True
         ):
-            half = (width - free) // 2
-            parts = (torch.ones_like(lower), free), (lower, half), (upper, width - free - half)
-            masks.append(torch.cat([mask.expand(-1, -1, n) for mask, n in parts], 2))
+            half = (width - unmasked) // 2
+            parts = (
+                ones.expand(-1, -1, unmasked),
+                lower.expand(-1, -1, half),
+                upper.expand(-1, -1, width - unmasked - half),
+            )
+            masks.append(torch.cat(parts, 2))
         return masks
 
 
@@ -265,13 +361,18 @@ def _draw(sizes: tuple[int, ...]) -> int:
 
 
 def match_width(x: Tensor, width: int) -> Tensor:
-    """Cut channels, or add zeros."""
+    """Return x (N, T, C) with `width` channels: the last ones are removed, or zeros are added."""
     return F.pad(x, (0, width - x.shape[2]))
 
 
 def join_outputs(outputs: list[Tensor]) -> Tensor:
-    """The last stack's output, and from wider stacks before it, the latest first, the channels above."""
-    parts, width = [outputs[-1]], outputs[-1].shape[2]
+    """Concatenate the stacks' outputs (N, T, C) to one with the largest C.
+
+    It is the output of the last stack, and for its missing channels those of wider stacks before
+    it, the latest first.
+    """
+    parts = [outputs[-1]]
+    width = outputs[-1].shape[2]
     for output in reversed(outputs[:-1]):
         if output.shape[2] > width:
             parts.append(output[..., width:])
@@ -280,11 +381,18 @@ def join_outputs(outputs: list[Tensor]) -> Tensor:
 
 
 def repeat_last_frame(x: Tensor, padding: Tensor) -> Tensor:
-    """x (N, T, C) with every utterance's last true frame in the place of its padding, as downsampling does behind the longest one."""
+    """Replace the padding of each utterance by its last true frame.
+
+    Downsampling does this after the longest utterance.
+
+    Args:
+        x: (N, T, C).
+        padding: true after the end of an utterance (N, T).
+    """
     last = (~padding).sum(1) - 1
-    return torch.where(
-        padding[..., None], x[torch.arange(len(x), device=x.device), last][:, None], x
-    )
+    rows = torch.arange(len(x), device=x.device)
+    last_frames = x[rows, last]
+    return torch.where(padding[..., None], last_frames[:, None], x)
 
 
 class ZipformerStack(nn.Module):
@@ -292,60 +400,92 @@ class ZipformerStack(nn.Module):
 
     def __init__(self, config: ZipformerConfig, i: int) -> None:
         super().__init__()
-        self.pos_dim, self.recompute = config.pos_dim, False
-        heads = {name: getattr(config, name)[i] for name in ("query_head_dim", "pos_head_dim")}
+        self.pos_dim = config.pos_dim
+        self.recompute = False
+        stacks = len(config.encoder_dim)
         count = config.num_encoder_layers[i]
-        self.layers = nn.ModuleList(
-            ZipformerLayer(
-                config.encoder_dim[i],
-                heads={"heads": config.num_heads[i], "pos_dim": config.pos_dim, **heads},
-                value_head_dim=config.value_head_dim[i],
-                hidden=config.feedforward_dim[i],
-                kernel=config.cnn_module_kernel[i],
-                causal=config.causal,
-                skip=layer_skip(
-                    i + j / count,
-                    i + (j + 1) / count,
-                    len(config.encoder_dim),
-                    config.downsampling_factor[i],
-                ),
-            )
-            for j in range(count)
-        )
+        self.layers = nn.ModuleList()
+        for j in range(count):
+            begin = i + j / count
+            end = i + (j + 1) / count
+            skip = layer_skip(begin, end, stacks, config.downsampling_factor[i])
+            self.layers.append(_layer(config, i, skip))
 
     def forward(
         self,
         x: Tensor,
-        hidden: Tensor,
+        mask: Tensor,
         padding: Tensor,
         chunk: int,
-        kept: Tensor | None,
+        channel_mask: Tensor | None,
         ends: tuple[int, ...] | None,
     ) -> Tensor:
-        """x (N, T, C), hidden (N, 1, 1 or T, T) and padding (N, T): see ZipformerLayer; kept (N, 1, C): the mask on the channels.
-        ends: the N true lengths where utterances are isolated, else None."""
+        """Map x (N, T, C) to the same shape.
+
+        Args:
+            x: (N, T, C).
+            mask: as in ZipformerLayer (N, 1, 1 or T, T).
+            padding: true after the end of an utterance (N, T).
+            chunk: size of a causal encoder's chunks in frames, or -1 for everything.
+            channel_mask: random mask of the channels (N, 1, C), or None.
+            ends: the N true lengths if utterances are isolated, else None.
+        """
         positions = relative_positions(x.shape[1], self.pos_dim, x.device)
         positions = F.dropout(positions, POSITION_DROPOUT, self.training).to(x.dtype)
-        x = x if kept is None else x * kept
+        if channel_mask is not None:
+            x = x * channel_mask
         for layer in self.layers:
-            inputs = (x, positions, hidden, padding, chunk, ends)
-            x = (
-                checkpoint(layer, *inputs, use_reentrant=False)
-                if self.recompute and self.training
-                else layer(*inputs)
-            )
-            x = x if kept is None else x * kept
+            x = self._run(layer, x, positions, mask, padding, chunk, ends)
+            if channel_mask is not None:
+                x = x * channel_mask
         return x
 
+    def _run(self, layer: ZipformerLayer, *inputs: Tensor | int | tuple[int, ...] | None) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
-def layer_skip(begin: float, end: float, stacks: int, rate: int) -> Schedule:
-    """How often training skips a layer: half the time, then seldom, one layer after the other. begin, end: its place, in stacks."""
+
+def _layer(config: ZipformerConfig, i: int, skip: Schedule) -> ZipformerLayer:
+    """Return a layer of stack i."""
+    return ZipformerLayer(
+        config.encoder_dim[i],
+        heads={
+            "heads": config.num_heads[i],
+            "query_head_dim": config.query_head_dim[i],
+            "pos_head_dim": config.pos_head_dim[i],
+            "pos_dim": config.pos_dim,
+        },
+        value_head_dim=config.value_head_dim[i],
+        hidden=config.feedforward_dim[i],
+        kernel=config.cnn_module_kernel[i],
+        causal=config.causal,
+        skip=skip,
+    )
+
+
+def layer_skip(
+    begin: float,
+    end: float,
+    stacks: int,
+    rate: int,
+) -> Schedule:
+    """Return how often training skips a layer: at first half the time, then seldom.
+
+    Args:
+        begin: position of the layer's input, counted in stacks.
+        end: position of its output. The deeper a layer, the later it ceases to be skipped.
+        stacks: number of stacks.
+        rate: downsampling factor of its stack.
+    """
     step = WARM_UP / (stacks + 1)
-    return (((begin + 1) * step, 0.5), ((end + 1) * step, 0.035 * rate**0.5))
+    first_corner = ((begin + 1) * step, 0.5)
+    last_corner = ((end + 1) * step, 0.035 * rate**0.5)
+    return (first_corner, last_corner)
 
 
 class DownsampledStack(nn.Module):
-    """A stack at a lower frame rate, bypassed."""
+    """A stack at a lower frame rate, with a bypass around it."""
 
     def __init__(self, config: ZipformerConfig, i: int) -> None:
         super().__init__()
@@ -357,14 +497,22 @@ class DownsampledStack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        hidden: Tensor,
+        mask: Tensor,
         padding: Tensor,
         chunk: int,
-        kept: Tensor | None,
+        channel_mask: Tensor | None,
         ends: tuple[int, ...] | None,
     ) -> Tensor:
-        """As ZipformerStack; hidden and chunk are of the lower rate, padding and ends are not."""
-        slow = self.downsample(x if ends is None else repeat_last_frame(x, padding))
-        ends = None if ends is None else tuple(-(-end // self.rate) for end in ends)
-        slow = self.encoder(slow, hidden, padding[:, :: self.rate], chunk, kept, ends)
-        return self.out_combiner(x, slow.repeat_interleave(self.rate, 1)[:, : x.shape[1]])
+        """Map x (N, T, C) to the same shape. The arguments are those of ZipformerStack.
+
+        `mask` and `chunk` are at the lower frame rate; `padding` and `ends` are not.
+        """
+        filled = x
+        if ends is not None:
+            filled = repeat_last_frame(x, padding)
+            ends = tuple(-(-end // self.rate) for end in ends)
+        slow = self.downsample(filled)
+        slow_padding = padding[:, :: self.rate]
+        slow = self.encoder(slow, mask, slow_padding, chunk, channel_mask, ends)
+        after = slow.repeat_interleave(self.rate, 1)
+        return self.out_combiner(x, after[:, : x.shape[1]])

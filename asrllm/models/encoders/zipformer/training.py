@@ -1,29 +1,32 @@
-"""What Zipformer does in training alone: schedules, gradients that keep activations in range, random masks.
+"""What Zipformer does in training only: schedules, gradient corrections and random masks.
 
-Yao et al., "Zipformer: A faster and better encoder for automatic speech recognition" (ICLR 2024), sections 3.4 and 3.5 and appendix A.
-Every draw comes from torch's generators, so that activation checkpointing and a resumed run repeat it, and none leaves a parameter out
-of the graph, because ZeRO waits for the gradients of all of them on every rank. Nothing here keeps state from one step to the next.
+Yao et al., "Zipformer: A faster and better encoder for automatic speech recognition" (ICLR 2024),
+sections 3.4 and 3.5 and appendix A. Every draw comes from torch's generators, so that activation
+checkpointing and a resumed run repeat it. No draw removes a parameter from the graph, because ZeRO
+waits for the gradients of all parameters on every rank. No state is stored between steps.
 """
 
 import itertools
 import math
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 BALANCER_PROBABILITY = ((0, 0.5), (8000, 0.125))
-WHITEN_PROBABILITY = 0.1  # of the published 0.025 to 0.25, which follows what the module saw last: state that a resumed run would lack
+# The published probability is 0.025 to 0.25, depending on the module's last measurement. A resumed
+# run would lack that state.
+WHITEN_PROBABILITY = 0.1
 LIMIT_PROBABILITY = 0.6
+TINY = 1e-20  # avoids divisions by zero
 
-Schedule = (
-    float | tuple[tuple[float, float], ...]
-)  # a constant, or (batch count, value) corners with straight lines between them
+# A constant, or (batch count, value) corners with straight lines between them.
+Schedule = float | tuple[tuple[float, float], ...]
 
 
 def value_at(schedule: Schedule, batch_count: int) -> float:
-    """The schedule's value; before its first and after its last corner it is level."""
+    """Return a schedule's value. It is constant before the first and after the last corner."""
     if not isinstance(schedule, tuple):
         return float(schedule)
     if batch_count <= schedule[0][0]:
@@ -35,42 +38,61 @@ def value_at(schedule: Schedule, batch_count: int) -> float:
 
 
 class Scheduled(nn.Module):
-    """A module with schedules. batch_count: batches that the weights have been trained on, an int (a bfloat16 buffer would stick at 4096),
-    set on all of them by ZipformerEncoder.set_batch_count."""
+    """A module with schedules.
+
+    Attributes:
+        batch_count: number of batches that the weights have been trained on. It is an int, because
+            a bfloat16 buffer would stop at 4096. `ZipformerEncoder.set_batch_count` sets it.
+    """
 
     batch_count: int = 0
 
     def now(self, schedule: Schedule) -> float:
-        """The schedule's value; 0 outside training."""
+        """Return a schedule's present value, or 0 outside of training."""
         return value_at(schedule, self.batch_count) if self.training else 0.0
 
 
 def chance(probability: float) -> bool:
-    """A draw from the processor's generator: no device is waited for."""
+    """Return True with this probability. The CPU's generator is used, to not wait for a device."""
     return probability > 0 and torch.rand((), device="cpu").item() < probability
 
 
 def keep_mask(x: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
-    """`shape` of ones and, with the probability `drop`, zeros; like x in dtype and device."""
+    """Return a random mask with the dtype and device of `x`.
+
+    Args:
+        x: a tensor.
+        shape: shape of the mask.
+        drop: probability of a zero; the other elements are ones.
+    """
     return (torch.rand(shape, device=x.device) >= drop).to(x.dtype)
 
 
 def skip_sequences(x: Tensor, drop: float) -> Tensor:
-    """x (N, T, C) with some of the N multiplied by 0."""
-    return x * keep_mask(x, (len(x), 1, 1), drop) if drop > 0 else x
+    """Multiply each of the N sequences of `x` (N, T, C) by 0 with the probability `drop`."""
+    if drop <= 0:
+        return x
+    return x * keep_mask(x, (len(x), 1, 1), drop)
 
 
 def dropout_shared_over_time(x: Tensor, drop: float) -> Tensor:
-    """Dropout on x (N, T, C) with one mask (N, 1, C) for all frames."""
-    return x * keep_mask(x, (len(x), 1, x.shape[2]), drop) / (1 - drop) if drop > 0 else x
+    """Apply dropout to `x` (N, T, C) with one mask (N, 1, C) for all frames."""
+    if drop <= 0:
+        return x
+    mask = keep_mask(x, (len(x), 1, x.shape[2]), drop)
+    return x * mask / (1 - drop)
 
 
 class Balancer(Scheduled):
-    """Identity whose gradient pushes each channel's share of positive values and mean absolute value into their ranges.
+    """Identity whose gradient moves each channel's statistics into their ranges.
 
-    For a normal distribution the share fixes mean / deviation, and the mean absolute value is sqrt(2 / pi) of the root mean square; the
-    loss |distance of mean / deviation| + |log distance of the root mean square| adds its gradient, in proportion to the size of the
-    gradient that comes. channel_dim: which dimension the channels are. The limits may be schedules.
+    The statistics are the fraction of positive values and the mean absolute value. For a normal
+    distribution, the fraction determines mean / deviation, and the mean absolute value is
+    sqrt(2 / pi) times the root mean square. The gradient of the loss
+
+        |distance of mean / deviation from its range| + |log distance of the root mean square|
+
+    is added in proportion to the size of the incoming gradient.
     """
 
     def __init__(
@@ -84,29 +106,46 @@ class Balancer(Scheduled):
         grad_scale: float = 0.04,
         probability: Schedule = BALANCER_PROBABILITY,
     ) -> None:
+        """Build a balancer.
+
+        Args:
+            channel_dim: dimension of the channels.
+            min_positive: minimum fraction of positive values.
+            max_positive: maximum fraction of positive values.
+            min_abs: minimum mean absolute value.
+            max_abs: maximum mean absolute value.
+            grad_scale: size of the added gradient relative to the incoming one.
+            probability: how often the balancer is active.
+        """
         super().__init__()
-        self.channel_dim, self.grad_scale, self.probability = channel_dim, grad_scale, probability
-        self.positive, self.absolute = (min_positive, max_positive), (min_abs, max_abs)
+        self.channel_dim = channel_dim
+        self.grad_scale = grad_scale
+        self.probability = probability
+        self.positive = (min_positive, max_positive)
+        self.absolute = (min_abs, max_abs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x`, of any shape."""
         if not chance(self.now(self.probability)):
             return x
-        means = tuple(_mean_of_share(self.now(share)) for share in self.positive)
+        means = tuple(_mean_of_fraction(self.now(fraction)) for fraction in self.positive)
         sizes = tuple(self.now(limit) * math.sqrt(math.pi / 2) for limit in self.absolute)
         return _Balance.apply(x, self.channel_dim, means, sizes, self.grad_scale)
 
 
-def _mean_of_share(positive: float) -> float:
-    """mean / deviation of a normal distribution with that share of positive values."""
-    if not 0 < positive < 1:
-        return -math.inf if positive <= 0 else math.inf
+def _mean_of_fraction(positive: float) -> float:
+    """Return mean / deviation of a normal distribution with that fraction of positive values."""
+    if positive <= 0:
+        return -math.inf
+    if positive >= 1:
+        return math.inf
     return NormalDist().inv_cdf(positive)
 
 
 class _Balance(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         x: Tensor,
         channel_dim: int,
         means: tuple[float, ...],
@@ -114,37 +153,61 @@ class _Balance(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.options = channel_dim, means, sizes, scale
+        ctx.channel_dim = channel_dim
+        ctx.means = means
+        ctx.sizes = sizes
+        ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        channel_dim, means, sizes, scale = ctx.options
-        others = [i for i in range(x.dim()) if i != channel_dim % x.dim()]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grads
+        others = [i for i in range(x.dim()) if i != ctx.channel_dim % x.dim()]
         with torch.enable_grad():
             x = x.detach().float().requires_grad_()
-            mean, square = x.mean(others, keepdim=True), x.square().mean(others, keepdim=True)
-            ratio = mean / (square - mean.square()).clamp(min=1e-20).sqrt()
-            size = square.clamp(min=1e-20).sqrt()
-            loss = (ratio - ratio.clamp(*means)).abs() + (size.clamp(*sizes) / size).log().abs()
-            (push,) = torch.autograd.grad(loss.sum(), x)
-        push = push * (scale / push.square().mean(others, keepdim=True).sqrt().clamp(min=1e-20))
-        return (grad.float() + grad.float().abs() * push).to(grad.dtype), None, None, None, None
+            mean = x.mean(others, keepdim=True)
+            square = x.square().mean(others, keepdim=True)
+            variance = square - mean.square()
+            ratio = mean / variance.clamp(min=TINY).sqrt()
+            size = square.clamp(min=TINY).sqrt()
+            ratio_loss = (ratio - ratio.clamp(*ctx.means)).abs()
+            size_loss = (size.clamp(*ctx.sizes) / size).log().abs()
+            (push,) = torch.autograd.grad((ratio_loss + size_loss).sum(), x)
+        push_size = push.square().mean(others, keepdim=True).sqrt()
+        push = push * (ctx.scale / push_size.clamp(min=TINY))
+        balanced = grad.float() + grad.float().abs() * push
+        return balanced.to(grad.dtype), None, None, None, None
 
 
 class Whiten(Scheduled):
-    """Identity whose gradient pushes the channels' covariance towards a multiple of 1, where it is further from it than `limit`.
+    """Identity whose gradient moves the channels' covariance towards a multiple of the identity.
 
-    The measure is mean(eigenvalue^2) / mean(eigenvalue)^2 over the covariance of x (..., C) in each of `groups` groups of channels, at
-    least 1. The push has grad_scale times the norm of the gradient that comes.
+    It acts where the distance is above `limit`. The distance is mean(eigenvalue^2) /
+    mean(eigenvalue)^2 over the covariance of x (..., C), at least 1.
     """
 
-    def __init__(self, limit: Schedule, *, groups: int = 1, grad_scale: float = 0.01) -> None:
+    def __init__(
+        self,
+        limit: Schedule,
+        *,
+        groups: int = 1,
+        grad_scale: float = 0.01,
+    ) -> None:
+        """Build the module.
+
+        Args:
+            limit: the largest accepted distance.
+            groups: number of groups of channels with a covariance each.
+            grad_scale: norm of the added gradient relative to the incoming one.
+        """
         super().__init__()
-        self.limit, self.groups, self.grad_scale = limit, groups, grad_scale
+        self.limit = limit
+        self.groups = groups
+        self.grad_scale = grad_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` (..., C)."""
         if not chance(self.now(WHITEN_PROBABILITY)):
             return x
         return _Whiten.apply(x, self.groups, self.now(self.limit), self.grad_scale)
@@ -152,52 +215,83 @@ class Whiten(Scheduled):
 
 class _Whiten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, limit: float, scale: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        groups: int,
+        limit: float,
+        scale: float,
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.options = groups, limit, scale
+        ctx.groups = groups
+        ctx.limit = limit
+        ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        groups, limit, scale = ctx.options
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grads
         with torch.enable_grad():
             x = x.detach().float().requires_grad_()
-            measure = distance_from_white(x, groups)
-            (push,) = torch.autograd.grad(measure, x)
-        strength = (
-            scale * grad.float().norm() / push.norm().clamp(min=1e-20) * (measure.detach() > limit)
-        )
-        return (grad.float() + push * strength).to(grad.dtype), None, None, None
+            distance = distance_from_white(x, ctx.groups)
+            (push,) = torch.autograd.grad(distance, x)
+        is_active = distance.detach() > ctx.limit
+        push_size = push.norm().clamp(min=TINY)
+        strength = ctx.scale * grad.float().norm() / push_size * is_active
+        whitened = grad.float() + push * strength
+        return whitened.to(grad.dtype), None, None, None
 
 
 def distance_from_white(x: Tensor, groups: int) -> Tensor:
-    """x (..., C) -> scalar of at least 1: the mean of the squared eigenvalues of the groups' covariances over their squared mean."""
-    x = x.flatten(0, -2).unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, frames, C / groups)
+    """Return how far the channels' covariance is from a multiple of the identity.
+
+    Args:
+        x: (..., C).
+        groups: number of groups of channels with a covariance each.
+
+    Returns:
+        A scalar of at least 1: the mean of the squared eigenvalues of the groups' covariances,
+        divided by the square of their mean.
+    """
+    frames = x.flatten(0, -2)
+    x = frames.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, frames, C / groups)
     x = x - x.mean(1, keepdim=True)
     covariance = x.transpose(1, 2) @ x / x.shape[1]
     mean = covariance.diagonal(dim1=1, dim2=2).mean()
-    return covariance.square().sum() / x.shape[2] / groups / (mean.square() + 1e-20)
+    mean_square = covariance.square().sum() / x.shape[2] / groups
+    return mean_square / (mean.square() + TINY)
 
 
 def limit_value(parameter: Tensor, low: float, high: float) -> Tensor:
-    """The parameter itself; the gradient of elements outside [low, high] is turned round, most times, where it would lead further out."""
-    return _Limit.apply(parameter, low, high) if chance(LIMIT_PROBABILITY) else parameter
+    """Return the parameter, with a gradient that keeps it within limits.
+
+    With LIMIT_PROBABILITY, the gradient of elements outside of [low, high] is reversed if it would
+    move them further out.
+    """
+    if not chance(LIMIT_PROBABILITY):
+        return parameter
+    return _Limit.apply(parameter, low, high)
 
 
 class _Limit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(
-            x < low, x > high
-        )  # not x: ZeRO-3 takes it away before the backward pass
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        low: float,
+        high: float,
+    ) -> Tensor:
+        # not x itself, because ZeRO-3 releases it before the backward pass
+        ctx.save_for_backward(x < low, x > high)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (below, above), (grad,) = ctx.saved_tensors, grads
-        wrong = (below & (grad > 0)) | (above & (grad < 0))
-        return torch.where(wrong, -grad, grad), None, None
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        below, above = ctx.saved_tensors
+        (grad,) = grads
+        is_outward = (below & (grad > 0)) | (above & (grad < 0))
+        return torch.where(is_outward, -grad, grad), None, None
 
 
 class ScaleGradient(nn.Module):
@@ -208,15 +302,18 @@ class ScaleGradient(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Scale.apply(x, self.factor) if self.training else x
+        """Return `x`, of any shape."""
+        if not self.training:
+            return x
+        return _Scale.apply(x, self.factor)
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0] * ctx.factor, None

@@ -1,4 +1,7 @@
-"""Zipformer encoders in the files of icefall and Auden: found by the name of their first weight, whatever is around them."""
+"""Read Zipformer encoders from the files of icefall and Auden.
+
+The encoder is found by the name of its first weight, whatever else the file contains.
+"""
 
 import pickle
 import re
@@ -20,20 +23,25 @@ from asrllm.models.encoders.zipformer.configuration import (
     PUBLIC_SIZES,
     ZipformerConfig,
 )
-from asrllm.text_files import parse_json
+from asrllm.models.hub_files import Fields
+from asrllm.models.state_dict import StateDict
+from asrllm.text_files import first_words, parse_json
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
 PARTS = ("encoder_embed.", "encoder.")
-# every layer of the published code owns a parameter that nothing reads; the live ones are below bypass, bypass_mid and out_combiner
+# Every layer of the published code has a parameter that is not used. The parameters in use are
+# below bypass, bypass_mid and out_combiner.
 DEAD_KEY = re.compile(r"(.*\.layers\.\d+\.bypass_scale|(.*\.)?model_batch_count)")
 CONTAINERS = ("model", "state_dict", "model_avg")
-POS_HEAD_DIM = 4  # icefall's, which its checkpoints do not say
+POS_HEAD_DIM = 4  # icefall's value, which its checkpoints do not contain
+# What icefall's causal recipes train with.
 ICEFALL_CHUNKS = {
     "chunk_size": [16, 32, 64, -1],
     "left_context_frames": [64, 128, 256, -1],
-}  # what its causal recipes train with
-# what torch and safetensors raise at files that are cut short, of another kind, or hold more than tensors
-DAMAGED = (
+}
+# What torch and safetensors raise for files that are truncated, of another kind, or contain more
+# than tensors.
+READ_ERRORS = (
     pickle.UnpicklingError,
     SafetensorError,
     RuntimeError,
@@ -44,161 +52,239 @@ DAMAGED = (
     TypeError,
     struct.error,
 )
-FILES = ("*.safetensors", "pytorch_model*.bin", "pretrained.pt", "*.pt", "*.pth")
+PATTERNS = ("*.safetensors", "pytorch_model*.bin", "pretrained.pt", "*.pt", "*.pth")
+GIVE_CHECKPOINT = "Give the file or directory of an icefall or Auden checkpoint."
 
 
 def without_dead_keys(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict without each layer's unused `bypass_scale` and without `model_batch_count`, a counter of icefall's."""
+    """Return a state dict without the entries that no module uses.
+
+    They are each layer's `bypass_scale`, and `model_batch_count`, a counter of icefall.
+    """
     return {key: value for key, value in state.items() if not DEAD_KEY.fullmatch(key)}
 
 
-def read_zipformer(path: Path) -> tuple[ZipformerConfig, dict[str, Tensor]]:
-    """The configuration and the encoder's weights, with no prefix. path: a file, or a directory with weights and maybe a config.json.
+def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
+    """Return an encoder's configuration and its weights, without a prefix.
 
-    What config.json does not say follows from the weights' shapes; where there is none, that the heads have 4 position channels each is
-    assumed, and that a causal encoder was trained as icefall's are.
+    Fields that config.json does not contain are derived from the weights' shapes. Without a
+    config.json, the heads are assumed to have 4 position channels each, and a causal encoder to be
+    trained like icefall's.
+
+    Args:
+        path: a file, or a directory with weights and optionally a config.json.
+
+    Raises:
+        UserError: the file is damaged, or has no Zipformer encoder.
     """
-    files = [path] if path.is_file() else weight_files(path)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_tensors(file)
-    state = encoder_weights(tensors, path)
+    state = encoder_weights(_load_all(path), path)
     folder = path if path.is_dir() else path.parent
     given = read_fields(folder / "config.json")
     try:
         config = ZipformerConfig(**fields_of_shapes(state, given))
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(
-            f"{str(path)!r} is no Zipformer that is known ({type(error).__name__}: {error}): check the file"
+            f"{str(path)!r} is not a supported Zipformer ({type(error).__name__}: {error}). Check "
+            "the file."
         ) from error
     return config, state
 
 
-def weight_files(folder: Path) -> list[Path]:
-    for pattern in FILES:
+def _load_all(path: Path) -> StateDict:
+    files = [path] if path.is_file() else zipformer_weight_files(path)
+    tensors: StateDict = {}
+    for file in files:
+        tensors |= load_tensors(file)
+    return tensors
+
+
+def zipformer_weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of an icefall or Auden directory.
+
+    Raises:
+        UserError: there are none, or several checkpoints.
+    """
+    for pattern in PATTERNS:
         found = sorted(folder.glob(pattern))
         if len(found) > 1 and pattern in ("*.pt", "*.pth"):
             raise UserError(
-                f"{str(folder)!r} holds {len(found)} checkpoints, such as {found[0].name}: give the path of one of them"
+                f"{str(folder)!r} contains {len(found)} checkpoints (first: {found[0].name}). Give "
+                "the path of one of them."
             )
         if found:
             return found
     raise UserError(
-        f"{str(folder)!r} holds no weights (none of {', '.join(FILES)}): give an icefall or Auden checkpoint's file or directory"
+        f"{str(folder)!r} has no weights (none of {', '.join(PATTERNS)}). {GIVE_CHECKPOINT}"
     )
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, out of their container; nothing in it is executed."""
+def load_tensors(file: Path) -> StateDict:
+    """Return the tensors of a file by name, taken out of their container.
+
+    No code in the file is executed.
+
+    Raises:
+        UserError: the file is damaged, or contains more than tensors.
+    """
     try:
         verify_weights(file)
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (*DAMAGED, OSError) as error:
+    except (*READ_ERRORS, OSError) as error:
         raise UserError(
-            f"{str(file)!r} cannot be read as plain tensors ({' '.join(str(error).split())[:160]}): save its state dict alone, with "
-            "torch.save or as safetensors"
+            f"{str(file)!r} cannot be read as plain tensors: {first_words(error)}. Save only its "
+            "state dict, with torch.save or as safetensors."
         ) from error
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break
     if not isinstance(content, dict):
-        raise UserError(f"{str(file)!r} holds no state dict: give an icefall or Auden checkpoint")
+        raise UserError(f"{str(file)!r} is not a state dict. {GIVE_CHECKPOINT}")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def encoder_weights(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The encoder's part by its own names: below whatever stands before its first weight's name. Without the dead keys."""
-    prefixes = sorted(
-        {
-            key.removesuffix(FIRST_KEY)
-            for key in tensors
-            if key == FIRST_KEY or key.endswith("." + FIRST_KEY)
-        }
-    )
+def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> StateDict:
+    """Return the encoder's weights by its own names, without the dead keys.
+
+    Args:
+        tensors: all tensors of a checkpoint. The prefix of the encoder is what precedes the name of
+            its first weight.
+        path: the checkpoint, for error messages.
+
+    Raises:
+        UserError: there is no encoder, or more than one.
+    """
+    prefix = _encoder_prefix(tensors, path)
+    starts = tuple(prefix + part for part in PARTS)
+    state: StateDict = {}
+    for key, tensor in tensors.items():
+        if key.startswith(starts):
+            state[key.removeprefix(prefix)] = tensor
+    return without_dead_keys(state)
+
+
+def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
+    first_keys = [key for key in tensors if f".{key}".endswith(f".{FIRST_KEY}")]
+    prefixes = sorted({key.removesuffix(FIRST_KEY) for key in first_keys})
     if not prefixes:
         raise UserError(
-            f"{str(path)!r} holds no Zipformer encoder (no key ends in {FIRST_KEY!r}): check model.audio_encoder.pretrained_model"
+            f"{str(path)!r} has no Zipformer encoder (no key ends in {FIRST_KEY!r}). Check "
+            "model.audio_encoder.pretrained_model."
         )
     if len(prefixes) > 1:
         raise UserError(
-            f"{str(path)!r} holds {len(prefixes)} Zipformer encoders, below {', '.join(map(repr, prefixes))}: save one alone"
+            f"{str(path)!r} contains {len(prefixes)} Zipformer encoders, with the prefixes "
+            f"{', '.join(map(repr, prefixes))}. Save only one of them."
         )
-    starts = tuple(prefixes[0] + part for part in PARTS)
-    return without_dead_keys(
-        {k.removeprefix(prefixes[0]): v for k, v in tensors.items() if k.startswith(starts)}
-    )
+    return prefixes[0]
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """The encoder's fields in a config.json: at the top, or in the part of it that has them. {} where there are none."""
+def read_fields(path: Path) -> Fields:
+    """Return the encoder's fields in a config.json, or {} if there are none.
+
+    Args:
+        path: the file, which need not exist. The fields are at its top level or in one of its
+            objects.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
     if not path.is_file():
         return {}
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{str(path)!r} is no JSON ({error}): download it again, or remove it"
+            f"{str(path)!r} is not valid JSON: {error}. Download it again, or remove it."
         ) from error
-    content = content if isinstance(content, dict) else {}
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        if "encoder_dim" in part:
+    if not isinstance(content, dict):
+        return {}
+    for part in (content, *content.values()):
+        if isinstance(part, dict) and "encoder_dim" in part:
             return {name: part[name] for name in FIELDS if name in part}
     return {}
 
 
-def fields_of_shapes(state: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-    """All fields: from the weights' shapes, and from `given` what those leave open. Raises UserError where the two contradict."""
-    count = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.encoders."))
+def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> Fields:
+    """Return all fields of an encoder.
+
+    Args:
+        state: its weights, whose shapes determine most fields.
+        given: the fields in its config.json.
+
+    Raises:
+        UserError: the shapes contradict `given`.
+    """
+    stack_keys = [key for key in state if key.startswith("encoder.encoders.")]
+    count = 1 + max(int(key.split(".")[2]) for key in stack_keys)
     positions = given.get("pos_head_dim", POS_HEAD_DIM)
     positions = [positions] if isinstance(positions, int) else list(positions)
     stacks = [stack_of_shapes(state, i, positions[i % len(positions)]) for i in range(count)]
-    found: dict[str, Any] = {name: [stack[name] for stack in stacks] for name in stacks[0]}
+    found: Fields = {}
+    for name in stacks[0]:
+        found[name] = [stack[name] for stack in stacks]
     found["pos_dim"] = state[first_layer(state, 0) + "self_attn_weights.linear_pos.weight"].shape[1]
     found["causal"] = any(key.endswith("chunkwise_conv_scale") for key in state)
-    for name, value in found.items():
-        said = given.get(name, value)
-        if name in PER_STACK and (isinstance(said, int) or len(said) == 1):
-            said = [said if isinstance(said, int) else said[0]] * count
-        if (list(said) if isinstance(value, list) else said) != value:
-            raise UserError(
-                f"config.json says {name}={said}, but the weights beside it have {value}: they are of another model"
-            )
+    _check_given(given, found, count)
     chunks = ICEFALL_CHUNKS if found["causal"] else {}
     return {"encoder_unmasked_dim": unmasked(found["encoder_dim"]), **chunks, **given, **found}
 
 
-def first_layer(state: dict[str, Tensor], i: int) -> str:
-    """What the names of the first layer of stack i begin with."""
-    slow = f"encoder.encoders.{i}.encoder.layers.0."
-    return slow if slow + "norm.bias" in state else f"encoder.encoders.{i}.layers.0."
+def _check_given(given: Mapping[str, Any], found: Fields, count: int) -> None:
+    """Raise UserError if a given field contradicts the one found in the weights."""
+    for name, value in found.items():
+        stated = given.get(name, value)
+        if name in PER_STACK:
+            stated = _for_each_stack(stated, count)
+        if stated != value:
+            raise UserError(
+                f"config.json has {name}={stated}, but the weights beside it have {value}. Give "
+                "files of the same model."
+            )
 
 
-def stack_of_shapes(state: dict[str, Tensor], i: int, pos_head_dim: int) -> dict[str, int]:
-    """The fields of stack i."""
+def _for_each_stack(value: int | list[int], count: int) -> list[int]:
+    if isinstance(value, int):
+        return [value] * count
+    return [value[0]] * count if len(value) == 1 else list(value)
+
+
+def first_layer(state: Mapping[str, Tensor], i: int) -> str:
+    """Return the prefix of the weights of the first layer in stack i."""
+    downsampled = f"encoder.encoders.{i}.encoder.layers.0."
+    if downsampled + "norm.bias" in state:
+        return downsampled
+    return f"encoder.encoders.{i}.layers.0."
+
+
+def stack_of_shapes(state: Mapping[str, Tensor], i: int, pos_head_dim: int) -> dict[str, int]:
+    """Return the fields of stack i, derived from the shapes of its weights.
+
+    Args:
+        state: the encoder's weights.
+        i: index of the stack.
+        pos_head_dim: width of a head's position queries, which no shape shows.
+    """
     layer = first_layer(state, i)
+    layers = layer.removesuffix("0.")
 
     def rows(name: str) -> int:
         return state[layer + name].shape[0]
 
     heads = rows("self_attn_weights.linear_pos.weight") // pos_head_dim
-    depthwise = layer + "conv_module1.depthwise_conv."
-    kernel = state[
-        depthwise
-        + ("chunkwise_conv.weight" if depthwise + "chunkwise_conv.weight" in state else "weight")
-    ]
+    kernel_key = layer + "conv_module1.depthwise_conv.chunkwise_conv.weight"
+    if kernel_key not in state:
+        kernel_key = layer + "conv_module1.depthwise_conv.weight"
     downsample = state.get(f"encoder.encoders.{i}.downsample.bias")
-    layers = {
-        key.removeprefix(layer[:-2]).split(".")[0] for key in state if key.startswith(layer[:-2])
-    }
+    layer_keys = [key.removeprefix(layers) for key in state if key.startswith(layers)]
     return {
-        "num_encoder_layers": len(layers),
+        "num_encoder_layers": len({key.split(".")[0] for key in layer_keys}),
         "encoder_dim": rows("norm.bias"),
         "feedforward_dim": rows("feed_forward2.in_proj.weight"),
         "downsampling_factor": 1 if downsample is None else len(downsample),
-        "cnn_module_kernel": kernel.shape[-1],
+        "cnn_module_kernel": state[kernel_key].shape[-1],
         "num_heads": heads,
         "query_head_dim": (rows("self_attn_weights.in_proj.weight") // heads - pos_head_dim) // 2,
         "value_head_dim": rows("self_attn1.in_proj.weight") // heads,
@@ -207,7 +293,11 @@ def stack_of_shapes(state: dict[str, Tensor], i: int, pos_head_dim: int) -> dict
 
 
 def unmasked(widths: list[int]) -> list[int]:
-    """encoder_unmasked_dim, which no shape shows: of the published size with these widths; of another, as icefall's, 192 and 256."""
+    """Return encoder_unmasked_dim, which no shape shows.
+
+    It is that of the published size with these widths. For other widths it is 192 or 256, as in
+    icefall.
+    """
     for size in PUBLIC_SIZES.values():
         if size["encoder_dim"] == widths:
             return size["encoder_unmasked_dim"]
