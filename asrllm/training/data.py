@@ -33,7 +33,7 @@ class TrainingData:
         self, config: TrainRun, processor: AsrLlmProcessor, prompts: Sequence[Prompt]
     ) -> None:
         self.config, self.prompts, self.renderer = config, prompts, processor.renderer
-        self.cache = ShardCache.of(config.data.cache)
+        self.cache = ShardCache.from_config(config.data.cache)
         self.tokens, self.limits = (
             processor.config.num_audio_tokens,
             processor.config.sample_limits(),
@@ -83,7 +83,9 @@ class TrainingData:
                 f"data.cache.max_gb={limit:g} is less than the largest remote shard, which has {largest / 1e9:.3g} GB: raise it"
             )
         sizes = {
-            file.url: file.size or 0 for window in range(2) for file in self.plan.files(0, window)
+            file.url: file.size or 0
+            for window in range(2)
+            for file in self.plan.remote_shards(0, window)
         }
         if sum(sizes.values()) > self.cache.max_bytes:
             logger.warning(
