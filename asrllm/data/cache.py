@@ -118,7 +118,12 @@ class ShardCache:
     """
 
     def __init__(
-        self, folder: Path, *, max_bytes: int, attempts: int = ATTEMPTS, delay: float = DELAY
+        self,
+        folder: Path,
+        *,
+        max_bytes: int,
+        attempts: int = ATTEMPTS,
+        delay: float = DELAY,
     ) -> None:
         """Describe a cache. Its folder is made when a file is fetched.
 
@@ -172,9 +177,10 @@ class ShardCache:
 
         # The imports and the event loop are made in this thread: a fork must not find a thread in
         # the middle of them that holds their locks.
+        schemes = {file.url.partition("://")[0]: file.url for file in files}
         try:
-            for file in {file.url.partition("://")[0]: file for file in files}.values():
-                import_driver(file.url)
+            for url in schemes.values():
+                import_driver(url)
         except UserError as error:
             logger.warning("Nothing is prefetched: %s", error)
             return
@@ -246,7 +252,12 @@ class ShardCache:
                 return False
             return True
 
-    def _download(self, file: RemoteFile, path: Path, pause: Pause) -> None:
+    def _download(
+        self,
+        file: RemoteFile,
+        path: Path,
+        pause: Pause,
+    ) -> None:
         """Download a file. The caller holds its lock."""
         partial = self.partials / path.name
         try:
@@ -296,7 +307,12 @@ class ShardCache:
         with self._writing():
             download.check(size)
 
-    def _reserve(self, download: _Download, size: int, pause: Pause | None) -> None:
+    def _reserve(
+        self,
+        download: _Download,
+        size: int,
+        pause: Pause | None,
+    ) -> None:
         """Reserve disk space for the first `size` bytes of a file.
 
         Args:
@@ -326,7 +342,13 @@ class ShardCache:
                 pause(0.1)
         download.reserved = size
 
-    def _take_room(self, partial: Path, size: int, *, force: bool) -> bool:
+    def _take_room(
+        self,
+        partial: Path,
+        size: int,
+        *,
+        force: bool,
+    ) -> bool:
         """Extend a partial file to `size` bytes, and evict the least recently used files for it.
 
         Args:
@@ -391,7 +413,11 @@ class _Prefetcher:
         self.changed = threading.Condition()
         self.stop = threading.Event()
         self.threads = [
-            threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True)
+            threading.Thread(
+                target=self._work,
+                name=f"prefetch-{i}",
+                daemon=True,
+            )
             for i in range(PREFETCH_THREADS)
         ]
         for thread in self.threads:

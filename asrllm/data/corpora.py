@@ -149,7 +149,11 @@ def _passes(reasons: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def read_corpora(
-    path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None
+    path: str | Path,
+    *,
+    filters: FilterConfig | None,
+    made: Path,
+    cache: ShardCache | None = None,
 ) -> list[Corpus]:
     """Read a data config: a list of `{manifest | shards, name, hours, weights, lang, prompts}`.
 
@@ -176,7 +180,11 @@ def read_corpora(
 
 
 def _read_entry(
-    entry: Any, where: str, filters: FilterConfig | None, made: Path, cache: ShardCache | None
+    entry: Any,
+    where: str,
+    filters: FilterConfig | None,
+    made: Path,
+    cache: ShardCache | None,
 ) -> Corpus:
     _check_keys(entry, where)
     weight = _entry_weight(entry, where)
@@ -256,7 +264,11 @@ def _entry_name(entry: Mapping[str, Any], where: str) -> str:
     return name
 
 
-def _entry_index(entry: Mapping[str, Any], made: Path, cache: ShardCache | None) -> Index:
+def _entry_index(
+    entry: Mapping[str, Any],
+    made: Path,
+    cache: ShardCache | None,
+) -> Index:
     if "shards" in entry:
         return open_index(entry["shards"], cache)
     return _manifest_index(Path(entry["manifest"]), made)
@@ -272,7 +284,11 @@ def _entry_weight(entry: Mapping[str, Any], where: str) -> float:
     return weight
 
 
-def _stated_hours(entry: Mapping[str, Any], index: Index, where: str) -> float | None:
+def _stated_hours(
+    entry: Mapping[str, Any],
+    index: Index,
+    where: str,
+) -> float | None:
     """Return the `hours` of an entry, and warn if they differ much from the index."""
     stated = entry.get("hours")
     if stated is None:

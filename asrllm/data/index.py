@@ -115,7 +115,11 @@ class Index:
 
     def file(self, shard: int) -> RemoteFile:
         """Return the location, size and checksum of a tar."""
-        return RemoteFile(url=self.shards[shard], size=self.sizes[shard], sha256=self.sha256[shard])
+        return RemoteFile(
+            url=self.shards[shard],
+            size=self.sizes[shard],
+            sha256=self.sha256[shard],
+        )
 
 
 def _hours(rows: np.ndarray) -> float:
@@ -228,12 +232,17 @@ def _check_about(where: str, about: Fields) -> int:
     return count
 
 
-def _check_rows(rows: np.ndarray, starts: np.ndarray, sizes: Sequence[int]) -> None:
+def _check_rows(
+    rows: np.ndarray,
+    starts: np.ndarray,
+    sizes: Sequence[int],
+) -> None:
     """Raise ValueError if a row refers to bytes outside its shard."""
     for number, size in enumerate(sizes):
         part = rows[starts[number] : starts[number + 1]]
         ends = part["offset"].astype(np.int64) + part["size"]
-        if (part["shard"] != number).any() or ends.max(initial=0) * BLOCK > size + BLOCK:
+        is_beyond_end = ends.max(initial=0) * BLOCK > size + BLOCK
+        if is_beyond_end or (part["shard"] != number).any():
             raise ValueError(f"rows of shard {number} are outside that shard")
 
 
@@ -329,7 +338,11 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
     partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     partial.replace(folder / "index.json")
     if not len(rows):
-        return Index(rows=rows, shards=[], starts=np.zeros(1, int))
+        return Index(
+            rows=rows,
+            shards=[],
+            starts=np.zeros(1, int),
+        )
     return _open_index(str(folder), about, folder / "index.bin")
 
 
@@ -440,7 +453,13 @@ def scan_shard(
     for sample in scan_tar(path):
         if sample.key in keys or sample.key in skip:
             detail = f"{sample.key!r} occurs in the tars more than once"
-            bad.append(BadSample(key=sample.key, reason="duplicate_key", detail=detail))
+            bad.append(
+                BadSample(
+                    key=sample.key,
+                    reason="duplicate_key",
+                    detail=detail,
+                )
+            )
         elif isinstance(sample, BadSample):
             bad.append(sample)
         elif isinstance(row := _row(sample), BadSample):
@@ -490,7 +509,7 @@ def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
 
 
 def explain_tar(path: Path, error: Exception) -> str:
-    """Return the message for a file that cannot be read as a tar, with a fix if it is compressed."""
+    """Return the message for a file that is not a tar, with a fix if it is compressed."""
     try:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -662,7 +681,11 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     try:
         fields = _sample_fields(files)
     except ValueError as error:  # of JSON or of UTF-8
-        return BadSample(key=key, reason="broken_transcript", detail=str(error))
+        return BadSample(
+            key=key,
+            reason="broken_transcript",
+            detail=str(error),
+        )
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         detail = f"expected {key}.txt, or {key}.json with 'text'"
         return BadSample(key=key, reason="no_transcript", detail=detail)
@@ -726,7 +749,11 @@ def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
     try:
         duration = _duration(sample)
     except UserError as error:
-        return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
+        return BadSample(
+            key=sample.key,
+            reason="unreadable_audio",
+            detail=str(error),
+        )
     if round(duration * RATE) > MAX_SAMPLES:
         detail = f"the audio has {duration:.0f} s"
         return BadSample(key=sample.key, reason="too_long", detail=detail)

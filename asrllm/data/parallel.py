@@ -32,7 +32,10 @@ def usable_cores() -> int:
 
 
 def run_parallel(
-    work: Callable[[J, Advance], R], jobs: Iterable[J], workers: int, advance: Advance
+    work: Callable[[J, Advance], R],
+    jobs: Iterable[J],
+    workers: int,
+    advance: Advance,
 ) -> Generator[tuple[int, R], None, None]:
     """Run jobs in worker processes, and yield (job number, result) as they complete.
 
@@ -72,7 +75,12 @@ def run_parallel(
 class _WorkerPool(Generic[J, R]):
     """Worker processes with one pipe each, so that either side notices when the other one dies."""
 
-    def __init__(self, work: Callable[[J, Advance], R], size: int, advance: Advance) -> None:
+    def __init__(
+        self,
+        work: Callable[[J, Advance], R],
+        size: int,
+        advance: Advance,
+    ) -> None:
         self.work = work
         self.size = size
         self.advance = advance
@@ -100,7 +108,11 @@ class _WorkerPool(Generic[J, R]):
 
     def _start(self) -> Connection:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_worker_main, args=(theirs, self.work), daemon=True)
+        process = self.context.Process(
+            target=_worker_main,
+            args=(theirs, self.work),
+            daemon=True,
+        )
         # Otherwise process.start() starts the tracker, which unblocks SIGINT.
         multiprocessing.resource_tracker.ensure_running()
         # Ctrl-C is for this process alone. The fork server inherits the mask.
@@ -174,7 +186,10 @@ def _run_job(
 
 
 class _ProgressReporter:
-    """The `advance` of a worker. It reports at intervals, so that many workers do not flood the parent."""
+    """The `advance` of a worker.
+
+    It reports at intervals, so that many workers do not flood the parent with messages.
+    """
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe

@@ -170,7 +170,8 @@ class Plan:
         self.shuffle = shuffle
         self.endless = endless
         self._streams = [
-            _CorpusStream(corpus, [seed, i], shuffle) for i, corpus in enumerate(corpora)
+            _CorpusStream(corpus, [seed, number], shuffle)  # one seed per corpus
+            for number, corpus in enumerate(corpora)
         ]
         # utterances per epoch and corpus
         self._epoch_sizes = [round(corpus.weight * len(corpus.index)) for corpus in corpora]
@@ -198,7 +199,12 @@ class Plan:
                 parts.append(self._entries(number, pass_index, rows))
         return np.concatenate(parts) if parts else np.empty(0, ENTRY)
 
-    def _entries(self, number: int, pass_index: int, rows: np.ndarray) -> np.ndarray:
+    def _entries(
+        self,
+        number: int,
+        pass_index: int,
+        rows: np.ndarray,
+    ) -> np.ndarray:
         """Return the entries (n,) of a corpus's rows that pass the filters."""
         corpus = self.corpora[number]
         found = corpus.index.rows[rows]
@@ -214,7 +220,12 @@ class Plan:
         entries["tokens"] = audio_tokens + text_tokens
         return entries
 
-    def _span(self, corpus: int, epoch: int, window: int) -> tuple[int, int]:
+    def _span(
+        self,
+        corpus: int,
+        epoch: int,
+        window: int,
+    ) -> tuple[int, int]:
         """Return the span [begin, end) of the corpus's sequence that a window covers."""
         if self.endless:
             size = self._ratios[corpus] * self.config.window
@@ -225,7 +236,12 @@ class Plan:
         end = epoch * total + (window + 1) * total // windows
         return begin, end
 
-    def batches(self, epoch: int, window: int, ranks: int) -> list[np.ndarray]:
+    def batches(
+        self,
+        epoch: int,
+        window: int,
+        ranks: int,
+    ) -> list[np.ndarray]:
         """Return the batches of a window in training order.
 
         Args:
@@ -303,7 +319,13 @@ class Plan:
             budgets.append(_Budget(entries["samples"], max_samples, ranks))
         return budgets
 
-    def steps(self, start: Position, *, ranks: int, accumulation: int = 1) -> Iterator[Step]:
+    def steps(
+        self,
+        start: Position,
+        *,
+        ranks: int,
+        accumulation: int = 1,
+    ) -> Iterator[Step]:
         """Yield the steps from a position to the end of its epoch, or without end.
 
         Args:
@@ -314,9 +336,18 @@ class Plan:
         begin = replace(start, ranks=start.ranks or ranks)
         while self.windows is None or begin.window < self.windows:
             yield from self._window_steps(begin, ranks, ranks * accumulation)
-            begin = Position(epoch=start.epoch, window=begin.window + 1, ranks=ranks)
+            begin = Position(
+                epoch=start.epoch,
+                window=begin.window + 1,
+                ranks=ranks,
+            )
 
-    def _window_steps(self, start: Position, ranks: int, step_size: int) -> Iterator[Step]:
+    def _window_steps(
+        self,
+        start: Position,
+        ranks: int,
+        step_size: int,
+    ) -> Iterator[Step]:
         """Yield the steps from a position to the end of its window.
 
         Args:
@@ -412,7 +443,12 @@ def _mixing_ratios(corpora: Sequence[Corpus]) -> list[Fraction]:
 
 
 def planned_steps(
-    plan: Plan, start: Position, *, ranks: int, accumulation: int, epochs: int | None
+    plan: Plan,
+    start: Position,
+    *,
+    ranks: int,
+    accumulation: int,
+    epochs: int | None,
 ) -> Iterator[tuple[Position, Step]]:
     """Yield (position at which it begins, step) of every step.
 
@@ -444,7 +480,12 @@ class _Budget:
             if it were full.
     """
 
-    def __init__(self, costs: np.ndarray, limit: int, ranks: int) -> None:
+    def __init__(
+        self,
+        costs: np.ndarray,
+        limit: int,
+        ranks: int,
+    ) -> None:
         self.costs: np.ndarray = costs.astype(np.int64)
         self.limit = limit
         padding = np.full(ranks - 1, self.costs.max(initial=0))
@@ -475,7 +516,12 @@ class _CorpusStream:
     blocks within each shard, and the rows within each block.
     """
 
-    def __init__(self, corpus: Corpus, seed: Sequence[int], shuffle: bool) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: Sequence[int],
+        shuffle: bool,
+    ) -> None:
         self.size = len(corpus.index)
         self.seed = list(seed)
         self.shuffle = shuffle
@@ -495,20 +541,29 @@ class _CorpusStream:
             yield pass_index, self._rows_of_pass(pass_index, first, last)
             begin += last - first
 
-    def _rows_of_pass(self, pass_index: int, first: int, last: int) -> np.ndarray:
+    def _rows_of_pass(
+        self,
+        pass_index: int,
+        first: int,
+        last: int,
+    ) -> np.ndarray:
         if not self.shuffle:
             return np.arange(first, last)
         rng = np.random.default_rng([*self.seed, pass_index])
         shard_order = rng.permutation(int(self._shard[-1]) + 1)
         # shard by shard, with the blocks of a shard in random order
-        order = np.lexsort((rng.random(len(self._shard)), shard_order[self._shard]))
-        bounds = np.concatenate([[0], np.cumsum((self._end - self._begin)[order])])
+        block_order = rng.random(len(self._shard))
+        order = np.lexsort((block_order, shard_order[self._shard]))
+        sizes = (self._end - self._begin)[order]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
         first_block = int(np.searchsorted(bounds, first, "right")) - 1
         last_block = int(np.searchsorted(bounds, last, "left"))
         parts = []
         for i in range(first_block, last_block):
             rows = self._shuffled_block(pass_index, int(order[i]))
-            parts.append(rows[max(0, first - bounds[i]) : last - bounds[i]])
+            begin = max(0, first - bounds[i])
+            end = last - bounds[i]
+            parts.append(rows[begin:end])
         return np.concatenate(parts)
 
     def _shuffled_block(self, pass_index: int, block: int) -> np.ndarray:
@@ -540,10 +595,15 @@ def split_over_ranks(
     if contains_copies and copies_share_rank(entries, owner):
         owner[by_cost] = np.arange(len(entries)) % ranks
     order = np.argsort(owner, kind="stable")
-    return np.split(entries[order], np.searchsorted(owner[order], np.arange(1, ranks)))
+    bounds = np.searchsorted(owner[order], np.arange(1, ranks))
+    return np.split(entries[order], bounds)
 
 
-def _balance(tokens: np.ndarray, by_cost: np.ndarray, ranks: int) -> np.ndarray:
+def _balance(
+    tokens: np.ndarray,
+    by_cost: np.ndarray,
+    ranks: int,
+) -> np.ndarray:
     """Assign utterances to ranks: the largest of the next `ranks` go to the least loaded ranks.
 
     Args:
@@ -572,7 +632,8 @@ def split_batches(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
     batches = list(batches)
 
     def splittable_tokens(i: int) -> int:
-        return int(batches[i]["tokens"].sum()) * (len(batches[i]) > 1)
+        batch = batches[i]
+        return int(batch["tokens"].sum()) if len(batch) > 1 else 0
 
     while len(batches) < count:
         largest = max(range(len(batches)), key=splittable_tokens)
@@ -582,7 +643,12 @@ def split_batches(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
     return batches
 
 
-def _item(entry: np.void, *, filler: bool = False, spares: tuple[Item, ...] = ()) -> Item:
+def _item(
+    entry: np.void,
+    *,
+    filler: bool = False,
+    spares: tuple[Item, ...] = (),
+) -> Item:
     return Item(
         corpus=int(entry["corpus"]),
         row=int(entry["row"]),

@@ -72,10 +72,12 @@ class Copies:
         Returns:
             (utterances,) numbers of copies.
         """
-        per_group = np.ceil(self.counts / np.maximum(1, REACH * groups))
-        per_group = per_group.clip(1, ranks).astype(np.int64)
-        per_group = np.maximum(per_group, np.minimum(-(-self.counts // groups), ranks))
-        return np.where(self.counts > groups * ranks, len(self.order), per_group)
+        within_reach = np.ceil(self.counts / np.maximum(1, REACH * groups))
+        per_group = within_reach.clip(1, ranks).astype(np.int64)
+        even = np.minimum(-(-self.counts // groups), ranks)
+        per_group = np.maximum(per_group, even)
+        is_unlimited = self.counts > groups * ranks
+        return np.where(is_unlimited, len(self.order), per_group)
 
 
 def has_copies(entries: np.ndarray) -> bool:
@@ -95,9 +97,11 @@ def copies_share_rank(entries: np.ndarray, owner: np.ndarray) -> bool:
         entries: (n,) of plan.ENTRY.
         owner: (n,) rank of each entry.
     """
-    order = np.lexsort((owner, entries["row"], entries["corpus"]))
-    keys = np.stack([entries["corpus"][order], entries["row"][order], owner[order]])
-    return bool((keys[:, 1:] == keys[:, :-1]).all(axis=0).any())
+    columns = [entries["corpus"], entries["row"], owner]
+    order = np.lexsort(columns[::-1])
+    keys = np.stack([column[order] for column in columns])
+    equals_previous = (keys[:, 1:] == keys[:, :-1]).all(axis=0)
+    return bool(equals_previous.any())
 
 
 def copies_share_group(entries: np.ndarray, groups: Sequence[tuple[int, int]]) -> bool:
@@ -144,11 +148,13 @@ def spread_copies(
     spacing = np.minimum(spacing, total / counts)
     extent = (counts - 1) * spacing
     middle = np.add.reduceat(found, copies.firsts) / counts
-    begin = np.clip(middle - extent / 2, 0, total - extent - np.minimum(spacing, 1) / 2)
+    last_begin = total - extent - np.minimum(spacing, 1) / 2
+    begin = np.clip(middle - extent / 2, 0, last_begin)
     wanted = np.repeat(begin, counts) + copies.numbers * np.repeat(spacing, counts)
     if rng is not None:
         slack = np.maximum(0, spacing - MIN_SPACING / limit)
-        wanted += rng.uniform(-0.5, 0.5, len(wanted)) * np.repeat(slack, counts)
+        jitter = rng.uniform(-0.5, 0.5, len(wanted))
+        wanted += jitter * np.repeat(slack, counts)
     before = copies.before(limit)
     gaps = np.where(before >= 0, found - found[before], np.inf)
     is_too_close = np.minimum.reduceat(gaps, copies.firsts) < MIN_SPACING
@@ -164,7 +170,11 @@ def _places(groups: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.repeat(np.arange(len(groups)), sizes) + within
 
 
-def excess_copies(entries: np.ndarray, groups: int, ranks: int) -> np.ndarray:
+def excess_copies(
+    entries: np.ndarray,
+    groups: int,
+    ranks: int,
+) -> np.ndarray:
     """Return, for each entry, the earlier copy with which it may not share a group.
 
     Args:

@@ -181,10 +181,16 @@ class SeenKeys:
         new = np.sort(hashes[~repeated])
         if len(new):
             self.runs.append(new)
-        while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
-            last = self.runs.pop()
-            self.runs[-1] = np.union1d(self.runs[-1], last)
+        self._merge_runs()
         return repeated
+
+    def _merge_runs(self) -> None:
+        while len(self.runs) > 1:
+            last = self.runs[-1]
+            if len(self.runs[-2]) > 2 * len(last):
+                return
+            self.runs.pop()
+            self.runs[-1] = np.union1d(self.runs[-1], last)
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
@@ -274,7 +280,11 @@ def _write_shard(job: _Job, advance: Advance) -> _FinishedShard:
     )
 
 
-def _write_tar(job: _Job, path: Path, advance: Advance) -> list[Rejected]:
+def _write_tar(
+    job: _Job,
+    path: Path,
+    advance: Advance,
+) -> list[Rejected]:
     """Write the tar of a shard, and return the rejected utterances."""
     rejected: list[Rejected] = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
@@ -388,7 +398,12 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
     return wave, rate
 
 
-def _audio(utterance: Utterance, wave: np.ndarray, rate: int, codec: Codec) -> tuple[str, bytes]:
+def _audio(
+    utterance: Utterance,
+    wave: np.ndarray,
+    rate: int,
+    codec: Codec,
+) -> tuple[str, bytes]:
     """Return the extension and the content of the audio member."""
     if codec == "keep" and utterance.file is not None:
         extension = utterance.file.suffix.lower().removeprefix(".")
@@ -456,7 +471,10 @@ class _WorkDir:
         return lock
 
     def _check_free(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        """Raise UserError unless OUT does not exist, or is an empty directory."""
+        if not self.out.exists():
+            return
+        if not self.out.is_dir() or any(self.out.iterdir()):
             raise UserError(
                 f"{str(self.out)!r} is not empty. "
                 "Choose another directory, or remove it to make the shards again."
@@ -480,7 +498,7 @@ class _WorkDir:
         if not path.is_file():
             return False
         digest, record = self._read_digest(path)
-        is_complete = record is None or (tar.is_file() and tar.stat().st_size == record.size)
+        is_complete = record is None or _has_size(tar, record.size)
         if is_complete and digest == job.digest:
             return True
         path.unlink()
@@ -556,6 +574,10 @@ class _WorkDir:
             f"All are listed in {str(rejects)!r}.",
         ]
         raise UserError("\n".join(lines))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def describe_examples(examples: Mapping[str, Rejected]) -> list[str]:

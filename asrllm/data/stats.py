@@ -235,7 +235,8 @@ def draw(statistics: Statistics, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in (".png", ".html"):
         raise UserError(
-            f"--output {str(path)!r} has an unknown extension. Use a name that ends in .png or .html."
+            f"--output {str(path)!r} has an unknown extension. "
+            "Use a name that ends in .png or .html."
         )
     picture = _picture(statistics)
     try:

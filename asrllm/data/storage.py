@@ -191,13 +191,19 @@ def redact_url(url: str) -> str:
 
 def _describe(error: BaseException, url: str) -> str:
     """Return the class and message of an error on one line, without secrets of the URL."""
-    text = " ".join(str(error).split()).replace(url, redact_url(url))[:300]
+    text = " ".join(str(error).split())
+    text = text.replace(url, redact_url(url))[:300]
     name = "" if isinstance(error, CorruptedDownloadError) else type(error).__name__
     return ": ".join(part for part in (name, text) if part)  # timeouts have no text
 
 
 def retry(
-    action: Callable[[], T], url: str, *, attempts: int, delay: float, pause: Pause = time.sleep
+    action: Callable[[], T],
+    url: str,
+    *,
+    attempts: int,
+    delay: float,
+    pause: Pause = time.sleep,
 ) -> T:
     """Run an action, repeat it after transient errors, and return its result.
 
@@ -233,7 +239,8 @@ def retry(
                 attempts,
                 _describe(error, url),
             )
-            pause(min(delay * 2 ** (attempt - 1), MAX_DELAY) * _jitter.uniform(0.5, 1.5))
+            wait = min(delay * 2 ** (attempt - 1), MAX_DELAY)
+            pause(wait * _jitter.uniform(0.5, 1.5))
     raise AssertionError("attempts must be at least 1")
 
 
@@ -339,7 +346,12 @@ def open_remote(url: str, offset: int, version: str | None) -> RemoteStream:
     )
 
 
-def _open_http(fs: "HTTPFileSystem", url: str, offset: int, version: str | None) -> RemoteStream:
+def _open_http(
+    fs: "HTTPFileSystem",
+    url: str,
+    offset: int,
+    version: str | None,
+) -> RemoteStream:
     """Open a file with one streaming GET.
 
     Unlike fsspec's usual http file it needs no range requests, and it reports the true reason of a
@@ -348,19 +360,35 @@ def _open_http(fs: "HTTPFileSystem", url: str, offset: int, version: str | None)
     import aiohttp  # fsspec's http has already imported it
 
     # aiohttp's own limit is 5 minutes for the whole file; this one ends only stalled connections
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    timeout = aiohttp.ClientTimeout(
+        total=None,
+        sock_connect=30,
+        sock_read=60,
+    )
     # the tar as it is stored, so that lengths agree
     headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     if offset and version is not None:
         # the server sends the whole file if it was replaced
         headers |= {"Range": f"bytes={offset}-", "If-Range": version}
     # block_size=0 selects the stream; any size avoids a HEAD request
-    source = fs.open(url, "rb", block_size=0, size=1, headers=headers, timeout=timeout)
+    source = fs.open(
+        url,
+        "rb",
+        block_size=0,
+        size=1,
+        headers=headers,
+        timeout=timeout,
+    )
     response = source.r
     if response.status != 206:
         offset = 0
     if "Content-Encoding" in response.headers:
-        return RemoteStream(source=source, offset=offset, version=None, size=None)
+        return RemoteStream(
+            source=source,
+            offset=offset,
+            version=None,
+            size=None,
+        )
     length = response.headers.get("Content-Length")
     return RemoteStream(
         source=source,

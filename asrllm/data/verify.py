@@ -61,8 +61,7 @@ def index_tars(
     Raises:
         UserError: a tar is missing or corrupted, or no sample can be used.
     """
-    tars = [tar.removeprefix("file://") for tar in tars]
-    tars = sorted({tar if is_url(tar) else os.path.abspath(tar) for tar in tars})
+    tars = sorted({_absolute(tar) for tar in tars})
     folder = _index_folder(tars, output)
     scans = _scan_all(tars, folder, workers, advance)
     reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
@@ -78,6 +77,12 @@ def index_tars(
     except OSError as error:
         raise UserError(f"the index cannot be written to {str(folder)!r}: {error}") from error
     return ShardSummary(index=index, rejected=dict(reasons))
+
+
+def _absolute(tar: str) -> str:
+    """Return a URL, or the absolute path of a local tar."""
+    tar = tar.removeprefix("file://")
+    return tar if is_url(tar) else os.path.abspath(tar)
 
 
 def _no_sample_message(scans: Sequence["_Scan"], reasons: Counter[str]) -> str:
@@ -187,7 +192,12 @@ class _Scan(NamedTuple):
     hashes: np.ndarray
 
 
-def _scan_all(tars: Sequence[str], folder: Path, workers: int, advance: Advance) -> list[_Scan]:
+def _scan_all(
+    tars: Sequence[str],
+    folder: Path,
+    workers: int,
+    advance: Advance,
+) -> list[_Scan]:
     """Scan tars. If several contain the same key, the sample in the first one is used."""
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
         jobs = [
@@ -329,16 +339,31 @@ def _check_shard(shard: _Shard, advance: Advance) -> _Check:
                 f"its sha256 is {digest[:12]}..., "
                 f"but the index says {str(shard.file.sha256)[:12]}..."
             )
-            problems.append(Problem(shard=name, key="", reason="changed", detail=detail))
+            problems.append(
+                Problem(
+                    shard=name,
+                    key="",
+                    reason="changed",
+                    detail=detail,
+                )
+            )
         for number, (row, content) in enumerate(_sample_bytes(path, shard.rows)):
             key, reason, detail = _check_sample(content, row)
             if key:
                 keys[number] = key
             if reason:
                 label = key or f"row {number}"
-                problems.append(Problem(shard=name, key=label, reason=reason, detail=detail))
+                problems.append(
+                    Problem(
+                        shard=name,
+                        key=label,
+                        reason=reason,
+                        detail=detail,
+                    )
+                )
             advance(1)
-    return _Check(problems, np.array(list(keys), np.int64), hash_keys(list(keys.values())))
+    rows = np.array(list(keys), np.int64)
+    return _Check(problems, rows, hash_keys(list(keys.values())))
 
 
 def _repeated_keys(shard: _Shard) -> list[Problem]:

@@ -204,7 +204,7 @@ def web_server() -> Iterator[WebServer]:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Run an S3 server for this process and its children. Cached clients of other servers are dropped."""
+    """Run an S3 server for this process and its children, without cached clients of other ones."""
     s3 = S3Server()
     with pytest.MonkeyPatch.context() as patch:
         for key, value in s3.environment.items():

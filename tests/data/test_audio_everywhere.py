@@ -33,7 +33,10 @@ def encoded(form="WAV", wave=None, **options):
 
 
 def with_sizes(size):
-    """Return a wav with these sizes in its header, as programs write it before they know the length."""
+    """Return a wav with wrong sizes in its header.
+
+    Programs write such a header if they do not know the length beforehand.
+    """
     data = bytearray(encoded())
     data[4:8] = size.to_bytes(4, "little")
     place = data.index(b"data") + 4

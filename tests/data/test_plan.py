@@ -302,7 +302,7 @@ def test_a_window_without_kept_utterances_is_skipped():
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])
 def test_ranks_have_nearly_equal_cost_and_little_padding(ranks):
-    """With lengths as in LibriSpeech, both the imbalance of a step and the padding are below 5 %."""
+    """With lengths as in LibriSpeech, imbalance and padding are both below 5 %."""
     samples, text = speech(60_000)
     plan = make_plan([corpus(samples, text=text, per_shard=1000)], max_tokens=4000, window=60_000)
     spread, read, true = [], 0, 0

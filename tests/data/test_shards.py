@@ -85,8 +85,12 @@ def test_webdataset_reads_the_content_of_the_source_from_shards(tmp_path):
     assert [s["json"]["text"] for s in read] == [words for words, _ in sentences]
     assert read[0]["__key__"] == "utt0000"
     assert read[0]["json"] | {"text": ""} == {
-        "text": "", "duration": len(sentences[0][1]) / 8000, "sampling_rate": 8000, "lang": "en", "speaker": "spk0"
-    }  # fmt: skip
+        "text": "",
+        "duration": len(sentences[0][1]) / 8000,
+        "sampling_rate": 8000,
+        "lang": "en",
+        "speaker": "spk0",
+    }
     wave, rate = soundfile.read(tmp_path / "kaldi" / "wav" / "utt0000.wav", dtype="float32")
     (first, *_) = scan_tar(summary.index.shards[0])
     flac, flac_rate = soundfile.read(io.BytesIO(first.audio), dtype="float32")
@@ -125,15 +129,10 @@ def test_codec_keep_copies_whole_files(tmp_path):
     ):
         soundfile.write(tmp_path / f"{suffix}.{suffix}", wave, 16000, format=kind)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
-    (tmp_path / "m.json").write_text(
-        "".join(
-            json.dumps({"audio_filepath": name, "text": "one"} | more) + "\n"
-            for name, more in (
-                ("wav.wav", {}), ("flac.flac", {}), ("ogg.ogg", {}), ("mp3.mp3", {}), ("aiff.aiff", {}), ("broken.wav", {}),
-                ("wav.wav", {"offset": 0.1, "duration": 0.2}),
-            )
-        )
-    )  # fmt: skip
+    names = ["wav.wav", "flac.flac", "ogg.ogg", "mp3.mp3", "aiff.aiff", "broken.wav"]
+    rows = [{"audio_filepath": name, "text": "one"} for name in names]
+    rows.append(rows[0] | {"offset": 0.1, "duration": 0.2})
+    (tmp_path / "m.json").write_text("\n".join(map(json.dumps, rows)))
     summary = write_shards(tmp_path / "out", read_nemo(tmp_path / "m.json"), codec="keep")
     assert summary.rejected == {"unreadable_audio": 1}
     samples = {sample.key: sample for sample in scan_tar(summary.index.shards[0])}

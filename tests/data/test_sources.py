@@ -127,7 +127,9 @@ def test_a_bad_line_of_a_kaldi_table_rejects_one_utterance(tmp_path, file, conte
         ("utt2spk", "utt0000 ann\nutt0000 bob\nutt0001 ann\n"),
         (
             "wav.scp",
-            "utt0000 {folder}/wav/utt0000.wav\nutt0000 {folder}/wav/utt0001.wav\nutt0001 {folder}/wav/utt0001.wav\n",
+            "utt0000 {folder}/wav/utt0000.wav\n"
+            "utt0000 {folder}/wav/utt0001.wav\n"
+            "utt0001 {folder}/wav/utt0001.wav\n",
         ),
         ("segments", "utt0000 utt0000 0 -1\nutt0001 utt0001 0 -1\nutt0000 utt0001 0 -1\n"),
     ],
@@ -198,7 +200,10 @@ def test_kaldi_pipes_run_if_they_are_allowed(tmp_path, monkeypatch):
     stream[4:8] = stream[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes to a pipe
     (kaldi / "stream.wav").write_bytes(stream)
     (kaldi / "wav.scp").write_text(
-        f"a cat {wav} |\nb cat {kaldi}/stream.wav | cat |\nc echo first >&2; echo no such codec >&2; exit 3 |\nd sleep 60 & sleep 60 |\n"
+        f"a cat {wav} |\n"
+        f"b cat {kaldi}/stream.wav | cat |\n"
+        "c echo first >&2; echo no such codec >&2; exit 3 |\n"
+        "d sleep 60 & sleep 60 |\n"
     )
     (kaldi / "text").write_text("a one\nb one\nc one\nd one\n")
     a, b, c, d = read_kaldi(kaldi, allow_pipes=True)

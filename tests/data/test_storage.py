@@ -281,7 +281,8 @@ def test_unsupported_schemes_are_rejected(cache, url):
 
 def test_a_missing_driver_is_reported():
     script = """
-        for url, package in (("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs"), ("https://h/x", "aiohttp")):
+        packages = {"s3://b/x": "s3fs", "gs://b/x": "gcsfs", "https://h/x": "aiohttp"}
+        for url, package in packages.items():
             sys.modules[package] = None  # simulates that it is not installed
             try:
                 storage.read_bytes(url)
@@ -577,8 +578,10 @@ def test_a_full_disk_is_reported(web, tmp_path):
     script = """
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        folder, url, size = sys.argv[1:]
+        cache = ShardCache(Path(folder), max_bytes=10**7)
         try:
-            ShardCache(Path(sys.argv[1]), max_bytes=10**7).fetch(RemoteFile(url=sys.argv[2], size=eval(sys.argv[3])))
+            cache.fetch(RemoteFile(url=url, size=eval(size)))
         except UserError as error:
             print(error)
     """

@@ -144,9 +144,21 @@ def test_zh_numbers_unifies_spoken_and_written_numbers():
 @pytest.mark.parametrize(
     ("lang", "name"),
     [
-        ("en", "en"), ("EN-us", "en"), ("English", "en"), ("eng", "en"), ("zh_TW", "zh"), ("Chinese", "zh"), ("cmn", "zh"), ("yue", "zh"),
-        ("Cantonese", "zh"), ("de", "basic"), ("German", "basic"), ("Klingon", "basic"), (None, "basic"), ("", "basic"),
+        ("en", "en"),
+        ("EN-us", "en"),
+        ("English", "en"),
+        ("eng", "en"),
+        ("zh_TW", "zh"),
+        ("Chinese", "zh"),
+        ("cmn", "zh"),
+        ("yue", "zh"),
+        ("Cantonese", "zh"),
+        ("de", "basic"),
+        ("German", "basic"),
+        ("Klingon", "basic"),
+        (None, "basic"),
+        ("", "basic"),
     ],
-)  # fmt: skip
+)
 def test_normalizer_of_a_language(lang, name):
     assert normalizer_of(lang) == name

@@ -74,8 +74,12 @@ def test_bad_samples_and_repeated_keys_are_left_out(tmp_path):
     summary = index_tars([str(tmp_path / f"{name}.tar") for name in "cab"])
     assert summary.rejected == {"no_transcript": 1, "unreadable_audio": 1, "duplicate_key": 3}
     assert rejected(tmp_path) == [
-        ("b", "no_transcript"), ("c", "unreadable_audio"), ("d", "duplicate_key"), ("f", "duplicate_key"), ("a", "duplicate_key")
-    ]  # fmt: skip
+        ("b", "no_transcript"),
+        ("c", "unreadable_audio"),
+        ("d", "duplicate_key"),
+        ("f", "duplicate_key"),
+        ("a", "duplicate_key"),
+    ]
     index = open_index(tmp_path)
     assert index.starts.tolist() == [0, 2, 4, 4]
     assert verify_shards(index) == []
@@ -292,25 +296,38 @@ def sparse_tar(path, size):
     return str(path)
 
 
-HOSTILE_TARS = {
-    "sparse": lambda path: sparse_tar(path, 4 << 30),
-    "pax sparse": lambda path: write_headers(
-        path, (header("x", 44, tarfile.XHDTYPE), b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"), (header("a.wav", 512), b"1\n0\n")
-    ),
-    "larger than the file": lambda path: write_headers(path, (header("a.wav", 1 << 40), b"x")),
-    "a long name of a gigabyte": lambda path: write_headers(path, (header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), b"x")),
-    "negative": lambda path: write_headers(path, (header("a.wav", -1024), b"")),
-    "a negative extended header": lambda path: write_headers(path, (header("x", -512, tarfile.XHDTYPE), b"")),
-    "many extended headers": lambda path: write_headers(path, *[(header("x", 12, tarfile.XHDTYPE), b"12 path=abc\n")] * 1500),
-    "a length that is not a number": lambda path: write_headers(
-        path, (header("x", 12, tarfile.XHDTYPE), b"99999 size=\xff"), (header("a.wav", 0), b"")
-    ),
-}  # fmt: skip
+def extended_header(size):
+    return header("x", size, tarfile.XHDTYPE)
+
+
+# records of tars, as write_headers takes them
+HOSTILE_RECORDS = {
+    "pax sparse": [
+        (extended_header(44), b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+        (header("a.wav", 512), b"1\n0\n"),
+    ],
+    "larger than the file": [(header("a.wav", 1 << 40), b"x")],
+    "a long name of a gigabyte": [(header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), b"x")],
+    "negative": [(header("a.wav", -1024), b"")],
+    "a negative extended header": [(extended_header(-512), b"")],
+    "many extended headers": [(extended_header(12), b"12 path=abc\n")] * 1500,
+    "a length that is not a number": [
+        (extended_header(12), b"99999 size=\xff"),
+        (header("a.wav", 0), b""),
+    ],
+}
+HOSTILE_TARS = ["sparse", *HOSTILE_RECORDS]
+
+
+def write_hostile_tar(path, kind):
+    if kind == "sparse":
+        return sparse_tar(path, 4 << 30)
+    return write_headers(path, *HOSTILE_RECORDS[kind])
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TARS)
 def test_hostile_tars_are_rejected_with_bounded_memory(tmp_path, kind):
-    tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
+    tar = write_hostile_tar(tmp_path / "x.tar", kind)
     tracemalloc.start()
     try:
         with pytest.raises(UserError):
@@ -368,7 +385,7 @@ def test_every_flipped_bit_of_an_index_is_found(shards, file):
 
 @pytest.mark.parametrize("kind", HOSTILE_TARS)
 def test_hostile_tars_of_a_wenet_list_yield_no_usable_utterance(tmp_path, kind):
-    tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
+    tar = write_hostile_tar(tmp_path / "x.tar", kind)
     (tmp_path / "list").write_text(f"{tar}\n")
     found = []
     with contextlib.suppress(UserError):

@@ -97,7 +97,13 @@ def _is_file(source: Row) -> bool:
     return source.get("type") == "file" and isinstance(source.get("source"), str)
 
 
-def _restrict(source: Row, where: str, root: Path, allow_pipes: bool, allow_urls: bool) -> None:
+def _restrict(
+    source: Row,
+    where: str,
+    root: Path,
+    allow_pipes: bool,
+    allow_urls: bool,
+) -> None:
     """Resolve the path of an audio source in place, and check that its type is allowed.
 
     Commands and URLs become files of types that `cut_audio` reads. Lhotse itself would run a
@@ -141,7 +147,13 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
     except Exception as error:  # Lhotse's parsers raise many types
         problem = ("broken_cut", f"{where}: {type(error).__name__}: {error}")
-        utterances = [Utterance(key=str(row.get("id") or where), text="", problem=problem)]
+        utterances = [
+            Utterance(
+                key=str(row.get("id") or where),
+                text="",
+                problem=problem,
+            )
+        ]
     yield from utterances
 
 
@@ -215,7 +227,11 @@ def _trim(cut: "Cut", supervision: "SupervisionSegment") -> "Cut":
         raise RejectedError("outside_cut", f"the supervision {supervision.id!r} spans {span}")
     start = max(start, 0.0)
     duration = min(end, cut.duration) - start
-    part = cut.truncate(offset=start, duration=duration, keep_excessive_supervisions=False)
+    part = cut.truncate(
+        offset=start,
+        duration=duration,
+        keep_excessive_supervisions=False,
+    )
     if isinstance(part, MultiCut):
         part = replace(part, channel=sorted(_channels(supervision) & _channels(cut)))
     return part

@@ -63,7 +63,12 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def text_lines(path: Path, role: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
+def text_lines(
+    path: Path,
+    role: str,
+    *,
+    strict: bool = True,
+) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line with its end) of a text file, gzip or not.
 
     Byte-order marks are removed.
@@ -96,7 +101,12 @@ def text_lines(path: Path, role: str, *, strict: bool = True) -> Iterator[tuple[
         ) from error
 
 
-def read_lines(path: Path, role: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path,
+    role: str,
+    *,
+    strict: bool = True,
+) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line) of the non-blank lines of a text file.
 
     Arguments are those of `text_lines`.
@@ -216,7 +226,11 @@ def text_or_int_field(row: Mapping[str, object], where: str, *names: str) -> str
     return text_field(converted, where, *names)
 
 
-def seconds_field(row: Mapping[str, Any], where: str, name: str) -> float | None:
+def seconds_field(
+    row: Mapping[str, Any],
+    where: str,
+    name: str,
+) -> float | None:
     """Return a number of seconds, or None if the row does not have the field.
 
     Raises:
@@ -307,10 +321,17 @@ def read_manifest(
             yield rejected_utterance(row, place, error)
 
 
-def rejected_utterance(row: Mapping[str, object], place: str, error: RejectedError) -> Utterance:
+def rejected_utterance(
+    row: Mapping[str, object],
+    place: str,
+    error: RejectedError,
+) -> Utterance:
     """Return an utterance with a problem. Its key is that of the row, or else the row's place."""
-    keys = [str(row[name]) for name in ("key", "id") if isinstance(row.get(name), (str, int))]
-    key = keys[0] if keys else place.rpartition("/")[2]
+    key = place.rpartition("/")[2]
+    for name in ("id", "key"):  # the key takes precedence
+        value = row.get(name)
+        if isinstance(value, (str, int)):
+            key = str(value)
     return Utterance(key=key, text="", problem=error.args)
 
 

@@ -119,7 +119,8 @@ def _read_transcript(path: Path) -> tuple[str, tuple[str, str] | None]:
 
 
 def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
-    first, rows = peek(_json_table(table) if table.suffix == ".jsonl" else _column_table(table))
+    read_rows = _json_table if table.suffix == ".jsonl" else _column_table
+    first, rows = peek(read_rows(table))
     names = [row.name for _, row in first if isinstance(row, _TableRow)]
     has_extensions = any(has_audio_extension(name) for name in names)
     suffix = "" if has_extensions else ".wav"  # LJSpeech writes no extensions
@@ -205,7 +206,11 @@ def _column_table(path: Path) -> Rows:
             yield where, _TableRow(row[audio].strip(), row[text], fields)
 
 
-def _columns(path: Path, header: str, delimiter: str) -> list[str]:
+def _columns(
+    path: Path,
+    header: str,
+    delimiter: str,
+) -> list[str]:
     columns: list[str] = []
     for _, cells in _split_rows(iter([(1, header)]), delimiter):
         if isinstance(cells, RejectedError):
@@ -272,7 +277,12 @@ def _find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((lowered[name] for name in names if name in lowered), None)
 
 
-def _required_column(path: Path, columns: Sequence[str], names: Sequence[str], what: str) -> str:
+def _required_column(
+    path: Path,
+    columns: Sequence[str],
+    names: Sequence[str],
+    what: str,
+) -> str:
     column = _find_column(columns, names)
     if column is None:
         known = f"{', '.join(names[:-1])} or {names[-1]}"

@@ -53,7 +53,11 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
         try:
             yield _utterance(entry, keys, texts, tables)
         except RejectedError as error:
-            yield Utterance(key=entry[0], text="", problem=error.args)
+            yield Utterance(
+                key=entry[0],
+                text="",
+                problem=error.args,
+            )
     for key, text in texts.rest():
         problem = ("missing_audio", f"the text has a key that {main} does not have")
         yield Utterance(key=key, text=text, problem=problem)
@@ -196,7 +200,12 @@ def _recordings(
             yield key, RejectedError("missing_audio", f"{where} has no path")
 
 
-def _audio(where: str, root: Path, value: str, allow_pipes: bool) -> "Path | _ArkEntry | _Pipe":
+def _audio(
+    where: str,
+    root: Path,
+    value: str,
+    allow_pipes: bool,
+) -> "Path | _ArkEntry | _Pipe":
     if value.endswith("|"):
         if not allow_pipes:
             raise UserError(

@@ -57,7 +57,12 @@ def _utterance(row: Row, where: str, root: Path) -> Utterance:
     )
 
 
-def _problem(row: Row, turns: list[Turn], audios: list[str], where: str) -> tuple[str, str] | None:
+def _problem(
+    row: Row,
+    turns: list[Turn],
+    audios: list[str],
+    where: str,
+) -> tuple[str, str] | None:
     """Return (reason, detail) unless a chat is one question with one audio file and one answer."""
     if len(audios) != 1:
         return "not_one_audio", f"{where} has {len(audios)} audio files"
@@ -69,7 +74,12 @@ def _problem(row: Row, turns: list[Turn], audios: list[str], where: str) -> tupl
     return None
 
 
-def _key(row: Row, audio: str, prompt: str, where: str) -> str:
+def _key(
+    row: Row,
+    audio: str,
+    prompt: str,
+    where: str,
+) -> str:
     """Return the row's id, or a key made of the audio file and the prompt, or the row's place.
 
     A manifest may contain the same audio file with several prompts.

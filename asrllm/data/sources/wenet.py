@@ -145,17 +145,37 @@ def _samples(path: Path) -> Iterator[Utterance]:
             yield _sample(path, key, parts)
 
 
-def _sample(path: Path, key: str, parts: Mapping[str, bytes | TarMember]) -> Utterance:
+def _sample(
+    path: Path,
+    key: str,
+    parts: Mapping[str, bytes | TarMember],
+) -> Utterance:
     audio = next((parts[e] for e in AUDIO_EXTENSIONS if e in parts), None)
     text = parts.get("txt")
     if not isinstance(audio, TarMember):
         detail = f"{path} has no audio for {key!r}, only: {', '.join(parts)}"
-        return Utterance(key=key, text="", problem=("missing_audio", detail))
+        return Utterance(
+            key=key,
+            text="",
+            problem=("missing_audio", detail),
+        )
     if not isinstance(text, bytes):
         detail = f"{path} has no {key}.txt"
-        return Utterance(key=key, text="", problem=("no_transcript", detail))
+        return Utterance(
+            key=key,
+            text="",
+            problem=("no_transcript", detail),
+        )
     try:
-        return Utterance(key=key, text=text.decode("utf-8-sig"), load=AudioSegment(audio))
+        return Utterance(
+            key=key,
+            text=text.decode("utf-8-sig"),
+            load=AudioSegment(audio),
+        )
     except UnicodeDecodeError as error:
         detail = f"{key}.txt in {path} is not UTF-8 text: {error}"
-        return Utterance(key=key, text="", problem=("no_transcript", detail))
+        return Utterance(
+            key=key,
+            text="",
+            problem=("no_transcript", detail),
+        )
