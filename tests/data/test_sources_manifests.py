@@ -35,7 +35,8 @@ def shards(folder, utterances):
     rows = [
         json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()
     ]
-    return {s.key: s.fields for s in samples}, [(row["key"], row["reason"]) for row in rows]
+    rejects = [(row["key"], row["reason"]) for row in rows]
+    return {sample.key: sample.fields for sample in samples}, rejects
 
 
 def about(text, seconds=0.5, **more):
