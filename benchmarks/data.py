@@ -165,7 +165,7 @@ def reading(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     for step in Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0).steps(
         Position(), ranks=1
     ):
-        for item in step.of_rank(0)[0]:
+        for item in step.micro_batches(0)[0]:
             wave = reader.read(item).wave
             yield Batch(1, len(wave), len(wave))
 
@@ -414,7 +414,7 @@ def _first_batch(folder: Path) -> dict[str, float]:
     first = time.perf_counter()
     fresh = Plan([corpus], BUDGET, audio_tokens=lambda samples: samples // 1280, seed=0)
     dealt = sum(
-        len(step.of_rank(0))
+        len(step.micro_batches(0))
         for step in itertools.takewhile(
             lambda step: step.after.window == 0, fresh.steps(Position(), ranks=1)
         )

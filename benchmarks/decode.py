@@ -85,7 +85,7 @@ def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
     engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS, "max_tokens_per_second": rate})
     options = DecodingOptions(prompt=prompt, max_batch_duration=240.0)
     with tempfile.TemporaryDirectory() as folder:
-        cache = ShardCache.of(CacheConfig(dir=folder, max_gb=1.0))
+        cache = ShardCache.from_config(CacheConfig(dir=folder, max_gb=1.0))
         transcripts, _ = decode_corpus(
             engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, of=None)
         )

@@ -58,13 +58,13 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
     ("change", "message"),
     [
         ({"trainer__lrr": 1}, "unknown key 'trainer.lrr'"),
-        ({"prompt_file": "EMPTY"}, "holds no prompt"),
+        ({"prompt_file": "EMPTY"}, "empty.txt' has no prompt"),
         ({"trainer__deepspeed_config": "zero9.json"}, "does not exist"),
         (
             {"trainer__deepspeed_config": "MISNAMED"},
             "is named for ZeRO stage 2, but its zero_optimization.stage is 0",
         ),
-        ({"data__train_data_config": "EMPTY"}, "must be a list of entries"),
+        ({"data__train_data_config": "EMPTY"}, "empty.txt' is not a list"),
         ({"data__train_data_config": "no.yaml"}, "does not exist"),
         ({"model__llm__pretrained_model": "WITHOUT_TOKENIZER"}, "has no tokenizer"),
         ({"model__audio_encoder__pretrained_model": "LLM"}, "not whisper"),
@@ -160,9 +160,9 @@ def test_mistakes_in_other_verbs_are_one_message(world, tmp_path, capsys):
     assert "does not exist" in fails(
         capsys, "shards", "make", tmp_path / "out", "--cuts", tmp_path / "no.jsonl"
     )
-    assert "is no Kaldi data directory" in fails(
-        capsys, "shards", "make", tmp_path / "out", "--kaldi", tmp_path
-    )
+    message = fails(capsys, "shards", "make", tmp_path / "out", "--kaldi", tmp_path)
+    assert f"'{tmp_path}'" in message
+    assert "wav.scp" in message
     assert "does not exist" in fails(capsys, "shards", "index", tmp_path / "no.tar")
     assert list(tmp_path.iterdir()) == []
 

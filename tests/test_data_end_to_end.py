@@ -183,6 +183,6 @@ def test_missing_shard_is_reported_before_model_load(world, tmp_path):
         "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml")
     )
     assert refused.returncode == 2
-    assert "shard-000001.tar' is missing" in refused.stderr
+    assert "shard-000001.tar' does not exist" in refused.stderr
     assert "Loading weights" not in refused.stderr
     assert not (tmp_path / "exp").exists()

@@ -1,4 +1,4 @@
-"""`asrllm shards ...` as a user types it, in this process."""
+"""`asrllm shards ...` with its command line, in this process."""
 
 import gzip
 import json
@@ -20,21 +20,20 @@ def kaldi(tmp_path):
 
 
 def shards(*arguments):
-    return main(
-        ["shards", *map(str, arguments), *(["--workers", "1"] if arguments[0] != "stats" else [])]
-    )
+    workers = [] if arguments[0] == "stats" else ["--workers", "1"]
+    return main(["shards", *map(str, arguments), *workers])
 
 
-def test_make_index_verify_and_stats(tmp_path, kaldi, capsys):
+def test_make_index_verify_and_stats_succeed(tmp_path, kaldi, capsys):
     out = tmp_path / "out"
     (kaldi / "wav" / "utt0001.wav").unlink()
     assert shards("make", out, "--kaldi", kaldi, "--lang", "en", "--utterances-per-shard", 2) == 0
-    said = capsys.readouterr()
-    assert said.out.splitlines() == [
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
         f"{out}: 4 utterances, 0.00 h, 3 shards",
         f"rejected: 1 missing_audio. See {out}/rejected.jsonl.",
     ]
-    assert "writing shards: 5/5" in said.err
+    assert "writing shards: 5/5" in output.err
     (sample, *_) = scan_tar(out / "shard-000000.tar")
     assert (sample.fields["corpus"], sample.fields["lang"]) == ("out", "en")
 
@@ -52,20 +51,20 @@ def test_make_index_verify_and_stats(tmp_path, kaldi, capsys):
     assert json.loads(capsys.readouterr().out)["corpora"]["out"]["utterances"] == 8
 
 
-def test_problems_are_listed_and_end_with_2(tmp_path, kaldi, capsys):
+def test_verify_lists_problems_and_exits_with_status_2(tmp_path, kaldi, capsys):
     out = tmp_path / "out"
     shards("make", out, "--kaldi", kaldi)
     shard = json.loads((out / "index.json").read_text())["shards"][0]
     change_about(out, shards=[shard | {"sha256": "0" * 64}])
     capsys.readouterr()
     assert shards("verify", out, "--output", tmp_path / "problems.txt") == 2
-    said = capsys.readouterr()
-    assert said.out.startswith(f"{out}/shard-000000.tar: changed: its sha256 is")
-    assert "has 1 problems (1 changed)" in said.err
-    assert (tmp_path / "problems.txt").read_text() == said.out
+    output = capsys.readouterr()
+    assert output.out.startswith(f"{out}/shard-000000.tar: changed: its sha256 is")
+    assert "has 1 problems (1 changed)" in output.err
+    assert (tmp_path / "problems.txt").read_text() == output.out
 
 
-def test_a_long_list_of_problems_is_cut(tmp_path, capsys):
+def test_verify_truncates_a_long_list_of_problems(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     for i in range(30):
         soundfile.write(tmp_path / "a" / f"{i:02d}.wav", tone("one", 0.2), 16000)
@@ -91,13 +90,13 @@ def test_a_long_list_of_problems_is_cut(tmp_path, capsys):
         (["--nemo", "x.json"], "'x.json' does not exist"),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, kaldi, capsys, arguments, message):
+def test_invalid_arguments_are_reported(tmp_path, kaldi, capsys, arguments, message):
     assert shards("make", tmp_path / "out", *(a.format(kaldi=kaldi) for a in arguments)) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
 
 
-def test_a_mistake_far_behind_keeps_what_is_done(tmp_path, capsys, caplog):
+def test_a_late_error_leaves_finished_shards_to_resume_from(tmp_path, capsys, caplog):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.2), 16000)
     line = json.dumps({"audio_filepath": "a.wav", "text": "one"}) + "\n"
     whole = gzip.compress(line.encode() * 300)
@@ -112,25 +111,25 @@ def test_a_mistake_far_behind_keeps_what_is_done(tmp_path, capsys, caplog):
     )
     assert shards(*make) == 2
     assert "m.json.gz' cannot be read after line 300" in capsys.readouterr().err
-    finished = int(caplog.messages[-1].partition(" finished shards are kept")[0])
+    finished = int(caplog.messages[-1].partition(" finished shards are in")[0])
     assert finished >= 4
     (tmp_path / "m.json.gz").write_bytes(whole)
     assert shards(*make) == 0
-    said = capsys.readouterr().out
-    assert f"reused {finished} finished shards" in said
-    assert "rejected: 299 duplicate_key" in said
+    output = capsys.readouterr().out
+    assert f"reused {finished} finished shards" in output
+    assert "rejected: 299 duplicate_key" in output
 
 
-def test_the_help_names_every_source(capsys):
+def test_help_lists_every_source(capsys):
     with pytest.raises(SystemExit) as end:
         main(["shards", "make", "--help"])
     assert end.value.code == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in SOURCES:
-        assert f"--{name} " in said
+        assert f"--{name} " in output
 
 
-def test_a_manifest_that_is_nearly_all_wrong_shows_examples(tmp_path, capsys):
+def test_examples_are_shown_if_most_utterances_are_rejected(tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
     rows = [
         {"audio_filepath": f"{name}.wav", "text": "one", "duration": 0.5}
@@ -141,7 +140,7 @@ def test_a_manifest_that_is_nearly_all_wrong_shows_examples(tmp_path, capsys):
     assert str(tmp_path / "b.wav") in capsys.readouterr().out
 
 
-def test_the_duration_of_the_audio_may_be_trusted(tmp_path):
+def test_trust_audio_ignores_the_stated_duration(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
     (tmp_path / "m.jsonl").write_text(
         json.dumps({"audio_filepath": "a.wav", "text": "one", "duration": 3.0})

@@ -204,7 +204,7 @@ Loaded = Iterator[tuple[Position, Step, list[PackedBatch]]]
 
 def _read_here(planned: Planned, rank: int, dataset: PlannedDataset) -> Loaded:
     for position, step in planned:
-        yield position, step, [dataset.load(items) for items in step.of_rank(rank)]
+        yield position, step, [dataset.load(items) for items in step.micro_batches(rank)]
 
 
 def _read_in_processes(
@@ -217,7 +217,7 @@ def _read_in_processes(
         for position, step in planned:
             slots: list[int] = []
             pending.append((position, step, slots))
-            for items in step.of_rank(rank):
+            for items in step.micro_batches(rank):
                 slots.append(shared.free.popleft())
                 yield slots[-1], items
 
@@ -342,6 +342,6 @@ def _prepare(plan: Plan, position: Position, ranks: int, prefetch: Prefetch | No
     if prefetch is not None:
         files: list[RemoteFile] = []
         for window in range(WINDOWS_AHEAD):
-            files += plan.files(position.epoch, position.window + window)
+            files += plan.remote_shards(position.epoch, position.window + window)
         prefetch(files)
-    plan.batches(*plan.following(position.epoch, position.window), ranks)
+    plan.batches(*plan.next_window(position.epoch, position.window), ranks)

@@ -67,7 +67,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
         # a wrong path is reported before checkpoints are averaged
         describe(exp_dir, config.model.paths)
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
-    cache = ShardCache.of(config.data.cache)
+    cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
         config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache
     )

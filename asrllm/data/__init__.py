@@ -1,1 +1,1 @@
-"""Sources, shards, the index beside them, and the plan of batches."""
+"""Data: sources, shards and their index, and the batch plan."""

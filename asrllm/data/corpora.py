@@ -1,4 +1,4 @@
-"""Data configs: the YAML lists that name the corpora of training, validation and testing."""
+"""Data configs: YAML lists that name the corpora of training, validation and testing."""
 
 import hashlib
 import logging
@@ -24,20 +24,37 @@ from asrllm.text_files import read_yaml
 
 logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000
-CHUNK = 1 << 18  # rows looked at together
-SEEN = 100_000
-MUCH_DROPPED = 0.05  # of a corpus's utterances, above which the filters are probably not meant so
+CHUNK = 1 << 18  # rows processed together
+MAX_SAMPLED_ROWS = 100_000  # rows of a corpus from which long_utterance estimates
+# Filters that drop more than this ratio of a corpus are probably a mistake.
+HIGH_DROP_RATIO = 0.05
 HOURS_TOLERANCE = 0.1  # stated hours are rounded: "960 h" of LibriSpeech are 961.05
-CORPUS_KEYS: dict[str, Any] = {
-    "name": str, "manifest": str, "shards": str, "hours": (int, float), "weights": (int, float), "lang": str, "prompts": list,
-}  # fmt: skip
+CORPUS_KEYS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "manifest": str,
+    "shards": str,
+    "hours": (int, float),
+    "weights": (int, float),
+    "lang": str,
+    "prompts": list,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One entry of a data config. kept, kept_hours: what passes the filters; dropped: utterances that do not, by reason.
+    """One entry of a data config.
 
-    hours: as the data config states them, else kept_hours.
+    Attributes:
+        name: its name, which becomes part of file names.
+        index: the index of its shards.
+        filters: which utterances are used; None uses all.
+        kept: utterances that pass the filters.
+        kept_hours: hours of audio that pass the filters.
+        dropped: utterances that do not pass, by reason.
+        hours: hours as stated in the data config, or else kept_hours.
+        weight: how often an epoch repeats the corpus, or its factor in an endless mix.
+        lang: language of utterances that name none.
+        prompts: prompts that replace the run's prompts.
     """
 
     name: str
@@ -52,8 +69,8 @@ class Corpus:
     prompts: tuple[Prompt, ...] = ()
 
     def passes(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) of index.ROW -> (n,) bool"""
-        return ~np.logical_or.reduce(list(_reasons(rows, self.filters).values()), axis=0)
+        """Return which rows pass the filters: (n,) of index.ROW -> (n,) bool."""
+        return _passes(_drop_reasons(rows, self.filters))
 
 
 def make_corpus(
@@ -62,46 +79,63 @@ def make_corpus(
     filters: FilterConfig | None,
     *,
     hours: float | None = None,
-    **more: Any,
+    weight: float = 1.0,
+    lang: str | None = None,
+    prompts: tuple[Prompt, ...] = (),
 ) -> Corpus:
-    """A corpus of an index, its utterances counted by one pass over the rows."""
+    """Make a corpus, and count its utterances in one pass over the index.
+
+    Arguments are those of Corpus; hours=None uses the hours that pass the filters.
+    """
     dropped: Counter[str] = Counter()
-    kept = samples = 0
+    kept = 0
+    samples = 0
     for start in range(0, len(index), CHUNK):
         rows = index.rows[start : start + CHUNK]
-        reasons = _reasons(rows, filters)
-        passes = ~np.logical_or.reduce(list(reasons.values()), axis=0)
+        reasons = _drop_reasons(rows, filters)
+        passes = _passes(reasons)
         kept += int(passes.sum())
         samples += int(rows["samples"][passes].sum(dtype=np.int64))
         if kept < start + len(rows):
             dropped += Counter({reason: int(mask.sum()) for reason, mask in reasons.items()})
-    seconds = samples / RATE / 3600
+    kept_hours = samples / RATE / 3600
     return Corpus(
         name=name,
         index=index,
         filters=filters,
         kept=kept,
-        kept_hours=seconds,
+        kept_hours=kept_hours,
         dropped=dict(dropped),
-        hours=hours or seconds,
-        **more,
+        hours=hours or kept_hours,
+        weight=weight,
+        lang=lang,
+        prompts=prompts,
     )
 
 
 def long_utterance(corpora: Sequence[Corpus]) -> float:
-    """Seconds: of all that pass the filters, one utterance in a hundred is longer; looked for among at most SEEN of each corpus."""
-    chosen = [corpus.index.rows[:: -(-len(corpus.index) // SEEN)] for corpus in corpora]
-    samples = np.concatenate(
-        [rows["samples"][corpus.passes(rows)] for corpus, rows in zip(corpora, chosen, strict=True)]
-    )
-    return round(float(np.percentile(samples, 99)) / RATE, 2) if len(samples) else 0.0
+    """Return the 99th percentile of the durations that pass the filters, in seconds.
+
+    It is estimated from at most MAX_SAMPLED_ROWS rows of each corpus. The result is 0 if none of
+    them passes.
+    """
+    parts = []
+    for corpus in corpora:
+        stride = -(-len(corpus.index) // MAX_SAMPLED_ROWS)
+        rows = corpus.index.rows[::stride]
+        parts.append(rows["samples"][corpus.passes(rows)])
+    samples = np.concatenate(parts)
+    if not len(samples):
+        return 0.0
+    return round(float(np.percentile(samples, 99)) / RATE, 2)
 
 
-def _reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.ndarray]:
-    """Why rows are left out of training; an utterance may have several reasons."""
+def _drop_reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.ndarray]:
+    """Return masks (n,) of the rows that the filters drop, by reason. Reasons may overlap."""
     if filters is None:
         return {"none": np.zeros(len(rows), bool)}
-    samples, characters = rows["samples"], rows["text_chars"]
+    samples = rows["samples"]
+    characters = rows["text_chars"]
     return {
         "too_short": samples < filters.min_duration * RATE,
         "too_long": samples > filters.max_duration * RATE,
@@ -110,18 +144,34 @@ def _reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.nda
     }
 
 
-def read_corpora(
-    path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None
-) -> list[Corpus]:
-    """The corpora of a data config: a list of `{manifest | shards, hours, weights, lang, prompts}`; `name` for test sets.
+def _passes(reasons: Mapping[str, np.ndarray]) -> np.ndarray:
+    return ~np.logical_or.reduce(list(reasons.values()), axis=0)
 
-    A `manifest` (Lhotse cuts) is written as shards below `made` once and read from there; `cache` keeps shards that are URLs.
-    Raises UserError naming the file and the entry.
+
+def read_corpora(
+    path: str | Path,
+    *,
+    filters: FilterConfig | None,
+    made: Path,
+    cache: ShardCache | None = None,
+) -> list[Corpus]:
+    """Read a data config: a list of `{manifest | shards, name, hours, weights, lang, prompts}`.
+
+    Args:
+        path: the YAML file.
+        filters: which utterances are used; None uses all.
+        made: directory for shards made from a `manifest` (Lhotse cuts). They are written once and
+            reused by later runs.
+        cache: cache for shards at URLs.
+
+    Raises:
+        UserError: an entry is invalid. The message names the file and the entry.
     """
     entries = read_yaml(path, "the data config")
     if not isinstance(entries, list) or not entries:
         raise UserError(
-            f"the data config {str(path)!r} must be a list of entries with 'shards: DIR' or 'manifest: CUTS'"
+            f"the data config {str(path)!r} is not a list of entries. "
+            "Write one entry with 'shards: DIR' or 'manifest: CUTS' per corpus."
         )
     return [
         _read_entry(entry, f"{path}, entry {i}", filters, made, cache)
@@ -130,107 +180,166 @@ def read_corpora(
 
 
 def _read_entry(
-    entry: Any, where: str, filters: FilterConfig | None, made: Path, cache: ShardCache | None
+    entry: Any,
+    where: str,
+    filters: FilterConfig | None,
+    made: Path,
+    cache: ShardCache | None,
 ) -> Corpus:
     _check_keys(entry, where)
-    name = str(
-        entry.get("name") or Path(entry.get("shards", entry.get("manifest"))).name.partition(".")[0]
-    )
-    weight = float(entry.get("weights", 1.0))
-    if not 0 < weight <= MAX_WEIGHT:
-        raise UserError(
-            f"{where}: weights={weight} must be above 0 and at most {MAX_WEIGHT}; leave the entry out instead of weighing it 0"
-        )
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise UserError(
-            f"{where}: name={name!r} becomes a part of file names: use letters, digits, '-', '_', '.' and '+'"
-        )
+    weight = _entry_weight(entry, where)
+    name = _entry_name(entry, where)
     prompts = parse_prompts(entry.get("prompts") or [], where)
-    index = (
-        open_index(entry["shards"], cache)
-        if "shards" in entry
-        else _manifest_index(Path(entry["manifest"]), made)
-    )
-    hours = _stated_hours(entry, index, where)
+    index = _entry_index(entry, made, cache)
     corpus = make_corpus(
-        name, index, filters, hours=hours, weight=weight, lang=entry.get("lang"), prompts=prompts
+        name,
+        index,
+        filters,
+        hours=_stated_hours(entry, index, where),
+        weight=weight,
+        lang=entry.get("lang"),
+        prompts=prompts,
     )
     log_dropped(corpus)
     if not corpus.kept or not round(weight * corpus.kept):
-        raise UserError(f"{where}: no utterance is left after data.filter and weights: widen them")
+        raise UserError(
+            f"{where}: no utterance is left after data.filter and weights. "
+            "Widen data.filter, or raise weights."
+        )
     return corpus
 
 
 def log_dropped(corpus: Corpus) -> None:
-    """Log what data.filter drops of a corpus: as a warning if it is more than a few utterances in a hundred."""
+    """Log what data.filter drops from a corpus, as a warning if the ratio is high."""
     total = len(corpus.index)
     count = total - corpus.kept
     if not count:
         return
     reasons = ", ".join(f"{number} {reason}" for reason, number in corpus.dropped.items() if number)
-    level = logging.WARNING if count > MUCH_DROPPED * total else logging.INFO
-    message = "%s: data.filter drops %d of %d utterances (%.1f %%): %s. Widen data.filter if you need them."
-    logger.log(level, message, corpus.name, count, total, 100 * count / total, reasons)
+    level = logging.WARNING if count > HIGH_DROP_RATIO * total else logging.INFO
+    logger.log(
+        level,
+        "%s: data.filter drops %d of %d utterances (%.1f %%): %s. "
+        "Widen data.filter if you need them.",
+        corpus.name,
+        count,
+        total,
+        100 * count / total,
+        reasons,
+    )
 
 
 def _check_keys(entry: Any, where: str) -> None:
+    """Raise UserError unless an entry has valid keys, values of their types, and one source."""
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: expected keys such as 'shards: DIR', found {entry!r}")
-    for key in entry:
+        raise UserError(
+            f"{where}: {entry!r} is not a mapping. Use keys, for example 'shards: DIR'."
+        )
+    for key, value in entry.items():
         if key not in CORPUS_KEYS:
             raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), CORPUS_KEYS)}")
-        if not isinstance(entry[key], CORPUS_KEYS[key]) or isinstance(entry[key], bool):
-            expected = {str: "text: put it in quotes", list: "a list"}.get(
-                CORPUS_KEYS[key], "a number"
-            )
-            raise UserError(
-                f"{where}: {key}={entry[key]!r} has the wrong type: it must be {expected}"
-            )
+        if not isinstance(value, CORPUS_KEYS[key]) or isinstance(value, bool):
+            raise UserError(f"{where}: {key}={value!r} has the wrong type. {_type_hint(key)}")
     if ("shards" in entry) == ("manifest" in entry):
-        raise UserError(f"{where}: give either 'shards: DIR' or 'manifest: CUTS.jsonl.gz'")
+        raise UserError(f"{where}: set exactly one of 'shards: DIR' and 'manifest: CUTS.jsonl.gz'.")
 
 
-def _stated_hours(entry: Mapping[str, Any], index: Index, where: str) -> float | None:
-    """`hours` is stated by people; the index has counted."""
-    stated = entry.get("hours")
-    if stated is not None and not 0 < stated <= 10**9:
+def _type_hint(key: str) -> str:
+    if CORPUS_KEYS[key] is str:
+        return "Use text, in quotes."
+    if CORPUS_KEYS[key] is list:
+        return "Use a list."
+    return "Use a number."
+
+
+def _entry_name(entry: Mapping[str, Any], where: str) -> str:
+    """Return the name of an entry, which by default is that of its shards or manifest."""
+    source = Path(entry.get("shards", entry.get("manifest")))
+    name = str(entry.get("name") or source.name.partition(".")[0])
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
         raise UserError(
-            f"{where}: hours={stated} must be above 0 and at most 1000000000; leave it out to use what the index counts"
+            f"{where}: name={name!r} cannot be part of a file name. "
+            "Use letters, digits, '-', '_', '.' and '+', and do not begin with '.'."
         )
-    if stated is not None and abs(float(stated) - index.hours) > HOURS_TOLERANCE * index.hours:
-        message = (
-            "%s: hours=%g contradicts the index, which counts %.4g h. Correct it or leave it out: "
-            "data.use_infinite_dataset=true mixes corpora by the stated hours."
+    return name
+
+
+def _entry_index(
+    entry: Mapping[str, Any],
+    made: Path,
+    cache: ShardCache | None,
+) -> Index:
+    if "shards" in entry:
+        return open_index(entry["shards"], cache)
+    return _manifest_index(Path(entry["manifest"]), made)
+
+
+def _entry_weight(entry: Mapping[str, Any], where: str) -> float:
+    weight = float(entry.get("weights", 1.0))
+    if not 0 < weight <= MAX_WEIGHT:
+        raise UserError(
+            f"{where}: weights={weight} is out of range. "
+            f"Use a value above 0 and at most {MAX_WEIGHT}, or remove the entry."
         )
-        logger.warning(message, where, stated, index.hours)
-    return None if stated is None else float(stated)
+    return weight
+
+
+def _stated_hours(
+    entry: Mapping[str, Any],
+    index: Index,
+    where: str,
+) -> float | None:
+    """Return the `hours` of an entry, and warn if they differ much from the index."""
+    stated = entry.get("hours")
+    if stated is None:
+        return None
+    if not 0 < stated <= 10**9:
+        raise UserError(
+            f"{where}: hours={stated} is out of range. "
+            "Use a value above 0 and at most 1000000000, or remove it to use the index's count."
+        )
+    if abs(float(stated) - index.hours) > HOURS_TOLERANCE * index.hours:
+        logger.warning(
+            "%s: hours=%g contradicts the index, which counts %.4g h. Correct or remove it: "
+            "data.use_infinite_dataset=true mixes corpora by the stated hours.",
+            where,
+            stated,
+            index.hours,
+        )
+    return float(stated)
 
 
 def _manifest_index(manifest: Path, made: Path) -> Index:
-    """Shards made from a cuts manifest, once: the first process to hold the lock makes them."""
+    """Return the index of shards made from a cuts manifest.
+
+    The first process that holds the lock writes the shards; later ones reuse them.
+    """
     if not manifest.is_file():
-        raise UserError(f"the manifest {str(manifest)!r} does not exist: check the path")
+        raise UserError(f"the manifest {str(manifest)!r} does not exist. Check the path.")
     if next(read_cuts(manifest), None) is None:
-        raise UserError(f"the manifest {str(manifest)!r} has no utterance: make it again")
-    stamp = f"{manifest.resolve()} {manifest.stat().st_size} {manifest.stat().st_mtime_ns}"
-    folder = (
-        made
-        / f"{manifest.name.partition('.')[0]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
-    )
+        raise UserError(f"the manifest {str(manifest)!r} has no utterance. Make it again.")
+    stat = manifest.stat()
+    version = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    digest = hashlib.sha256(version.encode()).hexdigest()[:12]
+    folder = made / f"{manifest.name.partition('.')[0]}-{digest}"
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            logger.warning(
-                "writing shards from %s to %s; 'asrllm shards make' does this ahead of training",
-                manifest,
-                folder,
-            )
-            summary = write_shards(folder, read_cuts(manifest), workers=usable_cores())
-            if summary.rejected:
-                logger.warning(
-                    "rejected of %s: %s; see %s",
-                    manifest,
-                    summary.rejected,
-                    folder / "rejected.jsonl",
-                )
+            _write_manifest_shards(manifest, folder)
     return open_index(folder)
+
+
+def _write_manifest_shards(manifest: Path, folder: Path) -> None:
+    logger.warning(
+        "Writing shards from %s to %s. Run 'asrllm shards make' beforehand to avoid this delay.",
+        manifest,
+        folder,
+    )
+    summary = write_shards(folder, read_cuts(manifest), workers=usable_cores())
+    if summary.rejected:
+        logger.warning(
+            "Rejected utterances of %s: %s. See %s.",
+            manifest,
+            summary.rejected,
+            folder / "rejected.jsonl",
+        )

@@ -1,4 +1,8 @@
-"""The index beside the shards: one row of 24 bytes an utterance, memory-mapped, and a record of every tar."""
+"""The index of a directory of shards, and the reading of tars.
+
+`index.bin` has one row of 24 bytes per utterance and is memory-mapped. `index.json` describes the
+tars and the corpus.
+"""
 
 import hashlib
 import itertools
@@ -32,6 +36,9 @@ from asrllm.text_files import parse_json, read_json_object
 if TYPE_CHECKING:
     from asrllm.data.cache import ShardCache
 
+Fields = dict[str, Any]  # a JSON object
+Tallies = dict[str, dict[str, list[float]]]
+
 FORMAT = 3
 BLOCK = tarfile.BLOCKSIZE  # bytes; members of a tar begin at multiples of it
 ROW = np.dtype(
@@ -45,8 +52,9 @@ ROW = np.dtype(
         ("crc32", "<u4"),  # of the sample's bytes in the shard, headers and padding included
     ]
 )
-MAX_DURATION_ERROR = 0.1  # seconds between what is written about the audio and what it holds
-LONGEST = np.iinfo(np.uint32).max  # samples of an utterance
+MAX_DURATION_ERROR = 0.1  # seconds between the stated duration and that of the audio
+MAX_SAMPLES = np.iinfo(np.uint32).max  # samples of an utterance
+MAX_TEXT_LENGTH = 65535  # bytes and characters; longer texts are counted as this
 MAX_HEADER = 1 << 20  # bytes of an extended header of a tar, which holds a name
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -59,24 +67,35 @@ TALLIED = ("corpus", "lang", "speaker")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What the index keeps of one tar.
+    """What the index stores about one tar.
 
-    name: a file name relative to the index, an absolute path or a URL. size: bytes. rows: (utterances,) of ROW in the tar's order.
-    tallies: {"corpus" | "lang" | "speaker": {its value, "" where a sample has none: [utterances, seconds]}}.
+    Attributes:
+        name: a file name relative to the index, an absolute path or a URL.
+        size: bytes.
+        sha256: in hexadecimal.
+        rows: (utterances,) of ROW, in the tar's order.
+        tallies: {"corpus" | "lang" | "speaker": {value: [utterances, seconds]}}. The value of
+            samples without the field is "".
     """
 
     name: str
     size: int
     sha256: str
     rows: np.ndarray
-    tallies: dict[str, dict[str, list[float]]]
+    tallies: Tallies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """rows: (utterances,) of ROW, memory-mapped; shards: the tars' paths or URLs; starts: (shards + 1,), the first row of each.
+    """An open index.
 
-    sizes, sha256: of the tars, in bytes and hexadecimal. about: what index.json says of the whole: corpora, languages, speakers.
+    Attributes:
+        rows: (utterances,) of ROW, memory-mapped.
+        shards: paths or URLs of the tars.
+        starts: (shards + 1,) first row of each shard, and the number of rows.
+        sizes: bytes of each tar.
+        sha256: checksum of each tar in hexadecimal.
+        about: the entries of index.json on the whole index: corpora, languages, speakers.
     """
 
     rows: np.ndarray
@@ -84,56 +103,76 @@ class Index:
     starts: np.ndarray
     sizes: list[int] = field(default_factory=list)
     sha256: list[str] = field(default_factory=list)
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Fields = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def hours(self) -> float:
-        return float(self.rows["samples"].sum(dtype=np.int64)) / RATE / 3600
+        """Hours of audio."""
+        return _hours(self.rows)
 
     def file(self, shard: int) -> RemoteFile:
-        return RemoteFile(url=self.shards[shard], size=self.sizes[shard], sha256=self.sha256[shard])
+        """Return the location, size and checksum of a tar."""
+        return RemoteFile(
+            url=self.shards[shard],
+            size=self.sizes[shard],
+            sha256=self.sha256[shard],
+        )
+
+
+def _hours(rows: np.ndarray) -> float:
+    return float(rows["samples"].sum(dtype=np.int64)) / RATE / 3600
 
 
 # --- opening ---
 
 
 def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
-    """The index of a directory of shards, local or at a URL; of the latter `index.bin` is kept in `cache`.
+    """Open the index of a directory of shards.
 
-    Raises UserError where the index, or a shard that it names, is missing or has another size.
+    Args:
+        folder: a local directory, or a URL.
+        cache: stores the `index.bin` of a URL; required for URLs.
+
+    Raises:
+        UserError: the index or one of its shards is missing, or has the wrong size.
     """
     where = str(folder)
     about, rows_file = _open_remote(where, cache) if is_url(where) else _open_local(Path(folder))
     try:
         index = _open_index(where, about, rows_file)
     except (KeyError, TypeError, ValueError, OSError) as error:
-        problem = f"the index in {where!r} is corrupted ({type(error).__name__}: {error})"
         raise UserError(
-            f"{problem}. Copy it again, or make a new one with 'asrllm shards index'."
+            f"the index in {where!r} is corrupted ({type(error).__name__}: {error}). "
+            "Copy it again, or make a new one with 'asrllm shards index'."
         ) from error
     _check_shards(index)
     return index
 
 
-def _open_local(folder: Path) -> tuple[dict[str, Any], Path]:
+def _open_local(folder: Path) -> tuple[Fields, Path]:
+    """Return the content of index.json, and the path of index.bin."""
     if not folder.is_dir():
         raise UserError(
-            f"the shard directory {str(folder)!r} does not exist: make it with 'asrllm shards make {folder} ...'"
+            f"the shard directory {str(folder)!r} does not exist. "
+            f"Make it with 'asrllm shards make {folder} ...'."
         )
     if not (folder / "index.json").is_file():
         raise UserError(
-            f"{str(folder)!r} has no index.json: make one with 'asrllm shards index {folder}/*.tar'"
+            f"{str(folder)!r} has no index.json. "
+            f"Make one with 'asrllm shards index {folder}/*.tar'."
         )
     return read_json_object(folder / "index.json", "the index"), folder / "index.bin"
 
 
-def _open_remote(url: str, cache: "ShardCache | None") -> tuple[dict[str, Any], Path]:
+def _open_remote(url: str, cache: "ShardCache | None") -> tuple[Fields, Path]:
+    """Return the content of index.json, and the local copy of index.bin."""
     if cache is None:
         raise UserError(
-            f"{url!r} is a URL, which needs a cache on local disk here: copy its index.json and index.bin to a directory"
+            f"{url!r} is a URL, which is not supported here. "
+            "Copy its index.json and index.bin to a local directory, and use that."
         )
     text = read_bytes(join_url(url, "index.json"))
     try:
@@ -145,50 +184,66 @@ def _open_remote(url: str, cache: "ShardCache | None") -> tuple[dict[str, Any], 
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{url!r} holds no readable index.json ({type(error).__name__}: {error}): make the index again"
+            f"the index.json in {url!r} is corrupted ({type(error).__name__}: {error}). "
+            "Make the index again."
         ) from error
     return about, cache.fetch(file)
 
 
-def _open_index(where: str, about: dict[str, Any], rows_file: Path) -> Index:
-    if about["format"] != FORMAT:
-        problem = f"the index in {where!r} has the format {about['format']!r}, but this version reads {FORMAT}"
-        raise UserError(f"{problem}. Make a new one with 'asrllm shards index'.")
-    if about.get("sha256") != _about_sha256(about):
-        raise ValueError("index.json does not match its own sha256")
-    count, shards = about["utterances"], about["shards"]
-    if not count:
-        raise UserError(
-            f"the shards in {where!r} hold no utterance: see rejected.jsonl there for the reasons"
-        )
-    if rows_file.stat().st_size != count * ROW.itemsize:
-        raise ValueError(f"index.bin has {rows_file.stat().st_size} bytes for {count} utterances")
-    if (
-        not is_url(where) and file_sha256(rows_file) != about["rows_sha256"]
-    ):  # the cache has checked those of URLs
+def _open_index(where: str, about: Fields, rows_file: Path) -> Index:
+    count = _check_about(where, about)
+    shards = about["shards"]
+    size = rows_file.stat().st_size
+    if size != count * ROW.itemsize:
+        raise ValueError(f"index.bin has {size} bytes for {count} utterances")
+    # the cache has verified the index.bin of a URL
+    if not is_url(where) and file_sha256(rows_file) != about["rows_sha256"]:
         raise ValueError("index.bin does not match its sha256 in index.json")
     rows: np.ndarray = np.memmap(rows_file, ROW, "r", shape=(count,))
     starts = np.cumsum([0] + [shard["utterances"] for shard in shards])
     if starts[-1] != count:
-        raise ValueError(f"its shards have {starts[-1]} utterances, it has {count}")
-    _check_rows(rows, starts, [shard["bytes"] for shard in shards])
+        raise ValueError(f"its shards have {starts[-1]} utterances, not {count}")
+    sizes = [shard["bytes"] for shard in shards]
+    _check_rows(rows, starts, sizes)
     return Index(
         rows=rows,
         shards=[_shard_location(where, shard["name"]) for shard in shards],
         starts=starts,
-        sizes=[shard["bytes"] for shard in shards],
+        sizes=sizes,
         sha256=[shard["sha256"] for shard in shards],
         about={key: value for key, value in about.items() if key != "shards"},
     )
 
 
-def _check_rows(rows: np.ndarray, starts: np.ndarray, sizes: Sequence[int]) -> None:
-    """Raise ValueError if a row names bytes that are not in its shard."""
+def _check_about(where: str, about: Fields) -> int:
+    """Check the format and checksum of an index.json, and return its number of utterances."""
+    if about["format"] != FORMAT:
+        raise UserError(
+            f"the index in {where!r} has format {about['format']!r}, but this version reads "
+            f"format {FORMAT}. Make a new one with 'asrllm shards index'."
+        )
+    if about.get("sha256") != _about_sha256(about):
+        raise ValueError("index.json does not match its own sha256")
+    count = about["utterances"]
+    if not count:
+        raise UserError(
+            f"the shards in {where!r} have no utterance. See rejected.jsonl there for the reasons."
+        )
+    return count
+
+
+def _check_rows(
+    rows: np.ndarray,
+    starts: np.ndarray,
+    sizes: Sequence[int],
+) -> None:
+    """Raise ValueError if a row refers to bytes outside its shard."""
     for number, size in enumerate(sizes):
         part = rows[starts[number] : starts[number + 1]]
         ends = part["offset"].astype(np.int64) + part["size"]
-        if (part["shard"] != number).any() or ends.max(initial=0) * BLOCK > size + BLOCK:
-            raise ValueError(f"rows of the shard {number} are not in it")
+        is_beyond_end = ends.max(initial=0) * BLOCK > size + BLOCK
+        if is_beyond_end or (part["shard"] != number).any():
+            raise ValueError(f"rows of shard {number} are outside that shard")
 
 
 def _about_sha256(about: Mapping[str, Any]) -> str:
@@ -200,40 +255,54 @@ def _about_sha256(about: Mapping[str, Any]) -> str:
 def _shard_location(where: str, name: str) -> str:
     """Return the path or URL of a shard that the index at `where` names.
 
-    An index may come from somebody else, so it names only files below its own directory, and URLs
-    that are not local files.
+    An index may come from somebody else. It may therefore name only files below its own directory,
+    and URLs that are not local files.
     """
     if is_url(name) and not name.lower().startswith("file:"):
         check_scheme(name)
         return name
     if is_url(name) or os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(
-            f"the index in {where!r} names {name!r}, which is outside of its directory. Index the tars again with 'asrllm shards index'."
+            f"the index in {where!r} names {name!r}, which is outside its directory. "
+            "Index the tars again with 'asrllm shards index'."
         )
-    return join_url(where, name) if is_url(where) else os.path.join(where, name)
+    if is_url(where):
+        return join_url(where, name)
+    return os.path.join(where, name)
 
 
 def _check_shards(index: Index) -> None:
-    """Every tar is there with the size that the index knows: found now, not in the middle of an epoch."""
-    # of many processes one asks for all: shards times ranks would be millions of requests
-    remote = (
-        [name for name in index.shards if is_url(name)]
-        if os.environ.get("RANK", "0") == "0"
-        else []
-    )
-    found = dict(zip(remote, remote_sizes(remote), strict=True)) if remote else {}
-    for name, size in zip(index.shards, index.sizes, strict=True):
-        has = found.get(name, size) if is_url(name) else _local_size(name)
-        if has is None:
+    """Check that every tar exists with its size, rather than fail in the middle of an epoch.
+
+    Raises:
+        UserError: a tar is missing, or has another size.
+    """
+    remote = _remote_sizes(index.shards)
+    for name, expected in zip(index.shards, index.sizes, strict=True):
+        size = remote.get(name, expected) if is_url(name) else _local_size(name)
+        if size is None:
             raise UserError(
-                f"the shard {name!r} is missing: restore it, or index the directory again"
+                f"the shard {name!r} does not exist. Restore it, or index the directory again."
             )
-        if has != size:
-            state = "is cut short" if has < size else "has changed"
-            problem = f"the shard {name!r} {state}: it has {has} bytes, but its index says {size}"
+        if size != expected:
+            state = "is truncated" if size < expected else "has changed"
             raise UserError(
-                f"{problem}. Copy the shard again, or index it again if it was changed on purpose."
+                f"the shard {name!r} {state}: it has {size} bytes, but its index says {expected}. "
+                "Copy the shard again, or index it again if it was changed on purpose."
             )
+
+
+def _remote_sizes(names: Sequence[str]) -> dict[str, int | None]:
+    """Return the sizes of the shards at URLs.
+
+    Only rank 0 requests them: shards times ranks would be millions of requests.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    remote = [name for name in names if is_url(name)]
+    if not remote:
+        return {}
+    return dict(zip(remote, remote_sizes(remote), strict=True))
 
 
 def _local_size(name: str) -> int | None:
@@ -247,45 +316,65 @@ def _local_size(name: str) -> int | None:
 
 
 def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
-    """Write `index.bin` and `index.json` into `folder`; the JSON comes last and makes the index valid."""
+    """Write `index.bin` and `index.json`.
+
+    The JSON is written last and makes the index valid.
+
+    Args:
+        folder: the directory of the index.
+        records: the tars. Their rows receive their shard numbers.
+    """
     for number, record in enumerate(records):
         record.rows["shard"] = number
     rows = np.concatenate([record.rows for record in records]) if records else np.empty(0, ROW)
-    tallies = merge_tallies([record.tallies for record in records])
-    about = {
-        "format": FORMAT,
-        "utterances": len(rows),
-        "hours": round(float(rows["samples"].sum(dtype=np.int64)) / RATE / 3600, 4),
-        "rows_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
-        "corpora": _in_hours(tallies["corpus"]),
-        "languages": _in_hours(tallies["lang"]),
-        "speakers": len(tallies["speaker"].keys() - {""}),
-        "shards": [
-            {"name": r.name, "bytes": r.size, "sha256": r.sha256, "utterances": len(r.rows)}
-            for r in records
-        ],
-    }
-    about["sha256"] = _about_sha256(about)
-    (folder / "index.json").unlink(
-        missing_ok=True
-    )  # from here on there is no index, until there is a whole one
-    partial = folder / "index.bin.partial"  # readers of an older index keep their file
+    about = _describe(rows, records)
+    # until the new index.json is complete there is no index
+    (folder / "index.json").unlink(missing_ok=True)
+    # readers of an older index.bin keep their file
+    partial = folder / "index.bin.partial"
     rows.tofile(partial)
     partial.replace(folder / "index.bin")
     partial = folder / "index.json.partial"
     partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     partial.replace(folder / "index.json")
-    return (
-        _open_index(str(folder), about, folder / "index.bin")
-        if len(rows)
-        else Index(rows=rows, shards=[], starts=np.zeros(1, int))
-    )
+    if not len(rows):
+        return Index(
+            rows=rows,
+            shards=[],
+            starts=np.zeros(1, int),
+        )
+    return _open_index(str(folder), about, folder / "index.bin")
 
 
-def merge_tallies(
-    parts: Sequence[Mapping[str, Mapping[str, Sequence[float]]]],
-) -> dict[str, dict[str, list[float]]]:
-    merged: dict[str, dict[str, list[float]]] = {name: {} for name in TALLIED}
+def _describe(rows: np.ndarray, records: Sequence[ShardRecord]) -> Fields:
+    """Return the content of index.json."""
+    tallies = merge_tallies([record.tallies for record in records])
+    shards = [
+        {
+            "name": record.name,
+            "bytes": record.size,
+            "sha256": record.sha256,
+            "utterances": len(record.rows),
+        }
+        for record in records
+    ]
+    about: Fields = {
+        "format": FORMAT,
+        "utterances": len(rows),
+        "hours": round(_hours(rows), 4),
+        "rows_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "corpora": _in_hours(tallies["corpus"]),
+        "languages": _in_hours(tallies["lang"]),
+        "speakers": len(tallies["speaker"].keys() - {""}),
+        "shards": shards,
+    }
+    about["sha256"] = _about_sha256(about)
+    return about
+
+
+def merge_tallies(parts: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> Tallies:
+    """Add up the utterances and seconds of several tallies. See ShardRecord.tallies."""
+    merged: Tallies = {name: {} for name in TALLIED}
     for part in parts:
         for name, counts in part.items():
             for value, (utterances, seconds) in counts.items():
@@ -297,8 +386,8 @@ def merge_tallies(
 
 def _in_hours(tally: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     return {
-        value: {"utterances": int(n), "hours": round(seconds / 3600, 4)}
-        for value, (n, seconds) in sorted(tally.items())
+        value: {"utterances": int(utterances), "hours": round(seconds / 3600, 4)}
+        for value, (utterances, seconds) in sorted(tally.items())
     }
 
 
@@ -307,19 +396,34 @@ def _in_hours(tally: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float
 
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
-    """One utterance as it lies in a tar: files that share a name up to the first dot. offset, size: in blocks."""
+    """One utterance in a tar: the files whose names agree up to the first dot.
+
+    Attributes:
+        key: the common part of the names.
+        offset: first header, in blocks.
+        size: length including padding, in blocks.
+        audio: content of the audio file.
+        extension: extension of the audio file.
+        fields: content of KEY.json. The content of KEY.txt is "text".
+    """
 
     key: str
     offset: int
     size: int
     audio: bytes
     extension: str
-    fields: dict[str, Any]  # of KEY.json; KEY.txt stands as "text"
+    fields: Fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
-    """One that cannot be used, and why; reason is a word to count by."""
+    """A sample that cannot be used.
+
+    Attributes:
+        key: its key.
+        reason: a word to count by.
+        detail: the problem in plain words.
+    """
 
     key: str
     reason: str
@@ -329,41 +433,59 @@ class BadSample:
 def scan_shard(
     path: Path, *, name: str, skip: Collection[str] = ()
 ) -> tuple[ShardRecord, list[BadSample], list[str]]:
-    """(the record of a local tar, what is left out of it, the keys of what is in it). skip: keys that other tars hold already.
+    """Read all samples of a local tar.
 
-    Raises UserError where the file is no tar.
+    Args:
+        path: the tar.
+        name: its name in the index.
+        skip: keys that other tars contain.
+
+    Returns:
+        The record of the tar, its unusable samples, and the keys of its usable samples.
+
+    Raises:
+        UserError: the file is not a tar.
     """
-    rows, bad, fields = [], [], []
+    rows: list[tuple[int, ...]] = []
+    bad: list[BadSample] = []
+    labels: list[dict[str, str]] = []  # values to tally, per sample
     keys: dict[str, None] = {}
     for sample in scan_tar(path):
-        row = sample if isinstance(sample, BadSample) else _row(sample)
         if sample.key in keys or sample.key in skip:
-            row = BadSample(
-                key=sample.key,
-                reason="duplicate_key",
-                detail=f"{sample.key!r} stands in the tars more than once",
+            detail = f"{sample.key!r} occurs in the tars more than once"
+            bad.append(
+                BadSample(
+                    key=sample.key,
+                    reason="duplicate_key",
+                    detail=detail,
+                )
             )
-        if isinstance(row, BadSample) or isinstance(sample, BadSample):
+        elif isinstance(sample, BadSample):
+            bad.append(sample)
+        elif isinstance(row := _row(sample), BadSample):
             bad.append(row)
-            continue
-        keys[sample.key] = None
-        rows.append(row)
-        fields.append({tally: str(sample.fields.get(tally) or "") for tally in TALLIED})
+        else:
+            keys[sample.key] = None
+            rows.append(row)
+            labels.append({tally: str(sample.fields.get(tally) or "") for tally in TALLIED})
     table = np.array(rows, ROW)
     _add_checksums(path, table)
-    seconds = (table["samples"] / RATE).tolist()
-    tallies = [
-        {tally: {value: [1, s]} for tally, value in f.items()}
-        for f, s in zip(fields, seconds, strict=True)
-    ]
     record = ShardRecord(
         name=name,
         size=path.stat().st_size,
         sha256=file_sha256(path),
         rows=table,
-        tallies=merge_tallies(tallies),
+        tallies=_tally(labels, (table["samples"] / RATE).tolist()),
     )
-    return record, bad, list(keys)  # type: ignore[return-value]
+    return record, bad, list(keys)
+
+
+def _tally(labels: Sequence[Mapping[str, str]], seconds: Sequence[float]) -> Tallies:
+    """Count the utterances and seconds of each value of each label."""
+    parts = []
+    for values, duration in zip(labels, seconds, strict=True):
+        parts.append({label: {value: [1, duration]} for label, value in values.items()})
+    return merge_tallies(parts)
 
 
 def _add_checksums(path: Path, rows: np.ndarray) -> None:
@@ -374,7 +496,11 @@ def _add_checksums(path: Path, rows: np.ndarray) -> None:
 
 
 def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
-    """All samples of a local tar, one at a time. Raises UserError for a broken tar."""
+    """Yield all samples of a local tar.
+
+    Raises:
+        UserError: the tar is corrupted.
+    """
     try:
         with open(path, "rb") as file:
             yield from iterate_tar(file)
@@ -383,7 +509,7 @@ def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
 
 
 def explain_tar(path: Path, error: Exception) -> str:
-    """Return what is wrong with a file that cannot be read as a tar, and how to fix it if it is compressed."""
+    """Return the message for a file that is not a tar, with a fix if it is compressed."""
     try:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -391,15 +517,22 @@ def explain_tar(path: Path, error: Exception) -> str:
         start = b""
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
-            problem = (
-                f"{str(path)!r} is compressed, so that a sample cannot be read at its place in it"
+            return (
+                f"{str(path)!r} is compressed, which prevents random access to its samples. "
+                f"Unpack it with '{program} -d', and use the tar."
             )
-            return f"{problem}. Unpack it with '{program} -d', and give the tar."
     return f"{str(path)!r} cannot be read as a tar: {error}"
 
 
 class Member(NamedTuple):
-    """A file in a tar. start, end: bytes, from its first header to behind its content."""
+    """A file in a tar.
+
+    Attributes:
+        name: its path in the tar.
+        start: offset of its first header in bytes.
+        end: end of its content in bytes.
+        data: its content.
+    """
 
     name: str
     start: int
@@ -408,10 +541,10 @@ class Member(NamedTuple):
 
 
 def iterate_tar(file: BinaryIO) -> Iterator[TarSample | BadSample]:
-    """Yield the samples of an open tar, whatever it holds in at most its own size of memory.
+    """Yield the samples of an open tar. Memory is bounded by the tar's own size.
 
     Raises:
-        tarfile.TarError: the tar is cut short or corrupted, or has a sparse file.
+        tarfile.TarError: the tar is truncated or corrupted, or contains a sparse file.
     """
     members = _members(file)
     for _, group in itertools.groupby(members, key=lambda member: sample_key(member.name)):
@@ -426,44 +559,52 @@ def _members(file: BinaryIO) -> Iterator[Member]:
 
 
 def tar_files(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the files of an open tar; every size has been compared with the tar's.
+    """Yield the regular files of an open tar. Their sizes are checked against that of the tar.
 
     Raises:
-        tarfile.TarError: the tar is cut short or corrupted, or has a sparse file.
+        tarfile.TarError: the tar is truncated or corrupted, or contains a sparse file.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    end = 0
     headers = _Headers(file)
     try:
         with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
-            for info in tar:
-                if info.issparse():
-                    raise tarfile.ReadError(f"{info.name!r} is a sparse file")
-                if not info.isfile():
-                    continue
-                if info.offset < end or info.size < 0 or info.offset_data + info.size > size:
-                    raise tarfile.ReadError(
-                        f"{info.name!r} is cut short, or its header is corrupted"
-                    )
-                end = info.offset_data + info.size
-                yield info
+            yield from _checked_files(tar, size)
             file.seek(tar.offset)
-            if any(file.read(BLOCK)):  # tarfile takes a corrupted header for the end of the tar
+            if any(file.read(BLOCK)):  # tarfile treats a corrupted header as the end of the tar
                 raise tarfile.ReadError(f"the header at byte {tar.offset} is corrupted")
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        # what tarfile's parsers of extended headers happen to raise
+        # tarfile's parsers of extended headers raise these
         raise tarfile.ReadError(
             f"a header is corrupted ({type(error).__name__}: {error})"
         ) from error
 
 
+def _checked_files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of a tar of `size` bytes.
+
+    Raises:
+        tarfile.TarError: a file is sparse, overlaps the one before it, or exceeds the tar.
+    """
+    end = 0
+    for info in tar:
+        if info.issparse():
+            raise tarfile.ReadError(f"{info.name!r} is a sparse file")
+        if not info.isfile():
+            continue
+        if info.offset < end or info.size < 0 or info.offset_data + info.size > size:
+            raise tarfile.ReadError(f"{info.name!r} is truncated, or its header is corrupted")
+        end = info.offset_data + info.size
+        yield info
+
+
 class _Headers:
-    """A tar as `tarfile` sees it: it reads headers, and no header of more than MAX_HEADER bytes."""
+    """A tar as `tarfile` may read it: headers of at most MAX_HEADER bytes, and no content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.seek, self.tell = file.seek, file.tell
+        self.seek = file.seek
+        self.tell = file.tell
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER:
@@ -471,27 +612,29 @@ class _Headers:
         return self.file.read(size)
 
 
-def read_sample(stretch: bytes) -> TarSample:
-    """The sample of the stretch of a tar that an index row names. Raises ValueError where it is not one whole sample."""
-    members = _plain_members(stretch)
-    (sample,) = iterate_tar(BytesIO(stretch)) if members is None else [_sample(members)]
+def read_sample(content: bytes) -> TarSample:
+    """Return the sample in the bytes of a tar that an index row refers to.
+
+    Raises:
+        ValueError: the bytes are not exactly one usable sample.
+    """
+    members = _plain_members(content)
+    (sample,) = iterate_tar(BytesIO(content)) if members is None else [_sample(members)]
     if isinstance(sample, BadSample):
         raise ValueError(f"{sample.key}: {sample.reason}: {sample.detail}")
     return sample
 
 
-def _plain_members(stretch: bytes) -> list[Member] | None:
-    """The files of one sample, where the headers are plain ones: a tenth of tarfile's time. None where they are not, or are damaged."""
+def _plain_members(content: bytes) -> list[Member] | None:
+    """Return the files of one sample, or None unless all headers are plain and intact.
+
+    It takes a tenth of tarfile's time.
+    """
     members: list[Member] = []
     at = 0
-    while at < len(stretch):
-        header = stretch[at : at + BLOCK]
-        if (
-            len(header) < BLOCK
-            or header[257:262] != b"ustar"
-            or header[156] not in b"0\0"
-            or header[345]
-        ):  # 345: a longer name
+    while at < len(content):
+        header = content[at : at + BLOCK]
+        if not _is_plain(header):
             return None
         try:
             size = int(header[124:135], 8)
@@ -499,15 +642,24 @@ def _plain_members(stretch: bytes) -> list[Member] | None:
         except ValueError:
             return None
         begin = at + BLOCK
-        if begin + size > len(stretch):
+        if begin + size > len(content):
             return None
-        members.append(Member(name, at, begin + size, stretch[begin : begin + size]))
+        members.append(Member(name, at, begin + size, content[begin : begin + size]))
         at = begin + -(-size // BLOCK) * BLOCK
-    return members if len({sample_key(member.name) for member in members}) == 1 else None
+    keys = {sample_key(member.name) for member in members}
+    return members if len(keys) == 1 else None
+
+
+def _is_plain(header: bytes) -> bool:
+    """Return whether a header is that of a regular file whose name fits into 100 bytes."""
+    if len(header) < BLOCK:
+        return False
+    has_prefix = header[345] != 0  # the first part of a longer name
+    return header[257:262] == b"ustar" and header[156] in b"0\0" and not has_prefix
 
 
 def sample_key(member: str) -> str:
-    """WebDataset's rule: the member's path up to the first dot of its last part."""
+    """Return the key of a member: its path up to the first dot of its last part (WebDataset)."""
     folder, _, base = member.rpartition("/")
     return (folder + "/" if folder else "") + base.partition(".")[0]
 
@@ -517,35 +669,28 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     files = {member.name.rpartition(".")[2].lower(): member.data for member in members}
     if len(files) < len(members):
         names = ", ".join(member.name for member in members[:4])
-        return BadSample(
-            key=key,
-            reason="repeated_file",
-            detail=f"several files of one kind have this key, which ends at the first dot: {names}",
-        )
+        detail = f"several files of one type have this key, which ends at the first dot: {names}"
+        return BadSample(key=key, reason="repeated_file", detail=detail)
     extension = next((e for e in AUDIO_EXTENSIONS if e in files), None)
     if extension is None:
+        detail = f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}"
+        return BadSample(key=key, reason="no_audio", detail=detail)
+    if not key.isprintable():
+        detail = f"{key!r} has characters that cannot be printed"
+        return BadSample(key=key, reason="bad_key", detail=detail)
+    try:
+        fields = _sample_fields(files)
+    except ValueError as error:  # of JSON or of UTF-8
         return BadSample(
             key=key,
-            reason="no_audio",
-            detail=f"expected one of {', '.join(AUDIO_EXTENSIONS)}, found {', '.join(files)}",
+            reason="broken_transcript",
+            detail=str(error),
         )
-    if not key.isprintable():
-        return BadSample(
-            key=key, reason="bad_key", detail=f"{key!r} has characters that cannot be printed"
-        )
-    try:
-        fields = parse_json(files["json"]) if "json" in files else {}
-        if b"\\ud" in files.get("json", b"").lower():  # perhaps half of a pair of surrogates
-            json.dumps(fields, ensure_ascii=False).encode()
-        if isinstance(fields, dict) and "text" not in fields and "txt" in files:
-            fields["text"] = files["txt"].decode("utf-8-sig").strip()
-    except ValueError as error:  # of JSON or of UTF-8
-        return BadSample(key=key, reason="broken_transcript", detail=str(error))
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        return BadSample(
-            key=key, reason="no_transcript", detail=f"expected {key}.txt, or {key}.json with 'text'"
-        )
-    offset, end = members[0].start // BLOCK, -(-members[-1].end // BLOCK)
+        detail = f"expected {key}.txt, or {key}.json with 'text'"
+        return BadSample(key=key, reason="no_transcript", detail=detail)
+    offset = members[0].start // BLOCK
+    end = -(-members[-1].end // BLOCK)
     return TarSample(
         key=key,
         offset=offset,
@@ -556,11 +701,30 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     )
 
 
+def _sample_fields(files: Mapping[str, bytes]) -> Any:
+    """Return the JSON value of a sample, with the text of its .txt file if it has none.
+
+    Args:
+        files: contents of the sample's files by extension.
+
+    Raises:
+        ValueError: a file is not valid JSON or UTF-8.
+    """
+    content = files.get("json")
+    fields = {} if content is None else parse_json(content)
+    if content is not None and b"\\ud" in content.lower():
+        # may be half of a surrogate pair, which cannot be encoded
+        json.dumps(fields, ensure_ascii=False).encode()
+    if isinstance(fields, dict) and "text" not in fields and "txt" in files:
+        fields["text"] = files["txt"].decode("utf-8-sig").strip()
+    return fields
+
+
 def _duration(sample: TarSample) -> float:
     """Return the length of a sample's audio in seconds.
 
     Raises:
-        UserError: the audio cannot be read, or is cut short.
+        UserError: the audio cannot be read, or is truncated.
     """
     file = open_audio(f"{sample.key}.{sample.extension}", sample.audio)
     if file.seconds is None:
@@ -569,8 +733,8 @@ def _duration(sample: TarSample) -> float:
     return file.seconds
 
 
-def _stated_duration(fields: Mapping[str, Any]) -> float | None:
-    """Return the `duration` of a sample's JSON in seconds, None if that is not a number."""
+def _stated_duration(fields: Mapping[str, object]) -> float | None:
+    """Return the `duration` of a sample's JSON in seconds, or None if it is not a number."""
     stated = fields.get("duration")
     if not isinstance(stated, (int, float)) or isinstance(stated, bool):
         return None
@@ -581,18 +745,24 @@ def _stated_duration(fields: Mapping[str, Any]) -> float | None:
 
 
 def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
+    """Return the values of ROW, without the shard's number and the checksum."""
     try:
         duration = _duration(sample)
     except UserError as error:
-        return BadSample(key=sample.key, reason="unreadable_audio", detail=str(error))
-    if round(duration * RATE) > LONGEST:
         return BadSample(
-            key=sample.key, reason="too_long", detail=f"the audio has {duration:.0f} s"
+            key=sample.key,
+            reason="unreadable_audio",
+            detail=str(error),
         )
+    if round(duration * RATE) > MAX_SAMPLES:
+        detail = f"the audio has {duration:.0f} s"
+        return BadSample(key=sample.key, reason="too_long", detail=detail)
     stated = _stated_duration(sample.fields)
     if stated is not None and abs(stated - duration) > MAX_DURATION_ERROR:
         detail = f"its JSON says {stated:g} s, the audio has {duration:.3f} s"
         return BadSample(key=sample.key, reason="duration_mismatch", detail=detail)
     text = sample.fields["text"]
-    lengths = (min(n, 65535) for n in (len(text.encode("utf-8")), len(text)))
-    return (sample.offset, sample.size, round(duration * RATE), 0, *lengths, 0)
+    text_bytes = min(len(text.encode("utf-8")), MAX_TEXT_LENGTH)
+    text_chars = min(len(text), MAX_TEXT_LENGTH)
+    samples = round(duration * RATE)
+    return sample.offset, sample.size, samples, 0, text_bytes, text_chars, 0

@@ -1,4 +1,4 @@
-"""Jobs shared out to worker processes that report as they go and end with the process that started them."""
+"""Run jobs in worker processes that report progress and end with the process that started them."""
 
 import itertools
 import multiprocessing
@@ -12,77 +12,111 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any, Generic, TypeVar
 
 from asrllm.errors import UserError
 
-TELL_EVERY = 0.2  # seconds between a worker's reports of progress
-Advance = Callable[[int], object]  # told how many utterances are done
+REPORT_INTERVAL = 0.2  # seconds between progress reports of a worker
+Advance = Callable[[int], object]  # receives the number of utterances that were completed
 J = TypeVar("J")
 R = TypeVar("R")
 
 
 def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_parallel(
-    work: Callable[[J, Advance], R], jobs: Iterable[J], workers: int, advance: Advance
+    work: Callable[[J, Advance], R],
+    jobs: Iterable[J],
+    workers: int,
+    advance: Advance,
 ) -> Generator[tuple[int, R], None, None]:
-    """(the job's number, `work(job, advance)`) of every job, as they are done, by so many processes; with 1 in this one.
+    """Run jobs in worker processes, and yield (job number, result) as they complete.
 
-    Each process has one job, and one more job is fetched ahead. A single job is not worth a process. Raises what `work` raises.
+    Each process has one job at a time, and one more job is fetched ahead. With one worker, or a
+    single job, everything runs in this process.
+
+    Args:
+        work: called with a job and a function to report progress; must be picklable.
+        jobs: the arguments of `work`.
+        workers: number of processes.
+        advance: receives the reported progress.
+
+    Raises:
+        UserError: a worker process died.
+        Exception: whatever `work` raises. An unexpected error becomes a RuntimeError.
     """
     jobs = iter(jobs)
     first = list(itertools.islice(jobs, min(workers, 2)))
     jobs = itertools.chain(first, jobs)
     if len(first) < 2:
-        yield from ((number, work(job, advance)) for number, job in enumerate(jobs))
+        for number, job in enumerate(jobs):
+            yield number, work(job, advance)
         return
     pool = _WorkerPool(work, workers, advance)
     try:
         for number, job in enumerate(jobs):
             while not pool.has_room():
                 yield from pool.wait()
-            pool.give(number, job)
+            pool.submit(number, job)
             yield from pool.wait(timeout=0)
         while pool.busy:
             yield from pool.wait()
     finally:
-        pool.end()
+        pool.close()
 
 
-class _WorkerPool:
-    """Worker processes, each behind a pipe of its own: where either end dies, the other one notices."""
+class _WorkerPool(Generic[J, R]):
+    """Worker processes with one pipe each, so that either side notices when the other one dies."""
 
-    def __init__(self, work: Callable[[Any, Advance], Any], size: int, advance: Advance) -> None:
-        self.work, self.size, self.advance = work, size, advance
-        self.processes: dict[Any, Any] = {}  # by their pipes
-        self.busy: dict[Any, int] = {}  # pipe: number of its job
-        # a fork of this process could inherit locks that its threads hold; a server without threads, which has imported all, may fork
+    def __init__(
+        self,
+        work: Callable[[J, Advance], R],
+        size: int,
+        advance: Advance,
+    ) -> None:
+        self.work = work
+        self.size = size
+        self.advance = advance
+        self.processes: dict[Connection, ForkServerProcess] = {}
+        self.busy: dict[Connection, int] = {}  # job numbers by pipe
+        # A fork of this process could inherit locks that its threads hold. The fork server has no
+        # threads, and has imported everything that workers need.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            [__name__, *(["lhotse"] if "lhotse" in sys.modules else [])]
-        )
+        preload = [__name__]
+        if "lhotse" in sys.modules:
+            preload.append("lhotse")
+        self.context.set_forkserver_preload(preload)
 
     def has_room(self) -> bool:
+        """Return whether a job can be submitted."""
         return len(self.busy) < self.size
 
-    def give(self, number: int, job: Any) -> None:
-        pipe = (
-            next((pipe for pipe in self.processes if pipe not in self.busy), None) or self._start()
-        )
-        with suppress(OSError):  # where it has died, the next wait finds that
+    def submit(self, number: int, job: J) -> None:
+        """Send a job to an idle worker, or to a new one."""
+        idle = (pipe for pipe in self.processes if pipe not in self.busy)
+        pipe = next(idle, None) or self._start()
+        with suppress(OSError):  # the worker has died, which the next wait reports
             pipe.send(job)
         self.busy[pipe] = number
 
-    def _start(self) -> Any:
+    def _start(self) -> Connection:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.work), daemon=True)
-        multiprocessing.resource_tracker.ensure_running()  # else it is started below, and unblocks SIGINT
-        blocked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # Ctrl-C is for this process alone; the server inherits this
+        process = self.context.Process(
+            target=_worker_main,
+            args=(theirs, self.work),
+            daemon=True,
+        )
+        # Otherwise process.start() starts the tracker, which unblocks SIGINT.
+        multiprocessing.resource_tracker.ensure_running()
+        # Ctrl-C is for this process alone. The fork server inherits the mask.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
@@ -91,71 +125,92 @@ class _WorkerPool:
         self.processes[ours] = process
         return ours
 
-    def wait(self, timeout: float | None = None) -> Iterator[tuple[int, Any]]:
-        """What is done, once somebody says something."""
+    def wait(self, timeout: float | None = None) -> Iterator[tuple[int, R]]:
+        """Wait for messages of busy workers, and yield (job number, result) of completed jobs.
+
+        Args:
+            timeout: seconds; None waits until there is a message.
+        """
         pipes: list[Any] = multiprocessing.connection.wait(list(self.busy), timeout)
         for pipe in pipes:
             try:
-                what, value = pipe.recv()
+                kind, value = pipe.recv()
             except (EOFError, OSError) as error:
                 process = self.processes[pipe]
                 process.join()
                 raise UserError(
-                    f"a worker process ended with {process.exitcode}: where memory ran out (-9), give fewer --workers; then run again"
+                    f"a worker process ended with status {process.exitcode}. "
+                    "Run the command again; if memory ran out (-9), use fewer --workers."
                 ) from error
-            if what == "advance":
+            if kind == "advance":
                 self.advance(value)
-            elif what == "done":
+            elif kind == "done":
                 yield self.busy.pop(pipe), value
             else:
                 raise value
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """Kill the workers."""
         for process in self.processes.values():
-            process.kill()  # a handler of SIGTERM, such as coverage's, may wait for ever
+            # SIGTERM is not enough: a handler of it (coverage has one) may wait forever.
+            process.kill()
         for pipe, process in self.processes.items():
             process.join()
             pipe.close()
 
 
-def _serve(pipe: Any, work: Callable[[Any, Advance], Any]) -> None:
-    """A worker's life: until the other end of the pipe is closed."""
+def _worker_main(pipe: Connection, work: Callable[[J, Advance], R]) -> None:
+    """Run the jobs of a worker process until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         while True:
-            job, reporter = pipe.recv(), _ProgressReporter(pipe)
-            try:
-                answer: tuple[str, Any] = ("done", work(job, reporter))
-                reporter.tell()
-            except (UserError, ConnectionError) as error:
-                answer = ("failed", error)
-            except Exception:  # the parent raises it
-                answer = ("failed", RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
-            pipe.send(answer)
-    except (EOFError, OSError):  # nobody is there any more
+            job = pipe.recv()
+            pipe.send(_run_job(work, job, _ProgressReporter(pipe)))
+    except (EOFError, OSError):  # the parent has gone
         return
 
 
-class _ProgressReporter:
-    """A worker's `advance`: tells the parent at times, who would else do nothing but listen to many workers."""
+def _run_job(
+    work: Callable[[J, Advance], R], job: J, reporter: "_ProgressReporter"
+) -> tuple[str, R | Exception]:
+    """Return the message to the parent: ("done", result) or ("failed", error)."""
+    try:
+        result = work(job, reporter)
+        reporter.report()
+        return "done", result
+    except (UserError, ConnectionError) as error:
+        return "failed", error
+    except Exception:  # the parent raises it
+        return "failed", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe, self.count, self.told = pipe, 0, time.monotonic()
+
+class _ProgressReporter:
+    """The `advance` of a worker.
+
+    It reports at intervals, so that many workers do not flood the parent with messages.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.count = 0
+        self.last_report = time.monotonic()
 
     def __call__(self, count: int) -> None:
         self.count += count
-        if time.monotonic() - self.told >= TELL_EVERY:
-            self.tell()
+        if time.monotonic() - self.last_report >= REPORT_INTERVAL:
+            self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
+        """Send the progress since the last report."""
         if self.count:
             self.pipe.send(("advance", self.count))
-        self.count, self.told = 0, time.monotonic()
+        self.count = 0
+        self.last_report = time.monotonic()
 
 
-def _end_with_parent() -> None:
-    """A killed parent's worker ends at once, in the middle of its utterance too."""
+def _exit_with_parent() -> None:
+    """Exit as soon as the parent is killed, even in the middle of an utterance."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -1,29 +1,39 @@
-"""The plan: which utterances make which batch on which rank, from the index alone.
+"""The batch plan: which utterances form which batch on which rank, computed from the index alone.
 
-A pure function of (index, config, seed, epoch, window). A corpus is an endless sequence: round after round, in each its shards in a new
-order and the rows shuffled within them. An epoch takes a stretch of every corpus's sequence and spreads it evenly over its windows, so
-that a window holds whole shards as far as it can (a cache of shards then serves it) and all corpora in their shares. A window is sorted
-by length and cut into groups of one batch a rank, of near-equal cost; the groups come in random order.
+The plan is a pure function of (index, config, seed, epoch, window).
+
+A corpus is an endless sequence of passes. Each pass visits the shards in a new order and shuffles
+the rows within them. An epoch takes a span of every corpus's sequence and spreads it evenly over
+its windows. A window therefore consists of whole shards as far as possible, which suits a cache of
+shards, and mixes the corpora in their ratios. The utterances of a window are sorted by length and
+cut into groups of one batch per rank, of nearly equal cost. The groups come in random order.
 """
 
 import bisect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
 from asrllm.data.config import SamplerConfig
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import RATE
-from asrllm.data.repeats import any_meet, any_share, first_repeats, has_repeats, spread
+from asrllm.data.repeats import (
+    copies_share_group,
+    copies_share_rank,
+    excess_copies,
+    has_copies,
+    spread_copies,
+)
 from asrllm.data.storage import RemoteFile, is_url
 
-LENGTH_JITTER = 0.05  # lengths are stretched by up to this before sorting, so that an utterance meets others in every epoch
-PIECE = 1024  # rows of a shard that are shuffled together, at most
-SPARES = 3  # utterances that may stand in for one that cannot be read
+# Lengths are scaled by up to this ratio before sorting, so that an utterance shares its batch
+# with other utterances in every epoch.
+LENGTH_JITTER = 0.05
+BLOCK_ROWS = 1024  # largest number of rows of a shard that are shuffled together
+SPARES = 3  # replacement candidates for an utterance that cannot be read
 ENTRY = np.dtype(
     [
         ("corpus", "<u2"),
@@ -37,9 +47,14 @@ ENTRY = np.dtype(
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Position:
-    """The state of the data: what comes next. batch: how many batches of the window were dealt out; ranks: for how many it was cut.
+    """The resumable state of the data stream: the next batch of the plan.
 
-    A window that was begun on another number of ranks is dealt out as it was cut; ranks=0: it is cut for those that come.
+    Attributes:
+        epoch: epoch of the next batch.
+        window: window of the next batch within the epoch.
+        batch: how many batches of the window were already used.
+        ranks: world size for which the window was cut into batches. A window that was started on
+            another world size keeps its batches. 0 means that the current world size applies.
     """
 
     epoch: int = 0
@@ -48,14 +63,20 @@ class Position:
     ranks: int = 0
 
     def as_dict(self) -> dict[str, int]:
+        """Return the fields for a checkpoint manifest."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One utterance of a batch. round: how often its corpus was gone through before; spares: rows to read in its place.
+    """One utterance of a batch.
 
-    filler: present so that its rank has a batch at all; it carries no loss and is not trained on.
+    Attributes:
+        corpus: index of its corpus in the plan.
+        row: its row in the corpus's index.
+        pass_index: how many complete passes over the corpus came before this one.
+        filler: whether it only keeps its rank's batch from being empty. A filler carries no loss.
+        spares: utterances to read instead if this one cannot be read.
     """
 
     corpus: int
@@ -70,42 +91,50 @@ Batch = list[Item]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer step of all ranks. batches: micro-batch after micro-batch, in each one of every rank, (utterances,) of ENTRY, or empty.
+    """One optimizer step of all ranks.
 
-    ranks: how many; following: a batch of a later step; before: epochs that are done when the step begins; after: where the data goes on.
+    Attributes:
+        batches: the micro-batches, ordered by micro-batch and then by rank. Each is an array
+            (utterances,) of ENTRY and may be empty.
+        ranks: world size.
+        next_batch: a non-empty batch of a later step, as a source of spares.
+        before: epochs that are complete when the step begins, as a fractional number.
+        after: position after the step.
     """
 
     batches: list[np.ndarray]
     ranks: int
-    following: np.ndarray
+    next_batch: np.ndarray
     before: float
     after: Position
 
-    def of_rank(self, rank: int) -> list[Batch]:
-        """The rank's micro-batches."""
+    def micro_batches(self, rank: int) -> list[Batch]:
+        """Return the micro-batches of one rank."""
         return [self._items(i) for i in range(rank, len(self.batches), self.ranks)]
 
     def _items(self, number: int) -> Batch:
-        """Spares come from the next batch that is not empty, which is mostly another rank's of the same step and of similar lengths."""
+        """Return one micro-batch with spares.
+
+        Spares come from the next non-empty batch. That is usually another rank's batch of the same
+        step, which has similar lengths.
+        """
         batch = self.batches[number]
-        others = [*self.batches[number + 1 :], *self.batches[:number], self.following]
-        pool = next(other for other in others if len(other))
+        others = [*self.batches[number + 1 :], *self.batches[:number], self.next_batch]
+        candidates = next(other for other in others if len(other))
         if not len(batch):
-            return [_item(pool[0], filler=True)]
-        spares = [_item(entry) for entry in pool[: len(batch) + SPARES]]
-        return [
-            _item(entry, spares=tuple(spares[(i + k) % len(spares)] for k in range(SPARES)))
-            for i, entry in enumerate(batch)
-        ]
+            return [_item(entry, filler=True) for entry in candidates[:1]]
+        spares = [_item(entry) for entry in candidates[: len(batch) + SPARES]]
+        items = []
+        for i, entry in enumerate(batch):
+            chosen = tuple(spares[(i + k) % len(spares)] for k in range(SPARES))
+            items.append(_item(entry, spares=chosen))
+        return items
 
 
 class Plan:
-    """Batches of an epoch for any number of ranks.
+    """The batches of every epoch, for any world size.
 
-    audio_tokens: number of samples at RATE -> number of tokens that the LLM sees of them (arrays).
-    Text is counted as a third of its UTF-8 bytes, which is about what LLM tokenizers make of Chinese, and above what they make of English.
-    endless: windows without end, every corpus with a share of the audio time of hours x weight; else weights repeat a corpus in the epoch.
-    Nothing of the size of the index is held in memory.
+    Memory does not grow with the index: only the batches of recent windows are cached.
     """
 
     def __init__(
@@ -118,204 +147,318 @@ class Plan:
         shuffle: bool = True,
         endless: bool = False,
     ) -> None:
-        self.corpora, self.config, self.audio_tokens = corpora, config, audio_tokens
-        self.seed, self.shuffle, self.endless = seed, shuffle, endless
-        self._streams = [_Stream(corpus, [seed, i], shuffle) for i, corpus in enumerate(corpora)]
-        self._takes = [
-            round(corpus.weight * len(corpus.index)) for corpus in corpora
-        ]  # of an epoch
-        shares = [
-            corpus.hours * corpus.weight * len(corpus.index) / corpus.kept_hours
-            for corpus in corpora
+        """Prepare a plan.
+
+        Text counts as a third of its UTF-8 bytes. That is close to what LLM tokenizers need for
+        Chinese, and more than they need for English.
+
+        Args:
+            corpora: the corpora to mix.
+            config: limits of a batch, and the window size.
+            audio_tokens: maps numbers of samples at RATE to numbers of audio tokens of the LLM,
+                both as arrays of shape (n,).
+            seed: seed of all random choices.
+            shuffle: False keeps the order of the index.
+            endless: True gives windows without end, in which each corpus receives a ratio of the
+                audio time proportional to hours x weight. False repeats a corpus `weight` times
+                per epoch.
+        """
+        self.corpora = corpora
+        self.config = config
+        self.audio_tokens = audio_tokens
+        self.seed = seed
+        self.shuffle = shuffle
+        self.endless = endless
+        self._streams = [
+            _CorpusStream(corpus, [seed, number], shuffle)  # one seed per corpus
+            for number, corpus in enumerate(corpora)
         ]
-        self._shares = [Fraction(share) / Fraction(sum(shares)) for share in shares]
+        # utterances per epoch and corpus
+        self._epoch_sizes = [round(corpus.weight * len(corpus.index)) for corpus in corpora]
+        self._ratios = _mixing_ratios(corpora)
         self._windows: dict[tuple[int, int, int], list[np.ndarray]] = {}
         self._lock = threading.Lock()
 
     @property
     def windows(self) -> int | None:
-        """Windows of an epoch; None without end."""
-        return None if self.endless else max(1, -(-sum(self._takes) // self.config.window))
+        """Number of windows in an epoch, or None if the plan is endless."""
+        if self.endless:
+            return None
+        return max(1, -(-sum(self._epoch_sizes) // self.config.window))
 
     def utterances(self, epoch: int, window: int) -> np.ndarray:
-        """(n,) of ENTRY: the utterances of a window that pass the filters, in the order of their corpora."""
+        """Return the utterances of a window that pass the filters, ordered by corpus.
+
+        Returns:
+            (n,) of ENTRY.
+        """
         parts = []
-        for number, corpus in enumerate(self.corpora):
-            begin, end = self._stretch(number, epoch, window)
-            for round_, rows in self._streams[number].rows(begin, end):
-                found = corpus.index.rows[rows]
-                passes = corpus.passes(found)
-                part: np.ndarray = np.empty(int(passes.sum()), ENTRY)
-                part["corpus"], part["pass_index"], part["row"] = number, round_, rows[passes]
-                part["samples"] = found["samples"][passes]
-                part["tokens"] = self.audio_tokens(part["samples"].astype(np.int64)) + -(
-                    -found["text_bytes"][passes].astype(np.int64) // 3
-                )
-                parts.append(part)
+        for number in range(len(self.corpora)):
+            begin, end = self._span(number, epoch, window)
+            for pass_index, rows in self._streams[number].rows(begin, end):
+                parts.append(self._entries(number, pass_index, rows))
         return np.concatenate(parts) if parts else np.empty(0, ENTRY)
 
-    def _stretch(self, corpus: int, epoch: int, window: int) -> tuple[int, int]:
-        """The window's part of the corpus's sequence."""
-        if self.endless:
-            share = self._shares[corpus] * self.config.window
-            return int(window * share), int((window + 1) * share)
-        take, windows = self._takes[corpus], self.windows or 1
-        return epoch * take + window * take // windows, epoch * take + (
-            window + 1
-        ) * take // windows
+    def _entries(
+        self,
+        number: int,
+        pass_index: int,
+        rows: np.ndarray,
+    ) -> np.ndarray:
+        """Return the entries (n,) of a corpus's rows that pass the filters."""
+        corpus = self.corpora[number]
+        found = corpus.index.rows[rows]
+        passes = corpus.passes(found)
+        found = found[passes]
+        entries: np.ndarray = np.empty(len(found), ENTRY)
+        entries["corpus"] = number
+        entries["pass_index"] = pass_index
+        entries["row"] = rows[passes]
+        entries["samples"] = found["samples"]
+        audio_tokens = self.audio_tokens(entries["samples"].astype(np.int64))
+        text_tokens = -(-found["text_bytes"].astype(np.int64) // 3)
+        entries["tokens"] = audio_tokens + text_tokens
+        return entries
 
-    def batches(self, epoch: int, window: int, ranks: int) -> list[np.ndarray]:
-        """A window's batches in the order in which they are dealt out: `ranks` at a time are of near-equal cost. Some may be empty."""
+    def _span(
+        self,
+        corpus: int,
+        epoch: int,
+        window: int,
+    ) -> tuple[int, int]:
+        """Return the span [begin, end) of the corpus's sequence that a window covers."""
+        if self.endless:
+            size = self._ratios[corpus] * self.config.window
+            return int(window * size), int((window + 1) * size)
+        total = self._epoch_sizes[corpus]
+        windows = self.windows or 1
+        begin = epoch * total + window * total // windows
+        end = epoch * total + (window + 1) * total // windows
+        return begin, end
+
+    def batches(
+        self,
+        epoch: int,
+        window: int,
+        ranks: int,
+    ) -> list[np.ndarray]:
+        """Return the batches of a window in training order.
+
+        Args:
+            epoch: the epoch.
+            window: the window within the epoch.
+            ranks: world size. Each `ranks` consecutive batches have nearly equal cost.
+
+        Returns:
+            Arrays (utterances,) of ENTRY, some of which may be empty.
+        """
         key = (epoch, window, ranks)
-        with self._lock:  # the next window is prepared by a thread while this one is dealt out
+        with self._lock:  # a thread prepares the next window while this one is in use
             if key not in self._windows:
-                batches = self._cut(
-                    self.utterances(epoch, window),
-                    ranks,
-                    np.random.default_rng([self.seed, epoch, window]),
-                )
-                self._windows = dict(list(self._windows.items())[-2:]) | {key: batches}
+                rng = np.random.default_rng([self.seed, epoch, window])
+                batches = self._make_batches(self.utterances(epoch, window), ranks, rng)
+                recent = list(self._windows.items())[-2:]
+                self._windows = dict(recent) | {key: batches}
             return self._windows[key]
 
-    def _cut(self, entries: np.ndarray, ranks: int, rng: np.random.Generator) -> list[np.ndarray]:
-        lengths: np.ndarray = entries["samples"] * (
-            rng.uniform(1, 1 + LENGTH_JITTER, len(entries)) if self.shuffle else 1
-        )
-        may_repeat = has_repeats(entries)
+    def _make_batches(
+        self, entries: np.ndarray, ranks: int, rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        """Sort a window by length, and cut it into batches in random order."""
+        lengths: np.ndarray = entries["samples"]
+        if self.shuffle:
+            lengths = lengths * rng.uniform(1, 1 + LENGTH_JITTER, len(entries))
+        may_repeat = has_copies(entries)
         entries = entries[np.argsort(-lengths, kind="stable")]
         groups = list(self._groups(entries, ranks))
-        if may_repeat and any_meet(entries, groups):
-            entries = entries[spread(entries, groups, ranks, rng if self.shuffle else None)]
-            groups = list(self._groups(entries, ranks, first_repeats(entries, len(groups), ranks)))
-        order = rng.permutation(len(groups)) if self.shuffle else range(len(groups))
-        return [
-            batch
-            for i in order
-            for batch in deal(entries[slice(*groups[i])], ranks, repeated=may_repeat)
-        ]
+        if may_repeat and copies_share_group(entries, groups):
+            order = spread_copies(entries, groups, ranks, rng if self.shuffle else None)
+            entries = entries[order]
+            excess = excess_copies(entries, len(groups), ranks)
+            groups = list(self._groups(entries, ranks, excess))
+        group_order = rng.permutation(len(groups)) if self.shuffle else range(len(groups))
+        batches = []
+        for i in group_order:
+            group = entries[slice(*groups[i])]
+            batches += split_over_ranks(group, ranks, repeated=may_repeat)
+        return batches
 
     def _groups(
-        self, entries: np.ndarray, ranks: int, repeats: np.ndarray | None = None
+        self, entries: np.ndarray, ranks: int, excess: np.ndarray | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yield stretches of the utterances that make one batch a rank within the budget.
+        """Yield the spans [start, end) of utterances that form one batch per rank.
 
-        The last two share what is left evenly.
+        The last two groups divide the remaining utterances evenly.
 
         Args:
             entries: (n,) of ENTRY, sorted by length.
             ranks: the number of batches in a group.
-            repeats: (n,) as of repeats.first_repeats, where utterances occur more than once.
+            excess: (n,) as of repeats.excess_copies if utterances occur more than once.
         """
-        tokens: np.ndarray = entries["tokens"].astype(np.int64)
-        samples: np.ndarray = entries["samples"].astype(np.int64)
-        budgets = [(tokens, self.config.max_tokens)]
-        if self.config.max_duration is not None:
-            budgets.append((samples, int(self.config.max_duration * RATE)))
-        # a last row of fewer utterances than ranks counts as if it were full
-        sums = [
-            np.cumsum(np.concatenate([[0], values, np.full(ranks - 1, values.max(initial=0))]))
-            for values, _ in budgets
-        ]
+        budgets = self._budgets(entries, ranks)
         start = 0
         while start < len(entries):
-            size, left = self.config.max_utterances, len(entries) - start
-            for (values, budget), total in zip(budgets, sums, strict=True):
-                fitting = (
-                    int(np.searchsorted(total, total[start] + budget * ranks, "right")) - 1 - start
-                )
-                most = values[start : start + max(fitting, ranks)]
-                slack = (
-                    int(most.max() - most.min()) if ranks > 1 else 0
-                )  # what dealing can leave between two batches of a group
-                fitting = (
-                    int(np.searchsorted(total, total[start] + (budget - slack) * ranks, "right"))
-                    - 1
-                    - start
-                )
-                size = min(size, max(1, fitting // ranks))
-            if repeats is not None:
-                is_repeat = repeats[start : start + size * ranks] >= start
-                if is_repeat.any():
-                    size = max(1, int(is_repeat.argmax()) // ranks)
-            if size * ranks < left < 2 * size * ranks:
-                size = -(-left // (2 * ranks))
+            size = self.config.max_utterances
+            for budget in budgets:
+                size = min(size, budget.batch_size(start, ranks))
+            if excess is not None:
+                is_excess = excess[start : start + size * ranks] >= start
+                if is_excess.any():
+                    size = max(1, int(is_excess.argmax()) // ranks)
+            remaining = len(entries) - start
+            if size * ranks < remaining < 2 * size * ranks:
+                size = -(-remaining // (2 * ranks))
             end = min(start + size * ranks, len(entries))
             yield start, end
             start = end
 
-    def steps(self, start: Position, *, ranks: int, accumulation: int = 1) -> Iterator[Step]:
-        """From `start` to the end of its epoch, or without end."""
-        unit, windows = ranks * accumulation, self.windows
-        window, at, cut = start.window, start.batch, start.ranks or ranks
-        while windows is None or window < windows:
-            batches = self.batches(start.epoch, window, cut)
-            filled = [i for i, batch in enumerate(batches) if len(batch)]
-            while filled and at <= filled[-1]:
-                before = start.epoch + (window + at / len(batches)) / (windows or 1)
-                dealt = batches[at : at + unit]
-                at += len(dealt)
-                if not any(map(len, dealt)):  # of a window that was cut for more ranks
-                    continue
-                after = Position(epoch=start.epoch, window=window, batch=at, ranks=cut)
-                if at > filled[-1]:
-                    after = self._next_window(start.epoch, window, ranks)
-                following = batches[filled[bisect.bisect_left(filled, at) % len(filled)]]
-                yield Step(
-                    batches=split_to(dealt, unit),
-                    ranks=ranks,
-                    following=following,
-                    before=before,
-                    after=after,
-                )
-            window, at, cut = window + 1, 0, ranks
+    def _budgets(self, entries: np.ndarray, ranks: int) -> list["_Budget"]:
+        budgets = [_Budget(entries["tokens"], self.config.max_tokens, ranks)]
+        if self.config.max_duration is not None:
+            max_samples = int(self.config.max_duration * RATE)
+            budgets.append(_Budget(entries["samples"], max_samples, ranks))
+        return budgets
 
-    def following(self, epoch: int, window: int) -> tuple[int, int]:
-        return (epoch + 1, 0) if window + 1 == self.windows else (epoch, window + 1)
+    def steps(
+        self,
+        start: Position,
+        *,
+        ranks: int,
+        accumulation: int = 1,
+    ) -> Iterator[Step]:
+        """Yield the steps from a position to the end of its epoch, or without end.
 
-    def _next_window(self, epoch: int, window: int, ranks: int) -> Position:
-        """The next window that holds anything, of this epoch or a later one."""
-        position = self.following(epoch, window)
-        while not self.batches(*position, ranks):
-            position = self.following(*position)
-        return Position(epoch=position[0], window=position[1])
+        Args:
+            start: the position of the first step.
+            ranks: world size.
+            accumulation: micro-batches per rank and step.
+        """
+        begin = replace(start, ranks=start.ranks or ranks)
+        while self.windows is None or begin.window < self.windows:
+            yield from self._window_steps(begin, ranks, ranks * accumulation)
+            begin = Position(
+                epoch=start.epoch,
+                window=begin.window + 1,
+                ranks=ranks,
+            )
+
+    def _window_steps(
+        self,
+        start: Position,
+        ranks: int,
+        step_size: int,
+    ) -> Iterator[Step]:
+        """Yield the steps from a position to the end of its window.
+
+        Args:
+            start: the position; its `ranks` is the world size for which the window was cut.
+            ranks: current world size.
+            step_size: batches per step.
+        """
+        epoch, window = start.epoch, start.window
+        batches = self.batches(epoch, window, start.ranks)
+        filled = [i for i, batch in enumerate(batches) if len(batch)]
+        at = start.batch
+        while filled and at <= filled[-1]:
+            before = epoch + (window + at / len(batches)) / (self.windows or 1)
+            step_batches = batches[at : at + step_size]
+            at += len(step_batches)
+            # all are empty in parts of a window that was cut for more ranks
+            if not any(map(len, step_batches)):
+                continue
+            after = replace(start, batch=at)
+            if at > filled[-1]:
+                after = self._next_filled_window(epoch, window, ranks)
+            following = filled[bisect.bisect_left(filled, at) % len(filled)]
+            yield Step(
+                batches=split_batches(step_batches, step_size),
+                ranks=ranks,
+                next_batch=batches[following],
+                before=before,
+                after=after,
+            )
+
+    def next_window(self, epoch: int, window: int) -> tuple[int, int]:
+        """Return (epoch, window) of the window after the given one."""
+        if window + 1 == self.windows:
+            return epoch + 1, 0
+        return epoch, window + 1
+
+    def _next_filled_window(self, epoch: int, window: int, ranks: int) -> Position:
+        """Return the start of the next non-empty window of this epoch or a later one."""
+        epoch, window = self.next_window(epoch, window)
+        while not self.batches(epoch, window, ranks):
+            epoch, window = self.next_window(epoch, window)
+        return Position(epoch=epoch, window=window)
 
     def typical_batches(self, ranks: int) -> list[np.ndarray]:
-        """The batches of the first window that holds anything."""
-        position = (0, 0)
-        while not self.batches(*position, ranks):
-            position = self.following(*position)
-        return self.batches(*position, ranks)
+        """Return the batches of the first non-empty window."""
+        epoch, window = 0, 0
+        while not self.batches(epoch, window, ranks):
+            epoch, window = self.next_window(epoch, window)
+        return self.batches(epoch, window, ranks)
 
     def estimate_steps(self, *, ranks: int, accumulation: int = 1) -> int:
-        """About how many steps an epoch has: exact where it is one window."""
-        return -(-len(self.typical_batches(ranks)) // (ranks * accumulation)) * (self.windows or 1)
+        """Return the approximate number of steps per epoch, exact for an epoch of one window."""
+        steps = -(-len(self.typical_batches(ranks)) // (ranks * accumulation))
+        return steps * (self.windows or 1)
 
     def largest_batch(self, ranks: int) -> int:
-        """Samples of the largest batch of a window, padding included."""
-        return max(len(b) * int(b["samples"].max()) for b in self.typical_batches(ranks) if len(b))
+        """Return the number of samples, padding included, in the largest batch of a window."""
+        sizes = [
+            len(batch) * int(batch["samples"].max())
+            for batch in self.typical_batches(ranks)
+            if len(batch)
+        ]
+        return max(sizes)
 
-    def files(self, epoch: int, window: int) -> list[RemoteFile]:
-        """The remote shards that a window reads."""
-        remote = [corpus for corpus in self.corpora if any(map(is_url, corpus.index.shards))]
-        if not remote:
+    def remote_shards(self, epoch: int, window: int) -> list[RemoteFile]:
+        """Return the remote shards that a window reads."""
+        if not any(_is_remote(corpus) for corpus in self.corpora):
             return []
-        entries, files = self.utterances(epoch, window), []
+        entries = self.utterances(epoch, window)
+        files = []
         for number, corpus in enumerate(self.corpora):
-            shards = np.unique(
-                corpus.index.rows["shard"][entries["row"][entries["corpus"] == number]]
-            )
-            files += [
-                corpus.index.file(int(shard))
-                for shard in shards
-                if is_url(corpus.index.shards[shard])
-            ]
+            rows = entries["row"][entries["corpus"] == number]
+            for shard in np.unique(corpus.index.rows["shard"][rows]):
+                if is_url(corpus.index.shards[shard]):
+                    files.append(corpus.index.file(int(shard)))
         return files
 
 
+def _is_remote(corpus: Corpus) -> bool:
+    return any(map(is_url, corpus.index.shards))
+
+
+def _mixing_ratios(corpora: Sequence[Corpus]) -> list[Fraction]:
+    """Return the ratio of utterances that each corpus contributes to an endless plan.
+
+    Utterances that the filters drop count too, because a span of the sequence includes them.
+    """
+    sizes = [
+        corpus.hours * corpus.weight * len(corpus.index) / corpus.kept_hours for corpus in corpora
+    ]
+    total = Fraction(sum(sizes))
+    return [Fraction(size) / total for size in sizes]
+
+
 def planned_steps(
-    plan: Plan, start: Position, *, ranks: int, accumulation: int, epochs: int | None
+    plan: Plan,
+    start: Position,
+    *,
+    ranks: int,
+    accumulation: int,
+    epochs: int | None,
 ) -> Iterator[tuple[Position, Step]]:
-    """Every step with the position that it begins at."""
+    """Yield (position at which it begins, step) of every step.
+
+    Args:
+        plan: the plan.
+        start: the position of the first step.
+        ranks: world size.
+        accumulation: micro-batches per rank and step.
+        epochs: the epoch before which to stop, or None to continue without end.
+    """
     position = start
     while epochs is None or position.epoch < epochs:
         epoch = position.epoch
@@ -326,53 +469,115 @@ def planned_steps(
             position = Position(epoch=epoch + 1)
 
 
-class _Stream:
-    """A corpus as an endless sequence of rows, in rounds that each go through all of it once."""
+class _Budget:
+    """One limit on a batch: the sum of a per-utterance cost.
 
-    def __init__(self, corpus: Corpus, seed: Sequence[int], shuffle: bool) -> None:
-        self.size, self.seed, self.shuffle = len(corpus.index), list(seed), shuffle
+    Attributes:
+        costs: (n,) cost of each utterance, in the order of their lengths.
+        limit: largest sum of costs in a batch.
+        cumulative: (n + ranks,) sums of the costs of the first utterances. The largest cost is
+            appended `ranks - 1` times, so that a last row of fewer utterances than ranks counts as
+            if it were full.
+    """
+
+    def __init__(
+        self,
+        costs: np.ndarray,
+        limit: int,
+        ranks: int,
+    ) -> None:
+        self.costs: np.ndarray = costs.astype(np.int64)
+        self.limit = limit
+        padding = np.full(ranks - 1, self.costs.max(initial=0))
+        self.cumulative = np.cumsum(np.concatenate([[0], self.costs, padding]))
+
+    def batch_size(self, start: int, ranks: int) -> int:
+        """Return how many utterances from `start` on each of `ranks` batches can hold, at least 1.
+
+        Distributing a group over ranks can leave a difference as large as that between its most
+        and least expensive utterances. The limit leaves room for it.
+        """
+        count = self._count_within(start, self.limit * ranks)
+        costs = self.costs[start : start + max(count, ranks)]
+        slack = int(costs.max() - costs.min()) if ranks > 1 else 0
+        count = self._count_within(start, (self.limit - slack) * ranks)
+        return max(1, count // ranks)
+
+    def _count_within(self, start: int, limit: int) -> int:
+        """Return how many utterances from `start` on have a total cost of at most `limit`."""
+        end = int(np.searchsorted(self.cumulative, self.cumulative[start] + limit, "right"))
+        return end - 1 - start
+
+
+class _CorpusStream:
+    """A corpus as an endless sequence of rows: one complete pass after another.
+
+    Each shard is divided into blocks of at most BLOCK_ROWS rows. A pass shuffles the shards, the
+    blocks within each shard, and the rows within each block.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: Sequence[int],
+        shuffle: bool,
+    ) -> None:
+        self.size = len(corpus.index)
+        self.seed = list(seed)
+        self.shuffle = shuffle
         starts = corpus.index.starts
-        counts = -(-np.diff(starts) // PIECE)  # pieces of each shard
+        counts = -(-np.diff(starts) // BLOCK_ROWS)  # blocks per shard
         self._shard: np.ndarray = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(len(self._shard)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self._begin = starts[self._shard] + within * PIECE
-        self._end = np.minimum(self._begin + PIECE, starts[self._shard + 1])
+        first_blocks: np.ndarray = np.repeat(np.cumsum(counts) - counts, counts)
+        block_in_shard = np.arange(len(self._shard)) - first_blocks
+        self._begin = starts[self._shard] + block_in_shard * BLOCK_ROWS
+        self._end = np.minimum(self._begin + BLOCK_ROWS, starts[self._shard + 1])
 
     def rows(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(round, row numbers) of the stretch [begin, end) of the sequence, a part for each round that it touches."""
+        """Yield (pass index, row numbers) of the span [begin, end), one part per pass."""
         while begin < end:
-            round_, first = divmod(begin, self.size)
+            pass_index, first = divmod(begin, self.size)
             last = min(first + end - begin, self.size)
-            yield round_, self._of_round(round_, first, last)
+            yield pass_index, self._rows_of_pass(pass_index, first, last)
             begin += last - first
 
-    def _of_round(self, round_: int, first: int, last: int) -> np.ndarray:
+    def _rows_of_pass(
+        self,
+        pass_index: int,
+        first: int,
+        last: int,
+    ) -> np.ndarray:
         if not self.shuffle:
             return np.arange(first, last)
-        rng = np.random.default_rng([*self.seed, round_])
+        rng = np.random.default_rng([*self.seed, pass_index])
         shard_order = rng.permutation(int(self._shard[-1]) + 1)
-        order = np.lexsort(
-            (rng.random(len(self._shard)), shard_order[self._shard])
-        )  # shard by shard, its pieces in any order
-        bounds = np.concatenate([[0], np.cumsum((self._end - self._begin)[order])])
+        # shard by shard, with the blocks of a shard in random order
+        block_order = rng.random(len(self._shard))
+        order = np.lexsort((block_order, shard_order[self._shard]))
+        sizes = (self._end - self._begin)[order]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        first_block = int(np.searchsorted(bounds, first, "right")) - 1
+        last_block = int(np.searchsorted(bounds, last, "left"))
         parts = []
-        for i in range(
-            int(np.searchsorted(bounds, first, "right")) - 1,
-            int(np.searchsorted(bounds, last, "left")),
-        ):
-            piece = order[i]
-            rows = np.random.default_rng([*self.seed, round_, int(piece)]).permutation(
-                np.arange(self._begin[piece], self._end[piece])
-            )
-            parts.append(rows[max(0, first - bounds[i]) : last - bounds[i]])
+        for i in range(first_block, last_block):
+            rows = self._shuffled_block(pass_index, int(order[i]))
+            begin = max(0, first - bounds[i])
+            end = last - bounds[i]
+            parts.append(rows[begin:end])
         return np.concatenate(parts)
 
+    def _shuffled_block(self, pass_index: int, block: int) -> np.ndarray:
+        rng = np.random.default_rng([*self.seed, pass_index, block])
+        return rng.permutation(np.arange(self._begin[block], self._end[block]))
 
-def deal(entries: np.ndarray, ranks: int, *, repeated: bool = False) -> list[np.ndarray]:
-    """Divide the utterances of a group into one batch a rank.
 
-    The batches have as many utterances (one more or less) and near-equal cost: the costs of two
-    batches of equal number differ by no more than those of two utterances of the group.
+def split_over_ranks(
+    entries: np.ndarray, ranks: int, *, repeated: bool = False
+) -> list[np.ndarray]:
+    """Divide the utterances of a group into one batch per rank.
+
+    The batch sizes differ by at most one utterance. The costs of two batches of equal size differ
+    by no more than those of two utterances of the group.
 
     Args:
         entries: (n,) of ENTRY.
@@ -381,46 +586,69 @@ def deal(entries: np.ndarray, ranks: int, *, repeated: bool = False) -> list[np.
     """
     if ranks == 1:
         return [entries]
-    by_cost = np.argsort(-entries["tokens"].astype(np.int64), kind="stable")
-    has_copies = repeated and any_meet(entries, [(0, len(entries))])
-    if has_copies:  # next to each other, where the ranks that follow one another take them
-        by_cost = np.lexsort(
-            (entries["row"], entries["corpus"], -entries["tokens"].astype(np.int64))
-        )
-    owner = _owners_by_cost(entries["tokens"], by_cost, ranks)
-    if has_copies and any_share(entries, owner):
+    costs: np.ndarray = entries["tokens"].astype(np.int64)
+    by_cost = np.argsort(-costs, kind="stable")
+    contains_copies = repeated and copies_share_group(entries, [(0, len(entries))])
+    if contains_copies:  # adjacent copies go to different ranks
+        by_cost = np.lexsort((entries["row"], entries["corpus"], -costs))
+    owner = _balance(entries["tokens"], by_cost, ranks)
+    if contains_copies and copies_share_rank(entries, owner):
         owner[by_cost] = np.arange(len(entries)) % ranks
     order = np.argsort(owner, kind="stable")
-    return np.split(entries[order], np.searchsorted(owner[order], np.arange(1, ranks)))
+    bounds = np.searchsorted(owner[order], np.arange(1, ranks))
+    return np.split(entries[order], bounds)
 
 
-def _owners_by_cost(tokens: np.ndarray, by_cost: np.ndarray, ranks: int) -> np.ndarray:
-    """Give the largest of the next `ranks` utterances to the rank that has the least."""
-    sums: np.ndarray = np.zeros(ranks, np.int64)
+def _balance(
+    tokens: np.ndarray,
+    by_cost: np.ndarray,
+    ranks: int,
+) -> np.ndarray:
+    """Assign utterances to ranks: the largest of the next `ranks` go to the least loaded ranks.
+
+    Args:
+        tokens: (n,) cost of each utterance.
+        by_cost: (n,) indices of the utterances by decreasing cost.
+        ranks: world size.
+
+    Returns:
+        (n,) rank of each utterance.
+    """
+    loads: np.ndarray = np.zeros(ranks, np.int64)
     owner: np.ndarray = np.empty(len(tokens), np.int64)
     for i in range(0, len(tokens), ranks):
         chosen = by_cost[i : i + ranks]
-        to = np.argsort(sums, kind="stable")[: len(chosen)]
-        owner[chosen] = to
-        sums[to] += tokens[chosen]
+        targets = np.argsort(loads, kind="stable")[: len(chosen)]
+        owner[chosen] = targets
+        loads[targets] += tokens[chosen]
     return owner
 
 
-def split_to(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """Fewer batches than `count`, the largest of them halved until there are as many; single utterances leave the rest empty."""
+def split_batches(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """Halve the largest batches until there are `count` batches.
+
+    A batch of one utterance cannot be halved, which leaves the remaining batches empty.
+    """
     batches = list(batches)
+
+    def splittable_tokens(i: int) -> int:
+        batch = batches[i]
+        return int(batch["tokens"].sum()) if len(batch) > 1 else 0
+
     while len(batches) < count:
-        largest = max(
-            range(len(batches)),
-            key=lambda i: int(batches[i]["tokens"].sum()) * (len(batches[i]) > 1),
-        )
+        largest = max(range(len(batches)), key=splittable_tokens)
         whole = batches[largest]
         batches[largest] = whole[::2]
         batches.append(whole[1::2])
     return batches
 
 
-def _item(entry: Any, *, filler: bool = False, spares: tuple[Item, ...] = ()) -> Item:
+def _item(
+    entry: np.void,
+    *,
+    filler: bool = False,
+    spares: tuple[Item, ...] = (),
+) -> Item:
     return Item(
         corpus=int(entry["corpus"]),
         row=int(entry["row"]),

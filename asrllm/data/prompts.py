@@ -1,4 +1,4 @@
-"""The prompts that training mixes."""
+"""The prompts of training: files of weighted prompts, and the choice of one per utterance."""
 
 import hashlib
 import random
@@ -11,12 +11,24 @@ from asrllm.data.text import language_tag
 from asrllm.errors import UserError, nearest
 from asrllm.text_files import read_text, read_yaml
 
-KEYS: dict[str, Any] = {"prompt": str, "weight": (int, float), "lang": str, "task": str}
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "weight": (int, float),
+    "lang": str,
+    "task": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """weight: how often it is drawn, relative to the others; lang, task: of the utterances that it is for, None for all."""
+    """A prompt, and the utterances for which it may be used.
+
+    Attributes:
+        text: the prompt.
+        weight: how often it is drawn, relative to the other prompts.
+        lang: language of the utterances; None fits every language.
+        task: task of the utterances; None fits every task.
+    """
 
     text: str
     weight: float = 1.0
@@ -24,41 +36,60 @@ class Prompt:
     task: str | None = None
 
     def fits(self, lang: str | None, task: str | None) -> bool:
-        """'zh' fits utterances of 'zh-CN', 'ZH_tw' and 'Chinese', not the other way round."""
-        is_spoken = self.lang is None or f"{language_tag(lang)}-".startswith(
-            f"{language_tag(self.lang)}-"
-        )
-        return is_spoken and (self.task is None or self.task == task)
+        """Return whether the prompt may be used for an utterance of this language and task.
+
+        'zh' fits utterances of 'zh-CN', 'ZH_tw' and 'Chinese'. 'zh-CN' does not fit 'zh'.
+        """
+        if self.task is not None and self.task != task:
+            return False
+        if self.lang is None:
+            return True
+        return f"{language_tag(lang)}-".startswith(f"{language_tag(self.lang)}-")
 
 
 DEFAULT_PROMPTS = (Prompt(text="Transcribe the speech."),)
 
 
 def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:
-    """Read the prompts of a file: a YAML list, or one prompt a line, whatever the file's name.
+    """Read a prompt file: a YAML list, or one prompt per line. The file name does not matter.
 
     Args:
-        path: the file; None for the default prompt.
+        path: the file, or None for the default prompt.
 
     Raises:
-        UserError: the file has no prompt, or an entry of its list is wrong.
+        UserError: the file has no prompt, or an entry of its list is invalid.
     """
     if path is None:
         return DEFAULT_PROMPTS
-    path, where = Path(path), f"prompt_file={str(path)!r}"
+    path = Path(path)
+    where = f"prompt_file={str(path)!r}"
     text = read_text(path, "prompt_file")
-    entries = [line for line in text.splitlines() if line.strip()]
-    first = next((line.lstrip() for line in entries if not line.startswith(("#", "---"))), "")
-    if first == "-" or first.startswith(("- ", "[")):  # a line of free text begins otherwise
+    entries: list[Any] = [line for line in text.splitlines() if line.strip()]
+    if _is_yaml_list(entries):
         entries = read_yaml(path, "prompt_file")
     prompts = parse_prompts(entries, where)
     if not prompts:
-        raise UserError(f"{where} holds no prompt: write one a line")
+        raise UserError(f"{where} has no prompt. Write one prompt per line.")
     return prompts
 
 
+def _is_yaml_list(lines: Sequence[str]) -> bool:
+    """Return whether the first line is the start of a YAML list, which no free text begins with."""
+    content = (line.lstrip() for line in lines if not line.startswith(("#", "---")))
+    first = next(content, "")
+    return first == "-" or first.startswith(("- ", "["))
+
+
 def parse_prompts(entries: Sequence[Any], where: str) -> tuple[Prompt, ...]:
-    """From texts and mappings {prompt, weight, lang, task}. Raises UserError naming `where` and the entry."""
+    """Parse a list of prompts.
+
+    Args:
+        entries: texts, or mappings with the keys prompt, weight, lang and task.
+        where: the place of the list, for messages.
+
+    Raises:
+        UserError: an entry is invalid. The message names the place and the entry.
+    """
     return tuple(_parse_prompt(entry, f"{where}, prompt {i}") for i, entry in enumerate(entries, 1))
 
 
@@ -67,25 +98,41 @@ def _parse_prompt(entry: Any, where: str) -> Prompt:
         entry = {"prompt": entry}
     if not isinstance(entry, Mapping):
         raise UserError(
-            f"{where}: {entry!r} is neither a text (put it in quotes) nor a mapping with the key 'prompt'"
+            f"{where}: {entry!r} is neither a text nor a mapping with the key 'prompt'. "
+            "Put a text in quotes."
         )
     for key, value in entry.items():
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), KEYS)}")
-        if not isinstance(value, KEYS[key]) or isinstance(value, bool):
-            expected = "a number" if key == "weight" else "text: put it in quotes"
-            raise UserError(f"{where}: {key}={value!r} must be {expected}")
-        if isinstance(value, str) and not value.strip():
-            raise UserError(f"{where}: {key} is empty: write something, or take it out")
+        _check_value(key, value, where)
     if "prompt" not in entry:
-        raise UserError(f"{where}: {dict(entry)!r} lacks the key 'prompt': add its text")
+        raise UserError(f"{where}: {dict(entry)!r} has no key 'prompt'. Add the prompt's text.")
     weight = float(entry.get("weight", 1.0))
     if not 0 < weight < float("inf"):
         raise UserError(
-            f"{where}: weight={weight} must be above 0; leave the prompt out instead of weighing it 0"
+            f"{where}: weight={weight} is not a positive number. "
+            "Use a value above 0, or remove the prompt."
         )
-    lang, task = (entry[key].strip() if key in entry else None for key in ("lang", "task"))
-    return Prompt(text=entry["prompt"].strip(), weight=weight, lang=lang, task=task)
+    return Prompt(
+        text=entry["prompt"].strip(),
+        weight=weight,
+        lang=_stripped(entry, "lang"),
+        task=_stripped(entry, "task"),
+    )
+
+
+def _check_value(key: object, value: object, where: str) -> None:
+    """Raise UserError unless the key is known and its value has the right type."""
+    if key not in KEYS:
+        raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), KEYS)}")
+    if not isinstance(value, KEYS[str(key)]) or isinstance(value, bool):
+        if key == "weight":
+            raise UserError(f"{where}: {key}={value!r} is not a number.")
+        raise UserError(f"{where}: {key}={value!r} is not text. Put it in quotes.")
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{where}: {key} is empty. Set it, or remove it.")
+
+
+def _stripped(entry: Mapping[str, str], key: str) -> str | None:
+    return entry[key].strip() if key in entry else None
 
 
 def choose_prompt(
@@ -97,18 +144,33 @@ def choose_prompt(
     lang: str | None = None,
     task: str | None = None,
 ) -> str:
-    """One that fits the utterance, by weight, drawn from (seed, pass_index, key) alone: workers and ranks change nothing.
+    """Draw the prompt of an utterance by weight, among those that fit it.
 
-    round: how often the utterance was dealt before. Raises UserError where none fits.
+    The draw depends on (seed, pass_index, key) alone, so workers and ranks do not change it.
+
+    Args:
+        prompts: the prompts to choose from.
+        seed: seed of the run.
+        pass_index: how often the utterance was trained on before.
+        key: the utterance's key.
+        lang: the utterance's language.
+        task: the utterance's task.
+
+    Raises:
+        UserError: no prompt fits the utterance.
     """
     fitting = [prompt for prompt in prompts if prompt.fits(lang, task)]
     if not fitting:
-        there = "; ".join(
-            f"{p.text!r} (lang={p.lang or 'any'}, task={p.task or 'any'})" for p in prompts
-        )
+        available = "; ".join(map(_summary, prompts))
         raise UserError(
-            f"no prompt fits the utterance {key!r} of lang={lang!r}, task={task!r}: add one for it, or for all; there are {there}"
+            f"no prompt fits the utterance {key!r} with lang={lang!r}, task={task!r}. "
+            f"Add a prompt for it, or one without lang and task. Available: {available}"
         )
     digest = hashlib.blake2b(f"{seed}/{pass_index}/prompt/{key}".encode(), digest_size=8).digest()
-    draws = random.Random(int.from_bytes(digest, "little"))
-    return draws.choices(fitting, [prompt.weight for prompt in fitting])[0].text
+    rng = random.Random(int.from_bytes(digest, "little"))
+    weights = [prompt.weight for prompt in fitting]
+    return rng.choices(fitting, weights)[0].text
+
+
+def _summary(prompt: Prompt) -> str:
+    return f"{prompt.text!r} (lang={prompt.lang or 'any'}, task={prompt.task or 'any'})"

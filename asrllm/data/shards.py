@@ -1,11 +1,13 @@
-"""Writing shards: WebDataset tars of KEY.flac + KEY.json, the index, and a row for everything rejected.
+"""Write shards: WebDataset tars of KEY.flac + KEY.json, their index, and a list of rejects.
 
-Shard k holds the source's utterances k*n to (k+1)*n without the rejected ones, so each is made by itself: by any of several processes, and
-again only where an interrupted run has not finished it. Until all are there, the work lies in `.OUT.partial` beside OUT:
+Shard k holds the source's utterances k*n to (k+1)*n without the rejected ones. Each shard is
+therefore independent: any of several processes can write it, and after an interruption only the
+unfinished ones are written again. Until all are complete, the work is in `.OUT.partial` beside OUT:
 
-    shards/         the tars; becomes OUT by one rename
-    records/        what is known of each finished shard, and the digest of what it was made from; its presence makes the shard finished
-    lock            held by the process that writes; the only one that gives a shard its name
+    shards/     the tars; becomes OUT by one rename
+    records/    one file per finished shard: its index record, its rejects, and the digest of what
+                it was made from. A shard with a record is finished.
+    lock        held by the process that writes, which alone gives a shard its final name
 """
 
 import base64
@@ -20,7 +22,7 @@ import random
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,8 @@ from asrllm.locks import FileLock
 from asrllm.text_files import parse_json
 
 logger = logging.getLogger(__name__)
-MAKING = 2  # changes when the same utterances and options give other bytes
+# Increment this when the same utterances and options give other bytes.
+WRITER_VERSION = 2
 MAX_TEXT_BYTES = 10_000
 SHOWN_EXAMPLES = 3  # rejected utterances in a message
 FIELD_ORDER = (
@@ -69,12 +72,19 @@ Rejected = tuple[str, str, str]  # key, reason, detail
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """index: of what was written; rejected: utterances by reason; kept: shards that an interrupted run had finished."""
+    """The result of writing or indexing shards.
+
+    Attributes:
+        index: the index of the shards.
+        rejected: number of rejected utterances by reason.
+        kept: shards that an interrupted run had already finished.
+        examples: lines that describe rejected utterances.
+    """
 
     index: Index
     rejected: dict[str, int]
     kept: int = 0
-    examples: tuple[str, ...] = ()  # lines on rejected utterances
+    examples: tuple[str, ...] = ()
 
 
 def write_shards(
@@ -89,22 +99,34 @@ def write_shards(
     advance: Advance = lambda count: None,
     keep: Advance | None = None,
 ) -> ShardSummary:
-    """Write `out/shard-NNNNNN.tar`, `index.bin`, `index.json` and `rejected.jsonl`; `out` appears when all is complete.
+    """Write `out/shard-NNNNNN.tar`, `index.bin`, `index.json` and `rejected.jsonl`.
 
-    workers: processes; with 1 everything happens in this one, and utterances need not be picklable. fields: written into every KEY.json
-    where the utterance has none of that name (lang, corpus). codec: FLAC of 16 bits, or to keep the bytes of whole audio files. seed: to
-    shuffle the utterances, which are then held in memory. advance, keep: told of utterances that were written now, or by an earlier run.
-    The same utterances and options give the same bytes. A number without a shard is one whose utterances were all rejected. Raises
-    UserError where `out` exists, where another process writes it, or where nothing could be written.
+    `out` appears when everything is complete. The same utterances and options give the same bytes.
+    If all utterances of a shard are rejected, its number is skipped.
+
+    Args:
+        out: the new directory.
+        utterances: the source.
+        utterances_per_shard: utterances per shard, before rejection.
+        workers: number of processes. With 1 everything happens in this process, and utterances
+            need not be picklable.
+        fields: fields of every KEY.json (lang, corpus), unless the utterance has its own.
+        codec: "flac" encodes 16-bit FLAC; "keep" copies the bytes of whole audio files.
+        seed: shuffles the utterances, which are then held in memory.
+        advance: receives the number of utterances that were written.
+        keep: receives the number of utterances that an interrupted run had already written;
+            `advance` by default.
+
+    Raises:
+        UserError: `out` is not empty, another process writes it, or nothing could be written.
     """
-    work = _Workplace(Path(out).absolute())
+    work = _WorkDir(Path(out).absolute())
     if seed is not None:
         utterances = list(utterances)
         random.Random(seed).shuffle(utterances)
     counts: Counter[str] = Counter()
 
-    def jobs() -> Iterator[_Job]:
-        """Of the shards that are not finished yet."""
+    def unfinished_jobs() -> Iterator[_Job]:
         for number, chunk in enumerate(_chunks(utterances, utterances_per_shard)):
             job = _Job(number, chunk, work.shards, fields or {}, codec)
             counts["all"] += 1
@@ -115,49 +137,64 @@ def write_shards(
                 yield job
 
     with work.locked():
-        with closing(run_parallel(_make_shard, jobs(), workers, advance)) as finished:
-            for _, made in finished:
-                work.commit(made)
+        with closing(run_parallel(_write_shard, unfinished_jobs(), workers, advance)) as finished:
+            for _, shard in finished:
+                work.commit(shard)
         return dataclasses.replace(work.finish(counts["all"]), kept=counts["kept"])
 
 
 def _chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
-    """The utterances of each shard; repeated keys are marked as a problem."""
-    iterator, seen = iter(utterances), SeenKeys()
+    """Yield the utterances of each shard, and give those with a repeated key a problem."""
+    iterator = iter(utterances)
+    seen = SeenKeys()
     while chunk := list(itertools.islice(iterator, size)):
         usable = [i for i, utterance in enumerate(chunk) if utterance.problem is None]
         keys = [tar_key(chunk[i].key) for i in usable]
         for i, key, repeated in zip(usable, keys, seen.add(hash_keys(keys)), strict=True):
             if repeated:
-                chunk[i] = dataclasses.replace(
-                    chunk[i], problem=("duplicate_key", f"the tar's key {key!r} is taken")
-                )
+                problem = ("duplicate_key", f"another utterance has the tar's key {key!r}")
+                chunk[i] = dataclasses.replace(chunk[i], problem=problem)
         yield chunk
 
 
 class SeenKeys:
-    """A set of 64-bit hashes that takes 8 bytes for each: sorted runs, each longer than twice the next."""
+    """A set of 64-bit hashes that takes 8 bytes per hash.
+
+    Attributes:
+        runs: sorted arrays of hashes, each more than twice as long as the next.
+    """
 
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of them (n,) were there before, or earlier among these."""
+        """Add hashes (n,), and return which of them (n,) were repeated.
+
+        A hash is repeated if the set contains it, or if it occurs earlier in `hashes`.
+        """
         _, first = np.unique(hashes, return_index=True)
         repeated: np.ndarray = np.ones(len(hashes), bool)
         repeated[first] = False
         for run in self.runs:
             places = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
             repeated |= run[places] == hashes
-        if len(fresh := np.sort(hashes[~repeated])):
-            self.runs.append(fresh)
-        while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
-            last = self.runs.pop()
-            self.runs[-1] = np.union1d(self.runs[-1], last)
+        new = np.sort(hashes[~repeated])
+        if len(new):
+            self.runs.append(new)
+        self._merge_runs()
         return repeated
+
+    def _merge_runs(self) -> None:
+        while len(self.runs) > 1:
+            last = self.runs[-1]
+            if len(self.runs[-2]) > 2 * len(last):
+                return
+            self.runs.pop()
+            self.runs[-1] = np.union1d(self.runs[-1], last)
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
+    """Return 64-bit hashes (n,) of keys."""
     digests = (
         hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for key in keys
@@ -166,7 +203,10 @@ def hash_keys(keys: Sequence[str]) -> np.ndarray:
 
 
 def tar_key(key: str) -> str:
-    """WebDataset ends a key at the first dot; a tar's names do not begin at the root."""
+    """Return a key as tars spell it.
+
+    WebDataset ends a key at the first dot, and names in a tar are not absolute.
+    """
     return key.replace(".", "_").lstrip("/")
 
 
@@ -175,6 +215,16 @@ def tar_key(key: str) -> str:
 
 @dataclass(frozen=True)
 class _Job:
+    """A shard to write.
+
+    Attributes:
+        number: its number.
+        utterances: its utterances.
+        folder: directory of the tars.
+        fields: default fields of its samples.
+        codec: see write_shards.
+    """
+
     number: int
     utterances: list[Utterance]
     folder: Path
@@ -183,16 +233,24 @@ class _Job:
 
     @property
     def digest(self) -> str:
-        """Of the utterances, by what they and their `load` say of themselves, and of the options."""
-        digest = hashlib.sha256(repr((MAKING, self.fields, self.codec)).encode())
+        """SHA-256 of the options and of the repr of the utterances, which includes their `load`."""
+        digest = hashlib.sha256(repr((WRITER_VERSION, self.fields, self.codec)).encode())
         for utterance in self.utterances:
             digest.update(repr(utterance).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A shard under a passing name; record None: all was rejected."""
+class _FinishedShard:
+    """A shard that was written under a temporary name.
+
+    Attributes:
+        number: its number.
+        digest: digest of its job.
+        partial: path of the tar.
+        record: its index record, or None if all utterances were rejected.
+        rejected: its rejected utterances.
+    """
 
     number: int
     digest: str
@@ -201,42 +259,56 @@ class _Made:
     rejected: list[Rejected]
 
 
-def _make_shard(job: _Job, advance: Advance) -> _Made:
+def _write_shard(job: _Job, advance: Advance) -> _FinishedShard:
     name = f"shard-{job.number:06d}.tar"
-    partial = (
-        job.folder / f"{name}.{os.getpid()}"
-    )  # a worker that outlives its killed parent does not meet the next run's
-    rejected: list[Rejected] = []
+    # The process number keeps a worker that outlives its killed parent away from the next run.
+    partial = job.folder / f"{name}.{os.getpid()}"
     try:
-        with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
-            for utterance in job.utterances:
-                try:
-                    sample = make_sample(utterance, job.fields, job.codec)
-                except RejectedError as why:
-                    rejected.append((utterance.key, *why.args))
-                else:
-                    write_sample(tar, sample)
-                advance(1)
-            tar.close()
-            os.fsync(
-                file.fileno()
-            )  # before its record says that it is whole, even if the power fails
+        rejected = _write_tar(job, partial, advance)
         record, bad, _ = scan_shard(partial, name=name)
-    except ConnectionError:  # of `advance`: nobody waits for this shard any more
+    except ConnectionError:  # raised by `advance`: the parent is gone
         raise
     except OSError as error:
         raise UserError(f"{str(partial)!r} cannot be written: {error}") from error
     rejected += [(sample.key, sample.reason, sample.detail) for sample in bad]
-    return _Made(job.number, job.digest, partial, record if len(record.rows) else None, rejected)
+    return _FinishedShard(
+        number=job.number,
+        digest=job.digest,
+        partial=partial,
+        record=record if len(record.rows) else None,
+        rejected=rejected,
+    )
+
+
+def _write_tar(
+    job: _Job,
+    path: Path,
+    advance: Advance,
+) -> list[Rejected]:
+    """Write the tar of a shard, and return the rejected utterances."""
+    rejected: list[Rejected] = []
+    with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        for utterance in job.utterances:
+            try:
+                sample = make_sample(utterance, job.fields, job.codec)
+            except RejectedError as error:
+                rejected.append((utterance.key, *error.args))
+            else:
+                write_sample(tar, sample)
+            advance(1)
+        tar.close()
+        # before its record says that it is complete, even if the power fails
+        os.fsync(file.fileno())
+    return rejected
 
 
 def write_sample(tar: tarfile.TarFile, sample: dict[str, Any]) -> None:
-    """Append the members of one sample, byte for byte as `webdataset.TarWriter` does.
+    """Append one sample to a tar, with the same bytes as `webdataset.TarWriter`.
 
     webdataset itself would import torch, which takes 2 s in every worker process.
 
     Args:
-        tar: a tar open for writing.
+        tar: a tar that is open for writing.
         sample: `__key__`, and the content of each member by its extension.
     """
     for extension in sorted(sample):
@@ -251,30 +323,46 @@ def write_sample(tar: tarfile.TarFile, sample: dict[str, Any]) -> None:
 def make_sample(
     utterance: Utterance, fields: dict[str, Any], codec: Codec = "flac"
 ) -> dict[str, Any]:
-    """The tar members of one utterance; raises RejectedError with the reason where it is not fit to be one."""
-    key, text = tar_key(utterance.key), utterance.text.strip()
-    _check_names(utterance, key, text)
+    """Return the tar members of an utterance, as `write_sample` takes them.
+
+    Args:
+        utterance: the utterance.
+        fields: default fields of its JSON.
+        codec: see write_shards.
+
+    Raises:
+        RejectedError: the utterance cannot be used.
+    """
+    key = tar_key(utterance.key)
+    text = utterance.text.strip()
+    _check_without_audio(utterance, key, text)
     wave, rate = _load(utterance)
     duration = len(wave) / rate
-    if utterance.duration is not None and abs(duration - utterance.duration) > MAX_DURATION_ERROR:
+    stated = utterance.duration
+    if stated is not None and abs(duration - stated) > MAX_DURATION_ERROR:
         raise RejectedError(
             "duration_mismatch",
-            f"the source says {utterance.duration:.3f} s, the audio has {duration:.3f} s",
+            f"the source says {stated:.3f} s, the audio has {duration:.3f} s",
         )
-    known = fields | utterance.fields | {"text": text, "duration": duration, "sampling_rate": rate}
-    about = {name: known[name] for name in (*FIELD_ORDER, *known) if name in known}
-    try:
-        content = json.dumps(about, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RejectedError(
-            "broken_text", f"the transcript or a field is not UTF-8 text: {error}"
-        ) from error
+    measured = {"text": text, "duration": duration, "sampling_rate": rate}
+    content = _encode_json(fields | utterance.fields | measured)
     extension, audio = _audio(utterance, wave, rate, codec)
     return {"__key__": key, extension: audio, "json": content}
 
 
-def _check_names(utterance: Utterance, key: str, text: str) -> None:
-    """What is known without the audio."""
+def _encode_json(fields: Mapping[str, Any]) -> bytes:
+    """Return the content of a KEY.json, with its fields in FIELD_ORDER."""
+    ordered = {name: fields[name] for name in (*FIELD_ORDER, *fields) if name in fields}
+    try:
+        return json.dumps(ordered, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RejectedError(
+            "broken_text", f"the transcript or a field is not UTF-8 text: {error}"
+        ) from error
+
+
+def _check_without_audio(utterance: Utterance, key: str, text: str) -> None:
+    """Raise RejectedError for problems that can be found without reading the audio."""
     if utterance.problem is not None:
         raise RejectedError(*utterance.problem)
     if not key or key.endswith("/") or not key.isprintable():
@@ -286,6 +374,12 @@ def _check_names(utterance: Utterance, key: str, text: str) -> None:
 
 
 def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
+    """Return the waveform (samples,) and the sampling rate in Hz.
+
+    Raises:
+        RejectedError: the audio cannot be used.
+        UserError: a package that reads it is missing.
+    """
     try:
         wave, rate = utterance.load()
     except RejectedError:
@@ -295,22 +389,26 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
         raise RejectedError(reason, str(error)) from error
     except ImportError as error:
         raise UserError(f"a package is missing: {error}. Install it with pip.") from error
-    except (
-        Exception
-    ) as error:  # whatever a decoder raises, it is this utterance's row in rejected.jsonl
+    except Exception as error:  # decoders raise many types; each affects one utterance
         raise RejectedError("unreadable_audio", f"{type(error).__name__}: {error}") from error
     if not len(wave):
-        raise RejectedError("empty_audio", "the audio has no sample")
+        raise RejectedError("empty_audio", "the audio has no samples")
     if not np.isfinite(wave).all():
-        raise RejectedError("non_finite_audio", "the audio holds NaN or infinite values")
+        raise RejectedError("non_finite_audio", "the audio contains NaN or infinite values")
     return wave, rate
 
 
-def _audio(utterance: Utterance, wave: np.ndarray, rate: int, codec: Codec) -> tuple[str, bytes]:
-    """(extension, bytes) of the tar's member."""
-    extension = utterance.file.suffix.lower().removeprefix(".") if utterance.file else ""
-    if codec == "keep" and utterance.file and extension in KEPT_EXTENSIONS:
-        return extension, utterance.file.read_bytes()
+def _audio(
+    utterance: Utterance,
+    wave: np.ndarray,
+    rate: int,
+    codec: Codec,
+) -> tuple[str, bytes]:
+    """Return the extension and the content of the audio member."""
+    if codec == "keep" and utterance.file is not None:
+        extension = utterance.file.suffix.lower().removeprefix(".")
+        if extension in KEPT_EXTENSIONS:
+            return extension, utterance.file.read_bytes()
     flac = io.BytesIO()
     peak = np.abs(wave).max()
     if peak > 1:  # 16 bits would clip it
@@ -322,37 +420,31 @@ def _audio(utterance: Utterance, wave: np.ndarray, rate: int, codec: Codec) -> t
     return "flac", flac.getvalue()
 
 
-# --- the workplace beside OUT ---
+# --- the working directory beside OUT ---
 
 
-class _Workplace:
+class _WorkDir:
+    """The directory `.OUT.partial`. See the module's docstring for its content."""
+
     def __init__(self, out: Path) -> None:
-        self.out, self.folder = out, out.with_name(f".{out.name}.partial")
-        self.shards, self.records = self.folder / "shards", self.folder / "records"
+        self.out = out
+        self.folder = out.with_name(f".{out.name}.partial")
+        self.shards = self.folder / "shards"
+        self.records = self.folder / "records"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the workplace; what stays in it after an error are finished shards, or nothing."""
-        self._check_free()
-        try:
-            for folder in (self.shards, self.records):
-                folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / "lock", blocking=False)
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"another process is writing {str(self.out)!r}: wait for it, or choose another directory"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{str(self.out)!r} cannot be written: {error}") from error
+        """Exclude other processes. After an error, only finished shards are left, if any."""
+        lock = self._acquire()
         try:
             self._check_free()  # the other process may have finished while this one waited
-            self._tidy()
+            self._remove_unfinished()
             yield
         except BaseException:
-            if finished := len(list(self.records.glob("shard-*.json"))):
+            finished = len(list(self.records.glob("shard-*.json")))
+            if finished:
                 logger.warning(
-                    "%d finished shards are kept in %s: run the same again to go on from there",
+                    "%d finished shards are in %s. Run the same command again to resume.",
                     finished,
                     self.folder,
                 )
@@ -362,123 +454,163 @@ class _Workplace:
         finally:
             lock.release()
 
-    def _check_free(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+    def _acquire(self) -> FileLock:
+        self._check_free()
+        try:
+            for folder in (self.shards, self.records):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock", blocking=False)
+            lock.acquire()
+        except Timeout as error:
             raise UserError(
-                f"{str(self.out)!r} is not empty: choose another directory, or remove it to make the shards again"
+                f"another process is writing {str(self.out)!r}. "
+                "Wait until it ends, or choose another directory."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{str(self.out)!r} cannot be written: {error}") from error
+        return lock
+
+    def _check_free(self) -> None:
+        """Raise UserError unless OUT does not exist, or is an empty directory."""
+        if not self.out.exists():
+            return
+        if not self.out.is_dir() or any(self.out.iterdir()):
+            raise UserError(
+                f"{str(self.out)!r} is not empty. "
+                "Choose another directory, or remove it to make the shards again."
             )
 
-    def _tidy(self) -> None:
-        """Remove what no record stands for."""
+    def _remove_unfinished(self) -> None:
+        """Remove all files that do not belong to a finished shard."""
         for path in (*self.shards.iterdir(), *self.records.iterdir()):
-            if not (self.records / f"{path.stem}.json").is_file() or path.suffix not in (
-                ".tar",
-                ".json",
-            ):
+            is_finished = (self.records / f"{path.stem}.json").is_file()
+            if not is_finished or path.suffix not in (".tar", ".json"):
                 path.unlink()
 
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        """Return the paths of a shard's record and tar."""
+        name = f"shard-{number:06d}"
+        return self.records / f"{name}.json", self.shards / f"{name}.tar"
+
     def is_finished(self, job: _Job) -> bool:
-        """Whether an interrupted run has made this very shard."""
-        path = self.records / f"shard-{job.number:06d}.json"
+        """Return whether an interrupted run has written exactly this shard."""
+        path, tar = self._paths(job.number)
         if not path.is_file():
             return False
-        try:
-            digest, record, _ = _read_record(path)
-        except (ValueError, LookupError, TypeError) as error:
-            logger.warning("%s is corrupted (%s), so its shard is made again", path, error)
-            digest, record = "", None
-        tar = self.shards / f"{path.stem}.tar"
-        whole = record is None or (tar.is_file() and tar.stat().st_size == record.size)
-        if whole and digest == job.digest:
+        digest, record = self._read_digest(path)
+        is_complete = record is None or _has_size(tar, record.size)
+        if is_complete and digest == job.digest:
             return True
         path.unlink()
         return False
 
-    def commit(self, made: _Made) -> None:
-        path = self.records / f"shard-{made.number:06d}.json"
-        tar = self.shards / f"{path.stem}.tar"
-        if made.record is None:
-            made.partial.unlink()
+    def _read_digest(self, path: Path) -> tuple[str, ShardRecord | None]:
+        try:
+            digest, record, _ = _read_record(path)
+        except (ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is corrupted (%s). Its shard is written again.", path, error)
+            return "", None
+        return digest, record
+
+    def commit(self, shard: _FinishedShard) -> None:
+        """Give a shard its final name, and write its record."""
+        path, tar = self._paths(shard.number)
+        if shard.record is None:
+            shard.partial.unlink()
             tar.unlink(missing_ok=True)
         else:
-            made.partial.replace(tar)
-        _write_record(path, made)
+            shard.partial.replace(tar)
+        _write_record(path, shard)
 
     def finish(self, count: int) -> ShardSummary:
-        """Of the first `count` shards; OUT appears with everything in it."""
+        """Write the index and the list of rejects of the first `count` shards, and create OUT."""
         records: list[ShardRecord] = []
-        examples: dict[str, Rejected] = {}
+        examples: dict[str, Rejected] = {}  # by reason
         reasons: Counter[str] = Counter()
-        with open(
-            self.shards / "rejected.jsonl", "w", encoding="utf-8", errors="backslashreplace"
-        ) as log:
+        path = self.shards / "rejected.jsonl"
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as log:
             for number in range(count):
-                _, record, rejected = _read_record(self.records / f"shard-{number:06d}.json")
-                records += [record] if record else []
-                reasons.update(reason for _, reason, _ in rejected)
-                log.writelines(rejected_line(*row) for row in rejected)
+                _, record, rejected = _read_record(self._paths(number)[0])
+                if record is not None:
+                    records.append(record)
                 for row in rejected:
+                    reasons[row[1]] += 1
                     examples.setdefault(row[1], row)
+                    log.write(rejected_line(*row))
         if not records:
-            self._refuse(reasons, examples)
+            self._raise_no_utterance(reasons, examples)
         write_index(self.shards, records)
-        wanted = {record.name for record in records} | {"rejected.jsonl", "index.bin", "index.json"}
-        for path in self.shards.iterdir():  # shards of an earlier run that had more of them
-            if path.name not in wanted:
-                path.unlink()
+        self._remove_other_shards(records)
         self.shards.replace(self.out)
         shutil.rmtree(self.folder)
         return ShardSummary(
             index=open_index(self.out),
             rejected=dict(reasons),
-            examples=tuple(examples_of(examples)),
+            examples=tuple(describe_examples(examples)),
         )
 
-    def _refuse(self, reasons: Counter[str], examples: dict[str, Rejected]) -> NoReturn:
-        """Say why there is no utterance, and keep the list of the rejected ones beside OUT."""
+    def _remove_other_shards(self, records: Sequence[ShardRecord]) -> None:
+        """Remove the shards of an interrupted run that had more of them."""
+        wanted = {record.name for record in records} | {"rejected.jsonl", "index.bin", "index.json"}
+        for path in self.shards.iterdir():
+            if path.name not in wanted:
+                path.unlink()
+
+    def _raise_no_utterance(
+        self, reasons: Counter[str], examples: Mapping[str, Rejected]
+    ) -> NoReturn:
+        """Raise UserError with the reasons, and move the list of rejects beside OUT."""
         message = f"no utterance could be written to {str(self.out)!r}"
         if not reasons:
             shutil.rmtree(self.folder)
             raise UserError(f"{message}: the source has no utterance. Check the source.")
-        kept = self.out.with_name(f"{self.out.name}.rejected.jsonl")
-        (self.shards / "rejected.jsonl").replace(kept)
+        rejects = self.out.with_name(f"{self.out.name}.rejected.jsonl")
+        (self.shards / "rejected.jsonl").replace(rejects)
         shutil.rmtree(self.folder)
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        lines = [f"{message}: {counts}", *examples_of(examples), f"All are in {str(kept)!r}."]
+        lines = [
+            f"{message}: {counts}",
+            *describe_examples(examples),
+            f"All are listed in {str(rejects)!r}.",
+        ]
         raise UserError("\n".join(lines))
 
 
-def examples_of(examples: dict[str, Rejected]) -> list[str]:
-    """Return a line for the first rejected utterance of some reasons."""
-    return [
-        f"  {key}: {reason}: {detail}"
-        for key, reason, detail in itertools.islice(examples.values(), SHOWN_EXAMPLES)
-    ]
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def describe_examples(examples: Mapping[str, Rejected]) -> list[str]:
+    """Return one line for the first rejected utterance of each of some reasons."""
+    shown = itertools.islice(examples.values(), SHOWN_EXAMPLES)
+    return [f"  {key}: {reason}: {detail}" for key, reason, detail in shown]
 
 
 def rejected_line(key: str, reason: str, detail: str) -> str:
+    """Return a line of rejected.jsonl."""
     return json.dumps({"key": key, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n"
 
 
-def _write_record(path: Path, made: _Made) -> None:
-    record = made.record and dataclasses.asdict(made.record) | {
-        "rows": base64.b64encode(made.record.rows.tobytes()).decode()
-    }
+def _write_record(path: Path, shard: _FinishedShard) -> None:
+    record = None
+    if shard.record is not None:
+        rows = base64.b64encode(shard.record.rows.tobytes()).decode()
+        record = dataclasses.asdict(shard.record) | {"rows": rows}
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"digest": made.digest, "record": record, "rejected": made.rejected}, file)
+        json.dump({"digest": shard.digest, "record": record, "rejected": shard.rejected}, file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def _read_record(path: Path) -> tuple[str, ShardRecord | None, list[Rejected]]:
-    """(digest, record, rejected) of a finished shard."""
-    about = parse_json(path.read_text(encoding="utf-8"))
-    record = about["record"]
-    if record is not None:
-        rows = np.frombuffer(
-            base64.b64decode(record["rows"]), ROW
-        ).copy()  # writable: write_index numbers the shards
-        record = ShardRecord(**record | {"rows": rows})
-    return about["digest"], record, [tuple(row) for row in about["rejected"]]
+    """Return (digest, index record, rejects) of a finished shard."""
+    content = parse_json(path.read_text(encoding="utf-8"))
+    fields = content["record"]
+    record = None
+    if fields is not None:
+        # the copy is writable, because write_index numbers the shards
+        rows = np.frombuffer(base64.b64decode(fields["rows"]), ROW).copy()
+        record = ShardRecord(**fields | {"rows": rows})
+    return content["digest"], record, [tuple(row) for row in content["rejected"]]

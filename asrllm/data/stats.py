@@ -1,13 +1,14 @@
-"""What a corpus is like, from its index alone: hours, lengths, speed of speech, corpora and languages."""
+"""Statistics of shards from their index alone: hours, lengths, speaking rate, languages."""
 
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,24 +16,33 @@ from asrllm.data.index import RATE, Index
 from asrllm.errors import UserError
 from asrllm.escape import escape
 
+if TYPE_CHECKING:
+    pass
+
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-BINS = 20
-MEASURES = {
-    "seconds": "s",
-    "characters": "",
-    "characters_per_second": "/s",
-}  # what the percentiles are of, and its unit
-DRAWN = {"seconds": "duration in seconds", "characters_per_second": "characters a second"}
+MAX_BINS = 20
+# measures with a histogram, and the labels of their axes
+HISTOGRAM_LABELS = {
+    "seconds": "duration in seconds",
+    "characters_per_second": "characters per second",
+}
 EIGHTHS = " ▏▎▍▌▋▊▉"
 STYLE = """
 body {font-family: sans-serif; margin: 2em} table {margin: 1em 0} img {max-width: 100%}
 td, th {padding: .2em .8em; text-align: right} td:first-child, th:first-child {text-align: left}
 """
+Rows = list[list[str]]
+Groups = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """edges: (bins + 1,); counts: (bins,); the last bin also holds what lies above it."""
+    """A histogram with bins of equal width.
+
+    Attributes:
+        edges: (bins + 1,).
+        counts: (bins,). The last bin includes all larger values.
+    """
 
     edges: list[float]
     counts: list[int]
@@ -40,9 +50,18 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """percentiles: {measure: {percent: value}}; corpora, languages: {name: {"utterances", "hours"}}, name "" where samples have none.
+    """Statistics of one or more directories of shards.
 
-    speakers: of all directories, each counted by itself; 0 where samples name none.
+    Attributes:
+        name: the directories.
+        utterances: number of utterances.
+        hours: hours of audio.
+        shards: number of shards.
+        speakers: sum of the directories' numbers of speakers; 0 if samples name none.
+        percentiles: {measure: {percent: value}}.
+        histograms: {measure: histogram}.
+        corpora: {name: {"utterances", "hours"}}. The name of samples without one is "".
+        languages: the same by language.
     """
 
     name: str
@@ -52,12 +71,12 @@ class Statistics:
     speakers: int
     percentiles: dict[str, dict[str, float]]
     histograms: dict[str, Histogram]
-    corpora: dict[str, dict[str, float]] = field(default_factory=dict)
-    languages: dict[str, dict[str, float]] = field(default_factory=dict)
+    corpora: Groups = field(default_factory=dict)
+    languages: Groups = field(default_factory=dict)
 
 
 def describe(name: str, indexes: Sequence[Index]) -> Statistics:
-    """Of all the indexes together."""
+    """Return the statistics of several indexes together."""
     seconds = np.concatenate([index.rows["samples"] for index in indexes]) / RATE
     characters = np.concatenate([index.rows["text_chars"] for index in indexes])
     values = {
@@ -71,37 +90,49 @@ def describe(name: str, indexes: Sequence[Index]) -> Statistics:
         hours=float(seconds.sum()) / 3600,
         shards=sum(len(index.shards) for index in indexes),
         speakers=sum(int(index.about.get("speakers", 0)) for index in indexes),
-        percentiles={m: _percentiles(v) for m, v in values.items()},
-        histograms={measure: _histogram(values[measure]) for measure in DRAWN},
+        percentiles={measure: _percentiles(v) for measure, v in values.items()},
+        histograms={measure: _histogram(values[measure]) for measure in HISTOGRAM_LABELS},
         corpora=_sum([index.about.get("corpora", {}) for index in indexes]),
         languages=_sum([index.about.get("languages", {}) for index in indexes]),
     )
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:
+    found = np.percentile(values, PERCENTILES)
     return {
-        str(p): round(float(v), 3)
-        for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
+        str(percent): round(float(value), 3)
+        for percent, value in zip(PERCENTILES, found, strict=True)
     }
 
 
 def _histogram(values: np.ndarray) -> Histogram:
-    """Up to the 99.5th percentile, so that a few outliers do not press all others into one bin."""
+    """Return a histogram whose edges end near the 99.5th percentile.
+
+    Otherwise a few outliers would leave all other values in one bin.
+    """
     high = max(float(np.percentile(values, 99.5)), 1e-3)
-    step = next(
-        s for s in (m * 10.0**e for e in range(-4, 9) for m in (1, 2, 2.5, 5)) if s * BINS >= high
-    )
+    step = _bin_width(high)
     last = int(np.ceil(high / step - 1e-9)) - 1
     places = np.minimum((values / step).astype(np.int64), last)
     first = int(places.min())
     edges = [round(step * i, 6) for i in range(first, last + 2)]
-    return Histogram(
-        edges=edges, counts=np.bincount(places - first, minlength=last - first + 1).tolist()
-    )
+    counts = np.bincount(places - first, minlength=last - first + 1)
+    return Histogram(edges=edges, counts=counts.tolist())
 
 
-def _sum(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    total: dict[str, dict[str, float]] = {}
+def _bin_width(high: float) -> float:
+    """Return the smallest round width with which MAX_BINS bins reach `high`."""
+    for exponent in range(-4, 9):
+        for factor in (1, 2, 2.5, 5):
+            width = factor * 10.0**exponent
+            if width * MAX_BINS >= high:
+                return width
+    raise ValueError(f"{high} is too large for a histogram")
+
+
+def _sum(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> Groups:
+    """Add up the utterances and hours of groups, and sort them by decreasing hours."""
+    total: Groups = {}
     for part in parts:
         for name, counts in part.items():
             entry = total.setdefault(name, {"utterances": 0, "hours": 0.0})
@@ -110,82 +141,103 @@ def _sum(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[s
     return dict(sorted(total.items(), key=lambda item: -item[1]["hours"]))
 
 
-# --- showing ---
+# --- text ---
 
 
 def as_json(statistics: Statistics) -> str:
+    """Return statistics as JSON."""
     return json.dumps(asdict(statistics), ensure_ascii=False, indent=1)
 
 
 def as_text(statistics: Statistics, width: int = 80) -> str:
-    """Tables and bars for a terminal of `width` columns."""
+    """Return tables and bars for a terminal of `width` columns."""
     blocks = [escape(f"{statistics.name}: {_totals(statistics)}")]
-    blocks += [_columns(rows) for _, rows in _tables(statistics)]
-    blocks += [
-        f"{DRAWN[measure]}\n{_bars(h, width)}" for measure, h in statistics.histograms.items()
-    ]
+    for _, rows in _tables(statistics):
+        blocks.append(_align(rows))
+    for measure, histogram in statistics.histograms.items():
+        blocks.append(f"{HISTOGRAM_LABELS[measure]}\n{_bars(histogram, width)}")
     return "\n\n".join(blocks)
 
 
 def _totals(statistics: Statistics) -> str:
-    speakers = f", {statistics.speakers} speakers" if statistics.speakers else ""
-    return f"{statistics.utterances} utterances, {statistics.hours:.2f} h, {statistics.shards} shards{speakers}"
+    parts = [
+        f"{statistics.utterances} utterances",
+        f"{statistics.hours:.2f} h",
+        f"{statistics.shards} shards",
+    ]
+    if statistics.speakers:
+        parts.append(f"{statistics.speakers} speakers")
+    return ", ".join(parts)
 
 
-def _tables(statistics: Statistics) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows with a header) of the percentiles, the corpora and the languages."""
-    percents = [["percentile", *(f"{p}%" for p in PERCENTILES)]]
+def _tables(statistics: Statistics) -> list[tuple[str, Rows]]:
+    """Return (title, rows with a header) of the percentiles, the corpora and the languages."""
+    percentiles = [["percentile", *(f"{percent}%" for percent in PERCENTILES)]]
     for measure, values in statistics.percentiles.items():
-        percents.append(
-            [measure.replace("_per_", "/"), *(f"{value:.4g}" for value in values.values())]
-        )
-    tables = [("percentiles", percents)]
+        cells = [f"{value:.4g}" for value in values.values()]
+        percentiles.append([measure.replace("_per_", "/"), *cells])
+    tables = [("percentiles", percentiles)]
     for title, groups in (("corpus", statistics.corpora), ("language", statistics.languages)):
         if groups.keys() - {""}:
-            rows = [
-                [escape(name) or "(none)", f"{g['utterances']:.0f}", f"{g['hours']:.2f}"]
-                for name, g in groups.items()
-            ]
-            tables.append((title, [[title, "utterances", "hours"], *rows]))
+            tables.append((title, _group_rows(title, groups)))
     return tables
 
 
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+def _group_rows(title: str, groups: Groups) -> Rows:
+    rows = [[title, "utterances", "hours"]]
+    for name, group in groups.items():
+        label = escape(name) or "(none)"
+        rows.append([label, f"{group['utterances']:.0f}", f"{group['hours']:.2f}"])
+    return rows
+
+
+def _align(rows: Rows) -> str:
+    """Return rows as lines of aligned columns."""
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _bars(histogram: Histogram, width: int) -> str:
-    labels = [
-        f"{low:g} - {high:g}"
-        for low, high in zip(histogram.edges, histogram.edges[1:], strict=False)
-    ]
-    labels[-1] = f"from {histogram.edges[-2]:g}"
+    """Return a histogram as lines of `width` columns: the bin, its count, and a bar."""
+    edges = histogram.edges
+    labels = [f"{low:g} - {high:g}" for low, high in itertools.pairwise(edges)]
+    labels[-1] = f"from {edges[-2]:g}"
     counts = [str(count) for count in histogram.counts]
-    label_width, count_width = max(map(len, labels)), max(map(len, counts))
-    room = max(width - label_width - count_width - 4, 10)
-    eighths = [round(8 * room * count / max(histogram.counts)) for count in histogram.counts]
-    bars = ["█" * (n // 8) + EIGHTHS[n % 8].strip() for n in eighths]
-    return "\n".join(
-        f"{label:>{label_width}}  {count:>{count_width}}  {bar}".rstrip()
-        for label, count, bar in zip(labels, counts, bars, strict=True)
-    )
+    label_width = max(map(len, labels))
+    count_width = max(map(len, counts))
+    bar_width = max(width - label_width - count_width - 4, 10)
+    highest = max(histogram.counts)
+    lines = []
+    for label, count in zip(labels, histogram.counts, strict=True):
+        eighths = round(8 * bar_width * count / highest)
+        bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+        lines.append(f"{label:>{label_width}}  {count:>{count_width}}  {bar}".rstrip())
+    return "\n".join(lines)
 
 
-# --- drawing ---
+# --- PNG and HTML ---
 
 
 def draw(statistics: Statistics, path: str | Path) -> None:
-    """The histograms as a PNG, or with the tables as an HTML page that needs no other file. Raises UserError without matplotlib."""
+    """Write the histograms as a PNG, or together with the tables as a self-contained HTML page.
+
+    Raises:
+        UserError: the file name has another extension, the file cannot be written, or matplotlib
+            is not installed.
+    """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".html"):
-        raise UserError(f"--output {str(path)!r}: the name must end with .png or .html")
+        raise UserError(
+            f"--output {str(path)!r} has an unknown extension. "
+            "Use a name that ends in .png or .html."
+        )
     picture = _picture(statistics)
     try:
         if path.suffix.lower() == ".png":
@@ -197,34 +249,48 @@ def draw(statistics: Statistics, path: str | Path) -> None:
 
 
 def _picture(statistics: Statistics) -> bytes:
+    """Return the histograms as a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install 'asrllm[plot]'") from error
-    figure: Any = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (measure, h) in zip(
-        figure.subplots(1, len(statistics.histograms)), statistics.histograms.items(), strict=True
-    ):
-        axes.bar(h.edges[:-1], h.counts, width=np.diff(h.edges), align="edge", edgecolor="white")
-        axes.set(xlabel=DRAWN[measure], ylabel="utterances")
+        raise UserError("drawing needs matplotlib. Run: pip install 'asrllm[plot]'") from error
+    figure: Figure = Figure(figsize=(10, 4), layout="constrained")
+    all_axes = figure.subplots(1, len(statistics.histograms))
+    for axes, (measure, histogram) in zip(all_axes, statistics.histograms.items(), strict=True):
+        axes.bar(
+            histogram.edges[:-1],
+            histogram.counts,
+            width=np.diff(histogram.edges),
+            align="edge",
+            edgecolor="white",
+        )
+        axes.set(xlabel=HISTOGRAM_LABELS[measure], ylabel="utterances")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150)
     return out.getvalue()
 
 
 def _page(statistics: Statistics, picture: bytes) -> str:
+    """Return an HTML page with the tables and a PNG."""
     name = html.escape(statistics.name)
+    totals = html.escape(_totals(statistics))
     tables = "".join(f"<table>{_html_rows(rows)}</table>" for _, rows in _tables(statistics))
-    image = (
-        f'<img alt="histograms" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-    )
-    head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}<h1>{name}</h1><p>{html.escape(_totals(statistics))}</p>{tables}{image}</html>\n'
+    encoded = base64.b64encode(picture).decode()
+    parts = [
+        '<!doctype html><html lang="en">',
+        f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>',
+        f"<h1>{name}</h1><p>{totals}</p>",
+        tables,
+        f'<img alt="histograms" src="data:image/png;base64,{encoded}">',
+        "</html>\n",
+    ]
+    return "".join(parts)
 
 
-def _html_rows(rows: list[list[str]]) -> str:
-    tags = ["th"] + ["td"] * (len(rows) - 1)
-    return "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in zip(tags, rows, strict=True)
-    )
+def _html_rows(rows: Rows) -> str:
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        cells = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "".join(lines)

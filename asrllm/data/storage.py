@@ -1,4 +1,4 @@
-"""Files at any fsspec URL (s3://, gs://, https://, ...): asked for, opened, and tried again where that may help."""
+"""Files at any fsspec URL (s3://, gs://, https://, ...): sizes, reading, and retries."""
 
 import hashlib
 import logging
@@ -8,29 +8,33 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from asrllm.errors import UserError
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from fsspec.implementations.http import HTTPFileSystem
+
 T = TypeVar("T")
-Pause = Callable[
-    [float], object
-]  # waits so many seconds; between the chunks of a download it is called with 0
+# Waits for a number of seconds. Between the chunks of a download it is called with 0.
+Pause = Callable[[float], object]
 
 ATTEMPTS = 6
-DELAY = 0.5  # seconds before the second attempt, twice as long before each one after it
+DELAY = 0.5  # seconds before the second attempt; doubles with every further attempt
 MAX_DELAY = 30.0  # seconds
-CHUNK = (
-    8 * 2**20
-)  # bytes of a file under way that are held in memory; on object stores this is one request
+# bytes of a download that are held in memory; object stores receive one request per chunk
+CHUNK = 8 * 2**20
 SIZE_THREADS = 32
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "az", "hf", "file")
 CREDENTIALS = {
-    "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket",
-    "gcs": "run 'gcloud auth application-default login' or set GOOGLE_APPLICATION_CREDENTIALS",
-    "http": """check the address, or send a token with FSSPEC_HTTP='{"headers": {"Authorization": "Bearer ..."}}'""",
+    "s3": "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "or FSSPEC_S3_ANON=true for a public bucket.",
+    "gcs": "Run 'gcloud auth application-default login', or set GOOGLE_APPLICATION_CREDENTIALS.",
+    "http": "Check the address, or send a token with "
+    """FSSPEC_HTTP='{"headers": {"Authorization": "Bearer ..."}}'.""",
 }
 NO_CREDENTIALS = (
     "NoCredentialsError",
@@ -39,40 +43,35 @@ NO_CREDENTIALS = (
     "DefaultCredentialsError",
     "ClientAuthenticationError",
 )
-PASSING = (
-    408,
-    409,
-    412,
-    425,
-    429,
-)  # states of HTTP below 500 that may be others at the next attempt
+# HTTP statuses below 500 after which another attempt may succeed
+TRANSIENT_STATUSES = (408, 409, 412, 425, 429)
 
 logger = logging.getLogger(__name__)
-_jitter = (
-    random.SystemRandom()
-)  # leaves the seeded generator alone, and differs between forked workers
-_kept: dict[int, Any] = {}  # every filesystem of this process: see _filesystem
+# Does not use the seeded generator, and differs between forked workers.
+_jitter = random.SystemRandom()
+# every filesystem of this process; see _filesystem
+_filesystems: "dict[int, AbstractFileSystem]" = {}
 
 
-class _MissingError(UserError):
-    """There is nothing at the URL."""
+class _NotFoundError(UserError):
+    """There is no file at the URL."""
 
 
-class DamagedError(Exception):
-    """What came is not what was expected; another attempt may bring it."""
+class CorruptedDownloadError(Exception):
+    """The received bytes are not those that were expected. Another attempt may succeed."""
 
 
 class StoppedError(Exception):
-    """The cache was closed under a download that was only prefetching."""
+    """The cache was closed during a prefetch."""
 
 
 def is_url(text: str) -> bool:
-    """Whether it is `scheme://...` and not a local path; `file://...` is a URL."""
+    """Return whether a text is `scheme://...`, which includes `file://...`, and not a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def join_url(base: str, name: str) -> str:
-    """Return the URL of a file below a folder. A query of an http base (a token) stays at the end.
+    """Return the URL of a file below a folder. The query (a token) of an http base is appended.
 
     Args:
         base: the URL of the folder.
@@ -82,75 +81,89 @@ def join_url(base: str, name: str) -> str:
     query = ""
     if _extra(base) == "http":
         rest, mark, query = rest.partition("?")
-        name, query = quote(name), mark + query
+        name = quote(name)
+        query = mark + query
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return f"{scheme}://{'/'.join([rest.rstrip('/'), *parts])}{query}"
 
 
 def read_bytes(url: str) -> bytes:
-    """The content of a small file. Raises UserError where it is missing, not allowed, or still failing after several attempts."""
+    """Return the content of a small file.
+
+    Raises:
+        UserError: the file does not exist, access is denied, or all attempts fail.
+    """
 
     def read() -> bytes:
         fs, path = _filesystem(url)
         return fs.cat_file(path)
 
-    return retried(read, url, attempts=ATTEMPTS, delay=DELAY)
+    return retry(read, url, attempts=ATTEMPTS, delay=DELAY)
 
 
 def remote_sizes(urls: Sequence[str]) -> list[int | None]:
-    """The sizes in bytes, None where there is no such file, asked for in parallel. Raises UserError for any other failure."""
+    """Return the sizes of files in bytes, requested in parallel; None if a file does not exist.
+
+    Raises:
+        UserError: a request fails for another reason.
+    """
     with ThreadPoolExecutor(max(1, min(SIZE_THREADS, len(urls)))) as pool:
         return list(pool.map(_remote_size, urls))
 
 
 def _remote_size(url: str) -> int | None:
-    def ask() -> dict[str, Any]:
+    def request() -> dict[str, Any]:
         fs, path = _filesystem(url)
         return fs.info(path)
 
     try:
-        info = retried(ask, url, attempts=ATTEMPTS, delay=DELAY)
-    except _MissingError:
+        info = retry(request, url, attempts=ATTEMPTS, delay=DELAY)
+    except _NotFoundError:
         return None
-    if info.get("type") == "directory":  # object stores answer so for the prefix of other objects
+    if info.get("type") == "directory":  # object stores say this of a prefix of other objects
         return None
     if info["size"] is None:
         raise UserError(
-            f"the server does not tell the size of {shown(url)}: use one that sends Content-Length, or copy the file"
+            f"the server does not state the size of {redact_url(url)}. "
+            "Use a server that sends Content-Length, or copy the file."
         )
     return info["size"]
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    """The URL's filesystem in this process, and the file's path there."""
-    from fsspec.core import url_to_fs  # 60 ms, which local files need not spend
+def _filesystem(url: str) -> "tuple[AbstractFileSystem, str]":
+    """Return the filesystem of a URL in this process, and the file's path in it."""
+    from fsspec.core import url_to_fs  # takes 60 ms, which local files need not spend
 
     import_driver(url)
-    fs, path = url_to_fs(
-        url, use_listings_cache=False
-    )  # a listing from before must not decide whether a file exists
-    # After a fork fsspec drops the parent's instances. Freed in the child, they would take their connections out of the epoll set that
-    # parent and child share, and the parent's next request would hear nothing until its timeout.
-    _kept[id(fs)] = fs
+    # an earlier listing must not decide whether a file exists
+    fs, path = url_to_fs(url, use_listings_cache=False)
+    # After a fork fsspec drops the parent's instances. If they were freed in the child, they would
+    # remove their connections from the epoll set that parent and child share. The parent's next
+    # request would then receive nothing until its timeout.
+    _filesystems[id(fs)] = fs
     return fs, path
 
 
 def check_scheme(url: str) -> None:
     """Raise UserError unless the URL's scheme is one of SCHEMES.
 
-    A URL may come from an index or a manifest that somebody else wrote. fsspec knows schemes that
-    read other places than the one they name, run through another host, or unpack archives.
+    A URL may come from an index or a manifest that somebody else wrote. Some of fsspec's schemes
+    read other places than the one they name, connect through another host, or unpack archives.
     """
     scheme = url.partition("://")[0].lower()
     if scheme not in SCHEMES or "::" in url:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise UserError(
-            f"{shown(url)}: the scheme {scheme!r} is not supported. Use one of {known}."
+            f"{redact_url(url)}: the scheme {scheme!r} is not supported. Use one of {known}."
         )
 
 
 def import_driver(url: str) -> None:
-    """Raise UserError for a scheme that is not supported, or a missing package."""
+    """Import the package that reads a URL.
+
+    Raises:
+        UserError: the scheme is not supported, or its package is not installed.
+    """
     import fsspec
 
     check_scheme(url)
@@ -159,171 +172,248 @@ def import_driver(url: str) -> None:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         extra = _extra(url)
-        install = f"pip install 'asrllm[{extra}]'" if extra else str(error)
+        fix = f"Run: pip install 'asrllm[{extra}]'" if extra else str(error)
         raise UserError(
-            f"{shown(url)} cannot be read without another package ({error.__cause__ or error}): {install}"
+            f"{redact_url(url)} cannot be read because a package is missing "
+            f"({error.__cause__ or error}). {fix}"
         ) from error
 
 
 def _extra(url: str) -> str | None:
-    """The extra of this package that reads such URLs."""
+    """Return the extra of asrllm that a URL needs."""
     return EXTRAS.get(url.partition("://")[0].lower())
 
 
-def shown(url: str) -> str:
-    """The URL without what may be secret in it: a query and a password."""
+def redact_url(url: str) -> str:
+    """Return a URL without its query and password, which may be secret."""
     return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", url.partition("?")[0])
 
 
-def _said(error: BaseException, url: str) -> str:
-    text = " ".join(str(error).split()).replace(url, shown(url))
-    name = "" if isinstance(error, DamagedError) else type(error).__name__
-    return ": ".join(part for part in (name, text[:300]) if part)  # timeouts have no text
+def _describe(error: BaseException, url: str) -> str:
+    """Return the class and message of an error on one line, without secrets of the URL."""
+    text = " ".join(str(error).split())
+    text = text.replace(url, redact_url(url))[:300]
+    name = "" if isinstance(error, CorruptedDownloadError) else type(error).__name__
+    return ": ".join(part for part in (name, text) if part)  # timeouts have no text
 
 
-def retried(
-    action: Callable[[], T], url: str, *, attempts: int, delay: float, pause: Pause = time.sleep
+def retry(
+    action: Callable[[], T],
+    url: str,
+    *,
+    attempts: int,
+    delay: float,
+    pause: Pause = time.sleep,
 ) -> T:
-    """The action's result; on errors that may pass it is run again, up to so many attempts. Raises UserError for all others."""
+    """Run an action, repeat it after transient errors, and return its result.
+
+    Args:
+        action: the function to run.
+        url: the URL that it reads, for messages.
+        attempts: largest number of runs.
+        delay: seconds before the second run; doubles with every further run, with jitter.
+        pause: waits between runs.
+
+    Raises:
+        UserError: the error is permanent, or all attempts failed.
+    """
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except (UserError, StoppedError):
             raise
-        except Exception as raised:  # every driver raises its own
-            error = _true_cause(raised, url)
-            if (problem := _lasting_problem(error, url)) is not None:
-                raise problem from error
+        except Exception as raised:  # every driver has its own exceptions
+            error = _underlying_error(raised, url)
+            permanent = _permanent_error(error, url)
+            if permanent is not None:
+                raise permanent from error
             if attempt == attempts:
-                message = f"{shown(url)} cannot be read: {attempts} attempts failed, the last one with {_said(error, url)}"
                 raise UserError(
-                    f"{message}: check the file, the server and the connection"
+                    f"{redact_url(url)} cannot be read: {attempts} attempts failed, the last one "
+                    f"with {_describe(error, url)}. Check the file, the server and the connection."
                 ) from error
-            wait = min(delay * 2 ** (attempt - 1), MAX_DELAY) * _jitter.uniform(0.5, 1.5)
             logger.warning(
-                "%s: attempt %d of %d failed (%s)", shown(url), attempt, attempts, _said(error, url)
+                "%s: attempt %d of %d failed (%s)",
+                redact_url(url),
+                attempt,
+                attempts,
+                _describe(error, url),
             )
-            pause(wait)
+            wait = min(delay * 2 ** (attempt - 1), MAX_DELAY)
+            pause(wait * _jitter.uniform(0.5, 1.5))
     raise AssertionError("attempts must be at least 1")
 
 
-def _true_cause(error: Exception, url: str) -> Exception:
-    """What lies behind a "not found", which fsspec's http says of every failure."""
-    hidden = (
-        error.__cause__ if isinstance(error, FileNotFoundError) and _extra(url) == "http" else None
-    )
-    return hidden if isinstance(hidden, Exception) else error
+def _underlying_error(error: Exception, url: str) -> Exception:
+    """Return the cause of an error of fsspec's http, which reports every failure as "not found"."""
+    if isinstance(error, FileNotFoundError) and _extra(url) == "http":
+        cause = error.__cause__
+        if isinstance(cause, Exception):
+            return cause
+    return error
 
 
-def _lasting_problem(error: BaseException, url: str) -> UserError | None:
-    """What no further attempt mends; None where one may help."""
+def _permanent_error(error: BaseException, url: str) -> UserError | None:
+    """Return the message for an error that will recur, or None if another attempt may succeed."""
     status = _status(error)
     if status in (404, 410) or (
         status is None and isinstance(error, (FileNotFoundError, IsADirectoryError))
     ):
-        return _MissingError(
-            f"{shown(url)} does not exist: check the address, and that all shards are there"
+        return _NotFoundError(
+            f"{redact_url(url)} does not exist. Check the address, and that all shards are there."
         )
     if (
         status in (401, 403)
         or isinstance(error, PermissionError)
         or type(error).__name__ in NO_CREDENTIALS
     ):
-        hint = CREDENTIALS.get(_extra(url) or "", "give credentials that may read it")
-        return UserError(f"{shown(url)} may not be read ({_said(error, url)}): {hint}")
-    if (
-        isinstance(error, TimeoutError) or status in PASSING
-    ):  # S3 sends RequestTimeout with the status 400
+        fix = CREDENTIALS.get(_extra(url) or "", "Provide credentials with read access.")
+        return UserError(f"access to {redact_url(url)} is denied ({_describe(error, url)}). {fix}")
+    # S3 sends RequestTimeout with the status 400
+    if isinstance(error, TimeoutError) or status in TRANSIENT_STATUSES:
         return None
     if (status is not None and 400 <= status < 500) or isinstance(
         error, (ValueError, TypeError, NotImplementedError)
     ):
-        return UserError(f"{shown(url)} cannot be read ({_said(error, url)}): check the address")
+        return UserError(
+            f"{redact_url(url)} cannot be read ({_describe(error, url)}). Check the address."
+        )
     return None
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of aiohttp, botocore, gcsfs, Azure or requests."""
+    """Return the HTTP status behind an error of aiohttp, botocore, gcsfs, Azure or requests."""
     while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):  # botocore
-            response = response.get("ResponseMetadata", {})
-            found = [response.get("HTTPStatusCode")]
-        else:  # aiohttp, azure, requests; then gcsfs, since aiohttp warns about its own `code`
-            found = [
-                getattr(error, "status", None),
-                getattr(error, "status_code", None),
-                getattr(response, "status_code", None),
-            ]
-            if type(error).__module__.startswith("gcsfs"):
-                found.append(getattr(error, "code", None))
-        if statuses := [status for status in found if isinstance(status, int)]:
-            return statuses[0]
+        for status in _status_candidates(error):
+            if isinstance(status, int):
+                return status
         error = error.__cause__
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A remote file open for reading. version: differs when the object was replaced, None where that cannot be known; size in bytes."""
+def _status_candidates(error: BaseException) -> list[object]:
+    """Return the attributes in which the drivers store the status."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        return [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    # aiohttp, azure, requests
+    found = [
+        getattr(error, "status", None),
+        getattr(error, "status_code", None),
+        getattr(response, "status_code", None),
+    ]
+    # only for gcsfs, because aiohttp warns when its own `code` is read
+    if type(error).__module__.startswith("gcsfs"):
+        found.append(getattr(error, "code", None))
+    return found
 
-    source: Any
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteStream:
+    """A remote file that is open for reading.
+
+    Attributes:
+        source: the open file.
+        offset: position of its next byte.
+        version: changes when the object is replaced; None if that cannot be known.
+        size: bytes of the whole file; None if unknown.
+    """
+
+    source: BinaryIO
     offset: int
     version: str | None
     size: int | None
 
 
-def open_remote(url: str, offset: int, version: str | None) -> _Opened:
-    """The file open at `offset` if it still has this version, else at its beginning."""
+def open_remote(url: str, offset: int, version: str | None) -> RemoteStream:
+    """Open a file at `offset` if it still has this version, or else at its beginning."""
     fs, path = _filesystem(url)
     if _extra(url) == "http":
         return _open_http(fs, path, offset, version)
     source = fs.open(path, "rb", block_size=CHUNK, cache_type="none")
-    details, size = getattr(source, "details", None), getattr(source, "size", None)
-    now = repr(details) if isinstance(details, dict) else None  # has the etag or generation
-    if offset and now is not None and now == version:
+    details = getattr(source, "details", None)
+    size = getattr(source, "size", None)
+    current = repr(details) if isinstance(details, dict) else None  # has the etag or generation
+    if offset and current is not None and current == version:
         source.seek(offset)
     else:
         offset = 0
-    return _Opened(
-        source=source, offset=offset, version=now, size=size if isinstance(size, int) else None
-    )
-
-
-def _open_http(fs: Any, url: str, offset: int, version: str | None) -> _Opened:
-    """One streaming GET: unlike fsspec's usual file it needs no ranges, and tells the true reason of a failure."""
-    import aiohttp  # fsspec's http has imported it
-
-    # aiohttp's own limit is 5 minutes for the whole file; here only a connection that stands still is given up
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    headers = {
-        **fs.kwargs.get("headers", {}),
-        "Accept-Encoding": "identity",
-    }  # the tar as it lies there, so that lengths agree
-    if offset and version is not None:
-        headers |= {
-            "Range": f"bytes={offset}-",
-            "If-Range": version,
-        }  # the whole file comes if it was replaced
-    # block_size=0 asks for the stream, any size saves a HEAD request
-    source = fs.open(url, "rb", block_size=0, size=1, headers=headers, timeout=timeout)
-    answer = source.r
-    offset = offset if answer.status == 206 else 0
-    if "Content-Encoding" in answer.headers:
-        return _Opened(source=source, offset=offset, version=None, size=None)
-    tag, length = answer.headers.get("ETag"), answer.headers.get("Content-Length")
-    strong = tag if tag is not None and not tag.startswith("W/") else None
-    return _Opened(
+    return RemoteStream(
         source=source,
         offset=offset,
-        version=strong,
-        size=offset + int(length) if length is not None else None,
+        version=current,
+        size=size if isinstance(size, int) else None,
     )
+
+
+def _open_http(
+    fs: "HTTPFileSystem",
+    url: str,
+    offset: int,
+    version: str | None,
+) -> RemoteStream:
+    """Open a file with one streaming GET.
+
+    Unlike fsspec's usual http file it needs no range requests, and it reports the true reason of a
+    failure.
+    """
+    import aiohttp  # fsspec's http has already imported it
+
+    # aiohttp's own limit is 5 minutes for the whole file; this one ends only stalled connections
+    timeout = aiohttp.ClientTimeout(
+        total=None,
+        sock_connect=30,
+        sock_read=60,
+    )
+    # the tar as it is stored, so that lengths agree
+    headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+    if offset and version is not None:
+        # the server sends the whole file if it was replaced
+        headers |= {"Range": f"bytes={offset}-", "If-Range": version}
+    # block_size=0 selects the stream; any size avoids a HEAD request
+    source = fs.open(
+        url,
+        "rb",
+        block_size=0,
+        size=1,
+        headers=headers,
+        timeout=timeout,
+    )
+    response = source.r
+    if response.status != 206:
+        offset = 0
+    if "Content-Encoding" in response.headers:
+        return RemoteStream(
+            source=source,
+            offset=offset,
+            version=None,
+            size=None,
+        )
+    length = response.headers.get("Content-Length")
+    return RemoteStream(
+        source=source,
+        offset=offset,
+        version=_strong_etag(response.headers.get("ETag")),
+        size=None if length is None else offset + int(length),
+    )
+
+
+def _strong_etag(tag: str | None) -> str | None:
+    """Return an ETag unless it is weak, which does not guarantee equal bytes."""
+    if tag is None or tag.startswith("W/"):
+        return None
+    return tag
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file to be cached. size: in bytes; sha256: in hex; what is given is checked while downloading."""
+    """A file to be cached. Its size and checksum are verified if they are known.
+
+    Attributes:
+        url: its location.
+        size: bytes.
+        sha256: in hexadecimal.
+    """
 
     url: str
     size: int | None = None
@@ -331,7 +421,8 @@ class RemoteFile:
 
     @property
     def local_name(self) -> str:
-        """Readable, and another one for another URL or checksum."""
+        """A readable file name that is unique to the URL and the checksum."""
         digest = hashlib.sha256(f"{self.url}\n{self.sha256 or ''}".encode()).hexdigest()[:20]
-        base = re.sub(r"[^A-Za-z0-9._-]", "_", shown(self.url).rstrip("/").rpartition("/")[2])
+        last_part = redact_url(self.url).rstrip("/").rpartition("/")[2]
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", last_part)
         return f"{digest}-{base[-100:]}"

@@ -1,4 +1,4 @@
-"""Indexing tars that others wrote, and checking that shards still hold what their index says."""
+"""Index tars of any origin, and verify that shards still match their index."""
 
 import os
 import tarfile
@@ -7,9 +7,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,12 @@ from asrllm.audio.stream import open_audio, read_stretch
 from asrllm.data.index import (
     BLOCK,
     MAX_DURATION_ERROR,
+    MAX_TEXT_LENGTH,
     RATE,
     BadSample,
     Index,
     ShardRecord,
+    TarSample,
     iterate_tar,
     scan_shard,
     write_index,
@@ -32,7 +35,7 @@ from asrllm.errors import UserError
 from asrllm.escape import escape
 from asrllm.integrity import file_sha256
 
-UNBOUNDED = 1 << 62  # bytes; each process holds one tar, and removes it
+UNBOUNDED = 1 << 62  # bytes; each process stores one tar at a time, and removes it
 
 
 # --- indexing ---
@@ -45,73 +48,101 @@ def index_tars(
     workers: int = 1,
     advance: Advance = lambda count: None,
 ) -> ShardSummary:
-    """Write an index of tars (local paths or URLs) into `output`, by default the directory where they lie.
+    """Write the index of tars.
 
-    What cannot be used is left out of the index and has a row in `rejected.jsonl` there. advance: told of tars. Raises UserError where a
-    tar is missing or broken, or where nothing could be used.
+    Unusable samples are left out of the index and listed in its `rejected.jsonl`.
+
+    Args:
+        tars: local paths or URLs.
+        output: directory of the index; by default the directory of the tars.
+        workers: number of processes.
+        advance: receives the number of tars that were scanned.
+
+    Raises:
+        UserError: a tar is missing or corrupted, or no sample can be used.
     """
-    tars = [tar.removeprefix("file://") for tar in tars]
-    tars = sorted(dict.fromkeys(tar if is_url(tar) else os.path.abspath(tar) for tar in tars))
+    tars = sorted({_absolute(tar) for tar in tars})
     folder = _index_folder(tars, output)
-    records, rejected = _scan_all(tars, folder, workers, advance)
-    reasons = Counter(sample.reason for samples in rejected for sample in samples)
-    if not any(len(record.rows) for record in records):
-        said = (
-            ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            or "they are empty"
-        )
-        example = next(
-            (f"; the first: {s.key}: {s.detail}" for samples in rejected for s in samples), ""
-        )
-        raise UserError(f"the tars hold no utterance that could be used: {said}{example}")
+    scans = _scan_all(tars, folder, workers, advance)
+    reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
+    if not any(len(scan.record.rows) for scan in scans):
+        raise UserError(_no_sample_message(scans, reasons))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for tar, record in zip(tars, records, strict=True):
-            _link(tar, folder / record.name)
+        for tar, scan in zip(tars, scans, strict=True):
+            _link(tar, folder / scan.record.name)
         if reasons:
-            lines = [
-                rejected_line(s.key, s.reason, f"{r.name}: {s.detail}")
-                for r, bad in zip(records, rejected, strict=True)
-                for s in bad
-            ]
-            (folder / "rejected.jsonl").write_text(
-                "".join(lines), encoding="utf-8", errors="backslashreplace"
-            )
-        index = write_index(folder, records)
+            _write_rejected(folder / "rejected.jsonl", scans)
+        index = write_index(folder, [scan.record for scan in scans])
     except OSError as error:
         raise UserError(f"the index cannot be written to {str(folder)!r}: {error}") from error
     return ShardSummary(index=index, rejected=dict(reasons))
 
 
+def _absolute(tar: str) -> str:
+    """Return a URL, or the absolute path of a local tar."""
+    tar = tar.removeprefix("file://")
+    return tar if is_url(tar) else os.path.abspath(tar)
+
+
+def _no_sample_message(scans: Sequence["_Scan"], reasons: Counter[str]) -> str:
+    if not reasons:
+        return "the tars have no usable utterance: they are empty"
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    first = next(sample for scan in scans for sample in scan.bad)
+    return f"the tars have no usable utterance: {counts}; the first: {first.key}: {first.detail}"
+
+
+def _write_rejected(path: Path, scans: Sequence["_Scan"]) -> None:
+    lines = []
+    for scan in scans:
+        for sample in scan.bad:
+            detail = f"{scan.record.name}: {sample.detail}"
+            lines.append(rejected_line(sample.key, sample.reason, detail))
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+
+
 def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:
+    """Return the directory of the index.
+
+    Raises:
+        UserError: a tar does not exist, or the tars do not determine a directory.
+    """
     local = [Path(tar) for tar in tars if not is_url(tar)]
-    if missing := [tar for tar in local if not tar.is_file()]:
-        raise UserError(f"the tar {str(missing[0])!r} does not exist: check the path")
+    for tar in local:
+        if not tar.is_file():
+            raise UserError(f"the tar {str(tar)!r} does not exist. Check the path.")
+    if output is not None:
+        return Path(os.path.abspath(output))
+    if len(local) < len(tars):
+        raise UserError("the tars are at URLs. Set the directory of their index with --output DIR.")
     folders = {tar.parent for tar in local}
-    if output is None and (len(local) < len(tars) or len(folders) != 1):
-        where = "at URLs" if len(local) < len(tars) else f"in {len(folders)} directories"
-        raise UserError(f"the tars lie {where}: say with --output DIR where their index is written")
-    return Path(os.path.abspath(output)) if output is not None else folders.pop()
+    if len(folders) != 1:
+        raise UserError(
+            f"the tars are in {len(folders)} directories. "
+            "Set the directory of their index with --output DIR."
+        )
+    return folders.pop()
 
 
 def _names(tars: Sequence[str], folder: Path) -> list[str]:
-    """Return the names of tars in an index: below its folder, or URLs.
+    """Return the names of tars in an index: paths relative to its folder, or URLs.
 
-    Tars that are elsewhere get the name of a link, which `_link` makes.
+    Tars outside the folder get the name of a link, which `_link` makes.
     """
-    elsewhere = [tar for tar in tars if not is_url(tar) and not Path(tar).is_relative_to(folder)]
-    common = os.path.commonpath([os.path.dirname(tar) for tar in elsewhere]) if elsewhere else ""
+    outside = [tar for tar in tars if not is_url(tar) and not Path(tar).is_relative_to(folder)]
+    common = os.path.commonpath([os.path.dirname(tar) for tar in outside]) if outside else ""
     names = []
     for tar in tars:
         if is_url(tar):
             names.append(tar)
         else:
-            names.append(os.path.relpath(tar, common if tar in elsewhere else folder))
+            names.append(os.path.relpath(tar, common if tar in outside else folder))
     return names
 
 
 def _link(tar: str, place: Path) -> None:
-    """Make `place` a symbolic link to a local tar, unless it is the tar.
+    """Make `place` a symbolic link to a local tar, unless it is the tar itself.
 
     Raises:
         UserError: another file is there.
@@ -125,64 +156,86 @@ def _link(tar: str, place: Path) -> None:
         place.symlink_to(tar)
     except FileExistsError as error:
         raise UserError(
-            f"{str(place)!r} exists, but the index needs a link to {tar!r} there. Give --output another directory."
+            f"{str(place)!r} exists, but the index needs a link to {tar!r} there. "
+            "Use another directory for --output."
         ) from error
 
 
 @dataclass(frozen=True)
-class _Tar:
-    """One to scan. name: in the index; cache: for URLs; repeated: which of its usable samples stand in an earlier tar."""
+class _ScanJob:
+    """A tar to scan.
 
-    where: str
+    Attributes:
+        location: its path or URL.
+        name: its name in the index.
+        cache: local directory for tars at URLs.
+        repeated: numbers of its usable samples whose keys an earlier tar contains.
+    """
+
+    location: str
     name: str
     cache: Path
     repeated: tuple[int, ...] = ()
 
 
+class _Scan(NamedTuple):
+    """The result of scanning a tar.
+
+    Attributes:
+        record: what the index stores about it.
+        bad: its unusable samples.
+        hashes: (usable samples,) hashes of their keys.
+    """
+
+    record: ShardRecord
+    bad: list[BadSample]
+    hashes: np.ndarray
+
+
 def _scan_all(
-    tars: Sequence[str], folder: Path, workers: int, advance: Advance
-) -> tuple[list[ShardRecord], list[list[BadSample]]]:
-    """The record of each tar, and what is left out of it; of a key in several tars the first one stays."""
+    tars: Sequence[str],
+    folder: Path,
+    workers: int,
+    advance: Advance,
+) -> list[_Scan]:
+    """Scan tars. If several contain the same key, the sample in the first one is used."""
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
         jobs = [
-            _Tar(tar, name, Path(cache))
+            _ScanJob(tar, name, Path(cache))
             for tar, name in zip(tars, _names(tars, folder), strict=True)
         ]
-        found = dict(run_parallel(_scan, jobs, workers, advance))
+        scans = dict(run_parallel(_scan, jobs, workers, advance))
+        # tars with keys of earlier tars are scanned again without these keys
         seen = SeenKeys()
-        repeated = [tuple(np.flatnonzero(seen.add(found[i][2])).tolist()) for i in range(len(tars))]
-        again = [
-            _Tar(job.where, job.name, job.cache, rows)
-            for job, rows in zip(jobs, repeated, strict=True)
-            if rows
-        ]
-        numbers = [i for i, rows in enumerate(repeated) if rows]
-        found |= {
-            numbers[n]: result
-            for n, result in run_parallel(_scan, again, workers, lambda count: None)
-        }
-    return [found[i][0] for i in range(len(tars))], [found[i][1] for i in range(len(tars))]
+        numbers = []
+        again = []
+        for number, job in enumerate(jobs):
+            repeated = np.flatnonzero(seen.add(scans[number].hashes)).tolist()
+            if repeated:
+                numbers.append(number)
+                again.append(replace(job, repeated=tuple(repeated)))
+        for i, scan in run_parallel(_scan, again, workers, lambda count: None):
+            scans[numbers[i]] = scan
+    return [scans[number] for number in range(len(tars))]
 
 
-def _scan(tar: _Tar, advance: Advance) -> tuple[ShardRecord, list[BadSample], np.ndarray]:
-    """The record, what is left out, and the hashes of the keys that are in."""
-    with _local(RemoteFile(url=tar.where), tar.cache) as path:
-        record, bad, keys = scan_shard(path, name=tar.name)
-        if tar.repeated:
-            record, bad, keys = scan_shard(
-                path, name=tar.name, skip={keys[i] for i in tar.repeated}
-            )
+def _scan(job: _ScanJob, advance: Advance) -> _Scan:
+    with _local(RemoteFile(url=job.location), job.cache) as path:
+        record, bad, keys = scan_shard(path, name=job.name)
+        if job.repeated:
+            skip = {keys[i] for i in job.repeated}
+            record, bad, keys = scan_shard(path, name=job.name, skip=skip)
     advance(1)
-    return record, bad, hash_keys(keys)
+    return _Scan(record, bad, hash_keys(keys))
 
 
 @contextmanager
 def _local(file: RemoteFile, cache: Path) -> Iterator[Path]:
-    """A file on this machine for as long as it is used."""
+    """Provide a local copy of a file, and remove it afterwards if it is remote."""
     if not is_url(file.url):
         yield Path(file.url)
         return
-    from asrllm.data.cache import ShardCache  # takes 30 ms; only remote tars need it
+    from asrllm.data.cache import ShardCache  # takes 30 ms, and only remote tars need it
 
     path = ShardCache(cache, max_bytes=UNBOUNDED).fetch(file)
     try:
@@ -196,7 +249,14 @@ def _local(file: RemoteFile, cache: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with a sample; key "" where it is wrong with the whole shard."""
+    """A mismatch between a shard and its index.
+
+    Attributes:
+        shard: path or URL of the shard.
+        key: key of the sample, or "" if the whole shard is affected.
+        reason: a word to count by.
+        detail: the problem in plain words.
+    """
 
     shard: str
     key: str
@@ -210,7 +270,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One to check. rows: of the index."""
+    """A shard to verify.
+
+    Attributes:
+        file: its location, size and checksum.
+        rows: its rows of the index.
+        cache: local directory for shards at URLs.
+    """
 
     file: RemoteFile
     rows: np.ndarray
@@ -220,112 +286,152 @@ class _Shard:
 def verify_shards(
     index: Index, *, workers: int = 1, advance: Advance = lambda count: None
 ) -> list[Problem]:
-    """Every disagreement between the index and its shards: all samples are decoded. advance: told of samples."""
+    """Decode all samples, and return every mismatch between an index and its shards.
+
+    Args:
+        index: the index.
+        workers: number of processes.
+        advance: receives the number of samples that were verified.
+    """
+    numbers = range(len(index.shards))
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
-        pieces = [slice(*index.starts[i : i + 2]) for i in range(len(index.shards))]
-        shards = (
-            _Shard(index.file(i), np.array(index.rows[piece]), Path(cache))
-            for i, piece in enumerate(pieces)
-        )
-        found = dict(run_parallel(_check_shard, shards, workers, advance))
+
+        def shard(number: int) -> _Shard:
+            rows = index.rows[index.starts[number] : index.starts[number + 1]]
+            return _Shard(index.file(number), np.array(rows), Path(cache))
+
+        checks = dict(run_parallel(_check_shard, map(shard, numbers), workers, advance))
         seen = SeenKeys()
-        repeated = {i: found[i].rows[seen.add(found[i].hashes)] for i in range(len(pieces))}
-        # the keys themselves, of millions of samples, are not held
-        again = {
-            i: _repeated_keys(
-                _Shard(index.file(i), np.array(index.rows[pieces[i]])[rows], Path(cache))
-            )
-            for i, rows in repeated.items()
-            if len(rows)
-        }
-    return [
-        problem for i in range(len(pieces)) for problem in (*found[i].problems, *again.get(i, ()))
-    ]
+        problems = []
+        for number in numbers:
+            check = checks[number]
+            problems += check.problems
+            repeated = check.rows[seen.add(check.hashes)]
+            if len(repeated):
+                # The keys of millions of samples are not stored, so they are read again.
+                whole = shard(number)
+                problems += _repeated_keys(replace(whole, rows=whole.rows[repeated]))
+    return problems
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """rows: those whose samples have a key; hashes: of these keys."""
+class _Check(NamedTuple):
+    """The result of verifying a shard.
+
+    Attributes:
+        problems: the mismatches.
+        rows: (n,) numbers of the rows whose samples have a key.
+        hashes: (n,) hashes of these keys.
+    """
 
     problems: list[Problem]
     rows: np.ndarray
     hashes: np.ndarray
 
 
-def _check_shard(shard: _Shard, advance: Advance) -> _Checked:
-    name, problems, keys = shard.file.url, [], {}
+def _check_shard(shard: _Shard, advance: Advance) -> _Check:
+    name = shard.file.url
+    problems = []
+    keys = {}
     with _local(shard.file, shard.cache) as path:
-        if (digest := file_sha256(path)) != shard.file.sha256:
-            detail = f"its sha256 is {digest[:12]}..., when it was indexed it was {str(shard.file.sha256)[:12]}..."
-            problems.append(Problem(shard=name, key="", reason="changed", detail=detail))
-        for number, (row, data) in enumerate(_stretches(path, shard.rows)):
-            key, reason, detail = _check_sample(data, row)
+        digest = file_sha256(path)
+        if digest != shard.file.sha256:
+            detail = (
+                f"its sha256 is {digest[:12]}..., "
+                f"but the index says {str(shard.file.sha256)[:12]}..."
+            )
+            problems.append(
+                Problem(
+                    shard=name,
+                    key="",
+                    reason="changed",
+                    detail=detail,
+                )
+            )
+        for number, (row, content) in enumerate(_sample_bytes(path, shard.rows)):
+            key, reason, detail = _check_sample(content, row)
             if key:
                 keys[number] = key
             if reason:
+                label = key or f"row {number}"
                 problems.append(
-                    Problem(shard=name, key=key or f"row {number}", reason=reason, detail=detail)
+                    Problem(
+                        shard=name,
+                        key=label,
+                        reason=reason,
+                        detail=detail,
+                    )
                 )
             advance(1)
-    return _Checked(problems, np.array(list(keys), np.int64), hash_keys(list(keys.values())))
+    rows = np.array(list(keys), np.int64)
+    return _Check(problems, rows, hash_keys(list(keys.values())))
 
 
 def _repeated_keys(shard: _Shard) -> list[Problem]:
-    """What is wrong with a shard's rows whose keys were seen before them."""
+    """Return the problems of rows whose keys occurred before."""
+    problems = []
     with _local(shard.file, shard.cache) as path:
-        keys = [_check_sample(data, row)[0] for row, data in _stretches(path, shard.rows)]
-    detail = "the key stands in the shards more than once"
-    return [
-        Problem(shard=shard.file.url, key=key, reason="duplicate_key", detail=detail)
-        for key in keys
-    ]
+        for row, content in _sample_bytes(path, shard.rows):
+            key, _, _ = _check_sample(content, row)
+            problem = Problem(
+                shard=shard.file.url,
+                key=key,
+                reason="duplicate_key",
+                detail="the key occurs in the shards more than once",
+            )
+            problems.append(problem)
+    return problems
 
 
-def _stretches(path: Path, rows: np.ndarray) -> Iterator[tuple[np.void, bytes]]:
-    """Each row with its part of the tar."""
+def _sample_bytes(path: Path, rows: np.ndarray) -> Iterator[tuple[np.void, bytes]]:
+    """Yield each row with the part of the tar that it refers to."""
     with open(path, "rb") as file:
         for row in rows:
             file.seek(int(row["offset"]) * BLOCK)
             yield row, file.read(int(row["size"]) * BLOCK)
 
 
-def _check_sample(data: bytes, row: np.void) -> tuple[str, str, str]:
-    """(key, reason, detail) of a sample's stretch of a tar; reason "": nothing is wrong."""
+def _check_sample(content: bytes, row: np.void) -> tuple[str, str, str]:
+    """Return (key, reason, detail) of a sample. The reason of a sound sample is ""."""
     try:
-        samples = list(iterate_tar(BytesIO(data)))
+        samples = list(iterate_tar(BytesIO(content)))
     except (tarfile.TarError, ValueError, OSError) as error:
-        return "", "unreadable_tar", f"no sample lies at block {row['offset']}: {error}"
+        return "", "unreadable_tar", f"there is no sample at block {row['offset']}: {error}"
     if len(samples) != 1:
-        return (
-            "",
-            "unreadable_tar",
-            f"{len(samples)} samples lie at block {row['offset']} instead of one",
-        )
+        detail = f"there are {len(samples)} samples at block {row['offset']} instead of one"
+        return "", "unreadable_tar", detail
     (sample,) = samples
     if isinstance(sample, BadSample):
         return sample.key, sample.reason, sample.detail
-    if zlib.crc32(data) != row["crc32"]:
+    if zlib.crc32(content) != row["crc32"]:
         return sample.key, "changed", "its bytes do not match the checksum in the index"
-    text = sample.fields["text"]
+    reason, detail = _check_text(sample.fields["text"], row)
+    if not reason:
+        reason, detail = _check_audio(sample, row)
+    return sample.key, reason, detail
+
+
+def _check_text(text: str, row: np.void) -> tuple[str, str]:
+    """Return (reason, detail) of what is wrong with a transcript, or empty texts."""
     if not text.strip():
-        return sample.key, "empty_text", "the transcript is empty"
-    if min(len(text.encode("utf-8", "surrogatepass")), 65535) != row["text_bytes"]:
-        return (
-            sample.key,
-            "changed_text",
-            f"the index says {row['text_bytes']} bytes of text, there are {len(text.encode())}",
-        )
+        return "empty_text", "the transcript is empty"
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if min(size, MAX_TEXT_LENGTH) != row["text_bytes"]:
+        detail = f"the index says {row['text_bytes']} bytes of text, the sample has {size}"
+        return "changed_text", detail
+    return "", ""
+
+
+def _check_audio(sample: TarSample, row: np.void) -> tuple[str, str]:
+    """Return (reason, detail) of what is wrong with the audio, or empty texts."""
     try:
         wave, rate = read_stretch(open_audio(f"{sample.key}.{sample.extension}", sample.audio))
     except UserError as error:
-        return sample.key, "unreadable_audio", str(error)
-    seconds, expected = len(wave) / rate, int(row["samples"]) / RATE
+        return "unreadable_audio", str(error)
+    seconds = len(wave) / rate
+    expected = int(row["samples"]) / RATE
     if abs(seconds - expected) > MAX_DURATION_ERROR:
-        return (
-            sample.key,
-            "duration_mismatch",
-            f"the index says {expected:.3f} s, the audio has {seconds:.3f} s",
-        )
+        detail = f"the index says {expected:.3f} s, the audio has {seconds:.3f} s"
+        return "duration_mismatch", detail
     if not np.isfinite(wave).all():
-        return sample.key, "non_finite_audio", "the audio holds NaN or infinite values"
-    return sample.key, "", ""
+        return "non_finite_audio", "the audio contains NaN or infinite values"
+    return "", ""

@@ -46,7 +46,7 @@ class TrainingData:
         self.config = config
         self.prompts = prompts
         self.renderer = processor.renderer
-        self.cache = ShardCache.of(config.data.cache)
+        self.cache = ShardCache.from_config(config.data.cache)
         self.tokens = processor.config.num_audio_tokens
         self.limits = processor.config.sample_limits()
         self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
@@ -88,7 +88,7 @@ class TrainingData:
             )
         sizes: dict[str, int] = {}
         for window in range(2):
-            for file in self.plan.files(0, window):
+            for file in self.plan.remote_shards(0, window):
                 sizes[file.url] = file.size or 0
         total = sum(sizes.values())
         if total > self.cache.max_bytes:

@@ -1,4 +1,4 @@
-"""A web server and an S3 server (moto) for tests, with faults to order and a record of what was asked."""
+"""A web server and an S3 server (moto) for tests, with scripted faults and a log of requests."""
 
 import threading
 from collections import defaultdict
@@ -16,19 +16,25 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Response
 
 BUCKET = "corpus"
-WAIT = 30  # seconds until a server that holds an answer back goes on by itself
+WAIT = 30  # seconds after which a delayed response continues by itself
 
 
 @dataclass
 class Fault:
-    """What happens to one answer. status: sent instead; sent: this share of the body, then the connection ends; flip: damaged bytes.
+    """A fault of one response.
 
-    `gate`: after half of the body the answer waits until the gate opens; `reached` says that it does.
+    Attributes:
+        status: HTTP status that is sent instead of the file.
+        sent: fraction of the body after which the connection ends.
+        honest: whether Content-Length is that of the shortened body.
+        flip: whether the first byte is damaged.
+        gate: the response waits for it after half of the body.
+        reached: set when the response waits.
     """
 
     status: int | None = None
     sent: float = 1.0
-    honest: bool = False  # Content-Length tells of the shortened body
+    honest: bool = False
     flip: bool = False
     gate: threading.Event | None = None
     reached: threading.Event = field(default_factory=threading.Event)
@@ -48,7 +54,12 @@ class Fault:
 
 @dataclass
 class Faults:
-    """Faults by method and path, one for each request; gets: the ranges that were asked for, by path."""
+    """Faults of future requests, and a log of past ones.
+
+    Attributes:
+        ordered: one fault per request, by method and path.
+        gets: the requested byte ranges, by path.
+    """
 
     ordered: dict[tuple[str, str], Iterator[Fault]] = field(default_factory=dict)
     gets: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
@@ -63,7 +74,7 @@ class Faults:
 
 
 class WebServer:
-    """http://127.0.0.1:PORT/PATH for what is in `files`, with ranges and ETags."""
+    """A server of `files` at http://127.0.0.1:PORT/PATH, with ranges and ETags."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -123,7 +134,7 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
 
 
 class S3Server:
-    """s3://corpus/KEY for what was put; clients reach it with AWS_ENDPOINT_URL."""
+    """A server of s3://corpus/KEY. Clients reach it through AWS_ENDPOINT_URL."""
 
     def __init__(self) -> None:
         self.faults = Faults()
@@ -136,7 +147,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to reach it; one attempt of botocore for each of s3fs."""
+        """Environment variables of clients. botocore makes one attempt for each one of s3fs."""
         keys = {
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
@@ -149,7 +160,7 @@ class S3Server:
         } | keys
 
     def put(self, path: str, data: bytes) -> str:
-        """path: begins with a slash, as at the web server."""
+        """Store an object, and return its URL. The path begins with a slash."""
         client = boto3.client("s3", endpoint_url=self.endpoint)
         client.create_bucket(Bucket=BUCKET)
         client.put_object(Bucket=BUCKET, Key=path.lstrip("/"), Body=data)
@@ -193,7 +204,7 @@ def web_server() -> Iterator[WebServer]:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """An S3 server that this process and its children reach; clients made for another server before are forgotten."""
+    """Run an S3 server for this process and its children, without cached clients of other ones."""
     s3 = S3Server()
     with pytest.MonkeyPatch.context() as patch:
         for key, value in s3.environment.items():

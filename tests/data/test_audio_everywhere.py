@@ -1,4 +1,4 @@
-"""All ways into the shards read audio alike, and refuse the same."""
+"""Shards made from files and indexed tars accept and reject the same audio."""
 
 import io
 import os
@@ -24,6 +24,7 @@ SECONDS = 2.0
 
 
 def encoded(form="WAV", wave=None, **options):
+    """Return the bytes of an audio file."""
     file = io.BytesIO()
     soundfile.write(
         file, tone("one", SECONDS) if wave is None else wave, 16000, format=form, **options
@@ -32,7 +33,10 @@ def encoded(form="WAV", wave=None, **options):
 
 
 def with_sizes(size):
-    """A wav of a program that did not know how long it would be."""
+    """Return a wav with wrong sizes in its header.
+
+    Programs write such a header if they do not know the length beforehand.
+    """
     data = bytearray(encoded())
     data[4:8] = size.to_bytes(4, "little")
     place = data.index(b"data") + 4
@@ -41,7 +45,7 @@ def with_sizes(size):
 
 
 def without_total():
-    """A FLAC of a stream, which does not say how many samples it has."""
+    """Return a FLAC of a stream, whose header has no number of samples."""
     data = bytearray(encoded("FLAC"))
     data[21] &= 0xF0
     data[22:26] = bytes(4)
@@ -49,13 +53,14 @@ def without_total():
 
 
 def with_total(samples):
+    """Return a FLAC whose header has this number of samples."""
     data = bytearray(encoded("FLAC"))
     data[21] = data[21] & 0xF0 | samples >> 32
     data[22:26] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
     return bytes(data)
 
 
-READ = {
+VALID = {
     "wav": encoded(),
     "wav of unknown size": with_sizes(0xFFFFFFFF),
     "wav of a stream": with_sizes(0),
@@ -67,20 +72,23 @@ READ = {
     "gsm": encoded("WAV", tone("one", SECONDS), subtype="GSM610"),
     "float above full scale": encoded(wave=20 * tone("one", SECONDS), subtype="FLOAT"),
 }
-REFUSED = {
-    "half a wav": encoded()[: len(encoded()) // 2],
-    "wav that says a part": with_sizes(6400),
-    "half a flac": encoded("FLAC")[: len(encoded("FLAC")) // 2],
-    "half an mp3": encoded("MP3")[: len(encoded("MP3")) // 2],
-    "flac that promises 19 days": with_total((1 << 36) - 1),
-    "float that holds integers": encoded(wave=30_000 * tone("one", SECONDS), subtype="FLOAT"),
-    "nothing": b"",
+INVALID = {
+    "truncated wav": encoded()[: len(encoded()) // 2],
+    "wav whose header has a smaller size": with_sizes(6400),
+    "truncated flac": encoded("FLAC")[: len(encoded("FLAC")) // 2],
+    "truncated mp3": encoded("MP3")[: len(encoded("MP3")) // 2],
+    "flac whose header has 19 days": with_total((1 << 36) - 1),
+    "float wav of integers": encoded(wave=30_000 * tone("one", SECONDS), subtype="FLOAT"),
+    "empty": b"",
     "text": b"this is no audio " * 100,
 }
 
 
-def ways(folder, content, name):
-    """What comes of shards made of a file, and of an indexed tar that holds it, each with a good file beside it."""
+def shards_and_index(folder, content, name):
+    """Return the summaries of shards made from a file, and of an indexed tar that contains it.
+
+    Both also have a valid file.
+    """
     ending = next(
         (ending for ending in ("flac", "ogg", "mp3", "m4a") if ending in name.split()), "wav"
     )
@@ -95,29 +103,28 @@ def ways(folder, content, name):
     return made, index_tars([tar])
 
 
-@pytest.mark.parametrize("name", READ)
-def test_what_is_read_is_read_whole(tmp_path, name):
-    for summary in ways(tmp_path, READ[name], name):
+@pytest.mark.parametrize("name", VALID)
+def test_readable_audio_has_its_full_length(tmp_path, name):
+    for summary in shards_and_index(tmp_path, VALID[name], name):
         assert summary.rejected == {}
         assert summary.index.rows["samples"].tolist() == pytest.approx(
             [SECONDS * 16000] * 2, abs=1600
         )
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_refused_everywhere(tmp_path, name):
-    made, indexed = ways(tmp_path, REFUSED[name], name)
+@pytest.mark.parametrize("name", INVALID)
+def test_bad_audio_is_rejected_from_folders_and_tars(tmp_path, name):
+    made, indexed = shards_and_index(tmp_path, INVALID[name], name)
     assert made.rejected == {"unreadable_audio": 1}
-    if (
-        name == "float that holds integers"
-    ):  # its header is sound, and it is refused when it is read
+    # its header is valid, so only reading the samples rejects it
+    if name == "float wav of integers":
         return
     assert indexed.rejected == {"unreadable_audio": 1}
 
 
 @needs_ffmpeg
-def test_a_flac_without_a_total_is_read_whole(tmp_path):
-    for summary in ways(tmp_path, without_total(), "flac"):
+def test_a_flac_without_a_total_has_its_full_length(tmp_path):
+    for summary in shards_and_index(tmp_path, without_total(), "flac"):
         assert summary.rejected == {}
         assert summary.index.rows["samples"].tolist() == pytest.approx(
             [SECONDS * 16000] * 2, abs=1600
@@ -130,7 +137,7 @@ def test_m4a_is_read_from_folders_and_tars(tmp_path):
     command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / "a.m4a"]
     subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
     content = (tmp_path / "a.m4a").read_bytes()
-    for summary in ways(tmp_path, content, "m4a"):
+    for summary in shards_and_index(tmp_path, content, "m4a"):
         assert summary.rejected == {}
         assert summary.index.rows["samples"].tolist() == pytest.approx(
             [SECONDS * 16000] * 2, abs=1600
@@ -152,7 +159,7 @@ def test_skipped_files_of_a_folder_are_counted_and_named(tmp_path, caplog):
         assert "more/b.raw" in record.getMessage()
 
 
-def test_links_of_a_folder_are_followed_once(tmp_path):
+def test_symbolic_links_are_followed_once(tmp_path):
     (tmp_path / "corpus").mkdir()
     soundfile.write(tmp_path / "corpus" / "a.wav", tone("one", SECONDS), 16000)
     (tmp_path / "corpus" / "again").symlink_to(tmp_path / "corpus")
@@ -162,14 +169,14 @@ def test_links_of_a_folder_are_followed_once(tmp_path):
 
 
 @pytest.mark.timeout(30)
-def test_a_fifo_in_a_corpus_does_not_wait(tmp_path):
+def test_a_fifo_in_a_corpus_is_rejected_without_waiting(tmp_path):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     os.mkfifo(tmp_path / "fifo.wav")
     (kaldi / "wav.scp").write_text(
         f"utt0000 {tmp_path}/fifo.wav\nutt0001 {kaldi}/wav/utt0001.wav\n"
     )
     assert write_shards(tmp_path / "out", read_kaldi(kaldi)).rejected == {"unreadable_audio": 1}
-    with pytest.raises(UserError, match="pipe"):
+    with pytest.raises(UserError, match=f"{tmp_path}/fifo.wav"):
         list(read_nemo(tmp_path / "fifo.wav"))
 
 
@@ -183,7 +190,7 @@ def test_audio_above_full_scale_is_scaled_and_not_clipped(tmp_path):
     np.testing.assert_allclose(found, wave / 3, atol=1e-4)
 
 
-def test_raw_samples_are_refused_with_what_to_do(tmp_path):
+def test_raw_samples_are_rejected_with_a_hint_to_sox(tmp_path):
     (tmp_path / "a.raw").write_bytes(bytes(3200))
     with pytest.raises(UserError, match="sox"):
         open_audio(str(tmp_path / "a.raw"))
@@ -197,7 +204,7 @@ def test_a_fifo_is_read(tmp_path):
     assert (len(wave), rate) == (SECONDS * 16000, 16000)
 
 
-def test_a_name_that_is_not_utf8_is_read(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
     with open(name, "wb") as file:
         file.write(encoded())
@@ -209,8 +216,8 @@ def test_a_name_that_is_not_utf8_is_read(tmp_path):
     assert sample.key == r"caf\xe9"
 
 
-def kaldi_of(folder, segments):
-    """A recording of two channels, "one" and "two", with these segments."""
+def kaldi_with_segments(folder, segments):
+    """Write a Kaldi directory of a recording with the channels "one" and "two", and segments."""
     soundfile.write(
         folder / "r.wav", np.stack([tone("one", SECONDS), tone("two", SECONDS)], 1), 16000
     )
@@ -222,8 +229,8 @@ def kaldi_of(folder, segments):
     return folder
 
 
-def test_segments_have_channels_and_kaldis_tolerance_at_the_end(tmp_path):
-    kaldi = kaldi_of(
+def test_kaldi_segments_support_channels_and_a_tolerance_at_the_end(tmp_path):
+    kaldi = kaldi_with_segments(
         tmp_path, ["0 1 0", "0 1 1", "0 1 A", "0 1 B", "0 1", "1 2.4", "1 2.6", "0 1 2"]
     )
     summary = write_shards(tmp_path / "out", read_kaldi(kaldi))
@@ -241,13 +248,13 @@ def test_segments_have_channels_and_kaldis_tolerance_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("segment", ["0 1 C", "0 1 -1", "0 1 0 0", "0"])
-def test_segments_of_another_form_are_rejected(tmp_path, segment):
-    (utterance,) = read_kaldi(kaldi_of(tmp_path, [segment]))
+def test_malformed_kaldi_segments_are_rejected(tmp_path, segment):
+    (utterance,) = read_kaldi(kaldi_with_segments(tmp_path, [segment]))
     assert utterance.problem[0] == "bad_segment"
 
 
-def test_half_a_sphere_file_is_refused(tmp_path):
+def test_a_truncated_sphere_file_is_rejected(tmp_path):
     whole = encoded("NIST")
     assert len(read_stretch(open_audio("a.sph", whole))[0]) == SECONDS * 16000
-    with pytest.raises(UserError, match="is cut short"):
+    with pytest.raises(UserError, match=r"a\.sph"):
         open_audio("a.sph", whole[: len(whole) // 2])

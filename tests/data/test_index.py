@@ -35,12 +35,12 @@ def write_tar(path, keys, form):
         if (form, len(key)) != ("ustar", 160)
     ],
 )
-def test_a_stretch_is_read_as_tarfile_reads_it(tmp_path, form, key):
-    """Long names and those of other alphabets have headers that only tarfile understands."""
+def test_a_sample_is_read_as_tarfile_reads_it(tmp_path, form, key):
+    """Long names, and those in other scripts, have headers that only tarfile parses."""
     whole = write_tar(tmp_path / "x.tar", ["before", key, "after"], form).read_bytes()
     for sample in scan_tar(tmp_path / "x.tar"):
-        stretch = whole[sample.offset * BLOCK :][: sample.size * BLOCK]
-        found = read_sample(stretch)
+        content = whole[sample.offset * BLOCK :][: sample.size * BLOCK]
+        found = read_sample(content)
         assert (found.key, found.fields, found.audio, found.extension) == (
             sample.key,
             sample.fields,
@@ -51,15 +51,15 @@ def test_a_stretch_is_read_as_tarfile_reads_it(tmp_path, form, key):
 
 
 def test_plain_headers_are_read_without_tarfile(tmp_path):
-    stretch = write_tar(tmp_path / "x.tar", ["a"], "gnu").read_bytes()
+    whole = write_tar(tmp_path / "x.tar", ["a"], "gnu").read_bytes()
     (sample,) = scan_tar(tmp_path / "x.tar")
-    stretch = stretch[: sample.size * BLOCK]
-    assert [member.name for member in _plain_members(stretch)] == ["a.flac", "a.json"]
+    content = whole[: sample.size * BLOCK]
+    assert [member.name for member in _plain_members(content)] == ["a.flac", "a.json"]
 
 
 @pytest.mark.parametrize("keys", [["b", "b"], ["a.0", "a.1", "a.2"]])
-def test_files_that_share_a_key_are_rejected_and_not_lost(tmp_path, keys):
-    """A key twice in a row, or keys with dots, of which WebDataset sees the part before the first alone."""
+def test_files_with_the_same_key_are_rejected(tmp_path, keys):
+    """A key may be repeated, or agree with another one up to the first dot."""
     record, bad, found = scan_shard(
         write_tar(tmp_path / "x.tar", [*keys, "good"], "gnu"), name="x.tar"
     )
@@ -67,7 +67,7 @@ def test_files_that_share_a_key_are_rejected_and_not_lost(tmp_path, keys):
     assert [(b.key, b.reason) for b in bad] == [(keys[0][0], "repeated_file")]
 
 
-def test_a_transcript_beside_json_without_one(tmp_path):
+def test_txt_supplies_the_text_that_json_lacks(tmp_path):
     write_tar(tmp_path / "x.tar", ["a"], "gnu")
     with tarfile.open(tmp_path / "y.tar", "w") as tar, tarfile.open(tmp_path / "x.tar") as old:
         tar.addfile(old.getmember("a.flac"), old.extractfile("a.flac"))
@@ -79,16 +79,16 @@ def test_a_transcript_beside_json_without_one(tmp_path):
     assert sample.fields == {"lang": "en", "text": "one"}
 
 
-@pytest.mark.parametrize("damage", ["header", "cut", "two", "other"])
-def test_what_is_not_one_whole_sample_is_an_error(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["header", "truncated", "two", "other"])
+def test_bytes_that_are_not_one_sample_raise(tmp_path, damage):
     whole = write_tar(tmp_path / "x.tar", ["a", "b"], "gnu").read_bytes()
     first, second = scan_tar(tmp_path / "x.tar")
-    stretch = whole[: first.size * BLOCK]
-    stretch = {
-        "header": stretch[:3] + b"?" + stretch[4:],
-        "cut": stretch[: -2 * BLOCK],
+    content = whole[: first.size * BLOCK]
+    damaged = {
+        "header": content[:3] + b"?" + content[4:],
+        "truncated": content[: -2 * BLOCK],
         "two": whole[: second.offset * BLOCK + second.size * BLOCK],
         "other": whole[BLOCK : (first.size + 1) * BLOCK],
     }[damage]
     with pytest.raises((ValueError, tarfile.TarError)):
-        read_sample(stretch)
+        read_sample(damaged)

@@ -11,9 +11,9 @@ def write(folder, text, name="p.txt"):
     return folder / name
 
 
-def draw(prompts, count=3000, *, seed=1, dealt=0, **sample):
+def draw(prompts, count=3000, *, seed=1, pass_index=0, **sample):
     return [
-        choose_prompt(prompts, seed=seed, pass_index=dealt, key=str(i), **sample)
+        choose_prompt(prompts, seed=seed, pass_index=pass_index, key=str(i), **sample)
         for i in range(count)
     ]
 
@@ -34,7 +34,7 @@ def test_prompts_are_lines_or_a_yaml_list(tmp_path, name, text):
     )
 
 
-def test_yaml_says_weight_language_and_task(tmp_path):
+def test_yaml_sets_weight_language_and_task(tmp_path):
     path = write(
         tmp_path,
         "- {prompt: Transcribe., weight: 2}\n- {prompt: 写下来。, lang: zh, task: asr, weight: 0.5}\n",
@@ -46,25 +46,25 @@ def test_yaml_says_weight_language_and_task(tmp_path):
     )
 
 
-def test_no_file_gives_the_default():
+def test_without_a_file_the_default_prompt_is_used():
     assert read_prompts(None) == DEFAULT_PROMPTS
 
 
 @pytest.mark.parametrize(
     ("name", "text"), [("p.txt", ""), ("p.txt", "\n  \n"), ("p.yaml", ""), ("p.yaml", "[]")]
 )
-def test_a_file_without_prompts_is_one_sentence(tmp_path, name, text):
-    with pytest.raises(UserError, match="holds no prompt: write one a line"):
+def test_a_file_without_prompts_is_reported(tmp_path, name, text):
+    with pytest.raises(UserError, match=f"prompt_file='{tmp_path}/{name}'"):
         read_prompts(write(tmp_path, text, name))
 
 
-def test_a_missing_file_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+def test_a_missing_file_is_reported(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/p.txt"):
         read_prompts(tmp_path / "p.txt")
 
 
 @pytest.mark.parametrize("name", ["p.yaml", "p.yml", "p.txt", "p"])
-def test_a_file_that_is_no_yaml_list_is_read_line_by_line(tmp_path, name):
+def test_a_file_that_is_not_a_yaml_list_is_read_line_by_line(tmp_path, name):
     text = "Transcribe the speech.\nWrite: what you hear\n\n# not a comment: {\n写下来。\n"
     found = read_prompts(write(tmp_path, text, name))
     assert [prompt.text for prompt in found] == [
@@ -78,42 +78,39 @@ def test_a_file_that_is_no_yaml_list_is_read_line_by_line(tmp_path, name):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (5, "data.yaml, entry 1, prompt 2: 5 is neither a text"),
-        (None, "prompt 2: None is neither"),
-        ({"weight": 2}, "lacks the key 'prompt'"),
-        ({"prompt": "a", "wieght": 2}, "unknown key 'wieght': did you mean 'weight'"),
-        ({"prompt": "a", 1: 2}, "unknown key 1"),
-        ({"prompt": "a", "weight": "2"}, "weight='2' must be a number"),
-        ({"prompt": "a", "weight": True}, "weight=True must be a number"),
-        ({"prompt": "a", "weight": 0}, "weight=0.0 must be above 0"),
-        ({"prompt": "a", "weight": -1.5}, "weight=-1.5 must be above 0"),
-        ({"prompt": "a", "weight": float("nan")}, "weight=nan must be above 0"),
-        ({"prompt": "a", "weight": float("inf")}, "weight=inf must be above 0"),
-        ({"prompt": 3}, "prompt=3 must be text: put it in quotes"),
-        (
-            {"prompt": "a", "lang": False},
-            "lang=False must be text: put it in quotes",
-        ),  # YAML reads no as false
-        ({"prompt": " "}, "prompt is empty"),
-        ("", "prompt is empty"),
-        ({"prompt": "a", "task": ""}, "task is empty"),
+        (5, "data.yaml, entry 1, prompt 2: 5 "),
+        (None, "prompt 2: None "),
+        ({"weight": 2}, "'prompt'"),
+        ({"prompt": "a", "wieght": 2}, "'wieght'"),
+        ({"prompt": "a", 1: 2}, "unknown key 1:"),
+        ({"prompt": "a", "weight": "2"}, "weight='2' is not a number"),
+        ({"prompt": "a", "weight": True}, "weight=True is not a number"),
+        ({"prompt": "a", "weight": 0}, "weight=0.0 "),
+        ({"prompt": "a", "weight": -1.5}, "weight=-1.5 "),
+        ({"prompt": "a", "weight": float("nan")}, "weight=nan "),
+        ({"prompt": "a", "weight": float("inf")}, "weight=inf "),
+        ({"prompt": 3}, "prompt=3 "),
+        ({"prompt": "a", "lang": False}, "lang=False "),  # YAML reads no as false
+        ({"prompt": " "}, "prompt is"),
+        ("", "prompt is"),
+        ({"prompt": "a", "task": ""}, "task is"),
     ],
 )
-def test_a_wrong_entry_is_one_sentence(entry, message):
+def test_an_invalid_entry_is_reported(entry, message):
     with pytest.raises(UserError) as caught:
         parse_prompts(["fine", entry], "data.yaml, entry 1")
     assert message in str(caught.value)
 
 
-def test_the_choice_depends_on_seed_round_and_key_alone():
+def test_the_choice_depends_only_on_seed_pass_and_key():
     prompts = parse_prompts(["a", "b", "c"], "here")
     assert draw(prompts) == draw(prompts)
-    assert draw(prompts) != draw(prompts, dealt=1)
+    assert draw(prompts) != draw(prompts, pass_index=1)
     assert draw(prompts) != draw(prompts, seed=2)
     assert all(900 < n < 1100 for n in Counter(draw(prompts)).values())
 
 
-def test_weights_are_shares_among_those_that_fit():
+def test_weights_apply_to_the_prompts_that_fit():
     entries = ["a", {"prompt": "b", "weight": 3}, {"prompt": "c", "weight": 1000, "lang": "zh"}]
     counts = Counter(draw(parse_prompts(entries, "here"), lang="en"))
     assert set(counts) == {"a", "b"}
@@ -145,10 +142,10 @@ def test_prompts_fit_language_and_task(lang, task, expected):
     assert set(draw(parse_prompts(entries, "here"), 200, lang=lang, task=task)) == expected
 
 
-def test_an_utterance_that_no_prompt_fits_is_one_sentence():
+def test_an_utterance_without_a_fitting_prompt_is_reported():
     prompts = parse_prompts([{"prompt": "写下来。", "lang": "zh"}], "here")
     with pytest.raises(
         UserError,
-        match=r"no prompt fits the utterance 'utt7' of lang='en', task=None: .*'写下来。' \(lang=zh, task=any\)",
+        match=r"'utt7' .*lang='en', task=None.*'写下来。' \(lang=zh, task=any\)",
     ):
         choose_prompt(prompts, seed=1, pass_index=0, key="utt7", lang="en")

@@ -36,20 +36,20 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
     wave, rate = b.load()
     assert (rate, len(wave)) == (16000, 12000)
     np.testing.assert_allclose(wave, tone("two", 0.75), atol=1e-4)
-    assert (c.duration, len(c.load()[0])) == (None, 8000)  # -1: to the end
+    assert (c.duration, len(c.load()[0])) == (None, 8000)  # -1 means the end
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("wav.scp", None, r"the file wav\.scp is missing"),
-        ("wav.scp", "", "is empty"),
-        ("text", "\n", "has no utterance"),
-        ("wav.scp", "utt0000 cat x.wav |\n", "is a pipe.*--allow-pipes"),
-        ("text", "utt0000 one\n".encode("utf-16"), r"is UTF-16 text\. Convert it to UTF-8"),
+        ("wav.scp", None, r"k'.*wav\.scp"),
+        ("wav.scp", "", r"wav\.scp' is empty"),
+        ("text", "\n", "k/text'"),
+        ("wav.scp", "utt0000 cat x.wav |\n", r"wav\.scp: recording 'utt0000' .*--allow-pipes"),
+        ("text", "utt0000 one\n".encode("utf-16"), r"k/text' .*UTF-16.*UTF-8"),
     ],
 )
-def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, message):
+def test_an_invalid_kaldi_directory_is_reported(tmp_path, file, content, message):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (kaldi / file).unlink(missing_ok=True)
     if content is not None:
@@ -65,49 +65,49 @@ def test_a_broken_kaldi_directory_is_one_sentence(tmp_path, file, content, messa
             "wav.scp",
             "utt0000\nutt0001 {folder}/wav/utt0001.wav\n",
             "missing_audio",
-            "recording 'utt0000' has no path",
+            "recording 'utt0000'",
         ),
         (
             "segments",
             "utt0000 other 0 1\nutt0001 utt0001 0 -1\n",
             "missing_audio",
-            "names the recording 'other', which wav.scp lacks",
+            "recording 'other'",
         ),
         (
             "segments",
             "utt0000 utt0000 0\nutt0001 utt0001 0 -1\n",
             "bad_segment",
-            "has 'utt0000 0' instead of 'recording start end'",
+            "'utt0000 0'",
         ),
         (
             "segments",
             "utt0000 utt0000 0 x\nutt0001 utt0001 0 -1\n",
             "bad_segment",
-            "instead of 'recording start end'",
+            "'utt0000 0 x'",
         ),
         (
             "segments",
             "utt0000 utt0000 2 1\nutt0001 utt0001 0 -1\n",
             "bad_segment",
-            "the end must lie after the start",
+            "2 to 1 s",
         ),
         (
             "segments",
             "utt0000 utt0000 -1 1\nutt0001 utt0001 0 -1\n",
             "bad_segment",
-            "lasts from -1 to 1",
+            "-1 to 1 s",
         ),
         (
             "segments",
             "utt0000 utt0000 0 nan\nutt0001 utt0001 0 -1\n",
             "bad_segment",
-            "the end must lie after the start",
+            "0 to nan s",
         ),
-        ("utt2spk", "utt0000 \xff\nutt0001 s\n", "broken_text", "is not UTF-8 text"),
-        ("text", "utt0000 \xff\nutt0001 one\n", "broken_text", "is not UTF-8 text"),
+        ("utt2spk", "utt0000 \xff\nutt0001 s\n", "broken_text", "UTF-8"),
+        ("text", "utt0000 \xff\nutt0001 one\n", "broken_text", "UTF-8"),
     ],
 )
-def test_a_bad_line_of_kaldi_rejects_one_utterance(tmp_path, file, content, reason, detail):
+def test_a_bad_line_of_a_kaldi_table_rejects_one_utterance(tmp_path, file, content, reason, detail):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (kaldi / file).write_bytes(content.replace("{folder}", str(kaldi)).encode("latin-1"))
     write_shards(tmp_path / "out", read_kaldi(kaldi))
@@ -127,7 +127,9 @@ def test_a_bad_line_of_kaldi_rejects_one_utterance(tmp_path, file, content, reas
         ("utt2spk", "utt0000 ann\nutt0000 bob\nutt0001 ann\n"),
         (
             "wav.scp",
-            "utt0000 {folder}/wav/utt0000.wav\nutt0000 {folder}/wav/utt0001.wav\nutt0001 {folder}/wav/utt0001.wav\n",
+            "utt0000 {folder}/wav/utt0000.wav\n"
+            "utt0000 {folder}/wav/utt0001.wav\n"
+            "utt0001 {folder}/wav/utt0001.wav\n",
         ),
         ("segments", "utt0000 utt0000 0 -1\nutt0001 utt0001 0 -1\nutt0000 utt0001 0 -1\n"),
     ],
@@ -155,7 +157,7 @@ def test_a_recording_with_several_lines_rejects_its_segments(tmp_path):
     assert found["utt0000"][0] == "duplicate_key"
 
 
-def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+def test_byte_order_marks_are_removed_from_keys(tmp_path):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     for name in ("wav.scp", "text"):
         content = (kaldi / name).read_text()
@@ -163,7 +165,7 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
     assert [(u.key, u.problem) for u in read_kaldi(kaldi)] == [("utt0000", None), ("utt0001", None)]
 
 
-def test_kaldi_tables_need_not_be_in_order(tmp_path):
+def test_kaldi_tables_may_be_unsorted(tmp_path):
     sentences = tone_sentences(5)
     kaldi = kaldi_directory(tmp_path / "k", sentences)
     expected = [(u.key, u.text, u.fields) for u in read_kaldi(kaldi)]
@@ -174,8 +176,8 @@ def test_kaldi_tables_need_not_be_in_order(tmp_path):
         assert sorted((u.key, u.text, u.fields) for u in read_kaldi(kaldi)) == expected
 
 
-@pytest.mark.parametrize("lost", ["utt0000a", "a", "z"])  # in the middle, before, behind
-def test_a_transcript_without_audio_is_not_dropped_in_silence(tmp_path, lost):
+@pytest.mark.parametrize("lost", ["utt0000a", "a", "z"])  # in the middle, first, last
+def test_a_transcript_without_audio_is_rejected(tmp_path, lost):
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (kaldi / "text").write_text("\n".join(sorted(["utt0000 one", "utt0001 one", f"{lost} two"])))
     *_, last = read_kaldi(kaldi)
@@ -191,29 +193,32 @@ def test_relative_paths_of_kaldi_may_start_at_the_current_directory(tmp_path, mo
     assert utterance.file == tmp_path / "k/wav/utt0000.wav"
 
 
-def test_kaldi_pipes_run_when_they_are_allowed(tmp_path, monkeypatch):
+def test_kaldi_pipes_run_if_they_are_allowed(tmp_path, monkeypatch):
     kaldi = kaldi_directory(tmp_path / "k", [("one", tone("one", 0.5))])
     wav = kaldi / "wav" / "utt0000.wav"
     stream = bytearray(wav.read_bytes())
-    stream[4:8] = stream[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes where it cannot seek
+    stream[4:8] = stream[40:44] = b"\xff\xff\xff\xff"  # as ffmpeg writes to a pipe
     (kaldi / "stream.wav").write_bytes(stream)
     (kaldi / "wav.scp").write_text(
-        f"a cat {wav} |\nb cat {kaldi}/stream.wav | cat |\nc echo first >&2; echo no such codec >&2; exit 3 |\nd sleep 60 & sleep 60 |\n"
+        f"a cat {wav} |\n"
+        f"b cat {kaldi}/stream.wav | cat |\n"
+        "c echo first >&2; echo no such codec >&2; exit 3 |\n"
+        "d sleep 60 & sleep 60 |\n"
     )
     (kaldi / "text").write_text("a one\nb one\nc one\nd one\n")
     a, b, c, d = read_kaldi(kaldi, allow_pipes=True)
     for utterance in (a, b):
         np.testing.assert_allclose(utterance.load()[0], tone("one", 0.5), atol=1e-4)
         assert utterance.file is None
-    with pytest.raises(RejectedError, match="ended with 3: no such codec") as failure:
+    with pytest.raises(RejectedError, match="3: no such codec") as failure:
         c.load()
     assert failure.value.args[0] == "failed_pipe"
     monkeypatch.setattr(kaldi_module, "PIPE_TIMEOUT", 0.2)
-    with pytest.raises(RejectedError, match=r"gave no end within 0\.2 s"):
+    with pytest.raises(RejectedError, match=r"sleep 60.* 0\.2 s"):
         d.load()
 
 
-def test_a_pipe_runs_once_for_segments_that_follow_each_other(tmp_path):
+def test_a_pipe_runs_once_for_consecutive_segments(tmp_path):
     kaldi = kaldi_directory(tmp_path / "k", [("one", tone("one", 0.5))])
     (kaldi / "wav.scp").write_text(f"r echo x >> {kaldi}/runs; cat {kaldi}/wav/utt0000.wav |\n")
     (kaldi / "segments").write_text("a r 0 0.2\nb r 0.2 0.5\n")
@@ -222,7 +227,7 @@ def test_a_pipe_runs_once_for_segments_that_follow_each_other(tmp_path):
     assert (kaldi / "runs").read_text() == "x\n"
 
 
-def test_wavs_are_read_out_of_kaldi_archives(tmp_path):
+def test_wavs_are_read_from_kaldi_archives(tmp_path):
     kaldi = kaldi_directory(tmp_path / "k", [("one", tone("one", 0.5)), ("two", tone("two", 0.25))])
     ark, lines = b"", []
     for key in ("utt0000", "utt0001"):
@@ -235,7 +240,7 @@ def test_wavs_are_read_out_of_kaldi_archives(tmp_path):
     np.testing.assert_allclose(one.load()[0], tone("one", 0.5), atol=1e-4)
     np.testing.assert_allclose(two.load()[0], tone("two", 0.25), atol=1e-4)
     (kaldi / "wav.scp").write_text("utt0000 wav.ark:3\n")
-    with pytest.raises(RejectedError, match=r"no wav begins at .*wav\.ark:3"):
+    with pytest.raises(RejectedError, match=r"wav\.ark:3"):
         next(read_kaldi(kaldi)).load()
 
 
@@ -305,23 +310,23 @@ def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"id": ', r"cuts\.jsonl:1 is not valid JSON"),
-        ('{"id": "a"}', r"cuts\.jsonl:1 is not a cut"),
-        ("", "is empty"),
-        ("\n\n", "has no utterance"),
-        (None, "does not exist"),
+        ('{"id": ', r"cuts\.jsonl:1 .*JSON"),
+        ('{"id": "a"}', r"cuts\.jsonl:1 .*lhotse cut simple"),
+        ("", r"cuts\.jsonl' is empty"),
+        ("\n\n", r"cuts\.jsonl'"),
+        (None, r"cuts\.jsonl' does not exist"),
     ],
 )
-def test_a_broken_cuts_manifest_is_one_sentence(tmp_path, content, message):
+def test_an_invalid_cuts_manifest_is_reported(tmp_path, content, message):
     if content is not None:
         (tmp_path / "cuts.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_cuts(tmp_path / "cuts.jsonl"))
 
 
-def test_a_damaged_gzip_is_one_sentence(tmp_path):
+def test_a_truncated_gzip_file_is_reported(tmp_path):
     (tmp_path / "cuts.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:-20])
-    with pytest.raises(UserError, match=r"cannot be read after line|is not a cut"):
+    with pytest.raises(UserError, match=r"cuts\.jsonl"):
         list(read_cuts(tmp_path / "cuts.jsonl.gz"))
 
 
@@ -340,7 +345,7 @@ def test_a_cut_without_a_recording_is_rejected(tmp_path):
 
 
 def write_row(path, **changes):
-    """A manifest of one cut of a second that is read from r.wav, with these changes of its JSON."""
+    """Write a manifest of one cut of one second of r.wav, with changes of its JSON."""
     soundfile.write(path.parent / "r.wav", tone("one", 1.0), 16000)
     cut = Recording.from_file(path.parent / "r.wav").to_cut().to_dict()
     supervision = {
@@ -356,7 +361,7 @@ def write_row(path, **changes):
 
 
 def with_source(folder, kind, source, wrap=lambda row: row):
-    """A manifest whose recording has this source, and `wrap` of its cut."""
+    """Write a manifest of `wrap` of a cut whose recording has this source."""
     path = write_row(folder / "cuts.jsonl")
     row = json.loads(path.read_text())
     row["recording"]["sources"] = [{"type": kind, "channels": [0], "source": source}]
@@ -401,18 +406,19 @@ def reverberant(row):
 
 @pytest.mark.parametrize("wrap", [dict, mixed, padded, reverberant])
 @pytest.mark.parametrize("kind", ["command", "url"])
-def test_a_manifest_runs_no_command_and_opens_no_url(tmp_path, kind, wrap):
-    source = (
-        f"touch {tmp_path}/ran; cat {tmp_path}/r.wav"
-        if kind == "command"
-        else f"pipe:touch {tmp_path}/ran"
-    )
+def test_commands_and_urls_of_cuts_are_rejected_by_default(tmp_path, kind, wrap):
+    source, option, shown = {
+        "command": (
+            f"touch {tmp_path}/ran; cat {tmp_path}/r.wav",
+            "--allow-pipes",
+            f"'touch {tmp_path}",
+        ),
+        "url": (f"pipe:touch {tmp_path}/ran", "--allow-urls", "'pipe:touch"),
+    }[kind]
     path = with_source(tmp_path, kind, source, wrap)
-    with pytest.raises(UserError, match="--allow-pipes" if kind == "command" else "--allow-urls"):
+    with pytest.raises(UserError, match=option):
         list(read_cuts(path))
-    with pytest.raises(
-        UserError, match=f"'touch {tmp_path}" if kind == "command" else "'pipe:touch"
-    ):
+    with pytest.raises(UserError, match=shown):
         read_corpora(
             data_config(tmp_path, manifest=str(path)), filters=None, made=tmp_path / "made"
         )
@@ -424,7 +430,7 @@ def data_config(folder, **entry):
     return folder / "data.yaml"
 
 
-def test_commands_that_are_allowed_run_under_a_limit(tmp_path, monkeypatch):
+def test_allowed_commands_run_with_a_time_limit(tmp_path, monkeypatch):
     (utterance,) = read_cuts(
         with_source(tmp_path, "command", f"cat {tmp_path}/r.wav"), allow_pipes=True
     )
@@ -437,19 +443,19 @@ def test_commands_that_are_allowed_run_under_a_limit(tmp_path, monkeypatch):
         utterance.load()
 
 
-def test_urls_that_are_allowed_are_of_known_schemes(tmp_path):
+def test_allowed_urls_must_have_a_known_scheme(tmp_path):
     path = with_source(tmp_path, "url", f"file://{tmp_path}/r.wav")
     (utterance,) = read_cuts(path, allow_urls=True)
     np.testing.assert_allclose(utterance.load()[0], tone("one", 1.0), atol=1e-4)
-    with pytest.raises(UserError, match="Use one of s3://"):
+    with pytest.raises(UserError, match="s3://"):
         list(read_cuts(with_source(tmp_path, "url", "pipe:id"), allow_urls=True))
 
 
 @pytest.mark.parametrize(
     "name", ["a.sph;touch ran;.sph", "$(touch ran).opus", "';touch ran;'.opus", "a.wav|touch ran"]
 )
-def test_the_name_of_a_file_is_no_command(tmp_path, monkeypatch, name):
-    """Lhotse's own readers of .sph and .opus put the name into a shell command."""
+def test_a_file_name_is_not_run_as_a_command(tmp_path, monkeypatch, name):
+    """Lhotse's own readers of .sph and .opus insert the name into a shell command."""
     monkeypatch.chdir(tmp_path)
     path = with_source(tmp_path, "file", name)
     (tmp_path / name).write_bytes(b"no audio")
@@ -473,14 +479,14 @@ def test_files_are_found_beside_the_manifest_and_in_the_working_directory(tmp_pa
     ("start", "duration", "expected"),
     [
         (0.0, 1.0, 1.0),
-        (0.25, 0.5, 0.5),  # alone in its cut, which is longer
-        (0.5, 0.9, 0.5),  # ends 0.4 s behind the audio, which Kaldi cuts off
+        (0.25, 0.5, 0.5),  # its cut is longer
+        (0.5, 0.9, 0.5),  # ends 0.4 s after the audio, which Kaldi cuts off
         (0.5, 1.1, "outside_cut"),
         (-0.3, 1.0, "outside_cut"),
         (1.2, 0.1, "outside_cut"),
     ],
 )
-def test_a_supervision_is_laid_on_its_audio(tmp_path, start, duration, expected):
+def test_a_supervision_selects_its_part_of_the_cut(tmp_path, start, duration, expected):
     supervision = {
         "id": "s",
         "recording_id": "r",
@@ -502,7 +508,7 @@ def test_a_supervision_is_laid_on_its_audio(tmp_path, start, duration, expected)
         )
 
 
-def test_one_odd_cut_does_not_end_a_manifest(tmp_path):
+def test_a_bad_cut_is_rejected_alone(tmp_path):
     good = json.loads(write_row(tmp_path / "cuts.jsonl").read_text())
     odd = [{"id": 7, "type": "MonoCut"}, good | {"type": "NoCut"}, {"id": "s"}]
     (tmp_path / "cuts.jsonl").write_text(
@@ -513,29 +519,29 @@ def test_one_odd_cut_does_not_end_a_manifest(tmp_path):
     assert {u.problem[0] for u in found if u.problem} == {"broken_cut"}
 
 
-def test_a_supervision_of_one_channel_gives_that_channel(tmp_path):
+def test_a_supervision_selects_its_channel(tmp_path):
     soundfile.write(tmp_path / "r.wav", np.stack([tone("one", 1.0), tone("two", 1.0)], 1), 16000)
     recording = Recording.from_file(tmp_path / "r.wav")
-    said = [SupervisionSegment(f"s{c}", "r", 0, 1.0, channel=c, text=str(c)) for c in (0, 1)]
-    CutSet.from_cuts([MultiCut("m", 0, 1.0, [0, 1], said, recording=recording)]).to_file(
+    segments = [SupervisionSegment(f"s{c}", "r", 0, 1.0, channel=c, text=str(c)) for c in (0, 1)]
+    CutSet.from_cuts([MultiCut("m", 0, 1.0, [0, 1], segments, recording=recording)]).to_file(
         tmp_path / "cuts.jsonl"
     )
     for utterance, word in zip(read_cuts(tmp_path / "cuts.jsonl"), ("one", "two"), strict=True):
         np.testing.assert_allclose(utterance.load()[0], tone(word, 1.0), atol=1e-4)
 
 
-# --- all ---
+# --- all sources ---
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_says_that_it_is_missing(tmp_path, name):
+def test_a_missing_source_is_reported(tmp_path, name):
     assert SOURCES[name].count(tmp_path / "no") in (None, 0)
-    with pytest.raises(UserError, match=r"does not exist|is missing"):
+    with pytest.raises(UserError, match=f"{tmp_path}/no"):
         list(SOURCES[name].read(tmp_path / "no"))
 
 
-def test_audio_formats_are_read_from_any_second_on(tmp_path):
-    """mp3, ogg and opus are cut in the middle as wav and flac are."""
+def test_audio_formats_are_read_from_any_offset(tmp_path):
+    """mp3, ogg and opus can be cut in the middle like wav and flac."""
     wave = np.concatenate([tone("one", 1.0), tone("two", 1.0)])
     for suffix, subtype in (
         ("wav", "PCM_16"),
@@ -558,13 +564,13 @@ def test_audio_formats_are_read_from_any_second_on(tmp_path):
         assert abs(pitch - 312.5) < 8, suffix
 
 
-def test_a_source_of_each_line_is_read_lazily(tmp_path):
-    """What is broken far behind does not hinder what comes first."""
+def test_a_line_based_source_is_read_lazily(tmp_path):
+    """A bad row late in a manifest does not affect the rows before it."""
     line = json.dumps({"audio_filepath": "a.wav", "duration": 1, "text": "x"}) + "\n"
     (tmp_path / "m.json").write_text(line * 500 + "broken\n" + line)
     utterances = SOURCES["nemo"].read(tmp_path / "m.json")
     assert [next(utterances).key for _ in range(300)] == ["a"] * 300
     *_, broken, last = utterances
     assert broken.problem[0] == "bad_json"
-    assert "m.json:501 is not valid JSON" in broken.problem[1]
+    assert "m.json:501 " in broken.problem[1]
     assert (last.key, last.problem) == ("a", None)

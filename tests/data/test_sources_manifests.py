@@ -1,4 +1,4 @@
-"""Manifests of other toolkits: every form is written as its users write it, made into shards and read back."""
+"""Manifests of other toolkits become shards, in each format that their users write."""
 
 import json
 import tarfile
@@ -15,7 +15,7 @@ from asrllm.testing import tone
 
 
 def audio(folder, *names, seconds=0.5):
-    """Files of a tone each."""
+    """Write audio files of a tone each."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / name, tone("one", seconds), 16000)
@@ -29,13 +29,14 @@ def lines(path, *rows):
 
 
 def shards(folder, utterances):
-    """({key: fields}, [(key, reason)]) of the shards made from them."""
+    """Write shards, and return ({key: fields}, [(key, reason)]) of their samples and rejects."""
     write_shards(folder / "out", utterances, utterances_per_shard=2)
     samples = [s for path in sorted((folder / "out").glob("*.tar")) for s in scan_tar(path)]
     rows = [
         json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()
     ]
-    return {s.key: s.fields for s in samples}, [(row["key"], row["reason"]) for row in rows]
+    rejects = [(row["key"], row["reason"]) for row in rows]
+    return {sample.key: sample.fields for sample in samples}, rejects
 
 
 def about(text, seconds=0.5, **more):
@@ -45,7 +46,7 @@ def about(text, seconds=0.5, **more):
 # --- NeMo ---
 
 
-def test_nemo(tmp_path):
+def test_nemo_manifest_becomes_shards(tmp_path):
     audio(tmp_path, "wav/a.wav", "wav/b.flac", "wav/d.wav")
     path = lines(
         tmp_path / "manifest.json",
@@ -79,7 +80,7 @@ def test_nemo(tmp_path):
 
 
 def problems(utterances):
-    """(reason, detail) of what is rejected unloaded, or None."""
+    """Return (reason, detail) of each utterance that is rejected without its audio, or None."""
     return [utterance.problem for utterance in utterances]
 
 
@@ -109,67 +110,67 @@ def without(source, key):
             "nemo",
             GOOD["nemo"] | {"text": ["x"]},
             "bad_field",
-            ":2: 'text' is ['x'], which is not a text",
+            ":2: 'text' is ['x']",
         ),
-        ("nemo", GOOD["nemo"] | {"text": True}, "bad_field", "'text' is True, which is not a text"),
+        ("nemo", GOOD["nemo"] | {"text": True}, "bad_field", ":2: 'text' is True"),
         (
             "nemo",
             GOOD["nemo"] | {"audio_filepath": 3},
             "bad_field",
-            "'audio_filepath' is 3, which is not a text",
+            ":2: 'audio_filepath' is 3",
         ),
         (
             "nemo",
             GOOD["nemo"] | {"duration": "long"},
             "bad_field",
-            "'duration' is 'long', which is not a number of seconds",
+            ":2: 'duration' is 'long'",
         ),
         (
             "nemo",
             GOOD["nemo"] | {"duration": -1},
             "bad_field",
-            "'duration' is -1, which is not a number of seconds",
+            ":2: 'duration' is -1",
         ),
         ("nemo", GOOD["nemo"] | {"offset": -0.5}, "bad_field", "'offset' is -0.5"),
-        ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", ":2 is not valid JSON"),
-        ("nemo", '"x"', "bad_json", ":2 is not a JSON object"),
-        ("nemo", "\udcff", "bad_json", ":2 is not valid JSON"),
+        ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", "m.jsonl:2 "),
+        ("nemo", '"x"', "bad_json", "m.jsonl:2 "),
+        ("nemo", "\udcff", "bad_json", "m.jsonl:2 "),
         ("wenet", without("wenet", "key"), "missing_field", ":2 has no 'key'"),
         ("wenet", without("wenet", "txt"), "missing_field", ":2 has no 'txt'"),
         (
             "wenet",
             GOOD["wenet"] | {"start": 2, "end": 1},
             "bad_field",
-            "the end must lie after the start",
+            ":2: 'end' is 1.0 s",
         ),
         ("slam", without("slam", "target"), "missing_field", ":2 has no 'target'"),
-        ("slam", GOOD["slam"] | {"key": [1]}, "bad_field", "'key' is [1], which is not a text"),
+        ("slam", GOOD["slam"] | {"key": [1]}, "bad_field", ":2: 'key' is [1]"),
         (
             "swift",
             {"text": "x"},
             "missing_field",
-            ":2 has neither 'messages' nor 'conversations' nor 'query'; it has: text",
+            ":2 has no 'messages', 'conversations' or 'query'; it has: text",
         ),
         ("swift", without("swift", "response"), "missing_field", "has no 'response'"),
-        ("swift", {"messages": ["x"]}, "bad_field", "'messages' is not a list of objects"),
-        ("swift", {"messages": None}, "bad_field", "'messages' is not a list of objects"),
+        ("swift", {"messages": ["x"]}, "bad_field", ":2: 'messages' "),
+        ("swift", {"messages": None}, "bad_field", ":2: 'messages' "),
         ("swift", {"messages": [{"content": "x"}]}, "missing_field", "has no 'role' or 'from'"),
         (
             "swift",
             GOOD["swift"] | {"audios": [1]},
             "bad_field",
-            "'audios' is [1], which is not a list of paths",
+            ":2: 'audios' is [1]",
         ),
-        ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", "has 0 audios"),
+        ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", ":2 has 0 audio"),
         (
             "swift",
             GOOD["swift"] | {"history": [["<audio>", "two"]]},
             "not_one_turn",
-            "is a chat with a history",
+            ":2 is a chat with a history",
         ),
     ],
 )
-def test_a_bad_row_is_rejected_and_the_manifest_read_on(tmp_path, source, row, reason, detail):
+def test_a_bad_row_of_a_manifest_is_rejected_alone(tmp_path, source, row, reason, detail):
     text = row if isinstance(row, str) else json.dumps(row)
     path = tmp_path / "m.jsonl"
     path.write_text(
@@ -183,7 +184,7 @@ def test_a_bad_row_is_rejected_and_the_manifest_read_on(tmp_path, source, row, r
     assert detail in found[1]
 
 
-def test_whole_numbers_are_keys_and_transcripts(tmp_path):
+def test_integers_are_valid_keys_and_transcripts(tmp_path):
     audio(tmp_path, "a.wav")
     (slam,) = read_slam(lines(tmp_path / "slam.jsonl", GOOD["slam"] | {"key": 12, "target": 7}))
     (swift,) = read_swift(
@@ -198,7 +199,7 @@ def test_whole_numbers_are_keys_and_transcripts(tmp_path):
     assert (nemo.text, nemo.problem) == ("7", None)
 
 
-def test_a_manifest_of_another_form_is_one_sentence_with_its_first_row(tmp_path):
+def test_a_manifest_of_another_format_is_reported_with_its_first_row(tmp_path):
     path = lines(tmp_path / "m.json", *[{"wav": "a.wav", "text": "x"}] * 3)
     with pytest.raises(
         UserError,
@@ -208,15 +209,15 @@ def test_a_manifest_of_another_form_is_one_sentence_with_its_first_row(tmp_path)
 
 
 @pytest.mark.parametrize("source", GOOD)
-def test_byte_order_marks_are_no_part_of_a_row(tmp_path, source):
+def test_byte_order_marks_are_removed_from_rows(tmp_path, source):
     row = json.dumps(GOOD[source])
     (tmp_path / "m.jsonl").write_text(f"\ufeff{row}\n\ufeff{row}\n", encoding="utf-8")
     assert problems(SOURCES[source].read(tmp_path / "m.jsonl")) == [None, None]
 
 
-def test_a_manifest_in_utf_16_is_one_sentence(tmp_path):
+def test_a_utf_16_manifest_is_reported(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps(GOOD["nemo"]), encoding="utf-16")
-    with pytest.raises(UserError, match=r"m\.json' is UTF-16 text\. Convert it to UTF-8"):
+    with pytest.raises(UserError, match=r"m\.json' .*UTF-16.*UTF-8"):
         list(read_nemo(tmp_path / "m.json"))
 
 
@@ -232,7 +233,7 @@ def test_paths_may_start_at_the_current_directory(tmp_path, monkeypatch):
 # --- wenet ---
 
 
-def test_wenet_raw(tmp_path):
+def test_wenet_json_lines_become_shards(tmp_path):
     audio(tmp_path, "a.wav", "b.wav")
     path = lines(
         tmp_path / "data.list",
@@ -251,7 +252,7 @@ def wenet_tar(path, members):
             tar.add(member, member.name)
 
 
-def test_wenet_shards(tmp_path):
+def test_wenet_tars_become_shards(tmp_path):
     for key in ("a.1", "b", "c", "d"):
         audio(tmp_path / "t", f"{key}.wav")
         (tmp_path / "t" / f"{key}.txt").write_text(f"text of {key}\n")
@@ -273,20 +274,20 @@ def test_wenet_shards(tmp_path):
     assert rejected == [("a.1", "missing_audio"), ("b", "no_transcript"), ("d", "no_transcript")]
 
 
-def test_a_broken_wenet_list_is_one_sentence(tmp_path):
+def test_an_invalid_wenet_list_is_reported(tmp_path):
     path = tmp_path / "data.list"
     path.write_text("no.tar\n")
-    with pytest.raises(UserError, match=r"data\.list:1 names 'no\.tar', which is no file"):
+    with pytest.raises(UserError, match=r"data\.list:1 names 'no\.tar'"):
         list(read_wenet(path))
     (tmp_path / "no.tar").write_bytes(b"x" * 600)
-    with pytest.raises(UserError, match=r"data\.list:1: .*no\.tar' cannot be read as a tar"):
+    with pytest.raises(UserError, match=r"data\.list:1: .*no\.tar'"):
         list(read_wenet(path))
 
 
 # --- folders ---
 
 
-def test_a_folder_of_texts_beside_the_audio(tmp_path):
+def test_a_folder_with_text_files_becomes_shards(tmp_path):
     audio(tmp_path / "d", "b.flac", "sub.1/a.WAV", "c.wav")
     (tmp_path / "d" / "b.txt").write_text("b\n")
     (tmp_path / "d" / "sub.1" / "a.txt").write_text("\ufeffa")
@@ -326,7 +327,7 @@ def test_a_folder_of_texts_beside_the_audio(tmp_path):
         ),  # Coqui
     ],
 )
-def test_a_folder_with_a_table(tmp_path, name, where, table, more):
+def test_a_folder_with_a_table_becomes_shards(tmp_path, name, where, table, more):
     audio(tmp_path / "d", f"{where}a.wav", f"{where}b.wav")
     (tmp_path / "d" / name).write_text(table)
     given = None if name.startswith("metadata") else tmp_path / "d" / name
@@ -340,7 +341,7 @@ def test_a_folder_with_a_table(tmp_path, name, where, table, more):
     assert rejected == []
 
 
-def test_audio_that_the_table_names_and_the_disk_lacks_is_rejected(tmp_path):
+def test_missing_audio_of_a_table_is_rejected(tmp_path):
     audio(tmp_path / "d", "clips/b.wav")
     (tmp_path / "d" / "metadata.csv").write_text(
         "path,sentence,duration\na.wav,one,0.5\nb.wav,two,0.5\n"
@@ -356,16 +357,17 @@ def test_audio_that_the_table_names_and_the_disk_lacks_is_rejected(tmp_path):
     [
         (
             "name,text\nx,y\n",
-            r"has the columns name, text, and none for the audio: call it file_name, path, .* or wav$",
+            r"metadata\.csv' .*name, text, .*audio.*file_name, path, .* or wav",
         ),
         (
             "path,words\nx,y\n",
-            r"has the columns path, words, and none for the text: call it text, sentence",
+            r"metadata\.csv' .*path, words, .*text, sentence",
         ),
-        ("", "is empty"),
+        ("", r"metadata\.csv' is empty"),
+        ('path,"text\nx,y\n', r"metadata\.csv' .*unexpected end of data"),
     ],
 )
-def test_a_broken_table_is_one_sentence(tmp_path, table, message):
+def test_an_invalid_table_is_reported(tmp_path, table, message):
     (tmp_path / "metadata.csv").write_text(table)
     with pytest.raises(UserError, match=message):
         list(read_folder(tmp_path))
@@ -377,7 +379,7 @@ def test_a_broken_table_is_one_sentence(tmp_path, table, message):
         (
             "path,text\nx.wav\ny.wav,y\n",
             "bad_row",
-            "metadata.csv:2 has 1 cells, its header has 2 columns: path, text",
+            "metadata.csv:2 has 1 cells, but its header has 2 columns: path, text",
         ),
         (
             "path,text,duration\nx.wav,y,?\ny.wav,y,\n",
@@ -389,8 +391,8 @@ def test_a_broken_table_is_one_sentence(tmp_path, table, message):
             "bad_field",
             "metadata.csv:2: 'duration' is '-3'",
         ),
-        ("a|b\nc\n", "bad_row", "metadata.csv:2 is not 'id|text' or 'id|text|normalised text'"),
-        ('path,text\nx.wav,"a" b\ny.wav,y\n', "bad_row", "metadata.csv:2 is not valid CSV"),
+        ("a|b\nc\n", "bad_row", "metadata.csv:2 "),
+        ('path,text\nx.wav,"a" b\ny.wav,y\n', "bad_row", "metadata.csv:2 "),
     ],
 )
 def test_a_bad_row_of_a_table_is_rejected(tmp_path, table, reason, detail):
@@ -402,16 +404,17 @@ def test_a_bad_row_of_a_table_is_rejected(tmp_path, table, reason, detail):
     assert detail in problem[1]
 
 
-def test_a_quotation_mark_that_is_never_closed_is_a_row_with_its_line(tmp_path):
-    """It would otherwise hold all rows behind it as one text."""
+def test_an_unclosed_quotation_mark_rejects_one_row(tmp_path):
+    """Otherwise the text would contain all following rows."""
     (tmp_path / "metadata.csv").write_text('path,text\nx.wav,one\ny.wav,"two\nz.wav,three\n')
     first, last = problems(read_folder(tmp_path))
     assert first is None
     assert last[0] == "bad_row"
-    assert "metadata.csv:4 is not valid CSV: unexpected end of data" in last[1]
+    assert "metadata.csv:4 " in last[1]
+    assert "unexpected end of data" in last[1]
 
 
-def test_cells_with_line_breaks_and_byte_order_marks_are_read(tmp_path):
+def test_csv_cells_may_have_line_breaks_and_byte_order_marks(tmp_path):
     audio(tmp_path / "d", "a.wav", "b.wav")
     table = '\ufeff"file_name","text"\r\na.wav,"one\r\n\r\n two, ""three"""\r\n\r\nb.wav,four\r\n'
     (tmp_path / "d" / "metadata.csv").write_bytes(table.encode())
@@ -420,8 +423,8 @@ def test_cells_with_line_breaks_and_byte_order_marks_are_read(tmp_path):
     assert rejected == []
 
 
-def test_audiofolders_jsonl_is_read(tmp_path):
-    """As Hugging Face's datasets read it: file_name, and any other columns."""
+def test_audiofolder_jsonl_becomes_shards(tmp_path):
+    """Hugging Face's datasets expect file_name, and any other columns."""
     audio(tmp_path / "d", "data/a.wav", "data/b.wav")
     path = tmp_path / "d" / "metadata.jsonl"
     rows = [
@@ -437,10 +440,10 @@ def test_audiofolders_jsonl_is_read(tmp_path):
     assert rejected == [("metadata.jsonl:3", "missing_field"), ("data/c", "missing_audio")]
 
 
-def test_an_empty_folder_is_one_sentence(tmp_path):
+def test_an_empty_folder_is_reported(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"neither metadata\.csv nor metadata\.tsv nor metadata\.jsonl nor an audio file",
+        match=r"metadata\.csv.*metadata\.tsv.*metadata\.jsonl.*wav.*--table",
     ):
         list(read_folder(tmp_path))
 
@@ -448,7 +451,7 @@ def test_an_empty_folder_is_one_sentence(tmp_path):
 # --- chats ---
 
 
-def test_slam(tmp_path):
+def test_slam_manifest_becomes_shards(tmp_path):
     audio(tmp_path, "a.wav", "b.wav")
     path = lines(
         tmp_path / "data.jsonl",
@@ -468,7 +471,7 @@ def chat(*turns, audios=("a.wav",), names=("messages", "role", "content"), **mor
     } | more
 
 
-def test_swift(tmp_path):
+def test_chat_manifest_becomes_shards(tmp_path):
     audio(tmp_path, "a.wav")
     path = lines(
         tmp_path / "data.jsonl",
@@ -505,7 +508,7 @@ def test_swift(tmp_path):
     assert rejected == keys
 
 
-def test_swift_as_one_json_list(tmp_path):
+def test_a_chat_manifest_may_be_a_json_list(tmp_path):
     audio(tmp_path, "a.wav")
     path = tmp_path / "data.json"
     path.write_text(json.dumps([chat(("user", "<audio>"), ("assistant", "one"))], indent=2))
@@ -521,7 +524,7 @@ def test_swift_as_one_json_list(tmp_path):
     path.write_text("[1]")
     ((reason, detail),) = problems(read_swift(path))
     assert reason == "bad_json"
-    assert "data.json, entry 1 is not a JSON object" in detail
+    assert "data.json, entry 1 " in detail
     path.write_text("[{")
-    with pytest.raises(UserError, match=r"data\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"data\.json .*JSON"):
         list(read_swift(path))

@@ -26,7 +26,7 @@ from asrllm.errors import UserError
         ("...", ""),
     ],
 )
-def test_basic_normalisation(text, expected):
+def test_basic_normalizer(text, expected):
     assert basic(text) == expected
 
 
@@ -45,13 +45,13 @@ def test_basic_normalisation(text, expected):
         "ÉCOLE (été) Straße ﬁne",
     ],
 )
-def test_bracketed_tags_are_dropped_as_whispers_normaliser_does(text):
+def test_bracketed_tags_are_dropped_as_by_whisper(text):
     assert basic(text) == whisper_basic(text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("aB1é好 \t[](){}<>（）.,-_", max_size=20))
-def test_basic_normalisation_is_whispers_but_for_apostrophes_and_marks(text):
+def test_basic_normalizer_matches_whisper_except_for_apostrophes_and_marks(text):
     assert basic(text) == whisper_basic(text)
 
 
@@ -61,8 +61,8 @@ def whisper_basic(text):
     return BasicTextNormalizer()(text).strip()
 
 
-def test_combining_marks_and_apostrophes_stay():
-    """Whisper's makes spaces of both, which cuts Hindi's words into letters."""
+def test_basic_normalizer_preserves_combining_marks_and_apostrophes():
+    """Whisper's replaces both by spaces, which splits Hindi words into letters."""
     assert basic("हिन्दी, don't") == "हिन्दी don't"
     assert whisper_basic("हिन्दी don't") != "हिन्दी don't"
 
@@ -87,7 +87,7 @@ INVISIBLE = {
 
 @pytest.mark.parametrize("mark", INVISIBLE.values(), ids=INVISIBLE.keys())
 @pytest.mark.parametrize("name", ["basic", "en", "none", "zh", "zh-numbers"])
-def test_characters_that_are_not_seen_change_no_normalised_text(name, mark):
+def test_invisible_characters_do_not_change_normalized_text(name, mark):
     if name.startswith("zh"):
         pytest.importorskip("opencc")
         pytest.importorskip("cn2an")
@@ -97,21 +97,21 @@ def test_characters_that_are_not_seen_change_no_normalised_text(name, mark):
         assert normalize(marked) == normalize(text)
 
 
-def test_training_transcripts_keep_their_joiners_unless_they_are_normalised():
-    """Persian "I want" has a non-joiner. A model learns it, and nobody is charged for it."""
+def test_training_transcripts_preserve_joiners_unless_normalized():
+    """Persian "I want" has a non-joiner. A model learns it, and scoring ignores it."""
     text = "می\u200cخواهم"
     assert transcript_normalizer("none")(f" {text} \n") == text
     assert none(text) == transcript_normalizer("basic")(text) == "میخواهم"
     assert word_errors(text, "میخواهم") == 0
 
 
-def test_chinese_normalisation():
+def test_chinese_normalizer():
     pytest.importorskip("opencc")
     assert zh("開放 中文，ASR 模型。") == "开放中文 asr 模型"
 
 
-def test_an_unknown_normalizer_is_one_sentence():
-    with pytest.raises(UserError, match="did you mean 'basic'"):
+def test_an_unknown_normalizer_is_reported():
+    with pytest.raises(UserError, match=r"basics.*'basic'"):
         normalizer("basics")
 
 
@@ -126,7 +126,7 @@ def test_an_unknown_normalizer_is_one_sentence():
         ("(noise)", ""),
     ],
 )
-def test_english_normalisation_is_whispers(text, expected):
+def test_english_normalizer_matches_whisper(text, expected):
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer as Same
 
@@ -134,7 +134,7 @@ def test_english_normalisation_is_whispers(text, expected):
     assert en(text) == expected == EnglishTextNormalizer(spelling)(text)
 
 
-def test_numbers_in_chinese_are_one_where_they_are_asked_for():
+def test_zh_numbers_unifies_spoken_and_written_numbers():
     pytest.importorskip("cn2an")
     assert zh("一百二十三個") == "一百二十三个"
     assert zh_numbers("一百二十三個，萬一") == "123个万一"
@@ -144,9 +144,21 @@ def test_numbers_in_chinese_are_one_where_they_are_asked_for():
 @pytest.mark.parametrize(
     ("lang", "name"),
     [
-        ("en", "en"), ("EN-us", "en"), ("English", "en"), ("eng", "en"), ("zh_TW", "zh"), ("Chinese", "zh"), ("cmn", "zh"), ("yue", "zh"),
-        ("Cantonese", "zh"), ("de", "basic"), ("German", "basic"), ("Klingon", "basic"), (None, "basic"), ("", "basic"),
+        ("en", "en"),
+        ("EN-us", "en"),
+        ("English", "en"),
+        ("eng", "en"),
+        ("zh_TW", "zh"),
+        ("Chinese", "zh"),
+        ("cmn", "zh"),
+        ("yue", "zh"),
+        ("Cantonese", "zh"),
+        ("de", "basic"),
+        ("German", "basic"),
+        ("Klingon", "basic"),
+        (None, "basic"),
+        ("", "basic"),
     ],
-)  # fmt: skip
-def test_languages_have_their_normalizers(lang, name):
+)
+def test_normalizer_of_a_language(lang, name):
     assert normalizer_of(lang) == name

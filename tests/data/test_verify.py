@@ -27,7 +27,7 @@ def wav(seconds=0.25, rate=8000):
 
 
 def write_tar(path, members):
-    """members: {name: bytes}, or names of directories with None."""
+    """Write a tar of members {name: content}; the content of a directory is None."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -52,8 +52,8 @@ def rejected(folder):
 # --- indexing ---
 
 
-def test_tars_of_others_are_indexed(tmp_path):
-    """wenet's form: KEY.wav + KEY.txt, in a folder inside the tar, with the names of directories among the members."""
+def test_tars_of_other_tools_are_indexed(tmp_path):
+    """wenet writes KEY.wav + KEY.txt in a folder, and a member for the folder itself."""
     members = {"d": None} | sample("d/0") | {"d/1.txt": "三\n".encode(), "d/1.wav": wav(0.5)}
     summary = index_tars([write_tar(tmp_path / "x.tar", members)])
     assert summary.index.rows["samples"].tolist() == [0.25 * RATE, 0.5 * RATE]
@@ -74,29 +74,32 @@ def test_bad_samples_and_repeated_keys_are_left_out(tmp_path):
     summary = index_tars([str(tmp_path / f"{name}.tar") for name in "cab"])
     assert summary.rejected == {"no_transcript": 1, "unreadable_audio": 1, "duplicate_key": 3}
     assert rejected(tmp_path) == [
-        ("b", "no_transcript"), ("c", "unreadable_audio"), ("d", "duplicate_key"), ("f", "duplicate_key"), ("a", "duplicate_key")
-    ]  # fmt: skip
+        ("b", "no_transcript"),
+        ("c", "unreadable_audio"),
+        ("d", "duplicate_key"),
+        ("f", "duplicate_key"),
+        ("a", "duplicate_key"),
+    ]
     index = open_index(tmp_path)
     assert index.starts.tolist() == [0, 2, 4, 4]
     assert verify_shards(index) == []
 
 
-def test_tars_of_several_directories_need_a_place_for_their_index(tmp_path):
+def test_tars_of_several_directories_need_an_output_directory(tmp_path):
     tars = []
     for name in "ab":
         (tmp_path / name).mkdir()
         tars.append(write_tar(tmp_path / name / "x.tar", sample(name)))
-    with pytest.raises(UserError, match="in 2 directories: say with --output"):
+    with pytest.raises(UserError, match=r"2 directories.*--output"):
         index_tars(tars)
     index_tars(tars, tmp_path / "deep" / "index")
     index = open_index(tmp_path / "deep" / "index")
     assert index.shards == [str(tmp_path / "deep" / "index" / name / "x.tar") for name in "ab"]
-    assert [
-        os.path.realpath(shard) for shard in index.shards
-    ] == tars  # links, so that an index names nothing outside of its directory
+    # links, because an index may not name files outside its directory
+    assert [os.path.realpath(shard) for shard in index.shards] == tars
     assert verify_shards(index) == []
     index_tars(tars, tmp_path / "deep" / "index")
-    with pytest.raises(UserError, match="Give --output another directory"):
+    with pytest.raises(UserError, match=f"{tmp_path}/a/x.tar.*--output"):
         index_tars(tars, tmp_path / "a")
     os.rename(tmp_path / "b" / "x.tar", tmp_path / "b" / "y.tar")
     index_tars([tars[0], str(tmp_path / "b" / "y.tar")], tmp_path / "a")
@@ -111,13 +114,13 @@ def test_tars_at_urls_are_indexed_and_verified(tmp_path):
         _index_at_urls([web.put(f"/far/{tar.name}", tar.read_bytes()) for tar in tars], tmp_path)
 
 
-def test_local_tars_given_as_urls_are_indexed_as_files(tmp_path):
+def test_file_urls_are_indexed_as_local_files(tmp_path):
     tar = write_tar(tmp_path / "x.tar", sample("a"))
     assert index_tars([f"file://{tar}"]).index.shards == [tar]
 
 
 def _index_at_urls(urls, tmp_path):
-    with pytest.raises(UserError, match="at URLs: say with --output"):
+    with pytest.raises(UserError, match=r"URLs.*--output"):
         index_tars(urls)
     index_tars(urls, tmp_path / "near")
     index = open_index(tmp_path / "near")
@@ -128,12 +131,12 @@ def _index_at_urls(urls, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("no.tar", None, "does not exist"),
-        ("x.tar", b"no tar" * 1000, "cannot be read as a tar"),
-        ("x.tar", b"\0" * 10240, "hold no utterance that could be used: they are empty"),
+        ("no.tar", None, "no.tar' does not exist"),
+        ("x.tar", b"no tar" * 1000, "x.tar' cannot be read"),
+        ("x.tar", b"\0" * 10240, "are empty"),
     ],
 )
-def test_what_is_no_tar_of_samples_is_one_sentence(tmp_path, name, content, message):
+def test_an_invalid_tar_is_reported(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -142,7 +145,7 @@ def test_what_is_no_tar_of_samples_is_one_sentence(tmp_path, name, content, mess
 
 
 @pytest.mark.parametrize(("suffix", "program"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")])
-def test_a_compressed_tar_is_refused_with_the_command_that_unpacks_it(tmp_path, suffix, program):
+def test_a_compressed_tar_is_reported_with_the_command_that_unpacks_it(tmp_path, suffix, program):
     path = tmp_path / f"x.tar.{suffix}"
     with tarfile.open(path, f"w:{suffix}") as tar:
         for name, content in sample("a").items():
@@ -151,7 +154,7 @@ def test_a_compressed_tar_is_refused_with_the_command_that_unpacks_it(tmp_path, 
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(
         UserError,
-        match=rf"x\.tar\.{suffix}' is compressed, .* Unpack it with '{program} -d', and give the tar",
+        match=rf"x\.tar\.{suffix}' .*'{program} -d'",
     ):
         index_tars([str(path)])
     (tmp_path / "list").write_text(path.name + "\n")
@@ -159,7 +162,7 @@ def test_a_compressed_tar_is_refused_with_the_command_that_unpacks_it(tmp_path, 
         list(read_wenet(tmp_path / "list"))
 
 
-def test_a_byte_order_mark_is_no_part_of_a_transcript(tmp_path):
+def test_byte_order_marks_are_removed_from_transcripts(tmp_path):
     tar = write_tar(
         tmp_path / "x.tar",
         sample("a", "\ufeff二")
@@ -170,11 +173,9 @@ def test_a_byte_order_mark_is_no_part_of_a_transcript(tmp_path):
     assert next(read_wenet(tmp_path / "list")).text == "二"
 
 
-def test_a_tar_without_transcripts_is_refused(tmp_path):
+def test_a_tar_without_transcripts_is_reported(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a.wav": wav()})
-    with pytest.raises(
-        UserError, match=r"1 no_transcript; the first: a: expected a\.txt, or a\.json with"
-    ):
+    with pytest.raises(UserError, match=r"1 no_transcript.* a: .*a\.txt.*a\.json"):
         index_tars([tar])
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
 
@@ -202,7 +203,7 @@ def overwrite(path, place, content):
         file.write(content)
 
 
-def test_sound_shards_have_no_problem(shards):
+def test_valid_shards_have_no_problems(shards):
     advanced = []
     assert verify_shards(open_index(shards), advance=advanced.append) == []
     assert sum(advanced) == 5
@@ -220,13 +221,13 @@ def test_changed_audio_is_found(shards):
     assert [key for key, _ in found[1:]] == ["utt0001"]
 
 
-def test_a_changed_byte_that_still_decodes_is_found(shards):
+def test_a_changed_byte_outside_of_samples_is_found(shards):
     size = (shards / "shard-000001.tar").stat().st_size
-    overwrite(shards / "shard-000001.tar", size - 1, b"x")  # behind the last sample
+    overwrite(shards / "shard-000001.tar", size - 1, b"x")  # after the last sample
     assert problems(shards) == [("", "changed")]
 
 
-def test_rows_that_disagree_with_their_samples_are_found(shards):
+def test_rows_that_do_not_match_their_samples_are_found(shards):
     rows = read_rows(shards)
     rows["samples"][0] += RATE
     rows["text_bytes"][1] += 1
@@ -252,7 +253,7 @@ def test_repeated_keys_are_found(shards):
 
 
 @pytest.mark.slow
-def test_several_processes_find_the_same(tmp_path, shards):
+def test_results_do_not_depend_on_the_number_of_workers(tmp_path, shards):
     overwrite(shards / "shard-000001.tar", 600, b"\xff" * 600)
     index = open_index(shards)
     assert verify_shards(index, workers=2) == verify_shards(index)
@@ -264,11 +265,11 @@ def test_several_processes_find_the_same(tmp_path, shards):
     ).read_bytes()
 
 
-# --- tars and indexes that somebody made to do harm ---
+# --- hostile tars and indexes ---
 
 
 def write_headers(path, *records):
-    """records: (header, content); the content need not be as long as the header says."""
+    """Write a tar of (header, content) pairs, whose lengths need not agree."""
     with open(path, "wb") as file:
         for info, content in records:
             file.write(info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % BLOCK))
@@ -283,10 +284,10 @@ def header(name, size, kind=tarfile.REGTYPE):
 
 
 def sparse_tar(path, size):
-    """One file of `size` bytes, of which none are stored, as GNU tar writes it."""
+    """Write a sparse file of `size` bytes, of which none are stored, as GNU tar does."""
     info = header("a.wav", 0, tarfile.GNUTYPE_SPARSE)
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    block[386:398] = b"%011o\0" % size  # begins at the end
+    block[386:398] = b"%011o\0" % size  # the only stored part begins at the end
     block[398:410] = b"%011o\0" % 0
     block[483:495] = b"%011o\0" % size
     block[148:156] = b" " * 8
@@ -295,25 +296,38 @@ def sparse_tar(path, size):
     return str(path)
 
 
-HOSTILE_TARS = {
-    "sparse": lambda path: sparse_tar(path, 4 << 30),
-    "pax sparse": lambda path: write_headers(
-        path, (header("x", 44, tarfile.XHDTYPE), b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"), (header("a.wav", 512), b"1\n0\n")
-    ),
-    "larger than the file": lambda path: write_headers(path, (header("a.wav", 1 << 40), b"x")),
-    "a long name of a gigabyte": lambda path: write_headers(path, (header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), b"x")),
-    "negative": lambda path: write_headers(path, (header("a.wav", -1024), b"")),
-    "a negative extended header": lambda path: write_headers(path, (header("x", -512, tarfile.XHDTYPE), b"")),
-    "extended headers without end": lambda path: write_headers(path, *[(header("x", 12, tarfile.XHDTYPE), b"12 path=abc\n")] * 1500),
-    "a length that is no number": lambda path: write_headers(
-        path, (header("x", 12, tarfile.XHDTYPE), b"99999 size=\xff"), (header("a.wav", 0), b"")
-    ),
-}  # fmt: skip
+def extended_header(size):
+    return header("x", size, tarfile.XHDTYPE)
+
+
+# records of tars, as write_headers takes them
+HOSTILE_RECORDS = {
+    "pax sparse": [
+        (extended_header(44), b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+        (header("a.wav", 512), b"1\n0\n"),
+    ],
+    "larger than the file": [(header("a.wav", 1 << 40), b"x")],
+    "a long name of a gigabyte": [(header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME), b"x")],
+    "negative": [(header("a.wav", -1024), b"")],
+    "a negative extended header": [(extended_header(-512), b"")],
+    "many extended headers": [(extended_header(12), b"12 path=abc\n")] * 1500,
+    "a length that is not a number": [
+        (extended_header(12), b"99999 size=\xff"),
+        (header("a.wav", 0), b""),
+    ],
+}
+HOSTILE_TARS = ["sparse", *HOSTILE_RECORDS]
+
+
+def write_hostile_tar(path, kind):
+    if kind == "sparse":
+        return sparse_tar(path, 4 << 30)
+    return write_headers(path, *HOSTILE_RECORDS[kind])
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TARS)
-def test_hostile_tars_are_refused_in_little_memory(tmp_path, kind):
-    tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
+def test_hostile_tars_are_rejected_with_bounded_memory(tmp_path, kind):
+    tar = write_hostile_tar(tmp_path / "x.tar", kind)
     tracemalloc.start()
     try:
         with pytest.raises(UserError):
@@ -324,12 +338,12 @@ def test_hostile_tars_are_refused_in_little_memory(tmp_path, kind):
     assert not (tmp_path / "index.json").exists()
 
 
-def test_a_corrupted_header_in_the_middle_is_not_the_end(tmp_path):
+def test_a_corrupted_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
     tar = Path(write_tar(tmp_path / "x.tar", sample("a") | sample("b") | sample("c")))
     data = bytearray(tar.read_bytes())
     data[data.index(b"b.wav")] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(UserError, match="corrupted"):
+    with pytest.raises(UserError, match=r"x\.tar'"):
         index_tars([str(tar)])
 
 
@@ -344,7 +358,7 @@ def test_deeply_nested_json_and_unprintable_keys_are_rejected(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../x.tar", "/etc/passwd", "file:///etc/passwd", "a/../../x.tar", "nope://x/x.tar"]
 )
-def test_an_index_names_nothing_outside_of_its_directory(tmp_path, name):
+def test_an_index_may_not_name_shards_outside_its_directory(tmp_path, name):
     index_tars([write_tar(tmp_path / "x.tar", sample("a"))])
     (shard,) = json.loads((tmp_path / "index.json").read_text())["shards"]
     change_about(tmp_path, shards=[shard | {"name": name}])
@@ -364,14 +378,14 @@ def test_every_flipped_bit_of_an_index_is_found(shards, file):
             found = open_index(shards)
         except UserError:
             continue
-        # A changed space between two entries of the JSON changes nothing.
+        # White space between two entries of the JSON may change.
         assert file == "index.json"
         assert (found.about, found.shards) == (original.about, original.shards), place
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TARS)
-def test_hostile_tars_of_a_wenet_list_give_nothing(tmp_path, kind):
-    tar = HOSTILE_TARS[kind](tmp_path / "x.tar")
+def test_hostile_tars_of_a_wenet_list_yield_no_usable_utterance(tmp_path, kind):
+    tar = write_hostile_tar(tmp_path / "x.tar", kind)
     (tmp_path / "list").write_text(f"{tar}\n")
     found = []
     with contextlib.suppress(UserError):
@@ -403,7 +417,7 @@ ODD_FIELDS = {
     ("reason", "content"),
     [(reason, content) for reason, contents in ODD_FIELDS.items() for content in contents],
 )
-def test_odd_fields_of_a_sample_reject_that_sample_alone(tmp_path, reason, content):
+def test_invalid_fields_reject_only_their_sample(tmp_path, reason, content):
     summary = index_tars(
         [write_tar(tmp_path / "x.tar", {"a.wav": wav(), "a.json": content} | sample("b"))]
     )
@@ -412,9 +426,9 @@ def test_odd_fields_of_a_sample_reject_that_sample_alone(tmp_path, reason, conte
 
 
 @pytest.mark.parametrize("column", ["offset", "size", "shard"])
-def test_rows_that_are_not_in_their_shard_are_refused(shards, column):
+def test_rows_outside_their_shard_are_rejected(shards, column):
     rows = read_rows(shards)
     rows[column][1] = 1 << 31
     write_rows(shards, rows)
-    with pytest.raises(UserError, match="is corrupted"):
+    with pytest.raises(UserError, match=f"{shards}"):
         open_index(shards)

@@ -87,7 +87,7 @@ def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
          "precision=fp32", "data.max_batch_duration=4", "report_audio=3", *overrides],
         EvaluationRun,
     )  # fmt: skip
-    cache = ShardCache.of(config.data.cache)
+    cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
         config.data.test_data_config, filters=None, made=exp / "shards", cache=cache
     )

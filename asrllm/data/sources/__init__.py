@@ -1,4 +1,4 @@
-"""Where utterances come from before they are shards. A new source is a file here, a line of SOURCES and a test."""
+"""Sources of utterances for shards. A new source is a file here, an entry of SOURCES and a test."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +30,15 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """read: its utterances, one at a time; count: how many, about, or None; both take the path and the `options` by name."""
+    """A kind of source, with its option of `asrllm shards make`.
+
+    Attributes:
+        read: yields the utterances; takes the path, and the `options` by name.
+        count: returns their approximate number, or None; takes the same arguments.
+        metavar: placeholder of the path in the help.
+        help: its line in the help.
+        options: names of further options.
+    """
 
     read: Callable[..., Iterator[Utterance]]
     count: Callable[..., int | None] = count_lines
@@ -39,7 +47,7 @@ class Source:
     options: tuple[str, ...] = ()
 
 
-# the name is the option of `asrllm shards make`
+# the key is the option of `asrllm shards make`
 SOURCES = {
     "cuts": Source(
         read=read_cuts,
@@ -52,7 +60,7 @@ SOURCES = {
         read=read_kaldi,
         count=count_kaldi,
         metavar="DIR",
-        help="Kaldi data directory: wav.scp, text, and segments, utt2spk, utt2lang where they exist",
+        help="Kaldi data directory: wav.scp, text, and optionally segments, utt2spk, utt2lang",
         options=("allow_pipes",),
     ),
     "nemo": Source(
@@ -64,23 +72,24 @@ SOURCES = {
         read=read_wenet,
         count=count_wenet,
         metavar="FILE",
-        help="wenet's list: JSON lines of key, wav, txt; or paths of tars",
+        help="wenet list: JSON lines of key, wav, txt; or paths of tars",
     ),
     "folder": Source(
         read=read_folder,
         count=count_folder,
         metavar="DIR",
-        help="audio files with a table (see --table) or with KEY.txt beside each: Common Voice, LJSpeech, audiofolder, ...",
+        help="audio files with a table (see --table), or with KEY.txt beside each: "
+        "Common Voice, LJSpeech, audiofolder, ...",
         options=("table",),
     ),
     "slam": Source(
         read=read_slam,
         metavar="FILE",
-        help="SLAM-LLM: JSON lines of key, source, target, prompt, task",
+        help="SLAM-LLM manifest: JSON lines of key, source, target, prompt, task",
     ),
     "swift": Source(
         read=read_swift,
         metavar="FILE",
-        help="ms-swift, LLaMA-Factory: JSON of messages (or query, response) and audios",
+        help="ms-swift or LLaMA-Factory manifest: JSON of messages (or query, response) and audios",
     ),
 }

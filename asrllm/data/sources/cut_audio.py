@@ -1,12 +1,12 @@
-"""Read the audio of Lhotse cuts as all other audio, whatever the name of the file.
+"""Read the audio of Lhotse cuts like all other audio, whatever the name of the file.
 
-Lhotse chooses a reader by the name of a file, and some of its readers (.sph, .opus) put that name into
-a shell command. A file name in a manifest could then run any command. This module imports Lhotse,
-which takes seconds.
+Lhotse chooses a reader by the name of a file, and some of its readers (.sph, .opus) insert that
+name into a shell command. A file name in a manifest could then run any command. Importing this
+module imports Lhotse, which takes seconds.
 """
 
 import os
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 from lhotse.audio.backend import (
@@ -14,10 +14,11 @@ from lhotse.audio.backend import (
     get_current_audio_backend,
     set_current_audio_backend,
 )
+from lhotse.cut import Cut
 
 from asrllm.audio.stream import AudioFile, open_audio, read_stretch
 from asrllm.data.sources.kaldi import run_command
-from asrllm.data.sources.utterance import RejectedError, opened
+from asrllm.data.sources.utterance import RejectedError, open_cached
 from asrllm.data.storage import read_bytes
 
 
@@ -34,7 +35,7 @@ class CutAudioBackend(AudioBackend):
 
     def read_audio(
         self,
-        path_or_fd: Any,
+        path_or_fd: str | BinaryIO,
         offset: float = 0.0,
         duration: float | None = None,
         force_opus_sampling_rate: int | None = None,
@@ -45,7 +46,7 @@ class CutAudioBackend(AudioBackend):
             path_or_fd: a path, a Command, a Url, or an open file.
             offset: start in seconds.
             duration: length in seconds; None reads to the end.
-            force_opus_sampling_rate: ignored; the file's own rate is kept.
+            force_opus_sampling_rate: ignored; the file's own rate is used.
 
         Returns:
             Samples (channels, samples) as float32, and the sampling rate in Hz.
@@ -55,14 +56,14 @@ class CutAudioBackend(AudioBackend):
         return wave.T, rate
 
 
-def load_cut(cut: Any) -> tuple[np.ndarray, int]:
+def load_cut(cut: Cut) -> tuple[np.ndarray, int]:
     """Return the mean of a cut's channels, (samples,) float32, and its sampling rate in Hz."""
     before = get_current_audio_backend()
     set_current_audio_backend(CutAudioBackend())
     try:
         wave = cut.load_audio()
     except Exception as error:
-        # Lhotse replaces each error by one of the same class with a longer text
+        # Lhotse replaces each error by one of the same class with a longer message
         raise _first_cause(error) from error
     finally:
         set_current_audio_backend(before)
@@ -75,7 +76,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _open(source: Any) -> AudioFile:
+def _open(source: str | BinaryIO) -> AudioFile:
     if isinstance(source, Command):
         return open_audio(str(source), run_command(str(source)))
     if isinstance(source, Url):
@@ -84,4 +85,4 @@ def _open(source: Any) -> AudioFile:
         return open_audio("the recording", source.read())
     if not os.path.exists(source):
         raise RejectedError("missing_audio", f"{source!r} does not exist")
-    return opened(source)
+    return open_cached(source)

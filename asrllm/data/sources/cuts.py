@@ -5,14 +5,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from asrllm.data.sources.files import (
     UNREADABLE,
-    ahead,
+    Row,
     find_root,
+    peek,
     raw_lines,
     read_json_lines,
     sample_fields,
@@ -21,24 +22,26 @@ from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.data.storage import check_scheme
 from asrllm.errors import UserError
 
-WHAT = "the cuts manifest"
-CUSTOM = (
-    "prompt",
-    "task",
-    "hotwords",
-)  # custom fields of a supervision, or of its cut, that samples keep
-EXACT = 1e-3  # seconds by which a supervision may differ from its cut without being trimmed
-OVERSHOOT = 0.5  # seconds beyond the end that are cut off, as by Kaldi's extract-segments
-SHOWN = 80  # characters of a command in a message
+if TYPE_CHECKING:
+    from lhotse import SupervisionSegment
+    from lhotse.cut import Cut
+
+ROLE = "the cuts manifest"
+# custom fields of a supervision, or of its cut, that become fields of the sample
+CUSTOM_FIELDS = ("prompt", "task", "hotwords")
+TOLERANCE = 1e-3  # seconds by which a supervision may differ from its cut without being trimmed
+OVERSHOOT = 0.5  # seconds beyond the end that are cut off, as in Kaldi's extract-segments
+SHOWN_LENGTH = 80  # characters of a command in a message
 
 
 def read_cuts(
     path: str | Path, *, allow_pipes: bool = False, allow_urls: bool = False
 ) -> Iterator[Utterance]:
-    """Read Lhotse cuts (jsonl or jsonl.gz), one utterance for each supervision.
+    """Yield the utterances of Lhotse cuts (jsonl or jsonl.gz), one per supervision.
 
-    Relative paths start at the working directory, or beside the manifest if the first files are
-    there. A supervision that is not exactly its cut is trimmed out of it.
+    Relative paths start at the working directory, or at the manifest's directory if the first files
+    are there. A supervision that does not cover its cut is trimmed out of it. A cut that cannot be
+    used becomes an utterance with a `problem`.
 
     Args:
         path: the manifest.
@@ -47,59 +50,79 @@ def read_cuts(
 
     Raises:
         UserError: the file is not a manifest of cuts, or a recording is a command or a URL that
-            was not allowed. A cut that cannot be used is an utterance with a `problem`.
+            is not allowed.
     """
-    rows = read_json_lines(Path(path), WHAT)
+    rows = read_json_lines(Path(path), ROLE)
     where, row = next(rows)
     if "type" not in row:
-        advice = "combine recordings and supervisions with 'lhotse cut simple'"
-        raise UserError(f"{WHAT} {where} is not a cut: {advice}")
-    first, rows = ahead(itertools.chain([(where, row)], rows))
-    files = [s["source"] for _, row in first for s in _sources(row) if _is_file(s)]
-    root = find_root(files, [Path.cwd(), Path(path).absolute().parent])
+        raise UserError(
+            f"{ROLE} {where} is not a cut. "
+            "Combine recordings and supervisions with 'lhotse cut simple'."
+        )
+    first, rows = peek(itertools.chain([(where, row)], rows))
+    root = find_root(_file_names(first), [Path.cwd(), Path(path).absolute().parent])
     for where, row in rows:
         for source in _sources(row):
-            _restrict(source, f"{WHAT} {where}", root, allow_pipes, allow_urls)
+            _restrict(source, f"{ROLE} {where}", root, allow_pipes, allow_urls)
         yield from _utterances(row, where)
 
 
-# --- where the audio comes from ---
+# --- audio sources ---
 
 
-def _sources(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield the audio sources of a cut's JSON at any depth: of tracks, of impulse responses, ..."""
+def _file_names(rows: list[tuple[str, Row]]) -> list[str]:
+    """Return the audio files that rows name."""
+    names = []
+    for _, row in rows:
+        names += [source["source"] for source in _sources(row) if _is_file(source)]
+    return names
+
+
+def _sources(value: object) -> Iterator[Row]:
+    """Yield the audio sources at any depth of a cut's JSON: of tracks, impulse responses, ..."""
     if isinstance(value, dict):
         sources = value.get("sources")
         if isinstance(sources, list):
             yield from (source for source in sources if isinstance(source, dict))
-    children = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
+        children = list(value.values())
+    elif isinstance(value, list):
+        children = value
+    else:
+        return
     for child in children:
         yield from _sources(child)
 
 
-def _is_file(source: dict[str, Any]) -> bool:
+def _is_file(source: Row) -> bool:
     return source.get("type") == "file" and isinstance(source.get("source"), str)
 
 
 def _restrict(
-    source: dict[str, Any], where: str, root: Path, allow_pipes: bool, allow_urls: bool
+    source: Row,
+    where: str,
+    root: Path,
+    allow_pipes: bool,
+    allow_urls: bool,
 ) -> None:
-    """Let an audio source name files and memory, and what the user allowed, in place.
+    """Resolve the path of an audio source in place, and check that its type is allowed.
 
-    Commands and URLs become files of a type of their own, which `cut_audio` reads: Lhotse would
-    run a command without a time limit, and a URL that begins with `pipe:` as a command.
+    Commands and URLs become files of types that `cut_audio` reads. Lhotse itself would run a
+    command without a time limit, and would treat a URL that begins with `pipe:` as a command.
+
+    Raises:
+        UserError: the source is a command or a URL that is not allowed.
     """
-    kind, content = source.get("type"), source.get("source")
+    kind = source.get("type")
+    content = source.get("source")
+    shown = repr(str(content)[:SHOWN_LENGTH])
     if kind == "command" and not allow_pipes:
         raise UserError(
-            f"{where}: a recording's source is a shell command ({str(content)[:SHOWN]!r}). Use a "
-            "file, or run 'asrllm shards make --cuts' with --allow-pipes if you trust the manifest."
+            f"{where}: a recording's source is a shell command ({shown}). Use a file, or run "
+            "'asrllm shards make --cuts' with --allow-pipes if you trust the manifest."
         )
     if kind == "url" and not allow_urls:
         raise UserError(
-            f"{where}: a recording's source is a URL ({str(content)[:SHOWN]!r}). Use a file, or run "
+            f"{where}: a recording's source is a URL ({shown}). Use a file, or run "
             "'asrllm shards make --cuts' with --allow-urls if you trust the manifest."
         )
     if _is_file(source):
@@ -116,98 +139,125 @@ def _restrict(
 # --- utterances ---
 
 
-def _utterances(row: dict[str, Any], where: str) -> Iterator[Utterance]:
+def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     from lhotse.serialization import deserialize_item
 
     try:
         cut = deserialize_item(row)
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
-    except Exception as error:  # whatever Lhotse's parsers happen to raise
+    except Exception as error:  # Lhotse's parsers raise many types
         problem = ("broken_cut", f"{where}: {type(error).__name__}: {error}")
-        utterances = [Utterance(key=str(row.get("id") or where), text="", problem=problem)]
+        utterances = [
+            Utterance(
+                key=str(row.get("id") or where),
+                text="",
+                problem=problem,
+            )
+        ]
     yield from utterances
 
 
-def _utterance(cut: Any, supervision: Any) -> Utterance:
-    about = {}
-    if supervision:
-        about = {"speaker": supervision.speaker, "lang": supervision.language}
-    problem, part = None, cut
+def _utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utterance:
+    problem = None
+    part = cut
     if not cut.has_recording:
         problem = ("missing_audio", "the cut has no recording")
-    elif supervision and not _is_whole(supervision, cut):
+    elif supervision and not _covers(supervision, cut):
         try:
-            part = _trimmed(cut, supervision)
+            part = _trim(cut, supervision)
         except RejectedError as error:
             problem = error.args
     file = _whole_file(part)
-    recording = getattr(cut, "recording", None)  # a mixed cut has none of its own
+    fields = _fields(cut, supervision)
+    recording = getattr(part, "recording", None)  # a mixed cut has none of its own
     if file is None and recording is not None:
-        about["recording"] = recording.id
-    for custom in (getattr(cut, "custom", None), supervision and supervision.custom):
-        about |= {name: custom[name] for name in CUSTOM if name in custom} if custom else {}
-    several = len(cut.supervisions) > 1
+        fields["recording"] = recording.id
+    # a key of its own only for one of several supervisions
+    named = supervision if supervision and len(cut.supervisions) > 1 else cut
     return Utterance(
-        key=str(supervision.id if supervision and several else cut.id),
+        key=str(named.id),
         text=(supervision.text if supervision else "") or "",
         load=_CutAudio(part),
         duration=part.duration,
-        fields=sample_fields(about),
+        fields=sample_fields(fields),
         file=file,
         problem=problem,
     )
 
 
-def _is_whole(supervision: Any, cut: Any) -> bool:
-    """Whether a supervision covers its cut, and all of the cut's channels."""
-    starts = math.isclose(supervision.start, 0, abs_tol=EXACT)
-    ends = math.isclose(supervision.duration, cut.duration, abs_tol=EXACT)
+def _fields(cut: "Cut", supervision: "SupervisionSegment | None") -> Row:
+    """Return the speaker, the language and the custom fields of a supervision and its cut."""
+    fields = {}
+    customs = [getattr(cut, "custom", None)]
+    if supervision:
+        fields = {"speaker": supervision.speaker, "lang": supervision.language}
+        customs.append(supervision.custom)
+    for custom in customs:
+        if custom:
+            fields |= {name: custom[name] for name in CUSTOM_FIELDS if name in custom}
+    return fields
+
+
+def _covers(supervision: "SupervisionSegment", cut: "Cut") -> bool:
+    """Return whether a supervision covers its cut, and all of the cut's channels."""
+    starts = math.isclose(supervision.start, 0, abs_tol=TOLERANCE)
+    ends = math.isclose(supervision.duration, cut.duration, abs_tol=TOLERANCE)
     return starts and ends and _channels(supervision) >= _channels(cut)
 
 
-def _channels(part: Any) -> set[int]:
+def _channels(part: "Cut | SupervisionSegment") -> set[int]:
     channel = getattr(part, "channel", None)  # a mixed cut has none
-    return set(channel if isinstance(channel, list) else [] if channel is None else [channel])
+    if channel is None:
+        return set()
+    return set(channel) if isinstance(channel, list) else {channel}
 
 
-def _trimmed(cut: Any, supervision: Any) -> Any:
-    """The part of a cut that a supervision describes.
+def _trim(cut: "Cut", supervision: "SupervisionSegment") -> "Cut":
+    """Return the part of a cut that a supervision describes.
 
     Raises:
-        RejectedError: a part of what was said lies outside of the cut.
+        RejectedError: the supervision extends beyond the cut.
     """
     from lhotse.cut import MultiCut
 
-    start, end = supervision.start, supervision.start + supervision.duration
-    if start < -EXACT or end > cut.duration + OVERSHOOT or start >= cut.duration:
+    start = supervision.start
+    end = supervision.start + supervision.duration
+    if start < -TOLERANCE or end > cut.duration + OVERSHOOT or start >= cut.duration:
         span = f"{start:.3f} s to {end:.3f} s of a cut of {cut.duration:.3f} s"
         raise RejectedError("outside_cut", f"the supervision {supervision.id!r} spans {span}")
     start = max(start, 0.0)
     duration = min(end, cut.duration) - start
-    part = cut.truncate(offset=start, duration=duration, keep_excessive_supervisions=False)
+    part = cut.truncate(
+        offset=start,
+        duration=duration,
+        keep_excessive_supervisions=False,
+    )
     if isinstance(part, MultiCut):
         part = replace(part, channel=sorted(_channels(supervision) & _channels(cut)))
     return part
 
 
-def _whole_file(cut: Any) -> Path | None:
-    """The cut's file, where the cut is all of it, with every channel and as it was recorded."""
+def _whole_file(cut: "Cut") -> Path | None:
+    """Return the cut's file if the cut is all of it, with every channel and without transforms."""
     recording = getattr(cut, "recording", None)
     if recording is None or recording.transforms or len(recording.sources) != 1:
         return None
     source = recording.sources[0]
+    # exactly str: commands and URLs are subclasses
     if source.type != "file" or type(source.source) is not str:
         return None
     channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
-    whole = cut.start == 0 and math.isclose(cut.duration, recording.duration, abs_tol=1e-3)
-    return Path(source.source) if whole and channels == recording.channel_ids else None
+    if channels != recording.channel_ids:
+        return None
+    is_whole = cut.start == 0 and math.isclose(cut.duration, recording.duration, abs_tol=1e-3)
+    return Path(source.source) if is_whole else None
 
 
 @dataclass(frozen=True)
 class _CutAudio:
-    """Lhotse reads only the cut's part of a long file."""
+    """A `load` that reads a cut. Lhotse reads only the cut's part of a long file."""
 
-    cut: Any
+    cut: "Cut"
 
     def __call__(self) -> tuple[np.ndarray, int]:
         from asrllm.data.sources.cut_audio import load_cut
@@ -216,7 +266,10 @@ class _CutAudio:
 
 
 def count_cuts(path: str | Path, **options: bool) -> int | None:
-    """Supervisions, counted by the word that stands once in each of them and once in their cut: enough for a progress bar."""
+    """Return the approximate number of supervisions, for a progress bar.
+
+    They are counted by a word that occurs once in each of them, and once in their cut.
+    """
     try:
         return sum(max(1, line.count(b'"channel":') - 1) for line in raw_lines(Path(path)))
     except UNREADABLE:

@@ -1,4 +1,4 @@
-"""What the sources share: manifests read line by line, and the names that people give to the same things."""
+"""Manifests read line by line, and the different names that they use for the same fields."""
 
 import contextlib
 import gzip
@@ -16,9 +16,9 @@ from asrllm.text_files import check_file, parse_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
-UNPACKED = 1 << 28  # bytes that any gzip file may unpack to
-UNPACKED_RATIO = 200  # times its size that a larger one may; manifests reach 50
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
+MAX_UNPACKED = 1 << 28  # bytes to which any gzip file may unpack
+MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 FIELDS = {  # field of a sample: its names in manifests
     "lang": ("lang", "language", "locale"),
@@ -30,178 +30,211 @@ FIELDS = {  # field of a sample: its names in manifests
 }
 
 
+# --- lines ---
+
+
 def open_manifest(path: Path) -> BinaryIO:
-    """A file as it is, or unpacked where it is gzip."""
+    """Open a file for reading, and unpack it if it is gzip."""
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast(BinaryIO, gzip.open(path)) if packed else open(path, "rb")
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    if is_gzip:
+        return cast(BinaryIO, gzip.open(path))
+    return open(path, "rb")
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file, gzip or not.
 
     Raises:
-        UserError: a gzip file unpacks to more than any text does.
+        UserError: a gzip file unpacks to more than a manifest can.
     """
     with open_manifest(path) as file:
         if not isinstance(file, gzip.GzipFile):
             yield from file
             return
-        room = max(UNPACKED, UNPACKED_RATIO * path.stat().st_size)
-        while line := file.readline(room + 1):
-            room -= len(line)
-            if room < 0:
-                ratio = f"more than {UNPACKED_RATIO} times its size"
+        remaining = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * path.stat().st_size)
+        while line := file.readline(remaining + 1):
+            remaining -= len(line)
+            if remaining < 0:
                 raise UserError(
-                    f"{str(path)!r} unpacks to {ratio}. Unpack it yourself if that is what you expect."
+                    f"{str(path)!r} unpacks to more than {MAX_UNPACKED_RATIO} times its size. "
+                    "If that is intended, unpack it, and use the unpacked file."
                 )
             yield line
 
 
-def text_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its end) of every line of a text file, gzip or not, without byte-order marks.
+def text_lines(
+    path: Path,
+    role: str,
+    *,
+    strict: bool = True,
+) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its end) of a text file, gzip or not.
+
+    Byte-order marks are removed.
 
     Args:
         path: the file.
-        what: the role of the file, which begins the error message.
-        strict: whether a line that is not UTF-8 is an error; else its bytes become surrogates, by which the
-            utterance is rejected.
+        role: what the file is, as the beginning of messages.
+        strict: True raises an error for a line that is not UTF-8. False turns its bytes into
+            surrogates, for which the utterance is rejected later.
 
     Raises:
-        UserError: the file is missing, is not text or is cut short.
+        UserError: the file does not exist, is not text, or is truncated.
     """
-    check_file(path, what)
+    check_file(path, role)
+    errors = "strict" if strict else "surrogateescape"
     number = 0
     try:
         for number, line in enumerate(raw_lines(path), 1):
-            if number == 1 and line.startswith(UTF16):
+            if number == 1 and line.startswith(UTF16_MARKS):
                 raise UserError(
-                    f"{what} {str(path)!r} is UTF-16 text. Convert it to UTF-8, such as by 'iconv -f UTF-16 -t UTF-8'."
+                    f"{role} {str(path)!r} is UTF-16 text. "
+                    "Convert it to UTF-8, for example with 'iconv -f UTF-16 -t UTF-8'."
                 )
-            yield (
-                number,
-                line.decode("utf-8", "strict" if strict else "surrogateescape").removeprefix(
-                    "\ufeff"
-                ),
-            )
+            yield number, line.decode("utf-8", errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path}:{number} is not UTF-8 text: {error}") from error
+        raise UserError(f"{role} {path}:{number} is not UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error) as error:  # of gzip too
         raise UserError(
-            f"{what} {str(path)!r} cannot be read after line {number}: {error}"
+            f"{role} {str(path)!r} cannot be read after line {number}: {error}"
         ) from error
 
 
-def read_lines(path: Path, what: str, *, strict: bool = True) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line) of the lines with content of a text file. Arguments and errors are those of `text_lines`.
+def read_lines(
+    path: Path,
+    role: str,
+    *,
+    strict: bool = True,
+) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of the non-blank lines of a text file.
+
+    Arguments are those of `text_lines`.
 
     Raises:
-        UserError: also where no line has content.
+        UserError: as for `text_lines`, or if all lines are blank.
     """
     found = False
-    for number, line in text_lines(path, what, strict=strict):
+    for number, line in text_lines(path, role, strict=strict):
         if line.strip():
             found = True
             yield number, line.rstrip("\r\n")
     if not found:
-        raise UserError(
-            f"{what} {str(path)!r} {'has no utterance' if path.stat().st_size else 'is empty'}: make it again"
-        )
+        problem = "has no utterance" if path.stat().st_size else "is empty"
+        raise UserError(f"{role} {str(path)!r} {problem}. Make it again.")
 
 
-def json_rows(path: Path, what: str) -> Iterator[tuple[str, Row | RejectedError]]:
-    """Yield (FILE:LINE, object) of a file of one JSON object a line, or of one JSON list of objects, which is held whole.
+# --- JSON ---
 
-    A row that is no object comes as the reason for which it is rejected.
+
+def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]]:
+    """Yield (FILE:LINE, object) of a file of JSON lines, or of one JSON list, which is held whole.
+
+    A row that is not an object is yielded as the reason for its rejection.
+
+    Args:
+        path: the file.
+        role: what the file is, as the beginning of messages.
     """
-    lines = read_lines(path, what, strict=False)
+    lines = read_lines(path, role, strict=False)
     first = next(lines)
+    lines = itertools.chain([first], lines)
     if first[1].lstrip().startswith("["):
-        whole = _parse(
-            "\n".join(text for _, text in itertools.chain([first], lines)), str(path), what, list
-        )
-        for number, row in enumerate(whole, 1):
+        text = "\n".join(text for _, text in lines)
+        for number, row in enumerate(_parse_list(text, f"{role} {path}"), 1):
             where = f"{path}, entry {number}"
-            yield where, _checked_object(row, f"{what} {where}")
+            yield where, _checked_object(row, f"{role} {where}")
         return
-    for number, text in itertools.chain([first], lines):
+    for number, text in lines:
         where = f"{path}:{number}"
         try:
-            yield where, _checked_object(parse_json(text), f"{what} {where}")
+            yield where, _checked_object(parse_json(text), f"{role} {where}")
         except ValueError as error:
-            yield where, RejectedError("bad_json", f"{what} {where} is not valid JSON: {error}")
+            yield where, RejectedError("bad_json", f"{role} {where} is not valid JSON: {error}")
 
 
-def _checked_object(row: Any, where: str) -> Row | RejectedError:
-    return (
-        row if isinstance(row, dict) else RejectedError("bad_json", f"{where} is not a JSON object")
-    )
+def _checked_object(row: object, where: str) -> Row | RejectedError:
+    if isinstance(row, dict):
+        return row
+    return RejectedError("bad_json", f"{where} is not a JSON object")
 
 
-def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, Row]]:
-    """Yield what `json_rows` does. Raises UserError for a row that is no object."""
-    for where, row in json_rows(path, what):
+def read_json_lines(path: Path, role: str) -> Iterator[tuple[str, Row]]:
+    """Yield what `json_rows` does. Raise UserError for a row that is not an object."""
+    for where, row in json_rows(path, role):
         if isinstance(row, RejectedError):
             raise UserError(row.args[1])
         yield where, row
 
 
-def _parse(text: str, where: str, what: str, kind: type) -> Any:
+def _parse_list(text: str, where: str) -> list[object]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{what} {where} is not valid JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{what} {where} is not a JSON {'list' if kind is list else 'object'}")
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, list):
+        raise UserError(f"{where} is not a JSON list")
     return value
 
 
 def count_lines(path: str | Path) -> int | None:
-    """Utterances of a manifest of one a line, for a progress bar; None where that is not known."""
+    """Return the number of lines of a manifest, or None if it is a JSON list or unreadable."""
     try:
         lines = raw_lines(Path(path))
         first = next(lines, b"")
-        return None if first.lstrip().startswith(b"[") else bool(first) + sum(1 for _ in lines)
+        if first.lstrip().startswith(b"["):
+            return None
+        return bool(first) + sum(1 for _ in lines)
     except UNREADABLE:
         return None
 
 
-def take(row: Mapping[str, Any], where: str, *names: str) -> str:
-    """Return the text under the first of the names that the row has; null counts as an empty text.
+# --- fields of a row ---
+
+
+def text_field(row: Mapping[str, object], where: str, *names: str) -> str:
+    """Return the text of the first of the names that the row has; null is an empty text.
+
+    Args:
+        row: the row.
+        where: its place, as the beginning of messages.
+        names: alternative names of the field.
 
     Raises:
-        RejectedError: the row has none of them, or something other than text.
+        RejectedError: the row has none of the names, or another type.
     """
     for name in names:
         if name in row:
-            if row[name] is None:
+            value = row[name]
+            if value is None:
                 return ""
-            if not isinstance(row[name], str):
-                raise RejectedError(
-                    "bad_field", f"{where}: {name!r} is {row[name]!r}, which is not a text"
-                )
-            return row[name]
-    has = ", ".join(map(str, row)) or "nothing"
-    raise RejectedError(
-        "missing_field", f"{where} has no {' or '.join(map(repr, names))}; it has: {has}"
-    )
+            if not isinstance(value, str):
+                raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}, not a text")
+            return value
+    expected = " or ".join(map(repr, names))
+    present = ", ".join(map(str, row)) or "nothing"
+    raise RejectedError("missing_field", f"{where} has no {expected}; it has: {present}")
 
 
-def take_words(row: Mapping[str, Any], where: str, *names: str) -> str:
-    """Return what `take` does, and whole numbers as text: of keys, and of transcripts such as 7."""
-    whole = {
-        name: str(row[name])
-        for name in names
-        if isinstance(row.get(name), int) and not isinstance(row[name], bool)
-    }
-    return take({**row, **whole}, where, *names)
+def text_or_int_field(row: Mapping[str, object], where: str, *names: str) -> str:
+    """Return what `text_field` does, and integers as text: keys and transcripts can be numbers."""
+    converted = dict(row)
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            converted[name] = str(value)
+    return text_field(converted, where, *names)
 
 
-def take_number(row: Mapping[str, Any], where: str, name: str) -> float | None:
-    """Return a number of seconds, or None where the row has none.
+def seconds_field(
+    row: Mapping[str, Any],
+    where: str,
+    name: str,
+) -> float | None:
+    """Return a number of seconds, or None if the row does not have the field.
 
     Raises:
-        RejectedError: it is not a number, or is negative.
+        RejectedError: the value is not a number, or is negative.
     """
     value = row.get(name)
     if value is None or value == "":
@@ -211,81 +244,104 @@ def take_number(row: Mapping[str, Any], where: str, name: str) -> float | None:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise RejectedError(
-        "bad_field", f"{where}: {name!r} is {value!r}, which is not a number of seconds"
-    )
+    raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}, not a number of seconds")
 
 
 def sample_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest's row says beside the text, under the names that samples have; hotwords are a list, or parted by commas or bars."""
-    found = {
-        field: next((row[name] for name in names if row.get(name)), None)
-        for field, names in FIELDS.items()
-    }
-    if isinstance(words := found["hotwords"], str):
-        found["hotwords"] = [word.strip() for word in re.split(r"[,，、|]", words) if word.strip()]
-    return {field: value for field, value in found.items() if value}
+    """Return the fields of a row other than its text, under the names that samples use.
+
+    Hotwords may be a list, or a text with commas or bars between them.
+    """
+    fields: dict[str, Any] = {}
+    for field, names in FIELDS.items():
+        value = next((row[name] for name in names if row.get(name)), None)
+        if field == "hotwords" and isinstance(value, str):
+            words = (word.strip() for word in re.split(r"[,，、|]", value))
+            value = [word for word in words if word]
+        if value:
+            fields[field] = value
+    return fields
 
 
-def key_of(path: str, start: float | None = None) -> str:
-    """An utterance's key where the manifest gives none: the path without its suffix, and the start in milliseconds."""
+def key_from_path(path: str, start: float | None = None) -> str:
+    """Return a key for an utterance whose manifest has none.
+
+    Args:
+        path: the audio file; the key is its path without the suffix.
+        start: start in seconds; the key ends in its milliseconds.
+    """
     if not PurePosixPath(path).name:
         return ""
-    path = os.fsencode(path).decode(
-        "utf-8", "backslashreplace"
-    )  # a name may be in another encoding
+    # a file name may have another encoding
+    path = os.fsencode(path).decode("utf-8", "backslashreplace")
     parts = [part for part in PurePosixPath(path).with_suffix("").parts if part not in ("/", "..")]
-    return "/".join(parts) + (f"-{round(1000 * start)}" if start else "")
+    key = "/".join(parts)
+    return f"{key}-{round(1000 * start)}" if start else key
 
 
-def ahead(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
-    """The first rows, and all of them."""
+# --- utterances ---
+
+
+def peek(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
+    """Return the first rows, and an iterator over all rows."""
     first = list(itertools.islice(rows, count))
     return first, itertools.chain(first, rows)
 
 
-def utterances(
+def read_manifest(
     path: Path,
-    what: str,
+    role: str,
     *,
     names: Callable[[Row, str], Sequence[str]],
     make: Callable[[Row, str, Path], Utterance],
 ) -> Iterator[Utterance]:
-    """Yield the utterances of a JSON manifest. A row of which none can be made is one with a problem.
+    """Yield the utterances of a JSON manifest. A bad row becomes an utterance with a problem.
 
     Args:
         path: the manifest.
-        what: its role, for messages.
-        names: returns the audio files that a row names; called with the row and where it is.
-        make: returns a row's utterance; called with the row, where it is, and the directory at which paths start.
+        role: what it is, as the beginning of messages.
+        names: returns the audio files that a row names, from the row and its place.
+        make: returns a row's utterance, from the row, its place, and the directory at which
+            relative paths start.
     """
-    first, rows = ahead(json_rows(path, what))
-    found: list[str] = []
+    first, rows = peek(json_rows(path, role))
+    files: list[str] = []
     for place, row in first:
         with contextlib.suppress(RejectedError):
-            found += [] if isinstance(row, RejectedError) else names(row, f"{what} {place}")
-    root = find_root(found, [path.parent, Path.cwd()])
+            if not isinstance(row, RejectedError):
+                files += names(row, f"{role} {place}")
+    root = find_root(files, [path.parent, Path.cwd()])
     for place, row in rows:
         if isinstance(row, RejectedError):
-            yield rejected_row({}, place, row)
+            yield rejected_utterance({}, place, row)
             continue
         try:
-            yield make(row, f"{what} {place}", root)
-        except RejectedError as why:
-            yield rejected_row(row, place, why)
+            yield make(row, f"{role} {place}", root)
+        except RejectedError as error:
+            yield rejected_utterance(row, place, error)
 
 
-def rejected_row(row: Mapping[str, Any], place: str, why: RejectedError) -> Utterance:
-    """Return an utterance that is rejected; its key is the row's, or where the row is."""
-    keys = [str(row[name]) for name in ("key", "id") if isinstance(row.get(name), (str, int))]
-    return Utterance(key=keys[0] if keys else place.rpartition("/")[2], text="", problem=why.args)
+def rejected_utterance(
+    row: Mapping[str, object],
+    place: str,
+    error: RejectedError,
+) -> Utterance:
+    """Return an utterance with a problem. Its key is that of the row, or else the row's place."""
+    key = place.rpartition("/")[2]
+    for name in ("id", "key"):  # the key takes precedence
+        value = row.get(name)
+        if isinstance(value, (str, int)):
+            key = str(value)
+    return Utterance(key=key, text="", problem=error.args)
 
 
 def find_root(names: Sequence[str], roots: Sequence[Path]) -> Path:
-    """The first of the directories that holds one of the files; the first of all where none does.
+    """Return the first directory that contains one of the files, or else the first directory.
 
-    Asked once for a manifest's first files: to ask for each of millions takes hours on a network's disks.
+    Callers pass only the first files of a manifest: on network disks, looking for each of millions
+    of files would take hours.
     """
-    return next(
-        (root for root in roots if any(os.path.exists(root / name) for name in names)), roots[0]
-    )
+    for root in roots:
+        if any(os.path.exists(root / name) for name in names):
+            return root
+    return roots[0]

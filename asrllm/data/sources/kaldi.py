@@ -13,60 +13,80 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.sources.files import ahead, count_lines, find_root, read_lines
-from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
+from asrllm.data.sources.files import count_lines, find_root, peek, read_lines
+from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
 
 PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
 ARK_OFFSET = r"(?<=\.ark):(\d+)$"
+OPTIONAL_TABLES = {"speaker": "utt2spk", "lang": "utt2lang"}  # field of a sample: table
+# an utterance's key, its recording if it is a segment, and its audio or why it has none
+Entry = tuple[str, str | None, AudioSegment | RejectedError]
 
 
 def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utterance]:
-    """A Kaldi data directory: wav.scp and text, optionally segments, utt2spk and utt2lang.
+    """Yield the utterances of a Kaldi data directory.
 
-    wav.scp names files, entries of wav archives (FILE.ark:OFFSET) or, with allow_pipes, commands that the shell runs (`... |`). Relative
-    paths start at the directory, or at the current one where the first files lie there.
+    The directory has wav.scp and text, and optionally segments, utt2spk and utt2lang. Relative
+    paths in wav.scp start at the directory, or at the current one if the first files are there.
+
+    Args:
+        folder: the directory.
+        allow_pipes: run the shell commands (`... |`) of wav.scp. Without it, wav.scp may name only
+            files, and entries of wav archives (FILE.ark:OFFSET).
+
+    Raises:
+        UserError: a table is missing or invalid, or a pipe is not allowed.
     """
     folder = Path(folder)
-    main = "segments" if (folder / "segments").is_file() else "wav.scp"
-    keys = _read_keys(folder / main)
+    has_segments = (folder / "segments").is_file()
+    main = folder / ("segments" if has_segments else "wav.scp")
+    keys = _read_keys(main)
     texts = _Lookup(folder / "text", keys.in_order)
-    others = {"speaker": "utt2spk", "lang": "utt2lang"}
     tables = {
         field: _Lookup(folder / name, keys.in_order)
-        for field, name in others.items()
+        for field, name in OPTIONAL_TABLES.items()
         if (folder / name).is_file()
     }
-    for key, recording, stretch in (
-        _segments(folder, allow_pipes) if main == "segments" else _whole(folder, allow_pipes)
-    ):
+    entries = _segments(folder, allow_pipes) if has_segments else _whole(folder, allow_pipes)
+    for entry in entries:
         try:
-            text = texts.pop(key) or ""
-            fields = {field: table.pop(key) for field, table in tables.items()} | {
-                "recording": recording
-            }
-            keys.check(key)
-            if isinstance(stretch, RejectedError):
-                raise stretch
-        except RejectedError as why:
-            yield Utterance(key=key, text="", problem=why.args)
-            continue
-        yield Utterance(
-            key=key,
-            text=text,
-            load=stretch,
-            fields={field: value for field, value in fields.items() if value},
-            file=stretch.audio if main == "wav.scp" and isinstance(stretch.audio, Path) else None,
-        )
+            yield _utterance(entry, keys, texts, tables)
+        except RejectedError as error:
+            yield Utterance(
+                key=entry[0],
+                text="",
+                problem=error.args,
+            )
     for key, text in texts.rest():
-        yield Utterance(
-            key=key,
-            text=text,
-            problem=("missing_audio", f"the text has a key that {folder}/{main} lacks"),
-        )
+        problem = ("missing_audio", f"the text has a key that {main} does not have")
+        yield Utterance(key=key, text=text, problem=problem)
+
+
+def _utterance(
+    entry: Entry, keys: "_Keys", texts: "_Lookup", tables: Mapping[str, "_Lookup"]
+) -> Utterance:
+    key, recording, audio = entry
+    text = texts.pop(key) or ""
+    fields = {field: table.pop(key) for field, table in tables.items()}
+    fields["recording"] = recording
+    keys.check(key)
+    if isinstance(audio, RejectedError):
+        raise audio
+    file = None
+    if recording is None and isinstance(audio.audio, Path):
+        file = audio.audio
+    return Utterance(
+        key=key,
+        text=text,
+        load=audio,
+        fields={field: value for field, value in fields.items() if value},
+        file=file,
+    )
 
 
 def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
+    """Return the number of utterances, or None if it cannot be read."""
     segments = Path(folder) / "segments"
     return count_lines(segments if segments.is_file() else Path(folder) / "wav.scp")
 
@@ -75,10 +95,10 @@ def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
-    """(key, value) of each line."""
+    """Yield (key, value) of each line of a table."""
     if not path.is_file():
         raise UserError(
-            f"{str(path.parent)!r} is no Kaldi data directory: the file {path.name} is missing"
+            f"{str(path.parent)!r} is not a Kaldi data directory: it has no file {path.name}."
         )
     for _, line in read_lines(path, "the Kaldi table", strict=False):
         key, *value = line.split(maxsplit=1)
@@ -91,7 +111,8 @@ class _Keys:
 
     Attributes:
         path: the table.
-        in_order: whether they are in order, as Kaldi's are; such a table need not be held in memory.
+        in_order: whether they are sorted, as Kaldi requires. A sorted table need not be held in
+            memory.
         repeated: those that have several lines.
     """
 
@@ -100,11 +121,15 @@ class _Keys:
     repeated: frozenset[str]
 
     def check(self, key: str) -> None:
-        """Raise RejectedError if the table has several lines for a key, any of which may be the right one."""
+        """Raise RejectedError if a key has several lines, any of which may be the right one."""
         if key in self.repeated:
-            raise RejectedError(
-                "duplicate_key", f"{self.path} has several lines for {key!r}. Leave one."
-            )
+            raise _repeated_key(self.path, key)
+
+
+def _repeated_key(path: Path, key: str) -> RejectedError:
+    return RejectedError(
+        "duplicate_key", f"{path} has several lines for {key!r}. Remove all but one."
+    )
 
 
 def _read_keys(path: Path) -> _Keys:
@@ -123,19 +148,26 @@ def _read_keys(path: Path) -> _Keys:
 
 
 class _Lookup:
-    """A table's values by key. Where it and the keys asked for are in order, it is read along with them and not held."""
+    """The values of a table by key.
 
-    def __init__(self, path: Path, asked_in_order: bool) -> None:
+    If the table and the requested keys are sorted, it is read in step with the requests, and is
+    not held in memory.
+    """
+
+    def __init__(self, path: Path, requests_in_order: bool) -> None:
         self.keys = _read_keys(path)
-        self.along = self.keys.in_order and asked_in_order
         self.rows = _rows(path)
-        self.held = (
-            {} if self.along else dict(self.rows)
-        )  # along: the rows that were passed and not asked for
+        self.held: dict[str, str] = {}  # rows that were read and not requested
+        if not (self.keys.in_order and requests_in_order):
+            self.held = dict(self.rows)
         self.next = next(self.rows, None)
 
     def pop(self, key: str) -> str | None:
-        """Return the value of a key, None if there is none. Raises RejectedError if there are several."""
+        """Return the value of a key, or None if it has no line.
+
+        Raises:
+            RejectedError: the key has several lines.
+        """
         while self.next is not None and self.next[0] <= key:
             self.held[self.next[0]] = self.next[1]
             self.next = next(self.rows, None)
@@ -144,96 +176,96 @@ class _Lookup:
         return value
 
     def rest(self) -> Iterator[tuple[str, str]]:
-        """What was never asked for."""
+        """Yield the rows that were never requested."""
         yield from self.held.items()
-        yield from itertools.chain([self.next] if self.next else [], self.rows)
+        if self.next is not None:
+            yield from itertools.chain([self.next], self.rows)
 
 
 # --- audio ---
 
 
-def _recordings(folder: Path, allow_pipes: bool) -> Iterator[tuple[str, Stretch | RejectedError]]:
-    first, rows = ahead(_rows(folder / "wav.scp"))
+def _recordings(
+    folder: Path, allow_pipes: bool
+) -> Iterator[tuple[str, AudioSegment | RejectedError]]:
+    """Yield (key, audio or why it has none) of wav.scp."""
+    first, rows = peek(_rows(folder / "wav.scp"))
     files = [re.sub(ARK_OFFSET, "", value) for _, value in first if not value.endswith("|")]
     root = find_root(files, [folder, Path.cwd()])
     for key, value in rows:
+        where = f"{folder / 'wav.scp'}: recording {key!r}"
         if value:
-            yield key, Stretch(_audio(folder, root, key, value, allow_pipes))
+            yield key, AudioSegment(_audio(where, root, value, allow_pipes))
         else:
-            yield (
-                key,
-                RejectedError(
-                    "missing_audio", f"{folder / 'wav.scp'}: recording {key!r} has no path"
-                ),
-            )
+            yield key, RejectedError("missing_audio", f"{where} has no path")
 
 
 def _audio(
-    folder: Path, root: Path, key: str, value: str, allow_pipes: bool
+    where: str,
+    root: Path,
+    value: str,
+    allow_pipes: bool,
 ) -> "Path | _ArkEntry | _Pipe":
-    where = f"{folder / 'wav.scp'}: recording {key!r}"
     if value.endswith("|"):
         if not allow_pipes:
             raise UserError(
-                f"{where} is a pipe: write a file path, or let its command run with --allow-pipes if you trust it"
+                f"{where} is a pipe. Use a file path, "
+                "or run its command with --allow-pipes if you trust it."
             )
         return _Pipe(value[:-1].strip())
     offset = re.search(ARK_OFFSET, value)
-    return _ArkEntry(root / value[: offset.start()], int(offset[1])) if offset else root / value
+    if offset:
+        return _ArkEntry(root / value[: offset.start()], int(offset[1]))
+    return root / value
 
 
-def _whole(
-    folder: Path, allow_pipes: bool
-) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
-    return ((key, None, stretch) for key, stretch in _recordings(folder, allow_pipes))
+def _whole(folder: Path, allow_pipes: bool) -> Iterator[Entry]:
+    """Yield the entries of a directory without segments."""
+    for key, audio in _recordings(folder, allow_pipes):
+        yield key, None, audio
 
 
-def _segments(
-    folder: Path, allow_pipes: bool
-) -> Iterator[tuple[str, str | None, Stretch | RejectedError]]:
-    """Yield (utterance, recording, its part, or why it has none)."""
+def _segments(folder: Path, allow_pipes: bool) -> Iterator[Entry]:
+    """Yield the entries of a directory with segments."""
     keys = _read_keys(folder / "wav.scp")
     recordings = dict(_recordings(folder, allow_pipes))
     for recording in keys.repeated:
-        recordings[recording] = RejectedError(
-            "duplicate_key", f"{keys.path} has several lines for {recording!r}. Leave one."
-        )
+        recordings[recording] = _repeated_key(keys.path, recording)
     for key, value in _rows(folder / "segments"):
         try:
-            recording, stretch = _segment(f"{folder / 'segments'}: {key!r}", value, recordings)
-            yield key, recording, stretch
-        except RejectedError as why:
-            yield key, None, why
+            recording, segment = _segment(f"{folder / 'segments'}: {key!r}", value, recordings)
+            yield key, recording, segment
+        except RejectedError as error:
+            yield key, None, error
 
 
 def _segment(
-    where: str, value: str, recordings: Mapping[str, Stretch | RejectedError]
-) -> tuple[str, Stretch]:
+    where: str, value: str, recordings: Mapping[str, AudioSegment | RejectedError]
+) -> tuple[str, AudioSegment]:
+    """Return the recording and the audio of a line of `segments`."""
     try:
-        recording, start, end, *channel = value.split()
-        begin, finish, number = float(start), float(end), _channel(*channel)
+        recording, start_text, end_text, *channel_text = value.split()
+        start = float(start_text)
+        end = float(end_text)
+        channel = _channel(*channel_text)
     except (ValueError, TypeError) as error:
         form = "'recording start end' or 'recording start end channel'"
         raise RejectedError("bad_segment", f"{where} has {value!r} instead of {form}") from error
-    found = recordings.get(
-        recording,
-        RejectedError(
-            "missing_audio", f"{where} names the recording {recording!r}, which wav.scp lacks"
-        ),
-    )
-    if isinstance(found, RejectedError):
-        raise found
-    to_its_end = finish == -1  # Kaldi's
-    if begin < 0 or not (to_its_end or finish > begin):
-        raise RejectedError(
-            "bad_segment",
-            f"{where} lasts from {start} to {end}: the end must lie after the start, in seconds",
-        )
-    return recording, Stretch(found.audio, begin, None if to_its_end else finish, number)
+    whole = recordings.get(recording)
+    if whole is None:
+        problem = f"{where} names the recording {recording!r}, which wav.scp does not have"
+        raise RejectedError("missing_audio", problem)
+    if isinstance(whole, RejectedError):
+        raise whole
+    to_end = end == -1  # Kaldi's convention
+    if start < 0 or not (to_end or end > start):
+        problem = f"{where} spans {start_text} to {end_text} s, but its end must follow its start"
+        raise RejectedError("bad_segment", problem)
+    return recording, AudioSegment(whole.audio, start, None if to_end else end, channel)
 
 
 def _channel(text: str | None = None) -> int | None:
-    """Return the channel of a segment from 0; Kaldi's tools write A and B too."""
+    """Return the channel of a segment, counted from 0. Kaldi's tools also write A and B."""
     if text is None:
         return None
     channel = "AB".index(text) if text in ("A", "B") else int(text)
@@ -244,7 +276,12 @@ def _channel(text: str | None = None) -> int | None:
 
 @dataclass(frozen=True)
 class _ArkEntry:
-    """A wav in an archive of Kaldi's `wav-copy`, from its first byte on."""
+    """A function that opens a wav in an archive of Kaldi's `wav-copy`.
+
+    Attributes:
+        path: the archive.
+        offset: first byte of the wav.
+    """
 
     path: Path
     offset: int
@@ -254,18 +291,18 @@ class _ArkEntry:
             raise RejectedError("missing_audio", f"{str(self.path)!r} does not exist")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            header = file.read(8)  # RIFF and the number of the bytes that follow
-            left = os.fstat(file.fileno()).st_size - file.tell()
+            header = file.read(8)  # RIFF, and the number of bytes that follow
             if header[:4] != b"RIFF":
-                raise RejectedError(
-                    "unreadable_audio", f"no wav begins at {self.path}:{self.offset}"
-                )
-            return io.BytesIO(header + file.read(min(int.from_bytes(header[4:], "little"), left)))
+                problem = f"there is no wav at {self.path}:{self.offset}"
+                raise RejectedError("unreadable_audio", problem)
+            remaining = os.fstat(file.fileno()).st_size - file.tell()
+            size = min(int.from_bytes(header[4:], "little"), remaining)
+            return io.BytesIO(header + file.read(size))
 
 
 @dataclass(frozen=True)
 class _Pipe:
-    """What a command writes to its standard output."""
+    """A function that opens the standard output of a command."""
 
     command: str
 
@@ -273,7 +310,7 @@ class _Pipe:
         return io.BytesIO(run_command(self.command))
 
 
-@functools.lru_cache(maxsize=1)  # the segments of one recording follow each other
+@functools.lru_cache(maxsize=1)  # the segments of a recording usually follow each other
 def run_command(command: str) -> bytes:
     """Return what a shell command writes to its standard output.
 
@@ -281,21 +318,27 @@ def run_command(command: str) -> bytes:
         RejectedError: the command fails, or runs for longer than PIPE_TIMEOUT.
     """
     process = subprocess.Popen(
-        command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        shell=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     with process:
         try:
             output, errors = process.communicate(timeout=PIPE_TIMEOUT)
         except BaseException as error:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # the shell's children too, which hold the pipe open
+            # also kill the shell's children, which hold the pipe open
+            os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise RejectedError(
-                    "failed_pipe", f"{command!r} gave no end within {PIPE_TIMEOUT} s"
+                    "failed_pipe", f"{command!r} did not end within {PIPE_TIMEOUT} s"
                 ) from error
             raise
     if process.returncode:
-        last = (errors.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"])[-1]
-        raise RejectedError("failed_pipe", f"{command!r} ended with {process.returncode}: {last}")
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
+        message = lines[-1] if lines else "it printed no error"
+        raise RejectedError(
+            "failed_pipe", f"{command!r} failed with status {process.returncode}: {message}"
+        )
     return output

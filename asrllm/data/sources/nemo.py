@@ -5,39 +5,42 @@ from pathlib import Path
 
 from asrllm.data.sources.files import (
     Row,
-    key_of,
+    key_from_path,
+    read_manifest,
     sample_fields,
-    take,
-    take_number,
-    take_words,
-    utterances,
+    seconds_field,
+    text_field,
+    text_or_int_field,
 )
-from asrllm.data.sources.utterance import Stretch, Utterance
+from asrllm.data.sources.utterance import AudioSegment, Utterance
 
-WHAT = "the NeMo manifest"
+ROLE = "the NeMo manifest"
 
 
 def read_nemo(path: str | Path) -> Iterator[Utterance]:
-    """One JSON object a line: audio_filepath, duration, text, optionally offset, lang, speaker, prompt, task, hotwords.
+    """Yield the utterances of a NeMo manifest.
 
-    Relative paths start at the manifest, or at the current directory where the first files lie there. Keys are made of the paths, and of
-    the offsets in milliseconds.
+    Each line is a JSON object with audio_filepath, duration, text, and optionally offset, lang,
+    speaker, prompt, task and hotwords. Relative paths start at the manifest's directory, or at the
+    current directory if the first files are there. Keys consist of the path and of the offset in
+    milliseconds.
     """
-    yield from utterances(Path(path), WHAT, names=_names, make=_utterance)
+    yield from read_manifest(Path(path), ROLE, names=_names, make=_utterance)
 
 
 def _names(row: Row, where: str) -> list[str]:
-    return [take(row, where, "audio_filepath")]
+    return [text_field(row, where, "audio_filepath")]
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    name = take(row, where, "audio_filepath")
-    duration, offset = take_number(row, where, "duration"), take_number(row, where, "offset")
+    name = text_field(row, where, "audio_filepath")
+    duration = seconds_field(row, where, "duration")
+    offset = seconds_field(row, where, "offset")
     end = None if offset is None or duration is None else offset + duration
     return Utterance(
-        key=key_of(name, offset),
-        text=take_words(row, where, "text"),
-        load=Stretch(root / name, offset or 0.0, end),
+        key=key_from_path(name, offset),
+        text=text_or_int_field(row, where, "text"),
+        load=AudioSegment(root / name, offset or 0.0, end),
         duration=duration,
         fields=sample_fields(row),
         file=root / name if offset is None else None,

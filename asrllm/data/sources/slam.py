@@ -1,27 +1,40 @@
-"""SLAM-LLM's manifests."""
+"""SLAM-LLM manifests."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from asrllm.data.sources.files import Row, sample_fields, take, take_words, utterances
-from asrllm.data.sources.utterance import Stretch, Utterance
+from asrllm.data.sources.files import (
+    Row,
+    read_manifest,
+    sample_fields,
+    text_field,
+    text_or_int_field,
+)
+from asrllm.data.sources.utterance import AudioSegment, Utterance
 
-WHAT = "the SLAM-LLM manifest"
+ROLE = "the SLAM-LLM manifest"
 
 
 def read_slam(path: str | Path) -> Iterator[Utterance]:
-    """One JSON object a line: key, source (an audio file), target (its text), optionally prompt, task, lang, speaker.
+    """Yield the utterances of a SLAM-LLM manifest.
 
-    Relative paths start at the manifest, or at the current directory where the first files lie there.
+    Each line is a JSON object with key, source (an audio file), target (its text), and optionally
+    prompt, task, lang and speaker. Relative paths start at the manifest's directory, or at the
+    current directory if the first files are there.
     """
-    yield from utterances(Path(path), WHAT, names=_names, make=_utterance)
+    yield from read_manifest(Path(path), ROLE, names=_names, make=_utterance)
 
 
 def _names(row: Row, where: str) -> list[str]:
-    return [take(row, where, "source")]
+    return [text_field(row, where, "source")]
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    file = root / take(row, where, "source")
-    key, text = take_words(row, where, "key"), take_words(row, where, "target")
-    return Utterance(key=key, text=text, load=Stretch(file), fields=sample_fields(row), file=file)
+    file = root / text_field(row, where, "source")
+    return Utterance(
+        key=text_or_int_field(row, where, "key"),
+        text=text_or_int_field(row, where, "target"),
+        load=AudioSegment(file),
+        fields=sample_fields(row),
+        file=file,
+    )

@@ -1,83 +1,131 @@
-"""Chats with one audio, as ms-swift and LLaMA-Factory read them."""
+"""Chats with one audio file each, in the formats of ms-swift and LLaMA-Factory."""
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asrllm.data.sources.files import key_of, sample_fields, take, take_words, utterances
-from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
+from asrllm.data.sources.files import (
+    Row,
+    key_from_path,
+    read_manifest,
+    sample_fields,
+    text_field,
+    text_or_int_field,
+)
+from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 
-WHAT = "the chat manifest"
+ROLE = "the chat manifest"
 AUDIO_TOKEN = "<audio>"
-USERS, ASSISTANTS, SYSTEM = ("user", "human"), ("assistant", "gpt"), "system"
+USERS = ("user", "human")
+ASSISTANTS = ("assistant", "gpt")
+SYSTEM = "system"
+Turn = tuple[str, str]  # role, text
 
 
 def read_swift(path: str | Path) -> Iterator[Utterance]:
-    """JSON lines, or a JSON list, of {messages | conversations, audios} or {query, response, audios}.
+    """Yield the utterances of a chat manifest.
 
-    The user's words beside <audio> become the prompt, the assistant's are the text; a system's are left to the run's own prompts. Key: the
-    row's id, or made of the path and the prompt. Chats of several turns or audios are rejected. Relative paths as in the other manifests.
+    The file has JSON lines, or is a JSON list, of {messages | conversations, audios} or
+    {query, response, audios}. The user's words other than <audio> become the prompt, and those of
+    the assistant become the text. System messages are ignored: the run's prompts apply. The key is
+    the row's id, or else consists of the path and a hash of the prompt. Chats with several turns or
+    audio files are rejected. Relative paths start at the manifest's directory, or at the current
+    directory if the first files are there.
     """
-    yield from utterances(Path(path), WHAT, names=_audios, make=_utterance)
+    yield from read_manifest(Path(path), ROLE, names=_audios, make=_utterance)
 
 
-def _utterance(row: dict[str, Any], where: str, root: Path) -> Utterance:
-    turns, audios = _turns(row, where), _audios(row, where)
-    said = [(role, text) for role, text in turns if role != SYSTEM]
-    if len(audios) != 1:
-        problem: tuple[str, str] | None = ("not_one_audio", f"{where} has {len(audios)} audios")
-    elif row.get("history"):
-        problem = ("not_one_turn", f"{where} is a chat with a history")
-    elif [role in USERS for role, _ in said] != [True, False] or said[1][0] not in ASSISTANTS:
-        problem = (
-            "not_one_turn",
-            f"{where} is a chat of {', '.join(role for role, _ in said) or 'nobody'}",
-        )
-    else:
-        problem = None
+def _utterance(row: Row, where: str, root: Path) -> Utterance:
+    turns = [(role, text) for role, text in _turns(row, where) if role != SYSTEM]
+    audios = _audios(row, where)
+    problem = _problem(row, turns, audios, where)
     audio = audios[0] if audios else ""
-    prompt = said[0][1].replace(AUDIO_TOKEN, "").strip() if not problem else ""
-    # the same audio may stand there with several prompts
-    stem = key_of(audio) + (f"-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}" if prompt else "")
-    key = str(row["id"]) if row.get("id") is not None else stem or where.rpartition("/")[2]
+    prompt = "" if problem else turns[0][1].replace(AUDIO_TOKEN, "").strip()
+    key = _key(row, audio, prompt, where)
     if problem:
         return Utterance(key=key, text="", problem=problem)
-    fields = sample_fields(row) | ({"prompt": prompt} if prompt else {})
+    fields = sample_fields(row)
+    if prompt:
+        fields["prompt"] = prompt
     return Utterance(
-        key=key, text=said[1][1], load=Stretch(root / audio), fields=fields, file=root / audio
+        key=key,
+        text=turns[1][1],
+        load=AudioSegment(root / audio),
+        fields=fields,
+        file=root / audio,
     )
 
 
-def _turns(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
-    """(role, text) of each."""
+def _problem(
+    row: Row,
+    turns: list[Turn],
+    audios: list[str],
+    where: str,
+) -> tuple[str, str] | None:
+    """Return (reason, detail) unless a chat is one question with one audio file and one answer."""
+    if len(audios) != 1:
+        return "not_one_audio", f"{where} has {len(audios)} audio files"
+    if row.get("history"):
+        return "not_one_turn", f"{where} is a chat with a history"
+    roles = [role for role, _ in turns]
+    if len(roles) != 2 or roles[0] not in USERS or roles[1] not in ASSISTANTS:
+        return "not_one_turn", f"{where} is a chat of {', '.join(roles) or 'nobody'}"
+    return None
+
+
+def _key(
+    row: Row,
+    audio: str,
+    prompt: str,
+    where: str,
+) -> str:
+    """Return the row's id, or a key made of the audio file and the prompt, or the row's place.
+
+    A manifest may contain the same audio file with several prompts.
+    """
+    if row.get("id") is not None:
+        return str(row["id"])
+    key = key_from_path(audio)
+    if prompt:
+        key += f"-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+    return key or where.rpartition("/")[2]
+
+
+def _turns(row: Row, where: str) -> list[Turn]:
+    """Return the turns of a chat."""
     if "query" in row:
         return [
-            ("user", take(row, where, "query")),
-            ("assistant", take_words(row, where, "response")),
+            ("user", text_field(row, where, "query")),
+            ("assistant", text_or_int_field(row, where, "response")),
         ]
     name = next((name for name in ("messages", "conversations") if name in row), None)
     if name is None:
-        has = ", ".join(row) or "nothing"
+        present = ", ".join(row) or "nothing"
         raise RejectedError(
             "missing_field",
-            f"{where} has neither 'messages' nor 'conversations' nor 'query'; it has: {has}",
+            f"{where} has no 'messages', 'conversations' or 'query'; it has: {present}",
         )
-    if not isinstance(row[name], list) or not all(isinstance(turn, dict) for turn in row[name]):
+    turns = row[name]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RejectedError(
             "bad_field", f"{where}: {name!r} is not a list of objects with a role and a text"
         )
     return [
-        (take(turn, where, "role", "from"), take_words(turn, where, "content", "value"))
-        for turn in row[name]
+        (
+            text_field(turn, where, "role", "from"),
+            text_or_int_field(turn, where, "content", "value"),
+        )
+        for turn in turns
     ]
 
 
-def _audios(row: dict[str, Any], where: str) -> list[str]:
-    audios: Any = next((row[name] for name in ("audios", "audio") if row.get(name) is not None), [])
-    audios = [audios] if isinstance(audios, str) else audios
+def _audios(row: Row, where: str) -> list[str]:
+    """Return the audio files of a chat."""
+    values = (row.get(name) for name in ("audios", "audio"))
+    audios: Any = next((value for value in values if value is not None), [])
+    if isinstance(audios, str):
+        return [audios]
     if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        raise RejectedError(
-            "bad_field", f"{where}: 'audios' is {audios!r}, which is not a list of paths"
-        )
+        raise RejectedError("bad_field", f"{where}: 'audios' is {audios!r}, not a list of paths")
     return audios

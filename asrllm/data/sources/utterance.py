@@ -1,4 +1,4 @@
-"""What every source gives: utterances whose audio is loaded later, in another process perhaps."""
+"""The utterances that sources yield. Their audio is loaded later, possibly in another process."""
 
 import functools
 import os
@@ -13,40 +13,50 @@ from asrllm.audio.stream import AudioFile, open_audio, read_stretch
 
 
 class RejectedError(Exception):
-    """Why an utterance does not become a sample: (reason, detail). The reason is a word to count by."""
+    """An utterance cannot become a sample. Its arguments are (reason, detail).
+
+    The reason is a word to count by; the detail is a message.
+    """
 
 
 def no_audio() -> tuple[np.ndarray, int]:
+    """Raise RejectedError; the `load` of an utterance without audio."""
     raise RejectedError("missing_audio", "the source names no audio")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """One utterance of a source. `load()` gives (waveform (samples,) float32 mono, sampling rate in Hz).
+    """One utterance of a source.
 
-    file: the audio file, where the utterance is exactly the whole of it. problem: (reason, detail) of one that is rejected unloaded.
+    Attributes:
+        key: its key.
+        text: its transcript.
+        load: returns the waveform (samples,) as float32 mono, and the sampling rate in Hz. It is
+            picklable, and its repr describes what it loads.
+        duration: seconds, if the source states it.
+        fields: speaker, lang, and other fields of the sample's JSON.
+        file: the audio file, if the utterance is exactly the whole file.
+        problem: (reason, detail) if the utterance is rejected before its audio is loaded.
     """
 
     key: str
     text: str
-    load: Callable[[], tuple[np.ndarray, int]] = (
-        no_audio  # picklable, with a repr that says what it loads
-    )
-    duration: float | None = None  # in seconds, where the source says one
-    fields: dict[str, Any] = field(default_factory=dict)  # speaker, lang, ...
+    load: Callable[[], tuple[np.ndarray, int]] = no_audio
+    duration: float | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
     problem: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Loads a part of an audio file without decoding the rest.
+class AudioSegment:
+    """A `load` that reads a part of an audio file without decoding the rest.
 
     Attributes:
-        audio: its path, or what opens it.
-        start: in seconds.
-        end: in seconds; None is the end of the file.
-        channel: from 0; None is the mean of all.
+        audio: path of the file, or a function that opens it.
+        start: seconds.
+        end: seconds; None means the end of the file.
+        channel: counted from 0; None means the mean of all channels.
     """
 
     audio: Path | Callable[[], BinaryIO]
@@ -55,28 +65,31 @@ class Stretch:
     channel: int | None = None
 
     def __call__(self) -> tuple[np.ndarray, int]:
-        if not isinstance(self.audio, Path):
-            file = open_audio("the audio", self.audio().read())
-        elif self.audio.is_fifo():  # nothing may ever write to it
-            raise RejectedError(
-                "unreadable_audio",
-                f"{str(self.audio)!r} is a FIFO, which 'asrllm transcribe' alone reads",
-            )
-        elif os.path.exists(self.audio):
-            file = opened(str(self.audio))
-        else:
-            raise RejectedError("missing_audio", f"{str(self.audio)!r} does not exist")
-        wave, rate = read_stretch(file, self.start, self.end)
+        wave, rate = read_stretch(self._open(), self.start, self.end)
+        channels = wave.shape[1]
         if self.channel is None:
-            return wave[:, 0] if wave.shape[1] == 1 else wave.mean(1), rate
-        if self.channel >= wave.shape[1]:
+            return wave[:, 0] if channels == 1 else wave.mean(1), rate
+        if self.channel >= channels:
             raise RejectedError(
                 "missing_channel",
-                f"{str(self.audio)!r} has {wave.shape[1]} channels, none is {self.channel}",
+                f"{str(self.audio)!r} has {channels} channels, but no channel {self.channel}",
             )
         return wave[:, self.channel], rate
 
+    def _open(self) -> AudioFile:
+        if not isinstance(self.audio, Path):
+            return open_audio("the audio", self.audio().read())
+        if self.audio.is_fifo():  # reading could wait forever
+            raise RejectedError(
+                "unreadable_audio",
+                f"{str(self.audio)!r} is a FIFO, which only 'asrllm transcribe' reads",
+            )
+        if not os.path.exists(self.audio):
+            raise RejectedError("missing_audio", f"{str(self.audio)!r} does not exist")
+        return open_cached(str(self.audio))
 
-@functools.lru_cache(maxsize=1)  # the parts of one recording follow each other
-def opened(path: str) -> AudioFile:
+
+@functools.lru_cache(maxsize=1)  # the parts of a recording usually follow each other
+def open_cached(path: str) -> AudioFile:
+    """Open an audio file, or return it if it was the last one to be opened."""
     return open_audio(path)

@@ -1,9 +1,9 @@
-"""wenet's data.list, in both its forms."""
+"""wenet's data.list in both of its forms: JSON lines, and paths of tars."""
 
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -11,85 +11,122 @@ from typing import BinaryIO
 from asrllm.data.index import explain_tar, tar_files
 from asrllm.data.sources.files import (
     Row,
-    ahead,
     count_lines,
     find_root,
+    peek,
     read_lines,
+    read_manifest,
     sample_fields,
-    take,
-    take_number,
-    take_words,
-    utterances,
+    seconds_field,
+    text_field,
+    text_or_int_field,
 )
-from asrllm.data.sources.utterance import RejectedError, Stretch, Utterance
+from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.defaults import AUDIO_EXTENSIONS
 from asrllm.errors import UserError
 
-WHAT = "the wenet list"
+ROLE = "the wenet list"
 
 
 def read_wenet(path: str | Path) -> Iterator[Utterance]:
-    """JSON lines of key, wav, txt, optionally start, end, lang, speaker; or the path of one tar of KEY.wav + KEY.txt a line.
+    """Yield the utterances of a wenet list.
 
-    Relative paths start at the list, or at the current directory where the first files lie there.
+    Each line is a JSON object with key, wav, txt, and optionally start, end, lang and speaker; or
+    each line is the path of a tar of KEY.wav + KEY.txt. Relative paths start at the list's
+    directory, or at the current directory if the first files are there.
     """
     path = Path(path)
-    _, line = next(read_lines(path, WHAT, strict=False))
-    yield from _raw(path) if line.lstrip().startswith("{") else _tars(path)
+    _, line = next(read_lines(path, ROLE, strict=False))
+    if line.lstrip().startswith("{"):
+        yield from read_manifest(path, ROLE, names=_names, make=_utterance)
+    else:
+        yield from _tar_utterances(path)
 
 
 def count_wenet(path: str | Path) -> int | None:
+    """Return the number of utterances of a list of JSON lines, or None for a list of tars."""
     try:
         with open(path, "rb") as file:
-            return count_lines(path) if file.read(1) == b"{" else None
+            is_json = file.read(1) == b"{"
     except OSError:
         return None
+    return count_lines(path) if is_json else None
 
 
-def _raw(path: Path) -> Iterator[Utterance]:
-    yield from utterances(path, WHAT, names=_names, make=_utterance)
+# --- JSON lines ---
 
 
 def _names(row: Row, where: str) -> list[str]:
-    return [take(row, where, "wav")]
+    return [text_field(row, where, "wav")]
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    file = root / take(row, where, "wav")
-    start, end = take_number(row, where, "start"), take_number(row, where, "end")
-    if end is not None and end <= (start or 0.0):
+    file = root / text_field(row, where, "wav")
+    start = seconds_field(row, where, "start")
+    end = seconds_field(row, where, "end")
+    begin = start or 0.0
+    if end is not None and end <= begin:
         raise RejectedError(
-            "bad_field",
-            f"{where} lasts from {start or 0.0} to {end} s: the end must lie after the start",
+            "bad_field", f"{where}: 'end' is {end} s, which is not after 'start', {begin} s"
         )
-    whole = start is None and end is None
+    is_whole = start is None and end is None
     return Utterance(
-        key=take_words(row, where, "key"),
-        text=take_words(row, where, "txt"),
-        load=Stretch(file, start or 0.0, end),
-        duration=take_number(row, where, "duration") if end is None else end - (start or 0.0),
+        key=text_or_int_field(row, where, "key"),
+        text=text_or_int_field(row, where, "txt"),
+        load=AudioSegment(file, begin, end),
+        duration=seconds_field(row, where, "duration") if end is None else end - begin,
         fields=sample_fields(row),
-        file=file if whole else None,
+        file=file if is_whole else None,
     )
 
 
-def _tars(path: Path) -> Iterator[Utterance]:
-    first, rows = ahead(read_lines(path, WHAT))
+# --- tars ---
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A function that opens a file inside a tar.
+
+    Attributes:
+        path: the tar.
+        offset: start of the file's content in bytes.
+        size: bytes.
+    """
+
+    path: Path
+    offset: int
+    size: int
+
+    def __call__(self) -> BinaryIO:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+def _tar_utterances(path: Path) -> Iterator[Utterance]:
+    """Yield the utterances of all tars of a list."""
+    first, rows = peek(read_lines(path, ROLE))
     root = find_root([line.strip() for _, line in first], [path.parent, Path.cwd()])
     for number, line in rows:
-        tar = root / line.strip()
+        name = line.strip()
+        tar = root / name
         if not os.path.isfile(tar):
             raise UserError(
-                f"{WHAT} {path}:{number} names {line.strip()!r}, which is no file on this machine: copy the tars to disk first"
+                f"{ROLE} {path}:{number} names {name!r}, which is not a file on this machine. "
+                "Copy the tars to a local disk."
             )
         try:
             yield from _samples(tar)
         except tarfile.TarError as error:
-            raise UserError(f"{WHAT} {path}:{number}: {explain_tar(tar, error)}") from error
+            raise UserError(f"{ROLE} {path}:{number}: {explain_tar(tar, error)}") from error
 
 
 def _samples(path: Path) -> Iterator[Utterance]:
-    """Audio and its transcript follow each other, as wenet writes them; the audio stays where it is until it is loaded."""
+    """Yield the utterances of a tar.
+
+    An audio file and its transcript follow each other, as wenet writes them. Audio is read only
+    when it is loaded.
+    """
     with open(path, "rb") as tar:
         key = ""
         parts: dict[str, bytes | TarMember] = {}  # files of one key by suffix
@@ -100,40 +137,45 @@ def _samples(path: Path) -> Iterator[Utterance]:
                 parts = {}
             key = stem
             member = TarMember(path, info.offset_data, info.size)
-            parts[suffix.lower()] = member().read() if suffix.lower() == "txt" else member
+            if suffix.lower() == "txt":
+                parts["txt"] = member().read()
+            else:
+                parts[suffix.lower()] = member
         if parts:
             yield _sample(path, key, parts)
 
 
-def _sample(path: Path, key: str, parts: "dict[str, bytes | TarMember]") -> Utterance:
-    text, audio = parts.get("txt"), next((parts[e] for e in AUDIO_EXTENSIONS if e in parts), None)
+def _sample(
+    path: Path,
+    key: str,
+    parts: Mapping[str, bytes | TarMember],
+) -> Utterance:
+    audio = next((parts[e] for e in AUDIO_EXTENSIONS if e in parts), None)
+    text = parts.get("txt")
     if not isinstance(audio, TarMember):
+        detail = f"{path} has no audio for {key!r}, only: {', '.join(parts)}"
         return Utterance(
             key=key,
             text="",
-            problem=("missing_audio", f"{path} has no audio for {key!r}, only: {', '.join(parts)}"),
+            problem=("missing_audio", detail),
         )
     if not isinstance(text, bytes):
-        return Utterance(key=key, text="", problem=("no_transcript", f"{path} has no {key}.txt"))
-    try:
-        return Utterance(key=key, text=text.decode("utf-8-sig"), load=Stretch(audio))
-    except UnicodeDecodeError as error:
+        detail = f"{path} has no {key}.txt"
         return Utterance(
             key=key,
             text="",
-            problem=("no_transcript", f"{key}.txt in {path} is not UTF-8 text: {error}"),
+            problem=("no_transcript", detail),
         )
-
-
-@dataclass(frozen=True)
-class TarMember:
-    """A file inside a tar: where its bytes lie."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def __call__(self) -> BinaryIO:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return io.BytesIO(file.read(self.size))
+    try:
+        return Utterance(
+            key=key,
+            text=text.decode("utf-8-sig"),
+            load=AudioSegment(audio),
+        )
+    except UnicodeDecodeError as error:
+        detail = f"{key}.txt in {path} is not UTF-8 text: {error}"
+        return Utterance(
+            key=key,
+            text="",
+            problem=("no_transcript", detail),
+        )
