@@ -184,7 +184,7 @@ def test_several_audios_in_chats_are_dealt_out_in_order(model):
         (2, ["{a} {a}", "{a}"], "2 chats for 2 audios: the chats hold 2, 1 audio tokens"),
         (3, ["{a}"], "1 chats for 3 audios: the chats hold 1 audio"),
         (1, [], "0 chats for 1 audios"),
-        (1, [[{"type": "image"}]], "chat 0: .* is no content of a message"),
+        (1, [[{"type": "image"}]], "chat 0: .*'image'"),
     ],
 )
 def test_a_wrong_number_of_audio_tokens_is_one_sentence(model, audios, contents, message):
@@ -365,11 +365,9 @@ def test_samples_too_large_for_features_are_one_sentence(model, tmp_path):
         UserError, match="the features of audio 1 are not finite: its samples are too large"
     ):
         model.transcribe([wave, wave * np.float32(1e30)])
-    with pytest.raises(
-        UserError, match=r"'.*loud\.wav' holds samples as large as \de\+\d\d: scale them"
-    ):
+    with pytest.raises(UserError, match=r"'.*loud\.wav' .*\de\+\d\d"):
         model.transcribe([wave, tmp_path / "loud.wav"])
-    with pytest.raises(UserError, match="audio 1 holds samples beyond"):
+    with pytest.raises(UserError, match=r"audio 1 .*float32"):
         model.transcribe([wave, wave.astype(np.float64) * 1e300])
 
 

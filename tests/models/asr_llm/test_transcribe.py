@@ -303,7 +303,7 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
             [tmp_path / "other", "--output-dir", tmp_path / "out"],
             "would both be written to speech.txt",
         ),
-        ([tmp_path / "none"], "holds no audio file"),
+        ([tmp_path / "none"], f"{str(tmp_path / 'none')!r} has no audio file"),
         (["--hotwords", ","], "holds no word"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
         (["--prompt", "Hear <|AUDIO|>"], "holds the audio token"),
@@ -328,7 +328,7 @@ def test_files_that_cannot_be_heard_are_told_and_the_others_transcribed(
     soundfile.write(tmp_path / "short.wav", np.zeros(10), 16000)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.txt").write_text("words\n")
-    bad = {"empty.wav": "is empty, 0 bytes", "text.txt": "cannot be read", "no.wav": "cannot be read", "cut.wav": "is cut short",
+    bad = {"empty.wav": "0 bytes", "text.txt": "Format not recognised", "no.wav": "No such file", "cut.wav": "is truncated",
            "short.wav": "has 0.00 s of audio"}  # fmt: skip
     monkeypatch.setattr(
         transcribe, "load_engine", lambda arguments: pytest.fail("the model was loaded")
@@ -359,14 +359,14 @@ def test_what_is_damaged_in_the_middle_is_told_at_the_end(
         == 2
     )
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "holds NaN or infinite values" in error
-    assert "holds samples as large as" in error
+    assert f"{str(files[0])!r} has NaN or infinite values" in error
+    assert f"{str(files[2])!r} has samples as large as" in error
     assert error.endswith("; the other files (1) are transcribed")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["speech.txt"]
     assert main(["transcribe", str(model), str(files[0])]) == 2
-    assert capsys.readouterr().err.endswith(
-        f"the audio file {str(files[0])!r} holds NaN or infinite values at 2.50 s: write it anew\n"
-    )
+    error = capsys.readouterr().err
+    assert repr(str(files[0])) in error
+    assert "at 2.50 s" in error
 
 
 @pytest.mark.slow
