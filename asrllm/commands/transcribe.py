@@ -17,9 +17,14 @@ from asrllm.distributed import default_device
 from asrllm.errors import UserError, nearest
 from asrllm.escape import escape
 from asrllm.evaluation.engine import TorchEngine
-from asrllm.evaluation.prompt import of_language, prompt_to_ask
+from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
 from asrllm.evaluation.subtitles import FORMATS, as_json
-from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
+from asrllm.evaluation.transcription import (
+    FileTranscript,
+    Segmentation,
+    too_short,
+    transcribe_files,
+)
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import AutoModel, describe
 from asrllm.progress import ProgressBar
@@ -47,20 +52,20 @@ def run(arguments: argparse.Namespace) -> None:
     if (
         arguments.prompt is None
         and arguments.language
-        and of_language(description, arguments.language) is None
+        and prompt_of_language(description, arguments.language) is None
     ):
         logger.warning(
             "no prompt of training is for --language %s alone: the first is asked, as for any language",
             arguments.language,
         )
-    prompt = prompt_to_ask(
+    prompt = inference_prompt(
         description,
         prompt=arguments.prompt,
         language=arguments.language,
         hotwords=arguments.hotwords,
     )
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    listening = Listening(
+    listening = Segmentation(
         detector=detector,
         longest=min(longest, round(segment_seconds(arguments, description) * RATE)),
     )

@@ -110,9 +110,7 @@ def test_the_directories_that_transcribe_takes(world, tmp_path, capsys, monkeypa
     ):
         assert message in fails(capsys, "transcribe", folder, files[0])
     soundfile.write(files[1], np.zeros(100), 16000)
-    assert f"{files[1]!r} has 0.01 s of audio, the model takes" in fails(
-        capsys, "transcribe", auden, files[1]
-    )
+    assert f"{files[1]!r} has 0.01 s of audio" in fails(capsys, "transcribe", auden, files[1])
 
 
 @pytest.mark.slow
@@ -245,7 +243,7 @@ def test_what_is_asked(model, world, speech, tmp_path, capsys, monkeypatch, capl
     text, (warning,) = asked("--prompt", "Sing.")
     assert (text, warning) == (
         "Sing.",
-        "prompt='Sing.' was never seen in training; seen were: Transcribe.; 写下来。; Write.",
+        "prompt='Sing.' was not used in training. Prompts of training: Transcribe.; 写下来。; Write.",
     )
     assert asked("--hotwords", "Anna,Bo Ek，Cy ,Anna") == (
         "Transcribe. Names: Anna, Bo Ek, Cy!",
@@ -304,7 +302,7 @@ def test_mistakes_are_told_before_the_model_loads(model, speech, tmp_path, capsy
             "would both be written to speech.txt",
         ),
         ([tmp_path / "none"], f"{str(tmp_path / 'none')!r} has no audio file"),
-        (["--hotwords", ","], "holds no word"),
+        (["--hotwords", ","], "--hotwords ','"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
         (["--prompt", "Hear <|AUDIO|>"], "holds the audio token"),
         (["--repetition-guard", "-1"], "must not be below 0"),
