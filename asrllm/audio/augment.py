@@ -238,7 +238,8 @@ class Augmenter:
 
     def _change_speed(self, wave: np.ndarray, draws: np.random.Generator) -> np.ndarray:
         """Change tempo and pitch by resampling (Ko et al., 2015)."""
-        factor = self.config.speed[int(draws.integers(len(self.config.speed)))]
+        factors = self.config.speed
+        factor = factors[int(draws.integers(len(factors)))]
         if factor == 1:
             return wave
         changed = soxr.resample(wave, RATE * factor, RATE)
@@ -403,7 +404,8 @@ def mix(wave: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
     noise_power = mean_square(noise)
     if power < SILENCE or noise_power < SILENCE:
         return wave
-    return wave + np.float32(math.sqrt(power / noise_power * 10 ** (-snr / 10))) * noise
+    scale = math.sqrt(power / noise_power * 10 ** (-snr / 10))
+    return wave + np.float32(scale) * noise
 
 
 def reverberate(wave: np.ndarray, response: np.ndarray, direct: int) -> np.ndarray:
@@ -415,7 +417,8 @@ def reverberate(wave: np.ndarray, response: np.ndarray, direct: int) -> np.ndarr
         direct: index of the direct path in the response.
     """
     size = _fast_size(len(wave) + len(response) - 1)
-    full = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)
+    spectrum = np.fft.rfft(wave, size) * np.fft.rfft(response, size)
+    full = np.fft.irfft(spectrum, size)
     wet = full[direct : direct + len(wave)]
     power = mean_square(wet)
     if not power:  # silence
@@ -438,8 +441,10 @@ def synthetic_room(draws: np.random.Generator, *, rt60: float, direct_db: float)
         (samples,) float32 at RATE.
     """
     time = np.arange(1, round(rt60 * RATE)) / RATE
-    tail = draws.standard_normal(len(time)) * np.exp(-math.log(1000) / rt60 * time)
-    tail *= math.sqrt(10 ** (-direct_db / 10) / np.square(tail).sum())
+    decay = np.exp(-math.log(1000) / rt60 * time)
+    tail = draws.standard_normal(len(time)) * decay
+    energy = 10 ** (-direct_db / 10)
+    tail *= math.sqrt(energy / np.square(tail).sum())
     return np.concatenate([[1.0], tail]).astype(np.float32)
 
 
@@ -477,7 +482,8 @@ def mask_features(features: Tensor, lengths: Tensor, masks: Tensor, time_masks: 
     bin_ratios = ((bins + 0.5) / len(bins)).expand(len(masks), -1)
     in_bins = _inside(bin_ratios, masks[:, time_masks:])  # (N, F)
     masked = (in_time[:, :, None] | in_bins[:, None]) & real[..., None]
-    total = features.masked_fill(~real[..., None], 0).sum((1, 2), dtype=torch.float32)
+    without_padding = features.masked_fill(~real[..., None], 0)
+    total = without_padding.sum((1, 2), dtype=torch.float32)
     mean = total / (lengths * len(bins)).clamp(min=1)
     return torch.where(masked, mean.to(features.dtype)[:, None, None], features)
 

@@ -67,7 +67,8 @@ class WhisperFeatures(nn.Module):
         filters = torch.from_numpy(slaney_mel(self.num_mel_bins)).to(waves.device)
         log = torch.log10((filters @ power).clamp(min=1e-10))  # (N, mel, T)
         valid = torch.arange(log.shape[2], device=log.device) < frames[:, None]
-        loudest = log.masked_fill(~valid[:, None], -torch.inf).amax((1, 2), keepdim=True)
+        masked = log.masked_fill(~valid[:, None], -torch.inf)
+        loudest = masked.amax((1, 2), keepdim=True)
         features = (torch.maximum(log, loudest - 8.0) + 4.0) / 4.0
         return features.mul(valid[:, None]).transpose(1, 2), true_frames
 
@@ -89,7 +90,8 @@ def reflect_at_end(waves: Tensor, lengths: Tensor, pad: int) -> Tensor:
         (N, samples + 2 * pad).
     """
     n = waves.shape[1]
-    positions = torch.arange(-pad, n + pad, device=waves.device).expand(len(waves), -1).abs()
+    positions = torch.arange(-pad, n + pad, device=waves.device)
+    positions = positions.expand(len(waves), -1).abs()
     last = (lengths - 1)[:, None]
     mirrored = torch.where(positions > last, 2 * last - positions, positions)
     inside = (mirrored >= 0) & (mirrored < lengths[:, None])
@@ -107,15 +109,32 @@ def slaney_mel(bins: int, fft: int = WHISPER_WINDOW, rate: int = RATE) -> np.nda
     """
 
     def to_hz(mel: np.ndarray) -> np.ndarray:
-        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * math.log(6.4) / 27))
+        linear = mel * 200 / 3
+        logarithmic = 1000 * np.exp((mel - 15) * math.log(6.4) / 27)
+        return np.where(mel < 15, linear, logarithmic)
 
     top = 15 + 27 * math.log(rate / 2 / 1000) / math.log(6.4)
     edges = to_hz(np.linspace(0, top, bins + 2))
     hz = np.linspace(0, rate / 2, fft // 2 + 1)
-    rising = (hz - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - hz) / (edges[2:] - edges[1:-1])[:, None]
-    area = 2 / (edges[2:] - edges[:-2])
-    return (np.maximum(0, np.minimum(rising, falling)) * area[:, None]).astype(np.float32)
+    height = 2 / (edges[2:] - edges[:-2])
+    filters = triangles(edges, hz) * height[:, None]
+    return filters.astype(np.float32)
+
+
+def triangles(edges: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Evaluate triangles of height 1.
+
+    Args:
+        edges: (n + 2,) where a triangle begins, the next one peaks and the one after that ends.
+        points: (p,) where to evaluate them.
+
+    Returns:
+        (n, p).
+    """
+    width = np.diff(edges)[:, None]
+    rising = (points - edges[:-2, None]) / width[:-1]
+    falling = (edges[2:, None] - points) / width[1:]
+    return np.maximum(0, np.minimum(rising, falling))
 
 
 class KaldiFeatures(nn.Module):
@@ -185,8 +204,6 @@ def kaldi_mel(bins: int, low: float = 20.0, high: float = RATE / 2 - 400) -> np.
 
     edges = np.linspace(to_mel(low), to_mel(high), bins + 2)
     mel = to_mel(np.arange(KALDI_FFT // 2 + 1) * RATE / KALDI_FFT)
-    rising = (mel - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
-    filters = np.maximum(0, np.minimum(rising, falling))
+    filters = triangles(edges, mel)
     filters[:, -1] = 0  # Kaldi omits the Nyquist bin
     return filters.astype(np.float32)

@@ -158,7 +158,9 @@ class Reader:
         """
         row = self.corpora[item.corpus].index.rows[item.row]
         file = self._file(item.corpus, int(row["shard"]))
-        data = os.pread(file.fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK)
+        offset = int(row["offset"]) * BLOCK
+        size = int(row["size"]) * BLOCK
+        data = os.pread(file.fileno(), size, offset)
         if zlib.crc32(data) != row["crc32"]:
             raise ValueError("its bytes do not match the index, so the shard is corrupted")
         return read_sample(data)

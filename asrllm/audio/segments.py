@@ -18,6 +18,8 @@ PADDING = 8  # added at both edges of a segment, within the pause
 FEWEST = 3  # shorter speech between two silences is a click
 SMOOTH = 5  # window of the search for the least probable speech, if there is no pause
 
+Span = tuple[int, int]  # first frame and the frame after the last
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -38,7 +40,7 @@ class Segment:
 
 
 class Segmenter:
-    """Turns speech probabilities of frames into segments (first frame, frame after the last).
+    """Turns speech probabilities of frames into the spans of segments.
 
     Segments are in order and do not overlap. Speech is joined until the next frame would not fit.
     The segment is then cut at the longest pause in its second half, else at its longest pause, else
@@ -59,7 +61,7 @@ class Segmenter:
         self.begin: int | None = None  # of the open segment
         self.end: int | None = None  # of its speech so far, during a pause
         self.quiet: int | None = None  # first frame of a possible pause
-        self.pauses: list[tuple[int, int]] = []  # within the open segment
+        self.pauses: list[Span] = []  # within the open segment
         self.probabilities: list[float] = []  # since `begin`
         self.previous_end = 0  # end of the previous segment with its padding
         self.cut_in_speech = False  # whether the open segment begins in the middle of speech
@@ -70,20 +72,20 @@ class Segmenter:
         begin = self.frames if self.begin is None else self.begin
         return max(0, begin - max(PADDING, self.fewest))
 
-    def push(self, probabilities: Iterable[float]) -> list[tuple[int, int]]:
+    def push(self, probabilities: Iterable[float]) -> list[Span]:
         """Take the probabilities of the next frames and return the segments that are complete."""
-        segments: list[tuple[int, int]] = []
+        segments: list[Span] = []
         for probability in probabilities:
             segments += self._push(float(probability))
         return segments
 
-    def finish(self) -> list[tuple[int, int]]:
+    def finish(self) -> list[Span]:
         """Return the last segment, if one is open."""
         if self.begin is None:
             return []
         return self._close(self.end or self.quiet or self.frames)
 
-    def _push(self, probability: float) -> list[tuple[int, int]]:
+    def _push(self, probability: float) -> list[Span]:
         self._track_speech(probability)
         self.frames += 1
         if self.begin is None:
@@ -113,7 +115,7 @@ class Segmenter:
             if self.frames + 1 - self.quiet >= PAUSE:
                 self.end = self.quiet
 
-    def _close(self, end: int) -> list[tuple[int, int]]:
+    def _close(self, end: int) -> list[Span]:
         """Close the open segment, whose speech ends at `end`; return it unless it is a click."""
         assert self.begin is not None
         segments = []
@@ -128,13 +130,13 @@ class Segmenter:
         self.cut_in_speech = False
         return segments
 
-    def _cut(self, begin: int) -> list[tuple[int, int]]:
+    def _cut(self, begin: int) -> list[Span]:
         """Return the first part of a segment that became full during speech; the rest is open."""
         middle = begin + self.room // 2
         pauses = [pause for pause in self.pauses if pause[1] > middle]
         pauses = pauses or self.pauses
         if pauses:
-            end, after = max(pauses, key=lambda pause: (pause[1] - pause[0], pause[0]))
+            end, after = max(pauses, key=_length_then_start)
         else:
             end = middle + least_probable(self.probabilities[middle - begin :])
             after = end
@@ -147,12 +149,17 @@ class Segmenter:
         self.probabilities = self.probabilities[after - begin :]
         return [segment]
 
-    def _emit(self, begin: int, end: int, padding: int) -> tuple[int, int]:
+    def _emit(self, begin: int, end: int, padding: int) -> Span:
         begin = max(begin - PADDING, self.previous_end)
         end += padding
         self.previous_end = end
         end = min(max(end, begin + self.fewest), self.frames)
         return max(0, min(begin, end - self.fewest)), end
+
+
+def _length_then_start(pause: Span) -> tuple[int, int]:
+    begin, end = pause
+    return end - begin, begin
 
 
 def least_probable(probabilities: list[float]) -> int:
@@ -179,7 +186,7 @@ def cut_segments(
     buffer: np.ndarray = np.zeros(0, np.float32)
     offset = 0  # first sample of the buffer in the file
 
-    def cut(segments: list[tuple[int, int]]) -> Iterator[Segment]:
+    def cut(segments: list[Span]) -> Iterator[Segment]:
         for begin, end in segments:
             wave = buffer[begin * FRAME - offset : end * FRAME - offset].copy()
             yield Segment(start=begin * FRAME, wave=wave)

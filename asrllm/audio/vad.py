@@ -73,7 +73,8 @@ class SileroNetwork(nn.Module):
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = layer(x).relu()
         x, state = self.lstm(x.transpose(1, 2), state)  # (T, 1, 128): one step per frame
-        return self.final_conv(x.relu().transpose(1, 2)).sigmoid()[:, 0, 0], state
+        logits = self.final_conv(x.relu().transpose(1, 2))  # (T, 1, 1)
+        return logits.sigmoid()[:, 0, 0], state
 
 
 def _silero_names() -> dict[str, str]:
@@ -196,4 +197,5 @@ class Loudness(_FramewiseDetector):
     def _probabilities(self, frames: np.ndarray) -> np.ndarray:
         power = (frames.astype(np.float64) ** 2).mean(1)
         decibels = 10 * np.log10(np.maximum(power, 10 ** (QUIETEST / 10)))
-        return (1 - 0.5 * np.clip(decibels / QUIETEST, 0, 1)).astype(np.float32)
+        quietness = np.clip(decibels / QUIETEST, 0, 1)
+        return (1 - 0.5 * quietness).astype(np.float32)

@@ -99,7 +99,8 @@ class HalvingEngine:
                 len(waves),
             )
         half = len(waves) // 2
-        return self.answer(waves[:half], prompts[:half]) + self.answer(waves[half:], prompts[half:])
+        first = self.answer(waves[:half], prompts[:half])
+        return first + self.answer(waves[half:], prompts[half:])
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -131,8 +131,14 @@ def report_data(sets: Sequence[ReportSet]) -> Data:
     rows: list[Data] = []
     for number, report_set in enumerate(sets):
         rows += utterance_rows(number, report_set)
-    rows.sort(key=lambda row: (-row["errors"], -row["errors"] / max(row["units"], 1)))
+    rows.sort(key=_worst_first)
     return {"signs": HALLUCINATION_FLAGS, "sets": shown, "utterances": rows}
+
+
+def _worst_first(row: Data) -> tuple[float, float]:
+    """Return a sorting key for rows of the table of utterances, worst first."""
+    errors = row["errors"]
+    return -errors, -errors / max(row["units"], 1)
 
 
 def pooled_data(sets: Sequence[ReportSet]) -> Data:

@@ -65,7 +65,11 @@ def mixed(text: str) -> list[str]:
     return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
 
 
-UNITS: dict[str, Callable[[str], list[str]]] = {"wer": words, "cer": characters, "mer": mixed}
+UNITS: dict[str, Callable[[str], list[str]]] = {
+    "wer": words,
+    "cer": characters,
+    "mer": mixed,
+}
 
 
 def fitting_metric(references: Sequence[str]) -> str:
@@ -120,12 +124,18 @@ class Errors:
 
     def percentage(self, counts: np.ndarray) -> float:
         """Return the sum of counts (utterances,) in per cent of the reference units."""
-        return 100 * float(counts.sum()) / max(float(self.units.sum()), 1.0)
+        units = max(float(self.units.sum()), 1.0)
+        return 100 * float(counts.sum()) / units
 
     def select(self, rows: Sequence[int]) -> "Errors":
         """Return the errors of some of the utterances."""
         i = np.asarray(rows, dtype=int)
-        return Errors(ins=self.ins[i], dels=self.dels[i], subs=self.subs[i], units=self.units[i])
+        return Errors(
+            ins=self.ins[i],
+            dels=self.dels[i],
+            subs=self.subs[i],
+            units=self.units[i],
+        )
 
     def confidence_interval(self, groups: np.ndarray | None = None) -> tuple[float, float]:
         """Return the 95 % bootstrap interval of the rate.
