@@ -87,7 +87,7 @@ def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         cache = ShardCache.from_config(CacheConfig(dir=folder, max_gb=1.0))
         transcripts, _ = decode_corpus(
-            engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, of=None)
+            engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, settings=None)
         )
     return [t.raw_hypothesis for t in transcripts]
 

@@ -196,11 +196,11 @@ DECODED = DecodedUtterance(
 def journal(folder: Path) -> Artifact:
     """Write the journal of an evaluation."""
     place = folder / "journal"
-    with Journal(place, "test", of=1) as made:
+    with Journal(place, "test", settings=1) as made:
         made.write([DecodedUtterance(**vars(DECODED) | {"row": row}) for row in range(20)])
     return Artifact(
         place,
-        lambda where: [vars(said) for said in Journal(where, "test", of=1).read()],
+        lambda where: [vars(said) for said in Journal(where, "test", settings=1).read()],
         is_log=True,
     )
 

@@ -165,7 +165,7 @@ FAULTS = [
           "key=lambda file: file[0].st_mtime_ns", "key=lambda file: -file[0].st_mtime_ns"),
     Fault("cache", "cache hits do not update the access time", CACHE, "                os.utime(path)\n", ""),
     Fault("index", "keys end at the last dot", INDEX, 'base.partition(".")[0]', 'base.rpartition(".")[0]'),
-    Fault("index", "damaged bytes of a sample are read", READER, 'zlib.crc32(stretch) != row["crc32"]', "False"),
+    Fault("index", "damaged bytes of a sample are read", READER, 'zlib.crc32(data) != row["crc32"]', "False"),
     Fault("index", "a damaged header is taken for the end", INDEX, "if any(file.read(BLOCK)):", "if False:"),
     Fault("index", "ten seconds of difference are allowed", INDEX, "MAX_DURATION_ERROR = 0.1", "MAX_DURATION_ERROR = 10.0"),
 ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""From a place in a tar to a waveform, and from waveforms to features."""
+"""Audio: from files and tar samples to waveforms, and from waveforms to features."""

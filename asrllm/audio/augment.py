@@ -1,8 +1,8 @@
-"""Augmentation: speed, rooms and noise on the waveform, masks on the features.
+"""Augmentation: speed, reverberation and noise on the waveform, masks on the features.
 
 Every draw depends only on (seed, pass_index, key) and has its own stream for each kind, so workers,
-ranks and the order of calls do not change it, and enabling one kind leaves the draws of the others
-as they are. `pass_index` counts the earlier passes over the corpus: the epoch, for a corpus of weight 1.
+ranks and the order of calls do not change it, and enabling one kind does not change the draws of
+the others. `pass_index` counts the earlier passes over the corpus: the epoch, if its weight is 1.
 """
 
 import functools
@@ -24,18 +24,29 @@ from asrllm.errors import UserError
 
 NO_MASKS: np.ndarray = np.zeros((0, 2), np.float32)
 SYNTHETIC = "synthetic"
-SILENCE = 1e-10  # mean square, 100 dB below full scale: what is fainter has no level to speak of
-ROOM_SECONDS = 2.0  # of an impulse response that are heard
+SILENCE = 1e-10  # mean square, 100 dB below full scale; below it, a level is meaningless
+ROOM_SECONDS = 2.0  # longest impulse response
 ROUNDING = 0.001  # seconds that are read beyond what is needed, so that rounding leaves no gap
-CACHED_ROOMS = 256  # impulse responses kept decoded, at most 32 MiB in each reading process
-DIRECT_DB = (
-    -3.0,
-    12.0,
-)  # of synthetic rooms: the direct path over the rest, as from across a room to close to the microphone
+CACHED_ROOMS = 256  # decoded impulse responses, at most 32 MiB in each worker
+# direct-to-reverberant ratio of synthetic rooms: from across a room to close to the microphone
+DIRECT_DB = (-3.0, 12.0)
+AUDIO_SOURCE = "a directory of audio files, or Lhotse cuts"
+# FFTs are fast at these numbers times powers of 2
+FAST_FACTORS = (1, 3, 5, 9, 15, 25, 27, 45, 75, 81, 125, 135, 225)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugmentConfig:
+    """SpecAugment (Park et al., 2019) without time warping.
+
+    Attributes:
+        prob: probability of masking an utterance.
+        time_masks: masks in time.
+        time_mask_share: longest time mask, as a ratio of the utterance.
+        freq_masks: masks in frequency.
+        freq_mask_share: widest frequency mask, as a ratio of the bins.
+    """
+
     prob: float
     time_masks: int
     time_mask_share: float
@@ -44,57 +55,88 @@ class SpecAugmentConfig:
 
     def __post_init__(self) -> None:
         for key in ("prob", "time_mask_share", "freq_mask_share"):
-            _check_share(f"spec_augment.{key}", getattr(self, key))
+            _check_ratio(f"spec_augment.{key}", getattr(self, key))
         for key in ("time_masks", "freq_masks"):
-            if getattr(self, key) < 0:
+            count = getattr(self, key)
+            if count < 0:
                 raise UserError(
-                    f"data.augment.spec_augment.{key}={getattr(self, key)} must be 0 (none) or more"
+                    f"data.augment.spec_augment.{key}={count} is negative. Use 0 for no masks."
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
+    """Additive noise.
+
+    Attributes:
+        source: a directory of audio files, or Lhotse cuts.
+        prob: probability of adding noise to an utterance.
+        snr_min: lowest signal-to-noise ratio in dB.
+        snr_max: highest signal-to-noise ratio in dB.
+    """
+
     source: str | None
     prob: float
     snr_min: float
     snr_max: float
 
     def __post_init__(self) -> None:
-        _check_share("noise.prob", self.prob)
+        _check_ratio("noise.prob", self.prob)
         if self.prob and not self.source:
             raise UserError(
-                f"data.augment.noise.prob={self.prob} needs data.augment.noise.source: a folder of audio files, or Lhotse cuts"
+                f"data.augment.noise.prob={self.prob} needs data.augment.noise.source. "
+                f"Set it to {AUDIO_SOURCE}."
             )
         if not -100 <= self.snr_min <= self.snr_max <= 100:
             raise UserError(
-                f"data.augment.noise.snr_min={self.snr_min} must not be above data.augment.noise.snr_max={self.snr_max}, "
-                "both from -100 to 100 dB"
+                f"data.augment.noise.snr_min={self.snr_min} and "
+                f"data.augment.noise.snr_max={self.snr_max} are not a range within -100 to 100 dB. "
+                "Set snr_min to at most snr_max."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReverbConfig:
+    """Reverberation.
+
+    Attributes:
+        source: "synthetic", or a directory or Lhotse cuts of impulse responses.
+        prob: probability of reverberating an utterance.
+        rt60_min: shortest reverberation time of synthetic rooms in seconds.
+        rt60_max: longest reverberation time of synthetic rooms in seconds.
+    """
+
     source: str | None
     prob: float
     rt60_min: float
     rt60_max: float
 
     def __post_init__(self) -> None:
-        _check_share("reverb.prob", self.prob)
+        _check_ratio("reverb.prob", self.prob)
         if self.prob and not self.source:
             raise UserError(
-                f"data.augment.reverb.prob={self.prob} needs data.augment.reverb.source: "
-                f"'{SYNTHETIC}', a folder of impulse responses, or Lhotse cuts"
+                f"data.augment.reverb.prob={self.prob} needs data.augment.reverb.source. "
+                f"Set it to '{SYNTHETIC}', a directory of impulse responses, or Lhotse cuts."
             )
         if not 0.05 <= self.rt60_min <= self.rt60_max <= ROOM_SECONDS:
             raise UserError(
-                f"data.augment.reverb.rt60_min={self.rt60_min} must not be above data.augment.reverb.rt60_max={self.rt60_max}, "
-                f"both from 0.05 to {ROOM_SECONDS:g} s"
+                f"data.augment.reverb.rt60_min={self.rt60_min} and "
+                f"data.augment.reverb.rt60_max={self.rt60_max} are not a range within "
+                f"0.05 to {ROOM_SECONDS:g} s. Set rt60_min to at most rt60_max."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
+    """Augmentation of the training data.
+
+    Attributes:
+        speed: factors to choose from; [1.0] keeps the speed.
+        noise: additive noise.
+        reverb: reverberation.
+        spec_augment: masks on the features.
+    """
+
     speed: list[float]
     noise: NoiseConfig
     reverb: ReverbConfig
@@ -103,99 +145,134 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if not self.speed or not all(0.5 <= factor <= 2 for factor in self.speed):
             raise UserError(
-                f"data.augment.speed={self.speed} must be a list of factors from 0.5 to 2; [1.0] leaves the speed as it is"
+                f"data.augment.speed={self.speed} is not a list of factors from 0.5 to 2. "
+                "Use [1.0] to keep the speed."
             )
 
 
-def _check_share(key: str, value: float) -> None:
+def _check_ratio(key: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise UserError(f"data.augment.{key}={value} must lie between 0 and 1")
+        raise UserError(
+            f"data.augment.{key}={value} is not between 0 and 1. Use a value in this range."
+        )
 
 
 class Augmenter:
-    """Changes waveforms as the configuration says. Nothing stays open: it may be forked and pickled.
+    """Augments waveforms according to the configuration.
 
-    limits: the fewest and the most samples that a change of speed may lead to. Raises UserError where a source is missing or empty.
+    It holds no open files, so it may be forked and pickled.
     """
 
     def __init__(self, config: AugmentConfig, *, seed: int, limits: tuple[int, int]) -> None:
-        self.config, self.seed, self.limits = config, seed, limits
-        noise, reverb = config.noise, config.reverb
-        self._noises = (
-            Clips(noise.source, "data.augment.noise.source")
-            if noise.source and noise.prob
-            else None
-        )
-        recorded = reverb.source and reverb.prob and reverb.source != SYNTHETIC
-        self._rooms = Clips(str(reverb.source), "data.augment.reverb.source") if recorded else None
+        """
+        Args:
+            config: the kinds of augmentation.
+            seed: for all draws.
+            limits: fewest and most samples that a change of speed may produce.
+
+        Raises:
+            UserError: a source does not exist or has no audio.
+        """
+        self.config = config
+        self.seed = seed
+        self.limits = limits
+        noise = config.noise
+        self._noises: Clips | None = None
+        if noise.source and noise.prob:
+            self._noises = Clips(noise.source, "data.augment.noise.source")
+        reverb = config.reverb
+        self._rooms: Clips | None = None  # None: synthetic
+        if reverb.source and reverb.prob and reverb.source != SYNTHETIC:
+            self._rooms = Clips(reverb.source, "data.augment.reverb.source")
         self._decoded_rooms: dict[int, tuple[np.ndarray, int]] = {}
 
     def __call__(self, wave: np.ndarray, *, key: str, pass_index: int) -> np.ndarray:
-        """wave: (samples,) float32 at RATE -> likewise, longer or shorter by the speed. UserError names a clip that cannot be read."""
-        # A faster voice speaks in a room, and noise reaches the microphone beside it. Noise comes last, neither sped up nor reverberated,
-        # so that the SNR is that of what the model hears; icefall too changes the speed beforehand and mixes noise into the finished cut.
+        """Augment the waveform of an utterance.
+
+        Args:
+            wave: (samples,) float32 at RATE. It is not changed.
+            key: of the utterance.
+            pass_index: how many passes over its corpus precede this one.
+
+        Returns:
+            (samples,) float32, whose length depends on the speed.
+
+        Raises:
+            UserError: a clip cannot be read.
+        """
+        # The order is physical: the faster voice is in the room, and noise reaches the microphone
+        # directly. Because noise is added last, the SNR is that of the model's input. icefall also
+        # changes the speed first and mixes noise into the finished cut.
         wave = self._change_speed(wave, self._draws("speed", key, pass_index))
         if self.config.reverb.prob:
-            wave = self._put_in_room(wave, self._draws("reverb", key, pass_index))
+            wave = self._reverberate(wave, self._draws("reverb", key, pass_index))
         if self._noises is not None:
             wave = self._add_noise(wave, self._noises, self._draws("noise", key, pass_index))
         return wave
 
     def masks(self, key: str, pass_index: int) -> np.ndarray:
-        """(time_masks + freq_masks, 2) float32 for mask_features: where each begins and ends, as shares of the utterance or of the bins.
+        """Draw the masks of an utterance for mask_features.
 
-        SpecAugment (Park et al., 2019) without warping: widths uniform up to the longest, which for time masks is a share of the utterance
-        (their p; Park et al., 2020). Without a mask: zeros.
+        Widths are uniform up to the widest mask, which for time masks is a ratio of the utterance
+        (p in Park et al., 2020).
+
+        Returns:
+            (time_masks + freq_masks, 2) float32, the beginning and end of each mask as ratios of
+            the utterance or of the bins. All are 0 if the utterance is not masked.
         """
         config = self.config.spec_augment
-        longest: np.ndarray = np.repeat(
+        widest: np.ndarray = np.repeat(
             [config.time_mask_share, config.freq_mask_share], [config.time_masks, config.freq_masks]
         )
         draws = self._draws("masks", key, pass_index)
         if draws.random() >= config.prob:
-            return np.zeros((len(longest), 2), np.float32)
-        width = draws.random(len(longest)) * longest
-        begin = draws.random(len(longest)) * (1 - width)
+            return np.zeros((len(widest), 2), np.float32)
+        width = draws.random(len(widest)) * widest
+        begin = draws.random(len(widest)) * (1 - width)
         return np.stack([begin, begin + width], 1).astype(np.float32)
 
     def _draws(self, kind: str, key: str, pass_index: int) -> np.random.Generator:
-        digest = hashlib.blake2b(
-            f"{self.seed}/{pass_index}/{kind}/{key}".encode(), digest_size=16
-        ).digest()
+        seed = f"{self.seed}/{pass_index}/{kind}/{key}"
+        digest = hashlib.blake2b(seed.encode(), digest_size=16).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
     def _change_speed(self, wave: np.ndarray, draws: np.random.Generator) -> np.ndarray:
-        """Resampling: tempo and pitch (Ko et al., 2015)."""
-        factor = self.config.speed[int(draws.integers(len(self.config.speed)))]
+        """Change tempo and pitch by resampling (Ko et al., 2015)."""
+        factors = self.config.speed
+        factor = factors[int(draws.integers(len(factors)))]
         if factor == 1:
             return wave
         changed = soxr.resample(wave, RATE * factor, RATE)
-        return changed if self.limits[0] <= len(changed) <= self.limits[1] else wave
+        fewest, most = self.limits
+        if not fewest <= len(changed) <= most:
+            return wave
+        return changed
 
-    def _put_in_room(self, wave: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    def _reverberate(self, wave: np.ndarray, draws: np.random.Generator) -> np.ndarray:
         config = self.config.reverb
         if draws.random() >= config.prob:
             return wave
         if self._rooms is None:
-            response = synthetic_room(
-                draws,
-                rt60=draws.uniform(config.rt60_min, config.rt60_max),
-                direct_db=draws.uniform(*DIRECT_DB),
-            )
+            rt60 = draws.uniform(config.rt60_min, config.rt60_max)
+            direct_db = draws.uniform(*DIRECT_DB)
+            response = synthetic_room(draws, rt60=rt60, direct_db=direct_db)
             return reverberate(wave, response, direct=0)
-        return reverberate(wave, *self._room(self._rooms, int(draws.integers(len(self._rooms)))))
+        number = int(draws.integers(len(self._rooms)))
+        response, direct = self._room(self._rooms, number)
+        return reverberate(wave, response, direct)
 
     def _room(self, rooms: "Clips", number: int) -> tuple[np.ndarray, int]:
-        """An impulse response and where its direct path is: its loudest sample, here 1."""
+        """Return an impulse response and the index of its direct path.
+
+        The direct path is the loudest sample, which is scaled to 1.
+        """
         if number not in self._decoded_rooms:
             if len(self._decoded_rooms) >= CACHED_ROOMS:
                 self._decoded_rooms.pop(next(iter(self._decoded_rooms)))
             response = rooms.read(number, seconds=ROOM_SECONDS)
             direct = int(np.abs(response).argmax())
-            self._decoded_rooms[number] = (
-                response / (abs(response[direct]) or np.float32(1)),
-                direct,
-            )
+            response = response / (abs(response[direct]) or np.float32(1))
+            self._decoded_rooms[number] = (response, direct)
         return self._decoded_rooms[number]
 
     def _add_noise(
@@ -204,28 +281,29 @@ class Augmenter:
         config = self.config.noise
         if draws.random() >= config.prob:
             return wave
-        number, snr, start = (
-            int(draws.integers(len(noises))),
-            draws.uniform(config.snr_min, config.snr_max),
-            draws.random(),
-        )
+        number = int(draws.integers(len(noises)))
+        snr = draws.uniform(config.snr_min, config.snr_max)
+        start = draws.random()
         noise = noises.read(number, seconds=len(wave) / RATE, start=start)
-        if len(noise) < len(wave):  # looped
+        if len(noise) < len(wave):  # np.resize repeats it
             noise = np.roll(noise, int(start * len(noise)))
         return mix(wave, np.resize(noise, len(wave)), snr)
 
 
 class Clips:
-    """Recordings of noises or of rooms, by number: audio files anywhere below a folder, or the cuts of a Lhotse manifest.
-
-    key: the configuration's key that names the source, for errors.
-    """
+    """Recordings of noise or impulse responses, by number."""
 
     def __init__(self, source: str, key: str) -> None:
+        """
+        Args:
+            source: a directory, whose audio files are found recursively, or a Lhotse manifest.
+            key: the configuration key of the source, for error messages.
+
+        Raises:
+            UserError: the source does not exist or has no audio.
+        """
         if not Path(source).exists():
-            raise UserError(
-                f"{key}={source!r} does not exist: give a folder of audio files, or Lhotse cuts"
-            )
+            raise UserError(f"{key}={source!r} does not exist. Set it to {AUDIO_SOURCE}.")
         self.key = key
         self.clips: Sequence[str | Utterance]
         if Path(source).is_dir():
@@ -236,46 +314,67 @@ class Clips:
             self.clips = _cuts(source, key)
         if not self.clips:
             raise UserError(
-                f"{key}={source!r} holds no audio: it needs audio files ({', '.join(FORMATS)}, ...), or cuts"
+                f"{key}={source!r} has no audio. "
+                f"Add audio files ({', '.join(FORMATS)}, ...), or use Lhotse cuts."
             )
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def read(self, number: int, *, seconds: float, start: float = 0.0) -> np.ndarray:
-        """(samples,) float32 at RATE: `seconds` of a clip, or all of a shorter one. start: 0 to 1, from the first place to the last."""
+        """Read a part of a clip.
+
+        Args:
+            number: of the clip.
+            seconds: length of the part; a shorter clip is read completely.
+            start: where the part begins, from 0 (first possible place) to 1 (last one).
+
+        Returns:
+            (samples,) float32 at RATE.
+
+        Raises:
+            UserError: the clip cannot be read, or has no samples or no finite ones.
+        """
         clip = self.clips[number]
         name = clip if isinstance(clip, str) else clip.key
         try:
-            stretch, rate = (
-                _read_file(clip, seconds, start)
-                if isinstance(clip, str)
-                else _read_cut(clip, seconds, start)
-            )
-        except Exception as error:  # Lhotse raises what its backends happen to
+            if isinstance(clip, str):
+                wave, rate = _read_file(clip, seconds, start)
+            else:
+                wave, rate = _read_cut(clip, seconds, start)
+        except Exception as error:  # the backends of Lhotse raise exceptions of any type
             raise UserError(
-                f"{self.key}: {name!r} cannot be read ({error}): mend it or take it out"
+                f"{self.key}: {name!r} cannot be read ({error}). Repair or remove it."
             ) from error
-        if not len(stretch) or not np.isfinite(stretch).all():
-            raise UserError(
-                f"{self.key}: {name!r} holds {'NaN or infinite values' if len(stretch) else 'no sample'}: take it out"
-            )
-        return stretch if rate == RATE else soxr.resample(stretch, rate, RATE)
+        if not len(wave):
+            raise UserError(f"{self.key}: {name!r} has no samples. Remove it.")
+        if not np.isfinite(wave).all():
+            raise UserError(f"{self.key}: {name!r} has NaN or infinite values. Remove it.")
+        if rate == RATE:
+            return wave
+        return soxr.resample(wave, rate, RATE)
 
 
 def _cuts(manifest: str, key: str) -> list[str | Utterance]:
-    """A cut that is the whole of a file is its path: then only the stretch that is wanted is decoded."""
-    cuts = list(read_cuts(manifest))
-    for cut in cuts:
+    """Return the cuts of a manifest.
+
+    A cut that is a whole file is represented by its path: then only the needed part is decoded.
+    """
+    clips: list[str | Utterance] = []
+    for cut in list(read_cuts(manifest)):
         if cut.problem:
-            raise UserError(f"{key}={manifest!r}: {cut.key!r} is no audio: {cut.problem[1]}")
-    return [str(cut.file) if cut.file else cut for cut in cuts]
+            raise UserError(
+                f"{key}={manifest!r}: {cut.key!r} has no audio: {cut.problem[1]}. Remove it."
+            )
+        clips.append(str(cut.file) if cut.file else cut)
+    return clips
 
 
 def _read_file(path: str, seconds: float, start: float) -> tuple[np.ndarray, int]:
-    """The first channel: a mean over microphones would be a comb filter."""
+    """Read the first channel: the mean of several microphones would be a comb filter."""
     file = open_audio(path)
-    begin, end = 0.0, None
+    begin = 0.0
+    end = None
     if file.seconds is not None and file.seconds > seconds:
         begin = start * (file.seconds - seconds)
         end = begin + seconds + ROUNDING
@@ -291,22 +390,36 @@ def _read_cut(cut: Utterance, seconds: float, start: float) -> tuple[np.ndarray,
 
 
 def mix(wave: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """Noise of the wave's length added `snr` dB below it, by mean power; silence on either side leaves the wave as it is.
+    """Add noise to a waveform of the same length.
 
-    Peaks above 1 stay: features take them as they are, and scaling would make speech faint wherever there is noise.
+    If either is silent, the waveform is unchanged. Peaks above 1 are not clipped or scaled:
+    features accept them, and scaling would make speech quieter wherever there is noise.
+
+    Args:
+        wave: (samples,).
+        noise: (samples,).
+        snr: ratio of the mean powers in dB.
     """
-    power, noise_power = mean_square(wave), mean_square(noise)
+    power = mean_square(wave)
+    noise_power = mean_square(noise)
     if power < SILENCE or noise_power < SILENCE:
         return wave
-    return wave + np.float32(math.sqrt(power / noise_power * 10 ** (-snr / 10))) * noise
+    scale = math.sqrt(power / noise_power * 10 ** (-snr / 10))
+    return wave + np.float32(scale) * noise
 
 
 def reverberate(wave: np.ndarray, response: np.ndarray, direct: int) -> np.ndarray:
-    """The wave in a room, as long and as loud as before and not later. direct: where in the impulse response the direct path arrives."""
+    """Convolve a waveform with an impulse response, keeping its length, power and timing.
+
+    Args:
+        wave: (samples,).
+        response: the impulse response.
+        direct: index of the direct path in the response.
+    """
     size = _fast_size(len(wave) + len(response) - 1)
-    wet = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(response, size), size)[
-        direct : direct + len(wave)
-    ]
+    spectrum = np.fft.rfft(wave, size) * np.fft.rfft(response, size)
+    full = np.fft.irfft(spectrum, size)
+    wet = full[direct : direct + len(wave)]
     power = mean_square(wet)
     if not power:  # silence
         return wave
@@ -314,47 +427,69 @@ def reverberate(wave: np.ndarray, response: np.ndarray, direct: int) -> np.ndarr
 
 
 def synthetic_room(draws: np.random.Generator, *, rt60: float, direct_db: float) -> np.ndarray:
-    """(samples,) float32: a direct path of 1, then Polack's (1988) reverberation, white noise that fades by 60 dB in `rt60` seconds.
+    """Draw an impulse response.
 
-    direct_db: the energy of the direct path over that of the rest.
+    It is a direct path of 1 and Polack's (1988) reverberation: white noise that decays by 60 dB in
+    `rt60` seconds.
+
+    Args:
+        draws: the random numbers.
+        rt60: reverberation time in seconds.
+        direct_db: direct-to-reverberant energy ratio in dB.
+
+    Returns:
+        (samples,) float32 at RATE.
     """
     time = np.arange(1, round(rt60 * RATE)) / RATE
-    tail = draws.standard_normal(len(time)) * np.exp(-math.log(1000) / rt60 * time)
-    tail *= math.sqrt(10 ** (-direct_db / 10) / np.square(tail).sum())
+    decay = np.exp(-math.log(1000) / rt60 * time)
+    tail = draws.standard_normal(len(time)) * decay
+    energy = 10 ** (-direct_db / 10)
+    tail *= math.sqrt(energy / np.square(tail).sum())
     return np.concatenate([[1.0], tail]).astype(np.float32)
 
 
 def mean_square(wave: np.ndarray) -> float:
+    """Return the mean power of a waveform."""
     return float(np.square(wave, dtype=np.float64).mean())
 
 
 @functools.lru_cache(maxsize=4096)
 def _fast_size(least: int) -> int:
-    """The smallest length from `least` on that FFTs are quick at: few factors, all small."""
-    return min(
-        odd << max(0, -(-least // odd) - 1).bit_length()
-        for odd in (1, 3, 5, 9, 15, 25, 27, 45, 75, 81, 125, 135, 225)
-    )
+    """Return the smallest fast FFT size from `least` on: one with few, small prime factors."""
+    sizes = []
+    for factor in FAST_FACTORS:
+        quotient = -(-least // factor)
+        sizes.append(factor << max(0, quotient - 1).bit_length())
+    return min(sizes)
 
 
 def mask_features(features: Tensor, lengths: Tensor, masks: Tensor, time_masks: int) -> Tensor:
-    """Masked frames and bins get the mean of their utterance's true frames; padding stays. On the features' device, without waiting for it.
+    """Replace masked frames and bins by the mean of their utterance's true frames.
 
-    features: (N, T, F); lengths: (N,) true frames; masks: (N, M, 2) of Augmenter.masks, the first `time_masks` in time, the rest in bins.
+    Padding is unchanged. Nothing waits for the device.
+
+    Args:
+        features: (N, T, F).
+        lengths: (N,) true frames.
+        masks: (N, M, 2) from Augmenter.masks.
+        time_masks: this many masks at the beginning are in time, the others in frequency.
     """
     frames = torch.arange(features.shape[1], device=features.device)
     bins = torch.arange(features.shape[2], device=features.device)
     real = frames < lengths[:, None]  # (N, T)
-    in_time = _inside((frames + 0.5) / lengths[:, None], masks[:, :time_masks])  # (N, T)
-    in_bins = _inside(
-        ((bins + 0.5) / len(bins)).expand(len(masks), -1), masks[:, time_masks:]
-    )  # (N, F)
+    frame_ratios = (frames + 0.5) / lengths[:, None]
+    in_time = _inside(frame_ratios, masks[:, :time_masks])  # (N, T)
+    bin_ratios = ((bins + 0.5) / len(bins)).expand(len(masks), -1)
+    in_bins = _inside(bin_ratios, masks[:, time_masks:])  # (N, F)
     masked = (in_time[:, :, None] | in_bins[:, None]) & real[..., None]
-    total = features.masked_fill(~real[..., None], 0).sum((1, 2), dtype=torch.float32)
+    without_padding = features.masked_fill(~real[..., None], 0)
+    total = without_padding.sum((1, 2), dtype=torch.float32)
     mean = total / (lengths * len(bins)).clamp(min=1)
     return torch.where(masked, mean.to(features.dtype)[:, None, None], features)
 
 
-def _inside(places: Tensor, masks: Tensor) -> Tensor:
-    """places (N, P), masks (N, M, 2) -> (N, P): whether any mask covers the place."""
-    return ((masks[..., :1] <= places[:, None]) & (places[:, None] < masks[..., 1:])).any(1)
+def _inside(ratios: Tensor, masks: Tensor) -> Tensor:
+    """Return whether any mask (N, M, 2) covers each of the ratios (N, P), as (N, P)."""
+    begins = masks[..., :1] <= ratios[:, None]
+    ends = ratios[:, None] < masks[..., 1:]
+    return (begins & ends).any(1)

@@ -1,4 +1,4 @@
-"""Reading one utterance: a stretch of a tar -> waveform at 16 kHz and its fields; any audio file likewise."""
+"""Read one utterance from a tar as a waveform at 16 kHz with its fields, or any audio file."""
 
 import contextlib
 import io
@@ -16,25 +16,35 @@ import soundfile
 import soxr
 
 from asrllm.audio.augment import NO_MASKS, Augmenter
-from asrllm.audio.stream import open_audio, read_blocks, said
+from asrllm.audio.stream import decoder_error, open_audio, read_blocks
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, RATE, Index, TarSample, read_sample
+from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, Index, TarSample, read_sample
 from asrllm.data.plan import Item
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
-EVICTED_AGAIN = 3  # tries
+FETCH_ATTEMPTS = 3  # of a shard that the cache evicts before it is open
 MAX_OPEN = 128  # files; a process may have 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """wave: (samples,) float32 at RATE; fields: of its JSON (lang, task, prompt, hotwords, ...); prompts: of its corpus.
+    """An utterance that has been read.
 
-    corpus: its number among the reader's. round: how often it was dealt before. weight: 0 for a filler, else 1.
-    masks: (masks, 2) float32 of Augmenter.masks, or (0, 2).
+    Attributes:
+        key: its name in the shard.
+        wave: (samples,) float32 at RATE.
+        text: the normalized transcript.
+        lang: its language, or that of its corpus.
+        fields: its JSON (lang, task, prompt, hotwords, ...).
+        prompts: the prompts of its corpus.
+        corpus: the number of its corpus in the reader.
+        pass_index: how many passes over its corpus precede this one.
+        weight: 0 for a filler, else 1.
+        masks: (masks, 2) float32 from Augmenter.masks, or (0, 2).
     """
 
     key: str
@@ -50,11 +60,14 @@ class Sample:
 
 
 class SampleError(Exception):
-    """An utterance that cannot be read: its key, where it lies and why."""
+    """An utterance cannot be read. The message gives its key, its shard and the reason."""
 
 
 class Reader:
-    """Reads the utterances that a plan names. Files stay open; one reader belongs to one process and to what is forked from it."""
+    """Reads the utterances of a plan.
+
+    Files stay open. A reader belongs to one process and to those that are forked from it.
+    """
 
     def __init__(
         self,
@@ -65,43 +78,57 @@ class Reader:
         augment: Augmenter | None = None,
         normalize: Callable[[str], str] = str,
     ) -> None:
-        """limits: the fewest and the most samples at RATE that the model takes; cache: of remote shards; normalize: the transcript."""
-        self.corpora, self.limits, self.cache, self.augment, self.normalize = (
-            corpora,
-            limits,
-            cache,
-            augment,
-            normalize,
-        )
+        """
+        Args:
+            corpora: the corpora of the plan, in its order.
+            limits: fewest and most samples at RATE that the model accepts.
+            cache: of remote shards; only needed if there are any.
+            augment: changes the waveforms; None leaves them unchanged.
+            normalize: maps a transcript to the text that is trained on.
+        """
+        self.corpora = corpora
+        self.limits = limits
+        self.cache = cache
+        self.augment = augment
+        self.normalize = normalize
         self._files: dict[tuple[int, int], io.FileIO] = {}
 
     def read(self, item: Item) -> Sample:
-        """Raises SampleError for what is wrong with this utterance, UserError for what is wrong with more than it."""
+        """Read an utterance.
+
+        Raises:
+            SampleError: this utterance cannot be read.
+            UserError: its shard or the source of an augmentation cannot be read.
+        """
         corpus = self.corpora[item.corpus]
         row = corpus.index.rows[item.row]
-        where = corpus.index.shards[row["shard"]]
+        shard = corpus.index.shards[row["shard"]]
         try:
             found = self.tar_sample(item)
-        except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: not one sample
+        except (OSError, ValueError, tarfile.TarError) as error:
             raise SampleError(
-                f"utterance {item.row} of {corpus.name} in {where}: {error}"
+                f"utterance {item.row} of {corpus.name} in {shard}: {error}"
             ) from error
         try:
             wave = decode(BytesIO(found.audio))
         except (OSError, RuntimeError) as error:
-            raise SampleError(f"{found.key} in {where}: {said(error)}") from error
+            raise SampleError(f"{found.key} in {shard}: {decoder_error(error)}") from error
         text = self.normalize(found.fields["text"])
-        if problem := self._problem(wave, int(row["samples"]), text, found):
-            raise SampleError(f"{found.key} in {where}: {problem}")
-        masks, lang = NO_MASKS, found.fields.get("lang")
+        problem = self._problem(wave, int(row["samples"]), text, found)
+        if problem:
+            raise SampleError(f"{found.key} in {shard}: {problem}")
+        masks = NO_MASKS
         if self.augment is not None:
             wave = self.augment(wave, key=found.key, pass_index=item.pass_index)
             masks = self.augment.masks(found.key, item.pass_index)
+        lang = found.fields.get("lang")
+        if not isinstance(lang, str) or not lang:
+            lang = corpus.lang
         return Sample(
             key=found.key,
             wave=wave,
             text=text,
-            lang=lang if isinstance(lang, str) and lang else corpus.lang,
+            lang=lang,
             fields=found.fields,
             prompts=corpus.prompts,
             corpus=item.corpus,
@@ -111,31 +138,35 @@ class Reader:
         )
 
     def _problem(self, wave: np.ndarray, expected: int, text: str, found: TarSample) -> str | None:
+        """Return what is wrong with a decoded utterance, or None if nothing is."""
         if abs(len(wave) - expected) > MAX_DURATION_ERROR * RATE:
-            return f"the index says {expected} samples, the audio has {len(wave)}"
-        if not self.limits[0] <= len(wave) <= self.limits[1]:
-            low, high = (n / RATE for n in self.limits)
-            return f"{len(wave) / RATE:.2f} s of audio, the model takes {low:.2f} to {high:.2f} s"
+            return f"the audio has {len(wave)} samples, but {expected} in the index"
+        fewest, most = self.limits
+        if not fewest <= len(wave) <= most:
+            limits = f"{fewest / RATE:.2f} to {most / RATE:.2f} s"
+            return f"the audio is {len(wave) / RATE:.2f} s long, but the model accepts {limits}"
         if found.fields["text"] and not text:
-            return f"nothing is left of its transcript {found.fields['text']!r} after normalisation"
+            return f"its transcript {found.fields['text']!r} is empty after normalization"
         return None
 
     def tar_sample(self, item: Item) -> TarSample:
-        """Return the files of a sample, not decoded.
+        """Return the files of an utterance without decoding them.
 
         Raises:
-            OSError, ValueError, tarfile.TarError: the sample cannot be read, or its bytes are not
-                those that were indexed.
+            OSError, ValueError, tarfile.TarError: the utterance cannot be read, or its bytes do not
+                match the index.
         """
         row = self.corpora[item.corpus].index.rows[item.row]
         file = self._file(item.corpus, int(row["shard"]))
-        stretch = os.pread(file.fileno(), int(row["size"]) * BLOCK, int(row["offset"]) * BLOCK)
-        if zlib.crc32(stretch) != row["crc32"]:
+        offset = int(row["offset"]) * BLOCK
+        size = int(row["size"]) * BLOCK
+        data = os.pread(file.fileno(), size, offset)
+        if zlib.crc32(data) != row["crc32"]:
             raise ValueError("its bytes do not match the index, so the shard is corrupted")
-        return read_sample(stretch)
+        return read_sample(data)
 
     def _file(self, corpus: int, shard: int) -> io.FileIO:
-        """An open file; the one that was opened first is closed when there are too many."""
+        """Return an open file. If too many are open, the one that was opened first is closed."""
         if (corpus, shard) not in self._files:
             if len(self._files) >= MAX_OPEN:
                 self._files.pop(next(iter(self._files))).close()
@@ -146,25 +177,37 @@ class Reader:
         if not is_url(index.shards[shard]):
             return io.FileIO(index.shards[shard])
         assert self.cache is not None
-        for _ in range(EVICTED_AGAIN):
-            with contextlib.suppress(FileNotFoundError):  # evicted between the two calls
+        for _ in range(FETCH_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):  # evicted before it was opened
                 return io.FileIO(self.cache.fetch(index.file(shard)))
         raise UserError(
-            f"{index.shards[shard]!r} was removed from the cache as soon as it was there: raise data.cache.max_gb"
+            f"the cache evicted {index.shards[shard]!r} {FETCH_ATTEMPTS} times right after the "
+            "download. Raise data.cache.max_gb."
         )
 
 
 def decode(file: BinaryIO | str | Path) -> np.ndarray:
-    """(samples,) float32 mono at RATE; channels are averaged. Raises what soundfile raises for unreadable audio."""
+    """Decode audio as (samples,) float32 at RATE; channels are averaged.
+
+    Raises:
+        OSError, RuntimeError: soundfile cannot read it.
+    """
     wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
     mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(1)
     return resample(mono, rate)
 
 
 def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    return wave if rate == RATE else soxr.resample(wave, rate, RATE)
+    """Resample (samples,) from a rate in Hz to RATE."""
+    if rate == RATE:
+        return wave
+    return soxr.resample(wave, rate, RATE)
 
 
 def read_audio(path: str | Path) -> np.ndarray:
-    """An audio file of any rate and format -> (samples,) float32 mono at RATE. Raises UserError as open_audio and read_blocks do."""
+    """Read an audio file of any rate and format as (samples,) float32 at RATE.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     return np.concatenate(list(read_blocks(open_audio(str(path)))))

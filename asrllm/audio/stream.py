@@ -1,4 +1,4 @@
-"""Audio files of any length and format, in blocks at 16 kHz; what is wrong with one is a sentence."""
+"""Read audio files of any length and format in blocks at 16 kHz, and explain what is wrong."""
 
 import contextlib
 import logging
@@ -14,32 +14,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
-from asrllm.audio.headers import mp3_problem, sphere_problem, wav_problem, with_unknown_size
+from asrllm.audio.headers import (
+    mp3_problem,
+    sphere_problem,
+    truncated,
+    wav_problem,
+    with_unknown_size,
+)
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.text_files import parse_json
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
-FORMATS = (
-    "wav",
-    "flac",
-    "mp3",
-    "ogg",
-    "opus",
-    "aiff",
-    "au",
-    "caf",
-    "w64",
-)  # that soundfile reads, the best known
+# the best-known formats that soundfile reads
+FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
-OVERSHOOT = 0.5  # seconds beyond the end of a file that a part may reach and lose, as in Kaldi's extract-segments
-LOCAL_ONLY = ("-protocol_whitelist", "file")  # a playlist would have ffmpeg open URLs
+OVERSHOOT = 0.5  # seconds after the end that a part may include, as in Kaldi's extract-segments
+LOCAL_ONLY = ("-protocol_whitelist", "file")  # otherwise ffmpeg would open the URLs in a playlist
 PROBLEMS = {
     "MP3": mp3_problem,
     "MPEG": mp3_problem,
@@ -48,19 +45,19 @@ PROBLEMS = {
     "WAVEX": wav_problem,
 }
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
-LOUDEST = 1000.0  # times full scale; more is no audio between -1 and 1
-UNKNOWN_SIZE = 0x7FFF0000  # bytes; what is written for the size of a stream whose length was not known is larger
-NO_LENGTH = 1 << 40  # samples; libsndfile gives more for a file that does not say how many it has
-SOUND_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # samples end in it
-FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of a stream
-CUT_SHORT = re.compile(
-    r":\s*(\d+) \(should be (\d+)\)"
-)  # libsndfile's log of a header that promises more bytes than there are
+LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and 1
+UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
+NO_LENGTH = 1 << 40  # samples; libsndfile returns more if the header has no length
+AUDIO_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # a page in which samples end
+FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of an Ogg stream
+# libsndfile's log of a header that promises more bytes than the file has
+TRUNCATED = re.compile(r":\s*(\d+) \(should be (\d+)\)")
+PROBED = "stream=codec_name,duration:format=format_name,nb_streams,duration"
 logger = logging.getLogger(__name__)
 
 
 class OutsideError(UserError):
-    """A part of a file is not in it."""
+    """A part of a file is outside the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ class AudioFile:
 
     Attributes:
         path: the file, or the name of `content` in messages.
-        seconds: its length as the header says, None where it does not.
+        seconds: its length according to the header, None if that has none.
         decoder: "soundfile" or "ffmpeg".
         content: the bytes of a file that is not on disk.
     """
@@ -79,21 +76,24 @@ class AudioFile:
     decoder: str = "soundfile"
     content: bytes | None = None
 
-    def wrong(self, problem: str) -> UserError:
+    def error(self, problem: str) -> UserError:
+        """Return the error for a problem with this file."""
         return UserError(f"the audio file {self.path!r} {problem}")
 
     @contextlib.contextmanager
     def open_sound(self) -> Iterator[soundfile.SoundFile]:
+        """Open the file with soundfile."""
         with contextlib.ExitStack() as stack:
-            source: Any = self.path
+            source: str | BinaryIO = self.path
             if self.content is not None:
                 source = BytesIO(self.content)
-            elif not is_utf8(self.path):  # soundfile refuses such a name
+            elif not is_utf8(self.path):  # soundfile rejects such a name
                 source = stack.enter_context(open(self.path, "rb"))
             yield stack.enter_context(soundfile.SoundFile(source))
 
     @contextlib.contextmanager
     def open_bytes(self) -> Iterator["bytes | mmap.mmap"]:
+        """Map the file to memory."""
         if self.content is not None:
             yield self.content
             return
@@ -116,7 +116,7 @@ class AudioFile:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file name is UTF-8; Python stands for the bytes of others by lone surrogates."""
+    """Return whether a file name is UTF-8. Python represents other bytes by lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -125,7 +125,7 @@ def is_utf8(name: str) -> bool:
 
 
 def find_audio(paths: Sequence[str]) -> list[str]:
-    """Return the files, and the audio files below the directories, sorted. Files that are skipped are named in a warning.
+    """Replace directories by the audio files below them, sorted, and warn of skipped files.
 
     Raises:
         UserError: a directory has no audio file.
@@ -138,7 +138,8 @@ def find_audio(paths: Sequence[str]) -> list[str]:
         found, skipped = list_audio(path)
         if not found:
             raise UserError(
-                f"the directory {path!r} holds no audio file ({', '.join(FORMATS)}, m4a, mp4, ...): give another"
+                f"the directory {path!r} has no audio file ({', '.join(FORMATS)}, m4a, mp4, ...). "
+                "Choose another one."
             )
         warn_of_skipped(path, skipped)
         files += sorted(map(str, found))
@@ -149,18 +150,17 @@ def list_audio(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """List the files below a directory.
 
     Returns:
-        The audio files, and the files that are neither audio nor belong to an audio file of the same
-        name. Hidden files, such as macOS's notes about a file, are in neither.
+        The audio files, and the files that are neither audio nor belong to an audio file of the
+        same name. Hidden files, for example the ._ files of macOS, are in neither list.
     """
     audio: list[Path] = []
     others: list[Path] = []
     visited = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        visited.add(os.path.realpath(where))
-        folders[:] = sorted(
-            name for name in folders if os.path.realpath(Path(where, name)) not in visited
-        )
-        paths = [Path(where, name) for name in sorted(names) if not name.startswith(".")]
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(parent))
+        new = [name for name in folders if os.path.realpath(Path(parent, name)) not in visited]
+        folders[:] = sorted(new)
+        paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
         found = [path for path in paths if has_audio_extension(path.name) and not path.is_fifo()]
         stems = {path.stem for path in found}
         audio += found
@@ -169,21 +169,18 @@ def list_audio(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 def has_audio_extension(name: str) -> bool:
+    """Return whether a file name ends like an audio file's."""
     return name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS
 
 
 def warn_of_skipped(folder: str | Path, skipped: Sequence[Path]) -> None:
-    """Warn of the files of a directory that are skipped because their names end in no audio extension."""
+    """Warn of the files of a directory that are skipped because of their extensions."""
     if not skipped:
         return
     names = ", ".join(str(path.relative_to(folder)) for path in skipped[:SHOWN_SKIPPED])
     more = ", ..." if len(skipped) > SHOWN_SKIPPED else ""
     logger.warning(
-        "%d files in %s are skipped, which do not end like audio: %s%s",
-        len(skipped),
-        folder,
-        names,
-        more,
+        "Skipped %d files without an audio extension in %s: %s%s", len(skipped), folder, names, more
     )
 
 
@@ -192,10 +189,10 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
 
     Args:
         path: a file, a FIFO, or "-" for standard input; the latter two are read into memory.
-        content: the bytes of a file that is not on disk, which `path` then only names.
+        content: the bytes of a file that is not on disk; `path` is then only its name.
 
     Raises:
-        UserError: there is nothing to read, or less than the header promises.
+        UserError: the file cannot be read, or is shorter than its header promises.
     """
     try:
         if content is None:
@@ -205,44 +202,58 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         raise UserError(f"the audio file {path!r} cannot be read: {error}") from error
     file = AudioFile(path=path, seconds=None, content=content)
     if not size:
-        raise file.wrong("is empty, 0 bytes: copy it again")
+        raise file.error("is empty (0 bytes). Copy it again.")
     if path.lower().endswith(".raw"):
-        raise file.wrong(
-            "is raw, so nothing says its sampling rate or its encoding. Convert it: sox -t raw -r 16000 -e signed -b 16 IN.raw OUT.wav"
+        raise file.error(
+            "is raw: it has no header with sampling rate and encoding. "
+            "Convert it: sox -t raw -r 16000 -e signed -b 16 IN.raw OUT.wav"
         )
     try:
         with file.open_sound() as sound:
-            found = replace(file, seconds=sound.frames / sound.samplerate)
-            sound_format, log = sound.format, sound.extra_info
-            guessed = length_is_guessed(file, sound)
+            seconds = sound.frames / sound.samplerate
+            sound_format = sound.format
+            log = sound.extra_info
+            unreliable = unreliable_length(file, sound)
     except (OSError, RuntimeError) as error:
         if "malformed" in str(error):
-            raise file.wrong(f"is damaged ({said(error)}): copy it again") from error
-        return open_by_ffmpeg(file, said(error))
-    if guessed:
-        return replace(open_by_ffmpeg(file, guessed), seconds=None)
-    if not found.seconds and sound_format in ("WAV", "WAVEX"):
-        with file.open_bytes() as whole:
-            streamed = with_unknown_size(whole)
-        if streamed is not None:
-            return open_audio(path, streamed)
-    if not found.seconds:
-        raise found.wrong("holds no sample: copy it again")
+            raise _corrupted(file, decoder_error(error)) from error
+        return open_by_ffmpeg(file, decoder_error(error))
+    if unreliable:
+        return replace(open_by_ffmpeg(file, unreliable), seconds=None)
+    if not seconds:
+        return _open_without_length(file, sound_format)
+    _check_length(file, sound_format, log)
+    return replace(file, seconds=seconds)
+
+
+def _open_without_length(file: AudioFile, sound_format: str) -> AudioFile:
+    """Open a WAV again whose header has the size 0 although audio follows."""
+    if sound_format in ("WAV", "WAVEX"):
+        with file.open_bytes() as content:
+            corrected = with_unknown_size(content)
+        if corrected is not None:
+            return open_audio(file.path, corrected)
+    raise file.error("has no samples. Copy it again.")
+
+
+def _check_length(file: AudioFile, sound_format: str, log: str) -> None:
+    """Raise UserError if the file has not the length in its header."""
     if sound_format in PROBLEMS:
-        with file.open_bytes() as whole:
-            problem = PROBLEMS[sound_format](whole)
+        with file.open_bytes() as content:
+            problem = PROBLEMS[sound_format](content)
         if problem:
-            raise found.wrong(problem)
-    for promised, there in CUT_SHORT.findall(log):
-        if int(there) < int(promised) < UNKNOWN_SIZE:
-            raise found.wrong(
-                f"is cut short, its header promises {promised} bytes and {there} are there: copy it again"
-            )
-    return found
+            raise file.error(problem)
+    for promised, present in TRUNCATED.findall(log):
+        if int(present) < int(promised) < UNKNOWN_SIZE:
+            raise file.error(truncated(present, promised))
+
+
+def _corrupted(file: AudioFile, problem: str) -> UserError:
+    return file.error(f"is corrupted ({problem}). Copy it again.")
 
 
 def _streamed(path: str) -> bytes | None:
-    """Return the content of what cannot be read twice, None for a file."""
+    """Return the content of a stream, which cannot be read twice, or None for a file."""
     if path == "-":
         return sys.stdin.buffer.read()
     if stat.S_ISFIFO(os.stat(path).st_mode):
@@ -250,108 +261,121 @@ def _streamed(path: str) -> bytes | None:
     return None
 
 
-def said(error: Exception) -> str:
-    """Return what a decoder complains of, without the address of the buffer that it read from."""
-    return str(getattr(error, "error_string", error))
+def decoder_error(error: Exception) -> str:
+    """Return the message of a decoder without the address of the buffer that it read from."""
+    return str(getattr(error, "error_string", error)).rstrip(".")
 
 
-def length_is_guessed(file: AudioFile, sound: soundfile.SoundFile) -> str:
-    """Why soundfile, which reads to the length that it believes in, may end too soon; "" where the file says its length."""
-    if sound.format in ("MP3", "MPEG") and not says_its_frames(file):
-        return "an MP3 without a count of its frames is read wholly by ffmpeg alone"
+def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
+    """Return why soundfile may stop before the end of the file, or "" if it does not.
+
+    soundfile reads as many samples as it derives from the header.
+    """
+    if sound.format in ("MP3", "MPEG") and not has_frame_count(file):
+        return "only ffmpeg reads an MP3 without a frame count completely"
     if sound.format == "FLAC" and not 0 < sound.frames < NO_LENGTH:
-        return "a FLAC without a count of its samples is read by ffmpeg alone"
+        return "only ffmpeg reads a FLAC without a sample count"
     if sound.format == "OGG" and is_chained(file):
-        return "an Ogg file of several recordings one after another is read wholly by ffmpeg alone"
+        return "only ffmpeg reads an Ogg file of several consecutive recordings completely"
     return ""
 
 
-def says_its_frames(file: AudioFile) -> bool:
-    """Whether an MP3 begins, behind an ID3 tag, with the frame that counts the others (Xing's, LAME's or Fraunhofer's)."""
+def has_frame_count(file: AudioFile) -> bool:
+    """Return whether an MP3 begins, after an ID3 tag, with a frame that counts the others.
+
+    Xing, LAME and Fraunhofer's encoder write such frames.
+    """
     with file.open_bytes() as content:
-        tag = 0
+        begin = 0
         if content[:3] == b"ID3":
             for byte in content[6:10]:  # four times seven bits
-                tag = tag << 7 | byte
-            tag += 10
-        first = content[tag : tag + (1 << 12)]
+                begin = begin << 7 | byte
+            begin += 10
+        first = content[begin : begin + (1 << 12)]
     return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def is_chained(file: AudioFile) -> bool:
-    """Whether another stream begins in an Ogg file where the first has had its sound (RFC 3533)."""
+    """Return whether an Ogg file has another stream after the audio of the first (RFC 3533)."""
     with file.open_bytes() as pages:
-        sound = SOUND_PAGE.search(pages)
-        return sound is not None and FIRST_PAGE.search(pages, sound.end()) is not None
+        audio = AUDIO_PAGE.search(pages)
+        return audio is not None and FIRST_PAGE.search(pages, audio.end()) is not None
 
 
-def open_by_ffmpeg(file: AudioFile, error: str) -> AudioFile:
+def open_by_ffmpeg(file: AudioFile, reason: str) -> AudioFile:
     """Read the header with ffprobe.
 
     Args:
         file: the file.
-        error: why soundfile does not read it.
+        reason: why soundfile does not read it.
     """
     if not shutil.which("ffmpeg") or not shutil.which("ffprobe"):
-        raise file.wrong(
-            f"cannot be read ({error}): read are {', '.join(FORMATS)}, and with ffmpeg, which is not on PATH, also m4a, mp4, webm and more"
+        raise file.error(
+            f"cannot be read ({reason}). Convert it to one of {', '.join(FORMATS)}, "
+            "or install ffmpeg, which is not on PATH, for m4a, mp4, webm and more."
         )
-    fields = (
-        "-select_streams",
-        "a:0",
-        "-show_entries",
-        "stream=codec_name,duration:format=format_name,nb_streams,duration",
-        "-of",
-        "json",
-    )
+    fields = ("-select_streams", "a:0", "-show_entries", PROBED, "-of", "json")
     with file.on_disk() as path:
         command = ["ffprobe", "-v", "error", *LOCAL_ONLY, *fields, f"file:{path}"]
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     found = parse_json(done.stdout or b"{}")
     if done.returncode or not found.get("streams"):
-        raise file.wrong(
-            f"cannot be read ({error}), and ffmpeg finds no audio in it: give an audio file"
+        raise file.error(
+            f"cannot be read ({reason}), and ffmpeg finds no audio in it. Choose an audio file."
         )
-    return replace(
-        file, seconds=_promised(found["streams"][0], found.get("format", {})), decoder="ffmpeg"
-    )
+    seconds = _promised_seconds(found["streams"][0], found.get("format", {}))
+    return replace(file, seconds=seconds, decoder="ffmpeg")
 
 
-def _promised(stream: dict[str, Any], container: dict[str, Any]) -> float | None:
-    """The seconds of sound that a file says it has; a container lasts as long as the longest of what is in it, such as a picture."""
-    if (
-        container.get("format_name") == "aac"
-    ):  # has no header: ffprobe guesses from the first bitrate
+def _promised_seconds(stream: dict[str, Any], container: dict[str, Any]) -> float | None:
+    """Return the length of the audio according to ffprobe, or None if it is unknown.
+
+    The length of a container is that of its longest stream, for example a picture.
+    """
+    if container.get("format_name") == "aac":
+        return None  # AAC has no header: ffprobe guesses from the first bitrate
+    seconds = stream.get("duration")
+    if not seconds and container.get("nb_streams") == 1:
+        seconds = container.get("duration")
+    if not seconds:
         return None
-    seconds = stream.get("duration") or (
-        container.get("duration") if container.get("nb_streams") == 1 else None
-    )
-    return float(seconds) if seconds else None
+    return float(seconds)
 
 
 def read_blocks(file: AudioFile) -> Iterator[np.ndarray]:
-    """(samples,) float32 mono at RATE, block after block; channels are averaged.
+    """Yield the audio of a file block by block; channels are averaged.
 
-    Raises UserError where the file is damaged, ends before its header says, or holds what is no sound.
+    Yields:
+        (samples,) float32 at RATE.
+
+    Raises:
+        UserError: the file is corrupted, is shorter than its header promises, or has values that
+            are not audio.
     """
     samples = 0
-    for block in _by_ffmpeg(file) if file.decoder == "ffmpeg" else _by_soundfile(file):
+    blocks = _by_ffmpeg(file) if file.decoder == "ffmpeg" else _by_soundfile(file)
+    for block in blocks:
         loudest = np.abs(block).max(initial=0)
         if not np.isfinite(loudest):
-            at = samples + int(np.isfinite(block).argmin())
-            raise file.wrong(f"holds NaN or infinite values at {at / RATE:.2f} s: write it anew")
-        if loudest > LOUDEST:
-            raise file.wrong(
-                f"holds samples as large as {loudest:.3g}: scale them to lie from -1 to 1"
-            )
+            first = samples + int(np.isfinite(block).argmin())
+            raise file.error(f"has NaN or infinite values at {first / RATE:.2f} s. Write it again.")
+        _check_loudness(file, loudest)
         samples += len(block)
         yield block
     if not samples:
-        raise file.wrong("holds no sample: copy it again")
+        raise file.error("has no samples. Copy it again.")
+    _check_all_read(file, samples)
+
+
+def _check_loudness(file: AudioFile, loudest: float) -> None:
+    if loudest > LOUDEST:
+        raise file.error(f"has samples as large as {loudest:.3g}. Scale them to -1 to 1.")
+
+
+def _check_all_read(file: AudioFile, samples: int) -> None:
+    """Raise UserError if fewer samples at RATE were read than the header promises."""
     if file.seconds and samples / RATE < file.seconds - MISSING:
-        raise file.wrong(
-            f"is damaged, it ends after {samples / RATE:.1f} s of {file.seconds:.1f} s: copy it again"
-        )
+        raise _corrupted(file, f"it ends after {samples / RATE:.1f} s of {file.seconds:.1f} s")
 
 
 def read_stretch(
@@ -360,7 +384,7 @@ def read_stretch(
     """Read a part of a file at its own sampling rate, with all channels.
 
     Args:
-        file: what `open_audio` returned.
+        file: the return value of `open_audio`.
         start: in seconds.
         end: in seconds; None reads to the end of the file.
 
@@ -368,59 +392,64 @@ def read_stretch(
         Samples (samples, channels) as float32, and the sampling rate in Hz.
 
     Raises:
-        UserError: the file is corrupted, ends before its header says, or the part is not in it.
+        UserError: the file is corrupted or is shorter than its header promises.
+        OutsideError: the part is outside the file.
     """
     if file.decoder == "ffmpeg":
         whole = np.concatenate([np.zeros(0, np.float32), *_by_ffmpeg(file)])[:, None]
-        rate, length = RATE, len(whole)
-        if file.seconds and length / RATE < file.seconds - MISSING:
-            raise file.wrong(
-                f"is damaged, it ends after {length / RATE:.1f} s of {file.seconds:.1f} s: copy it again"
-            )
-        begin, stop = _frames_of(file, start, end, rate, length)
+        rate = RATE
+        _check_all_read(file, len(whole))
+        begin, stop = _frames_of(file, start, end, rate, len(whole))
         wave = whole[begin:stop]
     else:
-        try:
-            with file.open_sound() as sound:
-                rate = sound.samplerate
-                begin, stop = _frames_of(file, start, end, rate, sound.frames)
-                if begin and sound.seekable():
-                    sound.seek(begin)
-                elif begin:
-                    _read_frames(sound, begin)
-                wave = _read_frames(sound, stop - begin)
-        except (OSError, RuntimeError) as error:
-            raise file.wrong(f"is damaged ({said(error)}): copy it again") from error
-        if len(wave) < stop - begin - MISSING * rate:
-            promised = f"{(stop - begin) / rate:.1f} s"
-            raise file.wrong(
-                f"is cut short: it has {len(wave) / rate:.1f} s of {promised}. Copy it again."
-            )
+        wave, rate = _read_part(file, start, end)
     loudest = np.abs(wave).max(initial=0)
-    if np.isfinite(loudest) and loudest > LOUDEST:
-        raise file.wrong(f"holds samples as large as {loudest:.3g}: scale them to lie from -1 to 1")
+    if np.isfinite(loudest):
+        _check_loudness(file, loudest)
+    return wave, rate
+
+
+def _read_part(file: AudioFile, start: float, end: float | None) -> tuple[np.ndarray, int]:
+    """Read a part of a file with soundfile."""
+    try:
+        with file.open_sound() as sound:
+            rate = sound.samplerate
+            begin, stop = _frames_of(file, start, end, rate, sound.frames)
+            if begin and sound.seekable():
+                sound.seek(begin)
+            elif begin:
+                _read_frames(sound, begin)
+            wave = _read_frames(sound, stop - begin)
+    except (OSError, RuntimeError) as error:
+        raise _corrupted(file, decoder_error(error)) from error
+    if len(wave) < stop - begin - MISSING * rate:
+        promised = f"{(stop - begin) / rate:.1f} s"
+        raise file.error(
+            f"is truncated: it has {len(wave) / rate:.1f} s of {promised}. Copy it again."
+        )
     return wave, rate
 
 
 def _frames_of(
     file: AudioFile, start: float, end: float | None, rate: int, frames: int
 ) -> tuple[int, int]:
-    """Return the first frame of a part and the one behind its last."""
+    """Return the first frame of a part and the frame after its last."""
     begin = round(start * rate)
     stop = frames if end is None else round(end * rate)
     if begin > frames or stop > frames + OVERSHOOT * rate:
         part = f"{start:.3f} s to {stop / rate:.3f} s"
         length = f"{frames / rate:.3f} s"
-        raise OutsideError(f"the audio file {file.path!r} has {length}, so {part} is not in it")
+        raise OutsideError(f"the audio file {file.path!r} has {length}, so {part} is outside it")
     return begin, min(stop, frames)
 
 
 def _read_frames(sound: soundfile.SoundFile, count: int) -> np.ndarray:
     """Read at most `count` frames, block by block: a corrupted header may promise any number."""
     blocks = [np.zeros((0, sound.channels), np.float32)]
-    while count > 0 and len(
-        block := sound.read(min(count, BLOCK), dtype="float32", always_2d=True)
-    ):
+    while count > 0:
+        block = sound.read(min(count, BLOCK), dtype="float32", always_2d=True)
+        if not len(block):
+            break
         blocks.append(block)
         count -= len(block)
     return np.concatenate(blocks)
@@ -430,7 +459,7 @@ def check_end(file: AudioFile) -> None:
     """Read the last tenth of a second, without the rest.
 
     Raises:
-        UserError: the file is cut short.
+        UserError: the file is truncated.
     """
     if file.decoder == "soundfile" and file.seconds:
         read_stretch(file, max(file.seconds - MISSING, 0.0))
@@ -438,18 +467,18 @@ def check_end(file: AudioFile) -> None:
 
 def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
     try:
-        with file.open_sound() as opened:
-            rate = opened.samplerate
-            resampler = (
-                soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
-            )
-            while len(block := opened.read(BLOCK, dtype="float32", always_2d=True)):
+        with file.open_sound() as sound:
+            rate = sound.samplerate
+            resampler = None
+            if rate != RATE:
+                resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32")
+            while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
                 mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
                 yield resampler.resample_chunk(mono) if resampler else mono
             if resampler:
                 yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except (OSError, RuntimeError) as error:
-        raise file.wrong(f"is damaged ({said(error)}): copy it again") from error
+        raise _corrupted(file, decoder_error(error)) from error
 
 
 def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
@@ -460,6 +489,7 @@ def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
 
 
 def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[np.ndarray]:
+    """Yield the float32 samples that ffmpeg writes, and raise UserError if it fails."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL
     ) as process:
@@ -467,10 +497,10 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
         try:
             while data := process.stdout.read(4 * BLOCK):
                 yield np.frombuffer(data[: len(data) // 4 * 4], "<f4")
-        except GeneratorExit:  # the reader wants no more
+        except GeneratorExit:  # the caller needs no more samples
             process.kill()
             raise
         if process.wait():
             log.seek(0)
             lines = log.read().decode(errors="replace").split("\n")
-            raise file.wrong(f"is damaged (ffmpeg: {lines[0][:200]}): copy it again")
+            raise _corrupted(file, f"ffmpeg: {lines[0][:200]}")

@@ -1,4 +1,4 @@
-"""Where somebody speaks: a probability for every frame of 32 ms, from Silero's network or from the loudness."""
+"""Voice activity detection: a speech probability for every frame of 32 ms."""
 
 import contextlib
 import importlib.util
@@ -13,22 +13,34 @@ from torch import Tensor, nn
 from asrllm.errors import UserError
 
 FRAME = 512  # samples at 16 kHz
-CONTEXT = 64  # samples before a frame, which Silero's network hears too
-GROUP = 256  # frames that the network takes at once
-QUIETEST = -90.0  # dB below full scale
+CONTEXT = 64  # samples before a frame that Silero's network also receives
+GROUP = 256  # frames in one forward pass
+QUIETEST = -90.0  # dB relative to full scale
+INSTALL_SILERO = "Run pip install 'silero-vad>=6.2.3,<7', or use --no-vad."
 
 
 class Detector(Protocol):
+    """Computes the speech probabilities of a stream, block by block."""
+
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """The next (samples,) float32 at 16 kHz -> (frames,) probabilities, of those frames that are complete and not yet told."""
+        """Take the next samples of the stream.
+
+        Args:
+            samples: (samples,) float32 at 16 kHz.
+
+        Returns:
+            (frames,) probabilities of the frames that are complete and were not returned before.
+        """
 
     def finish(self) -> np.ndarray:
-        """The rest; a last frame that is not whole is filled with zeros."""
+        """Return the remaining probabilities; an incomplete last frame is padded with zeros."""
 
 
 class SileroNetwork(nn.Module):
-    """Silero VAD 6 at 16 kHz. It is written anew because importing `silero_vad` takes torch down to one thread, and its TorchScript goes
-    through the audio frame by frame; the weights are the package's own. https://github.com/snakers4/silero-vad
+    """Silero VAD 6 at 16 kHz, with the weights of the package silero-vad.
+
+    It is reimplemented for two reasons. Importing `silero_vad` limits torch to one thread, and its
+    TorchScript processes the audio frame by frame. https://github.com/snakers4/silero-vad
     """
 
     def __init__(self) -> None:
@@ -44,59 +56,77 @@ class SileroNetwork(nn.Module):
     def forward(
         self, frames: Tensor, state: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """frames (T, CONTEXT + FRAME), each with the end of the one before; state of the frames before -> (T,), state"""
+        """Compute the speech probabilities of successive frames.
+
+        Args:
+            frames: (T, CONTEXT + FRAME), each beginning with the end of the previous frame.
+            state: the LSTM's state after the previous frames, None at the beginning.
+
+        Returns:
+            (T,) probabilities and the new state.
+        """
         padded = nn.functional.pad(frames[:, None], (0, CONTEXT), mode="reflect")
         x = self.stft_conv(padded)
-        x = (
-            x[:, :129] ** 2 + x[:, 129:] ** 2
-        ).sqrt()  # (T, 129, 4): real and imaginary part -> magnitude
+        real = x[:, :129]
+        imaginary = x[:, 129:]
+        x = (real**2 + imaginary**2).sqrt()  # (T, 129, 4)
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = layer(x).relu()
-        x, state = self.lstm(x.transpose(1, 2), state)  # (T, 1, 128): a step for each frame
-        return self.final_conv(x.relu().transpose(1, 2)).sigmoid()[:, 0, 0], state
+        x, state = self.lstm(x.transpose(1, 2), state)  # (T, 1, 128): one step per frame
+        logits = self.final_conv(x.relu().transpose(1, 2))  # (T, 1, 1)
+        return logits.sigmoid()[:, 0, 0], state
 
 
-# of the network's parts in the package's TorchScript
-PARTS = {
-    "stft_conv.weight": "stft.forward_basis_buffer",
-    **{
-        f"conv{i + 1}.{kind}": f"encoder.{i}.reparam_conv.{kind}"
-        for i in range(4)
-        for kind in ("weight", "bias")
-    },
-    **{
-        f"lstm.{kind}_l0": f"decoder.rnn.{kind}"
-        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    },
-    **{f"final_conv.{kind}": f"decoder.decoder.2.{kind}" for kind in ("weight", "bias")},
-}
+def _silero_names() -> dict[str, str]:
+    """Map the parameter names of SileroNetwork to those in the package's TorchScript."""
+    names = {"stft_conv.weight": "stft.forward_basis_buffer"}
+    for kind in ("weight", "bias"):
+        for i in range(4):
+            names[f"conv{i + 1}.{kind}"] = f"encoder.{i}.reparam_conv.{kind}"
+        names[f"final_conv.{kind}"] = f"decoder.decoder.2.{kind}"
+    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        names[f"lstm.{kind}_l0"] = f"decoder.rnn.{kind}"
+    return names
 
 
 def load_silero() -> SileroNetwork:
-    """With the weights that the package silero-vad brings. Raises UserError where it is not installed, or is another version."""
+    """Load the network with the weights in the package silero-vad.
+
+    Raises:
+        UserError: the package is not installed, or its version has another network.
+    """
     path = silero_file()
     if path is None:
-        raise UserError(
-            "finding speech needs the package silero-vad: pip install 'silero-vad>=6.2.3,<7', or give --no-vad"
-        )
-    weights, network = torch.jit.load(path, map_location="cpu").state_dict(), SileroNetwork()
+        raise UserError(f"speech detection needs the package silero-vad. {INSTALL_SILERO}")
+    weights = torch.jit.load(path, map_location="cpu").state_dict()
+    network = SileroNetwork()
     try:
-        network.load_state_dict({name: weights[f"_model.{part}"] for name, part in PARTS.items()})
+        state = {name: weights[f"_model.{theirs}"] for name, theirs in _silero_names().items()}
+        network.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise UserError(
-            "the package silero-vad has another network: pip install 'silero-vad>=6.2.3,<7', or give --no-vad"
+            f"the installed version of silero-vad has a different network. {INSTALL_SILERO}"
         ) from error
     return network.eval()
 
 
 def silero_file() -> Path | None:
-    found = importlib.util.find_spec("silero_vad")  # which imports nothing
-    path = Path(found.origin).parent / "data" / "silero_vad.jit" if found and found.origin else None
-    return path if path and path.is_file() else None
+    """Return the TorchScript in the package silero-vad, or None if it is not installed."""
+    package = importlib.util.find_spec("silero_vad")  # does not import it
+    if package is None or not package.origin:
+        return None
+    path = Path(package.origin).parent / "data" / "silero_vad.jit"
+    if not path.is_file():
+        return None
+    return path
 
 
-class _Frames:
-    """Cuts a stream into frames; complete ones are told in groups of a fixed size, so that how the stream is cut changes no bit."""
+class _FramewiseDetector:
+    """Splits a stream into frames.
+
+    Complete frames are evaluated in groups of a fixed size, so that the result does not depend on
+    the sizes of the blocks.
+    """
 
     def __init__(self) -> None:
         self._rest: np.ndarray = np.zeros(0, np.float32)
@@ -104,28 +134,28 @@ class _Frames:
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         self._rest = np.concatenate([self._rest, samples])
         size = GROUP * FRAME
-        whole = len(self._rest) // size * size
-        groups, self._rest = self._rest[:whole], self._rest[whole:]
-        return self._join(
-            [self._probabilities(group.reshape(GROUP, FRAME)) for group in groups.reshape(-1, size)]
-        )
+        complete = len(self._rest) // size * size
+        groups = self._rest[:complete].reshape(-1, GROUP, FRAME)
+        self._rest = self._rest[complete:]
+        if not len(groups):
+            return np.zeros(0, np.float32)
+        return np.concatenate([self._probabilities(group) for group in groups])
 
     def finish(self) -> np.ndarray:
-        rest, self._rest = self._rest, self._rest[:0]
-        filled = np.pad(rest, (0, -len(rest) % FRAME))
-        return self._probabilities(filled.reshape(-1, FRAME)) if len(rest) else rest
-
-    @staticmethod
-    def _join(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        rest = self._rest
+        self._rest = rest[:0]
+        if not len(rest):
+            return rest
+        padded = np.pad(rest, (0, -len(rest) % FRAME))
+        return self._probabilities(padded.reshape(-1, FRAME))
 
     def _probabilities(self, frames: np.ndarray) -> np.ndarray:
-        """(T, FRAME) -> (T,)"""
+        """Map frames (T, FRAME) to probabilities (T,)."""
         raise NotImplementedError
 
 
-class Silero(_Frames):
-    """Silero's probability of speech. One for each file: it remembers what it has heard."""
+class Silero(_FramewiseDetector):
+    """Speech probabilities from Silero's network. Create one per file: it is stateful."""
 
     def __init__(self, network: SileroNetwork) -> None:
         super().__init__()
@@ -135,18 +165,21 @@ class Silero(_Frames):
 
     @torch.inference_mode()
     def _probabilities(self, frames: np.ndarray) -> np.ndarray:
-        before = np.vstack([self._context[None], frames[:-1, -CONTEXT:]])
+        contexts = np.vstack([self._context[None], frames[:-1, -CONTEXT:]])
         self._context = frames[-1, -CONTEXT:].copy()
+        inputs = torch.from_numpy(np.hstack([contexts, frames]))
         with one_thread():
-            probabilities, self._state = self.network(
-                torch.from_numpy(np.hstack([before, frames])), self._state
-            )
+            probabilities, self._state = self.network(inputs, self._state)
         return probabilities.numpy()
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """A step of the LSTM is too small to be shared out: on a busy machine, threads that wait for one another take 90 times as long."""
+    """Run torch on one thread.
+
+    A step of the LSTM is too small to parallelize: on a busy machine, threads that wait for each
+    other take 90 times as long.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -155,10 +188,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Loudness(_Frames):
-    """All is speech, from 0.5 for silence to 1 for full scale: segments are cut where it is quiet, and nothing is left out."""
+class Loudness(_FramewiseDetector):
+    """Probabilities from 0.5 for silence to 1 for full scale, which count everything as speech.
+
+    Segments are cut where the audio is quiet, and nothing is left out.
+    """
 
     def _probabilities(self, frames: np.ndarray) -> np.ndarray:
         power = (frames.astype(np.float64) ** 2).mean(1)
         decibels = 10 * np.log10(np.maximum(power, 10 ** (QUIETEST / 10)))
-        return (1 - 0.5 * np.clip(decibels / QUIETEST, 0, 1)).astype(np.float32)
+        quietness = np.clip(decibels / QUIETEST, 0, 1)
+        return (1 - 0.5 * quietness).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Audio as a caller has it, a file or an array, to a batch of waveforms."""
+"""Convert the audio that callers pass, files or arrays, to a batch of waveforms."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ class ExtractsFeatures(nn.Module):
             Features (N, T, F) and the number of frames of each (N,), on the encoder's device.
 
         Raises:
-            UserError: an audio cannot be read; it is named by its place in the list.
+            UserError: an audio cannot be read. The message gives its index in the list.
         """
         items = as_list(audio)
         waves, lengths = padded(items, [read_wave(item, i) for i, item in enumerate(items)])
@@ -38,76 +38,100 @@ class ExtractsFeatures(nn.Module):
         return features, frames
 
 
-def padded(items: Sequence[Any], waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Return waveforms of different lengths as (N, samples), with their lengths (N,)."""
+def padded(items: Sequence[object], waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Pad waveforms of different lengths with zeros.
+
+    Args:
+        items: the audio that the caller passed.
+        waves: (samples,) of each item.
+
+    Returns:
+        Waveforms (N, samples) and their lengths (N,).
+
+    Raises:
+        UserError: there is no item.
+    """
     if not items:
-        raise UserError("the list of audios is empty: give one at least")
+        raise UserError("the list of audios is empty. Pass at least one audio.")
     tensors = [torch.from_numpy(wave) for wave in waves]
     lengths = torch.tensor([len(wave) for wave in waves])
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths
 
 
-def read_wave(item: Any, i: int) -> np.ndarray:
+def read_wave(item: object, i: int) -> np.ndarray:
     """Return the i-th audio of a list as (samples,) float32 at RATE."""
-    return (
-        read_audio(item) if isinstance(item, (str, Path)) else read_array(item, audio_name(item, i))
-    )
+    if isinstance(item, (str, Path)):
+        return read_audio(item)
+    return read_array(item, audio_name(item, i))
 
 
-def audio_name(item: Any, i: int) -> str:
-    """What a UserError calls the i-th audio."""
-    return f"audio {i} ({str(item)!r})" if isinstance(item, (str, Path)) else f"audio {i}"
+def audio_name(item: object, i: int) -> str:
+    """Return the name of the i-th audio of a list in error messages."""
+    if isinstance(item, (str, Path)):
+        return f"audio {i} ({str(item)!r})"
+    return f"audio {i}"
 
 
-def as_list(audio: Any) -> list[Any]:
-    """A list of audios. Raises UserError for what is one audio by itself."""
-    alone = isinstance(audio, (str, Path, np.ndarray, Tensor)) or (
-        isinstance(audio, tuple) and len(audio) == 2 and _is_rate(audio[1])
-    )
-    if alone or not isinstance(audio, (list, tuple)):
+def as_list(audio: object) -> list[Any]:
+    """Return audios as a list.
+
+    Raises:
+        UserError: the value is a single audio, or not audio.
+    """
+    if not isinstance(audio, (list, tuple)) or _is_pair(audio):
         raise UserError(
-            f"the input is a {type(audio).__name__}: give a list of audios, [audio], or features as (x, x_lens)"
+            f"the input has the type {type(audio).__name__}. "
+            "Pass a list of audios, [audio], or features as (x, x_lens)."
         )
     return list(audio)
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+def _is_pair(item: object) -> bool:
+    """Return whether an audio is a pair (array, rate)."""
+    if not isinstance(item, tuple) or len(item) != 2:
+        return False
+    return isinstance(item[1], (int, float, np.number)) and not isinstance(item[1], bool)
 
 
 def read_array(item: Any, name: str) -> np.ndarray:
-    """A float array or tensor at 16 kHz, or a pair (array, rate) -> (samples,) float32 at RATE.
+    """Convert samples to (samples,) float32 at RATE.
 
-    name: what a UserError calls it.
+    Args:
+        item: a float array or tensor at 16 kHz, or a pair (array, rate in Hz).
+        name: the audio's name in error messages.
+
+    Raises:
+        UserError: these are not the samples of one channel, or the rate is not in Hz.
     """
-    item, rate = (
-        item if isinstance(item, tuple) and len(item) == 2 and _is_rate(item[1]) else (item, RATE)
-    )
+    rate = RATE
+    if _is_pair(item):
+        item, rate = item
     if isinstance(item, Tensor):
         item = item.detach().cpu()
-        item = (item.float() if item.is_floating_point() else item).numpy()  # numpy has no bfloat16
+        if item.is_floating_point():
+            item = item.float()  # numpy has no bfloat16
+        item = item.numpy()
     try:
         wave = np.asarray(item)
     except ValueError as error:  # rows of different lengths
-        raise UserError(f"{name} is no array of samples: {error}") from error
+        raise UserError(f"{name} is not an array of samples: {error}") from error
     if wave.ndim != 1:
         raise UserError(
-            f"{name} has the shape {wave.shape}: give one channel of samples, such as the mean of them"
+            f"{name} has the shape {wave.shape}. Pass one channel, for example the mean of all."
         )
     if not len(wave):
-        raise UserError(f"{name} is empty")
+        raise UserError(f"{name} is empty. Remove it.")
     if not np.issubdtype(wave.dtype, np.floating):
         raise UserError(
-            f"{name} holds samples of the type {wave.dtype}: give floats from -1 to 1, 16-bit samples divided by 32768"
+            f"{name} has samples of type {wave.dtype}. "
+            "Pass floats from -1 to 1. Divide 16-bit samples by 32768."
         )
     if not np.isfinite(wave).all():
-        raise UserError(f"{name} holds NaN or infinite values")
+        raise UserError(f"{name} has NaN or infinite values. Remove them.")
     if not 1000 <= rate <= 1_000_000:
-        raise UserError(f"{name} has the sampling rate {rate}: give it in Hz, (array, 48000)")
+        raise UserError(f"{name} has the sampling rate {rate}. Pass it in Hz: (array, 48000).")
     with np.errstate(over="ignore"):
         single = wave.astype(np.float32)
     if not np.isfinite(single).all():
-        raise UserError(
-            f"{name} holds samples beyond the numbers of float32: give floats from -1 to 1"
-        )
+        raise UserError(f"{name} has samples that overflow float32. Pass floats from -1 to 1.")
     return np.ascontiguousarray(resample(single, int(rate)))

@@ -94,7 +94,7 @@ class ChatRenderer:
         return expanded
 
     def _prompt_ids(self, messages: Messages) -> list[int]:
-        """Return the tokens of a chat, cached because rendering takes longer than everything else."""
+        """Return the tokens of a chat. They are cached because rendering takes the longest."""
         key = repr(messages)
         if key not in self._cache:
             if len(self._cache) >= MAX_CACHED:

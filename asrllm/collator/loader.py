@@ -139,7 +139,7 @@ class SharedSlots(Dataset):
         return sent
 
     def received(self, slot: int, sent: dict[str, Any] | UserError) -> PackedBatch:
-        """Return the batch in the main process; its waveforms are valid until the slot is reused."""
+        """Return the batch in the main process. Waveforms are valid until the slot is reused."""
         if isinstance(sent, UserError):
             raise sent
         if isinstance(sent["waves"], tuple):
@@ -307,7 +307,8 @@ def _begin_worker(parent: int | None, worker: int) -> None:
     """Prepare a worker: it ends with its parent, and holds none of its connections.
 
     Signals are left to the training process, which stops its workers itself. Launchers, schedulers
-    and terminals signal all processes; the training process saves, and needs its workers until then.
+    and terminals signal all processes. The training process saves, and needs its workers until
+    then.
 
     Args:
         parent: the process to end with; None: torch notices within seconds that it ended.

@@ -1,7 +1,7 @@
 """Try a chat template in a process with bounded time and memory before it is used.
 
-A chat template is a program that comes with a model. One that does not end, or that fills the memory,
-would take the training process with it. The trial takes some 20 ms, once a template and process.
+A chat template is a program that comes with a model. If it does not end, or fills the memory, the
+training process would die with it. The trial takes about 20 ms, once per template and process.
 """
 
 import contextlib

@@ -17,9 +17,14 @@ from asrllm.distributed import default_device
 from asrllm.errors import UserError, nearest
 from asrllm.escape import escape
 from asrllm.evaluation.engine import TorchEngine
-from asrllm.evaluation.prompt import of_language, prompt_to_ask
+from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
 from asrllm.evaluation.subtitles import FORMATS, as_json
-from asrllm.evaluation.transcription import FileTranscript, Listening, too_short, transcribe_files
+from asrllm.evaluation.transcription import (
+    FileTranscript,
+    Segmentation,
+    too_short,
+    transcribe_files,
+)
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import AutoModel, describe
 from asrllm.progress import ProgressBar
@@ -45,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     files, problems = open_all(find_audio(arguments.audio), shortest)
     check_output(formats, arguments.output_dir, files)
     warn_of_untrained_language(arguments, description)
-    prompt = prompt_to_ask(
+    prompt = inference_prompt(
         description,
         prompt=arguments.prompt,
         language=arguments.language,
@@ -53,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
     segment_samples = round(segment_seconds(arguments, description) * RATE)
-    listening = Listening(detector=detector, longest=min(longest, segment_samples))
+    segmentation = Segmentation(detector=detector, longest=min(longest, segment_samples))
     engine = load_engine(arguments)
     several = len(files) + len(problems) > 1
     began = time.monotonic()
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         transcripts = transcribe_files(
             engine,
             files,
-            listening,
+            segmentation,
             prompt=prompt,
             batch_size=arguments.batch_size,
             advance=in_whole_seconds(bar),
@@ -146,7 +151,7 @@ def warn_of_untrained_language(arguments: argparse.Namespace, description: AsrLl
     """Warn if --language would choose the prompt, but no training prompt is for that language."""
     if arguments.prompt is not None or not arguments.language:
         return
-    if of_language(description, arguments.language) is None:
+    if prompt_of_language(description, arguments.language) is None:
         logger.warning(
             "no training prompt is for --language %s alone. The first prompt is used, as for any "
             "language.",

@@ -1,4 +1,4 @@
-"""Two results on the same utterances: is one better, and by how much?"""
+"""Compare two results on the same utterances: is one better, and by how much?"""
 
 import ast
 import re
@@ -29,13 +29,27 @@ PERMUTATIONS = 10_000
 RECOGS_LINE = re.compile(
     r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])"
 )
+RESULT_FILES = "generations-*.jsonl or recogs-*.txt"
+
+Row = dict[str, Any]  # an utterance of a result file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """b against a. difference: points of the rate, b - a, with its 95 % interval; p: how often chance alone would give one as large.
+    """Result b compared with result a.
 
-    better, worse: utterances with fewer and with more errors in b. by: what is drawn and exchanged as a whole. normalizer: of both.
+    Attributes:
+        metric: "wer", "cer" or "mer".
+        normalizer: of both results.
+        a: error rate of a in per cent.
+        b: error rate of b in per cent.
+        difference: b - a in percentage points.
+        difference_ci95: 95 % confidence interval of the difference.
+        p: probability of a difference at least this large by chance.
+        better: utterances with fewer errors in b.
+        worse: utterances with more errors in b.
+        utterances: number of utterances.
+        by: what is drawn and exchanged: "speaker", "recording" or "utterance".
     """
 
     metric: str
@@ -51,15 +65,23 @@ class Comparison:
     by: str
 
     def entry(self) -> dict[str, Any]:
+        """Return the comparison as JSON for results.json."""
         return asdict(self)
 
 
 def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str) -> Comparison:
-    """a, b: of the same utterances in the same order. The metric is the one that fits a's references."""
-    metric = fitting_metric([t.reference for t in a])
-    first, second = errors(a, metric), errors(b, metric)
+    """Compare transcripts in the metric that fits the references of a.
+
+    Args:
+        a: the first result.
+        b: the second result on the same utterances in the same order.
+        normalizer: its name.
+    """
+    metric = fitting_metric([transcript.reference for transcript in a])
+    first = errors(a, metric)
+    second = errors(b, metric)
     by, groups = groups_of(a)
-    if groups is None:  # recogs-*.txt do not say who speaks
+    if groups is None:  # recogs-*.txt have no speakers
         by, groups = groups_of(b)
     low, high = difference_interval(first, second, groups)
     return Comparison(
@@ -78,208 +100,281 @@ def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str
 
 
 def difference_interval(a: Errors, b: Errors, groups: np.ndarray | None) -> tuple[float, float]:
-    """95 % bootstrap interval of b's rate less a's, both over the same drawn utterances or groups (Bisani and Ney, 2004).
+    """Return the 95 % bootstrap interval of b's rate minus a's.
 
-    One of them alone bounds nothing; where none differs it is the rule of three's.
+    Both rates are over the same drawn utterances or groups (Bisani and Ney, 2004). A single
+    utterance or group gives no bound. Without any difference, the rule of three applies.
     """
-    more, units = sum_by(groups, b.total - a.total), sum_by(groups, a.units)
+    difference = sum_by(groups, b.total - a.total)
+    units = sum_by(groups, a.units)
     if len(units) < 2:
         return -max(100.0, a.rate), max(100.0, b.rate)
-    if not more.any():
+    if not difference.any():
         most = min(100.0, 300 / max(float(units.sum()), 1.0))
         return -most, most
-    return bootstrap_interval(more, units)
+    return bootstrap_interval(difference, units)
 
 
 def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
-    """Two-sided, of the paired permutation test: a's and b's errors of an utterance, or of a group, are exchanged by chance.
+    """Return the two-sided p value of the paired permutation test.
 
-    Fisher's randomisation test as in Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989.
+    The errors of a and b are exchanged at random for each utterance or group. This is Fisher's
+    randomization test as in Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989.
     """
-    more = sum_by(groups, b.total - a.total)
-    more = more[more != 0]
-    rng, found = np.random.default_rng(0), 0
+    difference = sum_by(groups, b.total - a.total)
+    difference = difference[difference != 0]
+    observed = abs(int(difference.sum()))
+    rng = np.random.default_rng(0)
+    at_least = 0
     for _ in range(PERMUTATIONS):
-        signs = rng.integers(2, size=len(more)) * 2 - 1
-        found += abs(int((signs * more).sum())) >= abs(int(more.sum()))
-    return (found + 1) / (PERMUTATIONS + 1)
+        signs = rng.integers(2, size=len(difference)) * 2 - 1
+        if abs(int((signs * difference).sum())) >= observed:
+            at_least += 1
+    return (at_least + 1) / (PERMUTATIONS + 1)
 
 
-# --- results on the disk ---
+# --- results on disk ---
 
 
 def compare_results(a: Path, b: Path) -> dict[str, Comparison]:
     """Compare two results on every test set that both have.
 
     Args:
-        a: a directory of `asrllm evaluate`, of which the newest evaluation is taken, or a file
+        a: a directory of `asrllm evaluate`, whose newest evaluation is used, or a file
             generations-*.jsonl or recogs-*.txt.
         b: the same.
 
     Raises:
-        UserError: a place has no results, or they have no test set in common.
+        UserError: a path has no results, or they have no test set in common.
     """
     if a.is_file() and b.is_file():
         return {a.stem: compare_files(a, b)}
-    of_a, of_b = find_sets(a, like=b), find_sets(b, like=a)
-    names = [name for name in of_a if name in of_b]
+    sets_a = find_sets(a, like=b)
+    sets_b = find_sets(b, like=a)
+    names = [name for name in sets_a if name in sets_b]
     if not names:
         raise UserError(
-            f"{str(a)!r} (sets: {', '.join(of_a)}) and {str(b)!r} (sets: {', '.join(of_b)}) have no test set in common"
+            f"{str(a)!r} (sets: {', '.join(sets_a)}) and {str(b)!r} (sets: {', '.join(sets_b)}) "
+            "have no test set in common. Evaluate both on the same sets."
         )
-    return {name: compare_files(of_a[name], of_b[name]) for name in names}
+    return {name: compare_files(sets_a[name], sets_b[name]) for name in names}
 
 
-def find_sets(place: Path, *, like: Path | None = None) -> dict[str, Path]:
-    """Return the files of generations by test set.
+def find_sets(path: Path, *, like: Path | None = None) -> dict[str, Path]:
+    """Return the result files by test set.
 
     Args:
-        place: a directory, or a file, which is one set.
+        path: a directory, or a file, which is one set.
         like: the directory whose set has the name of the file.
     """
-    if place.is_file():
-        name = re.sub("^(generations|recogs)-", "", place.stem)
-        sets = find_sets(like) if like is not None else {}
-        return {
-            next(
-                (known for known in sets if name == known or name.startswith(f"{known}-")), name
-            ): place
-        }
-    folders = [place, *sorted(path.parent for path in place.glob("*/results.json"))]
-    found = [sets for folder in folders if (sets := newest_sets(folder))]
+    if path.is_file():
+        name = re.sub("^(generations|recogs)-", "", path.stem)
+        known = find_sets(like) if like is not None else {}
+        return {_known_name(name, known): path}
+    folders = [path, *sorted(file.parent for file in path.glob("*/results.json"))]
+    found = [newest_sets(folder) for folder in folders]
+    found = [sets for sets in found if sets]
     if len(found) != 1:
-        what = "has several decodings" if found else "holds no generations-*.jsonl"
+        problem = "has several decodings" if found else "has no generations-*.jsonl"
         raise UserError(
-            f"{str(place)!r} {what}: give such as EXP/greedy_search, or a file generations-*.jsonl or recogs-*.txt"
+            f"{str(path)!r} {problem}. Use a directory like EXP/greedy_search, "
+            f"or a file {RESULT_FILES}."
         )
     return found[0]
 
 
+def _known_name(name: str, known: Mapping[str, Path]) -> str:
+    """Return the test set whose name a file name begins with, or the file name."""
+    for test_set in known:
+        if name == test_set or name.startswith(f"{test_set}-"):
+            return test_set
+    return name
+
+
 def newest_sets(folder: Path) -> dict[str, Path]:
-    """Return the files of the evaluation that results.json is of, by test set."""
+    """Return the result files of the evaluation that wrote results.json, by test set."""
     path = folder / "results.json"
     if not path.is_file():
         return {}
-    results = read_json_object(path, "the results")
-    named = {
-        name: entry.get("generations") for name, entry in results.items() if isinstance(entry, dict)
-    }
-    return {name: folder / file for name, file in named.items() if isinstance(file, str)}
+    sets = {}
+    for name, entry in read_json_object(path, "the results").items():
+        if isinstance(entry, dict) and isinstance(entry.get("generations"), str):
+            sets[name] = folder / entry["generations"]
+    return sets
 
 
 def compare_files(a: Path, b: Path) -> Comparison:
-    """Raises UserError where they are not of the same utterances with the same references, or were scored by other normalisers."""
-    rows, others = read_rows(a), read_rows(b)
-    name = one_normalizer(a, rows, b, others)
-    first, second = by_key(rows, name), by_key(others, name)
-    if is_recogs(a) != is_recogs(
-        b
-    ):  # those of an evaluation are normalised, and most normalisers change their own results
-        if is_recogs(a) and same_references(as_written := by_key(rows, "none"), second):
-            first = as_written
-        elif is_recogs(b) and same_references(first, as_written := by_key(others, "none")):
-            second = as_written
-    if only := sorted(first.keys() ^ second.keys()):
+    """Compare two result files.
+
+    Raises:
+        UserError: they have different utterances, references or normalizers.
+    """
+    rows_a = read_rows(a)
+    rows_b = read_rows(b)
+    name = common_normalizer(a, rows_a, b, rows_b)
+    first = by_key(rows_a, name)
+    second = by_key(rows_b, name)
+    # recogs-*.txt of an evaluation are normalized, and most normalizers change their own output
+    if is_recogs(a) and not is_recogs(b):
+        first = _as_written(rows_a, first, second)
+    elif is_recogs(b) and not is_recogs(a):
+        second = _as_written(rows_b, second, first)
+    only_one = sorted(first.keys() ^ second.keys())
+    if only_one:
         raise UserError(
-            f"{str(a)!r} and {str(b)!r} are of other utterances: {len(only)}, such as {only[0]!r}, are in one of them alone"
+            f"{str(a)!r} and {str(b)!r} have different utterances: {len(only_one)} are in only one "
+            f"of them, for example {only_one[0]!r}. Evaluate both on the same set."
         )
-    if other := [key for key in first if not same_reference(first[key], second[key])]:
-        pair = f"{first[other[0]].reference!r} and {second[other[0]].reference!r}"
+    different = [key for key in first if not same_reference(first[key], second[key])]
+    if different:
+        key = different[0]
         raise UserError(
-            f"{str(a)!r} and {str(b)!r} have different references for {len(other)} utterances, such as {other[0]!r}: {pair}"
+            f"{str(a)!r} and {str(b)!r} have different references for {len(different)} utterances, "
+            f"for example {key!r}: {first[key].reference!r} and {second[key].reference!r}. "
+            "Evaluate both on the same set."
         )
     return compare(list(first.values()), [second[key] for key in first], normalizer=name)
 
 
-def by_key(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Transcript]:
-    """Return the normalised transcripts by their keys as recogs-*.txt write them."""
+def by_key(rows: Sequence[Row], name: str) -> dict[str, Transcript]:
+    """Return the normalized transcripts by their keys as recogs-*.txt write them.
+
+    Args:
+        rows: from read_rows.
+        name: of the normalizer.
+    """
     return {escape(transcript.key): transcript for transcript in transcripts(rows, name)}
 
 
+def _as_written(
+    rows: Sequence[Row], normalized: dict[str, Transcript], other: Mapping[str, Transcript]
+) -> dict[str, Transcript]:
+    """Return transcripts that are not normalized again, if that gives the other's references.
+
+    Args:
+        rows: from a recogs-*.txt.
+        normalized: the normalized transcripts of these rows.
+        other: the normalized transcripts of a generations-*.jsonl.
+    """
+    as_written = by_key(rows, "none")
+    if as_written.keys() != other.keys():
+        return normalized
+    if not all(same_reference(as_written[key], other[key]) for key in as_written):
+        return normalized
+    return as_written
+
+
 def same_reference(a: Transcript, b: Transcript) -> bool:
-    """recogs-*.txt of a character error rate have a space between any two characters."""
+    """Return whether two references have the same characters.
+
+    Spaces are ignored: for character error rates, recogs-*.txt have one between all characters.
+    """
     return characters(a.reference) == characters(b.reference)
 
 
-def same_references(a: Mapping[str, Transcript], b: Mapping[str, Transcript]) -> bool:
-    return a.keys() == b.keys() and all(same_reference(a[key], b[key]) for key in a)
+def common_normalizer(a: Path, rows_a: Sequence[Row], b: Path, rows_b: Sequence[Row]) -> str:
+    """Return the name of the normalizer of both results. The recogs-*.txt do not contain it.
 
-
-def one_normalizer(
-    a: Path, rows: Sequence[dict[str, Any]], b: Path, others: Sequence[dict[str, Any]]
-) -> str:
-    """Return the name of the normaliser that both were scored by; recogs-*.txt do not say any."""
-    named = {
-        str(row["normalizer"]): str(path)
-        for path, found in ((a, rows), (b, others))
-        for row in found
-        if "normalizer" in row
-    }
-    if len(named) > 1:
-        said = " and ".join(f"{path!r} by {name!r}" for name, path in named.items())
+    Raises:
+        UserError: the results have different normalizers.
+    """
+    paths = {}
+    for path, rows in ((a, rows_a), (b, rows_b)):
+        for row in rows:
+            if "normalizer" in row:
+                paths[str(row["normalizer"])] = str(path)
+    if len(paths) > 1:
+        used = " and ".join(f"{path!r} with {name!r}" for name, path in paths.items())
         raise UserError(
-            f"two normalizers are no comparison, {said}: evaluate one of them again with normalizer="
+            f"the results have different normalizers: {used}. "
+            "Evaluate one of them again with the same normalizer=."
         )
-    return next(iter(named), "none")
+    return next(iter(paths), "none")
 
 
-def transcripts(rows: Sequence[dict[str, Any]], name: str) -> list[Transcript]:
-    """Of read_rows, normalised by `name`."""
+def transcripts(rows: Sequence[Row], name: str) -> list[Transcript]:
+    """Normalize the rows of a result file.
+
+    Args:
+        rows: from read_rows.
+        name: of the normalizer.
+    """
     normalize = normalizer(name)
-    return [
-        Transcript(
-            key=row["key"], reference=normalize(row["ref"]), hypothesis=normalize(row["hyp"]), raw_reference=row["ref"],
-            raw_hypothesis=row["hyp"], duration=row["duration"], speaker=str(row.get("speaker", "")),
+    found = []
+    for row in rows:
+        transcript = Transcript(
+            key=row["key"],
+            reference=normalize(row["ref"]),
+            hypothesis=normalize(row["hyp"]),
+            raw_reference=row["ref"],
+            raw_hypothesis=row["hyp"],
+            duration=row["duration"],
+            speaker=str(row.get("speaker", "")),
             recording=str(row.get("recording", "")),
         )
-        for row in rows
-    ]  # fmt: skip
+        found.append(transcript)
+    return found
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """{"key", "ref", "hyp", ...} of each utterance in a generations-*.jsonl or a recogs-*.txt (icefall's too)."""
-    lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may hold U+2028
+def read_rows(path: Path) -> list[Row]:
+    """Read a generations-*.jsonl or a recogs-*.txt, also one that icefall wrote.
+
+    Returns:
+        One {"key", "ref", "hyp", "duration", ...} per utterance.
+
+    Raises:
+        UserError: the file is not of this kind, has no utterance or repeats a key.
+    """
+    lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may have U+2028
     try:
-        rows = (
-            _read_recogs(lines) if is_recogs(path) else [parse_json(line) for line in lines if line]
-        )
-        rows = [
-            row
-            | {name: row[name] for name in ("key", "ref", "hyp")}
-            | {"duration": float(row.get("duration", 0))}
-            for row in rows
-        ]
-        if not all(isinstance(row[name], str) for row in rows for name in ("key", "ref", "hyp")):
-            raise ValueError("key, ref and hyp must be texts")
+        if is_recogs(path):
+            rows = _parse_recogs(lines)
+        else:
+            rows = [parse_json(line) for line in lines if line]
+        rows = [_checked_row(row) for row in rows]
     except (ValueError, SyntaxError, KeyError, TypeError) as error:
         raise UserError(
-            f"{str(path)!r} is no file generations-*.jsonl or recogs-*.txt: {type(error).__name__}: {error}"
+            f"{str(path)!r} is not a {RESULT_FILES} file: {type(error).__name__}: {error}. "
+            "Choose such a file."
         ) from error
     counts = Counter(row["key"] for row in rows)
-    if repeated := [key for key, count in counts.items() if count > 1]:
+    repeated = [key for key, count in counts.items() if count > 1]
+    if repeated:
         raise UserError(
-            f"{str(path)!r} has {len(repeated)} repeated keys, such as {repeated[0]!r}. "
-            "Give every utterance a key of its own, and evaluate again."
+            f"{str(path)!r} has {len(repeated)} repeated keys, for example {repeated[0]!r}. "
+            "Make the keys of the utterances unique, and evaluate again."
         )
     if not rows:
-        raise UserError(
-            f"{str(path)!r} holds no utterance: give a file generations-*.jsonl or recogs-*.txt"
-        )
+        raise UserError(f"{str(path)!r} has no utterances. Choose another {RESULT_FILES} file.")
     return rows
 
 
-def _read_recogs(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for each reference with its hypothesis; a key that is repeated has several rows."""
-    rows: list[dict[str, Any]] = []
-    last_of: dict[str, dict[str, Any]] = {}
-    for line in filter(str.strip, lines):
+def _checked_row(row: Row) -> Row:
+    """Return a row with its duration as a number.
+
+    Raises:
+        ValueError, KeyError, TypeError: a field is missing or has the wrong type.
+    """
+    for name in ("key", "ref", "hyp"):
+        if not isinstance(row[name], str):
+            raise ValueError("key, ref and hyp must be strings")
+    return row | {"duration": float(row.get("duration", 0))}
+
+
+def _parse_recogs(lines: Sequence[str]) -> list[Row]:
+    """Return a row for each reference with its hypothesis. A repeated key has several rows."""
+    rows: list[Row] = []
+    last_of: dict[str, Row] = {}
+    for line in lines:
+        if not line.strip():
+            continue
         match = RECOGS_LINE.fullmatch(line)
         if not match:
             raise ValueError(f"{line[:80]!r} is neither a reference nor a hypothesis")
-        key, what, units = match["key"], match["what"], match["units"]
+        key, what, units = match.group("key", "what", "units")
         if what.startswith("timestamp"):
             continue
-        if what in last_of.get(key, {what: None}):
+        if key not in last_of or what in last_of[key]:
             last_of[key] = {"key": key}
             rows.append(last_of[key])
         last_of[key][what] = " ".join(ast.literal_eval(units))
@@ -287,14 +382,17 @@ def _read_recogs(lines: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def is_recogs(path: Path) -> bool:
+    """Return whether a result file is a recogs-*.txt."""
     return path.name.startswith("recogs")
 
 
 def as_text(name: str, found: Comparison) -> str:
+    """Return the comparison of a test set as one line."""
     low, high = found.difference_ci95
-    what = found.metric.upper()
+    rates = f"{found.metric.upper()} {found.a:.2f} % -> {found.b:.2f} %"
     return (
-        f"{name}: {what} {found.a:.2f} % -> {found.b:.2f} %, {found.difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f}), "
-        f"p = {found.p:.2g} (permutations by {found.by}); of {found.utterances} utterances {found.better} better, {found.worse} worse; "
+        f"{name}: {rates}, {found.difference:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}), "
+        f"p = {found.p:.2g} (permutation test by {found.by}); "
+        f"{found.better} of {found.utterances} utterances better, {found.worse} worse; "
         f"normalizer {found.normalizer}"
     )

@@ -1,7 +1,6 @@
-"""Decoding a test set: batches of similar length, dealt out to the ranks, gathered by utterance; a killed decoding goes on."""
+"""Decode a test set on all ranks, in batches of similar length, and resume after a kill."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,29 +12,40 @@ from asrllm import distributed
 from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import RATE
 from asrllm.data.plan import Item
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine, WithinMemory
+from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.score import Transcript
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.progress import ProgressBar
 from asrllm.training.watchdog import Watchdog
 
-FEWEST_BATCHES = 4  # of a rank, about: else one of a small set may have twice the work of another
+# about this many batches per rank; with fewer, one rank may have twice the work of another
+FEWEST_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """prompt: of every utterance. max_batch_duration: seconds of audio in a batch."""
+    """How to decode a test set.
+
+    Attributes:
+        prompt: for every utterance.
+        max_batch_duration: seconds of audio in a batch, padding included.
+    """
 
     prompt: str
     max_batch_duration: float
 
 
 class Decoded(NamedTuple):
-    """Transcripts in the corpus's order; rtfx: seconds of audio decoded in a second of the rank that took longest."""
+    """A decoded test set.
+
+    Attributes:
+        transcripts: in the order of the corpus.
+        rtfx: seconds of audio per second of decoding, of the slowest rank.
+    """
 
     transcripts: list[Transcript]
     rtfx: float
@@ -50,59 +60,85 @@ def decode_corpus(
     journal: Journal,
     watchdog: Watchdog | None = None,
 ) -> Decoded:
-    """Every rank's share of the corpus decoded, but for what `journal` has; all of it on every rank."""
+    """Decode a test set, except what the journal has.
+
+    Args:
+        engine: decodes the batches.
+        corpus: the test set.
+        options: prompt and batch size.
+        normalize: the normalizer.
+        cache: of remote shards.
+        journal: where decoded utterances are recorded.
+        watchdog: reports hangs; None reports none.
+
+    Returns:
+        The whole test set, on every rank.
+    """
     watchdog = watchdog or Watchdog()
-    engine = WithinMemory(engine)
-    done = {said.row: said for said in journal.read()}
-    lengths, longest = (
-        np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to),
-        options.max_batch_duration,
-    )
-    if (ranks := distributed.world_size()) > 1:
-        longest = min(longest, float(lengths.sum()) / ranks / FEWEST_BATCHES)
-    batches = make_batches(lengths, longest, skip=done)
-    mine = batches[distributed.rank() :: distributed.world_size()]
+    engine = HalvingEngine(engine)
+    done = {utterance.row: utterance for utterance in journal.read()}
+    batches = batches_of_rank(engine, corpus, options, skip=done)
     reader = Reader([corpus], limits=engine.limits, cache=cache)
     decoded: list[DecodedUtterance] = []
-    with (
-        ProgressBar(
-            f"decoding {corpus.name}",
-            sum(map(len, mine)),
-            enabled=distributed.rank() == 0 and bool(mine),
-        ) as bar,
-        journal,
-    ):
-        began = time.monotonic()
+    total = sum(map(len, batches))
+    shows_progress = distributed.rank() == 0 and bool(batches)
+    bar = ProgressBar(f"decoding {corpus.name}", total, enabled=shows_progress)
+    with bar, journal:
+        start = time.monotonic()
         watchdog.beat(f"reading {corpus.name}")
-        for rows, samples in read_ahead(reader, mine):
+        for rows, samples in read_ahead(reader, batches):
             watchdog.beat(f"decoding {corpus.name}", [sample.key for sample in samples])
-            answers = engine.answer([s.wave for s in samples], [options.prompt] * len(samples))
-            took = (time.monotonic() - began) / len(rows)
-            said = [
-                make_utterance(*each, took) for each in zip(rows, samples, answers, strict=True)
-            ]
-            journal.write(said)
-            decoded += said
+            waves = [sample.wave for sample in samples]
+            answers = engine.answer(waves, [options.prompt] * len(samples))
+            took = (time.monotonic() - start) / len(rows)
+            batch = []
+            for row, sample, answer in zip(rows, samples, answers, strict=True):
+                batch.append(make_utterance(row, sample, answer, took))
+            journal.write(batch)
+            decoded += batch
             bar.advance(len(rows))
-            began = time.monotonic()
-    watchdog.beat(f"waiting for what the other ranks decoded of {corpus.name}")
-    everything = [
-        *done.values(),
-        *(said for rank in distributed.gather_objects(decoded) for said in rank),
-    ]
-    transcripts = [
-        make_transcript(said, normalize) for said in sorted(everything, key=lambda said: said.row)
-    ]
-    seconds: Counter[int] = Counter()
-    for said in everything:
-        seconds[said.rank] += said.took
-    return Decoded(transcripts, sum(t.duration for t in transcripts) / max(*seconds.values(), 1e-9))
+            start = time.monotonic()
+    watchdog.beat(f"waiting for the other ranks to decode {corpus.name}")
+    utterances = list(done.values())
+    for of_rank in distributed.gather_objects(decoded):
+        utterances += of_rank
+    utterances.sort(key=lambda utterance: utterance.row)
+    transcripts = [make_transcript(utterance, normalize) for utterance in utterances]
+    return Decoded(transcripts, real_time_factor(utterances))
+
+
+def batches_of_rank(
+    engine: Engine, corpus: Corpus, options: DecodingOptions, skip: Container[int]
+) -> list[list[int]]:
+    """Return the rows of each batch that this rank decodes."""
+    seconds = np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to)
+    max_duration = options.max_batch_duration
+    ranks = distributed.world_size()
+    if ranks > 1:
+        max_duration = min(max_duration, float(seconds.sum()) / ranks / FEWEST_BATCHES)
+    batches = make_batches(seconds, max_duration, skip=skip)
+    return batches[distributed.rank() :: ranks]
+
+
+def real_time_factor(utterances: Sequence[DecodedUtterance]) -> float:
+    """Return the seconds of audio per second of decoding, of the slowest rank."""
+    audio = sum(utterance.duration for utterance in utterances)
+    seconds: dict[int, float] = {}
+    for utterance in utterances:
+        seconds[utterance.rank] = seconds.get(utterance.rank, 0) + utterance.took
+    return audio / max(*seconds.values(), 1e-9)
 
 
 def make_batches(
     seconds: np.ndarray, max_duration: float, skip: Container[int] = ()
 ) -> list[list[int]]:
-    """Rows of the index, longest first, in batches of at most `max_duration` seconds, padding included. seconds: (rows,) of each."""
+    """Divide the rows of an index into batches, longest utterances first.
+
+    Args:
+        seconds: (rows,) length of each utterance.
+        max_duration: seconds of a batch, padding included; a longer utterance is alone.
+        skip: rows to leave out.
+    """
     batches: list[list[int]] = []
     longest = 0.0
     for i in (-seconds).argsort(kind="stable"):
@@ -118,29 +154,39 @@ def make_batches(
 def read_ahead(
     reader: Reader, batches: Sequence[list[int]]
 ) -> Iterator[tuple[list[int], list[Sample]]]:
-    """The next batch is read while one is decoded."""
+    """Yield the rows and samples of each batch, and read the next batch in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(read_batch, reader, rows) for rows in batches[:1]]
+        pending = [pool.submit(read_batch, reader, rows) for rows in batches[:1]]
         for i, rows in enumerate(batches):
-            samples = ahead.pop().result()
+            samples = pending.pop().result()
             if i + 1 < len(batches):
-                ahead.append(pool.submit(read_batch, reader, batches[i + 1]))
+                pending.append(pool.submit(read_batch, reader, batches[i + 1]))
             yield rows, samples
 
 
 def read_batch(reader: Reader, rows: Sequence[int]) -> list[Sample]:
+    """Read utterances.
+
+    Raises:
+        UserError: one cannot be read.
+    """
     try:
         return [reader.read(Item(corpus=0, row=row)) for row in rows]
     except SampleError as error:
         raise UserError(
-            f"an utterance of the test set cannot be decoded: {error}; leave it out of the set"
+            f"an utterance of the test set cannot be read: {error}. Remove it from the set."
         ) from error
 
 
 def make_utterance(row: int, sample: Sample, answer: Answer, took: float) -> DecodedUtterance:
-    speaker, recording, source = (
-        str(sample.fields.get(name) or "") for name in ("speaker", "recording", "corpus")
-    )
+    """Combine an utterance with its answer.
+
+    Args:
+        row: in the corpus's index.
+        sample: the utterance.
+        answer: the decoded text.
+        took: seconds of decoding.
+    """
     return DecodedUtterance(
         row=row,
         key=sample.key,
@@ -148,25 +194,26 @@ def make_utterance(row: int, sample: Sample, answer: Answer, took: float) -> Dec
         hypothesis=answer.text,
         end=answer.end,
         duration=len(sample.wave) / RATE,
-        speaker=speaker,
-        recording=recording,
-        corpus=source,
+        speaker=str(sample.fields.get("speaker") or ""),
+        recording=str(sample.fields.get("recording") or ""),
+        corpus=str(sample.fields.get("corpus") or ""),
         took=took,
         rank=distributed.rank(),
     )
 
 
-def make_transcript(said: DecodedUtterance, normalize: Callable[[str], str]) -> Transcript:
+def make_transcript(utterance: DecodedUtterance, normalize: Callable[[str], str]) -> Transcript:
+    """Normalize the texts of a decoded utterance."""
     return Transcript(
-        key=said.key,
-        reference=normalize(said.reference),
-        hypothesis=normalize(said.hypothesis),
-        raw_reference=said.reference,
-        raw_hypothesis=said.hypothesis,
-        duration=said.duration,
-        speaker=said.speaker,
-        recording=said.recording,
-        corpus=said.corpus,
-        end=said.end,
-        row=said.row,
+        key=utterance.key,
+        reference=normalize(utterance.reference),
+        hypothesis=normalize(utterance.hypothesis),
+        raw_reference=utterance.reference,
+        raw_hypothesis=utterance.hypothesis,
+        duration=utterance.duration,
+        speaker=utterance.speaker,
+        recording=utterance.recording,
+        corpus=utterance.corpus,
+        end=utterance.end,
+        row=utterance.row,
     )

@@ -1,4 +1,7 @@
-"""What decodes: audio and prompts in, answers out. Evaluation and transcription know no more of it than this."""
+"""Decoding engines: audio and prompts in, answers out.
+
+Evaluation and transcription depend only on the Engine protocol.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -7,82 +10,101 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.generation import Answer, generate
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 
+WINDOW = 30.0  # seconds to which Whisper's encoder pads
+
 logger = logging.getLogger(__name__)
 
 
-WINDOW = 30.0  # seconds to which Whisper's own encoder pads
-
-
 class Engine(Protocol):
-    """limits: the fewest and the most samples at 16 kHz that one answer can be about. padded_to: seconds that the shortest takes."""
+    """Answers prompts about audio.
+
+    Attributes:
+        limits: fewest and most samples at 16 kHz of one waveform.
+        padded_to: seconds to which shorter audio is padded.
+    """
 
     limits: tuple[int, int]
     padded_to: float
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
-        """waves: (samples,) float32 each, at 16 kHz; prompts: what is asked about each."""
+        """Decode a batch.
+
+        Args:
+            waves: (samples,) float32 at 16 kHz each.
+            prompts: one per waveform.
+        """
 
 
 class TorchEngine:
-    """This process's model. options: of generation.generate, such as max_new_tokens and num_beams."""
+    """Runs the model in this process."""
 
     def __init__(self, model: AsrLlmModel, options: dict[str, Any]) -> None:
-        self.model, self.options = (
-            model,
-            {"generation_config": None, "max_tokens_per_second": None, "repetition_guard": None}
-            | options,
-        )
-        self.limits, self.padded_to = (
-            model.config.sample_limits(),
-            WINDOW if model.config.pad_to_30s else 0.0,
-        )
+        """
+        Args:
+            model: on its device.
+            options: of generation.generate, for example max_new_tokens and num_beams.
+        """
+        self.model = model
+        self.options: dict[str, Any] = {
+            "generation_config": None,
+            "max_tokens_per_second": None,
+            "repetition_guard": None,
+        }
+        self.options |= options
+        self.limits = model.config.sample_limits()
+        self.padded_to = WINDOW if model.config.pad_to_30s else 0.0
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
+        """Decode a batch, see Engine.answer."""
         renderer = self.model.require_processor().renderer
-        return generate(
-            self.model,
-            list(waves),
-            [renderer.user_messages(prompt) for prompt in prompts],
-            **self.options,
-        )
+        messages = [renderer.user_messages(prompt) for prompt in prompts]
+        return generate(self.model, list(waves), messages, **self.options)
 
 
-class WithinMemory:
-    """An engine whose batches are halved where the memory ends with them, and those of that size from then on."""
+class HalvingEngine:
+    """Halves batches that do not fit in memory, and from then on all batches of that size."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.limits, self.padded_to = engine, engine.limits, engine.padded_to
-        self.too_much = float("inf")  # samples, padding included
+        self.engine = engine
+        self.limits = engine.limits
+        self.padded_to = engine.padded_to
+        self.too_large = float("inf")  # samples of a batch, padding included
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
-        """Raises UserError where the memory ends with one utterance."""
+        """Decode a batch, see Engine.answer.
+
+        Raises:
+            UserError: a single utterance does not fit in memory.
+        """
         size = len(waves) * max(map(len, waves))
-        if size < self.too_much or len(waves) == 1:
+        if size < self.too_large or len(waves) == 1:
             try:
                 return self.engine.answer(waves, prompts)
             except (RuntimeError, MemoryError) as error:
-                if not is_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(waves) == 1:
                     raise UserError(
-                        f"the memory ends while {size / RATE:.1f} s of audio are decoded: free some ({error})"
+                        f"{size / RATE:.1f} s of audio do not fit in memory ({error}). "
+                        "Free memory, or use shorter audio."
                     ) from error
-            self.too_much = size
+            self.too_large = size
             logger.warning(
-                "the memory ended with a batch of %d utterances: batches of that size are halved from here on",
+                "A batch of %d utterances does not fit in memory. Batches of this size are halved.",
                 len(waves),
             )
         half = len(waves) // 2
-        return self.answer(waves[:half], prompts[:half]) + self.answer(waves[half:], prompts[half:])
+        first = self.answer(waves[:half], prompts[:half])
+        return first + self.answer(waves[half:], prompts[half:])
 
 
-def is_of_memory(error: Exception) -> bool:
-    """A GPU's memory, or the host's as torch's allocator or NumPy says it."""
-    return isinstance(
-        error, (torch.OutOfMemoryError, MemoryError)
-    ) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out on the GPU, or on the host in torch's allocator or NumPy."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Result files in icefall's forms."""
+"""Write result files in icefall's formats."""
 
 import collections
 import json
@@ -9,37 +9,48 @@ from typing import Any
 from asrllm.atomic import write_whole
 from asrllm.escape import escape
 from asrllm.evaluation.score import NOTHING, UNITS, Transcript
-from asrllm.evaluation.summary import Pairs, Scored
+from asrllm.evaluation.summary import Entry, Pairs, Scored
 
-SHOWN_FOR_NOTHING = "*"
+MISSING_UNIT = "*"  # of an insertion or deletion in errs-*.txt
+UNIT_NAMES = {"wer": "words", "cer": "characters", "mer": "words and characters"}
+HEADINGS = {
+    "SUBSTITUTIONS": "count ref -> hyp",
+    "DELETIONS": "count ref",
+    "INSERTIONS": "count hyp",
+}
 
 
-def write_results(
-    folder: Path, name: str, suffix: str, scored: Scored, about: dict[str, Any]
-) -> dict[str, Any]:
-    """Write recogs-, errs-, wer-summary- and generations- of one test set; gives its entry for results.json.
+def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: Entry) -> Entry:
+    """Write recogs-, errs-, wer-summary- and generations- of one test set.
 
-    about: what the entry says beside, "normalizer" at least.
+    Args:
+        folder: where to write.
+        name: the test set.
+        suffix: of the file names, see EvaluationRun.suffix.
+        scored: the results.
+        about: further fields of the entry, at least "normalizer".
+
+    Returns:
+        The test set's entry of results.json.
     """
     rate = f"{scored.main.rate:.2f}"
+    summary = f"settings\tWER\n{folder.name}\t{rate}\n"
+    generations = f"generations-{name}-{suffix}.jsonl"
     write_whole(folder / f"recogs-{name}-{suffix}.txt", recogs_text(scored))
     write_whole(folder / f"errs-{name}-{suffix}.txt", errs_text(scored))
-    write_whole(
-        folder / f"wer-summary-{name}-{suffix}.txt", f"settings\tWER\n{folder.name}\t{rate}\n"
-    )
-    generations = f"generations-{name}-{suffix}.jsonl"
+    write_whole(folder / f"wer-summary-{name}-{suffix}.txt", summary)
     write_whole(folder / generations, generations_text(scored.transcripts, about["normalizer"]))
     return scored.entry() | about | {"generations": generations}
 
 
-def write_summary(folder: Path, suffix: str, results: dict[str, dict[str, Any]]) -> None:
+def write_summary(folder: Path, suffix: str, results: dict[str, Entry]) -> None:
     """Write wer-summary-all-{suffix}.txt, results-{suffix}.json and its copy, results.json."""
     lines = ["set\tWER\tCER\tMER\tWER 95 %\tutterances\tnormalizer"]
-    for name, r in results.items():
-        low, high = r["wer_ci95"]
-        lines.append(
-            f"{name}\t{r['wer']:.2f}\t{r['cer']:.2f}\t{r['mer']:.2f}\t{low:.2f}-{high:.2f}\t{r['utterances']}\t{r.get('normalizer', '')}"
-        )
+    for name, entry in results.items():
+        low, high = entry["wer_ci95"]
+        rates = f"{entry['wer']:.2f}\t{entry['cer']:.2f}\t{entry['mer']:.2f}"
+        normalizer = entry.get("normalizer", "")
+        lines.append(f"{name}\t{rates}\t{low:.2f}-{high:.2f}\t{entry['utterances']}\t{normalizer}")
     write_whole(folder / f"wer-summary-all-{suffix}.txt", "\n".join(lines) + "\n")
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     for file in (f"results-{suffix}.json", "results.json"):
@@ -47,74 +58,96 @@ def write_summary(folder: Path, suffix: str, results: dict[str, dict[str, Any]])
 
 
 def recogs_text(scored: Scored) -> str:
-    units, lines = UNITS[scored.metric], []
-    for t in scored.transcripts:
-        key = escape(t.key)
-        lines += [f"{key}:\tref={units(t.reference)}", f"{key}:\thyp={units(t.hypothesis)}"]
+    """Return the content of recogs-*.txt: references and hypotheses as lists of units."""
+    split = UNITS[scored.metric]
+    lines = []
+    for transcript in scored.transcripts:
+        key = escape(transcript.key)
+        lines.append(f"{key}:\tref={split(transcript.reference)}")
+        lines.append(f"{key}:\thyp={split(transcript.hypothesis)}")
     return "\n".join(lines) + "\n"
 
 
 def errs_text(scored: Scored) -> str:
-    """The rate, the alignment of every utterance, and units by how often they were wrong."""
+    """Return the content of errs-*.txt: the rate, all alignments, and units by number of errors."""
     main = scored.main
-    ins, dels, subs, units = (int(x.sum()) for x in (main.ins, main.dels, main.subs, main.units))
-    what = {"wer": "words", "cer": "characters", "mer": "words and characters"}[scored.metric]
+    ins = int(main.ins.sum())
+    dels = int(main.dels.sum())
+    subs = int(main.subs.sum())
+    units = int(main.units.sum())
     lines = [
-        f"%WER = {main.rate:.2f}",  # so named in icefall whatever the units
-        f"Errors: {ins} insertions, {dels} deletions, {subs} substitutions, over {units} reference {what} ({units - subs - dels} correct)",
-        "Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, INSERTIONS:",
+        f"%WER = {main.rate:.2f}",  # icefall uses this name for every metric
+        f"Errors: {ins} insertions, {dels} deletions, {subs} substitutions, "
+        f"over {units} reference {UNIT_NAMES[scored.metric]} ({units - subs - dels} correct)",
+        "Search below for sections starting with "
+        "PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, INSERTIONS:",
         "",
         "PER-UTT DETAILS: corr or (ref->hyp)",
     ]
-    for t, pairs in zip(scored.transcripts, scored.pairs, strict=True):
-        aligned = " ".join(escape(r) if r == h else f"({_shown(r)}->{_shown(h)})" for r, h in pairs)
-        lines.append(f"{escape(t.key)}:\t{aligned}")
-    heads = {
-        "SUBSTITUTIONS": "count ref -> hyp",
-        "DELETIONS": "count ref",
-        "INSERTIONS": "count hyp",
-    }
-    for kind, counter in most_wrong(scored.pairs).items():
-        lines += [
-            "",
-            f"{kind}: {heads[kind]}",
-            *(f"{n}   {escape(what)}" for what, n in counter.most_common()),
-        ]
+    for transcript, pairs in zip(scored.transcripts, scored.pairs, strict=True):
+        aligned = " ".join(_aligned_text(*pair) for pair in pairs)
+        lines.append(f"{escape(transcript.key)}:\t{aligned}")
+    for kind, counter in count_confusions(scored.pairs).items():
+        lines.append("")
+        lines.append(f"{kind}: {HEADINGS[kind]}")
+        for what, count in counter.most_common():
+            lines.append(f"{count}   {escape(what)}")
     return "\n".join(lines) + "\n"
 
 
-def _shown(unit: str) -> str:
-    return escape(unit) if unit != NOTHING else SHOWN_FOR_NOTHING
+def _aligned_text(reference: str, hypothesis: str) -> str:
+    if reference == hypothesis:
+        return escape(reference)
+    return f"({_unit_text(reference)}->{_unit_text(hypothesis)})"
 
 
-def most_wrong(aligned: Sequence[Pairs]) -> dict[str, collections.Counter[str]]:
-    """{"SUBSTITUTIONS" | "DELETIONS" | "INSERTIONS": how often each was}"""
-    wrong: dict[str, collections.Counter[str]] = {
-        kind: collections.Counter() for kind in ("SUBSTITUTIONS", "DELETIONS", "INSERTIONS")
-    }
-    for pairs in aligned:
-        for r, h in pairs:
-            if r == NOTHING:
-                wrong["INSERTIONS"][h] += 1
-            elif h == NOTHING:
-                wrong["DELETIONS"][r] += 1
-            elif r != h:
-                wrong["SUBSTITUTIONS"][f"{r} -> {h}"] += 1
-    return wrong
+def _unit_text(unit: str) -> str:
+    if unit == NOTHING:
+        return MISSING_UNIT
+    return escape(unit)
+
+
+def count_confusions(alignments: Sequence[Pairs]) -> dict[str, collections.Counter[str]]:
+    """Count each substitution, deletion and insertion in alignments.
+
+    Returns:
+        Counters by kind: "SUBSTITUTIONS", "DELETIONS" and "INSERTIONS".
+    """
+    counters: dict[str, collections.Counter[str]] = {}
+    for kind in HEADINGS:
+        counters[kind] = collections.Counter()
+    for pairs in alignments:
+        for reference, hypothesis in pairs:
+            if reference == NOTHING:
+                counters["INSERTIONS"][hypothesis] += 1
+            elif hypothesis == NOTHING:
+                counters["DELETIONS"][reference] += 1
+            elif reference != hypothesis:
+                counters["SUBSTITUTIONS"][f"{reference} -> {hypothesis}"] += 1
+    return counters
 
 
 def generations_text(transcripts: Sequence[Transcript], normalizer: str) -> str:
-    """Texts as they are; normalizer: the one that they were scored by."""
-    rows = [
-        {
-            "key": t.key,
-            "duration": round(t.duration, 3),
-            "ref": t.raw_reference,
-            "hyp": t.raw_hypothesis,
+    """Return the content of generations-*.jsonl: the texts before normalization.
+
+    Args:
+        transcripts: the utterances.
+        normalizer: the name of the normalizer that they were scored with.
+    """
+    lines = []
+    for transcript in transcripts:
+        row: dict[str, Any] = {
+            "key": transcript.key,
+            "duration": round(transcript.duration, 3),
+            "ref": transcript.raw_reference,
+            "hyp": transcript.raw_hypothesis,
             "normalizer": normalizer,
         }
-        | {name: value for name in ("speaker", "recording") if (value := getattr(t, name))}
-        | ({"end": t.end} if t.end != "stop" else {})
-        for t in transcripts
-    ]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if transcript.speaker:
+            row["speaker"] = transcript.speaker
+        if transcript.recording:
+            row["recording"] = transcript.recording
+        if transcript.end != "stop":
+            row["end"] = transcript.end
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)

@@ -1,6 +1,6 @@
-"""What has been decoded of a test set so far, so that a killed evaluation resumes where it stopped.
+"""Record what has been decoded of a test set, so that a killed evaluation resumes where it stopped.
 
-Each line holds a CRC-32 and one utterance as JSON. The checksum covers the line and everything that
+Each line has a CRC-32 and one utterance as JSON. The checksum covers the line and everything that
 the texts depend on, so that a corrupted line, or one of another evaluation, is decoded again.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from asrllm import distributed
 
@@ -20,7 +20,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedUtterance:
-    """One decoded utterance, texts as they are. row: in the corpus's index; took: seconds of `rank`, its share of the batch's."""
+    """One decoded utterance, with its texts before normalization.
+
+    Attributes:
+        row: in the corpus's index.
+        key: the utterance's key.
+        reference: the transcript.
+        hypothesis: the decoded text.
+        end: what ended the hypothesis, see generation.Answer.
+        duration: seconds of audio.
+        speaker: "" if unknown.
+        recording: "" if unknown.
+        corpus: "" if unknown.
+        took: seconds of decoding, the batch's divided by its utterances.
+        rank: which decoded it.
+    """
 
     row: int
     key: str
@@ -36,25 +50,36 @@ class DecodedUtterance:
 
 
 class Journal:
-    """A file of each rank beside the results. of: all that the texts depend on; a journal of something else is not read."""
+    """The utterances that were decoded so far, in one file per rank beside the results."""
 
-    def __init__(self, folder: Path, name: str, of: Any) -> None:
-        self.folder, self.name = folder, name
-        self.start = zlib.crc32(json.dumps(of, sort_keys=True, default=str).encode())
+    def __init__(self, folder: Path, name: str, settings: object) -> None:
+        """
+        Args:
+            folder: of the results.
+            name: of the test set.
+            settings: JSON with all that the texts depend on. Lines with other settings are ignored.
+        """
+        self.folder = folder
+        self.name = name
+        self.start = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
         self.file: BinaryIO | None = None
 
     def files(self) -> list[Path]:
+        """Return the existing files of all ranks."""
         return sorted(self.folder.glob(f".decoding-{self.name}.rank*.jsonl"))
 
     def read(self) -> list[DecodedUtterance]:
-        """What any rank has decoded, on every rank; files of something else are removed by the first."""
+        """Return on every rank what any rank has decoded.
+
+        The first rank removes files that have nothing with these settings.
+        """
         found: list[DecodedUtterance] = []
         if distributed.rank() == 0:
             for path in self.files():
-                said = self._read_file(path)
-                if not said:
+                decoded = self._read_file(path)
+                if not decoded:
                     path.unlink()
-                found += said
+                found += decoded
         return distributed.gather_objects(found)[0]
 
     def _read_file(self, path: Path) -> list[DecodedUtterance]:
@@ -65,10 +90,10 @@ class Journal:
             checksum, _, content = line.partition(b" ")
             if checksum == self._checksum(content):
                 found.append(DecodedUtterance(**json.loads(content)))
-            elif line and line is not lines[-1]:  # the last one was being written
+            elif line and line is not lines[-1]:  # the last line may be incomplete after a kill
                 corrupted += 1
         if found and corrupted:
-            logger.warning("%s: %d lines are corrupted and are decoded again", path, corrupted)
+            logger.warning("%d lines of %s are corrupted and are decoded again", corrupted, path)
         return found
 
     def _checksum(self, content: bytes) -> bytes:
@@ -80,13 +105,14 @@ class Journal:
         is_new = not path.exists()
         self.file = path.open("ab")
         if not is_new:
-            self.file.write(b"\n")  # behind a line that was being written
+            self.file.write(b"\n")  # ends a line that may be incomplete
         return self
 
-    def write(self, said: Sequence[DecodedUtterance]) -> None:
+    def write(self, decoded: Sequence[DecodedUtterance]) -> None:
+        """Append utterances to this rank's file."""
         assert self.file is not None
-        for each in said:
-            content = json.dumps(asdict(each)).encode()
+        for utterance in decoded:
+            content = json.dumps(asdict(utterance)).encode()
             self.file.write(self._checksum(content) + b" " + content + b"\n")
         self.file.flush()
 
@@ -100,6 +126,6 @@ class Journal:
         self.file.close()
 
     def remove(self) -> None:
-        """The results are written."""
+        """Remove the files of all ranks, after the results are written."""
         for path in self.files():
             path.unlink()

@@ -1,4 +1,4 @@
-"""What a model is asked when it is used: a prompt that it was trained with, and hotwords as in training."""
+"""Choose the prompt for inference: one from training, with hotwords in the form of training."""
 
 import logging
 import re
@@ -10,58 +10,76 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.build import check_prompts
 from asrllm.text_files import read_text
 
-TEMPLATE = "Hotwords: {words}."  # where training had none
+TEMPLATE = "Hotwords: {words}."  # if training had none
 
 logger = logging.getLogger(__name__)
 
 
-def prompt_to_ask(
-    description: AsrLlmConfig, *, prompt: str | None, language: str | None, hotwords: str | None
+def inference_prompt(
+    config: AsrLlmConfig, *, prompt: str | None, language: str | None, hotwords: str | None
 ) -> str:
-    """`prompt`, else the first trained one that is for `language`, else the first; behind it the hotwords.
+    """Return the prompt for inference, and warn if training did not use its parts.
 
-    hotwords: words parted by commas, or @FILE of one a line. Warns of what training never saw. Raises UserError for a prompt or a
-    hotword that holds the audio token, and for a list without a word.
+    Args:
+        config: of the model.
+        prompt: the prompt; None uses the first trained one for the language, else the first one.
+        language: of the speech, if known.
+        hotwords: words separated by commas, or @FILE with one word per line.
+
+    Raises:
+        UserError: the prompt or a hotword contains the audio token, or the list has no word.
     """
-    prompts = description.prompts or []
+    prompts = config.prompts or []
     if prompt is None:
-        prompt = of_language(description, language) or (prompts or [DEFAULT_PROMPTS[0].text])[0]
+        prompt = prompt_of_language(config, language)
+        if not prompt:
+            prompt = prompts[0] if prompts else DEFAULT_PROMPTS[0].text
     elif prompts and prompt not in prompts:
         logger.warning(
-            "prompt=%r was never seen in training; seen were: %s", prompt, "; ".join(prompts)
+            "prompt=%r was not used in training. Prompts of training: %s",
+            prompt,
+            "; ".join(prompts),
         )
-    words = read_hotwords(hotwords) if hotwords is not None else []
-    if words and not description.hotwords_template:
+    words = [] if hotwords is None else read_hotwords(hotwords)
+    if words and not config.hotwords_template:
         logger.warning(
-            "the model's training is not known to have given hotwords (data.hotwords): it may not heed them"
+            "The model may ignore hotwords: its training did not use them, as far as is known. "
+            "Set data.hotwords in training."
         )
-    asked = with_context(prompt, filled(description.hotwords_template or TEMPLATE, words))
-    check_prompts([asked], description.audio_token)
-    return asked
+    context = filled(config.hotwords_template or TEMPLATE, words)
+    prompt = with_context(prompt, context)
+    check_prompts([prompt], config.audio_token)
+    return prompt
 
 
-def of_language(description: AsrLlmConfig, language: str | None) -> str | None:
-    """The first trained prompt that is for this language and not for any."""
+def prompt_of_language(config: AsrLlmConfig, language: str | None) -> str | None:
+    """Return the first trained prompt for this language alone, or None."""
     if language is None:
         return None
-    of = description.prompt_languages or {}
-    fitting = (
-        text
-        for text in description.prompts or []
-        if text in of and Prompt(text=text, lang=of[text]).fits(language, None)
-    )
-    return next(fitting, None)
+    languages = config.prompt_languages or {}
+    for text in config.prompts or []:
+        if text in languages and Prompt(text=text, lang=languages[text]).fits(language, None):
+            return text
+    return None
 
 
 def read_hotwords(given: str) -> list[str]:
-    text = (
-        "\n".join(read_text(given[1:], "--hotwords").splitlines())
-        if given.startswith("@")
-        else re.sub("[,，、]", "\n", given)
-    )
-    words = [word.strip() for word in text.split("\n") if word.strip()]
+    """Return the distinct words of --hotwords.
+
+    Args:
+        given: words separated by commas, or @FILE with one word per line.
+
+    Raises:
+        UserError: there is no word.
+    """
+    if given.startswith("@"):
+        lines = read_text(given[1:], "--hotwords").splitlines()
+    else:
+        lines = re.split("[,，、\n]", given)
+    words = [line.strip() for line in lines if line.strip()]
     if not words:
         raise UserError(
-            f"--hotwords {given!r} holds no word: give words parted by commas, or @FILE of one a line"
+            f"--hotwords {given!r} has no word. "
+            "Separate words by commas, or use @FILE with one word per line."
         )
     return list(dict.fromkeys(words))

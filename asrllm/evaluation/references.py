@@ -1,4 +1,4 @@
-"""What is wrong with a test set is said before a model is loaded for it."""
+"""Check a test set before a model is loaded for it, and choose its normalizer."""
 
 import re
 import tarfile
@@ -12,28 +12,41 @@ from asrllm.data.plan import Item
 from asrllm.data.text import HAN, normalizer_of
 from asrllm.errors import UserError
 
-ANOTHER_SCRIPT = 0.5  # of the references, from which on the normaliser is the wrong one
-# what a reference of the normaliser's language has letters of; the others take any script
+ANOTHER_SCRIPT = 0.5  # ratio of references from which on the normalizer is the wrong one
+# letters of the languages of normalizers; the other normalizers accept any script
 SCRIPTS = {"en": "[A-Za-z]", "zh": HAN, "zh-numbers": HAN}
 
 
 def language_of(corpus: Corpus) -> str | None:
-    """As its data config says, else the one that all its utterances have."""
-    found = [lang for lang in corpus.index.about.get("languages", {}) if lang]
-    return corpus.lang or (found[0] if len(found) == 1 else None)
+    """Return the language in the data config, or the only language of the utterances."""
+    languages = [lang for lang in corpus.index.about.get("languages", {}) if lang]
+    if corpus.lang:
+        return corpus.lang
+    if len(languages) == 1:
+        return languages[0]
+    return None
 
 
 def choose_normalizer(name: str, corpus: Corpus) -> str:
-    """ "auto": that of the corpus's language."""
-    return normalizer_of(language_of(corpus)) if name == "auto" else name
+    """Return the normalizer's name; "auto" chooses by the language of the corpus."""
+    if name == "auto":
+        return normalizer_of(language_of(corpus))
+    return name
 
 
 def check_test_set(
     corpus: Corpus, cache: ShardCache, name: str, normalize: Callable[[str], str]
 ) -> None:
-    """Read every transcript, no audio. Raises UserError for repeated keys, and for references that give no error rate or a wrong one.
+    """Check the keys and references of a test set. No audio is decoded.
 
-    name, normalize: the normaliser and its name.
+    Args:
+        corpus: the test set.
+        cache: of remote shards.
+        name: of the normalizer.
+        normalize: the normalizer.
+
+    Raises:
+        UserError: keys are repeated, or the references give no error rate or a wrong one.
     """
     reader = Reader([corpus], cache=cache)
     keys: Counter[str] = Counter()
@@ -43,13 +56,16 @@ def check_test_set(
             sample = reader.tar_sample(Item(corpus=0, row=row))
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(
-                f"utterance {row} of the test set {corpus.name!r} cannot be read: {error}; index its tars again"
+                f"utterance {row} of the test set {corpus.name!r} cannot be read: {error}. "
+                "Index its tars again."
             ) from error
         keys[sample.key] += 1
         references.append(sample.fields["text"])
-    if repeated := [key for key, count in keys.items() if count > 1]:
+    repeated = [key for key, count in keys.items() if count > 1]
+    if repeated:
         raise UserError(
-            f"the test set {corpus.name!r} has {len(repeated)} repeated keys, such as {repeated[0]!r}: index each utterance once"
+            f"the test set {corpus.name!r} has {len(repeated)} repeated keys, "
+            f"for example {repeated[0]!r}. Index each utterance once."
         )
     check_references(corpus.name, references, name, normalize)
 
@@ -57,18 +73,31 @@ def check_test_set(
 def check_references(
     test_set: str, references: Sequence[str], name: str, normalize: Callable[[str], str]
 ) -> None:
-    """Raises UserError where nothing is left of all of them, or where they are in another script than the normaliser's."""
-    left = [text for reference in references if (text := normalize(reference))]
-    if not left:
+    """Check that references fit a normalizer.
+
+    Args:
+        test_set: the name of the test set.
+        references: before normalization.
+        name: of the normalizer.
+        normalize: the normalizer.
+
+    Raises:
+        UserError: all references are empty after normalization, or most are in another script than
+            the normalizer's.
+    """
+    normalized = [normalize(reference) for reference in references]
+    if not any(normalized):
         raise UserError(
-            f"all {len(references)} references of the test set {test_set!r} are empty before or after the normalizer {name!r}: "
-            "give it transcripts, or another normalizer="
+            f"all {len(references)} references of the test set {test_set!r} are empty before or "
+            f"after the normalizer {name!r}. Add transcripts, or set another normalizer=."
         )
-    script = SCRIPTS.get(name)
-    with_letters = [text for text in left if re.search(r"[^\W\d_]", text)]
-    foreign = [text for text in with_letters if script and not re.search(script, text)]
+    if name not in SCRIPTS:
+        return
+    with_letters = [text for text in normalized if re.search(r"[^\W\d_]", text)]
+    foreign = [text for text in with_letters if not re.search(SCRIPTS[name], text)]
     if len(foreign) > ANOTHER_SCRIPT * len(with_letters):
         raise UserError(
-            f"{len(foreign)} of {len(with_letters)} references of the test set {test_set!r} are in another script than the normalizer "
-            f"{name!r} is for, such as {foreign[0]!r}: set normalizer=, or the 'lang' of the set"
+            f"{len(foreign)} of {len(with_letters)} references of the test set {test_set!r} are in "
+            f"another script than that of the normalizer {name!r}, for example {foreign[0]!r}. "
+            "Set normalizer=, or the 'lang' of the set."
         )

@@ -1,4 +1,4 @@
-"""report.html: one file that shows the errors of test sets in any browser, without a network."""
+"""Write report.html: one file that shows the errors of test sets in any browser, offline."""
 
 import base64
 import hashlib
@@ -17,72 +17,84 @@ import numpy as np
 import soundfile
 
 from asrllm.atomic import write_whole
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.evaluation.compare import compare
-from asrllm.evaluation.files import most_wrong
-from asrllm.evaluation.score import UNSPACED, Errors, Transcript
-from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Pairs, Scored, score
+from asrllm.evaluation.files import count_confusions
+from asrllm.evaluation.score import UNSPACED, Errors
+from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Entry, Pairs, Scored, score
 
 ABOUT = ("normalizer", "rtfx", "prompt", "weights", "lang")
-RATES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # per cent; the borders of the distribution
-SPEAKERS, WRONG = 30, 15  # how many are shown
-STYLES, SCRIPTS = (
-    ("report.css",),
-    ("dom.js", "charts.js", "sections.js", "utterances.js", "report.js"),
-)
+RATES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # per cent; the borders of the histogram
+MAX_SPEAKERS = 30  # shown
+MAX_CONFUSIONS = 15  # shown of each kind
+STYLES = ("report.css",)
+SCRIPTS = ("dom.js", "charts.js", "sections.js", "utterances.js", "report.js")
+
+Data = dict[str, Any]  # a JSON object of the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSet:
-    """A test set in the report. entry: its entry of results.json.
+    """A test set in the report.
 
-    baseline: another's texts of the same utterances in the same order; the entry's "baseline" then has their comparison as "paired".
-
-    audio: {key: file of encode_audio} of the utterances that can be heard.
+    Attributes:
+        name: of the test set.
+        scored: the results of the model.
+        entry: the set's entry of results.json.
+        baseline: the results of the baseline on the same utterances in the same order. The entry's
+            "baseline" then has their comparison as "paired".
+        audio: encode_audio's MP3 by key, of the utterances that the page can play.
     """
 
     name: str
     scored: Scored
-    entry: dict[str, Any]
+    entry: Entry
     baseline: Scored | None = None
     audio: dict[str, bytes] = field(default_factory=dict)
 
 
 def encode_audio(wave: np.ndarray) -> bytes:
-    """wave: (samples,) float32 at 16 kHz. An MP3 file of some 4 kB a second, which every browser plays."""
+    """Encode a waveform as an MP3, which every browser plays, of about 4 kB per second.
+
+    Args:
+        wave: (samples,) float32 at RATE.
+    """
     out = io.BytesIO()
     soundfile.write(out, wave, RATE, format="MP3")
     return out.getvalue()
 
 
 def choose_audio(scored: Scored, count: int) -> list[int]:
-    """Which utterances are worth hearing: the `count` worst."""
+    """Return the `count` worst utterances, which are worth listening to."""
     return worst_first(scored.main)[:count]
 
 
 def worst_first(errors: Errors) -> list[int]:
-    """Utterances by their errors, those with as many by their rate."""
-    return np.lexsort((-errors.total / np.maximum(errors.units, 1), -errors.total)).tolist()
+    """Sort utterances by number of errors, and by error rate if that is equal."""
+    rates = errors.total / np.maximum(errors.units, 1)
+    return np.lexsort((-rates, -errors.total)).tolist()
 
 
 def write_report(path: Path, title: str, sets: Sequence[ReportSet]) -> None:
-    """The file appears whole."""
+    """Write the report atomically."""
     write_whole(path, page(title, report_data(sets)))
 
 
 # --- the page ---
 
 
-def page(title: str, data: dict[str, Any]) -> str:
-    """It says itself that nothing may be loaded and no script but its own may run."""
+def page(title: str, data: Data) -> str:
+    """Return the page, whose security policy allows only its own scripts and loads nothing."""
     folder = resources.files("asrllm.evaluation") / "page"
-    style, script = (
-        "".join((folder / name).read_text(encoding="utf-8") for name in names)
-        for names in (STYLES, SCRIPTS)
+    style = "".join((folder / name).read_text(encoding="utf-8") for name in STYLES)
+    script = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    policy = (
+        "default-src 'none'; img-src data:; media-src data:; "
+        f"style-src {digest(style)}; script-src {digest(script)}"
     )
     parts = {
         "title": html.escape(title),
-        "policy": f"default-src 'none'; img-src data:; media-src data:; style-src {digest(style)}; script-src {digest(script)}",
+        "policy": policy,
         "style": style,
         "script": script,
         "data": script_json(data),
@@ -92,144 +104,182 @@ def page(title: str, data: dict[str, Any]) -> str:
 
 
 def digest(text: str) -> str:
-    """As a content security policy names a script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    """Return the hash of a script or style in the syntax of a content security policy."""
+    sha256 = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(sha256).decode()}'"
 
 
-def script_json(data: Any) -> str:
-    """JSON that cannot end the script element that it stands in, nor a line of it."""
+def script_json(data: Data) -> str:
+    """Return JSON that cannot end the script element or the line that contains it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-# --- what the page shows ---
+# --- the data of the page ---
 
 
-def report_data(sets: Sequence[ReportSet]) -> dict[str, Any]:
-    """sets: with all together as the last where there are several; utterances: of all sets, worst first."""
+def report_data(sets: Sequence[ReportSet]) -> Data:
+    """Return the data of the page.
+
+    The last of several sets is all of them together. Utterances of all sets are sorted worst first.
+    """
     shown = [set_data(s.name, s.scored, s.entry, s.baseline) for s in sets]
     if len(sets) > 1:
         shown.append(pooled_data(sets))
-    rows = [row for i, s in enumerate(sets) for row in utterance_rows(i, s)]
-    rows.sort(key=lambda row: (-row["errors"], -row["errors"] / max(row["units"], 1)))
+    rows: list[Data] = []
+    for number, report_set in enumerate(sets):
+        rows += utterance_rows(number, report_set)
+    rows.sort(key=_worst_first)
     return {"signs": HALLUCINATION_FLAGS, "sets": shown, "utterances": rows}
 
 
-def pooled_data(sets: Sequence[ReportSet]) -> dict[str, Any]:
-    """Of all sets as one, whose metric may be another than theirs."""
-    scored = score([t for s in sets for t in s.scored.transcripts])
-    others = [s.baseline for s in sets if s.baseline is not None]
-    baseline = (
-        score([t for other in others for t in other.transcripts])
-        if len(others) == len(sets)
-        else None
-    )
+def _worst_first(row: Data) -> tuple[float, float]:
+    """Return a sorting key for rows of the table of utterances, worst first."""
+    errors = row["errors"]
+    return -errors, -errors / max(row["units"], 1)
+
+
+def pooled_data(sets: Sequence[ReportSet]) -> Data:
+    """Return the data of all sets together. The metric may differ from that of each set."""
+    scored = _pool([report_set.scored for report_set in sets])
     entry = scored.entry()
-    if baseline is not None:
-        entry["baseline"] = {
-            "paired": compare(baseline.transcripts, scored.transcripts, normalizer="").entry()
-        }
+    baseline = None
+    baselines = [s.baseline for s in sets if s.baseline is not None]
+    if len(baselines) == len(sets):
+        baseline = _pool(baselines)
+        comparison = compare(baseline.transcripts, scored.transcripts, normalizer="")
+        entry["baseline"] = {"paired": comparison.entry()}
     return set_data("all sets", scored, entry, baseline) | {"pooled": True}
 
 
-def set_data(
-    name: str, scored: Scored, entry: dict[str, Any], baseline: Scored | None
-) -> dict[str, Any]:
-    other = baseline.entry() if baseline else None
-    speakers = breakdown(scored.metric, entry["by_speaker"], other and other["by_speaker"])
+def _pool(parts: Sequence[Scored]) -> Scored:
+    return score(list(itertools.chain.from_iterable(part.transcripts for part in parts)))
+
+
+def set_data(name: str, scored: Scored, entry: Entry, baseline: Scored | None) -> Data:
+    """Return the data of one test set.
+
+    Args:
+        name: of the set.
+        scored: the results of the model.
+        entry: the set's entry of results.json.
+        baseline: the results of the baseline, if there is one.
+    """
+    system = None
+    comparison = None
+    other: Entry = {}
+    if baseline is not None:
+        other = baseline.entry()
+        system = system_data(baseline, other)
+        comparison = entry["baseline"]["paired"]
+    rows = {}
+    for key in ("by_duration", "by_corpus", "by_speaker"):
+        rows[key] = breakdown(scored.metric, entry[key], other.get(key))
+    confusions = {}
+    for kind, counter in count_confusions(scored.pairs).items():
+        confusions[kind] = counter.most_common(MAX_CONFUSIONS)
     return {
         "name": name,
         "metric": scored.metric,
         "about": {key: entry[key] for key in ABOUT if entry.get(key) is not None},
-        "model": side(scored, entry),
-        "baseline": side(baseline, other) if baseline and other else None,
-        "comparison": entry["baseline"]["paired"] if baseline else None,
+        "model": system_data(scored, entry),
+        "baseline": system,
+        "comparison": comparison,
         "utterances": entry["utterances"],
         "hours": entry["hours"],
         "empty_references": entry["empty_references"],
         "units": int(scored.main.units.sum()),
-        "by_duration": breakdown(
-            scored.metric, entry["by_duration"], other and other["by_duration"]
-        ),
-        "by_corpus": breakdown(scored.metric, entry["by_corpus"], other and other["by_corpus"]),
-        "by_speaker": speakers[:SPEAKERS],
-        "speakers": len(speakers),
+        "by_duration": rows["by_duration"],
+        "by_corpus": rows["by_corpus"],
+        "by_speaker": rows["by_speaker"][:MAX_SPEAKERS],
+        "speakers": len(rows["by_speaker"]),
         "rate_bins": rate_names(),
-        "wrong": {
-            kind: counter.most_common(WRONG) for kind, counter in most_wrong(scored.pairs).items()
-        },
+        "wrong": confusions,
     }
 
 
-def side(scored: Scored, entry: dict[str, Any]) -> dict[str, Any]:
-    """The figures that this model and the baseline both have."""
+def system_data(scored: Scored, entry: Entry) -> Data:
+    """Return the numbers that the page shows for both the model and the baseline."""
     main = scored.main
-    return {
-        **{key: entry[key] for name in scored.errors for key in (name, f"{name}_ci95")},
-        "ci95_by": entry["ci95_by"],
-        "shares": entry["shares"][scored.metric],
-        "counts": {
-            "ins": int(main.ins.sum()),
-            "del": int(main.dels.sum()),
-            "sub": int(main.subs.sum()),
-        },
-        "hallucinations": entry["hallucinations"],
-        "rates": rate_counts(main),
+    data: Data = {}
+    for metric in scored.errors:
+        data[metric] = entry[metric]
+        data[f"{metric}_ci95"] = entry[f"{metric}_ci95"]
+    data["ci95_by"] = entry["ci95_by"]
+    data["shares"] = entry["shares"][scored.metric]
+    data["counts"] = {
+        "ins": int(main.ins.sum()),
+        "del": int(main.dels.sum()),
+        "sub": int(main.subs.sum()),
     }
+    data["hallucinations"] = entry["hallucinations"]
+    data["rates"] = rate_counts(main)
+    return data
 
 
-def breakdown(
-    metric: str, ours: dict[str, Any], theirs: dict[str, Any] | None
-) -> list[dict[str, Any]]:
-    """Rows of Scored.by_duration or by_speaker, with the baseline's rate where there is one."""
-    return [
-        {
-            "name": name,
-            "utterances": of["utterances"],
-            "rate": of[metric],
-            "baseline": theirs[name][metric] if theirs else None,
-        }
-        for name, of in ours.items()
-    ]
+def breakdown(metric: str, ours: dict[str, Entry], baseline: dict[str, Entry] | None) -> list[Data]:
+    """Return the rows of a breakdown, for example Scored.by_duration.
 
-
-def rate_names() -> list[str]:
-    return ["0", *(f"{low}-{high}" for low, high in itertools.pairwise(RATES)), f"over {RATES[-1]}"]
-
-
-def rate_counts(errors: Errors) -> list[int]:
-    """Utterances in each bin of rate_names(): no error, above one border up to the next, above the last."""
-    rates = (
-        100 * errors.total / np.maximum(errors.units, 1e-9)
-    )  # anything heard in nothing is above the last
-    return np.bincount(
-        np.searchsorted(RATES, rates, side="left"), minlength=len(RATES) + 1
-    ).tolist()
-
-
-def utterance_rows(number: int, of: ReportSet) -> list[dict[str, Any]]:
-    """number: of the set."""
-    rows = [
-        utterance_row(of.scored, i) | {"set": number} for i in range(len(of.scored.transcripts))
-    ]
-    if of.baseline is not None:
-        assert [row["key"] for row in rows] == [t.key for t in of.baseline.transcripts], (
-            "the baseline is of other utterances"
-        )
-        for i, row in enumerate(rows):
-            row["baseline"] = said(of.baseline, i)
-    for row in rows:
-        if row["key"] in of.audio:
-            row["audio"] = base64.b64encode(of.audio[row["key"]]).decode()
+    Args:
+        metric: the metric to show.
+        ours: the model's entries by name.
+        baseline: the baseline's entries by name, if there is a baseline.
+    """
+    rows = []
+    for name, entry in ours.items():
+        row = {"name": name, "utterances": entry["utterances"], "rate": entry[metric]}
+        row["baseline"] = baseline[name][metric] if baseline else None
+        rows.append(row)
     return rows
 
 
-def utterance_row(scored: Scored, i: int) -> dict[str, Any]:
-    transcript: Transcript = scored.transcripts[i]
+def rate_names() -> list[str]:
+    """Return the names of the histogram's bins."""
+    ranges = [f"{low}-{high}" for low, high in itertools.pairwise(RATES)]
+    return ["0", *ranges, f"over {RATES[-1]}"]
+
+
+def rate_counts(errors: Errors) -> list[int]:
+    """Return the number of utterances in each bin of rate_names().
+
+    The first bin has no errors, and each other bin excludes its lower border. Insertions in an
+    empty reference are in the last bin.
+    """
+    rates = 100 * errors.total / np.maximum(errors.units, 1e-9)
+    bins = np.searchsorted(RATES, rates, side="left")
+    return np.bincount(bins, minlength=len(RATES) + 1).tolist()
+
+
+def utterance_rows(number: int, report_set: ReportSet) -> list[Data]:
+    """Return the rows of a set in the table of utterances.
+
+    Args:
+        number: of the set.
+        report_set: the set.
+    """
+    scored = report_set.scored
+    baseline = report_set.baseline
+    if baseline is not None:
+        keys = [transcript.key for transcript in baseline.transcripts]
+        assert keys == [transcript.key for transcript in scored.transcripts]
+    rows = []
+    for i, transcript in enumerate(scored.transcripts):
+        row = utterance_row(scored, i) | {"set": number}
+        if baseline is not None:
+            row["baseline"] = hypothesis_data(baseline, i)
+        if transcript.key in report_set.audio:
+            row["audio"] = base64.b64encode(report_set.audio[transcript.key]).decode()
+        rows.append(row)
+    return rows
+
+
+def utterance_row(scored: Scored, i: int) -> Data:
+    """Return the row of an utterance without the baseline."""
+    transcript = scored.transcripts[i]
     errors = scored.main
-    return said(scored, i) | {
+    return hypothesis_data(scored, i) | {
         "key": transcript.key,
         "speaker": transcript.speaker,
         "recording": transcript.recording,
@@ -238,34 +288,35 @@ def utterance_row(scored: Scored, i: int) -> dict[str, Any]:
         "ins": int(errors.ins[i]),
         "del": int(errors.dels[i]),
         "sub": int(errors.subs[i]),
-        "signs": scored.signs[i],
+        "signs": scored.flags[i],
         "ref": transcript.raw_reference,
     }
 
 
-def said(scored: Scored, i: int) -> dict[str, Any]:
-    """aligned: see runs()."""
+def hypothesis_data(scored: Scored, i: int) -> Data:
+    """Return what an utterance's row shows for both the model and the baseline."""
     return {
         "errors": int(scored.main.total[i]),
         "hyp": scored.transcripts[i].raw_hypothesis,
         "end": scored.transcripts[i].end,
-        "aligned": runs(scored.pairs[i], scored.metric),
+        "aligned": alignment_runs(scored.pairs[i], scored.metric),
     }
 
 
-def runs(pairs: Pairs, metric: str) -> list[str | Pairs]:
-    """What is right as text, and between it the pairs that are wrong."""
-    found: list[str | Pairs] = []
-    for is_right, group in itertools.groupby(pairs, key=lambda pair: pair[0] == pair[1]):
-        wrong = list(group)
-        found.append(joined([reference for reference, _ in wrong], metric) if is_right else wrong)
-    return found
+def alignment_runs(pairs: Pairs, metric: str) -> list[str | Pairs]:
+    """Group an alignment into runs: correct ones as text, and the pairs of incorrect ones."""
+    runs: list[str | Pairs] = []
+    for is_correct, group in itertools.groupby(pairs, key=lambda pair: pair[0] == pair[1]):
+        run = list(group)
+        if is_correct:
+            runs.append(join_units([reference for reference, _ in run], metric))
+        else:
+            runs.append(run)
+    return runs
 
 
-def joined(units: Sequence[str], metric: str) -> str:
-    """Units of a metric as text: no spaces beside characters of scripts without them."""
-    return (
-        "".join(units)
-        if metric == "cer"
-        else re.sub(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(units))
-    )
+def join_units(units: Sequence[str], metric: str) -> str:
+    """Join the units of a metric, without spaces next to characters of scripts without them."""
+    if metric == "cer":
+        return "".join(units)
+    return re.sub(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(units))

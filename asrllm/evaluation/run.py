@@ -1,4 +1,4 @@
-"""An evaluation: every test set decoded, by the model and by its encoder's own Whisper, scored, written and reported."""
+"""Evaluate a model and the Whisper that its encoder comes from: decode, score and report."""
 
 import contextlib
 import functools
@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import Timeout
@@ -25,11 +24,11 @@ from asrllm.evaluation.decode import Decoded, DecodingOptions, decode_corpus
 from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.journal import Journal
-from asrllm.evaluation.prompt import prompt_to_ask
+from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
 from asrllm.evaluation.score import UNITS
-from asrllm.evaluation.summary import Scored, score
+from asrllm.evaluation.summary import Entry, Scored, score
 from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.locks import FileLock
@@ -38,11 +37,15 @@ from asrllm.models.auto import describe
 from asrllm.models.base_models import base_entry, base_paths
 from asrllm.training.watchdog import Watchdog
 
-BASELINE = "whisper"  # the folder beside the decoding methods' that keeps what the baseline said
+BASELINE = "whisper"  # directory of the baseline's journals, next to those of decoding methods
 
 
 class Evaluation:
-    """All ranks decode; the first one scores and writes. results: what results.json holds, on that rank."""
+    """Evaluates a model on test sets. All ranks decode, and the first one scores and writes.
+
+    Attributes:
+        results: the content of results.json, on the first rank.
+    """
 
     def __init__(
         self,
@@ -53,67 +56,84 @@ class Evaluation:
         weights: Path,
         device: torch.device,
     ) -> None:
-        self.config, self.corpora, self.cache, self.weights = config, corpora, cache, weights
-        self.device, self.dtype = device, config.dtype(device)
+        """
+        Args:
+            config: of the evaluation.
+            corpora: the test sets.
+            cache: of remote shards.
+            weights: what is evaluated.
+            device: where to decode.
+        """
+        self.config = config
+        self.corpora = corpora
+        self.cache = cache
+        self.weights = weights
+        self.device = device
+        self.dtype = config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
         self.folder = self.exp_dir / config.decoding_method
         self.suffix = config.suffix(weights)
         self.lock = FileLock(self.folder / ".evaluating.lock", blocking=False)
-        self.description = describe(self.exp_dir, config.model.paths)
-        self.prompts = {corpus.name: self._prompt(corpus) for corpus in corpora}
-        self.normalizers = {
-            corpus.name: choose_normalizer(config.normalizer, corpus) for corpus in corpora
-        }
+        self.model_config = describe(self.exp_dir, config.model.paths)
+        self.prompts: dict[str, str] = {}
+        self.normalizers: dict[str, str] = {}
+        for corpus in corpora:
+            self.prompts[corpus.name] = self._prompt(corpus)
+            self.normalizers[corpus.name] = choose_normalizer(config.normalizer, corpus)
         self.scored: dict[str, Scored] = {}
         self.baselines: dict[str, Scored] = {}
-        self.results: dict[str, Any] = {}
+        self.results: dict[str, Entry] = {}
         self.journals: list[Journal] = []
         self.watchdog = Watchdog()
 
     def _prompt(self, corpus: Corpus) -> str:
-        return prompt_to_ask(
-            self.description, prompt=self.config.prompt, language=language_of(corpus), hotwords=None
+        language = language_of(corpus)
+        return inference_prompt(
+            self.model_config, prompt=self.config.prompt, language=language, hotwords=None
         )
 
     def check(self) -> None:
-        """Raises UserError for a test set that cannot be scored, and where another evaluation writes to the same folder."""
-        distributed.first_rank_does(self._claim)
+        """Lock the result directory and check the test sets.
+
+        Raises:
+            UserError: a test set cannot be scored, or another evaluation writes to the directory.
+        """
+        distributed.first_rank_does(self._lock_folder)
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
             distributed.first_rank_does(
                 functools.partial(check_test_set, corpus, self.cache, name, normalizer(name))
             )
 
-    def _claim(self) -> None:
+    def _lock_folder(self) -> None:
         self.folder.mkdir(exist_ok=True)
         try:
             self.lock.acquire()
         except Timeout as error:
             raise UserError(
-                f"another evaluation writes to {str(self.folder)!r}: wait for its end"
+                f"another evaluation writes to {str(self.folder)!r}. Wait until it has finished."
             ) from error
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Within the block this rank must make progress every step_timeout seconds."""
+        """Require progress of this rank every step_timeout seconds within the block."""
         rank = distributed.rank()
         timeout = self.config.step_timeout
         with Watchdog(timeout, self.folder, rank=rank, key="step_timeout") as self.watchdog:
             yield
 
     def decode(self, engine: Engine) -> None:
-        of = {
-            "weights": identity_of(self.weights),
+        """Decode the test sets with the model, score them and write their result files."""
+        settings = {
+            "weights": file_stats(self.weights),
             "model": (self.exp_dir / "config.json").read_text(encoding="utf-8"),
             "options": self.config.generation,
             "dtype": str(self.dtype),
         }
         for corpus in self.corpora:
-            journal = Journal(
-                self.folder,
-                corpus.name,
-                of | {"corpus": identity_of_corpus(corpus), "prompt": self.prompts[corpus.name]},
-            )
+            settings["corpus"] = corpus_digest(corpus)
+            settings["prompt"] = self.prompts[corpus.name]
+            journal = Journal(self.folder, corpus.name, settings)
             self.journals.append(journal)
             decoded = self._decode(engine, corpus, journal)
             if distributed.rank() == 0:
@@ -123,15 +143,8 @@ class Evaluation:
         options = DecodingOptions(
             prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration
         )
-        return decode_corpus(
-            engine,
-            corpus,
-            options,
-            normalizer(self.normalizers[corpus.name]),
-            self.cache,
-            journal,
-            self.watchdog,
-        )
+        normalize = normalizer(self.normalizers[corpus.name])
+        return decode_corpus(engine, corpus, options, normalize, self.cache, journal, self.watchdog)
 
     def _write(self, corpus: Corpus, decoded: Decoded) -> None:
         name = corpus.name
@@ -145,114 +158,138 @@ class Evaluation:
             "dtype": str(self.dtype).removeprefix("torch."),
             "options": self.config.generation,
         }
-        self.scored[name] = score(decoded.transcripts)
-        r = self.results[name] = write_results(
-            self.folder, name, self.suffix, self.scored[name], about
-        )
-        metric = r["metric"]
-        low, high = r[f"{metric}_ci95"]
-        others = ", ".join(
-            f"{other.upper()} {r[other]:.2f} %" for other in UNITS if other != metric
-        )
-        print(f"{name}: {metric.upper()} {r[metric]:.2f} % (95 %: {low:.2f} to {high:.2f}), {others}, {r['utterances']} utterances, "
-              f"{r['rtfx']:g} x real time, normalizer {r['normalizer']}", flush=True)  # fmt: skip
+        scored = score(decoded.transcripts)
+        entry = write_results(self.folder, name, self.suffix, scored, about)
+        self.scored[name] = scored
+        self.results[name] = entry
+        print(f"{name}: {entry_text(entry)}", flush=True)
 
     def decode_baseline(self) -> None:
-        """The encoder's own Whisper on the same utterances; kept beside, since training changes nothing about it."""
-        self.watchdog.beat("loading the encoder's own Whisper")
-        whisper, why_not = None, None
+        """Decode the test sets with the Whisper that the encoder comes from.
+
+        Its journals are never removed, because it does not change with training.
+        """
+        self.watchdog.beat("loading the encoder's Whisper model")
+        whisper = self._load_whisper()
+        if whisper is None:
+            return
+        for corpus in self.corpora:
+            engine = whisper.with_language(language_of(corpus))
+            settings = {
+                "whisper": file_stats(whisper.folder),
+                "options": engine.options,
+                "dtype": str(self.dtype),
+                "corpus": corpus_digest(corpus),
+            }
+            journal = Journal(self.exp_dir / BASELINE, corpus.name, settings)
+            decoded = self._decode(engine, corpus, journal)
+            if distributed.rank() == 0:
+                self._add_baseline(corpus.name, decoded)
+
+    def _load_whisper(self) -> WhisperEngine | None:
+        """Return the baseline, or print why there is none if any rank cannot load it."""
+        whisper = None
+        problem = None
         try:
             whisper = WhisperEngine(
-                find_whisper(encoder_path(self.description)),
+                find_whisper(encoder_path(self.model_config)),
                 dtype=self.dtype,
                 device=self.device,
                 max_new_tokens=self.config.max_new_tokens,
             )
         except UserError as error:
-            why_not = str(error)
-        reasons = [reason for reason in distributed.gather_objects(why_not) if reason]
-        if whisper is None or reasons:
-            if distributed.rank() == 0:
-                print(f"no Whisper baseline: {reasons[0]}", flush=True)
-            return
-        for corpus in self.corpora:
-            engine = whisper.of_language(language_of(corpus))
-            of = {
-                "whisper": identity_of(whisper.folder),
-                "options": engine.options,
-                "dtype": str(self.dtype),
-            }
-            journal = Journal(
-                self.exp_dir / BASELINE, corpus.name, of | {"corpus": identity_of_corpus(corpus)}
-            )
-            decoded = self._decode(engine, corpus, journal)
-            if distributed.rank() == 0:
-                self._add_baseline(corpus.name, decoded)
+            problem = str(error)
+        problems = [each for each in distributed.gather_objects(problem) if each]
+        if not problems:
+            return whisper
+        if distributed.rank() == 0:
+            print(f"No Whisper baseline: {problems[0]}", flush=True)
+        return None
 
     def _add_baseline(self, name: str, decoded: Decoded) -> None:
         self.watchdog.beat(f"scoring the baseline on {name}")
-        baseline = self.baselines[name] = score(decoded.transcripts)
-        against = compare(
+        baseline = score(decoded.transcripts)
+        comparison = compare(
             baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name]
         )
-        self.results[name]["baseline"] = baseline.rates() | {
-            "rtfx": round(decoded.rtfx, 2),
-            "paired": against.entry(),
-        }
-        print(f"  from the encoder's own Whisper to it: {as_text(name, against)}", flush=True)
+        entry = baseline.rates()
+        entry["rtfx"] = round(decoded.rtfx, 2)
+        entry["paired"] = comparison.entry()
+        self.baselines[name] = baseline
+        self.results[name]["baseline"] = entry
+        print(f"  compared with the encoder's Whisper: {as_text(name, comparison)}", flush=True)
 
     def report(self) -> None:
+        """Write the summary and the report, log to W&B and release the lock, on the first rank."""
         if distributed.rank() != 0:
             return
         self.watchdog.beat("writing the report")
         write_summary(self.folder, self.suffix, self.results)
         sets = [self._report_set(corpus) for corpus in self.corpora]
-        suffix, newest = self.suffix, self.folder / "report.html"
-        report = self.folder / f"report-{suffix}.html"
-        write_report(report, f"{self.exp_dir.name}, {suffix}", sets)
+        newest = self.folder / "report.html"
+        report = self.folder / f"report-{self.suffix}.html"
+        write_report(report, f"{self.exp_dir.name}, {self.suffix}", sets)
         with new_file(newest) as partial:
             shutil.copyfile(report, partial)
         log_to_wandb(self.config.wandb, self.exp_dir, sets)
         for journal in self.journals:
             journal.remove()
         self.lock.release()
-        print(f"results: {self.folder}, to be looked at in {newest}")
+        print(f"Results are in {self.folder}. Open {newest} in a browser.")
 
     def _report_set(self, corpus: Corpus) -> ReportSet:
-        name, scored, reader = (
-            corpus.name,
-            self.scored[corpus.name],
-            Reader([corpus], cache=self.cache),
-        )
-        heard = [scored.transcripts[i] for i in choose_audio(scored, self.config.report_audio)]
-        audio = {t.key: encode_audio(reader.read(Item(corpus=0, row=t.row)).wave) for t in heard}
+        scored = self.scored[corpus.name]
+        reader = Reader([corpus], cache=self.cache)
+        audio = {}
+        for i in choose_audio(scored, self.config.report_audio):
+            transcript = scored.transcripts[i]
+            sample = reader.read(Item(corpus=0, row=transcript.row))
+            audio[transcript.key] = encode_audio(sample.wave)
         return ReportSet(
-            name=name,
+            name=corpus.name,
             scored=scored,
-            entry=self.results[name],
-            baseline=self.baselines.get(name),
+            entry=self.results[corpus.name],
+            baseline=self.baselines.get(corpus.name),
             audio=audio,
         )
 
 
-def encoder_path(description: AsrLlmConfig) -> str | None:
+def entry_text(entry: Entry) -> str:
+    """Return the main numbers of an entry of results.json as one line."""
+    metric = entry["metric"]
+    low, high = entry[f"{metric}_ci95"]
+    others = [f"{other.upper()} {entry[other]:.2f} %" for other in UNITS if other != metric]
+    return (
+        f"{metric.upper()} {entry[metric]:.2f} % (95 % CI {low:.2f} to {high:.2f}), "
+        f"{', '.join(others)}, {entry['utterances']} utterances, "
+        f"{entry['rtfx']:g}x real time, normalizer {entry['normalizer']}"
+    )
+
+
+def encoder_path(config: AsrLlmConfig) -> str | None:
     """Return the path of the audio encoder's base model; None if the configuration names none.
 
     Raises:
-        UserError: it is missing, or another one.
+        UserError: the base model does not exist or is a different one.
     """
-    if base_entry(description, "audio_encoder") is None:
+    if base_entry(config, "audio_encoder") is None:
         return None
-    return base_paths(description, ["audio_encoder"])["audio_encoder"]
+    return base_paths(config, ["audio_encoder"])["audio_encoder"]
 
 
-def identity_of(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a file, or of a directory's."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def file_stats(path: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and modification time of a file, or of the files in a directory."""
+    files = [path]
+    if not path.is_file():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    stats = []
+    for file in files:
+        found = file.stat()
+        stats.append((file.name, found.st_size, found.st_mtime_ns))
+    return stats
 
 
-def identity_of_corpus(corpus: Corpus) -> str:
-    return hashlib.sha256(
-        "".join([str(corpus.index.about["rows_sha256"]), *corpus.index.sha256]).encode()
-    ).hexdigest()
+def corpus_digest(corpus: Corpus) -> str:
+    """Return a digest of the rows and shards of a corpus."""
+    parts = [str(corpus.index.about["rows_sha256"]), *corpus.index.sha256]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Error rates by exact alignment, with their confidence intervals."""
+"""Error rates from exact alignments, with their confidence intervals."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,18 +8,29 @@ import kaldialign
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 1000
-FEWEST_GROUPS = 5  # speakers or recordings; intervals over fewer say little
-NOTHING = ""  # in an alignment
-STRAY = 0.02  # of the units: so few of another script change nothing about what is counted
+FEWEST_GROUPS = 5  # speakers or recordings; intervals over fewer are meaningless
+NOTHING = ""  # the missing unit of an insertion or deletion in an alignment
+STRAY = 0.02  # ratio of units in another script up to which they do not change the metric
 # kana, Chinese characters, Thai, Lao, Myanmar, Khmer
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """One utterance's reference and hypothesis after normalisation, as they were before it, and its audio's length in seconds.
+    """The reference and hypothesis of an utterance.
 
-    speaker, recording, corpus: "" where they are not known. end: what ended the hypothesis, as in generation.Answer. row: in the index.
+    Attributes:
+        key: the utterance's key.
+        reference: normalized.
+        hypothesis: normalized.
+        raw_reference: before normalization.
+        raw_hypothesis: before normalization.
+        duration: seconds of audio.
+        speaker: "" if unknown.
+        recording: "" if unknown.
+        corpus: "" if unknown.
+        end: what ended the hypothesis, see generation.Answer.
+        row: in the corpus's index; -1 if unknown.
     """
 
     key: str
@@ -36,32 +47,65 @@ class Transcript:
 
 
 def words(text: str) -> list[str]:
+    """Split a text at spaces."""
     return text.split()
 
 
 def characters(text: str) -> list[str]:
-    """Spaces do not count."""
+    """Split a text into characters without spaces."""
     return list(text.replace(" ", ""))
 
 
 def mixed(text: str) -> list[str]:
-    """The units of the mixed error rate: characters of scripts without spaces, words of the others (as for SEAME's Mandarin-English)."""
+    """Split a text into the units of the mixed error rate.
+
+    These are characters in scripts without spaces and words in all others, as is usual for the
+    Mandarin-English corpus SEAME.
+    """
     return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
 
 
-UNITS: dict[str, Callable[[str], list[str]]] = {"wer": words, "cer": characters, "mer": mixed}
+UNITS: dict[str, Callable[[str], list[str]]] = {
+    "wer": words,
+    "cer": characters,
+    "mer": mixed,
+}
 
 
 def fitting_metric(references: Sequence[str]) -> str:
-    """wer for scripts with spaces between words, cer for those without, mer for both together; a letter here and there is no other."""
-    units = [unit for text in references for unit in mixed(text) if re.search(r"[^\W\d]", unit)]
-    share = sum(bool(re.match(f"[{UNSPACED}]", unit)) for unit in units) / max(len(units), 1)
-    return "wer" if share < STRAY else "cer" if share > 1 - STRAY else "mer"
+    """Return the metric that fits the script of the references.
+
+    It is "wer" for scripts with spaces between words, "cer" for scripts without, and "mer" for a
+    mixture. A few letters of another script do not count.
+    """
+    spaced = 0
+    unspaced = 0
+    for reference in references:
+        for unit in mixed(reference):
+            if not re.search(r"[^\W\d]", unit):  # no letter
+                continue
+            if re.match(f"[{UNSPACED}]", unit):
+                unspaced += 1
+            else:
+                spaced += 1
+    ratio = unspaced / max(spaced + unspaced, 1)
+    if ratio < STRAY:
+        return "wer"
+    if ratio > 1 - STRAY:
+        return "cer"
+    return "mer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Counts over utterances, arrays (utterances,): insertions, deletions, substitutions, reference units (words or characters)."""
+    """Error counts of utterances.
+
+    Attributes:
+        ins: (utterances,) insertions.
+        dels: (utterances,) deletions.
+        subs: (utterances,) substitutions.
+        units: (utterances,) units of the references: words, characters or both.
+    """
 
     ins: np.ndarray
     dels: np.ndarray
@@ -70,29 +114,43 @@ class Errors:
 
     @property
     def total(self) -> np.ndarray:
+        """All errors, (utterances,)."""
         return self.ins + self.dels + self.subs
 
     @property
     def rate(self) -> float:
-        """Per cent of the reference's units."""
-        return self.share(self.total)
+        """Error rate over all utterances in per cent."""
+        return self.percentage(self.total)
 
-    def share(self, counts: np.ndarray) -> float:
-        return 100 * float(counts.sum()) / max(float(self.units.sum()), 1.0)
+    def percentage(self, counts: np.ndarray) -> float:
+        """Return the sum of counts (utterances,) in per cent of the reference units."""
+        units = max(float(self.units.sum()), 1.0)
+        return 100 * float(counts.sum()) / units
 
-    def of(self, chosen: Sequence[int]) -> "Errors":
-        """Of some of the utterances."""
-        i = np.asarray(chosen, dtype=int)
-        return Errors(ins=self.ins[i], dels=self.dels[i], subs=self.subs[i], units=self.units[i])
+    def select(self, rows: Sequence[int]) -> "Errors":
+        """Return the errors of some of the utterances."""
+        i = np.asarray(rows, dtype=int)
+        return Errors(
+            ins=self.ins[i],
+            dels=self.dels[i],
+            subs=self.subs[i],
+            units=self.units[i],
+        )
 
     def confidence_interval(self, groups: np.ndarray | None = None) -> tuple[float, float]:
-        """95 % bootstrap interval of the rate over utterances (Bisani and Ney, "Bootstrap Estimates for Confidence Intervals", 2004).
+        """Return the 95 % bootstrap interval of the rate.
 
-        groups: (utterances,) numbers of the speaker or recording, which are then drawn as a whole (Liu and Peng, "Statistical Testing on
-        ASR Performance via Blockwise Bootstrap", 2020). Without an error: up to 3 in all units (Hanley and Lippman-Hand, "If Nothing Goes
-        Wrong, Is Everything All Right?", 1983). One utterance or group alone bounds nothing.
+        Utterances are drawn with replacement (Bisani and Ney, "Bootstrap Estimates for Confidence
+        Intervals", 2004), or whole groups of them (Liu and Peng, "Statistical Testing on ASR
+        Performance via Blockwise Bootstrap", 2020). Without errors, the upper bound is 3 errors in
+        all units (Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?",
+        1983). A single utterance or group gives no bound.
+
+        Args:
+            groups: (utterances,) number of the speaker or recording, None to draw utterances.
         """
-        total, units = sum_by(groups, self.total), sum_by(groups, self.units)
+        total = sum_by(groups, self.total)
+        units = sum_by(groups, self.units)
         if len(units) < 2:
             return 0.0, max(100.0, self.rate)
         if not total.any():
@@ -101,8 +159,14 @@ class Errors:
 
 
 def bootstrap_interval(total: np.ndarray, units: np.ndarray) -> tuple[float, float]:
-    """95 % interval of 100 * sum(total) / sum(units) over utterances or groups drawn with replacement; total, units: (drawn,)."""
-    rng, rates = np.random.default_rng(0), np.empty(BOOTSTRAP_SAMPLES)
+    """Return the 95 % interval of 100 * sum(total) / sum(units), drawn with replacement.
+
+    Args:
+        total: (n,) errors of each utterance or group.
+        units: (n,) reference units of each utterance or group.
+    """
+    rng = np.random.default_rng(0)
+    rates = np.empty(BOOTSTRAP_SAMPLES)
     for i in range(BOOTSTRAP_SAMPLES):
         drawn = rng.integers(len(units), size=len(units))
         rates[i] = 100 * total[drawn].sum() / max(units[drawn].sum(), 1)
@@ -111,32 +175,43 @@ def bootstrap_interval(total: np.ndarray, units: np.ndarray) -> tuple[float, flo
 
 
 def sum_by(groups: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
-    """(utterances,) -> (groups,)"""
-    return counts if groups is None else np.bincount(groups, weights=counts)
+    """Sum counts (utterances,) over the utterances of each group, (groups,)."""
+    if groups is None:
+        return counts
+    return np.bincount(groups, weights=counts)
 
 
 def groups_of(transcripts: Sequence[Transcript]) -> tuple[str, np.ndarray | None]:
-    """What is drawn as a whole: ("speaker" | "recording" | "utterance", (utterances,) the group of each; None of utterances)."""
+    """Choose what the bootstrap draws.
+
+    Returns:
+        "speaker", "recording" or "utterance", and the (utterances,) group of each utterance, which
+        is None for "utterance".
+    """
     for kind in ("speaker", "recording"):
-        names = [getattr(t, kind) for t in transcripts]
+        names = [getattr(transcript, kind) for transcript in transcripts]
         if all(names) and len(set(names)) >= FEWEST_GROUPS:
             return kind, np.unique(names, return_inverse=True)[1]
     return "utterance", None
 
 
 def errors(transcripts: Sequence[Transcript], metric: str = "wer") -> Errors:
-    """metric: of UNITS"""
-    units = UNITS[metric]
-    return count_errors([(units(t.reference), units(t.hypothesis)) for t in transcripts])
+    """Count the errors of utterances in the units of a metric of UNITS."""
+    split = UNITS[metric]
+    return count_errors([(split(t.reference), split(t.hypothesis)) for t in transcripts])
 
 
 def count_errors(pairs: Sequence[tuple[list[str], list[str]]]) -> Errors:
+    """Count the errors in pairs of reference units and hypothesis units."""
     counts = [kaldialign.edit_distance(reference, hypothesis) for reference, hypothesis in pairs]
-    columns = {key: np.array([c[key] for c in counts], dtype=int) for key in ("ins", "del", "sub")}
-    units = np.array([len(reference) for reference, _ in pairs], dtype=int)
-    return Errors(ins=columns["ins"], dels=columns["del"], subs=columns["sub"], units=units)
+    return Errors(
+        ins=np.array([count["ins"] for count in counts], dtype=int),
+        dels=np.array([count["del"] for count in counts], dtype=int),
+        subs=np.array([count["sub"] for count in counts], dtype=int),
+        units=np.array([len(reference) for reference, _ in pairs], dtype=int),
+    )
 
 
 def align(reference: list[str], hypothesis: list[str]) -> list[tuple[str, str]]:
-    """Pairs of (reference unit, hypothesis unit); NOTHING where there is none."""
+    """Return aligned pairs (reference unit, hypothesis unit). A missing unit is NOTHING."""
     return kaldialign.align(reference, hypothesis, NOTHING)

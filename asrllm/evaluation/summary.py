@@ -1,4 +1,4 @@
-"""What is said of a decoded test set: rates, signs of hallucination, and both by duration and speaker."""
+"""Summarize a decoded test set: error rates and hallucination flags, by duration and speaker."""
 
 import bisect
 import itertools
@@ -22,118 +22,140 @@ from asrllm.evaluation.score import (
 from asrllm.models.asr_llm.generation import first_loop
 
 DURATIONS = (2, 5, 10, 15, 20, 30)  # seconds; the borders of the breakdown
-BURST = 5  # units inserted in a row
-LOOP = 8  # units; a text whose same few units last longer is a loop
-FAR_OFF, FEWEST = (
-    2.0,
-    5,
-)  # a text that is so many times as long or short as the reference, and so many units longer or shorter
+BURST = 5  # consecutive inserted units
+LOOP = 8  # units; a longer repetition of the same few units is a loop
+LENGTH_FACTOR = 2.0  # ratio of lengths from which a text is too long or too short
+LENGTH_UNITS = 5  # and the smallest difference in units
 HALLUCINATION_FLAGS = {
-    "empty": "nothing was heard, something was said",
-    "invented": "something was heard, nothing was said",
-    "loop": "a few units over and over",
-    "burst": f"at least {BURST} units inserted in a row",
-    "long": f"more than {FAR_OFF:g} times as long as the reference",
-    "short": f"less than 1/{FAR_OFF:g} as long as the reference",
-    "limit": "cut off at the length limit",
+    "empty": "the reference has text, the hypothesis has none",
+    "invented": "the hypothesis has text, the reference has none",
+    "loop": "a few units are repeated over and over",
+    "burst": f"at least {BURST} consecutive units are inserted",
+    "long": f"more than {LENGTH_FACTOR:g} times as long as the reference",
+    "short": f"less than 1/{LENGTH_FACTOR:g} as long as the reference",
+    "limit": "truncated at the length limit",
 }
 Pairs = list[tuple[str, str]]
+Entry = dict[str, Any]  # a JSON object of results.json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A decoded test set. metric: the one of UNITS that fits its references, which pairs (alignments) and signs are of."""
+    """A decoded and scored test set.
+
+    Attributes:
+        transcripts: one per utterance.
+        metric: the metric of UNITS that fits the references.
+        errors: counts by metric.
+        pairs: the alignment of each utterance in units of `metric`.
+        flags: the hallucination flags of each utterance.
+        interval_by: what the bootstrap draws: "speaker", "recording" or "utterance".
+        groups: (utterances,) group of each utterance, see groups_of.
+    """
 
     transcripts: Sequence[Transcript]
     metric: str
     errors: dict[str, Errors]
     pairs: list[Pairs]
-    signs: list[list[str]]
+    flags: list[list[str]]
     interval_by: str
     groups: np.ndarray | None
 
     @property
     def main(self) -> Errors:
+        """The errors in units of `metric`."""
         return self.errors[self.metric]
 
-    def rates(self) -> dict[str, Any]:
-        """wer, cer, mer and their intervals, with what the intervals are over."""
-        said: dict[str, Any] = {"metric": self.metric}
+    def rates(self) -> Entry:
+        """Return wer, cer and mer with their intervals, and what the bootstrap draws."""
+        entry: Entry = {"metric": self.metric}
         for name, counts in self.errors.items():
-            said[name] = round(counts.rate, 3)
-            said[f"{name}_ci95"] = [round(x, 3) for x in counts.confidence_interval(self.groups)]
-        said["ci95_by"] = self.interval_by
-        return said
+            low, high = counts.confidence_interval(self.groups)
+            entry[name] = round(counts.rate, 3)
+            entry[f"{name}_ci95"] = [round(low, 3), round(high, 3)]
+        entry["ci95_by"] = self.interval_by
+        return entry
 
-    def shares(self) -> dict[str, dict[str, float]]:
-        """Insertions, deletions and substitutions in per cent of the reference's units."""
-        parts = {
-            name: {"ins": e.ins, "del": e.dels, "sub": e.subs} for name, e in self.errors.items()
-        }
-        return {
-            name: {kind: round(self.errors[name].share(n), 3) for kind, n in part.items()}
-            for name, part in parts.items()
-        }
-
-    def hallucinations(self) -> dict[str, Any]:
-        """Utterances with each sign, and units heard to units said, over all utterances."""
-        counts = Counter(itertools.chain.from_iterable(self.signs))
-        heard = sum(hyp != NOTHING for pairs in self.pairs for _, hyp in pairs)
-        ratio = heard / max(int(self.main.units.sum()), 1)
-        return {sign: counts[sign] for sign in HALLUCINATION_FLAGS} | {
-            "length_ratio": round(ratio, 4)
-        }
-
-    def by_duration(self) -> dict[str, dict[str, Any]]:
-        borders = [0, *DURATIONS, float("inf")]
-        names = [
-            f"{low:g}-{high:g} s" if high < float("inf") else f"over {low:g} s"
-            for low, high in itertools.pairwise(borders)
-        ]
-        bins = [bisect.bisect_right(DURATIONS, t.duration) for t in self.transcripts]
-        return self._by(lambda i: names[bins[i]], order=names)
-
-    def by_speaker(self) -> dict[str, dict[str, Any]]:
-        """Worst first; empty where no speaker is known."""
-        found = self._by(lambda i: self.transcripts[i].speaker)
-        return (
-            dict(sorted(found.items(), key=lambda item: -item[1][self.metric]))
-            if found.keys() - {""}
-            else {}
-        )
-
-    def by_corpus(self) -> dict[str, dict[str, Any]]:
-        """Empty where the test set is of one."""
-        found = self._by(lambda i: self.transcripts[i].corpus)
-        return found if len(found) > 1 else {}
-
-    def _by(self, of: Callable[[int], str], order: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-        chosen: dict[str, list[int]] = {name: [] for name in order}
-        for i in range(len(self.transcripts)):
-            chosen.setdefault(of(i), []).append(i)
-        return {
-            name: {
-                "utterances": len(rows),
-                "hours": round(sum(self.transcripts[i].duration for i in rows) / 3600, 4),
-                self.metric: round(self.main.of(rows).rate, 3),
+    def percentages(self) -> dict[str, dict[str, float]]:
+        """Return insertions, deletions and substitutions in per cent of the reference units."""
+        found = {}
+        for name, counts in self.errors.items():
+            found[name] = {
+                "ins": round(counts.percentage(counts.ins), 3),
+                "del": round(counts.percentage(counts.dels), 3),
+                "sub": round(counts.percentage(counts.subs), 3),
             }
-            for name, rows in chosen.items()
-            if rows
-        }
+        return found
 
-    def entry(self) -> dict[str, Any]:
-        """For results.json."""
-        words = self.errors["wer"]
+    def hallucinations(self) -> dict[str, float]:
+        """Return the number of utterances with each flag, and the length ratio.
+
+        The length ratio is the number of hypothesis units divided by that of reference units.
+        """
+        counts = Counter(itertools.chain.from_iterable(self.flags))
+        found: dict[str, float] = {flag: counts[flag] for flag in HALLUCINATION_FLAGS}
+        hypothesis_units = 0
+        for pairs in self.pairs:
+            hypothesis_units += sum(hypothesis != NOTHING for _, hypothesis in pairs)
+        ratio = hypothesis_units / max(int(self.main.units.sum()), 1)
+        found["length_ratio"] = round(ratio, 4)
+        return found
+
+    def by_duration(self) -> dict[str, Entry]:
+        """Return the results by ranges of duration, shortest first."""
+        names = [f"{low:g}-{high:g} s" for low, high in itertools.pairwise([0, *DURATIONS])]
+        names.append(f"over {DURATIONS[-1]:g} s")
+
+        def name_of(transcript: Transcript) -> str:
+            return names[bisect.bisect_right(DURATIONS, transcript.duration)]
+
+        return self._by(name_of, order=names)
+
+    def by_speaker(self) -> dict[str, Entry]:
+        """Return the results by speaker, worst first, or nothing if no speaker is known."""
+        found = self._by(lambda transcript: transcript.speaker)
+        if not found.keys() - {""}:
+            return {}
+        return dict(sorted(found.items(), key=lambda item: -item[1][self.metric]))
+
+    def by_corpus(self) -> dict[str, Entry]:
+        """Return the results by corpus, or nothing if there is only one."""
+        found = self._by(lambda transcript: transcript.corpus)
+        if len(found) < 2:
+            return {}
+        return found
+
+    def _by(
+        self, name_of: Callable[[Transcript], str], order: Sequence[str] = ()
+    ) -> dict[str, Entry]:
+        rows_of: dict[str, list[int]] = {name: [] for name in order}
+        for i, transcript in enumerate(self.transcripts):
+            rows_of.setdefault(name_of(transcript), []).append(i)
+        found = {}
+        for name, rows in rows_of.items():
+            if rows:
+                seconds = sum(self.transcripts[i].duration for i in rows)
+                found[name] = {
+                    "utterances": len(rows),
+                    "hours": round(seconds / 3600, 4),
+                    self.metric: round(self.main.select(rows).rate, 3),
+                }
+        return found
+
+    def entry(self) -> Entry:
+        """Return the test set's entry of results.json."""
+        word_errors = self.errors["wer"]
+        seconds = sum(transcript.duration for transcript in self.transcripts)
         return {
             **self.rates(),
             "utterances": len(self.transcripts),
-            "hours": round(sum(t.duration for t in self.transcripts) / 3600, 4),
-            "words": int(words.units.sum()),
-            "insertions": int(words.ins.sum()),
-            "deletions": int(words.dels.sum()),
-            "substitutions": int(words.subs.sum()),
-            "shares": self.shares(),
-            "empty_references": sum(not t.reference for t in self.transcripts),
+            "hours": round(seconds / 3600, 4),
+            "words": int(word_errors.units.sum()),
+            "insertions": int(word_errors.ins.sum()),
+            "deletions": int(word_errors.dels.sum()),
+            "substitutions": int(word_errors.subs.sum()),
+            "shares": self.percentages(),
+            "empty_references": sum(not transcript.reference for transcript in self.transcripts),
             "hallucinations": self.hallucinations(),
             "by_duration": self.by_duration(),
             "by_speaker": self.by_speaker(),
@@ -142,41 +164,57 @@ class Scored:
 
 
 def score(transcripts: Sequence[Transcript]) -> Scored:
-    metric = fitting_metric([t.reference for t in transcripts])
-    units = UNITS[metric]
-    pairs = [align(units(t.reference), units(t.hypothesis)) for t in transcripts]
+    """Score a decoded test set."""
+    metric = fitting_metric([transcript.reference for transcript in transcripts])
+    split = UNITS[metric]
+    all_pairs = []
+    flags = []
+    for transcript in transcripts:
+        pairs = align(split(transcript.reference), split(transcript.hypothesis))
+        all_pairs.append(pairs)
+        flags.append(hallucination_flags(transcript, pairs))
     kind, groups = groups_of(transcripts)
     return Scored(
         transcripts=transcripts,
         metric=metric,
         errors={name: errors(transcripts, name) for name in UNITS},
-        pairs=pairs,
-        signs=[signs_of(t, aligned) for t, aligned in zip(transcripts, pairs, strict=True)],
+        pairs=all_pairs,
+        flags=flags,
         interval_by=kind,
         groups=groups,
     )
 
 
-def signs_of(transcript: Transcript, pairs: Pairs) -> list[str]:
-    """The HALLUCINATION_FLAGS that a hypothesis bears."""
-    reference = [ref for ref, _ in pairs if ref != NOTHING]
-    hypothesis = [hyp for _, hyp in pairs if hyp != NOTHING]
-    inserted = [
-        len(list(run))
-        for is_inserted, run in itertools.groupby(ref == NOTHING for ref, _ in pairs)
-        if is_inserted
-    ]
+def hallucination_flags(transcript: Transcript, pairs: Pairs) -> list[str]:
+    """Return the HALLUCINATION_FLAGS of an utterance.
+
+    Args:
+        transcript: the utterance.
+        pairs: its alignment.
+    """
+    reference = [unit for unit, _ in pairs if unit != NOTHING]
+    hypothesis = [unit for _, unit in pairs if unit != NOTHING]
     longer = len(hypothesis) - len(reference)
-    loops = first_loop(hypothesis, LOOP) is not None and first_loop(reference, LOOP) is None
+    is_loop = first_loop(hypothesis, LOOP) is not None and first_loop(reference, LOOP) is None
+    is_long = len(hypothesis) > LENGTH_FACTOR * len(reference)
+    is_short = 0 < LENGTH_FACTOR * len(hypothesis) < len(reference)
     found = {
         "empty": bool(reference) and not hypothesis,
         "invented": bool(hypothesis) and not reference,
-        "loop": loops or transcript.end == "loop",
-        "burst": max(inserted, default=0) >= BURST,
-        "long": longer >= FEWEST and len(hypothesis) > FAR_OFF * len(reference),
-        "short": bool(hypothesis)
-        and -longer >= FEWEST
-        and FAR_OFF * len(hypothesis) < len(reference),
+        "loop": is_loop or transcript.end == "loop",
+        "burst": longest_insertion(pairs) >= BURST,
+        "long": is_long and longer >= LENGTH_UNITS,
+        "short": is_short and -longer >= LENGTH_UNITS,
         "limit": transcript.end == "limit",
     }
-    return [sign for sign, is_there in found.items() if is_there]
+    return [flag for flag, is_set in found.items() if is_set]
+
+
+def longest_insertion(pairs: Pairs) -> int:
+    """Return the largest number of consecutive inserted units in an alignment."""
+    longest = 0
+    current = 0
+    for reference, _ in pairs:
+        current = current + 1 if reference == NOTHING else 0
+        longest = max(longest, current)
+    return longest

@@ -1,4 +1,4 @@
-"""Transcribing files of any length: segments of all of them through an engine in batches, transcripts file by file."""
+"""Transcribe files of any length: decode the segments of all files in batches."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -9,18 +9,25 @@ import numpy as np
 from asrllm.audio.segments import Segment, cut_segments
 from asrllm.audio.stream import AudioFile, read_blocks
 from asrllm.audio.vad import Detector
-from asrllm.data.index import RATE
 from asrllm.data.text import join_texts
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine, WithinMemory
+from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.models.asr_llm.generation import Answer
 
 SORTED = 2  # batches whose segments are sorted by length
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spoken:
-    """What was said from `start` to `end`, in seconds; end_reason: of the text, as Answer.end."""
+class TextSegment:
+    """The text of a segment.
+
+    Attributes:
+        start: in the file, in seconds.
+        end: in the file, in seconds.
+        text: what was recognized.
+        end_reason: what ended the text, see generation.Answer.
+    """
 
     start: float
     end: float
@@ -30,85 +37,126 @@ class Spoken:
 
 @dataclass(frozen=True, kw_only=True)
 class FileTranscript:
-    """duration: seconds that were read; problem: why the file could not be read to its end, in a sentence."""
+    """The transcript of a file.
+
+    Attributes:
+        audio: the file.
+        duration: seconds that were read.
+        segments: in order.
+        problem: the error message if the file could not be read completely.
+    """
 
     audio: str
     duration: float
-    segments: list[Spoken]
+    segments: list[TextSegment]
     problem: str | None = None
 
     @property
     def text(self) -> str:
-        return join_texts(spoken.text for spoken in self.segments)
+        """The text of all segments."""
+        return join_texts(segment.text for segment in self.segments)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndOfFile:
+    """Marks the end of a file in a stream of segments.
+
+    Attributes:
+        duration: seconds that were read.
+        problem: the error message if the file could not be read completely.
+    """
+
     duration: float
     problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listening:
-    """How files become segments. detector: makes a new one for each file; longest: samples of a segment."""
+class Segmentation:
+    """How to cut files into segments.
+
+    Attributes:
+        detector: returns a new detector for each file.
+        longest: most samples of a segment.
+    """
 
     detector: Callable[[], Detector]
     longest: int
 
 
-Heard = tuple[AudioFile, Segment | EndOfFile]
+StreamItem = tuple[AudioFile, Segment | EndOfFile]
 
 
 def transcribe_files(
     engine: Engine,
     files: Iterable[AudioFile],
-    listening: Listening,
+    segmentation: Segmentation,
     *,
     prompt: str,
     batch_size: int,
     advance: Callable[[float], None],
 ) -> Iterator[FileTranscript]:
-    """A transcript for each file, in order; one that is damaged has a problem and no segments, and the others go on.
+    """Yield the transcript of each file in order.
 
-    Held are the waveforms of SORTED batches, however long the files are. advance: told of seconds of audio that are done.
+    A corrupted file has a problem and no segments, and the other files are transcribed. Memory is
+    limited to the waveforms of SORTED batches, however long the files are.
+
+    Args:
+        engine: decodes the segments.
+        files: what to transcribe.
+        segmentation: how to cut the files.
+        prompt: for every segment.
+        batch_size: segments of a batch.
+        advance: called with the seconds of audio that were processed since the previous call.
     """
-    engine = WithinMemory(engine)
-    heard = itertools.chain.from_iterable(
-        listen(file, engine.limits[0], listening) for file in files
+    engine = HalvingEngine(engine)
+    shortest = engine.limits[0]
+    stream = itertools.chain.from_iterable(
+        segments_of(file, shortest, segmentation) for file in files
     )
-    spoken: list[Spoken] = []
+    texts: list[TextSegment] = []
     done = 0.0  # seconds of the file
-    for window in windows(heard, SORTED * batch_size):
-        answers = iter(
-            answer(
-                engine,
-                [item for _, item in window if isinstance(item, Segment)],
-                prompt,
-                batch_size,
-            )
-        )
+    for window in windows(stream, SORTED * batch_size):
+        segments = [item for _, item in window if isinstance(item, Segment)]
+        answers = iter(decode_segments(engine, segments, prompt, batch_size))
+        segments.clear()
         for file, item in window:
             if isinstance(item, Segment):
-                start, end = item.seconds
-                found = next(answers)
-                spoken.append(Spoken(start=start, end=end, text=found.text, end_reason=found.end))
-                advance(end - done)
-                done = end
-            else:
-                advance((file.seconds if item.problem and file.seconds else item.duration) - done)
-                segments = [] if item.problem else spoken
-                yield FileTranscript(
-                    audio=file.path, duration=item.duration, segments=segments, problem=item.problem
-                )
-                spoken, done = [], 0.0
-        window.clear()  # the waveforms go before the next are read
+                texts.append(text_segment(item, next(answers)))
+                advance(texts[-1].end - done)
+                done = texts[-1].end
+                continue
+            length = item.duration
+            if item.problem and file.seconds:
+                length = file.seconds
+            advance(length - done)
+            yield FileTranscript(
+                audio=file.path,
+                duration=item.duration,
+                segments=[] if item.problem else texts,
+                problem=item.problem,
+            )
+            texts = []
+            done = 0.0
+        window.clear()  # frees the waveforms before the next ones are read
 
 
-def listen(file: AudioFile, shortest: int, listening: Listening) -> Iterator[Heard]:
-    """The segments of a file as they are read, and its end."""
+def text_segment(segment: Segment, answer: Answer) -> TextSegment:
+    """Combine a segment with its answer."""
+    start, end = segment.seconds
+    return TextSegment(start=start, end=end, text=answer.text, end_reason=answer.end)
+
+
+def segments_of(file: AudioFile, shortest: int, segmentation: Segmentation) -> Iterator[StreamItem]:
+    """Yield the segments of a file while it is read, and its end.
+
+    Args:
+        file: the file.
+        shortest: fewest samples that the model accepts.
+        segmentation: how to cut the file.
+    """
     samples = 0
 
-    def counted() -> Iterator[np.ndarray]:
+    def counted_blocks() -> Iterator[np.ndarray]:
         nonlocal samples
         for block in read_blocks(file):
             samples += len(block)
@@ -119,7 +167,10 @@ def listen(file: AudioFile, shortest: int, listening: Listening) -> Iterator[Hea
     problem = None
     try:
         for segment in cut_segments(
-            counted(), listening.detector(), shortest=shortest, longest=listening.longest
+            counted_blocks(),
+            segmentation.detector(),
+            shortest=shortest,
+            longest=segmentation.longest,
         ):
             yield file, segment
     except UserError as error:
@@ -128,31 +179,38 @@ def listen(file: AudioFile, shortest: int, listening: Listening) -> Iterator[Hea
 
 
 def too_short(file: AudioFile, seconds: float, shortest: int) -> UserError:
+    """Return the error for a file with fewer samples than the model accepts."""
     return UserError(
-        f"{file.path!r} has {seconds:.2f} s of audio, the model takes {shortest / RATE:.2f} s at least: leave it out"
+        f"{file.path!r} has {seconds:.2f} s of audio, but the model needs at least "
+        f"{shortest / RATE:.2f} s. Remove it."
     )
 
 
-def windows(heard: Iterable[Heard], segments: int) -> Iterator[list[Heard]]:
-    """Stretches that hold so many segments, and the ends of files among and behind them."""
-    window: list[Heard] = []
+def windows(stream: Iterable[StreamItem], size: int) -> Iterator[list[StreamItem]]:
+    """Divide a stream into windows of `size` segments, with the ends of files among them."""
+    window: list[StreamItem] = []
     count = 0
-    for file, item in heard:
-        if isinstance(item, Segment) and count == segments:
-            yield window
-            window, count = [], 0
+    for file, item in stream:
+        if isinstance(item, Segment):
+            if count == size:
+                yield window
+                window = []
+                count = 0
+            count += 1
         window.append((file, item))
-        count += isinstance(item, Segment)
     if window:
         yield window
 
 
-def answer(engine: Engine, segments: list[Segment], prompt: str, batch_size: int) -> list[Answer]:
-    """The engine's answers in the order of the segments; it hears those of like length together."""
+def decode_segments(
+    engine: Engine, segments: list[Segment], prompt: str, batch_size: int
+) -> list[Answer]:
+    """Return the answers in the order of the segments, decoded in batches of similar length."""
     order = sorted(range(len(segments)), key=lambda i: -len(segments[i].wave))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        found = engine.answer([segments[i].wave for i in batch], [prompt] * len(batch))
+        waves = [segments[i].wave for i in batch]
+        found = engine.answer(waves, [prompt] * len(batch))
         answers |= zip(batch, found, strict=True)
     return [answers[i] for i in range(len(segments))]

@@ -1,4 +1,4 @@
-"""What report.html shows, as a run of W&B."""
+"""Log the content of report.html to W&B."""
 
 import tempfile
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asrllm.evaluation.report import ReportSet, worst_first
+from asrllm.evaluation.summary import Entry
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb
 
@@ -23,14 +24,21 @@ COLUMNS = (
 
 
 def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) -> None:
-    """A run of its own, so that the training run's steps stay as they are: the numbers of results.json, and a table of each set."""
+    """Log the numbers of results.json and a table of each test set.
+
+    They are logged to a new run, because the steps of the training run must not change.
+
+    Args:
+        config: mode, project and name.
+        exp_dir: the evaluated run.
+        sets: the test sets.
+    """
     if config.mode == "disabled":
         return
     import wandb
 
-    (exp_dir / "wandb").mkdir(
-        parents=True, exist_ok=True
-    )  # otherwise wandb takes another directory
+    # wandb uses another directory if this one does not exist
+    (exp_dir / "wandb").mkdir(parents=True, exist_ok=True)
     with explained_wandb("wandb"):
         run = wandb.init(
             mode=config.mode,
@@ -44,44 +52,67 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
         )
     with tempfile.TemporaryDirectory() as folder, run:
         logged: dict[str, Any] = {}
-        for number, s in enumerate(sets):
-            logged |= {f"{s.name}/{key}": value for key, value in numbers(s.entry).items()}
-            logged[f"{s.name}/table"] = wandb.Table(
-                columns=list(COLUMNS), data=table_rows(s, Path(folder) / str(number))
-            )
+        for i, report_set in enumerate(sets):
+            for key, value in numbers(report_set.entry).items():
+                logged[f"{report_set.name}/{key}"] = value
+            rows = table_rows(report_set, Path(folder) / str(i))
+            logged[f"{report_set.name}/table"] = wandb.Table(columns=list(COLUMNS), data=rows)
         run.log(logged)
 
 
-def settings(entry: dict[str, Any]) -> dict[str, Any]:
+def settings(entry: Entry) -> dict[str, str]:
+    """Return the texts in an entry of results.json."""
     return {key: value for key, value in entry.items() if isinstance(value, str)}
 
 
-def numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """Of an entry of results.json, also of the baseline and the signs of hallucination in it; intervals by their ends."""
+def numbers(entry: Entry) -> dict[str, float]:
+    """Return the numbers in an entry of results.json.
+
+    Those of the baseline and the hallucination flags are included, and intervals as two numbers.
+    """
     found: dict[str, float] = {}
     for key, value in entry.items():
         if isinstance(value, (int, float)):
             found[key] = value
         elif key.endswith("_ci95"):
-            found[key.replace("_ci95", "_low")], found[key.replace("_ci95", "_high")] = value
+            low, high = value
+            found[key.replace("_ci95", "_low")] = low
+            found[key.replace("_ci95", "_high")] = high
         elif key in ("baseline", "paired", "hallucinations"):
-            found |= {f"{key}/{name}": number for name, number in numbers(value).items()}
+            for name, number in numbers(value).items():
+                found[f"{key}/{name}"] = number
     return found
 
 
-def table_rows(of: ReportSet, folder: Path) -> list[list[Any]]:
-    """Worst first, since W&B shows the first 10 000. folder: for the audio, until it is logged."""
+def table_rows(report_set: ReportSet, folder: Path) -> list[list[Any]]:
+    """Return the table of utterances, worst first because W&B shows only the first 10 000.
+
+    Args:
+        report_set: the test set.
+        folder: where the audio is stored until it is logged.
+    """
     import wandb
 
     folder.mkdir()
-    errors, rows = of.scored.main, []
-    for i in worst_first(errors):
-        t, audio = of.scored.transcripts[i], None
-        if t.key in of.audio:
+    scored = report_set.scored
+    rows = []
+    for i in worst_first(scored.main):
+        transcript = scored.transcripts[i]
+        audio = None
+        if transcript.key in report_set.audio:
             path = folder / f"{i}.mp3"
-            path.write_bytes(of.audio[t.key])
-            audio = wandb.Audio(str(path), caption=t.key)
-        rate = errors.of([i]).rate
-        rows.append([t.key, t.speaker, t.duration, t.raw_reference, t.raw_hypothesis, int(errors.total[i]), rate,
-                     " ".join(of.scored.signs[i]), audio])  # fmt: skip
+            path.write_bytes(report_set.audio[transcript.key])
+            audio = wandb.Audio(str(path), caption=transcript.key)
+        row = [
+            transcript.key,
+            transcript.speaker,
+            transcript.duration,
+            transcript.raw_reference,
+            transcript.raw_hypothesis,
+            int(scored.main.total[i]),
+            scored.main.select([i]).rate,
+            " ".join(scored.flags[i]),
+            audio,
+        ]
+        rows.append(row)
     return rows

@@ -1,4 +1,8 @@
+"""Augmentation: reproducible draws, speed, noise, reverberation, masks and invalid values."""
+
+import json
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -48,7 +52,7 @@ def augmenter(config, seed=1, limits=ANY_LENGTH):
 
 
 def make_wave(seconds=1.0, seed=0):
-    """Noise of the low band that resamplers agree about."""
+    """Noise in the low band, where all resamplers agree."""
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(round(seconds * 16000)))
     spectrum[round(0.3 * len(spectrum)) :] = 0
     return (0.1 * np.fft.irfft(spectrum, round(seconds * 16000))).astype(np.float32)
@@ -56,21 +60,20 @@ def make_wave(seconds=1.0, seed=0):
 
 @pytest.fixture
 def noises(tmp_path):
-    """Four files in two folders, of several rates, formats and channels, the last of half a second."""
+    """Four files of several rates, formats and channels; the last one lasts half a second."""
     folder = tmp_path / "noises"
-    for i, (name, seconds, rate, channels) in enumerate(
-        [
-            ("a/one.wav", 4, 16000, 1),
-            ("a/Two.FLAC", 5, 8000, 2),
-            ("b/three.ogg", 6, 44100, 1),
-            ("four.wav", 0.5, 16000, 1),
-        ]
-    ):
+    files = [
+        ("a/one.wav", 4, 16000, 1),
+        ("a/Two.FLAC", 5, 8000, 2),
+        ("b/three.ogg", 6, 44100, 1),
+        ("four.wav", 0.5, 16000, 1),
+    ]
+    for i, (name, seconds, rate, channels) in enumerate(files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         wave = 0.1 * np.random.default_rng(i).standard_normal((round(seconds * rate), channels))
         soundfile.write(folder / name, wave, rate)
-    (folder / "README").write_text("no audio")
-    (folder / "._one.wav").write_text("no audio either")
+    (folder / "README").write_text("not audio")
+    (folder / "._one.wav").write_text("not audio")
     return folder
 
 
@@ -87,49 +90,47 @@ def everything(noises):
     )
 
 
-def test_draws_come_from_seed_round_and_key_alone(everything):
+def test_draws_depend_only_on_seed_pass_and_key(everything):
     wave = make_wave(0.3)
     keys = [f"utt{i}" for i in range(12)]
 
-    def draw(keys, dealt=0, seed=1):
+    def draw(keys, pass_index=0, seed=1):
         augment = augmenter(everything, seed)
-        return {
-            key: (
-                augment(wave, key=key, pass_index=dealt).tobytes(),
-                augment.masks(key, dealt).tobytes(),
-            )
-            for key in keys
-        }
+        drawn = {}
+        for key in keys:
+            augmented = augment(wave, key=key, pass_index=pass_index)
+            drawn[key] = (augmented.tobytes(), augment.masks(key, pass_index).tobytes())
+        return drawn
 
     first = draw(keys)
     assert len(set(first.values())) > 8
     assert draw(keys[::-1]) == first
     assert draw(keys[5:6]) == {keys[5]: first[keys[5]]}
-    assert draw(keys, dealt=1) != first
+    assert draw(keys, pass_index=1) != first
     assert draw(keys, seed=2) != first
     again = pickle.loads(pickle.dumps(augmenter(everything)))
     assert again(wave, key=keys[0], pass_index=0).tobytes() == first[keys[0]][0]
 
 
-def test_one_kind_leaves_the_draws_of_the_others(noises):
-    wave, keys = make_wave(0.3), range(40)
-    plain, rooms = augmenter(SPEEDS), augmenter(replace(SPEEDS, reverb=SYNTHETIC.reverb))
+def test_enabling_one_kind_does_not_change_the_draws_of_the_others(noises):
+    wave = make_wave(0.3)
+    keys = range(40)
+    plain = augmenter(SPEEDS)
+    rooms = augmenter(replace(SPEEDS, reverb=SYNTHETIC.reverb))
     lengths = [len(plain(wave, key=str(key), pass_index=0)) for key in keys]
     assert len(set(lengths)) == 3
     assert [len(rooms(wave, key=str(key), pass_index=0)) for key in keys] == lengths
-    noisy, with_rooms = (
-        augmenter(with_noise(noises)),
-        augmenter(replace(with_noise(noises), reverb=SYNTHETIC.reverb)),
-    )
+    noisy = augmenter(with_noise(noises))
+    with_rooms = augmenter(replace(with_noise(noises), reverb=SYNTHETIC.reverb))
     dry = [key for key in keys if augmenter(SYNTHETIC)(wave, key=str(key), pass_index=0) is wave]
     assert 5 < len(dry) < 20
     for key in dry:
-        np.testing.assert_array_equal(
-            noisy(wave, key=str(key), pass_index=0), with_rooms(wave, key=str(key), pass_index=0)
-        )
+        expected = noisy(wave, key=str(key), pass_index=0)
+        found = with_rooms(wave, key=str(key), pass_index=0)
+        np.testing.assert_array_equal(found, expected)
 
 
-def test_results_are_finite_float32_and_switched_off_kinds_change_nothing(everything):
+def test_results_are_finite_float32_and_disabled_kinds_change_nothing(everything):
     wave = make_wave(0.3)
     before = wave.copy()
     augment = augmenter(everything)
@@ -153,13 +154,12 @@ class Augmented(torch.utils.data.Dataset):
         return self.augment(make_wave(0.3), key=str(i), pass_index=0)
 
 
-def test_reading_processes_draw_what_one_process_draws(everything, noises):
+def test_workers_draw_the_same_as_one_process(everything, noises):
     config = replace(everything, speed=[1.0], reverb=replace(everything.reverb, source=str(noises)))
     dataset = Augmented(augmenter(config))
-    alone = [dataset[i] for i in range(6)]  # what this fills before the fork must not matter
-    for wave, same in zip(
-        alone, torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2), strict=True
-    ):
+    alone = [dataset[i] for i in range(6)]  # this fills the cache before the fork
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
+    for wave, same in zip(alone, loader, strict=True):
         np.testing.assert_array_equal(wave, same)
 
 
@@ -167,7 +167,7 @@ def test_reading_processes_draw_what_one_process_draws(everything, noises):
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
-def test_speed_is_lhotses(factor):
+def test_speed_matches_lhotse(factor):
     from lhotse.augmentation import Speed
 
     wave = make_wave()
@@ -179,34 +179,33 @@ def test_speed_is_lhotses(factor):
     assert ours.std() == pytest.approx(theirs.std(), rel=0.01)
 
 
-def test_speed_factors_are_drawn_evenly_and_kept_within_the_limits():
+def test_speed_factors_are_drawn_uniformly_and_respect_the_limits():
     wave = make_wave(0.1)
     lengths = [len(augmenter(SPEEDS)(wave, key=str(i), pass_index=0)) for i in range(600)]
     assert {n: lengths.count(n) > 150 for n in set(lengths)} == {1455: True, 1600: True, 1778: True}
-    for limits, left in (
+    for limits, expected in (
         ((1, 1777), {1455, 1600}),
         ((1456, 1778), {1600, 1778}),
         ((1600, 1600), {1600}),
     ):
-        assert {
-            len(augmenter(SPEEDS, limits=limits)(wave, key=str(i), pass_index=0)) for i in range(50)
-        } == left
+        augment = augmenter(SPEEDS, limits=limits)
+        found = {len(augment(wave, key=str(i), pass_index=0)) for i in range(50)}
+        assert found == expected
 
 
 # --- noise ---
 
 
 @pytest.mark.parametrize("snr", [-5.0, 0.0, 12.5])
-def test_the_mix_has_its_snr(snr):
+def test_mix_has_the_requested_snr(snr):
     wave, noise = make_wave(seed=1), 3 * make_wave(seed=2)
     added = mix(wave, noise, snr).astype(np.float64) - wave
-    assert 10 * np.log10(np.sum(wave.astype(np.float64) ** 2) / np.sum(added**2)) == pytest.approx(
-        snr, abs=0.01
-    )
+    ratio = mean_square(wave) / mean_square(added)
+    assert 10 * np.log10(ratio) == pytest.approx(snr, abs=0.01)
     assert np.corrcoef(added, noise)[0, 1] > 0.9999
 
 
-def test_silence_is_left_alone():
+def test_silence_is_not_changed():
     wave, silence = make_wave(), np.zeros(16000, np.float32)
     assert mix(wave, silence, 10.0) is wave
     assert mix(silence, wave, 10.0) is silence
@@ -214,7 +213,7 @@ def test_silence_is_left_alone():
     assert reverberate(wave, silence, 0) is wave
 
 
-def test_noise_is_drawn_evenly_over_files_and_snrs(noises):
+def test_snrs_are_drawn_uniformly(noises):
     wave = make_wave(0.3)
     augment = augmenter(with_noise(noises, prob=0.5, snr_min=0.0, snr_max=20.0))
     snrs = []
@@ -228,34 +227,25 @@ def test_noise_is_drawn_evenly_over_files_and_snrs(noises):
     assert np.mean(snrs) == pytest.approx(10, abs=1.5)
 
 
-def test_clips_give_the_stretch_of_the_file(tmp_path):
+def test_clips_read_the_requested_part_of_a_file(tmp_path):
     ramp = np.arange(32000) / 40000
     soundfile.write(tmp_path / "r.wav", np.stack([ramp, -ramp], 1), 16000, subtype="FLOAT")
     clips = Clips(str(tmp_path), "key")
     for start, first in ((0.0, 0), (0.5, 12000), (1.0, 24000)):
-        np.testing.assert_allclose(
-            clips.read(0, seconds=0.5, start=start), ramp[first : first + 8000], atol=1e-6
-        )
+        part = clips.read(0, seconds=0.5, start=start)
+        np.testing.assert_allclose(part, ramp[first : first + 8000], atol=1e-6)
     np.testing.assert_allclose(clips.read(0, seconds=5.0, start=0.9), ramp, atol=1e-6)
 
 
 def test_clips_are_sorted_and_read_at_16_khz(noises):
     clips = Clips(str(noises), "key")
-    assert [str(clip)[len(str(noises)) + 1 :] for clip in clips.clips] == [
-        "a/Two.FLAC",
-        "a/one.wav",
-        "b/three.ogg",
-        "four.wav",
-    ]
-    assert [len(clips.read(i, seconds=2.0, start=0.3)) for i in range(4)] == [
-        32000,
-        32000,
-        32000,
-        8000,
-    ]
+    names = ["a/Two.FLAC", "a/one.wav", "b/three.ogg", "four.wav"]
+    assert clips.clips == [str(noises / name) for name in names]
+    lengths = [len(clips.read(i, seconds=2.0, start=0.3)) for i in range(4)]
+    assert lengths == [32000, 32000, 32000, 8000]
 
 
-def test_short_noise_is_looped(tmp_path):
+def test_short_noise_is_repeated(tmp_path):
     click = np.zeros(1600)
     click[100] = 0.5
     soundfile.write(tmp_path / "click.wav", click, 16000)
@@ -266,7 +256,7 @@ def test_short_noise_is_looped(tmp_path):
     assert set(np.diff(clicks)) == {1600}
 
 
-def test_noise_comes_from_lhotse_cuts_too(tmp_path, noises):
+def test_noise_can_come_from_lhotse_cuts(tmp_path, noises):
     from lhotse import CutSet, Recording
 
     whole = [Recording.from_file(noises / name).to_cut() for name in ("a/one.wav", "b/three.ogg")]
@@ -274,13 +264,11 @@ def test_noise_comes_from_lhotse_cuts_too(tmp_path, noises):
     CutSet.from_cuts(cut.with_id(f"cut{i}") for i, cut in enumerate(cuts)).to_file(
         tmp_path / "cuts.jsonl.gz"
     )
-    clips, files = Clips(str(tmp_path / "cuts.jsonl.gz"), "key"), Clips(str(noises), "key")
-    np.testing.assert_array_equal(
-        clips.read(0, seconds=2.0, start=0.3), files.read(1, seconds=2.0, start=0.3)
-    )
-    np.testing.assert_array_equal(
-        clips.read(1, seconds=2.0, start=0.3), files.read(2, seconds=2.0, start=0.3)
-    )
+    clips = Clips(str(tmp_path / "cuts.jsonl.gz"), "key")
+    files = Clips(str(noises), "key")
+    for cut, file in ((0, 1), (1, 2)):
+        expected = files.read(file, seconds=2.0, start=0.3)
+        np.testing.assert_array_equal(clips.read(cut, seconds=2.0, start=0.3), expected)
     one = files.read(1, seconds=4.0)
     np.testing.assert_allclose(clips.read(2, seconds=0.25, start=1.0), one[20000:24000], atol=1e-6)
     assert len(clips.read(2, seconds=2.0)) == 8000
@@ -289,17 +277,15 @@ def test_noise_comes_from_lhotse_cuts_too(tmp_path, noises):
 # --- reverberation ---
 
 
-def test_reverberation_is_convolution_aligned_to_the_direct_path():
-    wave, response = (
-        make_wave(0.2),
-        np.random.default_rng(3).standard_normal(500).astype(np.float32),
-    )
+def test_reverberation_is_a_convolution_aligned_to_the_direct_path():
+    wave = make_wave(0.2)
+    response = np.random.default_rng(3).standard_normal(500).astype(np.float32)
     expected = np.convolve(wave.astype(np.float64), response)[40 : 40 + len(wave)]
     expected *= np.sqrt(np.sum(wave.astype(np.float64) ** 2) / np.sum(expected**2))
     np.testing.assert_allclose(reverberate(wave, response, 40), expected, atol=1e-6)
 
 
-def test_an_impulse_gives_the_recorded_response(tmp_path):
+def test_reverberated_impulse_is_the_recorded_response(tmp_path):
     response = synthetic_room(np.random.default_rng(0), rt60=0.3, direct_db=3.0)
     late = np.concatenate([np.zeros(77), 0.4 * response])
     soundfile.write(tmp_path / "room.wav", np.stack([late, 0 * late], 1), 16000, subtype="FLOAT")
@@ -314,7 +300,7 @@ def test_an_impulse_gives_the_recorded_response(tmp_path):
 
 
 @pytest.mark.parametrize("rt60", [0.2, 0.7])
-def test_a_synthetic_room_fades_by_60_db_in_its_rt60(rt60):
+def test_synthetic_room_decays_by_60_db_in_its_rt60(rt60):
     room = synthetic_room(np.random.default_rng(0), rt60=rt60, direct_db=4.0).astype(np.float64)
     assert 10 * np.log10(room[0] ** 2 / np.sum(room[1:] ** 2)) == pytest.approx(4.0, abs=0.01)
     decay = 10 * np.log10(np.cumsum(room[:0:-1] ** 2)[::-1])  # Schroeder's backward integration
@@ -333,7 +319,7 @@ def test_synthetic_rooms_differ_by_utterance_and_keep_power():
         assert mean_square(room) == pytest.approx(mean_square(wave), rel=1e-4)
 
 
-def test_decoded_rooms_are_bounded(noises, monkeypatch):
+def test_cache_of_decoded_rooms_is_bounded(noises, monkeypatch):
     monkeypatch.setattr("asrllm.audio.augment.CACHED_ROOMS", 2)
     config = replace(OFF, reverb=replace(OFF.reverb, source=str(noises), prob=1.0))
     augment = augmenter(config)
@@ -345,7 +331,7 @@ def test_decoded_rooms_are_bounded(noises, monkeypatch):
 # --- masks ---
 
 
-def test_masks_keep_their_longest_and_cover_half_of_it_on_average():
+def test_masks_are_at_most_the_widest_and_half_of_it_on_average():
     augment = augmenter(
         with_masks(prob=1.0, time_masks=4, time_mask_share=0.1, freq_masks=2, freq_mask_share=0.3)
     )
@@ -360,11 +346,15 @@ def test_masks_keep_their_longest_and_cover_half_of_it_on_average():
     np.testing.assert_allclose(width.mean(0), [0.05] * 4 + [0.15] * 2, rtol=0.05)
 
 
-def test_masks_are_drawn_for_a_share_of_the_utterances():
+def test_masks_are_drawn_with_their_probability():
     masks = np.stack([augmenter(with_masks(prob=0.3)).masks(str(key), 0) for key in range(1000)])
     assert 250 < sum(mask.any() for mask in masks) < 350
     assert not augmenter(OFF).masks("k", 0).any()
     assert augmenter(with_masks(prob=1.0, time_masks=0, freq_masks=0)).masks("k", 0).shape == (0, 2)
+
+
+def is_inside(ratio, masks):
+    return any(begin <= ratio < end for begin, end in masks.tolist())
 
 
 def naive_masked(features, length, masks, time_masks):
@@ -372,22 +362,17 @@ def naive_masked(features, length, masks, time_masks):
     mean = features[:length].mean()
     for t in range(length):
         for f in range(features.shape[1]):
-            times = any(
-                begin <= (t + 0.5) / length < end for begin, end in masks[:time_masks].tolist()
-            )
-            bins = any(
-                begin <= (f + 0.5) / features.shape[1] < end
-                for begin, end in masks[time_masks:].tolist()
-            )
-            if times or bins:
+            in_time = is_inside((t + 0.5) / length, masks[:time_masks])
+            in_bins = is_inside((f + 0.5) / features.shape[1], masks[time_masks:])
+            if in_time or in_bins:
                 masked[t, f] = mean
     return masked
 
 
-def test_masked_features_are_those_of_a_plain_loop():
+def test_masked_features_match_a_plain_loop():
     torch.manual_seed(0)
     features, lengths = torch.randn(4, 50, 20) + 3, torch.tensor([50, 31, 7, 1])
-    features[1, 31:] = torch.nan  # padding may hold anything
+    features[1, 31:] = torch.nan  # padding may have any value
     augment = augmenter(with_masks(prob=1.0, time_mask_share=0.4))
     masks = torch.from_numpy(np.stack([augment.masks(str(key), 0) for key in range(4)]))
     before = features.clone()
@@ -407,13 +392,12 @@ def test_empty_masks_change_nothing():
         assert torch.equal(masked, features)
 
 
-def test_masking_reads_no_value_back_from_the_device():
+def test_masking_does_not_read_values_back_from_the_device():
     features, lengths, masks = (
         torch.zeros(shape, device="meta") for shape in ((4, 300, 80), (4,), (4, 5, 2))
     )
-    masked = mask_features(
-        features, lengths.long(), masks, time_masks=3
-    )  # of tensors without values: a look at one fails
+    # reading a value of a meta tensor fails
+    masked = mask_features(features, lengths.long(), masks, time_masks=3)
     assert masked.shape == features.shape
 
 
@@ -423,69 +407,55 @@ def test_masking_reads_no_value_back_from_the_device():
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("noise", {"prob": 1.5}, r"data\.augment\.noise\.prob=1\.5 must lie between 0 and 1"),
-        ("noise", {"prob": float("nan")}, "between 0 and 1"),
-        ("noise", {"prob": 0.5}, r"needs data\.augment\.noise\.source"),
-        (
-            "noise",
-            {"snr_min": 30.0},
-            r"snr_min=30\.0 must not be above data\.augment\.noise\.snr_max=20\.0",
-        ),
-        ("reverb", {"prob": 0.5}, r"needs data\.augment\.reverb\.source: 'synthetic'"),
-        ("reverb", {"rt60_min": 0.0}, r"rt60_min=0\.0 .*from 0\.05 to 2 s"),
-        (
-            "spec_augment",
-            {"time_mask_share": 10.0},
-            r"data\.augment\.spec_augment\.time_mask_share=10\.0 must lie",
-        ),
-        (
-            "spec_augment",
-            {"freq_masks": -1},
-            r"data\.augment\.spec_augment\.freq_masks=-1 must be 0",
-        ),
+        ("noise", {"prob": 1.5}, r"noise\.prob=1\.5 .*0 and 1"),
+        ("noise", {"prob": float("nan")}, r"noise\.prob=nan .*0 and 1"),
+        ("noise", {"prob": 0.5}, r"noise\.prob=0\.5 .*data\.augment\.noise\.source"),
+        ("noise", {"snr_min": 30.0}, r"noise\.snr_min=30\.0 .*snr_max=20\.0"),
+        ("reverb", {"prob": 0.5}, r"reverb\.prob=0\.5 .*reverb\.source.*'synthetic'"),
+        ("reverb", {"rt60_min": 0.0}, r"reverb\.rt60_min=0\.0 .*0\.05 to 2 s"),
+        ("spec_augment", {"time_mask_share": 10.0}, r"spec_augment\.time_mask_share=10\.0 "),
+        ("spec_augment", {"freq_masks": -1}, r"spec_augment\.freq_masks=-1 "),
     ],
 )
-def test_impossible_values_are_one_sentence(part, changes, message):
-    with pytest.raises(UserError, match=message):
+def test_invalid_values_are_reported_with_their_keys(part, changes, message):
+    with pytest.raises(UserError, match=rf"data\.augment\.{message}"):
         replace(getattr(OFF, part), **changes)
 
 
 @pytest.mark.parametrize("speed", [[], [0.9, 0.0], [110.0]])
-def test_impossible_speeds_are_one_sentence(speed):
-    with pytest.raises(UserError, match=r"data\.augment\.speed=.* must be a list of factors"):
+def test_invalid_speeds_are_reported_with_the_key(speed):
+    with pytest.raises(UserError, match=rf"data\.augment\.speed={re.escape(str(speed))}"):
         replace(OFF, speed=speed)
 
 
-def test_sources_are_looked_at_when_they_are_used(tmp_path):
+def test_only_sources_in_use_are_checked(tmp_path):
+    missing = str(tmp_path / "no")
     for config in (
-        with_noise(tmp_path / "no"),
-        replace(OFF, reverb=replace(OFF.reverb, source=str(tmp_path / "no"), prob=0.1)),
+        with_noise(missing),
+        replace(OFF, reverb=replace(OFF.reverb, source=missing, prob=0.1)),
     ):
-        with pytest.raises(UserError, match=r"data\.augment\.\w+\.source='.*no' does not exist"):
+        with pytest.raises(UserError, match=rf"data\.augment\.\w+\.source='{missing}'"):
             augmenter(config)
     augmenter(with_noise(tmp_path / "no", prob=0.0))
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"data\.augment\.noise\.source='.*' holds no audio"):
+    with pytest.raises(UserError, match=rf"data\.augment\.noise\.source='{tmp_path}'"):
         augmenter(with_noise(tmp_path))
-    with pytest.raises(UserError, match=r"text\.txt.*"):
+    with pytest.raises(UserError, match=r"text\.txt"):
         augmenter(with_noise(tmp_path / "text.txt"))
 
 
-def test_a_cut_without_recording_is_one_sentence(tmp_path):
-    (tmp_path / "cuts.jsonl").write_text(
-        '{"id": "c", "start": 0, "duration": 1, "channel": 0, "supervisions": [], "type": "MonoCut"}\n'
-    )
-    with pytest.raises(UserError, match="'c' is no audio: the cut has no recording"):
+def test_cut_without_recording_is_reported(tmp_path):
+    cut = {"id": "c", "type": "MonoCut", "start": 0, "duration": 1, "channel": 0}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut | {"supervisions": []}) + "\n")
+    with pytest.raises(UserError, match=r"noise\.source='.*cuts\.jsonl': 'c' "):
         augmenter(with_noise(tmp_path / "cuts.jsonl"))
 
 
-def test_an_unusable_clip_is_named(tmp_path):
+def test_unusable_clip_is_reported_with_its_path(tmp_path):
     (tmp_path / "a.wav").write_text("hello")
     soundfile.write(tmp_path / "b.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "c.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
     clips = Clips(str(tmp_path), "data.augment.noise.source")
-    for i, message in enumerate(
-        (r"a\.wav' cannot be read", r"b\.wav' holds no sample", r"c\.wav' holds NaN")
-    ):
+    for i, message in enumerate((r"a\.wav'", r"b\.wav' .*no samples", r"c\.wav' .*NaN")):
         with pytest.raises(UserError, match=rf"data\.augment\.noise\.source: .*{message}"):
             clips.read(i, seconds=1.0)

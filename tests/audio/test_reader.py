@@ -1,3 +1,5 @@
+"""Reading utterances from shards, and audio files of any format."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +18,9 @@ from tests.data.damage import accept_bytes
 
 
 def make_reader(folder, sentences, rate=16000):
-    index = write_shards(
-        folder / "s",
-        read_kaldi(kaldi_directory(folder / "k", sentences, rate=rate)),
-        utterances_per_shard=2,
-    ).index
-    return Reader([make_corpus("c", index, None)])
+    utterances = read_kaldi(kaldi_directory(folder / "k", sentences, rate=rate))
+    written = write_shards(folder / "s", utterances, utterances_per_shard=2)
+    return Reader([make_corpus("c", written.index, None)])
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -30,18 +29,16 @@ def test_every_utterance_is_read_at_16_khz(tmp_path, rate):
     reader = make_reader(tmp_path, sentences, rate)
     for i, (words, wave) in enumerate(sentences):
         sample = reader.read(Item(corpus=0, row=i))
-        assert (sample.key, sample.text, sample.weight, sample.wave.dtype) == (
-            f"utt{i:04d}",
-            words,
-            1,
-            np.float32,
-        )
+        assert sample.key == f"utt{i:04d}"
+        assert sample.text == words
+        assert sample.weight == 1
+        assert sample.wave.dtype == np.float32
         assert abs(len(sample.wave) - len(wave) * 16000 / rate) <= 1
         assert abs(sample.wave.std() - wave.std()) < 0.01
     assert reader.read(Item(corpus=0, row=0, filler=True)).weight == 0
 
 
-def test_a_broken_sample_names_its_shard(tmp_path):
+def test_corrupted_sample_is_reported_with_its_shard(tmp_path):
     reader = make_reader(tmp_path, tone_sentences(3))
     corpus = reader.corpora[0]
     rows = np.array(corpus.index.rows)
@@ -52,7 +49,7 @@ def test_a_broken_sample_names_its_shard(tmp_path):
         broken.read(Item(corpus=0, row=1))
 
 
-def test_damaged_audio_is_named_by_its_key(tmp_path):
+def test_corrupted_audio_is_reported_with_its_key(tmp_path):
     reader = make_reader(tmp_path, tone_sentences(3))
     shard = tmp_path / "s" / "shard-000000.tar"
     row = reader.corpora[0].index.rows[1]
@@ -60,30 +57,26 @@ def test_damaged_audio_is_named_by_its_key(tmp_path):
     begin = (int(row["offset"]) + 1) * 512
     data[begin : begin + 512] = bytes(512)
     shard.write_bytes(data)
-    with pytest.raises(
-        SampleError, match=r"^utterance 1 of .*shard-000000\.tar: its bytes do not match the index"
-    ):
+    with pytest.raises(SampleError, match=r"utterance 1 of c in .*shard-000000\.tar"):
         reader.read(Item(corpus=0, row=1))
     accept_bytes(tmp_path / "s")
     reader = Reader([replace(reader.corpora[0], index=open_index(tmp_path / "s"))])
-    with pytest.raises(
-        SampleError, match=r"^utt0001 in .*shard-000000\.tar: Format not recognised\.$"
-    ):
+    with pytest.raises(SampleError, match=r"^utt0001 in .*shard-000000\.tar: Format not rec"):
         reader.read(Item(corpus=0, row=1))
 
 
-def test_an_index_of_other_lengths_is_noticed(tmp_path):
+def test_audio_whose_length_does_not_match_the_index_is_reported(tmp_path):
     reader = make_reader(tmp_path, tone_sentences(1))
     index = open_index(tmp_path / "s")
     rows = np.array(index.rows)
+    samples = int(rows["samples"][0])
     rows["samples"] += 16000
-    with pytest.raises(SampleError, match=r"utt0000 .* the index says"):
-        Reader([replace(reader.corpora[0], index=replace(index, rows=rows))]).read(
-            Item(corpus=0, row=0)
-        )
+    reader = Reader([replace(reader.corpora[0], index=replace(index, rows=rows))])
+    with pytest.raises(SampleError, match=rf"utt0000 .* {samples} samples.* {samples + 16000} "):
+        reader.read(Item(corpus=0, row=0))
 
 
-def test_stereo_files_are_mixed_down(tmp_path):
+def test_channels_of_a_file_are_averaged(tmp_path):
     left = tone("one", 0.5, 48000)
     soundfile.write(tmp_path / "a.wav", np.stack([left, 0 * left], 1), 48000)
     wave = read_audio(tmp_path / "a.wav")
@@ -91,15 +84,15 @@ def test_stereo_files_are_mixed_down(tmp_path):
     assert abs(wave.std() - left.std() / 2) < 0.01
 
 
-def test_bad_files_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"no\.wav' cannot be read"):
+def test_unreadable_files_are_reported_with_their_paths(tmp_path):
+    with pytest.raises(UserError, match=r"/no\.wav'"):
         read_audio(tmp_path / "no.wav")
     (tmp_path / "text.wav").write_text("hello")
-    with pytest.raises(UserError, match=r"text\.wav' cannot be read"):
+    with pytest.raises(UserError, match=r"/text\.wav'"):
         read_audio(tmp_path / "text.wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    with pytest.raises(UserError, match="holds no sample"):
+    with pytest.raises(UserError, match=r"/empty\.wav' .*samples"):
         read_audio(tmp_path / "empty.wav")
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(UserError, match=r"/nan\.wav' .*NaN"):
         read_audio(tmp_path / "nan.wav")

@@ -1,4 +1,4 @@
-"""Segments of long audio: by property on made-up probabilities, and on made-up speech."""
+"""Segments of long audio: properties on given probabilities, and results on synthetic speech."""
 
 import itertools
 
@@ -20,11 +20,11 @@ from asrllm.audio.segments import (
 from asrllm.audio.vad import FRAME, Loudness, Silero, load_silero
 from asrllm.testing import tone, vowels
 
-LONGEST = 60  # frames; a segment of them has room for 44 of speech
+LONGEST = 60  # frames of a segment, 44 of them for speech
 
 
-class Given:
-    """A detector whose probabilities are known: those of the samples themselves, each frame's first."""
+class FirstSampleDetector:
+    """A detector whose probability of a frame is the first sample of the frame."""
 
     def __init__(self):
         self.rest = np.zeros(0, np.float32)
@@ -45,8 +45,11 @@ def segments(probabilities, shortest=1, longest=LONGEST * FRAME):
 
 
 def runs(*lengths):
-    """Silence and speech by turns."""
-    return [0.9 if i % 2 else 0.1 for i, n in enumerate(lengths) for _ in range(n)]
+    """Alternate between silence and speech, beginning with silence."""
+    probabilities = []
+    for i, length in enumerate(lengths):
+        probabilities += [0.9 if i % 2 else 0.1] * length
+    return probabilities
 
 
 probability = st.sampled_from([0.05, 0.2, LEAVE, 0.4, ENTER, 0.7, 1.0])
@@ -58,16 +61,14 @@ stretches = st.lists(st.tuples(probability, st.integers(1, 90)), max_size=12).ma
 @pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(stretches, st.integers(1, 20 * FRAME), st.integers(1, 50))
-def test_segments_are_in_order_apart_within_the_limits_and_leave_no_speech_out(
+def test_segments_are_ordered_and_disjoint_and_contain_all_speech_within_the_limits(
     probabilities, shortest, block
 ):
     found = segments(probabilities)
     total = len(probabilities)
     assert all(0 <= begin < end <= total for begin, end in found)
-    assert all(
-        before <= begin or end - begin == 2
-        for (_, before), (begin, end) in itertools.pairwise(found)
-    )  # 2: widened
+    for (_, before), (begin, end) in itertools.pairwise(found):
+        assert before <= begin or end - begin == 2  # 2: extended to the shortest length
     assert all(end - begin <= LONGEST for begin, end in found)
     inside = {i for begin, end in found for i in range(begin, end)}
     for speech, frames in itertools.groupby(range(total), key=lambda i: probabilities[i] >= ENTER):
@@ -83,44 +84,48 @@ def test_segments_are_in_order_apart_within_the_limits_and_leave_no_speech_out(
     assert all((end - begin) * FRAME >= min(shortest, total * FRAME) for begin, end in wide)
 
 
-def test_speech_is_joined_and_cut_at_the_longest_pause_near_the_limit():
+def test_speech_is_joined_and_cut_at_the_longest_pause_of_the_second_half():
     assert segments(runs(20, 10, 5, 10, 20)) == [(20 - PADDING, 45 + PADDING)]
-    # 44 frames are full within the last stretch; the pause of 6 is in the second half, that of 8 in the first
+    # frame 44 is in the last run; the pause of 6 is in the second half, that of 8 in the first
     assert segments(runs(0, 10, 8, 10, 6, 5, 4, 30)) == [(0, 31), (31, 73)]
 
 
-def test_a_pause_anywhere_is_better_than_a_cut_in_speech():
+def test_any_pause_is_preferred_to_a_cut_in_speech():
     assert segments(runs(0, 6, 4, 80))[0] == (0, 8)
 
 
-def test_without_a_pause_the_cut_is_where_speech_is_least_probable():
+def test_speech_without_a_pause_is_cut_where_it_is_least_probable():
     probabilities = [0.9] * 30 + [0.6] * 5 + [0.9] * 40
     assert segments(probabilities) == [(0, 32), (32, 75)]
 
 
-def test_a_pause_that_begins_where_the_room_ends_is_no_segment():
+def test_pause_at_the_limit_does_not_become_a_segment():
     assert segments([0.9] * 43 + [0.1] * 100) == segments([0.9] * 42 + [0.1] * 100) == [(0, 43)]
 
 
-def test_a_long_silence_ends_a_segment_and_a_short_one_does_not():
+def test_only_a_long_pause_ends_a_segment():
     assert len(segments(runs(0, 5, LONGEST_PAUSE, 5), longest=1000 * FRAME)) == 2
     assert len(segments(runs(0, 5, LONGEST_PAUSE - 1, 5), longest=1000 * FRAME)) == 1
     assert segments(runs(0, 5, PAUSE - 1, 5)) == [(0, 12)]
 
 
-def test_no_speech_no_segment():
+def test_silence_and_clicks_give_no_segment():
     assert segments([]) == segments([0.3] * 500) == segments(runs(50, FEWEST - 1, 50)) == []
     assert segments(runs(50, FEWEST, 50)) == [(50 - PADDING, 50 + FEWEST + PADDING)]
 
 
 @settings(deadline=None, max_examples=40)
 @given(stretches, st.integers(1, 40_000), st.integers(0, FRAME - 1), st.integers(1, 5 * FRAME))
-def test_a_stream_gives_the_same_waves_however_it_is_cut(probabilities, size, more, shortest):
+def test_segments_do_not_depend_on_the_block_size(probabilities, size, more, shortest):
     wave = np.repeat(np.array(probabilities, np.float32), FRAME)
     wave = np.concatenate([wave, np.full(more, 0.9, np.float32)])
     blocks = [wave[i : i + size] for i in range(0, len(wave), size)]
-    found = list(cut_segments(blocks, Given(), shortest=shortest, longest=LONGEST * FRAME))
-    whole = list(cut_segments([wave], Given(), shortest=shortest, longest=LONGEST * FRAME))
+    found = list(
+        cut_segments(blocks, FirstSampleDetector(), shortest=shortest, longest=LONGEST * FRAME)
+    )
+    whole = list(
+        cut_segments([wave], FirstSampleDetector(), shortest=shortest, longest=LONGEST * FRAME)
+    )
     assert [segment.start for segment in found] == [segment.start for segment in whole]
     for segment, same in zip(found, whole, strict=True):
         assert (segment.wave == same.wave).all()
@@ -130,32 +135,22 @@ def test_a_stream_gives_the_same_waves_however_it_is_cut(probabilities, size, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1600, 65536])
-def test_made_up_speech_is_found_and_silence_is_not(size):
+def test_synthetic_speech_is_found_and_silence_is_not(size):
     noise = np.random.default_rng(0).normal(0, 3e-4, 16000 * 5).astype(np.float32)
-    wave = np.concatenate(
-        [
-            noise,
-            vowels(2),
-            noise[:8000],
-            vowels(3, seed=1),
-            noise,
-            vowels(20, seed=2),
-            noise[:4000],
-            vowels(20, seed=3),
-        ]
-    )
+    first = [noise, vowels(2), noise[:8000], vowels(3, seed=1)]
+    second = [noise, vowels(20, seed=2), noise[:4000], vowels(20, seed=3)]
+    wave = np.concatenate([*first, *second])
     spoken = [(5, 7), (7.5, 10.5), (15.5, 35.5), (35.75, 55.75)]
     blocks = [wave[i : i + size] for i in range(0, len(wave), size)]
-    found = [
-        s.seconds
-        for s in cut_segments(blocks, Silero(load_silero()), shortest=160, longest=28 * 16000)
-    ]
+    detector = Silero(load_silero())
+    segments = cut_segments(blocks, detector, shortest=160, longest=28 * 16000)
+    found = [segment.seconds for segment in segments]
     np.testing.assert_allclose(found, [(5, 10.5), (15.5, 35.6), (35.6, 55.75)], atol=0.45)
     assert all(any(start <= a and b <= end + 0.05 for start, end in found) for a, b in spoken)
     assert all(start <= end for (_, start), (end, _) in itertools.pairwise(found))
 
 
-def test_without_detection_all_is_heard_and_cut_where_it_is_quiet():
+def test_loudness_keeps_all_audio_and_cuts_where_it_is_quiet():
     quiet = np.zeros(3200, np.float32)
     wave = np.concatenate([tone("one", 25), quiet, tone("two", 25), quiet, tone("three", 8)])
     found = list(cut_segments([wave], Loudness(), shortest=160, longest=30 * 16000))

@@ -1,6 +1,7 @@
-"""Where somebody speaks: Silero's network against the package's own, and how the stream is cut."""
+"""Voice activity detection: parity with the package silero-vad, and independence of blocks."""
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -23,14 +24,15 @@ def speech_and_silence(seed=0):
     )
 
 
-def told(detector, wave, size):
+def probabilities(detector, wave, size):
+    """Feed the waveform in blocks of `size` samples."""
     parts = [detector(wave[i : i + size]) for i in range(0, len(wave), size)]
     return np.concatenate([*parts, detector.finish()])
 
 
-def test_it_is_silero(network):
+def test_network_matches_the_package_silero_vad(network):
     wave = speech_and_silence()
-    ours = told(Silero(network), wave, len(wave))
+    ours = probabilities(Silero(network), wave, len(wave))
     theirs = torch.jit.load(silero_file())
     padded = torch.from_numpy(np.pad(wave, (0, -len(wave) % FRAME)))
     with torch.no_grad():
@@ -40,43 +42,41 @@ def test_it_is_silero(network):
     assert np.median(ours[35:100]) > 0.8
 
 
-def test_its_weights_are_found_without_importing_the_package_which_takes_torch_to_one_thread(
-    network,
-):
-    import sys
-
+def test_loading_the_weights_does_not_import_the_package(network):
+    """Importing silero_vad would limit torch to one thread."""
     assert "silero_vad" not in sys.modules
 
 
 @pytest.mark.parametrize("make", [Silero, lambda _: Loudness()])
 @pytest.mark.parametrize("size", [1, 511, 100_000])
-def test_the_blocks_of_a_stream_change_no_bit(network, make, size):
+def test_probabilities_do_not_depend_on_the_block_size(network, make, size):
     wave = speech_and_silence()[: 3000 if size == 1 else None]
-    assert (told(make(network), wave, size) == told(make(network), wave, len(wave))).all()
+    in_blocks = probabilities(make(network), wave, size)
+    whole = probabilities(make(network), wave, len(wave))
+    assert (in_blocks == whole).all()
 
 
-def test_two_files_at_once_do_not_mix(network):
-    first, second = Silero(network), Silero(network)
+def test_two_detectors_of_one_network_are_independent(network):
+    first = Silero(network)
+    second = Silero(network)
     waves = [speech_and_silence(seed) for seed in (0, 5)]
     first(waves[0])
     second(waves[1])
     for detector, wave in zip((first, second), waves, strict=True):
         rest = detector.finish()
-        assert (rest == told(Silero(network), wave, len(wave))[-len(rest) :]).all()
+        expected = probabilities(Silero(network), wave, len(wave))
+        assert (rest == expected[-len(rest) :]).all()
 
 
-def test_loudness_takes_all_for_speech_and_quiet_for_least():
-    wave = np.concatenate(
-        [tone("one", 0.512), np.zeros(16 * FRAME, np.float32), tone("two", 0.512) / 10]
-    )
-    loud, silent, low = told(Loudness(), wave, 999).reshape(3, 16)
+def test_loudness_counts_everything_as_speech_and_silence_least():
+    silence = np.zeros(16 * FRAME, np.float32)
+    wave = np.concatenate([tone("one", 0.512), silence, tone("two", 0.512) / 10])
+    loud, silent, low = probabilities(Loudness(), wave, 999).reshape(3, 16)
     assert (silent == 0.5).all()
     assert silent.max() < low.min() <= low.max() < loud.min() <= 1
 
 
-def test_without_the_package_there_is_one_sentence(monkeypatch):
+def test_missing_package_is_reported(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"needs the package silero-vad: pip install .*, or give --no-vad"
-    ):
+    with pytest.raises(UserError, match=r"pip install 'silero-vad>=6.*--no-vad"):
         load_silero()

@@ -13,7 +13,7 @@ LLAMA = (
 WITHOUT_END = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-# in the manner of the public families, in their smallest form
+# minimal versions of the templates of public model families
 QWEN = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     + TURNS
@@ -45,7 +45,7 @@ MISTRAL = (
 PHI = "{% for m in messages %}<|head|>{{ m.role }}\n{{ m.content }}<|eot|>\n{% endfor %}" + (
     "{% if add_generation_prompt %}<|head|>assistant\n{% else %}{{ eos_token }}{% endif %}"
 )
-ENDS = {  # of the template, what ends a turn, how many BOS the template writes
+ENDS = {  # template: the token that ends a turn, the number of BOS tokens that it writes
     "chatml": (None, "<|im_end|>", 0),
     "qwen": (QWEN, "<|im_end|>", 0),
     "qwen3": (QWEN3, "<|im_end|>", 0),
@@ -71,8 +71,8 @@ def make_renderer(template=None, adds_bos=False):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("name", ENDS)
-def test_public_templates(name, adds_bos):
-    """Training begins with decoding's ids, one BOS at most, and the end of a turn is found and ends an answer."""
+def test_templates_of_public_models_render_training_and_decoding_alike(name, adds_bos):
+    """There is at most one BOS, and the end of a turn is found and ends an answer."""
     template, end, bos = ENDS[name]
     renderer = make_renderer(template, adds_bos)
     tokenizer = renderer.tokenizer
@@ -95,14 +95,14 @@ def test_public_templates(name, adds_bos):
     assert text.count("Transcribe.") == text.count("one") == text.count("Again.") == 1
 
 
-def test_the_date_of_a_template_is_always_the_same():
+def test_date_of_a_template_is_constant():
     renderer = make_renderer(LLAMA3)
     assert "Today: 26 Jul 2024<" in renderer.tokenizer.decode(
         renderer.encode_prompt(renderer.user_messages("x"), [1])
     )
 
 
-def test_system_turns():
+def test_system_messages_are_rendered_or_rejected():
     system = {"role": "system", "content": "Be terse."}
     for template in (None, QWEN, LLAMA3):
         renderer = make_renderer(template)
@@ -148,7 +148,7 @@ def test_content_in_parts_equals_content_as_a_string():
         ),
     ],
 )
-def test_messages_of_another_form_are_refused_by_name(messages, message):
+def test_invalid_messages_are_reported(messages, message):
     with pytest.raises(UserError, match=message):
         make_renderer().encode_prompt(messages, [1])
 
@@ -171,7 +171,7 @@ def test_special_tokens_in_a_prompt_do_not_end_the_turn(template):
     )
 
 
-def test_a_tokenizer_without_the_end_of_turn_is_refused():
+def test_tokenizer_without_the_end_of_turn_is_rejected():
     with pytest.raises(
         UserError,
         match=r"'<\|end\|>'.* \d+ tokens",
@@ -189,9 +189,9 @@ def test_a_tokenizer_without_the_end_of_turn_is_refused():
     ("template", "end"),
     [(None, "<|im_end|>"), (LLAMA, "<|endoftext|>"), (WITHOUT_END, "<|im_end|>")],
 )
-def test_labels_are_the_answer_and_its_end(template, end):
+def test_labels_are_the_answer_and_the_end_of_its_turn(template, end):
     renderer = make_renderer(template)
-    answer = f"assistant user one <|im_start|> {AUDIO} two"  # words that a search for a role would trip over
+    answer = f"assistant user one <|im_start|> {AUDIO} two"  # would break a search for the role
     ids, labels = renderer.encode_training(renderer.user_messages("Say assistant."), answer, [3])
     supervised = [label for label in labels if label != NO_LABEL]
     assert renderer.tokenizer.decode(supervised) == answer + end
@@ -203,7 +203,7 @@ def test_labels_are_the_answer_and_its_end(template, end):
     assert not special & set(supervised), "what looks like a special token in a transcript is text"
 
 
-def test_training_begins_with_the_ids_that_decoding_begins_with():
+def test_training_prompt_equals_decoding_prompt():
     renderer = make_renderer()
     messages = renderer.user_messages("Transcribe.")
     prompt = renderer.encode_prompt(messages, [5])
@@ -213,7 +213,7 @@ def test_training_begins_with_the_ids_that_decoding_begins_with():
     assert text == f"<|im_start|>user\n{AUDIO * 5} Transcribe.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_several_audios_are_expanded_each_to_its_length():
+def test_each_audio_token_is_expanded_to_the_length_of_its_audio():
     renderer = make_renderer()
     ids = renderer.encode_prompt([{"role": "user", "content": f"{AUDIO} and {AUDIO}"}], [2, 4])
     runs = (
@@ -223,6 +223,6 @@ def test_several_audios_are_expanded_each_to_its_length():
 
 
 @pytest.mark.parametrize("content", ["no audio", f"{AUDIO} {AUDIO}"])
-def test_a_wrong_number_of_audio_tokens_is_one_sentence(content):
+def test_wrong_number_of_audio_tokens_is_reported(content):
     with pytest.raises(UserError, match="audio tokens for 1 audios"):
         make_renderer().encode_prompt([{"role": "user", "content": content}], [2])

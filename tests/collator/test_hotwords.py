@@ -56,11 +56,11 @@ def lists(made, text, count=300, dealt=0, **more):
         ("O'Neil", "Mr O'Neil's car", True),
     ],
 )
-def test_a_hotword_is_found_as_whole_words_in_any_case(tmp_path, phrase, text, found):
+def test_hotwords_match_whole_words_in_any_case(tmp_path, phrase, text, found):
     assert lists(hotwords(tmp_path, [phrase]), text, 1) == [[phrase] if found else []]
 
 
-def test_what_is_found_is_what_a_search_finds(tmp_path):
+def test_index_finds_the_same_hotwords_as_a_plain_search(tmp_path):
     rng = np.random.default_rng(0)
     vocabulary = [f"w{i}" for i in range(12)]
     phrases = sorted({" ".join(rng.choice(vocabulary, rng.integers(1, 5))) for _ in range(80)})
@@ -71,7 +71,7 @@ def test_what_is_found_is_what_a_search_finds(tmp_path):
         assert sorted(listed(made.context(text, key=str(key), pass_index=0))) == expected
 
 
-def test_lists_are_written_as_the_file_writes_them(tmp_path):
+def test_lists_keep_the_spelling_of_the_file(tmp_path):
     made = hotwords(
         tmp_path,
         ["iPhone", " New York ", "", "IPHONE", "other"],
@@ -82,14 +82,14 @@ def test_lists_are_written_as_the_file_writes_them(tmp_path):
     assert made.context("nothing of it", key="k", pass_index=0) == ""
 
 
-def test_a_share_of_the_utterances_gets_a_list(tmp_path):
+def test_lists_are_given_with_their_probability(tmp_path):
     made = hotwords(tmp_path, ["one", "two"], prob=0.3)
     assert 240 < sum(map(bool, lists(made, "one two", 1000))) < 360
     assert not any(lists(hotwords(tmp_path, ["one"], prob=0.0), "one"))
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.8])
-def test_distractors_have_their_share_and_are_not_in_the_utterance(tmp_path, rate):
+def test_distractors_have_their_rate_and_are_not_in_the_transcript(tmp_path, rate):
     made = hotwords(tmp_path, [f"w{i}" for i in range(500)], distractor_rate=rate, max_words=100)
     everything = lists(made, "w3 and w7", 1500)
     places = [word in ("w3", "w7") for words in everything for word in words]
@@ -98,7 +98,7 @@ def test_distractors_have_their_share_and_are_not_in_the_utterance(tmp_path, rat
     assert all({"w3", "w7"} <= set(words) for words in everything)
 
 
-def test_without_a_true_hotword_there_are_distractors_only_and_the_length_does_not_tell(tmp_path):
+def test_list_without_true_hotwords_has_distractors_only_and_the_same_length(tmp_path):
     made = hotwords(tmp_path, [f"w{i}" for i in range(500)], distractor_rate=0.7, max_words=30)
     none, one = lists(made, "nothing", 1500), lists(made, "only w3", 1500)
     assert all(none)
@@ -106,7 +106,7 @@ def test_without_a_true_hotword_there_are_distractors_only_and_the_length_does_n
     assert not any(lists(hotwords(tmp_path, ["one"], distractor_rate=0.0), "nothing"))
 
 
-def test_the_place_in_the_list_does_not_tell(tmp_path):
+def test_position_in_the_list_does_not_reveal_true_hotwords(tmp_path):
     made = hotwords(tmp_path, [f"w{i}" for i in range(50)], distractor_rate=0.5)
     where = [
         words.index("w3") / (len(words) - 1)
@@ -116,7 +116,7 @@ def test_the_place_in_the_list_does_not_tell(tmp_path):
     assert np.mean(where) == pytest.approx(0.5, abs=0.04)
 
 
-def test_a_list_is_no_longer_than_allowed_and_draws_which_true_ones_stay(tmp_path):
+def test_long_list_is_limited_to_randomly_chosen_true_hotwords(tmp_path):
     words = [f"w{i}" for i in range(30)]
     everything = lists(hotwords(tmp_path, words, max_words=5), " ".join(words))
     assert {len(words) for words in everything} == {5}
@@ -125,7 +125,7 @@ def test_a_list_is_no_longer_than_allowed_and_draws_which_true_ones_stay(tmp_pat
     assert {word for words in few for word in words} == {"w0", "w1", "w2"}
 
 
-def test_own_hotwords_join_the_list(tmp_path):
+def test_hotwords_of_the_sample_join_the_list(tmp_path):
     own = ["Zürich", "Bern", f"{AUDIO} ", "W1"]
     assert all(
         sorted(words) == ["W1", "Zürich"]
@@ -135,12 +135,12 @@ def test_own_hotwords_join_the_list(tmp_path):
     for words in lists(made, "zürich", own=own):
         assert len(words) == 1 or {"Bern", "W1"} & set(
             words
-        )  # what the sample names comes before the others
+        )  # hotwords of the sample have priority
     assert lists(hotwords(tmp_path), "in bern", 1, own=["Bern"]) == [["Bern"]]
     assert lists(hotwords(tmp_path, distractor_rate=0.5), "nothing", 1, own=["Bern"]) == [["Bern"]]
 
 
-def test_lists_depend_on_seed_round_and_key_alone(tmp_path):
+def test_lists_depend_only_on_seed_pass_and_key(tmp_path):
     words = [f"w{i}" for i in range(100)]
     made = hotwords(tmp_path, words, prob=0.5, distractor_rate=0.5)
     first = lists(made, "w1 w2")
@@ -151,7 +151,7 @@ def test_lists_depend_on_seed_round_and_key_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
+def test_lookup_time_does_not_grow_with_the_number_of_phrases(tmp_path):
     rng = np.random.default_rng(0)
     phrases = [
         "".join(chr(c) for c in rng.integers(0x4E00, 0x4E00 + 3000, rng.integers(2, 7)))
@@ -185,12 +185,12 @@ def test_a_hundred_thousand_phrases_are_looked_up_not_searched(tmp_path):
         ({"file": "/no/such"}, r"data\.hotwords\.file '/no/such' does not exist"),
     ],
 )
-def test_impossible_values_are_named(tmp_path, changes, message):
+def test_invalid_values_are_reported_with_their_keys(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         hotwords(tmp_path, **changes)
 
 
-def test_a_file_without_words_or_with_the_audio_token_is_refused(tmp_path):
+def test_file_without_words_or_with_the_audio_token_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"data\.hotwords\.file='.*words\.txt'"):
         hotwords(tmp_path, ["", " "])
     with pytest.raises(UserError, match=r"data\.hotwords\.file=.*, line 2: 'a <\|AUDIO\|>'"):

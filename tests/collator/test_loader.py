@@ -68,14 +68,14 @@ def keys_of(loaded):
 
 
 def damaged(corpus, *rows):
-    """The corpus with rows that point to somewhere else in the tar."""
+    """Return the corpus with wrong offsets in some rows."""
     table = np.array(corpus.index.rows)
     table["offset"][list(rows)] += 1
     return replace(corpus, index=replace(corpus.index, rows=table))
 
 
 def only(corpus, count):
-    """A corpus of the first rows."""
+    """Return the corpus with only its first rows."""
     return make_corpus(
         corpus.name,
         replace(corpus.index, rows=corpus.index.rows[:count], starts=np.array([0, count])),
@@ -93,15 +93,15 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(2, 2), (1, 9), (2, 1)])
-def test_what_is_read_does_not_depend_on_the_workers(corpora, workers, accumulation):
+def test_batches_do_not_depend_on_the_number_of_workers(corpora, workers, accumulation):
     here = make(corpora, accumulation=accumulation)
     for given, step in zip(
         make_stream(corpora, num_workers=workers, accumulation=accumulation), here, strict=True
     ):
-        assert_same([given], [step])  # at once: a step's waveforms are valid until the next
+        assert_same([given], [step])  # before the next step overwrites the waveforms
 
 
-def test_a_batch_larger_than_its_slot_and_a_bad_one_arrive_too(corpora, monkeypatch):
+def test_batch_larger_than_its_slot_and_errors_of_workers_are_received(corpora, monkeypatch):
     monkeypatch.setattr(Plan, "largest_batch", lambda plan, ranks: 500)
     for given, step in zip(make_stream(corpora, num_workers=1), make(corpora), strict=True):
         assert_same([given], [step])
@@ -111,13 +111,13 @@ def test_a_batch_larger_than_its_slot_and_a_bad_one_arrive_too(corpora, monkeypa
 
 
 @pytest.mark.slow
-def test_going_on_gives_the_rest(corpora):
+def test_resuming_yields_the_remaining_steps(corpora):
     whole = make(corpora, epochs=2)
     for stop in (1, len(whole) // 2, len(whole) - 1):
         assert_same(make(corpora, start=whole[stop - 1].position, epochs=2), whole[stop:])
 
 
-def test_ctrl_c_while_readers_are_forked_is_raised_once_they_are(corpora):
+def test_ctrl_c_during_the_fork_of_workers_is_raised_after_it(corpora):
     forks = []
 
     def interrupt():
@@ -136,15 +136,15 @@ def test_ctrl_c_while_readers_are_forked_is_raised_once_they_are(corpora):
     assert not multiprocessing.active_children()
 
 
-def test_ranks_together_read_everything_once(corpora):
+def test_all_ranks_together_read_each_utterance_once(corpora):
     keys = [key for rank in range(3) for key in keys_of(make(corpora, rank=rank, ranks=3))]
     assert sorted(keys) == [f"utt{i:04d}" for i in range(60)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_another_world_size_reads_what_is_left_of_the_epoch_once(corpora, workers):
-    """Three ranks stop after two steps, two go on."""
+def test_resuming_on_another_world_size_reads_the_rest_of_the_epoch_once(corpora, workers):
+    """Three ranks stop after two steps, and two ranks resume."""
     first = [make(corpora, rank=rank, ranks=3, num_workers=workers)[:2] for rank in range(3)]
     position = first[0][-1].position
     rest = [
@@ -156,7 +156,7 @@ def test_another_world_size_reads_what_is_left_of_the_epoch_once(corpora, worker
     assert all(rank[-1].position == Position(epoch=1) for rank in rest)
 
 
-def test_a_batch_is_one_row_of_true_tokens(corpora):
+def test_batch_is_one_row_without_padding(corpora):
     for batch in (b for step in make(corpora) for b in step.micro_batches):
         bounds = batch.cu_seqlens.tolist()
         assert bounds[0] == 0
@@ -166,7 +166,7 @@ def test_a_batch_is_one_row_of_true_tokens(corpora):
         assert torch.equal(batch.input_ids[0, batch.target_positions + 1], batch.targets)
 
 
-def test_a_filler_has_no_targets_and_no_key(corpora):
+def test_filler_has_no_targets_and_no_key(corpora):
     (first,), (second,) = (make([only(corpora[0], 1)], rank=rank) for rank in range(2))
     batches = first.micro_batches + second.micro_batches
     assert [len(b.keys) for b in batches] == [1, 0, 0, 0]
@@ -174,9 +174,7 @@ def test_a_filler_has_no_targets_and_no_key(corpora):
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(2, 2), (1, 1)])
-def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(
-    corpora, ranks, accumulation
-):
+def test_unreadable_utterance_is_reported_and_replaced_by_a_spare(corpora, ranks, accumulation):
     options = {"ranks": ranks, "accumulation": accumulation}
     whole, broken = (
         [
@@ -187,9 +185,7 @@ def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(
         ]
         for corpus in (corpora[0], damaged(corpora[0], 7))
     )
-    assert [len(b.keys) for b in broken] == [
-        len(b.keys) for b in whole
-    ]  # no batch is smaller for it
+    assert [len(b.keys) for b in broken] == [len(b.keys) for b in whole]  # no batch is smaller
     keys = [key for b in broken for key in b.keys]
     assert "utt0007" not in keys
     assert len(set(keys)) == 59
@@ -197,7 +193,7 @@ def test_an_unreadable_utterance_is_named_and_a_spare_of_the_plan_stands_in(
     assert "utterance 7 of train" in message
 
 
-def test_unreadable_utterances_are_left_out_and_a_batch_without_any_other_stops_the_run(
+def test_run_stops_at_a_batch_without_a_readable_utterance(
     corpora,
 ):
     few = only(corpora[0], 20)
@@ -209,7 +205,7 @@ def test_unreadable_utterances_are_left_out_and_a_batch_without_any_other_stops_
         make([damaged(few, *range(20))], **options)
 
 
-def test_the_prompt_is_the_samples_own_else_its_corpuss_else_drawn(corpora):
+def test_prompt_is_the_samples_else_its_corpus_else_drawn(corpora):
     drawn = [prompt for step in make(corpora) for b in step.micro_batches for prompt in b.prompts]
     assert set(drawn) == {"A.", "B.", "C."}
     own = [replace(corpora[0], prompts=(Prompt(text="Of the corpus."),))]
@@ -218,7 +214,7 @@ def test_the_prompt_is_the_samples_own_else_its_corpuss_else_drawn(corpora):
     }
 
 
-def test_the_transcript_is_normalised(corpora):
+def test_transcript_is_normalized(corpora):
     first, other = (
         make(corpora, normalize=normalize)[0].micro_batches[0] for normalize in (str, str.upper)
     )
@@ -226,15 +222,15 @@ def test_the_transcript_is_normalised(corpora):
     assert not torch.equal(first.input_ids, other.input_ids)
 
 
-def test_padding_for_decoding_stands_left():
+def test_padding_for_decoding_is_on_the_left():
     ids, mask = pad_left([[1, 2, 3], [4]])
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_in_the_middle_of_the_data_does_not_wait_for_its_readers(world):
-    """They ignore SIGTERM; the stream is alive when the interpreter ends."""
+def test_process_that_exits_in_the_middle_of_the_data_does_not_wait_for_its_workers(world):
+    """Workers ignore SIGTERM, and the stream is alive when the interpreter exits."""
     code = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})

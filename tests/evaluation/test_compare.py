@@ -1,4 +1,4 @@
-"""Paired comparisons, from transcripts and from files."""
+"""Paired comparisons of transcripts and of result files."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def noisy(rate, seed, count=200, **more):
 
 
 @pytest.mark.slow
-def test_a_difference_is_found_and_none_is_not():
+def test_only_a_real_difference_is_significant():
     a, better = noisy(0.3, 1), noisy(0.15, 2)
     found = compare(a, better)
     assert found.difference == pytest.approx(found.b - found.a, abs=1e-3)
@@ -58,14 +58,14 @@ def test_a_difference_is_found_and_none_is_not():
     )  # the rule of three
 
 
-def test_one_utterance_bounds_nothing():
+def test_one_utterance_gives_no_bound():
     found = compare([transcript("a b", "a x")], [transcript("a b", "a b")])
     assert (found.difference, found.difference_ci95, found.p) == (-50.0, [-100.0, 100.0], 1.0)
 
 
 @pytest.mark.slow
-def test_p_values_of_equal_systems_are_evenly_spread():
-    """Below 0.1 as often as one in ten, and as exact enumeration has it where there are few."""
+def test_p_values_of_equal_systems_are_uniform():
+    """One in ten is below 0.1, and a small case matches exact enumeration."""
     below = sum(
         compare(noisy(0.3, 2 * i, 40), noisy(0.3, 2 * i + 1, 40)).p < 0.1 for i in range(60)
     )
@@ -77,7 +77,7 @@ def test_p_values_of_equal_systems_are_evenly_spread():
     assert few.p == pytest.approx(2 / 16, abs=0.02)
 
 
-def test_speakers_are_exchanged_as_a_whole():
+def test_all_utterances_of_a_speaker_are_exchanged_together():
     a = [
         transcript("a b", "a x" if s == 0 else "a b", f"{s}-{i}", speaker=f"s{s}")
         for s in range(6)
@@ -87,7 +87,7 @@ def test_speakers_are_exchanged_as_a_whole():
     assert (compare(a, b).by, compare(a, b).p) == (
         "speaker",
         1.0,
-    )  # one speaker says nothing about others
+    )  # one speaker is no evidence about others
 
 
 def results(folder, transcripts, normalizer="basic", name="test"):
@@ -101,7 +101,7 @@ def results(folder, transcripts, normalizer="basic", name="test"):
 
 
 @pytest.mark.slow
-def test_results_on_the_disk_are_compared(tmp_path, capsys):
+def test_results_on_disk_are_compared(tmp_path, capsys):
     a, b = noisy(0.3, 1, speaker="x"), noisy(0.2, 2, speaker="x")
     first, second = (
         results(tmp_path / "a" / "greedy_search", a),
@@ -118,16 +118,16 @@ def test_results_on_the_disk_are_compared(tmp_path, capsys):
     )
     assert main(["evaluate", "compare", str(first), str(second)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(
-        f"test: WER {expected.a:.2f} % -> {expected.b:.2f} %, {expected.difference:+.2f} points"
-    )
-    assert said.endswith("; normalizer basic\n")
+    for part in (f"{expected.a:.2f} %", f"{expected.b:.2f} %", f"{expected.difference:+.2f} "):
+        assert part in said
+    assert said.startswith("test: WER ")
+    assert "basic" in said
     assert said.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
-    """Normalisation changes these texts; icefall's own have words of another case."""
+def test_recogs_are_compared_with_their_generations(tmp_path):
+    """Normalization changes these texts, and the words of icefall's own recogs are upper case."""
     said = [
         transcript(
             "it is 25",
@@ -160,8 +160,8 @@ def test_recogs_are_compared_with_what_they_were_made_of(tmp_path):
     assert compare_files(icefall, icefall).normalizer == "none"
 
 
-def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_written(tmp_path):
-    """Whisper's makes "-5" of "minus five", and "5" of "-5"."""
+def test_recogs_of_a_normalizer_that_changes_its_own_output_are_compared_as_written(tmp_path):
+    """Whisper's normalizer changes "minus five" to "-5", and "-5" to "5"."""
     raw = [
         ("Minus five degrees.", "Minus five degrees"),
         ("double o seven", "double o eight"),
@@ -181,7 +181,7 @@ def test_recogs_of_a_normaliser_that_changes_its_own_results_are_compared_as_wri
     assert expected.a == pytest.approx(25.0)
 
 
-def test_speakers_are_known_from_either_file(tmp_path):
+def test_speakers_are_read_from_either_file(tmp_path):
     said = [
         transcript("a b", "a x", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(2)
     ]
@@ -193,8 +193,8 @@ def test_speakers_are_known_from_either_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["recogs", "generations"])
-def test_repeated_keys_are_refused(tmp_path, kind):
-    """The last one alone was compared."""
+def test_repeated_keys_are_rejected(tmp_path, kind):
+    """Otherwise only the last utterance of a key would be compared."""
     said = [
         transcript("a b", "a b", "u1"),
         transcript("a b", "x y", "u1"),
@@ -202,10 +202,7 @@ def test_repeated_keys_are_refused(tmp_path, kind):
     ]
     folder = results(tmp_path / "a", said)
     (path,) = folder.glob(f"{kind}-test*")
-    with pytest.raises(
-        UserError,
-        match=r"has 1 repeated keys, such as 'u1'\. Give every utterance a key of its own",
-    ):
+    with pytest.raises(UserError, match=rf"'{path}' has 1 repeated keys.*'u1'"):
         compare_files(path, path)
 
 
@@ -221,7 +218,7 @@ def test_icefalls_recogs_with_timestamps_are_read(tmp_path):
     assert compare_files(path, path).a == 50.0
 
 
-def test_characters_that_are_not_seen_are_no_errors(tmp_path):
+def test_invisible_characters_are_not_errors(tmp_path):
     said = [
         transcript(
             "ab cd",
@@ -245,7 +242,7 @@ def test_characters_that_are_not_seen_are_no_errors(tmp_path):
         )
 
 
-def test_a_second_evaluation_overwrites_nothing_of_the_first(tmp_path):
+def test_second_evaluation_does_not_overwrite_the_first(tmp_path):
     folder, texts = tmp_path / "greedy_search", [noisy(0.3, 1, 20), noisy(0.2, 2, 20)]
     for suffix, said in zip(("iter-4-avg-1", "iter-8-avg-1"), texts, strict=True):
         folder.mkdir(exist_ok=True)
@@ -265,7 +262,7 @@ def test_a_second_evaluation_overwrites_nothing_of_the_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reader_that_wants_no_more_is_no_mistake(tmp_path):
+def test_closed_pipe_is_not_an_error(tmp_path):
     folder = results(tmp_path / "a", noisy(0.3, 1, speaker="x"))
     reader, writer = os.pipe()
     os.close(reader)
@@ -282,28 +279,29 @@ def test_a_reader_that_wants_no_more_is_no_mistake(tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
-    a, b = results(tmp_path / "a", noisy(0.3, 1)), results(tmp_path / "b", noisy(0.3, 1)[:-2])
-    assert "are of other utterances: 2, such as 'u198'" in fails(
-        capsys, "evaluate", "compare", a, b
-    )
-    other = results(tmp_path / "c", [transcript("q", "q", t.key) for t in noisy(0.3, 1)])
-    assert "have different references for 200 utterances" in fails(
-        capsys, "evaluate", "compare", a, other
-    )
-    assert "have no test set in common" in fails(
-        capsys, "evaluate", "compare", a, results(tmp_path / "d", noisy(0.3, 1), name="x")
-    )
-    assert "holds no generations-*.jsonl" in fails(
-        capsys, "evaluate", "compare", a, tmp_path / "no"
-    )
-    assert "two results, not 1" in fails(capsys, "evaluate", "compare", a)
+def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
+    def error(*paths):
+        return fails(capsys, "evaluate", "compare", *paths)
+
+    full = noisy(0.3, 1)
+    a = results(tmp_path / "a", full)
+    b = results(tmp_path / "b", full[:-2])
+    assert "different utterances: 2 are" in error(a, b)
+    assert "'u198'" in error(a, b)
+    other = results(tmp_path / "c", [transcript("q", "q", t.key) for t in full])
+    assert "different references for 200 utterances" in error(a, other)
+    renamed = results(tmp_path / "d", full, name="x")
+    assert "(sets: test)" in error(a, renamed)
+    assert "(sets: x)" in error(a, renamed)
+    assert f"{str(tmp_path / 'no')!r} has no generations-*.jsonl" in error(a, tmp_path / "no")
+    assert "two results, not 1" in error(a)
     (tmp_path / "recogs-x.txt").write_text("\n")
-    with pytest.raises(UserError, match="holds no utterance"):
+    with pytest.raises(UserError, match=r"recogs-x\.txt' has no utterances"):
         compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")
-    assert "two normalizers are no comparison" in fails(
-        capsys, "evaluate", "compare", a, results(tmp_path / "e", noisy(0.3, 1), "en")
-    )
+    english = results(tmp_path / "e", full, "en")
+    message = error(a, english)
+    assert "generations-test-s.jsonl' with 'basic'" in message
+    assert "generations-test-s.jsonl' with 'en'" in message
     for name, text in (
         ("generations-x.jsonl", "{"),
         ("generations-y.jsonl", '{"key": "k"}'),
@@ -316,6 +314,5 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
         ("generations-w.jsonl", '{"key": "k", "ref": "a", "hyp": "a", "duration": null}'),
     ):
         (tmp_path / name).write_text(text)
-        assert f"{name}' is no file generations-*.jsonl or recogs-*.txt" in fails(
-            capsys, "evaluate", "compare", tmp_path / name, tmp_path / name
-        )
+        message = error(tmp_path / name, tmp_path / name)
+        assert f"{name}' is not a generations-*.jsonl or recogs-*.txt file" in message

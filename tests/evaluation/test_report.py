@@ -1,4 +1,4 @@
-"""report.html as a file: what it holds, and that it holds nothing that could run or be loaded."""
+"""report.html as a file: its data, and that no foreign script can run or be loaded."""
 
 import base64
 import html.parser
@@ -13,12 +13,12 @@ import soundfile
 from asrllm.evaluation.compare import compare
 from asrllm.evaluation.report import (
     ReportSet,
+    alignment_runs,
     choose_audio,
     encode_audio,
-    joined,
+    join_units,
     rate_counts,
     rate_names,
-    runs,
     write_report,
 )
 from asrllm.evaluation.score import Errors, Transcript, align
@@ -44,14 +44,16 @@ def transcript(key: str, reference: str, hypothesis: str, **more: object) -> Tra
     return Transcript(key=key, reference=reference, hypothesis=hypothesis, **fields)  # type: ignore[arg-type]
 
 
-def heard(count: int = 40, *, seed: int = 0, speakers: int = 7, share: float = 0.2) -> Scored:
-    """Utterances of one to twelve words with the share of them replaced, the last without any error."""
+def decoded(
+    count: int = 40, *, seed: int = 0, speakers: int = 7, error_rate: float = 0.2
+) -> Scored:
+    """Utterances of one to twelve words, some of them replaced; the last one is correct."""
     rng, references = np.random.default_rng(seed), np.random.default_rng(99)
     found = []
     for i in range(count):
         words = references.choice(WORDS, references.integers(1, 13)).tolist()
         said = [
-            str(rng.choice(WORDS)) if i < count - 1 and rng.random() < share else word
+            str(rng.choice(WORDS)) if i < count - 1 and rng.random() < error_rate else word
             for word in words
         ]
         who = {"speaker": f"s{i % speakers}" if speakers else "", "duration": 0.5 * len(words) + 1}
@@ -71,7 +73,7 @@ def report_set(name: str, scored: Scored, **more: object) -> ReportSet:
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page with their attributes, and the text of its data."""
+    """The elements of a page with their attributes, and its data."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -94,8 +96,8 @@ def read_page(path, *sets: ReportSet, title: str = "a run") -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_the_page_loads_nothing(tmp_path):
-    page = read_page(tmp_path / "report.html", report_set("test", heard()))
+def test_page_loads_nothing(tmp_path):
+    page = read_page(tmp_path / "report.html", report_set("test", decoded()))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\"'\s]+", text)) == {
         "http://www.w3.org/1999/xhtml",
@@ -116,14 +118,14 @@ def test_the_page_loads_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_texts_and_names_are_never_markup(tmp_path):
+def test_texts_and_names_are_not_interpreted_as_markup(tmp_path):
     scored = score(
         [
             transcript(ATTACK, ATTACK, "one", speaker=ATTACK),
             transcript("k2", "one", ATTACK, speaker="s"),
         ]
     )
-    plain = read_page(tmp_path / "plain.html", report_set("test", heard()))
+    plain = read_page(tmp_path / "plain.html", report_set("test", decoded()))
     page = read_page(tmp_path / "report.html", report_set(ATTACK, scored), title=ATTACK)
     assert page.elements == plain.elements, "the data adds no element"
     assert [row["ref"] for row in page.data["utterances"] if row["key"] == ATTACK] == [ATTACK]
@@ -134,8 +136,8 @@ def test_texts_and_names_are_never_markup(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_data_is_that_of_the_results_and_worst_first(tmp_path):
-    ours, theirs = heard(), heard(seed=1, share=0.5)
+def test_data_matches_the_results_and_is_sorted_worst_first(tmp_path):
+    ours, theirs = decoded(), decoded(seed=1, error_rate=0.5)
     s = report_set("test", ours, baseline=theirs)
     (shown,) = (data := read_page(tmp_path / "report.html", s).data)["sets"]
     for key in ("wer", "wer_ci95", "cer", "mer_ci95", "hallucinations", "ci95_by"):
@@ -162,12 +164,12 @@ def test_the_data_is_that_of_the_results_and_worst_first(tmp_path):
     ]
 
 
-def test_several_sets_are_also_one(tmp_path):
+def test_several_sets_are_also_pooled(tmp_path):
     said = [
         transcript(f"z{i}", "今天天气好", "今天气真好", raw_reference="今天天气好。")
         for i in range(30)
     ]
-    english, chinese = heard(), score(said)
+    english, chinese = decoded(), score(said)
     sets = [report_set("en", english), report_set("zh", chinese)]
     data = read_page(tmp_path / "report.html", *sets).data
     assert [(s["name"], s["metric"], s.get("pooled")) for s in data["sets"]] == [
@@ -181,8 +183,8 @@ def test_several_sets_are_also_one(tmp_path):
     assert row["ref"] == "今天天气好。"
 
 
-def test_without_baseline_speakers_or_audio(tmp_path):
-    data = read_page(tmp_path / "report.html", report_set("test", heard(speakers=0))).data
+def test_page_without_baseline_speakers_or_audio(tmp_path):
+    data = read_page(tmp_path / "report.html", report_set("test", decoded(speakers=0))).data
     (shown,) = data["sets"]
     assert (shown["baseline"], shown["comparison"], shown["by_speaker"], shown["speakers"]) == (
         None,
@@ -193,34 +195,35 @@ def test_without_baseline_speakers_or_audio(tmp_path):
     assert not [row for row in data["utterances"] if {"baseline", "audio"} & row.keys()]
 
 
-def test_audio_is_an_mp3_of_its_utterance(tmp_path):
+def test_audio_is_an_mp3_of_the_utterance(tmp_path):
     wave = tone("three", 1.5)
     info = soundfile.info(io.BytesIO(encode_audio(wave)))
     assert (info.format, info.samplerate, info.channels) == ("MP3", 16000, 1)
     assert info.duration == pytest.approx(1.5, abs=0.1)
     data = read_page(
-        tmp_path / "report.html", report_set("test", heard(), audio={"utt003": encode_audio(wave)})
+        tmp_path / "report.html",
+        report_set("test", decoded(), audio={"utt003": encode_audio(wave)}),
     ).data
     (row,) = [row for row in data["utterances"] if "audio" in row]
     assert row["key"] == "utt003"
-    decoded, rate = soundfile.read(io.BytesIO(base64.b64decode(row["audio"])))
-    pitch = np.argmax(np.abs(np.fft.rfft(decoded))) * rate / len(decoded)
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(row["audio"])))
+    pitch = np.argmax(np.abs(np.fft.rfft(samples))) * rate / len(samples)
     assert pitch == pytest.approx(200 * 1.25**3, rel=0.01)
 
 
-def test_runs_keep_the_alignment():
+def test_alignment_is_grouped_into_runs():
     reference, hypothesis = (
         ["one", "two", "three", "four", "five"],
         ["one", "too", "three", "five", "six"],
     )
     pairs = align(reference, hypothesis)
-    found = runs(pairs, "wer")
+    found = alignment_runs(pairs, "wer")
     assert found == ["one", [("two", "too")], "three", [("four", "")], "five", [("", "six")]]
-    assert joined(["今", "天", "hello", "world", "好"], "mer") == "今天hello world好"
-    assert joined(["今", "a", "b"], "cer") == "今ab"
+    assert join_units(["今", "天", "hello", "world", "好"], "mer") == "今天hello world好"
+    assert join_units(["今", "a", "b"], "cer") == "今ab"
 
 
-def test_rates_fall_into_their_bins():
+def test_rates_are_counted_in_their_bins():
     units = np.array([10, 10, 10, 10, 0, 0])
     errors = Errors(
         ins=np.array([0, 1, 10, 11, 0, 2]),
@@ -237,11 +240,11 @@ def test_rates_fall_into_their_bins():
 
 
 @pytest.mark.slow
-def test_wandb_gets_a_run_with_numbers_and_tables(tmp_path, monkeypatch):
+def test_wandb_run_has_numbers_and_tables(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     exp, s = (
         tmp_path / "exp",
-        report_set("test", heard(), audio={"utt003": encode_audio(tone("one", 0.5))}),
+        report_set("test", decoded(), audio={"utt003": encode_audio(tone("one", 0.5))}),
     )
     s.entry["baseline"] = {
         "wer": 30.0,

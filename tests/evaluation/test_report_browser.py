@@ -1,4 +1,4 @@
-"""report.html in Chromium, as its reader sees it."""
+"""report.html in Chromium."""
 
 import io
 import json
@@ -13,10 +13,10 @@ from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, writ
 from asrllm.evaluation.score import Transcript
 from asrllm.evaluation.summary import HALLUCINATION_FLAGS, score
 from asrllm.testing import tone
-from tests.evaluation.test_report import ATTACK, heard, report_set, transcript
+from tests.evaluation.test_report import ATTACK, decoded, report_set, transcript
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
-# as root, offline, without the things that a browser does of itself
+# as root, offline, without background activity
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
@@ -56,8 +56,8 @@ def attacked() -> list[Transcript]:
 
 
 def sets() -> list[ReportSet]:
-    """120 utterances of a set with a baseline and five to hear, and two of another that hold markup."""
-    ours, theirs = heard(120), heard(120, seed=1, share=0.4)
+    """A set of 120 utterances with a baseline and five audios, and a set of two with markup."""
+    ours, theirs = decoded(120), decoded(120, seed=1, error_rate=0.4)
     audio = {ours.transcripts[i].key: encode_audio(tone("two", 0.8)) for i in choose_audio(ours, 5)}
     other = score(attacked())
     return [
@@ -75,7 +75,7 @@ def report(tmp_path_factory) -> str:
 
 @pytest.fixture
 def page(browser, report):
-    """The report opened anew; at the end nothing has gone wrong in it, and nothing was asked of a network."""
+    """The freshly loaded report. Afterwards it has logged no error and used no network."""
     browser.get("about:blank")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     for kind in ("browser", "performance"):
@@ -106,7 +106,7 @@ def find(driver, selector):
 
 
 def column(driver, name: str) -> list[str]:
-    """Its cells as they stand."""
+    """Return the texts of the cells of a column."""
     (at,) = [
         i
         for i, head in enumerate(find(driver, "#table thead tr > *"), start=1)
@@ -124,7 +124,7 @@ def choose(driver, selector: str, value: str) -> None:
     Select(find(driver, selector)[0]).select_by_value(value)
 
 
-def test_utterances_stand_worst_first_a_page_at_a_time(page):
+def test_utterances_are_paged_and_sorted_worst_first(page):
     errors = [int(n) for n in column(page, "errors")]
     assert len(errors) == 50
     assert errors == sorted(errors, reverse=True)
@@ -140,7 +140,7 @@ def test_utterances_stand_worst_first_a_page_at_a_time(page):
 @pytest.mark.parametrize(
     ("name", "first"), [("seconds", "descending"), ("key", "ascending"), ("Whisper", "descending")]
 )
-def test_a_click_on_a_header_sorts_and_another_reverses(page, name, first):
+def test_click_on_a_header_sorts_and_second_click_reverses(page, name, first):
     def number(text: str) -> float:
         return float(text.removesuffix(" %"))
 
@@ -159,7 +159,7 @@ def test_a_click_on_a_header_sorts_and_another_reverses(page, name, first):
         assert values == sorted(values, reverse=way == "descending")
 
 
-def test_filters_by_text_set_and_sign(page):
+def test_utterances_are_filtered_by_text_set_and_flag(page):
     find(page, "#find")[0].send_keys("utt007")
     wait(page, lambda driver: column(driver, "key") == ["utt007"])
     find(page, "#find")[0].clear()
@@ -170,10 +170,10 @@ def test_filters_by_text_set_and_sign(page):
     find(page, "#find")[0].clear()
     choose(page, "#set", "2")
     choose(page, "#sign", "loop")
-    assert find(page, "#place")[0].text == "no utterance fits"
+    assert find(page, "#place")[0].text == "no matching utterances"
 
 
-def test_markup_in_the_data_is_text(page):
+def test_markup_in_the_data_is_shown_as_text(page):
     assert len(find(page, "script")) == 2
     assert not find(page, "img")
     choose(page, "#set", "1")
@@ -187,7 +187,7 @@ def test_markup_in_the_data_is_text(page):
     assert not find(page, ".more")
 
 
-def test_an_utterance_shows_its_alignment_and_opens(page):
+def test_utterance_shows_its_alignment_and_expands(page):
     choose(page, "#set", "1")
     find(page, "#find")[0].send_keys("plain")
     wait(page, lambda driver: column(driver, "key") == ["plain"])
@@ -204,7 +204,7 @@ def test_an_utterance_shows_its_alignment_and_opens(page):
     assert "0 substitutions, 1 deletion, 0 insertions in 3 words" in find(page, ".more dl")[0].text
 
 
-def test_audio_plays(page):
+def test_audio_can_be_played(page):
     players = find(page, "audio")
     assert len(players) == 5
     page.execute_script("arguments[0].scrollIntoView()", players[0])
@@ -214,7 +214,7 @@ def test_audio_plays(page):
     assert duration == pytest.approx(0.8, abs=0.15)
 
 
-def test_the_figures_follow_the_set(page):
+def test_figures_change_with_the_set(page):
     of_all = [svg.get_attribute("aria-label") for svg in find(page, "#figures svg")]
     choose(page, "#set", "0")
     of_one = [svg.get_attribute("aria-label") for svg in find(page, "#figures svg")]
@@ -226,7 +226,7 @@ def test_the_figures_follow_the_set(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits_the_window_in_light_and_dark(page, width, scheme):
+def test_page_fits_the_window_in_light_and_dark_mode(page, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     page.execute_cdp_cmd(

@@ -1,3 +1,5 @@
+"""Error rates, confidence intervals, hallucination flags and result files."""
+
 import json
 
 import jiwer
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from asrllm.evaluation.decode import make_batches
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
-from asrllm.evaluation.summary import score, signs_of
+from asrllm.evaluation.summary import hallucination_flags, score
 
 WORDS = st.lists(
     st.sampled_from(["a", "bb", "cab", "d", "你", "好吗"]), min_size=1, max_size=8
@@ -33,7 +35,7 @@ def random_transcripts(count=60):
 
 @pytest.mark.slow
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12))
-def test_error_rates_are_jiwers_and_kaldialigns(pairs):
+def test_error_rates_match_jiwer_and_kaldialign(pairs):
     transcripts = [transcript(*pair) for pair in pairs]
     references, hypotheses = map(list, zip(*pairs, strict=True))
     found = errors(transcripts)
@@ -48,7 +50,7 @@ def test_error_rates_are_jiwers_and_kaldialigns(pairs):
     ]
 
 
-def test_the_mixed_rate_counts_characters_here_and_words_there():
+def test_mixed_rate_counts_characters_or_words_by_script():
     assert mixed("我想 play piano 吗 ok") == ["我", "想", "play", "piano", "吗", "ok"]
     assert mixed("café 42") == ["café", "42"]
     assert errors([transcript("我想 play piano", "我 想 pray piano")], "mer").rate == pytest.approx(
@@ -62,7 +64,7 @@ def test_the_mixed_rate_counts_characters_here_and_words_there():
     assert fitting_metric(["", "12"]) == "wer"
 
 
-def test_the_confidence_interval_holds_the_rate_and_narrows():
+def test_confidence_interval_contains_the_rate_and_narrows_with_more_data():
     few, many = (errors(random_transcripts(n)) for n in (20, 500))
     for found in (few, many):
         low, high = found.confidence_interval()
@@ -73,12 +75,12 @@ def test_the_confidence_interval_holds_the_rate_and_narrows():
     )
     assert errors([transcript("a b", "a b")]).confidence_interval() == (0.0, 100.0)
     assert errors([transcript("a", "b c d")]).confidence_interval() == (0.0, 300.0), (
-        "one utterance bounds nothing"
+        "one utterance gives no bound"
     )
 
 
-def test_the_interval_is_of_95_per_cent():
-    """As wide as the normal approximation's, 3.92 standard errors; one of 90 % has 3.29."""
+def test_interval_has_the_width_of_95_per_cent():
+    """In the normal approximation it has 3.92 standard errors; one of 90 % would have 3.29."""
     wrong = np.random.default_rng(0).random((2000, 5)) < 0.2
     found = errors(
         [
@@ -93,8 +95,9 @@ def test_the_interval_is_of_95_per_cent():
 
 
 @pytest.mark.slow
-def test_the_interval_covers_the_true_rate_as_often_as_it_says():
-    rng, held = np.random.default_rng(1), 0
+def test_interval_covers_the_true_rate_in_95_per_cent_of_cases():
+    rng = np.random.default_rng(1)
+    covered = 0
     for _ in range(100):
         wrong = rng.random((80, 5)) < 0.2
         found = errors(
@@ -107,23 +110,26 @@ def test_the_interval_covers_the_true_rate_as_often_as_it_says():
             ]
         )
         low, high = found.confidence_interval()
-        held += low <= 20 <= high
-    assert held >= 86  # of 95 expected, four standard deviations less
+        covered += low <= 20 <= high
+    assert covered >= 86  # 95 are expected; this is four standard deviations less
 
 
 def test_utterances_of_one_speaker_are_drawn_together():
-    """Eight speakers, each wholly right or wholly wrong: utterances by themselves would seem to say much more than they do."""
-    said = [
+    """Each of eight speakers is either recognized or not: single utterances are not independent."""
+    utterances = [
         transcript("a b", "a b" if s % 2 else "x y", f"{s}-{i}", speaker=f"s{s}")
         for s in range(8)
         for i in range(30)
     ]
-    kind, groups = groups_of(said)
+    kind, groups = groups_of(utterances)
     assert (kind, len(set(groups))) == ("speaker", 8)
-    narrow, wide = errors(said).confidence_interval(), errors(said).confidence_interval(groups)
+    narrow, wide = (
+        errors(utterances).confidence_interval(),
+        errors(utterances).confidence_interval(groups),
+    )
     assert np.diff(wide) > 3 * np.diff(narrow)
-    assert groups_of(said[:90]) == ("utterance", None)
-    assert groups_of([*said, transcript("a", "a")])[0] == "utterance"
+    assert groups_of(utterances[:90]) == ("utterance", None)
+    assert groups_of([*utterances, transcript("a", "a")])[0] == "utterance"
     assert (
         groups_of([transcript("a", "a", str(i), recording=f"r{i % 6}") for i in range(12)])[0]
         == "recording"
@@ -131,7 +137,7 @@ def test_utterances_of_one_speaker_are_drawn_together():
 
 
 @pytest.mark.parametrize(
-    ("reference", "hypothesis", "end", "signs"),
+    ("reference", "hypothesis", "end", "flags"),
     [
         ("a b c", "a b c", "stop", []),
         ("a b c", "", "stop", ["empty"]),
@@ -144,18 +150,18 @@ def test_utterances_of_one_speaker_are_drawn_together():
         ("a b c", "a b c", "limit", ["limit"]),
     ],
 )
-def test_signs_of_hallucination(reference, hypothesis, end, signs):
-    said = transcript(reference, hypothesis.strip(), end=end)
-    assert signs_of(said, score([said]).pairs[0]) == signs
+def test_hallucination_flags(reference, hypothesis, end, flags):
+    utterance = transcript(reference, hypothesis.strip(), end=end)
+    assert hallucination_flags(utterance, score([utterance]).pairs[0]) == flags
 
 
-def test_rates_are_broken_down():
-    said = [
+def test_results_are_broken_down_by_duration_speaker_and_corpus():
+    utterances = [
         transcript("a b", "a b", "0", duration=1.0, speaker="x", corpus="p"),
         transcript("a b", "a c", "1", duration=12.0, speaker="y", corpus="q"),
         transcript("a b", "b", "2", duration=40.0, speaker="y", corpus="q"),
     ]
-    entry = score(said).entry()
+    entry = score(utterances).entry()
     assert {name: row["wer"] for name, row in entry["by_duration"].items()} == {
         "0-2 s": 0.0,
         "10-15 s": 50.0,
@@ -172,7 +178,7 @@ def test_rates_are_broken_down():
     assert (entry["ci95_by"], entry["metric"]) == ("utterance", "wer")
 
 
-def test_result_files_have_icefalls_forms(tmp_path):
+def test_result_files_have_icefalls_format(tmp_path):
     transcripts = [
         transcript("one two three", "one too three", "x-1"),
         transcript("four", "four five", "x-2"),
@@ -240,7 +246,7 @@ def test_chinese_results_are_in_characters(tmp_path):
     )
 
 
-def test_decoding_batches_hold_similar_lengths_within_the_budget():
+def test_decoding_batches_have_similar_lengths_within_the_budget():
     seconds = np.random.default_rng(0).integers(1600, 320000, 200) / 16000
     batches = make_batches(seconds, 60.0)
     assert sorted(row for batch in batches for row in batch) == list(range(200))

@@ -1,4 +1,4 @@
-"""Transcripts as files: read back by a small parser."""
+"""Formats of transcripts, which a small parser reads back."""
 
 import itertools
 import json
@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asrllm.evaluation.subtitles import FORMATS, LINE, as_json, balanced, clock, columns
-from asrllm.evaluation.transcription import FileTranscript, Spoken
+from asrllm.evaluation.subtitles import (
+    FORMATS,
+    LINE,
+    as_json,
+    balanced_lines,
+    display_width,
+    timestamp,
+)
+from asrllm.evaluation.transcription import FileTranscript, TextSegment
 
 ENGLISH = "Well, this is a rather long sentence that goes on and on, until somebody decides that it is quite long enough; then it stops."
 CHINESE = "今天天气很好，我们去公园散步吧。「你说得对」，他回答道：我正在用GPU训练模型，然后还要继续工作很长时间才能回家吃饭呢。"
@@ -19,12 +26,12 @@ def transcript(*segments):
     return FileTranscript(
         audio="a/b.wav",
         duration=90.0,
-        segments=[Spoken(start=a, end=b, text=text) for a, b, text in segments],
+        segments=[TextSegment(start=a, end=b, text=text) for a, b, text in segments],
     )
 
 
 def parse(content, point):
-    """[(begin, end, lines)] of SubRip or of WebVTT."""
+    """Return [(begin, end, lines)] of SubRip or WebVTT, with times in milliseconds."""
     if point == ".":
         assert content.startswith("WEBVTT\n\n")
         content = (
@@ -63,7 +70,7 @@ texts = st.lists(
 @pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.2, 28), texts), max_size=4))
-def test_cues_hold_the_text_in_order_within_their_segments(parts):
+def test_cues_contain_the_text_in_order_within_their_segments(parts):
     segments, now = [], 0.0
     for pause, length, text in parts:
         segments.append((now + pause, now + pause + length, text))
@@ -73,7 +80,7 @@ def test_cues_hold_the_text_in_order_within_their_segments(parts):
         assert all(begin < end for begin, end, _ in cues)
         assert all(end <= begin for (_, end, _), (begin, _, _) in itertools.pairwise(cues))
         assert all(
-            1 <= len(lines) <= 2 and all(0 < columns(line) <= LINE for line in lines)
+            1 <= len(lines) <= 2 and all(0 < display_width(line) <= LINE for line in lines)
             for _, _, lines in cues
         )
         assert squeezed("".join("".join(lines) for _, _, lines in cues)) == squeezed(
@@ -85,7 +92,7 @@ def test_cues_hold_the_text_in_order_within_their_segments(parts):
         )
 
 
-def test_words_stay_whole_and_time_is_shared_out_by_length():
+def test_words_are_not_split_and_time_is_proportional_to_length():
     cues = parse(FORMATS["srt"](transcript((10, 22, ENGLISH)), None), ",")
     assert " ".join(" ".join(lines) for _, _, lines in cues) == ENGLISH
     assert (cues[0][0], cues[-1][1]) == (10_000, 22_000)
@@ -93,18 +100,18 @@ def test_words_stay_whole_and_time_is_shared_out_by_length():
     assert max(rates) - min(rates) < 0.05 * max(rates)
 
 
-def test_chinese_is_broken_between_characters_and_no_line_begins_with_its_punctuation():
-    lines = balanced(CHINESE)
+def test_chinese_breaks_between_characters_but_not_before_punctuation():
+    lines = balanced_lines(CHINESE)
     assert len(lines) == 3
     assert "".join(lines) == CHINESE
     assert "GPU" in "|".join(lines)
     assert not any(line[0] in "，。」：" or line[-1] in "「" for line in lines)
-    assert balanced("") == balanced(" \n ") == []
-    assert balanced("a" * 100) == ["a" * 42, "a" * 42, "a" * 16]
+    assert balanced_lines("") == balanced_lines(" \n ") == []
+    assert balanced_lines("a" * 100) == ["a" * 42, "a" * 42, "a" * 16]
 
 
 def test_lines_are_balanced():
-    first, second = balanced("it would be a pity to leave one word alone here")
+    first, second = balanced_lines("it would be a pity to leave one word alone here")
     assert abs(len(first) - len(second)) < 6
 
 
@@ -112,8 +119,8 @@ def test_lines_are_balanced():
     ("milliseconds", "text"),
     [(0, "00:00:00,000"), (3_599_999, "00:59:59,999"), (360_000_001, "100:00:00,001")],
 )
-def test_clock(milliseconds, text):
-    assert clock(milliseconds, ",") == text
+def test_timestamps(milliseconds, text):
+    assert timestamp(milliseconds, ",") == text
 
 
 def test_json_and_text():
@@ -121,8 +128,8 @@ def test_json_and_text():
         audio="a.wav",
         duration=12.3456,
         segments=[
-            Spoken(start=0.5, end=2.25, text="你好"),
-            Spoken(start=3, end=9, text="世界", end_reason="loop"),
+            TextSegment(start=0.5, end=2.25, text="你好"),
+            TextSegment(start=3, end=9, text="世界", end_reason="loop"),
         ],
     )
     assert FORMATS["txt"](found, None) == "你好世界\n"

@@ -1,4 +1,4 @@
-"""Files through a stub engine: order, batches, damage in the middle, memory."""
+"""Transcription with a stub engine: order, batches, corrupted files and memory."""
 
 import subprocess
 import sys
@@ -11,18 +11,19 @@ import soundfile
 from asrllm.audio.stream import AudioFile, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.data.text import join_texts
-from asrllm.evaluation.transcription import Listening, Spoken, transcribe_files
+from asrllm.evaluation.transcription import Segmentation, TextSegment, transcribe_files
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.testing import tone, vowels
 from tests.conftest import REPOSITORY, assert_done, clean_environment
 
-PIECES = Listening(detector=Loudness, longest=2 * 16000)
+PIECES = Segmentation(detector=Loudness, longest=2 * 16000)
 
 
 class Stub:
-    """Says how much it heard, and keeps what it was asked."""
+    """Answers with a digest of the audio, and records the sizes of batches."""
 
-    limits, padded_to = (160, 30 * 16000), 0.0
+    limits = (160, 30 * 16000)
+    padded_to = 0.0
 
     def __init__(self):
         self.batches = []
@@ -36,14 +37,18 @@ class Stub:
         ]
 
 
-def transcribe(paths, engine=None, listening=PIECES, batch_size=3, advanced=None):
+def transcribe(paths, engine=None, segmentation=PIECES, batch_size=3, advanced=None):
     files = [open_audio(str(path)) for path in paths]
-    told = advanced.append if advanced is not None else lambda seconds: None
-    return list(
-        transcribe_files(
-            engine or Stub(), files, listening, prompt="p", batch_size=batch_size, advance=told
-        )
+    advanced = [] if advanced is None else advanced
+    found = transcribe_files(
+        engine or Stub(),
+        files,
+        segmentation,
+        prompt="p",
+        batch_size=batch_size,
+        advance=advanced.append,
     )
+    return list(found)
 
 
 def make(path, seconds, seed=0):
@@ -51,7 +56,7 @@ def make(path, seconds, seed=0):
     return path
 
 
-def test_files_come_in_order_and_the_batch_size_changes_no_text(tmp_path):
+def test_transcripts_are_in_order_and_do_not_depend_on_the_batch_size(tmp_path):
     paths = [make(tmp_path / f"{i}.wav", seconds, i) for i, seconds in enumerate((7, 0.5, 3, 11))]
     advanced = []
     first = transcribe(paths, advanced=advanced)
@@ -67,7 +72,7 @@ def test_files_come_in_order_and_the_batch_size_changes_no_text(tmp_path):
         assert max(map(len, engine.batches)) == min(size, sum(len(t.segments) for t in first))
 
 
-def test_segments_of_like_length_are_decoded_together(tmp_path):
+def test_segments_of_similar_length_are_decoded_together(tmp_path):
     paths = [
         make(tmp_path / f"{i}.wav", seconds, i) for i, seconds in enumerate((1.2, 0.4, 1.1, 0.5))
     ]
@@ -76,43 +81,42 @@ def test_segments_of_like_length_are_decoded_together(tmp_path):
     assert engine.batches == [[19200, 17600], [8000, 6400]]
 
 
-def test_a_damaged_file_is_told_and_the_others_are_done(tmp_path):
+def test_corrupted_file_is_reported_and_the_others_are_transcribed(tmp_path):
     paths = [make(tmp_path / f"{i}.wav", 6, i) for i in range(3)]
     wave = vowels(6)
     wave[80_000] = np.nan
     soundfile.write(paths[1], wave, 16000, subtype="FLOAT")
     advanced = []
-    first, damaged, last = transcribe(paths, batch_size=1, advanced=advanced)
-    assert (damaged.segments, damaged.text) == ([], "")
-    assert damaged.problem.startswith(f"the audio file {str(paths[1])!r} holds NaN")
+    first, corrupted, last = transcribe(paths, batch_size=1, advanced=advanced)
+    assert (corrupted.segments, corrupted.text) == ([], "")
+    assert repr(str(paths[1])) in corrupted.problem
+    assert "NaN" in corrupted.problem
     assert [first, last] == transcribe([paths[0], paths[2]])
     assert sum(advanced) == pytest.approx(18)
 
 
-def test_where_nobody_speaks_there_is_no_segment(tmp_path):
+def test_file_without_speech_has_no_segments(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 1e-3, 160_000), 16000)
     (found,) = transcribe(
         [tmp_path / "a.wav"],
-        listening=Listening(detector=partial(Silero, load_silero()), longest=28 * 16000),
+        segmentation=Segmentation(detector=partial(Silero, load_silero()), longest=28 * 16000),
     )
     assert (found.segments, found.text, found.duration, found.problem) == ([], "", 10, None)
 
 
-def test_a_file_that_is_too_short_for_the_model_is_told(tmp_path):
+def test_file_that_is_too_short_for_the_model_is_reported(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.005), 16000)
     (found,) = transcribe([tmp_path / "a.wav"])
-    assert (
-        found.problem
-        == f"{str(tmp_path / 'a.wav')!r} has 0.01 s of audio, the model takes 0.01 s at least: leave it out"
-    )
+    assert repr(str(tmp_path / "a.wav")) in found.problem
+    assert "0.01 s" in found.problem
 
 
-def test_texts_are_joined_without_a_space_within_chinese():
+def test_texts_are_joined_without_spaces_in_chinese():
     assert (
         join_texts(["hello", "", "world", "你好", "世界。", "です", "ok", ""])
         == "hello world 你好世界。です ok"
     )
-    assert Spoken(start=0, end=1, text="x").end_reason == "stop"
+    assert TextSegment(start=0, end=1, text="x").end_reason == "stop"
     assert AudioFile(path="x", seconds=None).decoder == "soundfile"
 
 
@@ -122,24 +126,25 @@ from functools import partial
 import numpy as np, soundfile
 from asrllm.audio.stream import open_audio
 from asrllm.audio.vad import Silero, load_silero
-from asrllm.evaluation.transcription import Listening, transcribe_files
+from asrllm.evaluation.transcription import Segmentation, transcribe_files
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.testing import vowels
 
 class Stub:
-    limits, padded_to = (160, 30 * 16000), 0.0
+    limits = (160, 30 * 16000)
+    padded_to = 0.0
     def answer(self, waves, prompts):
         return [Answer(text="x") for _ in waves]
 
 parts = [np.pad(vowels(s, seed=i, rate=8000), (0, 4000)) for i, s in enumerate((3, 5, 9, 2.5, 8.5))]  # 30.5 s
 minute = np.concatenate(parts * 2)[: 60 * 8000]
-listening = Listening(detector=partial(Silero, load_silero()), longest=28 * 16000)
+segmentation = Segmentation(detector=partial(Silero, load_silero()), longest=28 * 16000)
 peaks = []
 for minutes in (3, 30):
     with soundfile.SoundFile("long.wav", "w", 8000, 1) as file:
         for _ in range(minutes):
             file.write(minute)
-    (found,) = transcribe_files(Stub(), [open_audio("long.wav")], listening, prompt="", batch_size=8, advance=lambda s: None)
+    (found,) = transcribe_files(Stub(), [open_audio("long.wav")], segmentation, prompt="", batch_size=8, advance=lambda s: None)
     assert found.duration == 60 * minutes and found.segments[-1].end > 60 * minutes - 2, found
     assert len(found.segments) >= 2 * minutes
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -150,7 +155,7 @@ print(peaks[1] - peaks[0])
 @pytest.mark.longest(60)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
-def test_half_an_hour_takes_the_memory_of_three_minutes(tmp_path):
+def test_memory_does_not_grow_with_the_length_of_a_file(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", LONG], capture_output=True, text=True, timeout=240, cwd=tmp_path,
         env=clean_environment(PYTHONPATH=str(REPOSITORY)),

@@ -1,4 +1,4 @@
-// Drawings in a box WIDTH units wide. Rows: {label, note, rate, baseline}; baseline is null where there is none.
+// Charts in a box of WIDTH units. Rows: {label, note, rate, baseline}; baseline is null if there is none.
 
 const WIDTH = 400;
 
@@ -10,7 +10,7 @@ function text(x, y, words, attributes = {}) {
   return svg("text", {x, y, ...attributes}, words);
 }
 
-/** Horizontal bars, the baseline's below this model's. least: what the longest stands for, or more. */
+/** Horizontal bars, the baseline's below the model's. least: the smallest value of a full-length bar. */
 function bars(rows, least = 0) {
   const left = 104, room = WIDTH - left - 62;
   const both = rows.some((row) => row.baseline !== null);
@@ -37,7 +37,7 @@ function describe(row) {
   return `${row.label}: ${percent(row.rate)}${other} (${row.note})`;
 }
 
-/** Upright bars of counts. names: of the bins; series: {kind: counts}. */
+/** Vertical bars of counts. names: of the bins; series: {kind: counts}. */
 function histogram(names, series) {
   const base = 150, step = WIDTH / names.length, kinds = Object.entries(series);
   const most = Math.max(...kinds.flatMap(([, counts]) => counts), 1);
@@ -55,7 +55,7 @@ function histogram(names, series) {
   return drawing(base + 20, description, svg("line", {class: "axis", x1: 0, x2: WIDTH, y1: base, y2: base}), ...parts);
 }
 
-/** Rates with their intervals. points: {label, kind, rate, low, high}. */
+/** Rates with their confidence intervals. points: {label, kind, rate, low, high}. */
 function forest(points) {
   const left = 150, right = WIDTH - 124, height = 20, bottom = points.length * height + 6;
   const end = niceEnd(Math.max(...points.map((point) => point.high), 1e-9));
@@ -76,7 +76,7 @@ function forest(points) {
   return drawing(bottom + 18, points.map(interval).join("; "), ...grid.flat(), ...marks);
 }
 
-const interval = (point) => `${point.label}: ${percent(point.rate)}, 95 %: ${point.low.toFixed(2)} to ${point.high.toFixed(2)} (${point.kind})`;
+const interval = (point) => `${point.label}: ${percent(point.rate)}, 95 % CI ${point.low.toFixed(2)} to ${point.high.toFixed(2)} (${point.kind})`;
 
 function niceEnd(most) {
   const power = 10 ** Math.floor(Math.log10(most));

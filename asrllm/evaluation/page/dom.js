@@ -1,5 +1,5 @@
 "use strict";
-// Elements are made of names, attributes and text alone: nothing of the data is ever read as HTML.
+// Elements are built from names, attributes and text only: the data is never parsed as HTML.
 
 const maker = (namespace) => (name, attributes = {}, ...children) => {
   const element = document.createElementNS(namespace, name);

@@ -1,4 +1,4 @@
-// The page from its data.
+// Build the page from its data.
 
 {
   const data = JSON.parse(byId("data").textContent);
@@ -29,7 +29,7 @@
   byId("forest").replaceChildren(...forestOf(sets));
   byId("summary").replaceChildren(...summaryTable(sets));
   chooser.append(...sets.map((set, i) => html("option", {value: i}, set.name)));
-  chooser.value = sets.length - 1; // all together
+  chooser.value = sets.length - 1; // all sets
   byId("chooser").hidden = sets.length === 1;
   chooser.addEventListener("change", showSet);
   showSet();

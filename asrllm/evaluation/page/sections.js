@@ -1,14 +1,14 @@
-// What stands above the utterances: the summary of all sets, and the figures of one.
+// The sections above the table of utterances: the summary of all sets, and the figures of one.
 
 const NAMES = {wer: "WER", cer: "CER", mer: "MER"};
 const UNITS = {wer: "words", cer: "characters", mer: "words and characters"};
 const KINDS = {sub: "substitutions", del: "deletions", ins: "insertions"};
-const SPEAKERS = 15; // in a figure
+const SPEAKERS = 15; // per figure
 const WRONG = {SUBSTITUTIONS: "Substitutions", DELETIONS: "Deletions", INSERTIONS: "Insertions"};
 
 const ABOUT = {normalizer: "normalizer", prompt: "prompt", weights: "weights"};
 
-/** What of ABOUT is the same for all sets, and what is not. */
+/** Divide the keys of ABOUT into those with the same value for all sets and the others. */
 function aboutKeys(sets) {
   const values = (key) => new Set(sets.filter((set) => !set.pooled).map((set) => set.about[key]));
   const keys = Object.keys(ABOUT).filter((key) => values(key).size > 1 || !values(key).has(undefined));
@@ -21,9 +21,9 @@ function aboutList(sets) {
 
 function summaryTable(sets) {
   const about = aboutKeys(sets).different;
-  const head = ["set", "", ...Object.values(NAMES), "intervals over", "utterances", "hours", "\u00d7 real time", ...about.map((key) => ABOUT[key])];
+  const head = ["set", "", ...Object.values(NAMES), "bootstrap unit", "utterances", "hours", "RTFx", ...about.map((key) => ABOUT[key])];
   return [
-    html("caption", {class: "unseen"}, "Error rates of the test sets in per cent with their 95 % intervals"),
+    html("caption", {class: "unseen"}, "Error rates of the test sets in per cent with 95 % confidence intervals"),
     html("thead", {}, html("tr", {}, head.map((title) => html("th", {scope: "col"}, title)))),
     ...sets.map((set) => summaryOf(set, about)),
   ];
@@ -36,7 +36,7 @@ function summaryOf(set, about) {
     html("th", {scope: "rowgroup", rowspan: rows}, set.name),
     html("td", {}, "this model"),
     rateCells(set, set.model),
-    once(`${set.model.ci95_by}s`), once(count(set.utterances)), once(set.hours.toFixed(2)), once(set.about.rtfx ?? "\u2013"),
+    once(`${set.model.ci95_by}`), once(count(set.utterances)), once(set.hours.toFixed(2)), once(set.about.rtfx ?? "\u2013"),
     about.map((key) => once(set.about[key] ?? "\u2013", {class: "long"}))));
   if (set.baseline) {
     body.append(html("tr", {}, html("td", {}, "Whisper"), rateCells(set, set.baseline)));
@@ -54,12 +54,12 @@ function rateCells(set, side) {
   });
 }
 
-/** The interval of the difference is of the main metric alone. */
+/** The confidence interval of the difference exists only for the main metric. */
 function differenceCell(set, name) {
   const {difference, difference_ci95: [low, high], p} = set.comparison;
   if (name !== set.metric) return html("td", {class: "aside"}, signed(set.model[name] - set.baseline[name]));
   const sure = p < 0.05;
-  const verdict = sure && high < 0 ? "better" : sure && low > 0 ? "worse" : "unclear";
+  const verdict = sure && high < 0 ? "better" : sure && low > 0 ? "worse" : "inconclusive";
   return html("td", {class: `main ${verdict}`},
     html("span", {class: "rate"}, signed(difference)),
     html("span", {class: "interval"}, `${signed(low)} to ${signed(high)}`),
@@ -71,7 +71,7 @@ function forestOf(sets) {
     const [low, high] = set[kind][`${set.metric}_ci95`];
     return {label, kind, rate: set[kind][set.metric], low, high};
   }));
-  return points.length > 1 ? [figure("Error rates in per cent, with 95 % intervals", "", forest(points))] : [];
+  return points.length > 1 ? [figure("Error rates in per cent with 95 % confidence intervals", "", forest(points))] : [];
 }
 
 function figure(title, note, ...content) {
@@ -82,7 +82,7 @@ function seriesLegend(set) {
   const mark = (kind) => svg("svg", {viewBox: "0 0 12 12", class: "mark", "aria-hidden": "true"},
     svg("rect", {class: kind, x: 1, y: 1, width: 10, height: 10, rx: 2}));
   if (!set.baseline) return [];
-  return [html("span", {}, mark("model"), " this model"), html("span", {}, mark("baseline"), " the audio encoder\u2019s own Whisper")];
+  return [html("span", {}, mark("model"), " this model"), html("span", {}, mark("baseline"), " Whisper (the audio encoder\u2019s original model)")];
 }
 
 function figures(set) {
@@ -96,8 +96,8 @@ function figures(set) {
   const speakers = (first) => figure(`${NAMES[metric]} by speaker`, `${first + 1}\u2013${Math.min(first + SPEAKERS, set.speakers)} of ${count(set.speakers)}, worst first`,
     bars(set.by_speaker.slice(first, first + SPEAKERS).map(row), most));
   return [
-    figure("Kinds of error", `% of ${count(set.units)} reference ${UNITS[metric]}`, bars(Object.keys(KINDS).map(share))),
-    figure("Utterances by error rate", `${NAMES[metric]} in %, and how many utterances have it`, histogram(set.rate_bins, series)),
+    figure("Error types", `% of ${count(set.units)} reference ${UNITS[metric]}`, bars(Object.keys(KINDS).map(share))),
+    figure("Utterances by error rate", `number of utterances by ${NAMES[metric]} in %`, histogram(set.rate_bins, series)),
     figure(`${NAMES[metric]} by duration`, "", bars(set.by_duration.map(row))),
     set.by_corpus.length > 0 && figure(`${NAMES[metric]} by corpus`, "", bars(set.by_corpus.map(row))),
     ...set.by_speaker.flatMap((_, i) => (i % SPEAKERS === 0 ? [speakers(i)] : [])),
@@ -109,12 +109,12 @@ function signTable(set, signs, choose) {
     const n = side.hallucinations[sign];
     return `${count(n)} (${percent((100 * n) / Math.max(set.utterances, 1), 1)})`;
   };
-  const head = [["sign"], ["meaning"], ["utterances", "number"], ...(set.baseline ? [["Whisper", "number"]] : [])];
+  const head = [["flag"], ["meaning"], ["utterances", "number"], ...(set.baseline ? [["Whisper", "number"]] : [])];
   return [
-    html("caption", {class: "unseen"}, "Utterances with signs of hallucination"),
+    html("caption", {class: "unseen"}, "Utterances with hallucination flags"),
     html("thead", {}, html("tr", {}, head.map(([title, kind]) => html("th", {scope: "col", class: kind}, title)))),
     html("tbody", {}, Object.entries(signs).map(([sign, meaning]) => html("tr", {},
-      html("th", {scope: "row"}, html("button", {type: "button", class: "chip", title: "show them", click: () => choose(sign)}, sign)),
+      html("th", {scope: "row"}, html("button", {type: "button", class: "chip", title: "show these utterances", click: () => choose(sign)}, sign)),
       html("td", {}, meaning),
       html("td", {class: "number"}, cell(set.model, sign)),
       set.baseline && html("td", {class: "number"}, cell(set.baseline, sign))))),
@@ -124,8 +124,8 @@ function signTable(set, signs, choose) {
 function lengthRatio(set) {
   const ratio = (side) => side.hallucinations.length_ratio.toFixed(3);
   const other = set.baseline ? ` (Whisper: ${ratio(set.baseline)})` : "";
-  const empty = set.empty_references ? ` ${plural(set.empty_references, "utterance")} had nothing to hear (empty reference).` : "";
-  return `For each reference unit ${ratio(set.model)} were recognised${other}.${empty}`;
+  const empty = set.empty_references ? ` ${plural(set.empty_references, "utterance")} had an empty reference.` : "";
+  return `Hypothesis units per reference unit: ${ratio(set.model)}${other}.${empty}`;
 }
 
 function wrongLists(set) {

@@ -1,4 +1,4 @@
-// The table of utterances: a page of rows at a time, whatever the number of utterances.
+// The table of utterances, one page of rows at a time.
 
 const PAGE = 50;
 const rateOf = (errors, units) => (errors === 0 ? 0 : units === 0 ? Infinity : (100 * errors) / units);
@@ -6,19 +6,19 @@ const ownRate = (row) => rateOf(row.errors, row.units);
 const baselineRate = (row) => (row.baseline ? rateOf(row.baseline.errors, row.units) : -1);
 const shownRate = (rate) => (rate === Infinity ? "\u221e" : percent(rate, 1));
 
-// descending: how a first click sorts
+// descending: the order after the first click
 const COLUMNS = [
   {id: "key", of: (row) => row.key},
   {id: "errors", of: (row) => row.errors, descending: true, show: (row) => count(row.errors)},
   {id: "rate", of: ownRate, descending: true, show: (row) => shownRate(ownRate(row))},
   {id: "Whisper", of: baselineRate, descending: true, show: (row) => (row.baseline ? shownRate(baselineRate(row)) : "\u2013")},
-  {id: "signs", of: (row) => row.signs.length, descending: true, show: (row) => row.signs.map((sign) => html("span", {class: "chip"}, sign))},
+  {id: "flags", of: (row) => row.signs.length, descending: true, show: (row) => row.signs.map((sign) => html("span", {class: "chip"}, sign))},
   {id: "speaker", of: (row) => row.speaker},
   {id: "seconds", of: (row) => row.duration, descending: true, show: (row) => row.duration.toFixed(2)},
 ];
 
 class Utterances {
-  /** chosen(): the number of the set that is shown, or null for all. */
+  /** chosen(): returns the number of the selected set, or null for all. */
   constructor(data, chosen) {
     this.data = data;
     this.chosen = chosen;
@@ -53,7 +53,7 @@ class Utterances {
     this.restart();
   }
 
-  /** From the first page, after another choice. */
+  /** Filter and sort again, and show the first page. */
   restart() {
     this.page = 0;
     this.rows = this.sorted(this.data.utterances.filter((row) => this.fits(row)));
@@ -65,7 +65,7 @@ class Utterances {
     return (set === null || row.set === set) && (!sign || row.signs.includes(sign)) && row.text.includes(words);
   }
 
-  /** Rows that are equal stay worst first, as the data is. */
+  /** Equal rows remain in the order of the data, worst first. */
   sorted(rows) {
     const {column: {of}, descending} = this.sorting;
     const order = new Intl.Collator("en", {numeric: true});
@@ -87,7 +87,7 @@ class Utterances {
     }
     for (const body of [...byId("table").tBodies]) body.remove();
     byId("table").append(...this.rows.slice(first, last).map((row) => this.body(row)));
-    byId("place").textContent = this.rows.length ? `${count(first + 1)}\u2013${count(last)} of ${count(this.rows.length)}` : "no utterance fits";
+    byId("place").textContent = this.rows.length ? `${count(first + 1)}\u2013${count(last)} of ${count(this.rows.length)}` : "no matching utterances";
     byId("previous").disabled = this.page === 0;
     byId("next").disabled = last >= this.rows.length;
   }
@@ -95,7 +95,7 @@ class Utterances {
   body(row) {
     const set = this.data.sets[row.set];
     const body = html("tbody", {}), span = this.columns.length + 1;
-    const opener = html("button", {type: "button", class: "opener", "aria-expanded": "false", "aria-label": `raw texts of ${row.key}`});
+    const opener = html("button", {type: "button", class: "opener", "aria-expanded": "false", "aria-label": `unnormalized texts of ${row.key}`});
     opener.addEventListener("click", () => {
       const isOpen = body.classList.toggle("open");
       opener.setAttribute("aria-expanded", String(isOpen));
@@ -115,7 +115,7 @@ function cell(column, row, set, ofSeveral) {
   return html("td", {class: column.descending ? "number" : null}, column.show ? column.show(row) : column.of(row));
 }
 
-/** aligned: right text, and lists of [reference, hypothesis] of what is wrong. */
+/** aligned: correct text, and lists of incorrect [reference, hypothesis] pairs. */
 function alignment(aligned, set) {
   const parts = aligned.flatMap((run) => (typeof run === "string" ? [run] : run.map(wrongPair)));
   const spaced = set.metric === "cer" ? parts : parts.flatMap((part, i) => (i ? [" ", part] : [part]));
@@ -140,7 +140,7 @@ function details(row, set) {
     ["hypothesis", raw(row.hyp)],
     ["errors", `${plural(row.sub, "substitution")}, ${plural(row.del, "deletion")}, ${plural(row.ins, "insertion")} in ${plural(row.units, unit)}`],
     row.recording && ["recording", row.recording],
-    row.end !== "stop" && ["ended by", row.end],
+    row.end !== "stop" && ["stopped by", row.end],
     row.baseline && ["Whisper", raw(row.baseline.hyp)],
     row.baseline && ["aligned", alignment(row.baseline.aligned, set)],
   ];

@@ -369,11 +369,9 @@ def test_samples_too_large_for_features_are_rejected(model, tmp_path):
     soundfile.write(tmp_path / "loud.wav", wave * 1e30, 16000, subtype="FLOAT")
     with pytest.raises(UserError, match="the features of audio 1 are not finite"):
         model.transcribe([wave, wave * np.float32(1e30)])
-    with pytest.raises(
-        UserError, match=r"'.*loud\.wav' holds samples as large as \de\+\d\d: scale them"
-    ):
+    with pytest.raises(UserError, match=r"'.*loud\.wav' .*\de\+\d\d"):
         model.transcribe([wave, tmp_path / "loud.wav"])
-    with pytest.raises(UserError, match="audio 1 holds samples beyond"):
+    with pytest.raises(UserError, match=r"audio 1 .*float32"):
         model.transcribe([wave, wave.astype(np.float64) * 1e300])
 
 

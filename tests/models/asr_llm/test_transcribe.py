@@ -112,9 +112,7 @@ def test_transcribe_accepts_runs_exports_and_auden_directories(
     ):
         assert message in fails(capsys, "transcribe", folder, files[0])
     soundfile.write(files[1], np.zeros(100), 16000)
-    assert f"{files[1]!r} has 0.01 s of audio, the model takes" in fails(
-        capsys, "transcribe", auden, files[1]
-    )
+    assert f"{files[1]!r} has 0.01 s of audio" in fails(capsys, "transcribe", auden, files[1])
 
 
 @pytest.mark.slow
@@ -247,7 +245,7 @@ def test_options_reach_the_engine(model, world, speech, tmp_path, capsys, monkey
     text, (warning,) = asked("--prompt", "Sing.")
     assert (text, warning) == (
         "Sing.",
-        "prompt='Sing.' was never seen in training; seen were: Transcribe.; 写下来。; Write.",
+        "prompt='Sing.' was not used in training. Prompts of training: Transcribe.; 写下来。; Write.",
     )
     assert asked("--hotwords", "Anna,Bo Ek，Cy ,Anna") == (
         "Transcribe. Names: Anna, Bo Ek, Cy!",
@@ -306,8 +304,8 @@ def test_invalid_options_are_reported_before_the_model_loads(
             [tmp_path / "other", "--output-dir", tmp_path / "out"],
             "would both be written to speech.txt",
         ),
-        ([tmp_path / "none"], "holds no audio file"),
-        (["--hotwords", ","], "holds no word"),
+        ([tmp_path / "none"], f"{str(tmp_path / 'none')!r} has no audio file"),
+        (["--hotwords", ","], "--hotwords ','"),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
         (["--prompt", "Hear <|AUDIO|>"], "contains the audio token '<|AUDIO|>'"),
         (["--repetition-guard", "-1"], "--repetition-guard -1 is negative"),
@@ -331,7 +329,7 @@ def test_unreadable_files_are_reported_and_the_others_transcribed(
     soundfile.write(tmp_path / "short.wav", np.zeros(10), 16000)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.txt").write_text("words\n")
-    bad = {"empty.wav": "is empty, 0 bytes", "text.txt": "cannot be read", "no.wav": "cannot be read", "cut.wav": "is cut short",
+    bad = {"empty.wav": "0 bytes", "text.txt": "Format not recognised", "no.wav": "No such file", "cut.wav": "is truncated",
            "short.wav": "has 0.00 s of audio"}  # fmt: skip
     monkeypatch.setattr(
         transcribe, "load_engine", lambda arguments: pytest.fail("the model was loaded")
@@ -362,14 +360,14 @@ def test_damage_in_the_middle_of_a_file_is_reported_at_the_end(
         == 2
     )
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "holds NaN or infinite values" in error
-    assert "holds samples as large as" in error
+    assert f"{str(files[0])!r} has NaN or infinite values" in error
+    assert f"{str(files[2])!r} has samples as large as" in error
     assert error.endswith("; the other files (1) are transcribed")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["speech.txt"]
     assert main(["transcribe", str(model), str(files[0])]) == 2
-    assert capsys.readouterr().err.endswith(
-        f"the audio file {str(files[0])!r} holds NaN or infinite values at 2.50 s: write it anew\n"
-    )
+    error = capsys.readouterr().err
+    assert repr(str(files[0])) in error
+    assert "at 2.50 s" in error
 
 
 @pytest.mark.slow
