@@ -10,16 +10,12 @@ BASE_MODEL_KEYS = {
     "audio_encoder": "model.audio_encoder.pretrained_model",
     "llm": "model.llm.pretrained_model",
 }
-KEPT_EXTENSIONS = (
-    "flac",
-    "wav",
-    "opus",
-    "ogg",
-    "mp3",
-)  # of files that shards may contain unchanged
+KEPT_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")  # of files that shards may have unchanged
 # of audio files in a directory or tar; those after sph need ffmpeg
 AUDIO_EXTENSIONS = (
     *KEPT_EXTENSIONS,
     *("aiff", "aif", "aifc", "au", "caf", "w64", "oga", "sph"),
-    *("m4a", "mp4", "aac", "webm", "mkv", "mov", "wma", "amr", "3gp"),
+    *("m4a", "mp4", "aac", "webm", "mkv", "mka", "mov", "wma", "amr", "3gp", "ac3", "eac3", "ts"),
+    *("flv", "mp2", "tta", "wv", "spx", "ape", "dts", "avi", "m4b"),
+    *("raw", "pcm"),  # rejected with what to do
 )

@@ -51,7 +51,7 @@ NO_LENGTH = 1 << 40  # samples; libsndfile returns more if the header has no len
 AUDIO_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # a page in which samples end
 FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of an Ogg stream
 # libsndfile's log of a header that promises more bytes than the file has
-TRUNCATED = re.compile(r":\s*(\d+) \(should be (\d+)\)")
+TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
 PROBED = "stream=codec_name,duration:format=format_name,nb_streams,duration"
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     file = AudioFile(path=path, seconds=None, content=content)
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")
-    if path.lower().endswith(".raw"):
+    if path.lower().endswith((".raw", ".pcm")):
         raise file.error(
             "is raw: it has no header with sampling rate and encoding. "
             "Convert it: sox -t raw -r 16000 -e signed -b 16 IN.raw OUT.wav"

@@ -1,6 +1,7 @@
 """The prompts of training: files of weighted prompts, and the choice of one per utterance."""
 
 import hashlib
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from asrllm.data.text import language_tag
 from asrllm.errors import UserError, nearest
 from asrllm.text_files import read_text, read_yaml
+
+logger = logging.getLogger(__name__)
 
 KEYS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
@@ -66,7 +69,10 @@ def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:
     text = read_text(path, "prompt_file")
     entries: list[Any] = [line for line in text.splitlines() if line.strip()]
     if _is_yaml_list(entries):
-        entries = read_yaml(path, "prompt_file")
+        try:
+            entries = read_yaml(path, "prompt_file")
+        except UserError as error:
+            logger.warning("%s. Its lines are taken as prompts.", error)
     prompts = parse_prompts(entries, where)
     if not prompts:
         raise UserError(f"{where} has no prompt. Write one prompt per line.")

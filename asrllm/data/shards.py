@@ -525,7 +525,7 @@ class _WorkDir:
     def finish(self, count: int) -> ShardSummary:
         """Write the index and the list of rejects of the first `count` shards, and create OUT."""
         records: list[ShardRecord] = []
-        examples: dict[str, Rejected] = {}  # by reason
+        examples = Examples()
         reasons: Counter[str] = Counter()
         path = self.shards / "rejected.jsonl"
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as log:
@@ -535,7 +535,7 @@ class _WorkDir:
                     records.append(record)
                 for row in rejected:
                     reasons[row[1]] += 1
-                    examples.setdefault(row[1], row)
+                    examples.add(row)
                     log.write(rejected_line(*row))
         if not records:
             self._raise_no_utterance(reasons, examples)
@@ -546,7 +546,7 @@ class _WorkDir:
         return ShardSummary(
             index=open_index(self.out),
             rejected=dict(reasons),
-            examples=tuple(describe_examples(examples)),
+            examples=tuple(examples.lines()),
         )
 
     def _remove_other_shards(self, records: Sequence[ShardRecord]) -> None:
@@ -556,9 +556,7 @@ class _WorkDir:
             if path.name not in wanted:
                 path.unlink()
 
-    def _raise_no_utterance(
-        self, reasons: Counter[str], examples: Mapping[str, Rejected]
-    ) -> NoReturn:
+    def _raise_no_utterance(self, reasons: Counter[str], examples: "Examples") -> NoReturn:
         """Raise UserError with the reasons, and move the list of rejects beside OUT."""
         message = f"no utterance could be written to {str(self.out)!r}"
         if not reasons:
@@ -570,7 +568,7 @@ class _WorkDir:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         lines = [
             f"{message}: {counts}",
-            *describe_examples(examples),
+            *examples.lines(),
             f"All are listed in {str(rejects)!r}.",
         ]
         raise UserError("\n".join(lines))
@@ -580,10 +578,24 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def describe_examples(examples: Mapping[str, Rejected]) -> list[str]:
-    """Return one line for the first rejected utterance of each of some reasons."""
-    shown = itertools.islice(examples.values(), SHOWN_EXAMPLES)
-    return [f"  {key}: {reason}: {detail}" for key, reason, detail in shown]
+class Examples:
+    """A few rejected utterances, of as many reasons as possible."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Rejected] = {}  # by reason
+        self.others: list[Rejected] = []
+
+    def add(self, row: Rejected) -> None:
+        """Keep a row if it is the first of its reason, or if there are few others."""
+        if row[1] not in self.first:
+            self.first[row[1]] = row
+        elif len(self.others) < SHOWN_EXAMPLES:
+            self.others.append(row)
+
+    def lines(self) -> list[str]:
+        """Return a line for each example."""
+        shown = [*self.first.values(), *self.others][:SHOWN_EXAMPLES]
+        return [f"  {key}: {reason}: {detail}" for key, reason, detail in shown]
 
 
 def rejected_line(key: str, reason: str, detail: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class Evaluation:
         self.dtype = config.dtype(device)
         self.exp_dir = Path(config.exp_dir or "")
         self.folder = self.exp_dir / config.decoding_method
-        self.suffix = config.suffix(weights)
+        self.suffix = free_suffix(self.folder, config.suffix(weights), weights)
         self.lock = FileLock(self.folder / ".evaluating.lock", blocking=False)
         self.model_config = describe(self.exp_dir, config.model.paths)
         self.prompts: dict[str, str] = {}
@@ -293,3 +294,23 @@ def corpus_digest(corpus: Corpus) -> str:
     """Return a digest of the rows and shards of a corpus."""
     parts = [str(corpus.index.about["rows_sha256"]), *corpus.index.sha256]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def free_suffix(folder: Path, suffix: str, weights: Path) -> str:
+    """Return a suffix under which no results of other weights are stored.
+
+    Args:
+        folder: of the results.
+        suffix: the first choice.
+        weights: what is evaluated. The checksum of its path is appended if results of another file
+            have the first choice.
+    """
+    try:
+        stored = json.loads((folder / f"results-{suffix}.json").read_text(encoding="utf-8"))
+        others = {entry["weights"] for entry in stored.values()} - {str(weights)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return suffix  # there are none, or they are corrupted
+    if not others:
+        return suffix
+    digest = hashlib.sha256(str(weights.absolute()).encode("utf-8", "surrogateescape"))
+    return f"{suffix}-{digest.hexdigest()[:8]}"

@@ -3,6 +3,7 @@
 import html
 import itertools
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def as_json(transcript: FileTranscript, language: str | None, indent: int | None
             row["end_reason"] = segment.end_reason
         segments.append(row)
     fields = {
-        "audio": transcript.audio,
+        # a name that is not UTF-8 has its bytes escaped
+        "audio": os.fsencode(transcript.audio).decode("utf-8", "backslashreplace"),
         "duration": round(transcript.duration, 3),
         "language": language,
         "text": transcript.text,

@@ -137,7 +137,7 @@ def newest_weights(exp_dir: Path) -> Path:
             return path
     raise UserError(
         f"{str(exp_dir)!r} contains neither pretrained.pt nor averaged-*.pt. Average its "
-        f"checkpoints with 'asrllm average {exp_dir}'."
+        f"checkpoints with 'asrllm average {exp_dir} --iter N --avg K'."
     )
 
 

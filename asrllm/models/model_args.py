@@ -2,11 +2,13 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
+from asrllm.models.fingerprint import is_hub_id
 
 # Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
 # adapters nor change the weights below them.
@@ -147,6 +149,11 @@ class LlmPart:
             )
 
 
+def is_directory_or_hub_id(text: str) -> bool:
+    """Return whether a model type is a place with a config.json instead of a name."""
+    return Path(text).is_dir() or is_hub_id(text)
+
+
 def check_lora(
     part: str,
     lora: LoraPart | None,
@@ -195,10 +202,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in PRETRAINED_PARTS:
             if not getattr(self, name).pretrained_model:
-                raise UserError(
-                    f"model.{name}.pretrained_model is not set. Give the directory of a pretrained "
-                    "model."
-                )
+                key = f"model.{name}.pretrained_model"
+                fix = "Give the directory of a pretrained model."
+                model_type = getattr(self, name).model_type
+                if model_type and is_directory_or_hub_id(model_type):
+                    fix = f"To train on from that model, set {key}={model_type} too."
+                raise UserError(f"{key} is not set. {fix}")
         for key in ("audio_encoder_projector_ds_rate", "projector_hidden_size"):
             value = getattr(self, key)
             if value < 1:

@@ -61,6 +61,12 @@ OPTIMIZER_PARAMS: dict[str, Kinds] = {
 }
 # Options that change the layout of weights in checkpoints, so that they could not be read.
 UNREADABLE_LAYOUTS = ("round_robin_gradients", "parameter_alignment")
+# Options of ZeRO++, which no run of this project has used yet.
+ZERO_PLUS_PLUS = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
 
 
 def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
@@ -93,6 +99,7 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
     check_optimizer(ds.pop("optimizer", None), config, path)
     choose_optimizer_checks(ds, config, path)
     check_layout(ds, path)
+    refuse_zero_plus_plus(ds, path)
     check_device(ds, config, path)
     ds.setdefault("steps_per_print", NO_PRINTS)
     unfilled = next(_autos(ds), None)
@@ -333,6 +340,16 @@ def check_layout(ds: DsConfig, path: Path) -> None:
                 f"{path}: zero_optimization.{key} writes checkpoints that could not be read again. "
                 "Remove it."
             )
+
+
+def refuse_zero_plus_plus(ds: DsConfig, path: Path) -> None:
+    """Raise UserError for options of ZeRO++."""
+    zero = ds["zero_optimization"]
+    used = [key for key in ZERO_PLUS_PLUS if zero.get(key)]
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        used.append("zero_hpz_partition_size")
+    if used:
+        raise UserError(f"{path}: zero_optimization.{used[0]} is not supported. Remove it.")
 
 
 def check_device(ds: DsConfig, config: TrainerConfig, path: Path) -> None:

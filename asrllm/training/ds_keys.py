@@ -120,17 +120,23 @@ UNSUPPORTED = {
     "autotuning": "Remove it, and run 'asrllm plan' for sizes that fit.",
     "bfloat16": "Rename it to 'bf16'.",
     "checkpoint.load_universal": "Remove it: a run resumes on any number of processes without it.",
+    "comet": "Remove it, and set trainer.wandb.mode or trainer.tensorboard.",
     "compile": "Remove it, and set trainer.compile=true.",
+    "csv_monitor": "Remove it: metrics are in exp_dir/metrics.jsonl.",
     "data_efficiency": "Remove it, and set data.sampler and data.filter.",
     "datastates_ckpt": "Remove it, and set trainer.background_checkpoints=true.",
     "expert_parallel": "Remove it.",
+    "flops_profiler": "Remove it, and set trainer.profile_steps.",
     "hybrid_engine": "Remove it.",
     "pipeline": "Remove it.",
     "sequence_parallel_size": "Remove it.",
+    "tensorboard": "Remove it, and set trainer.tensorboard=true.",
     "tensor_parallel": "Remove it, and choose ZeRO stage 3 for models that do not fit.",
     "torch_autocast": "Remove it, and set trainer.precision.",
+    "wandb": "Remove it, and set trainer.wandb.mode=online.",
     "weight_quantization": "Remove it.",
 }
+DTYPES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 # Values that would change what a step computes.
 FIXED = {
     "gradient_allreduce_op": (
@@ -202,6 +208,11 @@ def check_supported(ds: Block, path: Path) -> None:
     for place in used:
         if place in UNSUPPORTED:
             raise UserError(f"{path}: {place!r} is not supported. {UNSUPPORTED[place]}")
+    for key, name in ds.get("data_types", {}).items():
+        if key.endswith("_dtype") and name is not None and name not in DTYPES:
+            raise UserError(
+                f"{path}: data_types.{key}={name!r} is unknown. Use one of {', '.join(DTYPES)}."
+            )
     for key, (value, fix) in FIXED.items():
         if ds.get(key, value) != value:
             raise UserError(f"{path}: {key}={ds[key]!r} is not supported. {fix}")

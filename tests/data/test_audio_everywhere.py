@@ -132,6 +132,19 @@ def test_a_flac_without_a_total_has_its_full_length(tmp_path):
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("codec", ["adpcm_ima_wav", "adpcm_ms"])
+def test_adpcm_is_read_whole(tmp_path, codec):
+    soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", "-c:a", codec, tmp_path / "b.wav"]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    for summary in shards_and_index(tmp_path, (tmp_path / "b.wav").read_bytes(), "wav"):
+        assert summary.rejected == {}
+        assert summary.index.rows["samples"].tolist() == pytest.approx(
+            [SECONDS * 16000] * 2, abs=1600
+        )
+
+
+@needs_ffmpeg
 def test_m4a_is_read_from_folders_and_tars(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)
     command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / "a.m4a"]
@@ -149,14 +162,14 @@ def test_skipped_files_of_a_folder_are_counted_and_named(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / ".hidden").write_text("of the system")
     (tmp_path / "more").mkdir()
-    for name in ("cover.jpg", "more/b.raw"):
+    for name in ("cover.jpg", "more/b.pdf"):
         (tmp_path / name).write_bytes(bytes(3200))
     assert [utterance.key for utterance in read_folder(tmp_path)] == ["a"]
     assert find_audio([str(tmp_path)]) == [str(tmp_path / "a.wav")]
     assert [record.args[0] for record in caplog.records] == [2, 2]
     for record in caplog.records:
         assert "cover.jpg" in record.getMessage()
-        assert "more/b.raw" in record.getMessage()
+        assert "more/b.pdf" in record.getMessage()
 
 
 def test_symbolic_links_are_followed_once(tmp_path):

@@ -76,6 +76,15 @@ def test_a_file_that_is_not_a_yaml_list_is_read_line_by_line(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    "text", ["- Transcribe: it\nRepeat it\n", "[Transcribe] this\nRepeat it\n"]
+)
+def test_lines_that_only_begin_like_a_yaml_list_are_prompts(tmp_path, caplog, text):
+    found = read_prompts(write(tmp_path, text, "p.yaml"))
+    assert [prompt.text for prompt in found] == text.splitlines()
+    assert "p.yaml" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("entry", "message"),
     [
         (5, "data.yaml, entry 1, prompt 2: 5 "),

@@ -310,7 +310,6 @@ def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"id": ', r"cuts\.jsonl:1 .*JSON"),
         ('{"id": "a"}', r"cuts\.jsonl:1 .*lhotse cut simple"),
         ("", r"cuts\.jsonl' is empty"),
         ("\n\n", r"cuts\.jsonl'"),
@@ -328,6 +327,35 @@ def test_a_truncated_gzip_file_is_reported(tmp_path):
     (tmp_path / "cuts.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:-20])
     with pytest.raises(UserError, match=r"cuts\.jsonl"):
         list(read_cuts(tmp_path / "cuts.jsonl.gz"))
+
+
+def cut_of_file(path, name):
+    recording = Recording.from_file(path, recording_id=name)
+    supervision = SupervisionSegment(name, name, 0.0, recording.duration, text="one")
+    return MonoCut(name, 0, recording.duration, 0, [supervision], recording=recording)
+
+
+@pytest.mark.parametrize("row", ["5", "null", '{"id":', "[" * 100_000])
+def test_a_row_that_is_not_a_cut_is_rejected_alone(tmp_path, row):
+    soundfile.write(tmp_path / "a.wav", tone("one", 1.0), 16000)
+    CutSet.from_cuts([cut_of_file(tmp_path / "a.wav", "a")]).to_file(tmp_path / "c.jsonl")
+    with open(tmp_path / "c.jsonl", "a") as manifest:
+        manifest.write(f"{row}\n")
+    summary = write_shards(tmp_path / "out", read_cuts(tmp_path / "c.jsonl"))
+    assert summary.rejected == {"bad_json": 1}
+    assert len(summary.index) == 1
+
+
+def test_a_cut_whose_file_is_missing_is_rejected_alone(tmp_path):
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.wav", tone("one", 1.0), 16000)
+    cuts = [cut_of_file(tmp_path / f"{name}.wav", name) for name in ("a", "b")]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "c.jsonl")
+    (tmp_path / "b.wav").unlink()
+    summary = write_shards(tmp_path / "out", read_cuts(tmp_path / "c.jsonl"))
+    assert summary.rejected == {"missing_audio": 1}
+    (row,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert str(tmp_path / "b.wav") in row["detail"]
 
 
 def test_a_cut_without_a_recording_is_rejected(tmp_path):

@@ -23,7 +23,7 @@ from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.references import check_references, choose_normalizer
-from asrllm.evaluation.run import Evaluation
+from asrllm.evaluation.run import Evaluation, free_suffix
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.testing import data_config, kaldi_directory, tiny_tokenizer, tone_sentences
 from tests.conftest import REPOSITORY, assert_done, run_script
@@ -472,3 +472,16 @@ def test_evaluation_stops_if_a_rank_hangs_or_dies(world, exp, tmp_path, number):
 def test_negative_step_timeout_is_rejected(world, exp):
     with pytest.raises(UserError, match=r"step_timeout=-1\.0 "):
         evaluation(world, exp, "step_timeout=-1")
+
+
+def test_results_of_other_weights_with_the_same_name_are_kept(tmp_path):
+    first = tmp_path / "a" / "w.pt"
+    second = tmp_path / "b" / "w.pt"
+    assert free_suffix(tmp_path, "w", first) == "w"
+    (tmp_path / "results-w.json").write_text(json.dumps({"test": {"weights": str(first)}}))
+    assert free_suffix(tmp_path, "w", first) == "w"
+    other = free_suffix(tmp_path, "w", second)
+    assert other.startswith("w-")
+    assert free_suffix(tmp_path, "w", second) == other
+    (tmp_path / "results-w.json").write_text("[")
+    assert free_suffix(tmp_path, "w", second) == "w"

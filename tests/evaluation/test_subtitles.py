@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 
 import pytest
@@ -68,6 +69,13 @@ texts = st.lists(
 
 
 @pytest.mark.slow
+def test_a_name_that_is_not_utf8_is_escaped_in_json():
+    name = os.fsdecode(b"\xff.wav")
+    transcript = FileTranscript(audio=name, duration=1.0, segments=[])
+    content = as_json(transcript, None)
+    assert json.loads(content.encode())["audio"] == "\\xff.wav"
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.2, 28), texts), max_size=4))
 def test_cues_contain_the_text_in_order_within_their_segments(parts):

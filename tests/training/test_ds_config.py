@@ -118,7 +118,7 @@ def zero(**keys):
         (
             "mine.json",
             zero(zero_hpz_partition_size="auto"),
-            r'zero_hpz_partition_size="auto" is not filled',
+            "zero_hpz_partition_size",
         ),
     ],
 )
@@ -279,6 +279,14 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
         ),
         (scheduler("OneCycle"), r"set trainer\.schedule\.name\.$"),
         ({"scheduler": None}, "scheduler=None is not an object"),
+        ({"wandb": {"enabled": True}}, r"trainer\.wandb\.mode"),
+        ({"comet": {"enabled": True}}, r"trainer\.wandb\.mode"),
+        ({"tensorboard": {"enabled": True, "output_path": "x"}}, r"trainer\.tensorboard"),
+        ({"csv_monitor": {"enabled": True}}, r"metrics\.jsonl"),
+        ({"flops_profiler": {"enabled": True}}, r"trainer\.profile_steps"),
+        ({"data_types": {"grad_accum_dtype": "x"}}, r"data_types\.grad_accum_dtype='x'.*fp32"),
+        (zero(stage=3, zero_quantized_weights=True), r"zero_optimization\.zero_quantized_weights"),
+        (zero(stage=3, zero_hpz_partition_size=2), "zero_hpz_partition_size"),
     ],
 )
 def test_message_names_the_setting_that_replaces_an_unsupported_key(tmp_path, content, message):

@@ -63,17 +63,19 @@ def load_cut(cut: Cut) -> tuple[np.ndarray, int]:
     try:
         wave = cut.load_audio()
     except Exception as error:
-        # Lhotse replaces each error by one of the same class with a longer message
-        raise _first_cause(error) from error
+        raise _original(error) from error
     finally:
         set_current_audio_backend(before)
     return wave.mean(0, dtype=np.float32), cut.sampling_rate
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    while error.__context__ is not None and not isinstance(error, RejectedError):
-        error = error.__context__
-    return error
+def _original(error: BaseException) -> BaseException:
+    """Return the error that Lhotse replaced by others of the same class with longer messages."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    rejected = [link for link in chain if isinstance(link, RejectedError)]
+    return rejected[-1] if rejected else chain[-1]
 
 
 def _open(source: str | BinaryIO) -> AudioFile:

@@ -1,6 +1,5 @@
 """Lhotse cuts."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,9 +12,9 @@ from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
     find_root,
+    json_rows,
     peek,
     raw_lines,
-    read_json_lines,
     sample_fields,
 )
 from asrllm.data.sources.utterance import RejectedError, Utterance
@@ -52,16 +51,18 @@ def read_cuts(
         UserError: the file is not a manifest of cuts, or a recording is a command or a URL that
             is not allowed.
     """
-    rows = read_json_lines(Path(path), ROLE)
-    where, row = next(rows)
-    if "type" not in row:
+    first, rows = peek(json_rows(Path(path), ROLE))
+    objects = [(where, row) for where, row in first if isinstance(row, dict)]
+    if objects and all("type" not in row for _, row in objects):
         raise UserError(
-            f"{ROLE} {where} is not a cut. "
+            f"{ROLE} {objects[0][0]} is not a cut. "
             "Combine recordings and supervisions with 'lhotse cut simple'."
         )
-    first, rows = peek(itertools.chain([(where, row)], rows))
-    root = find_root(_file_names(first), [Path.cwd(), Path(path).absolute().parent])
+    root = find_root(_file_names(objects), [Path.cwd(), Path(path).absolute().parent])
     for where, row in rows:
+        if isinstance(row, RejectedError):
+            yield Utterance(key=where, text="", problem=row.args)
+            continue
         for source in _sources(row):
             _restrict(source, f"{ROLE} {where}", root, allow_pipes, allow_urls)
         yield from _utterances(row, where)

@@ -159,14 +159,6 @@ def _checked_object(row: object, where: str) -> Row | RejectedError:
     return RejectedError("bad_json", f"{where} is not a JSON object")
 
 
-def read_json_lines(path: Path, role: str) -> Iterator[tuple[str, Row]]:
-    """Yield what `json_rows` does. Raise UserError for a row that is not an object."""
-    for where, row in json_rows(path, role):
-        if isinstance(row, RejectedError):
-            raise UserError(row.args[1])
-        yield where, row
-
-
 def _parse_list(text: str, where: str) -> list[object]:
     try:
         value = parse_json(text)
