@@ -2,10 +2,21 @@
 
 import mmap
 import re
+from collections.abc import Callable
 
 Buffer = bytes | mmap.mmap
 SHORTEST_MP3 = 0.99  # of the bytes that its header promises; encoders count differently
 LARGEST_TAIL = 1024  # bytes after the audio that may be anything, for example an ID3v1 tag
+INCOMPLETE = "is truncated: its last page or frame is incomplete. Copy it again."
+OGG_HEADER = 27  # bytes of a page's header before its lacing values
+FRAME_HEADER = 7  # bytes that are read of a frame of AAC or MP3
+FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")  # names of the frame that counts the others
+MP3_RATES = (44100, 48000, 32000)  # Hz, of MPEG 1
+BITRATES = {  # kbit/s by the index in the header, from 1
+    "MPEG 1, II": (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    "MPEG 1, III": (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    "MPEG 2": (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
 UNKNOWN = b"\xff\xff\xff\xff"  # the size in a WAV header whose writer did not know it
 SPHERE_HEADER = 1024  # bytes
 SPHERE_FIELDS = (b"sample_count", b"channel_count", b"sample_n_bytes")
@@ -47,6 +58,95 @@ def sphere_problem(content: Buffer) -> str:
     if len(content) >= promised:
         return ""
     return truncated(len(content), promised)
+
+
+def stream_problem(content: Buffer) -> str:
+    """Look for the end of an Ogg file, and for a cut in the last frame of an MP3 or AAC stream.
+
+    Their headers do not state their length. A stream that is cut between two frames looks complete.
+
+    Returns:
+        What is wrong, or "" if nothing is.
+    """
+    if content[:4] == b"OggS":
+        return ogg_problem(content)
+    if content[:1] == b"\xff" and content[1] & 0xF6 == 0xF0:
+        return _last_frame_problem(content, 0, adts_frame_size)
+    begin = id3_size(content)
+    if content[begin : begin + 1] == b"\xff" and not has_frame_count(content):
+        return _last_frame_problem(content, begin, mp3_frame_size)
+    return ""
+
+
+def ogg_problem(content: Buffer) -> str:
+    """Return why an Ogg file is truncated, or "" (RFC 3533, section 6)."""
+    begin = content.rfind(b"OggS")
+    header = content[begin : begin + OGG_HEADER]
+    if len(header) < OGG_HEADER:
+        return INCOMPLETE
+    lacing = content[begin + OGG_HEADER : begin + OGG_HEADER + header[26]]
+    end = begin + OGG_HEADER + header[26] + sum(lacing)
+    is_last = bool(header[5] & 4)
+    return "" if is_last and end <= len(content) else INCOMPLETE
+
+
+def id3_size(content: Buffer) -> int:
+    """Return the bytes of the ID3v2 tag with which a file begins, or 0."""
+    if content[:3] != b"ID3":
+        return 0
+    size = 0
+    for byte in content[6:10]:  # four times seven bits
+        size = size << 7 | byte
+    return size + 10
+
+
+def has_frame_count(content: Buffer) -> bool:
+    """Return whether an MP3 begins, after an ID3 tag, with a frame that counts the others.
+
+    Xing, LAME and Fraunhofer's encoder write such frames.
+    """
+    begin = id3_size(content)
+    first = content[begin : begin + (1 << 12)]
+    return any(name in first for name in FRAME_COUNTS)
+
+
+def _last_frame_problem(content: Buffer, offset: int, size: Callable[[Buffer, int], int]) -> str:
+    """Walk over the frames of a stream, and return INCOMPLETE if the last one is cut."""
+    frames = 0
+    while offset + FRAME_HEADER <= len(content):
+        length = size(content, offset)
+        if not length:  # a tag at the end, or another kind of file
+            return ""
+        offset += length
+        frames += 1
+    return INCOMPLETE if offset > len(content) and frames > 1 else ""
+
+
+def adts_frame_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of an AAC frame (ISO/IEC 14496-3, adts_frame), or 0 if there is none."""
+    if content[offset] != 0xFF or content[offset + 1] & 0xF6 != 0xF0:
+        return 0
+    high, middle, low = content[offset + 3 : offset + 6]
+    return (high & 3) << 11 | middle << 3 | low >> 5
+
+
+def mp3_frame_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of a frame of MPEG audio layer II or III, or 0 if there is none."""
+    if content[offset] != 0xFF or content[offset + 1] & 0xE0 != 0xE0:
+        return 0
+    version = content[offset + 1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
+    layer = content[offset + 1] >> 1 & 3  # 1: layer III, 2: layer II
+    bitrate = content[offset + 2] >> 4
+    rate = content[offset + 2] >> 2 & 3
+    if version == 1 or layer not in (1, 2) or bitrate in (0, 15) or rate == 3:
+        return 0
+    table = BITRATES["MPEG 1, II" if layer == 2 else "MPEG 1, III"]
+    if version != 3:
+        table = BITRATES["MPEG 2"]
+    samples_per_second = MP3_RATES[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    samples = 576 if version != 3 and layer == 1 else 1152
+    padding = content[offset + 2] >> 1 & 1
+    return samples // 8 * table[bitrate - 1] * 1000 // samples_per_second + padding
 
 
 def truncated(size: int | str, promised: int | str) -> str:

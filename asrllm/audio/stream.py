@@ -21,8 +21,10 @@ import soundfile
 import soxr
 
 from asrllm.audio.headers import (
+    has_frame_count,
     mp3_problem,
     sphere_problem,
+    stream_problem,
     truncated,
     wav_problem,
     with_unknown_size,
@@ -52,6 +54,8 @@ AUDIO_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # a page in which sample
 FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of an Ogg stream
 # libsndfile's log of a header that promises more bytes than the file has
 TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
+# what ffmpeg 5, 6 and 7 write about a packet that is damaged
+NOT_DECODED = ("Error while decoding", "Error submitting packet")
 PROBED = "stream=codec_name,duration:format=format_name,nb_streams,duration"
 logger = logging.getLogger(__name__)
 
@@ -203,6 +207,10 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     file = AudioFile(path=path, seconds=None, content=content)
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")
+    with file.open_bytes() as whole:
+        problem = stream_problem(whole)
+    if problem:
+        raise file.error(problem)
     if path.lower().endswith((".raw", ".pcm")):
         raise file.error(
             "is raw: it has no header with sampling rate and encoding. "
@@ -271,7 +279,7 @@ def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
 
     soundfile reads as many samples as it derives from the header.
     """
-    if sound.format in ("MP3", "MPEG") and not has_frame_count(file):
+    if sound.format in ("MP3", "MPEG") and not _counts_its_frames(file):
         return "only ffmpeg reads an MP3 without a frame count completely"
     if sound.format == "FLAC" and not 0 < sound.frames < NO_LENGTH:
         return "only ffmpeg reads a FLAC without a sample count"
@@ -280,19 +288,9 @@ def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
     return ""
 
 
-def has_frame_count(file: AudioFile) -> bool:
-    """Return whether an MP3 begins, after an ID3 tag, with a frame that counts the others.
-
-    Xing, LAME and Fraunhofer's encoder write such frames.
-    """
+def _counts_its_frames(file: AudioFile) -> bool:
     with file.open_bytes() as content:
-        begin = 0
-        if content[:3] == b"ID3":
-            for byte in content[6:10]:  # four times seven bits
-                begin = begin << 7 | byte
-            begin += 10
-        first = content[begin : begin + (1 << 12)]
-    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
+        return has_frame_count(content)
 
 
 def is_chained(file: AudioFile) -> bool:
@@ -500,7 +498,18 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
         except GeneratorExit:  # the caller needs no more samples
             process.kill()
             raise
-        if process.wait():
-            log.seek(0)
-            lines = log.read().decode(errors="replace").split("\n")
-            raise _corrupted(file, f"ffmpeg: {lines[0][:200]}")
+        status = process.wait()
+        log.seek(0)
+        messages = log.read().decode(errors="replace")
+        if status or _has_undecoded(file, messages):
+            raise _corrupted(file, f"ffmpeg: {messages.partition(chr(10))[0][:200]}")
+
+
+def _has_undecoded(file: AudioFile, messages: str) -> bool:
+    """Return whether ffmpeg skipped a packet that it could not decode, although it succeeded.
+
+    The headers of a chained Ogg file's second stream are such packets. `stream_problem` checks Ogg.
+    """
+    with file.open_bytes() as content:
+        is_ogg = content[:4] == b"OggS"
+    return not is_ogg and any(words in messages for words in NOT_DECODED)

@@ -145,6 +145,39 @@ def test_adpcm_is_read_whole(tmp_path, codec):
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        ("opus", []),
+        ("ogg", []),
+        ("ogg", ["-c:a", "flac"]),
+        ("aac", []),
+        ("mp3", ["-write_xing", "0"]),
+        ("mp2", []),
+        ("flac", []),
+    ],
+)
+def test_half_a_stream_is_rejected_and_a_whole_one_is_read(tmp_path, ending, options):
+    soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", *options]
+    if ending == "flac":  # a pipe cannot be completed with the number of samples
+        command += ["-f", "flac", "pipe:1"]
+        done = subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL, stdout=-1)
+        content = done.stdout
+    else:
+        subprocess.run([*command, tmp_path / f"b.{ending}"], check=True, timeout=60)
+        content = (tmp_path / f"b.{ending}").read_bytes()
+    for name, part in (("whole", content), ("half", content[: len(content) // 2 + 3])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"a.{ending}").write_bytes(part)
+        (tmp_path / name / "a.txt").write_text("one")
+        soundfile.write(tmp_path / name / "good.wav", tone("one", SECONDS), 16000)
+        (tmp_path / name / "good.txt").write_text("one")
+        made = write_shards(tmp_path / f"{name}-out", read_folder(tmp_path / name))
+        assert made.rejected == ({} if name == "whole" else {"unreadable_audio": 1})
+
+
+@needs_ffmpeg
 def test_m4a_is_read_from_folders_and_tars(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)
     command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / "a.m4a"]
