@@ -762,6 +762,8 @@ def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
         detail = f"its JSON says {stated:g} s, the audio has {duration:.3f} s"
         return BadSample(key=sample.key, reason="duration_mismatch", detail=detail)
     text = sample.fields["text"]
+    if not text.strip():
+        return BadSample(key=sample.key, reason="empty_text", detail="the transcript is empty")
     text_bytes = min(len(text.encode("utf-8")), MAX_TEXT_LENGTH)
     text_chars = min(len(text), MAX_TEXT_LENGTH)
     samples = round(duration * RATE)

@@ -462,6 +462,8 @@ def _fill(
         if source.startswith("trainer.") and "=" not in source:
             reason = f"{source}={value!r}"
             fix = f"or set {source}={str(current).replace(' ', '')}"
+            if isinstance(current, (int, float)) and current <= 0:
+                fix = "or remove it"
         else:
             reason = f"the run's {value!r} ({source})"
             fix = "or remove it"
