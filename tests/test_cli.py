@@ -98,16 +98,14 @@ def test_mistake_in_training_exits_before_writing(world, tmp_path, capsys, chang
 
 @pytest.mark.slow
 def test_second_run_in_one_directory_is_rejected(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(resume, "SECONDS_TO_DIE", 0.1)
+    monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0.1)
     (tmp_path / "exp").mkdir()
     with FileLock(tmp_path / "exp" / ".training.lock"):
         assert "another process is training in exp_dir" in fails(
             capsys, "train", *world.overrides(tmp_path / "exp")
         )
     (tmp_path / "file").touch()
-    assert "is a file: give a directory" in fails(
-        capsys, "train", *world.overrides(tmp_path / "file")
-    )
+    assert str(tmp_path / "file") in fails(capsys, "train", *world.overrides(tmp_path / "file"))
 
 
 @pytest.mark.slow
