@@ -200,7 +200,7 @@ def journal(folder: Path) -> Artifact:
         made.write([DecodedUtterance(**vars(DECODED) | {"row": row}) for row in range(20)])
     return Artifact(
         place,
-        lambda where: [vars(said) for said in Journal(where, "test", settings=1).read()],
+        lambda where: [vars(decoded) for decoded in Journal(where, "test", settings=1).read()],
         is_log=True,
     )
 

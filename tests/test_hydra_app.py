@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from asrllm.commands.dispatch import build_parser
+from asrllm.commands.train import last_validation_loss
 from asrllm.config import ALIASES, as_yaml, known_keys
 from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
@@ -158,3 +159,15 @@ def test_errors_of_the_task_are_raised_unchanged(capsys):
     with pytest.raises(json.JSONDecodeError):
         run_app("train", build_parser(argv).parse_args(argv), TrainRun, task)
     assert capsys.readouterr().err == ""
+
+
+def test_a_sweeper_gets_the_mean_of_the_last_validation(tmp_path):
+    assert last_validation_loss(tmp_path) is None  # interrupted before the first record
+    records = [
+        {"step": 1, "loss": 9.0},
+        {"step": 2, "valid/a/loss": 5.0, "valid/b/loss": 3.0},
+        {"step": 4, "valid/a/loss": 4.0, "valid/b/loss": 1.0, "valid/a/acc": 0.5},
+        {"step": 5, "loss": 8.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert last_validation_loss(tmp_path) == 2.5

@@ -70,7 +70,9 @@ def stream_problem(content: Buffer) -> str:
     """
     if content[:4] == b"OggS":
         return ogg_problem(content)
-    if content[:1] == b"\xff" and content[1] & 0xF6 == 0xF0:
+    if len(content) < FRAME_HEADER:
+        return ""
+    if content[0] == 0xFF and content[1] & 0xF6 == 0xF0:
         return _last_frame_problem(content, 0, adts_frame_size)
     begin = id3_size(content)
     if content[begin : begin + 1] == b"\xff" and not has_frame_count(content):

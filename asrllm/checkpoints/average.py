@@ -382,7 +382,7 @@ def check_replaceable(
     if existing == wanted or not path.exists():
         return
     fix = f"Set checkpoint.model.filename={path.name} to use it, or move it away to average again."
-    # without a record an incomplete file is no loss, but a complete one is somebody else's
+    # A complete file without a record was written by someone else. An incomplete one is useless.
     if not existing and zipfile.is_zipfile(path):
         raise UserError(
             f"{str(path)!r} does not name the checkpoints that it averages, so it is not "

@@ -341,9 +341,14 @@ def warn_of_slow_bfloat16(trainer: TrainerConfig, device: torch.device) -> None:
 
 
 def last_validation_loss(exp_dir: Path) -> float | None:
-    """Return the mean over the validation sets of the last loss in exp_dir/metrics.jsonl."""
+    """Return the mean over the validation sets of the last loss in exp_dir/metrics.jsonl.
+
+    The file is missing if a signal stopped the run while the model was loading.
+    """
     losses: list[float] = []
-    for line in (exp_dir / METRICS_FILE).read_text().splitlines():
+    path = exp_dir / METRICS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
         record = json.loads(line)
         found = [value for name, value in record.items() if VALIDATION_LOSS.fullmatch(name)]
         losses = found or losses

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,18 @@ def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:
         try:
             entries = read_yaml(path, "prompt_file")
         except UserError as error:
+            if any(map(_is_yaml_entry, entries)):
+                raise
             logger.warning("%s. Its lines are taken as prompts.", error)
     prompts = parse_prompts(entries, where)
     if not prompts:
         raise UserError(f"{where} has no prompt. Write one prompt per line.")
     return prompts
+
+
+def _is_yaml_entry(line: str) -> bool:
+    """Return whether a line is an entry with keys, which nobody writes as a prompt."""
+    return re.match(r"\s*-\s*(\{|prompt\s*:)", line) is not None
 
 
 def _is_yaml_list(lines: Sequence[str]) -> bool:

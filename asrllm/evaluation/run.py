@@ -307,10 +307,20 @@ def free_suffix(folder: Path, suffix: str, weights: Path) -> str:
     """
     try:
         stored = json.loads((folder / f"results-{suffix}.json").read_text(encoding="utf-8"))
-        others = {entry["weights"] for entry in stored.values()} - {str(weights)}
+        paths = {Path(entry["weights"]) for entry in stored.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return suffix  # there are none, or they are corrupted
-    if not others:
+        return suffix  # there are no results, or they are corrupted
+    if all(_is_same_file(path, weights, folder.parent) for path in paths):
         return suffix
     digest = hashlib.sha256(str(weights.absolute()).encode("utf-8", "surrogateescape"))
     return f"{suffix}-{digest.hexdigest()[:8]}"
+
+
+def _is_same_file(stored: Path, weights: Path, exp_dir: Path) -> bool:
+    """Return whether a stored path, which may be relative or of a moved run, is the weights file."""
+    if stored.resolve() == weights.resolve():
+        return True
+    if stored.exists():
+        return False
+    is_own = weights.resolve().parent == exp_dir.resolve()
+    return is_own and stored.name == weights.name

@@ -80,6 +80,8 @@ INVALID = {
     "flac whose header has 19 days": with_total((1 << 36) - 1),
     "float wav of integers": encoded(wave=30_000 * tone("one", SECONDS), subtype="FLOAT"),
     "empty": b"",
+    "one byte of a frame": b"\xff",
+    "three bytes of a frame": b"\xff\xf1\x50",
     "text": b"this is no audio " * 100,
 }
 

@@ -84,6 +84,12 @@ def test_lines_that_only_begin_like_a_yaml_list_are_prompts(tmp_path, caplog, te
     assert "p.yaml" in caplog.text
 
 
+@pytest.mark.parametrize("entry", ["- {prompt: Say, weight: 1", "- prompt: Say: it"])
+def test_a_mistake_in_a_yaml_list_is_not_trained_on(tmp_path, entry):
+    with pytest.raises(UserError, match=r"p\.yaml.*line 2"):
+        read_prompts(write(tmp_path, f"- {{prompt: Write., weight: 2}}\n{entry}\n", "p.yaml"))
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -87,7 +87,7 @@ def test_all_utterances_of_a_speaker_are_exchanged_together():
     assert (compare(a, b).by, compare(a, b).p) == (
         "speaker",
         1.0,
-    )  # one speaker is no evidence about others
+    )  # one speaker does not represent others
 
 
 def results(folder, transcripts, normalizer="basic", name="test"):
@@ -117,18 +117,18 @@ def test_results_on_disk_are_compared(tmp_path, capsys):
         compare_files(first / "recogs-test-s.txt", second / "generations-test-s.jsonl") == expected
     )
     assert main(["evaluate", "compare", str(first), str(second)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in (f"{expected.a:.2f} %", f"{expected.b:.2f} %", f"{expected.difference:+.2f} "):
-        assert part in said
-    assert said.startswith("test: WER ")
-    assert "basic" in said
-    assert said.count("\n") == 1
+        assert part in output
+    assert output.startswith("test: WER ")
+    assert "basic" in output
+    assert output.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_recogs_are_compared_with_their_generations(tmp_path):
     """Normalization changes these texts, and the words of icefall's own recogs are upper case."""
-    said = [
+    transcripts = [
         transcript(
             "it is 25",
             "it is 24",
@@ -138,7 +138,7 @@ def test_recogs_are_compared_with_their_generations(tmp_path):
         ),
         transcript("hello\u2028there", "hello there", "u2", raw_reference="Hello\u2028there!"),
     ]
-    folder = results(tmp_path / "a", said, "en")
+    folder = results(tmp_path / "a", transcripts, "en")
     found = compare_files(folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt")
     assert (found.difference, found.normalizer, found.utterances) == (0.0, "en", 2)
     chinese = results(
@@ -167,12 +167,12 @@ def test_recogs_of_a_normalizer_that_changes_its_own_output_are_compared_as_writ
         ("double o seven", "double o eight"),
         ("a", "a"),
     ]
-    said = [
+    transcripts = [
         transcript(en(r), en(h), f"u\x1b{i}", raw_reference=r, raw_hypothesis=h)
         for i, (r, h) in enumerate(raw)
     ]
-    assert any(en(t.reference) != t.reference for t in said)
-    folder = results(tmp_path / "a", said, "en")
+    assert any(en(t.reference) != t.reference for t in transcripts)
+    folder = results(tmp_path / "a", transcripts, "en")
     generations, recogs = folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt"
     expected = compare_files(generations, generations)
     for pair in ((generations, recogs), (recogs, generations), (recogs, recogs)):
@@ -182,10 +182,10 @@ def test_recogs_of_a_normalizer_that_changes_its_own_output_are_compared_as_writ
 
 
 def test_speakers_are_read_from_either_file(tmp_path):
-    said = [
+    transcripts = [
         transcript("a b", "a x", f"{s}-{i}", speaker=f"s{s}") for s in range(6) for i in range(2)
     ]
-    folder = results(tmp_path / "a", said)
+    folder = results(tmp_path / "a", transcripts)
     generations, recogs = folder / "generations-test-s.jsonl", folder / "recogs-test-s.txt"
     assert (
         compare_files(generations, recogs).by == compare_files(recogs, generations).by == "speaker"
@@ -195,12 +195,12 @@ def test_speakers_are_read_from_either_file(tmp_path):
 @pytest.mark.parametrize("kind", ["recogs", "generations"])
 def test_repeated_keys_are_rejected(tmp_path, kind):
     """Otherwise only the last utterance of a key would be compared."""
-    said = [
+    transcripts = [
         transcript("a b", "a b", "u1"),
         transcript("a b", "x y", "u1"),
         transcript("c", "c", "u2"),
     ]
-    folder = results(tmp_path / "a", said)
+    folder = results(tmp_path / "a", transcripts)
     (path,) = folder.glob(f"{kind}-test*")
     with pytest.raises(UserError, match=rf"'{path}' has 1 repeated keys.*'u1'"):
         compare_files(path, path)
@@ -219,7 +219,7 @@ def test_icefalls_recogs_with_timestamps_are_read(tmp_path):
 
 
 def test_invisible_characters_are_not_errors(tmp_path):
-    said = [
+    transcripts = [
         transcript(
             "ab cd",
             "ab cd",
@@ -230,7 +230,7 @@ def test_invisible_characters_are_not_errors(tmp_path):
     ]
     plain = results(tmp_path / "plain", [transcript("ab cd", "ab cd", "u1")])
     for name in ("basic", "en", "none"):
-        folder = results(tmp_path / name, said, name)
+        folder = results(tmp_path / name, transcripts, name)
         assert (
             compare_files(
                 folder / "generations-test-s.jsonl", folder / "generations-test-s.jsonl"
@@ -244,9 +244,9 @@ def test_invisible_characters_are_not_errors(tmp_path):
 
 def test_second_evaluation_does_not_overwrite_the_first(tmp_path):
     folder, texts = tmp_path / "greedy_search", [noisy(0.3, 1, 20), noisy(0.2, 2, 20)]
-    for suffix, said in zip(("iter-4-avg-1", "iter-8-avg-1"), texts, strict=True):
+    for suffix, transcripts in zip(("iter-4-avg-1", "iter-8-avg-1"), texts, strict=True):
         folder.mkdir(exist_ok=True)
-        result = write_results(folder, "test", suffix, score(said), {"normalizer": "basic"})
+        result = write_results(folder, "test", suffix, score(transcripts), {"normalizer": "basic"})
         write_summary(folder, suffix, {"test": result})
     names = {path.name for path in folder.iterdir()}
     for step in (4, 8):

@@ -485,3 +485,14 @@ def test_results_of_other_weights_with_the_same_name_are_kept(tmp_path):
     assert free_suffix(tmp_path, "w", second) == other
     (tmp_path / "results-w.json").write_text("[")
     assert free_suffix(tmp_path, "w", second) == "w"
+
+
+def test_the_same_weights_by_another_path_keep_their_results(tmp_path, monkeypatch):
+    folder = tmp_path / "exp" / "greedy_search"
+    folder.mkdir(parents=True)
+    weights = tmp_path / "exp" / "w.pt"
+    weights.touch()
+    monkeypatch.chdir(tmp_path)
+    for stored in ("exp/w.pt", "/before/the/run/moved/w.pt"):
+        (folder / "results-w.json").write_text(json.dumps({"test": {"weights": stored}}))
+        assert free_suffix(folder, "w", weights) == "w"
