@@ -18,8 +18,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from asrllm.config import build, composition_error, known_keys, quoted_override
+from asrllm.config import composition_error, known_keys, quoted_override
 from asrllm.errors import UserError
+from asrllm.schema import build
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def run_app(
     Args:
         name: of the packaged configuration, asrllm/conf/NAME.yaml.
         arguments: from a parser with `add_overrides`.
-        cls: the dataclass of the configuration.
+        cls: the component of the configuration.
         task: runs a configuration. Hydra's sweepers use the number that it returns.
 
     Raises:

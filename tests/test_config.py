@@ -1,12 +1,15 @@
 import dataclasses
 import typing
+from importlib import resources
 
 import pytest
 
 from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
-from asrllm.config import build, compose_config, load_config
+from asrllm.conf.write import yaml_files
+from asrllm.config import compose_config, load_config
 from asrllm.errors import UserError
+from asrllm.schema import PositiveInt, build, component
 from asrllm.training.run_config import TrainRun
 
 GIVEN = [
@@ -84,9 +87,9 @@ def test_overrides_set_dataclass_fields():
         ),
         ("+model.new=1", r"unknown key 'model\.new'"),
         ("exp_dir", "'exp_dir' is not an override"),
-        ("trainer.lr=fast", r"trainer\.lr='fast' has the wrong type\. Expected: float"),
+        ("trainer.lr=fast", r"trainer\.lr='fast' "),
         ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 has the wrong type"),
-        ("data.trace=1", r"data\.trace=1 has the wrong type\. Expected: bool"),
+        ("data.trace=1", r"data\.trace=1 "),
         (
             "trainer.precision=bf17",
             r"trainer\.precision='bf17' .* did you mean 'bf16'",
@@ -112,7 +115,7 @@ def test_overrides_set_dataclass_fields():
         ("data.augment.noise.prob=0.5", "needs data.augment.noise.source"),
         ("data.augment.speed=[]", r"data\.augment\.speed=\[\]"),
         ("data.text_normalization=lower", r"data\.text_normalization='lower'"),
-        ("seed=-1", "seed=-1 .* 0 to 4294967295"),
+        ("seed=-1", "seed=-1 .* 0"),
         ("data.whisper_fbank=false", r"data\.whisper_fbank=false .*Whisper"),
         ("model.llm.lora.r=-1", r"lora\.r=-1 "),
         ("model.exclude_from_checkpoint=[projector]", "'projector' is not a part"),
@@ -127,9 +130,35 @@ def test_wrong_override_is_one_message_with_the_key(override, message):
     assert "\n" not in str(raised.value)
 
 
-def test_missing_key_is_named():
-    with pytest.raises(UserError, match="missing key 'exp_dir'"):
-        build(TrainRun, {})
+@component
+class Entry:
+    name: str
+    size: PositiveInt | None = None
+    tags: list[str] | str = "none"
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({}, ["'name'"]),
+        ({"name": "a", "sise": 1}, ["'sise'", "'size'"]),
+        ({"name": "a", "size": 0}, ["size=0", "1", "null"]),
+        ({"name": "a", "size": True}, ["size=True", "integer"]),
+        ({"name": "a", "tags": 1}, ["tags=1", "list", "text"]),
+        ({"name": "a", "tags": ["b", 2]}, ["tags[1]=2"]),
+    ],
+)
+def test_error_of_a_component_names_place_key_and_value(values, names):
+    with pytest.raises(UserError) as raised:
+        build(Entry, values, where="list.yaml, entry 2: ")
+    for name in ["list.yaml, entry 2", *names]:
+        assert name in str(raised.value)
+
+
+def test_yaml_files_are_those_of_the_components():
+    folder = resources.files("asrllm.conf")
+    for name, text in yaml_files().items():
+        assert (folder / name).read_text() == text, "run python -m asrllm.conf.write"
 
 
 @pytest.mark.slow

@@ -9,18 +9,20 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import soxr
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from asrllm.audio.stream import FORMATS, list_audio, open_audio, read_stretch, warn_of_skipped
 from asrllm.data.sources import Utterance, read_cuts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
+from asrllm.schema import NonNegativeInt, Ratio, component
 
 NO_MASKS: np.ndarray = np.zeros((0, 2), np.float32)
 SYNTHETIC = "synthetic"
@@ -35,126 +37,83 @@ AUDIO_SOURCE = "a directory of audio files, or Lhotse cuts"
 FAST_FACTORS = (1, 3, 5, 9, 15, 25, 27, 45, 75, 81, 125, 135, 225)
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class SpecAugmentConfig:
-    """SpecAugment (Park et al., 2019) without time warping.
+    """SpecAugment (Park et al., 2019) without time warping."""
 
-    Attributes:
-        prob: probability of masking an utterance.
-        time_masks: masks in time.
-        time_mask_share: longest time mask, as a ratio of the utterance.
-        freq_masks: masks in frequency.
-        freq_mask_share: widest frequency mask, as a ratio of the bins.
-    """
-
-    prob: float
-    time_masks: int
-    time_mask_share: float
-    freq_masks: int
-    freq_mask_share: float
-
-    def __post_init__(self) -> None:
-        for key in ("prob", "time_mask_share", "freq_mask_share"):
-            _check_ratio(f"spec_augment.{key}", getattr(self, key))
-        for key in ("time_masks", "freq_masks"):
-            count = getattr(self, key)
-            if count < 0:
-                raise UserError(
-                    f"data.augment.spec_augment.{key}={count} is negative. Use 0 for no masks."
-                )
+    prob: Ratio = 0.0
+    """ratio of utterances with masks"""
+    time_masks: NonNegativeInt = 10
+    """masks in time"""
+    time_mask_share: Ratio = 0.05
+    """longest mask in time, as a ratio of the utterance"""
+    freq_masks: NonNegativeInt = 2
+    """masks in frequency"""
+    freq_mask_share: Ratio = 0.34
+    """widest mask in frequency, as a ratio of the bins"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class NoiseConfig:
-    """Additive noise.
+    """Additive noise."""
 
-    Attributes:
-        source: a directory of audio files, or Lhotse cuts.
-        prob: probability of adding noise to an utterance.
-        snr_min: lowest signal-to-noise ratio in dB.
-        snr_max: highest signal-to-noise ratio in dB.
-    """
-
-    source: str | None
-    prob: float
-    snr_min: float
-    snr_max: float
+    source: str | None = None
+    """directory of audio files, for example of MUSAN, or Lhotse cuts"""
+    prob: Ratio = 0.0
+    """ratio of utterances with noise"""
+    snr_min: float = Field(default=10.0, ge=-100)
+    """lowest signal-to-noise ratio in dB"""
+    snr_max: float = Field(default=20.0, le=100)
+    """highest signal-to-noise ratio in dB"""
 
     def __post_init__(self) -> None:
-        _check_ratio("noise.prob", self.prob)
         if self.prob and not self.source:
             raise UserError(
                 f"data.augment.noise.prob={self.prob} needs data.augment.noise.source. "
                 f"Set it to {AUDIO_SOURCE}."
             )
-        if not -100 <= self.snr_min <= self.snr_max <= 100:
+        if self.snr_min > self.snr_max:
             raise UserError(
-                f"data.augment.noise.snr_min={self.snr_min} and "
-                f"data.augment.noise.snr_max={self.snr_max} are not a range within -100 to 100 dB. "
-                "Set snr_min to at most snr_max."
+                f"data.augment.noise.snr_min={self.snr_min} is above "
+                f"data.augment.noise.snr_max={self.snr_max}. Set it to at most snr_max."
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class ReverbConfig:
-    """Reverberation.
+    """Reverberation."""
 
-    Attributes:
-        source: "synthetic", or a directory or Lhotse cuts of impulse responses.
-        prob: probability of reverberating an utterance.
-        rt60_min: shortest reverberation time of synthetic rooms in seconds.
-        rt60_max: longest reverberation time of synthetic rooms in seconds.
-    """
-
-    source: str | None
-    prob: float
-    rt60_min: float
-    rt60_max: float
+    source: str | None = None
+    """synthetic, a directory of impulse responses, or Lhotse cuts of them"""
+    prob: Ratio = 0.0
+    """ratio of utterances with reverberation"""
+    rt60_min: float = Field(default=0.1, ge=0.05)
+    """shortest time in seconds in which a synthetic room decays by 60 dB"""
+    rt60_max: float = Field(default=0.6, le=ROOM_SECONDS)
+    """longest time in seconds in which a synthetic room decays by 60 dB"""
 
     def __post_init__(self) -> None:
-        _check_ratio("reverb.prob", self.prob)
         if self.prob and not self.source:
             raise UserError(
                 f"data.augment.reverb.prob={self.prob} needs data.augment.reverb.source. "
                 f"Set it to '{SYNTHETIC}', a directory of impulse responses, or Lhotse cuts."
             )
-        if not 0.05 <= self.rt60_min <= self.rt60_max <= ROOM_SECONDS:
+        if self.rt60_min > self.rt60_max:
             raise UserError(
-                f"data.augment.reverb.rt60_min={self.rt60_min} and "
-                f"data.augment.reverb.rt60_max={self.rt60_max} are not a range within "
-                f"0.05 to {ROOM_SECONDS:g} s. Set rt60_min to at most rt60_max."
+                f"data.augment.reverb.rt60_min={self.rt60_min} is above "
+                f"data.augment.reverb.rt60_max={self.rt60_max}. Set it to at most rt60_max."
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class AugmentConfig:
-    """Augmentation of the training data.
+    """Augmentation of training audio. Every draw depends only on (seed, epoch, key)."""
 
-    Attributes:
-        speed: factors to choose from; [1.0] keeps the speed.
-        noise: additive noise.
-        reverb: reverberation.
-        spec_augment: masks on the features.
-    """
-
-    speed: list[float]
-    noise: NoiseConfig
-    reverb: ReverbConfig
-    spec_augment: SpecAugmentConfig
-
-    def __post_init__(self) -> None:
-        if not self.speed or not all(0.5 <= factor <= 2 for factor in self.speed):
-            raise UserError(
-                f"data.augment.speed={self.speed} is not a list of factors from 0.5 to 2. "
-                "Use [1.0] to keep the speed."
-            )
-
-
-def _check_ratio(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(
-            f"data.augment.{key}={value} is not between 0 and 1. Use a value in this range."
-        )
+    speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field(default=[1.0], min_length=1)
+    """factors to draw from, for example [0.9, 1.0, 1.1]"""
+    reverb: ReverbConfig = ReverbConfig()
+    noise: NoiseConfig = NoiseConfig()
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()
 
 
 class Augmenter:

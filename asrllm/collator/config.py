@@ -1,40 +1,44 @@
 """The `data` part of the run's configuration."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from asrllm.audio.augment import AugmentConfig
 from asrllm.collator.hotwords import HotwordConfig
 from asrllm.data.config import CacheConfig, FilterConfig, SamplerConfig
-from asrllm.errors import UserError
+from asrllm.schema import NonNegativeInt, Ratio, component
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class DataConfig:
-    """The keys below `data`, which asrllm/conf/data/default.yaml explains."""
+    """Corpora, batches and augmentation."""
 
-    train_data_config: str | None
-    valid_data_config: str | None
-    use_infinite_dataset: bool
-    whisper_fbank: bool | None
-    pad_to_30s: bool
-    text_normalization: Literal["none", "basic", "zh"]
-    sampler: SamplerConfig
-    filter: FilterConfig
-    augment: AugmentConfig
-    hotwords: HotwordConfig
-    cache: CacheConfig
-    num_workers: int
-    max_bad_share: float
-    trace: bool
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise UserError(
-                f"data.num_workers={self.num_workers} is negative. "
-                "Use 0, which reads in the training process, or more."
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(
-                f"data.max_bad_share={self.max_bad_share} is not a ratio. Use a value from 0 to 1."
-            )
+    train_data_config: str | None = None
+    """YAML list of {shards: DIR | URL | manifest: CUTS, hours, weights, lang, prompts}"""
+    valid_data_config: str | None = None
+    """YAML list of {name, shards | manifest}; null: no validation"""
+    use_infinite_dataset: bool = False
+    """true: mix the corpora by hours x weights without end; false: epochs, in which weights repeat
+    a corpus"""
+    whisper_fbank: bool | None = None
+    """true: log-mel features of Whisper; false: of Kaldi; null: those of the encoder"""
+    pad_to_30s: bool = False
+    """Whisper: attend to silence up to 30 s, as in the published code (slower)"""
+    text_normalization: Literal["none", "basic", "zh"] = "none"
+    """of transcripts: none | basic (lower case, without punctuation and [tags]) | zh (basic, and
+    simplified characters)"""
+    sampler: SamplerConfig = SamplerConfig()
+    filter: FilterConfig = FilterConfig()
+    """of training and validation data; the log counts removed utterances by reason"""
+    augment: AugmentConfig = AugmentConfig()
+    """of training audio; every draw depends only on (seed, epoch, key)"""
+    hotwords: HotwordConfig = HotwordConfig()
+    """a list in the prompt with words of the utterance and other words"""
+    cache: CacheConfig = CacheConfig()
+    """of shards at URLs; the processes of a node share it"""
+    num_workers: NonNegativeInt = 2
+    """reading processes of each rank; 0: the training process reads"""
+    max_bad_share: Ratio = 0.01
+    """maximum ratio of utterances that cannot be read, above which the run stops; during the first
+    1000 utterances it is the ratio to 1000"""
+    trace: bool = False
+    """write the keys and prompts of each rank to exp_dir/keys-rank{r}.jsonl"""

@@ -5,9 +5,11 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+from pydantic import Field
 
 from asrllm.errors import UserError
+from asrllm.schema import Ratio, RatioBelowOne, component
 from asrllm.text_files import read_text
 
 PLACE = "{words}"
@@ -21,31 +23,22 @@ UNSPACED = re.compile(
 APART = re.compile(r"(?<!\w)'|'(?!\w)|'(?=s\b)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class HotwordConfig:
-    """The keys below `data.hotwords`."""
+    """A list in the prompt with words of the utterance and other words."""
 
-    file: str | None
-    prob: float
-    max_words: int
-    distractor_rate: float
-    template: str
+    file: str | None = None
+    """one word or phrase per line; samples may have their own as "hotwords" in their JSON"""
+    prob: Ratio = 0.0
+    """ratio of utterances with a list"""
+    max_words: int = Field(default=20, ge=1, le=10_000)
+    """longest list"""
+    distractor_rate: RatioBelowOne = 0.5
+    """ratio of words in the list that are not in the utterance"""
+    template: str = f"Hotwords: {PLACE}."
+    """text of the list, which is appended to the prompt"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.prob <= 1:
-            raise UserError(
-                f"data.hotwords.prob={self.prob} is not a probability. Use a value from 0 to 1."
-            )
-        if not 1 <= self.max_words <= 10_000:
-            raise UserError(
-                f"data.hotwords.max_words={self.max_words} is out of range. Use a value from 1 to "
-                "10000, or data.hotwords.prob=0 for no lists."
-            )
-        if not 0 <= self.distractor_rate < 1:
-            raise UserError(
-                f"data.hotwords.distractor_rate={self.distractor_rate} is out of range. "
-                "Use a value of at least 0 and below 1."
-            )
         if self.template.count(PLACE) != 1:
             raise UserError(
                 f"data.hotwords.template={self.template!r} does not contain {PLACE} exactly once. "

@@ -4,22 +4,22 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from asrllm.atomic import write_whole
 from asrllm.data.index import RATE
 from asrllm.data.prompts import read_prompts
-from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import describe_model
+from asrllm.schema import PositiveInt, component
 from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import read_ds_config
@@ -59,29 +59,16 @@ MEMORY_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class PlanRun(TrainRun):
-    """Configuration of `asrllm plan`: that of the run, and the hardware.
+    """Configuration of `asrllm plan`: that of the run, and the hardware."""
 
-    Attributes:
-        gpus: number of GPUs.
-        gpu_memory: memory of each GPU in GB; None: that of this machine's GPU, or 80 without one.
-        output: JSON file to write; None: none.
-    """
-
-    gpus: int
-    gpu_memory: float | None
-    output: str | None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gpus < 1:
-            raise UserError(f"gpus={self.gpus} is below 1. Use a positive number of GPUs.")
-        if self.gpu_memory is not None and not 0 < self.gpu_memory < 1e5:
-            raise UserError(
-                f"gpu_memory={self.gpu_memory} is out of range. Use a positive number of GB below "
-                "100000, or null for that of this machine's GPU."
-            )
+    gpus: PositiveInt = 8
+    """number of GPUs of the run"""
+    gpu_memory: float | None = Field(default=None, gt=0, lt=100_000)
+    """GB of each GPU; null: those of this machine's GPU, or 80 without one"""
+    output: str | None = None
+    """JSON file to write the numbers to; null: none"""
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
@@ -18,8 +19,9 @@ from asrllm.data.parallel import usable_cores
 from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError
 from asrllm.locks import FileLock
+from asrllm.schema import Text, build, component
 from asrllm.text_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -29,15 +31,26 @@ MAX_SAMPLED_ROWS = 100_000  # rows of a corpus from which long_utterance estimat
 # Filters that drop more than this ratio of a corpus are probably a mistake.
 HIGH_DROP_RATIO = 0.05
 HOURS_TOLERANCE = 0.1  # stated hours are rounded: "960 h" of LibriSpeech are 961.05
-CORPUS_KEYS: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "manifest": str,
-    "shards": str,
-    "hours": (int, float),
-    "weights": (int, float),
-    "lang": str,
-    "prompts": list,
-}
+
+
+@component
+class CorpusEntry:
+    """An entry of a data config, as the user writes it."""
+
+    name: Text | None = None
+    """part of file names; default: the name of the shards or of the manifest"""
+    manifest: Text | None = None
+    """Lhotse cuts, from which shards are written once"""
+    shards: Text | None = None
+    """directory or URL of shards; either this or manifest"""
+    hours: float | None = Field(default=None, gt=0, le=10**9)
+    """hours of audio for the mix of use_infinite_dataset; default: the index's count"""
+    weights: float = Field(default=1.0, gt=0, le=MAX_WEIGHT)
+    """how often an epoch repeats the corpus, or its factor in an endless mix"""
+    lang: Text | None = None
+    """language of utterances that name none"""
+    prompts: list[Any] | None = None
+    """prompts that replace those of prompt_file"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,28 +193,35 @@ def read_corpora(
 
 
 def _read_entry(
-    entry: Any,
+    values: Any,
     where: str,
     filters: FilterConfig | None,
     made: Path,
     cache: ShardCache | None,
 ) -> Corpus:
-    _check_keys(entry, where)
-    weight = _entry_weight(entry, where)
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"{where}: {values!r} is not a mapping. Use keys, for example 'shards: DIR'."
+        )
+    entry = build(CorpusEntry, values, where=f"{where}: ")
+    if (entry.shards is None) == (entry.manifest is None):
+        raise UserError(f"{where}: set exactly one of 'shards: DIR' and 'manifest: CUTS.jsonl.gz'.")
     name = _entry_name(entry, where)
-    prompts = parse_prompts(entry.get("prompts") or [], where)
+    prompts = parse_prompts(entry.prompts or [], where)
     index = _entry_index(entry, made, cache)
+    if entry.hours is not None:
+        _check_hours(entry.hours, index, where)
     corpus = make_corpus(
         name,
         index,
         filters,
-        hours=_stated_hours(entry, index, where),
-        weight=weight,
-        lang=entry.get("lang"),
+        hours=entry.hours,
+        weight=entry.weights,
+        lang=entry.lang,
         prompts=prompts,
     )
     log_dropped(corpus)
-    if not corpus.kept or not round(weight * corpus.kept):
+    if not corpus.kept or not round(entry.weights * corpus.kept):
         raise UserError(
             f"{where}: no utterance is left after data.filter and weights. "
             "Widen data.filter, or raise weights."
@@ -229,33 +249,10 @@ def log_dropped(corpus: Corpus) -> None:
     )
 
 
-def _check_keys(entry: Any, where: str) -> None:
-    """Raise UserError unless an entry has valid keys, values of their types, and one source."""
-    if not isinstance(entry, Mapping):
-        raise UserError(
-            f"{where}: {entry!r} is not a mapping. Use keys, for example 'shards: DIR'."
-        )
-    for key, value in entry.items():
-        if key not in CORPUS_KEYS:
-            raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), CORPUS_KEYS)}")
-        if not isinstance(value, CORPUS_KEYS[key]) or isinstance(value, bool):
-            raise UserError(f"{where}: {key}={value!r} has the wrong type. {_type_hint(key)}")
-    if ("shards" in entry) == ("manifest" in entry):
-        raise UserError(f"{where}: set exactly one of 'shards: DIR' and 'manifest: CUTS.jsonl.gz'.")
-
-
-def _type_hint(key: str) -> str:
-    if CORPUS_KEYS[key] is str:
-        return "Use text, in quotes."
-    if CORPUS_KEYS[key] is list:
-        return "Use a list."
-    return "Use a number."
-
-
-def _entry_name(entry: Mapping[str, Any], where: str) -> str:
+def _entry_name(entry: CorpusEntry, where: str) -> str:
     """Return the name of an entry, which by default is that of its shards or manifest."""
-    source = Path(entry.get("shards", entry.get("manifest")))
-    name = str(entry.get("name") or source.name.partition(".")[0])
+    source = Path(entry.shards or entry.manifest or "")
+    name = entry.name or source.name.partition(".")[0]
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
         raise UserError(
             f"{where}: name={name!r} cannot be part of a file name. "
@@ -264,41 +261,16 @@ def _entry_name(entry: Mapping[str, Any], where: str) -> str:
     return name
 
 
-def _entry_index(
-    entry: Mapping[str, Any],
-    made: Path,
-    cache: ShardCache | None,
-) -> Index:
-    if "shards" in entry:
-        return open_index(entry["shards"], cache)
-    return _manifest_index(Path(entry["manifest"]), made)
+def _entry_index(entry: CorpusEntry, made: Path, cache: ShardCache | None) -> Index:
+    if entry.shards is not None:
+        return open_index(entry.shards, cache)
+    assert entry.manifest is not None
+    return _manifest_index(Path(entry.manifest), made)
 
 
-def _entry_weight(entry: Mapping[str, Any], where: str) -> float:
-    weight = float(entry.get("weights", 1.0))
-    if not 0 < weight <= MAX_WEIGHT:
-        raise UserError(
-            f"{where}: weights={weight} is out of range. "
-            f"Use a value above 0 and at most {MAX_WEIGHT}, or remove the entry."
-        )
-    return weight
-
-
-def _stated_hours(
-    entry: Mapping[str, Any],
-    index: Index,
-    where: str,
-) -> float | None:
-    """Return the `hours` of an entry, and warn if they differ much from the index."""
-    stated = entry.get("hours")
-    if stated is None:
-        return None
-    if not 0 < stated <= 10**9:
-        raise UserError(
-            f"{where}: hours={stated} is out of range. "
-            "Use a value above 0 and at most 1000000000, or remove it to use the index's count."
-        )
-    if abs(float(stated) - index.hours) > HOURS_TOLERANCE * index.hours:
+def _check_hours(stated: float, index: Index, where: str) -> None:
+    """Warn if the stated hours differ much from those of the index."""
+    if abs(stated - index.hours) > HOURS_TOLERANCE * index.hours:
         logger.warning(
             "%s: hours=%g contradicts the index, which counts %.4g h. Correct or remove it: "
             "data.use_infinite_dataset=true mixes corpora by the stated hours.",
@@ -306,7 +278,6 @@ def _stated_hours(
             stated,
             index.hours,
         )
-    return float(stated)
 
 
 def _manifest_index(manifest: Path, made: Path) -> Index:

@@ -5,39 +5,31 @@ import logging
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from asrllm.data.text import language_tag
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError
+from asrllm.schema import PositiveFloat, Text, build, component
 from asrllm.text_files import read_text, read_yaml
 
 logger = logging.getLogger(__name__)
 
-KEYS: dict[str, type | tuple[type, ...]] = {
-    "prompt": str,
-    "weight": (int, float),
-    "lang": str,
-    "task": str,
-}
 
-
-@dataclass(frozen=True, kw_only=True)
+@component
 class Prompt:
-    """A prompt, and the utterances for which it may be used.
+    """A prompt, and the utterances for which it may be used."""
 
-    Attributes:
-        text: the prompt.
-        weight: how often it is drawn, relative to the other prompts.
-        lang: language of the utterances; None fits every language.
-        task: task of the utterances; None fits every task.
-    """
-
-    text: str
-    weight: float = 1.0
-    lang: str | None = None
-    task: str | None = None
+    text: Text = Field(validation_alias="prompt")
+    """the prompt"""
+    weight: PositiveFloat = 1.0
+    """how often it is drawn, relative to the other prompts"""
+    lang: Text | None = None
+    """language of the utterances; None fits every language"""
+    task: Text | None = None
+    """task of the utterances; None fits every task"""
 
     def fits(self, lang: str | None, task: str | None) -> bool:
         """Return whether the prompt may be used for an utterance of this language and task.
@@ -115,38 +107,7 @@ def _parse_prompt(entry: Any, where: str) -> Prompt:
             f"{where}: {entry!r} is neither a text nor a mapping with the key 'prompt'. "
             "Put a text in quotes."
         )
-    for key, value in entry.items():
-        _check_value(key, value, where)
-    if "prompt" not in entry:
-        raise UserError(f"{where}: {dict(entry)!r} has no key 'prompt'. Add the prompt's text.")
-    weight = float(entry.get("weight", 1.0))
-    if not 0 < weight < float("inf"):
-        raise UserError(
-            f"{where}: weight={weight} is not a positive number. "
-            "Use a value above 0, or remove the prompt."
-        )
-    return Prompt(
-        text=entry["prompt"].strip(),
-        weight=weight,
-        lang=_stripped(entry, "lang"),
-        task=_stripped(entry, "task"),
-    )
-
-
-def _check_value(key: object, value: object, where: str) -> None:
-    """Raise UserError unless the key is known and its value has the right type."""
-    if key not in KEYS:
-        raise UserError(f"{where}: unknown key {key!r}: {nearest(str(key), KEYS)}")
-    if not isinstance(value, KEYS[str(key)]) or isinstance(value, bool):
-        if key == "weight":
-            raise UserError(f"{where}: {key}={value!r} is not a number.")
-        raise UserError(f"{where}: {key}={value!r} is not text. Put it in quotes.")
-    if isinstance(value, str) and not value.strip():
-        raise UserError(f"{where}: {key} is empty. Set it, or remove it.")
-
-
-def _stripped(entry: Mapping[str, str], key: str) -> str | None:
-    return entry[key].strip() if key in entry else None
+    return build(Prompt, entry, where=f"{where}: ")
 
 
 def choose_prompt(

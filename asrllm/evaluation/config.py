@@ -1,40 +1,40 @@
 """The configuration of an evaluation."""
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from asrllm.checkpoints.average import Average
 from asrllm.data.config import CacheConfig
 from asrllm.data.text import normalizer
+from asrllm.defaults import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
+from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, component
 from asrllm.training.run_config import WandbConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class ModelChoice:
-    """Which weights of a run to evaluate.
+    """Which weights of a run to evaluate."""
 
-    Attributes:
-        filename: a state dict file or a directory of several, absolute or below exp_dir.
-        iter: average the last `avg` checkpoints up to this step; 0 uses `epoch`.
-        epoch: average the checkpoints of the last `avg` epochs up to this one.
-        avg: number of checkpoints to average; 0 averages none.
-        use_averaged_model: use the mean over all steps since the checkpoint before these, which a
-            run with trainer.use_averaged_model=true records.
-        lora: average LoRA as the product B A, or factor by factor.
-    """
-
-    filename: str | None
-    iter: int
-    epoch: int
-    avg: int
-    use_averaged_model: bool
-    lora: Literal["product", "factors"]
+    filename: str | None = None
+    """state dict file, or directory of several; absolute or relative to exp_dir"""
+    iter: NonNegativeInt = 0
+    """average the last avg checkpoints up to this step; 0: not by step"""
+    epoch: NonNegativeInt = 0
+    """average the checkpoints of the last avg epochs up to this one; 0: not by epoch"""
+    avg: NonNegativeInt = 0
+    """number of checkpoints to average; without iter and epoch, exp_dir/pretrained.pt or the
+    weights of an exported directory are evaluated"""
+    use_averaged_model: bool = False
+    """average over all steps since the checkpoint before them; requires a run with
+    trainer.use_averaged_model=true"""
+    lora: Literal["product", "factors"] = "product"
+    """how adapters are averaged: product (of B A, exactly) | factors (factor by factor)"""
 
     @property
     def average(self) -> Average:
@@ -49,26 +49,27 @@ class ModelChoice:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class CheckpointChoice:
-    """The checkpoint section of the configuration."""
+    """The `checkpoint` part of the configuration."""
 
-    model: ModelChoice
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseModel:
-    """Where one base model is now; None if it has not moved."""
-
-    pretrained_model: str | None
+    model: ModelChoice = ModelChoice()
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
+class MovedModel:
+    """Where a base model is now."""
+
+    pretrained_model: str | None = None
+    """directory, file or hub id; null: the path of training"""
+
+
+@component
 class BaseModels:
-    """The new paths of a run's base models, if they moved after training."""
+    """Base models that moved after training. Their weights must match those of training."""
 
-    audio_encoder: BaseModel
-    llm: BaseModel
+    audio_encoder: MovedModel = MovedModel()
+    llm: MovedModel = MovedModel()
 
     @property
     def paths(self) -> dict[str, str]:
@@ -80,42 +81,59 @@ class BaseModels:
         return {part: path for part, path in given.items() if path is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class TestData:
-    """The test sets.
+    """The test sets."""
 
-    Attributes:
-        test_data_config: YAML list of test sets.
-        max_batch_duration: seconds of audio in a batch, padding included.
-        cache: of remote shards.
-    """
-
-    test_data_config: str | None
-    max_batch_duration: float
-    cache: CacheConfig
+    test_data_config: str | None = None
+    """YAML list of {name, shards: DIR | URL | manifest: CUTS}"""
+    max_batch_duration: PositiveFloat = 240.0
+    """seconds of audio that a rank decodes in one batch, padding included"""
+    cache: CacheConfig = CacheConfig()
+    """of shards at URLs; the processes of a node share it"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class EvaluationRun:
-    """The configuration of `asrllm evaluate`. conf/evaluate.yaml documents each key."""
+    """The configuration of `asrllm evaluate`."""
 
-    exp_dir: str | None
-    model: BaseModels
-    checkpoint: CheckpointChoice
-    data: TestData
-    decoding_method: Literal["greedy_search", "beam_search"]
-    num_beams: int
-    max_new_tokens: int
-    max_tokens_per_second: float
-    repetition_guard: int | None
-    prompt: str | None
-    normalizer: str
-    precision: Literal["auto", "bf16", "fp32"]
-    cuda_graphs: bool
-    whisper_baseline: bool
-    report_audio: int
-    step_timeout: float | None
-    wandb: WandbConfig
+    exp_dir: str | None = None
+    """run or exported directory to evaluate; results go to exp_dir/decoding_method"""
+    model: BaseModels = BaseModels()
+    """base models that moved after training; their weights must match those of training"""
+    checkpoint: CheckpointChoice = CheckpointChoice()
+    data: TestData = TestData()
+    decoding_method: Literal["greedy_search", "beam_search"] = "greedy_search"
+    """greedy_search | beam_search"""
+    num_beams: PositiveInt = 4
+    """beam size of beam_search"""
+    max_new_tokens: PositiveInt = MAX_NEW_TOKENS
+    """maximum tokens of a text; max_tokens_per_second is lower for short utterances"""
+    max_tokens_per_second: PositiveFloat = MAX_TOKENS_PER_SECOND
+    """maximum tokens of a text per second of audio, plus ten"""
+    repetition_guard: PositiveInt | None = REPETITION_GUARD
+    """a text that repeats a few tokens for more tokens than this ends there, with one copy of them;
+    null: no guard"""
+    prompt: str | None = None
+    """null: the first training prompt for the language of the test set, or the first"""
+    normalizer: str = "auto"
+    """auto: by the language of each test set | en: Whisper's | zh: simplified, without punctuation
+    | zh-numbers | basic | none"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 | fp32 | auto: bf16, but fp32 on a processor without bfloat16 instructions, where bf16
+    is far slower"""
+    cuda_graphs: bool = False
+    """greedy search on CUDA: record a step once and replay it, with a key-value cache of fixed size"""
+    whisper_baseline: bool = True
+    """if the audio encoder is that of a Whisper model, decode with the Whisper model too; its
+    results are stored in exp_dir/whisper"""
+    report_audio: NonNegativeInt = 50
+    """number of the worst utterances of each test set with audio in report.html"""
+    step_timeout: float | None = Field(default=1800.0, ge=0, lt=threading.TIMEOUT_MAX)
+    """seconds; if a batch, the scoring or the report takes longer, the evaluation writes its stacks
+    and exits with status 75; 0 or null: no limit"""
+    wandb: WandbConfig = WandbConfig()
+    """log the numbers and the utterances as a W&B run"""
 
     def __post_init__(self) -> None:
         if not self.exp_dir:
@@ -124,36 +142,6 @@ class EvaluationRun:
             raise UserError(
                 "data.test_data_config is not set. Set it to the YAML list of test sets."
             )
-        for key, count in (
-            ("num_beams", self.num_beams),
-            ("max_new_tokens", self.max_new_tokens),
-        ):
-            if count < 1:
-                raise UserError(f"{key}={count} is below 1. Use at least 1.")
-        if self.repetition_guard is not None and self.repetition_guard < 1:
-            raise UserError(
-                f"repetition_guard={self.repetition_guard} is below 1. "
-                "Use at least 1, or null for no guard."
-            )
-        if self.report_audio < 0:
-            raise UserError(
-                f"report_audio={self.report_audio} is negative. "
-                "Use the number of utterances per set whose audio the report has."
-            )
-        if self.step_timeout is not None and not 0 <= self.step_timeout < threading.TIMEOUT_MAX:
-            raise UserError(
-                f"step_timeout={self.step_timeout} is not a number of seconds. "
-                "Use a value above 0, or 0 or null for no limit."
-            )
-        for key, value in (
-            ("max_tokens_per_second", self.max_tokens_per_second),
-            ("data.max_batch_duration", self.data.max_batch_duration),
-        ):
-            if not 0 < value < float("inf"):
-                raise UserError(f"{key}={value} is not a positive number. Use a value above 0.")
-        for key, number in vars(self.checkpoint.model).items():
-            if isinstance(number, int) and number < 0:
-                raise UserError(f"checkpoint.model.{key}={number} is negative. Use 0 or more.")
         if self.normalizer != "auto":
             normalizer(self.normalizer)
 

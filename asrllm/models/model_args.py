@@ -1,14 +1,16 @@
 """The `model` part of a run's configuration."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
 from asrllm.models.fingerprint import is_hub_id
+from asrllm.schema import NonNegativeInt, PositiveInt, RatioBelowOne, component
 
 # Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
 # adapters nor change the weights below them.
@@ -24,41 +26,32 @@ PEFT_OPTIONS = (
 PRETRAINED_PARTS = ("audio_encoder", "llm")
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class LoraPart:
-    """Adapters of a part. The fields are those of PEFT's LoraConfig.
+    """Adapters of a part. The keys are those of PEFT's LoraConfig.
 
     See https://huggingface.co/docs/peft; Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023);
     Liu et al., "DoRA" (2024).
-
-    Attributes:
-        r: rank; 0 means no adapters.
-        lora_alpha: alpha; the adapters are scaled by lora_alpha / r.
-        lora_dropout: dropout of the adapters' input.
-        target_modules: names of the adapted layers, or a regular expression.
-        use_rslora: scale by lora_alpha / sqrt(r) instead.
-        use_dora: train a magnitude besides.
-        options: further options, of those in PEFT_OPTIONS.
     """
 
-    r: int
-    lora_alpha: int
-    lora_dropout: float
-    target_modules: list[str] | str
+    r: NonNegativeInt = 16
+    """rank; 0: no adapters"""
+    lora_alpha: PositiveInt = 32
+    """the adapters are scaled by lora_alpha / r"""
+    lora_dropout: RatioBelowOne = 0.0
+    """dropout of the adapters' input"""
+    target_modules: list[str] | str = Field(default=["q_proj", "v_proj"])
+    """names of layers, a regular expression, or all-linear; for a Zipformer, for example
+    [in_proj, out_proj]"""
     use_rslora: bool = False
+    """scale by lora_alpha / sqrt(r)"""
     use_dora: bool = False
+    """train magnitude and direction separately"""
     options: dict[str, Any] | None = None
+    """further keys of PEFT (exclude_modules, layers_to_transform, lora_bias, ...), for example
+    {rank_pattern: {q_proj: 8}}"""
 
     def __post_init__(self) -> None:
-        if self.r < 0:
-            raise UserError(f"lora.r={self.r} is negative. Use 0 to train without adapters.")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(
-                f"lora.lora_dropout={self.lora_dropout} is out of range. Use a value of at least 0 "
-                "and below 1."
-            )
-        if self.lora_alpha < 1:
-            raise UserError(f"lora.lora_alpha={self.lora_alpha} is below 1. Use at least 1.")
         if self.r and not self.target_modules:
             raise UserError(
                 "lora.target_modules is empty. Name the layers to adapt, for example "
@@ -92,21 +85,17 @@ class LoraPart:
         return options | (self.options or {})
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class EncoderPart:
-    """The audio encoder.
+    """The audio encoder."""
 
-    Attributes:
-        model_type: a name in ENCODERS, or a directory or hub id with a config.json.
-        pretrained_model: directory, file or hub id of the pretrained weights.
-        frozen: whether its weights are not trained.
-        lora: its adapters.
-    """
-
-    model_type: str
-    pretrained_model: str | None
-    frozen: bool
-    lora: LoraPart | None = None
+    model_type: str = "whisper"
+    """whisper | zipformer | directory or hub id whose config.json names the type"""
+    pretrained_model: str | None = None
+    """directory or hub id; zipformer: of icefall or Auden, or a checkpoint file"""
+    frozen: bool = True
+    """adapters are trained nevertheless; false: fine-tune the whole encoder"""
+    lora: LoraPart | None = LoraPart(r=0)
 
     def __post_init__(self) -> None:
         encoder_kind(self.model_type)
@@ -118,25 +107,23 @@ class EncoderPart:
         return encoder_kind(self.model_type)
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class LlmPart:
-    """The LLM.
+    """The LLM."""
 
-    Attributes:
-        model_type: its family, checked against config.json; None accepts any.
-        pretrained_model: directory or hub id of the pretrained weights.
-        frozen: whether its weights are not trained.
-        lora: its adapters.
-        chat_template: "chatml" replaces the tokenizer's own chat template.
-        attention: backend of the attention over packed sequences.
-    """
-
-    model_type: str | None
-    pretrained_model: str | None
-    frozen: bool
-    lora: LoraPart | None
-    chat_template: Literal["chatml"] | None
+    model_type: str | None = None
+    """qwen2, llama, ...: checked against the pretrained model; null: not checked"""
+    pretrained_model: str | None = None
+    """directory or hub id of a causal LLM with its tokenizer"""
+    frozen: bool = True
+    """adapters are trained nevertheless; false: fine-tune the whole LLM"""
+    chat_template: Literal["chatml"] | None = None
+    """null: that of the tokenizer, or ChatML if it has none; chatml: plain ChatML without a default
+    system turn"""
     attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
+    """over packed rows: flash (flash-attn) | varlen (torch) | flex | sdpa | auto: the fastest that
+    works on this machine"""
+    lora: LoraPart | None = LoraPart()
 
     def __post_init__(self) -> None:
         check_lora("llm", self.lora, frozen=self.frozen)
@@ -168,38 +155,37 @@ def check_lora(
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class ModelConfig:
-    """The model of a run.
+    """The model of a run."""
 
-    Attributes:
-        audio_encoder: the audio encoder.
-        llm: the LLM.
-        projector: a name in PROJECTORS.
-        projector_hidden_size: width of the projector's hidden layer.
-        audio_encoder_projector_ds_rate: number of encoder frames that make one audio token.
-        audio_token: text that stands for an audio in a chat.
-        tag_audio_boundary: put a learned embedding before and after each audio.
-        frozen_parameters: glob patterns of the names of further parameters that are not trained.
-        exclude_from_checkpoint: frozen parts that checkpoints do not contain.
-    """
-
-    audio_encoder: EncoderPart
-    llm: LlmPart
-    projector: Literal["mlp", "normed"]
-    projector_hidden_size: int
-    audio_encoder_projector_ds_rate: int
-    audio_token: str
-    tag_audio_boundary: bool
-    frozen_parameters: list[str]
-    exclude_from_checkpoint: list[str]
+    audio_encoder: EncoderPart = EncoderPart()
+    llm: LlmPart = LlmPart()
+    projector: Literal["mlp", "normed"] = "mlp"
+    """mlp: linear, ReLU, linear; normed: LayerNorm, linear, GELU, linear, LayerNorm at the LLM's
+    embedding size"""
+    projector_hidden_size: PositiveInt = 2048
+    """width of the projector's hidden layer"""
+    audio_encoder_projector_ds_rate: PositiveInt = 8
+    """encoder frames that are stacked into one token of the LLM"""
+    audio_token: str = "<|AUDIO|>"
+    """added to the tokenizer; marks the place of the audio in the prompt"""
+    tag_audio_boundary: bool = False
+    """true: a learned embedding before and after the audio"""
+    frozen_parameters: list[str] = Field(default=[])
+    """glob patterns of further parameters that are not trained, for example projector.* or
+    audio_encoder.layers.[0-3].*"""
+    exclude_from_checkpoint: list[str] = Field(default=[])
+    """parts (audio_encoder, llm) that exported models leave out and load from the base model's
+    directory"""
 
     @property
     def frozen_parts(self) -> list[str]:
         """Names of the parts that are not trained."""
         return [name for name in PRETRAINED_PARTS if getattr(self, name).frozen]
 
-    def __post_init__(self) -> None:
+    def check_pretrained(self) -> None:
+        """Raise UserError if a part has no pretrained model."""
         for name in PRETRAINED_PARTS:
             if not getattr(self, name).pretrained_model:
                 key = f"model.{name}.pretrained_model"
@@ -208,10 +194,8 @@ class ModelConfig:
                 if model_type and is_directory_or_hub_id(model_type):
                     fix = f"To train on from that model, set {key}={model_type} too."
                 raise UserError(f"{key} is not set. {fix}")
-        for key in ("audio_encoder_projector_ds_rate", "projector_hidden_size"):
-            value = getattr(self, key)
-            if value < 1:
-                raise UserError(f"model.{key}={value} is below 1. Use at least 1.")
+
+    def __post_init__(self) -> None:
         if not self.audio_token.strip():
             raise UserError(
                 "model.audio_token is empty. Use a text that no prompt contains, for example "

@@ -1,229 +1,177 @@
 """Configuration of a training run, and its `trainer` part."""
 
-import math
+import dataclasses
 import threading
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from asrllm.collator.config import DataConfig
 from asrllm.errors import UserError
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.model_args import ModelConfig
+from asrllm.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RatioBelowOne,
+    component,
+)
 from asrllm.training.preemption import check_signals
 from asrllm.training.schedules import ScheduleConfig, check_read
 
-AT_LEAST_ONE = (
-    "gradient_accumulation_steps",
-    "log_every",
-    "valid_every",
-    "save_every",
-    "max_nonfinite_steps",
-    "average_period",
-    "num_epochs",
-    "num_steps",
-)
-NOT_NEGATIVE = (
-    "valid_decode",
-    "gc_every",
-    "warmup_steps",
-    "keep_last_k",
-    "gradient_clipping",
-    "weight_decay",
-    "min_lr_ratio",
-)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class WandbConfig:
-    """Options of Weights & Biases.
+    """Options of Weights & Biases."""
 
-    Attributes:
-        mode: whether and how the run is logged.
-        project: W&B project.
-        name: name of the W&B run, or None for the name of exp_dir.
-    """
-
-    mode: Literal["disabled", "offline", "online"]
-    project: str
-    name: str | None
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """disabled | offline | online"""
+    project: str = "asrllm"
+    """W&B project"""
+    name: str | None = None
+    """of the W&B run; null: the name of exp_dir, with -evaluate for evaluations"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class PeakRates:
-    """Peak learning rates of the model's parts. None means trainer.lr.
+    """Peak learning rates of the model's parts."""
 
-    Attributes:
-        projector: rate of the projector.
-        lora: rate of all adapters, of the LLM and of the encoder.
-        audio_encoder: rate of the encoder without its adapters.
-        llm: rate of the LLM without its adapters.
-    """
-
-    projector: float | None
-    lora: float | None
-    audio_encoder: float | None
-    llm: float | None
-
-    def __post_init__(self) -> None:
-        for part, lr in vars(self).items():
-            if lr is not None and not 0 < lr < math.inf:
-                raise UserError(
-                    f"trainer.lr_of.{part}={lr} is not a positive number. "
-                    "Use a value above 0, or null for trainer.lr."
-                )
+    projector: PositiveFloat | None = None
+    """of the projector"""
+    lora: PositiveFloat | None = None
+    """of the adapters of the LLM and of the encoder"""
+    audio_encoder: PositiveFloat | None = None
+    """of the encoder without its adapters"""
+    llm: PositiveFloat | None = None
+    """of the LLM without its adapters"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class OptimizerConfig:
-    """Choice of the optimizer.
+    """Choice of the optimizer."""
 
-    Attributes:
-        name: torch's AdamW, DeepSpeed's (FusedAdam, or CPUAdam with offload), or ScaledAdam.
-    """
-
-    name: Literal["adamw", "deepspeed_adamw", "scaled_adam"]
+    name: Literal["adamw", "deepspeed_adamw", "scaled_adam"] = "adamw"
+    """adamw | deepspeed_adamw (FusedAdam; with offload CPUAdam, which needs a C++ compiler) |
+    scaled_adam (icefall's)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class TrainerConfig:
-    """The `trainer` part of a run's configuration.
+    """Optimization, logging and checkpoints."""
 
-    Attributes:
-        deepspeed_config: path of a DeepSpeed JSON. Its "auto" values come from the run.
-        nvme_path: directory on a local disk, for offloading to NVMe.
-        precision: working precision.
-        num_epochs: passes over the data. None means one, or no limit if num_steps is set.
-        num_steps: optimizer steps, or None for no limit. The limit reached first ends the run.
-        gradient_accumulation_steps: micro-batches per optimizer step.
-        gradient_clipping: largest global gradient norm, or 0 for no clipping.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
-        compile: compile the LLM's layers with torch.compile. Not possible with ZeRO-3.
-        optimizer: choice of the optimizer.
-        lr: peak learning rate.
-        lr_of: peak learning rates of the model's parts.
-        betas: AdamW's two decay rates.
-        weight_decay: weight decay of matrices. Biases and norms have none.
-        label_smoothing: probability mass spread over all tokens, from 0 to below 1.
-        schedule: learning-rate schedule.
-        warmup_steps: steps of linear warm-up, except for eden.
-        min_lr_ratio: ratio of the last learning rate to the peak.
-        log_every: steps between two log records.
-        peak_tflops: dense bf16 TFLOP/s of a device, or None to look it up by the device's name.
-        valid_every: steps between two validations. The last step is always validated.
-        valid_decode: utterances of each validation set to decode, or 0 for none.
-        save_every: steps between two checkpoints. Epochs and the last step are always saved.
-        keep_last_k: step checkpoints to keep, or 0 for all.
-        background_checkpoints: write checkpoints while training continues.
-        use_averaged_model: maintain the running average of the trained weights.
-        average_period: steps between two updates of the running average.
-        resume: "auto" for the newest checkpoint in exp_dir, "never", or a checkpoint's path.
-        preemption_signals: names of signals after which the run saves and stops.
-        step_timeout: seconds without progress that end the run. None or 0 means no limit.
-        max_nonfinite_steps: consecutive skipped steps that end the run.
-        profile_steps: first and last step to profile, or None.
-        gc_every: steps between two garbage collections, or 0 to leave them to Python.
-        check_ranks: compare the ranks before every step.
-        tensorboard: write TensorBoard logs.
-        wandb: options of Weights & Biases.
-    """
-
-    deepspeed_config: str
-    nvme_path: str | None
-    precision: Literal["bf16", "fp16", "fp32"]
-    num_epochs: int | None
-    num_steps: int | None
-    gradient_accumulation_steps: int
-    gradient_clipping: float
-    gradient_checkpointing: bool
-    compile: bool
-    optimizer: OptimizerConfig
-    lr: float
-    lr_of: PeakRates
-    betas: list[float]
-    weight_decay: float
-    label_smoothing: float
-    schedule: ScheduleConfig
-    warmup_steps: int
-    min_lr_ratio: float
-    log_every: int
-    peak_tflops: float | None
-    valid_every: int
-    valid_decode: int
-    save_every: int
-    keep_last_k: int
-    background_checkpoints: bool
-    use_averaged_model: bool
-    average_period: int
-    resume: str
-    preemption_signals: list[str]
-    step_timeout: float | None
-    max_nonfinite_steps: int
-    profile_steps: list[int] | None
-    gc_every: int
-    check_ranks: bool
-    tensorboard: bool
-    wandb: WandbConfig
+    deepspeed_config: str = "ds_configs/zero1.json"
+    """DeepSpeed JSON; its "auto" values come from the keys below"""
+    nvme_path: str | None = None
+    """directory on a local disk, for ds_configs/zero3_nvme.json"""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """bf16 | fp16 | fp32"""
+    num_epochs: PositiveInt | None = None
+    """passes over the data; null: 1, or no limit with num_steps"""
+    num_steps: PositiveInt | None = None
+    """optimizer steps; null: no limit. With both, the first one reached ends the run."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """micro-batches of an optimizer step"""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """maximum norm of a step's gradient; 0: no clipping"""
+    gradient_checkpointing: bool = False
+    """recompute the activations of the LLM and the encoder in the backward pass: less memory,
+    slower"""
+    compile: bool = False
+    """torch.compile the LLM's layers (not with ZeRO-3): a minute or more at the start, then faster
+    steps on a GPU"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr: PositiveFloat = 1e-4
+    """peak learning rate; for scaled_adam use about 0.03"""
+    lr_of: PeakRates = PeakRates()
+    """peak learning rate of a part; null: trainer.lr"""
+    betas: list[RatioBelowOne] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
+    """decay rates of AdamW's two moments"""
+    weight_decay: NonNegativeFloat = 0.0
+    """of matrices; biases and norms have none"""
+    label_smoothing: RatioBelowOne = 0.0
+    """probability mass that training spreads over all tokens"""
+    schedule: ScheduleConfig = ScheduleConfig()
+    warmup_steps: NonNegativeInt = 500
+    """steps of linear warm-up; not with eden"""
+    min_lr_ratio: NonNegativeFloat = 0.0
+    """linear, cosine, wsd: learning rate at the last step, as a ratio of its peak"""
+    log_every: PositiveInt = 10
+    """steps between log records"""
+    peak_tflops: PositiveFloat | None = None
+    """dense bf16 TFLOP/s of a device, for mfu; null: from the device's name, and no mfu if that is
+    unknown"""
+    valid_every: PositiveInt = 1000
+    """steps; validation runs at the end of training too"""
+    valid_decode: NonNegativeInt = 32
+    """utterances of each validation set to decode greedily, for valid/SET/wer and samples.jsonl;
+    0: none"""
+    save_every: PositiveInt = 1000
+    """steps; a checkpoint is written at the end of every epoch and of training too"""
+    keep_last_k: NonNegativeInt = 0
+    """number of checkpoint-* to keep; 0: all"""
+    background_checkpoints: bool = True
+    """write checkpoints during the following steps, from copies of each rank's weights and moments
+    in host memory"""
+    use_averaged_model: bool = False
+    """maintain a running average of the trained weights in float64 in host memory, for evaluation
+    (icefall's)"""
+    average_period: PositiveInt = 200
+    """steps between updates of the running average"""
+    resume: str = "auto"
+    """auto: resume from the newest checkpoint in exp_dir | never: fail if there is one | path of a
+    checkpoint"""
+    preemption_signals: list[str] = Field(default=["SIGTERM", "SIGUSR1"])
+    """when any rank receives one, all ranks save after the next step and exit with status 0"""
+    step_timeout: float | None = Field(default=1800.0, ge=0, lt=threading.TIMEOUT_MAX)
+    """seconds; if a step, reading or saving takes longer, the run writes its stacks to
+    hang-rank*.txt and exits with status 75; 0 or null: no limit"""
+    max_nonfinite_steps: PositiveInt = 10
+    """steps with a loss or gradient that is not finite are skipped; the run stops after this many
+    in a row"""
+    profile_steps: list[PositiveInt] | None = None
+    """[first, last]: write a trace and a summary of these steps to exp_dir/profile; null: none"""
+    gc_every: NonNegativeInt = 200
+    """steps between Python's garbage collections, at the same step on all ranks; 0: whenever Python
+    decides"""
+    check_ranks: bool = False
+    """before every step, all ranks compare what they are about to do and exit if they differ; for
+    debugging"""
+    tensorboard: bool = True
+    """write TensorBoard logs to exp_dir/tensorboard"""
+    wandb: WandbConfig = WandbConfig()
 
     def __post_init__(self) -> None:
-        for key in AT_LEAST_ONE:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"trainer.{key}={value} is below 1. Use at least 1.")
-        for key in NOT_NEGATIVE:
-            value = getattr(self, key)
-            if not 0 <= value < math.inf:
-                raise UserError(
-                    f"trainer.{key}={value} is negative or infinite. Use a number of at least 0."
-                )
-        self._check_optional_values()
         check_signals(self.preemption_signals)
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"trainer.lr={self.lr} is not a positive number. Use a value above 0.")
-        if not 0 <= self.label_smoothing < 1:
+        steps = self.profile_steps
+        if steps is not None and not (len(steps) == 2 and steps[0] <= steps[1]):
             raise UserError(
-                f"trainer.label_smoothing={self.label_smoothing} is out of range. "
-                "Use a value from 0 to below 1."
-            )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(
-                f"trainer.betas={self.betas} is not valid. Use two numbers from 0 to below 1."
+                f"trainer.profile_steps={steps} is not a range of steps. "
+                "Give the first and the last step, from 1, for example [10,12], or null."
             )
         if self.optimizer.name == "scaled_adam" and self.weight_decay:
             raise UserError(
                 f"trainer.weight_decay={self.weight_decay} is not used with "
                 "trainer.optimizer.name=scaled_adam. Remove it."
             )
-        schedule_values: dict[str, object] = {
-            "warmup_steps": self.warmup_steps,
-            "min_lr_ratio": self.min_lr_ratio,
-        }
-        for key, value in vars(self.schedule).items():
-            schedule_values[f"schedule.{key}"] = value
-        check_read(self.schedule, schedule_values)
+        self._check_schedule()
 
-    def _check_optional_values(self) -> None:
-        """Raise UserError for a value that is neither null nor valid."""
-        timeout = self.step_timeout
-        if timeout is not None and not 0 <= timeout < threading.TIMEOUT_MAX:
-            raise UserError(
-                f"trainer.step_timeout={timeout} is not a valid number of seconds. "
-                "Use a value above 0, or 0 or null for no limit."
-            )
-        peak = self.peak_tflops
-        if peak is not None and not 0 < peak < math.inf:
-            raise UserError(
-                f"trainer.peak_tflops={peak} is not a positive number. "
-                "Use a value above 0, or null to look it up by the device's name."
-            )
-        steps = self.profile_steps
-        if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-            raise UserError(
-                f"trainer.profile_steps={steps} is not a range of steps. "
-                "Give the first and the last step, from 1, for example [10,12], or null."
-            )
+    def _check_schedule(self) -> None:
+        """Raise UserError for a changed key that the schedule does not use."""
+        values: dict[str, object] = {}
+        defaults: dict[str, object] = {}
+        for field in dataclasses.fields(self):
+            if field.name in ("warmup_steps", "min_lr_ratio"):
+                values[field.name] = getattr(self, field.name)
+                defaults[field.name] = field.default
+        for key, default in vars(ScheduleConfig()).items():
+            values[f"schedule.{key}"] = getattr(self.schedule, key)
+            defaults[f"schedule.{key}"] = default
+        check_read(self.schedule.name, values, defaults)
 
     @property
     def last_epoch(self) -> int | None:
@@ -238,27 +186,22 @@ class TrainerConfig:
         return DTYPES[self.precision]
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class TrainRun:
-    """Configuration of a training run.
+    """Configuration of a training run."""
 
-    Attributes:
-        exp_dir: directory that the run writes to.
-        prompt_file: file of prompts, or None for the default prompt.
-        init_from: exp_dir of an earlier run whose trained weights are loaded first.
-        seed: seed of the data order, the prompts and new weights.
-        model: encoder, projector and LLM.
-        data: corpora, batches and augmentation.
-        trainer: optimization, logging and checkpoints.
-    """
-
-    exp_dir: str | None
-    prompt_file: str | None
-    init_from: str | None
-    seed: int
-    model: ModelConfig
-    data: DataConfig
-    trainer: TrainerConfig
+    exp_dir: str | None = None
+    """directory that the run writes to"""
+    prompt_file: str | None = None
+    """one prompt per line, or a YAML list of texts and {prompt, weight, lang, task}; null:
+    "Transcribe the speech." """
+    init_from: str | None = None
+    """exp_dir of an earlier run whose trained weights to start from (stage-wise training)"""
+    seed: int = Field(default=42, ge=0, lt=1 << 32)
+    """of the data's order, the prompts and the model's new weights"""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    trainer: TrainerConfig = TrainerConfig()
 
     def __post_init__(self) -> None:
         if not self.exp_dir:
@@ -269,10 +212,7 @@ class TrainRun:
             raise UserError(
                 "data.train_data_config is not set. Give the YAML list of the training corpora."
             )
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(
-                f"seed={self.seed} is out of range. Use a whole number from 0 to 4294967295."
-            )
+        self.model.check_pretrained()
         endless = self.trainer.num_epochs is None and self.trainer.num_steps is not None
         if self.data.use_infinite_dataset and not endless:
             raise UserError(

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from asrllm.errors import UserError
+from asrllm.schema import NonNegativeFloat, PositiveFloat, Ratio, component
 
 # The keys that each schedule reads. A changed key that the chosen schedule ignores is an error.
 READ = {
@@ -20,70 +20,40 @@ READ = {
         "schedule.warmup_start",
     },
 }
-DEFAULTS = {
-    "warmup_steps": 500,
-    "min_lr_ratio": 0.0,
-    "schedule.decay_ratio": 0.1,
-    "schedule.lr_batches": 7500.0,
-    "schedule.lr_epochs": 3.5,
-    "schedule.warmup_batches": 500.0,
-    "schedule.warmup_start": 0.5,
-}
 
 
-@dataclass(frozen=True, kw_only=True)
+@component
 class ScheduleConfig:
-    """Choice and shape of the learning-rate schedule.
+    """Choice and shape of the learning-rate schedule."""
 
-    Attributes:
-        name: the schedule. "wsd" is warm-up, stable, decay; "eden" is icefall's.
-        decay_ratio: for wsd, ratio of the decaying steps to all steps.
-        lr_batches: for eden, steps after which the rate decays.
-        lr_epochs: for eden, epochs after which the rate decays.
-        warmup_batches: for eden, steps of linear warm-up.
-        warmup_start: for eden, ratio of the first rate to the peak.
-    """
-
-    name: Literal["constant", "linear", "cosine", "wsd", "eden"]
-    decay_ratio: float
-    lr_batches: float
-    lr_epochs: float
-    warmup_batches: float
-    warmup_start: float
-
-    def __post_init__(self) -> None:
-        for key in ("lr_batches", "lr_epochs"):
-            value = getattr(self, key)
-            if not 0 < value < math.inf:
-                raise UserError(
-                    f"trainer.schedule.{key}={value} is not a positive number. Use a value above 0."
-                )
-        if not 0 <= self.warmup_batches < math.inf:
-            raise UserError(
-                f"trainer.schedule.warmup_batches={self.warmup_batches} is negative or infinite. "
-                "Use a number of at least 0."
-            )
-        for key in ("decay_ratio", "warmup_start"):
-            value = getattr(self, key)
-            if not 0 <= value <= 1:
-                raise UserError(
-                    f"trainer.schedule.{key}={value} is out of range. Use a value from 0 to 1."
-                )
+    name: Literal["constant", "linear", "cosine", "wsd", "eden"] = "cosine"
+    """constant | linear | cosine | wsd (constant, then linear decay) | eden (icefall's); all after
+    a warm-up"""
+    decay_ratio: Ratio = 0.1
+    """wsd: ratio of all steps in which the learning rate decays"""
+    lr_batches: PositiveFloat = 7500.0
+    """eden: steps after which the learning rate decays"""
+    lr_epochs: PositiveFloat = 3.5
+    """eden: epochs after which the learning rate decays"""
+    warmup_batches: NonNegativeFloat = 500.0
+    """eden: steps of linear warm-up"""
+    warmup_start: Ratio = 0.5
+    """eden: learning rate at the first step, as a ratio of its value after warm-up"""
 
 
-def check_read(schedule: ScheduleConfig, values: Mapping[str, object]) -> None:
+def check_read(schedule: str, values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
     """Raise UserError for a changed key that the schedule does not use.
 
     Args:
-        schedule: choice of the schedule.
-        values: values by key below `trainer`, at least for the keys in DEFAULTS.
+        schedule: name of the schedule.
+        values: values by key below `trainer`, at least for the keys in READ.
+        defaults: their default values.
     """
-    for key, default in DEFAULTS.items():
-        if key not in READ[schedule.name] and values[key] != default:
+    for key in sorted(set().union(*READ.values())):
+        if key not in READ[schedule] and values[key] != defaults[key]:
             readers = ", ".join(name for name, keys in READ.items() if key in keys)
             raise UserError(
-                f"trainer.{key}={values[key]} is not used with "
-                f"trainer.schedule.name={schedule.name}. "
+                f"trainer.{key}={values[key]} is not used with trainer.schedule.name={schedule}. "
                 f"Remove it, or set trainer.schedule.name to one of: {readers}."
             )
 

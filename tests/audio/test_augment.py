@@ -25,6 +25,7 @@ from asrllm.audio.augment import (
     synthetic_room,
 )
 from asrllm.errors import UserError
+from asrllm.schema import build
 
 ANY_LENGTH = (1, 1 << 40)
 OFF = AugmentConfig(
@@ -407,25 +408,28 @@ def test_masking_does_not_read_values_back_from_the_device():
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("noise", {"prob": 1.5}, r"noise\.prob=1\.5 .*0 and 1"),
-        ("noise", {"prob": float("nan")}, r"noise\.prob=nan .*0 and 1"),
+        ("noise", {"prob": 1.5}, r"noise\.prob=1\.5 "),
+        ("noise", {"prob": float("nan")}, r"noise\.prob=nan "),
         ("noise", {"prob": 0.5}, r"noise\.prob=0\.5 .*data\.augment\.noise\.source"),
         ("noise", {"snr_min": 30.0}, r"noise\.snr_min=30\.0 .*snr_max=20\.0"),
         ("reverb", {"prob": 0.5}, r"reverb\.prob=0\.5 .*reverb\.source.*'synthetic'"),
-        ("reverb", {"rt60_min": 0.0}, r"reverb\.rt60_min=0\.0 .*0\.05 to 2 s"),
+        ("reverb", {"rt60_min": 0.0}, r"reverb\.rt60_min=0\.0 .*0\.05"),
         ("spec_augment", {"time_mask_share": 10.0}, r"spec_augment\.time_mask_share=10\.0 "),
         ("spec_augment", {"freq_masks": -1}, r"spec_augment\.freq_masks=-1 "),
     ],
 )
 def test_invalid_values_are_reported_with_their_keys(part, changes, message):
     with pytest.raises(UserError, match=rf"data\.augment\.{message}"):
-        replace(getattr(OFF, part), **changes)
+        build(AugmentConfig, {part: changes}, group="data.augment.")
 
 
-@pytest.mark.parametrize("speed", [[], [0.9, 0.0], [110.0]])
-def test_invalid_speeds_are_reported_with_the_key(speed):
-    with pytest.raises(UserError, match=rf"data\.augment\.speed={re.escape(str(speed))}"):
-        replace(OFF, speed=speed)
+@pytest.mark.parametrize(
+    ("speed", "named"),
+    [([], "speed=[]"), ([0.9, 0.0], "speed[1]=0.0"), ([110.0], "speed[0]=110.0")],
+)
+def test_invalid_speeds_are_reported_with_the_key(speed, named):
+    with pytest.raises(UserError, match=rf"data\.augment\.{re.escape(named)} "):
+        build(AugmentConfig, {"speed": speed}, group="data.augment.")
 
 
 def test_only_sources_in_use_are_checked(tmp_path):

@@ -11,6 +11,7 @@ from asrllm.data.corpora import make_corpus
 from asrllm.data.index import RATE, ROW, Index
 from asrllm.data.plan import SPARES, Plan, Position, planned_steps
 from asrllm.errors import UserError
+from asrllm.schema import build
 
 FILTERS = FilterConfig(min_duration=1.0, max_duration=30.0, max_chars_per_second=30.0)
 
@@ -349,7 +350,7 @@ def test_spares_are_other_utterances():
 
 def test_a_budget_below_one_is_rejected():
     with pytest.raises(UserError, match=r"data\.sampler\.max_tokens=0"):
-        SamplerConfig(max_tokens=0, max_utterances=1, max_duration=None, window=1)
+        build(SamplerConfig, {"max_tokens": 0}, group="data.sampler.")
 
 
 # --- copies of one utterance ---

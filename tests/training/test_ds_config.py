@@ -8,7 +8,6 @@ import torch
 from deepspeed.runtime import config as ds_runtime
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from asrllm.config import build, compose_config
 from asrllm.errors import UserError
 from asrllm.training import ds_config
 from asrllm.training.checkpoint.manifest import read_manifest
@@ -25,7 +24,7 @@ SHIPPED = sorted((REPOSITORY / "ds_configs").rglob("*.json"))
 
 @functools.lru_cache(maxsize=1)
 def default_config():
-    return build(TrainerConfig, compose_config("train", [])["trainer"])
+    return TrainerConfig()
 
 
 def make_config(path, **changes):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from asrllm.config import build, compose_config
 from asrllm.errors import UserError
+from asrllm.schema import build
 from asrllm.training.checkpoint.manifest import read_manifest
 from asrllm.training.engine import set_lr
 from asrllm.training.optimizers import make_optimizer, parameter_groups, part_of
@@ -126,8 +126,8 @@ def test_settings_without_an_effect_are_rejected():
     with pytest.raises(UserError, match=r"trainer\.lr_of\.llm=0\.001 .* llm "):
         groups_of(parts(), llm=1e-3)
     with pytest.raises(UserError, match=r"trainer\.lr_of\.lora=-1 "):
-        dataclasses.replace(RATES, lora=-1)
-    config = build(TrainerConfig, compose_config("train", [])["trainer"])
+        build(PeakRates, {"lora": -1}, group="trainer.lr_of.")
+    config = TrainerConfig()
     optimizer = dataclasses.replace(config.optimizer, name="scaled_adam")
     with pytest.raises(
         UserError, match=r"trainer\.weight_decay=0\.1 .*trainer\.optimizer\.name=scaled_adam"

@@ -3,12 +3,12 @@ import math
 
 import pytest
 
-from asrllm.config import build, compose_config
 from asrllm.errors import UserError
+from asrllm.schema import build
 from asrllm.training.run_config import TrainerConfig
-from asrllm.training.schedules import DEFAULTS, READ, eden, lr_factor, warmup_cosine
+from asrllm.training.schedules import READ, eden, lr_factor, warmup_cosine
 
-CONFIG = build(TrainerConfig, compose_config("train", [])["trainer"])
+CONFIG = TrainerConfig()
 
 
 def factors(name, steps, *, total=110, warmup=10, floor=0.1, **keys):
@@ -21,12 +21,9 @@ def factors(name, steps, *, total=110, warmup=10, floor=0.1, **keys):
     ]
 
 
-def test_defaults_match_the_yaml():
-    values = vars(CONFIG) | {
-        f"schedule.{key}": value for key, value in vars(CONFIG.schedule).items()
-    }
-    assert {key: values[key] for key in DEFAULTS} == DEFAULTS
-    assert set().union(*READ.values()) == DEFAULTS.keys()
+def test_every_key_that_a_schedule_reads_exists():
+    keys = {*vars(CONFIG), *(f"schedule.{key}" for key in vars(CONFIG.schedule))}
+    assert set().union(*READ.values()) <= keys
 
 
 def test_cosine_is_warmup_cosine():
@@ -76,6 +73,4 @@ def test_eden_matches_the_formula_of_icefall():
 )
 def test_unused_and_invalid_keys_are_rejected(name, top, below, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(
-            CONFIG, **top, schedule=dataclasses.replace(CONFIG.schedule, name=name, **below)
-        )
+        build(TrainerConfig, {**top, "schedule": {"name": name, **below}}, group="trainer.")

@@ -3,9 +3,9 @@
 import json
 from inspect import get_annotations
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal
 
+import pydantic
 import torch
 import transformers
 from transformers import PreTrainedConfig
@@ -15,10 +15,18 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import Fields, check_plain
 from asrllm.models.projectors import PROJECTORS
+from asrllm.schema import SETTINGS, PositiveInt, build
 from asrllm.text_files import first_words, read_json_object, reading
 
 TYPES = get_annotations(AsrLlmConfig)
-SIZES = ("projector_hidden_size", "audio_encoder_projector_ds_rate")
+BOUNDED_TYPES = {
+    "projector": Literal[tuple(PROJECTORS)],
+    "projector_hidden_size": PositiveInt,
+    "audio_encoder_projector_ds_rate": PositiveInt,
+}
+# of the fields of AsrLlmConfig, which transformers does not validate
+FIELD_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in (TYPES | BOUNDED_TYPES).items()}
+CONFIG_FIELDS = pydantic.create_model("ConfigFields", __config__=SETTINGS, **FIELD_TYPES)
 FIX = "Correct it, or copy the config.json that was saved with the model."
 
 
@@ -110,29 +118,13 @@ def check_fields(fields: Fields, where: str) -> None:
     Raises:
         UserError: a field has the wrong type, or no model can be built from it.
     """
-    for name, hint in TYPES.items():
-        if name in fields and not _has_type(fields[name], hint):
-            wanted = str(hint) if get_args(hint) else hint.__name__
-            value = repr(fields[name])[:60]
-            raise UserError(f"{where!r}: {name}={value} is not of the type {wanted}. {FIX}")
-    for name in SIZES:
-        if fields.get(name, 1) < 1:
-            raise UserError(f"{where!r}: {name}={fields[name]} is not above 0. {FIX}")
-    projector = fields.get("projector", "mlp")
-    if projector not in PROJECTORS:
-        raise UserError(
-            f"{where!r}: projector={projector!r} is not one of {', '.join(PROJECTORS)}. {FIX}"
-        )
+    known = {name: fields[name] for name in TYPES if name in fields}
+    try:
+        build(CONFIG_FIELDS, known, where=f"{where!r}: ")
+    except UserError as error:
+        raise UserError(f"{error} {FIX}") from error
     _check_encoder(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
     _check_llm(fields.get("llm") or {}, where)
-
-
-def _has_type(value: object, hint: Any) -> bool:
-    hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    kinds = tuple(get_origin(kind) or kind for kind in hints)
-    if isinstance(value, bool) and bool not in kinds:
-        return False
-    return isinstance(value, kinds)
 
 
 def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:

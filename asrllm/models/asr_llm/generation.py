@@ -1,8 +1,7 @@
 """Text generation: greedy search, beam search or sampling for a batch of audios."""
 
 import contextlib
-import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,8 @@ from asrllm.audio.waves import as_list, audio_name
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
-from asrllm.defaults import MAX_NEW_TOKENS
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError
+from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
 from asrllm.models.asr_llm.greedy_search import (
     CudaGraphDecoder,
     DynamicCacheDecoder,
@@ -32,261 +31,13 @@ from asrllm.models.asr_llm.greedy_search import (
 )
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import HOP, check_finite
-from asrllm.text_files import first_words
+from asrllm.schema import build
 
 MAX_LOOP_TOKENS = 16  # the longest sequence of tokens whose repetition counts as a loop
 MIN_LOOP_COPIES = 5  # how often it must be repeated
 EXTRA_TOKENS = 10  # added to the limit by duration, so that a short audio can have an answer
-# Greedy search, with every option set. transformers would fill an option that is None from the
-# LLM's generation_config.json, which is meant for conversation: Qwen's has a temperature and a
-# repetition penalty.
-GREEDY_OPTIONS = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "early_stopping": False,
-    "num_return_sequences": 1,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "return_dict_in_generate": False,
-    "use_cache": True,
-}
-
 # Features (x, x_lens), or a list of audios.
 AudioInputs = tuple[Tensor, Tensor] | Sequence[Any]
-
-# --- options ---
-
-
-def is_integer(value: object) -> bool:
-    """Return whether a value is an int and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is a finite int or float and not a bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value)
-
-
-def is_ids(value: object) -> bool:
-    """Return whether a value is a list of token ids with at least one item."""
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    return all(is_integer(i) and i >= 0 for i in value)
-
-
-def is_id_or_ids(value: object) -> bool:
-    """Return whether a value is a token id or a list of them."""
-    return is_ids([value]) or is_ids(value)
-
-
-def is_texts(value: object) -> bool:
-    """Return whether a value is a text that is not empty, or a list of such texts."""
-    if isinstance(value, str):
-        return value != ""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(text, str) and text for text in value)
-
-
-def is_id_lists(value: object) -> bool:
-    """Return whether a value is a list of lists of token ids."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(map(is_ids, value))
-
-
-def is_biases(value: object) -> bool:
-    """Return whether a value is a dict of numbers by sequences of token ids."""
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(is_ids(ids) and is_number(bias) for ids, bias in value.items())
-
-
-def is_length_penalty(value: object) -> bool:
-    """Return whether a value is a pair (tokens before the penalty begins, factor)."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return False
-    return is_integer(value[0]) and is_number(value[1])
-
-
-# A check of a value, and what the value must be.
-Rule = tuple[Callable[[Any], bool], str]
-NUMBER: Rule = (is_number, "a number")
-ABOVE_0: Rule = (lambda v: is_number(v) and v > 0, "a number above 0")
-COUNT: Rule = (lambda v: is_integer(v) and v >= 0, "an integer of at least 0")
-COUNT_ABOVE_0: Rule = (lambda v: is_integer(v) and v > 0, "an integer above 0")
-PROBABILITY: Rule = (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1")
-CUTOFF: Rule = (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1")
-FLAG: Rule = (lambda v: isinstance(v, bool), "True or False")
-IDS: Rule = (is_ids, "a list of token ids")
-ID_OR_IDS: Rule = (is_id_or_ids, "a token id or a list of token ids")
-# The options of transformers' GenerationConfig that work with a prompt given as embeddings.
-OPTIONS: dict[str, Rule] = {
-    "num_beams": COUNT_ABOVE_0,
-    "length_penalty": NUMBER,
-    "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
-    "do_sample": FLAG,
-    "temperature": ABOVE_0,
-    "top_k": COUNT,
-    "top_p": PROBABILITY,
-    "min_p": CUTOFF,
-    "top_h": PROBABILITY,
-    "typical_p": PROBABILITY,
-    "epsilon_cutoff": CUTOFF,
-    "eta_cutoff": CUTOFF,
-    "repetition_penalty": ABOVE_0,
-    "no_repeat_ngram_size": COUNT,
-    "max_new_tokens": COUNT_ABOVE_0,
-    "min_new_tokens": COUNT,
-    "max_time": ABOVE_0,
-    "stop_strings": (is_texts, "a text or a list of texts"),
-    "eos_token_id": ID_OR_IDS,
-    "forced_eos_token_id": ID_OR_IDS,
-    "suppress_tokens": IDS,
-    "begin_suppress_tokens": IDS,
-    "bad_words_ids": (is_id_lists, "a list of lists of token ids"),
-    "sequence_bias": (is_biases, "{(token id, ...): number}"),
-    "exponential_decay_length_penalty": (is_length_penalty, "(tokens before it begins, factor)"),
-    "renormalize_logits": FLAG,
-    "use_cache": FLAG,
-}
-# Further entries of an LLM's generation_config.json. They are fixed below, or have no meaning for
-# one text per chat.
-IGNORED_OPTIONS = (
-    "pad_token_id",
-    "bos_token_id",
-    "transformers_version",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "output_scores",
-    "output_logits",
-    "return_dict_in_generate",
-)
-SAMPLING_OPTIONS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
-
-
-def decoding_config(
-    given: GenerationConfig | None,
-    max_new_tokens: int | None,
-    stop_ids: Sequence[int],
-    **options: Any,
-) -> GenerationConfig:
-    """Return the complete decoding options of a call of `generate`.
-
-    Args:
-        given: the caller's GenerationConfig, if any.
-        max_new_tokens: maximum number of tokens in an answer; None leaves it to `given`.
-        stop_ids: token ids that end an answer.
-        options: the caller's keywords. They override `given`; GREEDY_OPTIONS fills the rest.
-
-    Raises:
-        UserError: an option is unknown, unsupported, or has a wrong value.
-    """
-    if given is not None and not isinstance(given, GenerationConfig):
-        raise UserError(
-            f"generation_config is a {type(given).__name__}. Give a GenerationConfig of "
-            "transformers."
-        )
-    chosen = _non_default_options(given or GenerationConfig())
-    keywords = {name: value for name, value in options.items() if value is not None}
-    chosen |= keywords
-    if max_new_tokens is None:
-        max_new_tokens = chosen.get("max_new_tokens", MAX_NEW_TOKENS)
-    if not chosen.get("do_sample"):
-        for name, value in keywords.items():
-            if name in SAMPLING_OPTIONS:
-                raise UserError(f"{name}={value} has no effect without do_sample=True. Add it.")
-        chosen = {name: v for name, v in chosen.items() if name not in SAMPLING_OPTIONS}
-    check_options(chosen | {"max_new_tokens": max_new_tokens})
-    further_stops = chosen.get("eos_token_id", [])
-    if not isinstance(further_stops, list):
-        further_stops = [further_stops]
-    all_stops = sorted({*stop_ids, *further_stops})
-    chosen = {name: v for name, v in chosen.items() if name not in IGNORED_OPTIONS}
-    chosen |= {
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": all_stops,
-        "pad_token_id": all_stops[0],
-    }
-    try:
-        return GenerationConfig(**GREEDY_OPTIONS | chosen)
-    except ValueError as error:
-        raise UserError(
-            f"the generation options contradict each other: {first_words(error)}."
-        ) from error
-
-
-def _non_default_options(config: GenerationConfig) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if value is not None and not name.startswith("_")
-    }
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise UserError for an option that is unknown, unsupported, or has a wrong value."""
-    if "max_length" in options:
-        raise UserError(
-            "max_length counts the tokens of the prompt and of the audio too. Use max_new_tokens."
-        )
-    if options.get("num_return_sequences", 1) != 1:
-        raise UserError(
-            f"num_return_sequences={options['num_return_sequences']!r} is not supported: "
-            "generate() returns one text for each chat. Leave it out."
-        )
-    known_to_transformers = vars(GenerationConfig())
-    for name, value in options.items():
-        if name in IGNORED_OPTIONS:
-            continue
-        if name not in OPTIONS and name in known_to_transformers:
-            raise UserError(
-                f"{name} is not supported in generate(), because the prompt contains audio. "
-                "Leave it out."
-            )
-        if name not in OPTIONS:
-            raise UserError(f"{name!r} is not an option of generate(): {nearest(name, OPTIONS)}")
-        is_valid, wanted = OPTIONS[name]
-        if not is_valid(value):
-            raise UserError(f"{name}={value!r} is not valid. It must be {wanted}.")
-
-
-def check_limits(max_tokens_per_second: float | None, repetition_guard: int | None) -> None:
-    """Raise UserError for a limit that is neither None nor above 0."""
-    is_rate_valid, wanted = ABOVE_0
-    if max_tokens_per_second is not None and not is_rate_valid(max_tokens_per_second):
-        raise UserError(
-            f"max_tokens_per_second={max_tokens_per_second!r} is not valid. It must be {wanted}, "
-            "or None for no limit by duration."
-        )
-    is_guard_valid, wanted = COUNT_ABOVE_0
-    if repetition_guard is not None and not is_guard_valid(repetition_guard):
-        raise UserError(
-            f"repetition_guard={repetition_guard!r} is not valid. It must be {wanted}, or None for "
-            "no guard."
-        )
 
 
 def token_limit(seconds: float, max_new_tokens: int, max_tokens_per_second: float | None) -> int:
@@ -294,9 +45,6 @@ def token_limit(seconds: float, max_new_tokens: int, max_tokens_per_second: floa
     if max_tokens_per_second is None:
         return max_new_tokens
     return min(max_new_tokens, round(seconds * max_tokens_per_second) + EXTRA_TOKENS)
-
-
-# --- generation ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,24 +76,28 @@ def generate(
     processor = model.require_processor()
     stop_ids = processor.renderer.stop_ids
     config = decoding_config(generation_config, max_new_tokens, stop_ids, **options)
-    check_limits(max_tokens_per_second, repetition_guard)
+    limits = {
+        "max_tokens_per_second": max_tokens_per_second,
+        "repetition_guard": repetition_guard,
+    }
+    build(AnswerLimits, limits)
     device = model.llm.get_input_embeddings().weight.device
     features, lengths, samples, counts = _prepare_audio(model, inputs, messages, device)
     audio_tokens = model.config.num_audio_tokens(samples).tolist()
     prompts = processor.encode_prompts(messages, counts, audio_tokens)
     input_ids, mask = (x.to(device) for x in pad_left(prompts))
-    limits: list[int] = []
+    token_limits: list[int] = []
     for part in samples.split(counts):
         seconds = float(part.sum()) / RATE
-        limits.append(token_limit(seconds, config.max_new_tokens, max_tokens_per_second))
+        token_limits.append(token_limit(seconds, config.max_new_tokens, max_tokens_per_second))
     guard = repetition_guard if config.num_beams == 1 else None
     with eval_mode(model):
         embeddings = model.embed(input_ids, model.encode(features, lengths))
-        stopping = RowStopping(limits, guard)
+        stopping = RowStopping(token_limits, guard)
         rows = decode(model, embeddings, mask, config, stopping, len(counts))
     return [
         make_answer(processor.tokenizer, row[:limit], config.eos_token_id, repetition_guard)
-        for row, limit in zip(rows, limits, strict=True)
+        for row, limit in zip(rows, token_limits, strict=True)
     ]
 
 
@@ -418,17 +170,6 @@ def decode(
         stopping_criteria=StoppingCriteriaList([stopping]),
         **keywords,
     ).tolist()
-
-
-def is_greedy(config: GenerationConfig) -> bool:
-    """Return whether decoding is greedy search without an option that changes probabilities."""
-    for name in OPTIONS:
-        value = getattr(config, name, None)
-        if value is None or name in ("max_new_tokens", "eos_token_id"):
-            continue
-        if value != GREEDY_OPTIONS.get(name):
-            return False
-    return True
 
 
 def make_answer(

@@ -575,11 +575,11 @@ DAMAGES = {
     ),
     "prompts of no list": (
         lambda f: set_config(f, prompts="x"),
-        r"config\.json': prompts='x' is not of the type list\[str\] \| None",
+        r"config\.json': prompts='x' ",
     ),
     "another projector": (
         lambda f: set_config(f, projector="q"),
-        r"config\.json': projector='q' is not one of mlp, normed",
+        r"config\.json': projector='q' .*mlp, normed",
     ),
     "empty": (lambda f: save_file({}, f / "model.safetensors"), "are empty"),
 }

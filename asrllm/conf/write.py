@@ -1,0 +1,120 @@
+"""Write the YAML files of this directory from the components' declarations.
+
+Run `python -m asrllm.conf.write` after changing a key. A test compares the files with the result.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asrllm.collator.config import DataConfig
+from asrllm.commands.plan import PlanRun
+from asrllm.evaluation.config import EvaluationRun, TestData
+from asrllm.models.model_args import ModelConfig
+from asrllm.training.run_config import TrainerConfig, TrainRun
+
+COMMENT_COLUMN = 26
+WIDTH = 100
+# components by the file of their group
+GROUPS: dict[str, type] = {
+    "model/default": ModelConfig,
+    "data/default": DataConfig,
+    "trainer/default": TrainerConfig,
+    "data/test": TestData,
+}
+# component and groups of each verb's file
+VERBS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "train": (TrainRun, ("model/default", "data/default", "trainer/default")),
+    "plan": (PlanRun, ("model/default", "data/default", "trainer/default")),
+    "evaluate": (EvaluationRun, ("data/test",)),
+}
+
+
+def yaml_files() -> dict[str, str]:
+    """Return the content of every file by its name."""
+    files: dict[str, str] = {}
+    for name, cls in GROUPS.items():
+        lines = list(component_lines(cls, default_values(cls)))
+        files[f"{name}.yaml"] = "\n".join(lines) + "\n"
+    for verb, (cls, groups) in VERBS.items():
+        head = [f"# asrllm {verb} key=value ...", "defaults:"]
+        values = default_values(cls)
+        for group in groups:
+            head.append(f"  - {group.replace('/', ': ')}")
+            del values[group.partition("/")[0]]
+        lines = [*head, "  - _self_", "", *component_lines(cls, values)]
+        files[f"{verb}.yaml"] = "\n".join(lines) + "\n"
+    return files
+
+
+def default_values(cls: type) -> dict[str, Any]:
+    """Return the default value of every key of a component."""
+    fields: dict[str, Any] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return {name: field.get_default() for name, field in fields.items()}
+
+
+def component_lines(cls: type, values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield the lines of a component: its keys with their values and meanings.
+
+    Args:
+        cls: the component.
+        values: values by key. Those of its groups are components.
+        indent: spaces before every line.
+    """
+    meanings = field_docs(cls)
+    for name, value in values.items():
+        meaning = meanings.get(name, "")
+        if dataclasses.is_dataclass(value):
+            yield from commented(f"{indent}{name}:", meaning)
+            yield from component_lines(type(value), vars(value), indent + "  ")
+        else:
+            yield from commented(f"{indent}{name}: {as_yaml_value(value)}", meaning)
+
+
+def commented(text: str, meaning: str) -> list[str]:
+    """Return a line with its comment, which continues on further lines."""
+    if not meaning:
+        return [text]
+    return textwrap.wrap(
+        meaning,
+        WIDTH,
+        initial_indent=text.ljust(COMMENT_COLUMN - 2) + "  # ",
+        subsequent_indent=" " * COMMENT_COLUMN + "# ",
+        break_on_hyphens=False,
+    )
+
+
+def as_yaml_value(value: object) -> str:
+    """Return a value as YAML on one line."""
+    if isinstance(value, float) and 0 < value < 0.001:
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        return f"{float(mantissa)}e{int(exponent)}"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("...\n").strip()
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstrings below the fields of a class and of the classes it inherits from."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
+    return docs
+
+
+if __name__ == "__main__":
+    for name, text in yaml_files().items():
+        (Path(__file__).parent / name).write_text(text, encoding="utf-8")

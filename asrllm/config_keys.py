@@ -1,0 +1,94 @@
+"""Names of configuration keys: those of other frameworks, and hints for unknown ones."""
+
+import difflib
+from collections.abc import Collection
+
+from asrllm.errors import UserError, nearest
+
+BATCH_BUDGET = (
+    "data.sampler.max_tokens",
+    "audio and text tokens in a micro-batch of one rank, for any number of utterances",
+)
+ACCUMULATION = ("trainer.gradient_accumulation_steps", "micro-batches of an optimizer step")
+# keys of Hugging Face, NeMo, icefall and SLAM-LLM, with our key and its meaning
+ALIASES = {
+    "learning_rate": ("trainer.lr", "the peak learning rate"),
+    "base_lr": ("trainer.lr", "the peak learning rate"),
+    "num_train_epochs": ("trainer.num_epochs", "passes over the data"),
+    "max_epochs": ("trainer.num_epochs", "passes over the data"),
+    "epochs": ("trainer.num_epochs", "passes over the data"),
+    "max_steps": ("trainer.num_steps", "optimizer steps"),
+    "total_steps": ("trainer.num_steps", "optimizer steps"),
+    "batch_size": BATCH_BUDGET,
+    "per_device_train_batch_size": BATCH_BUDGET,
+    "train_micro_batch_size_per_gpu": BATCH_BUDGET,
+    "batch_size_training": BATCH_BUDGET,
+    "max_duration": ("data.sampler.max_duration", "seconds of audio in a micro-batch of one rank"),
+    "batch_duration": (
+        "data.sampler.max_duration",
+        "seconds of audio in a micro-batch of one rank",
+    ),
+    "gradient_accumulation": ACCUMULATION,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "accumulate_grad_batches": ACCUMULATION,
+    "accum_grad": ACCUMULATION,
+    "max_grad_norm": ("trainer.gradient_clipping", "the largest norm of a step's gradient"),
+    "grad_clip": ("trainer.gradient_clipping", "the largest norm of a step's gradient"),
+    "gradient_clip_val": ("trainer.gradient_clipping", "the largest norm of a step's gradient"),
+    "warmup_ratio": ("trainer.warmup_steps", "steps of linear warm-up, as a number"),
+    "lr_scheduler_type": ("trainer.schedule.name", "constant, linear, cosine, wsd or eden"),
+    "optim": ("trainer.optimizer.name", "adamw, deepspeed_adamw or scaled_adam"),
+    "bf16": ("trainer.precision", "bf16, fp16 or fp32"),
+    "fp16": ("trainer.precision", "bf16, fp16 or fp32"),
+    "use_fp16": ("trainer.precision", "bf16, fp16 or fp32"),
+    "deepspeed": (
+        "trainer.deepspeed_config",
+        "a DeepSpeed JSON, for example ds_configs/zero2.json",
+    ),
+    "output_dir": ("exp_dir", "the directory that the run writes to"),
+    "save_steps": ("trainer.save_every", "steps between checkpoints"),
+    "save_every_n": ("trainer.save_every", "steps between checkpoints"),
+    "save_total_limit": ("trainer.keep_last_k", "checkpoints to keep"),
+    "keep_last_k": ("trainer.keep_last_k", "checkpoints to keep"),
+    "logging_steps": ("trainer.log_every", "steps between log records"),
+    "eval_steps": ("trainer.valid_every", "steps between validations"),
+    "resume_from_checkpoint": ("trainer.resume", "auto, never or the path of a checkpoint"),
+    "dataloader_num_workers": ("data.num_workers", "reading processes of each rank"),
+    "lora_r": ("model.llm.lora.r", "the rank of the LLM's adapters"),
+    "lora_rank": ("model.llm.lora.r", "the rank of the LLM's adapters"),
+    "lora_alpha": ("model.llm.lora.lora_alpha", "the scale of the LLM's adapters times their rank"),
+    "lora_dropout": ("model.llm.lora.lora_dropout", "the dropout before the LLM's adapters"),
+    "freeze_encoder": ("model.audio_encoder.frozen", "true: train only its adapters, if any"),
+    "freeze_llm": ("model.llm.frozen", "true: train only its adapters, if any"),
+    "encoder_name": ("model.audio_encoder.model_type", "whisper or zipformer"),
+    "llm_path": ("model.llm.pretrained_model", "a directory or hub id"),
+    "model_name_or_path": ("model.llm.pretrained_model", "a directory or hub id"),
+    "train_data_path": ("data.train_data_config", "a YAML list of corpora"),
+    "beam_size": ("num_beams", "hypotheses of beam search"),
+    "ckpt_path": ("checkpoint.model.filename", "a state dict file"),
+}
+
+
+def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
+    """Return an error for an unknown key, which hints at the right one.
+
+    The hint is our key for another framework's key, the nearest key, or the keys of the same group.
+
+    Args:
+        key: the unknown key.
+        known: the keys of the configuration.
+        where: the place of the key, which messages put before it.
+    """
+    name = key.rpartition(".")[2]
+    ours, meaning = ALIASES.get(name, ("", ""))
+    if ours in known:
+        return UserError(f"{where}unknown key {key!r}. Use {ours}: {meaning}.")
+    if difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        return UserError(f"{where}unknown key {key!r}: {nearest(key, known)}")
+    group = key.rpartition(".")[0]
+    candidates = _keys_in(group, known) or _keys_in("", known)
+    return UserError(f"{where}unknown key {key!r}: {nearest(key, candidates)}")
+
+
+def _keys_in(group: str, known: Collection[str]) -> set[str]:
+    return {key for key in known if key.rpartition(".")[0] == group}

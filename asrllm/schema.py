@@ -1,0 +1,160 @@
+"""Components of the configuration: dataclasses that pydantic validates.
+
+A component declares each key once: its type, default value and bounds in a field, and its meaning
+in the docstring below the field. `asrllm.conf.write` makes the YAML files from these declarations.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import ConfigDict, Field, StringConstraints
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from typing_extensions import dataclass_transform
+
+from asrllm.config_keys import unknown_key
+from asrllm.errors import UserError, nearest
+
+T = TypeVar("T")
+# Values are not converted, except an integer to a float: 1.5 steps or the text "no" are mistakes.
+SETTINGS = ConfigDict(strict=True, allow_inf_nan=False, validate_by_name=True)
+Ratio = Annotated[float, Field(ge=0, le=1)]
+RatioBelowOne = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+# how to respect a bound, and what a value must be, by pydantic's name of the error
+BOUNDS = {
+    "greater_than": "Use a value above {gt}.",
+    "greater_than_equal": "Use a value of at least {ge}.",
+    "less_than": "Use a value below {lt}.",
+    "less_than_equal": "Use a value of at most {le}.",
+    "finite_number": "Use a finite number.",
+    "too_short": "Give at least {min_length} items.",
+    "too_long": "Give at most {max_length} items.",
+    "string_pattern_mismatch": "It must match {pattern}.",
+}
+EXPECTED_TYPES = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a group of keys",
+    "dataclass_type": "a group of keys",
+    "literal_error": "one of its choices",
+}
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def component(cls: type[T]) -> type[T]:
+    """Make a class a component: a frozen dataclass with keyword arguments, validated by pydantic.
+
+    Checks of several keys together belong in `__post_init__`, and raise UserError.
+    """
+    decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=SETTINGS)
+    return decorate(cls)  # type: ignore[return-value]
+
+
+def build(cls: type[T], values: Mapping[str, Any], *, where: str = "", group: str = "") -> T:
+    """Build a component from nested mappings.
+
+    Args:
+        cls: the component.
+        values: values of its keys. Missing ones have their defaults.
+        where: the place of the values, which messages put before a key: "FILE, entry 3: ".
+        group: prefix of the keys: "trainer.".
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has the wrong type or is out of bounds.
+    """
+    hints = keys_and_types(cls)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_key(f"{group}{key}", [group + known for known in hints], where)
+        inner = nested_component(hints[key])
+        if inner is not None and isinstance(value, Mapping):
+            value = build(inner, value, where=where, group=f"{group}{key}.")
+        given[key] = value
+    try:
+        return cls(**given)
+    except pydantic.ValidationError as error:
+        problems = error.errors(include_url=False)
+    raise _as_user_error(hints, problems, where, group)
+
+
+def keys_and_types(cls: type) -> dict[str, Any]:
+    """Return the type hint of every key of a component. A key is its field's alias, if any."""
+    fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(cls)
+    return {str(field.validation_alias or name): hints[name] for name, field in fields.items()}
+
+
+def nested_component(hint: Any) -> type | None:
+    """Return the component that a type hint is, or has as an alternative; else None."""
+    for alternative in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(alternative) and isinstance(alternative, type):
+            return alternative
+    return None
+
+
+def _as_user_error(
+    hints: Mapping[str, Any], problems: Sequence[ErrorDetails], where: str, group: str
+) -> UserError:
+    """Return an error about the first of pydantic's problems.
+
+    Args:
+        hints: types of the component's keys.
+        problems: what pydantic found. A value that may have several types has one for each.
+        where: see `build`.
+        group: see `build`.
+    """
+    first = problems[0]
+    kind = first["type"]
+    value = first["input"]
+    key = str(first["loc"][0])
+    name = f"{where}{group}{key}"
+    for part in first["loc"][1:]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+    if kind == "missing":
+        return UserError(f"{where}missing key {group + key!r}. Add it.")
+    if kind == "literal_error" and isinstance(value, str):
+        choices = [str(choice) for choice in _choices(hints[key])]
+        return UserError(f"{name}={value!r} is not a valid choice: {nearest(value, choices)}")
+    if kind == "string_too_short":
+        return UserError(f"{name} is empty. Set it, or remove it.")
+    if kind in BOUNDS:
+        limits = first.get("ctx", {})
+        bound = BOUNDS[kind].format(**{name: _plain(limit) for name, limit in limits.items()})
+        if type(None) in typing.get_args(hints[key]):
+            bound = f"{bound.removesuffix('.')}, or null."
+        return UserError(f"{name}={value!r} is out of range. {bound}")
+    expected: list[str] = []
+    for problem in problems:
+        if problem["loc"][0] == key:
+            expected.append(EXPECTED_TYPES.get(problem["type"], problem["msg"]))
+    wanted = " or ".join(dict.fromkeys(expected))
+    return UserError(f"{name}={value!r} has the wrong type. Expected: {wanted}.")
+
+
+def _plain(limit: object) -> object:
+    """Return a limit as a user would write it: 0 instead of 0.0."""
+    if isinstance(limit, float) and limit.is_integer():
+        return int(limit)
+    return limit
+
+
+def _choices(hint: Any) -> list[object]:
+    """Return the values of the Literal that a type hint is, or has as an alternative."""
+    for alternative in (hint, *typing.get_args(hint)):
+        if typing.get_origin(alternative) is Literal:
+            return list(typing.get_args(alternative))
+    return []
