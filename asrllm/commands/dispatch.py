@@ -16,10 +16,10 @@ from typing import NoReturn
 import asrllm
 from asrllm import siblings
 from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
-from asrllm.cli import INTERRUPTED, RaiseOnInterrupt
 from asrllm.commands.parsers import VERBS, split_base_models
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
+from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
 from asrllm.launchers import adopt_launcher
 
 WITHOUT_TORCH = ("shards",)
