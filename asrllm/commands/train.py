@@ -104,7 +104,7 @@ def train(config: TrainRun) -> float | None:
         startup.finish("ranks")
         with build(prepared, device, preemption, startup) as trainer:
             initial_step = trainer.step
-            fit(trainer, prepared.data)
+            trainer.fit(prepared.data.train_steps)
         finish(prepared, trainer, initial_step)
     return last_validation_loss(prepared.exp_dir)
 
@@ -174,6 +174,14 @@ def build(
     print_progress("loading " + " and ".join(base["path"] for base in bases.values()))
     load_model = model_loader(prepared, startup, resumed=checkpoint is not None)
     with deepspeed_engine(config.trainer, prepared.ds, load_model, device) as engine:
+        skip_nonfinite(engine)
+        average = restore(engine, config.trainer, checkpoint, manifest)
+        prepared.processor.config.stored = engine.module.stored_weights()
+        write_run_files(config, prepared.processor)
+        write_inherited(engine.module, prepared.exp_dir, checkpoint)
+        step = manifest["step"] if checkpoint else 0
+        checkpoints = checkpoint_callback(prepared, average)
+        timeout = config.trainer.step_timeout
         trainer = Trainer(
             engine=engine,
             config=config.trainer,
@@ -181,19 +189,12 @@ def build(
             exp_dir=prepared.exp_dir,
             seed=config.seed,
             total_steps=prepared.data.total_steps(),
+            callbacks=make_callbacks(config, prepared.data, engine, checkpoints, startup, step),
             preemption=preemption,
+            watchdog=Watchdog(timeout, prepared.exp_dir, rank=distributed.rank()),
+            step=step,
+            position=Position(**manifest["position"]) if checkpoint else Position(),
         )
-        skip_nonfinite(engine)
-        engine.module.label_smoothing = config.trainer.label_smoothing
-        average = restore(engine, config.trainer, checkpoint, manifest)
-        if checkpoint:
-            trainer.step = manifest["step"]
-            trainer.position = Position(**manifest["position"])
-        prepared.processor.config.stored = engine.module.stored_weights()
-        write_run_files(config, prepared.processor)
-        write_inherited(engine.module, prepared.exp_dir, checkpoint)
-        checkpoints = checkpoint_callback(prepared, average)
-        trainer.callbacks = make_callbacks(config, prepared.data, trainer, checkpoints, startup)
         print_run_table(prepared, trainer, checkpoint)
         startup.finish("engine")
         yield trainer
@@ -222,6 +223,7 @@ def model_loader(
 
     def load_model() -> AsrLlmModel:
         model = build_from_config()
+        model.label_smoothing = config.trainer.label_smoothing
         startup.finish("model")
         return model
 
@@ -257,13 +259,6 @@ def print_progress(text: str) -> None:
     """Print a line of progress on the first rank."""
     if distributed.rank() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def fit(trainer: Trainer, data: TrainingData) -> None:
-    """Run the training loop to its end, watched for hangs."""
-    timeout = trainer.config.step_timeout
-    with Watchdog(timeout, trainer.exp_dir, rank=distributed.rank()) as trainer.watchdog:
-        trainer.fit(data.train_steps)
 
 
 def finish(prepared: PreparedRun, trainer: Trainer, initial_step: int) -> None:

@@ -141,7 +141,7 @@ class Trainer:
     lr: float = 0.0
 
     def fit(self, open_stream: Callable[[Position], Iterator[LoadedStep]]) -> None:
-        """Train from `self.step` and `self.position` to the end.
+        """Train from `self.step` and `self.position` to the end, watched for hangs.
 
         Args:
             open_stream: returns the steps of this rank from a position in the data.
@@ -149,14 +149,15 @@ class Trainer:
         Raises:
             UserError: the epochs hold no more utterances to train on.
         """
-        self.engine.train()
-        stream = open_stream(self.position)
-        self.last = self._is_complete()
-        self.sync_preemption()
-        while not self.stopping:
-            self._fit_step(stream)
-        for callback in reversed(self.callbacks):
-            callback.at_end(self)
+        with self.watchdog:
+            self.engine.train()
+            stream = open_stream(self.position)
+            self.last = self._is_complete()
+            self.sync_preemption()
+            while not self.stopping:
+                self._fit_step(stream)
+            for callback in reversed(self.callbacks):
+                callback.at_end(self)
 
     def _fit_step(self, stream: Iterator[LoadedStep]) -> None:
         """Load the data of one step, train on it and call the callbacks."""
@@ -266,41 +267,46 @@ class Trainer:
     def _accumulate(self, micro_batches: Sequence[PackedBatch], scale: Tensor) -> StepSums:
         """Run forward and backward for every micro-batch; the engine steps after the last one.
 
+        A loss that is not finite makes every gradient NaN, so that all ranks skip the step. The
+        losses are read once, after the loop, because reading waits for the device.
+
         Args:
             micro_batches: this rank's micro-batches, on its device.
             scale: (), factor on the summed loss.
         """
-        sums = StepSums()
-        self.nonfinite_keys = []
         self.losses = []
+        counts: list[Tensor] = []
         for batch in micro_batches:
             output = self.engine(**{name: getattr(batch, name) for name in MODEL_INPUTS})
-            counted = count(batch, output.loss, output.correct)
+            counts.append(torch.stack([output.loss.detach().float(), output.correct.float()]))
             self.losses.append(output.losses)
-            if not math.isfinite(counted.loss):
+            scale = scale.where(output.loss.isfinite(), math.nan)
+            self.engine.backward(output.loss * scale)
+            self.engine.step()
+        sums = StepSums()
+        self.nonfinite_keys = []
+        for batch, (loss, correct) in zip(micro_batches, torch.stack(counts).tolist(), strict=True):
+            counted = count(batch, loss, correct)
+            if not math.isfinite(loss):
                 counted.loss = 0.0
                 counted.correct = 0.0
                 counted.targets = 0.0
                 self.nonfinite_keys += batch.keys
-                # makes every gradient NaN, so that all ranks skip the step
-                scale = scale * math.nan
-            self.engine.backward(output.loss * scale)
-            self.engine.step()
             sums += counted
         return sums
 
 
-def count(batch: PackedBatch, loss: Tensor, correct: Tensor) -> StepSums:
+def count(batch: PackedBatch, loss: float, correct: float) -> StepSums:
     """Return the sums of one micro-batch.
 
     Args:
         batch: the micro-batch.
-        loss: (), loss in nats over its supervised tokens.
-        correct: (), supervised tokens that were predicted correctly.
+        loss: loss in nats over its supervised tokens.
+        correct: supervised tokens that were predicted correctly.
     """
     return StepSums(
-        loss=loss.item(),
-        correct=correct.item(),
+        loss=loss,
+        correct=correct,
         targets=len(batch.targets),
         tokens=batch.input_ids.shape[1],
         utterances=len(batch.keys),

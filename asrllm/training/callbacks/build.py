@@ -1,7 +1,9 @@
 """The callbacks of a run in the order in which they are called."""
 
 import dataclasses
+from pathlib import Path
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -22,44 +24,47 @@ from asrllm.training.callbacks.validation import Validation
 from asrllm.training.data import TrainingData
 from asrllm.training.run_config import TrainRun
 from asrllm.training.startup import Startup
-from asrllm.training.trainer import Callback, Trainer
+from asrllm.training.trainer import Callback
 
 
 def make_callbacks(
     config: TrainRun,
     data: TrainingData,
-    trainer: Trainer,
+    engine: deepspeed.DeepSpeedEngine,
     checkpoints: Checkpoints,
     startup: Startup,
+    step: int,
 ) -> list[Callback]:
     """Build the callbacks of a run.
 
     Args:
         config: configuration of the run.
         data: training and validation data.
-        trainer: trainer, at the step from which it starts.
+        engine: the engine around the model.
         checkpoints: callback that saves checkpoints.
         startup: durations of the startup phases.
+        step: optimizer steps done before.
     """
     options = config.trainer
+    exp_dir = Path(config.exp_dir or "")
     metrics = Metrics(
-        make_sinks(config, data, trainer),
-        make_meters(config, data, trainer),
+        make_sinks(config, data, step),
+        make_meters(config, data, engine),
         every=options.log_every,
         max_bad_share=config.data.max_bad_share,
     )
-    if trainer.step == 0:
+    if step == 0:
         write_dropped(metrics, data)
     callbacks: list[Callback] = [FirstStep(startup), metrics]
     if options.profile_steps:
-        callbacks.append(Profiler(trainer.exp_dir, *options.profile_steps))
+        callbacks.append(Profiler(exp_dir, *options.profile_steps))
     if options.check_ranks:
         callbacks.append(RankCheck())
     if options.gc_every:
         callbacks.append(GarbageCollection(every=options.gc_every))
     callbacks.append(NonFiniteGuard(most=options.max_nonfinite_steps))
     if config.data.trace:
-        callbacks.append(Trace(trainer.exp_dir, trainer.step))
+        callbacks.append(Trace(exp_dir, step))
     if data.valid:
         callbacks.append(make_validation(config, data, metrics))
     callbacks.append(checkpoints)
@@ -76,18 +81,18 @@ def make_validation(config: TrainRun, data: TrainingData, metrics: Metrics) -> V
     return Validation(data.valid_sets(), metrics, every=every, decoder=decoder)
 
 
-def make_sinks(config: TrainRun, data: TrainingData, trainer: Trainer) -> list[sinks.Sink]:
-    """Build the destinations of log records. Only the first rank has any."""
+def make_sinks(config: TrainRun, data: TrainingData, step: int) -> list[sinks.Sink]:
+    """Build the destinations of log records after `step`. Only the first rank has any."""
     if distributed.rank() != 0:
         return []
     options = config.trainer
-    exp_dir = trainer.exp_dir
+    exp_dir = Path(config.exp_dir or "")
     made: list[sinks.Sink] = [
-        sinks.MetricsFile(exp_dir, trainer.step),
-        sinks.ConsoleSink(trainer.total_steps, trainer.step),
+        sinks.MetricsFile(exp_dir, step),
+        sinks.ConsoleSink(data.total_steps(), step),
     ]
     if data.valid and options.valid_decode:
-        made.append(sinks.SamplesFile(exp_dir, trainer.step))
+        made.append(sinks.SamplesFile(exp_dir, step))
     if options.tensorboard:
         made.append(sinks.TensorBoardSink(exp_dir))
     if options.wandb.mode != "disabled":
@@ -106,14 +111,16 @@ def write_dropped(metrics: Metrics, data: TrainingData) -> None:
     metrics.write(record)
 
 
-def make_meters(config: TrainRun, data: TrainingData, trainer: Trainer) -> list[Meter]:
+def make_meters(
+    config: TrainRun, data: TrainingData, engine: deepspeed.DeepSpeedEngine
+) -> list[Meter]:
     """Build the meters of a run."""
     peak = config.trainer.peak_tflops
     on_cuda = torch.cuda.is_available() and get_accelerator().device_name() != "cpu"
     if not peak and on_cuda:
-        peak = peak_tflops(torch.cuda.get_device_name(trainer.device))
+        peak = peak_tflops(torch.cuda.get_device_name(engine.device))
     meters: list[Meter] = [
-        Rate(count_flops(trainer.engine.module), peak),
+        Rate(count_flops(engine.module), peak),
         PeakMemory(),
         Stragglers(),
     ]

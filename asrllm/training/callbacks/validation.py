@@ -90,5 +90,5 @@ class Validation(Callback):
                 raise ValidationInterrupted
             batch = batch.to(trainer.device)
             output = trainer.engine(**{key: getattr(batch, key) for key in MODEL_INPUTS})
-            sums += count(batch, output.loss, output.correct)
+            sums += count(batch, output.loss.item(), output.correct.item())
         return sums.over_ranks(trainer.device)
