@@ -6,7 +6,7 @@ import pytest
 
 from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
-from asrllm.conf.write import yaml_files
+from asrllm.conf.write import PAGE, reference_page, yaml_files
 from asrllm.config import compose_config, load_config
 from asrllm.errors import UserError
 from asrllm.schema import PositiveInt, build, component
@@ -159,6 +159,7 @@ def test_yaml_files_are_those_of_the_components():
     folder = resources.files("asrllm.conf")
     for name, text in yaml_files().items():
         assert (folder / name).read_text() == text, "run python -m asrllm.conf.write"
+    assert PAGE.read_text() == reference_page()
 
 
 @pytest.mark.slow
