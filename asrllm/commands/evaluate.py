@@ -83,7 +83,6 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
         dtype=config.dtype(device),
         base_models=config.model.paths,
     )
-    model.cuda_graphs = config.cuda_graphs
     with evaluation.watched():
         evaluation.decode(TorchEngine(model.to(device), config.generation))
         if config.whisper_baseline:

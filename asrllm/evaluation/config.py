@@ -111,7 +111,6 @@ class EvaluationRun:
     prompt: str | None
     normalizer: str
     precision: Literal["auto", "bf16", "fp32"]
-    cuda_graphs: bool
     whisper_baseline: bool
     report_audio: int
     step_timeout: float | None

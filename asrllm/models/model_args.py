@@ -136,7 +136,7 @@ class LlmPart:
     frozen: bool
     lora: LoraPart | None
     chat_template: Literal["chatml"] | None
-    attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "varlen"] = "auto"
 
     def __post_init__(self) -> None:
         check_lora("llm", self.lora, frozen=self.frozen)
