@@ -1,14 +1,55 @@
 """Progress and remaining time: a bar on a terminal, a line every few seconds elsewhere."""
 
+import contextlib
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-LINE_EVERY = 10.0  # seconds between lines if standard error is not a terminal
+FIRST_LINE = 1.5  # seconds before the first line if standard error is not a terminal
+LINE_EVERY = 10.0  # seconds between further lines
+# the bar on the terminal; rich before 14.1 allows only one, so inner bars become lines of it
+_outer: "Progress | None" = None
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, after: float = FIRST_LINE) -> Iterator[None]:
+    """Print on the first rank what is happening, every few seconds until the block ends.
+
+    A thread prints, because the block is a call into a library. The block must not fork: the child
+    could inherit the lock of standard error.
+
+    Args:
+        what: what the block does.
+        after: seconds before the first line; a shorter block prints nothing.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    done = threading.Event()
+    start = time.monotonic()
+
+    def report() -> None:
+        pause = after
+        while not done.wait(pause):
+            elapsed = time.monotonic() - start
+            note = f" [{_clock(elapsed)} elapsed]" if elapsed >= 1 else ""
+            print(f"{what}{note}", file=sys.stderr, flush=True)
+            pause = LINE_EVERY
+
+    thread = threading.Thread(target=report, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class ProgressBar:
@@ -18,7 +59,13 @@ class ProgressBar:
     """
 
     def __init__(
-        self, what: str, total: int | None, *, done: int = 0, enabled: bool = True
+        self,
+        what: str,
+        total: int | None,
+        *,
+        done: int = 0,
+        enabled: bool = True,
+        brief: bool = False,
     ) -> None:
         """Start the progress bar.
 
@@ -27,6 +74,7 @@ class ProgressBar:
             total: number of items, which may be an estimate, or None if unknown.
             done: items that were done before.
             enabled: whether anything is printed.
+            brief: whether no line is printed for work that takes less than FIRST_LINE.
         """
         self.what = what
         self.total = total
@@ -34,13 +82,21 @@ class ProgressBar:
         self.note = ""
         self.start = time.monotonic()
         self.done_before = done
-        self.last_line = time.monotonic()
+        self.next_line = self.start + FIRST_LINE
         self.bar: Progress | None = None
+        self.is_inner = _outer is not None
         self.enabled = enabled
+        self.brief = brief
         if enabled and sys.stderr.isatty():
-            self.bar = terminal_bar()
-            self.bar.start()
+            self.bar = self._open_bar()
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
+
+    def _open_bar(self) -> "Progress":
+        global _outer
+        if _outer is None:
+            _outer = terminal_bar()
+            _outer.start()
+        return _outer
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count items as done.
@@ -54,11 +110,14 @@ class ProgressBar:
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=self.note)
         elif self.enabled and self._line_is_due():
-            self.last_line = time.monotonic()
+            self.next_line = time.monotonic() + LINE_EVERY
             print(self._line(), file=sys.stderr, flush=True)
 
     def _line_is_due(self) -> bool:
-        return time.monotonic() - self.last_line >= LINE_EVERY or self.done == self.total
+        now = time.monotonic()
+        if self.brief and now - self.start < FIRST_LINE:
+            return False
+        return now >= self.next_line or self.done == self.total
 
     def _line(self) -> str:
         elapsed = time.monotonic() - self.start
@@ -70,9 +129,16 @@ class ProgressBar:
         return f"{self.what}: {self.done}/{self.total} [{times}] {self.note}".rstrip()
 
     def close(self) -> None:
-        """Stop the bar."""
-        if self.bar is not None:
+        """Stop the bar. An inner bar disappears."""
+        global _outer
+        if self.bar is None:
+            return
+        if self.is_inner:
+            self.bar.remove_task(self.task)
+        else:
             self.bar.stop()
+            _outer = None
+        self.bar = None
 
     def __enter__(self) -> "ProgressBar":
         return self

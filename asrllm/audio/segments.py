@@ -46,6 +46,11 @@ class Segmenter:
     The segment is then cut at the longest pause in its second half, else at its longest pause, else
     at the least probable frame in its second half. A segment that is too short is extended into the
     audio around it. Only then two segments can overlap.
+
+    silero_vad's `get_speech_timestamps_from_probs` is not used: it returns nothing before the end
+    of the file, which would keep 230 MB of samples per hour in memory, and it cuts speech without
+    a pause wherever the limit is. On ten minutes of synthetic speech and a limit of 8 s, 24 of its
+    220 edges were in the middle of speech, and none of ours.
     """
 
     def __init__(self, *, shortest: int, longest: int) -> None:

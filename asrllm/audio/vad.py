@@ -39,8 +39,9 @@ class Detector(Protocol):
 class SileroNetwork(nn.Module):
     """Silero VAD 6 at 16 kHz, with the weights of the package silero-vad.
 
-    It is reimplemented for two reasons. Importing `silero_vad` limits torch to one thread, and its
-    TorchScript processes the audio frame by frame. https://github.com/snakers4/silero-vad
+    It is reimplemented for two reasons. Importing `silero_vad` limits torch to one thread. Its
+    TorchScript processes the audio frame by frame, at 69x real time on one core instead of 480x.
+    https://github.com/snakers4/silero-vad
     """
 
     def __init__(self) -> None:

@@ -18,6 +18,7 @@ from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.serialization import main_weight_file
+from asrllm.progress import waiting
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.manifest import (
@@ -348,7 +349,8 @@ def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
     """
     path = exp_dir / f"averaged-{what.suffix}.pt"
     try:
-        weights = what.weights(exp_dir)
+        with waiting("reading the checkpoints to average"):
+            weights = what.weights(exp_dir)
     except UserError as error:
         if not path.is_file():
             raise

@@ -22,6 +22,7 @@ from asrllm.models.asr_llm.serialization import (
 from asrllm.models.hub_files import load_tokenizer
 from asrllm.models.pretrained import lora_config
 from asrllm.models.state_dict import is_adapter
+from asrllm.progress import waiting
 from asrllm.tensor_files import Spec, TensorSource, write_file, write_sharded
 from asrllm.text_files import JsonObject
 
@@ -87,7 +88,8 @@ def merge_lora(
         chosen_dtype = as_dtype(dtype)
         source = merged_llm(files, chosen_dtype)
         write_sharded(source, partial, max_shard_size=max_shard_size, what="merged LLM")
-        check_layers(files, partial)
+        with waiting("checking the merged weights"):
+            check_layers(files, partial)
         config = AutoConfig.for_model(**(files.config.llm or {}))
         weights = {key: files.tensors.meta[key] for key in files.merged_weights}
         config.dtype = chosen_dtype or prevailing_dtype(weights, str(files.folder))
@@ -95,7 +97,8 @@ def merge_lora(
         config.save_pretrained(partial)
         if not check:
             return None
-        return check_parity(files, partial, config.dtype)
+        with waiting("comparing the logits before and after the merge"):
+            return check_parity(files, partial, config.dtype)
 
 
 def write_tokenizer(files: LlmFiles, folder: Path) -> None:

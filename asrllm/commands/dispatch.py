@@ -21,11 +21,18 @@ from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
 from asrllm.launchers import adopt_launcher
+from asrllm.progress import waiting
 
 WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate")  # verbs that run as one process or as several
 WITH_BASE_MODELS = ("transcribe", "average", "merge-lora", "export")  # evaluate has its own keys
 WRITE_LARGE_FILES = ("consolidate", "average", "merge-lora", "export", "import-icefall")
+# Regular expressions of modules and of their FutureWarnings about calls in DeepSpeed and
+# transformers. With ZeRO-3 the first one comes hundreds of times in each step.
+DEPRECATIONS = {
+    r"torch\.distributed\.c10d_logger": r"`torch\.distributed\.\w+` is deprecated",
+    r"transformers\.modeling_utils": r"`\w*gradient_checkpointing\w*` is deprecated",
+}
 GLOO_CONNECTION = "gloo/transport/tcp/"  # part of gloo's message when a connection closes
 TOO_MANY_FILES = (
     "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command "
@@ -150,8 +157,8 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
 
 def set_up_logging() -> None:
     """Log warnings on the first rank and errors on all ranks to standard error."""
-    # FutureWarnings concern developers, not users
-    warnings.simplefilter("ignore", FutureWarning)
+    for module, message in DEPRECATIONS.items():
+        warnings.filterwarnings("ignore", message, FutureWarning, module)
     level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
     handler = logging.StreamHandler()
     handler.setFormatter(EscapingFormatter("%(levelname)s: %(message)s"))
@@ -201,15 +208,16 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
 
 def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
     """Import the implementation of a verb, which takes seconds if it needs torch."""
-    if verb not in WITHOUT_TORCH:
-        import torch
+    with waiting(f"asrllm {verb}: importing libraries"):
+        if verb not in WITHOUT_TORCH:
+            import torch
 
-        if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import transformers
+            if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            import transformers
 
-        transformers.utils.logging.disable_progress_bar()  # the verbs have their own progress bars
-    module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
+            transformers.utils.logging.disable_progress_bar()  # the verbs have their own
+        module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
     run: Callable[[argparse.Namespace], None] = module.run
     return run
 

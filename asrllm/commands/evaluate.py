@@ -22,6 +22,7 @@ from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.hydra_app import run_app
 from asrllm.models.auto import describe
+from asrllm.progress import waiting
 from asrllm.training.checkpoint.manifest import check_run
 from asrllm.training.wandb_login import check_wandb_login
 
@@ -77,13 +78,13 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     evaluation.check()
     is_whole = is_exported(exp_dir) and not choice.filename
-    model = AutoModel.from_pretrained(
-        exp_dir,
-        weights=None if is_whole else weights,
-        dtype=config.dtype(device),
-        base_models=config.model.paths,
-    )
-    model.cuda_graphs = config.cuda_graphs
+    with waiting(f"loading {exp_dir}"):
+        model = AutoModel.from_pretrained(
+            exp_dir,
+            weights=None if is_whole else weights,
+            dtype=config.dtype(device),
+            base_models=config.model.paths,
+        )
     with evaluation.watched():
         evaluation.decode(TorchEngine(model.to(device), config.generation))
         if config.whisper_baseline:

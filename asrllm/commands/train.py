@@ -28,6 +28,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model, check_prompts, describe_model, describe_prompts
+from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
 from asrllm.training.callbacks.build import make_callbacks
 from asrllm.training.callbacks.nonfinite import skip_nonfinite
@@ -163,19 +164,17 @@ def build(
         startup: records the seconds of each part of the start.
     """
     config = prepared.config
-    if prepared.checkpoint:
-        print_progress(f"verifying {prepared.checkpoint}")
-    checkpoint, manifest = find_intact(
-        config, prepared.processor, prepared.fingerprint, prepared.checkpoint
-    )
+    with announced(f"verifying {prepared.checkpoint}", prepared.checkpoint):
+        checkpoint, manifest = find_intact(
+            config, prepared.processor, prepared.fingerprint, prepared.checkpoint
+        )
     warn_of_slow_bfloat16(config.trainer, device)
     torch.manual_seed(config.seed)
-    bases = prepared.processor.config.base_models or {}
-    print_progress("loading " + " and ".join(base["path"] for base in bases.values()))
     load_model = model_loader(prepared, startup, resumed=checkpoint is not None)
     with deepspeed_engine(config.trainer, prepared.ds, load_model, device) as engine:
         skip_nonfinite(engine)
-        average = restore(engine, config.trainer, checkpoint, manifest)
+        with announced(f"resuming from {checkpoint} at step {manifest.get('step')}", checkpoint):
+            average = restore(engine, config.trainer, checkpoint, manifest)
         prepared.processor.config.stored = engine.module.stored_weights()
         write_run_files(config, prepared.processor)
         write_inherited(engine.module, prepared.exp_dir, checkpoint)
@@ -221,8 +220,12 @@ def model_loader(
         dtype=config.trainer.dtype,
     )
 
+    bases = prepared.processor.config.base_models or {}
+    paths = " and ".join(base["path"] for base in bases.values())
+
     def load_model() -> AsrLlmModel:
-        model = build_from_config()
+        with waiting(f"loading {paths}", after=0):
+            model = build_from_config()
         model.label_smoothing = config.trainer.label_smoothing
         startup.finish("model")
         return model
@@ -255,10 +258,9 @@ def print_run_table(prepared: PreparedRun, trainer: Trainer, checkpoint: Path | 
         print_rows(rows)
 
 
-def print_progress(text: str) -> None:
-    """Print a line of progress on the first rank."""
-    if distributed.rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+def announced(what: str, checkpoint: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Return `waiting` for work on a checkpoint, which prints nothing if there is none."""
+    return waiting(what, after=0) if checkpoint else contextlib.nullcontext()
 
 
 def finish(prepared: PreparedRun, trainer: Trainer, initial_step: int) -> None:

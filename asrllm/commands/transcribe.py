@@ -27,7 +27,7 @@ from asrllm.evaluation.transcription import (
 )
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import AutoModel, describe
-from asrllm.progress import ProgressBar
+from asrllm.progress import ProgressBar, waiting
 
 # Seconds of the longest segment; the model may support less.
 LONGEST_WITH_VAD = 28.0
@@ -194,12 +194,13 @@ def load_engine(arguments: argparse.Namespace) -> TorchEngine:
     """Load the model with the decoding options of the command line."""
     device = default_device()
     default_dtype = "float32" if device.type == "cpu" else "bfloat16"
-    model = AutoModel.from_pretrained(
-        arguments.model,
-        weights=arguments.weights,
-        dtype=arguments.dtype or default_dtype,
-        base_models=arguments.base_models,
-    )
+    with waiting(f"loading {arguments.model}"):
+        model = AutoModel.from_pretrained(
+            arguments.model,
+            weights=arguments.weights,
+            dtype=arguments.dtype or default_dtype,
+            base_models=arguments.base_models,
+        )
     options = {
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,

@@ -122,8 +122,6 @@ class EvaluationRun:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 | fp32 | auto: bf16, but fp32 on a processor without bfloat16 instructions, where bf16
     is far slower"""
-    cuda_graphs: bool = False
-    """greedy search on CUDA: record a step once and replay it, with a key-value cache of fixed size"""
     whisper_baseline: bool = True
     """if the audio encoder is that of a Whisper model, decode with the Whisper model too; its
     results are stored in exp_dir/whisper"""

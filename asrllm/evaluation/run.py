@@ -36,6 +36,7 @@ from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import describe
 from asrllm.models.base_models import base_entry, base_paths
+from asrllm.progress import waiting
 from asrllm.training.watchdog import Watchdog
 
 BASELINE = "whisper"  # directory of the baseline's journals, next to those of decoding methods
@@ -171,7 +172,8 @@ class Evaluation:
         Its journals are never removed, because it does not change with training.
         """
         self.watchdog.beat("loading the encoder's Whisper model")
-        whisper = self._load_whisper()
+        with waiting("loading the encoder's Whisper model"):
+            whisper = self._load_whisper()
         if whisper is None:
             return
         for corpus in self.corpora:

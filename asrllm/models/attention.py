@@ -5,14 +5,12 @@ Each utterance attends only to itself. The backends are:
 sdpa    one torch call per utterance; works everywhere, and is the choice on the CPU
 flash   flash_attn's kernel for sequences of different lengths; CUDA, float16 or bfloat16
 varlen  the same kernel in torch; CUDA, float16 or bfloat16, without soft cap and dropout
-flex    torch's flex_attention with a block mask, compiled; CUDA, without dropout; on the CPU it is
-        used by tests only
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +22,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from asrllm.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 PACKED = "asrllm_packed"
 HALF = (torch.float16, torch.bfloat16)
@@ -126,9 +121,8 @@ def _cached(cu_seqlens: Tensor, name: Hashable, make: Callable[[], Any]) -> Any:
 def choose(query: Tensor, value: Tensor, options: Options) -> str:
     """Return the name of the fastest backend that can compute this."""
     if not query.is_cuda or query.dtype not in HALF:
-        # flex is not a choice for float32: its kernel may round to TF32, and sdpa is exact
         return "sdpa"
-    for name in ("flash", "varlen", "flex"):
+    for name in ("flash", "varlen"):
         if not why_not(name, query, value, options):
             return name
     return "sdpa"
@@ -146,13 +140,11 @@ def why_not(
         return reason
     if backend in ("flash", "varlen"):
         reason = _kernel_limits(query, value)
-    elif backend == "flex":
-        reason = _flex_limits(query, value)
-    if reason:
-        return reason
+        if reason:
+            return reason
     if backend == "varlen" and options.softcap is not None:
         return "it does not support a soft cap of the scores"
-    if backend in ("varlen", "flex") and options.dropout:
+    if backend == "varlen" and options.dropout:
         return "it does not support dropout"
     return ""
 
@@ -164,15 +156,6 @@ def _kernel_limits(query: Tensor, value: Tensor) -> str:
         return f"it needs float16 or bfloat16 on CUDA, not {dtype} on {query.device.type}"
     if width != value.shape[-1] or width > 256 or width % 8:
         return f"it needs heads of at most 256 channels, a multiple of 8, not {width}"
-    return ""
-
-
-def _flex_limits(query: Tensor, value: Tensor) -> str:
-    width = query.shape[-1]
-    if query.is_cuda:
-        return f"it needs heads of at least 16 channels, not {width}" if width < 16 else ""
-    if torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
-        return "it has no backward pass on the CPU"
     return ""
 
 
@@ -215,11 +198,6 @@ def _missing_import(backend: str) -> str:
         needed = {"window_size", "enable_gqa", "scale"}
         if not needed <= inspect.signature(varlen_attn).parameters.keys():
             return f"torch {torch.__version__} has it without windows or grouped heads"
-    if backend == "flex":
-        from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
-
-        if torch.cuda.is_available():
-            import triton  # noqa: F401
     return ""
 
 
@@ -397,75 +375,10 @@ def _varlen(
     return output[None]
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
-) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    attention = _compiled_flex()
-    if not query.is_cuda:
-        # For tests: not compiled, and detached, because flex_attention rejects parameters on the
-        # CPU even if no gradient is needed.
-        attention = flex_attention
-        query, key, value = (x.detach() for x in (query, key, value))
-    name = ("flex", options.causal, options.window)
-    output = attention(
-        query,
-        key,
-        value,
-        score_mod=None if options.softcap is None else _capped(options.softcap),
-        block_mask=_cached(cu_seqlens, name, lambda: _block_mask(cu_seqlens, query, options)),
-        scale=options.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.transpose(1, 2)
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-@functools.cache  # one function per value: another function would be compiled again
-def _capped(softcap: float) -> Callable[..., Tensor]:
-    return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
-
-
-def _block_mask(cu_seqlens: Tensor, query: Tensor, options: Options) -> "BlockMask":
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    total = query.shape[2]
-    causal = options.causal
-    window = options.window
-    numbers = torch.arange(len(cu_seqlens) - 1, device=query.device)
-    utterance = numbers.repeat_interleave(cu_seqlens.diff().to(query.device), output_size=total)
-
-    def attends(
-        b: Tensor,
-        h: Tensor,
-        q: Tensor,
-        k: Tensor,
-    ) -> Tensor:
-        allowed = utterance[q] == utterance[k]
-        if causal:
-            allowed = allowed & (k <= q)
-        if window is not None:
-            allowed = allowed & (q - k < window)
-        return allowed
-
-    # If compiled, it never allocates the (T, T) mask from which the blocks are computed.
-    return create_block_mask(
-        attends, None, None, total, total, device=query.device, _compile=query.is_cuda
-    )
-
-
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Options], Tensor]] = {
     "sdpa": _sdpa,
     "flash": _flash,
     "varlen": _varlen,
-    "flex": _flex,
 }
 
 

@@ -120,8 +120,8 @@ class LlmPart:
     chat_template: Literal["chatml"] | None = None
     """null: that of the tokenizer, or ChatML if it has none; chatml: plain ChatML without a default
     system turn"""
-    attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
-    """over packed rows: flash (flash-attn) | varlen (torch) | flex | sdpa | auto: the fastest that
+    attention: Literal["auto", "sdpa", "flash", "varlen"] = "auto"
+    """over packed rows: flash (flash-attn) | varlen (torch) | sdpa | auto: the fastest that
     works on this machine"""
     lora: LoraPart | None = LoraPart()
 

@@ -164,6 +164,14 @@ class TrainingData:
             corpus.name: functools.partial(self._valid_batches, corpus) for corpus in self.valid
         }
 
+    def valid_sizes(self) -> dict[str, int]:
+        """Return, by validation set, the approximate number of this rank's batches."""
+        ranks = distributed.world_size()
+        return {
+            corpus.name: self._plan([corpus], shuffle=False).estimate_steps(ranks=ranks)
+            for corpus in self.valid
+        }
+
     def _valid_batches(self, corpus: Corpus) -> Iterator[PackedBatch]:
         dataset = PlannedDataset(self._reader([corpus], None), self._collator(None, 0))
         plan = self._plan([corpus], shuffle=False)

@@ -12,6 +12,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from asrllm.errors import UserError
 from asrllm.launchers import switched_on
+from asrllm.progress import waiting
 from asrllm.training.ds_keys import DsConfig
 from asrllm.training.optimizers import make_optimizer, parameter_groups
 from asrllm.training.run_config import TrainerConfig
@@ -57,11 +58,12 @@ def deepspeed_engine(
         # gather a whole layer at once rather than weight by weight
         set_z3_leaf_modules(model, model.unsplit_modules())
         gather_head_for_loss(model)
-    optimizer = build_optimizer(config, ds, model, device)
-    import_muon_uncompiled()
-    engine, *_ = deepspeed.initialize(
-        model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds
-    )
+    with waiting("preparing DeepSpeed, which may compile its operators"):
+        optimizer = build_optimizer(config, ds, model, device)
+        import_muon_uncompiled()
+        engine, *_ = deepspeed.initialize(
+            model=model.to(device), model_parameters=trainable, optimizer=optimizer, config=ds
+        )
     if isinstance(optimizer, ScaledAdam):
         bind(optimizer, engine)
     yield engine

@@ -1,5 +1,6 @@
 """Utterances of a validation set that are decoded during training."""
 
+import math
 import sys
 from collections.abc import Iterator
 
@@ -49,6 +50,11 @@ class DecodingSubset:
         for start in range(0, per_rank, BATCH_SIZE):
             samples = [self._read(row) for row in own_rows[start : start + BATCH_SIZE]]
             yield [(sample, self._prompt(sample)) for sample in samples]
+
+    def num_batches(self, ranks: int) -> int:
+        """Return the number of batches of each rank."""
+        per_rank = math.ceil(len(self.rows) / ranks)
+        return math.ceil(per_rank / BATCH_SIZE)
 
     def _prompt(self, sample: Sample) -> str:
         if sample.key == PADDING_KEY:

@@ -22,13 +22,7 @@ from asrllm.collator.chat import Messages
 from asrllm.data.index import RATE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
-from asrllm.models.asr_llm.greedy_search import (
-    CudaGraphDecoder,
-    DynamicCacheDecoder,
-    StepDecoder,
-    can_be_recorded,
-    greedy,
-)
+from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import HOP, check_finite
 from asrllm.schema import build
@@ -151,11 +145,7 @@ def decode(
     is_partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
     has_cache = model.causal_lm._supports_default_dynamic_cache()
     if is_greedy(config) and not is_partitioned and has_cache:
-        decoder: StepDecoder
-        if model.cuda_graphs and can_be_recorded(model.causal_lm):
-            decoder = CudaGraphDecoder.for_batch(model.llm, model.causal_lm, mask, max_tokens)
-        else:
-            decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
+        decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
         stop_ids = config.eos_token_id
         return greedy(decoder, embeddings, mask, stop_ids, stopping, first_logits.check)
     set_length(config, max_tokens, mask.shape[1], model.llm.generation_config)

@@ -58,8 +58,6 @@ class AsrLlmNetwork(PreTrainedModel):
             Generating text needs it.
         label_smoothing: label smoothing of the loss; it applies in training mode only.
         inherited: names of frozen parameters that are not in a base model.
-        cuda_graphs: whether greedy search on CUDA records a step as a CUDA graph and replays it.
-            The key-value cache then has a fixed size.
     """
 
     config_class = AsrLlmConfig
@@ -68,7 +66,6 @@ class AsrLlmNetwork(PreTrainedModel):
     processor: AsrLlmProcessor | None = None
     label_smoothing: float = 0.0
     inherited: tuple[str, ...] = ()
-    cuda_graphs: bool = False
 
     def __init__(
         self,

@@ -78,7 +78,9 @@ def make_validation(config: TrainRun, data: TrainingData, metrics: Metrics) -> V
     if count:
         decoder = Decoder(data.valid_subsets(count), data.normalize)
     every = config.trainer.valid_every
-    return Validation(data.valid_sets(), metrics, every=every, decoder=decoder)
+    return Validation(
+        data.valid_sets(), metrics, every=every, sizes=data.valid_sizes(), decoder=decoder
+    )
 
 
 def make_sinks(config: TrainRun, data: TrainingData, step: int) -> list[sinks.Sink]:

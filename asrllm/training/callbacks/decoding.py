@@ -7,6 +7,7 @@ from asrllm import distributed
 from asrllm.audio.reader import Sample
 from asrllm.data.text import word_errors
 from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.progress import ProgressBar
 from asrllm.training.subset import PADDING_KEY, DecodingSubset
 from asrllm.training.trainer import Trainer
 
@@ -61,15 +62,19 @@ class Decoder:
         """
         decoded: list[ValidationSample] = []
         subset = self.subsets[corpus]
-        for batch in subset.batches(distributed.rank(), distributed.world_size()):
-            keys = [sample.key for sample, _ in batch]
-            trainer.watchdog.beat(f"decoding {corpus}", keys)
-            if trainer.sync_preemption():
-                raise ValidationInterrupted
-            texts = self._transcribe(trainer, batch)
-            for (sample, _), text in zip(batch, texts, strict=True):
-                if sample.key != PADDING_KEY:
-                    decoded.append(scored(sample, corpus, text))
+        rank, ranks = distributed.rank(), distributed.world_size()
+        total = subset.num_batches(ranks)
+        with ProgressBar(f"decoding {corpus}", total, enabled=rank == 0, brief=True) as bar:
+            for batch in subset.batches(rank, ranks):
+                keys = [sample.key for sample, _ in batch]
+                trainer.watchdog.beat(f"decoding {corpus}", keys)
+                if trainer.sync_preemption():
+                    raise ValidationInterrupted
+                texts = self._transcribe(trainer, batch)
+                for (sample, _), text in zip(batch, texts, strict=True):
+                    if sample.key != PADDING_KEY:
+                        decoded.append(scored(sample, corpus, text))
+                bar.advance()
         samples = []
         for of_rank in distributed.gather_objects(decoded):
             samples += of_rank

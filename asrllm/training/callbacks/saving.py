@@ -1,6 +1,7 @@
 """Saves checkpoints during training."""
 
 from asrllm.collator.loader import LoadedStep
+from asrllm.progress import waiting
 from asrllm.training.checkpoint.manifest import Settings
 from asrllm.training.checkpoint.saver import CheckpointSaver, make_manifest
 from asrllm.training.running_average import RunningAverage
@@ -64,4 +65,5 @@ class Checkpoints(Callback):
     def at_end(self, trainer: Trainer) -> None:
         """Wait until the last checkpoint is written."""
         trainer.watchdog.beat(f"waiting for checkpoint-{trainer.step}")
-        self.saver.finish()
+        with waiting(f"writing checkpoint-{trainer.step}"):
+            self.saver.finish()

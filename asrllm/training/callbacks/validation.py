@@ -1,11 +1,13 @@
 """Loss, accuracy and word error rate on the validation sets."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from asrllm import distributed
 from asrllm.collator.batch import PackedBatch
 from asrllm.collator.loader import LoadedStep
+from asrllm.progress import ProgressBar
 from asrllm.training.callbacks.decoding import (
     Decoder,
     ValidationInterrupted,
@@ -31,6 +33,7 @@ class Validation(Callback):
         metrics: Metrics,
         *,
         every: int,
+        sizes: Mapping[str, int] | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         """Create the callback.
@@ -39,11 +42,13 @@ class Validation(Callback):
             sets: by validation set, a function that yields this rank's batches.
             metrics: callback that writes the records.
             every: steps between two validations.
+            sizes: by validation set, the number of this rank's batches, which may be an estimate.
             decoder: decodes a part of each set, or None.
         """
         self.sets = sets
         self.metrics = metrics
         self.every = every
+        self.sizes = sizes or {}
         self.decoder = decoder
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
@@ -84,11 +89,15 @@ class Validation(Callback):
     def _sums(self, trainer: Trainer, name: str) -> StepSums:
         """Return the sums of a validation set over all ranks."""
         sums = StepSums()
-        for batch in self.sets[name]():
-            trainer.watchdog.beat(f"validating on {name}", batch.keys)
-            if trainer.sync_preemption():
-                raise ValidationInterrupted
-            batch = batch.to(trainer.device)
-            output = trainer.engine(**{key: getattr(batch, key) for key in MODEL_INPUTS})
-            sums += count(batch, output.loss.item(), output.correct.item())
+        first_rank = distributed.rank() == 0
+        size = self.sizes.get(name)
+        with ProgressBar(f"validation on {name}", size, enabled=first_rank, brief=True) as bar:
+            for batch in self.sets[name]():
+                trainer.watchdog.beat(f"validating on {name}", batch.keys)
+                if trainer.sync_preemption():
+                    raise ValidationInterrupted
+                batch = batch.to(trainer.device)
+                output = trainer.engine(**{key: getattr(batch, key) for key in MODEL_INPUTS})
+                sums += count(batch, output.loss.item(), output.correct.item())
+                bar.advance()
         return sums.over_ranks(trainer.device)

@@ -5,7 +5,6 @@ import torch
 from transformers import GenerationConfig
 
 from asrllm.models.asr_llm import generation
-from asrllm.models.asr_llm.greedy_search import DECODERS
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_generation import FAMILIES, chats_of, family, make_model, waves_of
 
@@ -78,40 +77,6 @@ def test_end_reasons_of_answers(model):
     looping = generation.make_answer(model.processor.tokenizer, [7] * 40, [2], 32)
     assert looping.end == "loop"
     assert generation.make_answer(model.processor.tokenizer, [7, 8, 2, 7], [2], 32).end == "stop"
-
-
-@pytest.mark.parametrize("count", [1, 5, 12])
-def test_texts_are_the_same_with_a_cache_of_fixed_size(model, monkeypatch, count):
-    """Without CUDA the step has the same shapes but is not recorded. The second batch reuses the cache."""
-    early, waves, chats = ends_early(model), waves_of(count), chats_of(model, count)
-    expected = model.generate(waves, chats, 24, generation_config=early)
-    shapes = []
-    hook = model.llm.register_forward_hook(lambda _, __, output: shapes.append(output.logits.shape))
-    monkeypatch.setattr(model, "cuda_graphs", True)
-    assert model.generate(waves, chats, 24, generation_config=early) == expected
-    assert model.generate(waves[::-1], chats[::-1], 24, generation_config=early) == expected[::-1]
-    hook.remove()
-    assert len(set(shapes)) == 1
-    assert len(DECODERS) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_replayed_cuda_graph_gives_the_same_texts(model, monkeypatch):
-    on_gpu = model.to("cuda")
-    early, waves, chats = ends_early(on_gpu), waves_of(12), chats_of(on_gpu, 12)
-    expected = on_gpu.generate(waves, chats, 24, generation_config=early)
-    monkeypatch.setattr(on_gpu, "cuda_graphs", True)
-    for _ in range(3):
-        assert on_gpu.generate(waves, chats, 24, generation_config=early) == expected
-
-
-def test_llms_with_sliding_windows_are_not_recorded(world, tmp_path, monkeypatch):
-    model = make_model(world, family(tmp_path / "llm", "mistral"), model_type="mistral")
-    expected = model.generate(waves_of(3), chats_of(model, 3), 24)
-    monkeypatch.setattr(model, "cuda_graphs", True)
-    assert model.generate(waves_of(3), chats_of(model, 3), 24) == expected
-    assert model.causal_lm not in DECODERS
 
 
 @pytest.mark.parametrize(

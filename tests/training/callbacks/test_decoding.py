@@ -2,13 +2,16 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from asrllm import distributed
 from asrllm.audio.reader import Reader
 from asrllm.data.corpora import read_corpora
 from asrllm.data.text import word_errors
+from asrllm.training.callbacks import validation
 from asrllm.training.callbacks.decoding import (
     Decoder,
     ValidationInterrupted,
@@ -17,6 +20,7 @@ from asrllm.training.callbacks.decoding import (
 )
 from asrllm.training.callbacks.validation import Validation
 from asrllm.training.subset import BATCH_SIZE, PADDING_KEY, DecodingSubset
+from asrllm.training.trainer import StepSums
 from asrllm.training.watchdog import Watchdog
 from tests.conftest import assert_done, run_script
 from tests.test_end_to_end import losses, metrics
@@ -108,6 +112,35 @@ def test_interrupted_validation_stops_and_records_nothing(corpus):
     Validation(sets, metrics, every=1, decoder=decoder).run(trainer)
     assert modes == ["eval", "train"]
     assert written == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_validation_and_decoding_report_progress_on_the_first_rank(
+    corpus, monkeypatch, capsys, rank
+):
+    monkeypatch.setattr("asrllm.progress.FIRST_LINE", 0.0)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
+    monkeypatch.setattr(validation, "MODEL_INPUTS", ())
+    monkeypatch.setattr(validation, "count", lambda *_: StepSums(targets=1))
+    monkeypatch.setattr(Decoder, "_transcribe", lambda _, __, batch: ["text"] * len(batch))
+    engine = Mock(return_value=SimpleNamespace(loss=1.0, correct=1.0))
+    trainer = Mock(engine=engine, step=3, device=torch.device("cpu"))
+    trainer.sync_preemption.return_value = False
+    subset = DecodingSubset(corpus, Reader([corpus]), Prompts(), count=20)
+    callback = Validation(
+        {"dev": lambda: iter([Mock(), Mock()])},
+        Mock(),
+        every=1,
+        sizes={"dev": 2},
+        decoder=Decoder({"dev": subset}, str),
+    )
+    callback.run(trainer)
+    reported = [line.partition(" [")[0] for line in capsys.readouterr().err.splitlines()]
+    if rank == 0:
+        assert {line.rpartition(" ")[2] for line in reported} >= {"1/2", "2/2", "3/3"}
+    else:
+        assert reported == []
 
 
 @pytest.mark.slow
