@@ -124,7 +124,8 @@ def test_validation_and_decoding_report_progress_on_the_first_rank(
     monkeypatch.setattr(validation, "MODEL_INPUTS", ())
     monkeypatch.setattr(validation, "count", lambda *_: StepSums(targets=1))
     monkeypatch.setattr(Decoder, "_transcribe", lambda _, __, batch: ["text"] * len(batch))
-    engine = Mock(return_value=SimpleNamespace(loss=1.0, correct=1.0))
+    output = SimpleNamespace(loss=torch.tensor(1.0), correct=torch.tensor(1.0))
+    engine = Mock(return_value=output)
     trainer = Mock(engine=engine, step=3, device=torch.device("cpu"))
     trainer.sync_preemption.return_value = False
     subset = DecodingSubset(corpus, Reader([corpus]), Prompts(), count=20)
