@@ -366,6 +366,7 @@ def test_error_of_all_ranks_is_printed_once_under_torchrun(world, tmp_path):
         with job("torchrun", folder, arguments, ranks=ranks) as run:
             wait_for(lambda run=run: None not in run.statuses(), 200)
             assert run.output().count("asrllm train: ") == 1, (ranks, run.output())
+        print(number, "runs, each with one message", flush=True)
         shutil.rmtree(folder)
 
 

@@ -327,7 +327,7 @@ def error_rate(name: str, result: Mapping[str, Any]) -> str:
     """Return one line about the word error rate of a test set."""
     low, high = result["wer_ci95"]
     return (
-        f"WER {result['wer']:5.2f} % (95 %: {low:.2f} to {high:.2f})  {name}: {TEST_SETS[name]}, "
+        f"WER {result['wer']:5.2f} % (95 % CI {low:.2f} to {high:.2f})  {name}: {TEST_SETS[name]}, "
         f"{result['utterances']} utterances"
     )
 
