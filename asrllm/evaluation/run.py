@@ -95,17 +95,17 @@ class Evaluation:
         )
 
     def check(self) -> None:
-        """Lock the result directory and check the test sets.
+        """Check the test sets, and lock the result directory.
 
         Raises:
             UserError: a test set cannot be scored, or another evaluation writes to the directory.
         """
-        distributed.first_rank_does(self._lock_folder)
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
             distributed.first_rank_does(
                 functools.partial(check_test_set, corpus, self.cache, name, normalizer(name))
             )
+        distributed.first_rank_does(self._lock_folder)  # creates the directory
 
     def _lock_folder(self) -> None:
         self.folder.mkdir(exist_ok=True)
