@@ -208,7 +208,7 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
 
 def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
     """Import the implementation of a verb, which takes seconds if it needs torch."""
-    with waiting(f"asrllm {verb}: importing libraries"):
+    with waiting("importing libraries"):
         if verb not in WITHOUT_TORCH:
             import torch
 
