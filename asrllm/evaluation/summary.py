@@ -19,7 +19,7 @@ from asrllm.evaluation.score import (
     fitting_metric,
     groups_of,
 )
-from asrllm.models.asr_llm.generation import first_loop
+from asrllm.models.asr_llm.answers import first_loop
 
 DURATIONS = (2, 5, 10, 15, 20, 30)  # seconds; the borders of the breakdown
 BURST = 5  # consecutive inserted units

@@ -3,6 +3,8 @@
 To add one, write a class and add a line to PROJECTORS.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +74,21 @@ def first_frames(x: Tensor, lengths: Tensor) -> Tensor:
     return positions < lengths[:, None]
 
 
+def count_audio_tokens(
+    frames: Any, rate: int, *, drop_ragged: bool = False, tag_boundary: bool = False
+) -> Any:
+    """Return how many tokens of the LLM some encoder frames take.
+
+    Args:
+        frames: number of frames, as an int, an array or a tensor.
+        rate: number of frames that make one token.
+        drop_ragged: drop the frames after the last full stack instead of padding with zeros.
+        tag_boundary: count an embedding before and after the audio.
+    """
+    tokens = frames // rate if drop_ragged else -(-frames // rate)
+    return tokens + 2 if tag_boundary else tokens
+
+
 class AudioProjector(nn.Module):
     """A projector for a padded batch.
 
@@ -123,9 +140,7 @@ class AudioProjector(nn.Module):
         frames = frames * first_frames(frames, lengths)[..., None]
         missing = -frames.shape[1] % self.rate
         frames = F.pad(frames, (0, 0, 0, missing))
-        counts = -(-lengths // self.rate)
-        if self.drop_ragged:
-            counts = lengths // self.rate
+        counts = count_audio_tokens(lengths, self.rate, drop_ragged=self.drop_ragged)
         stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
         tokens = self.mlp(stacked[first_frames(stacked, counts)])  # without padding
         if self.boundary is None:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from asrllm.models.encoders.registry import encoder_class
+from asrllm.models.projectors import count_audio_tokens
 
 
 class AsrLlmConfig(PreTrainedConfig):
@@ -69,13 +70,12 @@ class AsrLlmConfig(PreTrainedConfig):
             The number of tokens, in the type of `samples`.
         """
         frames = encoder_class((self.audio_encoder or {})["model_type"]).frame_lengths(samples)
-        rate = self.audio_encoder_projector_ds_rate
-        tokens = -(-frames // rate)
-        if self.drop_ragged_frames:
-            tokens = frames // rate
-        if self.tag_audio_boundary:
-            tokens = tokens + 2
-        return tokens
+        return count_audio_tokens(
+            frames,
+            self.audio_encoder_projector_ds_rate,
+            drop_ragged=self.drop_ragged_frames,
+            tag_boundary=self.tag_audio_boundary,
+        )
 
     def sample_limits(self) -> tuple[int, int]:
         """Return the smallest and largest number of samples at 16 kHz that the encoder accepts."""

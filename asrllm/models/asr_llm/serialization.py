@@ -24,6 +24,7 @@ from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.hub_files import load_generation_config
+from asrllm.models.portable.files import describe_code, write_code
 from asrllm.models.pretrained import (
     empty_llm,
     layer_without_bias,
@@ -99,6 +100,9 @@ def save_model(
     try:
         model.require_processor().save_pretrained(partial)
         write_generation_config(model.llm.generation_config, partial)
+        if is_portable(config):
+            describe_code(config)
+            write_code(config, model.require_processor(), partial)
         config.save_pretrained(partial)
         source = weight_source(state, tuned)
         write_sharded(source, partial, max_shard_size=max_shard_size, what="model")
@@ -116,6 +120,12 @@ def _saved_weights(model: AsrLlmNetwork) -> StateDict:
         if not name.startswith(excluded) or is_adapter(name):
             state[name] = tensor
     return state
+
+
+def is_portable(config: AsrLlmConfig) -> bool:
+    """Return whether transformers alone can load the model: without adapters, with all parts."""
+    adapters = config.lora or config.audio_encoder_lora
+    return not adapters and not config.exclude_from_checkpoint
 
 
 def _describe_as_merged(config: AsrLlmConfig) -> None:

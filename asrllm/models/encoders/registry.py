@@ -63,6 +63,15 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
+    def make_features(values: Fields) -> nn.Module:
+        """Return the module that computes the encoder's features.
+
+        Args:
+            values: the encoder's fields, and `pad_to_30s`.
+        """
+        ...
+
+    @staticmethod
     def frame_lengths(samples: Any) -> Any:
         """Return how many frames the encoder gives for a waveform.
 

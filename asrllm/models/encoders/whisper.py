@@ -141,6 +141,11 @@ class WhisperEncoder(ExtractsFeatures):
         return cls(pad_to_30s=pad_to_30s, **values)
 
     @staticmethod
+    def make_features(values: Fields) -> WhisperFeatures:
+        """See AudioEncoder."""
+        return WhisperFeatures(values["num_mel_bins"], values.get("pad_to_30s", False))
+
+    @staticmethod
     def frame_lengths(samples: Any) -> Any:
         """See AudioEncoder."""
         return (whisper_frames(samples) + 1) // 2

@@ -170,6 +170,11 @@ class ZipformerEncoder(ExtractsFeatures):
         return encoder
 
     @staticmethod
+    def make_features(values: Fields) -> KaldiFeatures:
+        """See AudioEncoder."""
+        return KaldiFeatures(values.get("feature_dim", 80))
+
+    @staticmethod
     def frame_lengths(samples: Any) -> Any:
         """See AudioEncoder."""
         return (kaldi_frames(samples) - 5) // 4

@@ -1,0 +1,163 @@
+"""Write the files with which transformers loads a saved directory without this package."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import asrllm
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.decoding_options import decoding_config
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.encoders.registry import ENCODERS
+from asrllm.models.portable.bundle import Bundle, Definition
+from asrllm.text_files import JsonObject
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_asrllm.AsrLlmHubConfig",
+    "AutoModel": "modeling_asrllm.AsrLlmForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_asrllm.AsrLlmForConditionalGeneration",
+    "AutoModelForSpeechSeq2Seq": "modeling_asrllm.AsrLlmForConditionalGeneration",
+}
+PROCESSOR_AUTO_MAP = {
+    "AutoProcessor": "processing_asrllm.AsrLlmHubProcessor",
+    "AutoFeatureExtractor": "processing_asrllm.AsrLlmFeatureExtractor",
+}
+PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": "pipeline_asrllm.AsrLlmPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq"],
+        "default": {"model": None},
+        "type": "multimodal",
+    }
+}
+LICENSE = "SPDX-License-Identifier: Apache-2.0"
+# what the saved code does without: files of other formats, training, and resampling
+DROPPED = (
+    "AsrLlmConfig.num_audio_tokens",
+    "AsrLlmConfig.sample_limits",
+    "ChatRenderer.encode_training",
+    "WhisperEncoder.read_pretrained",
+    "ZipformerEncoder.read_pretrained",
+    "ZipformerEncoder.from_pretrained",
+    "ZipformerEncoder.load_state_dict",
+)
+FEATURES_ONLY = ("frame_lengths", "make_features")
+REPLACEMENTS: dict[Definition, str] = {
+    ("asrllm.audio.waves", "ExtractsFeatures"): """class ExtractsFeatures(nn.Module):
+    \"\"\"An encoder that computes the features of raw audio.\"\"\"
+
+    features: nn.Module""",
+    ("asrllm.audio.reader", "resample"): """def resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    \"\"\"Return the samples unchanged: their rate is checked before.\"\"\"
+    return wave""",
+    ("asrllm.models.attention", "BACKENDS"): """BACKENDS = {"sdpa": _sdpa}""",
+    ("asrllm.models.attention", "choose"): """def choose(
+    query: Tensor, value: Tensor, options: Options
+) -> str:
+    \"\"\"Return the backend that every machine has.\"\"\"
+    return "sdpa\"""",
+    ("asrllm.models.attention", "why_not"): """def why_not(
+    backend: str, query: Tensor, value: Tensor, options: Options
+) -> str:
+    \"\"\"Return "": the backend works everywhere.\"\"\"
+    return \"\"""",
+    ("asrllm.collator.template_trial", "try_template"): """def try_template(
+    key: object, render: Callable[[], str]
+) -> None:
+    \"\"\"Accept a chat template: that of a saved model was tried in training.\"\"\"""",
+}
+
+
+def code_files(encoder: str) -> dict[str, str]:
+    """Return the Python files of a saved directory by name.
+
+    Args:
+        encoder: name of the audio encoder in ENCODERS.
+    """
+    kind = ENCODERS[encoder].__name__
+    replacements = REPLACEMENTS | {
+        ("asrllm.models.encoders.registry", "encoder_class"): (
+            "def encoder_class(model_type: str) -> type[AudioEncoder]:\n"
+            '    """Return the class of the audio encoder."""\n'
+            f"    return {kind}"
+        )
+    }
+    shared = {"AsrLlmHubConfig": "configuration_asrllm"}
+    return {
+        "configuration_asrllm.py": _file("configuration", ["AsrLlmHubConfig"], replacements),
+        "modeling_asrllm.py": _file(
+            "modeling", ["AsrLlmForConditionalGeneration"], replacements, elsewhere=shared
+        ),
+        "processing_asrllm.py": _file(
+            "processing",
+            ["AsrLlmHubProcessor", "AsrLlmFeatureExtractor"],
+            replacements,
+            dropped=_all_but_features(kind),
+        ),
+        "pipeline_asrllm.py": _file("pipeline", ["AsrLlmPipeline"], replacements),
+    }
+
+
+def _all_but_features(kind: str) -> list[str]:
+    """Return the methods of an encoder that the processor does not need."""
+    (encoder,) = [encoder for encoder in ENCODERS.values() if encoder.__name__ == kind]
+    return [f"{kind}.{name}" for name in vars(encoder) if name not in FEATURES_ONLY]
+
+
+def _file(
+    module: str,
+    names: Sequence[str],
+    replacements: dict[Definition, str],
+    *,
+    dropped: Sequence[str] = (),
+    elsewhere: dict[str, str] | None = None,
+) -> str:
+    entries = [(f"asrllm.models.portable.{module}", name) for name in names]
+    bundle = Bundle(
+        entries, replacements=replacements, dropped=[*DROPPED, *dropped], elsewhere=elsewhere
+    )
+    title = f"The {module} of a model saved by asrllm {asrllm.__version__}. {LICENSE}"
+    return bundle.text(title)
+
+
+def describe_code(config: AsrLlmConfig) -> None:
+    """Add to a configuration where transformers finds the classes. The configuration is changed."""
+    config.auto_map = AUTO_MAP
+    config.custom_pipelines = PIPELINES
+
+
+def write_code(config: AsrLlmConfig, processor: AsrLlmProcessor, folder: Path) -> None:
+    """Write the Python files, and the configurations of the processor and of generation.
+
+    Args:
+        config: the model's configuration.
+        processor: the model's processor.
+        folder: the directory.
+    """
+    encoder = config.audio_encoder or {}
+    for name, text in code_files(encoder["model_type"]).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    shared = {"processor_class": "AsrLlmHubProcessor", "auto_map": PROCESSOR_AUTO_MAP}
+    extractor = {
+        **shared,
+        "feature_extractor_type": "AsrLlmFeatureExtractor",
+        "audio_encoder": encoder | {"pad_to_30s": config.pad_to_30s},
+    }
+    _write_json(folder / "preprocessor_config.json", extractor)
+    options = {
+        **shared,
+        "audio_token": config.audio_token,
+        "frames_per_token": config.audio_encoder_projector_ds_rate,
+        "drop_ragged_frames": config.drop_ragged_frames,
+        "tag_audio_boundary": config.tag_audio_boundary,
+        "prompts": config.prompts,
+        "prompt_languages": config.prompt_languages,
+        "hotwords_template": config.hotwords_template,
+    }
+    _write_json(folder / "processor_config.json", options)
+    settings = decoding_config(None, None, processor.renderer.stop_ids)
+    settings.save_pretrained(folder)
+
+
+def _write_json(path: Path, values: JsonObject) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
