@@ -1,4 +1,4 @@
-"""Verify that the bytes of a weight file are those that were written.
+"""Verify that the bytes of a model's files are those that were written.
 
 torch.save writes a CRC-32 with every record of its zip file. Our safetensors files have the SHA-256
 of themselves in their metadata, computed with zeros in its place. A file without a checksum, for
@@ -6,6 +6,8 @@ example a safetensors file of another program, cannot be verified.
 
 A flipped bit in a weight changes texts and causes no error, so files are verified before they are
 used. This takes about half a second per GB, once in a process.
+
+A saved directory has the SHA-256 of its other files in asrllm.sha256.
 """
 
 import functools
@@ -18,8 +20,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from asrllm.errors import CorruptedError
-from asrllm.text_files import check_no_pointer, parse_json
+from asrllm.text_files import check_no_pointer, parse_json, read_text
 
+CHECKSUMS = "asrllm.sha256"  # in the format of the program sha256sum
+NOT_LISTED = (CHECKSUMS, "README.md")  # people edit the model card, which changes no text
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -139,6 +143,41 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file in a directory except weights, which contain their own."""
+    lines: list[str] = []
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and file.suffix != ".safetensors" and name not in NOT_LISTED:
+            lines.append(f"{file_sha256(file)}  {name}\n")
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_folder(folder: Path) -> None:
+    """Verify the files that `write_checksums` listed. Further files may be in the directory.
+
+    Raises:
+        CorruptedError: a file has changed or does not exist.
+        UserError: the list cannot be read.
+    """
+    checksums = folder / CHECKSUMS
+    if not checksums.exists():
+        return
+    for line in read_text(checksums, "the list of checksums").splitlines():
+        expected, _, name = line.partition("  ")
+        file = folder / name
+        problem = ""
+        if not file.is_file():
+            problem = "was not found"
+        elif file_sha256(file) != expected:
+            problem = f"does not match its SHA-256 in {CHECKSUMS}"
+        if problem:
+            raise CorruptedError(
+                f"{str(file)!r} {problem}. Copy it again. If you changed "
+                f"it on purpose, delete its line in {str(checksums)!r}."
+            )
 
 
 def corrupted(path: Path, problem: str) -> CorruptedError:

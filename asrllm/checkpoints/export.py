@@ -11,6 +11,7 @@ from torch import nn
 
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
+from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.network import PARTS
@@ -113,6 +114,8 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
     model.causal_lm.config.save_pretrained(folder / "llm")
     write_generation_config(model.llm.generation_config, folder / "llm")
     model.require_processor().tokenizer.save_pretrained(folder / "llm")
+    for part in PARTS:
+        write_checksums(folder / part)
 
 
 def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from asrllm.errors import UserError
+from asrllm.integrity import verify_folder
 from asrllm.text_files import check_no_pointer, read_json_object, read_text, reading
 
 # The content of a configuration in JSON.
@@ -62,6 +63,7 @@ def check_directory(folder: str | Path, key: str) -> None:
         UserError: a file is damaged or is a git-LFS pointer, or the directory is of another kind.
     """
     folder = Path(folder)
+    verify_folder(folder)
     check_kind(folder, key)
     if (folder / "adapter_config.json").is_file():
         raise UserError(

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from asrllm.errors import UserError
+from asrllm.integrity import verify_folder
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import Fields, check_plain
@@ -26,8 +27,10 @@ def read_config_fields(folder: str | Path) -> Fields:
     """Return the content of the config.json in a model's directory.
 
     Raises:
-        UserError: the file does not exist or is not a JSON object.
+        UserError: the file does not exist or is not a JSON object, or a file of the directory
+            does not match its checksum.
     """
+    verify_folder(Path(folder))
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.errors import UserError, nearest
-from asrllm.integrity import verify_weights
+from asrllm.integrity import verify_weights, write_checksums
 from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.network import AsrLlmNetwork
@@ -102,6 +102,7 @@ def save_model(
         config.save_pretrained(partial)
         source = weight_source(state, tuned)
         write_sharded(source, partial, max_shard_size=max_shard_size, what="model")
+        write_checksums(partial)
         _move_into_place(partial, folder)
     except BaseException:
         shutil.rmtree(folder if is_new else partial, ignore_errors=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.integrity import verify_weights
+from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
 from asrllm.models.hub_files import Fields, check_kind, check_plain
 from asrllm.models.state_dict import StateDict
@@ -148,6 +148,7 @@ def _transformers_name(key: str, where: str) -> str:
 def read_directory(folder: Path) -> tuple[Fields, StateDict]:
     """Read a Hugging Face directory. See `read_whisper`."""
     path = folder / "config.json"
+    verify_folder(folder)
     check_kind(folder, KEY)
     if not path.is_file():
         raise UserError(

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import asrllm
 from asrllm.commands.dispatch import main
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
+from asrllm.integrity import CHECKSUMS
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import (
     as_dtype,
@@ -588,11 +589,40 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_directory_is_reported(world, tmp_path, damage):
     make_model(world).save_pretrained(tmp_path)
+    (tmp_path / CHECKSUMS).unlink()  # which would report every change
     change, message = DAMAGES[damage]
     change(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         asrllm.AutoModel.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path):
+    make_model(world).save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("added later")
+    asrllm.AutoModel.from_pretrained(tmp_path)
+    saved = [path for path in tmp_path.iterdir() if path.name not in (CHECKSUMS, "notes.txt")]
+    assert {path.name for path in saved} >= {"chat_template.jinja", "config.json"}
+    for path in saved:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CorruptedError, match=re.escape(repr(str(path)))):
+            asrllm.AutoModel.from_pretrained(tmp_path)
+        path.unlink()
+        with pytest.raises(UserError):
+            asrllm.AutoModel.from_pretrained(tmp_path)
+        path.write_bytes(content)
+
+
+def test_changed_file_is_accepted_without_its_checksum(world, tmp_path):
+    make_model(world).save_pretrained(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    lines = (tmp_path / CHECKSUMS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.endswith("  chat_template.jinja\n")]
+    (tmp_path / CHECKSUMS).write_text("".join(kept))
+    model = asrllm.AutoModel.from_pretrained(tmp_path)
+    assert model.processor.tokenizer.chat_template == template.read_text()
 
 
 def test_weights_are_loaded_in_the_requested_dtype(world, tmp_path):

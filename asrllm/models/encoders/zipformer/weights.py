@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.integrity import verify_weights
+from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.configuration import (
     FIELDS,
     PER_STACK,
@@ -77,8 +77,9 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     Raises:
         UserError: the file is damaged, or has no Zipformer encoder.
     """
-    state = encoder_weights(_load_all(path), path)
     folder = path if path.is_dir() else path.parent
+    verify_folder(folder)
+    state = encoder_weights(_load_all(path), path)
     given = read_fields(folder / "config.json")
     try:
         config = ZipformerConfig(**fields_of_shapes(state, given))
