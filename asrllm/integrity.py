@@ -46,12 +46,11 @@ def verify_weights(path: Path) -> None:
 
     Raises:
         CorruptedError: the file does not match its checksum.
-        UserError: the file is a git-LFS pointer.
+        UserError: the file is a git-LFS pointer, or a directory, pipe or device.
         OSError: the file cannot be read.
     """
+    check_no_pointer(path)
     about = os.stat(path)
-    if about.st_size < 1024:  # a pointer has about 130 bytes
-        check_no_pointer(path)
     _verify(path, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
@@ -141,6 +140,7 @@ def _update(digest: "hashlib._Hash", file: BinaryIO) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
+    check_no_pointer(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -3,13 +3,16 @@
 import contextlib
 import errno
 import json
+import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from asrllm.errors import UserError
 
 JsonObject = dict[str, Any]  # its values are JSON values
+Buffer = bytes | mmap.mmap
 LFS_POINTER = (
     b"version https://git-lfs"  # begins the file that git-LFS puts in place of a large one
 )
@@ -60,21 +63,45 @@ def first_words(error: BaseException, limit: int = 200) -> str:
     return (text or type(error).__name__)[:limit].rstrip(". ")
 
 
-def check_no_pointer(path: str | Path) -> None:
-    """Check that a file is not a git-LFS pointer.
+def open_regular(path: str | Path, what: str = "the file") -> BinaryIO:
+    """Open a file for reading, unless reading it could wait forever or give other content.
+
+    Args:
+        path: the file.
+        what: the role of the file, which begins the error message.
 
     Raises:
-        UserError: the file is a pointer.
+        UserError: the path is a directory, pipe or device, or the file is a git-LFS pointer.
         OSError: the file cannot be read.
     """
+    if os.path.exists(path):
+        check_file(path, what)
     with open(path, "rb") as file:
-        begin = file.read(len(LFS_POINTER))
-    if begin == LFS_POINTER:
-        folder = str(Path(path).absolute().parent)
-        raise UserError(
-            f"{str(path)!r} is a git-LFS pointer, not the file itself. "
-            f"Run 'git lfs pull' in {folder!r}, or download the file."
-        )
+        problem = pointer_problem(file.read(len(LFS_POINTER)), path)
+    if problem:
+        raise UserError(f"{str(path)!r} {problem}")
+    return open(path, "rb")
+
+
+def pointer_problem(content: Buffer, path: str | Path) -> str:
+    """Return what is wrong with a file that is a git-LFS pointer, or "" for any other file.
+
+    Args:
+        content: the file, or its beginning.
+        path: its path.
+    """
+    if content[: len(LFS_POINTER)] != LFS_POINTER:
+        return ""
+    folder = str(Path(path).absolute().parent)
+    return (
+        "is a git-LFS pointer, not the file itself. "
+        f"Run 'git lfs pull' in {folder!r}, or download the file."
+    )
+
+
+def check_no_pointer(path: str | Path) -> None:
+    """Check that a file is a regular file and not a git-LFS pointer, as `open_regular` does."""
+    open_regular(path).close()
 
 
 def parse_json(text: str | bytes) -> Any:

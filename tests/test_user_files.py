@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import socket
 
@@ -39,6 +40,22 @@ def write(name, content):
 
 def remove(name):
     return lambda folder: (folder / name).unlink()
+
+
+def fifo(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def folder_at(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
 
 
 def cut(name):
@@ -135,6 +152,11 @@ LLM = {
         lambda folder: (folder / "model.safetensors").open("r+b").truncate(50_000),
         "model.safetensors' is corrupted",
     ),
+    "config fifo": (fifo("config.json"), "config.json'"),
+    "tokenizer fifo": (fifo("vocab.json"), "vocab.json'"),
+    "vocabulary fifo": (fifo("vocab.txt"), "vocab.txt'"),
+    "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
+    "weights folder": (folder_at("pytorch_model.bin"), "pytorch_model.bin'"),
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }
 WHISPER = {
@@ -152,9 +174,13 @@ WHISPER = {
         "model.safetensors' is a git-LFS pointer",
     ),
     "ctranslate2": (only(model__bin="x", vocabulary__json="[]"), "is a CTranslate2 model"),
+    "config fifo": (fifo("config.json"), "config.json"),
+    "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
+    "weights folder": (folder_at("model.safetensors"), "model.safetensors'"),
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), LLM.values(), ids=LLM)
 def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
     llm = copy_of(world.llm, tmp_path, change)
@@ -164,6 +190,7 @@ def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypa
     assert str(llm) in error
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), WHISPER.values(), ids=WHISPER)
 def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
     whisper = copy_of(world.whisper, tmp_path, change)
@@ -186,6 +213,25 @@ def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, mo
     llm = copy_of(world.llm, tmp_path, change)
     with pytest.raises(ReachedRanksError):
         train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model__audio_encoder__pretrained_model",
+        "model__llm__pretrained_model",
+        "prompt_file",
+        "data__hotwords__file",
+        "data__train_data_config",
+        "trainer__deepspeed_config",
+    ],
+)
+def test_pipe_is_one_message(key, world, tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    more = {key: tmp_path / "pipe", "data__hotwords__prob": 0.5}
+    assert train(world, tmp_path, monkeypatch, **more) == 2
+    assert f"'{tmp_path}/pipe'" in capsys.readouterr().err
 
 
 def test_endless_template_is_stopped(monkeypatch):

@@ -31,7 +31,7 @@ from asrllm.audio.headers import (
 )
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
-from asrllm.text_files import parse_json
+from asrllm.text_files import parse_json, pointer_problem
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
 # the best-known formats that soundfile reads
@@ -208,7 +208,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")
     with file.open_bytes() as whole:
-        problem = stream_problem(whole)
+        problem = pointer_problem(whole, path) or stream_problem(whole)
     if problem:
         raise file.error(problem)
     if path.lower().endswith((".raw", ".pcm")):

@@ -19,7 +19,7 @@ from asrllm.models.asr_llm.serialization import merged_names, weight_source, wri
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.base_models import BasePaths
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
-from asrllm.text_files import JsonObject, parse_json, read_yaml
+from asrllm.text_files import JsonObject, read_json_object, read_yaml
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
@@ -283,11 +283,11 @@ def error_rates(exp_dir: Path, weights: str) -> list[str]:
     for path in sorted(exp_dir.glob("*/results*.json"), key=lambda path: path.stat().st_mtime):
         decoding = path.parent.name
         try:
-            measured = parse_json(path.read_text(encoding="utf-8"))
+            measured = read_json_object(path, "the results")
             for test, result in measured.items():
                 if Path(result["weights"]).name == weights:
                     rows[decoding, test] = _error_rate(test, result, decoding)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             logger.warning(
                 "the model card has no error rates of %s, which does not have the format of "
                 "'asrllm evaluate' (%r)",

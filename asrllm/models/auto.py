@@ -24,7 +24,7 @@ from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
 from asrllm.models.state_dict import StateDict
-from asrllm.text_files import first_words
+from asrllm.text_files import check_file, first_words
 
 # Importing this module registers the model with transformers' Auto classes. No other module has
 # such an effect.
@@ -152,8 +152,7 @@ def read_state(path: Path) -> StateDict:
     """
     if path.is_dir():
         path = _weights_in(path)
-    if not path.is_file():
-        raise UserError(f"the weights {str(path)!r} do not exist. Check the path.")
+    check_file(path, "the weights")
     if path.suffix == ".json":
         state: StateDict = {}
         for file in indexed_files(path):

@@ -36,6 +36,7 @@ JSON_FILES = (
 )
 # Up to 30 MB, and therefore parsed only to explain an error.
 LARGE_JSON_FILES = ("tokenizer.json", "vocab.json")
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -71,7 +72,7 @@ def check_directory(folder: str | Path, key: str) -> None:
             "transformers would load too. Merge the adapters into the model, or remove "
             "adapter_config.json."
         )
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise UserError(f"{key}={str(folder)!r} has no config.json. {GIVE_ORIGINAL}")
     check_text_files(folder)
     for pattern in WEIGHTS:
@@ -105,10 +106,10 @@ def check_text_files(folder: Path) -> None:
     for name in JSON_FILES:
         if (folder / name).exists():
             read_json_object(folder / name, "the file")
-    for name in (*LARGE_JSON_FILES, "merges.txt", "tokenizer.model"):
-        if (folder / name).exists():
-            with reading(folder / name, "the tokenizer's file"):
-                check_no_pointer(folder / name)
+    for pattern in TEXT_FILES:
+        for file in sorted(folder.glob(pattern)):
+            with reading(file, "the file"):
+                check_no_pointer(file)
     for file in [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
         if file.exists():
             read_text(file, "the chat template")

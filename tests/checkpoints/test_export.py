@@ -140,14 +140,15 @@ def test_exported_parts_can_be_loaded(world, exp, tmp_path):
     )
     assert fields | {"model_type": "whisper"} == model.config.audio_encoder
     assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
-    for part in ("audio_encoder", "llm"):
+    readers = {
+        "audio_encoder": encoder_class("whisper").read_pretrained,
+        "llm": lambda folder: check_directory(folder, "model.llm.pretrained_model"),
+    }
+    for part, read in readers.items():
         path = tmp_path / "model" / part / "config.json"
         path.write_text(path.read_text() + " ")
         with pytest.raises(CorruptedError, match=re.escape(repr(str(path)))):
-            if part == "llm":
-                check_directory(path.parent, "model.llm.pretrained_model")
-            else:
-                encoder_class("whisper").read_pretrained(str(path.parent))
+            read(str(path.parent))
 
 
 def test_export_writes_parts_in_float16_with_a_progress_bar_each(exp, tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.errors import UserError
-from asrllm.text_files import check_file, parse_json
+from asrllm.text_files import check_file, open_regular, parse_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -35,11 +35,13 @@ FIELDS = {  # field of a sample: its names in manifests
 
 def open_manifest(path: Path) -> BinaryIO:
     """Open a file for reading, and unpack it if it is gzip."""
-    with open(path, "rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
+    file = open_regular(path)
+    is_gzip = file.read(2) == b"\x1f\x8b"
     if is_gzip:
+        file.close()
         return cast(BinaryIO, gzip.open(path))
-    return open(path, "rb")
+    file.seek(0)
+    return file
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:

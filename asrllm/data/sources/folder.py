@@ -24,6 +24,7 @@ from asrllm.data.sources.files import (
 )
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
+from asrllm.text_files import read_text
 
 ROLE = "the table"
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
@@ -78,7 +79,7 @@ def _find_table(folder: Path, table: str | Path | None) -> Path | None:
     if table:
         return Path(table)
     for name in TABLES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     return None
 
@@ -108,11 +109,9 @@ def _from_text_files(folder: Path) -> Iterator[Utterance]:
 def _read_transcript(path: Path) -> tuple[str, tuple[str, str] | None]:
     """Return the content of a text file, or the problem of its utterance."""
     try:
-        return path.read_text(encoding="utf-8-sig"), None
-    except FileNotFoundError:
-        return "", ("no_transcript", f"{str(path)!r} does not exist")
-    except UnicodeDecodeError as error:
-        return "", ("no_transcript", f"{str(path)!r} is not UTF-8 text: {error}")
+        return read_text(path, "the transcript"), None
+    except UserError as error:
+        return "", ("no_transcript", str(error))
 
 
 # --- tables ---

@@ -32,7 +32,7 @@ def read_config_fields(folder: str | Path) -> Fields:
     """
     verify_folder(Path(folder))
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{str(folder)!r} has no config.json. Give a directory written by training or by "
             "'asrllm export'."

@@ -150,7 +150,7 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
     path = folder / "config.json"
     verify_folder(folder)
     check_kind(folder, KEY)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{KEY}={str(folder)!r} has no config.json. Give a Hugging Face Whisper directory, or "
             "OpenAI's .pt file itself."

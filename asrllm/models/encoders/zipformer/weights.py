@@ -25,7 +25,7 @@ from asrllm.models.encoders.zipformer.configuration import (
 )
 from asrllm.models.hub_files import Fields
 from asrllm.models.state_dict import StateDict
-from asrllm.text_files import first_words, parse_json
+from asrllm.text_files import first_words, read_json_object
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
 PARTS = ("encoder_embed.", "encoder.")
@@ -190,18 +190,11 @@ def read_fields(path: Path) -> Fields:
             objects.
 
     Raises:
-        UserError: the file is not JSON.
+        UserError: the file is not a JSON object.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{str(path)!r} is not valid JSON: {error}. Download it again, or remove it."
-        ) from error
-    if not isinstance(content, dict):
-        return {}
+    content = read_json_object(path, "the encoder's configuration")
     for part in (content, *content.values()):
         if isinstance(part, dict) and "encoder_dim" in part:
             return {name: part[name] for name in FIELDS if name in part}
