@@ -154,6 +154,15 @@ def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
 
 def _open_local(folder: Path) -> tuple[Fields, Path]:
     """Return the content of index.json, and the path of index.bin."""
+    if folder.name in ("index.json", "index.bin") and folder.exists():
+        raise UserError(
+            f"{str(folder)!r} is a file of an index. Use the directory {str(folder.parent)!r}."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"{str(folder)!r} is not a directory of shards. Use the directory that contains it. If "
+            f"that has no index.json, make one with 'asrllm shards index {folder}'."
+        )
     if not folder.is_dir():
         raise UserError(
             f"the shard directory {str(folder)!r} does not exist. "

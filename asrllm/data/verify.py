@@ -111,6 +111,11 @@ def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:
     """
     local = [Path(tar) for tar in tars if not is_url(tar)]
     for tar in local:
+        if tar.is_dir():
+            raise UserError(
+                f"{str(tar)!r} is a directory. Name its tars: 'asrllm shards index {tar}/*.tar'. "
+                "If it has an index, check it with 'asrllm shards verify'."
+            )
         check_file(tar, "the tar")
     if output is not None:
         return Path(os.path.abspath(output))

@@ -59,6 +59,11 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
         UserError: the directory does not exist or has no audio, or the table is invalid.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"{str(folder)!r} is not a directory of audio files. Use a directory. If it is a tar, "
+            f"index it with 'asrllm shards index {folder}'."
+        )
     if not folder.is_dir():
         raise UserError(f"the audio directory {str(folder)!r} does not exist. Check the path.")
     found = _find_table(folder, table)
