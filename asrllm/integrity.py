@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from asrllm.errors import CorruptedError
+from asrllm.escape import escape
 from asrllm.text_files import check_no_pointer, parse_json, read_text
 
 CHECKSUMS = "asrllm.sha256"  # in the format of the program sha256sum
@@ -182,5 +183,5 @@ def verify_folder(folder: Path) -> None:
 
 def corrupted(path: Path, problem: str) -> CorruptedError:
     """Return the error for a corrupted weight file."""
-    text = " ".join(problem.split())[:200]
+    text = escape(" ".join(problem.split()))[:200]
     return CorruptedError(f"{str(path)!r} is corrupted: {text}. Copy it again, or write it again.")

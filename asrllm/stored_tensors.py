@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.tensor_files import PIECE, begin_of_record
-from asrllm.text_files import check_file, open_regular
+from asrllm.text_files import check_file, first_words, open_regular
 
 PlainClasses = Mapping[tuple[str, str], Callable[..., object]]
 
@@ -163,7 +163,7 @@ def read_stored(path: Path, plain: PlainClasses | None = None) -> Any:
         TypeError,
         AttributeError,
     ) as error:
-        raise UserError(damaged(path, " ".join(str(error).split())[:200])) from error
+        raise UserError(damaged(path, first_words(error))) from error
 
 
 def damaged(path: Path, problem: str) -> str:

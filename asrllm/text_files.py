@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from asrllm.errors import UserError
 
+from asrllm.escape import escape
 JsonObject = dict[str, Any]  # its values are JSON values
 Buffer = bytes | mmap.mmap
 LFS_POINTER = (
@@ -52,12 +53,15 @@ def reading(
 
 
 def first_words(error: BaseException, limit: int = 200) -> str:
-    """Return the beginning of an exception's message on one line, without a full stop."""
+    """Return the beginning of an exception's message on one line, without a full stop.
+
+    Libraries quote other people's files in their messages, so unsafe characters are escaped.
+    """
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split())
+    text = escape(" ".join(str(error).split()))
     if isinstance(error, KeyError):
         text = f"{text} is missing"
     return (text or type(error).__name__)[:limit].rstrip(". ")
@@ -169,7 +173,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
             f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
         ) from error
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        problem = escape(" ".join(str(error).split()))
         raise UserError(f"{what} {str(path)!r} is not valid YAML: {problem}") from error
 
 

@@ -29,7 +29,7 @@ from asrllm.integrity import BAD_ARCHIVE
 from asrllm.launchers import switched_on
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.tensor_files import PIECE
-from asrllm.text_files import check_file, check_no_pointer, open_regular
+from asrllm.text_files import check_file, check_no_pointer, first_words, open_regular
 from asrllm.training.checkpoint.manifest import Manifest
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -421,9 +421,9 @@ def load_file(path: Path) -> State:
         with trusted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the checkpoint file {str(path)!r} cannot be read ({reason}). Copy it again."
+            f"the checkpoint file {str(path)!r} cannot be read ({first_words(error)}). "
+            "Copy it again."
         ) from error
 
 
