@@ -28,6 +28,7 @@ NOT_LISTED = (CHECKSUMS, "README.md")  # people edit the model card, which chang
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+PICKLE = b"\x80"  # begins a pickle
 CHUNK = 1 << 20  # bytes
 # what zipfile raises for a corrupted file
 BAD_ARCHIVE = (
@@ -67,7 +68,7 @@ def _verify(path: Path, size: int, mtime_ns: int, inode: int) -> None:
 def _verify_archive(path: Path, size: int) -> None:
     try:
         if not zipfile.is_zipfile(path):
-            # torch.save's format before 1.6, without checksums, or a file that torch.load rejects
+            _check_pickle(path)
             return
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -80,6 +81,20 @@ def _verify_archive(path: Path, size: int) -> None:
         raise corrupted(path, str(error)) from error
     if bad is not None:
         raise corrupted(path, f"the record {bad!r} does not match its CRC-32")
+
+
+def _check_pickle(path: Path) -> None:
+    """Check the beginning of torch.save's format before 1.6, which has no checksums.
+
+    Raises:
+        CorruptedError: the file does not begin with a pickle.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(2)
+    if begin == b"PK":
+        raise corrupted(path, "it is truncated")
+    if begin[:1] != PICKLE:
+        raise corrupted(path, "torch.save did not write it")
 
 
 def _verify_safetensors(path: Path, size: int) -> None:

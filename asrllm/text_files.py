@@ -1,5 +1,6 @@
 """Read text, YAML and JSON files that a user names. Every failure is a UserError with the path."""
 
+import codecs
 import contextlib
 import errno
 import json
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from asrllm.errors import UserError
-
 from asrllm.escape import escape
+
 JsonObject = dict[str, Any]  # its values are JSON values
 Buffer = bytes | mmap.mmap
 LFS_POINTER = (
@@ -106,6 +107,23 @@ def pointer_problem(content: Buffer, path: str | Path) -> str:
 def check_no_pointer(path: str | Path) -> None:
     """Check that a file is a regular file and not a git-LFS pointer, as `open_regular` does."""
     open_regular(path).close()
+
+
+def check_no_mark(path: str | Path) -> None:
+    """Check that a file which another library reads does not begin with a byte-order mark.
+
+    transformers rejects it in JSON, and would make it a part of every prompt in a chat template.
+
+    Raises:
+        UserError: the file begins with the mark of UTF-8.
+    """
+    with open_regular(path) as file:
+        begin = file.read(len(codecs.BOM_UTF8))
+    if begin == codecs.BOM_UTF8:
+        raise UserError(
+            f"{str(path)!r} begins with a UTF-8 byte-order mark. Remove it: "
+            f"sed -i '1s/^\\xEF\\xBB\\xBF//' {path}"
+        )
 
 
 def parse_json(text: str | bytes) -> Any:

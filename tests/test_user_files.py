@@ -8,6 +8,8 @@ import socket
 
 import filelock
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from asrllm import distributed
 from asrllm.collator import template_trial
@@ -56,6 +58,27 @@ def folder_at(name):
         (folder / name).mkdir()
 
     return change
+
+
+def mark(name):
+    def change(folder):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+
+    return change
+
+
+def change_weight(name, change_tensor):
+    def change(folder):
+        path = folder / "model.safetensors"
+        state = load_file(path)
+        state[name] = change_tensor(state[name])
+        save_file(state, path, metadata={"format": "pt"})
+
+    return change
+
+
+def quantize(name):
+    return change_weight(name, lambda tensor: tensor.to(torch.int8))
 
 
 def cut(name):
@@ -157,6 +180,19 @@ LLM = {
     "vocabulary fifo": (fifo("vocab.txt"), "vocab.txt'"),
     "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
     "weights folder": (folder_at("pytorch_model.bin"), "pytorch_model.bin'"),
+    "config mark": (mark("config.json"), "config.json'"),
+    "template mark": (
+        lambda folder: (folder / "chat_template.jinja").write_text("\ufeff" + GOOD),
+        "chat_template.jinja'",
+    ),
+    "bin junk": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+            and (folder / "pytorch_model.bin").write_bytes(b"junk")
+        ),
+        "pytorch_model.bin'",
+    ),
+    "weights int8": (quantize("model.norm.weight"), "'model.norm.weight'"),
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }
 WHISPER = {
@@ -177,6 +213,20 @@ WHISPER = {
     "config fifo": (fifo("config.json"), "config.json"),
     "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
     "weights folder": (folder_at("model.safetensors"), "model.safetensors'"),
+    "weights int8": (quantize("encoder.layer_norm.weight"), "'layer_norm.weight'"),
+    "activation": (fields("config.json", activation_function="relu"), "activation_function='relu'"),
+    "adapters": (write("adapter_config.json", ADAPTER), "adapter_config.json"),
+    "bin junk": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+            and (folder / "pytorch_model.bin").write_bytes(b"junk")
+        ),
+        "pytorch_model.bin'",
+    ),
+    "nan": (
+        change_weight("encoder.conv2.bias", lambda tensor: tensor / 0),
+        "the weight 'conv2.bias' in",
+    ),
 }
 
 

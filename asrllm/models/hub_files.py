@@ -5,10 +5,12 @@ damaged or of another kind causes a UserError that names the file. Code in a dir
 executed.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -19,7 +21,7 @@ from transformers import (
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
-from asrllm.text_files import check_no_pointer, read_json_object, read_text, reading
+from asrllm.text_files import check_no_mark, check_no_pointer, read_json_object, read_text, reading
 
 # The content of a configuration in JSON.
 Fields: TypeAlias = dict[str, Any]
@@ -40,6 +42,8 @@ TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 WEIGHTS = ("*.safetensors", "*.bin")
+QUANTIZED = ("I8", "U8", "F8", "F6", "F4")  # beginnings of safetensors' names of dtypes
+WHOLE_MODELS = ("*.safetensors.index.json", "model*.safetensors", "pytorch_model*.bin")
 COPY_AGAIN = "Copy the directory again, or download it again."
 GIVE_ORIGINAL = "Give the original Hugging Face directory with config.json and *.safetensors."
 # What a directory without Hugging Face weights is, by a pattern of its files.
@@ -66,12 +70,6 @@ def check_directory(folder: str | Path, key: str) -> None:
     folder = Path(folder)
     verify_folder(folder)
     check_kind(folder, key)
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{key}={str(folder)!r} contains a model and adapter_config.json, whose adapters "
-            "transformers would load too. Merge the adapters into the model, or remove "
-            "adapter_config.json."
-        )
     if not (folder / "config.json").exists():
         raise UserError(f"{key}={str(folder)!r} has no config.json. {GIVE_ORIGINAL}")
     check_text_files(folder)
@@ -79,26 +77,56 @@ def check_directory(folder: str | Path, key: str) -> None:
         for file in sorted(folder.glob(pattern)):
             with reading(file, "the weights"):
                 check_no_pointer(file)
+            if file.suffix == ".safetensors":
+                check_dtypes(file)
+
+
+def check_dtypes(file: Path) -> None:
+    """Raise UserError if a weight is quantized, which transformers would convert without a scale.
+
+    A damaged file passes: `verify_weights` reports it.
+    """
+    with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            dtype = tensors.get_slice(name).get_dtype()
+            if name.endswith(".weight") and dtype.startswith(QUANTIZED):
+                raise UserError(
+                    f"{str(file)!r}: {name!r} has the dtype {dtype}. Give weights that are not "
+                    "quantized."
+                )
 
 
 def check_kind(folder: Path, key: str) -> None:
     """Raise UserError if a directory contains adapters, or a model in another program's format."""
-    if any(folder.glob("*.safetensors.index.json")) or any(folder.glob("model*.safetensors")):
-        return
-    if (folder / "adapter_config.json").is_file():
-        fields = read_json_object(folder / "adapter_config.json", "the adapter's configuration")
-        base = fields.get("base_model_name_or_path")
-        raise UserError(
-            f"{key}={str(folder)!r} contains PEFT adapters (adapter_config.json), not a whole "
-            f"model. Give their base model, {base!r}, or a model with merged adapters."
-        )
-    if any(folder.glob("pytorch_model*.bin")):
+    check_no_adapters(folder, key)
+    if _has_model(folder):
         return
     for pattern, kind in OTHER_KINDS.items():
         if any(folder.glob(pattern)):
             raise UserError(
                 f"{key}={str(folder)!r} is {kind}, which cannot be trained. {GIVE_ORIGINAL}"
             )
+
+
+def check_no_adapters(folder: Path, key: str) -> None:
+    """Raise UserError if a directory contains adapters, beside a model or alone."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return
+    if _has_model(folder):
+        raise UserError(
+            f"{key}={str(folder)!r} contains a model and adapter_config.json, whose adapters are "
+            "not loaded. Merge the adapters into the model, or remove adapter_config.json."
+        )
+    base = read_json_object(path, "the adapter's configuration").get("base_model_name_or_path")
+    raise UserError(
+        f"{key}={str(folder)!r} contains PEFT adapters (adapter_config.json), not a whole "
+        f"model. Give their base model, {base!r}, or a model with merged adapters."
+    )
+
+
+def _has_model(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in WHOLE_MODELS)
 
 
 def check_text_files(folder: Path) -> None:
@@ -110,9 +138,12 @@ def check_text_files(folder: Path) -> None:
         for file in sorted(folder.glob(pattern)):
             with reading(file, "the file"):
                 check_no_pointer(file)
+            if file.suffix != ".model":
+                check_no_mark(file)
     for file in [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
         if file.exists():
             read_text(file, "the chat template")
+            check_no_mark(file)
     if (folder / TEMPLATE_FOLDER).is_file():
         raise UserError(
             f"{str(folder / TEMPLATE_FOLDER)!r} is a file, but must be a directory. Remove it."

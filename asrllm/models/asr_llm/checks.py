@@ -16,7 +16,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import Fields, check_plain
 from asrllm.models.projectors import PROJECTORS
-from asrllm.text_files import first_words, read_json_object, reading
+from asrllm.text_files import check_no_mark, first_words, read_json_object, reading
 
 TYPES = get_annotations(AsrLlmConfig)
 SIZES = ("projector_hidden_size", "audio_encoder_projector_ds_rate")
@@ -76,6 +76,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             "directory written by 'asrllm export'."
         )
     check_fields(fields, str(path))
+    check_no_mark(path)
     fix = "Copy the config.json that was saved with the model."
     with reading(path, "the model's configuration", fix):
         return AsrLlmConfig.from_pretrained(folder)

@@ -163,6 +163,12 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
             f"{KEY}={str(folder)!r} is a {kind!r} model, not whisper. Set "
             "model.audio_encoder.model_type to match."
         )
+    activation = config.get("activation_function", "gelu")
+    if activation != "gelu":
+        raise UserError(
+            f"{str(path)!r}: activation_function={activation!r} is not supported. Give a Whisper "
+            "model with gelu."
+        )
     state = _read_encoder(folder)
     for field in FIELDS:
         if field not in config:

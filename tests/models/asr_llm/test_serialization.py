@@ -29,7 +29,7 @@ from asrllm.models.asr_llm.serialization import (
 from asrllm.models.auto import describe, read_state
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders.registry import build_encoder
-from asrllm.models.pretrained import empty_llm
+from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
 from tests.models.asr_llm.test_modeling import make_config, make_model, samples
 
@@ -661,7 +661,7 @@ def test_run_is_loaded_from_a_state_dict_file(world, tmp_path):
             logits(asrllm.AutoModel.from_pretrained(tmp_path, weights=weights)), logits(model)
         )
     (tmp_path / "pretrained.pt").write_bytes((tmp_path / "pretrained.pt").read_bytes()[:500])
-    with pytest.raises(UserError, match=r"pretrained\.pt' cannot be read"):
+    with pytest.raises(UserError, match=r"pretrained\.pt' is corrupted"):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
@@ -753,3 +753,15 @@ def test_invalid_weight_map_is_rejected(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
         weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_base_llm_with_a_value_that_is_not_finite_is_reported(world, tmp_path, value):
+    shutil.copytree(world.llm, tmp_path / "llm")
+    state = load_file(tmp_path / "llm" / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    save_file(state, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        pretrained_llm(str(tmp_path / "llm"), torch.bfloat16)
+    for named in ("'model.layers.1.mlp.up_proj.weight'", str(tmp_path / "llm/model.safetensors")):
+        assert named in str(error.value)

@@ -3,6 +3,7 @@
 The encoder is found by the name of its first weight, whatever else the file contains.
 """
 
+import difflib
 import pickle
 import re
 import struct
@@ -23,7 +24,7 @@ from asrllm.models.encoders.zipformer.configuration import (
     PUBLIC_SIZES,
     ZipformerConfig,
 )
-from asrllm.models.hub_files import Fields
+from asrllm.models.hub_files import Fields, check_no_adapters
 from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words, read_json_object
 
@@ -78,6 +79,8 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
         UserError: the file is damaged, or has no Zipformer encoder.
     """
     folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        check_no_adapters(path, "model.audio_encoder.pretrained_model")
     verify_folder(folder)
     state = encoder_weights(_load_all(path), path)
     given = read_fields(folder / "config.json")
@@ -197,8 +200,29 @@ def read_fields(path: Path) -> Fields:
     content = read_json_object(path, "the encoder's configuration")
     for part in (content, *content.values()):
         if isinstance(part, dict) and "encoder_dim" in part:
+            _check_fields(part, path)
             return {name: part[name] for name in FIELDS if name in part}
     return {}
+
+
+def _check_fields(fields: Fields, path: Path) -> None:
+    """Check the values of an encoder's fields, and that none of their names is misspelled.
+
+    Other names are ignored: they belong to icefall's and Auden's training.
+
+    Raises:
+        UserError: a value is not an integer, a list of them or a bool, or a name is misspelled.
+    """
+    for name, value in fields.items():
+        values = value if isinstance(value, list) else [value]
+        if name in FIELDS and not (values and all(isinstance(one, int) for one in values)):
+            raise UserError(
+                f"{str(path)!r}: {name}={value!r} is not an integer or a list of integers. "
+                "Correct it."
+            )
+        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        if name not in FIELDS and close and close[0] not in fields:
+            raise UserError(f"{str(path)!r}: {name} is unknown. Rename it to {close[0]}.")
 
 
 def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> Fields:
