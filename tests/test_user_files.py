@@ -273,14 +273,15 @@ def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, mo
         "model__llm__pretrained_model",
         "prompt_file",
         "data__hotwords__file",
+        "data__augment__noise__source",
+        "data__augment__reverb__source",
         "data__train_data_config",
         "trainer__deepspeed_config",
     ],
 )
 def test_pipe_is_one_message(key, world, tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "pipe")
-    more = {key: tmp_path / "pipe", "data__hotwords__prob": 0.5}
-    assert train(world, tmp_path, monkeypatch, **more) == 2
+    assert train(world, tmp_path, monkeypatch, **{key: tmp_path / "pipe"}) == 2
     assert f"'{tmp_path}/pipe'" in capsys.readouterr().err
 
 
