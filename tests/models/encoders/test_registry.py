@@ -10,7 +10,7 @@ from torch import nn
 from asrllm.audio.features import KaldiFeatures, kaldi_frames
 from asrllm.errors import UserError
 from asrllm.models.encoders import registry as encoders
-from asrllm.models.encoders.registry import build_encoder, encoder_class
+from asrllm.models.encoders.registry import build_encoder, encoder_class, encoder_kind
 from asrllm.models.model_args import EncoderPart
 from asrllm.testing import tiny_whisper, tiny_zipformer, tone
 from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
@@ -73,6 +73,15 @@ def test_new_encoder_needs_one_class_and_one_line(world, tmp_path, monkeypatch):
 def test_unknown_encoder_is_rejected():
     with pytest.raises(UserError, match=r"model_type='wisper' is unknown: did you mean 'whisper'"):
         EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
+
+
+@pytest.mark.parametrize("name", ["no", "file", "no/such/dir"])
+def test_missing_directory_of_an_encoder_is_reported_as_such(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        encoder_kind(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+    assert "directory" in str(error.value)
 
 
 @pytest.mark.parametrize("make", [tiny_whisper, tiny_zipformer])
