@@ -183,6 +183,8 @@ def verify_folder(folder: Path) -> None:
         return
     for line in read_text(checksums, "the list of checksums").splitlines():
         expected, _, name = line.partition("  ")
+        if len(expected) != len(NO_SHA256) or not name:
+            raise corrupted(checksums, f"{line!r} is not a checksum and a file name")
         file = folder / name
         problem = ""
         if not file.is_file():

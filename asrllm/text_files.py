@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -122,7 +123,7 @@ def check_no_mark(path: str | Path) -> None:
     if begin == codecs.BOM_UTF8:
         raise UserError(
             f"{str(path)!r} begins with a UTF-8 byte-order mark. Remove it: "
-            f"sed -i '1s/^\\xEF\\xBB\\xBF//' {path}"
+            f"sed -i '1s/^\\xEF\\xBB\\xBF//' {shlex.quote(str(path))}"
         )
 
 
@@ -177,7 +178,10 @@ def read_text(path: str | Path, what: str) -> str:
             content = Path(path).read_bytes()
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {str(path)!r} is not UTF-8 text: {error}") from error
+        raise UserError(
+            f"{what} {str(path)!r} is not UTF-8 text: {error}. Convert it to UTF-8, or copy it "
+            "again."
+        ) from error
 
 
 def read_yaml(path: str | Path, what: str) -> Any:

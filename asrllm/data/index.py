@@ -202,6 +202,7 @@ def _open_remote(url: str, cache: "ShardCache | None") -> tuple[Fields, Path]:
 def _open_index(where: str, about: Fields, rows_file: Path) -> Index:
     count = _check_about(where, about)
     shards = about["shards"]
+    check_no_pointer(rows_file)
     size = rows_file.stat().st_size
     if size != count * ROW.itemsize:
         raise ValueError(f"index.bin has {size} bytes for {count} utterances")

@@ -133,7 +133,7 @@ def newest_weights(exp_dir: Path) -> Path:
     """
     averaged = sorted(exp_dir.glob("averaged-*.pt"), key=lambda p: p.stat().st_mtime)
     for path in (exp_dir / "pretrained.pt", *reversed(averaged)):
-        if path.is_file():
+        if path.exists():
             return path
     raise UserError(
         f"{str(exp_dir)!r} contains neither pretrained.pt nor averaged-*.pt. Average its "
@@ -152,7 +152,7 @@ def read_state(path: Path) -> StateDict:
     """
     if path.is_dir():
         path = _weights_in(path)
-    check_file(path, "the weights")
+    check_file(path, "the weights file")
     if path.suffix == ".json":
         state: StateDict = {}
         for file in indexed_files(path):
@@ -170,7 +170,7 @@ def _weights_in(folder: Path) -> Path:
             f"'asrllm consolidate {folder.parent} --tag {folder.name}'."
         )
     for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     return folder / WEIGHT_NAMES[0]
 

@@ -30,6 +30,8 @@ def read_config_fields(folder: str | Path) -> Fields:
         UserError: the file does not exist or is not a JSON object, or a file of the directory
             does not match its checksum.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(f"{str(folder)!r} is not a directory. Give the directory of a model.")
     verify_folder(Path(folder))
     path = Path(folder) / "config.json"
     if not path.exists():

@@ -364,19 +364,19 @@ def weight_files(folder: Path) -> list[Path]:
     """
     single = folder / SINGLE
     index = folder / INDEX
-    if single.is_file() and index.is_file():
+    if single.exists() and index.exists():
         raise UserError(
             f"{str(folder)!r} contains both {SINGLE} and {INDEX}. Remove the outdated one."
         )
-    if single.is_file():
+    if single.exists():
         return [single]
-    if not index.is_file():
+    if not index.exists():
         raise UserError(
             f"{str(folder)!r} contains neither {SINGLE} nor {INDEX}. Give a directory that "
             "'asrllm export' has completed."
         )
     files = indexed_files(index)
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         raise UserError(f"{str(folder)!r} has no {missing[0]}, which {INDEX} names. Copy it again.")
     return files
@@ -386,7 +386,7 @@ def main_weight_file(folder: Path) -> Path:
     """Return the only weight file of a saved directory, or the index if there are several."""
     weight_files(folder)
     single = folder / SINGLE
-    return single if single.is_file() else folder / INDEX
+    return single if single.exists() else folder / INDEX
 
 
 def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -612,6 +613,32 @@ def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path):
         with pytest.raises(UserError):
             asrllm.AutoModel.from_pretrained(tmp_path)
         path.write_bytes(content)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name", [CHECKSUMS, "config.json", "model.safetensors", "tokenizer.json", "pretrained.pt"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_path_that_is_not_a_regular_file_is_named(world, tmp_path, name, make):
+    make_model(world).save_pretrained(tmp_path)
+    if name != CHECKSUMS:
+        (tmp_path / CHECKSUMS).unlink()
+    if name == "pretrained.pt":
+        (tmp_path / "model.safetensors").unlink()
+    else:
+        (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        asrllm.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["junk", "0" * 64, "0" * 64 + "  ", "0" * 64 + "  no.json"])
+def test_wrong_line_of_the_checksums_is_reported(world, tmp_path, line):
+    make_model(world).save_pretrained(tmp_path)
+    (tmp_path / CHECKSUMS).write_text(line + "\n")
+    with pytest.raises(CorruptedError, match=re.escape(CHECKSUMS)):
+        asrllm.AutoModel.from_pretrained(tmp_path)
 
 
 def test_changed_file_is_accepted_without_its_checksum(world, tmp_path):
