@@ -193,6 +193,7 @@ LLM = {
         "pytorch_model.bin'",
     ),
     "weights int8": (quantize("model.norm.weight"), "'model.norm.weight'"),
+    "vocabulary mark": (write("vocab.txt", "\ufeffa"), "vocab.txt'"),
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }
 WHISPER = {
@@ -213,6 +214,7 @@ WHISPER = {
     "config fifo": (fifo("config.json"), "config.json"),
     "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
     "weights folder": (folder_at("model.safetensors"), "model.safetensors'"),
+    "config layers": (fields("config.json", encoder_layers=10**6), "encoder_layers=1000000"),
     "weights int8": (quantize("encoder.layer_norm.weight"), "'layer_norm.weight'"),
     "activation": (fields("config.json", activation_function="relu"), "activation_function='relu'"),
     "adapters": (write("adapter_config.json", ADAPTER), "adapter_config.json"),
@@ -257,6 +259,7 @@ def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monk
         template([{"name": "default", "template": GOOD}, {"name": "tool", "template": "x"}]),
         write("chat_template.jinja", GOOD),
         write("chat_template.json", json.dumps({"chat_template": GOOD})),
+        write("README.txt", "\ufeffnotes that transformers does not read"),
     ],
 )
 def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, monkeypatch):

@@ -128,11 +128,11 @@ def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
 def _download(hub_id: str) -> Path:
     """Return the local snapshot of a hub id, downloading it if the hub can be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, ignore_patterns=NOT_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"the pretrained model {hub_id!r} is not a directory, and it cannot be downloaded "
             f"from the hub: {first_words(error)}."

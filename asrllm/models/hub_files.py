@@ -38,11 +38,20 @@ JSON_FILES = (
 )
 # Up to 30 MB, and therefore parsed only to explain an error.
 LARGE_JSON_FILES = ("tokenizer.json", "vocab.json")
-TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+# Read by transformers as text. It rejects a byte-order mark, or makes it a part of a token.
+TEXT_FILES = (
+    *JSON_FILES,
+    *LARGE_JSON_FILES,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "merges.txt",
+    "vocab.txt",
+)
+BINARY_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 WEIGHTS = ("*.safetensors", "*.bin")
-QUANTIZED = ("I8", "U8", "F8", "F6", "F4")  # beginnings of safetensors' names of dtypes
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of plain weights
 WHOLE_MODELS = ("*.safetensors.index.json", "model*.safetensors", "pytorch_model*.bin")
 COPY_AGAIN = "Copy the directory again, or download it again."
 GIVE_ORIGINAL = "Give the original Hugging Face directory with config.json and *.safetensors."
@@ -89,7 +98,7 @@ def check_dtypes(file: Path) -> None:
     with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a mapping)
             dtype = tensors.get_slice(name).get_dtype()
-            if name.endswith(".weight") and dtype.startswith(QUANTIZED):
+            if name.endswith(".weight") and dtype not in FLOATS:
                 raise UserError(
                     f"{str(file)!r}: {name!r} has the dtype {dtype}. Give weights that are not "
                     "quantized."
@@ -134,12 +143,13 @@ def check_text_files(folder: Path) -> None:
     for name in JSON_FILES:
         if (folder / name).exists():
             read_json_object(folder / name, "the file")
-    for pattern in TEXT_FILES:
-        for file in sorted(folder.glob(pattern)):
-            with reading(file, "the file"):
-                check_no_pointer(file)
-            if file.suffix != ".model":
-                check_no_mark(file)
+    for name in (*TEXT_FILES, *BINARY_FILES):
+        if (folder / name).exists():
+            with reading(folder / name, "the file"):
+                check_no_pointer(folder / name)
+    for name in TEXT_FILES:
+        if (folder / name).exists():
+            check_no_mark(folder / name)
     for file in [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
         if file.exists():
             read_text(file, "the chat template")

@@ -175,6 +175,12 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
             raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
     fields = {field: config[field] for field in FIELDS}
     check_fields(fields, path)
+    last = f"layers.{fields['encoder_layers'] - 1}."
+    if not any(key.startswith(last) for key in state):  # building a million layers takes minutes
+        raise UserError(
+            f"{str(path)!r} has encoder_layers={fields['encoder_layers']}, but the weights beside "
+            f"it have no {last!r}. Give files of the same model."
+        )
     return fields, state
 
 

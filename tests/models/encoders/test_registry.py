@@ -115,3 +115,8 @@ def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
     with pytest.raises(UserError, match="wav2vec2"):
         part(tmp_path)
+
+
+def test_wrong_hub_id_of_an_encoder_is_reported():
+    with pytest.raises(UserError, match="'whisper/'"):
+        encoder_kind("whisper/")

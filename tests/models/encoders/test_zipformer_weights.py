@@ -100,6 +100,7 @@ def test_configuration_must_agree_with_the_weights(encoder, tmp_path):
         (json.dumps(TINY_ZIPFORMER | {"chunk_size": "16,32"}), "chunk_size='16,32'"),
         (json.dumps(TINY_ZIPFORMER | {"num_heads": []}), "num_heads"),
         (json.dumps(TINY_ZIPFORMER | {"pos_dim": None}), "pos_dim=None"),
+        (json.dumps(TINY_ZIPFORMER | {"pos_head_dim": 0}), "pos_head_dim=0"),
     ],
 )
 def test_wrong_field_is_reported_with_its_file(encoder, tmp_path, content, named):

@@ -211,13 +211,18 @@ def _check_fields(fields: Fields, path: Path) -> None:
     Other names are ignored: they belong to icefall's and Auden's training.
 
     Raises:
-        UserError: a value is not an integer, a list of them or a bool, or a name is misspelled.
+        UserError: a value is not an integer above 0, a list of them or a bool, or a name is
+            misspelled.
     """
+    may_be_below_1 = ("causal", "chunk_size", "left_context_frames")
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
-        if name in FIELDS and not (values and all(isinstance(one, int) for one in values)):
+        is_valid = bool(values) and all(isinstance(one, int) for one in values)
+        if is_valid and name not in may_be_below_1:
+            is_valid = min(values) >= 1
+        if name in FIELDS and not is_valid:
             raise UserError(
-                f"{str(path)!r}: {name}={value!r} is not an integer or a list of integers. "
+                f"{str(path)!r}: {name}={value!r} is not an integer above 0 or a list of them. "
                 "Correct it."
             )
         close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
