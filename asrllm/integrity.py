@@ -187,7 +187,7 @@ def verify_folder(folder: Path) -> None:
             raise corrupted(checksums, f"{line!r} is not a checksum and a file name")
         file = folder / name
         problem = ""
-        if not file.is_file():
+        if not file.exists():
             problem = "was not found"
         elif file_sha256(file) != expected:
             problem = f"does not match its SHA-256 in {CHECKSUMS}"
