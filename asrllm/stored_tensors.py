@@ -18,6 +18,7 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.tensor_files import PIECE, begin_of_record
+from asrllm.text_files import check_file, first_words, open_regular
 
 PlainClasses = Mapping[tuple[str, str], Callable[..., object]]
 
@@ -147,10 +148,9 @@ def read_stored(path: Path, plain: PlainClasses | None = None) -> Any:
     Raises:
         UserError: the file is missing or corrupted, or uses other classes.
     """
-    if not path.is_file():
-        raise UserError(f"the file {str(path)!r} does not exist. Copy it again.")
+    check_file(path, "the file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as whole, zipfile.ZipFile(whole) as archive:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
             with archive.open(records["data.pkl"]) as file:
                 return _Unpickler(file, path, records, plain or {}).load()
@@ -163,7 +163,7 @@ def read_stored(path: Path, plain: PlainClasses | None = None) -> Any:
         TypeError,
         AttributeError,
     ) as error:
-        raise UserError(damaged(path, " ".join(str(error).split())[:200])) from error
+        raise UserError(damaged(path, first_words(error))) from error
 
 
 def damaged(path: Path, problem: str) -> str:

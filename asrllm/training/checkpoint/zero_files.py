@@ -29,6 +29,7 @@ from asrllm.integrity import BAD_ARCHIVE
 from asrllm.launchers import switched_on
 from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.tensor_files import PIECE
+from asrllm.text_files import check_file, check_no_pointer, first_words, open_regular
 from asrllm.training.checkpoint.manifest import Manifest
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -374,7 +375,7 @@ def file_digest(path: Path) -> str:
     It covers the names, sizes and CRC-32 of the records in the archive's directory, so that the
     tensors need not be read.
     """
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
     return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
 
@@ -414,15 +415,15 @@ def load_file(path: Path) -> State:
     Raises:
         UserError: the file is missing or corrupted.
     """
-    if not path.is_file():
-        raise UserError(f"the checkpoint file {str(path)!r} is missing. Copy it again.")
+    check_file(path, "the checkpoint file")
     try:
+        check_no_pointer(path)
         with trusted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the checkpoint file {str(path)!r} cannot be read ({reason}). Copy it again."
+            f"the checkpoint file {str(path)!r} cannot be read ({first_words(error)}). "
+            "Copy it again."
         ) from error
 
 
