@@ -192,6 +192,7 @@ def _written_by(engine: deepspeed.DeepSpeedEngine, writer: CheckpointWriter) -> 
 
     Shared parameters are not recorded: from such a record zero_to_fp32.py makes a second tensor of
     a tied head, which is not a key of the model and which safetensors rejects.
+    https://github.com/deepspeedai/DeepSpeed/pull/8376
     """
     engine_before = engine.checkpoint_engine
     engine.checkpoint_engine = writer
