@@ -1,4 +1,4 @@
-"""Verify that the bytes of a weight file are those that were written.
+"""Verify that the bytes of a model's files are those that were written.
 
 torch.save writes a CRC-32 with every record of its zip file. Our safetensors files have the SHA-256
 of themselves in their metadata, computed with zeros in its place. A file without a checksum, for
@@ -6,6 +6,8 @@ example a safetensors file of another program, cannot be verified.
 
 A flipped bit in a weight changes texts and causes no error, so files are verified before they are
 used. This takes about half a second per GB, once in a process.
+
+A saved directory has the SHA-256 of its other files in asrllm.sha256.
 """
 
 import functools
@@ -18,11 +20,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from asrllm.errors import CorruptedError
-from asrllm.text_files import check_no_pointer, parse_json
+from asrllm.escape import escape
+from asrllm.text_files import check_no_pointer, parse_json, read_text
 
+CHECKSUMS = "asrllm.sha256"  # in the format of the program sha256sum
+NOT_LISTED = (CHECKSUMS, "README.md")  # people edit the model card, which changes no text
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+PICKLE = b"\x80"  # begins a pickle
 CHUNK = 1 << 20  # bytes
 # what zipfile raises for a corrupted file
 BAD_ARCHIVE = (
@@ -42,12 +48,11 @@ def verify_weights(path: Path) -> None:
 
     Raises:
         CorruptedError: the file does not match its checksum.
-        UserError: the file is a git-LFS pointer.
+        UserError: the file is a git-LFS pointer, or a directory, pipe or device.
         OSError: the file cannot be read.
     """
+    check_no_pointer(path)
     about = os.stat(path)
-    if about.st_size < 1024:  # a pointer has about 130 bytes
-        check_no_pointer(path)
     _verify(path, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
@@ -63,7 +68,7 @@ def _verify(path: Path, size: int, mtime_ns: int, inode: int) -> None:
 def _verify_archive(path: Path, size: int) -> None:
     try:
         if not zipfile.is_zipfile(path):
-            # torch.save's format before 1.6, without checksums, or a file that torch.load rejects
+            _check_pickle(path)
             return
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -76,6 +81,20 @@ def _verify_archive(path: Path, size: int) -> None:
         raise corrupted(path, str(error)) from error
     if bad is not None:
         raise corrupted(path, f"the record {bad!r} does not match its CRC-32")
+
+
+def _check_pickle(path: Path) -> None:
+    """Check the beginning of torch.save's format before 1.6, which has no checksums.
+
+    Raises:
+        CorruptedError: the file does not begin with a pickle.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(2)
+    if begin == b"PK":
+        raise corrupted(path, "it is truncated")
+    if begin[:1] != PICKLE:
+        raise corrupted(path, "torch.save did not write it")
 
 
 def _verify_safetensors(path: Path, size: int) -> None:
@@ -137,11 +156,49 @@ def _update(digest: "hashlib._Hash", file: BinaryIO) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
+    check_no_pointer(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file in a directory except weights, which contain their own."""
+    lines: list[str] = []
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and file.suffix != ".safetensors" and name not in NOT_LISTED:
+            lines.append(f"{file_sha256(file)}  {name}\n")
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_folder(folder: Path) -> None:
+    """Verify the files that `write_checksums` listed. Further files may be in the directory.
+
+    Raises:
+        CorruptedError: a file has changed or does not exist.
+        UserError: the list cannot be read.
+    """
+    checksums = folder / CHECKSUMS
+    if not checksums.exists():
+        return
+    for line in read_text(checksums, "the list of checksums").splitlines():
+        expected, _, name = line.partition("  ")
+        if len(expected) != len(NO_SHA256) or not name:
+            raise corrupted(checksums, f"{line!r} is not a checksum and a file name")
+        file = folder / name
+        problem = ""
+        if not file.exists():
+            problem = "was not found"
+        elif file_sha256(file) != expected:
+            problem = f"does not match its SHA-256 in {CHECKSUMS}"
+        if problem:
+            raise CorruptedError(
+                f"{str(file)!r} {problem}. Copy it again. If you changed "
+                f"it on purpose, delete its line in {str(checksums)!r}."
+            )
+
+
 def corrupted(path: Path, problem: str) -> CorruptedError:
     """Return the error for a corrupted weight file."""
-    text = " ".join(problem.split())[:200]
+    text = escape(" ".join(problem.split()))[:200]
     return CorruptedError(f"{str(path)!r} is corrupted: {text}. Copy it again, or write it again.")

@@ -22,8 +22,8 @@ _outer: "Progress | None" = None
 def waiting(what: str, *, after: float = FIRST_LINE) -> Iterator[None]:
     """Print on the first rank what is happening, every few seconds until the block ends.
 
-    A thread prints, because the block is a call into a library. The block must not fork: the child
-    could inherit the lock of standard error.
+    A thread prints, because the block is a call into a library. A process that the block forks must
+    not print, because it could inherit the lock of standard error.
 
     Args:
         what: what the block does.

@@ -282,6 +282,8 @@ def read_about(path: Path) -> JsonObject:
 
     It is empty if the file has none or cannot be read.
     """
+    if not path.is_file():  # a FIFO would be waited for
+        return {}
     with contextlib.suppress(*CORRUPTED, OSError, TypeError, SafetensorError):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as tensors:

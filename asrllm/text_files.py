@@ -1,15 +1,21 @@
 """Read text, YAML and JSON files that a user names. Every failure is a UserError with the path."""
 
+import codecs
 import contextlib
 import errno
 import json
+import mmap
+import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from asrllm.errors import UserError
+from asrllm.escape import escape
 
 JsonObject = dict[str, Any]  # its values are JSON values
+Buffer = bytes | mmap.mmap
 LFS_POINTER = (
     b"version https://git-lfs"  # begins the file that git-LFS puts in place of a large one
 )
@@ -49,31 +55,75 @@ def reading(
 
 
 def first_words(error: BaseException, limit: int = 200) -> str:
-    """Return the beginning of an exception's message on one line, without a full stop."""
+    """Return the beginning of an exception's message on one line, without a full stop.
+
+    Libraries quote other people's files in their messages, so unsafe characters are escaped.
+    """
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split())
+    text = escape(" ".join(str(error).split()))
     if isinstance(error, KeyError):
         text = f"{text} is missing"
     return (text or type(error).__name__)[:limit].rstrip(". ")
 
 
-def check_no_pointer(path: str | Path) -> None:
-    """Check that a file is not a git-LFS pointer.
+def open_regular(path: str | Path, what: str = "the file") -> BinaryIO:
+    """Open a file for reading, unless reading it could wait forever or give other content.
+
+    Args:
+        path: the file.
+        what: the role of the file, which begins the error message.
 
     Raises:
-        UserError: the file is a pointer.
+        UserError: the path is a directory, pipe or device, or the file is a git-LFS pointer.
         OSError: the file cannot be read.
     """
+    if os.path.exists(path):
+        check_file(path, what)
     with open(path, "rb") as file:
-        begin = file.read(len(LFS_POINTER))
-    if begin == LFS_POINTER:
-        folder = str(Path(path).absolute().parent)
+        problem = pointer_problem(file.read(len(LFS_POINTER)), path)
+    if problem:
+        raise UserError(f"{str(path)!r} {problem}")
+    return open(path, "rb")
+
+
+def pointer_problem(content: Buffer, path: str | Path) -> str:
+    """Return what is wrong with a file that is a git-LFS pointer, or "" for any other file.
+
+    Args:
+        content: the file, or its beginning.
+        path: its path.
+    """
+    if content[: len(LFS_POINTER)] != LFS_POINTER:
+        return ""
+    folder = str(Path(path).absolute().parent)
+    return (
+        "is a git-LFS pointer, not the file itself. "
+        f"Run 'git lfs pull' in {folder!r}, or download the file."
+    )
+
+
+def check_no_pointer(path: str | Path) -> None:
+    """Check that a file is a regular file and not a git-LFS pointer, as `open_regular` does."""
+    open_regular(path).close()
+
+
+def check_no_mark(path: str | Path) -> None:
+    """Check that a file which another library reads does not begin with a byte-order mark.
+
+    transformers rejects it in JSON, and would make it a part of every prompt in a chat template.
+
+    Raises:
+        UserError: the file begins with the mark of UTF-8.
+    """
+    with open_regular(path) as file:
+        begin = file.read(len(codecs.BOM_UTF8))
+    if begin == codecs.BOM_UTF8:
         raise UserError(
-            f"{str(path)!r} is a git-LFS pointer, not the file itself. "
-            f"Run 'git lfs pull' in {folder!r}, or download the file."
+            f"{str(path)!r} begins with a UTF-8 byte-order mark. Remove it: "
+            f"sed -i '1s/^\\xEF\\xBB\\xBF//' {shlex.quote(str(path))}"
         )
 
 
@@ -128,7 +178,10 @@ def read_text(path: str | Path, what: str) -> str:
             content = Path(path).read_bytes()
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {str(path)!r} is not UTF-8 text: {error}") from error
+        raise UserError(
+            f"{what} {str(path)!r} is not UTF-8 text: {error}. Convert it to UTF-8, or copy it "
+            "again."
+        ) from error
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -142,7 +195,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
             f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
         ) from error
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        problem = escape(" ".join(str(error).split()))
         raise UserError(f"{what} {str(path)!r} is not valid YAML: {problem}") from error
 
 

@@ -3,6 +3,7 @@ import logging
 import pytest
 
 from asrllm.escape import EscapingFormatter, escape
+from asrllm.text_files import first_words
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,7 @@ def test_log_records_are_escaped():
         "x", logging.WARNING, "", 0, "%s: no\ntext", ("\x1b]0;title\x07",), None
     )
     assert EscapingFormatter("%(message)s").format(record) == "\\x1b]0;title\\x07: no\ntext"
+
+
+def test_words_of_a_library_are_escaped():
+    assert first_words(ValueError("bad \x1b[2J\nkey \u202e")) == r"bad \x1b[2J key \u202e"

@@ -148,3 +148,20 @@ def test_trust_audio_ignores_the_stated_duration(tmp_path):
     assert shards("make", tmp_path / "no", "--nemo", tmp_path / "m.jsonl") == 2
     assert shards("make", tmp_path / "out", "--nemo", tmp_path / "m.jsonl", "--trust-audio") == 0
     assert open_index(tmp_path / "out").rows["samples"].tolist() == [8000]
+
+
+@pytest.mark.parametrize(
+    ("action", "path", "named"),
+    [
+        (["verify"], "shard-000000.tar", "asrllm shards index {folder}/shard-000000.tar"),
+        (["stats"], "shard-000000.tar", "asrllm shards index {folder}/shard-000000.tar"),
+        (["stats"], "index.json", "'{folder}'"),
+        (["verify"], "index.bin", "'{folder}'"),
+        (["index"], "", "asrllm shards index {folder}/*.tar"),
+        (["make", "{folder}-new", "--folder"], "shard-000000.tar", "asrllm shards index {folder}"),
+    ],
+)
+def test_path_of_the_wrong_kind_is_answered_with_its_command(world, capsys, action, path, named):
+    words = [word.format(folder=world.shards) for word in action]
+    assert main(["shards", *words, str(world.shards / path)]) == 2
+    assert named.format(folder=world.shards) in capsys.readouterr().err

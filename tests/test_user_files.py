@@ -2,11 +2,14 @@
 
 import errno
 import json
+import os
 import shutil
 import socket
 
 import filelock
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from asrllm import distributed
 from asrllm.collator import template_trial
@@ -39,6 +42,43 @@ def write(name, content):
 
 def remove(name):
     return lambda folder: (folder / name).unlink()
+
+
+def fifo(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def folder_at(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
+
+
+def mark(name):
+    def change(folder):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+
+    return change
+
+
+def change_weight(name, change_tensor):
+    def change(folder):
+        path = folder / "model.safetensors"
+        state = load_file(path)
+        state[name] = change_tensor(state[name])
+        save_file(state, path, metadata={"format": "pt"})
+
+    return change
+
+
+def quantize(name):
+    return change_weight(name, lambda tensor: tensor.to(torch.int8))
 
 
 def cut(name):
@@ -135,6 +175,25 @@ LLM = {
         lambda folder: (folder / "model.safetensors").open("r+b").truncate(50_000),
         "model.safetensors' is corrupted",
     ),
+    "config fifo": (fifo("config.json"), "config.json'"),
+    "tokenizer fifo": (fifo("vocab.json"), "vocab.json'"),
+    "vocabulary fifo": (fifo("vocab.txt"), "vocab.txt'"),
+    "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
+    "weights folder": (folder_at("pytorch_model.bin"), "pytorch_model.bin'"),
+    "config mark": (mark("config.json"), "config.json'"),
+    "template mark": (
+        lambda folder: (folder / "chat_template.jinja").write_text("\ufeff" + GOOD),
+        "chat_template.jinja'",
+    ),
+    "bin junk": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+            and (folder / "pytorch_model.bin").write_bytes(b"junk")
+        ),
+        "pytorch_model.bin'",
+    ),
+    "weights int8": (quantize("model.norm.weight"), "'model.norm.weight'"),
+    "vocabulary mark": (write("vocab.txt", "\ufeffa"), "vocab.txt'"),
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }
 WHISPER = {
@@ -152,9 +211,28 @@ WHISPER = {
         "model.safetensors' is a git-LFS pointer",
     ),
     "ctranslate2": (only(model__bin="x", vocabulary__json="[]"), "is a CTranslate2 model"),
+    "config fifo": (fifo("config.json"), "config.json"),
+    "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
+    "weights folder": (folder_at("model.safetensors"), "model.safetensors'"),
+    "config layers": (fields("config.json", encoder_layers=10**6), "encoder_layers=1000000"),
+    "weights int8": (quantize("encoder.layer_norm.weight"), "'layer_norm.weight'"),
+    "activation": (fields("config.json", activation_function="relu"), "activation_function='relu'"),
+    "adapters": (write("adapter_config.json", ADAPTER), "adapter_config.json"),
+    "bin junk": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+            and (folder / "pytorch_model.bin").write_bytes(b"junk")
+        ),
+        "pytorch_model.bin'",
+    ),
+    "nan": (
+        change_weight("encoder.conv2.bias", lambda tensor: tensor / 0),
+        "the weight 'conv2.bias' in",
+    ),
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), LLM.values(), ids=LLM)
 def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
     llm = copy_of(world.llm, tmp_path, change)
@@ -164,6 +242,7 @@ def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypa
     assert str(llm) in error
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), WHISPER.values(), ids=WHISPER)
 def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
     whisper = copy_of(world.whisper, tmp_path, change)
@@ -180,12 +259,33 @@ def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monk
         template([{"name": "default", "template": GOOD}, {"name": "tool", "template": "x"}]),
         write("chat_template.jinja", GOOD),
         write("chat_template.json", json.dumps({"chat_template": GOOD})),
+        write("README.txt", "\ufeffnotes that transformers does not read"),
     ],
 )
 def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, monkeypatch):
     llm = copy_of(world.llm, tmp_path, change)
     with pytest.raises(ReachedRanksError):
         train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model__audio_encoder__pretrained_model",
+        "model__llm__pretrained_model",
+        "prompt_file",
+        "data__hotwords__file",
+        "data__augment__noise__source",
+        "data__augment__reverb__source",
+        "data__train_data_config",
+        "trainer__deepspeed_config",
+    ],
+)
+def test_pipe_is_one_message(key, world, tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert train(world, tmp_path, monkeypatch, **{key: tmp_path / "pipe"}) == 2
+    assert f"'{tmp_path}/pipe'" in capsys.readouterr().err
 
 
 def test_endless_template_is_stopped(monkeypatch):

@@ -135,14 +135,13 @@ class Augmenter:
         self.config = config
         self.seed = seed
         self.limits = limits
-        noise = config.noise
+        # a source that is given is checked, whatever its probability
         self._noises: Clips | None = None
-        if noise.source and noise.prob:
-            self._noises = Clips(noise.source, "data.augment.noise.source")
-        reverb = config.reverb
+        if config.noise.source:
+            self._noises = Clips(config.noise.source, "data.augment.noise.source")
         self._rooms: Clips | None = None  # None: synthetic
-        if reverb.source and reverb.prob and reverb.source != SYNTHETIC:
-            self._rooms = Clips(reverb.source, "data.augment.reverb.source")
+        if config.reverb.source and config.reverb.source != SYNTHETIC:
+            self._rooms = Clips(config.reverb.source, "data.augment.reverb.source")
         self._decoded_rooms: dict[int, tuple[np.ndarray, int]] = {}
 
     def __call__(self, wave: np.ndarray, *, key: str, pass_index: int) -> np.ndarray:

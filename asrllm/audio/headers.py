@@ -17,6 +17,7 @@ BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 1, III": (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     "MPEG 2": (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+LARGEST_PADDING = 640  # samples, two blocks of GSM 06.10: libsndfile may write an empty one
 UNKNOWN = b"\xff\xff\xff\xff"  # the size in a WAV header whose writer did not know it
 SPHERE_HEADER = 1024  # bytes
 SPHERE_FIELDS = (b"sample_count", b"channel_count", b"sample_n_bytes")
@@ -162,15 +163,35 @@ def wav_data(content: Buffer) -> tuple[int, int] | None:
     Returns:
         The offset of the audio and its size in the header, both in bytes, or None if unknown.
     """
+    return _wav_chunk(content, b"data")
+
+
+def _wav_chunk(content: Buffer, name: bytes) -> tuple[int, int] | None:
+    """Return the offset of the content of a WAV file's chunk and its size, or None."""
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         return None
     offset = 12
     while offset + 8 <= len(content):
         size = int.from_bytes(content[offset + 4 : offset + 8], "little")
-        if content[offset : offset + 4] == b"data":
+        if content[offset : offset + 4] == name:
             return offset + 8, size
         offset += 8 + size + size % 2
     return None
+
+
+def wav_sample_count(content: Buffer, blocks: int) -> int:
+    """Return how many samples the blocks of a compressed WAV file have without padding.
+
+    Args:
+        content: the file.
+        blocks: number of samples in all blocks. The count in the fact chunk is used if it is at
+            most two blocks smaller, so that a wrong one cannot cut audio.
+    """
+    found = _wav_chunk(content, b"fact")
+    if found is None:
+        return blocks
+    count = int.from_bytes(content[found[0] : found[0] + 4], "little")
+    return count if blocks - LARGEST_PADDING <= count <= blocks else blocks
 
 
 def wav_problem(content: Buffer) -> str:

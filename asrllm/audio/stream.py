@@ -27,11 +27,12 @@ from asrllm.audio.headers import (
     stream_problem,
     truncated,
     wav_problem,
+    wav_sample_count,
     with_unknown_size,
 )
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
-from asrllm.text_files import parse_json
+from asrllm.text_files import parse_json, pointer_problem
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
 # the best-known formats that soundfile reads
@@ -46,6 +47,7 @@ PROBLEMS = {
     "WAV": wav_problem,
     "WAVEX": wav_problem,
 }
+PADDED = ("GSM610", "G721", "NMS_ADPCM")  # soundfile reads their last block whole
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
 LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and 1
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
@@ -73,12 +75,14 @@ class AudioFile:
         seconds: its length according to the header, None if that has none.
         decoder: "soundfile" or "ffmpeg".
         content: the bytes of a file that is not on disk.
+        frames: its length at its own sampling rate, if soundfile would read padding after it.
     """
 
     path: str
     seconds: float | None
     decoder: str = "soundfile"
     content: bytes | None = None
+    frames: int | None = None
 
     def error(self, problem: str) -> UserError:
         """Return the error for a problem with this file."""
@@ -208,7 +212,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")
     with file.open_bytes() as whole:
-        problem = stream_problem(whole)
+        problem = pointer_problem(whole, path) or stream_problem(whole)
     if problem:
         raise file.error(problem)
     if path.lower().endswith((".raw", ".pcm")):
@@ -218,7 +222,9 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         )
     try:
         with file.open_sound() as sound:
-            seconds = sound.frames / sound.samplerate
+            frames = _frames_without_padding(file, sound)
+            seconds = frames / sound.samplerate
+            is_padded = frames < sound.frames
             sound_format = sound.format
             log = sound.extra_info
             unreliable = unreliable_length(file, sound)
@@ -231,7 +237,15 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     if not seconds:
         return _open_without_length(file, sound_format)
     _check_length(file, sound_format, log)
-    return replace(file, seconds=seconds)
+    return replace(file, seconds=seconds, frames=frames if is_padded else None)
+
+
+def _frames_without_padding(file: AudioFile, sound: soundfile.SoundFile) -> int:
+    """Return the number of samples of a file without those that fill its last block."""
+    if sound.format not in ("WAV", "WAVEX") or not sound.subtype.startswith(PADDED):
+        return sound.frames
+    with file.open_bytes() as content:
+        return wav_sample_count(content, sound.frames)
 
 
 def _open_without_length(file: AudioFile, sound_format: str) -> AudioFile:
@@ -412,7 +426,7 @@ def _read_part(file: AudioFile, start: float, end: float | None) -> tuple[np.nda
     try:
         with file.open_sound() as sound:
             rate = sound.samplerate
-            begin, stop = _frames_of(file, start, end, rate, sound.frames)
+            begin, stop = _frames_of(file, start, end, rate, file.frames or sound.frames)
             if begin and sound.seekable():
                 sound.seek(begin)
             elif begin:
@@ -470,7 +484,9 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
             resampler = None
             if rate != RATE:
                 resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32")
-            while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+            remaining = file.frames or sys.maxsize
+            while len(block := sound.read(min(BLOCK, remaining), dtype="float32", always_2d=True)):
+                remaining -= len(block)
                 mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
                 yield resampler.resample_chunk(mono) if resampler else mono
             if resampler:

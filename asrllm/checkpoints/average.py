@@ -227,10 +227,10 @@ def check_same_weights(
 
 def _sums(streams: Sequence[Iterable[Tensor]]) -> Iterator[Tensor]:
     """Add tensors that come in equal pieces, with one piece of one tensor in memory at a time."""
-    first, *others = map(iter, streams)
-    for total in first:
+    for first, *others in zip(*streams, strict=True):
+        total = first.clone()  # it may be mapped to a file
         for other in others:
-            total += next(other)
+            total += other
         yield total
 
 

@@ -13,8 +13,13 @@ from asrllm.errors import UserError
 from asrllm.tensor_files import PIECE, Spec, TensorSource, write_file, write_sharded
 from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.manifest import MANIFEST, read_manifest
-from asrllm.training.checkpoint.saver import read_inherited
-from asrllm.training.checkpoint.zero_files import AVERAGE, MASTERS, ZeroFiles
+from asrllm.training.checkpoint.saver import INHERITED, read_inherited
+from asrllm.training.checkpoint.zero_files import (
+    AVERAGE,
+    MASTERS,
+    ZeroFiles,
+    verify_storages,
+)
 
 DTYPES = {MASTERS: torch.float32, AVERAGE: torch.float64}
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
@@ -93,13 +98,12 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     def pieces(name: str, size: int = PIECE) -> Iterator[Tensor]:
         to_dtype = methodcaller("to", dtype)
         if name in inherited:
-            return map(to_dtype, inherited[name].pieces(size))
+            return map(to_dtype, inherited[name].flatten().split(size))
         return map(to_dtype, files.pieces(name, key, size))
 
     def check() -> None:
         files.check(key)
-        for tensor in inherited.values():
-            tensor.storage.check()
+        verify_storages(checkpoint.parent / INHERITED, inherited.values())
 
     about = {"sources": [describe_source(checkpoint, manifest)]}
     return TensorSource(specs, pieces, about, check)

@@ -11,6 +11,7 @@ from torch import nn
 
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
+from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.network import PARTS
@@ -18,7 +19,7 @@ from asrllm.models.asr_llm.serialization import merged_names, weight_source, wri
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.base_models import BasePaths
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
-from asrllm.text_files import JsonObject, parse_json, read_yaml
+from asrllm.text_files import JsonObject, read_json_object, read_yaml
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
@@ -113,6 +114,8 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
     model.causal_lm.config.save_pretrained(folder / "llm")
     write_generation_config(model.llm.generation_config, folder / "llm")
     model.require_processor().tokenizer.save_pretrained(folder / "llm")
+    for part in PARTS:
+        write_checksums(folder / part)
 
 
 def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
@@ -280,11 +283,11 @@ def error_rates(exp_dir: Path, weights: str) -> list[str]:
     for path in sorted(exp_dir.glob("*/results*.json"), key=lambda path: path.stat().st_mtime):
         decoding = path.parent.name
         try:
-            measured = parse_json(path.read_text(encoding="utf-8"))
+            measured = read_json_object(path, "the results")
             for test, result in measured.items():
                 if Path(result["weights"]).name == weights:
                     rows[decoding, test] = _error_rate(test, result, decoding)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             logger.warning(
                 "the model card has no error rates of %s, which does not have the format of "
                 "'asrllm evaluate' (%r)",

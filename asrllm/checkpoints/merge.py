@@ -12,6 +12,7 @@ from asrllm.atomic import new_folder
 from asrllm.checkpoints.llm_files import LLM, LlmFiles
 from asrllm.checkpoints.parity import Parity, check_layers, check_parity
 from asrllm.errors import UserError
+from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.serialization import (
     as_dtype,
@@ -95,6 +96,7 @@ def merge_lora(
         config.dtype = chosen_dtype or prevailing_dtype(weights, str(files.folder))
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(partial)
+        write_checksums(partial)
         if not check:
             return None
         with waiting("comparing the logits before and after the merge"):

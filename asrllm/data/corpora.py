@@ -22,7 +22,7 @@ from asrllm.data.sources import read_cuts
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.schema import Text, build, component
-from asrllm.text_files import read_yaml
+from asrllm.text_files import check_file, read_yaml
 
 logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000
@@ -285,8 +285,7 @@ def _manifest_index(manifest: Path, made: Path) -> Index:
 
     The first process that holds the lock writes the shards; later ones reuse them.
     """
-    if not manifest.is_file():
-        raise UserError(f"the manifest {str(manifest)!r} does not exist. Check the path.")
+    check_file(manifest, "the manifest")
     if next(read_cuts(manifest), None) is None:
         raise UserError(f"the manifest {str(manifest)!r} has no utterance. Make it again.")
     stat = manifest.stat()

@@ -31,7 +31,7 @@ from asrllm.data.storage import (
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.integrity import file_sha256
-from asrllm.text_files import parse_json, read_json_object
+from asrllm.text_files import check_no_pointer, open_regular, parse_json, read_json_object
 
 if TYPE_CHECKING:
     from asrllm.data.cache import ShardCache
@@ -154,12 +154,21 @@ def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
 
 def _open_local(folder: Path) -> tuple[Fields, Path]:
     """Return the content of index.json, and the path of index.bin."""
+    if folder.name in ("index.json", "index.bin") and folder.exists():
+        raise UserError(
+            f"{str(folder)!r} is a file of an index. Use the directory {str(folder.parent)!r}."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"{str(folder)!r} is not a directory of shards. Use the directory that contains it. If "
+            f"that has no index.json, make one with 'asrllm shards index {folder}'."
+        )
     if not folder.is_dir():
         raise UserError(
             f"the shard directory {str(folder)!r} does not exist. "
             f"Make it with 'asrllm shards make {folder} ...'."
         )
-    if not (folder / "index.json").is_file():
+    if not (folder / "index.json").exists():
         raise UserError(
             f"{str(folder)!r} has no index.json. "
             f"Make one with 'asrllm shards index {folder}/*.tar'."
@@ -193,6 +202,7 @@ def _open_remote(url: str, cache: "ShardCache | None") -> tuple[Fields, Path]:
 def _open_index(where: str, about: Fields, rows_file: Path) -> Index:
     count = _check_about(where, about)
     shards = about["shards"]
+    check_no_pointer(rows_file)
     size = rows_file.stat().st_size
     if size != count * ROW.itemsize:
         raise ValueError(f"index.bin has {size} bytes for {count} utterances")
@@ -285,6 +295,8 @@ def _check_shards(index: Index) -> None:
                 f"the shard {name!r} does not exist. Restore it, or index the directory again."
             )
         if size != expected:
+            if not is_url(name):
+                check_no_pointer(name)
             state = "is truncated" if size < expected else "has changed"
             raise UserError(
                 f"the shard {name!r} {state}: it has {size} bytes, but its index says {expected}. "
@@ -502,7 +514,7 @@ def scan_tar(path: str | Path) -> Iterator[TarSample | BadSample]:
         UserError: the tar is corrupted.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, "the tar") as file:
             yield from iterate_tar(file)
     except (tarfile.TarError, OSError) as error:
         raise UserError(explain_tar(Path(path), error)) from error

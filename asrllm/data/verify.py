@@ -34,6 +34,7 @@ from asrllm.data.storage import RemoteFile, is_url
 from asrllm.errors import UserError
 from asrllm.escape import escape
 from asrllm.integrity import file_sha256
+from asrllm.text_files import check_file
 
 UNBOUNDED = 1 << 62  # bytes; each process stores one tar at a time, and removes it
 
@@ -110,8 +111,12 @@ def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:
     """
     local = [Path(tar) for tar in tars if not is_url(tar)]
     for tar in local:
-        if not tar.is_file():
-            raise UserError(f"the tar {str(tar)!r} does not exist. Check the path.")
+        if tar.is_dir():
+            raise UserError(
+                f"{str(tar)!r} is a directory. Name its tars: 'asrllm shards index {tar}/*.tar'. "
+                "If it has an index, check it with 'asrllm shards verify'."
+            )
+        check_file(tar, "the tar")
     if output is not None:
         return Path(os.path.abspath(output))
     if len(local) < len(tars):

@@ -17,7 +17,7 @@ from asrllm.evaluation.engine import WINDOW
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.hub_files import load_tokenizer
-from asrllm.text_files import reading
+from asrllm.text_files import read_text, reading
 
 # samples; the test set's limits are those of the model's encoder, and audio after 30 s is cut off
 LIMITS = (1, 31 * RATE)
@@ -38,7 +38,7 @@ def find_whisper(path: str | Path | None) -> Path:
     folder = resolve_pretrained(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a Hugging Face directory")
-    if '"whisper"' not in (folder / "config.json").read_text(encoding="utf-8"):
+    if '"whisper"' not in read_text(folder / "config.json", "the encoder's configuration"):
         raise UserError(f"the audio encoder {str(path)!r} is not a Whisper model")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{str(path)!r} has no tokenizer, which Whisper's decoder needs")

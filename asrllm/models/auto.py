@@ -24,7 +24,7 @@ from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
 from asrllm.models.state_dict import StateDict
-from asrllm.text_files import first_words
+from asrllm.text_files import check_file, first_words
 
 # Importing this module registers the model with transformers' Auto classes. No other module has
 # such an effect.
@@ -133,7 +133,7 @@ def newest_weights(exp_dir: Path) -> Path:
     """
     averaged = sorted(exp_dir.glob("averaged-*.pt"), key=lambda p: p.stat().st_mtime)
     for path in (exp_dir / "pretrained.pt", *reversed(averaged)):
-        if path.is_file():
+        if path.exists():
             return path
     raise UserError(
         f"{str(exp_dir)!r} contains neither pretrained.pt nor averaged-*.pt. Average its "
@@ -152,8 +152,7 @@ def read_state(path: Path) -> StateDict:
     """
     if path.is_dir():
         path = _weights_in(path)
-    if not path.is_file():
-        raise UserError(f"the weights {str(path)!r} do not exist. Check the path.")
+    check_file(path, "the weights file")
     if path.suffix == ".json":
         state: StateDict = {}
         for file in indexed_files(path):
@@ -171,7 +170,7 @@ def _weights_in(folder: Path) -> Path:
             f"'asrllm consolidate {folder.parent} --tag {folder.name}'."
         )
     for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     return folder / WEIGHT_NAMES[0]
 

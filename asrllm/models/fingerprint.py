@@ -14,7 +14,7 @@ from asrllm.atomic import write_whole
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, file_sha256, verify_weights
-from asrllm.text_files import first_words
+from asrllm.text_files import check_file, first_words
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
 PREFIX = "sha256:"  # earlier versions hashed a sample of the bytes, and wrote no prefix
@@ -113,6 +113,10 @@ def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
         # Links are not resolved: the files in the hub's cache that they point to have other names,
         # hence other fingerprints.
         return folder.absolute()
+    if file and folder.exists():
+        check_file(folder, "the pretrained model")
+    if folder.exists():
+        raise UserError(f"the pretrained model {str(path)!r} is not a directory. Give one.")
     if not is_hub_id(path):
         raise UserError(
             f"the pretrained model {str(path)!r} does not exist. Give a directory, or a hub id "
@@ -124,11 +128,11 @@ def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
 def _download(hub_id: str) -> Path:
     """Return the local snapshot of a hub id, downloading it if the hub can be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, ignore_patterns=NOT_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"the pretrained model {hub_id!r} is not a directory, and it cannot be downloaded "
             f"from the hub: {first_words(error)}."

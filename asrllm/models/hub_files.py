@@ -5,10 +5,12 @@ damaged or of another kind causes a UserError that names the file. Code in a dir
 executed.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -18,7 +20,8 @@ from transformers import (
 )
 
 from asrllm.errors import UserError
-from asrllm.text_files import check_no_pointer, read_json_object, read_text, reading
+from asrllm.integrity import verify_folder
+from asrllm.text_files import check_no_mark, check_no_pointer, read_json_object, read_text, reading
 
 # The content of a configuration in JSON.
 Fields: TypeAlias = dict[str, Any]
@@ -35,9 +38,21 @@ JSON_FILES = (
 )
 # Up to 30 MB, and therefore parsed only to explain an error.
 LARGE_JSON_FILES = ("tokenizer.json", "vocab.json")
+# Read by transformers as text. It rejects a byte-order mark, or makes it a part of a token.
+TEXT_FILES = (
+    *JSON_FILES,
+    *LARGE_JSON_FILES,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "merges.txt",
+    "vocab.txt",
+)
+BINARY_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 WEIGHTS = ("*.safetensors", "*.bin")
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of plain weights
+WHOLE_MODELS = ("*.safetensors.index.json", "model*.safetensors", "pytorch_model*.bin")
 COPY_AGAIN = "Copy the directory again, or download it again."
 GIVE_ORIGINAL = "Give the original Hugging Face directory with config.json and *.safetensors."
 # What a directory without Hugging Face weights is, by a pattern of its files.
@@ -62,34 +77,38 @@ def check_directory(folder: str | Path, key: str) -> None:
         UserError: a file is damaged or is a git-LFS pointer, or the directory is of another kind.
     """
     folder = Path(folder)
+    verify_folder(folder)
     check_kind(folder, key)
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{key}={str(folder)!r} contains a model and adapter_config.json, whose adapters "
-            "transformers would load too. Merge the adapters into the model, or remove "
-            "adapter_config.json."
-        )
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise UserError(f"{key}={str(folder)!r} has no config.json. {GIVE_ORIGINAL}")
     check_text_files(folder)
     for pattern in WEIGHTS:
         for file in sorted(folder.glob(pattern)):
             with reading(file, "the weights"):
                 check_no_pointer(file)
+            if file.suffix == ".safetensors":
+                check_dtypes(file)
+
+
+def check_dtypes(file: Path) -> None:
+    """Raise UserError if a weight is quantized, which transformers would convert without a scale.
+
+    A damaged file passes: `verify_weights` reports it.
+    """
+    with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            dtype = tensors.get_slice(name).get_dtype()
+            if name.endswith(".weight") and dtype not in FLOATS:
+                raise UserError(
+                    f"{str(file)!r}: {name!r} has the dtype {dtype}. Give weights that are not "
+                    "quantized."
+                )
 
 
 def check_kind(folder: Path, key: str) -> None:
     """Raise UserError if a directory contains adapters, or a model in another program's format."""
-    if any(folder.glob("*.safetensors.index.json")) or any(folder.glob("model*.safetensors")):
-        return
-    if (folder / "adapter_config.json").is_file():
-        fields = read_json_object(folder / "adapter_config.json", "the adapter's configuration")
-        base = fields.get("base_model_name_or_path")
-        raise UserError(
-            f"{key}={str(folder)!r} contains PEFT adapters (adapter_config.json), not a whole "
-            f"model. Give their base model, {base!r}, or a model with merged adapters."
-        )
-    if any(folder.glob("pytorch_model*.bin")):
+    check_no_adapters(folder, key)
+    if _has_model(folder):
         return
     for pattern, kind in OTHER_KINDS.items():
         if any(folder.glob(pattern)):
@@ -98,18 +117,43 @@ def check_kind(folder: Path, key: str) -> None:
             )
 
 
+def check_no_adapters(folder: Path, key: str) -> None:
+    """Raise UserError if a directory contains adapters, beside a model or alone."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return
+    if _has_model(folder):
+        raise UserError(
+            f"{key}={str(folder)!r} contains a model and adapter_config.json, whose adapters are "
+            "not loaded. Merge the adapters into the model, or remove adapter_config.json."
+        )
+    base = read_json_object(path, "the adapter's configuration").get("base_model_name_or_path")
+    raise UserError(
+        f"{key}={str(folder)!r} contains PEFT adapters (adapter_config.json), not a whole "
+        f"model. Give their base model, {base!r}, or a model with merged adapters."
+    )
+
+
+def _has_model(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in WHOLE_MODELS)
+
+
 def check_text_files(folder: Path) -> None:
     """Raise UserError if a JSON file or a chat template is damaged or a git-LFS pointer."""
     for name in JSON_FILES:
         if (folder / name).exists():
             read_json_object(folder / name, "the file")
-    for name in (*LARGE_JSON_FILES, "merges.txt", "tokenizer.model"):
+    for name in (*TEXT_FILES, *BINARY_FILES):
         if (folder / name).exists():
-            with reading(folder / name, "the tokenizer's file"):
+            with reading(folder / name, "the file"):
                 check_no_pointer(folder / name)
+    for name in TEXT_FILES:
+        if (folder / name).exists():
+            check_no_mark(folder / name)
     for file in [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
         if file.exists():
             read_text(file, "the chat template")
+            check_no_mark(file)
     if (folder / TEMPLATE_FOLDER).is_file():
         raise UserError(
             f"{str(folder / TEMPLATE_FOLDER)!r} is a file, but must be a directory. Remove it."

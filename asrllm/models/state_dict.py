@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from asrllm.errors import UserError
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 StateDict: TypeAlias = dict[str, Tensor]
 
 
@@ -75,7 +76,7 @@ def check_state(
         needed: keys that `state` must contain; by default all expected ones.
 
     Raises:
-        UserError: a key is missing, unexpected or has another shape.
+        UserError: a key is missing, unexpected or has another shape, or a weight is quantized.
     """
     missing = sorted(set(expected if needed is None else needed) - state.keys())
     if missing:
@@ -88,4 +89,9 @@ def check_state(
             raise UserError(
                 f"{what}: {key!r} has the shape {tuple(tensor.shape)}, expected "
                 f"{tuple(expected[key].shape)}. {fix}"
+            )
+        if expected[key].is_floating_point() and tensor.dtype not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{what}: {key!r} has the dtype {tensor.dtype}. Give weights that are not "
+                "quantized."
             )

@@ -50,11 +50,10 @@ class TrainingData:
         self.tokens = processor.config.num_audio_tokens
         self.limits = processor.config.sample_limits()
         self.augment = Augmenter(config.data.augment, seed=config.seed, limits=self.limits)
-        words = config.data.hotwords
-        self.hotwords: Hotwords | None = None
-        if words.prob:
-            forbidden = processor.config.audio_token
-            self.hotwords = Hotwords(words, seed=config.seed, forbidden=forbidden)
+        forbidden = processor.config.audio_token
+        # its file is checked even if no utterance gets a list
+        hotwords = Hotwords(config.data.hotwords, seed=config.seed, forbidden=forbidden)
+        self.hotwords = hotwords if config.data.hotwords.prob else None
         self.normalize = transcript_normalizer(config.data.text_normalization)
         self.corpora = self._corpora(config.data.train_data_config or "")
         self.valid: list[Corpus] = []

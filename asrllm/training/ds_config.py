@@ -14,7 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from asrllm.errors import UserError
-from asrllm.text_files import read_text
+from asrllm.text_files import first_words, read_text
 from asrllm.training.ds_keys import (
     NUMBER,
     SWITCH,
@@ -145,7 +145,7 @@ def read_hjson(path: Path) -> DsConfig:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not valid JSON: {' '.join(str(error).split())}. Correct the file."
+            f"{path} is not valid JSON: {first_words(error)}. Correct the file."
         ) from error
     if not isinstance(content, dict) or not text.strip():
         raise UserError(

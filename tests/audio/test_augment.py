@@ -432,20 +432,20 @@ def test_invalid_speeds_are_reported_with_the_key(speed, named):
         build(AugmentConfig, {"speed": speed}, group="data.augment.")
 
 
-def test_only_sources_in_use_are_checked(tmp_path):
+@pytest.mark.parametrize("prob", [0.0, 0.1])
+def test_sources_are_checked_whatever_their_probability(tmp_path, prob):
     missing = str(tmp_path / "no")
     for config in (
-        with_noise(missing),
-        replace(OFF, reverb=replace(OFF.reverb, source=missing, prob=0.1)),
+        with_noise(missing, prob=prob),
+        replace(OFF, reverb=replace(OFF.reverb, source=missing, prob=prob)),
     ):
         with pytest.raises(UserError, match=rf"data\.augment\.\w+\.source='{missing}'"):
             augmenter(config)
-    augmenter(with_noise(tmp_path / "no", prob=0.0))
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(UserError, match=rf"data\.augment\.noise\.source='{tmp_path}'"):
-        augmenter(with_noise(tmp_path))
+        augmenter(with_noise(tmp_path, prob=prob))
     with pytest.raises(UserError, match=r"text\.txt"):
-        augmenter(with_noise(tmp_path / "text.txt"))
+        augmenter(with_noise(tmp_path / "text.txt", prob=prob))
 
 
 def test_cut_without_recording_is_reported(tmp_path):

@@ -9,7 +9,7 @@ import soundfile
 
 from asrllm.audio import stream
 from asrllm.audio.reader import decode
-from asrllm.audio.stream import find_audio, open_audio, read_blocks
+from asrllm.audio.stream import find_audio, open_audio, read_blocks, read_stretch
 from asrllm.errors import UserError
 from asrllm.testing import vowels
 
@@ -191,3 +191,26 @@ def test_directories_are_replaced_by_their_sorted_audio_files(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"/none' .*wav, flac"):
         find_audio([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16"])
+@pytest.mark.parametrize("samples", [8000, 8001, 70_001])
+def test_padding_of_the_last_block_is_not_audio(tmp_path, subtype, samples):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, 0.3 * np.sin(np.arange(samples) / 5), 16000, subtype=subtype)
+    file = open_audio(str(path))
+    assert file.seconds == samples / 16000
+    assert sum(map(len, read_blocks(file))) == samples
+    wave, rate = read_stretch(file)
+    assert (len(wave), rate) == (samples, 16000)
+    assert len(read_stretch(file, samples / 16000 - 0.1)[0]) == 1600
+
+
+@pytest.mark.parametrize("count", [0, 1, 7000, 1 << 31])
+def test_wrong_sample_count_does_not_cut_audio(tmp_path, count):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, 0.3 * np.sin(np.arange(8001) / 5), 16000, subtype="GSM610")
+    content = path.read_bytes()
+    begin = content.index(b"fact") + 8
+    path.write_bytes(content[:begin] + count.to_bytes(4, "little") + content[begin + 4 :])
+    assert sum(map(len, read_blocks(open_audio(str(path))))) == 26 * 320

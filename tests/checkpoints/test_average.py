@@ -284,7 +284,7 @@ def test_choices_that_are_not_weights_files_are_rejected(exp, tmp_path):
     ):
         read_state(exp / "checkpoint-8")
     (exp / "short.pt").write_bytes(resolve(exp).read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"short\.pt. cannot be read"):
+    with pytest.raises(UserError, match=r"short\.pt. is corrupted"):
         read_state(exp / "short.pt")
 
 

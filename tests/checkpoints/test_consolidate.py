@@ -100,7 +100,7 @@ def test_checkpoint_removed_during_reading_is_reported(tmp_path, state):
     source = checkpoint_weights(checkpoint)
     shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match=r"checkpoint-1.*was removed.*trainer\.keep_last_k"):
-        source.load()
+        source.check()
 
 
 def test_unreadable_file_is_not_reported_as_corrupted(tmp_path, state, monkeypatch):
@@ -157,7 +157,7 @@ def test_pickle_with_other_classes_is_rejected(tmp_path, state):
     (checkpoint / "asrllm.json").write_text(
         json.dumps(manifest | {"files": {file.name: file_digest(file)}})
     )
-    with pytest.raises(UserError, match=r"corrupted.*__builtin__\.print"):
+    with pytest.raises(UserError, match=r"corrupted.*print"):
         checkpoint_weights(checkpoint)
 
 
@@ -187,24 +187,33 @@ def test_keys_and_shapes_must_match_the_manifest(tmp_path, state, ranks):
 
 MEASURED = """
 import sys
+import threading
 from asrllm.checkpoints.average import mean_weights
 from asrllm.checkpoints.consolidate import checkpoint_weights, consolidate
 from asrllm.tensor_files import write_file
 from pathlib import Path
 
-def peak():
+# Anonymous memory. Pages of mapped files do not count, because the system can drop them.
+def current():
     lines = open("/proc/self/status")
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+def watch():
+    while not done.wait(0.002):
+        peaks.append(current())
 
 folder = Path(sys.argv[1])
 # imports modules that are loaded on first use
 consolidate(folder / "small" / "checkpoint-1", folder / "small.safetensors")
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
+before = current()
+peaks = []
+done = threading.Event()
+threading.Thread(target=watch).start()
 for output in ("a.pt", "a.safetensors", "a"):
     consolidate(folder / "checkpoint-1", folder / output)
 write_file(mean_weights([folder / f"checkpoint-{n}" for n in (1, 2, 3)]), folder / "mean.pt")
-print(peak() - before)
+done.set()
+print(max(peaks) - before)
 """
 
 
@@ -212,7 +221,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
 def test_memory_does_not_grow_with_the_model(tmp_path, state):
-    """The limit for 280 MB of weights, the largest of 32 MB, is 1.3 times 32 MB plus 100 MB."""
+    """The limit for 280 MB of weights, the largest of 32 MB, is 100 MB."""
     write_checkpoint(tmp_path / "small" / "checkpoint-1", state, ranks=2)
     large = {f"llm.{i}": torch.full((2048, 4096), float(i)) for i in range(8)} | {
         "llm.odd": torch.ones(3_000_001)

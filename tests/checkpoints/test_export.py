@@ -1,6 +1,7 @@
 """Exported directories: the model card, separate parts, and uploads to the hub."""
 
 import json
+import re
 from collections import OrderedDict
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from asrllm.checkpoints.export import export, public_name, push, sources_paragraph, training_data
 from asrllm.commands.dispatch import main
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.encoders.registry import encoder_class
+from asrllm.models.hub_files import check_directory
 from asrllm.models.model_args import EncoderPart
 from tests.checkpoints.test_merge import logits, run_of
 from tests.models.asr_llm.test_modeling import make_model
@@ -138,6 +140,15 @@ def test_exported_parts_can_be_loaded(world, exp, tmp_path):
     )
     assert fields | {"model_type": "whisper"} == model.config.audio_encoder
     assert (tmp_path / "model" / "projector" / "model.safetensors").is_file()
+    readers = {
+        "audio_encoder": encoder_class("whisper").read_pretrained,
+        "llm": lambda folder: check_directory(folder, "model.llm.pretrained_model"),
+    }
+    for part, read in readers.items():
+        path = tmp_path / "model" / part / "config.json"
+        path.write_text(path.read_text() + " ")
+        with pytest.raises(CorruptedError, match=re.escape(repr(str(path)))):
+            read(str(path.parent))
 
 
 def test_export_writes_parts_in_float16_with_a_progress_bar_each(exp, tmp_path, capsys):

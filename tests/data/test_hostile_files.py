@@ -1,15 +1,23 @@
 """Text files that are made to exhaust memory or time."""
 
 import gzip
+import json
+import os
 import tracemalloc
 import zlib
 
 import pytest
+import soundfile
 
-from asrllm.data.sources import SOURCES
+from asrllm.audio.stream import open_audio
+from asrllm.data.index import open_index
+from asrllm.data.shards import write_shards
+from asrllm.data.sources import SOURCES, RejectedError
 from asrllm.data.sources import files as files_module
 from asrllm.data.sources.files import count_lines
+from asrllm.data.verify import index_tars
 from asrllm.errors import UserError
+from asrllm.testing import kaldi_directory, tone, tone_sentences
 from asrllm.text_files import read_json_object, read_yaml
 
 DEEP = 100_000
@@ -67,3 +75,84 @@ def test_deeply_nested_configurations_are_reported(tmp_path):
     for read in (read_json_object, read_yaml):
         with pytest.raises(UserError, match=f"{path}.* nested"):
             read(path, "the file")
+
+
+# --- pipes and git-LFS pointers ---
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("source", ["cuts", "nemo", "wenet", "slam", "swift"])
+@pytest.mark.parametrize("kind", ["pipe", "pointer"])
+def test_manifest_that_is_no_regular_file_is_reported(tmp_path, source, kind):
+    path = tmp_path / "manifest.jsonl"
+    make_special(path, kind)
+    assert SOURCES[source].count(path) is None
+    with pytest.raises(UserError, match=r"manifest\.jsonl"):
+        list(SOURCES[source].read(path))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["wav.scp", "text", "segments"])
+@pytest.mark.parametrize("kind", ["pipe", "pointer"])
+def test_kaldi_table_that_is_no_regular_file_is_reported(tmp_path, name, kind):
+    folder = kaldi_directory(tmp_path / "k", tone_sentences(2))
+    (folder / name).unlink(missing_ok=True)
+    make_special(folder / name, kind)
+    SOURCES["kaldi"].count(folder)
+    with pytest.raises(UserError, match=name):
+        list(SOURCES["kaldi"].read(folder))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "pointer"])
+def test_tar_that_is_no_regular_file_is_reported(tmp_path, kind):
+    write_shards(
+        tmp_path / "s", SOURCES["kaldi"].read(kaldi_directory(tmp_path / "k", tone_sentences(2)))
+    )
+    tar = tmp_path / "s" / "shard-000000.tar"
+    tar.unlink()
+    make_special(tar, kind)
+    for open_it in (open_index, lambda folder: index_tars([str(folder / tar.name)])):
+        with pytest.raises(UserError, match=r"shard-000000\.tar") as error:
+            open_it(tmp_path / "s")
+        assert ("git lfs pull" in str(error.value)) == (kind == "pointer")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "pointer"])
+def test_transcript_that_is_no_regular_file_rejects_its_utterance(tmp_path, kind):
+    soundfile.write(tmp_path / "a.wav", tone("one", 1.0), 16000)
+    make_special(tmp_path / "a.txt", kind)
+    (utterance,) = SOURCES["folder"].read(tmp_path)
+    assert utterance.problem[0] == "no_transcript"
+    assert str(tmp_path / "a.txt") in utterance.problem[1]
+
+
+@pytest.mark.timeout(30)
+def test_cut_whose_recording_is_a_pipe_is_rejected(tmp_path):
+    os.mkfifo(tmp_path / "a.wav")
+    source = {"type": "file", "channels": [0], "source": str(tmp_path / "a.wav")}
+    sizes = {"sampling_rate": 16000, "num_samples": 16000, "duration": 1.0}
+    recording = {"id": "r", "sources": [source], **sizes}
+    supervision = {"id": "s", "recording_id": "r", "start": 0, "duration": 1.0, "text": "one"}
+    cut = {"id": "c", "start": 0, "duration": 1.0, "channel": 0, "type": "MonoCut"}
+    row = cut | {"recording": recording, "supervisions": [supervision]}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
+    (utterance,) = SOURCES["cuts"].read(tmp_path / "cuts.jsonl")
+    with pytest.raises(RejectedError, match=r"a\.wav"):
+        utterance.load()
+
+
+def test_audio_that_is_a_pointer_is_reported(tmp_path):
+    make_special(tmp_path / "a.wav", "pointer")
+    with pytest.raises(UserError, match=r"a\.wav.*git lfs pull"):
+        open_audio(str(tmp_path / "a.wav"))
+
+
+def make_special(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text(POINTER)

@@ -526,5 +526,38 @@ def test_a_chat_manifest_may_be_a_json_list(tmp_path):
     assert reason == "bad_json"
     assert "data.json, entry 1 " in detail
     path.write_text("[{")
-    with pytest.raises(UserError, match=r"data\.json .*JSON"):
+    with pytest.raises(UserError, match=r"data\.json:1:3 "):
         list(read_swift(path))
+
+
+ROW = '{{"audio_filepath": "{0}.wav", "text": "{0}"}}'
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ['{"audio_filepath": "b.wav", "text": "b"', '{"audio_filepath": "b.wav" "text": 1}', "{b}"],
+)
+@pytest.mark.parametrize("begin", ["[", "[\n", "\n[\n\n"])
+def test_bad_line_of_a_json_list_is_rejected_alone(tmp_path, bad, begin):
+    path = tmp_path / "list.json"
+    path.write_text(f"{begin}{ROW.format('a')},\n{bad},\n{ROW.format('c')}\n]\n")
+    first, second, third = SOURCES["nemo"].read(path)
+    assert [first.text, third.text] == ["a", "c"]
+    assert second.problem[0] == "bad_json"
+    number = begin.count("\n") + 2
+    assert f"{path}:{number}" in second.problem[1]
+
+
+@pytest.mark.parametrize("text", [ROW.format("a"), f"{ROW.format('a')},\n{{"])
+def test_json_list_without_its_end_is_reported(tmp_path, text):
+    path = tmp_path / "list.json"
+    path.write_text(f"[{text}\n")
+    with pytest.raises(UserError, match=r"list\.json:\d+:\d+"):
+        list(SOURCES["nemo"].read(path))
+
+
+def test_syntax_error_in_an_indented_json_list_has_its_line_and_column(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('[\n\n  {\n    "audio_filepath": "a.wav",\n    "text" "a"\n  }\n]\n')
+    with pytest.raises(UserError, match=r"list\.json:5:12 "):
+        list(SOURCES["nemo"].read(path))

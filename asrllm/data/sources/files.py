@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import itertools
+import json
 import os
 import re
 import zlib
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.errors import UserError
-from asrllm.text_files import check_file, parse_json
+from asrllm.text_files import check_file, open_regular, parse_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -35,11 +36,13 @@ FIELDS = {  # field of a sample: its names in manifests
 
 def open_manifest(path: Path) -> BinaryIO:
     """Open a file for reading, and unpack it if it is gzip."""
-    with open(path, "rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
+    file = open_regular(path)
+    is_gzip = file.read(2) == b"\x1f\x8b"
     if is_gzip:
+        file.close()
         return cast(BinaryIO, gzip.open(path))
-    return open(path, "rb")
+    file.seek(0)
+    return file
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
@@ -130,7 +133,8 @@ def read_lines(
 def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]]:
     """Yield (FILE:LINE, object) of a file of JSON lines, or of one JSON list, which is held whole.
 
-    A row that is not an object is yielded as the reason for its rejection.
+    A row that is not an object is yielded as the reason for its rejection. So is a row with a
+    syntax error if each line of the list has one object.
 
     Args:
         path: the file.
@@ -140,11 +144,19 @@ def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]
     first = next(lines)
     lines = itertools.chain([first], lines)
     if first[1].lstrip().startswith("["):
-        text = "\n".join(text for _, text in lines)
-        for number, row in enumerate(_parse_list(text, f"{role} {path}"), 1):
-            where = f"{path}, entry {number}"
-            yield where, _checked_object(row, f"{role} {where}")
-        return
+        numbered = list(lines)
+        try:
+            rows = _parse_list(numbered, f"{role} {path}")
+        except UserError:
+            apart = _object_lines(numbered)
+            if apart is None:
+                raise
+            lines = iter(apart)
+        else:
+            for number, row in enumerate(rows, 1):
+                where = f"{path}, entry {number}"
+                yield where, _checked_object(row, f"{role} {where}")
+            return
     for number, text in lines:
         where = f"{path}:{number}"
         try:
@@ -159,14 +171,41 @@ def _checked_object(row: object, where: str) -> Row | RejectedError:
     return RejectedError("bad_json", f"{where} is not a JSON object")
 
 
-def _parse_list(text: str, where: str) -> list[object]:
+def _parse_list(lines: Sequence[tuple[int, str]], where: str) -> list[object]:
     try:
-        value = parse_json(text)
+        value = parse_json("\n".join(text for _, text in lines))
+    except json.JSONDecodeError as error:
+        number = lines[error.lineno - 1][0]
+        raise UserError(
+            f"{where}:{number}:{error.colno} is not valid JSON: {error.msg}. Correct it."
+        ) from error
     except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
+        raise UserError(f"{where} is not valid JSON: {error}. Correct it.") from error
     if not isinstance(value, list):
-        raise UserError(f"{where} is not a JSON list")
+        raise UserError(f"{where} is not a JSON list. Make it again.")
     return value
+
+
+def _object_lines(lines: Sequence[tuple[int, str]]) -> list[tuple[int, str]] | None:
+    """Return the lines of a JSON list without brackets and commas.
+
+    Returns:
+        None if the list has no end, or if not every line begins like an object, so that the rows
+        cannot be told apart.
+    """
+    if not lines[-1][1].rstrip().endswith("]"):
+        return None
+    found: list[tuple[int, str]] = []
+    for number, line in lines:
+        text = line.strip()
+        if not found:
+            text = text.removeprefix("[").lstrip()
+        if number == lines[-1][0]:
+            text = text.removesuffix("]").rstrip()
+        if text:
+            found.append((number, text.removesuffix(",").rstrip()))
+    is_split = all(text.startswith("{") and text != "{" for _, text in found)
+    return found if is_split and len(found) > 1 else None
 
 
 def count_lines(path: str | Path) -> int | None:

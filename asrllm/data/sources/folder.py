@@ -24,6 +24,7 @@ from asrllm.data.sources.files import (
 )
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
+from asrllm.text_files import read_text
 
 ROLE = "the table"
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
@@ -58,6 +59,11 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
         UserError: the directory does not exist or has no audio, or the table is invalid.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"{str(folder)!r} is not a directory of audio files. Use a directory. If it is a tar, "
+            f"index it with 'asrllm shards index {folder}'."
+        )
     if not folder.is_dir():
         raise UserError(f"the audio directory {str(folder)!r} does not exist. Check the path.")
     found = _find_table(folder, table)
@@ -78,7 +84,7 @@ def _find_table(folder: Path, table: str | Path | None) -> Path | None:
     if table:
         return Path(table)
     for name in TABLES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     return None
 
@@ -108,11 +114,9 @@ def _from_text_files(folder: Path) -> Iterator[Utterance]:
 def _read_transcript(path: Path) -> tuple[str, tuple[str, str] | None]:
     """Return the content of a text file, or the problem of its utterance."""
     try:
-        return path.read_text(encoding="utf-8-sig"), None
-    except FileNotFoundError:
-        return "", ("no_transcript", f"{str(path)!r} does not exist")
-    except UnicodeDecodeError as error:
-        return "", ("no_transcript", f"{str(path)!r} is not UTF-8 text: {error}")
+        return read_text(path, "the transcript"), None
+    except UserError as error:
+        return "", ("no_transcript", str(error))
 
 
 # --- tables ---

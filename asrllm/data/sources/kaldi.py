@@ -16,6 +16,7 @@ from typing import BinaryIO
 from asrllm.data.sources.files import count_lines, find_root, peek, read_lines
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
+from asrllm.text_files import open_regular
 
 PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
 ARK_OFFSET = r"(?<=\.ark):(\d+)$"
@@ -39,14 +40,14 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
         UserError: a table is missing or invalid, or a pipe is not allowed.
     """
     folder = Path(folder)
-    has_segments = (folder / "segments").is_file()
+    has_segments = (folder / "segments").exists()
     main = folder / ("segments" if has_segments else "wav.scp")
     keys = _read_keys(main)
     texts = _Lookup(folder / "text", keys.in_order)
     tables = {
         field: _Lookup(folder / name, keys.in_order)
         for field, name in OPTIONAL_TABLES.items()
-        if (folder / name).is_file()
+        if (folder / name).exists()
     }
     entries = _segments(folder, allow_pipes) if has_segments else _whole(folder, allow_pipes)
     for entry in entries:
@@ -88,7 +89,7 @@ def _utterance(
 def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
     """Return the number of utterances, or None if it cannot be read."""
     segments = Path(folder) / "segments"
-    return count_lines(segments if segments.is_file() else Path(folder) / "wav.scp")
+    return count_lines(segments if segments.exists() else Path(folder) / "wav.scp")
 
 
 # --- tables ---
@@ -96,7 +97,7 @@ def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of each line of a table."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{str(path.parent)!r} is not a Kaldi data directory: it has no file {path.name}."
         )
@@ -289,7 +290,7 @@ class _ArkEntry:
     def __call__(self) -> BinaryIO:
         if not os.path.exists(self.path):
             raise RejectedError("missing_audio", f"{str(self.path)!r} does not exist")
-        with open(self.path, "rb") as file:
+        with open_regular(self.path, "the archive") as file:
             file.seek(self.offset)
             header = file.read(8)  # RIFF, and the number of bytes that follow
             if header[:4] != b"RIFF":

@@ -79,17 +79,22 @@ class AudioSegment:
     def _open(self) -> AudioFile:
         if not isinstance(self.audio, Path):
             return open_audio("the audio", self.audio().read())
-        if self.audio.is_fifo():  # reading could wait forever
-            raise RejectedError(
-                "unreadable_audio",
-                f"{str(self.audio)!r} is a FIFO, which only 'asrllm transcribe' reads",
-            )
-        if not os.path.exists(self.audio):
-            raise RejectedError("missing_audio", f"{str(self.audio)!r} does not exist")
         return open_cached(str(self.audio))
 
 
 @functools.lru_cache(maxsize=1)  # the parts of a recording usually follow each other
 def open_cached(path: str) -> AudioFile:
-    """Open an audio file, or return it if it was the last one to be opened."""
+    """Open an audio file, or return it if it was the last one to be opened.
+
+    Raises:
+        RejectedError: the file does not exist, or is a pipe or device.
+        UserError: the file cannot be read.
+    """
+    if not os.path.exists(path):
+        raise RejectedError("missing_audio", f"{path!r} does not exist")
+    if not os.path.isfile(path):  # reading could wait forever
+        raise RejectedError(
+            "unreadable_audio",
+            f"{path!r} is not a regular file. Only 'asrllm transcribe' reads FIFOs",
+        )
     return open_audio(path)

@@ -10,9 +10,11 @@ from typing import BinaryIO
 
 from asrllm.data.index import explain_tar, tar_files
 from asrllm.data.sources.files import (
+    UNREADABLE,
     Row,
     count_lines,
     find_root,
+    open_manifest,
     peek,
     read_lines,
     read_manifest,
@@ -24,6 +26,7 @@ from asrllm.data.sources.files import (
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.defaults import AUDIO_EXTENSIONS
 from asrllm.errors import UserError
+from asrllm.text_files import open_regular
 
 ROLE = "the wenet list"
 
@@ -46,9 +49,9 @@ def read_wenet(path: str | Path) -> Iterator[Utterance]:
 def count_wenet(path: str | Path) -> int | None:
     """Return the number of utterances of a list of JSON lines, or None for a list of tars."""
     try:
-        with open(path, "rb") as file:
+        with open_manifest(Path(path)) as file:
             is_json = file.read(1) == b"{"
-    except OSError:
+    except UNREADABLE:
         return None
     return count_lines(path) if is_json else None
 
@@ -127,7 +130,7 @@ def _samples(path: Path) -> Iterator[Utterance]:
     An audio file and its transcript follow each other, as wenet writes them. Audio is read only
     when it is loaded.
     """
-    with open(path, "rb") as tar:
+    with open_regular(path, "the tar") as tar:
         key = ""
         parts: dict[str, bytes | TarMember] = {}  # files of one key by suffix
         for info in tar_files(tar):

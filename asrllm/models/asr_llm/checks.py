@@ -11,12 +11,13 @@ import transformers
 from transformers import PreTrainedConfig
 
 from asrllm.errors import UserError
+from asrllm.integrity import verify_folder
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import Fields, check_plain
 from asrllm.models.projectors import PROJECTORS
 from asrllm.schema import SETTINGS, PositiveInt, build
-from asrllm.text_files import first_words, read_json_object, reading
+from asrllm.text_files import check_no_mark, first_words, read_json_object, reading
 
 TYPES = get_annotations(AsrLlmConfig)
 BOUNDED_TYPES = {
@@ -34,10 +35,14 @@ def read_config_fields(folder: str | Path) -> Fields:
     """Return the content of the config.json in a model's directory.
 
     Raises:
-        UserError: the file does not exist or is not a JSON object.
+        UserError: the file does not exist or is not a JSON object, or a file of the directory
+            does not match its checksum.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(f"{str(folder)!r} is not a directory. Give the directory of a model.")
+    verify_folder(Path(folder))
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{str(folder)!r} has no config.json. Give a directory written by training or by "
             "'asrllm export'."
@@ -81,6 +86,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             "directory written by 'asrllm export'."
         )
     check_fields(fields, str(path))
+    check_no_mark(path)
     fix = "Copy the config.json that was saved with the model."
     with reading(path, "the model's configuration", fix):
         return AsrLlmConfig.from_pretrained(folder)

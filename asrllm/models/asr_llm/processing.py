@@ -86,7 +86,7 @@ class AsrLlmProcessor:
         missing = ""
         if not _has_tokenizer(folder):
             missing = f"tokenizer (none of {', '.join(TOKENIZER_FILES)})"
-        elif not (folder / "tokenizer_config.json").is_file():
+        elif not (folder / "tokenizer_config.json").exists():
             missing = "tokenizer_config.json"
         if missing:
             raise UserError(
@@ -275,7 +275,7 @@ def check_finite(features: Tensor, names: Sequence[str], problem: str) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def load_llm_tokenizer(

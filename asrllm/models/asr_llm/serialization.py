@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig, PreTrainedModel
 
 from asrllm.errors import UserError, nearest
-from asrllm.integrity import verify_weights
+from asrllm.integrity import verify_weights, write_checksums
 from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.network import AsrLlmNetwork
@@ -106,6 +106,7 @@ def save_model(
         config.save_pretrained(partial)
         source = weight_source(state, tuned)
         write_sharded(source, partial, max_shard_size=max_shard_size, what="model")
+        write_checksums(partial)
         _move_into_place(partial, folder)
     except BaseException:
         shutil.rmtree(folder if is_new else partial, ignore_errors=True)
@@ -373,19 +374,19 @@ def weight_files(folder: Path) -> list[Path]:
     """
     single = folder / SINGLE
     index = folder / INDEX
-    if single.is_file() and index.is_file():
+    if single.exists() and index.exists():
         raise UserError(
             f"{str(folder)!r} contains both {SINGLE} and {INDEX}. Remove the outdated one."
         )
-    if single.is_file():
+    if single.exists():
         return [single]
-    if not index.is_file():
+    if not index.exists():
         raise UserError(
             f"{str(folder)!r} contains neither {SINGLE} nor {INDEX}. Give a directory that "
             "'asrllm export' has completed."
         )
     files = indexed_files(index)
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         raise UserError(f"{str(folder)!r} has no {missing[0]}, which {INDEX} names. Copy it again.")
     return files
@@ -395,7 +396,7 @@ def main_weight_file(folder: Path) -> Path:
     """Return the only weight file of a saved directory, or the index if there are several."""
     weight_files(folder)
     single = folder / SINGLE
-    return single if single.is_file() else folder / INDEX
+    return single if single.exists() else folder / INDEX
 
 
 def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:

@@ -120,6 +120,11 @@ def encoder_kind(model_type: str) -> str:
         UserError: it is neither.
     """
     if model_type in ENCODERS or not (Path(model_type).is_dir() or is_hub_id(model_type)):
+        if "/" in model_type:
+            raise UserError(
+                f"model.audio_encoder.model_type={model_type!r} was not found, or is not a "
+                f"directory. Give a directory with a config.json, or one of {', '.join(ENCODERS)}."
+            )
         encoder_class(model_type)
         return model_type
     config = resolve_pretrained(model_type) / "config.json"

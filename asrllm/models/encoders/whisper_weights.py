@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.integrity import verify_weights
+from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
 from asrllm.models.hub_files import Fields, check_kind, check_plain
 from asrllm.models.state_dict import StateDict
@@ -148,8 +148,9 @@ def _transformers_name(key: str, where: str) -> str:
 def read_directory(folder: Path) -> tuple[Fields, StateDict]:
     """Read a Hugging Face directory. See `read_whisper`."""
     path = folder / "config.json"
+    verify_folder(folder)
     check_kind(folder, KEY)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{KEY}={str(folder)!r} has no config.json. Give a Hugging Face Whisper directory, or "
             "OpenAI's .pt file itself."
@@ -162,12 +163,24 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
             f"{KEY}={str(folder)!r} is a {kind!r} model, not whisper. Set "
             "model.audio_encoder.model_type to match."
         )
+    activation = config.get("activation_function", "gelu")
+    if activation != "gelu":
+        raise UserError(
+            f"{str(path)!r}: activation_function={activation!r} is not supported. Give a Whisper "
+            "model with gelu."
+        )
     state = _read_encoder(folder)
     for field in FIELDS:
         if field not in config:
             raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
     fields = {field: config[field] for field in FIELDS}
     check_fields(fields, path)
+    last = f"layers.{fields['encoder_layers'] - 1}."
+    if not any(key.startswith(last) for key in state):  # building a million layers takes minutes
+        raise UserError(
+            f"{str(path)!r} has encoder_layers={fields['encoder_layers']}, but the weights beside "
+            f"it have no {last!r}. Give files of the same model."
+        )
     return fields, state
 
 

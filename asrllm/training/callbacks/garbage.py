@@ -1,6 +1,7 @@
 """Runs Python's garbage collection at the same steps on all ranks.
 
-If each rank collected at its own time, all ranks would wait for each collection.
+If each rank collected at its own time, all ranks would wait for each collection. torchtitan does
+the same: https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py
 """
 
 import gc

@@ -50,6 +50,10 @@ def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict
 
 def check_run(exp_dir: Path) -> None:
     """Raise UserError if exp_dir is not a directory."""
+    if exp_dir.exists() and not exp_dir.is_dir():
+        raise UserError(
+            f"exp_dir={str(exp_dir)!r} is not a directory. Give the directory of a trained run."
+        )
     if not exp_dir.is_dir():
         raise UserError(
             f"exp_dir={str(exp_dir)!r} does not exist. Give the directory of a trained run."

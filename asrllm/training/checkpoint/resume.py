@@ -363,4 +363,4 @@ def _load(
         else:
             load_from_other_ranks(engine, checkpoint, manifest)
     inherited = read_inherited(checkpoint, manifest)
-    copy_into(engine.module, {name: tensor.load() for name, tensor in inherited.items()})
+    copy_into(engine.module, inherited)

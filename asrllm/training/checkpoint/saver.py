@@ -21,7 +21,6 @@ from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.init_from import gathered
-from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -33,7 +32,12 @@ from asrllm.training.checkpoint.manifest import (
 )
 from asrllm.training.checkpoint.partitions import full_shape, parameter_names
 from asrllm.training.checkpoint.writer import CheckpointWriter
-from asrllm.training.checkpoint.zero_files import check_files, file_digest, trusted_unpickling
+from asrllm.training.checkpoint.zero_files import (
+    check_files,
+    file_digest,
+    load_file,
+    trusted_unpickling,
+)
 
 # Frozen weights that no base model has. All checkpoints of a run use the same file.
 INHERITED = "inherited_weights.pt"
@@ -188,6 +192,7 @@ def _written_by(engine: deepspeed.DeepSpeedEngine, writer: CheckpointWriter) -> 
 
     Shared parameters are not recorded: from such a record zero_to_fp32.py makes a second tensor of
     a tied head, which is not a key of the model and which safetensors rejects.
+    https://github.com/deepspeedai/DeepSpeed/pull/8376
     """
     engine_before = engine.checkpoint_engine
     engine.checkpoint_engine = writer
@@ -295,7 +300,7 @@ def _write_weights(state: dict[str, Tensor], path: Path) -> None:
     partial.replace(path)
 
 
-def read_inherited(checkpoint: Path, manifest: Manifest) -> dict[str, StoredTensor]:
+def read_inherited(checkpoint: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Return the inherited frozen weights of a checkpoint, from the file in its parent directory.
 
     Raises:
@@ -305,7 +310,7 @@ def read_inherited(checkpoint: Path, manifest: Manifest) -> dict[str, StoredTens
     if not names:
         return {}
     path = checkpoint.parent / INHERITED
-    state = read_stored(path)
+    state = load_file(path)
     missing = sorted(set(names) - state.keys())
     if missing:
         raise UserError(

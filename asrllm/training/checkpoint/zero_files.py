@@ -17,7 +17,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor
 
 from asrllm.errors import CorruptedError, UserError
-from asrllm.integrity import BAD_ARCHIVE
+from asrllm.integrity import BAD_ARCHIVE, corrupted
 from asrllm.launchers import switched_on
-from asrllm.stored_tensors import StoredTensor, read_stored
 from asrllm.tensor_files import PIECE
+from asrllm.text_files import check_file, check_no_pointer, open_regular
 from asrllm.training.checkpoint.manifest import Manifest
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -64,7 +65,7 @@ class Place(NamedTuple):
 
 
 class ZeroFiles:
-    """Tensors in the files of one checkpoint, read only when requested.
+    """Tensors in the files of one checkpoint, which are memory-mapped: bytes are read on use.
 
     Attributes:
         checkpoint: directory of the checkpoint.
@@ -87,11 +88,13 @@ class ZeroFiles:
         self.stage: int = manifest["zero_stage"]
         self.ranks: int = manifest["world_size"]
         model_file = MODEL_FILE_3 if self.stage == 3 else MODEL_FILE
-        self.model = read_zero_file(checkpoint / model_file)
+        self.model_file = checkpoint / model_file
+        self.model = load_file(self.model_file)
         working = self.model.pop("module", {})
+        self.optimizer_files: list[Path] = []
         self.optimizers = self._optimizers()
         self.masters = [self._masters_of(saved, working, manifest) for saved in self.optimizers]
-        self.averages: list[Sequence[StoredTensor]] = []
+        self.averages: list[Sequence[Tensor]] = []
         self._check_dtypes(working, manifest)
         self.places = self._places(manifest)
 
@@ -109,15 +112,16 @@ class ZeroFiles:
                 f"{str(self.checkpoint)!r} is corrupted: it has optimizer files of the ranks "
                 f"{sorted(files)}, but was written by {self.ranks} ranks. Choose another one."
             )
+        self.optimizer_files = [files[rank] for rank in range(self.ranks)]
         states = []
-        for rank in range(self.ranks):
-            saved = read_zero_file(files[rank])["optimizer_state_dict"]
+        for path in self.optimizer_files:
+            saved = load_file(path)["optimizer_state_dict"]
             states.append({key: saved[key] for key in saved if key not in REDUNDANT_KEYS})
         return states
 
     def _masters_of(
-        self, saved: State, working: dict[str, StoredTensor], manifest: Manifest
-    ) -> Sequence[StoredTensor]:
+        self, saved: State, working: dict[str, Tensor], manifest: Manifest
+    ) -> Sequence[Tensor]:
         """Return the flat master vectors of one rank; at stage 0 whole weights.
 
         Args:
@@ -136,7 +140,7 @@ class ZeroFiles:
         names = itertools.chain.from_iterable(manifest["param_groups"])
         return [working[name] for name in names]
 
-    def _check_dtypes(self, working: dict[str, StoredTensor], manifest: Manifest) -> None:
+    def _check_dtypes(self, working: dict[str, Tensor], manifest: Manifest) -> None:
         """Raise UserError for weights whose dtypes are not those that were written."""
         for name, info in manifest["trainable"].items():
             if name in working and str(working[name].dtype) != f"torch.{info['dtype']}":
@@ -194,7 +198,7 @@ class ZeroFiles:
             size += self.optimizers[0]["group_paddings"][0]
         keys = []
         for key, value in self._state_of(0, 0).items():
-            if key.startswith(SHARED) or not isinstance(value, StoredTensor):
+            if key.startswith(SHARED) or not isinstance(value, Tensor):
                 continue
             if value.ndim and value.numel() == size:
                 keys.append(key)
@@ -206,7 +210,7 @@ class ZeroFiles:
         shared = {}
         for key, value in self._state_of(0, group).items():
             if key not in elementwise:
-                shared[key] = value.load() if isinstance(value, StoredTensor) else value
+                shared[key] = value.clone() if isinstance(value, Tensor) else value
         return shared
 
     def _state_of(self, rank: int, group: int) -> State:
@@ -218,7 +222,7 @@ class ZeroFiles:
             saved = saved["optimizer_state_dict"]
         return saved["state"].get(group, {})
 
-    def _vector(self, key: str, rank: int, group: int) -> StoredTensor:
+    def _vector(self, key: str, rank: int, group: int) -> Tensor:
         """Return a flat vector of one rank; at stage 0 a whole weight."""
         if key == MASTERS:
             return self.masters[rank][group]
@@ -226,15 +230,15 @@ class ZeroFiles:
             return self._averages()[rank][group]
         return self._state_of(rank, group)[key]
 
-    def _averages(self) -> list[Sequence[StoredTensor]]:
+    def _averages(self) -> list[Sequence[Tensor]]:
         """Return the flat vectors of the running average by rank."""
         if not self.averages:
             files = [self.checkpoint / average_file(rank) for rank in range(len(self.masters))]
-            self.averages = [read_zero_file(file)[AVERAGE] for file in files]
+            self.averages = [load_file(file)[AVERAGE] for file in files]
         return self.averages
 
     def check(self, key: str = MASTERS) -> None:
-        """Compare the bytes of the weights that were not read yet with their checksums.
+        """Compare the bytes of the weights with their checksums.
 
         Args:
             key: MASTERS or AVERAGE.
@@ -242,9 +246,13 @@ class ZeroFiles:
         Raises:
             UserError: a file does not hold the bytes that were written. The message names it.
         """
-        by_rank = self.masters if key == MASTERS else self._averages()
-        for vector in itertools.chain.from_iterable(by_rank):
-            vector.storage.check()
+        files = self.optimizer_files or [self.model_file]
+        by_rank = self.masters
+        if key == AVERAGE:
+            files = [self.checkpoint / average_file(rank) for rank in range(len(self.masters))]
+            by_rank = self._averages()
+        for file, vectors in zip(files, by_rank, strict=True):
+            verify_storages(file, vectors)
 
     def read(self, name: str, key: str = MASTERS) -> Tensor:
         """Return a weight, or its optimizer state, in the weight's shape.
@@ -264,7 +272,7 @@ class ZeroFiles:
     def pieces(self, name: str, key: str = MASTERS, size: int = PIECE) -> Iterator[Tensor]:
         """Yield the values of `read`, flattened, in pieces of `size` elements.
 
-        Only one piece is in memory at a time.
+        The pieces are mapped to the file, so the caller must not change them.
         """
         numel = self.places[name].numel
         for start in range(0, max(numel, 1), size):
@@ -300,17 +308,17 @@ class ZeroFiles:
         if self.stage == 0:
             vector = self._vector(key, 0, group)
             self._check_numel(name, vector.numel(), self.places[name].numel)
-            return vector.read(start, numel)
+            return vector.flatten()[start : start + numel]
         parts = []
         if self.stage == 3:
             part = stride(3, self.ranks, shape)
             for rank, begin, end in self._stretches(start, numel, part):
-                parts.append(self._vector(key, rank, group).read(offset + begin, end - begin))
+                parts.append(self._vector(key, rank, group)[offset + begin : offset + end])
         else:
             # saved without the padding, which rank 0 only has if it holds the whole group
             part = self.masters[0][group].numel()
             for rank, begin, end in self._stretches(offset + start, numel, part):
-                parts.append(self._vector(key, rank, group).read(begin, end - begin))
+                parts.append(self._vector(key, rank, group)[begin:end])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _stretches(self, start: int, numel: int, part: int) -> Iterator[tuple[int, int, int]]:
@@ -374,7 +382,7 @@ def file_digest(path: Path) -> str:
     It covers the names, sizes and CRC-32 of the records in the archive's directory, so that the
     tensors need not be read.
     """
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
     return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
 
@@ -411,28 +419,62 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
 def load_file(path: Path) -> State:
     """Load a file of a checkpoint with torch.load, memory-mapped and without trusting it.
 
+    torch.load does not verify the pickle's checksum; reading it with zipfile does. The bytes of
+    tensors are read when they are used, see `verify_storages`.
+
     Raises:
         UserError: the file is missing or corrupted.
     """
-    if not path.is_file():
-        raise UserError(f"the checkpoint file {str(path)!r} is missing. Copy it again.")
+    check_file(path, "the checkpoint file")
     try:
+        check_no_pointer(path)
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)
         with trusted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (*BAD_ARCHIVE, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        # torch precedes its reason by advice to trust the file
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        reason = " ".join(reason.partition("Please use")[0].split())[:200].rstrip(".")
         raise UserError(
-            f"the checkpoint file {str(path)!r} cannot be read ({reason}). Copy it again."
+            f"the checkpoint file {str(path)!r} is corrupted: {reason}. Copy it again."
         ) from error
 
 
-def read_zero_file(path: Path) -> State:
-    """Return the content of a DeepSpeed file with StoredTensors in place of tensors."""
-    allowed: dict[tuple[str, str], Callable[..., object]] = {}
-    for kind in plain_classes():
-        allowed[kind.__module__, kind.__qualname__] = kind
-    allowed["__builtin__", "getattr"] = zero_stage_by_name
-    return read_stored(path, allowed)
+def verify_storages(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Compare the bytes of tensors with the checksums in the file of torch.save that they map.
+
+    Only these tensors are read. Of a checkpoint of Adam they are a third of the bytes.
+
+    Args:
+        path: the file.
+        tensors: tensors of torch.load with mmap=True.
+
+    Raises:
+        CorruptedError: the file holds no record with such bytes.
+        UserError: the file does not exist any more.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            expected = {(record.file_size, record.CRC) for record in archive.infolist()}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the file {str(path)!r} was removed while it was read, perhaps because of "
+            "trainer.keep_last_k. Choose checkpoints that remain."
+        ) from error
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        crc = 0
+        for start in range(0, len(content), PIECE):
+            crc = zlib.crc32(content[start : start + PIECE], crc)
+        if (len(content), crc) not in expected:
+            raise corrupted(path, "its tensors do not match their checksums")
 
 
 def plain_classes() -> list[type]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import asrllm
 from asrllm.commands.dispatch import main
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
+from asrllm.integrity import CHECKSUMS
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import (
     as_dtype,
@@ -28,7 +30,7 @@ from asrllm.models.asr_llm.serialization import (
 from asrllm.models.auto import describe, read_state
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders.registry import build_encoder
-from asrllm.models.pretrained import empty_llm
+from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
 from tests.models.asr_llm.test_modeling import make_config, make_model, samples
 
@@ -588,11 +590,66 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_directory_is_reported(world, tmp_path, damage):
     make_model(world).save_pretrained(tmp_path)
+    (tmp_path / CHECKSUMS).unlink()  # which would report every change
     change, message = DAMAGES[damage]
     change(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         asrllm.AutoModel.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path):
+    make_model(world).save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("added later")
+    asrllm.AutoModel.from_pretrained(tmp_path)
+    saved = [path for path in tmp_path.iterdir() if path.name not in (CHECKSUMS, "notes.txt")]
+    assert {path.name for path in saved} >= {"chat_template.jinja", "config.json"}
+    for path in saved:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CorruptedError, match=re.escape(repr(str(path)))):
+            asrllm.AutoModel.from_pretrained(tmp_path)
+        path.unlink()
+        with pytest.raises(UserError):
+            asrllm.AutoModel.from_pretrained(tmp_path)
+        path.write_bytes(content)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name", [CHECKSUMS, "config.json", "model.safetensors", "tokenizer.json", "pretrained.pt"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_path_that_is_not_a_regular_file_is_named(world, tmp_path, name, make):
+    make_model(world).save_pretrained(tmp_path)
+    if name != CHECKSUMS:
+        (tmp_path / CHECKSUMS).unlink()
+    if name == "pretrained.pt":
+        (tmp_path / "model.safetensors").unlink()
+    else:
+        (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        asrllm.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["junk", "0" * 64, "0" * 64 + "  ", "0" * 64 + "  no.json"])
+def test_wrong_line_of_the_checksums_is_reported(world, tmp_path, line):
+    make_model(world).save_pretrained(tmp_path)
+    (tmp_path / CHECKSUMS).write_text(line + "\n")
+    with pytest.raises(CorruptedError, match=re.escape(CHECKSUMS)):
+        asrllm.AutoModel.from_pretrained(tmp_path)
+
+
+def test_changed_file_is_accepted_without_its_checksum(world, tmp_path):
+    make_model(world).save_pretrained(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    lines = (tmp_path / CHECKSUMS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.endswith("  chat_template.jinja\n")]
+    (tmp_path / CHECKSUMS).write_text("".join(kept))
+    model = asrllm.AutoModel.from_pretrained(tmp_path)
+    assert model.processor.tokenizer.chat_template == template.read_text()
 
 
 def test_weights_are_loaded_in_the_requested_dtype(world, tmp_path):
@@ -631,7 +688,7 @@ def test_run_is_loaded_from_a_state_dict_file(world, tmp_path):
             logits(asrllm.AutoModel.from_pretrained(tmp_path, weights=weights)), logits(model)
         )
     (tmp_path / "pretrained.pt").write_bytes((tmp_path / "pretrained.pt").read_bytes()[:500])
-    with pytest.raises(UserError, match=r"pretrained\.pt' cannot be read"):
+    with pytest.raises(UserError, match=r"pretrained\.pt' is corrupted"):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
@@ -723,3 +780,15 @@ def test_invalid_weight_map_is_rejected(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
         weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_base_llm_with_a_value_that_is_not_finite_is_reported(world, tmp_path, value):
+    shutil.copytree(world.llm, tmp_path / "llm")
+    state = load_file(tmp_path / "llm" / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    save_file(state, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        pretrained_llm(str(tmp_path / "llm"), torch.bfloat16)
+    for named in ("'model.layers.1.mlp.up_proj.weight'", str(tmp_path / "llm/model.safetensors")):
+        assert named in str(error.value)

@@ -10,7 +10,7 @@ from torch import nn
 from asrllm.audio.features import KaldiFeatures, kaldi_frames
 from asrllm.errors import UserError
 from asrllm.models.encoders import registry as encoders
-from asrllm.models.encoders.registry import build_encoder, encoder_class
+from asrllm.models.encoders.registry import build_encoder, encoder_class, encoder_kind
 from asrllm.models.model_args import EncoderPart
 from asrllm.testing import tiny_whisper, tiny_zipformer, tone
 from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
@@ -75,6 +75,15 @@ def test_unknown_encoder_is_rejected():
         EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
 
 
+@pytest.mark.parametrize("name", ["no", "file", "no/such/dir"])
+def test_missing_directory_of_an_encoder_is_reported_as_such(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        encoder_kind(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+    assert "directory" in str(error.value)
+
+
 @pytest.mark.parametrize("make", [tiny_whisper, tiny_zipformer])
 def test_features_are_extracted_from_files_and_arrays(tmp_path, make):
     folder = make(tmp_path / "encoder")
@@ -106,3 +115,8 @@ def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
     with pytest.raises(UserError, match="wav2vec2"):
         part(tmp_path)
+
+
+def test_wrong_hub_id_of_an_encoder_is_reported():
+    with pytest.raises(UserError, match="'whisper/'"):
+        encoder_kind("whisper/")

@@ -92,6 +92,33 @@ def test_configuration_must_agree_with_the_weights(encoder, tmp_path):
         ZipformerEncoder.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (json.dumps([TINY_ZIPFORMER]), "config.json"),
+        (json.dumps(TINY_ZIPFORMER | {"pos_head_dims": 4}), "pos_head_dims"),
+        (json.dumps(TINY_ZIPFORMER | {"chunk_size": "16,32"}), "chunk_size='16,32'"),
+        (json.dumps(TINY_ZIPFORMER | {"num_heads": []}), "num_heads"),
+        (json.dumps(TINY_ZIPFORMER | {"pos_dim": None}), "pos_dim=None"),
+        (json.dumps(TINY_ZIPFORMER | {"pos_head_dim": 0}), "pos_head_dim=0"),
+    ],
+)
+def test_wrong_field_is_reported_with_its_file(encoder, tmp_path, content, named):
+    save_file(published(encoder), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        ZipformerEncoder.from_pretrained(tmp_path)
+    assert named in str(error.value)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_adapters_are_not_loaded_as_an_encoder(encoder, tmp_path):
+    save_file(published(encoder), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    with pytest.raises(UserError, match=r"'base'"):
+        ZipformerEncoder.from_pretrained(tmp_path)
+
+
 def test_head_widths_other_than_icefalls_are_read_from_the_configuration(tmp_path):
     encoder = ZipformerEncoder(ZipformerConfig(**TINY_ZIPFORMER | {"pos_head_dim": [2, 6]})).eval()
     save_file(published(encoder), tmp_path / "model.safetensors")
@@ -167,7 +194,7 @@ def test_files_without_an_encoder_are_rejected(encoder, tmp_path):
     torch.save([1, 2], tmp_path / "a.pt")
     refused("is not a state dict")
     (tmp_path / "a.pt").write_bytes(b"junk")
-    refused("cannot be read as plain tensors")
+    refused(r"a\.pt. is corrupted")
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"model": 1}, protocol=2))
     refused("cannot be read as plain tensors|has no Zipformer")
     torch.save(published(encoder, "a.") | published(encoder, "b."), tmp_path / "a.pt")

@@ -13,7 +13,7 @@ from asrllm.models.build import describe_model
 from asrllm.training.checkpoint.manifest import check_same_model
 from asrllm.training.checkpoint.resume import resume_fingerprint
 from asrllm.training.checkpoint.saver import CheckpointSaver, read_inherited, write_inherited
-from asrllm.training.checkpoint.zero_files import read_zero_file, trusted_unpickling
+from asrllm.training.checkpoint.zero_files import load_file, trusted_unpickling
 from asrllm.training.run_config import TrainRun
 from tests.checkpoints.made import write_checkpoint
 from tests.models.asr_llm.test_modeling import make_config
@@ -34,7 +34,7 @@ def test_stage_is_read_from_the_pickles_of_every_python(tmp_path):
     expected = {"old": ZeroStageEnum.weights, "new": ZeroStageEnum.weights}
     with trusted_unpickling():
         assert torch.load(path) == expected
-    assert read_zero_file(path) == expected
+    assert load_file(path) == expected
 
 
 @pytest.mark.parametrize("arguments", [(LossScaler, "__init__"), (ZeroStageEnum, "__class__")])
@@ -43,7 +43,7 @@ def test_other_uses_of_getattr_in_a_pickle_are_rejected(tmp_path, arguments):
     with trusted_unpickling(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pt")
     with pytest.raises(UserError, match=repr(arguments[1])):
-        read_zero_file(tmp_path / "x.pt")
+        load_file(tmp_path / "x.pt")
 
 
 def test_run_resumes_with_other_paths_of_the_same_base_models(world, tmp_path, monkeypatch):
@@ -81,12 +81,12 @@ def test_inherited_weights_must_be_those_of_the_checkpoint(tmp_path):
         inherited=("projector.a",), named_parameters=lambda: [("projector.a", torch.zeros(2))]
     )
     write_inherited(resumed, tmp_path, checkpoint)
-    assert read_inherited(checkpoint, manifest)["projector.a"].load().tolist() == [1, 1]
+    assert read_inherited(checkpoint, manifest)["projector.a"].tolist() == [1, 1]
     torch.save({"projector.a": torch.zeros(2)}, tmp_path / "inherited_weights.pt")
     with pytest.raises(UserError, match=r"inherited_weights\.pt' .*checkpoint-1 "):
         read_inherited(checkpoint, manifest)
     del manifest["inherited_file"]  # earlier versions did not write it
-    assert read_inherited(checkpoint, manifest)["projector.a"].load().tolist() == [0, 0]
+    assert read_inherited(checkpoint, manifest)["projector.a"].tolist() == [0, 0]
 
 
 def test_error_if_the_disk_is_full_while_inherited_weights_are_written(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 The encoder is found by the name of its first weight, whatever else the file contains.
 """
 
+import difflib
 import pickle
 import re
 import struct
@@ -16,16 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.integrity import verify_weights
+from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.configuration import (
     FIELDS,
     PER_STACK,
     PUBLIC_SIZES,
     ZipformerConfig,
 )
-from asrllm.models.hub_files import Fields
+from asrllm.models.hub_files import Fields, check_no_adapters
 from asrllm.models.state_dict import StateDict
-from asrllm.text_files import first_words, parse_json
+from asrllm.text_files import first_words, read_json_object
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
 PARTS = ("encoder_embed.", "encoder.")
@@ -77,8 +78,11 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     Raises:
         UserError: the file is damaged, or has no Zipformer encoder.
     """
-    state = encoder_weights(_load_all(path), path)
     folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        check_no_adapters(path, "model.audio_encoder.pretrained_model")
+    verify_folder(folder)
+    state = encoder_weights(_load_all(path), path)
     given = read_fields(folder / "config.json")
     try:
         config = ZipformerConfig(**fields_of_shapes(state, given))
@@ -189,22 +193,41 @@ def read_fields(path: Path) -> Fields:
             objects.
 
     Raises:
-        UserError: the file is not JSON.
+        UserError: the file is not a JSON object.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{str(path)!r} is not valid JSON: {error}. Download it again, or remove it."
-        ) from error
-    if not isinstance(content, dict):
-        return {}
+    content = read_json_object(path, "the encoder's configuration")
     for part in (content, *content.values()):
         if isinstance(part, dict) and "encoder_dim" in part:
+            _check_fields(part, path)
             return {name: part[name] for name in FIELDS if name in part}
     return {}
+
+
+def _check_fields(fields: Fields, path: Path) -> None:
+    """Check the values of an encoder's fields, and that none of their names is misspelled.
+
+    Other names are ignored: they belong to icefall's and Auden's training.
+
+    Raises:
+        UserError: a value is not an integer above 0, a list of them or a bool, or a name is
+            misspelled.
+    """
+    may_be_below_1 = ("causal", "chunk_size", "left_context_frames")
+    for name, value in fields.items():
+        values = value if isinstance(value, list) else [value]
+        is_valid = bool(values) and all(isinstance(one, int) for one in values)
+        if is_valid and name not in may_be_below_1:
+            is_valid = min(values) >= 1
+        if name in FIELDS and not is_valid:
+            raise UserError(
+                f"{str(path)!r}: {name}={value!r} is not an integer above 0 or a list of them. "
+                "Correct it."
+            )
+        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        if name not in FIELDS and close and close[0] not in fields:
+            raise UserError(f"{str(path)!r}: {name} is unknown. Rename it to {close[0]}.")
 
 
 def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> Fields:
