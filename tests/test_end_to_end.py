@@ -315,7 +315,6 @@ def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
         averaged,
         "--output",
         tmp_path / "merged",
-        "--merge-adapter",
         "--dtype",
         "float32",
     )

@@ -17,7 +17,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.network import PARTS
 from asrllm.models.asr_llm.serialization import merged_names, weight_source, write_generation_config
 from asrllm.models.auto import AutoModel, default_weights, model_folder
-from asrllm.models.base_models import BasePaths
+from asrllm.models.base_models import BasePaths, public_name
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
 from asrllm.text_files import JsonObject, read_json_object, read_yaml
 
@@ -37,7 +37,7 @@ def export(
     *,
     weights: str | Path | None = None,
     dtype: str = "bfloat16",
-    merge_adapter: bool = False,
+    merge_adapter: bool = True,
     parts: bool = False,
     max_shard_size: int | str = "5GB",
     repository: str | None = None,
@@ -50,7 +50,8 @@ def export(
         output: the directory to write.
         weights: the weights file; default: the newest of the run.
         dtype: of the weights.
-        merge_adapter: merge the adapters into their layers.
+        merge_adapter: merge the adapters into their layers, so that transformers can load the
+            directory without this package. A model without adapters is written as it is.
         parts: also write audio_encoder/, projector/ and llm/ separately, with merged adapters.
         max_shard_size: maximum size of each file.
         repository: of the hub, from which the card's example loads the model.
@@ -67,8 +68,17 @@ def export(
             folder, weights=chosen, dtype=dtype, base_models=base_models
         )
         # before the weights are written, which takes longer
-        card = model_card(model.config, folder, repository or output.name, weights=chosen)
-        model.save_pretrained(partial, merge_adapter=merge_adapter, max_shard_size=max_shard_size)
+        has_adapters = bool(model.config.lora or model.config.audio_encoder_lora)
+        merges = merge_adapter and has_adapters
+        excluded = model.config.exclude_from_checkpoint
+        card = model_card(
+            model.config,
+            folder,
+            repository or output.name,
+            weights=chosen,
+            is_portable=not excluded and (merges or not has_adapters),
+        )
+        model.save_pretrained(partial, merge_adapter=merges, max_shard_size=max_shard_size)
         if parts:
             save_parts(model, partial, max_shard_size)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -140,7 +150,9 @@ def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
     )
 
 
-def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path | None) -> str:
+def model_card(
+    config: AsrLlmConfig, source: Path, name: str, *, weights: Path | None, is_portable: bool
+) -> str:
     """Return README.md in the format of Hugging Face's model cards.
 
     It states the base models, training data, prompts, error rates and versions as far as they are
@@ -151,9 +163,10 @@ def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path |
         source: the run's directory, or an exported directory.
         name: the name to load the model by.
         weights: the run's weights file. Error rates of other weights are left out.
+        is_portable: whether transformers loads the model without this package.
     """
     lines = [
-        *card_head(name),
+        *card_head(name, is_portable=is_portable),
         *parts_table(config),
         "",
         *sources_paragraph(read_about(weights) if weights else {}),
@@ -173,14 +186,19 @@ def model_card(config: AsrLlmConfig, source: Path, name: str, *, weights: Path |
     return "\n".join(lines)
 
 
-def card_head(name: str) -> list[str]:
-    """Return the metadata, the title and the example of a card."""
+def card_head(name: str, *, is_portable: bool) -> list[str]:
+    """Return the metadata, the title and the example of a card.
+
+    Args:
+        name: the name to load the model by.
+        is_portable: whether transformers loads the model without this package.
+    """
     metadata = {
-        "library_name": "asrllm",
+        "library_name": "transformers" if is_portable else "asrllm",
         "pipeline_tag": "automatic-speech-recognition",
         "tags": ["asrllm", "speech", "llm"],
     }
-    return [
+    lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).rstrip(),
         "---",
@@ -190,6 +208,22 @@ def card_head(name: str) -> list[str]:
         "An audio encoder, a projector and a large language model that transcribe speech.",
         "",
         "```python",
+    ]
+    if is_portable:
+        lines += [
+            "from transformers import pipeline",
+            "",
+            f'transcribe = pipeline("automatic-speech-recognition", "{name}", '
+            "trust_remote_code=True)",
+            'print(transcribe("speech.wav")["text"])',
+            "```",
+            "",
+            "With [asrllm](https://pypi.org/project/asrllm) installed, for files of any length:",
+            "",
+            "```python",
+        ]
+    return [
+        *lines,
         "from asrllm import AutoModel",
         "",
         f'AutoModel.from_pretrained("{name}").transcribe(["speech.wav"])',
@@ -213,14 +247,6 @@ def parts_table(config: AsrLlmConfig) -> list[str]:
         f"| llm | {llm} | {bases.get('llm', 'see above')} |",
         f"| projector | {config.projector}, {frames} frames per token | random weights |",
     ]
-
-
-def public_name(path: str) -> str:
-    """Return a base model's hub id, or its directory's name; the rest of the path is private."""
-    for part in Path(path).parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/", 1)
-    return Path(path).name
 
 
 def sources_paragraph(about: Mapping[str, object]) -> list[str]:

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         output,
         weights=arguments.weights,
         dtype=arguments.dtype,
-        merge_adapter=arguments.merge_adapter,
+        merge_adapter=not arguments.keep_adapters,
         parts=arguments.parts,
         max_shard_size=arguments.max_shard_size,
         repository=arguments.push_to_hub,

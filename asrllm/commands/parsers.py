@@ -457,9 +457,10 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     add_output_and_weights(parser)
     parser.add_argument(
-        "--merge-adapter",
+        "--keep-adapters",
         action="store_true",
-        help="merge the adapters into the layers; default: store them beside the layers",
+        help="store the adapters beside the layers; default: merge them, so that transformers "
+        "loads the directory without asrllm",
     )
     parser.add_argument(
         "--parts",

@@ -145,3 +145,11 @@ def is_present(path: str | Path) -> bool:
     except UserError:
         return False
     return True
+
+
+def public_name(path: str) -> str:
+    """Return a base model's hub id, or its directory's name; the rest of the path is private."""
+    for part in Path(path).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return Path(path).name

@@ -64,6 +64,9 @@ OTHER_KINDS = {
     "vocabulary.json": "a CTranslate2 model",
     "vocabulary.txt": "a CTranslate2 model",
 }
+# The LLM's own generation settings in a saved directory, whose generation_config.json has those of
+# transcription.
+LLM_SETTINGS = "llm_generation_config.json"
 
 
 def check_directory(folder: str | Path, key: str) -> None:
@@ -277,12 +280,14 @@ def default_template(found: object, folder: Path) -> str | None:
 
 
 def load_generation_config(folder: str | Path) -> GenerationConfig:
-    """Return the settings in a directory's generation_config.json.
+    """Return the LLM's own settings in a directory.
 
     Raises:
         UserError: the file is damaged.
     """
-    path = Path(folder) / "generation_config.json"
+    path = Path(folder) / LLM_SETTINGS
+    if not path.is_file():
+        path = Path(folder) / "generation_config.json"
     read_json_object(path, "the generation settings")
     with reading(path, "the generation settings", "Correct it, or remove it."):
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_pretrained(folder, config_file_name=path.name)

@@ -108,6 +108,7 @@ def test_exported_directory_has_the_results_of_its_run(places, tmp_path, capsys,
         *places.words,
         "--output",
         model,
+        "--keep-adapters",
         "--dtype",
         "float32",
         "--max-shard-size",
@@ -140,7 +141,6 @@ def test_merged_export_needs_no_base_models(places, tmp_path, capsys):
         model,
         "--dtype",
         "float32",
-        "--merge-adapter",
     )
     given = ("evaluate", f"exp_dir={model}", f"data.test_data_config={places.tests}", *QUICK)
     error = fails(capsys, *given, places.words[1])

@@ -172,6 +172,7 @@ def test_base_model_options_may_be_anywhere_among_the_arguments(moved, tmp_path,
         "--output",
         tmp_path / "model",
         llm,
+        "--keep-adapters",
         "--dtype",
         "float32",
     )
@@ -186,6 +187,7 @@ def test_export_stores_the_present_paths(moved, tmp_path, capsys):
         *moved.words,
         "--output",
         tmp_path / "model",
+        "--keep-adapters",
         "--dtype",
         "float32",
     )
@@ -213,12 +215,13 @@ def test_part_excluded_from_an_export_may_move(moved, tmp_path, capsys):
         *moved.words,
         "--output",
         tmp_path / "model",
+        "--keep-adapters",
         "--dtype",
         "float32",
     )
     (moved.new / "llm").rename(tmp_path / "newest")
     assert "model.llm.pretrained_model=" in fails(
-        capsys, "export", tmp_path / "model", "--output", tmp_path / "again"
+        capsys, "export", tmp_path / "model", "--keep-adapters", "--output", tmp_path / "again"
     )
     found = weights_of(tmp_path / "model", base_models={"llm": tmp_path / "newest"})
     assert_same_weights(found, moved.model.weights())

@@ -23,7 +23,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
-from asrllm.models.hub_files import load_generation_config
+from asrllm.models.hub_files import LLM_SETTINGS, load_generation_config
 from asrllm.models.portable.files import describe_code, write_code
 from asrllm.models.pretrained import (
     empty_llm,
@@ -101,6 +101,7 @@ def save_model(
         model.require_processor().save_pretrained(partial)
         write_generation_config(model.llm.generation_config, partial)
         if is_portable(config):
+            (partial / "generation_config.json").replace(partial / LLM_SETTINGS)
             describe_code(config)
             write_code(config, model.require_processor(), partial)
         config.save_pretrained(partial)
@@ -234,19 +235,19 @@ def _check_mergeable(
         if any(name.startswith(f"{part}.") for name in layers):
             raise UserError(
                 f"merge_adapter=True merges the adapters into the {part}, but "
-                f"exclude_from_checkpoint excludes the {part}. Remove one of the two."
+                f"exclude_from_checkpoint excludes the {part}. Save without merging (asrllm export: --keep-adapters)."
             )
     for key in state:
         if ".modules_to_save." in key or ".token_adapter." in key:
             raise UserError(
                 f"merge_adapter=True: {key!r} is trained beside the adapted layers and cannot be "
-                "merged. Save without merging."
+                "merged. Save without merging (asrllm export: --keep-adapters)."
             )
     biased = layer_without_bias(model)
     if biased:
         raise UserError(
             f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), but the layer "
-            "has none. Save without merging."
+            "has none. Save without merging (asrllm export: --keep-adapters)."
         )
     _check_untied(model, layers)
 
@@ -258,7 +259,7 @@ def _check_untied(model: AsrLlmNetwork, layers: Mapping[str, nn.Module]) -> None
     if is_tied and any(layer.get_base_layer().weight is head for layer in layers.values()):
         raise UserError(
             "merge_adapter=True: the adapter of the embeddings would change the head, which is "
-            "tied to them. Save without merging."
+            "tied to them. Save without merging (asrllm export: --keep-adapters)."
         )
 
 

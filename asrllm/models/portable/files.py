@@ -8,6 +8,7 @@ import asrllm
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.decoding_options import decoding_config
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.base_models import public_name
 from asrllm.models.encoders.registry import ENCODERS
 from asrllm.models.portable.bundle import Bundle, Definition
 from asrllm.text_files import JsonObject
@@ -124,6 +125,12 @@ def describe_code(config: AsrLlmConfig) -> None:
     """Add to a configuration where transformers finds the classes. The configuration is changed."""
     config.auto_map = AUTO_MAP
     config.custom_pipelines = PIPELINES
+    # without paths on the machine of training
+    config.llm = {key: v for key, v in (config.llm or {}).items() if key != "_name_or_path"}
+    bases: JsonObject = {}
+    for part, base in (config.base_models or {}).items():
+        bases[part] = base | {"path": public_name(base["path"])}
+    config.base_models = bases or None
 
 
 def write_code(config: AsrLlmConfig, processor: AsrLlmProcessor, folder: Path) -> None:

@@ -9,13 +9,8 @@ import transformers
 from transformers import GenerationConfig
 
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.generation import (
-    RowStopping,
-    answer_tokens,
-    decoding_config,
-    first_loop,
-    token_limit,
-)
+from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_loop, token_limit
+from asrllm.models.asr_llm.decoding_options import decoding_config
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
 from asrllm.testing import tiny_llm, tiny_tokenizer, tone_sentences

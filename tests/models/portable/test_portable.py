@@ -1,0 +1,104 @@
+"""A saved directory in an environment without this package."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from asrllm.models.portable.bundle import Bundle
+from asrllm.models.portable.files import code_files
+from tests.models.asr_llm.test_generation import make_model, waves_of
+
+# `asrllm` cannot be imported: everything comes from the directory
+SCRIPT = """
+import json, sys
+sys.modules["asrllm"] = None
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+folder, waves = sys.argv[1:]
+waves = [wave for wave in np.load(waves).values()]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_transcription_request(audio=waves)
+options = {"max_new_tokens": 10, "max_tokens_per_second": None}
+texts = processor.batch_decode(model.generate(**inputs, **options), skip_special_tokens=True)
+alone = processor(audio=waves[0])
+chat = processor(text="<|AUDIO|> Say.", audio=waves[0])
+transcribe = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
+results = {
+    "texts": texts,
+    "piped": [transcribe(dict(raw=w, sampling_rate=16000), **options)["text"] for w in waves[:2]],
+    "logits": model(**alone).logits[0, -1].tolist(),
+    "prompt": chat["input_ids"][0].tolist(),
+    "type": type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__,
+}
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(params=["whisper", "zipformer"])
+def model(world, request):
+    return make_model(world, world.llm, encoder=request.param)
+
+
+@pytest.mark.slow
+def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_path):
+    waves = waves_of(5)
+    model.save_pretrained(tmp_path / "saved")
+    np.savez(tmp_path / "waves.npz", *waves)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path / "saved", tmp_path / "waves.npz"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": ""},
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    texts = model.transcribe(waves, max_new_tokens=10, max_tokens_per_second=None)
+    assert found["texts"] == texts
+    assert found["piped"] == texts[:2]
+    assert found["type"] == "AsrLlmHubConfig"
+    chat = [{"role": "user", "content": "<|AUDIO|> Say."}]
+    _, samples = model.processor.load_waves(waves[:1])
+    counts = model.config.num_audio_tokens(samples).tolist()
+    assert found["prompt"] == model.processor.encode_prompts([chat], [1], counts)[0]
+    logits = first_logits(model, waves[0])
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-4, rtol=1e-4)
+
+
+def first_logits(model, wave):
+    """Return the logits (vocabulary,) of the first token of a transcription."""
+    seen = []
+    hook = model.llm.register_forward_hook(lambda _, __, output: seen.append(output.logits[0, -1]))
+    model.transcribe([wave], max_new_tokens=1)
+    hook.remove()
+    return seen[0]
+
+
+def test_saved_directory_has_no_path_of_this_machine(model, tmp_path, world):
+    model.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        if path.suffix in (".json", ".py", ".jinja"):
+            assert str(world.root) not in path.read_text(), path.name
+
+
+def test_code_is_complete_and_uses_nothing_else():
+    for encoder in ("whisper", "zipformer"):
+        for name, text in code_files(encoder).items():
+            compile(text, name, "exec")
+            assert "asrllm." not in text.replace("transformers_modules", ""), name
+
+
+def test_bundle_has_what_an_entry_point_uses_and_no_more():
+    bundle = Bundle([("asrllm.audio.features", "whisper_frames")])
+    names = {}
+    exec(bundle.text("test"), names)
+    assert names["whisper_frames"](16000) == 100
+    assert "KaldiFeatures" not in names
