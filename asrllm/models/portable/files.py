@@ -1,5 +1,6 @@
 """Write the files with which transformers loads a saved directory without this package."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ PIPELINES = {
         "type": "multimodal",
     }
 }
+NO_VERSION = 'CODE_VERSION = ""'
 LICENSE = "SPDX-License-Identifier: Apache-2.0"
 # what the saved code does without: files of other formats, training, and resampling
 DROPPED = (
@@ -72,9 +74,25 @@ REPLACEMENTS: dict[Definition, str] = {
 def code_files(encoder: str) -> dict[str, str]:
     """Return the Python files of a saved directory by name.
 
+    The version in them is the package's, with a digest of the code.
+
     Args:
         encoder: name of the audio encoder in ENCODERS.
     """
+    files = _files_without_version(encoder)
+    name = "configuration_asrllm.py"
+    files[name] = files[name].replace(NO_VERSION, f'CODE_VERSION = "{code_version(encoder)}"')
+    return files
+
+
+def code_version(encoder: str) -> str:
+    """Return the version of the code in a saved directory."""
+    text = "".join(_files_without_version(encoder).values())
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return f"{asrllm.__version__}+{digest}"
+
+
+def _files_without_version(encoder: str) -> dict[str, str]:
     kind = ENCODERS[encoder].__name__
     replacements = REPLACEMENTS | {
         ("asrllm.models.encoders.registry", "encoder_class"): (
@@ -125,6 +143,7 @@ def describe_code(config: AsrLlmConfig) -> None:
     """Add to a configuration where transformers finds the classes. The configuration is changed."""
     config.auto_map = AUTO_MAP
     config.custom_pipelines = PIPELINES
+    config.code_version = code_version((config.audio_encoder or {})["model_type"])
     # without paths on the machine of training
     config.llm = {key: v for key, v in (config.llm or {}).items() if key != "_name_or_path"}
     bases: JsonObject = {}

@@ -33,6 +33,7 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AsrLlmHubConfig) -> None:
         super().__init__(config)
+        config.check_code()
         fields = config.audio_encoder or {}
         text_config = config.get_text_config()
         self.audio_encoder = build_encoder(fields, pad_to_30s=config.pad_to_30s)

@@ -51,14 +51,7 @@ def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_pat
     waves = waves_of(5)
     model.save_pretrained(tmp_path / "saved")
     np.savez(tmp_path / "waves.npz", *waves)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "saved", tmp_path / "waves.npz"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": ""},
-        timeout=150,
-    )
+    done = run_without_package(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     texts = model.transcribe(waves, max_new_tokens=10, max_tokens_per_second=None)
@@ -80,6 +73,34 @@ def first_logits(model, wave):
     model.transcribe([wave], max_new_tokens=1)
     hook.remove()
     return seen[0]
+
+
+@pytest.mark.slow
+def test_code_of_another_version_is_rejected(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    path.write_text(path.read_text().replace('"code_version": "', '"code_version": "9'))
+    np.savez(tmp_path / "waves.npz", *waves_of(1))
+    done = run_without_package(tmp_path)
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr
+    assert str(config_of(path)["code_version"]) in done.stderr
+
+
+def config_of(path):
+    return json.loads(path.read_text())
+
+
+def run_without_package(folder):
+    """Run SCRIPT on folder/saved and folder/waves.npz."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, folder / "saved", folder / "waves.npz"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PATH": ""},
+        timeout=150,
+    )
 
 
 def test_saved_directory_has_no_path_of_this_machine(model, tmp_path, world):
