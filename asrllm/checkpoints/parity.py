@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from asrllm.checkpoints.llm_files import LLM, LazyTensors, LlmFiles, stored_name
@@ -188,8 +188,11 @@ def _root_mean_square(values: Tensor) -> float:
 def weights_while_run(model: PreTrainedModel, read: Callable[[str], Tensor]) -> Iterator[None]:
     """Give each layer of a model on the meta device its weights only while the layer runs.
 
+    accelerate's hooks do the same. With them a 500 MB LLM whose layers have 51 MB took up to 137 MB
+    of anonymous memory instead of 67.
+
     Args:
-        model: the model. It is converted to float32.
+        model: the model.
         read: returns a weight by its name.
     """
     first_names: dict[Tensor, str] = {}  # tied weights are stored once, under the first name
@@ -197,23 +200,35 @@ def weights_while_run(model: PreTrainedModel, read: Callable[[str], Tensor]) -> 
     for name, tensor in model.state_dict(keep_vars=True).items():
         names[name] = first_names.setdefault(tensor, name)
 
-    class LazyWeights(dict[str, Tensor]):
-        """Reads a weight whenever it is asked for."""
+    def add_hooks(prefix: str, layer: nn.Module) -> Iterator[RemovableHandle]:
+        empty = layer.state_dict(keep_vars=True)
 
-        def __missing__(self, name: str) -> Tensor:
-            return read(names[name])
+        def fill(*_: object) -> None:
+            state = {name: read(names[f"{prefix}.{name}"]) for name in empty}
+            layer.load_state_dict(state, assign=True)
 
-    # an adapter computes with the weights of the layer inside it
-    adapters = {type(x).__name__ for x in model.modules() if isinstance(x, BaseTunerLayer)}
-    whole = [*adapters, *(model._no_split_modules or ())]
-    attach_align_device_hook(
-        model.float(),
-        execution_device=torch.device("cpu"),
-        offload=True,
-        weights_map=LazyWeights(),
-        preload_module_classes=whole,
-    )
+        def drain(*_: object) -> None:
+            layer.load_state_dict(empty, assign=True)
+
+        yield layer.register_forward_pre_hook(fill)
+        yield layer.register_forward_hook(drain)
+
+    handles = [handle for prefix, layer in layers_of(model) for handle in add_hooks(prefix, layer)]
     try:
         yield
     finally:
-        remove_hook_from_submodules(model)
+        for handle in handles:
+            handle.remove()
+
+
+def layers_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the LLM's layers, and the modules outside them that have weights, with their names."""
+    whole = set(model._no_split_modules or ())
+    inside = " "  # begins no name
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        is_layer = type(module).__name__ in whole or isinstance(module, BaseTunerLayer)
+        if is_layer or any(True for _ in module.parameters(recurse=False)):
+            yield name, module
+            inside = f"{name}."
