@@ -10,6 +10,7 @@ LARGEST_TAIL = 1024  # bytes after the audio that may be anything, for example a
 INCOMPLETE = "is truncated: its last page or frame is incomplete. Copy it again."
 OGG_HEADER = 27  # bytes of a page's header before its lacing values
 FRAME_HEADER = 7  # bytes that are read of a frame of AAC or MP3
+LARGEST_GAP = 2048  # bytes between two MP3s in one file
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")  # names of the frame that counts the others
 MP3_RATES = (44100, 48000, 32000)  # Hz, of MPEG 1
 BITRATES = {  # kbit/s by the index in the header, from 1
@@ -150,6 +151,26 @@ def mp3_frame_size(content: Buffer, offset: int) -> int:
     samples = 576 if version != 3 and layer == 1 else 1152
     padding = content[offset + 2] >> 1 & 1
     return samples // 8 * table[bitrate - 1] * 1000 // samples_per_second + padding
+
+
+def is_several_mp3s(content: Buffer) -> bool:
+    """Return whether an MP3 has frames after those that its Xing or Info header counts."""
+    begin = id3_size(content)
+    first = content[begin : begin + (1 << 12)]
+    tag = max(first.find(b"Xing"), first.find(b"Info"))
+    if tag < 0 or not int.from_bytes(first[tag + 4 : tag + 8], "big") & 2:
+        return False
+    field = tag + 8 + 4 * (first[tag + 7] & 1)
+    end = begin + int.from_bytes(first[field : field + 4], "big")
+    # encoders count with or without the header's own frame, and another ID3 tag may follow
+    for offset in range(end, min(end + LARGEST_GAP, len(content) - 2 * FRAME_HEADER)):
+        if content[offset : offset + 3] == b"ID3":
+            return True
+        size = mp3_frame_size(content, offset)
+        second = offset + size
+        if size and second + FRAME_HEADER <= len(content) and mp3_frame_size(content, second):
+            return True
+    return False
 
 
 def truncated(size: int | str, promised: int | str) -> str:

@@ -22,6 +22,7 @@ import soxr
 
 from asrllm.audio.headers import (
     has_frame_count,
+    is_several_mp3s,
     mp3_problem,
     sphere_problem,
     stream_problem,
@@ -295,6 +296,8 @@ def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
     """
     if sound.format in ("MP3", "MPEG") and not _counts_its_frames(file):
         return "only ffmpeg reads an MP3 without a frame count completely"
+    if sound.format in ("MP3", "MPEG") and _is_several_mp3s(file):
+        return "only ffmpeg reads a file of several MP3s completely"
     if sound.format == "FLAC" and not 0 < sound.frames < NO_LENGTH:
         return "only ffmpeg reads a FLAC without a sample count"
     if sound.format == "OGG" and is_chained(file):
@@ -305,6 +308,11 @@ def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
 def _counts_its_frames(file: AudioFile) -> bool:
     with file.open_bytes() as content:
         return has_frame_count(content)
+
+
+def _is_several_mp3s(file: AudioFile) -> bool:
+    with file.open_bytes() as content:
+        return is_several_mp3s(content)
 
 
 def is_chained(file: AudioFile) -> bool:
@@ -330,7 +338,10 @@ def open_by_ffmpeg(file: AudioFile, reason: str) -> AudioFile:
     with file.on_disk() as path:
         command = ["ffprobe", "-v", "error", *LOCAL_ONLY, *fields, f"file:{path}"]
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    found = parse_json(done.stdout or b"{}")
+    try:
+        found = parse_json(done.stdout or b"{}")
+    except ValueError:  # ffprobe stops in the middle of its output
+        found = {}
     if done.returncode or not found.get("streams"):
         raise file.error(
             f"cannot be read ({reason}), and ffmpeg finds no audio in it. Choose an audio file."

@@ -140,7 +140,7 @@ def verify(arguments: argparse.Namespace) -> None:
     counts = _counts(Counter(problem.reason for problem in problems))
     raise UserError(
         f"{arguments.folder!r} has {len(problems)} problems ({counts}). "
-        "Restore the shards, or make or index them again."
+        "Copy the shards again, or make them again."
     )
 
 

@@ -57,7 +57,7 @@ def check_test_set(
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(
                 f"utterance {row} of the test set {corpus.name!r} cannot be read: {error}. "
-                "Index its tars again."
+                "Copy its shard again."
             ) from error
         keys[sample.key] += 1
         references.append(sample.fields["text"])

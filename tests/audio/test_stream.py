@@ -98,6 +98,27 @@ def test_ffmpeg_reads_other_formats(tmp_path, ending):
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("has_tags", [True, False])
+def test_file_of_several_mp3s_is_read_completely_or_rejected(tmp_path, monkeypatch, has_tags):
+    """ffmpeg stops at an ID3 tag between two of them."""
+    how = ["-q:a", "4", "-id3v2_version", "3" if has_tags else "0"]
+    soundfile.write(tmp_path / "a.wav", vowels(5), 16000)
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", *how, tmp_path / "one.mp3"]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    one = (tmp_path / "one.mp3").read_bytes()
+    (tmp_path / "two.mp3").write_bytes(one * 2)
+    expected = len(read(tmp_path / "a.wav"))
+    assert len(read(tmp_path / "one.mp3")) == pytest.approx(expected, abs=0.1 * 16000)
+    if has_tags:
+        assert "two.mp3" in error_of(tmp_path / "two.mp3")
+    else:
+        assert len(read(tmp_path / "two.mp3")) == pytest.approx(2 * expected, abs=0.2 * 16000)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "ffmpeg" in error_of(tmp_path / "two.mp3")
+    read(tmp_path / "one.mp3")
+
+
+@needs_ffmpeg
 @pytest.mark.parametrize(
     ("name", "how"),
     [

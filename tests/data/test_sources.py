@@ -279,6 +279,23 @@ def write_cuts(folder, name="cuts.jsonl.gz"):
     return folder / name
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(5, "5"), (["one"], "bad_field"), ({"a": 1}, "bad_field"), (True, "bad_field")],
+)
+def test_supervision_whose_text_is_not_text_is_converted_or_rejected_alone(
+    tmp_path, text, expected
+):
+    path = write_cuts(tmp_path, "cuts.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["supervisions"][0]["text"] = text
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    *good, changed = read_cuts(path)
+    assert [utterance.text for utterance in good] == ["one", "two"]
+    found = changed.problem[0] if changed.problem else changed.text
+    assert found == expected
+
+
 def test_a_cut_of_several_supervisions_gives_one_utterance_each(tmp_path):
     path = write_cuts(tmp_path)
     utterances = list(read_cuts(path))

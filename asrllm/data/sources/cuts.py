@@ -16,6 +16,7 @@ from asrllm.data.sources.files import (
     peek,
     raw_lines,
     sample_fields,
+    text_or_int_field,
 )
 from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.data.storage import check_scheme
@@ -146,21 +147,25 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     try:
         cut = deserialize_item(row)
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
+    except RejectedError as error:
+        utterances = [_rejected(row, where, error.args)]
     except Exception as error:  # Lhotse's parsers raise many types
-        problem = ("broken_cut", f"{where}: {type(error).__name__}: {error}")
-        utterances = [
-            Utterance(
-                key=str(row.get("id") or where),
-                text="",
-                problem=problem,
-            )
-        ]
+        reason = ("broken_cut", f"{where}: {type(error).__name__}: {error}")
+        utterances = [_rejected(row, where, reason)]
     yield from utterances
+
+
+def _rejected(row: Row, where: str, problem: tuple[str, str]) -> Utterance:
+    return Utterance(key=str(row.get("id") or where), text="", problem=problem)
 
 
 def _utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utterance:
     problem = None
     part = cut
+    text = ""
+    if supervision:
+        fields = {"text": supervision.text}
+        text = text_or_int_field(fields, f"the supervision {supervision.id!r}", "text")
     if not cut.has_recording:
         problem = ("missing_audio", "the cut has no recording")
     elif supervision and not _covers(supervision, cut):
@@ -177,7 +182,7 @@ def _utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utteranc
     named = supervision if supervision and len(cut.supervisions) > 1 else cut
     return Utterance(
         key=str(named.id),
-        text=(supervision.text if supervision else "") or "",
+        text=text,
         load=_CutAudio(part),
         duration=part.duration,
         fields=sample_fields(fields),
