@@ -1,5 +1,6 @@
 """Index tars of any origin, and verify that shards still match their index."""
 
+import logging
 import os
 import tarfile
 import tempfile
@@ -25,6 +26,7 @@ from asrllm.data.index import (
     ShardRecord,
     TarSample,
     iterate_tar,
+    open_index,
     scan_shard,
     write_index,
 )
@@ -36,6 +38,7 @@ from asrllm.escape import escape
 from asrllm.integrity import file_sha256
 from asrllm.text_files import check_file
 
+logger = logging.getLogger(__name__)
 UNBOUNDED = 1 << 62  # bytes; each process stores one tar at a time, and removes it
 
 
@@ -68,6 +71,7 @@ def index_tars(
     reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
     if not any(len(scan.record.rows) for scan in scans):
         raise UserError(_no_sample_message(scans, reasons))
+    _warn_of_changes(folder, scans)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for tar, scan in zip(tars, scans, strict=True):
@@ -78,6 +82,34 @@ def index_tars(
     except OSError as error:
         raise UserError(f"the index cannot be written to {str(folder)!r}: {error}") from error
     return ShardSummary(index=index, rejected=dict(reasons))
+
+
+def _warn_of_changes(folder: Path, scans: Sequence["_Scan"]) -> None:
+    """Warn of samples whose bytes differ from those in the directory's present index."""
+    if not (folder / "index.json").is_file():
+        return
+    try:
+        before = open_index(folder)
+    except UserError:  # a damaged index, which the new one replaces
+        return
+    numbers = {Path(path).name: number for number, path in enumerate(before.shards)}
+    changed = 0
+    for scan in scans:
+        number = numbers.get(Path(scan.record.name).name)
+        if number is None:
+            continue
+        begin = np.searchsorted(before.rows["shard"], number)
+        end = np.searchsorted(before.rows["shard"], number + 1)
+        own = before.rows[begin:end]
+        found = dict(zip(scan.record.rows["offset"], scan.record.rows["crc32"], strict=True))
+        changed += sum(found.get(row["offset"]) != row["crc32"] for row in own)
+    if changed:
+        logger.warning(
+            "%d samples in %s have other bytes than when they were indexed before. If you did not "
+            "change the tars, they are damaged: copy them again, and index them again.",
+            changed,
+            folder,
+        )
 
 
 def _absolute(tar: str) -> str:

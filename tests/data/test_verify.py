@@ -114,6 +114,21 @@ def test_tars_at_urls_are_indexed_and_verified(tmp_path):
         _index_at_urls([web.put(f"/far/{tar.name}", tar.read_bytes()) for tar in tars], tmp_path)
 
 
+def test_changed_bytes_are_reported_when_tars_are_indexed_again(tmp_path, caplog):
+    members = sample("a") | sample("b")
+    tar = Path(write_tar(tmp_path / "x.tar", members))
+    index_tars([str(tar)])
+    index_tars([str(tar)])
+    assert not caplog.records
+    content = bytearray(tar.read_bytes())
+    content[1500] ^= 1
+    tar.write_bytes(content)
+    index_tars([str(tar)])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("1 samples")
+    assert str(tmp_path) in record.getMessage()
+
+
 def test_file_urls_are_indexed_as_local_files(tmp_path):
     tar = write_tar(tmp_path / "x.tar", sample("a"))
     assert index_tars([f"file://{tar}"]).index.shards == [tar]
