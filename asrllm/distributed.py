@@ -157,9 +157,9 @@ def _free_port() -> int:
 
 
 def finish() -> None:
-    """Leave the process group."""
+    """Leave the process group, which a later run of this process may start again."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's leaves groups in DeepSpeed's cache
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from asrllm.config import composition_error, known_keys, quoted_override
 from asrllm.errors import UserError
@@ -60,8 +61,7 @@ def run_app(
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 check_exp_dirs(config, overrides)
-            values: Any = OmegaConf.to_container(config, resolve=True)
-            return task(build(cls, values))
+            return task(build(cls, resolved(config)))
         except Exception as error:
             if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
                 raise
@@ -79,6 +79,23 @@ def run_app(
     if failures:
         # removed from the list, which would keep the frames of the task and their objects alive
         raise failures.pop()
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain containers with its ${...} replaced.
+
+    Raises:
+        UserError: a key refers to something that does not exist.
+    """
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(
+            f"{error.full_key} cannot be resolved: {problem}. Set what it refers to, or write the "
+            "value itself."
+        ) from error
+    return values
 
 
 def hydra_options(arguments: argparse.Namespace) -> list[str]:

@@ -48,6 +48,9 @@ EXPECTED_TYPES = {
     "list_type": "a list",
     "dict_type": "a group of keys",
     "dataclass_type": "a group of keys",
+    "dataclass_exact_type": "a group of keys",
+    "tuple_type": "a list",
+    "none_required": "null",
     "literal_error": "one of its choices",
 }
 
@@ -140,9 +143,13 @@ def _as_user_error(
     expected: list[str] = []
     for problem in problems:
         if problem["loc"][0] == key:
-            expected.append(EXPECTED_TYPES.get(problem["type"], problem["msg"]))
+            expected.append(EXPECTED_TYPES.get(problem["type"], "another type"))
     wanted = " or ".join(dict.fromkeys(expected))
-    return UserError(f"{name}={value!r} has the wrong type. Expected: {wanted}.")
+    message = f"{name}={value!r} has the wrong type. Expected: {wanted}."
+    inner = nested_component(hints[key])
+    if inner is not None:
+        message += f" Its keys are: {', '.join(keys_and_types(inner))}."
+    return UserError(message)
 
 
 def _plain(limit: object) -> object:

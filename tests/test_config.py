@@ -9,7 +9,7 @@ from asrllm.conf import help_text
 from asrllm.conf.write import PAGE, reference_page, yaml_files
 from asrllm.config import compose_config, load_config
 from asrllm.errors import UserError
-from asrllm.schema import PositiveInt, build, component
+from asrllm.schema import PositiveInt, build, component, keys_and_types, nested_component
 from asrllm.training.run_config import TrainRun
 
 GIVEN = [
@@ -153,6 +153,28 @@ def test_error_of_a_component_names_place_key_and_value(values, names):
         build(Entry, values, where="list.yaml, entry 2: ")
     for name in ["list.yaml, entry 2", *names]:
         assert name in str(raised.value)
+
+
+def groups_of(cls, prefix=""):
+    for key, hint in keys_and_types(cls).items():
+        inner = nested_component(hint)
+        if inner is not None:
+            yield prefix + key
+            yield from groups_of(inner, f"{prefix}{key}.")
+
+
+@pytest.mark.parametrize("cls", [TrainRun, EvaluationRun])
+@pytest.mark.parametrize("value", ["text", 5, True, [1]])
+def test_group_that_is_not_a_mapping_is_reported_with_its_keys(cls, value):
+    for group in groups_of(cls):
+        values = value
+        for key in reversed(group.split(".")):
+            values = {key: values}
+        with pytest.raises(UserError) as raised:
+            build(cls, values)
+        message = str(raised.value)
+        assert message.startswith(f"{group}={value!r} "), message
+        assert "nput should" not in message
 
 
 def test_yaml_files_are_those_of_the_components():

@@ -12,6 +12,7 @@ from asrllm.config_keys import ALIASES
 from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
 from asrllm.training.run_config import TrainRun
+from tests.processes import assert_done, run_script
 from tests.test_config import GIVEN, load
 
 pytestmark = pytest.mark.usefixtures("empty_directory")
@@ -95,6 +96,25 @@ def test_sweep_runs_a_job_for_each_value():
 def test_sweep_into_one_directory_is_rejected_before_the_first_job():
     with pytest.raises(UserError, match="exp_dir"):
         jobs("-m", *GIVEN, "trainer.lr=1,2")
+
+
+@pytest.mark.parametrize("value", ["${nope}", "${oc.env:NOPE_NOT_SET}", "${trainer.nope}"])
+def test_reference_to_nothing_is_reported_with_its_key(value):
+    with pytest.raises(UserError, match="prompt_file") as raised:
+        job(*GIVEN, f"prompt_file='{value}'")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.longest(60)
+def test_sweep_trains_twice_in_one_process(world, tmp_path):
+    keys = world.overrides(tmp_path / "unused", trainer__num_steps=1)
+    keys = [key for key in keys if not key.startswith("exp_dir=")]
+    folder = f"exp_dir='{tmp_path}/${{hydra:job.num}}'"
+    done = run_script("train", "-m", *keys, folder, f"hydra.sweep.dir={tmp_path}", "seed=1,2")
+    assert_done(done)
+    for number in range(2):
+        assert (tmp_path / str(number) / "pretrained.pt").is_file()
 
 
 def test_first_failure_stops_a_sweep():

@@ -41,7 +41,7 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
         reader, writer = os.pipe()
         stack.callback(os.close, reader)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # threads: the child calls nothing of theirs
+            warnings.simplefilter("ignore")  # of other threads, which the child does not use
             child = os.fork()
         if child == 0:
             _render_and_exit(render, writer)

@@ -102,7 +102,7 @@ def plan(config: PlanRun) -> JsonObject:
         config,
         processor,
         tokens=data["tokens of the largest row"],
-        audio_ratio=data["share of audio tokens"],
+        audio_ratio=data["ratio of audio tokens"],
     )
     return {"data": data, **memory}
 
@@ -128,10 +128,10 @@ def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
         "utterances": sum(corpus.kept for corpus in data.corpora),
         "hours": round(sum(corpus.kept_hours for corpus in data.corpora), 2),
         "steps an epoch": steps,
-        "utterances a batch": round(utterances / len(batches), 1),
+        "utterances per batch": round(utterances / len(batches), 1),
         "audio seconds a batch": round(samples / RATE / len(batches), 1),
-        "padding of the audio": round(1 - samples / padded_samples, 4),
-        "share of audio tokens": round(audio_tokens / sum(row_tokens), 3),
+        "audio padding ratio": round(1 - samples / padded_samples, 4),
+        "ratio of audio tokens": round(audio_tokens / sum(row_tokens), 3),
         "tokens of the largest row": max(row_tokens),
     }
 

@@ -34,7 +34,7 @@ class WandbConfig:
     project: str = "asrllm"
     """W&B project"""
     name: str | None = None
-    """of the W&B run; null: the name of exp_dir, with -evaluate for evaluations"""
+    """name of the W&B run; null: that of exp_dir, with -evaluate for evaluations"""
 
 
 @component
@@ -198,7 +198,7 @@ class TrainRun:
     init_from: str | None = None
     """exp_dir of an earlier run whose trained weights to start from (stage-wise training)"""
     seed: int = Field(default=42, ge=0, lt=1 << 32)
-    """of the data's order, the prompts and the model's new weights"""
+    """random seed of the data's order, the prompts and the model's new weights"""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     trainer: TrainerConfig = TrainerConfig()

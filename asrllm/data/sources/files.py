@@ -190,8 +190,8 @@ def _object_lines(lines: Sequence[tuple[int, str]]) -> list[tuple[int, str]] | N
     """Return the lines of a JSON list without brackets and commas.
 
     Returns:
-        None if the list has no end, or if not every line begins like an object, so that the rows
-        cannot be told apart.
+        None if the list has no end, or if not every line begins like an object, so that the
+        lines are not the rows.
     """
     if not lines[-1][1].rstrip().endswith("]"):
         return None

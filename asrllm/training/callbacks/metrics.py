@@ -16,7 +16,7 @@ from asrllm.training.callbacks.meters import Meter
 from asrllm.training.callbacks.sinks import Record, Sink
 from asrllm.training.trainer import Callback, StepSums, Trainer
 
-# The ratio of unreadable utterances is taken over at least this many utterances.
+# The ratio of unreadable utterances is computed over at least this many utterances.
 MIN_UTTERANCES = 1000
 
 
