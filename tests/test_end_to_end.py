@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import wandb
 
 import asrllm
 from asrllm.checkpoints.consolidate import checkpoint_weights
@@ -477,6 +476,8 @@ def lines(exp: Path) -> list[dict]:
 
 def test_killed_run_resumes_from_the_last_complete_checkpoint(world, tmp_path):
     """All processes are killed with SIGKILL."""
+    import wandb  # takes a second, which the fast tests do not need
+
     # a service that outlives the killed run, like that of a notebook
     wandb.setup().ensure_service()
     assert "WANDB_SERVICE" in os.environ

@@ -81,6 +81,7 @@ def test_cfg_prints_the_configuration_without_running(capsys):
     assert yaml.safe_load(capsys.readouterr().out) == {"name": "adamw"}
 
 
+@pytest.mark.slow
 def test_sweep_runs_a_job_for_each_value():
     found = jobs("-m", *GIVEN, "exp_dir='e/${hydra:job.num}'", "trainer.lr=1,2", "seed=3,4")
     assert [(config.trainer.lr, config.seed) for config in found] == [
@@ -93,6 +94,7 @@ def test_sweep_runs_a_job_for_each_value():
     assert [config.exp_dir for config in jobs("-m", *GIVEN, "exp_dir=a,b")] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_sweep_into_one_directory_is_rejected_before_the_first_job():
     with pytest.raises(UserError, match="exp_dir"):
         jobs("-m", *GIVEN, "trainer.lr=1,2")
@@ -117,6 +119,7 @@ def test_sweep_trains_twice_in_one_process(world, tmp_path):
         assert (tmp_path / str(number) / "pretrained.pt").is_file()
 
 
+@pytest.mark.slow
 def test_first_failure_stops_a_sweep():
     found = []
 
@@ -142,6 +145,7 @@ def test_parse_error_names_file_line_and_column(tmp_path):
         job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "names"),
     [

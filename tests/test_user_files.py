@@ -1,6 +1,7 @@
 """Corrupted files and wrong environments exit with one message and status 2 before model load."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -9,14 +10,19 @@ import socket
 import filelock
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from asrllm import distributed
 from asrllm.collator import template_trial
 from asrllm.commands import dispatch
+from asrllm.commands import train as train_verb
+from asrllm.config import compose_config
 from asrllm.errors import UserError
+from asrllm.hydra_app import resolved
 from asrllm.launchers import adopt_launcher
 from asrllm.locks import FileLock
+from asrllm.schema import build
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import check_wandb_login
 
@@ -111,10 +117,22 @@ def only(**files):
     return change
 
 
+@functools.cache
+def composed():
+    return OmegaConf.create(compose_config("train", []))
+
+
 def train(world, tmp_path, monkeypatch, **more):
+    """Run `asrllm train` up to the start of the ranks; Hydra composes once for all tests."""
+
     def reached():
         raise ReachedRanksError
 
+    def run_app(name, arguments, cls, task):
+        overrides = OmegaConf.from_dotlist(arguments.overrides)
+        task(build(cls, resolved(OmegaConf.merge(composed(), overrides))))
+
+    monkeypatch.setattr(train_verb, "run_app", run_app)
     monkeypatch.setattr(distributed, "start", reached)
     return dispatch.main(["train", *world.overrides(tmp_path / "exp", **more)])
 
@@ -288,6 +306,7 @@ def test_pipe_is_one_message(key, world, tmp_path, monkeypatch, capsys):
     assert f"'{tmp_path}/pipe'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_endless_template_is_stopped(monkeypatch):
     def loop():
         while True:

@@ -115,7 +115,7 @@ def test_silence_and_clicks_give_no_segment():
 
 
 @settings(deadline=None, max_examples=40)
-@given(stretches, st.integers(1, 40_000), st.integers(0, FRAME - 1), st.integers(1, 5 * FRAME))
+@given(stretches, st.integers(100, 40_000), st.integers(0, FRAME - 1), st.integers(1, 5 * FRAME))
 def test_segments_do_not_depend_on_the_block_size(probabilities, size, more, shortest):
     wave = np.repeat(np.array(probabilities, np.float32), FRAME)
     wave = np.concatenate([wave, np.full(more, 0.9, np.float32)])

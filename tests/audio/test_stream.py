@@ -97,6 +97,7 @@ def test_ffmpeg_reads_other_formats(tmp_path, ending):
     error_of(cut)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("has_tags", [True, False])
 def test_file_of_several_mp3s_is_read_completely_or_rejected(tmp_path, monkeypatch, has_tags):
@@ -118,6 +119,7 @@ def test_file_of_several_mp3s_is_read_completely_or_rejected(tmp_path, monkeypat
     read(tmp_path / "one.mp3")
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize(
     ("name", "how"),

@@ -151,6 +151,7 @@ def test_large_factors_are_concatenated_piece_by_piece(tmp_path):
         assert torch.equal(found, torch.cat([state[name] for state in states], dim=dim))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
     state = {f"llm.layers.{i}.weight": torch.ones(2, 3) for i in range(272)}
     checkpoints = [

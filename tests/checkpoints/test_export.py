@@ -105,6 +105,7 @@ def test_card_names_source_checkpoints_and_base_models():
     assert public_name("/home/me/models/whisper") == "whisper"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "[1]", '{"test": {"wer": 1}}', '{"test": 1}'])
 def test_tables_missing_from_the_card_are_logged(exp, tmp_path, caplog, text):
     (exp / "greedy_search" / "results.json").write_text(text)

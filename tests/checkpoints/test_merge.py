@@ -238,6 +238,7 @@ def test_merged_weights_keep_their_dtype_and_are_rounded_once(world, tmp_path):
     assert not torch.equal(weight, weight.bfloat16().float()), "it went through bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 @pytest.mark.parametrize("std", [0.1, 0.003])
 def test_unmerged_layer_is_detected(world, tmp_path, monkeypatch, dtype, std):

@@ -146,6 +146,7 @@ def test_adpcm_is_read_whole(tmp_path, codec):
         )
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize(
     ("ending", "options"),
@@ -179,6 +180,7 @@ def test_half_a_stream_is_rejected_and_a_whole_one_is_read(tmp_path, ending, opt
         assert made.rejected == ({} if name == "whole" else {"unreadable_audio": 1})
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_m4a_is_read_from_folders_and_tars(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone("one", SECONDS), 16000)

@@ -414,6 +414,7 @@ def test_copies_share_a_batch_only_if_they_outnumber_the_batches(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_copies_of_a_small_corpus_in_an_endless_mix_never_share_a_batch(ranks):
     """Before copies were spread, one of 385 utterances occurred four times in a batch of 8.

@@ -141,6 +141,7 @@ def test_files_of_the_same_name_do_not_collide_and_changed_files_are_fetched_aga
     )
 
 
+@pytest.mark.slow
 def test_read_bytes_and_remote_sizes(server):
     _, data, file = put(server)
     _, _, other = put(server, size=7)
@@ -205,6 +206,7 @@ def test_persistent_faults_are_reported(web, cache, tmp_path, name, message):
     cache.fetch(file)
 
 
+@pytest.mark.slow
 def test_persistent_s3_faults_are_reported(s3, cache, tmp_path):
     path, _, file = put(s3)
     s3.faults.order(path, itertools.repeat(Fault(status=503)))
@@ -549,6 +551,7 @@ def test_a_forked_process_fetches_while_its_parent_prefetches(web, s3, tmp_path)
     ] == [1] * 6
 
 
+@pytest.mark.slow
 def test_a_fork_leaves_the_parents_connections_open(web, tmp_path):
     files = [put(web) for _ in range(3)]
     script = """

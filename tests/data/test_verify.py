@@ -108,6 +108,7 @@ def test_tars_of_several_directories_need_an_output_directory(tmp_path):
     ] == ["x.tar", "y.tar"]
 
 
+@pytest.mark.slow
 def test_tars_at_urls_are_indexed_and_verified(tmp_path):
     tars = [Path(write_tar(tmp_path / f"{name}.tar", sample(name))) for name in "ab"]
     with web_server() as web:

@@ -17,6 +17,8 @@ from tests.evaluation.test_run import whole_whisper
 from tests.models.asr_llm.test_modeling import make_model
 from tests.test_cli import does, fails
 
+pytestmark = pytest.mark.slow
+
 QUICK = (
     "step_timeout=0",
     "max_new_tokens=8",

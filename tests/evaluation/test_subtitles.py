@@ -76,6 +76,7 @@ def test_a_name_that_is_not_utf8_is_escaped_in_json():
     assert json.loads(content.encode())["audio"] == "\\xff.wav"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.2, 28), texts), max_size=4))
 def test_cues_contain_the_text_in_order_within_their_segments(parts):

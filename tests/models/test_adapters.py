@@ -59,6 +59,7 @@ def test_adapters_of_the_encoder_are_trained_saved_and_loaded(world, tmp_path, k
     assert json.loads((tmp_path / "config.json").read_text())["audio_encoder_lora"]["r"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear"}, {"target_modules": r".*layers\.1\..*q_proj"},

@@ -132,6 +132,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_no_tensor_of_the_squared_row_length_is_built(options, dtype):

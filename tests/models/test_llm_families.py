@@ -110,6 +110,7 @@ def gradients(model):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_step_matches_transformers_on_each_utterance(family, tied):

@@ -38,6 +38,7 @@ def ends_early(model, count=12):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2", *FAMILIES])
 def test_texts_match_transformers_while_rows_are_removed(world, tmp_path, monkeypatch, model_type):
     llm = (

@@ -187,6 +187,7 @@ def test_llm_built_on_meta_keeps_tied_weights_and_generation_config(world):
     assert llm.lm_head.weight.is_meta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}]
 )
@@ -586,6 +587,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_directory_is_reported(world, tmp_path, damage):
     make_model(world).save_pretrained(tmp_path)

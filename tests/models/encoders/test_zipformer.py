@@ -116,6 +116,7 @@ def test_outputs_match_the_published_stacks(count):
 # --- sizes and names ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "causal", "parameters"),
     [

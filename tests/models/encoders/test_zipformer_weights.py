@@ -47,6 +47,7 @@ def assert_same(path, encoder):
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", [None, "model", "model_avg", "state_dict"])
 @pytest.mark.parametrize(
     "prefix",
