@@ -60,6 +60,9 @@ TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should b
 # what ffmpeg 5, 6 and 7 write about a packet that is damaged
 NOT_DECODED = ("Error while decoding", "Error submitting packet")
 PROBED = "stream=codec_name,duration:format=format_name,nb_streams,duration"
+ADDRESS = re.compile(r" ?(?:at|@) 0x[0-9a-f]+")
+# libsndfile's message about an unknown format that is named like another one
+MISLEADING = re.compile(r"does not exist or is not a regular file")
 logger = logging.getLogger(__name__)
 
 
@@ -285,8 +288,11 @@ def _streamed(path: str) -> bytes | None:
 
 
 def decoder_error(error: Exception) -> str:
-    """Return the message of a decoder without the address of the buffer that it read from."""
-    return str(getattr(error, "error_string", error)).rstrip(".")
+    """Return the message of a decoder on one line, without addresses in memory."""
+    text = ADDRESS.sub("", str(getattr(error, "error_string", error)))
+    if MISLEADING.search(text):
+        return "its format is not known"
+    return " ".join(text.split()).rstrip(".")
 
 
 def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
@@ -529,7 +535,8 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
         log.seek(0)
         messages = log.read().decode(errors="replace")
         if status or _has_undecoded(file, messages):
-            raise _corrupted(file, f"ffmpeg: {messages.partition(chr(10))[0][:200]}")
+            first = ADDRESS.sub("", messages.partition("\n")[0])
+            raise _corrupted(file, f"ffmpeg: {first[:200]}")
 
 
 def _has_undecoded(file: AudioFile, messages: str) -> bool:

@@ -346,7 +346,10 @@ def last_validation_loss(exp_dir: Path) -> float | None:
     path = exp_dir / METRICS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:  # a damaged line
+            continue
         found = [value for name, value in record.items() if VALIDATION_LOSS.fullmatch(name)]
         losses = found or losses
     if not losses:

@@ -62,6 +62,8 @@ COMPRESSED = {
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
+TEXT_FIELDS = ("lang", "task", "prompt")
+SHOWN_LENGTH = 200  # characters of a problem with a field
 TALLIED = ("corpus", "lang", "speaker")
 
 
@@ -701,6 +703,8 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         detail = f"expected {key}.txt, or {key}.json with 'text'"
         return BadSample(key=key, reason="no_transcript", detail=detail)
+    if problem := field_problem(fields):
+        return BadSample(key=key, reason="bad_field", detail=problem)
     offset = members[0].start // BLOCK
     end = -(-members[-1].end // BLOCK)
     return TarSample(
@@ -711,6 +715,18 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
         extension=extension,
         fields=fields,
     )
+
+
+def field_problem(fields: Mapping[str, object]) -> str:
+    """Return which field of a sample's JSON has a type that training cannot use, or ""."""
+    for name in TEXT_FIELDS:
+        value = fields.get(name)
+        if value is not None and not isinstance(value, str):
+            return f"{name!r} is {value!r}, not a text"[:SHOWN_LENGTH]
+    words = fields.get("hotwords") or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        return f"'hotwords' is {words!r}, not a list of texts"[:SHOWN_LENGTH]
+    return ""
 
 
 def _sample_fields(files: Mapping[str, bytes]) -> Any:

@@ -32,12 +32,13 @@ import numpy as np
 import soundfile
 from filelock import Timeout
 
-from asrllm.audio.stream import OutsideError
+from asrllm.audio.stream import OutsideError, decoder_error
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
     ROW,
     Index,
     ShardRecord,
+    field_problem,
     open_index,
     scan_shard,
     write_index,
@@ -345,7 +346,10 @@ def make_sample(
             f"the source says {stated:.3f} s, the audio has {duration:.3f} s",
         )
     measured = {"text": text, "duration": duration, "sampling_rate": rate}
-    content = _encode_json(fields | utterance.fields | measured)
+    described = fields | utterance.fields | measured
+    if problem := field_problem(described):
+        raise RejectedError("bad_field", problem)
+    content = _encode_json(described)
     extension, audio = _audio(utterance, wave, rate, codec)
     return {"__key__": key, extension: audio, "json": content}
 
@@ -390,7 +394,8 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
     except ImportError as error:
         raise UserError(f"a package is missing: {error}. Install it with pip.") from error
     except Exception as error:  # decoders raise many types; each affects one utterance
-        raise RejectedError("unreadable_audio", f"{type(error).__name__}: {error}") from error
+        detail = f"{type(error).__name__}: {decoder_error(error)}"
+        raise RejectedError("unreadable_audio", detail) from error
     if not len(wave):
         raise RejectedError("empty_audio", "the audio has no samples")
     if not np.isfinite(wave).all():

@@ -330,12 +330,10 @@ def read_rows(path: Path) -> list[Row]:
         if is_recogs(path):
             rows = _parse_recogs(lines)
         else:
-            rows = [parse_json(line) for line in lines if line]
-        rows = [_checked_row(row) for row in rows]
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+            rows = _parse_generations(lines)
+    except ValueError as error:
         raise UserError(
-            f"{str(path)!r} is not a {RESULT_FILES} file: {type(error).__name__}: {error}. "
-            "Choose such a file."
+            f"{str(path)!r} is not a {RESULT_FILES} file: {error}. Choose such a file."
         ) from error
     counts = Counter(row["key"] for row in rows)
     repeated = [key for key, count in counts.items() if count > 1]
@@ -349,23 +347,34 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _checked_row(row: Row) -> Row:
-    """Return a row with its duration as a number.
+def _parse_generations(lines: Sequence[str]) -> list[Row]:
+    """Return the rows of a generations-*.jsonl.
 
     Raises:
-        ValueError, KeyError, TypeError: a field is missing or has the wrong type.
+        ValueError: a line is not an object with key, ref and hyp.
     """
-    for name in ("key", "ref", "hyp"):
-        if not isinstance(row[name], str):
-            raise ValueError("key, ref and hyp must be strings")
-    return row | {"duration": float(row.get("duration", 0))}
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        row = parse_json(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        for name in ("key", "ref", "hyp"):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"line {number} has no text {name!r}")
+        duration = row.get("duration", 0)
+        if not isinstance(duration, (int, float)):
+            raise ValueError(f"line {number} has the duration {duration!r}, which is not a number")
+        rows.append(row | {"duration": float(duration)})
+    return rows
 
 
 def _parse_recogs(lines: Sequence[str]) -> list[Row]:
     """Return a row for each reference with its hypothesis. A repeated key has several rows."""
     rows: list[Row] = []
     last_of: dict[str, Row] = {}
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         match = RECOGS_LINE.fullmatch(line)
@@ -377,8 +386,26 @@ def _parse_recogs(lines: Sequence[str]) -> list[Row]:
         if key not in last_of or what in last_of[key]:
             last_of[key] = {"key": key}
             rows.append(last_of[key])
-        last_of[key][what] = " ".join(ast.literal_eval(units))
-    return rows
+        last_of[key][what] = " ".join(_parse_units(units, number))
+    for row in rows:
+        if len(row) < len(("key", "ref", "hyp")):
+            raise ValueError(f"{row['key']!r} has no {'hyp' if 'ref' in row else 'ref'}")
+    return [row | {"duration": 0.0} for row in rows]
+
+
+def _parse_units(text: str, number: int) -> list[str]:
+    """Return the units of a line.
+
+    Raises:
+        ValueError: they are not a list of texts.
+    """
+    try:
+        units = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"line {number} is not a list of texts") from error
+    if not isinstance(units, list) or not all(isinstance(unit, str) for unit in units):
+        raise ValueError(f"line {number} is not a list of texts")
+    return units
 
 
 def is_recogs(path: Path) -> bool:

@@ -37,6 +37,8 @@ SIZES = {
     "sub_group_size": 1_000_000_000,
 }
 STAGE_IN_NAME = re.compile(r"(?:zero|stage)[-_]?([0-3])")
+# a value that Python writes as JSON, although JSON has no such number
+NOT_A_NUMBER = re.compile(r":\s*(-?(?:NaN|Infinity|\d+e\d{3,}))\b")
 BATCHES = "data.sampler sets the size of batches"
 EPSILON = 1e-8  # of every AdamW that a run can choose
 NO_PRINTS = 1 << 60  # steps between DeepSpeed's own log lines, because the run has its own log
@@ -143,10 +145,11 @@ def read_hjson(path: Path) -> DsConfig:
         content = hjson.loads(text, object_pairs_hook=_unique_keys)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON: {first_words(error)}. Correct the file."
-        ) from error
+    except (ValueError, RecursionError, OverflowError) as error:
+        problem = first_words(error)
+        if found := NOT_A_NUMBER.search(text):
+            problem = f"{found[1]} is not a number of JSON"
+        raise UserError(f"{path} is not valid JSON: {problem}. Correct the file.") from error
     if not isinstance(content, dict) or not text.strip():
         raise UserError(
             f"{path} is not a JSON object. "

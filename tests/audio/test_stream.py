@@ -237,3 +237,13 @@ def test_wrong_sample_count_does_not_cut_audio(tmp_path, count):
     begin = content.index(b"fact") + 8
     path.write_bytes(content[:begin] + count.to_bytes(4, "little") + content[begin + 4 :])
     assert sum(map(len, read_blocks(open_audio(str(path))))) == 26 * 320
+
+
+@pytest.mark.parametrize("name", ["page.mp3", "page.wav", "page.flac", "page.bin"])
+@pytest.mark.parametrize("content", [b"<html>404</html>" * 20, b"ID3\3\0\0\0\0\0!" + b"junk" * 300])
+def test_content_that_is_not_audio_is_not_called_a_missing_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_blocks(open_audio(str(tmp_path / name))))
+    assert "exist" not in str(error.value)
+    assert "0x" not in str(error.value)

@@ -67,6 +67,18 @@ def test_files_with_the_same_key_are_rejected(tmp_path, keys):
     assert [(b.key, b.reason) for b in bad] == [(keys[0][0], "repeated_file")]
 
 
+def test_field_of_the_wrong_type_is_rejected(tmp_path):
+    fields = {"text": "one", "lang": ["en"]}
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        for name, data in (("a.flac", b"fLaC"), ("a.json", json.dumps(fields).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    _, bad, _ = scan_shard(tmp_path / "y.tar", name="y.tar")
+    assert [(b.key, b.reason) for b in bad] == [("a", "bad_field")]
+    assert "'lang'" in bad[0].detail
+
+
 def test_txt_supplies_the_text_that_json_lacks(tmp_path):
     write_tar(tmp_path / "x.tar", ["a"], "gnu")
     with tarfile.open(tmp_path / "y.tar", "w") as tar, tarfile.open(tmp_path / "x.tar") as old:

@@ -449,6 +449,42 @@ def reverberant(row):
     return row
 
 
+@pytest.mark.parametrize("seconds", [-1, 1e300, float("nan"), "x", [1]])
+@pytest.mark.parametrize("where", ["cut", "supervision", "track"])
+def test_time_that_is_not_a_number_of_seconds_rejects_its_cut(tmp_path, where, seconds):
+    path = write_row(tmp_path / "cuts.jsonl")
+    row = json.loads(path.read_text())
+    changed = row["supervisions"][0] if where == "supervision" else row
+    changed["duration"] = seconds
+    if where == "track":
+        row = {"id": "m", "type": "MixedCut", "tracks": [{"cut": row, "offset": 0.0}]}
+    path.write_text(json.dumps(row))
+    (utterance,) = read_cuts(path)
+    assert utterance.problem[0] == "bad_field"
+    assert f"'duration' is {seconds!r}" in utterance.problem[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [
+        ("https://example.org/a.wav", "--allow-urls"),
+        ("s3://bucket/a.wav", "--allow-urls"),
+        ("cat r.wav |", "--allow-pipes"),
+    ],
+)
+def test_file_that_is_a_url_or_a_pipe_needs_permission(tmp_path, source, option):
+    path = with_source(tmp_path, "file", source)
+    with pytest.raises(UserError, match=option) as error:
+        list(read_cuts(path))
+    assert source.removesuffix("|") in str(error.value)
+
+
+def test_file_that_is_an_allowed_pipe_is_run(tmp_path):
+    path = with_source(tmp_path, "file", f"cat {tmp_path}/r.wav |")
+    (utterance,) = read_cuts(path, allow_pipes=True)
+    assert len(utterance.load()[0]) == 16000
+
+
 @pytest.mark.parametrize("wrap", [dict, mixed, padded, reverberant])
 @pytest.mark.parametrize("kind", ["command", "url"])
 def test_commands_and_urls_of_cuts_are_rejected_by_default(tmp_path, kind, wrap):

@@ -9,7 +9,15 @@ import soundfile
 
 from asrllm.data.index import scan_tar
 from asrllm.data.shards import write_shards
-from asrllm.data.sources import SOURCES, read_folder, read_nemo, read_slam, read_swift, read_wenet
+from asrllm.data.sources import (
+    SOURCES,
+    RejectedError,
+    read_folder,
+    read_nemo,
+    read_slam,
+    read_swift,
+    read_wenet,
+)
 from asrllm.errors import UserError
 from asrllm.testing import tone
 
@@ -132,6 +140,15 @@ def without(source, key):
             ":2: 'duration' is -1",
         ),
         ("nemo", GOOD["nemo"] | {"offset": -0.5}, "bad_field", "'offset' is -0.5"),
+        ("nemo", GOOD["nemo"] | {"duration": 1e300}, "bad_field", "'duration' is 1e+300"),
+        ("nemo", GOOD["nemo"] | {"duration": "inf"}, "bad_field", "'duration' is 'inf'"),
+        ("nemo", GOOD["nemo"] | {"audio_filepath": ""}, "missing_audio", "'audio_filepath'"),
+        ("nemo", GOOD["nemo"] | {"audio_filepath": None}, "missing_audio", "'audio_filepath'"),
+        ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2 names no audio: 'wav'"),
+        ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 has no key: 'key'"),
+        ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2 names no audio: 'source'"),
+        ("slam", GOOD["slam"] | {"key": ""}, "bad_key", ":2 has no key: 'key'"),
+        ("swift", GOOD["swift"] | {"audios": [""]}, "missing_audio", ":2 names no audio"),
         ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", "m.jsonl:2 "),
         ("nemo", '"x"', "bad_json", "m.jsonl:2 "),
         ("nemo", "\udcff", "bad_json", "m.jsonl:2 "),
@@ -182,6 +199,42 @@ def test_a_bad_row_of_a_manifest_is_rejected_alone(tmp_path, source, row, reason
     assert (first, last) == (None, None)
     assert found[0] == reason
     assert detail in found[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"prompt": ["Write."]}, "'prompt' is ['Write.']"),
+        ({"lang": {"a": 1}}, "'lang' is {'a': 1}"),
+        ({"hotwords": [1]}, "'hotwords' is [1]"),
+        ({"hotwords": {"a": 1}}, "'hotwords' is {'a': 1}"),
+    ],
+)
+def test_field_of_the_wrong_type_rejects_its_row(tmp_path, fields, shown):
+    audio(tmp_path, "a.wav", "b.wav")
+    rows = GOOD["nemo"], {"audio_filepath": "b.wav", "text": "one"} | fields
+    samples, rejects = shards(tmp_path, read_nemo(lines(tmp_path / "m.jsonl", *rows)))
+    assert (list(samples), rejects) == (["a"], [("b", "bad_field")])
+    assert shown in json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["detail"]
+
+
+def test_numbers_are_valid_fields(tmp_path):
+    audio(tmp_path, "a.wav")
+    row = GOOD["nemo"] | {"prompt": 5, "lang": 9, "speaker": 12}
+    samples, _ = shards(tmp_path, read_nemo(lines(tmp_path / "m.jsonl", row)))
+    assert samples == {"a": about("one", prompt="5", lang="9", speaker="12")}
+
+
+def test_place_in_an_archive_is_explained(tmp_path):
+    (tmp_path / "wav.ark").write_bytes(b"utt RIFF")
+    rows = (GOOD["slam"] | {"source": "wav.ark:4"}, GOOD["slam"] | {"source": "no.ark:4"})
+    details = []
+    for utterance in read_slam(lines(tmp_path / "m.jsonl", *rows)):
+        with pytest.raises(RejectedError) as error:
+            utterance.load()
+        details.append(error.value.args[1])
+    assert "--kaldi" in details[0]
+    assert "no.ark:4' does not exist" in details[1]
 
 
 def test_integers_are_valid_keys_and_transcripts(tmp_path):

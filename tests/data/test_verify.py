@@ -420,10 +420,11 @@ ODD_FIELDS = {
         b'{"text": "x", "duration": ' + b"9" * 400 + b"}",
     ],
     "no_transcript": [b"[1]", b"null", b'{"text": 1}', b'{"text": null}'],
+    "bad_field": [b'{"text": "x", "lang": {}}', b'{"text": "x", "hotwords": "y"}'],
     None: [
         b'{"text": "\\ud83d\\ude00"}',
         b'{"text": "x", "duration": NaN}',
-        b'{"text": "x", "duration": "long", "lang": {}, "speaker": [1], "corpus": 5}',
+        b'{"text": "x", "duration": "long", "speaker": [1], "corpus": 5}',
         b'{"text": "x", "duration": true}',
     ],
 }

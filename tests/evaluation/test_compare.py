@@ -313,8 +313,11 @@ def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
         ("recogs-y.txt", "k:\tref=['a]"),
         ("recogs-z.txt", "k:\tref=[b]\n"),
         ("recogs-v.txt", "k:\tref=['b']\n"),
+        ("generations-v.jsonl", '{"key": "k", "ref": "a", "hyp": ["a"]}'),
+        ("recogs-w.txt", "k:\tref=[1]\nk:\thyp=['b']\n"),
         ("generations-w.jsonl", '{"key": "k", "ref": "a", "hyp": "a", "duration": null}'),
     ):
         (tmp_path / name).write_text(text)
         message = error(tmp_path / name, tmp_path / name)
         assert f"{name}' is not a generations-*.jsonl or recogs-*.txt file" in message
+        assert "Error" not in message  # of Python

@@ -551,3 +551,9 @@ def test_schedule_warms_up_and_decays():
     assert factors[60] == pytest.approx(0.55)
     assert factors[110:] == pytest.approx([0.1] * 10)
     assert warmup_cosine(0, total=10, warmup=0) == 1.0
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_value_that_is_not_a_json_number_is_named(tmp_path, value):
+    with pytest.raises(UserError, match=f"mine.json .*{value} is not a number"):
+        read(tmp_path, f'{{"gradient_clipping": {value}}}')

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asrllm.data.sources.files import (
+    MAX_SECONDS,
     UNREADABLE,
     Row,
     find_root,
@@ -16,10 +17,11 @@ from asrllm.data.sources.files import (
     peek,
     raw_lines,
     sample_fields,
+    seconds_field,
     text_or_int_field,
 )
 from asrllm.data.sources.utterance import RejectedError, Utterance
-from asrllm.data.storage import check_scheme
+from asrllm.data.storage import check_scheme, is_url
 from asrllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,6 +101,18 @@ def _is_file(source: Row) -> bool:
     return source.get("type") == "file" and isinstance(source.get("source"), str)
 
 
+def _kind(source: Row) -> object:
+    """Return the type of an audio source. The name of a "file" can be a URL or a pipe."""
+    kind = source.get("type")
+    name = source.get("source")
+    if kind != "file" or not isinstance(name, str):
+        return kind
+    if name.rstrip().endswith("|"):
+        source["source"] = name.rstrip().removesuffix("|")
+        return "command"
+    return "url" if is_url(name) else kind
+
+
 def _restrict(
     source: Row,
     where: str,
@@ -114,7 +128,7 @@ def _restrict(
     Raises:
         UserError: the source is a command or a URL that is not allowed.
     """
-    kind = source.get("type")
+    kind = _kind(source)
     content = source.get("source")
     shown = repr(str(content)[:SHOWN_LENGTH])
     if kind == "command" and not allow_pipes:
@@ -127,8 +141,8 @@ def _restrict(
             f"{where}: a recording's source is a URL ({shown}). Use a file, or run "
             "'asrllm shards make --cuts' with --allow-urls if you trust the manifest."
         )
-    if _is_file(source):
-        source["source"] = str(root / str(content))
+    if kind == "file" and isinstance(content, str):
+        source["source"] = str(root / content)
     if kind in ("command", "url"):
         from asrllm.data.sources.cut_audio import Command, Url
 
@@ -145,6 +159,7 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     from lhotse.serialization import deserialize_item
 
     try:
+        _check_times(row, where)
         cut = deserialize_item(row)
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
     except RejectedError as error:
@@ -153,6 +168,33 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
         reason = ("broken_cut", f"{where}: {type(error).__name__}: {error}")
         utterances = [_rejected(row, where, reason)]
     yield from utterances
+
+
+def _check_times(row: Row, where: str) -> None:
+    """Check the times of a cut and its supervisions, of which Lhotse's parsers accept any.
+
+    Raises:
+        RejectedError: a time is not a number of seconds.
+    """
+    for name in ("start", "duration"):
+        seconds_field(row, where, name)
+    for supervision in _objects(row, "supervisions"):
+        place = f"{where}: the supervision {supervision.get('id')!r}"
+        seconds_field(supervision, place, "duration")
+        start = supervision.get("start")
+        if not isinstance(start, (int, float)) or not -MAX_SECONDS < start < 0:
+            seconds_field(supervision, place, "start")
+    for track in _objects(row, "tracks"):
+        if isinstance(track.get("cut"), dict):
+            _check_times(track["cut"], where)
+
+
+def _objects(row: Row, name: str) -> list[Row]:
+    """Return the objects in a list of a row."""
+    values = row.get(name)
+    if not isinstance(values, list):
+        return []
+    return [value for value in values if isinstance(value, dict)]
 
 
 def _rejected(row: Row, where: str, problem: tuple[str, str]) -> Utterance:

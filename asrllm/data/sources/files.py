@@ -20,6 +20,7 @@ Row = dict[str, Any]
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 MAX_UNPACKED = 1 << 28  # bytes to which any gzip file may unpack
 MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
+MAX_SECONDS = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 FIELDS = {  # field of a sample: its names in manifests
     "lang": ("lang", "language", "locale"),
@@ -257,6 +258,30 @@ def text_or_int_field(row: Mapping[str, object], where: str, *names: str) -> str
     return text_field(converted, where, *names)
 
 
+def audio_field(row: Mapping[str, object], where: str, name: str) -> str:
+    """Return the audio file that a row names.
+
+    Raises:
+        RejectedError: the row names no audio file.
+    """
+    file = text_field(row, where, name)
+    if not file:
+        raise RejectedError("missing_audio", f"{where} names no audio: {name!r} is empty")
+    return file
+
+
+def key_field(row: Mapping[str, object], where: str, name: str) -> str:
+    """Return the key of a row.
+
+    Raises:
+        RejectedError: the row has no key.
+    """
+    key = text_or_int_field(row, where, name)
+    if not key:
+        raise RejectedError("bad_key", f"{where} has no key: {name!r} is empty")
+    return key
+
+
 def seconds_field(
     row: Mapping[str, Any],
     where: str,
@@ -265,15 +290,16 @@ def seconds_field(
     """Return a number of seconds, or None if the row does not have the field.
 
     Raises:
-        RejectedError: the value is not a number, or is negative.
+        RejectedError: the value is not a number, is negative, or is longer than any recording.
     """
     value = row.get(name)
     if value is None or value == "":
         return None
     try:
-        if float(value) >= 0 and not isinstance(value, bool):
-            return float(value)
-    except (TypeError, ValueError):
+        seconds = float(value)
+        if 0 <= seconds < MAX_SECONDS and not isinstance(value, bool):
+            return seconds
+    except (TypeError, ValueError, OverflowError):
         pass
     raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}, not a number of seconds")
 
@@ -281,11 +307,13 @@ def seconds_field(
 def sample_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a row other than its text, under the names that samples use.
 
-    Hotwords may be a list, or a text with commas or bars between them.
+    Hotwords may be a list, or a text with commas or bars between them. Integers become text.
     """
     fields: dict[str, Any] = {}
     for field, names in FIELDS.items():
         value = next((row[name] for name in names if row.get(name)), None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
         if field == "hotwords" and isinstance(value, str):
             words = (word.strip() for word in re.split(r"[,，、|]", value))
             value = [word for word in words if word]

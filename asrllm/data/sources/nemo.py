@@ -5,11 +5,11 @@ from pathlib import Path
 
 from asrllm.data.sources.files import (
     Row,
+    audio_field,
     key_from_path,
     read_manifest,
     sample_fields,
     seconds_field,
-    text_field,
     text_or_int_field,
 )
 from asrllm.data.sources.utterance import AudioSegment, Utterance
@@ -29,11 +29,11 @@ def read_nemo(path: str | Path) -> Iterator[Utterance]:
 
 
 def _names(row: Row, where: str) -> list[str]:
-    return [text_field(row, where, "audio_filepath")]
+    return [audio_field(row, where, "audio_filepath")]
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    name = text_field(row, where, "audio_filepath")
+    name = audio_field(row, where, "audio_filepath")
     duration = seconds_field(row, where, "duration")
     offset = seconds_field(row, where, "offset")
     end = None if offset is None or duration is None else offset + duration

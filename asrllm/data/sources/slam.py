@@ -5,9 +5,10 @@ from pathlib import Path
 
 from asrllm.data.sources.files import (
     Row,
+    audio_field,
+    key_field,
     read_manifest,
     sample_fields,
-    text_field,
     text_or_int_field,
 )
 from asrllm.data.sources.utterance import AudioSegment, Utterance
@@ -26,13 +27,13 @@ def read_slam(path: str | Path) -> Iterator[Utterance]:
 
 
 def _names(row: Row, where: str) -> list[str]:
-    return [text_field(row, where, "source")]
+    return [audio_field(row, where, "source")]
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    file = root / text_field(row, where, "source")
+    file = root / audio_field(row, where, "source")
     return Utterance(
-        key=text_or_int_field(row, where, "key"),
+        key=key_field(row, where, "key"),
         text=text_or_int_field(row, where, "target"),
         load=AudioSegment(file),
         fields=sample_fields(row),

@@ -66,6 +66,8 @@ def _problem(
     """Return (reason, detail) unless a chat is one question with one audio file and one answer."""
     if len(audios) != 1:
         return "not_one_audio", f"{where} has {len(audios)} audio files"
+    if not audios[0]:
+        return "missing_audio", f"{where} names no audio: the path is empty"
     if row.get("history"):
         return "not_one_turn", f"{where} is a chat with a history"
     roles = [role for role, _ in turns]

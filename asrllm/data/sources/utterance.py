@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from asrllm.audio.stream import AudioFile, open_audio, read_stretch
+
+ARCHIVE_PLACE = re.compile(r"(.*\.ark):\d+", re.DOTALL)
 
 
 class RejectedError(Exception):
@@ -91,7 +94,14 @@ def open_cached(path: str) -> AudioFile:
         UserError: the file cannot be read.
     """
     if not os.path.exists(path):
-        raise RejectedError("missing_audio", f"{path!r} does not exist")
+        detail = f"{path!r} does not exist"
+        archive = ARCHIVE_PLACE.fullmatch(path)
+        if archive and os.path.exists(archive[1]):
+            detail = (
+                f"{path!r} is a place in a Kaldi archive, which only a Kaldi data directory can "
+                "name. Use 'asrllm shards make --kaldi DIR' with its wav.scp"
+            )
+        raise RejectedError("missing_audio", detail)
     if not os.path.isfile(path):  # reading could wait forever
         raise RejectedError(
             "unreadable_audio",

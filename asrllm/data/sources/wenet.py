@@ -12,15 +12,16 @@ from asrllm.data.index import explain_tar, tar_files
 from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
+    audio_field,
     count_lines,
     find_root,
+    key_field,
     open_manifest,
     peek,
     read_lines,
     read_manifest,
     sample_fields,
     seconds_field,
-    text_field,
     text_or_int_field,
 )
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
@@ -60,11 +61,11 @@ def count_wenet(path: str | Path) -> int | None:
 
 
 def _names(row: Row, where: str) -> list[str]:
-    return [text_field(row, where, "wav")]
+    return [audio_field(row, where, "wav")]
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    file = root / text_field(row, where, "wav")
+    file = root / audio_field(row, where, "wav")
     start = seconds_field(row, where, "start")
     end = seconds_field(row, where, "end")
     begin = start or 0.0
@@ -74,7 +75,7 @@ def _utterance(row: Row, where: str, root: Path) -> Utterance:
         )
     is_whole = start is None and end is None
     return Utterance(
-        key=text_or_int_field(row, where, "key"),
+        key=key_field(row, where, "key"),
         text=text_or_int_field(row, where, "txt"),
         load=AudioSegment(file, begin, end),
         duration=seconds_field(row, where, "duration") if end is None else end - begin,
