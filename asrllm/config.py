@@ -1,25 +1,29 @@
 """Compose the Hydra configuration of a verb from `asrllm/conf` and overrides."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import typing
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from asrllm.config_keys import unknown_key
-from asrllm.errors import UserError
-from asrllm.schema import build
-from asrllm.text_files import JsonObject
+from asrllm.errors import UserError, nearest
+from asrllm.schema import all_keys, build
+from asrllm.text_files import JsonObject, read_yaml, yaml_problem
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+PACKAGED = Path(__file__).parent / "conf"
 
 
 def load_config(name: str, overrides: Sequence[str], cls: type[T]) -> T:
@@ -33,15 +37,19 @@ def load_config(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     Raises:
         UserError: a key is unknown, a value has the wrong type, or an override is not key=value.
     """
-    return build(cls, compose_config(name, [quoted_override(text) for text in overrides]))
+    quoted = [quoted_override(text) for text in overrides]
+    return build(cls, compose_config(name, quoted, known=all_keys(cls)))
 
 
-def compose_config(name: str, overrides: Sequence[str]) -> JsonObject:
+def compose_config(
+    name: str, overrides: Sequence[str], *, known: Collection[str] = ()
+) -> JsonObject:
     """Return the composed configuration as plain containers.
 
     Args:
         name: of the configuration.
         overrides: in Hydra's syntax.
+        known: the keys that a message about an unknown one may name.
 
     Raises:
         UserError: the configuration cannot be composed.
@@ -52,21 +60,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> JsonObject:
             return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             failure = error  # ValueError if a group is set to a number
-    raise composition_error(failure, overrides, known_keys(name)) from failure
-
-
-def known_keys(name: str) -> set[str]:
-    """Return all keys of `asrllm/conf/NAME.yaml` and its groups, as dotted paths."""
-    return _keys_of(compose_config(name, []))
-
-
-def _keys_of(tree: Mapping[str, object], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for key, value in tree.items():
-        keys.add(prefix + key)
-        if isinstance(value, Mapping):
-            keys |= _keys_of(value, f"{prefix}{key}.")
-    return keys
+    raise composition_error(failure, overrides, known) from failure
 
 
 def quoted_override(text: str) -> str:
@@ -96,12 +90,74 @@ def composition_error(
         overrides: of the command line, one of which may have an unknown key.
         known: the keys of the configuration.
     """
+    cause = root_cause(error)
+    if isinstance(cause, yaml.YAMLError):
+        return UserError(f"{yaml_problem(cause)}. Correct it.")
+    if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+        options = ", ".join(cause.options or ()) or "none"
+        return UserError(
+            f"the configuration file {str(cause.missing_cfg_file) + '.yaml'!r} does not exist "
+            f"(there are: {options}). Name another one, or its directory with --config-dir."
+        )
+    if isinstance(cause, UnicodeDecodeError):
+        return UserError(
+            f"a configuration file is not UTF-8 text: it has {cause.object[cause.start]:#x} after "
+            f"{cause.object[: cause.start][-20:].decode('utf-8', 'replace')!r}. Convert it."
+        )
     for text in overrides:
-        key = text.partition("=")[0].lstrip("+~")
+        key, _, value = text.partition("=")
+        key = key.lstrip("+~")
+        if key.startswith("hydra."):
+            known = [f"hydra.{name}" for name in typing.get_type_hints(HydraConf)]
         if key not in known and repr(key) in str(error):
             return unknown_key(key, known)
-    problem = " ".join(str(root_cause(error)).split())
+        is_group = any(name.startswith(f"{key}.") for name in known)
+        if is_group and "Config group override" in str(cause):
+            return UserError(
+                f"{key}={value} is not possible, because {key} has keys of its own. "
+                f"Set those, for example {key}.KEY=VALUE."
+            )
+    if isinstance(cause, ConfigKeyError) and cause.full_key:
+        return unknown_key(str(cause.full_key), known)
+    problem = " ".join(str(cause).split())
     return UserError(f"the configuration cannot be composed: {problem}")
+
+
+def check_config_files(
+    config_dir: str | None, config_name: str | None, overrides: Sequence[str]
+) -> None:
+    """Check the files that --config-dir, --config-name and +experiment=NAME choose.
+
+    Raises:
+        UserError: one of them does not exist, or the primary one cannot be read.
+    """
+    folders = [PACKAGED]
+    if config_dir is not None:
+        folder = Path(config_dir)
+        if not folder.is_dir():
+            problem = "is not a directory" if folder.exists() else "does not exist"
+            raise UserError(f"--config-dir {config_dir!r} {problem}. Give a directory.")
+        folders.insert(0, folder)
+    if config_name is not None:
+        name = config_name.removesuffix(".yaml")
+        found = [folder / f"{name}.yaml" for folder in folders]
+        path = next((path for path in found if path.exists()), None)
+        if path is None:
+            names = sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
+            raise UserError(
+                f"--config-name {config_name!r} is not a file of {', '.join(map(str, folders))}: "
+                f"{nearest(name, names)}"
+            )
+        if not isinstance(read_yaml(path, "the configuration file"), dict):
+            raise UserError(
+                f"the configuration file {str(path)!r} has no keys. Write lines of KEY: VALUE."
+            )
+    has_experiments = any((folder / "experiment").is_dir() for folder in folders)
+    if not has_experiments and any(text.startswith("+experiment=") for text in overrides):
+        raise UserError(
+            "+experiment=NAME reads experiment/NAME.yaml in the directory --config-dir, "
+            f"which {'has no experiment/' if config_dir else 'is not given'}. Add it."
+        )
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -19,9 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from asrllm.config import composition_error, known_keys, quoted_override
+from asrllm.config import check_config_files, composition_error, quoted_override
 from asrllm.errors import UserError
-from asrllm.schema import build
+from asrllm.schema import all_keys, build
 
 T = TypeVar("T")
 
@@ -69,13 +69,16 @@ def run_app(
             failures.append(error)
             return None
 
+    check_config_files(arguments.config_dir, arguments.config_name, overrides)
     given = [*hydra_options(arguments), *DEFAULTS, *overrides]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
     try:
         with command_line([sys.argv[0], *given]):
             app()
     except Exception as error:  # of Hydra, OmegaConf or PyYAML; those of the task are in failures
-        raise composition_error(error, overrides, known_keys(name)) from error
+        raise composition_error(error, overrides, all_keys(cls)) from error
+    except SystemExit as exit_:
+        raise SystemExit(2) from exit_  # Hydra has printed that --package does not exist
     if failures:
         # removed from the list, which would keep the frames of the task and their objects alive
         raise failures.pop()

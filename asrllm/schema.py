@@ -5,8 +5,9 @@ in the docstring below the field. `asrllm.conf.write` makes the YAML files from 
 """
 
 import dataclasses
+import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -65,7 +66,14 @@ def component(cls: type[T]) -> type[T]:
     return decorate(cls)  # type: ignore[return-value]
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, where: str = "", group: str = "") -> T:
+def build(
+    cls: type[T],
+    values: Mapping[str, Any],
+    *,
+    where: str = "",
+    group: str = "",
+    known: Collection[str] = (),
+) -> T:
     """Build a component from nested mappings.
 
     Args:
@@ -73,18 +81,20 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "", group: st
         values: values of its keys. Missing ones have their defaults.
         where: the place of the values, which messages put before a key: "FILE, entry 3: ".
         group: prefix of the keys: "trainer.".
+        known: all keys of the configuration; by default those of the component.
 
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type or is out of bounds.
     """
     hints = keys_and_types(cls)
+    known = known or all_keys(cls, group)
     given: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            raise unknown_key(f"{group}{key}", [group + known for known in hints], where)
+            raise unknown_key(f"{group}{key}", known, where)
         inner = nested_component(hints[key])
         if inner is not None and isinstance(value, Mapping):
-            value = build(inner, value, where=where, group=f"{group}{key}.")
+            value = build(inner, value, where=where, group=f"{group}{key}.", known=known)
         given[key] = value
     try:
         return cls(**given)
@@ -98,6 +108,17 @@ def keys_and_types(cls: type) -> dict[str, Any]:
     fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
     hints = typing.get_type_hints(cls)
     return {str(field.validation_alias or name): hints[name] for name, field in fields.items()}
+
+
+def all_keys(cls: type, group: str = "") -> list[str]:
+    """Return the keys of a component and of the components in it, as dotted paths."""
+    keys: list[str] = []
+    for key, hint in keys_and_types(cls).items():
+        keys.append(group + key)
+        inner = nested_component(hint)
+        if inner is not None:
+            keys += all_keys(inner, f"{group}{key}.")
+    return keys
 
 
 def nested_component(hint: Any) -> type | None:
@@ -131,7 +152,7 @@ def _as_user_error(
         return UserError(f"{where}missing key {group + key!r}. Add it.")
     if kind == "literal_error" and isinstance(value, str):
         choices = [str(choice) for choice in _choices(hints[key])]
-        return UserError(f"{name}={value!r} is not a valid choice: {nearest(value, choices)}")
+        return UserError(f"{name}={shown(value)} is not a valid choice: {nearest(value, choices)}")
     if kind == "string_too_short":
         return UserError(f"{name} is empty. Set it, or remove it.")
     if kind in BOUNDS:
@@ -139,17 +160,24 @@ def _as_user_error(
         bound = BOUNDS[kind].format(**{name: _plain(limit) for name, limit in limits.items()})
         if type(None) in typing.get_args(hints[key]):
             bound = f"{bound.removesuffix('.')}, or null."
-        return UserError(f"{name}={value!r} is out of range. {bound}")
+        return UserError(f"{name}={shown(value)} is out of range. {bound}")
     expected: list[str] = []
     for problem in problems:
         if problem["loc"][0] == key:
             expected.append(EXPECTED_TYPES.get(problem["type"], "another type"))
     wanted = " or ".join(dict.fromkeys(expected))
-    message = f"{name}={value!r} has the wrong type. Expected: {wanted}."
+    message = f"{name}={shown(value)} has the wrong type. Expected: {wanted}."
     inner = nested_component(hints[key])
     if inner is not None:
         message += f" Its keys are: {', '.join(keys_and_types(inner))}."
     return UserError(message)
+
+
+def shown(value: object) -> str:
+    """Return a value as a user writes it in YAML: true and null, not True and None."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return repr(value)
 
 
 def _plain(limit: object) -> object:

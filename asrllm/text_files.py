@@ -9,10 +9,13 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from asrllm.errors import UserError
 from asrllm.escape import escape
+
+if TYPE_CHECKING:
+    import yaml
 
 JsonObject = dict[str, Any]  # its values are JSON values
 Buffer = bytes | mmap.mmap
@@ -195,8 +198,22 @@ def read_yaml(path: str | Path, what: str) -> Any:
             f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
         ) from error
     except yaml.YAMLError as error:
-        problem = escape(" ".join(str(error).split()))
-        raise UserError(f"{what} {str(path)!r} is not valid YAML: {problem}") from error
+        raise UserError(f"{what} {yaml_problem(error, path)}. Correct it.") from error
+
+
+def yaml_problem(error: "yaml.YAMLError", path: str | Path = "") -> str:
+    """Return where and why a file is not YAML: `FILE:LINE:COLUMN is not valid YAML: PROBLEM`.
+
+    Args:
+        error: from PyYAML.
+        path: the file; by default the one that the error names.
+    """
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:  # for example a character that YAML does not allow
+        return f"{str(path)!r} is not valid YAML: {first_words(error)}"
+    place = f"{path or mark.name}:{mark.line + 1}:{mark.column + 1}"
+    problem = escape(str(getattr(error, "problem", "")))
+    return f"{place} is not valid YAML: {problem}"
 
 
 def read_json_object(path: str | Path, what: str) -> JsonObject:

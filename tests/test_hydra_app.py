@@ -5,12 +5,14 @@ import json
 import pytest
 import yaml
 
-from asrllm.commands.dispatch import build_parser
+from asrllm.commands.dispatch import parse
 from asrllm.commands.train import last_validation_loss
-from asrllm.config import as_yaml, known_keys
+from asrllm.config import as_yaml
 from asrllm.config_keys import ALIASES
 from asrllm.errors import UserError
+from asrllm.evaluation.config import EvaluationRun
 from asrllm.hydra_app import run_app
+from asrllm.schema import all_keys
 from asrllm.training.run_config import TrainRun
 from tests.processes import assert_done, run_script
 from tests.test_config import GIVEN, load
@@ -30,7 +32,7 @@ def jobs(*words):
     """Return the configurations of the jobs of a command line."""
     found = []
     argv = ["train", *words]
-    run_app("train", build_parser(argv).parse_args(argv), TrainRun, found.append)
+    run_app("train", parse(argv), TrainRun, found.append)
     return found
 
 
@@ -129,7 +131,7 @@ def test_first_failure_stops_a_sweep():
 
     argv = ["train", "-m", *GIVEN, "exp_dir='e/${hydra:job.num}'", "seed=3,4"]
     with pytest.raises(UserError, match="seed"):
-        run_app("train", build_parser(argv).parse_args(argv), TrainRun, task)
+        run_app("train", parse(argv), TrainRun, task)
     assert found == [3]
 
 
@@ -141,7 +143,7 @@ def test_hydra_keys_have_an_effect(tmp_path):
 
 def test_parse_error_names_file_line_and_column(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train]\ntrainer: {lr: 1\nseed: 2\n")
-    with pytest.raises(UserError, match=r"mine\.yaml.*line \d+, column \d+"):
+    with pytest.raises(UserError, match=r"mine\.yaml:3:5"):
         job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
 
 
@@ -168,7 +170,7 @@ def test_unknown_key_is_named_with_the_nearest_key(words, names):
 
 
 def test_aliases_name_existing_keys():
-    known = known_keys("train") | known_keys("evaluate")
+    known = all_keys(TrainRun) + all_keys(EvaluationRun)
     for alias, (ours, _) in ALIASES.items():
         assert ours in known, alias
 
@@ -181,7 +183,7 @@ def test_errors_of_the_task_are_raised_unchanged(capsys):
 
     argv = ["train", *GIVEN]
     with pytest.raises(json.JSONDecodeError):
-        run_app("train", build_parser(argv).parse_args(argv), TrainRun, task)
+        run_app("train", parse(argv), TrainRun, task)
     assert capsys.readouterr().err == ""
 
 
@@ -195,3 +197,48 @@ def test_a_sweeper_gets_the_mean_of_the_last_validation(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert last_validation_loss(tmp_path) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["+experiment=big"], ["experiment", "--config-dir"]),
+        (["--config-dir", "{dir}", "+experiment=lost"], ["experiment/lost.yaml"]),
+        (["--config-dir", "{dir}", "trainer=lost"], ["trainer/lost.yaml", "default"]),
+        (["--config-dir", "{dir}/none"], ["{dir}/none"]),
+        (["--config-dir", "{dir}/list.yaml"], ["{dir}/list.yaml"]),
+        (["--config-dir", "{dir}", "--config-name", "lost"], ["lost", "{dir}"]),
+        (["--config-dir", "{dir}", "--config-name", "list"], ["{dir}/list.yaml"]),
+        (["--config-dir", "{dir}", "--config-name", "latin"], ["{dir}/latin.yaml"]),
+        (["--config-dir", "{dir}", "--config-name", "broken"], ["{dir}/broken.yaml:2:1"]),
+        (["--config-dir", "{dir}", "trainer=broken"], ["{dir}/trainer/broken.yaml:2:1"]),
+        (["trainer=null"], ["trainer=null"]),
+        (["model=5"], ["model=5"]),
+        (["trainer.schedule={{nam: cosine}}"], ["trainer.schedule.nam", "trainer.schedule.name"]),
+        (["hydra.mod=RUN"], ["hydra.mod", "hydra.mode"]),
+        (["+learning_rate=1"], ["learning_rate", "trainer.lr"]),
+        (["trainer.lr=null"], ["trainer.lr=null"]),
+        (["trainer.lr=true"], ["trainer.lr=true"]),
+    ],
+)
+def test_configuration_that_cannot_be_composed_is_one_message(tmp_path, words, names):
+    for folder in ("experiment", "trainer"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "latin.yaml").write_bytes(b"exp_dir: caf\xe9\n")
+    for path in ("broken.yaml", "trainer/broken.yaml"):
+        (tmp_path / path).write_text("lr: [\n")
+    with pytest.raises(UserError) as error:
+        jobs(*GIVEN, *(word.format(dir=tmp_path) for word in words))
+    message = str(error.value)
+    for name in names:
+        assert name.format(dir=tmp_path) in message
+    for internal in ("struct", "full_key", "pkg://", "unicode string", "Config group"):
+        assert internal not in message
+
+
+def test_package_that_does_not_exist_exits_with_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        jobs(*GIVEN, "--cfg", "job", "--package", "nope")
+    assert exit_.value.code == 2
+    assert "nope" in capsys.readouterr().err

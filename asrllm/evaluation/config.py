@@ -105,8 +105,8 @@ class EvaluationRun:
     data: TestData = TestData()
     decoding_method: Literal["greedy_search", "beam_search"] = "greedy_search"
     """greedy_search | beam_search"""
-    num_beams: PositiveInt = 4
-    """beam size of beam_search"""
+    num_beams: PositiveInt | None = None
+    """beam size of beam_search; null: 4"""
     max_new_tokens: PositiveInt = MAX_NEW_TOKENS
     """maximum tokens of a text; max_tokens_per_second is lower for short utterances"""
     max_tokens_per_second: PositiveFloat = MAX_TOKENS_PER_SECOND
@@ -140,6 +140,11 @@ class EvaluationRun:
             raise UserError(
                 "data.test_data_config is not set. Set it to the YAML list of test sets."
             )
+        if self.decoding_method == "greedy_search" and self.num_beams not in (None, 1):
+            raise UserError(
+                f"num_beams={self.num_beams} is not used with decoding_method=greedy_search. "
+                "Set decoding_method=beam_search, or remove num_beams."
+            )
         if self.normalizer != "auto":
             normalizer(self.normalizer)
 
@@ -166,7 +171,7 @@ class EvaluationRun:
     def generation(self) -> dict[str, int | float | None]:
         """Options of AsrLlmModel.generate."""
         return {
-            "num_beams": self.num_beams if self.decoding_method == "beam_search" else 1,
+            "num_beams": self.num_beams or (4 if self.decoding_method == "beam_search" else 1),
             "max_new_tokens": self.max_new_tokens,
             "max_tokens_per_second": self.max_tokens_per_second,
             "repetition_guard": self.repetition_guard,
