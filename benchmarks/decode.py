@@ -37,7 +37,7 @@ from asrllm.data.config import CacheConfig
 from asrllm.data.corpora import Corpus, make_corpus
 from asrllm.data.index import RATE, open_index
 from asrllm.data.plan import Item
-from asrllm.evaluation.decode import DecodingOptions, decode_corpus
+from asrllm.evaluation.decode import CorpusOptions, decode_corpus
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.journal import Journal
 from asrllm.models.asr_llm.generation import token_limit
@@ -83,7 +83,7 @@ def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) 
 def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
     """Decode like `asrllm evaluate`."""
     engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS, "max_tokens_per_second": rate})
-    options = DecodingOptions(prompt=prompt, max_batch_duration=240.0)
+    options = CorpusOptions(prompt=prompt, max_batch_duration=240.0)
     with tempfile.TemporaryDirectory() as folder:
         cache = ShardCache.from_config(CacheConfig(dir=folder, max_gb=1.0))
         transcripts, _ = decode_corpus(

@@ -25,7 +25,7 @@ from asrllm.training.checkpoint.manifest import (
     EPOCH_TAG,
     MANIFEST,
     STEP_TAG,
-    check_run,
+    check_exp_dir,
     complete_checkpoints,
     list_checkpoints,
     read_manifest,
@@ -78,7 +78,7 @@ class Average:
         Raises:
             UserError: exp_dir does not have these checkpoints.
         """
-        check_run(exp_dir)
+        check_exp_dir(exp_dir)
         key = "iter" if self.iteration else "epoch"
         end = self.iteration or self.epoch
         found = list_checkpoints(exp_dir, STEP_TAG if self.iteration else EPOCH_TAG)
@@ -433,7 +433,7 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
     Raises:
         UserError: the choice is incomplete or contradictory, or the file does not exist.
     """
-    check_run(exp_dir)
+    check_exp_dir(exp_dir)
     if filename:
         return _named_file(exp_dir, filename)
     if is_exported(exp_dir):

@@ -21,7 +21,7 @@ from asrllm.training.checkpoint.zero_files import (
     verify_storages,
 )
 
-DTYPES = {MASTERS: torch.float32, AVERAGE: torch.float64}
+DTYPE_OF_STATE = {MASTERS: torch.float32, AVERAGE: torch.float64}
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
 # of files, so that a directory is not written under such a name by mistake
 OTHER_SUFFIXES = (
@@ -90,7 +90,7 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     files = ZeroFiles(checkpoint, manifest)
     files.keep_weights_alone()
     inherited = read_inherited(checkpoint, manifest)
-    dtype = DTYPES[key]
+    dtype = DTYPE_OF_STATE[key]
     specs = {name: Spec(files.places[name].shape, dtype) for name in manifest["trainable"]}
     for name, tensor in inherited.items():
         specs[name] = Spec(tensor.shape, dtype)

@@ -14,6 +14,7 @@ from asrllm.errors import UserError
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import (
+    PEFT_DEFAULT_RANK,
     as_dtype,
     check_stored,
     is_base_layer,
@@ -31,7 +32,6 @@ from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.models.state_dict import check_state, is_adapter, plain_name
 
 LLM = "llm."
-PEFT_DEFAULT_RANK = 8
 
 
 class SafetensorsKey(NamedTuple):
@@ -115,7 +115,7 @@ class LlmFiles:
                 f"{str(source)!r} has no adapters on its LLM, so there is nothing to merge. "
                 "Use 'asrllm export' to write it as it is."
             )
-        self.weights = _weights_file(source, weights)
+        self.weights = _weights_of_run(source, weights)
         self.tensors = self._own_tensors()
         self.model = self._empty_model()
         expected = {
@@ -225,7 +225,7 @@ class LlmFiles:
         return layer
 
 
-def _weights_file(source: Path, weights: Path | None) -> Path | None:
+def _weights_of_run(source: Path, weights: Path | None) -> Path | None:
     """Return the weights file of a run; None for an exported directory."""
     if source.is_file():
         return source

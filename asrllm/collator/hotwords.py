@@ -15,7 +15,7 @@ from asrllm.text_files import read_text
 PLACE = "{words}"
 # Scripts without spaces between words, and Hangul, whose particles are written onto the word: any
 # character may begin or end a hotword.
-UNSPACED = re.compile(
+JOINED_SCRIPTS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
     "\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -210,7 +210,7 @@ class _Spacing(dict[int, str]):
     def __missing__(self, code: int) -> str:
         char = chr(code)
         is_sign = unicodedata.category(char)[0] in "PS" and char != "'"
-        is_unit = is_sign or UNSPACED.match(char)
+        is_unit = is_sign or JOINED_SCRIPTS.match(char)
         self[code] = f" {char} " if is_unit else char
         return self[code]
 

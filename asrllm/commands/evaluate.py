@@ -23,7 +23,7 @@ from asrllm.evaluation.run import Evaluation
 from asrllm.hydra_app import run_app
 from asrllm.models.auto import describe
 from asrllm.progress import waiting
-from asrllm.training.checkpoint.manifest import check_run
+from asrllm.training.checkpoint.manifest import check_exp_dir
 from asrllm.training.wandb_login import check_wandb_login
 
 
@@ -63,7 +63,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     check_wandb_login(config.wandb, "wandb")
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
-    check_run(exp_dir)
+    check_exp_dir(exp_dir)
     if config.model.paths:
         # a wrong path is reported before checkpoints are averaged
         describe(exp_dir, config.model.paths)

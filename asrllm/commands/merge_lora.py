@@ -15,7 +15,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm merge-lora`."""
     size = arguments.max_shard_size
     check_shard_size(size or "5GB")
-    check_options(arguments)
+    check_merge_options(arguments)
     source = source_of(arguments)
     output = Path(arguments.output)
     weights = Path(arguments.weights) if arguments.weights else None
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def check_merge_options(arguments: argparse.Namespace) -> None:
     """Check that no option about merging is combined with --adapter-only.
 
     Raises:

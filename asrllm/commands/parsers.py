@@ -17,7 +17,7 @@ from asrllm.defaults import (
 from asrllm.errors import UserError, nearest
 
 MODEL_KEY = re.compile(r"(model\.[a-z_.]*)=(.*)", re.DOTALL)
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_CHOICES = ("bfloat16", "float16", "float32")
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
 COMPARE_HELP = f"""
 asrllm evaluate {COMPARE} A B: compare two results on the same utterances, with a paired bootstrap
@@ -469,7 +469,7 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_CHOICES,
         default="bfloat16",
         help="data type of the weights; default: %(default)s",
     )
@@ -518,7 +518,7 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_CHOICES,
         help="data type of the weights; default: that of the base model, or of the run for weights "
         "that it trained",
     )

@@ -43,7 +43,7 @@ from asrllm.training.checkpoint.resume import (
 )
 from asrllm.training.checkpoint.saver import CheckpointSaver, write_inherited
 from asrllm.training.data import TrainingData
-from asrllm.training.ds_config import check_run, read_ds_config
+from asrllm.training.ds_config import check_settings, read_ds_config
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.preemption import Preemption
 from asrllm.training.run_config import TrainerConfig, TrainRun
@@ -118,7 +118,7 @@ def prepare(config: TrainRun) -> PreparedRun:
     """
     exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
-    check_run(config.trainer, ds)
+    check_settings(config.trainer, ds)
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(

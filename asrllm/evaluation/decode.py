@@ -27,7 +27,7 @@ FEWEST_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingOptions:
+class CorpusOptions:
     """How to decode a test set.
 
     Attributes:
@@ -54,7 +54,7 @@ class Decoded(NamedTuple):
 def decode_corpus(
     engine: Engine,
     corpus: Corpus,
-    options: DecodingOptions,
+    options: CorpusOptions,
     normalize: Callable[[str], str],
     cache: ShardCache,
     journal: Journal,
@@ -108,7 +108,7 @@ def decode_corpus(
 
 
 def batches_of_rank(
-    engine: Engine, corpus: Corpus, options: DecodingOptions, skip: Container[int]
+    engine: Engine, corpus: Corpus, options: CorpusOptions, skip: Container[int]
 ) -> list[list[int]]:
     """Return the rows of each batch that this rank decodes."""
     seconds = np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to)

@@ -21,7 +21,7 @@ from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.evaluation.compare import as_text, compare
 from asrllm.evaluation.config import EvaluationRun
-from asrllm.evaluation.decode import Decoded, DecodingOptions, decode_corpus
+from asrllm.evaluation.decode import CorpusOptions, Decoded, decode_corpus
 from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.journal import Journal
@@ -142,7 +142,7 @@ class Evaluation:
                 self._write(corpus, decoded)
 
     def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
-        options = DecodingOptions(
+        options = CorpusOptions(
             prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration
         )
         normalize = normalizer(self.normalizers[corpus.name])

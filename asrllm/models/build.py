@@ -16,7 +16,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
-from asrllm.models.hub_files import Fields, check_directory, load_config, load_generation_config
+from asrllm.models.hub_files import Fields, check_directory, load_generation_config, load_hf_config
 from asrllm.models.init_from import gathered, load_initial_weights
 from asrllm.models.loss import head_of
 from asrllm.models.model_args import LoraPart, ModelConfig
@@ -52,7 +52,7 @@ def describe_model(
     encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True))
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
     check_directory(llm_path, LLM_KEY)
-    llm = load_config(llm_path, LLM_KEY)
+    llm = load_hf_config(llm_path, LLM_KEY)
     tokenizer = load_llm_tokenizer(
         llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template
     )

@@ -163,7 +163,7 @@ def check_text_files(folder: Path) -> None:
         )
 
 
-def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
+def load_hf_config(folder: str | Path, key: str) -> PreTrainedConfig:
     """Return the configuration of a causal LLM's directory.
 
     Args:
@@ -176,7 +176,7 @@ def load_config(folder: str | Path, key: str) -> PreTrainedConfig:
     """
     path = Path(folder) / "config.json"
     fields = read_json_object(path, "the LLM's configuration")
-    check_plain(fields, path)
+    check_not_quantized(fields, path)
     kind = fields.get("model_type")
     _check_model_type(fields, path, key)
     with reading(path, "the LLM's configuration", "Correct it, or download it again."):
@@ -205,7 +205,7 @@ def _check_model_type(fields: Fields, path: Path, key: str) -> None:
         )
 
 
-def check_plain(fields: Fields, path: Path) -> None:
+def check_not_quantized(fields: Fields, path: Path) -> None:
     """Raise UserError if a config.json describes quantized weights."""
     method = fields.get("quantization_config")
     if method is None:

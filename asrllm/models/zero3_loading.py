@@ -14,7 +14,7 @@ from transformers.utils.generic import ContextManagers
 
 from asrllm.errors import UserError
 from asrllm.models.fingerprint import pretrained_weight_files
-from asrllm.models.hub_files import load_config, load_generation_config
+from asrllm.models.hub_files import load_generation_config, load_hf_config
 from asrllm.text_files import first_words
 
 KEY = "model.llm.pretrained_model"
@@ -36,7 +36,7 @@ def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrained
         return None
     keys = {file: _keys(file) for file in files}
     file_of = {key: file for file in files for key in keys[file]}
-    llm = _without_weights(load_config(path, KEY), dtype, attention)
+    llm = _uninitialized_llm(load_hf_config(path, KEY), dtype, attention)
     parameters = dict(llm.named_parameters())
     saved = set(llm.state_dict())
     if not parameters.keys() <= file_of.keys() <= saved:
@@ -64,7 +64,7 @@ def _keys(file: Path) -> set[str]:
         ) from error
 
 
-def _without_weights(
+def _uninitialized_llm(
     config: PreTrainedConfig, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:
     """Build the LLM as transformers does before loading: partitioned and not initialised."""

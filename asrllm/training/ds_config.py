@@ -279,7 +279,7 @@ def check_offload(zero: DsConfig, path: Path) -> None:
             )
 
 
-def check_run(config: TrainerConfig, ds: DsConfig) -> None:
+def check_settings(config: TrainerConfig, ds: DsConfig) -> None:
     """Raise UserError for settings of a run that its ZeRO stage does not support."""
     stage = ds["zero_optimization"]["stage"]
     if config.optimizer.name == "deepspeed_adamw" and stage == 0:

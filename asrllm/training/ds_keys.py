@@ -136,7 +136,7 @@ UNSUPPORTED = {
     "wandb": "Remove it, and set trainer.wandb.mode=online.",
     "weight_quantization": "Remove it.",
 }
-DTYPES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 # Values that would change what a step computes.
 FIXED = {
     "gradient_allreduce_op": (
@@ -167,7 +167,7 @@ def check_keys(ds: DsConfig, path: Path) -> None:
     check_removed(ds, path)
     for key in list(ds):
         if key not in KNOWN_KEYS:
-            raise unknown_key(repr(key), key, KNOWN_KEYS, path)
+            raise unknown_ds_key(repr(key), key, KNOWN_KEYS, path)
         value = ds[key]
         if key in SCALARS:
             check_type(value, SCALARS[key], key, path)
@@ -176,7 +176,7 @@ def check_keys(ds: DsConfig, path: Path) -> None:
             check_model(MODELS[key], value, key, path)
         elif key in PLAIN_BLOCKS:
             check_type(value, OBJECT, key, path)
-            check_plain(PLAIN_BLOCKS[key], value, key, path)
+            check_block(PLAIN_BLOCKS[key], value, key, path)
         if key in UNSUPPORTED and is_off(value):
             del ds[key]
     check_supported(ds, path)
@@ -209,9 +209,9 @@ def check_supported(ds: Block, path: Path) -> None:
         if place in UNSUPPORTED:
             raise UserError(f"{path}: {place!r} is not supported. {UNSUPPORTED[place]}")
     for key, name in ds.get("data_types", {}).items():
-        if key.endswith("_dtype") and name is not None and name not in DTYPES:
+        if key.endswith("_dtype") and name is not None and name not in DTYPE_NAMES:
             raise UserError(
-                f"{path}: data_types.{key}={name!r} is unknown. Use one of {', '.join(DTYPES)}."
+                f"{path}: data_types.{key}={name!r} is unknown. Use one of {', '.join(DTYPE_NAMES)}."
             )
     for key, (value, fix) in FIXED.items():
         if ds.get(key, value) != value:
@@ -225,7 +225,7 @@ def is_off(value: object) -> bool:
     return value.get("enabled") is False or not any(value.values())
 
 
-def check_plain(known: Mapping[str, Kinds], block: Block, place: str, path: Path) -> None:
+def check_block(known: Mapping[str, Kinds], block: Block, place: str, path: Path) -> None:
     """Check a block for which DeepSpeed has no pydantic model.
 
     Args:
@@ -240,7 +240,7 @@ def check_plain(known: Mapping[str, Kinds], block: Block, place: str, path: Path
     for key, value in block.items():
         name = f"{place}.{key}"
         if key not in known:
-            raise unknown_key(name, key, known, path)
+            raise unknown_ds_key(name, key, known, path)
         check_type(value, known[key], name, path)
 
 
@@ -266,7 +266,7 @@ def check_model(model: type[BaseModel], block: Block, place: str, path: Path) ->
             suggestions.add(field.alias or name)
     for key, value in block.items():
         if key not in fields:
-            raise unknown_key(f"{place}.{key}", key, suggestions, path)
+            raise unknown_ds_key(f"{place}.{key}", key, suggestions, path)
         check_field(fields[key], value, f"{place}.{key}", path)
     try:
         model(**without_autos(block))
@@ -415,7 +415,7 @@ def without_autos(block: Block) -> dict[str, Any]:
     return result
 
 
-def unknown_key(name: str, key: str, known: Iterable[str], path: Path) -> UserError:
+def unknown_ds_key(name: str, key: str, known: Iterable[str], path: Path) -> UserError:
     """Return the error for a key that DeepSpeed does not know.
 
     Args:

@@ -22,7 +22,7 @@ from asrllm.schema import (
 from asrllm.training.preemption import check_signals
 from asrllm.training.schedules import ScheduleConfig, check_read
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_OF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @component
@@ -183,7 +183,7 @@ class TrainerConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Working precision as a torch dtype."""
-        return DTYPES[self.precision]
+        return DTYPE_OF_PRECISION[self.precision]
 
 
 @component

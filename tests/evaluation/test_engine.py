@@ -7,7 +7,7 @@ import torch
 from asrllm.data.corpora import make_corpus
 from asrllm.data.index import open_index
 from asrllm.errors import UserError
-from asrllm.evaluation.decode import DecodingOptions, decode_corpus
+from asrllm.evaluation.decode import CorpusOptions, decode_corpus
 from asrllm.evaluation.engine import HalvingEngine
 from asrllm.evaluation.journal import Journal
 from asrllm.models.asr_llm.generation import Answer
@@ -78,6 +78,6 @@ def test_padding_of_the_engine_counts_in_batches(world, tmp_path):
         engine.padded_to = padded_to
         engine.limits = (1, 1 << 40)
         journal = Journal(tmp_path / str(padded_to), "test", settings=None)
-        options = DecodingOptions(prompt="", max_batch_duration=240.0)
+        options = CorpusOptions(prompt="", max_batch_duration=240.0)
         decode_corpus(engine, corpus, options, str, None, journal)
         assert engine.batches == sizes

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from asrllm.errors import UserError
 from asrllm.training import ds_config
 from asrllm.training.checkpoint.manifest import read_manifest
-from asrllm.training.ds_config import check_run, read_ds_config
+from asrllm.training.ds_config import check_settings, read_ds_config
 from asrllm.training.ds_keys import KNOWN_KEYS
 from asrllm.training.optimizers import part_of
 from asrllm.training.run_config import OptimizerConfig, TrainerConfig
@@ -480,7 +480,7 @@ def test_offload_accepts_the_optimizer_of_the_run(tmp_path):
 def test_settings_that_a_stage_does_not_support_are_rejected(tmp_path, stage, changes, message):
     ds = read(tmp_path, zero(stage=stage), **changes)
     with pytest.raises(UserError, match=message):
-        check_run(make_config(tmp_path / "mine.json", **changes), ds)
+        check_settings(make_config(tmp_path / "mine.json", **changes), ds)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asrllm.audio.stream import OVERSHOOT
 from asrllm.data.sources.files import (
     MAX_SECONDS,
     UNREADABLE,
@@ -32,7 +33,6 @@ ROLE = "the cuts manifest"
 # custom fields of a supervision, or of its cut, that become fields of the sample
 CUSTOM_FIELDS = ("prompt", "task", "hotwords")
 TOLERANCE = 1e-3  # seconds by which a supervision may differ from its cut without being trimmed
-OVERSHOOT = 0.5  # seconds beyond the end that are cut off, as in Kaldi's extract-segments
 SHOWN_LENGTH = 80  # characters of a command in a message
 
 

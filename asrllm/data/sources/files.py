@@ -347,7 +347,7 @@ def peek(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
     return first, itertools.chain(first, rows)
 
 
-def read_manifest(
+def read_json_manifest(
     path: Path,
     role: str,
     *,

@@ -7,7 +7,7 @@ from asrllm.data.sources.files import (
     Row,
     audio_field,
     key_from_path,
-    read_manifest,
+    read_json_manifest,
     sample_fields,
     seconds_field,
     text_or_int_field,
@@ -25,7 +25,7 @@ def read_nemo(path: str | Path) -> Iterator[Utterance]:
     current directory if the first files are there. Keys consist of the path and of the offset in
     milliseconds.
     """
-    yield from read_manifest(Path(path), ROLE, names=_names, make=_utterance)
+    yield from read_json_manifest(Path(path), ROLE, names=_names, make=_utterance)
 
 
 def _names(row: Row, where: str) -> list[str]:

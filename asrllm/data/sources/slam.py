@@ -7,7 +7,7 @@ from asrllm.data.sources.files import (
     Row,
     audio_field,
     key_field,
-    read_manifest,
+    read_json_manifest,
     sample_fields,
     text_or_int_field,
 )
@@ -23,7 +23,7 @@ def read_slam(path: str | Path) -> Iterator[Utterance]:
     prompt, task, lang and speaker. Relative paths start at the manifest's directory, or at the
     current directory if the first files are there.
     """
-    yield from read_manifest(Path(path), ROLE, names=_names, make=_utterance)
+    yield from read_json_manifest(Path(path), ROLE, names=_names, make=_utterance)
 
 
 def _names(row: Row, where: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from asrllm.data.sources.files import (
     Row,
     key_from_path,
-    read_manifest,
+    read_json_manifest,
     sample_fields,
     text_field,
     text_or_int_field,
@@ -33,7 +33,7 @@ def read_swift(path: str | Path) -> Iterator[Utterance]:
     audio files are rejected. Relative paths start at the manifest's directory, or at the current
     directory if the first files are there.
     """
-    yield from read_manifest(Path(path), ROLE, names=_audios, make=_utterance)
+    yield from read_json_manifest(Path(path), ROLE, names=_audios, make=_utterance)
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:

@@ -18,8 +18,8 @@ from asrllm.data.sources.files import (
     key_field,
     open_manifest,
     peek,
+    read_json_manifest,
     read_lines,
-    read_manifest,
     sample_fields,
     seconds_field,
     text_or_int_field,
@@ -42,7 +42,7 @@ def read_wenet(path: str | Path) -> Iterator[Utterance]:
     path = Path(path)
     _, line = next(read_lines(path, ROLE, strict=False))
     if line.lstrip().startswith("{"):
-        yield from read_manifest(path, ROLE, names=_names, make=_utterance)
+        yield from read_json_manifest(path, ROLE, names=_names, make=_utterance)
     else:
         yield from _tar_utterances(path)
 

@@ -14,7 +14,7 @@ from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
-from asrllm.models.hub_files import Fields, check_plain
+from asrllm.models.hub_files import Fields, check_not_quantized
 from asrllm.models.projectors import PROJECTORS
 from asrllm.schema import SETTINGS, PositiveInt, build
 from asrllm.text_files import check_no_mark, first_words, read_json_object, reading
@@ -85,7 +85,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             f"{str(folder)!r} is a {kind!r} model, not {AsrLlmConfig.model_type!r}. Give a "
             "directory written by 'asrllm export'."
         )
-    check_fields(fields, str(path))
+    check_config_fields(fields, str(path))
     check_no_mark(path)
     fix = "Copy the config.json that was saved with the model."
     with reading(path, "the model's configuration", fix):
@@ -114,7 +114,7 @@ def _plain_fields(config: PreTrainedConfig) -> Fields:
     return json.loads(json.dumps(fields))
 
 
-def check_fields(fields: Fields, where: str) -> None:
+def check_config_fields(fields: Fields, where: str) -> None:
     """Check the fields of an AsrLlmConfig.
 
     Args:
@@ -164,7 +164,7 @@ def _check_llm(fields: Fields, where: str) -> None:
             f"{where!r}: llm.model_type={kind!r} is not an LLM that transformers "
             f"{transformers.__version__} knows. {FIX}"
         )
-    check_plain(fields, Path(where))
+    check_not_quantized(fields, Path(where))
     try:
         config = transformers.AutoConfig.for_model(**fields)
     except Exception as error:  # transformers raises AttributeError and KeyError as well

@@ -24,7 +24,7 @@ from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
 from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
-from asrllm.models.asr_llm.processing import HOP, check_finite
+from asrllm.models.asr_llm.processing import HOP, check_finite_features
 from asrllm.schema import build
 
 # Features (x, x_lens), or a list of audios.
@@ -105,7 +105,7 @@ def _prepare_audio(
     features, lengths = model.audio_encoder.features(waves.to(device), samples.to(device))
     names = [audio_name(item, i) for i, item in enumerate(as_list(inputs))]
     problem = "are not finite, because its samples are too large. Give floats from -1 to 1."
-    check_finite(features, names, problem)
+    check_finite_features(features, names, problem)
     return features, lengths, samples, counts
 
 

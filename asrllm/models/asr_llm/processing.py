@@ -144,7 +144,7 @@ class AsrLlmProcessor:
         self._check_feature_shapes(x, x_lens)
         self._check_feature_lengths(x, x_lens)
         names = [f"audio {i}" for i in range(len(x))]
-        check_finite(x, names, "contain NaN or infinite values.")
+        check_finite_features(x, names, "contain NaN or infinite values.")
         return x, x_lens
 
     def _check_feature_lengths(self, x: Tensor, x_lens: Tensor) -> None:
@@ -260,7 +260,7 @@ def feature_width(config: AsrLlmConfig) -> int:
     return fields.get("num_mel_bins") or fields.get("feature_dim") or 80
 
 
-def check_finite(features: Tensor, names: Sequence[str], problem: str) -> None:
+def check_finite_features(features: Tensor, names: Sequence[str], problem: str) -> None:
     """Raise UserError for the first audio whose features are not finite.
 
     Args:

@@ -52,7 +52,7 @@ DTYPES = {
 }
 REOPEN_BYTES = 1 << 26  # bytes read from a file before its memory-mapped pages are released
 SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-PEFT_DEFAULT_RANK = 8
+PEFT_DEFAULT_RANK = 8  # of adapters whose configuration has no "r"
 
 ModelT = TypeVar("ModelT", bound=AsrLlmNetwork)
 Dtype: TypeAlias = torch.dtype | str | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
-from asrllm.models.hub_files import Fields, check_kind, check_plain
+from asrllm.models.hub_files import Fields, check_kind, check_not_quantized
 from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words, read_json_object
 
@@ -94,7 +94,7 @@ def read_openai(file: Path) -> tuple[Fields, StateDict]:
         if name not in dims:
             raise UserError(f"{KEY}={str(file)!r} has no {name!r} in its 'dims'. {AGAIN}")
     fields = {field: dims[name] for field, name in DIMS.items()}
-    check_fields(fields, file)
+    check_sizes(fields, file)
     fields["encoder_ffn_dim"] = 4 * fields["d_model"]
     encoder = {key: tensor for key, tensor in state.items() if key.startswith("encoder.")}
     return fields, from_openai(encoder, str(file))
@@ -156,7 +156,7 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
             "OpenAI's .pt file itself."
         )
     config = read_json_object(path, "the encoder's configuration")
-    check_plain(config, path)
+    check_not_quantized(config, path)
     kind = config.get("model_type")
     if kind != "whisper":
         raise UserError(
@@ -174,7 +174,7 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
         if field not in config:
             raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
     fields = {field: config[field] for field in FIELDS}
-    check_fields(fields, path)
+    check_sizes(fields, path)
     last = f"layers.{fields['encoder_layers'] - 1}."
     if not any(key.startswith(last) for key in state):  # building a million layers takes minutes
         raise UserError(
@@ -200,7 +200,7 @@ def _read_encoder(folder: Path) -> StateDict:
     return state
 
 
-def check_fields(fields: Fields, path: Path) -> None:
+def check_sizes(fields: Fields, path: Path) -> None:
     """Check the sizes of an encoder.
 
     Args:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.checks import check_fields, read_config_fields
+from asrllm.models.asr_llm.checks import check_config_fields, read_config_fields
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
@@ -127,7 +127,7 @@ def read_auden_config(folder: Path) -> AsrLlmConfig:
 def read_fields(folder: Path) -> Fields:
     """Return the fields of AsrLlmConfig that Auden's config.json determines."""
     fields = config_fields(read_config_fields(folder), str(folder))
-    check_fields(fields, str(folder / "config.json"))
+    check_config_fields(fields, str(folder / "config.json"))
     return fields
 
 
@@ -236,7 +236,7 @@ def read_processor(folder: Path, fields: Fields) -> AsrLlmProcessor:
 
 
 def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
-    """Return all weights of a directory of Auden, renamed.
+    """Return all weights of a directory of Auden, under our names.
 
     Args:
         folder: the directory. Parts that the weight file does not contain are in subdirectories.
@@ -249,7 +249,7 @@ def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
             f"{str(file or folder)!r} has no weights (none of {', '.join(WEIGHT_NAMES)}). Give the "
             "file with weights=."
         )
-    state = renamed(load_tensors(file), str(file))
+    state = from_auden_names(load_tensors(file), str(file))
     for part in PARTS:
         is_in_file = any(key.startswith(f"{part}.") for key in state)
         is_beside = (folder / part).is_dir()
@@ -268,7 +268,7 @@ def _default_file(folder: Path) -> Path | None:
     return None
 
 
-def renamed(state: Mapping[str, Tensor], where: str) -> StateDict:
+def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
     """Rename Auden's keys by KEYS. Those of PARTS do not change.
 
     Args:

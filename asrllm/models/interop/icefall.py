@@ -61,7 +61,7 @@ def import_icefall(
     Raises:
         UserError: a key is unknown, or the weights do not fit the base models.
     """
-    state = renamed(read_state(file), str(file))
+    state = from_icefall_names(read_state(file), str(file))
     processor = describe(state, encoder=encoder, llm=llm, lora_alpha=lora_alpha, prompt=prompt)
     state = checked(processor.config, state, str(file))
     with new_folder(output) as partial:
@@ -70,7 +70,7 @@ def import_icefall(
         write_file(weight_source(state, {}), partial / "pretrained.pt")
 
 
-def renamed(state: Mapping[str, Tensor], where: str) -> StateDict:
+def from_icefall_names(state: Mapping[str, Tensor], where: str) -> StateDict:
     """Rename icefall's keys.
 
     Args:
@@ -115,7 +115,7 @@ def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> St
 
     Args:
         config: the model's configuration.
-        state: the renamed weights.
+        state: the weights under our names.
         where: their file, for error messages.
 
     Raises:
@@ -155,7 +155,7 @@ def describe(
     Ranks, adapted layers and the number of stacked frames are derived from the weights.
 
     Args:
-        state: the renamed weights.
+        state: the weights under our names.
         encoder: the Whisper model used in that training.
         llm: the LLM used in that training.
         lora_alpha: alpha of the adapters.

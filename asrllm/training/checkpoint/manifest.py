@@ -48,7 +48,7 @@ def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict
     return dict(sorted(found.items()))
 
 
-def check_run(exp_dir: Path) -> None:
+def check_exp_dir(exp_dir: Path) -> None:
     """Raise UserError if exp_dir is not a directory."""
     if exp_dir.exists() and not exp_dir.is_dir():
         raise UserError(
@@ -70,7 +70,7 @@ def find_checkpoint(exp_dir: Path, tag: str | None) -> Path:
     Raises:
         UserError: there is no such complete checkpoint. The message names the available ones.
     """
-    check_run(exp_dir)
+    check_exp_dir(exp_dir)
     if not tag:
         newest = newest_checkpoint(exp_dir)
         if newest is None:

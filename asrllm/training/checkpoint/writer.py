@@ -36,7 +36,7 @@ class CheckpointWriter(CheckpointEngine):
     def __init__(self, *, background: bool) -> None:
         self.background = background
         self.pending: list[tuple[Path, State]] = []
-        self.copies = Copies()
+        self.copies = HostCopies()
         self.thread: threading.Thread | None = None
         self.error: str | None = None
 
@@ -113,7 +113,7 @@ def map_tensors(value: State, change: Callable[[Tensor], Tensor]) -> State:
     return copy.copy(value)  # for example a loss scaler
 
 
-class Copies:
+class HostCopies:
     """Copies of tensors in host memory, which is reused for the next checkpoint."""
 
     def __init__(self) -> None:

@@ -272,7 +272,7 @@ def test_keywords_override_the_generation_config(model, caplog, monkeypatch):
         ({"max_tokens_per_second": "two"}, "max_tokens_per_second='two'"),
         ({"num_beams": 0}, "num_beams=0 "),
         ({"num_beams": "two"}, "num_beams='two' "),
-        ({"num_beams": True}, "num_beams=True "),
+        ({"num_beams": True}, "num_beams=true "),
         ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 .* above 0"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 "),
         ({"do_sample": "yes"}, "do_sample='yes' "),

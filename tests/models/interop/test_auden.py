@@ -17,7 +17,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import load_model
 from asrllm.models.auto import describe
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
-from asrllm.models.interop.auden import KEYS, config_fields, renamed
+from asrllm.models.interop.auden import KEYS, config_fields, from_auden_names
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer
 from tests.models.asr_llm.test_modeling import samples
 
@@ -151,16 +151,16 @@ def test_audio_embeddings_match_audens_arithmetic(world, tmp_path, tags):
 
 def test_key_table_covers_the_projector_and_unknown_keys_are_rejected():
     state = {key: torch.zeros(i) for i, key in enumerate(KEYS)}
-    assert {ours: len(tensor) for ours, tensor in renamed(state, "x").items()} == {
+    assert {ours: len(tensor) for ours, tensor in from_auden_names(state, "x").items()} == {
         ours: i for i, ours in enumerate(KEYS.values())
     }
-    assert renamed({f"module.{key}": tensor for key, tensor in state.items()}, "x").keys() == set(
-        KEYS.values()
-    )
+    assert from_auden_names(
+        {f"module.{key}": tensor for key, tensor in state.items()}, "x"
+    ).keys() == set(KEYS.values())
     with pytest.raises(UserError, match="the key 'ctc_head'"):
-        renamed({"ctc_head": torch.zeros(1)}, "x")
+        from_auden_names({"ctc_head": torch.zeros(1)}, "x")
     with pytest.raises(UserError, match=r"contains adapters \('llm\.model"):
-        renamed({"llm.model.q_proj.lora_A.default.weight": torch.zeros(1)}, "x")
+        from_auden_names({"llm.model.q_proj.lora_A.default.weight": torch.zeros(1)}, "x")
 
 
 def test_describe_reads_the_configuration_without_weights(world, tmp_path, caplog, monkeypatch):

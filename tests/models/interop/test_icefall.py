@@ -8,7 +8,7 @@ import torch
 from asrllm import AutoModel
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.interop.icefall import KEYS, import_icefall, renamed
+from asrllm.models.interop.icefall import KEYS, from_icefall_names, import_icefall
 from tests.models.asr_llm.test_modeling import make_model, samples
 from tests.models.asr_llm.test_serialization import logits
 
@@ -39,19 +39,19 @@ def test_key_table_and_unknown_keys():
         "encoder.blocks.3.attn.query.weight": torch.zeros(1),
         "encoder.conv1.bias": torch.zeros(1),
     }
-    assert sorted(renamed(state, "x")) == sorted(
+    assert sorted(from_icefall_names(state, "x")) == sorted(
         [f"projector.mlp.{name}" for name in PROJECTOR]
         + [adapter, "audio_encoder.layers.3.self_attn.q_proj.weight", "audio_encoder.conv1.bias"]
     )
     assert (
-        renamed({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys()
-        == renamed(state, "x").keys()
+        from_icefall_names({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys()
+        == from_icefall_names(state, "x").keys()
     )
     with pytest.raises(UserError, match=r"the key 'ctc\.weight'"):
-        renamed(state | {"ctc.weight": torch.zeros(1)}, "x")
+        from_icefall_names(state | {"ctc.weight": torch.zeros(1)}, "x")
     state.pop("encoder_projector.linear2.bias")
     with pytest.raises(UserError, match=r"has no 'projector\.mlp\.linear2\.bias'"):
-        renamed(state, "x")
+        from_icefall_names(state, "x")
 
 
 def test_imported_model_computes_the_same(world, theirs, tmp_path):

@@ -14,7 +14,7 @@ from asrllm.checkpoints.average import mean_weights
 from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.data.plan import Position
 from asrllm.training.checkpoint.manifest import list_checkpoints, newest_checkpoint, read_manifest
-from asrllm.training.checkpoint.writer import CheckpointWriter, Copies
+from asrllm.training.checkpoint.writer import CheckpointWriter, HostCopies
 from asrllm.training.checkpoint.zero_files import ZeroFiles
 from tests.processes import assert_done, both_cores, run_forked
 from tests.training.small_engine import engine_of, start, train_step
@@ -164,7 +164,7 @@ def test_checkpoints_are_the_same_with_and_without_background_writing(tmp_path):
 
 
 def test_copies_do_not_change_with_the_tensors_and_tied_tensors_are_copied_once():
-    copies = Copies()
+    copies = HostCopies()
     weight = torch.arange(6.0)
     state = {"a": weight, "b": [weight, {"c": weight[2:]}], "n": 3}
     first = copies.copy_of(state)

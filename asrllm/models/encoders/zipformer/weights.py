@@ -83,7 +83,7 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
         check_no_adapters(path, "model.audio_encoder.pretrained_model")
     verify_folder(folder)
     state = encoder_weights(_load_all(path), path)
-    given = read_fields(folder / "config.json")
+    given = read_encoder_fields(folder / "config.json")
     try:
         config = ZipformerConfig(**fields_of_shapes(state, given))
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
@@ -185,7 +185,7 @@ def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
     return prefixes[0]
 
 
-def read_fields(path: Path) -> Fields:
+def read_encoder_fields(path: Path) -> Fields:
     """Return the encoder's fields in a config.json, or {} if there are none.
 
     Args:
