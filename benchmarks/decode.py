@@ -35,8 +35,9 @@ from asrllm.collator.batch import pad_left
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import CacheConfig
 from asrllm.data.corpora import Corpus, make_corpus
-from asrllm.data.index import RATE, open_index
+from asrllm.data.index import open_index
 from asrllm.data.plan import Item
+from asrllm.defaults import RATE
 from asrllm.evaluation.decode import CorpusOptions, decode_corpus
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.journal import Journal

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from asrllm.audio.stream import FORMATS, list_audio, open_audio, read_stretch, warn_of_skipped
+from asrllm.data.audio_files import FORMATS, list_audio, open_audio, read_stretch, warn_of_skipped
 from asrllm.data.sources import Utterance, read_cuts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError

@@ -16,7 +16,7 @@ import soundfile
 import soxr
 
 from asrllm.audio.augment import NO_MASKS, Augmenter
-from asrllm.audio.stream import decoder_error, open_audio, read_blocks
+from asrllm.data.audio_files import decoder_error, open_audio, read_blocks
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, Index, TarSample, read_sample

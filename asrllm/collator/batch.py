@@ -10,8 +10,8 @@ from torch import Tensor
 from asrllm.audio.reader import Sample
 from asrllm.collator.chat import NO_LABEL, ChatRenderer
 from asrllm.collator.hotwords import Hotwords, with_context
-from asrllm.data.index import RATE
 from asrllm.data.prompts import Prompt, choose_prompt
+from asrllm.defaults import RATE
 
 
 @dataclass(frozen=True, kw_only=True)

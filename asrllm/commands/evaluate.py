@@ -14,7 +14,7 @@ from asrllm.checkpoints.average import is_exported, resolve_weights
 from asrllm.commands.parsers import COMPARE
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.compare import as_text, compare_results
 from asrllm.evaluation.config import EvaluationRun

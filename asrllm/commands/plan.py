@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from asrllm.atomic import write_whole
-from asrllm.data.index import RATE
 from asrllm.data.prompts import read_prompts
+from asrllm.defaults import RATE
 from asrllm.hydra_app import run_app
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor

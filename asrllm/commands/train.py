@@ -18,9 +18,9 @@ from asrllm.atomic import write_whole
 from asrllm.checkpoints.consolidate import consolidate
 from asrllm.config import as_yaml
 from asrllm.data.corpora import long_utterance
-from asrllm.data.index import RATE
 from asrllm.data.plan import Position
 from asrllm.data.prompts import read_prompts
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
 from asrllm.locks import FileLock

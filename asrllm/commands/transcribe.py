@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from asrllm.atomic import write_whole
-from asrllm.audio.stream import AudioFile, find_audio, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
-from asrllm.data.index import RATE
+from asrllm.data.audio_files import AudioFile, find_audio, open_audio
+from asrllm.defaults import RATE
 from asrllm.distributed import default_device
 from asrllm.errors import UserError, nearest
 from asrllm.escape import escape

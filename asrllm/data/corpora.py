@@ -14,11 +14,12 @@ from pydantic import Field
 
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
-from asrllm.data.index import RATE, Index, open_index
+from asrllm.data.index import Index, open_index
 from asrllm.data.parallel import usable_cores
 from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.schema import Text, build, component

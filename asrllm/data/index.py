@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from asrllm.audio.stream import check_end, open_audio, read_blocks
+from asrllm.data.audio_files import check_end, open_audio, read_blocks
 from asrllm.data.storage import (
     RemoteFile,
     check_scheme,

@@ -19,7 +19,6 @@ import numpy as np
 
 from asrllm.data.config import SamplerConfig
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import RATE
 from asrllm.data.repeats import (
     copies_share_group,
     copies_share_rank,
@@ -28,6 +27,7 @@ from asrllm.data.repeats import (
     spread_copies,
 )
 from asrllm.data.storage import RemoteFile, is_url
+from asrllm.defaults import RATE
 
 # Lengths are scaled by up to this ratio before sorting, so that an utterance shares its batch
 # with other utterances in every epoch.

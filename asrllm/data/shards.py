@@ -32,7 +32,7 @@ import numpy as np
 import soundfile
 from filelock import Timeout
 
-from asrllm.audio.stream import OutsideError, decoder_error
+from asrllm.data.audio_files import OutsideError, decoder_error
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
     ROW,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asrllm.data.index import RATE, Index
+from asrllm.data.index import Index
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.escape import escape
 

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asrllm.audio.stream import open_audio, read_stretch
+from asrllm.data.audio_files import open_audio, read_stretch
 from asrllm.data.index import (
     BLOCK,
     MAX_DURATION_ERROR,
     MAX_TEXT_LENGTH,
-    RATE,
     BadSample,
     Index,
     ShardRecord,
@@ -33,6 +32,7 @@ from asrllm.data.index import (
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
 from asrllm.data.storage import RemoteFile, is_url
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.escape import escape
 from asrllm.integrity import file_sha256

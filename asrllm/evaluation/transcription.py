@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from asrllm.audio.segments import Segment, cut_segments
-from asrllm.audio.stream import AudioFile, read_blocks
 from asrllm.audio.vad import Detector
+from asrllm.data.audio_files import AudioFile, read_blocks
 from asrllm.data.text import join_texts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError

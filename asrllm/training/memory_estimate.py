@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import parameters_on_meta

@@ -9,8 +9,8 @@ import numpy as np
 from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.collator.batch import Collator
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import RATE
 from asrllm.data.plan import Item
+from asrllm.defaults import RATE
 from asrllm.escape import escape
 
 BATCH_SIZE = 8  # utterances

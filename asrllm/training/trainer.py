@@ -14,8 +14,8 @@ from torch import Tensor
 from asrllm import distributed
 from asrllm.collator.batch import PackedBatch
 from asrllm.collator.loader import LoadedStep
-from asrllm.data.index import RATE
 from asrllm.data.plan import Position
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.training.engine import set_lr
 from asrllm.training.preemption import Preemption

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.audio.stream import find_audio, open_audio, read_stretch
+from asrllm.data.audio_files import find_audio, open_audio, read_stretch
 from asrllm.data.index import open_index, scan_tar
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_folder, read_kaldi, read_nemo

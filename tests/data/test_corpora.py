@@ -7,8 +7,9 @@ import pytest
 
 from asrllm.data.config import FilterConfig
 from asrllm.data.corpora import long_utterance, read_corpora
-from asrllm.data.index import RATE, open_index
+from asrllm.data.index import open_index
 from asrllm.data.prompts import Prompt
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.testing import data_config
 from tests.data.test_plan import corpus as corpus_of

@@ -9,7 +9,7 @@ import zlib
 import pytest
 import soundfile
 
-from asrllm.audio.stream import open_audio
+from asrllm.data.audio_files import open_audio
 from asrllm.data.index import open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import SOURCES, RejectedError

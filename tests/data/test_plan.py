@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from asrllm.data.config import FilterConfig, SamplerConfig
 from asrllm.data.corpora import make_corpus
-from asrllm.data.index import RATE, ROW, Index
+from asrllm.data.index import ROW, Index
 from asrllm.data.plan import SPARES, Plan, Position, planned_steps
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.schema import build
 

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from asrllm.data.index import RATE, ROW, Index
+from asrllm.data.index import ROW, Index
 from asrllm.data.stats import MAX_BINS, as_json, as_text, describe, draw
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
 

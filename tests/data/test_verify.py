@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, RATE, open_index
+from asrllm.data.index import BLOCK, open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi, read_wenet
 from asrllm.data.verify import index_tars, verify_shards
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
 from tests.data.damage import change_about, read_rows, write_rows

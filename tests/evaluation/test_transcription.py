@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.audio.stream import AudioFile, open_audio
 from asrllm.audio.vad import Loudness, Silero, load_silero
+from asrllm.data.audio_files import AudioFile, open_audio
 from asrllm.data.text import join_texts
 from asrllm.evaluation.transcription import Segmentation, TextSegment, transcribe_files
 from asrllm.models.asr_llm.generation import Answer
@@ -124,7 +124,7 @@ LONG = """
 import resource, sys
 from functools import partial
 import numpy as np, soundfile
-from asrllm.audio.stream import open_audio
+from asrllm.data.audio_files import open_audio
 from asrllm.audio.vad import Silero, load_silero
 from asrllm.evaluation.transcription import Segmentation, transcribe_files
 from asrllm.models.asr_llm.generation import Answer

@@ -15,7 +15,7 @@ from lhotse.audio.backend import (
 )
 from lhotse.cut import Cut
 
-from asrllm.audio.stream import AudioFile, open_audio, read_stretch
+from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
 from asrllm.data.sources.kaldi import run_command
 from asrllm.data.sources.utterance import RejectedError, open_cached
 from asrllm.data.storage import read_bytes

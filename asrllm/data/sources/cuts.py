@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asrllm.audio.stream import OVERSHOOT
+from asrllm.data.audio_files import OVERSHOOT
 from asrllm.data.sources.files import (
     MAX_SECONDS,
     UNREADABLE,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asrllm.audio.stream import FORMATS, has_audio_extension, list_audio, warn_of_skipped
+from asrllm.data.audio_files import FORMATS, has_audio_extension, list_audio, warn_of_skipped
 from asrllm.data.sources.files import (
     count_lines,
     find_root,

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from asrllm.audio.stream import AudioFile, open_audio, read_stretch
+from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
 
 ARCHIVE_PLACE = re.compile(r"(.*\.ark):\d+", re.DOTALL)
 

@@ -18,7 +18,7 @@ from transformers import (
 from asrllm.audio.waves import as_list, audio_name
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop, token_limit
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from asrllm.audio.waves import as_list, audio_name, padded, read_wave
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig

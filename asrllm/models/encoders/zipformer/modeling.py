@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import KALDI_HOP, KaldiFeatures, kaldi_frames
 from asrllm.audio.waves import ExtractsFeatures
-from asrllm.data.index import RATE
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.models.encoders.zipformer.configuration import ZipformerConfig
 from asrllm.models.encoders.zipformer.layers import (

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.audio import stream
 from asrllm.audio.reader import decode
-from asrllm.audio.stream import find_audio, open_audio, read_blocks, read_stretch
+from asrllm.data import audio_files
+from asrllm.data.audio_files import find_audio, open_audio, read_blocks, read_stretch
 from asrllm.errors import UserError
 from asrllm.testing import vowels
 
@@ -62,7 +62,7 @@ def test_blocks_contain_the_whole_file(tmp_path, monkeypatch, ending, rate, how)
     assert found.dtype == np.float32
     n = min(len(found), len(whole))
     np.testing.assert_allclose(found[:n], whole[:n], atol=2e-4)
-    monkeypatch.setattr(stream, "BLOCK", 999)
+    monkeypatch.setattr(audio_files, "BLOCK", 999)
     np.testing.assert_allclose(read(path), found, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from asrllm.audio.headers import (
+from asrllm.data.audio_headers import (
     has_frame_count,
     is_several_mp3s,
     mp3_problem,
