@@ -41,7 +41,7 @@ class ChatRenderer:
         Args:
             tokenizer: a tokenizer of transformers that has audio_token as one special token. It
                 is not changed.
-            audio_token: stands for the audio in messages.
+            audio_token: placeholder of the audio in messages.
         """
         self.tokenizer = tokenizer
         self.audio_token = audio_token

@@ -104,6 +104,14 @@ def difference_interval(a: Errors, b: Errors, groups: np.ndarray | None) -> tupl
 
     Both rates are over the same drawn utterances or groups (Bisani and Ney, 2004). A single
     utterance or group gives no bound. Without any difference, the rule of three applies.
+
+    Args:
+        a: errors of each utterance under the first system.
+        b: errors of the same utterances under the second.
+        groups: (n,) number of the speaker or recording of each utterance; None: each is its own.
+
+    Returns:
+        The bounds in percentage points.
     """
     difference = sum_by(groups, b.total - a.total)
     units = sum_by(groups, a.units)
@@ -120,6 +128,7 @@ def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
 
     The errors of a and b are exchanged at random for each utterance or group. This is Fisher's
     randomization test as in Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989.
+    Arguments are those of `difference_interval`.
     """
     difference = sum_by(groups, b.total - a.total)
     difference = difference[difference != 0]

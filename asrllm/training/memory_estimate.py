@@ -236,7 +236,14 @@ def measure_activations(
 
 
 def kept_bytes(model: AsrLlmModel, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
-    """Return the bytes that the LLM saves for the backward pass of a packed row."""
+    """Return the bytes that the LLM saves for the backward pass of a packed row.
+
+    Args:
+        model: model on the meta device, frozen as it will be trained.
+        tokens: length of the row.
+        dtype: working precision.
+        recompute: whether the layers are recomputed in the backward pass.
+    """
     llm = model.causal_lm.base_model.train()
     width = llm.config.get_text_config().hidden_size
     row = torch.empty(1, tokens, width, dtype=dtype, device="meta", requires_grad=True)

@@ -86,7 +86,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 1
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("source", ["cuts", "nemo", "wenet", "slam", "swift"])
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
-def test_manifest_that_is_no_regular_file_is_reported(tmp_path, source, kind):
+def test_manifest_that_is_a_pipe_or_a_pointer_is_reported(tmp_path, source, kind):
     path = tmp_path / "manifest.jsonl"
     make_special(path, kind)
     assert SOURCES[source].count(path) is None
@@ -97,7 +97,7 @@ def test_manifest_that_is_no_regular_file_is_reported(tmp_path, source, kind):
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", ["wav.scp", "text", "segments"])
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
-def test_kaldi_table_that_is_no_regular_file_is_reported(tmp_path, name, kind):
+def test_kaldi_table_that_is_a_pipe_or_a_pointer_is_reported(tmp_path, name, kind):
     folder = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (folder / name).unlink(missing_ok=True)
     make_special(folder / name, kind)
@@ -108,7 +108,7 @@ def test_kaldi_table_that_is_no_regular_file_is_reported(tmp_path, name, kind):
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
-def test_tar_that_is_no_regular_file_is_reported(tmp_path, kind):
+def test_tar_that_is_a_pipe_or_a_pointer_is_reported(tmp_path, kind):
     write_shards(
         tmp_path / "s", SOURCES["kaldi"].read(kaldi_directory(tmp_path / "k", tone_sentences(2)))
     )
@@ -123,7 +123,7 @@ def test_tar_that_is_no_regular_file_is_reported(tmp_path, kind):
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
-def test_transcript_that_is_no_regular_file_rejects_its_utterance(tmp_path, kind):
+def test_transcript_that_is_a_pipe_or_a_pointer_rejects_its_utterance(tmp_path, kind):
     soundfile.write(tmp_path / "a.wav", tone("one", 1.0), 16000)
     make_special(tmp_path / "a.txt", kind)
     (utterance,) = SOURCES["folder"].read(tmp_path)

@@ -203,8 +203,8 @@ def test_whisper_baseline_is_reported_and_decoded_once(world, exp, model, capsys
         monkeypatch.setattr(
             WhisperEngine, "answer", lambda *_: pytest.fail("the baseline is decoded again")
         )
-    said = capsys.readouterr().out
-    assert said.count("Whisper: train: WER") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("Whisper: train: WER") == 2
     results = json.loads((run.folder / "results.json").read_text())["train"]
     paired = results["baseline"]["paired"]
     assert (paired["a"], paired["b"]) == (results["baseline"]["wer"], results["wer"])
@@ -245,16 +245,16 @@ def test_speed_is_that_of_the_slowest_rank(world, exp, model, monkeypatch):
 
 
 def test_text_with_a_line_separator_is_recorded_completely(world, exp, tmp_path):
-    said = {"key": "k", "reference": "a\u2028b\u0085c", "hypothesis": "a", "end": "stop", "duration": 1.0, "speaker": "", "recording": "",
+    stored = {"key": "k", "reference": "a\u2028b\u0085c", "hypothesis": "a", "end": "stop", "duration": 1.0, "speaker": "", "recording": "",
             "corpus": "", "took": 1.0, "rank": 0, "row": 0}  # fmt: skip
     journal = Journal(tmp_path, "s", settings=1)
     with journal:
-        journal.write([DecodedUtterance(**said)])
-    assert [asdict(each) for each in journal.read()] == [said]
+        journal.write([DecodedUtterance(**stored)])
+    assert [asdict(each) for each in journal.read()] == [stored]
 
 
 def test_only_the_corrupted_line_of_a_journal_is_decoded_again(tmp_path):
-    said = DecodedUtterance(
+    stored = DecodedUtterance(
         key="k",
         reference="a",
         hypothesis="b",
@@ -269,7 +269,7 @@ def test_only_the_corrupted_line_of_a_journal_is_decoded_again(tmp_path):
     )
     journal = Journal(tmp_path, "s", settings=1)
     with journal:
-        journal.write([replace(said, row=row) for row in range(5)])
+        journal.write([replace(stored, row=row) for row in range(5)])
     (path,) = journal.files()
     content = path.read_bytes()
     length = len(content) // 5
@@ -459,10 +459,10 @@ def test_evaluation_stops_if_a_rank_hangs_or_dies(world, exp, tmp_path, number):
         ranks[1].send_signal(number)
         assert ranks[0].wait(30) == 75
         ranks[1].kill()
-    said = (tmp_path / "logs" / "0").read_text()
-    assert "Traceback" not in said
+    stored = (tmp_path / "logs" / "0").read_text()
+    assert "Traceback" not in stored
     if number == signal.SIGKILL:
-        assert "asrllm: rank 1 was killed or crashed. " in said
+        assert "asrllm: rank 1 was killed or crashed. " in stored
     else:
         stacks = (folder / "hang-rank0.txt").read_text()
         assert "rank 0: no progress for 4 s (step_timeout) while " in stacks
