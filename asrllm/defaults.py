@@ -3,6 +3,8 @@
 MAX_NEW_TOKENS = 200  # tokens of one answer
 MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per second of audio, plus ten
 REPETITION_GUARD = 32  # tokens of a repetition before decoding stops
+BATCH_SECONDS = 240.0  # of audio that are decoded at a time, padding included
+WHISPER_WINDOW = 30.0  # seconds to which Whisper pads
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
 RATE = 16000  # Hz; every waveform reaches the model at this rate
 # configuration keys with the paths of the pretrained models, by part

@@ -32,27 +32,18 @@ class ExtractsFeatures(nn.Module):
             UserError: an audio cannot be read. The message gives its index in the list.
         """
         items = as_list(audio)
-        waves, lengths = padded(items, [read_wave(item, i) for i, item in enumerate(items)])
+        waves, lengths = padded([read_wave(item, i) for i, item in enumerate(items)])
         device = next(self.parameters()).device
         features, frames = self.features(waves.to(device), lengths.to(device))
         return features, frames
 
 
-def padded(items: Sequence[object], waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Pad waveforms of different lengths with zeros.
-
-    Args:
-        items: the audio that the caller passed.
-        waves: (samples,) of each item.
+def padded(waves: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Pad waveforms (samples,) of different lengths with zeros.
 
     Returns:
         Waveforms (N, samples) and their lengths (N,).
-
-    Raises:
-        UserError: there is no item.
     """
-    if not items:
-        raise UserError("the list of audios is empty. Pass at least one audio.")
     tensors = [torch.from_numpy(wave) for wave in waves]
     lengths = torch.tensor([len(wave) for wave in waves])
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths
@@ -76,13 +67,15 @@ def as_list(audio: object) -> list[Any]:
     """Return audios as a list.
 
     Raises:
-        UserError: the value is a single audio, or not audio.
+        UserError: the value is a single audio, or not audio, or an empty list.
     """
     if not isinstance(audio, (list, tuple)) or _is_pair(audio):
         raise UserError(
             f"the input has the type {type(audio).__name__}. "
             "Pass a list of audios, [audio], or features as (x, x_lens)."
         )
+    if not audio:
+        raise UserError("the list of audios is empty. Pass at least one audio.")
     return list(audio)
 
 

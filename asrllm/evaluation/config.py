@@ -10,7 +10,7 @@ from pydantic import Field
 from asrllm.checkpoints.average import Average
 from asrllm.data.config import CacheConfig
 from asrllm.data.text import normalizer
-from asrllm.defaults import MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.defaults import BATCH_SECONDS, MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
 from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, component
@@ -87,7 +87,7 @@ class TestData:
 
     test_data_config: str | None = None
     """YAML list of {name, shards: DIR | URL | manifest: CUTS}"""
-    max_batch_duration: PositiveFloat = 240.0
+    max_batch_duration: PositiveFloat = BATCH_SECONDS
     """seconds of audio that a rank decodes in one batch, padding included"""
     cache: CacheConfig = CacheConfig()
     """of shards at URLs; the processes of a node share it"""

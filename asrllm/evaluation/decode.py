@@ -18,7 +18,7 @@ from asrllm.errors import UserError
 from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.score import Transcript
-from asrllm.models.asr_llm.generation import Answer
+from asrllm.models.asr_llm.generation import Answer, make_batches
 from asrllm.progress import ProgressBar
 from asrllm.training.watchdog import Watchdog
 
@@ -127,28 +127,6 @@ def real_time_factor(utterances: Sequence[DecodedUtterance]) -> float:
     for utterance in utterances:
         seconds[utterance.rank] = seconds.get(utterance.rank, 0) + utterance.took
     return audio / max(*seconds.values(), 1e-9)
-
-
-def make_batches(
-    seconds: np.ndarray, max_duration: float, skip: Container[int] = ()
-) -> list[list[int]]:
-    """Divide the rows of an index into batches, longest utterances first.
-
-    Args:
-        seconds: (rows,) length of each utterance.
-        max_duration: seconds of a batch, padding included; a longer utterance is alone.
-        skip: rows to leave out.
-    """
-    batches: list[list[int]] = []
-    longest = 0.0
-    for i in (-seconds).argsort(kind="stable"):
-        if int(i) in skip:
-            continue
-        if not batches or longest * (len(batches[-1]) + 1) > max_duration:
-            batches.append([])
-            longest = float(seconds[i])
-        batches[-1].append(int(i))
-    return batches
 
 
 def read_ahead(

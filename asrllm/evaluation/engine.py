@@ -10,12 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.generation import Answer, generate
 from asrllm.models.asr_llm.modeling import AsrLlmModel
-
-WINDOW = 30.0  # seconds to which Whisper's encoder pads
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ class TorchEngine:
         }
         self.options |= options
         self.limits = model.config.sample_limits()
-        self.padded_to = WINDOW if model.config.pad_to_30s else 0.0
+        self.padded_to = WHISPER_WINDOW if model.config.pad_to_30s else 0.0
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         """Decode a batch, see Engine.answer."""

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from asrllm.data.text import language_tag
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import WINDOW
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.hub_files import load_tokenizer
@@ -52,7 +51,7 @@ class WhisperEngine:
     """
 
     limits = LIMITS
-    padded_to = WINDOW
+    padded_to = WHISPER_WINDOW
 
     def __init__(
         self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int

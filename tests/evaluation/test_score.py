@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asrllm.evaluation.decode import make_batches
 from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
 from asrllm.evaluation.summary import hallucination_flags, score
+from asrllm.models.asr_llm.generation import make_batches
 
 WORDS = st.lists(
     st.sampled_from(["a", "bb", "cab", "d", "你", "好吗"]), min_size=1, max_size=8

@@ -65,12 +65,14 @@ class DecodingOptions:
 
 @component
 class AnswerLimits:
-    """Limits of an answer that transformers does not have."""
+    """Limits of an answer and of a batch that transformers does not have."""
 
     max_tokens_per_second: PositiveFloat | None = None
     """tokens per second of audio, plus ten"""
     repetition_guard: PositiveInt | None = None
     """tokens of a repetition before the answer ends"""
+    batch_seconds: PositiveFloat | None = None
+    """seconds of audio in a batch, padding included"""
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(DecodingOptions))

@@ -1,10 +1,11 @@
 """Text generation: greedy search, beam search or sampling for a batch of audios."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -15,10 +16,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from asrllm.audio.waves import as_list, audio_name
+from asrllm.audio.waves import audio_name, padded
 from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import Messages
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop, token_limit
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
@@ -29,6 +30,7 @@ from asrllm.schema import build
 
 # Features (x, x_lens), or a list of audios.
 AudioInputs = tuple[Tensor, Tensor] | Sequence[Any]
+FeatureBatch = tuple[Tensor, Tensor]  # features (N, T, F), and their lengths in frames (N,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,25 @@ class Answer:
     end: str = "stop"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A chat to answer.
+
+    Attributes:
+        number: of the chat in its list, from 0.
+        prompt: its tokens.
+        audios: numbers of its audios.
+        seconds: of its audios together.
+        limit: maximum number of tokens of the answer.
+    """
+
+    number: int
+    prompt: list[int]
+    audios: range
+    seconds: float
+    limit: int
+
+
 @torch.no_grad()
 def generate(
     model: AsrLlmNetwork,
@@ -54,59 +75,160 @@ def generate(
     generation_config: GenerationConfig | None,
     max_tokens_per_second: float | None,
     repetition_guard: int | None,
+    batch_seconds: float | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Return the answers of a model. The arguments are those of `AsrLlmModel.generate`."""
     processor = model.require_processor()
-    stop_ids = processor.renderer.stop_ids
-    config = decoding_config(generation_config, max_new_tokens, stop_ids, **options)
+    config = decoding_config(
+        generation_config, max_new_tokens, processor.renderer.stop_ids, **options
+    )
     limits = {
         "max_tokens_per_second": max_tokens_per_second,
         "repetition_guard": repetition_guard,
+        "batch_seconds": batch_seconds,
     }
     build(AnswerLimits, limits)
-    device = model.llm.get_input_embeddings().weight.device
-    features, lengths, samples, counts = _prepare_audio(model, inputs, messages, device)
-    audio_tokens = model.config.num_audio_tokens(samples).tolist()
-    prompts = processor.encode_prompts(messages, counts, audio_tokens)
-    input_ids, mask = (x.to(device) for x in pad_left(prompts))
-    token_limits: list[int] = []
-    for part in samples.split(counts):
-        seconds = float(part.sum()) / RATE
-        token_limits.append(token_limit(seconds, config.max_new_tokens, max_tokens_per_second))
-    guard = repetition_guard if config.num_beams == 1 else None
+    features: FeatureBatch | None = None
+    waves: list[np.ndarray] = []
+    if is_features(inputs):
+        features = processor.check_features(*inputs)
+        samples = features[1].cpu() * HOP
+    else:
+        waves = processor.read_waves(inputs)
+        samples = torch.tensor([len(wave) for wave in waves])
+    requests = _make_requests(model, messages, samples, config, max_tokens_per_second)
+    batches = [requests]
+    if waves and batch_seconds is not None:
+        batches = _divide(model, requests, batch_seconds)
+    answers: dict[int, Answer] = {}
     with eval_mode(model):
-        embeddings = model.embed(input_ids, model.encode(features, lengths))
-        stopping = RowStopping(token_limits, guard)
-        rows = decode(model, embeddings, mask, config, stopping, len(counts))
-    return [
-        make_answer(processor.tokenizer, row[:limit], config.eos_token_id, repetition_guard)
-        for row, limit in zip(rows, token_limits, strict=True)
-    ]
+        for batch in batches:
+            audios = [i for request in batch for i in request.audios]
+            own = features or _make_features(model, [waves[i] for i in audios], inputs, audios)
+            rows = _answer(model, own, batch, config, repetition_guard)
+            for request, row in zip(batch, rows, strict=True):
+                answers[request.number] = make_answer(
+                    processor.tokenizer, row[: request.limit], config.eos_token_id, repetition_guard
+                )
+    return [answers[request.number] for request in requests]
 
 
-def _prepare_audio(
-    model: AsrLlmNetwork, inputs: AudioInputs, messages: Sequence[Messages], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Check the inputs and compute features.
+def _make_requests(
+    model: AsrLlmNetwork,
+    messages: Sequence[Messages],
+    samples: Tensor,
+    config: GenerationConfig,
+    max_tokens_per_second: float | None,
+) -> list[Request]:
+    """Check chats and tokenize them.
 
-    Returns:
-        Features (N, T, F) and their lengths in frames (N,) on the device, the lengths in samples
-        (N,) on the CPU, and the number of audios in each chat.
+    Args:
+        model: the model.
+        messages: the chats.
+        samples: length of each audio in samples (N,).
+        config: decoding options.
+        max_tokens_per_second: see `AsrLlmModel.generate`.
     """
     processor = model.require_processor()
-    if is_features(inputs):
-        features, lengths = processor.check_features(*inputs)
-        samples = lengths.cpu() * HOP
-        counts = processor.count_audios(messages, len(samples))
-        return features.to(device), lengths.to(device), samples, counts
-    waves, samples = processor.load_waves(inputs)
     counts = processor.count_audios(messages, len(samples))
-    features, lengths = model.audio_encoder.features(waves.to(device), samples.to(device))
-    names = [audio_name(item, i) for i, item in enumerate(as_list(inputs))]
+    audio_tokens = model.config.num_audio_tokens(samples).tolist()
+    prompts = processor.encode_prompts(messages, counts, audio_tokens)
+    requests: list[Request] = []
+    begin = 0
+    for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+        audios = range(begin, begin + count)
+        begin += count
+        seconds = float(samples[audios.start : audios.stop].sum()) / RATE
+        limit = token_limit(seconds, config.max_new_tokens, max_tokens_per_second)
+        requests.append(
+            Request(number=number, prompt=prompt, audios=audios, seconds=seconds, limit=limit)
+        )
+    return requests
+
+
+def _divide(
+    model: AsrLlmNetwork, requests: Sequence[Request], batch_seconds: float
+) -> list[list[Request]]:
+    """Divide requests into batches of similar length."""
+    if is_partitioned(model):  # all ranks must have equally many batches
+        return [list(requests)]
+    shortest = WHISPER_WINDOW if model.config.pad_to_30s else 0.0
+    seconds = np.array([max(request.seconds, shortest) for request in requests])
+    batches: list[list[Request]] = []
+    for rows in make_batches(seconds, batch_seconds):
+        batches.append([requests[i] for i in sorted(rows)])
+    return batches
+
+
+def _make_features(
+    model: AsrLlmNetwork, waves: Sequence[np.ndarray], inputs: AudioInputs, audios: Sequence[int]
+) -> FeatureBatch:
+    """Return the features of some audios.
+
+    Args:
+        model: the model.
+        waves: samples of each.
+        inputs: all audios, as the caller passed them.
+        audios: numbers of the waves in `inputs`.
+    """
+    device = device_of(model)
+    batch, samples = padded(waves)
+    features, lengths = model.audio_encoder.features(batch.to(device), samples.to(device))
+    names = [audio_name(inputs[i], i) for i in audios]
     problem = "are not finite, because its samples are too large. Give floats from -1 to 1."
     check_finite_features(features, names, problem)
-    return features, lengths, samples, counts
+    return features, lengths
+
+
+def _answer(
+    model: AsrLlmNetwork,
+    features: FeatureBatch,
+    batch: Sequence[Request],
+    config: GenerationConfig,
+    repetition_guard: int | None,
+) -> list[list[int]]:
+    """Return the new tokens of each chat of a batch."""
+    device = device_of(model)
+    input_ids, mask = (x.to(device) for x in pad_left([request.prompt for request in batch]))
+    guard = repetition_guard if config.num_beams == 1 else None
+    frames, lengths = features
+    embeddings = model.embed(input_ids, model.encode(frames.to(device), lengths.to(device)))
+    stopping = RowStopping([request.limit for request in batch], guard)
+    numbers = [request.number for request in batch]
+    return decode(model, embeddings, mask, config, stopping, numbers)
+
+
+def device_of(model: AsrLlmNetwork) -> torch.device:
+    """Return the device of the LLM's embeddings, where the prompts begin."""
+    return model.llm.get_input_embeddings().weight.device
+
+
+def is_partitioned(model: AsrLlmNetwork) -> bool:
+    """Return whether ZeRO-3 has partitioned the LLM."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.llm.parameters())
+
+
+def make_batches(
+    seconds: np.ndarray, max_duration: float, skip: Container[int] = ()
+) -> list[list[int]]:
+    """Divide utterances into batches, longest utterances first.
+
+    Args:
+        seconds: (utterances,) length of each.
+        max_duration: seconds of a batch, padding included; a longer utterance is alone.
+        skip: utterances to leave out.
+    """
+    batches: list[list[int]] = []
+    longest = 0.0
+    for i in (-seconds).argsort(kind="stable"):
+        if int(i) in skip:
+            continue
+        if not batches or longest * (len(batches[-1]) + 1) > max_duration:
+            batches.append([])
+            longest = float(seconds[i])
+        batches[-1].append(int(i))
+    return batches
 
 
 def decode(
@@ -115,7 +237,7 @@ def decode(
     mask: Tensor,
     config: GenerationConfig,
     stopping: RowStopping,
-    chats: int,
+    chats: Sequence[int],
 ) -> list[list[int]]:
     """Return the new tokens of each chat.
 
@@ -128,13 +250,12 @@ def decode(
         mask: attention mask of the prompts (N, T).
         config: decoding options.
         stopping: when each row ends.
-        chats: number of chats.
+        chats: number of each chat, for the error message.
     """
     first_logits = FirstLogitsCheck(chats)
     max_tokens = int(stopping.limits.max())
-    is_partitioned = any(hasattr(p, "ds_id") for p in model.llm.parameters())
     has_cache = model.causal_lm._supports_default_dynamic_cache()
-    if is_greedy(config) and not is_partitioned and has_cache:
+    if is_greedy(config) and not is_partitioned(model) and has_cache:
         decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
         stop_ids = config.eos_token_id
         return greedy(decoder, embeddings, mask, stop_ids, stopping, first_logits.check)
@@ -213,7 +334,11 @@ class FirstLogitsCheck(LogitsProcessor):
     Otherwise the answer would be an empty text, as if nothing had been spoken.
     """
 
-    def __init__(self, chats: int) -> None:
+    def __init__(self, chats: Sequence[int]) -> None:
+        """
+        Args:
+            chats: number of each chat, for the error message.
+        """
         self.chats = chats
         self.is_checked = False
 
@@ -230,7 +355,7 @@ class FirstLogitsCheck(LogitsProcessor):
         if not is_nan.any():
             return
         row = int(is_nan.nonzero()[0])
-        chat = row // (len(is_nan) // self.chats)
+        chat = self.chats[row // (len(is_nan) // len(self.chats))]
         dtype = str(scores.dtype).removeprefix("torch.")
         raise UserError(
             f"the model's logits for chat {chat} are NaN: its weights contain NaN, or numbers too "

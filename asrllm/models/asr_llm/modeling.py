@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from asrllm.audio.waves import as_list
 from asrllm.collator.chat import Messages
-from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.defaults import BATCH_SECONDS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.asr_llm.checks import check_given_config
 from asrllm.models.asr_llm.generation import AudioInputs, generate
@@ -40,6 +40,7 @@ class AsrLlmModel(AsrLlmNetwork):
         generation_config: GenerationConfig | None = None,
         max_tokens_per_second: float | None = None,
         repetition_guard: int | None = None,
+        batch_seconds: float | None = BATCH_SECONDS,
         **generation: Any,
     ) -> list[str]:
         """Return one text for each chat.
@@ -56,6 +57,9 @@ class AsrLlmModel(AsrLlmNetwork):
                 plus ten.
             repetition_guard: stops an answer that repeats the same few tokens for more than this
                 many tokens, and removes all copies but one (see `generation.first_loop`).
+            batch_seconds: seconds of audio that are decoded at a time, padding included. A longer
+                list of audios is sorted by length and divided into batches; None decodes all at
+                once. Features are never divided.
             generation: options of transformers' GenerationConfig, for example `num_beams`. The
                 default is greedy search; the LLM's own generation_config.json is not used.
 
@@ -70,6 +74,7 @@ class AsrLlmModel(AsrLlmNetwork):
             generation_config,
             max_tokens_per_second,
             repetition_guard,
+            batch_seconds,
             **generation,
         )
         return [answer.text for answer in answers]
@@ -81,6 +86,7 @@ class AsrLlmModel(AsrLlmNetwork):
         *,
         max_tokens_per_second: float | None = MAX_TOKENS_PER_SECOND,
         repetition_guard: int | None = REPETITION_GUARD,
+        batch_seconds: float | None = BATCH_SECONDS,
         **generation: Any,
     ) -> list[str]:
         """Return the text of each audio, with the checkpoint's default prompt.
@@ -97,6 +103,7 @@ class AsrLlmModel(AsrLlmNetwork):
             max_new_tokens,
             max_tokens_per_second=max_tokens_per_second,
             repetition_guard=repetition_guard,
+            batch_seconds=batch_seconds,
             **generation,
         )
 

@@ -111,8 +111,11 @@ class AsrLlmProcessor:
             UserError: an audio cannot be read, or is too short or too long. The message has its
                 position in the list and, for a file, its path.
         """
-        items = as_list(audio)
-        return padded(items, [self._wave(item, i) for i, item in enumerate(items)])
+        return padded(self.read_waves(audio))
+
+    def read_waves(self, audio: Sequence[Any]) -> list[np.ndarray]:
+        """Return the samples of each audio. Arguments and errors are those of `load_waves`."""
+        return [self._wave(item, i) for i, item in enumerate(as_list(audio))]
 
     def _wave(self, item: Any, i: int) -> np.ndarray:
         name = audio_name(item, i)

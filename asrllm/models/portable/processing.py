@@ -58,7 +58,7 @@ class AsrLlmFeatureExtractor(SequenceFeatureExtractor):
         is_one = isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 1
         items = [audio] if is_one else as_list(list(audio))
         waves = [read_array(item, f"audio {i}") for i, item in enumerate(items)]
-        batch, samples = padded(items, waves)
+        batch, samples = padded(waves)
         kind = encoder_class(self.audio_encoder["model_type"])
         with torch.no_grad():
             features, lengths = kind.make_features(self.audio_encoder)(batch, samples)

@@ -379,6 +379,45 @@ def test_weights_with_nan_are_reported(model, name, options):
         broken.generate(waves_of(2), chats_of(model, 2), 5, **options)
 
 
+def test_texts_do_not_depend_on_the_batches(model, monkeypatch):
+    """A chat may have several audios, and the list is not sorted by length."""
+    waves = [np.resize(wave, 4000 * (1 + i * 3 % 7)) for i, wave in enumerate(waves_of(7))]
+    token = model.processor.renderer.audio_token
+    chats = [model.processor.renderer.user_messages(f"Say {i}") for i in range(6)]
+    chats[2] = [{"role": "user", "content": f"{token} and {token}"}]
+    together = model.generate(waves, chats, 12, batch_seconds=None)
+    sizes = []
+    encode = model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda x, lengths: sizes.append(len(lengths)) or encode(x, lengths)
+    )
+    for seconds in (1e-3, 1.5, 3.0, 1e9):
+        assert model.generate(waves, chats, 12, batch_seconds=seconds) == together
+    assert sorted(sizes[:6]) == [1, 1, 1, 1, 1, 2]
+    assert sizes[-1] == 7
+    assert 1 < len(sizes[6:-1]) < 12
+
+
+def test_error_of_a_batch_has_the_number_of_the_caller(model, monkeypatch):
+    waves = [np.resize(wave, 8000 * (i + 1)) for i, wave in enumerate(waves_of(3))]
+    chats = chats_of(model, 3)
+    forward = model.audio_encoder.features.forward
+
+    def broken(batch, samples):
+        features, lengths = forward(batch, samples)
+        return features.where(samples[:, None, None] != 16000, float("inf")), lengths
+
+    monkeypatch.setattr(model.audio_encoder.features, "forward", broken)
+    with pytest.raises(UserError, match="audio 1 "):
+        model.generate(waves, chats, 5, batch_seconds=0.1)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, "long", True])
+def test_invalid_batch_length_is_rejected(model, seconds):
+    with pytest.raises(UserError, match="batch_seconds="):
+        model.generate(waves_of(1), chats_of(model, 1), 5, batch_seconds=seconds)
+
+
 def test_nan_logits_are_reported_with_the_number_of_the_chat(model):
     def forward(_, __, output):
         output.logits[2:] = float("nan")  # of the second chat, with two beams each
