@@ -110,7 +110,7 @@ class ChatRenderer:
             return _MARK.format(len(literals) - 1)
 
         marked = []
-        for message in _plain_messages(messages, self.audio_token):
+        for message in plain_messages(messages, self.audio_token):
             content = self._special.sub(mark, message["content"])
             marked.append(message | {"content": content})
         text = self._render(marked, add_generation_prompt=True)
@@ -250,7 +250,7 @@ class ChatRenderer:
         return encoded["input_ids"]
 
 
-def _plain_messages(messages: Messages, audio_token: str) -> list[dict[str, Any]]:
+def plain_messages(messages: Messages, audio_token: str) -> list[dict[str, Any]]:
     """Return the messages with each content as a string."""
     is_list = not isinstance(messages, (str, dict))
     if not is_list or not all(map(_is_message, messages)):

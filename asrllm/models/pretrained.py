@@ -1,6 +1,7 @@
 """Build the parts of a model: encoder and LLM, with or without pretrained weights, and adapters."""
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +201,9 @@ def with_lora(llm: PreTrainedModel, options: Fields) -> nn.Module:
     """
     from peft import get_peft_model
 
-    with _converted_errors("model.llm.lora"):
+    with _converted_errors("model.llm.lora"), warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5 renames
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(llm, lora_config(options, task_type="CAUSAL_LM"))
 
 

@@ -1,15 +1,16 @@
 """The processor of a saved model as transformers loads it: audio and chats to model inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin, SequenceFeatureExtractor
+from transformers.audio_utils import load_audio
 
 from asrllm.audio.waves import as_list, padded, read_array
 from asrllm.collator.batch import pad_left
-from asrllm.collator.chat import ChatRenderer, Messages
+from asrllm.collator.chat import ChatRenderer, Messages, plain_messages
 from asrllm.collator.hotwords import filled, with_context
 from asrllm.data.text import language_tag
 from asrllm.defaults import RATE
@@ -138,6 +139,56 @@ class AsrLlmHubProcessor(ProcessorMixin):
         chats = [[{"role": "user", "content": content}] for content in texts]
         return self.encode_chats(chats, self.feature_extractor(audio, sampling_rate=sampling_rate))
 
+    def apply_chat_template(
+        self,
+        conversation: Messages | Sequence[Messages],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool = True,
+        sampling_rate: int | None = None,
+        **ignored: Any,
+    ) -> Any:
+        """Return chats as text, or as inputs of the model with the audio that they contain.
+
+        Args:
+            conversation: a chat or several. A content is a text, or a list of parts: {"type":
+                "text", "text": TEXT} and {"type": "audio", "audio": AUDIO}. An audio is float
+                samples (samples,), a path or a URL; its key may also be "path" or "url".
+            chat_template: only None, which is the one of training.
+            tokenize: return token ids instead of texts.
+            return_dict: with tokenize: return all inputs of the model.
+            add_generation_prompt: only True with tokenize: begin the answer.
+            sampling_rate: of arrays in Hz; None means 16000.
+            ignored: options of other processors, for example return_tensors.
+
+        Raises:
+            ValueError: the model was not trained for the options.
+        """
+        if chat_template is not None or (tokenize and not add_generation_prompt):
+            raise ValueError(
+                "the chat template of training is used, with the beginning of the answer. Leave out "
+                "chat_template and add_generation_prompt."
+            )
+        is_one = bool(conversation) and isinstance(conversation[0], Mapping)
+        chats: list[Any] = [conversation] if is_one else list(conversation)
+        if not tokenize:
+            texts: list[str] = []
+            for chat in chats:
+                messages = plain_messages(chat, self.audio_token)
+                texts.append(
+                    self.tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    )
+                )
+            return texts[0] if is_one else texts
+        audios = [audio for chat in chats for audio in audios_of(chat)]
+        features: dict[str, Any] = {"num_samples": torch.zeros(0, dtype=torch.long)}
+        if audios:
+            features = self.feature_extractor(audios, sampling_rate=sampling_rate)
+        inputs = self.encode_chats(chats, features)
+        return inputs if return_dict else inputs["input_ids"]
+
     def encode_chats(self, chats: Sequence[Messages], features: dict[str, Any]) -> BatchFeature:
         """Return the inputs of the model for chats.
 
@@ -225,3 +276,22 @@ class AsrLlmHubProcessor(ProcessorMixin):
     def decode(self, *arguments: Any, **options: Any) -> str:
         """Return the text of token ids (L,), by the tokenizer."""
         return self.tokenizer.decode(*arguments, **options).strip()
+
+
+def audios_of(chat: Messages) -> list[Any]:
+    """Return the audios in the parts of a chat, read if they are files or URLs.
+
+    Raises:
+        ValueError: a part has no audio.
+    """
+    audios: list[Any] = []
+    for message in chat:
+        parts = message["content"] if isinstance(message["content"], list) else []
+        for part in parts:
+            if part.get("type") != "audio":
+                continue
+            audio = next((part[key] for key in ("audio", "path", "url") if key in part), None)
+            if audio is None:
+                raise ValueError("a part of type 'audio' has no 'audio', 'path' or 'url'. Add it.")
+            audios.append(load_audio(audio, RATE) if isinstance(audio, str) else audio)
+    return audios

@@ -29,12 +29,20 @@ options = {"max_new_tokens": 10, "max_tokens_per_second": None}
 texts = processor.batch_decode(model.generate(**inputs, **options), skip_special_tokens=True)
 alone = processor(audio=waves[0])
 chat = processor(text="<|AUDIO|> Say.", audio=waves[0])
+parts = [{"type": "audio", "audio": waves[0]}, {"type": "text", "text": "Say."}]
+messages = [{"role": "user", "content": parts}]
+inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+both = processor.apply_chat_template([messages, messages], tokenize=True)
 transcribe = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
 results = {
     "texts": texts,
     "piped": [transcribe(dict(raw=w, sampling_rate=16000), **options)["text"] for w in waves[:2]],
     "logits": model(**alone).logits[0, -1].tolist(),
     "prompt": chat["input_ids"][0].tolist(),
+    "chat": inputs["input_ids"][0].tolist(),
+    "same features": bool((inputs["input_features"] == chat["input_features"]).all()),
+    "rows": len(both),
+    "text": processor.apply_chat_template(messages),
     "type": type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__,
 }
 print(json.dumps(results))
@@ -62,6 +70,9 @@ def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_pat
     _, samples = model.processor.load_waves(waves[:1])
     counts = model.config.num_audio_tokens(samples).tolist()
     assert found["prompt"] == model.processor.encode_prompts([chat], [1], counts)[0]
+    assert found["chat"] == found["prompt"]
+    assert (found["same features"], found["rows"]) == (True, 2)
+    assert found["text"].count("<|AUDIO|>") == 1
     logits = first_logits(model, waves[0])
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-4, rtol=1e-4)
 
