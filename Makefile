@@ -2,13 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test soak coverage lint
+.PHONY: quickstart test test-portable environments soak coverage lint
 
 quickstart: $(VENV)/installed-demo
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+test-portable: environments
+	$(BIN)/python -m pytest -n 0 tests/models/portable
+
+environments: $(VENV)/installed-test
+	$(BIN)/python tests/models/portable/environments.py .venv-portable
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest --soak -m soak -n 0

@@ -11,13 +11,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from asrllm.defaults import MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.defaults import MAX_TOKENS_PER_SECOND, RATE, REPETITION_GUARD
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, token_limit
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.portable.configuration import AsrLlmHubConfig
 from asrllm.models.projectors import AudioProjector
-
-FRAMES_PER_SECOND = 100  # of the features
 
 
 class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -77,6 +75,7 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        audio_samples: Tensor | None = None,
         **more: Any,
     ) -> Any:
         """Return the output of the LLM.
@@ -87,6 +86,7 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
             feature_lengths: number of frames of each audio (N,).
             attention_mask: 0 at padding, 1 elsewhere (B, L).
             inputs_embeds: embeddings instead of input_ids (B, L, LLM width).
+            audio_samples: output of the processor that only `generate` uses.
             more: further arguments of the LLM, for example its cache and labels.
         """
         if inputs_embeds is None:
@@ -109,7 +109,7 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         *,
-        feature_lengths: Tensor | None = None,
+        audio_samples: Tensor | None = None,
         max_tokens_per_second: float | None = MAX_TOKENS_PER_SECOND,
         repetition_guard: int | None = REPETITION_GUARD,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -119,9 +119,9 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: the prompts, padded on the left (B, L).
-            feature_lengths: number of frames of each audio (N,).
+            audio_samples: number of samples of each chat's audio (B,), from the processor.
             max_tokens_per_second: limits an answer to this many tokens per second of audio, plus
-                ten; None for no limit.
+                ten; None for no limit. Without audio_samples there is none.
             repetition_guard: ends an answer that repeats a few tokens for more than this many
                 tokens; None for no guard.
             stopping_criteria: further reasons to end an answer.
@@ -129,15 +129,16 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         limit = more.get("max_new_tokens") or self.generation_config.max_new_tokens
         limits = [limit] * len(input_ids)
-        if feature_lengths is not None and len(feature_lengths) == len(input_ids):
-            seconds = (feature_lengths / FRAMES_PER_SECOND).tolist()
-            limits = [token_limit(second, limit, max_tokens_per_second) for second in seconds]
+        if audio_samples is not None:
+            limits = [
+                token_limit(samples / RATE, limit, max_tokens_per_second)
+                for samples in audio_samples.tolist()
+            ]
         prompt = input_ids.shape[1]
         guard = repetition_guard if more.get("num_beams", 1) == 1 else None
         stopping = RowStopping(limits, guard, prompt=prompt)
         rows = super().generate(
             input_ids,
-            feature_lengths=feature_lengths,
             stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), stopping]),
             **more,
         )

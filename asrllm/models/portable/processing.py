@@ -197,18 +197,27 @@ class AsrLlmHubProcessor(ProcessorMixin):
             features: output of the feature extractor, in the order of the audio tokens.
 
         Returns:
-            input_ids and attention_mask (B, L), padded on the left, input_features (N, T, F) and
-            feature_lengths (N,).
+            input_ids and attention_mask (B, L), padded on the left, input_features (N, T, F),
+            feature_lengths (N,) and audio_samples, the samples of each chat (B,).
         """
         features = dict(features)
-        counts = iter(self.num_audio_tokens(features.pop("num_samples")).tolist())
+        samples = features.pop("num_samples")
+        counts = iter(self.num_audio_tokens(samples).tolist())
+        lengths_in_samples = iter(samples.tolist())
         renderer = ChatRenderer(self.tokenizer, self.audio_token)
         prompts: list[list[int]] = []
+        audio_samples: list[int] = []
         for chat in chats:
-            lengths = [next(counts) for _ in range(renderer.count_audios(chat))]
-            prompts.append(renderer.encode_prompt(chat, lengths))
+            audios = renderer.count_audios(chat)
+            prompts.append(renderer.encode_prompt(chat, [next(counts) for _ in range(audios)]))
+            audio_samples.append(sum(next(lengths_in_samples) for _ in range(audios)))
         input_ids, mask = pad_left(prompts)
-        return BatchFeature({"input_ids": input_ids, "attention_mask": mask, **features})
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "audio_samples": torch.tensor(audio_samples),
+        }
+        return BatchFeature(inputs | features)
 
     def num_audio_tokens(self, samples: Any) -> Any:
         """Return how many tokens of the LLM a waveform takes, in the type of `samples`."""
