@@ -69,7 +69,10 @@ def first_words(error: BaseException, limit: int = 200) -> str:
     text = escape(" ".join(str(error).split()))
     if isinstance(error, KeyError):
         text = f"{text} is missing"
-    return (text or type(error).__name__)[:limit].rstrip(". ")
+    text = text or type(error).__name__
+    if len(text) > limit:  # between two words
+        text = f"{text[:limit].rpartition(' ')[0] or text[:limit]} ..."
+    return text.rstrip(". ")
 
 
 def open_regular(path: str | Path, what: str = "the file") -> BinaryIO:

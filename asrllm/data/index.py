@@ -569,7 +569,14 @@ def _members(file: BinaryIO) -> Iterator[Member]:
     for info in tar_files(file):
         file.seek(info.offset_data)
         end = info.offset_data + info.size
-        yield Member(info.name, info.offset, end, file.read(info.size))
+        if is_sample_file(info.name):
+            yield Member(info.name, info.offset, end, file.read(info.size))
+
+
+def is_sample_file(member: str) -> bool:
+    """Return whether WebDataset reads a member: not README, .DS_Store, ._a.wav or __meta__.json."""
+    key, dot, _ = member.rpartition("/")[2].partition(".")
+    return bool(key and dot) and not (key.startswith("__") and key.endswith("__"))
 
 
 def tar_files(file: BinaryIO) -> Iterator[tarfile.TarInfo]:

@@ -45,6 +45,7 @@ from asrllm.data.index import (
 )
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
+from asrllm.data.sources.utterance import check_installed
 from asrllm.defaults import KEPT_EXTENSIONS
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
@@ -391,9 +392,8 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
     except UserError as error:
         reason = "outside_audio" if isinstance(error, OutsideError) else "unreadable_audio"
         raise RejectedError(reason, str(error)) from error
-    except ImportError as error:
-        raise UserError(f"a package is missing: {error}. Install it with pip.") from error
     except Exception as error:  # decoders raise many types; each affects one utterance
+        check_installed(error, f"the utterance {utterance.key!r}")
         detail = f"{type(error).__name__}: {decoder_error(error)}"
         raise RejectedError("unreadable_audio", detail) from error
     if not len(wave):

@@ -176,6 +176,8 @@ def find_sets(path: Path, *, like: Path | None = None) -> dict[str, Path]:
         path: a directory, or a file, which is one set.
         like: the directory whose set has the name of the file.
     """
+    if not path.exists():
+        raise UserError(f"{str(path)!r} does not exist. Check the path.")
     if path.is_file():
         name = re.sub("^(generations|recogs)-", "", path.stem)
         known = find_sets(like) if like is not None else {}
@@ -366,7 +368,10 @@ def _parse_generations(lines: Sequence[str]) -> list[Row]:
     for number, line in enumerate(lines, 1):
         if not line:
             continue
-        row = parse_json(line)
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON, or not all of it") from error
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
         for name in ("key", "ref", "hyp"):

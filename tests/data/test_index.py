@@ -67,6 +67,24 @@ def test_files_with_the_same_key_are_rejected(tmp_path, keys):
     assert [(b.key, b.reason) for b in bad] == [(keys[0][0], "repeated_file")]
 
 
+def test_members_that_webdataset_skips_are_skipped(tmp_path):
+    write_tar(tmp_path / "x.tar", ["a", "b"], "gnu")
+    others = ("__meta__.json", "README", ".DS_Store", "./._a.flac", "d/.hidden.json")
+    with tarfile.open(tmp_path / "y.tar", "w") as tar, tarfile.open(tmp_path / "x.tar") as old:
+        members = old.getmembers()
+        for i, name in enumerate(others):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"{}\n"))
+            if i < len(members):
+                tar.addfile(members[i], old.extractfile(members[i]))
+    record, bad, found = scan_shard(tmp_path / "y.tar", name="y.tar")
+    assert (bad, found, len(record.rows)) == ([], ["a", "b"], 2)
+    for row in record.rows:
+        content = (tmp_path / "y.tar").read_bytes()[int(row["offset"]) * BLOCK :]
+        assert read_sample(content[: int(row["size"]) * BLOCK]).key in ("a", "b")
+
+
 def test_field_of_the_wrong_type_is_rejected(tmp_path):
     fields = {"text": "one", "lang": ["en"]}
     with tarfile.open(tmp_path / "y.tar", "w") as tar:

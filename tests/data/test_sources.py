@@ -8,8 +8,8 @@ from lhotse import CutSet, MonoCut, MultiCut, Recording, SupervisionSegment
 
 from asrllm.data.corpora import read_corpora
 from asrllm.data.index import open_index, scan_tar
-from asrllm.data.shards import write_shards
-from asrllm.data.sources import SOURCES, RejectedError, read_cuts, read_kaldi
+from asrllm.data.shards import make_sample, write_shards
+from asrllm.data.sources import SOURCES, RejectedError, Utterance, read_cuts, read_kaldi
 from asrllm.data.sources import kaldi as kaldi_module
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
@@ -95,7 +95,7 @@ def test_an_invalid_kaldi_directory_is_reported(tmp_path, file, content, message
             "segments",
             "utt0000 utt0000 -1 1\nutt0001 utt0001 0 -1\n",
             "bad_segment",
-            "-1 to 1 s",
+            "starts at -1 s",
         ),
         (
             "segments",
@@ -462,6 +462,54 @@ def test_time_that_is_not_a_number_of_seconds_rejects_its_cut(tmp_path, where, s
     (utterance,) = read_cuts(path)
     assert utterance.problem[0] == "bad_field"
     assert f"'duration' is {seconds!r}" in utterance.problem[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"supervisions": None}, "'supervisions' is None"),
+        ({"recording": None}, "'recording' is None"),
+        ({"id": None}, "'id'"),
+        ({"type": "MixedCut", "tracks": []}, "'tracks' is []"),
+        ({"recording": {"sampling_rate": "16000"}}, "'sampling_rate' is '16000'"),
+        ({"recording": {"sampling_rate": 0}}, "'sampling_rate' is 0"),
+    ],
+)
+def test_field_of_another_type_rejects_its_cut(tmp_path, changes, shown):
+    (utterance,) = read_cuts(write_row(tmp_path / "cuts.jsonl", **changes))
+    assert utterance.problem[0] == "bad_field"
+    assert shown in utterance.problem[1]
+
+
+@pytest.mark.parametrize("change", ["resample", "normalize"])
+def test_cut_that_lhotse_changes_with_other_packages_is_read(tmp_path, change):
+    pytest.importorskip("scipy")
+    cut = cut_of_file(write_cuts(tmp_path).parent / "r.wav", "a")
+    cut = cut.resample(8000) if change == "resample" else cut.normalize_loudness(-20)
+    CutSet.from_cuts([cut]).to_file(tmp_path / "changed.jsonl")
+    (utterance,) = read_cuts(tmp_path / "changed.jsonl")
+    wave, rate = utterance.load()
+    assert len(wave) == 1.5 * rate
+    assert rate == (8000 if change == "resample" else 16000)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("No module named 'scipy'"),
+        RuntimeError("This is not supported. Please install torchaudio and try again"),
+    ],
+)
+def test_missing_package_ends_the_command_and_is_named(error):
+    def load():
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("Lhotse cannot read the cut") from cause
+
+    utterance = Utterance(key="b", text="one", load=load)
+    with pytest.raises(UserError, match=r"'b'.*(scipy|torchaudio)"):
+        make_sample(utterance, {}, "flac")
 
 
 @pytest.mark.parametrize(

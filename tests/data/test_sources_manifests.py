@@ -144,6 +144,7 @@ def without(source, key):
         ("nemo", GOOD["nemo"] | {"duration": "inf"}, "bad_field", "'duration' is 'inf'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": ""}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": None}, "missing_audio", "'audio_filepath'"),
+        ("nemo", GOOD["nemo"] | {"audio_filepath": "file:///a.wav"}, "missing_audio", "file:///a"),
         ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2 names no audio: 'wav'"),
         ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 has no key: 'key'"),
         ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2 names no audio: 'source'"),
@@ -179,6 +180,7 @@ def without(source, key):
             ":2: 'audios' is [1]",
         ),
         ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", ":2 has 0 audio"),
+        ("swift", GOOD["swift"] | {"query": "<audio><audio>"}, "not_one_audio", ":2 has one audio"),
         (
             "swift",
             GOOD["swift"] | {"history": [["<audio>", "two"]]},
@@ -397,12 +399,12 @@ def test_a_folder_with_a_table_becomes_shards(tmp_path, name, where, table, more
 def test_missing_audio_of_a_table_is_rejected(tmp_path):
     audio(tmp_path / "d", "clips/b.wav")
     (tmp_path / "d" / "metadata.csv").write_text(
-        "path,sentence,duration\na.wav,one,0.5\nb.wav,two,0.5\n"
+        "path,sentence,duration\na.wav,one,0.5\nb.wav,two,0.5\n,three,0.5\n"
     )
-    assert SOURCES["folder"].count(tmp_path / "d") == 2
+    assert SOURCES["folder"].count(tmp_path / "d") == 3
     samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
     assert samples == {"b": about("two")}
-    assert rejected == [("a", "missing_audio")]
+    assert rejected == [("a", "missing_audio"), ("metadata.csv:4", "missing_audio")]
 
 
 @pytest.mark.parametrize(

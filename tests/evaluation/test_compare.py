@@ -1,5 +1,6 @@
 """Paired comparisons of transcripts and of result files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -295,7 +296,7 @@ def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
     renamed = results(tmp_path / "d", full, name="x")
     assert "(sets: test)" in error(a, renamed)
     assert "(sets: x)" in error(a, renamed)
-    assert f"{str(tmp_path / 'no')!r} has no generations-*.jsonl" in error(a, tmp_path / "no")
+    assert f"{str(tmp_path / 'no')!r} does not exist" in error(a, tmp_path / "no")
     assert "two results, not 1" in error(a)
     (tmp_path / "recogs-x.txt").write_text("\n")
     with pytest.raises(UserError, match=r"recogs-x\.txt' has no utterances"):
@@ -321,3 +322,8 @@ def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
         message = error(tmp_path / name, tmp_path / name)
         assert f"{name}' is not a generations-*.jsonl or recogs-*.txt file" in message
         assert "Error" not in message  # of Python
+    good = json.dumps({"key": "k", "ref": "a", "hyp": "a"})
+    (tmp_path / "generations-cut.jsonl").write_text(f"{good}\n{good[:-9]}")
+    path = tmp_path / "generations-cut.jsonl"
+    assert f"{path}' is not" in error(path, path)
+    assert "line 2" in error(path, path)

@@ -21,7 +21,7 @@ from asrllm.data.sources.files import (
     seconds_field,
     text_or_int_field,
 )
-from asrllm.data.sources.utterance import RejectedError, Utterance
+from asrllm.data.sources.utterance import RejectedError, Utterance, check_installed
 from asrllm.data.storage import check_scheme, is_url
 from asrllm.errors import UserError
 
@@ -34,6 +34,7 @@ ROLE = "the cuts manifest"
 CUSTOM_FIELDS = ("prompt", "task", "hotwords")
 TOLERANCE = 1e-3  # seconds by which a supervision may differ from its cut without being trimmed
 SHOWN_LENGTH = 80  # characters of a command in a message
+SHOWN_FIELD = 200  # characters of a message about a field
 
 
 def read_cuts(
@@ -159,15 +160,36 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     from lhotse.serialization import deserialize_item
 
     try:
+        _check_fields(row, where)
         _check_times(row, where)
         cut = deserialize_item(row)
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
     except RejectedError as error:
         utterances = [_rejected(row, where, error.args)]
     except Exception as error:  # Lhotse's parsers raise many types
-        reason = ("broken_cut", f"{where}: {type(error).__name__}: {error}")
+        check_installed(error, f"{ROLE} {where}")
+        detail = f"{where} is not a cut that Lhotse reads ({type(error).__name__}: {error})"
+        reason = ("broken_cut", detail)
         utterances = [_rejected(row, where, reason)]
     yield from utterances
+
+
+def _check_fields(row: Row, where: str) -> None:
+    """Check the types of the fields of a cut.
+
+    Raises:
+        RejectedError: a field has another type.
+    """
+    if row.get("id") is None:
+        raise RejectedError("bad_field", f"{where} has no 'id'")
+    for name, kind in (("supervisions", list), ("tracks", list), ("recording", dict)):
+        value = row.get(name, kind())
+        if not isinstance(value, kind) or (name == "tracks" and value == [] and name in row):
+            raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}"[:SHOWN_FIELD])
+    for name in ("sampling_rate", "num_samples"):
+        value = row.get("recording", {}).get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise RejectedError("bad_field", f"{where}: the recording's {name!r} is {value!r}")
 
 
 def _check_times(row: Row, where: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from asrllm.data.sources.utterance import RejectedError, Utterance
+from asrllm.data.storage import is_url
 from asrllm.errors import UserError
 from asrllm.text_files import check_file, open_regular, parse_json
 
@@ -267,6 +268,9 @@ def audio_field(row: Mapping[str, object], where: str, name: str) -> str:
     file = text_field(row, where, name)
     if not file:
         raise RejectedError("missing_audio", f"{where} names no audio: {name!r} is empty")
+    if is_url(file):
+        problem = f"{where}: {name!r} is the URL {file!r}. Download it, and name the file"
+        raise RejectedError("missing_audio", problem)
     return file
 
 

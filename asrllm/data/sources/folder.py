@@ -125,7 +125,7 @@ def _read_transcript(path: Path) -> tuple[str, tuple[str, str] | None]:
 def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
     read_rows = _json_table if table.suffix == ".jsonl" else _column_table
     first, rows = peek(read_rows(table))
-    names = [row.name for _, row in first if isinstance(row, _TableRow)]
+    names = [row.name for _, row in first if isinstance(row, _TableRow) and row.name]
     has_extensions = any(has_audio_extension(name) for name in names)
     suffix = "" if has_extensions else ".wav"  # LJSpeech writes no extensions
     root = find_root([name + suffix for name in names], [folder / name for name in ROOTS])
@@ -133,6 +133,8 @@ def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
         try:
             if isinstance(row, RejectedError):
                 raise row
+            if not row.name:
+                raise RejectedError("missing_audio", f"{where} names no audio file")
             name = row.name + suffix
             yield Utterance(
                 key=key_from_path(name),

@@ -73,6 +73,8 @@ def _problem(
     roles = [role for role, _ in turns]
     if len(roles) != 2 or roles[0] not in USERS or roles[1] not in ASSISTANTS:
         return "not_one_turn", f"{where} is a chat of {', '.join(roles) or 'nobody'}"
+    if turns[0][1].count(AUDIO_TOKEN) > 1:
+        return "not_one_audio", f"{where} has one audio file, but several {AUDIO_TOKEN}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
+from asrllm.errors import UserError
 
 ARCHIVE_PLACE = re.compile(r"(.*\.ark):\d+", re.DOTALL)
 
@@ -20,6 +21,23 @@ class RejectedError(Exception):
 
     The reason is a word to count by; the detail is a message.
     """
+
+
+def check_installed(error: BaseException, where: str) -> None:
+    """Check that an error of Lhotse is not that of a missing package.
+
+    Raises:
+        UserError: it is one.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        text = " ".join(str(link).split())
+        if isinstance(link, ImportError) or "nstall torchaudio" in text:
+            raise UserError(
+                f"{where} needs a package that is not installed: {text}. For scipy and pyloudnorm "
+                "use pip install 'asrllm[cuts]'; torchaudio must have the version of torch."
+            ) from error
+        link = link.__cause__ or link.__context__
 
 
 def no_audio() -> tuple[np.ndarray, int]:
