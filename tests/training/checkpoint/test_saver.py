@@ -139,11 +139,12 @@ def converted(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_checkpoints_are_the_same_with_and_without_background_writing(tmp_path):
-    """Consolidate, average, convert and resume at stages 0 to 3, on the same and on fewer ranks."""
+@pytest.mark.parametrize("writers", [2, 1])
+def test_checkpoints_are_the_same_with_and_without_background_writing(tmp_path, writers):
+    """Consolidate, average, convert and resume at stages 0 to 3, on one and on two ranks."""
     module = "training.checkpoint.test_saver"
     made = str(tmp_path / "made")
-    start(f"{module}:save_both_ways", 2, out=made)
+    start(f"{module}:save_both_ways", writers, out=made)
     for ranks in (2, 1):
         start(f"{module}:resume_both_ways", ranks, source=made, out=str(tmp_path / f"on-{ranks}"))
     for stage in range(4):
