@@ -145,17 +145,22 @@ def long_utterance(corpora: Sequence[Corpus]) -> float:
 
 
 def _drop_reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, np.ndarray]:
-    """Return masks (n,) of the rows that the filters drop, by reason. Reasons may overlap."""
+    """Return masks (n,) of the rows that the filters drop, by their first reason."""
     if filters is None:
         return {"none": np.zeros(len(rows), bool)}
     samples = rows["samples"]
     characters = rows["text_chars"]
-    return {
+    reasons = {
         "too_short": samples < filters.min_duration * RATE,
         "too_long": samples > filters.max_duration * RATE,
         "too_fast": characters > filters.max_chars_per_second / RATE * samples,
         "empty_text": characters == 0,
     }
+    dropped = np.zeros(len(rows), bool)
+    for reason, mask in reasons.items():
+        reasons[reason] = mask & ~dropped
+        dropped |= mask
+    return reasons
 
 
 def _passes(reasons: Mapping[str, np.ndarray]) -> np.ndarray:
