@@ -156,7 +156,7 @@ def _drop_reasons(rows: np.ndarray, filters: FilterConfig | None) -> dict[str, n
         "too_fast": characters > filters.max_chars_per_second / RATE * samples,
         "empty_text": characters == 0,
     }
-    dropped = np.zeros(len(rows), bool)
+    dropped: np.ndarray = np.zeros(len(rows), bool)
     for reason, mask in reasons.items():
         reasons[reason] = mask & ~dropped
         dropped |= mask
