@@ -14,7 +14,9 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.asr_llm.serialization import (
+    DeviceMap,
     Dtype,
+    device_of_map,
     load_model,
     read_tensors,
     set_generation_config,
@@ -50,6 +52,8 @@ class AutoModel:
         *,
         weights: str | Path | None = None,
         dtype: Dtype = None,
+        torch_dtype: Dtype = None,
+        device_map: DeviceMap = None,
         base_models: BasePaths | None = None,
         **unknown: Any,
     ) -> AsrLlmModel:
@@ -61,6 +65,9 @@ class AutoModel:
                 pretrained.pt, or else the newest averaged-*.pt.
             dtype: dtype of the weights, for example "bfloat16" or torch.bfloat16. None or "auto"
                 means as saved.
+            torch_dtype: the old name of `dtype`.
+            device_map: device of the whole model, for example "cuda" or {"": 0}; "auto" means the
+                first accelerator if there is one. None means the CPU.
             base_models: present paths of base models that moved after training,
                 {"audio_encoder" or "llm": path}. They are compared with the fingerprints of
                 training.
@@ -69,19 +76,18 @@ class AutoModel:
             UserError: there is no model, its keys do not fit, or a base model is missing or does
                 not match.
         """
-        if unknown.pop("device_map", None) is not None:
-            raise UserError(
-                "AutoModel.from_pretrained() does not support device_map. Leave it out, and call "
-                ".to(device) on the model."
-            )
-        refuse_unknown("AutoModel.from_pretrained()", unknown, ("weights", "dtype", "base_models"))
+        known = ("weights", "dtype", "device_map", "base_models")
+        refuse_unknown("AutoModel.from_pretrained()", unknown, known)
+        device = device_of_map(device_map)
+        dtype = torch_dtype if dtype is None else dtype
         folder = model_folder(path)
         if is_auden(folder):
             move_base_models(read_auden_config(folder), base_models, where=str(folder))
-            return load_auden(folder, weights=weights, dtype=dtype)
+            return load_auden(folder, weights=weights, dtype=dtype).to(device)
         file = Path(weights) if weights else default_weights(folder)
         if file is None:
-            return AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
+            model = AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
+            return model.to(device)
         model = load_model(
             AsrLlmModel, folder, read_state(file), dtype=dtype, base_models=base_models
         )
@@ -89,7 +95,7 @@ class AutoModel:
             # training writes none: an LLM that is trained in full keeps the one of its base model
             base = (model.config.base_models or {}).get("llm", {})
             set_generation_config(model.causal_lm, Path(base.get("path", folder)))
-        return model
+        return model.to(device)
 
 
 def model_folder(path: str | Path) -> Path:

@@ -10,13 +10,15 @@ from transformers import GenerationConfig, PreTrainedConfig
 from asrllm.audio.waves import as_list
 from asrllm.collator.chat import Messages
 from asrllm.defaults import BATCH_SECONDS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
-from asrllm.errors import UserError, refuse_unknown
+from asrllm.errors import refuse_unknown
 from asrllm.models.asr_llm.checks import check_given_config
 from asrllm.models.asr_llm.generation import AudioInputs, generate
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import IGNORED_HUB_OPTIONS
 from asrllm.models.asr_llm.serialization import (
+    DeviceMap,
     check_shard_size,
+    device_of_map,
     load_directory,
     save_model,
 )
@@ -148,6 +150,7 @@ class AsrLlmModel(AsrLlmNetwork):
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        device_map: DeviceMap = None,
         config: PreTrainedConfig | None = None,
         base_models: BasePaths | None = None,
         **more: Any,
@@ -158,6 +161,7 @@ class AsrLlmModel(AsrLlmNetwork):
             path: the directory.
             dtype: dtype of the weights. None or "auto" means as saved.
             torch_dtype: the old name of `dtype`.
+            device_map: see asrllm.AutoModel.from_pretrained.
             config: the configuration that transformers' AutoModel has read from the directory.
             base_models: present paths of the base models of parts that the directory omits,
                 {"audio_encoder" or "llm": path}.
@@ -166,15 +170,10 @@ class AsrLlmModel(AsrLlmNetwork):
         Raises:
             UserError: a keyword is unknown, or the configuration or a base model does not match.
         """
-        if more.get("device_map") is not None:
-            raise UserError(
-                "from_pretrained() does not support device_map. Leave it out, and call "
-                ".to(device) on the model."
-            )
+        device = device_of_map(device_map)
         if config is not None:
             check_given_config(config, path)
-        ignored = (*IGNORED_HUB_OPTIONS, "device_map")
-        unknown = {name: value for name, value in more.items() if name not in ignored}
-        refuse_unknown("from_pretrained()", unknown, ("dtype", "base_models"))
+        unknown = {name: value for name, value in more.items() if name not in IGNORED_HUB_OPTIONS}
+        refuse_unknown("from_pretrained()", unknown, ("dtype", "device_map", "base_models"))
         dtype = torch_dtype if dtype is None else dtype
-        return load_directory(cls, path, dtype=dtype, base_models=base_models)
+        return load_directory(cls, path, dtype=dtype, base_models=base_models).to(device)

@@ -56,6 +56,7 @@ PEFT_DEFAULT_RANK = 8  # of adapters whose configuration has no "r"
 
 ModelT = TypeVar("ModelT", bound=AsrLlmNetwork)
 Dtype: TypeAlias = torch.dtype | str | None
+DeviceMap: TypeAlias = str | int | torch.device | dict[str, str | int | torch.device] | None
 
 # --- saving ---
 
@@ -448,6 +449,36 @@ def open_tensors(file: Path) -> Iterator[safe_open]:
         raise UserError(
             f"the weights {str(file)!r} cannot be read: {first_words(error)}. Copy the file again."
         ) from error
+
+
+def device_of_map(device_map: DeviceMap) -> torch.device:
+    """Return the device that a `device_map` in the sense of accelerate gives to a whole model.
+
+    Args:
+        device_map: a device, {"": device}, or "auto" for the first accelerator; None means the CPU.
+
+    Raises:
+        UserError: it divides the model, or is not a device of this machine.
+    """
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise UserError(
+                f"device_map={device_map} divides the model. Use one device: 'auto', 'cpu', 'cuda'."
+            )
+        device_map = device_map[""]
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(device_map)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"device_map={device_map!r} is not a device of this machine: {first_words(error)}. "
+            "Use 'auto', 'cpu' or 'cuda'."
+        ) from error
+    return device
 
 
 def as_dtype(dtype: Dtype) -> torch.dtype | None:

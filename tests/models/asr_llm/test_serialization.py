@@ -715,7 +715,8 @@ def test_unknown_keywords_are_rejected(world, tmp_path):
     for options, message in (
         ({"atn_implementation": "sdpa"}, "'atn_implementation'"),
         ({"dtyp": "bfloat16"}, "did you mean 'dtype'"),
-        ({"device_map": "auto"}, r"device_map"),
+        ({"device_map": "cpuu"}, "device_map='cpuu'"),
+        ({"device_map": {"llm": 0, "audio_encoder": 1}}, "device_map="),
     ):
         for load in (
             asrllm.AutoModel.from_pretrained,
@@ -732,6 +733,13 @@ def test_unknown_keywords_are_rejected(world, tmp_path):
     for load in (AsrLlmModel.from_pretrained, transformers.AutoModel.from_pretrained):
         with pytest.raises(UserError, match="projector_hidden_size differs"):
             load(tmp_path / "saved", config=config)
+    for device_map in ("auto", "cpu", torch.device("cpu"), {"": "cpu"}):
+        options = {"device_map": device_map, "torch_dtype": torch.float64}
+        for load in (asrllm.AutoModel.from_pretrained, AsrLlmModel.from_pretrained):
+            loaded = load(tmp_path / "saved", **options)
+            assert loaded.dtype == torch.float64
+            if device_map != "auto":
+                assert loaded.device.type == "cpu"
     given = {"revision": "main", "trust_remote_code": True, "local_files_only": True}
     assert (
         transformers.AutoModel.from_pretrained(
