@@ -1,8 +1,7 @@
 """Compose the Hydra configuration of a verb from `asrllm/conf` and overrides."""
 
 import dataclasses
-import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -81,7 +80,10 @@ def quoted_override(text: str) -> str:
 
 
 def composition_error(
-    error: Exception, overrides: Sequence[str], known: Collection[str]
+    error: Exception,
+    overrides: Sequence[str],
+    known: Collection[str],
+    config_dir: str | None = None,
 ) -> UserError:
     """Convert an error of Hydra or OmegaConf into one that names the cause and the fix.
 
@@ -89,6 +91,7 @@ def composition_error(
         error: the error.
         overrides: of the command line, one of which may have an unknown key.
         known: the keys of the configuration.
+        config_dir: the user's directory of configuration files.
     """
     cause = root_cause(error)
     if isinstance(cause, yaml.YAMLError):
@@ -100,17 +103,19 @@ def composition_error(
             f"(there are: {options}). Name another one, or its directory with --config-dir."
         )
     if isinstance(cause, UnicodeDecodeError):
-        return UserError(
-            f"a configuration file is not UTF-8 text: it has {cause.object[cause.start]:#x} after "
-            f"{cause.object[: cause.start][-20:].decode('utf-8', 'replace')!r}. Convert it."
-        )
+        for path in sorted(Path(config_dir or ".").rglob("*.yaml")):
+            if path.read_bytes().startswith(cause.object[: cause.end]):
+                return UserError(
+                    f"the configuration file {str(path)!r} is not UTF-8 text. Convert it to UTF-8."
+                )
     for text in overrides:
         key, _, value = text.partition("=")
         key = key.lstrip("+~")
+        names = known
         if key.startswith("hydra."):
-            known = [f"hydra.{name}" for name in typing.get_type_hints(HydraConf)]
-        if key not in known and repr(key) in str(error):
-            return unknown_key(key, known)
+            names = _keys_of(OmegaConf.to_container(OmegaConf.structured(HydraConf)), "hydra.")
+        if key not in names and repr(key) in str(error):
+            return unknown_key(key, names)
         is_group = any(name.startswith(f"{key}.") for name in known)
         if is_group and "Config group override" in str(cause):
             return UserError(
@@ -121,6 +126,15 @@ def composition_error(
         return unknown_key(str(cause.full_key), known)
     problem = " ".join(str(cause).split())
     return UserError(f"the configuration cannot be composed: {problem}")
+
+
+def _keys_of(tree: object, prefix: str) -> list[str]:
+    """Return the keys of nested mappings as dotted paths."""
+    keys: list[str] = []
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            keys += [f"{prefix}{key}", *_keys_of(value, f"{prefix}{key}.")]
+    return keys
 
 
 def check_config_files(
@@ -152,6 +166,8 @@ def check_config_files(
             raise UserError(
                 f"the configuration file {str(path)!r} has no keys. Write lines of KEY: VALUE."
             )
+    if any(text.startswith("experiment=") for text in overrides):
+        raise UserError("experiment=NAME needs a plus sign. Write +experiment=NAME.")
     has_experiments = any((folder / "experiment").is_dir() for folder in folders)
     if not has_experiments and any(text.startswith("+experiment=") for text in overrides):
         raise UserError(

@@ -62,7 +62,7 @@ def run_app(
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 check_exp_dirs(config, overrides)
             return task(build(cls, resolved(config)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
                 raise
             # raised after Hydra has returned, because Hydra prints lines of its own about it
@@ -76,7 +76,7 @@ def run_app(
         with command_line([sys.argv[0], *given]):
             app()
     except Exception as error:  # of Hydra, OmegaConf or PyYAML; those of the task are in failures
-        raise composition_error(error, overrides, all_keys(cls)) from error
+        raise composition_error(error, overrides, all_keys(cls), arguments.config_dir) from error
     except SystemExit as exit_:
         raise SystemExit(2) from exit_  # Hydra has printed that --package does not exist
     if failures:

@@ -71,7 +71,7 @@ def first_words(error: BaseException, limit: int = 200) -> str:
         text = f"{text} is missing"
     text = text or type(error).__name__
     if len(text) > limit:  # between two words
-        text = f"{text[:limit].rpartition(' ')[0] or text[:limit]} ..."
+        return f"{text[:limit].rpartition(' ')[0] or text[:limit]} [...]"
     return text.rstrip(". ")
 
 
@@ -212,8 +212,9 @@ def yaml_problem(error: "yaml.YAMLError", path: str | Path = "") -> str:
         path: the file; by default the one that the error names.
     """
     mark = getattr(error, "problem_mark", None)
-    if mark is None:  # for example a character that YAML does not allow
-        return f"{str(path)!r} is not valid YAML: {first_words(error)}"
+    if mark is None:  # a character that YAML does not allow
+        name = str(path or getattr(error, "name", "the file"))
+        return f"{name!r} is not valid YAML: {first_words(error)}"
     place = f"{path or mark.name}:{mark.line + 1}:{mark.column + 1}"
     problem = escape(str(getattr(error, "problem", "")))
     return f"{place} is not valid YAML: {problem}"

@@ -216,6 +216,11 @@ def test_a_sweeper_gets_the_mean_of_the_last_validation(tmp_path):
         (["model=5"], ["model=5"]),
         (["trainer.schedule={{nam: cosine}}"], ["trainer.schedule.nam", "trainer.schedule.name"]),
         (["hydra.mod=RUN"], ["hydra.mod", "hydra.mode"]),
+        (["hydra.run.dirr=x"], ["hydra.run.dirr", "hydra.run.dir"]),
+        (["hydra.run.dir=x", "trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
+        (["--config-dir", "{dir}", "trainer=latin"], ["{dir}/trainer/latin.yaml"]),
+        (["--config-dir", "{dir}", "trainer=control"], ["{dir}/trainer/control.yaml"]),
+        (["experiment=big"], ["+experiment="]),
         (["+learning_rate=1"], ["learning_rate", "trainer.lr"]),
         (["trainer.lr=null"], ["trainer.lr=null"]),
         (["trainer.lr=true"], ["trainer.lr=true"]),
@@ -226,6 +231,8 @@ def test_configuration_that_cannot_be_composed_is_one_message(tmp_path, words, n
         (tmp_path / folder).mkdir()
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "latin.yaml").write_bytes(b"exp_dir: caf\xe9\n")
+    (tmp_path / "trainer" / "latin.yaml").write_bytes(b"lr: caf\xe9\n")
+    (tmp_path / "trainer" / "control.yaml").write_bytes(b"lr: \x01\n")
     for path in ("broken.yaml", "trainer/broken.yaml"):
         (tmp_path / path).write_text("lr: [\n")
     with pytest.raises(UserError) as error:
@@ -242,3 +249,16 @@ def test_package_that_does_not_exist_exits_with_status_2(capsys):
         jobs(*GIVEN, "--cfg", "job", "--package", "nope")
     assert exit_.value.code == 2
     assert "nope" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_exit_status_of_the_task_is_kept(code):
+    """A run that is preempted before its ranks start exits with status 0."""
+    argv = ["train", *GIVEN]
+
+    def exit_early(config):
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit) as exit_:
+        run_app("train", parse(argv), TrainRun, exit_early)
+    assert exit_.value.code == code

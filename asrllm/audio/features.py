@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asrllm.defaults import RATE
 
 WHISPER_HOP = 160  # samples: 10 ms
-WHISPER_WINDOW = 400  # samples: 25 ms
+WHISPER_FFT = 400  # samples: 25 ms
 KALDI_HOP = 160
 KALDI_WINDOW = 400
 KALDI_FFT = 512
@@ -58,10 +58,10 @@ class WhisperFeatures(nn.Module):
             waves = nn.functional.pad(waves, (0, 30 * RATE - waves.shape[1]))
             lengths = torch.full_like(lengths, 30 * RATE)
             frames = whisper_frames(lengths)
-        window = torch.hann_window(WHISPER_WINDOW, device=waves.device)
-        padded = reflect_at_end(waves, lengths, WHISPER_WINDOW // 2)
+        window = torch.hann_window(WHISPER_FFT, device=waves.device)
+        padded = reflect_at_end(waves, lengths, WHISPER_FFT // 2)
         spectrum = torch.stft(
-            padded, WHISPER_WINDOW, WHISPER_HOP, window=window, center=False, return_complex=True
+            padded, WHISPER_FFT, WHISPER_HOP, window=window, center=False, return_complex=True
         )
         power = spectrum[..., : int(frames.max())].abs().square()
         filters = torch.from_numpy(slaney_mel(self.num_mel_bins)).to(waves.device)
@@ -99,7 +99,7 @@ def reflect_at_end(waves: Tensor, lengths: Tensor, pad: int) -> Tensor:
 
 
 @functools.cache
-def slaney_mel(bins: int, fft: int = WHISPER_WINDOW, rate: int = RATE) -> np.ndarray:
+def slaney_mel(bins: int, fft: int = WHISPER_FFT, rate: int = RATE) -> np.ndarray:
     """Return triangular filters of unit area on Slaney's mel scale.
 
     The scale is linear up to 1 kHz and logarithmic above.

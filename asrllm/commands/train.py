@@ -345,10 +345,11 @@ def last_validation_loss(exp_dir: Path) -> float | None:
     losses: list[float] = []
     path = exp_dir / METRICS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:  # a damaged line
+        except ValueError:
+            logger.warning("line %d of %s is corrupted and is not used", number, path)
             continue
         found = [value for name, value in record.items() if VALIDATION_LOSS.fullmatch(name)]
         losses = found or losses

@@ -63,7 +63,7 @@ COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 TEXT_FIELDS = ("lang", "task", "prompt")
-SHOWN_LENGTH = 200  # characters of a problem with a field
+SHOWN_FIELD = 200  # characters of a problem with a field
 TALLIED = ("corpus", "lang", "speaker")
 
 
@@ -574,7 +574,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
 
 
 def is_sample_file(member: str) -> bool:
-    """Return whether WebDataset reads a member: not README, .DS_Store, ._a.wav or __meta__.json."""
+    """Return whether WebDataset reads a member; it skips README, ._a.wav and __meta__.json."""
     key, dot, _ = member.rpartition("/")[2].partition(".")
     return bool(key and dot) and not (key.startswith("__") and key.endswith("__"))
 
@@ -729,10 +729,10 @@ def field_problem(fields: Mapping[str, object]) -> str:
     for name in TEXT_FIELDS:
         value = fields.get(name)
         if value is not None and not isinstance(value, str):
-            return f"{name!r} is {value!r}, not a text"[:SHOWN_LENGTH]
+            return f"{name!r} is {value!r}, not a string"[:SHOWN_FIELD]
     words = fields.get("hotwords") or []
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        return f"'hotwords' is {words!r}, not a list of texts"[:SHOWN_LENGTH]
+        return f"'hotwords' is {words!r}, not a list of strings"[:SHOWN_FIELD]
     return ""
 
 

@@ -37,7 +37,7 @@ SIZES = {
     "sub_group_size": 1_000_000_000,
 }
 STAGE_IN_NAME = re.compile(r"(?:zero|stage)[-_]?([0-3])")
-# a value that Python writes as JSON, although JSON has no such number
+# a value that Python writes, although JSON does not have it, or a number that overflows
 NOT_A_NUMBER = re.compile(r":\s*(-?(?:NaN|Infinity|\d+e\d{3,}))\b")
 BATCHES = "data.sampler sets the size of batches"
 EPSILON = 1e-8  # of every AdamW that a run can choose
@@ -147,8 +147,8 @@ def read_hjson(path: Path) -> DsConfig:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, RecursionError, OverflowError) as error:
         problem = first_words(error)
-        if found := NOT_A_NUMBER.search(text):
-            problem = f"{found[1]} is not a number of JSON"
+        if found := _not_a_number(text):
+            problem = f"{found} is not a valid JSON number"
         raise UserError(f"{path} is not valid JSON: {problem}. Correct the file.") from error
     if not isinstance(content, dict) or not text.strip():
         raise UserError(
@@ -156,6 +156,16 @@ def read_hjson(path: Path) -> DsConfig:
             "Give a DeepSpeed JSON, for example ds_configs/zero3.json."
         )
     return dict(content)
+
+
+def _not_a_number(text: str) -> str:
+    """Return the value that makes a file invalid JSON, or "" if there is another problem."""
+    found = NOT_A_NUMBER.search(text)
+    try:
+        hjson.loads(NOT_A_NUMBER.sub(": 0", text))
+    except (ValueError, RecursionError, OverflowError):
+        return ""
+    return found[1] if found else ""
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -375,6 +375,11 @@ def test_a_cut_whose_file_is_missing_is_rejected_alone(tmp_path):
     assert str(tmp_path / "b.wav") in row["detail"]
 
 
+def test_a_cut_whose_recording_is_null_is_rejected(tmp_path):
+    (utterance,) = read_cuts(write_row(tmp_path / "cuts.jsonl", recording=None))
+    assert utterance.problem[0] == "missing_audio"
+
+
 def test_a_cut_without_a_recording_is_rejected(tmp_path):
     cut = {
         "id": "a",
@@ -468,7 +473,7 @@ def test_time_that_is_not_a_number_of_seconds_rejects_its_cut(tmp_path, where, s
     ("changes", "shown"),
     [
         ({"supervisions": None}, "'supervisions' is None"),
-        ({"recording": None}, "'recording' is None"),
+        ({"recording": [1]}, "'recording' is [1]"),
         ({"id": None}, "'id'"),
         ({"type": "MixedCut", "tracks": []}, "'tracks' is []"),
         ({"recording": {"sampling_rate": "16000"}}, "'sampling_rate' is '16000'"),
@@ -491,6 +496,17 @@ def test_cut_that_lhotse_changes_with_other_packages_is_read(tmp_path, change):
     wave, rate = utterance.load()
     assert len(wave) == 1.5 * rate
     assert rate == (8000 if change == "resample" else 16000)
+
+
+def test_error_while_an_optional_package_is_imported_is_not_a_missing_package():
+    def load():
+        try:
+            raise ImportError("No module named 'nosuch'")
+        except ImportError:
+            raise ValueError("bad sample rate")  # noqa: B904
+
+    with pytest.raises(RejectedError, match="bad sample rate"):
+        make_sample(Utterance(key="b", text="one", load=load), {}, "flac")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asrllm.data.audio_files import OVERSHOOT
+from asrllm.data.index import SHOWN_FIELD
 from asrllm.data.sources.files import (
-    MAX_SECONDS,
+    LONGEST_RECORDING,
     UNREADABLE,
     Row,
     find_root,
@@ -34,7 +35,6 @@ ROLE = "the cuts manifest"
 CUSTOM_FIELDS = ("prompt", "task", "hotwords")
 TOLERANCE = 1e-3  # seconds by which a supervision may differ from its cut without being trimmed
 SHOWN_LENGTH = 80  # characters of a command in a message
-SHOWN_FIELD = 200  # characters of a message about a field
 
 
 def read_cuts(
@@ -102,8 +102,11 @@ def _is_file(source: Row) -> bool:
     return source.get("type") == "file" and isinstance(source.get("source"), str)
 
 
-def _kind(source: Row) -> object:
-    """Return the type of an audio source. The name of a "file" can be a URL or a pipe."""
+def _without_bar(source: Row) -> object:
+    """Return the type of an audio source, and remove the "|" at the end of a command in place.
+
+    Lhotse gives the type "file" to URLs and Kaldi's pipes too.
+    """
     kind = source.get("type")
     name = source.get("source")
     if kind != "file" or not isinstance(name, str):
@@ -129,7 +132,7 @@ def _restrict(
     Raises:
         UserError: the source is a command or a URL that is not allowed.
     """
-    kind = _kind(source)
+    kind = _without_bar(source)
     content = source.get("source")
     shown = repr(str(content)[:SHOWN_LENGTH])
     if kind == "command" and not allow_pipes:
@@ -160,7 +163,7 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     from lhotse.serialization import deserialize_item
 
     try:
-        _check_fields(row, where)
+        _check_types(row, where)
         _check_times(row, where)
         cut = deserialize_item(row)
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
@@ -174,26 +177,36 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     yield from utterances
 
 
-def _check_fields(row: Row, where: str) -> None:
+def _check_types(row: Row, where: str) -> None:
     """Check the types of the fields of a cut.
 
     Raises:
-        RejectedError: a field has another type.
+        RejectedError: a field has a type that Lhotse does not expect, or the cut has no recording.
     """
     if row.get("id") is None:
         raise RejectedError("bad_field", f"{where} has no 'id'")
-    for name, kind in (("supervisions", list), ("tracks", list), ("recording", dict)):
-        value = row.get(name, kind())
-        if not isinstance(value, kind) or (name == "tracks" and value == [] and name in row):
-            raise RejectedError("bad_field", f"{where}: {name!r} is {value!r}"[:SHOWN_FIELD])
+    if row.get("tracks") == []:
+        raise RejectedError("bad_field", f"{where}: 'tracks' is []. It must have a track")
+    for name in ("supervisions", "tracks"):
+        value = row.get(name, [])
+        if not isinstance(value, list):
+            problem = f"{where}: {name!r} is {value!r}"[:SHOWN_FIELD]
+            raise RejectedError("bad_field", f"{problem}, not a list")
+    recording = row.get("recording", {})
+    if recording is None:
+        raise RejectedError("missing_audio", f"{where}: 'recording' is null")
+    if not isinstance(recording, dict):
+        problem = f"{where}: 'recording' is {recording!r}"[:SHOWN_FIELD]
+        raise RejectedError("bad_field", f"{problem}, not an object")
     for name in ("sampling_rate", "num_samples"):
-        value = row.get("recording", {}).get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise RejectedError("bad_field", f"{where}: the recording's {name!r} is {value!r}")
+        value = recording.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problem = f"{where}: the recording's {name!r} is {value!r}, not a positive integer"
+            raise RejectedError("bad_field", problem)
 
 
 def _check_times(row: Row, where: str) -> None:
-    """Check the times of a cut and its supervisions, of which Lhotse's parsers accept any.
+    """Check the times of a cut and its supervisions, because Lhotse accepts any number.
 
     Raises:
         RejectedError: a time is not a number of seconds.
@@ -204,7 +217,7 @@ def _check_times(row: Row, where: str) -> None:
         place = f"{where}: the supervision {supervision.get('id')!r}"
         seconds_field(supervision, place, "duration")
         start = supervision.get("start")
-        if not isinstance(start, (int, float)) or not -MAX_SECONDS < start < 0:
+        if not isinstance(start, (int, float)) or not -LONGEST_RECORDING < start < 0:
             seconds_field(supervision, place, "start")
     for track in _objects(row, "tracks"):
         if isinstance(track.get("cut"), dict):

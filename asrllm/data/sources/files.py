@@ -21,7 +21,7 @@ Row = dict[str, Any]
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 MAX_UNPACKED = 1 << 28  # bytes to which any gzip file may unpack
 MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
-MAX_SECONDS = 1e7  # four months
+LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 FIELDS = {  # field of a sample: its names in manifests
     "lang": ("lang", "language", "locale"),
@@ -301,7 +301,7 @@ def seconds_field(
         return None
     try:
         seconds = float(value)
-        if 0 <= seconds < MAX_SECONDS and not isinstance(value, bool):
+        if 0 <= seconds < LONGEST_RECORDING and not isinstance(value, bool):
             return seconds
     except (TypeError, ValueError, OverflowError):
         pass

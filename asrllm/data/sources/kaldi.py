@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.sources.files import MAX_SECONDS, count_lines, find_root, peek, read_lines
+from asrllm.data.sources.files import LONGEST_RECORDING, count_lines, find_root, peek, read_lines
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
 from asrllm.text_files import open_regular
@@ -259,10 +259,10 @@ def _segment(
     if isinstance(whole, RejectedError):
         raise whole
     to_end = end == -1  # Kaldi's convention
-    if not 0 <= start < MAX_SECONDS:
+    if not 0 <= start < LONGEST_RECORDING:
         problem = f"{where} starts at {start_text} s, which is not a time in a recording"
         raise RejectedError("bad_segment", problem)
-    if not (to_end or start < end < MAX_SECONDS):
+    if not (to_end or start < end < LONGEST_RECORDING):
         problem = f"{where} spans {start_text} to {end_text} s, but its end must follow its start"
         raise RejectedError("bad_segment", problem)
     return recording, AudioSegment(whole.audio, start, None if to_end else end, channel)

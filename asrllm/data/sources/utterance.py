@@ -24,20 +24,22 @@ class RejectedError(Exception):
 
 
 def check_installed(error: BaseException, where: str) -> None:
-    """Check that an error of Lhotse is not that of a missing package.
+    """Raise UserError if audio cannot be read because a package is missing.
 
-    Raises:
-        UserError: it is one.
+    Args:
+        error: from the reader of the audio.
+        where: what was read, as the beginning of the message.
     """
     link: BaseException | None = error
     while link is not None:
         text = " ".join(str(link).split())
-        if isinstance(link, ImportError) or "nstall torchaudio" in text:
+        # Lhotse raises RuntimeError for a missing torchaudio
+        if isinstance(link, ImportError) or "install torchaudio" in text:
             raise UserError(
                 f"{where} needs a package that is not installed: {text}. For scipy and pyloudnorm "
                 "use pip install 'asrllm[cuts]'; torchaudio must have the version of torch."
             ) from error
-        link = link.__cause__ or link.__context__
+        link = link.__cause__
 
 
 def no_audio() -> tuple[np.ndarray, int]:

@@ -61,7 +61,7 @@ class AsrLlmModel(AsrLlmNetwork):
                 many tokens, and removes all copies but one (see `generation.first_loop`).
             batch_seconds: seconds of audio that are decoded at a time, padding included. A longer
                 list of audios is sorted by length and divided into batches; None decodes all at
-                once. Features are never divided.
+                once. Features are never divided, nor are audios for an LLM that ZeRO-3 partitions.
             generation: options of transformers' GenerationConfig, for example `num_beams`. The
                 default is greedy search; the LLM's own generation_config.json is not used.
 

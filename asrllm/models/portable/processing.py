@@ -1,6 +1,7 @@
 """The processor of a saved model as transformers loads it: audio and chats to model inputs."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -159,11 +160,12 @@ class AsrLlmHubProcessor(ProcessorMixin):
             tokenize: return token ids instead of texts.
             return_dict: with tokenize: return all inputs of the model.
             add_generation_prompt: only True with tokenize: begin the answer.
-            sampling_rate: of arrays in Hz; None means 16000.
+            sampling_rate: of the audio in Hz; None means 16000.
             ignored: options of other processors, for example return_tensors.
 
         Raises:
-            ValueError: the model was not trained for the options.
+            ValueError: the model was not trained for the options, or a part has no audio.
+            UserError: the conversation is not a chat.
         """
         if chat_template is not None or (tokenize and not add_generation_prompt):
             raise ValueError(
@@ -182,6 +184,8 @@ class AsrLlmHubProcessor(ProcessorMixin):
                     )
                 )
             return texts[0] if is_one else texts
+        for chat in chats:
+            plain_messages(chat, self.audio_token)  # raises an error if it is not a chat
         audios = [audio for chat in chats for audio in audios_of(chat)]
         features: dict[str, Any] = {"num_samples": torch.zeros(0, dtype=torch.long)}
         if audios:
@@ -295,12 +299,14 @@ def audios_of(chat: Messages) -> list[Any]:
     """
     audios: list[Any] = []
     for message in chat:
-        parts = message["content"] if isinstance(message["content"], list) else []
-        for part in parts:
-            if part.get("type") != "audio":
+        content = message["content"]
+        for part in content if isinstance(content, list) else []:
+            if part["type"] != "audio":
                 continue
-            audio = next((part[key] for key in ("audio", "path", "url") if key in part), None)
+            given = (part.get(key) for key in ("audio", "path", "url"))
+            audio = next((value for value in given if value is not None), None)
             if audio is None:
                 raise ValueError("a part of type 'audio' has no 'audio', 'path' or 'url'. Add it.")
-            audios.append(load_audio(audio, RATE) if isinstance(audio, str) else audio)
+            is_file = isinstance(audio, (str, Path))
+            audios.append(load_audio(str(audio), RATE) if is_file else audio)
     return audios

@@ -33,6 +33,16 @@ parts = [{"type": "audio", "audio": waves[0]}, {"type": "text", "text": "Say."}]
 messages = [{"role": "user", "content": parts}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
 both = processor.apply_chat_template([messages, messages], tokenize=True)
+BAD_CONTENTS = [None, ["x"], [{"type": "audio"}], [{"type": "audio", "audio": None}], 5]
+
+
+def refused(content):
+    try:
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+    except Exception as error:
+        return type(error).__name__
+
+
 transcribe = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
 results = {
     "texts": texts,
@@ -42,6 +52,7 @@ results = {
     "chat": inputs["input_ids"][0].tolist(),
     "same features": bool((inputs["input_features"] == chat["input_features"]).all()),
     "rows": len(both),
+    "refused": [refused(content) for content in BAD_CONTENTS],
     "text": processor.apply_chat_template(messages),
     "type": type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__,
 }
@@ -73,6 +84,7 @@ def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_pat
     assert found["chat"] == found["prompt"]
     assert (found["same features"], found["rows"]) == (True, 2)
     assert found["text"].count("<|AUDIO|>") == 1
+    assert found["refused"] == [*["UserError"] * 2, *["ValueError"] * 2, "UserError"]
     logits = first_logits(model, waves[0])
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-4, rtol=1e-4)
 
