@@ -100,19 +100,25 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: `path` is not empty, is a mount point, or cannot be written.
     """
     with writable_path(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--output {str(path)!r} is not empty. Use another directory.")
-        path = path.resolve()  # may be a symbolic link to a directory
-        if path.is_mount():
-            raise UserError(
-                f"--output {str(path)!r} is a mount point, which cannot be replaced. "
-                "Use a directory below it."
-            )
+        path = _replaceable_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as partial:
         yield partial
         partial.chmod(0o755)
         partial.replace(path)
+
+
+def _replaceable_folder(path: Path) -> Path:
+    """Return the resolved path of a directory, or raise UserError if it cannot be replaced."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output {str(path)!r} is not empty. Use another directory.")
+    path = path.resolve()  # may be a symbolic link to a directory
+    if path.is_mount():
+        raise UserError(
+            f"--output {str(path)!r} is a mount point, which cannot be replaced. "
+            "Use a directory below it."
+        )
+    return path
 
 
 @contextlib.contextmanager

@@ -210,14 +210,8 @@ class Siblings:
             seconds = CHECK_INTERVAL
             if deadline is not None:
                 seconds = deadline - time.monotonic()
-            for key, _ in self.selector.select(seconds):
-                if key.fileobj is self.woken:
-                    if self.woken.recv(16).endswith(b"x"):
-                        return
-                elif key.fileobj is self.listener:
-                    self._accept()
-                else:
-                    self._receive(key.fileobj)  # type: ignore[arg-type]
+            if not self._serve(seconds):
+                return
             if self.launchers and launchers_above() != self.launchers:
                 self.launchers = []
                 threading.Thread(target=self._outlive_launcher, daemon=True).start()
@@ -251,6 +245,18 @@ class Siblings:
                 if rank >= 0:
                     self.statuses.setdefault(rank, None)
             self.changed.notify_all()
+
+    def _serve(self, seconds: float) -> bool:
+        """Answer the other ranks for some time. Return False if this process has finished."""
+        for key, _ in self.selector.select(seconds):
+            if key.fileobj is self.woken:
+                if self.woken.recv(16).endswith(b"x"):
+                    return False
+            elif key.fileobj is self.listener:
+                self._accept()
+            else:
+                self._receive(key.fileobj)  # type: ignore[arg-type]
+        return True
 
     def _leave(self, rank: int, status: int | None) -> None:
         """End this process because another rank ended."""

@@ -126,9 +126,7 @@ def write_sharded(
         max_shard_size: maximum size of each file.
         what: label of the progress bar.
     """
-    meta: dict[str, Tensor] = {}
-    for name, spec in source.specs.items():
-        meta[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    meta = _empty_tensors(source, source.specs, device="meta")
     plan = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     with ProgressBar(f"writing {what}", len(meta)) as bar:
         for file, names in plan.filename_to_tensors.items():
@@ -183,16 +181,24 @@ def _safetensors_header(source: TensorSource, names: Sequence[str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _empty_tensors(
+    source: TensorSource, names: Iterable[str], device: str = "cpu"
+) -> OrderedDict[str, Tensor]:
+    """Return uninitialised tensors with the shapes and dtypes of the weights."""
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for name in names:
+        spec = source.specs[name]
+        state[name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    return state
+
+
 def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
     """Write a state dict of torch.save.
 
     torch.save lays out the file with uninitialised records, without touching their memory. Then
     each record and its checksum is overwritten.
     """
-    state: OrderedDict[str, Tensor] = OrderedDict()
-    for name in names:
-        spec = source.specs[name]
-        state[name] = torch.empty(spec.shape, dtype=spec.dtype)
+    state = _empty_tensors(source, names)
     setattr(state, ABOUT, dict(source.about))
     with torch.serialization.skip_data():
         torch.save(state, path)

@@ -309,7 +309,9 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
                 average = average + (average - start_average) * (first / (last - first))
             yield average.float()
 
-    specs = {name: Spec(spec.shape, torch.float32) for name, spec in until.specs.items()}
+    specs: dict[str, Spec] = {}
+    for name, spec in until.specs.items():
+        specs[name] = Spec(spec.shape, torch.float32)
     about: JsonObject = {"sources": _source_records(parts), "mean": "every step between"}
     if any(map(FACTOR.search, specs)):
         about["lora"] = "factors"

@@ -108,13 +108,14 @@ class Collator:
         lengths = torch.tensor([len(row) for row in ids])
         labels_of_all = torch.cat(shifted)
         positions = torch.nonzero(labels_of_all != NO_LABEL).flatten()
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         trained = [(s, p) for s, p in zip(samples, prompts, strict=True) if s.weight]
         return PackedBatch(
             waves=torch.from_numpy(pad_waves([sample.wave for sample in samples], out)),
             wave_lengths=torch.tensor([len(sample.wave) for sample in samples]),
             input_ids=torch.cat(ids)[None],
             position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+            cu_seqlens=cu_seqlens.int(),
             target_positions=positions,
             targets=labels_of_all[positions],
             masks=torch.from_numpy(np.stack([sample.masks for sample in samples])),
@@ -183,6 +184,10 @@ def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         The tokens (N, T) and their mask (N, T), which is 0 for padding.
     """
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    for row in rows:
+        padding = [0] * (longest - len(row))
+        ids.append(padding + list(row))
+        mask.append(padding + [1] * len(row))
+    return torch.tensor(ids), torch.tensor(mask)

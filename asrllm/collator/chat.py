@@ -84,7 +84,11 @@ class ChatRenderer:
                 f"the chat {list(messages)!r} has {found} audio tokens for {len(audio_tokens)} "
                 f"audios. Write {self.audio_token} once for each."
             )
-        lengths = iter(audio_tokens)
+        return self._expand_audio_tokens(ids, audio_tokens)
+
+    def _expand_audio_tokens(self, ids: Sequence[int], repeats: Sequence[int]) -> list[int]:
+        """Repeat each audio token as often as its audio has tokens."""
+        lengths = iter(repeats)
         expanded: list[int] = []
         for token in ids:
             if token == self.audio_token_id:

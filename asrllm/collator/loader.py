@@ -144,7 +144,8 @@ class SharedSlots(Dataset):
             raise sent
         if isinstance(sent["waves"], tuple):
             shape = sent["waves"]
-            sent["waves"] = self.slots[slot][: shape[0] * shape[1]].reshape(shape)
+            samples = shape[0] * shape[1]
+            sent["waves"] = self.slots[slot][:samples].reshape(shape)
         fields = {}
         for name, value in sent.items():
             fields[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value

@@ -121,19 +121,23 @@ def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
     prompt_tokens = longest_prompt(data)
     row_tokens = [_sum(batch["tokens"]) + prompt_tokens * len(batch) for batch in batches]
     utterances = sum(len(batch) for batch in batches)
-    steps: int | None = None
-    if not data.plan.endless:
-        steps = data.plan.estimate_steps(ranks=ranks, accumulation=data.accumulation)
     return {
         "utterances": sum(corpus.kept for corpus in data.corpora),
         "hours": round(sum(corpus.kept_hours for corpus in data.corpora), 2),
-        "steps an epoch": steps,
+        "steps an epoch": _steps_of_epoch(data, ranks),
         "utterances per batch": round(utterances / len(batches), 1),
         "audio seconds a batch": round(samples / RATE / len(batches), 1),
         "audio padding ratio": round(1 - samples / padded_samples, 4),
         "ratio of audio tokens": round(audio_tokens / sum(row_tokens), 3),
         "tokens of the largest row": max(row_tokens),
     }
+
+
+def _steps_of_epoch(data: TrainingData, ranks: int) -> int | None:
+    """Return the number of steps of an epoch, or None if the data has no end."""
+    if data.plan.endless:
+        return None
+    return data.plan.estimate_steps(ranks=ranks, accumulation=data.accumulation)
 
 
 def longest_prompt(data: TrainingData) -> int:

@@ -133,18 +133,22 @@ def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list
     problems: list[str] = []
     for path in paths:
         try:
-            file = open_audio(path)
-            if file.seconds is not None and round(file.seconds * RATE) < shortest:
-                raise too_short(file, file.seconds, shortest)
+            files.append(_open_usable(path, shortest))
         except UserError as error:
             problems.append(str(error))
-        else:
-            files.append(file)
     if not files:
         raise UserError("; ".join(problems))
     for problem in problems:
         logger.warning("%s; the other files are transcribed first", problem)
     return files, problems
+
+
+def _open_usable(path: str, shortest: int) -> AudioFile:
+    """Open an audio file, or raise UserError if it has fewer than `shortest` samples."""
+    file = open_audio(path)
+    if file.seconds is not None and round(file.seconds * RATE) < shortest:
+        raise too_short(file, file.seconds, shortest)
+    return file
 
 
 def warn_of_untrained_language(arguments: argparse.Namespace, description: AsrLlmConfig) -> None:
@@ -162,19 +166,13 @@ def warn_of_untrained_language(arguments: argparse.Namespace, description: AsrLl
 def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) -> float:
     """Return the longest segment in seconds.
 
-    The default is the duration of long training utterances, because a model omits words of longer
-    ones.
-
     Raises:
         UserError: --max-segment is out of range.
     """
     trained = description.trained_seconds
     requested = arguments.max_segment
     if requested is None:
-        longest = LONGEST_WITH_VAD if arguments.vad else LONGEST_WITHOUT_VAD
-        if trained is None:
-            return longest
-        return min(longest, max(trained, SHORTEST))
+        return _default_segment_seconds(trained, vad=arguments.vad)
     if not SHORTEST <= requested <= LONGEST_WITHOUT_VAD:
         raise UserError(
             f"--max-segment {requested:g} is out of range. "
@@ -188,6 +186,17 @@ def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) ->
             trained,
         )
     return float(requested)
+
+
+def _default_segment_seconds(trained: float | None, *, vad: bool) -> float:
+    """Return the duration of long training utterances, within the supported range.
+
+    A model omits words of longer ones.
+    """
+    longest = LONGEST_WITH_VAD if vad else LONGEST_WITHOUT_VAD
+    if trained is None:
+        return longest
+    return min(longest, max(trained, SHORTEST))
 
 
 def load_engine(arguments: argparse.Namespace) -> TorchEngine:
@@ -304,14 +313,18 @@ def write(
             path = arguments.output_dir / f"{Path(transcript.audio).stem}.{name}"
             write_whole(path, FORMATS[name](transcript, arguments.language))
         return
-    if several and formats[0] == "json":
-        text = as_json(transcript, arguments.language, indent=None)
-    elif several:
-        # stays one line whatever the text and the file's name contain
-        text = f"{escape(transcript.audio)}\t{escape(' '.join(transcript.text.split()))}\n"
+    if several:
+        text = _as_one_line(transcript, formats[0], arguments.language)
     else:
         text = FORMATS[formats[0]](transcript, arguments.language)
     print(text, end="", flush=True)
+
+
+def _as_one_line(transcript: FileTranscript, name: str, language: str | None) -> str:
+    """Return a JSON object, or the file and its text, whatever characters these contain."""
+    if name == "json":
+        return as_json(transcript, language, indent=None)
+    return f"{escape(transcript.audio)}\t{escape(' '.join(transcript.text.split()))}\n"
 
 
 def warn_of_transcript(transcript: FileTranscript) -> None:

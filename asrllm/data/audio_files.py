@@ -33,7 +33,7 @@ from asrllm.data.audio_headers import (
 )
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
-from asrllm.text_files import parse_json, pointer_problem
+from asrllm.text_files import JsonObject, parse_json, pointer_problem
 
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
 # the best-known formats that soundfile reads
@@ -340,20 +340,27 @@ def open_by_ffmpeg(file: AudioFile, reason: str) -> AudioFile:
             f"cannot be read ({reason}). Convert it to one of {', '.join(FORMATS)}, "
             "or install ffmpeg, which is not on PATH, for m4a, mp4, webm and more."
         )
-    fields = ("-select_streams", "a:0", "-show_entries", PROBED, "-of", "json")
-    with file.on_disk() as path:
-        command = ["ffprobe", "-v", "error", *LOCAL_ONLY, *fields, f"file:{path}"]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    try:
-        found = parse_json(done.stdout or b"{}")
-    except ValueError:  # ffprobe stops in the middle of its output
-        found = {}
-    if done.returncode or not found.get("streams"):
+    found = _probe(file)
+    if not found.get("streams"):
         raise file.error(
             f"cannot be read ({reason}), and ffmpeg finds no audio in it. Choose an audio file."
         )
     seconds = _promised_seconds(found["streams"][0], found.get("format", {}))
     return replace(file, seconds=seconds, decoder="ffmpeg")
+
+
+def _probe(file: AudioFile) -> JsonObject:
+    """Return what ffprobe prints about a file, or an empty object if it fails."""
+    fields = ("-select_streams", "a:0", "-show_entries", PROBED, "-of", "json")
+    with file.on_disk() as path:
+        command = ["ffprobe", "-v", "error", *LOCAL_ONLY, *fields, f"file:{path}"]
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        return {}
+    try:
+        return parse_json(done.stdout or b"{}")
+    except ValueError:  # ffprobe stops in the middle of its output
+        return {}
 
 
 def _promised_seconds(stream: dict[str, Any], container: dict[str, Any]) -> float | None:
@@ -425,17 +432,24 @@ def read_stretch(
         OutsideError: the part is outside the file.
     """
     if file.decoder == "ffmpeg":
-        whole = np.concatenate([np.zeros(0, np.float32), *_by_ffmpeg(file)])[:, None]
+        wave = _read_part_by_ffmpeg(file, start, end)
         rate = RATE
-        _check_all_read(file, len(whole))
-        begin, stop = _frames_of(file, start, end, rate, len(whole))
-        wave = whole[begin:stop]
     else:
         wave, rate = _read_part(file, start, end)
     loudest = np.abs(wave).max(initial=0)
     if np.isfinite(loudest):
         _check_loudness(file, loudest)
     return wave, rate
+
+
+def _read_part_by_ffmpeg(file: AudioFile, start: float, end: float | None) -> np.ndarray:
+    """Return samples (samples, 1) at 16 kHz. The whole file is decoded to check its length."""
+    nothing: np.ndarray = np.zeros(0, np.float32)  # numpy cannot concatenate an empty list
+    samples = np.concatenate([nothing, *_by_ffmpeg(file)])
+    whole = samples[:, None]
+    _check_all_read(file, len(whole))
+    begin, stop = _frames_of(file, start, end, RATE, len(whole))
+    return whole[begin:stop]
 
 
 def _read_part(file: AudioFile, start: float, end: float | None) -> tuple[np.ndarray, int]:

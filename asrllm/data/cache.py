@@ -252,12 +252,7 @@ class ShardCache:
                 return False
             return True
 
-    def _download(
-        self,
-        file: RemoteFile,
-        path: Path,
-        pause: Pause,
-    ) -> None:
+    def _download(self, file: RemoteFile, path: Path, pause: Pause) -> None:
         """Download a file. The caller holds its lock."""
         partial = self.partials / path.name
         try:
@@ -295,17 +290,23 @@ class ShardCache:
             size = opened.size if file.size is None else file.size
             if size is not None:
                 self._reserve(download, size, pause)
-            while chunk := opened.source.read(CHUNK):
-                pause(0)
-                needed = download.offset + len(chunk)
-                if needed > download.reserved and size is None:
-                    self._reserve(download, max(needed, min(needed + GROWTH, self.max_bytes)), None)
-                with self._writing():
-                    download.write(chunk)
-                if size is not None and download.offset > size:
-                    break
+            self._receive(download, opened.source, size, pause)
         with self._writing():
             download.check(size)
+
+    def _receive(
+        self, download: _Download, source: BinaryIO, size: int | None, pause: Pause
+    ) -> None:
+        """Append the content of an open connection, up to the first chunk beyond `size` bytes."""
+        while chunk := source.read(CHUNK):
+            pause(0)
+            needed = download.offset + len(chunk)
+            if needed > download.reserved and size is None:
+                self._reserve(download, max(needed, min(needed + GROWTH, self.max_bytes)), None)
+            with self._writing():
+                download.write(chunk)
+            if size is not None and download.offset > size:
+                break
 
     def _reserve(
         self,

@@ -168,11 +168,7 @@ def _passes(reasons: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def read_corpora(
-    path: str | Path,
-    *,
-    filters: FilterConfig | None,
-    made: Path,
-    cache: ShardCache | None = None,
+    path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None
 ) -> list[Corpus]:
     """Read a data config: a list of `{manifest | shards, name, hours, weights, lang, prompts}`.
 

@@ -352,11 +352,7 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
     partial.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     partial.replace(folder / "index.json")
     if not len(rows):
-        return Index(
-            rows=rows,
-            shards=[],
-            starts=np.zeros(1, int),
-        )
+        return Index(rows=rows, shards=[], starts=np.zeros(1, int))
     return _open_index(str(folder), about, folder / "index.bin")
 
 

@@ -302,15 +302,21 @@ class Plan:
             for budget in budgets:
                 size = min(size, budget.batch_size(start, ranks))
             if excess is not None:
-                is_excess = excess[start : start + size * ranks] >= start
-                if is_excess.any():
-                    size = max(1, int(is_excess.argmax()) // ranks)
+                size = self._size_before_excess(excess, start, size, ranks)
             remaining = len(entries) - start
             if size * ranks < remaining < 2 * size * ranks:
                 size = -(-remaining // (2 * ranks))
             end = min(start + size * ranks, len(entries))
             yield start, end
             start = end
+
+    @staticmethod
+    def _size_before_excess(excess: np.ndarray, start: int, size: int, ranks: int) -> int:
+        """Return how many utterances per rank precede the first excess copy of a group."""
+        is_excess = excess[start : start + size * ranks] >= start
+        if not is_excess.any():
+            return size
+        return max(1, int(is_excess.argmax()) // ranks)
 
     def _budgets(self, entries: np.ndarray, ranks: int) -> list["_Budget"]:
         budgets = [_Budget(entries["tokens"], self.config.max_tokens, ranks)]
@@ -587,10 +593,11 @@ def split_over_ranks(
     if ranks == 1:
         return [entries]
     costs: np.ndarray = entries["tokens"].astype(np.int64)
-    by_cost = np.argsort(-costs, kind="stable")
     contains_copies = repeated and copies_share_group(entries, [(0, len(entries))])
     if contains_copies:  # adjacent copies go to different ranks
         by_cost = np.lexsort((entries["row"], entries["corpus"], -costs))
+    else:
+        by_cost = np.argsort(-costs, kind="stable")
     owner = _balance(entries["tokens"], by_cost, ranks)
     if contains_copies and copies_share_rank(entries, owner):
         owner[by_cost] = np.arange(len(entries)) % ranks

@@ -60,18 +60,23 @@ def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:
     path = Path(path)
     where = f"prompt_file={str(path)!r}"
     text = read_text(path, "prompt_file")
-    entries: list[Any] = [line for line in text.splitlines() if line.strip()]
-    if _is_yaml_list(entries):
-        try:
-            entries = read_yaml(path, "prompt_file")
-        except UserError as error:
-            if any(map(_is_yaml_entry, entries)):
-                raise
-            logger.warning("%s. Its lines are taken as prompts.", error)
+    lines = [line for line in text.splitlines() if line.strip()]
+    entries = _read_yaml_or_lines(path, lines) if _is_yaml_list(lines) else lines
     prompts = parse_prompts(entries, where)
     if not prompts:
         raise UserError(f"{where} has no prompt. Write one prompt per line.")
     return prompts
+
+
+def _read_yaml_or_lines(path: Path, lines: list[str]) -> list[Any]:
+    """Return the entries of a YAML list, or its lines if they turn out to be plain text."""
+    try:
+        return read_yaml(path, "prompt_file")
+    except UserError as error:
+        if any(map(_is_yaml_entry, lines)):
+            raise
+        logger.warning("%s. Its lines are taken as prompts.", error)
+        return lines
 
 
 def _is_yaml_entry(line: str) -> bool:

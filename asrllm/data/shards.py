@@ -152,7 +152,8 @@ def _chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utteran
     while chunk := list(itertools.islice(iterator, size)):
         usable = [i for i, utterance in enumerate(chunk) if utterance.problem is None]
         keys = [tar_key(chunk[i].key) for i in usable]
-        for i, key, repeated in zip(usable, keys, seen.add(hash_keys(keys)), strict=True):
+        is_repeated = seen.add(hash_keys(keys))
+        for i, key, repeated in zip(usable, keys, is_repeated, strict=True):
             if repeated:
                 problem = ("duplicate_key", f"another utterance has the tar's key {key!r}")
                 chunk[i] = dataclasses.replace(chunk[i], problem=problem)

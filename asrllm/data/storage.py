@@ -253,12 +253,17 @@ def _underlying_error(error: Exception, url: str) -> Exception:
     return error
 
 
+def _is_missing(error: BaseException, status: int | None) -> bool:
+    """Return whether an error says that the object does not exist."""
+    if status is None:
+        return isinstance(error, (FileNotFoundError, IsADirectoryError))
+    return status in (404, 410)
+
+
 def _permanent_error(error: BaseException, url: str) -> UserError | None:
     """Return the message for an error that will recur, or None if another attempt may succeed."""
     status = _status(error)
-    if status in (404, 410) or (
-        status is None and isinstance(error, (FileNotFoundError, IsADirectoryError))
-    ):
+    if _is_missing(error, status):
         return _NotFoundError(
             f"{redact_url(url)} does not exist. Check the address, and that all shards are there."
         )

@@ -84,14 +84,8 @@ def index_tars(
     return ShardSummary(index=index, rejected=dict(reasons))
 
 
-def _warn_of_changes(folder: Path, scans: Sequence["_Scan"]) -> None:
-    """Warn of samples whose bytes differ from those in the directory's present index."""
-    if not (folder / "index.json").is_file():
-        return
-    try:
-        before = open_index(folder)
-    except UserError:  # a damaged index, which the new one replaces
-        return
+def _count_changes(before: Index, scans: Sequence["_Scan"]) -> int:
+    """Return how many indexed samples have other bytes now."""
     numbers = {Path(path).name: number for number, path in enumerate(before.shards)}
     changed = 0
     for scan in scans:
@@ -101,8 +95,21 @@ def _warn_of_changes(folder: Path, scans: Sequence["_Scan"]) -> None:
         begin = np.searchsorted(before.rows["shard"], number)
         end = np.searchsorted(before.rows["shard"], number + 1)
         own = before.rows[begin:end]
-        found = dict(zip(scan.record.rows["offset"], scan.record.rows["crc32"], strict=True))
+        now = scan.record.rows
+        found = dict(zip(now["offset"], now["crc32"], strict=True))
         changed += sum(found.get(row["offset"]) != row["crc32"] for row in own)
+    return changed
+
+
+def _warn_of_changes(folder: Path, scans: Sequence["_Scan"]) -> None:
+    """Warn of samples whose bytes differ from those in the directory's present index."""
+    if not (folder / "index.json").is_file():
+        return
+    try:
+        before = open_index(folder)
+    except UserError:  # a damaged index, which the new one replaces
+        return
+    changed = _count_changes(before, scans)
     if changed:
         logger.warning(
             "%d samples in %s have other bytes than when they were indexed before. If you did not "

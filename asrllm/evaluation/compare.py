@@ -346,6 +346,14 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(
             f"{str(path)!r} is not a {RESULT_FILES} file: {error}. Choose such a file."
         ) from error
+    _check_unique_keys(rows, path)
+    if not rows:
+        raise UserError(f"{str(path)!r} has no utterances. Choose another {RESULT_FILES} file.")
+    return rows
+
+
+def _check_unique_keys(rows: Sequence[Row], path: Path) -> None:
+    """Raise UserError if two utterances have the same key."""
     counts = Counter(row["key"] for row in rows)
     repeated = [key for key, count in counts.items() if count > 1]
     if repeated:
@@ -353,9 +361,6 @@ def read_rows(path: Path) -> list[Row]:
             f"{str(path)!r} has {len(repeated)} repeated keys, for example {repeated[0]!r}. "
             "Make the keys of the utterances unique, and evaluate again."
         )
-    if not rows:
-        raise UserError(f"{str(path)!r} has no utterances. Choose another {RESULT_FILES} file.")
-    return rows
 
 
 def _parse_generations(lines: Sequence[str]) -> list[Row]:

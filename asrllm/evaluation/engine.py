@@ -87,10 +87,7 @@ class HalvingEngine:
                 if not is_out_of_memory(error):
                     raise
                 if len(waves) == 1:
-                    raise UserError(
-                        f"{size / RATE:.1f} s of audio do not fit in memory ({error}). "
-                        "Free memory, or use shorter audio."
-                    ) from error
+                    raise _too_long_error(size, error) from error
             self.too_large = size
             logger.warning(
                 "A batch of %d utterances does not fit in memory. Batches of this size are halved.",
@@ -99,6 +96,13 @@ class HalvingEngine:
         half = len(waves) // 2
         first = self.answer(waves[:half], prompts[:half])
         return first + self.answer(waves[half:], prompts[half:])
+
+
+def _too_long_error(samples: int, error: Exception) -> UserError:
+    return UserError(
+        f"{samples / RATE:.1f} s of audio do not fit in memory ({error}). "
+        "Free memory, or use shorter audio."
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -169,7 +169,8 @@ def bootstrap_interval(total: np.ndarray, units: np.ndarray) -> tuple[float, flo
     rates = np.empty(BOOTSTRAP_SAMPLES)
     for i in range(BOOTSTRAP_SAMPLES):
         drawn = rng.integers(len(units), size=len(units))
-        rates[i] = 100 * total[drawn].sum() / max(units[drawn].sum(), 1)
+        drawn_units = max(units[drawn].sum(), 1)
+        rates[i] = 100 * total[drawn].sum() / drawn_units
     ends: np.ndarray = np.percentile(rates, [2.5, 97.5])
     return float(ends[0]), float(ends[1])
 

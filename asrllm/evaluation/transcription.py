@@ -206,7 +206,8 @@ def decode_segments(
     engine: Engine, segments: list[Segment], prompt: str, batch_size: int
 ) -> list[Answer]:
     """Return the answers in the order of the segments, decoded in batches of similar length."""
-    order = sorted(range(len(segments)), key=lambda i: -len(segments[i].wave))
+    lengths = [len(segment.wave) for segment in segments]
+    order = sorted(range(len(segments)), key=lambda i: -lengths[i])
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

@@ -47,7 +47,10 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
             group=exp_dir.name,
             job_type="evaluate",
             dir=str(exp_dir),
-            config={"exp_dir": str(exp_dir), "sets": {s.name: settings(s.entry) for s in sets}},
+            config={
+                "exp_dir": str(exp_dir),
+                "sets": {test.name: settings(test.entry) for test in sets},
+            },
             settings=wandb.Settings(silent=True, console="off"),
         )
     with tempfile.TemporaryDirectory() as folder, run:

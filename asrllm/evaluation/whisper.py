@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.hub_files import load_tokenizer
 from asrllm.text_files import read_text, reading
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
 
 # samples; the test set's limits are those of the model's encoder, and audio after 30 s is cut off
 LIMITS = (1, 31 * RATE)
@@ -44,6 +47,21 @@ def find_whisper(path: str | Path | None) -> Path:
     return folder
 
 
+def _load_model(folder: Path, dtype: torch.dtype) -> WhisperForConditionalGeneration:
+    """Load a Whisper model, or raise UserError if its weights have no decoder."""
+    from transformers import WhisperForConditionalGeneration
+
+    with reading(folder, "the Whisper model"):
+        model, report = WhisperForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    # the output layer is tied to the embedding, so its weight is in no file
+    missing = sorted(name for name in report["missing_keys"] if name != "proj_out.weight")
+    if missing:
+        raise UserError(f"the weights in {str(folder)!r} lack {missing[0]!r}")
+    return model
+
+
 class WhisperEngine:
     """Runs Whisper's greedy search on windows of 30 s.
 
@@ -66,17 +84,11 @@ class WhisperEngine:
         Raises:
             UserError: the directory cannot be loaded, or its weights have no decoder.
         """
-        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+        from transformers import WhisperFeatureExtractor
 
-        with reading(folder, "the Whisper model"):
-            model, report = WhisperForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
-            )
+        model = _load_model(folder, dtype)
         self.tokenizer = load_tokenizer(folder)
         self.model: Any = model.to(device).eval()
-        missing = sorted(name for name in report["missing_keys"] if name != "proj_out.weight")
-        if missing:
-            raise UserError(f"the weights in {str(folder)!r} lack {missing[0]!r}")
         self.folder = folder
         self.extract = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
         longest = model.config.max_target_positions // 2

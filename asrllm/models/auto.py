@@ -201,7 +201,10 @@ def load_state(path: Path, *, mapped: bool = False) -> StateDict:
             f"the weights {str(path)!r} cannot be read: {first_words(error)}. Copy the file again, "
             "or make it again."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    is_state = isinstance(state, dict) and all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    )
+    if not is_state:
         raise UserError(
             f"the weights {str(path)!r} are not a plain state dict of tensors. Give one."
         )

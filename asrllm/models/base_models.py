@@ -17,12 +17,7 @@ from asrllm.models.hub_files import Fields
 BasePaths = Mapping[str, str | Path]
 
 
-def move_base_models(
-    config: AsrLlmConfig,
-    base_models: BasePaths | None,
-    *,
-    where: str,
-) -> None:
+def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, where: str) -> None:
     """Replace the paths of base models in a configuration.
 
     Args:

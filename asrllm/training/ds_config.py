@@ -382,6 +382,15 @@ def check_device(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
             check_nvme(part, offload, config, path)
 
 
+def _require_nvme_path(part: str, config: TrainerConfig, path: Path) -> str:
+    if not config.nvme_path:
+        raise UserError(
+            f"{path}: {part} writes to NVMe, but no directory is given. "
+            "Set trainer.nvme_path=/local/disk."
+        )
+    return config.nvme_path
+
+
 def check_nvme(part: str, offload: DsConfig, config: TrainerConfig, path: Path) -> None:
     """Raise UserError if offloading to NVMe cannot work, and fill in its path.
 
@@ -392,12 +401,7 @@ def check_nvme(part: str, offload: DsConfig, config: TrainerConfig, path: Path) 
         path: path of the DeepSpeed JSON, for the messages.
     """
     if offload.get("nvme_path", "auto") == "auto":
-        if not config.nvme_path:
-            raise UserError(
-                f"{path}: {part} writes to NVMe, but no directory is given. "
-                "Set trainer.nvme_path=/local/disk."
-            )
-        offload["nvme_path"] = config.nvme_path
+        offload["nvme_path"] = _require_nvme_path(part, config, path)
     supported = config.optimizer.name == "deepspeed_adamw" and not config.use_averaged_model
     if part == "offload_optimizer" and not supported:
         raise UserError(

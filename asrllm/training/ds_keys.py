@@ -169,17 +169,22 @@ def check_keys(ds: DsConfig, path: Path) -> None:
         if key not in KNOWN_KEYS:
             raise unknown_ds_key(repr(key), key, KNOWN_KEYS, path)
         value = ds[key]
-        if key in SCALARS:
-            check_type(value, SCALARS[key], key, path)
-        elif key in MODELS:
-            check_type(value, OBJECT, key, path)
-            check_model(MODELS[key], value, key, path)
-        elif key in PLAIN_BLOCKS:
-            check_type(value, OBJECT, key, path)
-            check_block(PLAIN_BLOCKS[key], value, key, path)
+        _check_value(key, value, path)
         if key in UNSUPPORTED and is_off(value):
             del ds[key]
     check_supported(ds, path)
+
+
+def _check_value(key: str, value: Any, path: Path) -> None:
+    """Raise UserError if the value of a top-level key has the wrong type or content."""
+    if key in SCALARS:
+        check_type(value, SCALARS[key], key, path)
+    elif key in MODELS:
+        check_type(value, OBJECT, key, path)
+        check_model(MODELS[key], value, key, path)
+    elif key in PLAIN_BLOCKS:
+        check_type(value, OBJECT, key, path)
+        check_block(PLAIN_BLOCKS[key], value, key, path)
 
 
 def check_removed(ds: Block, path: Path) -> None:
@@ -244,6 +249,19 @@ def check_block(known: Mapping[str, Kinds], block: Block, place: str, path: Path
         check_type(value, known[key], name, path)
 
 
+def _fields_by_key(model: type[BaseModel]) -> tuple[dict[str, FieldInfo], set[str]]:
+    """Return the fields by their names and aliases, and the keys that are not deprecated."""
+    fields: dict[str, FieldInfo] = {}
+    current: set[str] = set()
+    for name, field in model.model_fields.items():
+        fields[name] = field
+        if field.alias:
+            fields[field.alias] = field
+        if not replacement_of(field):
+            current.add(field.alias or name)
+    return fields, current
+
+
 def check_model(model: type[BaseModel], block: Block, place: str, path: Path) -> None:
     """Check a block with DeepSpeed's pydantic model. "auto" is accepted everywhere.
 
@@ -256,14 +274,7 @@ def check_model(model: type[BaseModel], block: Block, place: str, path: Path) ->
     Raises:
         UserError: a key is unknown or renamed, or a value is not valid.
     """
-    fields: dict[str, FieldInfo] = {}
-    suggestions: set[str] = set()
-    for name, field in model.model_fields.items():
-        fields[name] = field
-        if field.alias:
-            fields[field.alias] = field
-        if not replacement_of(field):
-            suggestions.add(field.alias or name)
+    fields, suggestions = _fields_by_key(model)
     for key, value in block.items():
         if key not in fields:
             raise unknown_ds_key(f"{place}.{key}", key, suggestions, path)

@@ -247,23 +247,29 @@ def kept_bytes(model: AsrLlmModel, tokens: int, dtype: torch.dtype, recompute: b
     llm = model.causal_lm.base_model.train()
     width = llm.config.get_text_config().hidden_size
     row = torch.empty(1, tokens, width, dtype=dtype, device="meta", requires_grad=True)
-    ends = torch.tensor([0, tokens], dtype=torch.int32)
     counter = SavedBytes(model)
     with counter, _without_packing_check():
-        llm(
-            inputs_embeds=row,
-            position_ids=torch.arange(tokens, device="meta")[None],
-            use_cache=False,
-            cu_seq_lens_q=ends,
-            cu_seq_lens_k=ends,
-            max_length_q=tokens,
-            max_length_k=tokens,
-        )
+        _pass_row(llm, row)
     if not recompute:
         return counter.total
     # each layer saves its input, and one layer at a time saves all
     layers = llm.config.get_text_config().num_hidden_layers
     return layers * row.nbytes + counter.total // layers
+
+
+def _pass_row(llm: nn.Module, row: Tensor) -> None:
+    """Run the LLM on a row (1, T, C) that is packed with one utterance."""
+    tokens = row.shape[1]
+    ends = torch.tensor([0, tokens], dtype=torch.int32)
+    llm(
+        inputs_embeds=row,
+        position_ids=torch.arange(tokens, device="meta")[None],
+        use_cache=False,
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=tokens,
+        max_length_k=tokens,
+    )
 
 
 @contextlib.contextmanager
@@ -312,7 +318,8 @@ def _encoder_bytes(config: AsrLlmConfig, dtype: torch.dtype, recompute: bool) ->
 
 def _bytes_per_frame(fields: Mapping[str, object], pad_to_30s: bool, dtype: torch.dtype) -> float:
     """Measure an encoder with new weights on the CPU, with 10 s of audio."""
-    encoder = cast(Any, build_encoder(dict(fields), pad_to_30s=pad_to_30s)).to(dtype).train()
+    encoder = cast(Any, build_encoder(dict(fields), pad_to_30s=pad_to_30s))
+    encoder = encoder.to(dtype).train()
     waves = torch.zeros(1, AUDIO_PROBE)
     features, lengths = encoder.features(waves, torch.tensor([AUDIO_PROBE]))
     counter = SavedBytes(encoder)

@@ -115,6 +115,17 @@ def make_optimizer(
 
 
 @contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Put the directory of Python on PATH, where ninja is even if no environment is active."""
+    path_before = os.environ["PATH"]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path_before
+
+
+@contextlib.contextmanager
 def compiling(op: str) -> Iterator[None]:
     """Let one process at a time compile an operator of DeepSpeed at its first use.
 
@@ -126,11 +137,8 @@ def compiling(op: str) -> Iterator[None]:
     """
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     folder.mkdir(parents=True, exist_ok=True)
-    path_before = os.environ["PATH"]
-    # ninja is in the same directory as Python, even if the environment is not activated
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path_before}"
     try:
-        with FileLock(folder / f"{op}.asrllm.lock"):
+        with _ninja_on_path(), FileLock(folder / f"{op}.asrllm.lock"):
             # a killed build leaves torch's own lock behind, on which torch would wait forever
             for stale_lock in folder.glob(f"**/{op}/lock"):
                 stale_lock.unlink()
@@ -142,5 +150,3 @@ def compiling(op: str) -> Iterator[None]:
             f"compiled in {str(folder)!r} ({reason}). "
             "Install a C++ compiler, or set trainer.optimizer.name=adamw."
         ) from error
-    finally:
-        os.environ["PATH"] = path_before

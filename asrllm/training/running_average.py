@@ -64,7 +64,8 @@ class RunningAverage:
             self._load_own_file(checkpoint)
             return
         files = ZeroFiles(checkpoint, manifest)
-        for average, (_, segments) in zip(self.averages, partitions(self.engine), strict=True):
+        parts = partitions(self.engine)
+        for average, (_, segments) in zip(self.averages, parts, strict=True):
             fill(average, segments, files, AVERAGE)
 
     def _load_own_file(self, checkpoint: Path) -> None:

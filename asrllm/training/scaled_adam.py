@@ -218,6 +218,11 @@ class ScaledAdam(torch.optim.Optimizer):
         return total.to(device, torch.float32)
 
 
+def _median(ordered: Tensor) -> Tensor:
+    """Return the median of sorted norms: element 2 * (n // 4) of n, as in icefall."""
+    return ordered[min(len(ordered) - 1, len(ordered) // 4 * 2)]
+
+
 def _clip(group: Group, state: State, squares: Tensor) -> float:
     """Return the factor that clips the gradients at a multiple of their median norm.
 
@@ -234,15 +239,13 @@ def _clip(group: Group, state: State, squares: Tensor) -> float:
     norm = squares.sum().sqrt()
     period = len(norms)
     norms[step % period] = norm
-    early = step in EARLY_STEPS and step < period
-    if step % period == 0 or early:
-        ordered = norms.sort().values
-        factor = 1
-        if early:
-            ordered = ordered[-step:]
-            factor = 2
-        median = ordered[min(len(ordered) - 1, len(ordered) // 4 * 2)]
-        threshold.fill_(group["clipping_scale"] * median * factor)
+    if step in EARLY_STEPS and step < period:
+        # the other norms are still 0, so the newest ones are the largest
+        median = _median(norms.sort().values[-step:])
+        threshold.fill_(group["clipping_scale"] * median * 2)
+    elif step % period == 0:
+        median = _median(norms.sort().values)
+        threshold.fill_(group["clipping_scale"] * median)
     return min(1.0, (threshold / (norm + 1e-20)).item())
 
 
@@ -326,7 +329,11 @@ def bind(optimizer: ScaledAdam, engine: deepspeed.DeepSpeedEngine) -> None:
         index = {name: i for i, name in enumerate(names)}
         pieces = []
         for _, segments in vectors:
-            pieces.append([Piece(index[s.name], s.offset, s.offset + s.numel) for s in segments])
+            of_rank = []
+            for segment in segments:
+                end = segment.offset + segment.numel
+                of_rank.append(Piece(index[segment.name], segment.offset, end))
+            pieces.append(of_rank)
         first = vectors[0][0]
         numel = torch.tensor([numels[name] for name in names], device=first.device)
         optimizer.layouts[first] = Layout(numel, pieces)

@@ -278,14 +278,16 @@ class Trainer:
         counts: list[Tensor] = []
         for batch in micro_batches:
             output = self.engine(**{name: getattr(batch, name) for name in MODEL_INPUTS})
-            counts.append(torch.stack([output.loss.detach().float(), output.correct.float()]))
+            loss = output.loss.detach().float()
+            counts.append(torch.stack([loss, output.correct.float()]))
             self.losses.append(output.losses)
             scale = scale.where(output.loss.isfinite(), math.nan)
             self.engine.backward(output.loss * scale)
             self.engine.step()
         sums = StepSums()
         self.nonfinite_keys = []
-        for batch, (loss, correct) in zip(micro_batches, torch.stack(counts).tolist(), strict=True):
+        rows = torch.stack(counts).tolist()
+        for batch, (loss, correct) in zip(micro_batches, rows, strict=True):
             counted = count(batch, loss, correct)
             if not math.isfinite(loss):
                 counted.loss = 0.0

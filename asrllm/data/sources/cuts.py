@@ -62,7 +62,8 @@ def read_cuts(
             f"{ROLE} {objects[0][0]} is not a cut. "
             "Combine recordings and supervisions with 'lhotse cut simple'."
         )
-    root = find_root(_file_names(objects), [Path.cwd(), Path(path).absolute().parent])
+    folders = [Path.cwd(), Path(path).absolute().parent]
+    root = find_root(_file_names(objects), folders)
     for where, row in rows:
         if isinstance(row, RejectedError):
             yield Utterance(key=where, text="", problem=row.args)
@@ -192,7 +193,11 @@ def _check_types(row: Row, where: str) -> None:
         if not isinstance(value, list):
             problem = f"{where}: {name!r} is {value!r}"[:SHOWN_FIELD]
             raise RejectedError("bad_field", f"{problem}, not a list")
-    recording = row.get("recording", {})
+    _check_recording(row.get("recording", {}), where)
+
+
+def _check_recording(recording: object, where: str) -> None:
+    """Raise RejectedError if the recording of a cut is missing or has a field of a wrong type."""
     if recording is None:
         raise RejectedError("missing_audio", f"{where}: 'recording' is null")
     if not isinstance(recording, dict):

@@ -201,15 +201,21 @@ def _column_table(path: Path) -> Rows:
         if isinstance(cells, RejectedError):
             yield where, RejectedError("bad_row", f"{where} {cells.args[1]}")
         elif len(cells) != len(columns):
-            problem = (
-                f"{where} has {len(cells)} cells, but its header has {len(columns)} columns: "
-                f"{', '.join(columns)}"
-            )
-            yield where, RejectedError("bad_row", problem)
+            yield where, _wrong_number_of_cells(where, cells, columns)
         else:
             row = dict(zip(columns, cells, strict=True))
             fields = {name.lower(): value for name, value in row.items()}
             yield where, _TableRow(row[audio].strip(), row[text], fields)
+
+
+def _wrong_number_of_cells(
+    where: str, cells: Sequence[str], columns: Sequence[str]
+) -> RejectedError:
+    problem = (
+        f"{where} has {len(cells)} cells, but its header has {len(columns)} columns: "
+        f"{', '.join(columns)}"
+    )
+    return RejectedError("bad_row", problem)
 
 
 def _columns(

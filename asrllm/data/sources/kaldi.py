@@ -258,14 +258,15 @@ def _segment(
         raise RejectedError("missing_audio", problem)
     if isinstance(whole, RejectedError):
         raise whole
-    to_end = end == -1  # Kaldi's convention
     if not 0 <= start < LONGEST_RECORDING:
         problem = f"{where} starts at {start_text} s, which is not a time in a recording"
         raise RejectedError("bad_segment", problem)
-    if not (to_end or start < end < LONGEST_RECORDING):
+    if end == -1:  # in Kaldi, -1 means the end of the recording
+        return recording, AudioSegment(whole.audio, start, None, channel)
+    if not start < end < LONGEST_RECORDING:
         problem = f"{where} spans {start_text} to {end_text} s, but its end must follow its start"
         raise RejectedError("bad_segment", problem)
-    return recording, AudioSegment(whole.audio, start, None if to_end else end, channel)
+    return recording, AudioSegment(whole.audio, start, end, channel)
 
 
 def _channel(text: str | None = None) -> int | None:

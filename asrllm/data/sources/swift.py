@@ -96,6 +96,18 @@ def _key(
     return key or where.rpartition("/")[2]
 
 
+def _chat_field(row: Row, where: str) -> str:
+    """Return the name of the field with the turns."""
+    for name in ("messages", "conversations"):
+        if name in row:
+            return name
+    present = ", ".join(row) or "nothing"
+    raise RejectedError(
+        "missing_field",
+        f"{where} has no 'messages', 'conversations' or 'query'; it has: {present}",
+    )
+
+
 def _turns(row: Row, where: str) -> list[Turn]:
     """Return the turns of a chat."""
     if "query" in row:
@@ -103,13 +115,7 @@ def _turns(row: Row, where: str) -> list[Turn]:
             ("user", text_field(row, where, "query")),
             ("assistant", text_or_int_field(row, where, "response")),
         ]
-    name = next((name for name in ("messages", "conversations") if name in row), None)
-    if name is None:
-        present = ", ".join(row) or "nothing"
-        raise RejectedError(
-            "missing_field",
-            f"{where} has no 'messages', 'conversations' or 'query'; it has: {present}",
-        )
+    name = _chat_field(row, where)
     turns = row[name]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RejectedError(

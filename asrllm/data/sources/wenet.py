@@ -110,7 +110,8 @@ class TarMember:
 def _tar_utterances(path: Path) -> Iterator[Utterance]:
     """Yield the utterances of all tars of a list."""
     first, rows = peek(read_lines(path, ROLE))
-    root = find_root([line.strip() for _, line in first], [path.parent, Path.cwd()])
+    names = [line.strip() for _, line in first]
+    root = find_root(names, [path.parent, Path.cwd()])
     for number, line in rows:
         name = line.strip()
         tar = root / name

@@ -167,15 +167,7 @@ def check_options(options: Mapping[str, Any]) -> DecodingOptions:
     Raises:
         UserError: an option is unknown, unsupported, or has a wrong value.
     """
-    if "max_length" in options:
-        raise UserError(
-            "max_length counts the tokens of the prompt and of the audio too. Use max_new_tokens."
-        )
-    if options.get("num_return_sequences", 1) != 1:
-        raise UserError(
-            f"num_return_sequences={options['num_return_sequences']!r} is not supported: "
-            "generate() returns one text for each chat. Leave it out."
-        )
+    _check_output(options)
     known_to_transformers = vars(GenerationConfig())
     supported: dict[str, Any] = {}
     for name, value in options.items():
@@ -190,6 +182,19 @@ def check_options(options: Mapping[str, Any]) -> DecodingOptions:
             raise UserError(f"{name!r} is not an option of generate(): {nearest(name, OPTIONS)}")
         supported[name] = value
     return build(DecodingOptions, supported)
+
+
+def _check_output(options: Mapping[str, Any]) -> None:
+    """Raise UserError if options ask for another length or number of texts than supported."""
+    if "max_length" in options:
+        raise UserError(
+            "max_length counts the tokens of the prompt and of the audio too. Use max_new_tokens."
+        )
+    if options.get("num_return_sequences", 1) != 1:
+        raise UserError(
+            f"num_return_sequences={options['num_return_sequences']!r} is not supported: "
+            "generate() returns one text for each chat. Leave it out."
+        )
 
 
 def is_greedy(config: GenerationConfig) -> bool:

@@ -182,7 +182,9 @@ def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, nn.Module]) -
             tensor = merged_parameter(tuned[key], key.rpartition(".")[2])
         yield tensor.flatten()
 
-    specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
+    specs: dict[str, Spec] = {}
+    for key, tensor in state.items():
+        specs[key] = Spec(tuple(tensor.shape), tensor.dtype)
     return TensorSource(specs, pieces)
 
 
@@ -209,12 +211,18 @@ def merged_names(
         name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
     _check_mergeable(model, state, layers)
+    factors = _adapter_keys(layers)
+    renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
+    return renamed, _tuned_weights(layers)
+
+
+def _adapter_keys(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the keys of the adapters' own weights."""
     factors: set[str] = set()
     for name, layer in layers.items():
         keys = [key for key, _ in layer.named_parameters(name)]
         factors.update(key for key in keys if not is_base_layer(key, name))
-    renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
-    return renamed, _tuned_weights(layers)
+    return factors
 
 
 def _tuned_weights(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -470,6 +478,11 @@ def device_of_map(device_map: DeviceMap) -> torch.device:
         return torch.device("cpu")
     if device_map == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return _usable_device(device_map)
+
+
+def _usable_device(device_map: str | int | torch.device) -> torch.device:
+    """Return a device of this machine, or raise UserError if an allocation on it fails."""
     try:
         device = torch.device(device_map)
         torch.empty(0, device=device)

@@ -145,7 +145,9 @@ def describe_code(config: AsrLlmConfig) -> None:
     config.custom_pipelines = PIPELINES
     config.code_version = code_version((config.audio_encoder or {})["model_type"])
     # without paths on the machine of training
-    config.llm = {key: v for key, v in (config.llm or {}).items() if key != "_name_or_path"}
+    llm_fields = dict(config.llm or {})
+    llm_fields.pop("_name_or_path", None)
+    config.llm = llm_fields
     bases: JsonObject = {}
     for part, base in (config.base_models or {}).items():
         bases[part] = base | {"path": public_name(base["path"])}

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from asrllm import distributed
 from asrllm.collator.loader import LoadedStep
@@ -22,6 +23,11 @@ class RankCheck(Callback):
     def before_step(self, trainer: Trainer, loaded: LoadedStep) -> None:
         """Raise UserError on all ranks if they differ."""
         check_same_step(trainer.step + 1, distributed.gather_objects(signature(trainer, loaded)))
+
+
+def _digest_of_training_modules(model: nn.Module) -> str:
+    training = str([name for name, module in model.named_modules() if module.training])
+    return hashlib.blake2b(training.encode(), digest_size=4).hexdigest()
 
 
 def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
@@ -41,8 +47,6 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 dtypes[name] = str(value.dtype)
-    modules = trainer.engine.module.named_modules()
-    training = str([name for name, module in modules if module.training])
     return {
         "step": trainer.step + 1,
         "position in the data": loaded.position.as_dict(),
@@ -50,7 +54,7 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
         "micro-batches with audio": with_audio,
         "micro-batches that lack targets": without_targets,
         "dtypes of the tensors": dtypes,
-        "modules in training mode": hashlib.blake2b(training.encode(), digest_size=4).hexdigest(),
+        "modules in training mode": _digest_of_training_modules(trainer.engine.module),
     }
 
 

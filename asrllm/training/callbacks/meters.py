@@ -95,7 +95,8 @@ class CorpusLosses(Meter):
             ends = batch.cu_seqlens[1:].long()
             utterances = torch.bucketize(batch.target_positions, ends, right=True)
             corpora = torch.tensor(batch.corpora)[utterances]
-            self.sums.index_add_(0, corpora, torch.stack([values, torch.ones_like(values)], 1))
+            ones = torch.ones_like(values)
+            self.sums.index_add_(0, corpora, torch.stack([values, ones], 1))
 
     def take(self) -> list[list[float]]:
         """Return [nats, supervised tokens] of each corpus on this rank."""

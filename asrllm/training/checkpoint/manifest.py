@@ -72,13 +72,7 @@ def find_checkpoint(exp_dir: Path, tag: str | None) -> Path:
     """
     check_exp_dir(exp_dir)
     if not tag:
-        newest = newest_checkpoint(exp_dir)
-        if newest is None:
-            raise UserError(
-                f"exp_dir={str(exp_dir)!r} has no complete checkpoint. "
-                "Give the exp_dir of a run that has saved one."
-            )
-        return newest
+        return _require_newest(exp_dir)
     name = tag.rstrip("/")
     if "/" in name or not (exp_dir / name / MANIFEST).is_file():
         available = ", ".join(path.name for path in complete_checkpoints(exp_dir))
@@ -87,6 +81,17 @@ def find_checkpoint(exp_dir: Path, tag: str | None) -> Path:
             f"Set --tag to one of: {available or 'none'}."
         )
     return exp_dir / name
+
+
+def _require_newest(exp_dir: Path) -> Path:
+    """Return the newest complete checkpoint, or raise UserError if there is none."""
+    newest = newest_checkpoint(exp_dir)
+    if newest is None:
+        raise UserError(
+            f"exp_dir={str(exp_dir)!r} has no complete checkpoint. "
+            "Give the exp_dir of a run that has saved one."
+        )
+    return newest
 
 
 def newest_checkpoint(exp_dir: Path) -> Path | None:
@@ -164,14 +169,7 @@ def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: Sett
         UserError: the checkpoint has different base models or settings.
     """
     manifest = read_manifest(checkpoint)
-    for part, base in (description.base_models or {}).items():
-        trained_on = manifest["base_models"][part]
-        if trained_on["fingerprint"] != base["fingerprint"]:
-            raise UserError(
-                f"{str(checkpoint)!r} does not match the model. Its {part} was "
-                f"{trained_on['path']!r}, but {base['path']!r} has other weights. "
-                "Choose another exp_dir."
-            )
+    _check_same_base_models(checkpoint, manifest, description)
     for key, value in settings.items():
         written = manifest["settings"].get(key)  # older versions may not have written it
         if written != value:
@@ -180,6 +178,20 @@ def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: Sett
                 "Use the same value, or choose another exp_dir."
             )
     return manifest
+
+
+def _check_same_base_models(
+    checkpoint: Path, manifest: Manifest, description: AsrLlmConfig
+) -> None:
+    """Raise UserError if a base model has other weights than the one of the checkpoint."""
+    for part, base in (description.base_models or {}).items():
+        trained_on = manifest["base_models"][part]
+        if trained_on["fingerprint"] != base["fingerprint"]:
+            raise UserError(
+                f"{str(checkpoint)!r} does not match the model. Its {part} was "
+                f"{trained_on['path']!r}, but {base['path']!r} has other weights. "
+                "Choose another exp_dir."
+            )
 
 
 def check_same_parameters(

@@ -337,13 +337,13 @@ def restore(
     return average
 
 
-def _load(
+def _check_matches_run(
     engine: deepspeed.DeepSpeedEngine,
     config: TrainerConfig,
     checkpoint: Path,
     manifest: Manifest,
 ) -> None:
-    """Load weights and optimizer from a checkpoint, after checking that it matches the run."""
+    """Raise UserError if a checkpoint has other weights, groups or averages than the run."""
     check_same_parameters(checkpoint, manifest, trained_parameters(engine.module))
     if manifest["param_groups"] != parameter_names(engine):
         raise UserError(
@@ -355,6 +355,16 @@ def _load(
             f"trainer.use_averaged_model=true, but {str(checkpoint)!r} has no running average. "
             "Set trainer.use_averaged_model=false."
         )
+
+
+def _load(
+    engine: deepspeed.DeepSpeedEngine,
+    config: TrainerConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+) -> None:
+    """Load weights and optimizer from a checkpoint, after checking that it matches the run."""
+    _check_matches_run(engine, config, checkpoint, manifest)
     engine.module.inherited = tuple(manifest["inherited"])
     same_ranks = manifest["world_size"] == distributed.world_size()
     with explain_corruption(checkpoint):

@@ -148,10 +148,14 @@ class CheckpointSaver:
         write_whole(self.exp_dir / "latest", tags[-1])
         sync(self.exp_dir)
         if self.keep:
-            for path in list(list_checkpoints(self.exp_dir).values())[: -self.keep]:
-                # from here on it does not count as a checkpoint, even if it is not removed
-                path.rename(self.staging / path.name)
+            self._discard_oldest(self.keep)
         shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _discard_oldest(self, keep: int) -> None:
+        """Move all but the newest `keep` checkpoints to the directory that is removed."""
+        for path in list(list_checkpoints(self.exp_dir).values())[:-keep]:
+            # from here on it does not count as a checkpoint, even if it is not removed
+            path.rename(self.staging / path.name)
 
     def _on_first_rank(self, action: Callable[[], None], tags: Sequence[str]) -> None:
         """Run an action on the first rank. If it fails, raise UserError on all ranks."""

@@ -400,20 +400,25 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
                 f"the manifest of {str(checkpoint)!r} names the file {name!r}, which is a path. "
                 "Remove the checkpoint."
             )
-        file = f"the checkpoint file {str(checkpoint / name)!r}"
-        fix = "Copy it again, or remove the checkpoint."
-        try:
-            current = file_digest(checkpoint / name)
-        except FileNotFoundError as error:
-            raise CorruptedError(f"{file} is missing. {fix}") from error
-        except PermissionError as error:
-            raise UserError(
-                f"{file} cannot be read ({error.strerror}). Change its permissions."
-            ) from error
-        except (*BAD_ARCHIVE, OSError) as error:
-            raise CorruptedError(f"{file} is truncated or corrupted ({error}). {fix}") from error
-        if current != digest:
-            raise CorruptedError(f"{file} is from another checkpoint. {fix}")
+        _check_file(checkpoint / name, digest)
+
+
+def _check_file(path: Path, digest: str) -> None:
+    """Check that a file is the one that was written, see `check_files`."""
+    file = f"the checkpoint file {str(path)!r}"
+    fix = "Copy it again, or remove the checkpoint."
+    try:
+        current = file_digest(path)
+    except FileNotFoundError as error:
+        raise CorruptedError(f"{file} is missing. {fix}") from error
+    except PermissionError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}). Change its permissions."
+        ) from error
+    except (*BAD_ARCHIVE, OSError) as error:
+        raise CorruptedError(f"{file} is truncated or corrupted ({error}). {fix}") from error
+    if current != digest:
+        raise CorruptedError(f"{file} is from another checkpoint. {fix}")
 
 
 def load_file(path: Path) -> State:
@@ -437,7 +442,8 @@ def load_file(path: Path) -> State:
     except (*BAD_ARCHIVE, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         # torch precedes its reason by advice to trust the file
         reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        reason = " ".join(reason.partition("Please use")[0].split())[:200].rstrip(".")
+        reason = reason.partition("Please use")[0]
+        reason = " ".join(reason.split())[:200].rstrip(".")
         raise UserError(
             f"the checkpoint file {str(path)!r} is corrupted: {reason}. Copy it again."
         ) from error

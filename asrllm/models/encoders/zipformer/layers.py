@@ -337,13 +337,7 @@ class FeedForward(Scheduled):
 class ConvModule(nn.Module):
     """Gate, depthwise convolution over time, SwooshR."""
 
-    def __init__(
-        self,
-        width: int,
-        kernel: int,
-        *,
-        causal: bool,
-    ) -> None:
+    def __init__(self, width: int, kernel: int, *, causal: bool) -> None:
         super().__init__()
         self.causal = causal
         self.in_proj = nn.Linear(width, 2 * width)

@@ -84,14 +84,18 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     verify_folder(folder)
     state = encoder_weights(_load_all(path), path)
     given = read_encoder_fields(folder / "config.json")
+    return _complete_config(state, given, path), state
+
+
+def _complete_config(state: StateDict, given: Fields, path: Path) -> ZipformerConfig:
+    """Return the configuration of weights, of which some fields are given."""
     try:
-        config = ZipformerConfig(**fields_of_shapes(state, given))
+        return ZipformerConfig(**fields_of_shapes(state, given))
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{str(path)!r} is not a supported Zipformer ({type(error).__name__}: {error}). Check "
             "the file."
         ) from error
-    return config, state
 
 
 def _load_all(path: Path) -> StateDict:
