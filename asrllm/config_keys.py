@@ -84,10 +84,10 @@ def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
     if ours in known:
         return UserError(f"{where}unknown key {key!r}. Use {ours}: {meaning}.")
     if difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-        return UserError(f"{where}unknown key {key!r}: {nearest(key, known)}")
+        return UserError(f"{where}unknown key {key!r}. {nearest(key, known)}")
     group = key.rpartition(".")[0]
     candidates = _keys_in(group, known) or _keys_in("", known)
-    return UserError(f"{where}unknown key {key!r}: {nearest(key, candidates)}")
+    return UserError(f"{where}unknown key {key!r}. {nearest(key, candidates)}")
 
 
 def _keys_in(group: str, known: Collection[str]) -> set[str]:

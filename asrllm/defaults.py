@@ -3,7 +3,7 @@
 MAX_NEW_TOKENS = 200  # tokens of one answer
 MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per second of audio, plus ten
 REPETITION_GUARD = 32  # tokens of a repetition before decoding stops
-BATCH_SECONDS = 240.0  # of audio that are decoded at a time, padding included
+BATCH_SECONDS = 240.0  # seconds of audio in a decoded batch, padding included
 WHISPER_WINDOW = 30.0  # seconds to which Whisper pads
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
 RATE = 16000  # Hz; every waveform reaches the model at this rate
@@ -12,10 +12,10 @@ BASE_MODEL_KEYS = {
     "audio_encoder": "model.audio_encoder.pretrained_model",
     "llm": "model.llm.pretrained_model",
 }
-KEPT_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")  # of files that shards may have unchanged
-# of audio files in a directory or tar; those after sph need ffmpeg
+STORED_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")  # formats that shards store as they are
+# extensions of audio files in a directory or tar; those after sph need ffmpeg
 AUDIO_EXTENSIONS = (
-    *KEPT_EXTENSIONS,
+    *STORED_EXTENSIONS,
     *("aiff", "aif", "aifc", "au", "caf", "w64", "oga", "sph"),
     *("m4a", "mp4", "aac", "webm", "mkv", "mka", "mov", "wma", "amr", "3gp", "ac3", "eac3", "ts"),
     *("flv", "mp2", "tta", "wv", "spx", "ape", "dts", "avi", "m4b"),

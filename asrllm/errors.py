@@ -16,12 +16,12 @@ class CorruptedError(UserError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint with the known word nearest to `word`, or with all known words."""
+    """Return a sentence with the known word nearest to `word`, or with all known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known are: {', '.join(sorted(known))}"
+        return f"Did you mean {close[0]!r}?"
+    return f"Available: {', '.join(sorted(known)) or 'none'}."
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -37,10 +37,5 @@ def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) ->
     """
     known = list(known)
     for name in given:
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"it takes {', '.join(known) or 'none'}"
-        if close:
-            hint = f"did you mean {close[0]!r}?"
-        raise UserError(f"{function} has no argument {name!r}: {hint}")
+        if name not in known:
+            raise UserError(f"{function} has no argument {name!r}. {nearest(name, known)}")

@@ -88,7 +88,7 @@ class Siblings:
         self.run = run_key(environment)
         self.listener = self._listen()
         self.selector.register(self.listener, selectors.EVENT_READ)
-        # of two ranks, the one that listens later connects to the other one here
+        # of two ranks, the one that listens later connects to the other one
         for rank in range(int(environment["WORLD_SIZE"])):
             if rank != self.rank:
                 self._connect(rank)

@@ -244,7 +244,7 @@ def _write_checksums(file: IO[bytes], directory: int, checksums: Sequence[int | 
     Args:
         file: the zip file.
         directory: offset of the central directory.
-        checksums: of its entries in order; None keeps the one in the file.
+        checksums: checksums of its entries in order; None leaves the one in the file.
     """
     entry = directory
     for checksum in checksums:

@@ -208,7 +208,7 @@ def yaml_problem(error: "yaml.YAMLError", path: str | Path = "") -> str:
     """Return where and why a file is not YAML: `FILE:LINE:COLUMN is not valid YAML: PROBLEM`.
 
     Args:
-        error: from PyYAML.
+        error: error of PyYAML.
         path: the file; by default the one that the error names.
     """
     mark = getattr(error, "problem_mark", None)

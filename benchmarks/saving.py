@@ -66,7 +66,7 @@ def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
     """Train with the models and data of `make_world`.
 
     Args:
-        folder: of `make_world`.
+        folder: directory of `make_world`.
         exp: the run's directory.
         launcher: the command before the script; default: the Python interpreter.
         others: overrides, with '__' in place of '.'.

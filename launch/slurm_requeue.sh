@@ -8,14 +8,15 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
-#SBATCH --signal=USR1@120   # to every rank; the current step, one more and the saving must fit into 120 s
+# every rank gets the signal; the current step, one more and the saving must fit into 120 s
+#SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
 
-: "${EXP:?set the directory that the run writes to: EXP=exp/NAME sbatch launch/slurm_requeue.sh ...}"
-# srun starts the ranks itself, because SIGUSR1 kills torchrun's agent and deepspeed's launcher, which
-# do not forward it
+: "${EXP:?set the directory of the run: EXP=exp/NAME sbatch launch/slurm_requeue.sh ...}"
+# srun starts the ranks itself, because SIGUSR1 kills torchrun's agent and deepspeed's launcher,
+# which do not forward it
 srun --kill-on-bad-exit=1 python launch/train.py "exp_dir=$EXP" "$@"
 status=$?
 

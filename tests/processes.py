@@ -227,7 +227,7 @@ def run_script(
 
     Args:
         script: name of the script.
-        arguments: of the script.
+        arguments: arguments of the script.
         launcher: "python": one forked process; "ranks": two forked processes with the environment
             of a launcher; "torchrun" or "deepspeed": the real launcher with two processes;
             "interpreter": a new Python interpreter.

@@ -135,7 +135,7 @@ def test_mistakes_in_evaluation_are_one_message(world, tmp_path, capsys):
     assert "checkpoint.model.filename='x.pt' does not exist" in fails(
         capsys, "evaluate", exp, test, "checkpoint.model.filename=x.pt"
     )
-    assert "did you mean 'decoding_method'" in fails(
+    assert "Did you mean 'decoding_method'" in fails(
         capsys, "evaluate", exp, test, "decoding_methods=x"
     )
     assert "normalizer='x' is unknown" in fails(capsys, "evaluate", exp, test, "normalizer=x")

@@ -1,4 +1,7 @@
-"""The list of faults in mutations.py fits the code; that tests catch them is its own run, which takes an hour."""
+"""The list of faults in mutations.py fits the code.
+
+Whether the tests catch the faults is a run of its own, which takes an hour.
+"""
 
 from tests.mutations import FAULTS, REPOSITORY, TESTS, with_fault
 

@@ -312,7 +312,7 @@ def test_endless_template_is_stopped(monkeypatch):
         while True:
             pass
 
-    monkeypatch.setattr(template_trial, "MAX_SECONDS", 1)
+    monkeypatch.setattr(template_trial, "RENDERING_SECONDS", 1)
     with pytest.raises(template_trial.TemplateTooSlowError):
         template_trial.try_template(("a loop", True), loop)
 

@@ -126,7 +126,7 @@ class Augmenter:
         """
         Args:
             config: the kinds of augmentation.
-            seed: for all draws.
+            seed: seed of all draws.
             limits: fewest and most samples that a change of speed may produce.
 
         Raises:
@@ -149,7 +149,7 @@ class Augmenter:
 
         Args:
             wave: (samples,) float32 at RATE. It is not changed.
-            key: of the utterance.
+            key: key of the utterance.
             pass_index: how many passes over its corpus precede this one.
 
         Returns:
@@ -283,7 +283,7 @@ class Clips:
         """Read a part of a clip.
 
         Args:
-            number: of the clip.
+            number: index of the clip.
             seconds: length of the part; a shorter clip is read completely.
             start: where the part begins, from 0 (first possible place) to 1 (last one).
 

@@ -26,7 +26,7 @@ from asrllm.data.storage import is_url
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
-FETCH_ATTEMPTS = 3  # of a shard that the cache evicts before it is open
+FETCH_ATTEMPTS = 3  # because the cache may evict a shard before it is open
 MAX_OPEN = 128  # files; a process may have 1024
 
 
@@ -82,7 +82,7 @@ class Reader:
         Args:
             corpora: the corpora of the plan, in its order.
             limits: fewest and most samples at RATE that the model accepts.
-            cache: of remote shards; only needed if there are any.
+            cache: cache of remote shards; only needed if there are any.
             augment: changes the waveforms; None leaves them unchanged.
             normalize: maps a transcript to the text that is trained on.
         """

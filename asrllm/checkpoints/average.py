@@ -34,7 +34,7 @@ from asrllm.training.checkpoint.zero_files import AVERAGE
 
 LoraMean = Literal["product", "factors"]
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
-RANK_DIMENSION = {"A": 0, "B": 1}  # of PEFT's factors
+RANK_DIMENSION = {"A": 0, "B": 1}  # the dimension of PEFT's factors that has the rank
 logger = logging.getLogger(__name__)
 
 
@@ -465,7 +465,7 @@ def _pretrained_file(exp_dir: Path) -> Path:
         available = ", ".join(map(str, list_checkpoints(exp_dir))) or "none"
         raise UserError(
             f"exp_dir={str(exp_dir)!r} has no pretrained.pt. Train to the end, or set "
-            f"checkpoint.model.iter and checkpoint.model.avg. Available checkpoints: {available}."
+            f"checkpoint.model.iter and checkpoint.model.avg. Available: {available}."
         )
     return path
 

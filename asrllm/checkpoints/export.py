@@ -49,12 +49,12 @@ def export(
         source: an exp_dir, a weights file in one, or an exported directory.
         output: the directory to write.
         weights: the weights file; default: the newest of the run.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         merge_adapter: merge the adapters into their layers, so that transformers can load the
             directory without this package. A model without adapters is written as it is.
         parts: also write audio_encoder/, projector/ and llm/ separately, with merged adapters.
         max_shard_size: maximum size of each file.
-        repository: of the hub, from which the card's example loads the model.
+        repository: hub repository from which the card's example loads the model.
         base_models: paths of base models that moved, as for AutoModel. The directory names the base
             models by these paths.
 

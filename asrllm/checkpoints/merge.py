@@ -35,7 +35,7 @@ def merged_llm(files: LlmFiles, dtype: torch.dtype | None = None) -> TensorSourc
 
     Args:
         files: the LLM and its adapters.
-        dtype: of floating-point weights; default: the dtype that each has in the base model.
+        dtype: dtype of floating-point weights; default: the dtype that each has in the base model.
     """
     specs: dict[str, Spec] = {}
     for key in files.merged_weights:
@@ -72,7 +72,7 @@ def merge_lora(
     Args:
         files: the LLM and its adapters.
         output: the directory to write.
-        dtype: of the weights; default: that of each weight in the base model.
+        dtype: dtype of the weights; default: that of each weight in the base model.
         max_shard_size: maximum size of each file.
         check: compare the logits of the merged LLM with those of the LLM and its adapters. Some
             columns of every merged weight are compared in any case.

@@ -17,7 +17,7 @@ from asrllm.errors import UserError
 from asrllm.models.asr_llm.serialization import parameters_on_meta, weight_files
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and 17 others watch it."
-COLUMNS = 64  # of each merged weight that are compared
+COLUMNS = 64  # the number of columns of each merged weight that are compared
 
 
 class Parity(NamedTuple):
@@ -26,9 +26,9 @@ class Parity(NamedTuple):
     The logits are in float32, and the first three values are root mean squares.
 
     Attributes:
-        difference: of the difference between the two.
-        change: of the change that the adapters make.
-        size: of the logits.
+        difference: size of the difference between the two.
+        change: size of the change that the adapters make.
+        size: size of the logits.
         same: number of positions with the same most probable token.
         tokens: number of positions T.
     """
@@ -123,7 +123,7 @@ def check_parity(files: LlmFiles, merged: Path, dtype: torch.dtype) -> Parity:
     Args:
         files: the LLM and its adapters.
         merged: directory of the merged LLM.
-        dtype: of the merged weights.
+        dtype: dtype of the merged weights.
 
     Raises:
         UserError: the logits differ by more than rounding to `dtype` explains.

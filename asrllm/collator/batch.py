@@ -28,8 +28,8 @@ class PackedBatch:
         targets: (S,) those next tokens.
         masks: (N, M, 2) SpecAugment masks.
         time_masks: the first so many masks are in time, the others in frequency.
-        keys: of the utterances that are trained on, which excludes fillers.
-        prompts: of the same utterances.
+        keys: keys of the utterances that are trained on, which excludes fillers.
+        prompts: prompts of the same utterances.
         audio_seconds: seconds of audio of the same utterances.
         corpora: the number of each utterance's corpus.
         bad: messages about utterances that could not be read.
@@ -80,7 +80,7 @@ class Collator:
             renderer: renders the chats.
             prompts: the common prompts.
             num_audio_tokens: maps samples of a waveform at 16 kHz to the number of audio tokens.
-            seed: of the random choices.
+            seed: seed of the random choices.
             hotwords: lists hotwords in the prompts; None lists none.
             time_masks: how many of a sample's masks are in time.
         """

@@ -24,17 +24,17 @@ class DataConfig:
     pad_to_30s: bool = False
     """Whisper: attend to silence up to 30 s, as in the published code (slower)"""
     text_normalization: Literal["none", "basic", "zh"] = "none"
-    """of transcripts: none | basic (lower case, without punctuation and [tags]) | zh (basic, and
-    simplified characters)"""
+    """normalization of transcripts: none | basic (lower case, without punctuation and [tags]) |
+    zh (basic, and simplified characters)"""
     sampler: SamplerConfig = SamplerConfig()
     filter: FilterConfig = FilterConfig()
-    """of training and validation data; the log counts removed utterances by reason"""
+    """filters of training and validation data; the log counts removed utterances by reason"""
     augment: AugmentConfig = AugmentConfig()
-    """of training audio; every draw depends only on (seed, epoch, key)"""
+    """augmentation of training audio; every draw depends only on (seed, epoch, key)"""
     hotwords: HotwordConfig = HotwordConfig()
     """a list in the prompt with words of the utterance and other words"""
     cache: CacheConfig = CacheConfig()
-    """of shards at URLs; the processes of a node share it"""
+    """cache of shards at URLs; the processes of a node share it"""
     num_workers: NonNegativeInt = 2
     """reading processes of each rank; 0: the training process reads"""
     max_bad_share: Ratio = 0.01

@@ -63,7 +63,7 @@ class Hotwords:
         """
         Args:
             config: file, probability, sizes and template.
-            seed: of the draws.
+            seed: seed of the draws.
             forbidden: the audio token, which no hotword may contain.
 
         Raises:
@@ -91,7 +91,7 @@ class Hotwords:
 
         Args:
             text: the transcript.
-            key: of the utterance. The draws depend on (seed, pass_index, key) only.
+            key: key of the utterance. The draws depend on (seed, pass_index, key) only.
             pass_index: earlier passes over the corpus.
             own: hotwords of the sample, which join those of the file.
         """

@@ -44,7 +44,7 @@ class LoadedStep:
     """What one rank trains on in one optimizer step.
 
     Attributes:
-        micro_batches: in the order of their accumulation.
+        micro_batches: batches in the order of their accumulation.
         position: where the data continues after the step.
         before: epochs that were done when the step began.
         epoch: the number of the epoch, from 0.
@@ -173,7 +173,7 @@ def steps(
         plan: which utterances form which batch.
         dataset: reads the batches.
         start: where to begin.
-        rank: of this process.
+        rank: rank of this process.
         ranks: number of processes that train.
         accumulation: micro-batches of a step.
         epochs: where to stop; None never stops.

@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable
 
-MAX_SECONDS = 5  # of computing
+RENDERING_SECONDS = 5  # limit on the CPU time of a rendering
 MAX_WAIT = 60.0  # seconds, for a machine that is busy
 MAX_MEMORY = 1 << 30  # bytes beyond those that this process has mapped already
 _tried: set[tuple[str, bool]] = set()
@@ -33,7 +33,7 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
         render: what renders it.
 
     Raises:
-        TemplateTooSlowError: it did not end within MAX_SECONDS or needs more than MAX_MEMORY.
+        TemplateTooSlowError: it did not end within RENDERING_SECONDS or needs more than MAX_MEMORY.
     """
     if key in _tried:
         return
@@ -41,7 +41,8 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
         reader, writer = os.pipe()
         stack.callback(os.close, reader)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other threads, which the child does not use
+            # fork warns of other threads, which the child does not use
+            warnings.simplefilter("ignore")
             child = os.fork()
         if child == 0:
             _render_and_exit(render, writer)
@@ -51,7 +52,7 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
         if answer is None:
             os.kill(child, signal.SIGKILL)
     if answer != b"ended":
-        within = f"{MAX_SECONDS} s and {MAX_MEMORY >> 20} MiB"
+        within = f"{RENDERING_SECONDS} s and {MAX_MEMORY >> 20} MiB"
         raise TemplateTooSlowError(f"it does not end within {within}")
     _tried.add(key)
 
@@ -62,7 +63,7 @@ def _render_and_exit(render: Callable[[], str], writer: int) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (RENDERING_SECONDS, RENDERING_SECONDS))
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -220,7 +220,7 @@ def split_base_models(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         key, path = match.groups()
         if key not in parts:
-            raise UserError(f"unknown key {key!r} in {word!r}: {nearest(key, parts)}")
+            raise UserError(f"unknown key {key!r} in {word!r}. {nearest(key, parts)}")
         if path != "null":
             paths[parts[key]] = path
     return others, paths

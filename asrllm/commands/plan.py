@@ -46,7 +46,7 @@ DS_CONFIGS = (
 )
 GB = 1e9
 DEFAULT_GPU_MEMORY = 80.0  # GB, on a machine without a GPU
-# of the table, beside the DeepSpeed JSON and the budget; keys of Memory.as_dict
+# columns of the table, beside the DeepSpeed JSON and the budget; keys of Memory.as_dict
 MEMORY_COLUMNS = (
     "weights",
     "masters",
@@ -204,7 +204,7 @@ def memory_with(
     Args:
         ds_config: the DeepSpeed JSON.
         config: the run and its hardware.
-        model: on the meta device.
+        model: model on the meta device.
         activations: bytes by number of tokens.
         tokens: tokens of the largest packed row.
         usable: bytes of a GPU that tensors can use.

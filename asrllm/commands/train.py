@@ -160,7 +160,7 @@ def build(
     Args:
         prepared: the run.
         device: where this rank trains.
-        preemption: tells the trainer when to stop early.
+        preemption: makes the trainer stop early.
         startup: records the seconds of each part of the start.
     """
     config = prepared.config

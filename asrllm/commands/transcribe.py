@@ -231,7 +231,7 @@ def chosen_formats(given: Sequence[str]) -> list[str]:
     names = [name.strip() for part in given for name in part.split(",")] or ["txt"]
     for name in names:
         if name not in FORMATS:
-            raise UserError(f"--format {name!r} is unknown: {nearest(name, FORMATS)}")
+            raise UserError(f"--format {name!r} is unknown. {nearest(name, FORMATS)}")
     return list(dict.fromkeys(names))
 
 
@@ -302,7 +302,7 @@ def write(
     """Write a transcript to --output-dir in every format, or to standard output in the first one.
 
     Args:
-        transcript: of one file.
+        transcript: transcript of one file.
         formats: the output formats.
         arguments: --output-dir and --language are read.
         several: whether there are several files, each of which is one line of standard output.

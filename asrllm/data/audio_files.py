@@ -54,7 +54,7 @@ LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
 NO_LENGTH = 1 << 40  # samples; libsndfile returns more if the header has no length
 AUDIO_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # a page in which samples end
-FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # of an Ogg stream
+FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # begin of the first page of an Ogg stream
 # libsndfile's log of a header that promises more bytes than the file has
 TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
 # what ffmpeg 5, 6 and 7 write about a packet that is damaged
@@ -421,8 +421,8 @@ def read_stretch(
 
     Args:
         file: the return value of `open_audio`.
-        start: in seconds.
-        end: in seconds; None reads to the end of the file.
+        start: begin in seconds.
+        end: end in seconds; None reads to the end of the file.
 
     Returns:
         Samples (samples, channels) as float32, and the sampling rate in Hz.

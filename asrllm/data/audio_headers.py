@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 Buffer = bytes | mmap.mmap
-SHORTEST_MP3 = 0.99  # of the bytes that its header promises; encoders count differently
+SHORTEST_MP3 = 0.99  # ratio of the promised bytes; encoders count the last frames differently
 LARGEST_TAIL = 1024  # bytes after the audio that may be anything, for example an ID3v1 tag
 INCOMPLETE = "is truncated: its last page or frame is incomplete. Copy it again."
 OGG_HEADER = 27  # bytes of a page's header before its lacing values

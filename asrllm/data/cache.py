@@ -217,7 +217,7 @@ class ShardCache:
         """
         try:
             yield
-        except Timeout:  # of a lock; it is an OSError too
+        except Timeout:  # a lock's timeout is an OSError too
             raise
         except OSError as error:
             raise UserError(

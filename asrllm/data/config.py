@@ -13,7 +13,7 @@ class SamplerConfig:
     """Limits of a batch, and the size of a window of the plan."""
 
     max_tokens: int = Field(default=4000, ge=1, le=BILLION)
-    """audio and text tokens in a micro-batch of one rank, without the prompt and the chat template"""
+    """audio and text tokens in a rank's micro-batch, without the prompt and the chat template"""
     max_utterances: int = Field(default=256, ge=1, le=BILLION)
     """maximum utterances in a micro-batch"""
     max_duration: float | None = Field(default=None, gt=0, le=BILLION)

@@ -43,13 +43,13 @@ FORMAT = 3
 BLOCK = tarfile.BLOCKSIZE  # bytes; members of a tar begin at multiples of it
 ROW = np.dtype(
     [
-        ("offset", "<u4"),  # of the sample's first tar header in the shard, in blocks
+        ("offset", "<u4"),  # place of the sample's first tar header in the shard, in blocks
         ("size", "<u4"),  # from there to the end of its last member, in blocks
-        ("samples", "<u4"),  # of the waveform at RATE
+        ("samples", "<u4"),  # length of the waveform at RATE
         ("shard", "<u4"),  # position in Index.shards
-        ("text_bytes", "<u2"),  # of the transcript in UTF-8
+        ("text_bytes", "<u2"),  # length of the transcript in UTF-8
         ("text_chars", "<u2"),
-        ("crc32", "<u4"),  # of the sample's bytes in the shard, headers and padding included
+        ("crc32", "<u4"),  # checksum of the sample's bytes in the shard, with headers and padding
     ]
 )
 MAX_DURATION_ERROR = 0.1  # seconds between the stated duration and that of the audio
@@ -74,7 +74,7 @@ class ShardRecord:
     Attributes:
         name: a file name relative to the index, an absolute path or a URL.
         size: bytes.
-        sha256: in hexadecimal.
+        sha256: checksum in hexadecimal.
         rows: (utterances,) of ROW, in the tar's order.
         tallies: {"corpus" | "lang" | "speaker": {value: [utterances, seconds]}}. The value of
             samples without the field is "".
@@ -697,7 +697,7 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
         return BadSample(key=key, reason="bad_key", detail=detail)
     try:
         fields = _sample_fields(files)
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # not JSON or not UTF-8
         return BadSample(
             key=key,
             reason="broken_transcript",

@@ -75,7 +75,7 @@ class Item:
         corpus: index of its corpus in the plan.
         row: its row in the corpus's index.
         pass_index: how many complete passes over the corpus came before this one.
-        filler: whether it only keeps its rank's batch from being empty. A filler carries no loss.
+        filler: whether it only prevents an empty batch of its rank. A filler has no loss.
         spares: utterances to read instead if this one cannot be read.
     """
 

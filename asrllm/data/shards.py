@@ -46,7 +46,7 @@ from asrllm.data.index import (
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
 from asrllm.data.sources.utterance import check_installed
-from asrllm.defaults import KEPT_EXTENSIONS
+from asrllm.defaults import STORED_EXTENSIONS
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.text_files import parse_json
@@ -413,7 +413,7 @@ def _audio(
     """Return the extension and the content of the audio member."""
     if codec == "keep" and utterance.file is not None:
         extension = utterance.file.suffix.lower().removeprefix(".")
-        if extension in KEPT_EXTENSIONS:
+        if extension in STORED_EXTENSIONS:
             return extension, utterance.file.read_bytes()
     flac = io.BytesIO()
     peak = np.abs(wave).max()
@@ -588,7 +588,7 @@ class Examples:
     """A few rejected utterances, of as many reasons as possible."""
 
     def __init__(self) -> None:
-        self.first: dict[str, Rejected] = {}  # by reason
+        self.first: dict[str, Rejected] = {}  # the first example of each reason
         self.others: list[Rejected] = []
 
     def add(self, row: Rejected) -> None:

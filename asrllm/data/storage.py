@@ -154,7 +154,7 @@ def check_scheme(url: str) -> None:
     if scheme not in SCHEMES or "::" in url:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise UserError(
-            f"{redact_url(url)}: the scheme {scheme!r} is not supported. Use one of {known}."
+            f"{redact_url(url)}: the scheme {scheme!r} is not supported. Available: {known}."
         )
 
 
@@ -417,7 +417,7 @@ class RemoteFile:
     Attributes:
         url: its location.
         size: bytes.
-        sha256: in hexadecimal.
+        sha256: checksum in hexadecimal.
     """
 
     url: str

@@ -190,7 +190,7 @@ def normalizer(name: str, key: str = "normalizer") -> Callable[[str], str]:
         UserError: the name is unknown, or its extra is not installed.
     """
     if name not in NORMALIZERS:
-        raise UserError(f"{key}={name!r} is unknown: {nearest(name, NORMALIZERS)}")
+        raise UserError(f"{key}={name!r} is unknown. {nearest(name, NORMALIZERS)}")
     NORMALIZERS[name]("")
     return NORMALIZERS[name]
 

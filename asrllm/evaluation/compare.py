@@ -40,7 +40,7 @@ class Comparison:
 
     Attributes:
         metric: "wer", "cer" or "mer".
-        normalizer: of both results.
+        normalizer: normalizer of both results.
         a: error rate of a in per cent.
         b: error rate of b in per cent.
         difference: b - a in percentage points.
@@ -75,7 +75,7 @@ def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str
     Args:
         a: the first result.
         b: the second result on the same utterances in the same order.
-        normalizer: its name.
+        normalizer: name of the normalizer.
     """
     metric = fitting_metric([transcript.reference for transcript in a])
     first = errors(a, metric)
@@ -251,8 +251,8 @@ def by_key(rows: Sequence[Row], name: str) -> dict[str, Transcript]:
     """Return the normalized transcripts by their keys as recogs-*.txt write them.
 
     Args:
-        rows: from read_rows.
-        name: of the normalizer.
+        rows: return value of `read_rows`.
+        name: name of the normalizer.
     """
     return {escape(transcript.key): transcript for transcript in transcripts(rows, name)}
 
@@ -263,7 +263,7 @@ def _as_written(
     """Return transcripts that are not normalized again, if that gives the other's references.
 
     Args:
-        rows: from a recogs-*.txt.
+        rows: rows of a recogs-*.txt.
         normalized: the normalized transcripts of these rows.
         other: the normalized transcripts of a generations-*.jsonl.
     """
@@ -307,8 +307,8 @@ def transcripts(rows: Sequence[Row], name: str) -> list[Transcript]:
     """Normalize the rows of a result file.
 
     Args:
-        rows: from read_rows.
-        name: of the normalizer.
+        rows: return value of `read_rows`.
+        name: name of the normalizer.
     """
     normalize = normalizer(name)
     found = []

@@ -90,7 +90,7 @@ class TestData:
     max_batch_duration: PositiveFloat = BATCH_SECONDS
     """seconds of audio that a rank decodes in one batch, padding included"""
     cache: CacheConfig = CacheConfig()
-    """of shards at URLs; the processes of a node share it"""
+    """cache of shards at URLs; the processes of a node share it"""
 
 
 @component

@@ -31,7 +31,7 @@ class CorpusOptions:
     """How to decode a test set.
 
     Attributes:
-        prompt: for every utterance.
+        prompt: prompt of every utterance.
         max_batch_duration: seconds of audio in a batch, padding included.
     """
 
@@ -43,7 +43,7 @@ class Decoded(NamedTuple):
     """A decoded test set.
 
     Attributes:
-        transcripts: in the order of the corpus.
+        transcripts: transcripts in the order of the corpus.
         rtfx: seconds of audio per second of decoding, of the slowest rank.
     """
 
@@ -67,7 +67,7 @@ def decode_corpus(
         corpus: the test set.
         options: prompt and batch size.
         normalize: the normalizer.
-        cache: of remote shards.
+        cache: cache of remote shards.
         journal: where decoded utterances are recorded.
         watchdog: reports hangs; None reports none.
 
@@ -160,7 +160,7 @@ def make_utterance(row: int, sample: Sample, answer: Answer, took: float) -> Dec
     """Combine an utterance with its answer.
 
     Args:
-        row: in the corpus's index.
+        row: row in the corpus's index.
         sample: the utterance.
         answer: the decoded text.
         took: seconds of decoding.

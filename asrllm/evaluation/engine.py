@@ -44,8 +44,8 @@ class TorchEngine:
     def __init__(self, model: AsrLlmModel, options: dict[str, Any]) -> None:
         """
         Args:
-            model: on its device.
-            options: of generation.generate, for example max_new_tokens and num_beams.
+            model: model on its device.
+            options: options of generation.generate, for example max_new_tokens and num_beams.
         """
         self.model = model
         self.options: dict[str, Any] = {

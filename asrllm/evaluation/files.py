@@ -11,7 +11,7 @@ from asrllm.escape import escape
 from asrllm.evaluation.score import NOTHING, UNITS, Transcript
 from asrllm.evaluation.summary import Entry, Pairs, Scored
 
-MISSING_UNIT = "*"  # of an insertion or deletion in errs-*.txt
+MISSING_UNIT = "*"  # marks an insertion or deletion in errs-*.txt
 UNIT_NAMES = {"wer": "words", "cer": "characters", "mer": "words and characters"}
 HEADINGS = {
     "SUBSTITUTIONS": "count ref -> hyp",
@@ -26,7 +26,7 @@ def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: E
     Args:
         folder: where to write.
         name: the test set.
-        suffix: of the file names, see EvaluationRun.suffix.
+        suffix: suffix of the file names, see EvaluationRun.suffix.
         scored: the results.
         about: further fields of the entry, at least "normalizer".
 

@@ -23,7 +23,7 @@ class DecodedUtterance:
     """One decoded utterance, with its texts before normalization.
 
     Attributes:
-        row: in the corpus's index.
+        row: row in the corpus's index.
         key: the utterance's key.
         reference: the transcript.
         hypothesis: the decoded text.
@@ -55,8 +55,8 @@ class Journal:
     def __init__(self, folder: Path, name: str, settings: object) -> None:
         """
         Args:
-            folder: of the results.
-            name: of the test set.
+            folder: directory of the results.
+            name: name of the test set.
             settings: JSON with all that the texts depend on. Lines with other settings are ignored.
         """
         self.folder = folder

@@ -21,9 +21,9 @@ def inference_prompt(
     """Return the prompt for inference, and warn if training did not use its parts.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         prompt: the prompt; None uses the first trained one for the language, else the first one.
-        language: of the speech, if known.
+        language: language of the speech, if known.
         hotwords: words separated by commas, or @FILE with one word per line.
 
     Raises:

@@ -41,8 +41,8 @@ def check_test_set(
 
     Args:
         corpus: the test set.
-        cache: of remote shards.
-        name: of the normalizer.
+        cache: cache of remote shards.
+        name: name of the normalizer.
         normalize: the normalizer.
 
     Raises:
@@ -78,7 +78,7 @@ def check_references(
     Args:
         test_set: the name of the test set.
         references: before normalization.
-        name: of the normalizer.
+        name: name of the normalizer.
         normalize: the normalizer.
 
     Raises:

@@ -38,7 +38,7 @@ class ReportSet:
     """A test set in the report.
 
     Attributes:
-        name: of the test set.
+        name: name of the test set.
         scored: the results of the model.
         entry: the set's entry of results.json.
         baseline: the results of the baseline on the same utterances in the same order. The entry's
@@ -162,7 +162,7 @@ def set_data(name: str, scored: Scored, entry: Entry, baseline: Scored | None) -
     """Return the data of one test set.
 
     Args:
-        name: of the set.
+        name: name of the set.
         scored: the results of the model.
         entry: the set's entry of results.json.
         baseline: the results of the baseline, if there is one.
@@ -256,7 +256,7 @@ def utterance_rows(number: int, report_set: ReportSet) -> list[Data]:
     """Return the rows of a set in the table of utterances.
 
     Args:
-        number: of the set.
+        number: index of the set.
         report_set: the set.
     """
     scored = report_set.scored

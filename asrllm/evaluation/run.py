@@ -60,9 +60,9 @@ class Evaluation:
     ) -> None:
         """
         Args:
-            config: of the evaluation.
+            config: configuration of the evaluation.
             corpora: the test sets.
-            cache: of remote shards.
+            cache: cache of remote shards.
             weights: what is evaluated.
             device: where to decode.
         """
@@ -302,7 +302,7 @@ def free_suffix(folder: Path, suffix: str, weights: Path) -> str:
     """Return a suffix under which no results of other weights are stored.
 
     Args:
-        folder: of the results.
+        folder: directory of the results.
         suffix: the first choice.
         weights: what is evaluated. The checksum of its path is appended if results of another file
             have the first choice.
@@ -319,7 +319,7 @@ def free_suffix(folder: Path, suffix: str, weights: Path) -> str:
 
 
 def _is_same_file(stored: Path, weights: Path, exp_dir: Path) -> bool:
-    """Return whether a stored path, which may be relative or of a moved run, is the weights file."""
+    """Return whether a stored path, which may be relative or of a moved run, is the file."""
     if stored.resolve() == weights.resolve():
         return True
     if stored.exists():

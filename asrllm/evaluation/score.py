@@ -30,7 +30,7 @@ class Transcript:
         recording: "" if unknown.
         corpus: "" if unknown.
         end: what ended the hypothesis, see generation.Answer.
-        row: in the corpus's index; -1 if unknown.
+        row: row in the corpus's index; -1 if unknown.
     """
 
     key: str

@@ -23,8 +23,8 @@ class TextSegment:
     """The text of a segment.
 
     Attributes:
-        start: in the file, in seconds.
-        end: in the file, in seconds.
+        start: begin in the file, in seconds.
+        end: end in the file, in seconds.
         text: what was recognized.
         end_reason: what ended the text, see generation.Answer.
     """
@@ -42,7 +42,7 @@ class FileTranscript:
     Attributes:
         audio: the file.
         duration: seconds that were read.
-        segments: in order.
+        segments: segments in order.
         problem: the error message if the file could not be read completely.
     """
 
@@ -104,7 +104,7 @@ def transcribe_files(
         engine: decodes the segments.
         files: what to transcribe.
         segmentation: how to cut the files.
-        prompt: for every segment.
+        prompt: prompt of every segment.
         batch_size: segments of a batch.
         advance: called with the seconds of audio that were processed since the previous call.
     """

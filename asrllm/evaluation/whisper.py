@@ -30,7 +30,7 @@ def find_whisper(path: str | Path | None) -> Path:
     """Return the directory of a Whisper model with its tokenizer.
 
     Args:
-        path: of the audio encoder; None if it comes from no directory.
+        path: path of the audio encoder; None if it was not loaded from a directory.
 
     Raises:
         UserError: the directory is not that of a Whisper model with its tokenizer.
@@ -77,7 +77,7 @@ class WhisperEngine:
         """
         Args:
             folder: a directory from find_whisper.
-            dtype: of the weights.
+            dtype: dtype of the weights.
             device: where to run.
             max_new_tokens: most tokens of an answer.
 

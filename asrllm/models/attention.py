@@ -169,7 +169,7 @@ def missing(backend: str) -> str:
     """Return what a backend lacks on this machine, or "" if nothing."""
     if backend not in BACKENDS:
         hint = nearest(backend, ["auto", *BACKENDS])
-        raise UserError(f"the attention backend {backend!r} is unknown: {hint}")
+        raise UserError(f"the attention backend {backend!r} is unknown. {hint}")
     if backend in ("flash", "varlen"):
         if not torch.cuda.is_available():
             return "there is no CUDA device"

@@ -45,7 +45,7 @@ def _moved_entry(config: AsrLlmConfig, part: str, path: str | Path, where: str) 
     """Return the entry of a base model with its present path, after checking the fingerprint."""
     if part not in BASE_MODEL_KEYS:
         hint = nearest(part, BASE_MODEL_KEYS)
-        raise UserError(f"base_models[{part!r}] is not a pretrained part: {hint}")
+        raise UserError(f"base_models[{part!r}] is not a pretrained part. {hint}")
     base = base_entry(config, part)
     if base is None:
         raise UserError(

@@ -2,7 +2,7 @@
 
 No tensor of (all tokens x vocabulary) is built. Each chunk's logits are turned into its loss and at
 once into the gradients of the hidden states (and of the head, if it is trained). They are neither
-kept nor recomputed for the backward pass, as in Liger Kernel (Hsu et al., 2024).
+stored nor recomputed for the backward pass, as in Liger Kernel (Hsu et al., 2024).
 """
 
 from typing import NamedTuple

@@ -60,7 +60,7 @@ class LoraPart:
         for key, value in (self.options or {}).items():
             if key not in PEFT_OPTIONS:
                 raise UserError(
-                    f"lora.options: {key!r} is not supported: {nearest(key, PEFT_OPTIONS)}"
+                    f"lora.options: {key!r} is not supported. {nearest(key, PEFT_OPTIONS)}"
                 )
             if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
                 raise UserError(

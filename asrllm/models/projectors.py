@@ -119,7 +119,7 @@ class AudioProjector(nn.Module):
         """
         super().__init__()
         if kind not in PROJECTORS:
-            raise UserError(f"model.projector={kind!r} is unknown: {nearest(kind, PROJECTORS)}")
+            raise UserError(f"model.projector={kind!r} is unknown. {nearest(kind, PROJECTORS)}")
         self.rate = rate
         self.drop_ragged = drop_ragged
         self.mlp = PROJECTORS[kind](input_size, output_size, rate, hidden_size)

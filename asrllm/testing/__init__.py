@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-# of synthetic vowels, in Hz
+# formants of synthetic vowels, in Hz
 FORMANTS = (
     (730, 1090, 2440),
     (270, 2290, 3010),
@@ -87,7 +87,7 @@ def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
 
     Args:
         folder: the directory to write.
-        seed: of the weights.
+        seed: seed of the weights.
         tied: whether the LM head has the weights of the embeddings.
 
     Returns:
@@ -172,7 +172,7 @@ def tone_sentences(count: int, *, seed: int = 0, rate: int = 16000) -> list[tupl
 
     Args:
         count: number of sentences.
-        seed: of the random choices.
+        seed: seed of the random choices.
         rate: sampling rate in Hz.
     """
     rng = np.random.default_rng(seed)

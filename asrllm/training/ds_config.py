@@ -40,7 +40,7 @@ STAGE_IN_NAME = re.compile(r"(?:zero|stage)[-_]?([0-3])")
 # a value that Python writes, although JSON does not have it, or a number that overflows
 NOT_A_NUMBER = re.compile(r":\s*(-?(?:NaN|Infinity|\d+e\d{3,}))\b")
 BATCHES = "data.sampler sets the size of batches"
-EPSILON = 1e-8  # of every AdamW that a run can choose
+EPSILON = 1e-8  # the epsilon of every AdamW that a run can choose
 NO_PRINTS = 1 << 60  # steps between DeepSpeed's own log lines, because the run has its own log
 # DeepSpeed's schedulers and the most similar schedule of a run.
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -445,7 +445,7 @@ def check_stage(path: Path, ds: DsConfig) -> int:
     if stage == "auto":
         raise UserError(
             f'{path}: zero_optimization.stage="auto" is not filled in from the run. '
-            "Use one of 0, 1, 2, 3."
+            "Available: 0, 1, 2, 3."
         )
     stage = int(stage)
     named = STAGE_IN_NAME.search(path.stem)

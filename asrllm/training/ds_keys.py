@@ -216,7 +216,8 @@ def check_supported(ds: Block, path: Path) -> None:
     for key, name in ds.get("data_types", {}).items():
         if key.endswith("_dtype") and name is not None and name not in DTYPE_NAMES:
             raise UserError(
-                f"{path}: data_types.{key}={name!r} is unknown. Use one of {', '.join(DTYPE_NAMES)}."
+                f"{path}: data_types.{key}={name!r} is unknown. "
+                f"Available: {', '.join(DTYPE_NAMES)}."
             )
     for key, (value, fix) in FIXED.items():
         if ds.get(key, value) != value:
@@ -402,7 +403,7 @@ def check_choice(value: object, kinds: Iterable[type], place: str, path: Path) -
             if value not in (*choices, "auto", None):
                 raise UserError(
                     f"{path}: {place}={value!r} is not a choice. "
-                    f"Use one of {', '.join(map(str, choices))}."
+                    f"Available: {', '.join(map(str, choices))}."
                 )
 
 

@@ -130,7 +130,7 @@ def compiling(op: str) -> Iterator[None]:
     """Let one process at a time compile an operator of DeepSpeed at its first use.
 
     Args:
-        op: the operator's name, such as "cpu_adam".
+        op: the operator's name, for example "cpu_adam".
 
     Raises:
         UserError: the operator cannot be compiled.

@@ -42,13 +42,13 @@ class PeakRates:
     """Peak learning rates of the model's parts."""
 
     projector: PositiveFloat | None = None
-    """of the projector"""
+    """peak learning rate of the projector"""
     lora: PositiveFloat | None = None
-    """of the adapters of the LLM and of the encoder"""
+    """peak learning rate of the adapters of the LLM and of the encoder"""
     audio_encoder: PositiveFloat | None = None
-    """of the encoder without its adapters"""
+    """peak learning rate of the encoder without its adapters"""
     llm: PositiveFloat | None = None
-    """of the LLM without its adapters"""
+    """peak learning rate of the LLM without its adapters"""
 
 
 @component
@@ -92,7 +92,7 @@ class TrainerConfig:
     betas: list[RatioBelowOne] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     """decay rates of AdamW's two moments"""
     weight_decay: NonNegativeFloat = 0.0
-    """of matrices; biases and norms have none"""
+    """weight decay of matrices; biases and norms have none"""
     label_smoothing: RatioBelowOne = 0.0
     """probability mass that training spreads over all tokens"""
     schedule: ScheduleConfig = ScheduleConfig()

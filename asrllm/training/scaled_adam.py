@@ -121,7 +121,7 @@ class ScaledAdam(torch.optim.Optimizer):
             "eps": eps,
         }
         super().__init__(params, defaults)
-        self.layouts: dict[Tensor, Layout] = {}  # by the first vector of a group
+        self.layouts: dict[Tensor, Layout] = {}  # the first vector of a group: its layout
         self.device = torch.device("cpu")
         self.partitioned = False
 

@@ -54,7 +54,7 @@ def check_read(schedule: str, values: Mapping[str, object], defaults: Mapping[st
             readers = ", ".join(name for name, keys in READ.items() if key in keys)
             raise UserError(
                 f"trainer.{key}={values[key]} is not used with trainer.schedule.name={schedule}. "
-                f"Remove it, or set trainer.schedule.name to one of: {readers}."
+                f"Remove it, or use a schedule that reads it. Available: {readers}."
             )
 
 

@@ -79,7 +79,7 @@ class Watchdog:
         """Record progress.
 
         Args:
-            activity: what the process does next, such as "in step 5".
+            activity: what the process does next, for example "in step 5".
             keys: keys of the batch that was just loaded, or None to keep the previous ones.
         """
         if keys is not None:

@@ -129,7 +129,7 @@ class Times:
         """Run a step unless its result exists.
 
         Args:
-            name: of the step.
+            name: name of the step.
             result: file or directory that the step writes last; None to run it in any case.
             work: runs the step.
 

@@ -204,7 +204,7 @@ def digit_strings(digits: dict[str, list[Wave]], seed: int) -> list[Spoken]:
 
     Args:
         digits: waveforms by word.
-        seed: of the random choices.
+        seed: seed of the random choices.
     """
     rng = np.random.default_rng(seed)
     strings: list[Spoken] = []

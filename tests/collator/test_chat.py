@@ -7,10 +7,15 @@ from asrllm.testing import tiny_tokenizer
 
 AUDIO = "<|AUDIO|>"
 LLAMA = (
-    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '[' + m['role'] + ']' + m['content'] + '<|endoftext|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
-WITHOUT_END = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+WITHOUT_END = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+)
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 # minimal versions of the templates of public model families
@@ -27,19 +32,25 @@ QWEN3 = (
     + ASK
 )
 LLAMA3 = (
-    "{{ bos_token }}{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ bos_token }}"
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "<|head|>system<|tail|>Today: {{ date_string }}<|eot|>"
-    "{% for m in messages %}<|head|>{{ m.role }}<|tail|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% for m in messages %}"
+    "<|head|>{{ m.role }}<|tail|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|tail|>\n\n{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<|head|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|eot|>\n{% endfor %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|head|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<|eot|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|head|>model\n{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('user and assistant only') }}{% endif %}"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('user and assistant only') }}{% endif %}"
     "{% endfor %}"
 )
 PHI = "{% for m in messages %}<|head|>{{ m.role }}\n{{ m.content }}<|eot|>\n{% endfor %}" + (

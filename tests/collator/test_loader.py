@@ -237,7 +237,8 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from tests.collator.test_loader import make_stream
 from asrllm.data.corpora import read_corpora
 from pathlib import Path
-corpora = read_corpora({str(world.root / "train.yaml")!r}, filters=None, made=Path({str(world.root)!r}))
+root = Path({str(world.root)!r})
+corpora = read_corpora(root / "train.yaml", filters=None, made=root)
 stream = make_stream(corpora, num_workers=2)
 next(stream)
 print("read")

@@ -155,7 +155,8 @@ def test_recogs_are_compared_with_their_generations(tmp_path):
     )
     icefall = tmp_path / "recogs-icefall.txt"
     icefall.write_text(
-        "u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\nu2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n"
+        "u1:\tref=['IT', 'IS', '25']\nu1:\thyp=['IT', 'IS', '25']\n"
+        "u2:\tref=['HELLO', 'THERE']\nu2:\thyp=['HELLO']\n"
     )
     assert compare_files(folder / "generations-test-s.jsonl", icefall).better == 1
     assert compare_files(icefall, icefall).normalizer == "none"

@@ -41,7 +41,12 @@ ABOUT = {
 
 def transcript(key: str, reference: str, hypothesis: str, **more: object) -> Transcript:
     fields = {"duration": 2.0, "raw_reference": reference, "raw_hypothesis": hypothesis} | more
-    return Transcript(key=key, reference=reference, hypothesis=hypothesis, **fields)  # type: ignore[arg-type]
+    return Transcript(
+        key=key,
+        reference=reference,
+        hypothesis=hypothesis,
+        **fields,  # type: ignore[arg-type]
+    )
 
 
 def decoded(
@@ -173,8 +178,10 @@ def test_several_sets_are_also_pooled(tmp_path):
     sets = [report_set("en", english), report_set("zh", chinese)]
     data = read_page(tmp_path / "report.html", *sets).data
     assert [(s["name"], s["metric"], s.get("pooled")) for s in data["sets"]] == [
-        ("en", "wer", None), ("zh", "cer", None), ("all sets", "mer", True)
-    ]  # fmt: skip
+        ("en", "wer", None),
+        ("zh", "cer", None),
+        ("all sets", "mer", True),
+    ]
     total = english.errors["mer"].total.sum() + chinese.errors["mer"].total.sum()
     units = english.errors["mer"].units.sum() + chinese.errors["mer"].units.sum()
     assert data["sets"][2]["model"]["mer"] == pytest.approx(100 * total / units, abs=1e-3)
@@ -276,8 +283,11 @@ def test_wandb_run_has_numbers_and_tables(tmp_path, monkeypatch):
     assert logged["test/wer"] == s.entry["wer"]
     assert [logged["test/wer_low"], logged["test/wer_high"]] == s.entry["wer_ci95"]
     assert {key: value for key, value in logged.items() if key.startswith("test/baseline/")} == {
-        "test/baseline/wer": 30.0, "test/baseline/wer_low": 25.0, "test/baseline/wer_high": 35.0, "test/baseline/paired/difference": -3.0
-    }  # fmt: skip
+        "test/baseline/wer": 30.0,
+        "test/baseline/wer_low": 25.0,
+        "test/baseline/wer_high": 35.0,
+        "test/baseline/paired/difference": -3.0,
+    }
     assert sum(name.endswith(".mp3") for name in files) == 1
     (table,) = (path.parent / "files" / "media").rglob("*.table.json")
     rows = json.loads(table.read_text())

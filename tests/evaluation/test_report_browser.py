@@ -18,9 +18,16 @@ from tests.evaluation.test_report import ATTACK, decoded, report_set, transcript
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 # as root, offline, without background activity
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1000",
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +120,8 @@ def column(driver, name: str) -> list[str]:
         if head.get_attribute("data-column") == name
     ]
     return driver.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.firstChild?.textContent ?? '')",
+        "return [...document.querySelectorAll(arguments[0])]"
+        ".map((cell) => cell.firstChild?.textContent ?? '')",
         f"#table .numbers > :nth-child({at})",
     )
 

@@ -84,10 +84,18 @@ def model(exp):
 def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
     config = load_config(
         "evaluate",
-        [f"exp_dir={exp}", f"data.test_data_config={world.root / tests}", "max_new_tokens=12", f"whisper_baseline={str(whisper).lower()}",
-         "precision=fp32", "data.max_batch_duration=4", "report_audio=3", *overrides],
+        [
+            f"exp_dir={exp}",
+            f"data.test_data_config={world.root / tests}",
+            "max_new_tokens=12",
+            f"whisper_baseline={str(whisper).lower()}",
+            "precision=fp32",
+            "data.max_batch_duration=4",
+            "report_audio=3",
+            *overrides,
+        ],
         EvaluationRun,
-    )  # fmt: skip
+    )
     cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
         config.data.test_data_config, filters=None, made=exp / "shards", cache=cache
@@ -245,8 +253,19 @@ def test_speed_is_that_of_the_slowest_rank(world, exp, model, monkeypatch):
 
 
 def test_text_with_a_line_separator_is_recorded_completely(world, exp, tmp_path):
-    stored = {"key": "k", "reference": "a\u2028b\u0085c", "hypothesis": "a", "end": "stop", "duration": 1.0, "speaker": "", "recording": "",
-            "corpus": "", "took": 1.0, "rank": 0, "row": 0}  # fmt: skip
+    stored = {
+        "key": "k",
+        "reference": "a\u2028b\u0085c",
+        "hypothesis": "a",
+        "end": "stop",
+        "duration": 1.0,
+        "speaker": "",
+        "recording": "",
+        "corpus": "",
+        "took": 1.0,
+        "rank": 0,
+        "row": 0,
+    }
     journal = Journal(tmp_path, "s", settings=1)
     with journal:
         journal.write([DecodedUtterance(**stored)])
@@ -335,11 +354,21 @@ def test_missing_baseline_is_explained(world, tmp_path):
 
 
 def test_normalizer_is_chosen_by_language(world):
-    corpora = {name: SimpleNamespace(lang=None, index=SimpleNamespace(about={"languages": tags})) for name, tags in (
-        ("english", {"en-GB": {}}), ("both", {"en": {}, "zh": {}}), ("none", {"": {}}), ("known", {"zh": {}, "": {}}))}  # fmt: skip
+    corpora = {
+        name: SimpleNamespace(lang=None, index=SimpleNamespace(about={"languages": tags}))
+        for name, tags in (
+            ("english", {"en-GB": {}}),
+            ("both", {"en": {}, "zh": {}}),
+            ("none", {"": {}}),
+            ("known", {"zh": {}, "": {}}),
+        )
+    }
     assert {name: choose_normalizer("auto", corpus) for name, corpus in corpora.items()} == {
-        "english": "en", "both": "basic", "none": "basic", "known": "zh"
-    }  # fmt: skip
+        "english": "en",
+        "both": "basic",
+        "none": "basic",
+        "known": "zh",
+    }
     assert (
         choose_normalizer("auto", SimpleNamespace(lang="yue", index=corpora["english"].index))
         == "zh"
@@ -420,10 +449,17 @@ def test_unusable_test_set_is_reported_before_the_model_loads(world, exp, tmp_pa
 def test_two_killed_ranks_resume_where_they_stopped(world, exp, tmp_path):
     """What either rank had decoded is not decoded again, and the results do not change."""
     arguments = [
-        f"exp_dir={exp}", f"data.test_data_config={world.root / 'train.yaml'}", "whisper_baseline=false", "data.max_batch_duration=0.3",
-        "precision=fp32", "max_new_tokens=12", "max_tokens_per_second=200", "repetition_guard=null",
-        "decoding_method=beam_search", "num_beams=2",
-    ]  # fmt: skip
+        f"exp_dir={exp}",
+        f"data.test_data_config={world.root / 'train.yaml'}",
+        "whisper_baseline=false",
+        "data.max_batch_duration=0.3",
+        "precision=fp32",
+        "max_new_tokens=12",
+        "max_tokens_per_second=200",
+        "repetition_guard=null",
+        "decoding_method=beam_search",
+        "num_beams=2",
+    ]
     folder = exp / "beam_search"
     assert_done(run_script("evaluate", *arguments))
     expected = generations(folder)

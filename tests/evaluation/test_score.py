@@ -194,7 +194,8 @@ def test_result_files_have_icefalls_format(tmp_path):
     ]
     errs = (tmp_path / "errs-test-iter-9-avg-2.txt").read_text()
     assert errs.startswith(
-        "%WER = 50.00\nErrors: 1 insertions, 1 deletions, 1 substitutions, over 6 reference words (4 correct)\n"
+        "%WER = 50.00\n"
+        "Errors: 1 insertions, 1 deletions, 1 substitutions, over 6 reference words (4 correct)\n"
     )
     for line in (
         "x-1:\tone (two->too) three",
@@ -214,8 +215,11 @@ def test_result_files_have_icefalls_format(tmp_path):
     )
     results = json.loads((tmp_path / "results.json").read_text())
     assert {k: results["test"][k] for k in ("wer", "utterances", "normalizer", "rtfx")} == {
-        "wer": 50.0, "utterances": 3, "normalizer": "basic", "rtfx": 3.0
-    }  # fmt: skip
+        "wer": 50.0,
+        "utterances": 3,
+        "normalizer": "basic",
+        "rtfx": 3.0,
+    }
     generations = [
         json.loads(line)
         for line in (tmp_path / "generations-test-iter-9-avg-2.jsonl").read_text().splitlines()

@@ -19,7 +19,10 @@ from asrllm.evaluation.subtitles import (
 )
 from asrllm.evaluation.transcription import FileTranscript, TextSegment
 
-ENGLISH = "Well, this is a rather long sentence that goes on and on, until somebody decides that it is quite long enough; then it stops."
+ENGLISH = (
+    "Well, this is a rather long sentence that goes on and on, "
+    "until somebody decides that it is quite long enough; then it stops."
+)
 CHINESE = "今天天气很好，我们去公园散步吧。「你说得对」，他回答道：我正在用GPU训练模型，然后还要继续工作很长时间才能回家吃饭呢。"
 
 
@@ -144,8 +147,14 @@ def test_json_and_text():
     assert FORMATS["txt"](found, None) == "你好世界\n"
     fields = json.loads(as_json(found, "zh"))
     assert fields == {
-        "audio": "a.wav", "duration": 12.346, "language": "zh", "text": "你好世界",
-        "segments": [{"start": 0.5, "end": 2.25, "text": "你好"}, {"start": 3, "end": 9, "text": "世界", "end_reason": "loop"}],
-    }  # fmt: skip
+        "audio": "a.wav",
+        "duration": 12.346,
+        "language": "zh",
+        "text": "你好世界",
+        "segments": [
+            {"start": 0.5, "end": 2.25, "text": "你好"},
+            {"start": 3, "end": 9, "text": "世界", "end_reason": "loop"},
+        ],
+    }
     assert as_json(found, "zh", indent=None).count("\n") == 1
     assert FORMATS["srt"](transcript(), None) == ""

@@ -136,7 +136,8 @@ class Stub:
     def answer(self, waves, prompts):
         return [Answer(text="x") for _ in waves]
 
-parts = [np.pad(vowels(s, seed=i, rate=8000), (0, 4000)) for i, s in enumerate((3, 5, 9, 2.5, 8.5))]  # 30.5 s
+seconds = (3, 5, 9, 2.5, 8.5)  # 30.5 s with the pauses
+parts = [np.pad(vowels(s, seed=i, rate=8000), (0, 4000)) for i, s in enumerate(seconds)]
 minute = np.concatenate(parts * 2)[: 60 * 8000]
 segmentation = Segmentation(detector=partial(Silero, load_silero()), longest=28 * 16000)
 peaks = []
@@ -144,7 +145,10 @@ for minutes in (3, 30):
     with soundfile.SoundFile("long.wav", "w", 8000, 1) as file:
         for _ in range(minutes):
             file.write(minute)
-    (found,) = transcribe_files(Stub(), [open_audio("long.wav")], segmentation, prompt="", batch_size=8, advance=lambda s: None)
+    files = [open_audio("long.wav")]
+    (found,) = transcribe_files(
+        Stub(), files, segmentation, prompt="", batch_size=8, advance=lambda s: None
+    )
     assert found.duration == 60 * minutes and found.segments[-1].end > 60 * minutes - 2, found
     assert len(found.segments) >= 2 * minutes
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -157,7 +161,11 @@ print(peaks[1] - peaks[0])
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
 def test_memory_does_not_grow_with_the_length_of_a_file(tmp_path):
     run = subprocess.run(
-        [sys.executable, "-c", LONG], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        [sys.executable, "-c", LONG],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
         env=clean_environment(PYTHONPATH=str(REPOSITORY)),
-    )  # fmt: skip
+    )
     assert float(assert_done(run).stdout) < 60  # MB

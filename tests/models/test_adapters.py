@@ -62,9 +62,14 @@ def test_adapters_of_the_encoder_are_trained_saved_and_loaded(world, tmp_path, k
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear"}, {"target_modules": r".*layers\.1\..*q_proj"},
-     {"options": {"rank_pattern": {"q_proj": 2}}}],
-)  # fmt: skip
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*q_proj"},
+        {"options": {"rank_pattern": {"q_proj": 2}}},
+    ],
+)
 def test_options_are_passed_to_peft(world, tmp_path, options):
     model = make_model(world, llm=llm_lora(**options))
     given = model.llm.peft_config["default"]
@@ -84,7 +89,7 @@ def test_options_are_passed_to_peft(world, tmp_path, options):
 
 def test_invalid_lora_options_are_rejected(world):
     with pytest.raises(
-        UserError, match=r"lora\.options: 'rank_patern' .* did you mean 'rank_pattern'"
+        UserError, match=r"lora\.options: 'rank_patern' .* Did you mean 'rank_pattern'"
     ):
         llm_lora(options={"rank_patern": {}})
     for options in (
@@ -251,8 +256,11 @@ def test_dropout_may_differ_and_weights_must_be_complete(world, tmp_path):
         state
     )
     name = "projector.mlp.linear1.weight"
-    for change, message in (({name: None}, f"has no '{name}'"), ({"projector.x": torch.zeros(1)}, "'projector.x' was trained there"),
-                            ({name: torch.zeros(2, 2)}, rf"'{name}' has the shape \(2, 2\) there")):  # fmt: skip
+    for change, message in (
+        ({name: None}, f"has no '{name}'"),
+        ({"projector.x": torch.zeros(1)}, "'projector.x' was trained there"),
+        ({name: torch.zeros(2, 2)}, rf"'{name}' has the shape \(2, 2\) there"),
+    ):
         torch.save(
             {k: v for k, v in (state | change).items() if v is not None}, tmp_path / "pretrained.pt"
         )

@@ -27,8 +27,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 def row(lengths, heads=(4, 2), width=16, dtype=torch.float32, device="cpu", seed=0):
-    """Return query, key and value (1, heads, T, width), transposed as after a projection, a gradient of
-    the output, and cu_seqlens.
+    """Return query, key and value (1, heads, T, width), a gradient of the output, and cu_seqlens.
+
+    The tensors are transposed, as after a projection.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, sum(lengths), h, width) for h in (heads[0], heads[1], heads[1], heads[0])]
@@ -173,7 +174,7 @@ def test_unavailable_backend_is_rejected():
             match=rf"backend '{backend}' cannot run here: .*CUDA",
         ):
             packed(*inputs, cu_seqlens, causal=True, backend=backend)
-    with pytest.raises(UserError, match="'flahs' is unknown: did you mean 'flash'"):
+    with pytest.raises(UserError, match=r"'flahs' is unknown\. Did you mean 'flash'"):
         packed(*inputs, cu_seqlens, causal=True, backend="flahs")
 
 

@@ -24,9 +24,15 @@ ENCODERS = {
     "zipformer": {"model_type": "zipformer"} | TINY_ZIPFORMER,
 }
 LLM = {
-    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "tie_word_embeddings": False,
+}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
@@ -43,7 +49,7 @@ def make_model(kind: str, lora: dict | None, frozen: tuple[str, ...]) -> AsrLlmM
 
 
 def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
-    """Return three utterances of the same length: torch would count padding, and count_flops does not."""
+    """Return three utterances of the same length, because torch would count padding."""
     lengths = torch.full((3,), 64000)
     audio = [int(n) for n in model.config.num_audio_tokens(lengths)]
     rows = [torch.cat([torch.full((n,), 301), torch.randint(0, 300, (40,))]) for n in audio]

@@ -12,10 +12,19 @@ from asrllm.models.pretrained import empty_llm
 from tests.models.test_loss import Largest
 
 SIZE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 97, "max_position_embeddings": 256, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "initializer_range": 0.3,
-}  # fmt: skip
+}
 FAMILIES = {
     "qwen2": {},
     "qwen3": {},
@@ -46,12 +55,23 @@ AUDIO = 200  # a token beyond the vocabulary: the embeddings are not resized
 
 def make_model(family, tied):
     fields = {"model_type": family, "tie_word_embeddings": tied} | SIZE | FAMILIES[family]
-    encoder = {"model_type": "whisper", "num_mel_bins": 80, "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2,
-               "encoder_ffn_dim": 16, "max_source_positions": 1500}  # fmt: skip
+    encoder = {
+        "model_type": "whisper",
+        "num_mel_bins": 80,
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "max_source_positions": 1500,
+    }
     config = AsrLlmConfig(
-        audio_encoder=encoder, llm=fields, projector_hidden_size=16, audio_encoder_projector_ds_rate=4, audio_token_id=AUDIO,
+        audio_encoder=encoder,
+        llm=fields,
+        projector_hidden_size=16,
+        audio_encoder_projector_ds_rate=4,
+        audio_token_id=AUDIO,
         lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]},
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = AsrLlmModel(config)
     for name, parameter in model.named_parameters():

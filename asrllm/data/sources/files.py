@@ -100,7 +100,7 @@ def text_lines(
             yield number, line.decode("utf-8", errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{role} {path}:{number} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:  # of gzip too
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
         raise UserError(
             f"{role} {str(path)!r} cannot be read after line {number}: {error}"
         ) from error
@@ -117,7 +117,7 @@ def read_lines(
     Arguments are those of `text_lines`.
 
     Raises:
-        UserError: as for `text_lines`, or if all lines are blank.
+        UserError: the file cannot be read, see `text_lines`, or all lines are blank.
     """
     found = False
     for number, line in text_lines(path, role, strict=strict):

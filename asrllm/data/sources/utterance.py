@@ -27,7 +27,7 @@ def check_installed(error: BaseException, where: str) -> None:
     """Raise UserError if audio cannot be read because a package is missing.
 
     Args:
-        error: from the reader of the audio.
+        error: the error of the audio's reader.
         where: what was read, as the beginning of the message.
     """
     link: BaseException | None = error

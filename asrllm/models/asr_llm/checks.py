@@ -25,7 +25,7 @@ BOUNDED_TYPES = {
     "projector_hidden_size": PositiveInt,
     "audio_encoder_projector_ds_rate": PositiveInt,
 }
-# of the fields of AsrLlmConfig, which transformers does not validate
+# types of the fields of AsrLlmConfig, which transformers does not validate
 FIELD_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in (TYPES | BOUNDED_TYPES).items()}
 CONFIG_FIELDS = pydantic.create_model("ConfigFields", __config__=SETTINGS, **FIELD_TYPES)
 FIX = "Correct it, or copy the config.json that was saved with the model."
@@ -137,8 +137,8 @@ def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(
-            f"{where!r}: audio_encoder.model_type={kind!r} is not one of {', '.join(ENCODERS)}. "
-            f"{FIX}"
+            f"{where!r}: audio_encoder.model_type={kind!r} is not supported. "
+            f"Available: {', '.join(ENCODERS)}. {FIX}"
         )
     try:
         with torch.device("meta"):

@@ -21,7 +21,7 @@ class AsrLlmConfig(PreTrainedConfig):
         audio_encoder_projector_ds_rate: number of encoder frames that make one audio token.
         drop_ragged_frames: drop the frames after the last full stack of
             audio_encoder_projector_ds_rate frames, instead of padding them with zeros.
-        audio_token: text that stands for an audio in a chat.
+        audio_token: text that marks the place of an audio in a chat.
         audio_token_id: its token id.
         tag_audio_boundary: put a learned embedding before and after each audio.
         pad_to_30s: pad Whisper's features to 30 s.

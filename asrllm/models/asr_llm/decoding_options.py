@@ -1,4 +1,4 @@
-"""The options of `generate`: which ones there are, their bounds, and a complete GenerationConfig."""
+"""The options of `generate`, their bounds, and a complete GenerationConfig."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -179,7 +179,7 @@ def check_options(options: Mapping[str, Any]) -> DecodingOptions:
                 "Leave it out."
             )
         if name not in OPTIONS:
-            raise UserError(f"{name!r} is not an option of generate(): {nearest(name, OPTIONS)}")
+            raise UserError(f"{name!r} is not an option of generate(). {nearest(name, OPTIONS)}")
         supported[name] = value
     return build(DecodingOptions, supported)
 

@@ -52,10 +52,10 @@ class Request:
     """A chat to answer.
 
     Attributes:
-        number: of the chat in its list, from 0.
+        number: index of the chat in its list, from 0.
         prompt: its tokens.
         audios: numbers of its audios.
-        seconds: of its audios together.
+        seconds: duration of all its audios.
         limit: maximum number of tokens of the answer.
     """
 

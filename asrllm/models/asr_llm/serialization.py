@@ -52,7 +52,7 @@ DTYPES = {
 }
 REOPEN_BYTES = 1 << 26  # bytes read from a file before its memory-mapped pages are released
 SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-PEFT_DEFAULT_RANK = 8  # of adapters whose configuration has no "r"
+PEFT_DEFAULT_RANK = 8  # rank of adapters whose configuration has no "r"
 
 ModelT = TypeVar("ModelT", bound=AsrLlmNetwork)
 Dtype: TypeAlias = torch.dtype | str | None
@@ -244,7 +244,8 @@ def _check_mergeable(
         if any(name.startswith(f"{part}.") for name in layers):
             raise UserError(
                 f"merge_adapter=True merges the adapters into the {part}, but "
-                f"exclude_from_checkpoint excludes the {part}. Save without merging (asrllm export: --keep-adapters)."
+                f"exclude_from_checkpoint excludes the {part}. Save without merging "
+                "(asrllm export: --keep-adapters)."
             )
     for key in state:
         if ".modules_to_save." in key or ".token_adapter." in key:
@@ -503,7 +504,7 @@ def as_dtype(dtype: Dtype) -> torch.dtype | None:
     if isinstance(dtype, str) and dtype != "auto":
         name = dtype.removeprefix("torch.")
         if name not in DTYPES:
-            raise UserError(f"dtype={dtype!r} is unknown: {nearest(dtype, DTYPES)}")
+            raise UserError(f"dtype={dtype!r} is unknown. {nearest(dtype, DTYPES)}")
         return DTYPES[name]
     if not isinstance(dtype, torch.dtype):
         return None

@@ -123,7 +123,8 @@ def encoder_kind(model_type: str) -> str:
         if "/" in model_type:
             raise UserError(
                 f"model.audio_encoder.model_type={model_type!r} was not found, or is not a "
-                f"directory. Give a directory with a config.json, or one of {', '.join(ENCODERS)}."
+                "directory. Give a directory with a config.json, or the name of an encoder. "
+                f"Available: {', '.join(ENCODERS)}."
             )
         encoder_class(model_type)
         return model_type
@@ -131,8 +132,8 @@ def encoder_kind(model_type: str) -> str:
     kind = read_json_object(config, "the encoder's configuration").get("model_type")
     if kind not in ENCODERS:
         raise UserError(
-            f"{str(config)!r} has model_type={kind!r}, which is not one of {', '.join(ENCODERS)}. "
-            "Give another encoder."
+            f"{str(config)!r} has model_type={kind!r}, which is not supported. "
+            f"Available: {', '.join(ENCODERS)}."
         )
     return str(kind)
 
@@ -141,5 +142,5 @@ def encoder_class(model_type: str) -> type[AudioEncoder]:
     """Return the class of an encoder by its name in ENCODERS."""
     if model_type not in ENCODERS:
         hint = nearest(model_type, ENCODERS)
-        raise UserError(f"model.audio_encoder.model_type={model_type!r} is unknown: {hint}")
+        raise UserError(f"model.audio_encoder.model_type={model_type!r} is unknown. {hint}")
     return ENCODERS[model_type]

@@ -87,8 +87,8 @@ def read_openai(file: Path) -> tuple[Fields, StateDict]:
         state = content.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(state, dict):
         raise UserError(
-            f"{KEY}={str(file)!r} is not a file of OpenAI's Whisper (it has no 'dims' and "
-            "'model_state_dict'). Give such a file, or a Hugging Face directory."
+            f"{KEY}={str(file)!r} has no 'dims' and 'model_state_dict', so it is not an OpenAI "
+            "Whisper checkpoint. Give such a file, or a Hugging Face directory."
         )
     for name in DIMS.values():
         if name not in dims:

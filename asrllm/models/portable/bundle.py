@@ -1,6 +1,6 @@
 """Copy definitions of this package into single files that run without it.
 
-A saved model carries the code that transformers needs to load it. The files are made from our own
+A saved model contains the code that transformers needs to load it. The files are made from our own
 modules: each definition that an entry point uses, directly or through others, is copied as it is
 written, with the imports of other packages that it needs.
 """
@@ -58,7 +58,8 @@ class Bundle:
         self.elsewhere = elsewhere or {}
         self.started: set[Definition] = set()
         self.found: list[Definition] = []  # each after those that it uses
-        self.imports: dict[str, Definition] = {}  # by local name; name "" for a module
+        # by local name; the name of a definition is "" for a module
+        self.imports: dict[str, Definition] = {}
         for module, name in entries:
             self._add(read_module(module), name)
 

@@ -4,7 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 
-CODE_VERSION = ""  # of the code in a saved directory
+CODE_VERSION = ""  # version of the code in a saved directory; empty in this package
 
 
 class AsrLlmHubConfig(AsrLlmConfig):
@@ -27,7 +27,7 @@ class AsrLlmHubConfig(AsrLlmConfig):
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None
     ) -> PreTrainedConfig:
-        """Return the configuration of the LLM. The arguments are transformers' and change nothing."""
+        """Return the configuration of the LLM. The arguments exist for transformers only."""
         if not self.llm:
             return self
         config = AutoConfig.for_model(**self.llm)

@@ -47,7 +47,7 @@ class AsrLlmFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             audio: float samples (samples,), or a list of them.
-            sampling_rate: of the audio in Hz; None means 16000.
+            sampling_rate: sampling rate of the audio in Hz; None means 16000.
             return_tensors: "pt" for tensors, "np" for arrays.
             ignored: options of other feature extractors, for example padding and truncation: audio
                 is never truncated, and padding does not change a result.
@@ -98,8 +98,8 @@ class AsrLlmHubProcessor(ProcessorMixin):
         Args:
             feature_extractor: computes the features.
             tokenizer: the LLM's tokenizer with the audio token added.
-            chat_template: of the tokenizer.
-            audio_token: stands for an audio in a chat.
+            chat_template: chat template of the tokenizer.
+            audio_token: text that marks the place of an audio in a chat.
             frames_per_token: AsrLlmConfig.audio_encoder_projector_ds_rate.
             drop_ragged_frames: as in AsrLlmConfig.
             tag_audio_boundary: as in AsrLlmConfig.
@@ -127,10 +127,10 @@ class AsrLlmHubProcessor(ProcessorMixin):
         """Return the inputs of the model for prompts with audio.
 
         Args:
-            text: what a user says, or several of them. Each contains the audio token once per audio;
-                without text, the first prompt of training is used for each audio.
+            text: a user's message, or several. Each contains the audio token once per audio.
+                Without text, the first prompt of training is used for each audio.
             audio: float samples (samples,), or a list of them, in the order of the audio tokens.
-            sampling_rate: of the audio in Hz; None means 16000.
+            sampling_rate: sampling rate of the audio in Hz; None means 16000.
             return_tensors: only "pt".
             ignored: options of other processors, for example padding.
         """
@@ -160,7 +160,7 @@ class AsrLlmHubProcessor(ProcessorMixin):
             tokenize: return token ids instead of texts.
             return_dict: with tokenize: return all inputs of the model.
             add_generation_prompt: only True with tokenize: begin the answer.
-            sampling_rate: of the audio in Hz; None means 16000.
+            sampling_rate: sampling rate of the audio in Hz; None means 16000.
             ignored: options of other processors, for example return_tensors.
 
         Raises:
@@ -169,8 +169,8 @@ class AsrLlmHubProcessor(ProcessorMixin):
         """
         if chat_template is not None or (tokenize and not add_generation_prompt):
             raise ValueError(
-                "the chat template of training is used, with the beginning of the answer. Leave out "
-                "chat_template and add_generation_prompt."
+                "the chat template of training is used, with the beginning of the answer. "
+                "Leave out chat_template and add_generation_prompt."
             )
         is_one = bool(conversation) and isinstance(conversation[0], Mapping)
         chats: list[Any] = [conversation] if is_one else list(conversation)
@@ -246,10 +246,10 @@ class AsrLlmHubProcessor(ProcessorMixin):
 
         Args:
             audio: float samples (samples,), or a list of them.
-            language: of the speech, which chooses the prompt of training for it.
+            language: language of the speech, which chooses the prompt of training for it.
             prompt: the prompt; by default the one for the language, else the first one.
             hotwords: words that may occur in the speech.
-            sampling_rate: of the audio in Hz; None means 16000.
+            sampling_rate: sampling rate of the audio in Hz; None means 16000.
             ignored: options of other processors, for example return_tensors.
         """
         features = self.feature_extractor(audio, sampling_rate=sampling_rate)

@@ -22,7 +22,7 @@ from asrllm.training.trainer import Callback, StepSums, Trainer
 
 Values = dict[str, float | int]  # metrics by name
 STRAGGLER_FACTOR = 1.2  # times the median
-NOISE = 0.02  # of the interval's duration; smaller differences do not count
+NOISE = 0.02  # ratio of the interval's duration; smaller differences do not count
 INTERVALS_IN_A_ROW = 3
 
 

@@ -1,6 +1,6 @@
 """Units and meanings of the logged metrics.
 
-{corpus} and {set} stand for names in the data configs, {reason} for a filter.
+{corpus} and {set} are names from the data configs, {reason} is the name of a filter.
 """
 
 METRICS: dict[str, tuple[str, str]] = {

@@ -9,7 +9,7 @@ from asrllm import distributed
 from asrllm.collator.loader import LoadedStep
 from asrllm.training.trainer import Callback, StepSums, Trainer
 
-ROWS = 40  # of the summary
+ROWS = 40  # length of the summary
 
 
 class Profiler(Callback):

@@ -39,10 +39,10 @@ class Validation(Callback):
         """Create the callback.
 
         Args:
-            sets: by validation set, a function that yields this rank's batches.
+            sets: for each validation set, a function that yields this rank's batches.
             metrics: callback that writes the records.
             every: steps between two validations.
-            sizes: by validation set, the number of this rank's batches, which may be an estimate.
+            sizes: for each validation set, the number of this rank's batches, maybe an estimate.
             decoder: decodes a part of each set, or None.
         """
         self.sets = sets

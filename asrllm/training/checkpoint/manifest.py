@@ -78,7 +78,7 @@ def find_checkpoint(exp_dir: Path, tag: str | None) -> Path:
         available = ", ".join(path.name for path in complete_checkpoints(exp_dir))
         raise UserError(
             f"{str(exp_dir)!r} has no complete checkpoint named {tag!r}. "
-            f"Set --tag to one of: {available or 'none'}."
+            f"Set --tag to another one. Available: {available or 'none'}."
         )
     return exp_dir / name
 

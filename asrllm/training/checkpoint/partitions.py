@@ -16,7 +16,7 @@ from asrllm.training.checkpoint.manifest import Manifest
 from asrllm.training.checkpoint.zero_files import MASTERS, ZeroFiles
 
 ZeroOptimizer = Any  # one of DeepSpeed's optimizers, which have no common base class
-BIT16_GROUPS = ("bf16_groups", "bit16_groups", "fp16_groups")  # by optimizer and stage
+BIT16_GROUPS = ("bf16_groups", "bit16_groups", "fp16_groups")  # depends on optimizer and stage
 
 
 class Segment(NamedTuple):

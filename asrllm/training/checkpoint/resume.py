@@ -225,7 +225,7 @@ def corruption(checkpoint: Path) -> str | None:
     """Return how a checkpoint is corrupted, the same on all ranks, or None if it is intact.
 
     Raises:
-        UserError: a file cannot be read for another reason, such as its permissions.
+        UserError: a file cannot be read for another reason, for example its permissions.
     """
     problem = None
     failure = None

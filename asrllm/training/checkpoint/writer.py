@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asrllm.atomic import sync
 
-NICENESS = 10  # of the writing thread, whose work can wait
+NICENESS = 10  # priority of the writing thread, whose work can wait
 State = Any  # nested dicts, lists and tuples of tensors and plain objects
 
 

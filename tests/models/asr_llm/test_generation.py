@@ -16,9 +16,18 @@ from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
 from asrllm.testing import tiny_llm, tiny_tokenizer, tone_sentences
 
 SIZE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 4096, "initializer_range": 0.3, "tie_word_embeddings": False, "bos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
 WINDOW = {"sliding_window": 12}  # shorter than every prompt
 FAMILIES = {
     "llama": {},
@@ -510,8 +519,15 @@ def test_token_limit_grows_with_duration_up_to_max_new_tokens():
 
 
 HONEST = [
-    [1, 1, 1], [1, 2] * 4, [1, 2] * 16, [7] * 32, [1, 2, 3] * 10, list(range(20)) * 4, [1, 2, 3, 4, 5, 6, 7, 8] * 4, [3, 9] * 15 + [4] * 20,
-]  # fmt: skip
+    [1, 1, 1],
+    [1, 2] * 4,
+    [1, 2] * 16,
+    [7] * 32,
+    [1, 2, 3] * 10,
+    list(range(20)) * 4,
+    [1, 2, 3, 4, 5, 6, 7, 8] * 4,
+    [3, 9] * 15 + [4] * 20,
+]
 
 
 @pytest.mark.parametrize("row", HONEST)

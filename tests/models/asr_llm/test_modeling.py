@@ -108,7 +108,7 @@ def test_packed_loss_and_gradients_are_the_sum_over_single_utterances(world, bou
 
 
 def test_loss_matches_transformers(world):
-    """Run the same chat through the plain causal LM, with labels and audio embeddings set by hand."""
+    """Run the same chat through the plain LM, with labels and audio embeddings set by hand."""
     model = make_model(world)
     (sample,) = samples(1)
     inputs = batch_of(model, [sample])

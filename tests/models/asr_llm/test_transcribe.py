@@ -289,7 +289,7 @@ def test_invalid_options_are_reported_before_the_model_loads(
     shutil.copy(speech, tmp_path / "other" / "speech.flac")
     (tmp_path / "text.txt").write_text("words\n")
     for arguments, message in (
-        (["--format", "svt"], "--format 'svt' is unknown: did you mean 'vtt'"),
+        (["--format", "svt"], "--format 'svt' is unknown. Did you mean 'vtt'"),
         (["--format", "srt,vtt"], "--format srt,vtt names several"),
         (
             [speech, "--format", "srt"],
@@ -329,8 +329,13 @@ def test_unreadable_files_are_reported_and_the_others_transcribed(
     soundfile.write(tmp_path / "short.wav", np.zeros(10), 16000)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.txt").write_text("words\n")
-    bad = {"empty.wav": "0 bytes", "text.txt": "Format not recognised", "no.wav": "No such file", "cut.wav": "is truncated",
-           "short.wav": "has 0.00 s of audio"}  # fmt: skip
+    bad = {
+        "empty.wav": "0 bytes",
+        "text.txt": "Format not recognised",
+        "no.wav": "No such file",
+        "cut.wav": "is truncated",
+        "short.wav": "has 0.00 s of audio",
+    }
     monkeypatch.setattr(
         transcribe, "load_engine", lambda arguments: pytest.fail("the model was loaded")
     )

@@ -71,7 +71,7 @@ def test_new_encoder_needs_one_class_and_one_line(world, tmp_path, monkeypatch):
 
 
 def test_unknown_encoder_is_rejected():
-    with pytest.raises(UserError, match=r"model_type='wisper' is unknown: did you mean 'whisper'"):
+    with pytest.raises(UserError, match=r"model_type='wisper' is unknown. Did you mean 'whisper'"):
         EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
 
 

@@ -65,7 +65,7 @@ def test_utterance_is_encoded_alone_as_in_a_batch(world):
 
 
 def alone_through_transformers(encoder, x):
-    """Run one utterance x (T, mel) through transformers' modules. Their encoder accepts 30 s only."""
+    """Run an utterance x (T, mel) through transformers' modules. Their encoder needs 30 s."""
     x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(x.T[None])))).transpose(1, 2)
     x = x + encoder.embed_positions.weight[: x.shape[1]]
     for layer in encoder.layers:
@@ -187,9 +187,17 @@ OPENAI = [  # transformers' names to OpenAI's, in this order
     (r"embed_positions\.weight", "positional_embedding"),
 ]
 TINY_DIMS = {
-    "n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 2,
-    "n_vocab": 64, "n_text_ctx": 448, "n_text_state": 16, "n_text_head": 2, "n_text_layer": 1,
-}  # fmt: skip
+    "n_mels": 80,
+    "n_audio_ctx": 1500,
+    "n_audio_state": 16,
+    "n_audio_head": 2,
+    "n_audio_layer": 2,
+    "n_vocab": 64,
+    "n_text_ctx": 448,
+    "n_text_state": 16,
+    "n_text_head": 2,
+    "n_text_layer": 1,
+}
 
 
 def openai_file(world, path, change=lambda state: None, **more):
@@ -285,7 +293,7 @@ def test_files_other_than_openais_are_rejected(world, tmp_path):
     with pytest.raises(UserError, match=r"damaged\.pt' is corrupted"):
         read(tmp_path / "damaged.pt")
     torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="is not a file of OpenAI's Whisper"):
+    with pytest.raises(UserError, match="it is not an OpenAI Whisper checkpoint"):
         read(tmp_path / "other.pt")
     with pytest.raises(UserError, match="has no 'n_audio_head' in its 'dims'"):
         read(

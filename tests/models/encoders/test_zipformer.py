@@ -262,7 +262,7 @@ def test_invalid_configuration_is_rejected():
     ):
         with pytest.raises(UserError, match=message):
             ZipformerConfig(**fields | changes)
-    with pytest.raises(UserError, match="did you mean 'icefall-small'"):
+    with pytest.raises(UserError, match="Did you mean 'icefall-small'"):
         ZipformerConfig.public("icefall-smal")
 
 
@@ -486,7 +486,10 @@ def test_positions_and_swoosh_are_precise_in_bfloat16():
 
 @torch.no_grad()
 def test_attention_weights_have_the_dtype_of_the_model():
-    """In float32 those of 8 x 30 s would take 273 MiB per layer. Their sum is 1 up to the dtype's precision."""
+    """In float32 those of 8 x 30 s would take 273 MiB per layer.
+
+    Their sum is 1 up to the dtype's precision.
+    """
     attention = (
         AttentionWeights(16, heads=2, query_head_dim=8, pos_head_dim=4, pos_dim=16)
         .bfloat16()

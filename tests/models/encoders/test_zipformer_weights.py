@@ -23,7 +23,7 @@ def encoder():
 
 
 def published(encoder, prefix=""):
-    """Return a state dict like that of the published code, with unused parameters and other modules."""
+    """Return a state dict like the published code's, with unused parameters and other modules."""
     state = dict(encoder.state_dict())
     for name in [name for name in state if name.endswith("layers.0.bypass.bypass_scale")]:
         state[name.replace("bypass.bypass_scale", "bypass_scale")] = torch.full_like(

@@ -76,10 +76,15 @@ def auden_directory(
             }
             shutil.rmtree(folder / part)
     config = {
-        "model_type": "lalm", "audio_encoder_config": encoder_config, "llm_config": llm.config.to_dict(), "use_flash_attn": False,
-        "audio_encoder_projector_ds_rate": RATE, "exclude_from_checkpoint": list(left_out), "tag_audio_boundary": tags,
+        "model_type": "lalm",
+        "audio_encoder_config": encoder_config,
+        "llm_config": llm.config.to_dict(),
+        "use_flash_attn": False,
+        "audio_encoder_projector_ds_rate": RATE,
+        "exclude_from_checkpoint": list(left_out),
+        "tag_audio_boundary": tags,
         "audio_token": "<|AUDIO|>",
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     if name.endswith(".pt"):
         torch.save({"state_dict": state} if tags else state, folder / name)
@@ -118,7 +123,7 @@ def test_directory_loads_as_the_same_model_in_our_format(world, tmp_path, kind, 
 @torch.no_grad()
 @pytest.mark.parametrize("tags", [False, True])
 def test_audio_embeddings_match_audens_arithmetic(world, tmp_path, tags):
-    """Whisper of transformers, complete stacks of frames, linear, ReLU, linear, boundary embeddings."""
+    """Whisper of transformers, full stacks of frames, linear, ReLU, linear, boundary embeddings."""
     folder = auden_directory(world, tmp_path / "auden", tags=tags)
     model = asrllm.AutoModel.from_pretrained(folder)
     state = torch.load(folder / "pretrained.pt", weights_only=True)

@@ -35,7 +35,8 @@ for auto, count in ((AutoModel, len(waves)), (AutoModelForMultimodalLM, batch)):
         texts += processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
     results[auto.__name__] = texts
 transcribe = pipeline("automatic-speech-recognition", model=folder, dtype=torch.float64, **trusted)
-results["pipeline"] = [transcribe({"raw": w, "sampling_rate": 16000})["text"] for w in waves[:batch]]
+audio = [{"raw": w, "sampling_rate": 16000} for w in waves[:batch]]
+results["pipeline"] = [transcribe(item)["text"] for item in audio]
 print(json.dumps(results))
 """
 

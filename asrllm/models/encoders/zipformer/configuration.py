@@ -193,7 +193,7 @@ class ZipformerConfig:
         """
         if size not in PUBLIC_SIZES:
             hint = nearest(size, PUBLIC_SIZES)
-            raise UserError(f"the zipformer size {size!r} is unknown: {hint}")
+            raise UserError(f"the zipformer size {size!r} is unknown. {hint}")
         return cls(**PUBLIC_SIZES[size] | changes)
 
 

@@ -111,7 +111,7 @@ def scaled_linear(
 class BiasNorm(Scheduled):
     """x * mean((x - b)^2)^(-1/2) * exp(log_scale), with the mean over the channels.
 
-    b is not subtracted from x, so that the length of x can carry information.
+    b is not subtracted from x, so that the length of x still has information.
     """
 
     def __init__(self, width: int) -> None:
