@@ -9,7 +9,7 @@ from asrllm.errors import UserError
 
 # errors of flock(2) on file systems without locks: NFS without its lock daemon, Lustre by its mount
 # options
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FileLock(filelock.FileLock):
@@ -24,7 +24,7 @@ class FileLock(filelock.FileLock):
         try:
             return super().acquire(*arguments, **options)
         except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
             raise UserError(
                 f"{str(self.lock_file)!r} cannot be locked: its file system does not support "

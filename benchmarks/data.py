@@ -35,7 +35,7 @@ from lhotse.dataset import DynamicBucketingSampler, IterableDatasetWrapper
 from lhotse.dataset.collation import collate_audio
 from torch.utils.data import DataLoader, Dataset
 
-from asrllm.audio.reader import Reader, decode
+from asrllm.audio.reader import Reader, decode_audio
 from asrllm.collator.batch import Collator
 from asrllm.collator.chat import ChatRenderer
 from asrllm.collator.loader import PlannedDataset, steps
@@ -138,7 +138,7 @@ def make_corpus_files(folder: Path, count: int) -> None:
 def bare(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     """Decode one file after the other with soundfile in this process."""
     for path in sorted((folder / "flac").iterdir()):
-        wave = decode(path)
+        wave = decode_audio(path)
         yield Batch(1, len(wave), len(wave))
 
 

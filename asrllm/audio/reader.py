@@ -110,7 +110,7 @@ class Reader:
                 f"utterance {item.row} of {corpus.name} in {shard}: {error}"
             ) from error
         try:
-            wave = decode(BytesIO(found.audio))
+            wave = decode_audio(BytesIO(found.audio))
         except (OSError, RuntimeError) as error:
             raise SampleError(f"{found.key} in {shard}: {decoder_error(error)}") from error
         text = self.normalize(found.fields["text"])
@@ -186,7 +186,7 @@ class Reader:
         )
 
 
-def decode(file: BinaryIO | str | Path) -> np.ndarray:
+def decode_audio(file: BinaryIO | str | Path) -> np.ndarray:
     """Decode audio as (samples,) float32 at RATE; channels are averaged.
 
     Raises:

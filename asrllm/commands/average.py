@@ -5,7 +5,7 @@ from pathlib import Path
 
 from asrllm.checkpoints.average import Average, average
 from asrllm.errors import UserError
-from asrllm.models.auto import describe
+from asrllm.models.auto import load_model_config
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,6 +25,6 @@ def run(arguments: argparse.Namespace) -> None:
     exp_dir = Path(arguments.exp_dir)
     if arguments.base_models:
         # averaging reads no base model, but a wrong path is reported before the work
-        describe(exp_dir, arguments.base_models)
+        load_model_config(exp_dir, arguments.base_models)
     output = Path(arguments.output) if arguments.output else None
     print(average(exp_dir, choice, output))

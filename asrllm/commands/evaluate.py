@@ -16,12 +16,12 @@ from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.compare import as_text, compare_results
+from asrllm.evaluation.compare import compare_results, comparison_text
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.hydra_app import run_app
-from asrllm.models.auto import describe
+from asrllm.models.auto import load_model_config
 from asrllm.progress import waiting
 from asrllm.training.checkpoint.manifest import check_exp_dir
 from asrllm.training.wandb_login import check_wandb_login
@@ -30,12 +30,12 @@ from asrllm.training.wandb_login import check_wandb_login
 def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm evaluate`."""
     if arguments.overrides[:1] == [COMPARE]:
-        compare(arguments.overrides[1:])
+        run_compare(arguments.overrides[1:])
     else:
         run_app("evaluate", arguments, EvaluationRun, evaluate)
 
 
-def compare(places: Sequence[str]) -> None:
+def run_compare(places: Sequence[str]) -> None:
     """Print the comparison of two results on every test set that they have in common.
 
     Args:
@@ -51,7 +51,7 @@ def compare(places: Sequence[str]) -> None:
         )
     first, second = map(Path, places)
     for name, comparison in compare_results(first, second).items():
-        print(as_text(name, comparison))
+        print(comparison_text(name, comparison))
 
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:
@@ -66,14 +66,14 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     check_exp_dir(exp_dir)
     if config.model.paths:
         # a wrong path is reported before checkpoints are averaged
-        describe(exp_dir, config.model.paths)
+        load_model_config(exp_dir, config.model.paths)
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
         config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache
     )
     check_names([corpus.name for corpus in corpora])
-    check_test_durations(corpora, describe(exp_dir).sample_limits())
+    check_test_durations(corpora, load_model_config(exp_dir).sample_limits())
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     evaluation.check()

@@ -163,16 +163,16 @@ def _print_problems(lines: Sequence[str], output: str | None) -> None:
 
 def stats(arguments: argparse.Namespace) -> None:
     """Print the statistics of one or more directories of shards, and draw them with --output."""
-    from asrllm.data.stats import as_json, as_text, describe, draw
+    from asrllm.data.stats import collect_statistics, draw, statistics_json, statistics_text
 
     with _opened(arguments.folders) as indexes:
-        statistics = describe(" + ".join(arguments.folders), indexes)
+        statistics = collect_statistics(" + ".join(arguments.folders), indexes)
     if arguments.output:
         draw(statistics, arguments.output)
     if arguments.json:
-        print(as_json(statistics))
+        print(statistics_json(statistics))
     else:
-        print(as_text(statistics, shutil.get_terminal_size().columns))
+        print(statistics_text(statistics, shutil.get_terminal_size().columns))
 
 
 @contextmanager

@@ -103,10 +103,10 @@ def train(config: TrainRun) -> float | None:
         preemption.defer_to_step_boundary()
         device = distributed.start()
         startup.finish("ranks")
-        with build(prepared, device, preemption, startup) as trainer:
+        with open_trainer(prepared, device, preemption, startup) as trainer:
             initial_step = trainer.step
             trainer.fit(prepared.data.train_steps)
-        finish(prepared, trainer, initial_step)
+        finish_training(prepared, trainer, initial_step)
     return last_validation_loss(prepared.exp_dir)
 
 
@@ -152,7 +152,7 @@ def prepare(config: TrainRun) -> PreparedRun:
 
 
 @contextlib.contextmanager
-def build(
+def open_trainer(
     prepared: PreparedRun, device: torch.device, preemption: Preemption, startup: Startup
 ) -> Iterator[Trainer]:
     """Load the model into a DeepSpeed engine, restore the checkpoint, and yield the trainer.
@@ -263,7 +263,7 @@ def announced(what: str, checkpoint: Path | None) -> contextlib.AbstractContextM
     return waiting(what, after=0) if checkpoint else contextlib.nullcontext()
 
 
-def finish(prepared: PreparedRun, trainer: Trainer, initial_step: int) -> None:
+def finish_training(prepared: PreparedRun, trainer: Trainer, initial_step: int) -> None:
     """Write pretrained.pt if the training is complete, and release the run's directory.
 
     Args:

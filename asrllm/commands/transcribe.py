@@ -26,7 +26,7 @@ from asrllm.evaluation.transcription import (
     transcribe_files,
 )
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.auto import AutoModel, describe
+from asrllm.models.auto import AutoModel, load_model_config
 from asrllm.progress import ProgressBar, waiting
 
 # Seconds of the longest segment; the model may support less.
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
             "Use 0 to switch the guard off, or a value above 0."
         )
     formats = chosen_formats(arguments.format)
-    description = describe(arguments.model, arguments.base_models)
+    description = load_model_config(arguments.model, arguments.base_models)
     shortest, longest = description.sample_limits()
     files, problems = open_all(find_audio(arguments.audio), shortest)
     check_output(formats, arguments.output_dir, files)

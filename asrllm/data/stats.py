@@ -76,7 +76,7 @@ class Statistics:
     languages: Groups = field(default_factory=dict)
 
 
-def describe(name: str, indexes: Sequence[Index]) -> Statistics:
+def collect_statistics(name: str, indexes: Sequence[Index]) -> Statistics:
     """Return the statistics of several indexes together."""
     seconds = np.concatenate([index.rows["samples"] for index in indexes]) / RATE
     characters = np.concatenate([index.rows["text_chars"] for index in indexes])
@@ -145,12 +145,12 @@ def _sum(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> Groups:
 # --- text ---
 
 
-def as_json(statistics: Statistics) -> str:
+def statistics_json(statistics: Statistics) -> str:
     """Return statistics as JSON."""
     return json.dumps(asdict(statistics), ensure_ascii=False, indent=1)
 
 
-def as_text(statistics: Statistics, width: int = 80) -> str:
+def statistics_text(statistics: Statistics, width: int = 80) -> str:
     """Return tables and bars for a terminal of `width` columns."""
     blocks = [escape(f"{statistics.name}: {_totals(statistics)}")]
     for _, rows in _tables(statistics):

@@ -69,7 +69,9 @@ class Comparison:
         return asdict(self)
 
 
-def compare(a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str) -> Comparison:
+def compare_transcripts(
+    a: Sequence[Transcript], b: Sequence[Transcript], *, normalizer: str
+) -> Comparison:
     """Compare transcripts in the metric that fits the references of a.
 
     Args:
@@ -223,8 +225,8 @@ def compare_files(a: Path, b: Path) -> Comparison:
     rows_a = read_rows(a)
     rows_b = read_rows(b)
     name = common_normalizer(a, rows_a, b, rows_b)
-    first = by_key(rows_a, name)
-    second = by_key(rows_b, name)
+    first = rows_by_key(rows_a, name)
+    second = rows_by_key(rows_b, name)
     # recogs-*.txt of an evaluation are normalized, and most normalizers change their own output
     if is_recogs(a) and not is_recogs(b):
         first = _as_written(rows_a, first, second)
@@ -244,10 +246,12 @@ def compare_files(a: Path, b: Path) -> Comparison:
             f"for example {key!r}: {first[key].reference!r} and {second[key].reference!r}. "
             "Evaluate both on the same set."
         )
-    return compare(list(first.values()), [second[key] for key in first], normalizer=name)
+    return compare_transcripts(
+        list(first.values()), [second[key] for key in first], normalizer=name
+    )
 
 
-def by_key(rows: Sequence[Row], name: str) -> dict[str, Transcript]:
+def rows_by_key(rows: Sequence[Row], name: str) -> dict[str, Transcript]:
     """Return the normalized transcripts by their keys as recogs-*.txt write them.
 
     Args:
@@ -267,7 +271,7 @@ def _as_written(
         normalized: the normalized transcripts of these rows.
         other: the normalized transcripts of a generations-*.jsonl.
     """
-    as_written = by_key(rows, "none")
+    as_written = rows_by_key(rows, "none")
     if as_written.keys() != other.keys():
         return normalized
     if not all(same_reference(as_written[key], other[key]) for key in as_written):
@@ -432,7 +436,7 @@ def is_recogs(path: Path) -> bool:
     return path.name.startswith("recogs")
 
 
-def as_text(name: str, found: Comparison) -> str:
+def comparison_text(name: str, found: Comparison) -> str:
     """Return the comparison of a test set as one line."""
     low, high = found.difference_ci95
     rates = f"{found.metric.upper()} {found.a:.2f} % -> {found.b:.2f} %"

@@ -18,7 +18,7 @@ import soundfile
 
 from asrllm.atomic import write_whole
 from asrllm.defaults import RATE
-from asrllm.evaluation.compare import compare
+from asrllm.evaluation.compare import compare_transcripts
 from asrllm.evaluation.files import count_confusions
 from asrllm.evaluation.score import UNSPACED, Errors
 from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Entry, Pairs, Scored, score
@@ -149,7 +149,7 @@ def pooled_data(sets: Sequence[ReportSet]) -> Data:
     baselines = [s.baseline for s in sets if s.baseline is not None]
     if len(baselines) == len(sets):
         baseline = _pool(baselines)
-        comparison = compare(baseline.transcripts, scored.transcripts, normalizer="")
+        comparison = compare_transcripts(baseline.transcripts, scored.transcripts, normalizer="")
         entry["baseline"] = {"paired": comparison.entry()}
     return set_data("all sets", scored, entry, baseline) | {"pooled": True}
 

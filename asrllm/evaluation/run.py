@@ -19,7 +19,7 @@ from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
-from asrllm.evaluation.compare import as_text, compare
+from asrllm.evaluation.compare import compare_transcripts, comparison_text
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.decode import CorpusOptions, Decoded, decode_corpus
 from asrllm.evaluation.engine import Engine
@@ -34,7 +34,7 @@ from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.auto import describe
+from asrllm.models.auto import load_model_config
 from asrllm.models.base_models import base_entry, base_paths
 from asrllm.progress import waiting
 from asrllm.training.watchdog import Watchdog
@@ -76,7 +76,7 @@ class Evaluation:
         self.folder = self.exp_dir / config.decoding_method
         self.suffix = free_suffix(self.folder, config.suffix(weights), weights)
         self.lock = FileLock(self.folder / ".evaluating.lock", blocking=False)
-        self.model_config = describe(self.exp_dir, config.model.paths)
+        self.model_config = load_model_config(self.exp_dir, config.model.paths)
         self.prompts: dict[str, str] = {}
         self.normalizers: dict[str, str] = {}
         for corpus in corpora:
@@ -212,7 +212,7 @@ class Evaluation:
     def _add_baseline(self, name: str, decoded: Decoded) -> None:
         self.watchdog.beat(f"scoring the baseline on {name}")
         baseline = score(decoded.transcripts)
-        comparison = compare(
+        comparison = compare_transcripts(
             baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name]
         )
         entry = baseline.rates()
@@ -220,7 +220,10 @@ class Evaluation:
         entry["paired"] = comparison.entry()
         self.baselines[name] = baseline
         self.results[name]["baseline"] = entry
-        print(f"  compared with the encoder's Whisper: {as_text(name, comparison)}", flush=True)
+        print(
+            f"  compared with the encoder's Whisper: {comparison_text(name, comparison)}",
+            flush=True,
+        )
 
     def report(self) -> None:
         """Write the summary and the report, log to W&B and release the lock, on the first rank."""

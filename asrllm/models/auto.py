@@ -118,7 +118,7 @@ def is_auden(folder: Path) -> bool:
     return read_config_fields(folder).get("model_type") in MODEL_TYPES
 
 
-def describe(path: str | Path, base_models: BasePaths | None = None) -> AsrLlmConfig:
+def load_model_config(path: str | Path, base_models: BasePaths | None = None) -> AsrLlmConfig:
     """Return the configuration of any directory that AutoModel loads, without its weights.
 
     Args:

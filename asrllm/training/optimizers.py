@@ -18,7 +18,7 @@ from asrllm.training.checkpoint.partitions import full_shape
 from asrllm.training.run_config import PeakRates
 from asrllm.training.scaled_adam import ScaledAdam
 
-PARTS = ("projector", "lora", "audio_encoder", "llm")
+LR_PARTS = ("projector", "lora", "audio_encoder", "llm")
 ParamGroup = dict[str, Any]  # one group of torch.optim.Optimizer.param_groups
 
 
@@ -47,7 +47,7 @@ def parameter_groups(
         UserError: a part has a learning rate but no trained parameter.
     """
     by_kind: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for part in PARTS:
+    for part in LR_PARTS:
         by_kind[part, True] = []
         by_kind[part, False] = []
     for name, parameter in parameters.items():

@@ -65,8 +65,8 @@ class RunningAverage:
             return
         files = ZeroFiles(checkpoint, manifest)
         parts = partitions(self.engine)
-        for average, (_, segments) in zip(self.averages, parts, strict=True):
-            fill(average, segments, files, AVERAGE)
+        for average, (_, slices) in zip(self.averages, parts, strict=True):
+            fill(average, slices, files, AVERAGE)
 
     def _load_own_file(self, checkpoint: Path) -> None:
         if not self.active:

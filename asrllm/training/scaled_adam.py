@@ -328,11 +328,11 @@ def bind(optimizer: ScaledAdam, engine: deepspeed.DeepSpeedEngine) -> None:
         remaining = remaining[count:]
         index = {name: i for i, name in enumerate(names)}
         pieces = []
-        for _, segments in vectors:
+        for _, slices in vectors:
             of_rank = []
-            for segment in segments:
-                end = segment.offset + segment.numel
-                of_rank.append(Piece(index[segment.name], segment.offset, end))
+            for part in slices:
+                end = part.offset + part.numel
+                of_rank.append(Piece(index[part.name], part.offset, end))
             pieces.append(of_rank)
         first = vectors[0][0]
         numel = torch.tensor([numels[name] for name in names], device=first.device)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.audio.reader import decode
+from asrllm.audio.reader import decode_audio
 from asrllm.data import audio_files
 from asrllm.data.audio_files import find_audio, open_audio, read_blocks, read_stretch
 from asrllm.errors import UserError
@@ -54,7 +54,7 @@ def make(path, seconds=9, rate=44100, channels=2, **how):
 )
 def test_blocks_contain_the_whole_file(tmp_path, monkeypatch, ending, rate, how):
     path = make(tmp_path / f"a.{ending}", rate=rate, **how)
-    whole = decode(path)
+    whole = decode_audio(path)
     found = read(path)
     tolerance = 0.1 if ending in ("mp3", "opus") else 1e-3
     assert open_audio(str(path)).seconds == pytest.approx(9, abs=tolerance)

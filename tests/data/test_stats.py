@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from asrllm.data.index import ROW, Index
-from asrllm.data.stats import MAX_BINS, as_json, as_text, describe, draw
+from asrllm.data.stats import MAX_BINS, collect_statistics, draw, statistics_json, statistics_text
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
@@ -40,7 +40,7 @@ def statistics():
         languages={"": group(100, 1.0)},
         speakers=0,
     )
-    return describe("<x>", [first, second])
+    return collect_statistics("<x>", [first, second])
 
 
 def test_statistics_sum_several_directories(statistics):
@@ -58,27 +58,28 @@ def test_statistics_sum_several_directories(statistics):
 
 
 def test_outliers_are_counted_in_the_last_bin():
-    histogram = describe("x", [index([*np.linspace(1, 10, 999), 3000.0], 50)]).histograms["seconds"]
+    statistics = collect_statistics("x", [index([*np.linspace(1, 10, 999), 3000.0], 50)])
+    histogram = statistics.histograms["seconds"]
     assert histogram.edges[-1] == 10
     assert sum(histogram.counts) == 1000
 
 
 def test_equal_lengths_make_one_bin():
-    assert describe("x", [index([8.0] * 3, 4)]).histograms["seconds"].counts == [3]
+    assert collect_statistics("x", [index([8.0] * 3, 4)]).histograms["seconds"].counts == [3]
 
 
 def test_the_terminal_shows_tables_and_bars(statistics):
-    text = as_text(statistics, width=60)
+    text = statistics_text(statistics, width=60)
     assert text.startswith("<x>: 1000 utterances, 3.")
     assert re.search(r"^corpus +utterances +hours\na +960 +3\.10\nb +40 +0\.40$", text, flags=re.M)
     assert re.search(r"^\(none\) +100 +1\.00$", text, flags=re.M)
     assert max(map(len, text.splitlines())) <= 80
     assert "█" in text
-    assert len(as_text(describe("x", [index([1.0], 3)])).splitlines()) < 20
+    assert len(statistics_text(collect_statistics("x", [index([1.0], 3)])).splitlines()) < 20
 
 
 def test_json_contains_all_statistics(statistics):
-    about = json.loads(as_json(statistics))
+    about = json.loads(statistics_json(statistics))
     assert about["corpora"]["b"] == group(40, 0.4)
     assert len(about["histograms"]["seconds"]["counts"]) > 3
 

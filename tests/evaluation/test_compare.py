@@ -21,7 +21,7 @@ from tests.test_cli import fails
 
 
 def compare(a, b):
-    return module.compare(a, b, normalizer="basic")
+    return module.compare_transcripts(a, b, normalizer="basic")
 
 
 def noisy(rate, seed, count=200, **more):

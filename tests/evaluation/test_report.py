@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.evaluation.compare import compare
+from asrllm.evaluation.compare import compare_transcripts
 from asrllm.evaluation.report import (
     ReportSet,
     alignment_runs,
@@ -70,7 +70,7 @@ def report_set(name: str, scored: Scored, **more: object) -> ReportSet:
     entry = scored.entry() | ABOUT
     if "baseline" in more:
         entry["baseline"] = {
-            "paired": compare(
+            "paired": compare_transcripts(
                 more["baseline"].transcripts, scored.transcripts, normalizer=""
             ).entry()
         }

@@ -23,7 +23,7 @@ MAX_UNPACKED = 1 << 28  # bytes to which any gzip file may unpack
 MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
 LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
-FIELDS = {  # field of a sample: its names in manifests
+SAMPLE_FIELDS = {  # field of a sample: its names in manifests
     "lang": ("lang", "language", "locale"),
     "speaker": ("speaker", "speaker_id", "client_id", "speaker_name"),
     "recording": ("recording", "recording_id"),
@@ -314,7 +314,7 @@ def sample_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     Hotwords may be a list, or a text with commas or bars between them. Integers become text.
     """
     fields: dict[str, Any] = {}
-    for field, names in FIELDS.items():
+    for field, names in SAMPLE_FIELDS.items():
         value = next((row[name] for name in names if row.get(name)), None)
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)

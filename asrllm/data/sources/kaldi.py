@@ -22,7 +22,7 @@ PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
 ARK_OFFSET = r"(?<=\.ark):(\d+)$"
 OPTIONAL_TABLES = {"speaker": "utt2spk", "lang": "utt2lang"}  # field of a sample: table
 # an utterance's key, its recording if it is a segment, and its audio or why it has none
-Entry = tuple[str, str | None, AudioSegment | RejectedError]
+KaldiEntry = tuple[str, str | None, AudioSegment | RejectedError]
 
 
 def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utterance]:
@@ -65,7 +65,7 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
 
 
 def _utterance(
-    entry: Entry, keys: "_Keys", texts: "_Lookup", tables: Mapping[str, "_Lookup"]
+    entry: KaldiEntry, keys: "_Keys", texts: "_Lookup", tables: Mapping[str, "_Lookup"]
 ) -> Utterance:
     key, recording, audio = entry
     text = texts.pop(key) or ""
@@ -220,13 +220,13 @@ def _audio(
     return root / value
 
 
-def _whole(folder: Path, allow_pipes: bool) -> Iterator[Entry]:
+def _whole(folder: Path, allow_pipes: bool) -> Iterator[KaldiEntry]:
     """Yield the entries of a directory without segments."""
     for key, audio in _recordings(folder, allow_pipes):
         yield key, None, audio
 
 
-def _segments(folder: Path, allow_pipes: bool) -> Iterator[Entry]:
+def _segments(folder: Path, allow_pipes: bool) -> Iterator[KaldiEntry]:
     """Yield the entries of a directory with segments."""
     keys = _read_keys(folder / "wav.scp")
     recordings = dict(_recordings(folder, allow_pipes))

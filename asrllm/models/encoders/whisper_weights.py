@@ -22,7 +22,7 @@ from asrllm.text_files import first_words, read_json_object
 
 KEY = "model.audio_encoder.pretrained_model"
 AGAIN = "Download it again."
-FIELDS = (
+WHISPER_FIELDS = (
     "num_mel_bins",
     "d_model",
     "encoder_layers",
@@ -170,10 +170,10 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
             "model with gelu."
         )
     state = _read_encoder(folder)
-    for field in FIELDS:
+    for field in WHISPER_FIELDS:
         if field not in config:
             raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
-    fields = {field: config[field] for field in FIELDS}
+    fields = {field: config[field] for field in WHISPER_FIELDS}
     check_sizes(fields, path)
     last = f"layers.{fields['encoder_layers'] - 1}."
     if not any(key.startswith(last) for key in state):  # building a million layers takes minutes

@@ -39,9 +39,8 @@ from asrllm.models.asr_llm.serialization import (
     set_generation_config,
     weight_files,
 )
-from asrllm.models.encoders.whisper_weights import FIELDS as WHISPER_FIELDS
-from asrllm.models.encoders.zipformer.configuration import FIELDS as ZIPFORMER_FIELDS
-from asrllm.models.encoders.zipformer.configuration import ZipformerConfig
+from asrllm.models.encoders.whisper_weights import WHISPER_FIELDS
+from asrllm.models.encoders.zipformer.configuration import ZIPFORMER_FIELDS, ZipformerConfig
 from asrllm.models.encoders.zipformer.modeling import plain_fields
 from asrllm.models.encoders.zipformer.weights import load_tensors, read_zipformer, without_dead_keys
 from asrllm.models.hub_files import Fields, load_tokenizer
@@ -51,7 +50,7 @@ from asrllm.text_files import first_words
 MODEL_TYPES = ("lalm", "audio-llm")
 WEIGHT_NAMES = ("pretrained.safetensors", "model.safetensors", "pretrained.pt", "model.pt")
 # Auden's key: the key here
-KEYS = {
+AUDEN_KEYS = {
     "encoder_projector.linear1.weight": "projector.mlp.linear1.weight",
     "encoder_projector.linear1.bias": "projector.mlp.linear1.bias",
     "encoder_projector.linear2.weight": "projector.mlp.linear2.weight",
@@ -59,7 +58,7 @@ KEYS = {
     # (2, width): the embeddings before and after the audio
     "audio_tag_embedding": "projector.boundary",
 }
-PARTS = ("audio_encoder", "llm")  # their keys are the same in both formats
+SHARED_PARTS = ("audio_encoder", "llm")  # their keys are the same in both formats
 USED_FIELDS = {
     "model_type",
     "audio_encoder_config",
@@ -250,7 +249,7 @@ def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
             "file with weights=."
         )
     state = from_auden_names(load_tensors(file), str(file))
-    for part in PARTS:
+    for part in SHARED_PARTS:
         is_in_file = any(key.startswith(f"{part}.") for key in state)
         is_beside = (folder / part).is_dir()
         if is_in_file == is_beside:
@@ -269,7 +268,7 @@ def _default_file(folder: Path) -> Path | None:
 
 
 def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
-    """Rename Auden's keys by KEYS. Those of PARTS do not change.
+    """Rename Auden's keys by AUDEN_KEYS. Those of SHARED_PARTS do not change.
 
     Args:
         state: the weights.
@@ -286,12 +285,12 @@ def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
                 f"{where!r} contains adapters ({key!r}), but Auden's config.json does not contain "
                 "their scale. Merge them into the LLM first."
             )
-        if key not in KEYS and key.partition(".")[0] not in PARTS:
+        if key not in AUDEN_KEYS and key.partition(".")[0] not in SHARED_PARTS:
             raise UserError(
                 f"{where!r}: the key {key!r} of Auden's lalm is not supported. Give a file that "
                 "Auden's training wrote."
             )
-        result[KEYS.get(key, key)] = tensor
+        result[AUDEN_KEYS.get(key, key)] = tensor
     return result
 
 

@@ -21,14 +21,14 @@ from asrllm.models.asr_llm.serialization import is_base_weight, parameters_on_me
 from asrllm.models.auto import read_state
 from asrllm.models.build import describe_model
 from asrllm.models.encoders.whisper_weights import from_openai
-from asrllm.models.interop.auden import KEYS as AUDEN_KEYS
+from asrllm.models.interop.auden import AUDEN_KEYS
 from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, ModelConfig
 from asrllm.models.pretrained import empty_llm
 from asrllm.models.state_dict import StateDict, check_state, is_adapter, without_second_names
 from asrllm.tensor_files import write_file
 
 # icefall's key: the key here
-KEYS = {
+ICEFALL_KEYS = {
     theirs: ours for theirs, ours in AUDEN_KEYS.items() if theirs.startswith("encoder_projector.")
 }
 POSITIONS = "audio_encoder.embed_positions.weight"
@@ -62,7 +62,9 @@ def import_icefall(
         UserError: a key is unknown, or the weights do not fit the base models.
     """
     state = from_icefall_names(read_state(file), str(file))
-    processor = describe(state, encoder=encoder, llm=llm, lora_alpha=lora_alpha, prompt=prompt)
+    processor = build_processor(
+        state, encoder=encoder, llm=llm, lora_alpha=lora_alpha, prompt=prompt
+    )
     state = checked(processor.config, state, str(file))
     with new_folder(output) as partial:
         processor.save_pretrained(partial)
@@ -84,8 +86,8 @@ def from_icefall_names(state: Mapping[str, Tensor], where: str) -> StateDict:
     encoder: StateDict = {}
     for theirs, tensor in state.items():
         key = theirs.removeprefix("module.")
-        if key in KEYS:
-            ours[KEYS[key]] = tensor
+        if key in ICEFALL_KEYS:
+            ours[ICEFALL_KEYS[key]] = tensor
         elif key.startswith("encoder."):
             encoder[key] = tensor
         elif key.startswith("llm."):
@@ -95,7 +97,7 @@ def from_icefall_names(state: Mapping[str, Tensor], where: str) -> StateDict:
                 f"{where!r}: the key {key!r} is not supported. Give a file of icefall's ASR_LLM, "
                 "for example pytorch_model.bin."
             )
-    missing = sorted(set(KEYS.values()) - ours.keys())
+    missing = sorted(set(ICEFALL_KEYS.values()) - ours.keys())
     if missing:
         raise UserError(
             f"{where!r} has no {missing[0]!r} of the projector. Give a file of icefall's ASR_LLM, "
@@ -142,7 +144,7 @@ def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> St
     return state
 
 
-def describe(
+def build_processor(
     state: Mapping[str, Tensor],
     *,
     encoder: str,

@@ -32,7 +32,7 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 
 
-def describe(name: str) -> str:
+def describe_metric(name: str) -> str:
     """Return the unit and the meaning of a metric."""
     unit, meaning = METRICS[name]
     return f"{unit} {meaning}".strip()

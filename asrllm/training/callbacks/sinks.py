@@ -12,7 +12,7 @@ from asrllm.escape import escape
 from asrllm.progress import ProgressBar
 from asrllm.training.callbacks.decoding import ValidationSample
 from asrllm.training.callbacks.json_log import reopen_log
-from asrllm.training.callbacks.metric_names import METRICS, describe
+from asrllm.training.callbacks.metric_names import METRICS, describe_metric
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb
 
@@ -158,7 +158,7 @@ class WandbSink(Sink):
         self.checkpoint = newest_tag(exp_dir)
         # A parent's service outlives a killed run. It would report that the run's id is in use.
         os.environ.pop("WANDB_SERVICE", None)
-        metrics = {name: describe(name) for name in METRICS}
+        metrics = {name: describe_metric(name) for name in METRICS}
         with explained_wandb("trainer.wandb"):
             self.run = wandb.init(
                 mode=config.mode,

@@ -19,7 +19,7 @@ MANIFEST = "asrllm.json"
 SHA256 = "sha256"  # key of the checksum of all other keys
 STEP_TAG = re.compile(r"checkpoint-(\d+)")
 EPOCH_TAG = re.compile(r"epoch-(\d+)")
-KEYS = {
+MANIFEST_KEYS = {
     "step",
     "position",
     "zero_stage",
@@ -131,7 +131,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except UserError as error:
         problem = str(error).rstrip(".")
         raise CorruptedError(f"{problem}. The checkpoint is corrupted. Remove it.") from error
-    missing = KEYS - manifest.keys()
+    missing = MANIFEST_KEYS - manifest.keys()
     if missing:
         raise CorruptedError(
             f"the manifest {str(path)!r} lacks {sorted(missing)}, so the checkpoint is corrupted. "

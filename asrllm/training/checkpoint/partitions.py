@@ -19,7 +19,7 @@ ZeroOptimizer = Any  # one of DeepSpeed's optimizers, which have no common base 
 BIT16_GROUPS = ("bf16_groups", "bit16_groups", "fp16_groups")  # depends on optimizer and stage
 
 
-class Segment(NamedTuple):
+class WeightSlice(NamedTuple):
     """A range of a weight in one of the optimizer's flat float32 vectors.
 
     Attributes:
@@ -35,7 +35,8 @@ class Segment(NamedTuple):
     numel: int
 
 
-Partition = tuple[Tensor, list[Segment]]  # a flat float32 vector and its weights without padding
+# a flat float32 vector and its weights without padding
+Partition = tuple[Tensor, list[WeightSlice]]
 ParameterNames = Mapping[nn.Parameter, str]
 
 
@@ -83,7 +84,7 @@ def _whole_weights(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[
         masters = groups
     for group_masters, parameters in zip(masters, groups, strict=True):
         for master, parameter in zip(group_masters, parameters, strict=True):
-            yield master, [Segment(names[parameter], 0, 0, master.numel())]
+            yield master, [WeightSlice(names[parameter], 0, 0, master.numel())]
 
 
 def _group_vectors(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[Partition]:
@@ -95,30 +96,30 @@ def _group_vectors(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[
         vectors = optimizer.single_partition_of_fp32_groups
         groups = optimizer.bit16_groups
     for vector, parameters in zip(vectors, groups, strict=True):
-        segments = []
+        slices = []
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:  # this rank has a part of the weight
                 start = mapping.lp_fragment_address.start
                 address = mapping.hp_fragment_address
-                segments.append(Segment(names[parameter], start, address.start, address.numel))
-        yield vector, segments
+                slices.append(WeightSlice(names[parameter], start, address.start, address.numel))
+        yield vector, slices
 
 
 def _sub_group_vectors(optimizer: ZeroOptimizer, names: ParameterNames) -> Iterator[Partition]:
     """Yield the partitions of stage 3."""
     vectors = optimizer.fp32_partitioned_groups_flat
     for vector, parameters in zip(vectors, optimizer.fp16_groups, strict=True):
-        segments = []
+        slices = []
         offset = 0
         for parameter in parameters:
             part = parameter.partition_numel()
             start = part * distributed.rank()
             numel = min(part, parameter.ds_numel - start)
             if numel > 0:
-                segments.append(Segment(names[parameter], start, offset, numel))
+                slices.append(WeightSlice(names[parameter], start, offset, numel))
             offset += part
-        yield vector, segments
+        yield vector, slices
 
 
 @torch.no_grad()
@@ -134,14 +135,14 @@ def load_from_other_ranks(
     is_stage_3 = engine.zero_optimization_stage() == 3
     if is_stage_3:
         optimizer.checkpoint_event_prologue()
-    for number, (vector, segments) in enumerate(partitions(engine)):
+    for number, (vector, slices) in enumerate(partitions(engine)):
         state = optimizer.optimizer.state[vector]
         for key, value in files.shared_state(number).items():
             state[key] = _to_device_of(state.get(key), value)
-        fill(vector.data, segments, files, MASTERS)
+        fill(vector.data, slices, files, MASTERS)
         for key in files.state_keys():
             values = state.setdefault(key, torch.zeros_like(vector))
-            fill(values, segments, files, key)
+            fill(values, slices, files, key)
     if is_stage_3:
         _copy_to_working_weights(optimizer)
         optimizer.checkpoint_event_epilogue()
@@ -163,16 +164,16 @@ def _copy_to_working_weights(optimizer: ZeroOptimizer) -> None:
         weights.copy_(vector)
 
 
-def fill(vector: Tensor, segments: list[Segment], files: ZeroFiles, key: str) -> None:
+def fill(vector: Tensor, slices: list[WeightSlice], files: ZeroFiles, key: str) -> None:
     """Fill a flat vector from a checkpoint.
 
     Args:
         vector: (n,), this rank's part of the weights or of their optimizer state.
-        segments: the weights in the vector.
+        slices: the weights in the vector.
         files: files of the checkpoint.
         key: MASTERS, AVERAGE or one of `files.state_keys()`.
     """
-    for name, start, offset, numel in segments:
+    for name, start, offset, numel in slices:
         vector[offset : offset + numel].copy_(files.read_range(name, start, numel, key))
 
 

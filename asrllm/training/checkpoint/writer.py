@@ -19,7 +19,7 @@ from torch import Tensor
 from asrllm.atomic import sync
 
 NICENESS = 10  # priority of the writing thread, whose work can wait
-State = Any  # nested dicts, lists and tuples of tensors and plain objects
+StateTree = Any  # nested dicts, lists and tuples of tensors and plain objects
 
 
 class CheckpointWriter(CheckpointEngine):
@@ -35,12 +35,12 @@ class CheckpointWriter(CheckpointEngine):
 
     def __init__(self, *, background: bool) -> None:
         self.background = background
-        self.pending: list[tuple[Path, State]] = []
+        self.pending: list[tuple[Path, StateTree]] = []
         self.copies = HostCopies()
         self.thread: threading.Thread | None = None
         self.error: str | None = None
 
-    def save(self, state_dict: State, path: str) -> None:
+    def save(self, state_dict: StateTree, path: str) -> None:
         """Add a file to write. DeepSpeed calls this."""
         if self.background:
             state = self.copies.copy_of(state_dict)
@@ -87,7 +87,7 @@ class CheckpointWriter(CheckpointEngine):
     def create(self, info: CheckpointCommitInfo) -> None:
         """Do nothing. DeepSpeed calls this before it saves."""
 
-    def load(self, path: str, map_location: object = None) -> State:
+    def load(self, path: str, map_location: object = None) -> StateTree:
         """Raise NotImplementedError: this engine only writes."""
         raise NotImplementedError("CheckpointWriter only writes")
 
@@ -96,7 +96,7 @@ class CheckpointWriter(CheckpointEngine):
         return True
 
 
-def map_tensors(value: State, change: Callable[[Tensor], Tensor]) -> State:
+def map_tensors(value: StateTree, change: Callable[[Tensor], Tensor]) -> StateTree:
     """Return nested containers with changed tensors. Plain objects are copied.
 
     Args:
@@ -121,7 +121,7 @@ class HostCopies:
         self.used: dict[tuple[torch.Size, torch.dtype], int] = defaultdict(int)
         self.copied: dict[tuple[object, ...], Tensor] = {}  # so that tied weights are copied once
 
-    def copy_of(self, value: State) -> State:
+    def copy_of(self, value: StateTree) -> StateTree:
         """Return nested containers with copies of their tensors."""
         return map_tensors(value, self._copy)
 

@@ -41,8 +41,8 @@ REDUNDANT_KEYS = ("param_slice_mappings", "param_alignment_paddings")
 MODEL_FILE = "mp_rank_00_model_states.pt"
 MODEL_FILE_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"  # at stage 3
 
-State = dict[str, Any]  # content of a file of DeepSpeed
-Group = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of the weights in a group
+SavedState = dict[str, Any]  # content of a file of DeepSpeed
+WeightGroup = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of the weights in a group
 
 
 class Place(NamedTuple):
@@ -98,7 +98,7 @@ class ZeroFiles:
         self._check_dtypes(working, manifest)
         self.places = self._places(manifest)
 
-    def _optimizers(self) -> list[State]:
+    def _optimizers(self) -> list[SavedState]:
         """Return the optimizer states of all ranks in order."""
         if self.stage == 0:
             return [self.model["optimizer"]]
@@ -120,7 +120,7 @@ class ZeroFiles:
         return states
 
     def _masters_of(
-        self, saved: State, working: dict[str, Tensor], manifest: Manifest
+        self, saved: SavedState, working: dict[str, Tensor], manifest: Manifest
     ) -> Sequence[Tensor]:
         """Return the flat master vectors of one rank; at stage 0 whole weights.
 
@@ -158,7 +158,7 @@ class ZeroFiles:
     def _places(self, manifest: Manifest) -> dict[str, Place]:
         """Return where the trained weights are, and check them against the manifest."""
         shapes = {name: tuple(info["shape"]) for name, info in manifest["trainable"].items()}
-        groups: list[Group] = []
+        groups: list[WeightGroup] = []
         if self.stage == 0:
             for names in manifest["param_groups"]:
                 groups.append(tuple((name, shapes.get(name, ())) for name in names))
@@ -204,7 +204,7 @@ class ZeroFiles:
                 keys.append(key)
         return keys
 
-    def shared_state(self, group: int) -> State:
+    def shared_state(self, group: int) -> SavedState:
         """Return the optimizer's state per group, for example its number of steps."""
         elementwise = self.state_keys()
         shared = {}
@@ -213,7 +213,7 @@ class ZeroFiles:
                 shared[key] = value.clone() if isinstance(value, Tensor) else value
         return shared
 
-    def _state_of(self, rank: int, group: int) -> State:
+    def _state_of(self, rank: int, group: int) -> SavedState:
         """Return the optimizer's state of one group as one rank saved it."""
         saved = self.optimizers[rank]
         if self.stage in (1, 2):
@@ -336,7 +336,7 @@ class ZeroFiles:
 # Checkpoints of one run have the same layout: one copy suffices, however many are averaged.
 @functools.lru_cache(maxsize=1)
 def places(
-    stage: int, ranks: int, groups: tuple[Group, ...], vectors: tuple[int, ...]
+    stage: int, ranks: int, groups: tuple[WeightGroup, ...], vectors: tuple[int, ...]
 ) -> dict[str, Place]:
     """Return where every weight is, by name.
 
@@ -421,7 +421,7 @@ def _check_file(path: Path, digest: str) -> None:
         raise CorruptedError(f"{file} is from another checkpoint. {fix}")
 
 
-def load_file(path: Path) -> State:
+def load_file(path: Path) -> SavedState:
     """Load a file of a checkpoint with torch.load, memory-mapped and without trusting it.
 
     torch.load does not verify the pickle's checksum; reading it with zipfile does. The bytes of

@@ -27,7 +27,7 @@ from asrllm.models.asr_llm.serialization import (
     read_tensors,
     weight_files,
 )
-from asrllm.models.auto import describe, read_state
+from asrllm.models.auto import load_model_config, read_state
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.pretrained import empty_llm, pretrained_llm
@@ -420,7 +420,7 @@ def test_hub_id_is_loaded_like_a_directory(world, tmp_path, monkeypatch):
         lambda name, **_: asked.append(name) or str(tmp_path / "snapshot"),
     )
     assert asrllm.AutoModel.from_pretrained("me/model").config.lora["r"] == 4
-    assert describe("me/model").lora["r"] == 4
+    assert load_model_config("me/model").lora["r"] == 4
     assert asked == ["me/model"] * 2
     for path in ("nowhere", "./a/b", "/no/where"):
         with pytest.raises(UserError, match=r"has no config\.json"):

@@ -15,9 +15,9 @@ from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.serialization import load_model
-from asrllm.models.auto import describe
+from asrllm.models.auto import load_model_config
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
-from asrllm.models.interop.auden import KEYS, config_fields, from_auden_names
+from asrllm.models.interop.auden import AUDEN_KEYS, config_fields, from_auden_names
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer
 from tests.models.asr_llm.test_modeling import samples
 
@@ -102,7 +102,7 @@ def test_directory_loads_as_the_same_model_in_our_format(world, tmp_path, kind, 
     theirs = torch.load(folder / "pretrained.pt", weights_only=True)
     theirs = theirs.get("state_dict", theirs)
     model = asrllm.AutoModel.from_pretrained(folder)
-    for key, ours in KEYS.items():
+    for key, ours in AUDEN_KEYS.items():
         assert (key in theirs) == (ours in model.weights())
         assert key not in theirs or torch.equal(model.weights()[ours], theirs[key])
     waves = [s.wave for s in samples(3)]
@@ -155,13 +155,13 @@ def test_audio_embeddings_match_audens_arithmetic(world, tmp_path, tags):
 
 
 def test_key_table_covers_the_projector_and_unknown_keys_are_rejected():
-    state = {key: torch.zeros(i) for i, key in enumerate(KEYS)}
+    state = {key: torch.zeros(i) for i, key in enumerate(AUDEN_KEYS)}
     assert {ours: len(tensor) for ours, tensor in from_auden_names(state, "x").items()} == {
-        ours: i for i, ours in enumerate(KEYS.values())
+        ours: i for i, ours in enumerate(AUDEN_KEYS.values())
     }
     assert from_auden_names(
         {f"module.{key}": tensor for key, tensor in state.items()}, "x"
-    ).keys() == set(KEYS.values())
+    ).keys() == set(AUDEN_KEYS.values())
     with pytest.raises(UserError, match="the key 'ctc_head'"):
         from_auden_names({"ctc_head": torch.zeros(1)}, "x")
     with pytest.raises(UserError, match=r"contains adapters \('llm\.model"):
@@ -174,7 +174,7 @@ def test_describe_reads_the_configuration_without_weights(world, tmp_path, caplo
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     config = asrllm.AutoModel.from_pretrained(folder).config
     assert not caplog.records
-    assert describe(folder).sample_limits() == config.sample_limits() == (160, 480159)
+    assert load_model_config(folder).sample_limits() == config.sample_limits() == (160, 480159)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps(fields | {"audio_encoder_projector_ds_rate": "4"})
@@ -183,7 +183,7 @@ def test_describe_reads_the_configuration_without_weights(world, tmp_path, caplo
         UserError,
         match=r"config\.json': audio_encoder_projector_ds_rate='4' ",
     ):
-        describe(folder)
+        load_model_config(folder)
 
 
 def test_chat_matches_audens(world, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from asrllm import AutoModel
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.interop.icefall import KEYS, from_icefall_names, import_icefall
+from asrllm.models.interop.icefall import ICEFALL_KEYS, from_icefall_names, import_icefall
 from tests.models.asr_llm.test_modeling import make_model, samples
 from tests.models.asr_llm.test_serialization import logits
 
@@ -19,7 +19,7 @@ PROJECTOR = ["linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"]
 def theirs(world, tmp_path):
     """Return a model, and its trained weights by icefall's names."""
     model = make_model(world, audio_token="<speech>", llm={"chat_template": "chatml"})
-    back = {ours: name for name, ours in KEYS.items()}
+    back = {ours: name for name, ours in ICEFALL_KEYS.items()}
     state = {
         back.get(n, n): t
         for n, t in model.weights().items()

@@ -201,4 +201,4 @@ def _as_tuple(value: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-FIELDS = tuple(field.name for field in fields(ZipformerConfig))
+ZIPFORMER_FIELDS = tuple(field.name for field in fields(ZipformerConfig))

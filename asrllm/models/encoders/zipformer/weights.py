@@ -19,9 +19,9 @@ from torch import Tensor
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.configuration import (
-    FIELDS,
     PER_STACK,
     PUBLIC_SIZES,
+    ZIPFORMER_FIELDS,
     ZipformerConfig,
 )
 from asrllm.models.hub_files import Fields, check_no_adapters
@@ -29,7 +29,7 @@ from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words, read_json_object
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
-PARTS = ("encoder_embed.", "encoder.")
+MODULE_PREFIXES = ("encoder_embed.", "encoder.")
 # Every layer of the published code has a parameter that is not used. The parameters in use are
 # below bypass, bypass_mid and out_combiner.
 DEAD_KEY = re.compile(r"(.*\.layers\.\d+\.bypass_scale|(.*\.)?model_batch_count)")
@@ -165,7 +165,7 @@ def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> StateDict:
         UserError: there is no encoder, or more than one.
     """
     prefix = _encoder_prefix(tensors, path)
-    starts = tuple(prefix + part for part in PARTS)
+    starts = tuple(prefix + part for part in MODULE_PREFIXES)
     state: StateDict = {}
     for key, tensor in tensors.items():
         if key.startswith(starts):
@@ -205,7 +205,7 @@ def read_encoder_fields(path: Path) -> Fields:
     for part in (content, *content.values()):
         if isinstance(part, dict) and "encoder_dim" in part:
             _check_fields(part, path)
-            return {name: part[name] for name in FIELDS if name in part}
+            return {name: part[name] for name in ZIPFORMER_FIELDS if name in part}
     return {}
 
 
@@ -224,13 +224,13 @@ def _check_fields(fields: Fields, path: Path) -> None:
         is_valid = bool(values) and all(isinstance(one, int) for one in values)
         if is_valid and name not in may_be_below_1:
             is_valid = min(values) >= 1
-        if name in FIELDS and not is_valid:
+        if name in ZIPFORMER_FIELDS and not is_valid:
             raise UserError(
                 f"{str(path)!r}: {name}={value!r} is not an integer above 0 or a list of them. "
                 "Correct it."
             )
-        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
-        if name not in FIELDS and close and close[0] not in fields:
+        close = difflib.get_close_matches(name, ZIPFORMER_FIELDS, n=1, cutoff=0.85)
+        if name not in ZIPFORMER_FIELDS and close and close[0] not in fields:
             raise UserError(f"{str(path)!r}: {name} is unknown. Rename it to {close[0]}.")
 
 
