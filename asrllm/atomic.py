@@ -104,6 +104,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as partial:
         yield partial
+        # mkdtemp allows its owner only.
         partial.chmod(0o755)
         partial.replace(path)
 

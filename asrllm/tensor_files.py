@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -133,9 +133,13 @@ def write_sharded(
             _write_safetensors(source, names, folder / file, bar)
             sync(folder / file)
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)
+        _write_index(plan, folder / "model.safetensors.index.json")
+
+
+def _write_index(plan: StateDictSplit, path: Path) -> None:
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    path.write_text(text)
 
 
 def _write_safetensors(
@@ -177,6 +181,7 @@ def _safetensors_header(source: TensorSource, names: Sequence[str]) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(content, separators=(",", ":")).encode()
+    # The tensors begin at a multiple of 8 bytes after the length of the header.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -205,11 +210,7 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         directory = archive.start_dir
-    headers: dict[int, int] = {}
-    for record in records:
-        if "/data/" in record.filename:
-            number = int(record.filename.rpartition("/")[2])
-            headers[number] = record.header_offset
+    headers = _header_offsets(records)
     checksums: dict[int, int] = {}
     with path.open("r+b") as file:
         for number, name in enumerate(names):
@@ -218,6 +219,16 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
             bar.advance()
         in_order = [checksums.get(record.header_offset) for record in records]
         _write_checksums(file, directory, in_order)
+
+
+def _header_offsets(records: Iterable[zipfile.ZipInfo]) -> dict[int, int]:
+    """Return the offset of each tensor's record in a file of torch.save, by its number."""
+    headers: dict[int, int] = {}
+    for record in records:
+        if "/data/" in record.filename:
+            number = int(record.filename.rpartition("/")[2])
+            headers[number] = record.header_offset
+    return headers
 
 
 def _write_record(file: IO[bytes], source: TensorSource, name: str) -> int:
@@ -248,9 +259,11 @@ def _write_checksums(file: IO[bytes], directory: int, checksums: Sequence[int | 
     """
     entry = directory
     for checksum in checksums:
+        # lengths of the name, the extra field and the comment
         file.seek(entry + 28)
         name, extra, comment = struct.unpack("<3H", file.read(6))
         if checksum is not None:
+            # CRC-32 of the entry
             file.seek(entry + 16)
             file.write(checksum.to_bytes(4, "little"))
         entry += 46 + name + extra + comment

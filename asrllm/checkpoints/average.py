@@ -158,6 +158,7 @@ def mean_weights(
         if stacked[name] == 0:
             return itertools.chain.from_iterable(read(name) for read in readers)
         width = specs[name].numel // specs[name].shape[0]
+        # The blocks of all checkpoints together have about PIECE elements.
         rows = max(PIECE // (width * count), 1)
         blocks = [read(name, rows * width) for read in readers]
         return _side_by_side(blocks, width, scale)
@@ -306,6 +307,7 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
         earlier: Iterable[Tensor | None] = before.pieces(name) if before else itertools.repeat(None)
         for average, start_average in zip(until.pieces(name), earlier, strict=before is not None):
             if start_average is not None:
+                # (last * average - first * start_average) / (last - first), without large products
                 average = average + (average - start_average) * (first / (last - first))
             yield average.float()
 

@@ -23,7 +23,7 @@ from asrllm.training.checkpoint.zero_files import (
 
 DTYPE_OF_STATE = {MASTERS: torch.float32, AVERAGE: torch.float64}
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors")
-# of files, so that a directory is not written under such a name by mistake
+# suffixes of files, so that a directory is not written under such a name by mistake
 OTHER_SUFFIXES = (
     ".pth",
     ".ckpt",
@@ -88,6 +88,7 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     """
     manifest = read_manifest(checkpoint)
     files = ZeroFiles(checkpoint, manifest)
+    # An average opens many checkpoints at once.
     files.keep_weights_alone()
     inherited = read_inherited(checkpoint, manifest)
     dtype = DTYPE_OF_STATE[key]

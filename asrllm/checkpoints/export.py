@@ -125,6 +125,7 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
     write_generation_config(model.llm.generation_config, folder / "llm")
     model.require_processor().tokenizer.save_pretrained(folder / "llm")
     for part in PARTS:
+        # last, because the checksums cover all files of a directory
         write_checksums(folder / part)
 
 

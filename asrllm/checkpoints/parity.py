@@ -72,6 +72,7 @@ def _check_layer(files: LlmFiles, written: LazyTensors, key: str) -> None:
     expected = some_columns(adapted, plain, adapted.in_features)
     largest = torch.maximum(found.abs(), expected.abs())
     rounding = step(largest, written.meta[key].dtype) / 2
+    # The two sides also add in another order.
     allowed = rounding + 1e-5 * expected.abs().max()
     difference = (found - expected).abs()
     if not (difference <= allowed).all():
@@ -97,6 +98,7 @@ def some_columns(layer: nn.Module, plain: nn.Module, size: int) -> Tensor:
     picked = torch.linspace(0, size - 1, min(size, COLUMNS)).long()
     if isinstance(plain, nn.Embedding):
         return layer(picked)
+    # A layer is affine, so a one-hot input yields a column plus the bias.
     bias = layer(torch.zeros(1, size))
     columns = layer(nn.functional.one_hot(picked, size).float()) - bias
     return torch.cat([columns, bias])

@@ -108,6 +108,7 @@ class Collator:
         lengths = torch.tensor([len(row) for row in ids])
         labels_of_all = torch.cat(shifted)
         positions = torch.nonzero(labels_of_all != NO_LABEL).flatten()
+        # becomes int32 below, which the kernels of FlashAttention require
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         trained = [(s, p) for s, p in zip(samples, prompts, strict=True) if s.weight]
         return PackedBatch(
@@ -131,6 +132,7 @@ class Collator:
         own = sample.fields.get("prompt")
         prompt = ""
         if isinstance(own, str):
+            # The renderer adds the audio token. One in the prompt would have no audio.
             prompt = own.replace(self.renderer.audio_token, "").strip()
         if not prompt:
             prompt = choose_prompt(
@@ -173,6 +175,7 @@ def pad_waves(waves: Sequence[np.ndarray], out: np.ndarray | None = None) -> np.
     padded = memory.reshape(shape)
     for row, wave in zip(padded, waves, strict=True):
         row[: len(wave)] = wave
+        # `out` may hold the samples of an earlier batch.
         row[len(wave) :] = 0
     return padded
 

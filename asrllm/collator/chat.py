@@ -102,6 +102,7 @@ class ChatRenderer:
         key = repr(messages)
         if key not in self._cache:
             if len(self._cache) >= MAX_CACHED:
+                # the oldest chat, because a dict is in the order of insertion
                 self._cache.pop(next(iter(self._cache)))
             self._cache[key] = self._encode(messages)
         return self._cache[key]
@@ -125,6 +126,7 @@ class ChatRenderer:
                 ids += self._ids(literals[int(part)], plain=True)
             elif part:
                 ids += self._ids(part)
+        # Not every template writes the BOS, which `_ids` leaves out.
         if ids[: len(self._first_ids)] != self._first_ids:
             ids = self._first_ids + ids
         return ids
@@ -157,6 +159,7 @@ class ChatRenderer:
             if token.special:
                 special.add(str(token))
         special.discard(self.audio_token)
+        # A pattern takes the first alternative that fits, and one token may begin another.
         longest_first = sorted(special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)))
 
@@ -221,6 +224,7 @@ class ChatRenderer:
         where = f"the chat template of the tokenizer in {self.tokenizer.name_or_path!r}"
         try:
             if template != CHATML:
+                # A template is a program, possibly of a stranger, and may never end.
                 try_template((template, add_generation_prompt), render)
             text = render()
         except TemplateSyntaxError as error:

@@ -135,6 +135,7 @@ class SharedSlots(Dataset):
         for name, value in vars(batch).items():
             sent[name] = value.numpy() if isinstance(value, Tensor) else value
         if np.shares_memory(sent["waves"], self.slots[slot]):
+            # The samples are in the slot already, so that only their shape is sent.
             sent["waves"] = sent["waves"].shape
         return sent
 

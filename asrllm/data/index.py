@@ -654,6 +654,7 @@ def _plain_members(content: bytes) -> list[Member] | None:
         if not _is_plain(header):
             return None
         try:
+            # octal digits, which a twelfth byte ends
             size = int(header[124:135], 8)
             name = header[:100].rstrip(b"\0").decode()
         except ValueError:
@@ -672,6 +673,7 @@ def _is_plain(header: bytes) -> bool:
     if len(header) < BLOCK:
         return False
     has_prefix = header[345] != 0  # the first part of a longer name
+    # The type of a regular file is "0", or NUL in old tars.
     return header[257:262] == b"ustar" and header[156] in b"0\0" and not has_prefix
 
 

@@ -122,6 +122,7 @@ class Step:
         others = [*self.batches[number + 1 :], *self.batches[:number], self.next_batch]
         candidates = next(other for other in others if len(other))
         if not len(batch):
+            # It runs through the model like an utterance, so that no rank misses a collective.
             return [_item(entry, filler=True) for entry in candidates[:1]]
         spares = [_item(entry) for entry in candidates[: len(batch) + SPARES]]
         items = []
@@ -216,6 +217,7 @@ class Plan:
         entries["row"] = rows[passes]
         entries["samples"] = found["samples"]
         audio_tokens = self.audio_tokens(entries["samples"].astype(np.int64))
+        # The index has the length of a transcript, not its text, so its tokens are estimated.
         text_tokens = -(-found["text_bytes"].astype(np.int64) // 3)
         entries["tokens"] = audio_tokens + text_tokens
         return entries
@@ -232,6 +234,7 @@ class Plan:
             return int(window * size), int((window + 1) * size)
         total = self._epoch_sizes[corpus]
         windows = self.windows or 1
+        # Both ends are rounded alike, so every row is in exactly one window of an epoch.
         begin = epoch * total + window * total // windows
         end = epoch * total + (window + 1) * total // windows
         return begin, end
@@ -257,6 +260,7 @@ class Plan:
             if key not in self._windows:
                 rng = np.random.default_rng([self.seed, epoch, window])
                 batches = self._make_batches(self.utterances(epoch, window), ranks, rng)
+                # The window in use and the one that the thread prepared before it stay cached.
                 recent = list(self._windows.items())[-2:]
                 self._windows = dict(recent) | {key: batches}
             return self._windows[key]
@@ -274,8 +278,10 @@ class Plan:
         if may_repeat and copies_share_group(entries, groups):
             order = spread_copies(entries, groups, ranks, rng if self.shuffle else None)
             entries = entries[order]
+            # Spreading moved the utterances, so the groups are cut again.
             excess = excess_copies(entries, len(groups), ranks)
             groups = list(self._groups(entries, ranks, excess))
+        # In sorted order, training would see a window from its longest to its shortest utterance.
         group_order = rng.permutation(len(groups)) if self.shuffle else range(len(groups))
         batches = []
         for i in group_order:
@@ -304,6 +310,7 @@ class Plan:
             if excess is not None:
                 size = self._size_before_excess(excess, start, size, ranks)
             remaining = len(entries) - start
+            # Otherwise the last group could be too small to give every rank an utterance.
             if size * ranks < remaining < 2 * size * ranks:
                 size = -(-remaining // (2 * ranks))
             end = min(start + size * ranks, len(entries))
@@ -375,6 +382,7 @@ class Plan:
             after = replace(start, batch=at)
             if at > filled[-1]:
                 after = self._next_filled_window(epoch, window, ranks)
+            # the next non-empty batch; after the last one, the first of the window
             following = filled[bisect.bisect_left(filled, at) % len(filled)]
             yield Step(
                 batches=split_batches(step_batches, step_size),
@@ -395,6 +403,7 @@ class Plan:
         epoch, window = self.next_window(epoch, window)
         while not self.batches(epoch, window, ranks):
             epoch, window = self.next_window(epoch, window)
+        # ranks=0, because a new window is cut for the world size that reads it
         return Position(epoch=epoch, window=window)
 
     def typical_batches(self, ranks: int) -> list[np.ndarray]:
@@ -444,6 +453,7 @@ def _mixing_ratios(corpora: Sequence[Corpus]) -> list[Fraction]:
     sizes = [
         corpus.hours * corpus.weight * len(corpus.index) / corpus.kept_hours for corpus in corpora
     ]
+    # Fractions are exact: the windows of a long run must neither overlap nor leave gaps.
     total = Fraction(sum(sizes))
     return [Fraction(size) / total for size in sizes]
 
@@ -505,6 +515,7 @@ class _Budget:
         """
         count = self._count_within(start, self.limit * ranks)
         costs = self.costs[start : start + max(count, ranks)]
+        # This is how far two batches of equal size may be apart, see `split_over_ranks`.
         slack = int(costs.max() - costs.min()) if ranks > 1 else 0
         count = self._count_within(start, (self.limit - slack) * ranks)
         return max(1, count // ranks)
@@ -562,6 +573,7 @@ class _CorpusStream:
         order = np.lexsort((block_order, shard_order[self._shard]))
         sizes = (self._end - self._begin)[order]
         bounds = np.concatenate([[0], np.cumsum(sizes)])
+        # Only the rows of blocks that overlap the span are shuffled.
         first_block = int(np.searchsorted(bounds, first, "right")) - 1
         last_block = int(np.searchsorted(bounds, last, "left"))
         parts = []
@@ -573,6 +585,7 @@ class _CorpusStream:
         return np.concatenate(parts)
 
     def _shuffled_block(self, pass_index: int, block: int) -> np.ndarray:
+        # A generator for each block lets a resumed run start in the middle of a pass.
         rng = np.random.default_rng([*self.seed, pass_index, block])
         return rng.permutation(np.arange(self._begin[block], self._end[block]))
 
@@ -592,18 +605,26 @@ def split_over_ranks(
     """
     if ranks == 1:
         return [entries]
-    costs: np.ndarray = entries["tokens"].astype(np.int64)
     contains_copies = repeated and copies_share_group(entries, [(0, len(entries))])
-    if contains_copies:  # adjacent copies go to different ranks
-        by_cost = np.lexsort((entries["row"], entries["corpus"], -costs))
-    else:
-        by_cost = np.argsort(-costs, kind="stable")
+    by_cost = _by_falling_cost(entries, adjacent_copies=contains_copies)
     owner = _balance(entries["tokens"], by_cost, ranks)
     if contains_copies and copies_share_rank(entries, owner):
+        # Dealing in turn separates up to `ranks` adjacent copies.
         owner[by_cost] = np.arange(len(entries)) % ranks
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(1, ranks))
     return np.split(entries[order], bounds)
+
+
+def _by_falling_cost(entries: np.ndarray, *, adjacent_copies: bool) -> np.ndarray:
+    """Return the indices (n,) of entries from the most to the least expensive one.
+
+    Adjacent copies of an utterance go to different ranks.
+    """
+    costs: np.ndarray = entries["tokens"].astype(np.int64)
+    if adjacent_copies:
+        return np.lexsort((entries["row"], entries["corpus"], -costs))
+    return np.argsort(-costs, kind="stable")
 
 
 def _balance(
@@ -625,6 +646,7 @@ def _balance(
     owner: np.ndarray = np.empty(len(tokens), np.int64)
     for i in range(0, len(tokens), ranks):
         chosen = by_cost[i : i + ranks]
+        # All ranks must order equal loads alike. Without "stable" the order depends on the CPU.
         targets = np.argsort(loads, kind="stable")[: len(chosen)]
         owner[chosen] = targets
         loads[targets] += tokens[chosen]
@@ -645,6 +667,7 @@ def split_batches(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
     while len(batches) < count:
         largest = max(range(len(batches)), key=splittable_tokens)
         whole = batches[largest]
+        # every other utterance, so that the halves have similar costs
         batches[largest] = whole[::2]
         batches.append(whole[1::2])
     return batches

@@ -26,6 +26,7 @@ class Copies:
     """
 
     def __init__(self, entries: np.ndarray) -> None:
+        # one sortable integer per utterance; a row number has 32 bits
         utterances = entries["corpus"].astype(np.int64) << 32 | entries["row"]
         self.order: np.ndarray = np.argsort(utterances, kind="stable")
         in_order = utterances[self.order]

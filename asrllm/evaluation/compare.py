@@ -133,6 +133,7 @@ def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
     Arguments are those of `difference_interval`.
     """
     difference = sum_by(groups, b.total - a.total)
+    # Exchanging equal errors changes nothing.
     difference = difference[difference != 0]
     observed = abs(int(difference.sum()))
     rng = np.random.default_rng(0)
@@ -141,6 +142,7 @@ def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
         signs = rng.integers(2, size=len(difference)) * 2 - 1
         if abs(int((signs * difference).sum())) >= observed:
             at_least += 1
+    # The observed order is one of the permutations, so p is never 0.
     return (at_least + 1) / (PERMUTATIONS + 1)
 
 
@@ -274,6 +276,7 @@ def _as_written(
     as_written = rows_by_key(rows, "none")
     if as_written.keys() != other.keys():
         return normalized
+    # Other references show that the file is not normalized, or by another normalizer.
     if not all(same_reference(as_written[key], other[key]) for key in as_written):
         return normalized
     return as_written

@@ -165,6 +165,7 @@ def bootstrap_interval(total: np.ndarray, units: np.ndarray) -> tuple[float, flo
         total: (n,) errors of each utterance or group.
         units: (n,) reference units of each utterance or group.
     """
+    # a fixed seed, so that the same results always have the same interval
     rng = np.random.default_rng(0)
     rates = np.empty(BOOTSTRAP_SAMPLES)
     for i in range(BOOTSTRAP_SAMPLES):

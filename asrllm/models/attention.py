@@ -85,6 +85,7 @@ def packed(
         longest = max(row_lengths(cu_seqlens))
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    # A window that covers every utterance changes nothing, and the fastest kernels have none.
     if window is not None and window >= longest:
         window = None
     options = Options(causal, longest, scale, dropout, window, softcap)
@@ -154,6 +155,7 @@ def _kernel_limits(query: Tensor, value: Tensor) -> str:
     width = query.shape[-1]
     if not query.is_cuda or query.dtype not in HALF:
         return f"it needs float16 or bfloat16 on CUDA, not {dtype} on {query.device.type}"
+    # limits of FlashAttention-2, which both kernels are
     if width != value.shape[-1] or width > 256 or width % 8:
         return f"it needs heads of at most 256 channels, a multiple of 8, not {width}"
     return ""
@@ -173,6 +175,7 @@ def missing(backend: str) -> str:
     if backend in ("flash", "varlen"):
         if not torch.cuda.is_available():
             return "there is no CUDA device"
+        # FlashAttention-2 has no kernels for older GPUs.
         if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
             return "the GPU is older than Ampere"
     try:
@@ -195,6 +198,7 @@ def _missing_import(backend: str) -> str:
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
+        # The first versions of varlen_attn lack these arguments.
         needed = {"window_size", "enable_gqa", "scale"}
         if not needed <= inspect.signature(varlen_attn).parameters.keys():
             return f"torch {torch.__version__} has it without windows or grouped heads"
@@ -277,6 +281,7 @@ def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:
     Returns:
         (length, length), one row per query.
     """
+    # The lowest number, as in transformers: with -inf a row without any key would become NaN.
     lowest = torch.full(
         (length, length),
         torch.finfo(like.dtype).min,
@@ -285,6 +290,7 @@ def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:
     )
     if window is None:
         return lowest.triu(1)
+    # The triangles do not overlap, so the sum does not overflow to -inf.
     return lowest.triu(1) + lowest.tril(-window)
 
 
@@ -315,6 +321,7 @@ def explicit(
         (B, Q, heads, d).
     """
     groups = query.shape[1] // key.shape[1]
+    # The queries of a group share their key by broadcasting, so no key is copied.
     grouped_query = (query * scale).unflatten(1, (-1, groups))
     scores = grouped_query @ key.unsqueeze(2).transpose(-1, -2)  # (B, kv heads, groups, Q, S)
     if softcap is not None:
@@ -346,6 +353,7 @@ def _flash(
         dropout_p=options.dropout,
         softmax_scale=options.scale,
         causal=options.causal,
+        # keys to the left and to the right of the query; -1 is no limit
         window_size=(-1, -1) if options.window is None else (options.window - 1, 0),
         softcap=options.softcap or 0.0,
     )
@@ -359,6 +367,7 @@ def _varlen(
 
     cu_seqlens = _cached(cu_seqlens, "int32", lambda: cu_seqlens.int())
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+    # keys to the left of the query; -1 is no limit
     before = -1 if options.window is None else options.window - 1
     output = varlen_attn(
         q,
@@ -417,6 +426,7 @@ def packed_attention(
     Raises:
         UserError: the LLM uses a kind of attention that packed rows do not support.
     """
+    # attention sinks of gpt-oss, and relative position biases of T5
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UserError(
@@ -488,6 +498,7 @@ def _padded(
             is_causal=options.causal,
         )[0]
     if mask is not None and mask.dtype == torch.bool:
+        # `explicit` adds the mask to the scores.
         zeros = torch.zeros_like(mask, dtype=query.dtype)
         mask = zeros.masked_fill(~mask, torch.finfo(query.dtype).min)
     return explicit(query, key, value, mask, options.scale, options.dropout, options.softcap)

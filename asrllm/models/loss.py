@@ -90,6 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss + part
             correct = correct + hits
             if grad is not None:
+                # in the dtype in which autograd would pass the gradient through the head
                 _accumulate(grads, grad.to(hidden.dtype), hidden[rows], weight, rows)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(correct, losses)
@@ -99,6 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: FunctionCtx, *outer: Tensor
     ) -> tuple[Tensor | None, ...]:
+        # The loss is the only output with a gradient.
         scaled = [None if grad is None else grad * outer[0] for grad in ctx.saved_tensors]
         return (*scaled, None, None)
 
@@ -172,7 +174,9 @@ def _chunk(
         return loss, losses, correct, None
     slope: Tensor | None = None
     if softcap:
+        # derivative of the soft cap, from the capped logits before they are overwritten
         slope = 1 - (logits / softcap).square()
+    # The gradient is softmax - (1 - smoothing) * one-hot - smoothing / vocabulary.
     grad = logits.sub_(normaliser[:, None]).exp_()
     if smoothing:
         grad -= smoothing / logits.shape[1]

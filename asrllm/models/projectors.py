@@ -125,6 +125,7 @@ class AudioProjector(nn.Module):
         self.mlp = PROJECTORS[kind](input_size, output_size, rate, hidden_size)
         self.boundary: nn.Parameter | None = None
         if tag_boundary:
+            # 0.02 is the usual standard deviation of initial embeddings (GPT-2, Qwen2, Llama).
             self.boundary = nn.Parameter(torch.randn(2, output_size) * 0.02)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
@@ -137,6 +138,7 @@ class AudioProjector(nn.Module):
         Returns:
             (sum of AsrLlmConfig.num_audio_tokens, output_size).
         """
+        # Padding that is stacked with an utterance must not depend on its batch.
         frames = frames * first_frames(frames, lengths)[..., None]
         missing = -frames.shape[1] % self.rate
         frames = F.pad(frames, (0, 0, 0, missing))

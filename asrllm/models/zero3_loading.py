@@ -71,6 +71,7 @@ def _uninitialized_llm(
     family = AutoModelForCausalLM._model_mapping[type(config)]
     config._attn_implementation = attention
     config.dtype = dtype
+    # what from_pretrained enters: with ZeRO-3, deepspeed.zero.Init among others
     with ContextManagers(family.get_init_context(dtype, False, False, None)):
         llm = family(config)
     llm.tie_weights()
@@ -104,6 +105,7 @@ def _fill_partition(parameter: nn.Parameter, source: Tensor, what: str) -> None:
     partition = parameter.ds_tensor
     begin = partition.numel() * torch.distributed.get_rank(parameter.ds_process_group)
     end = min(begin + partition.numel(), parameter.ds_numel)
+    # This rank has nothing but padding.
     if begin >= end:
         return
     row_size = parameter.ds_numel // parameter.ds_shape[0]

@@ -48,6 +48,7 @@ class RunningAverage:
         if step % self.period == 0:
             for average, vector in zip(self.averages, self._vectors(), strict=True):
                 weights = vector.detach().to("cpu", torch.float64)
+                # At the first update the factor is 0: the initial weights do not count.
                 average.mul_(1 - self.period / step)
                 average.add_(weights, alpha=self.period / step)
 

@@ -150,6 +150,7 @@ class ScaledAdam(torch.optim.Optimizer):
         grad_squares = self._sums(layout, [(piece, piece.grad, piece.grad) for piece in pieces])
         products = self._sums(layout, [(piece, piece.weight, piece.grad) for piece in pieces])
         scale = torch.where(is_scalar, group["scalar_lr_scale"], rms)
+        # Like the steps, the clipped norm is relative to the sizes of the weights.
         clip = _clip(group, state, grad_squares * scale.square())
         state["shared_scale_grads"][step % period] = clip * products
         scale_steps = torch.zeros_like(rms)
@@ -210,6 +211,7 @@ class ScaledAdam(torch.optim.Optimizer):
             (weights,) in float32, summed in float64.
         """
         device = layout.numel.device
+        # In float64 the sum hardly depends on how the ranks divide a weight.
         total = torch.zeros(len(layout.numel), dtype=torch.float64, device=device)
         for piece, one, other in factors:
             total[piece.number] += (one * other).sum(dtype=torch.float64)
@@ -234,13 +236,14 @@ def _clip(group: Group, state: State, squares: Tensor) -> float:
     step = state["shared_step"]
     norms = state["shared_norms"]
     threshold = state["shared_threshold"]
+    # As in icefall, the first step is not clipped.
     if step == 0:
         return 1.0
     norm = squares.sum().sqrt()
     period = len(norms)
     norms[step % period] = norm
     if step in EARLY_STEPS and step < period:
-        # the other norms are still 0, so the newest ones are the largest
+        # The norms of later steps are still 0, so the last ones are those of the steps so far.
         median = _median(norms.sort().values[-step:])
         threshold.fill_(group["clipping_scale"] * median * 2)
     elif step % period == 0:
@@ -258,12 +261,14 @@ def _scale_steps(group: Group, state: State) -> Tensor:
     squares = state["shared_scale_exp_avg_sq"]
     rms = state["shared_rms"]
     period = len(grads)
+    # One update follows `period` steps, so the decay is that of `period` steps.
     beta2 = group["betas"][1] ** period
     squares.mul_(beta2).add_(grads.square().mean(dim=0), alpha=1 - beta2)
     updates = (state["shared_step"] + 1) // period
     correction = (1 - beta2**updates) ** 0.5
     lr = -group["lr"] * group["scalar_lr_scale"] * correction
     change = lr * grads.sum(dim=0) / (squares.sqrt() + group["eps"])
+    # as in icefall, which leaves the scale of such a small weight alone
     change = change.masked_fill(rms < group["param_min_rms"], 0.0)
     change = change.clamp(-MAX_SCALE_STEP, MAX_SCALE_STEP)
     return torch.minimum(change, (group["param_max_rms"] - rms) / rms)
@@ -294,6 +299,7 @@ def _update(
     for number, weight, grad, delta, squares in pieces:
         grad = grad * clip
         squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        # icefall leaves out the bias correction once it is below 1 %.
         corrected = squares / correction if correction < 0.99 else squares
         change = lrs[number] * grad / (corrected.sqrt() + group["eps"])
         if scale_steps[number]:

@@ -250,9 +250,11 @@ class Trainer:
         self.engine.module.set_batch_count(self.step)
         micro_batches = [batch.to(self.device) for batch in loaded.micro_batches]
         targets = sum(len(batch.targets) for batch in micro_batches)
+        # One collective for both, so that all ranks stop after the same step.
         flags = torch.tensor([float(targets), self._signalled()], device=self.device)
         total_targets, signalled = distributed.sum_over_ranks(flags)
         # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets
+        # A step of fillers has no target.
         scale = distributed.world_size() * len(micro_batches) / total_targets.clamp(min=1)
         sums = self._accumulate(micro_batches, scale)
         self.step += 1

@@ -252,12 +252,7 @@ def _segment(
     except (ValueError, TypeError) as error:
         form = "'recording start end' or 'recording start end channel'"
         raise RejectedError("bad_segment", f"{where} has {value!r} instead of {form}") from error
-    whole = recordings.get(recording)
-    if whole is None:
-        problem = f"{where} names the recording {recording!r}, which wav.scp does not have"
-        raise RejectedError("missing_audio", problem)
-    if isinstance(whole, RejectedError):
-        raise whole
+    whole = _whole_recording(recordings, recording, where)
     if not 0 <= start < LONGEST_RECORDING:
         problem = f"{where} starts at {start_text} s, which is not a time in a recording"
         raise RejectedError("bad_segment", problem)
@@ -267,6 +262,19 @@ def _segment(
         problem = f"{where} spans {start_text} to {end_text} s, but its end must follow its start"
         raise RejectedError("bad_segment", problem)
     return recording, AudioSegment(whole.audio, start, end, channel)
+
+
+def _whole_recording(
+    recordings: Mapping[str, AudioSegment | RejectedError], name: str, where: str
+) -> AudioSegment:
+    """Return a recording, or raise RejectedError if it is missing or cannot be used."""
+    whole = recordings.get(name)
+    if whole is None:
+        problem = f"{where} names the recording {name!r}, which wav.scp does not have"
+        raise RejectedError("missing_audio", problem)
+    if isinstance(whole, RejectedError):
+        raise whole
+    return whole
 
 
 def _channel(text: str | None = None) -> int | None:

@@ -60,6 +60,7 @@ class RowStopping(StoppingCriteria):
         for n in range(1, MAX_LOOP_TOKENS + 1):
             start = length - n * copies_of_loop(n, self.guard)
             if start >= 0:
+                # In a loop every token equals the one n tokens before it.
                 is_loop = input_ids[:, start + n :] == input_ids[:, start : length - n]
                 done |= is_loop.all(1)
         return done

@@ -143,6 +143,7 @@ def decoding_config(
     if not isinstance(further_stops, list):
         further_stops = [further_stops]
     all_stops = sorted({*stop_ids, *further_stops})
+    # transformers warns without a padding token. Rows are cut at their first stop token anyway.
     complete |= {"eos_token_id": all_stops, "pad_token_id": all_stops[0]}
     try:
         return GenerationConfig(**complete, **FIXED_OPTIONS)

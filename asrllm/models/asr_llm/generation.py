@@ -191,6 +191,7 @@ def _answer(
     """Return the new tokens of each chat of a batch."""
     device = device_of(model)
     input_ids, mask = (x.to(device) for x in pad_left([request.prompt for request in batch]))
+    # With beams, a stopped loop would win over correct hypotheses that continue.
     guard = repetition_guard if config.num_beams == 1 else None
     frames, lengths = features
     embeddings = model.embed(input_ids, model.encode(frames.to(device), lengths.to(device)))
@@ -354,6 +355,7 @@ class FirstLogitsCheck(LogitsProcessor):
         is_nan = scores.isnan().any(1)
         if not is_nan.any():
             return
+        # Beam search has the same number of consecutive rows for each chat.
         row = int(is_nan.nonzero()[0])
         chat = self.chats[row // (len(is_nan) // len(self.chats))]
         dtype = str(scores.dtype).removeprefix("torch.")

@@ -56,6 +56,7 @@ def greedy(
     for step in range(tokens.shape[1]):
         chosen = logits.argmax(-1)
         tokens[rows, step] = chosen
+        # The token that ends a row still counts.
         lengths[rows] += ~finished
         finished |= torch.isin(chosen, stop_tokens)
         finished |= stopping(tokens[rows, : step + 1], None)
@@ -106,11 +107,13 @@ class DynamicCacheDecoder:
         """Read the next token of each row (N,), and return logits as `prompt` does."""
         ones = self.mask.new_ones(len(tokens), 1)
         self.mask = torch.cat([self.mask, ones], 1)
+        # The padding on the left has no positions.
         position_ids = self.mask.sum(1, keepdim=True) - 1
         return self._logits(input_ids=tokens[:, None], position_ids=position_ids)
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows only."""
+        # It selects rows by index, also fewer than there are.
         self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
 

@@ -125,6 +125,7 @@ class AsrLlmNetwork(PreTrainedModel):
             features = mask_features(features, lengths, masks, time_masks)
         audio = self.encode(features, lengths)
         embeddings = with_gradient(self.embed(input_ids, audio))
+        # Read once: in the attention, every layer would wait for the device.
         longest = int(cu_seqlens.diff().max())
         causal_lm = self.causal_lm
         hidden = causal_lm.base_model(
@@ -178,6 +179,7 @@ class AsrLlmNetwork(PreTrainedModel):
         is_audio = input_ids == self.config.audio_token_id
         count = int(is_audio.sum())
         assert count == len(audio), (count, len(audio))
+        # The id of the audio token may be beyond the embeddings.
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
 

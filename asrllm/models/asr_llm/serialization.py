@@ -160,6 +160,7 @@ def _move_into_place(partial: Path, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for stale in folder.glob("model-*-of-*.safetensors"):
         stale.unlink()
+    # The list of weights comes last: until then the directory does not load.
     for entry in sorted(partial.iterdir(), key=lambda entry: entry.name in (SINGLE, INDEX)):
         target = folder / entry.name
         if target.is_dir():
@@ -205,15 +206,22 @@ def merged_names(
         UserError: the model has no adapters, an adapted part is excluded from the checkpoint, or a
             layer cannot represent the merged adapter.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    layers = _adapted_layers(model)
     _check_mergeable(model, state, layers)
     factors = _adapter_keys(layers)
     renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
     return renamed, _tuned_weights(layers)
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have adapters by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[name] = module
+    return layers
 
 
 def _adapter_keys(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -290,6 +298,7 @@ def merged_parameter(layer: nn.Module, name: str, dtype: torch.dtype | None = No
         dtype: dtype of the result; by default the parameter's own.
     """
     own = getattr(layer.get_base_layer(), name).dtype
+    # PEFT merges in place and in the dtype of the layer.
     layer = copy.deepcopy(layer).to(torch.promote_types(own, torch.float32))
     layer.merge()
     return getattr(layer.get_base_layer(), name).to(dtype or own).contiguous()

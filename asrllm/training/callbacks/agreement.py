@@ -35,11 +35,10 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
 
     Only fillers, which have no keys, may lack targets.
     """
-    batches = loaded.micro_batches
     with_audio = []
     without_targets = []
     dtypes = {}
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(loaded.micro_batches):
         if batch.waves.numel():
             with_audio.append(index)
         if batch.keys and not len(batch.targets):
@@ -50,7 +49,7 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
     return {
         "step": trainer.step + 1,
         "position in the data": loaded.position.as_dict(),
-        "number of micro-batches": len(batches),
+        "number of micro-batches": len(loaded.micro_batches),
         "micro-batches with audio": with_audio,
         "micro-batches that lack targets": without_targets,
         "dtypes of the tensors": dtypes,

@@ -111,6 +111,7 @@ class NonFiniteGuard(Callback):
         keys_by_rank = distributed.gather_objects(trainer.nonfinite_keys)
         if any(keys_by_rank):
             return "loss", keys_by_rank
+        # fp16 finds its loss scale by skipping steps, so a gradient is not the fault of the data.
         if trainer.config.precision == "fp16":
             return None
         own_keys: list[str] = []

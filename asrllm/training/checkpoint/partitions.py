@@ -62,6 +62,7 @@ def parameter_names(engine: deepspeed.DeepSpeedEngine) -> list[list[str]]:
             groups = getattr(optimizer, attribute)
             break
     else:
+        # a plain optimizer of torch: stage 0 in float32
         groups = [group["params"] for group in optimizer.param_groups]
     result = []
     for group in groups:
@@ -116,6 +117,7 @@ def _sub_group_vectors(optimizer: ZeroOptimizer, names: ParameterNames) -> Itera
             part = parameter.partition_numel()
             start = part * distributed.rank()
             numel = min(part, parameter.ds_numel - start)
+            # The last ranks may have nothing but padding of a small weight.
             if numel > 0:
                 slices.append(WeightSlice(names[parameter], start, offset, numel))
             offset += part
@@ -134,6 +136,7 @@ def load_from_other_ranks(
     optimizer = engine.optimizer
     is_stage_3 = engine.zero_optimization_stage() == 3
     if is_stage_3:
+        # DeepSpeed gathers small weights permanently. It partitions them until the epilogue.
         optimizer.checkpoint_event_prologue()
     for number, (vector, slices) in enumerate(partitions(engine)):
         state = optimizer.optimizer.state[vector]

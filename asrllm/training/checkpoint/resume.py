@@ -164,6 +164,7 @@ def checked_manifest(checkpoint: Path, processor: AsrLlmProcessor, settings: Set
     """
     if read_manifest(checkpoint)["world_size"] != distributed.world_size():
         settings = settings.copy()
+        # It may make up for the other number of ranks.
         settings.pop("gradient_accumulation_steps", None)
     return check_same_model(checkpoint, processor.config, settings)
 
@@ -198,6 +199,7 @@ def find_intact(
     for candidate in candidates:
         problem = corruption(candidate)
         if problem is None:
+            # Only now: without an intact checkpoint nothing is renamed.
             distributed.first_rank_does(functools.partial(set_aside, problems, candidate))
             return candidate, checked_manifest(candidate, processor, settings)
         problems[candidate] = problem
@@ -368,6 +370,7 @@ def _load(
     engine.module.inherited = tuple(manifest["inherited"])
     same_ranks = manifest["world_size"] == distributed.world_size()
     with explain_corruption(checkpoint):
+        # At stage 0 every rank reads the whole state, whatever their number.
         if same_ranks or manifest["zero_stage"] == 0:
             load_checkpoint(engine, checkpoint, manifest)
         else:

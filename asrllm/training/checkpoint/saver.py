@@ -91,6 +91,7 @@ class CheckpointSaver:
             manifest: manifest without the digests of the files.
             more: contents of further files of this rank, by file name.
         """
+        # The staging directory and the host copies serve one checkpoint at a time.
         self.finish()
         self._on_first_rank(self._clear, tags)
         with _written_by(engine, self.writer):
@@ -108,6 +109,7 @@ class CheckpointSaver:
         """Publish the pending checkpoint if all ranks have written it."""
         if self.pending is None:
             return
+        # Publishing is collective, so the ranks must agree when to do it.
         busy = torch.tensor(float(self.writer.writing), device=device)
         if not distributed.sum_over_ranks(busy):
             self.finish()
@@ -139,12 +141,15 @@ class CheckpointSaver:
             _link_files(first, self.staging / tag)
         for tag in tags:
             target = self.exp_dir / tag
+            # On the disk before the rename: under its final name a directory is complete.
             sync(self.staging / tag)
             if target.exists():  # it is not a complete checkpoint
                 target.rename(self.staging / f"replaced-{tag}")
             (self.staging / tag).rename(target)
+        # Not copied in place, where another process could run half of the script.
         shutil.copyfile(zero_to_fp32.__file__, self.staging / "zero_to_fp32.py")
         (self.staging / "zero_to_fp32.py").replace(self.exp_dir / "zero_to_fp32.py")
+        # after the renames, so that `latest` never names a directory that does not exist
         write_whole(self.exp_dir / "latest", tags[-1])
         sync(self.exp_dir)
         if self.keep:
@@ -200,6 +205,7 @@ def _written_by(engine: deepspeed.DeepSpeedEngine, writer: CheckpointWriter) -> 
     """
     engine_before = engine.checkpoint_engine
     engine.checkpoint_engine = writer
+    # `_publish` writes zero_to_fp32.py, to exp_dir and not to the staging directory.
     engine._copy_recovery_script = lambda save_path: None
     engine._get_shared_params = dict
     try:
@@ -283,6 +289,7 @@ def write_inherited(model: nn.Module, exp_dir: Path, checkpoint: Path | None = N
     for name in model.inherited:
         with gathered(parameters[name]):
             if distributed.rank() == 0:
+                # `gathered` releases the whole weight at the end of the block.
                 state[name] = parameters[name].detach().cpu().clone()
     if model.inherited:
         distributed.first_rank_does(lambda: _write_weights(state, exp_dir / INHERITED))
@@ -340,6 +347,7 @@ def load_checkpoint(
     """
     check_files(checkpoint, manifest)
     with trusted_unpickling():
+        # not strict, because the checkpoint does not contain the frozen weights
         loaded, _ = engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False
         )

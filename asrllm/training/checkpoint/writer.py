@@ -70,6 +70,7 @@ class CheckpointWriter(CheckpointEngine):
 
     def _write_all(self) -> None:
         if self.background:
+            # Linux takes a thread id here, so that only this thread gets a lower priority.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         for path, state in self.pending:
             try:
@@ -138,6 +139,7 @@ class HostCopies:
         kind = (tensor.shape, tensor.dtype)
         buffers = self.buffers[kind]
         if self.used[kind] == len(buffers):
+            # Only a copy to pinned memory runs beside the work of the GPU.
             pinned = tensor.device.type == "cuda"
             buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned))
         buffer = buffers[self.used[kind]]
@@ -148,6 +150,7 @@ class HostCopies:
         """Wait for the copies. Their memory may be reused once they are written."""
         first_buffers = [buffers[0] for buffers in self.buffers.values() if buffers]
         if any(buffer.is_pinned() for buffer in first_buffers):
+            # The copies were asynchronous, and the next step changes their sources.
             torch.cuda.synchronize()
         self.used.clear()
         self.copied.clear()

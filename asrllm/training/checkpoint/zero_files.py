@@ -137,6 +137,7 @@ class ZeroFiles:
         if groups is not None:
             return list(itertools.chain.from_iterable(groups))
         # trained in float32, so the working weights are the master weights
+        # In the order of the optimizer, by which its state is numbered.
         names = itertools.chain.from_iterable(manifest["param_groups"])
         return [working[name] for name in names]
 
@@ -195,6 +196,7 @@ class ZeroFiles:
         """Return the names of the optimizer's state per element, for example exp_avg."""
         size = self.masters[0][0].numel()
         if self.stage in (1, 2):
+            # The moments are saved with the padding of the group, the master weights without it.
             size += self.optimizers[0]["group_paddings"][0]
         keys = []
         for key, value in self._state_of(0, 0).items():
@@ -357,6 +359,7 @@ def places(
             if stage == 0:
                 group = len(found)
                 offset = 0
+            # The sub-group is full, so DeepSpeed put this weight into the next one.
             elif stage == 3 and offset >= vectors[group]:
                 group = group + 1
                 offset = 0
