@@ -197,6 +197,8 @@ def _describe(error: BaseException, url: str) -> str:
     return ": ".join(part for part in (name, text) if part)  # timeouts have no text
 
 
+# tenacity (37 ms to import) would replace 6 of the 25 lines of code below by as many that configure
+# it. Which errors are permanent, and what the messages say, would remain here.
 def retry(
     action: Callable[[], T],
     url: str,
