@@ -3,6 +3,7 @@
 MAX_NEW_TOKENS = 200  # tokens of one answer
 MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per second of audio, plus ten
 REPETITION_GUARD = 32  # tokens of a repetition before decoding stops
+BEAM_SIZE = 4  # hypotheses of a beam search
 BATCH_SECONDS = 240.0  # seconds of audio in a decoded batch, padding included
 WHISPER_WINDOW = 30.0  # seconds to which Whisper pads
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")

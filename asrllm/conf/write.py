@@ -116,7 +116,10 @@ def as_yaml_value(value: object) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstrings below the fields of a class and of the classes it inherits from."""
+    """Return the docstrings below the fields of a class and of the classes it inherits from.
+
+    The description of a field whose meaning contains a constant precedes its docstring.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -128,7 +131,10 @@ def field_docs(cls: type) -> dict[str, str]:
                 continue
             if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
                 docs[field.target.id] = " ".join(str(doc.value.value).split())
-    return docs
+    described: dict[str, Any] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return docs | {
+        name: field.description for name, field in described.items() if field.description
+    }
 
 
 def reference_page() -> str:

@@ -10,7 +10,13 @@ from pydantic import Field
 from asrllm.checkpoints.average import Average
 from asrllm.data.config import CacheConfig
 from asrllm.data.text import normalizer
-from asrllm.defaults import BATCH_SECONDS, MAX_NEW_TOKENS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.defaults import (
+    BATCH_SECONDS,
+    BEAM_SIZE,
+    MAX_NEW_TOKENS,
+    MAX_TOKENS_PER_SECOND,
+    REPETITION_GUARD,
+)
 from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
 from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, component
@@ -105,8 +111,9 @@ class EvaluationRun:
     data: TestData = TestData()
     decoding_method: Literal["greedy_search", "beam_search"] = "greedy_search"
     """greedy_search | beam_search"""
-    num_beams: PositiveInt | None = None
-    """beam size of beam_search; null: 4"""
+    num_beams: PositiveInt | None = Field(
+        default=None, description=f"beam size of beam_search; null: {BEAM_SIZE}"
+    )
     max_new_tokens: PositiveInt = MAX_NEW_TOKENS
     """maximum tokens of a text; max_tokens_per_second is lower for short utterances"""
     max_tokens_per_second: PositiveFloat = MAX_TOKENS_PER_SECOND
@@ -170,8 +177,9 @@ class EvaluationRun:
     @property
     def generation(self) -> dict[str, int | float | None]:
         """Options of AsrLlmModel.generate."""
+        default_beams = BEAM_SIZE if self.decoding_method == "beam_search" else 1
         return {
-            "num_beams": self.num_beams or (4 if self.decoding_method == "beam_search" else 1),
+            "num_beams": self.num_beams or default_beams,
             "max_new_tokens": self.max_new_tokens,
             "max_tokens_per_second": self.max_tokens_per_second,
             "repetition_guard": self.repetition_guard,
