@@ -375,7 +375,7 @@ def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys
     def fail(*_):
         raise RuntimeError("worker: OSError: [Errno 24] Too many open files")
 
-    monkeypatch.setattr("asrllm.commands.train.read_prompts", fail)
+    monkeypatch.setattr("asrllm.training.prepare.read_prompts", fail)
     assert train(world, tmp_path, monkeypatch) == 2
     assert "ulimit -n" in capsys.readouterr().err
 

@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from asrllm.commands.train import warn_of_long_warmup
 from asrllm.config import compose_config
 from asrllm.schema import build
+from asrllm.training.prepare import warn_of_long_warmup
 from asrllm.training.run_config import TrainerConfig
 from asrllm.training.trainer import seed_step
 from tests.processes import assert_done, run_script

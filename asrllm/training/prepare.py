@@ -1,0 +1,137 @@
+"""Everything that a training run reads before its weights, so that mistakes are found early."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from asrllm import distributed
+from asrllm.data.corpora import long_utterance
+from asrllm.data.prompts import read_prompts
+from asrllm.defaults import RATE
+from asrllm.errors import UserError
+from asrllm.locks import FileLock
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.build import check_prompts, describe_model, describe_prompts
+from asrllm.text_files import JsonObject
+from asrllm.training.checkpoint.resume import find_resume, lock_exp_dir, resume_fingerprint
+from asrllm.training.data import TrainingData
+from asrllm.training.ds_config import check_settings, read_ds_config
+from asrllm.training.run_config import TrainerConfig, TrainRun
+from asrllm.training.wandb_login import check_wandb_login
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """What is known about a run before its weights are loaded.
+
+    Attributes:
+        config: the run's configuration.
+        exp_dir: the run's directory.
+        ds: the DeepSpeed configuration.
+        processor: tokenizer, chat and description of the model.
+        data: training and validation data.
+        lock: held by the first rank while the run writes to exp_dir.
+        fingerprint: settings that a resumed run must have in common with its checkpoint.
+        checkpoint: the checkpoint to resume from, not verified yet; None for a new run.
+    """
+
+    config: TrainRun
+    exp_dir: Path
+    ds: JsonObject
+    processor: AsrLlmProcessor
+    data: TrainingData
+    lock: FileLock
+    fingerprint: JsonObject
+    checkpoint: Path | None
+
+
+def prepare(config: TrainRun) -> PreparedRun:
+    """Read everything except the weights, so that the user's mistakes are found before they load.
+
+    Raises:
+        UserError: the configuration, the data or the directory cannot be used.
+    """
+    exp_dir = Path(config.exp_dir or "")
+    ds = read_ds_config(config.trainer, world_size=distributed.world_size())
+    check_settings(config.trainer, ds)
+    check_wandb_login(config.trainer.wandb, "trainer.wandb")
+    prompts = read_prompts(config.prompt_file)
+    processor = describe_model(
+        config.model,
+        pad_to_30s=config.data.pad_to_30s,
+        prompts=tuple(prompt.text for prompt in prompts),
+    )
+    check_duration_filter(config, processor)
+    data = TrainingData(config, processor, prompts)
+    warn_of_long_warmup(config.trainer, data.total_steps())
+    corpus_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
+    check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
+    describe_prompts(processor.config, [*prompts, *corpus_prompts])
+    describe_data(processor.config, config, data)
+    lock = lock_exp_dir(exp_dir)
+    fingerprint = {
+        "zero_stage": ds["zero_optimization"]["stage"],
+        **resume_fingerprint(config, processor, data),
+    }
+    checkpoint, _ = find_resume(config, processor, fingerprint)
+    return PreparedRun(
+        config=config,
+        exp_dir=exp_dir,
+        ds=ds,
+        processor=processor,
+        data=data,
+        lock=lock,
+        fingerprint=fingerprint,
+        checkpoint=checkpoint,
+    )
+
+
+def describe_data(description: AsrLlmConfig, config: TrainRun, data: TrainingData) -> None:
+    """Record in the model's description what inference needs to know about the training data."""
+    description.trained_seconds = long_utterance(data.corpora) or None
+    hotwords = config.data.hotwords
+    description.hotwords_template = hotwords.template if hotwords.prob else None
+
+
+def check_duration_filter(config: TrainRun, processor: AsrLlmProcessor) -> None:
+    """Check that data.filter admits only durations that the audio encoder supports.
+
+    Raises:
+        UserError: a bound is outside the encoder's range. The configuration is wrong in this case,
+            not a single utterance.
+    """
+    low, high = (samples / RATE for samples in processor.config.sample_limits())
+    duration = config.data.filter
+    in_range = {
+        "min_duration": duration.min_duration >= low,
+        "max_duration": duration.max_duration <= high,
+    }
+    for key, is_in_range in in_range.items():
+        if not is_in_range:
+            raise UserError(
+                f"data.filter.{key}={getattr(duration, key)} is outside the audio encoder's range. "
+                f"Use a value from {low:.2f} to {high:.2f} s."
+            )
+
+
+def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
+    """Warn if the learning rate would still be rising at the end of a run of `total` steps."""
+    if trainer.schedule.name == "eden":
+        key = "schedule.warmup_batches"
+        warmup = trainer.schedule.warmup_batches
+    else:
+        key = "warmup_steps"
+        warmup = trainer.warmup_steps
+    if warmup > total:
+        logger.warning(
+            "trainer.%s=%g is more than the run's %d steps, so the learning rate does not reach "
+            "its peak of %g. Lower trainer.%s, or train for more steps.",
+            key,
+            warmup,
+            total,
+            trainer.lr,
+            key,
+        )
