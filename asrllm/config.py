@@ -100,7 +100,7 @@ def composition_error(
         options = ", ".join(cause.options or ()) or "none"
         return UserError(
             f"the configuration file {str(cause.missing_cfg_file) + '.yaml'!r} does not exist "
-            f"(there are: {options}). Name another one, or its directory with --config-dir."
+            f"(available: {options}). Name another one, or its directory with --config-dir."
         )
     if isinstance(cause, UnicodeDecodeError):
         for path in sorted(Path(config_dir or ".").rglob("*.yaml")):
@@ -116,6 +116,8 @@ def composition_error(
             names = _keys_of(OmegaConf.to_container(OmegaConf.structured(HydraConf)), "hydra.")
         if key not in names and repr(key) in str(error):
             return unknown_key(key, names)
+        if text.startswith("+") and (f"'{key}'" in str(error) or str(error).startswith(key)):
+            return UserError(f"{text} adds a key that exists. Write {text.lstrip('+')}.")
         is_group = any(name.startswith(f"{key}.") for name in known)
         if is_group and "Config group override" in str(cause):
             return UserError(
@@ -124,7 +126,7 @@ def composition_error(
             )
     if isinstance(cause, ConfigKeyError) and cause.full_key:
         return unknown_key(str(cause.full_key), known)
-    problem = " ".join(str(cause).split())
+    problem = " ".join(str(cause).partition("full_key:")[0].split())  # OmegaConf appends internals
     return UserError(f"the configuration cannot be composed: {problem}")
 
 
@@ -137,10 +139,8 @@ def _keys_of(tree: object, prefix: str) -> list[str]:
     return keys
 
 
-def check_config_files(
-    config_dir: str | None, config_name: str | None, overrides: Sequence[str]
-) -> None:
-    """Check the files that --config-dir, --config-name and +experiment=NAME choose.
+def check_config_files(config_dir: str | None, config_name: str | None) -> None:
+    """Check the files that --config-dir and --config-name choose.
 
     Raises:
         UserError: one of them does not exist, or the primary one cannot be read.
@@ -166,14 +166,6 @@ def check_config_files(
             raise UserError(
                 f"the configuration file {str(path)!r} has no keys. Write lines of KEY: VALUE."
             )
-    if any(text.startswith("experiment=") for text in overrides):
-        raise UserError("experiment=NAME needs a plus sign. Write +experiment=NAME.")
-    has_experiments = any((folder / "experiment").is_dir() for folder in folders)
-    if not has_experiments and any(text.startswith("+experiment=") for text in overrides):
-        raise UserError(
-            "+experiment=NAME reads experiment/NAME.yaml in the directory --config-dir, "
-            f"which {'has no experiment/' if config_dir else 'is not given'}. Add it."
-        )
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Collection
 
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError
 
 BATCH_BUDGET = (
     "data.sampler.max_tokens",
@@ -55,6 +55,7 @@ ALIASES = {
     "resume_from_checkpoint": ("trainer.resume", "auto, never or the path of a checkpoint"),
     "dataloader_num_workers": ("data.num_workers", "reading processes of each rank"),
     "lora_r": ("model.llm.lora.r", "the rank of the LLM's adapters"),
+    "rank": ("model.llm.lora.r", "the rank of the LLM's adapters"),
     "lora_rank": ("model.llm.lora.r", "the rank of the LLM's adapters"),
     "lora_alpha": ("model.llm.lora.lora_alpha", "the scale of the LLM's adapters times their rank"),
     "lora_dropout": ("model.llm.lora.lora_dropout", "the dropout before the LLM's adapters"),
@@ -72,8 +73,6 @@ ALIASES = {
 def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
     """Return an error for an unknown key, which hints at the right one.
 
-    The hint is our key for another framework's key, the nearest key, or the keys of the same group.
-
     Args:
         key: the unknown key.
         known: the keys of the configuration.
@@ -81,13 +80,33 @@ def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
     """
     name = key.rpartition(".")[2]
     ours, meaning = ALIASES.get(name, ("", ""))
-    if ours in known:
-        return UserError(f"{where}unknown key {key!r}. Use {ours}: {meaning}.")
-    if difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-        return UserError(f"{where}unknown key {key!r}. {nearest(key, known)}")
-    group = key.rpartition(".")[0]
-    candidates = _keys_in(group, known) or _keys_in("", known)
-    return UserError(f"{where}unknown key {key!r}. {nearest(key, candidates)}")
+    if key == "experiment":
+        hint = "Write +experiment=NAME, which reads experiment/NAME.yaml in --config-dir."
+    elif ours in known:
+        hint = f"Use {ours}: {meaning}."
+    else:
+        hint = _similar_key(key, known)
+    return UserError(f"{where}unknown key {key!r}. {hint}")
+
+
+def _similar_key(key: str, known: Collection[str]) -> str:
+    """Return a hint with the most similar key, or with the keys of the same group.
+
+    Names are compared within a group, because a long group makes any two of its keys look alike.
+    """
+    group, _, name = key.rpartition(".")
+    siblings = {known_key.rpartition(".")[2]: known_key for known_key in _keys_in(group, known)}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    found = [siblings[name] for name in close]
+    if not found:
+        found = [known_key for known_key in known if known_key.rpartition(".")[2] == name]
+    if not found and not siblings:
+        found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if found:
+        return f"Did you mean {' or '.join(map(repr, found))}?"
+    if group and siblings:
+        return f"Available in {group}: {', '.join(sorted(siblings))}."
+    return f"Available: {', '.join(sorted(_keys_in('', known)))}."
 
 
 def _keys_in(group: str, known: Collection[str]) -> set[str]:

@@ -69,7 +69,7 @@ def run_app(
             failures.append(error)
             return None
 
-    check_config_files(arguments.config_dir, arguments.config_name, overrides)
+    check_config_files(arguments.config_dir, arguments.config_name)
     given = [*hydra_options(arguments), *DEFAULTS, *overrides]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
     try:

@@ -85,12 +85,12 @@ def test_overrides_set_dataclass_fields():
     [
         (
             "model.llm.lora.rank=4",
-            r"unknown key 'model\.llm\.lora\.rank'.* Did you mean 'model\.llm\.lora\.r'",
+            r"unknown key 'model\.llm\.lora\.rank'.* model\.llm\.lora\.r",
         ),
         ("trainer.learning_rate=1", "unknown key 'trainer.learning_rate'"),
         (
             "modle.audio_token=x",
-            r"unknown key 'modle\.audio_token'.* Did you mean 'model\.audio_token'",
+            r"unknown key 'modle\.audio_token'.*'model\.audio_token'",
         ),
         ("+model.new=1", r"unknown key 'model\.new'"),
         ("exp_dir", "'exp_dir' is not an override"),
@@ -99,9 +99,9 @@ def test_overrides_set_dataclass_fields():
         ("data.trace=1", r"data\.trace=1 "),
         (
             "trainer.precision=bf17",
-            r"trainer\.precision='bf17' .* Did you mean 'bf16'",
+            r"trainer\.precision='bf17' .* did you mean 'bf16'",
         ),
-        ("model.audio_encoder.model_type=wisper", "Did you mean 'whisper'"),
+        ("model.audio_encoder.model_type=wisper", "did you mean 'whisper'"),
         (
             "trainer=3",
             r"trainer=3 ",

@@ -57,6 +57,25 @@ def test_config_dir_adds_groups_and_experiments(tmp_path):
     assert found == load("trainer.lr=0.5", "model.llm.lora.r=99", "trainer.num_steps=7")
 
 
+def test_experiment_in_the_users_defaults_list_is_selected_without_a_plus_sign(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    for name, lr in (("small", 0.5), ("big", 0.75)):
+        text = f"# @package _global_\ntrainer: {{lr: {lr}}}\n"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_text("defaults: [train, experiment: small, _self_]\n")
+    mine = ("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
+    assert job(*mine).trainer.lr == 0.5
+    assert job(*mine, "experiment=big").trainer.lr == 0.75
+
+
+def test_experiment_is_found_on_the_search_path(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ntrainer: {lr: 0.5}\n"
+    (tmp_path / "experiment" / "big.yaml").write_text(text)
+    found = job(*GIVEN, f"hydra.searchpath=[file://{tmp_path}]", "+experiment=big")
+    assert found.trainer.lr == 0.5
+
+
 def test_config_name_selects_the_users_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
     found = job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
@@ -199,10 +218,16 @@ def test_a_sweeper_gets_the_mean_of_the_last_validation(tmp_path):
     assert last_validation_loss(tmp_path) == 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "names"),
     [
         (["+experiment=big"], ["experiment", "--config-dir"]),
+        (["+trainer.lr=1"], ["+trainer.lr=1", "trainer.lr=1."]),
+        (["+trainer=default"], ["+trainer=default", "trainer=default."]),
+        (["lr=1"], ["trainer.lr"]),
+        (["trainer.foo=1"], ["trainer.foo", "precision"]),
+        (["+trainer.foo=1"], ["trainer.foo", "precision"]),
         (["--config-dir", "{dir}", "+experiment=lost"], ["experiment/lost.yaml"]),
         (["--config-dir", "{dir}", "trainer=lost"], ["trainer/lost.yaml", "default"]),
         (["--config-dir", "{dir}/none"], ["{dir}/none"]),
