@@ -250,6 +250,7 @@ WHISPER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), LLM.values(), ids=LLM)
 def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
@@ -260,6 +261,7 @@ def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypa
     assert str(llm) in error
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), WHISPER.values(), ids=WHISPER)
 def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):

@@ -239,6 +239,7 @@ def test_wrong_sample_count_does_not_cut_audio(tmp_path, count):
     assert sum(map(len, read_blocks(open_audio(str(path))))) == 26 * 320
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["page.mp3", "page.wav", "page.flac", "page.bin"])
 @pytest.mark.parametrize("content", [b"<html>404</html>" * 20, b"ID3\3\0\0\0\0\0!" + b"junk" * 300])
 def test_content_that_is_not_audio_is_not_called_a_missing_file(tmp_path, name, content):

@@ -70,6 +70,7 @@ def test_deeply_nested_json_is_reported(tmp_path, source, begin):
         assert "manifest.jsonl:1" in utterance.problem[1]
 
 
+@pytest.mark.slow
 def test_deeply_nested_configurations_are_reported(tmp_path):
     path = tmp_path / "file"
     path.write_text("[" * 2000)

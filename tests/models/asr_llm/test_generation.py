@@ -486,6 +486,7 @@ def endless(model, monkeypatch):
     return steps, hook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2])
 def test_answers_are_limited_by_duration_and_the_batch_stops_with_the_last_row(
     model, monkeypatch, beams

@@ -625,6 +625,7 @@ def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path):
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "name", [CHECKSUMS, "config.json", "model.safetensors", "tokenizer.json", "pretrained.pt"]
