@@ -159,7 +159,7 @@ def check_config_files(config_dir: str | None, config_name: str | None) -> None:
         if path is None:
             names = sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
             raise UserError(
-                f"--config-name {config_name!r} is not a file of {', '.join(map(str, folders))}: "
+                f"--config-name {config_name!r} was not found in {', '.join(map(str, folders))}. "
                 f"{nearest(name, names)}"
             )
         if not isinstance(read_yaml(path, "the configuration file"), dict):

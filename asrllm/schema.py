@@ -152,7 +152,7 @@ def _as_user_error(
         return UserError(f"{where}missing key {group + key!r}. Add it.")
     if kind == "literal_error" and isinstance(value, str):
         choices = [str(choice) for choice in _choices(hints[key])]
-        return UserError(f"{name}={shown(value)} is not a valid choice: {nearest(value, choices)}")
+        return UserError(f"{name}={shown(value)} is not a valid choice. {nearest(value, choices)}")
     if kind == "string_too_short":
         return UserError(f"{name} is empty. Set it, or remove it.")
     if kind in BOUNDS:
