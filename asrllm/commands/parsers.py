@@ -240,6 +240,11 @@ def add_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_overrides(parser, "train")
 
 
+def add_warm_start(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm warm-start`."""
+    add_overrides(parser, "train")
+
+
 def add_plan(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm plan`."""
     add_overrides(parser, "plan")
@@ -589,6 +594,7 @@ class Verb(NamedTuple):
 VERBS = {
     "shards": Verb("make, index, verify and describe WebDataset shards", add_shards),
     "plan": Verb("show steps, padding and memory by ZeRO stage before a run", add_plan),
+    "warm-start": Verb("show how well the projector can be fitted to speech", add_warm_start),
     "train": Verb("train a model", add_train),
     "evaluate": Verb("average checkpoints, decode test sets, score them", add_evaluate),
     "transcribe": Verb("transcribe audio files", add_transcribe),

@@ -36,6 +36,7 @@ from asrllm.training.run_table import part_sizes, print_rows, run_rows
 from asrllm.training.running_average import RunningAverage
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
+from asrllm.training.warm_start import describe_warm_start, warm_start
 from asrllm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -88,11 +89,13 @@ def open_trainer(
         )
     warn_of_slow_bfloat16(config.trainer, device)
     torch.manual_seed(config.seed)
-    load_model = model_loader(prepared, startup, resumed=checkpoint is not None)
+    load_model = model_loader(prepared, startup, device, resumed=checkpoint is not None)
     with deepspeed_engine(config.trainer, prepared.ds, load_model, device) as engine:
         skip_nonfinite(engine)
         with announced(f"resuming from {checkpoint} at step {manifest.get('step')}", checkpoint):
             average = restore(engine, config.trainer, checkpoint, manifest)
+        if checkpoint:
+            engine.module.projector_fit = manifest.get("projector_fit")
         prepared.processor.config.stored = engine.module.stored_weights()
         write_run_files(config, prepared.processor)
         write_inherited(engine.module, prepared.exp_dir, checkpoint)
@@ -118,14 +121,15 @@ def open_trainer(
 
 
 def model_loader(
-    prepared: PreparedRun, startup: Startup, *, resumed: bool
+    prepared: PreparedRun, startup: Startup, device: torch.device, *, resumed: bool
 ) -> Callable[[], AsrLlmModel]:
     """Return a function that builds the model with its pretrained parts.
 
     Args:
         prepared: the run.
         startup: records the seconds that the model takes.
-        resumed: whether the trained weights come from a checkpoint instead of init_from.
+        device: where this rank trains.
+        resumed: whether the trained weights come from a checkpoint.
     """
     config = prepared.config
     build_from_config = functools.partial(
@@ -146,6 +150,13 @@ def model_loader(
             model = build_from_config()
         model.label_smoothing = config.trainer.label_smoothing
         startup.finish("model")
+        if config.model.projector_init == "aligned" and not resumed:
+            hours = config.model.projector_init_hours
+            result = warm_start(model, prepared.data, hours=hours, device=device)
+            model.projector_fit = result.as_json()
+            startup.finish("projector")
+            if distributed.rank() == 0:
+                print(describe_warm_start(result), file=sys.stderr, flush=True)
         return model
 
     return load_model

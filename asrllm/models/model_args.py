@@ -10,7 +10,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
 from asrllm.models.fingerprint import is_hub_id
-from asrllm.schema import NonNegativeInt, PositiveInt, RatioBelowOne, component
+from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, RatioBelowOne, component
 
 # Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
 # adapters nor change the weights below them.
@@ -166,6 +166,12 @@ class ModelConfig:
     embedding size"""
     projector_hidden_size: PositiveInt = 2048
     """width of the projector's hidden layer"""
+    projector_init: Literal["random", "aligned"] = "random"
+    """random | aligned: a least-squares fit of training speech to the LLM's token embeddings, from
+    which training starts (see docs/training.md)"""
+    projector_init_hours: PositiveFloat = 2.0
+    """hours of speech that aligned reads on all ranks together; 0.1 to 0.5 GB of host memory an
+    hour"""
     audio_encoder_projector_ds_rate: PositiveInt = 8
     """encoder frames that are stacked into one token of the LLM"""
     audio_token: str = "<|AUDIO|>"

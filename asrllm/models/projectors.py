@@ -138,13 +138,8 @@ class AudioProjector(nn.Module):
         Returns:
             (sum of AsrLlmConfig.num_audio_tokens, output_size).
         """
-        # Padding that is stacked with an utterance must not depend on its batch.
-        frames = frames * first_frames(frames, lengths)[..., None]
-        missing = -frames.shape[1] % self.rate
-        frames = F.pad(frames, (0, 0, 0, missing))
-        counts = count_audio_tokens(lengths, self.rate, drop_ragged=self.drop_ragged)
-        stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
-        tokens = self.mlp(stacked[first_frames(stacked, counts)])  # without padding
+        stacked, counts = self.stack(frames, lengths)
+        tokens = self.mlp(stacked)
         if self.boundary is None:
             return tokens
         begin, end = self.boundary.to(tokens.dtype).split(1)
@@ -152,3 +147,22 @@ class AudioProjector(nn.Module):
         for part in tokens.split(counts.tolist()):
             parts += [begin, part, end]
         return torch.cat(parts)
+
+    def stack(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Concatenate each `rate` frames of an utterance.
+
+        Args:
+            frames: (N, T, input_size).
+            lengths: number of true frames (N,).
+
+        Returns:
+            The stacked frames of all utterances without padding (M, rate x input_size), and their
+            numbers (N,).
+        """
+        # Padding that is stacked with an utterance must not depend on its batch.
+        frames = frames * first_frames(frames, lengths)[..., None]
+        missing = -frames.shape[1] % self.rate
+        frames = F.pad(frames, (0, 0, 0, missing))
+        counts = count_audio_tokens(lengths, self.rate, drop_ragged=self.drop_ragged)
+        stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
+        return stacked[first_frames(stacked, counts)], counts

@@ -213,6 +213,11 @@ class TrainRun:
                 "data.train_data_config is not set. Give the YAML list of the training corpora."
             )
         self.model.check_pretrained()
+        if self.init_from and self.model.projector_init != "random":
+            raise UserError(
+                f"model.projector_init={self.model.projector_init} and init_from="
+                f"{self.init_from!r} both give the projector its weights. Remove one of them."
+            )
         endless = self.trainer.num_epochs is None and self.trainer.num_steps is not None
         if self.data.use_infinite_dataset and not endless:
             raise UserError(

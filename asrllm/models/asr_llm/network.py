@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class AsrLlmNetwork(PreTrainedModel):
             Generating text needs it.
         label_smoothing: label smoothing of the loss; it applies in training mode only.
         inherited: names of frozen parameters that are not in a base model.
+        projector_fit: how the projector's initial weights were fitted, or None if they were random.
     """
 
     config_class = AsrLlmConfig
@@ -66,6 +67,7 @@ class AsrLlmNetwork(PreTrainedModel):
     processor: AsrLlmProcessor | None = None
     label_smoothing: float = 0.0
     inherited: tuple[str, ...] = ()
+    projector_fit: dict[str, Any] | None = None
 
     def __init__(
         self,

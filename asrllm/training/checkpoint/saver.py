@@ -257,6 +257,7 @@ def make_manifest(
         "running_average": averaged,
         "inherited": list(engine.module.inherited),
         "base_models": description.base_models,
+        "projector_fit": engine.module.projector_fit,
         "settings": settings,
         "prompts": description.prompts,
     }

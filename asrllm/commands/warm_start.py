@@ -1,0 +1,38 @@
+"""asrllm warm-start: show how well a run's projector can be fitted to its training speech."""
+
+import argparse
+
+from asrllm import distributed
+from asrllm.data.prompts import read_prompts
+from asrllm.hydra_app import run_app
+from asrllm.models.build import build_model, describe_model
+from asrllm.progress import waiting
+from asrllm.training.data import TrainingData
+from asrllm.training.run_config import TrainRun
+from asrllm.training.warm_start import describe_warm_start, warm_start
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm warm-start`."""
+    run_app("train", arguments, TrainRun, fit_and_show)
+
+
+def fit_and_show(config: TrainRun) -> None:
+    """Fit the projector of a run, and print the quality of the fit. Nothing is written."""
+    prompts = read_prompts(config.prompt_file)
+    processor = describe_model(
+        config.model,
+        pad_to_30s=config.data.pad_to_30s,
+        prompts=tuple(prompt.text for prompt in prompts),
+    )
+    data = TrainingData(config, processor, prompts)
+    device = distributed.start()
+    try:
+        with waiting("loading the model", after=0):
+            model = build_model(
+                processor, frozen=config.model.frozen_parts, dtype=config.trainer.dtype
+            )
+        result = warm_start(model, data, hours=config.model.projector_init_hours, device=device)
+    finally:
+        distributed.finish()
+    print(describe_warm_start(result))

@@ -1,0 +1,359 @@
+"""Read training speech, and start the projector from its closed-form fit (models/warm_start.py)."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asrllm import distributed
+from asrllm.audio.reader import Reader, Sample, SampleError
+from asrllm.collator.batch import pad_waves
+from asrllm.data.corpora import Corpus
+from asrllm.data.plan import Item
+from asrllm.defaults import RATE
+from asrllm.errors import UserError
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.init_from import gathered
+from asrllm.models.warm_start import (
+    TOP,
+    AffineMap,
+    AlignmentScore,
+    Regression,
+    SpeechBatch,
+    flat_alignment,
+    nearest_tokens,
+    normalize_frames,
+    realign,
+    set_affine,
+    target_text,
+)
+from asrllm.progress import ProgressBar, waiting
+from asrllm.text_files import JsonObject
+from asrllm.training.data import TrainingData
+
+logger = logging.getLogger(__name__)
+SHARDS = 32  # of a corpus that are read at most, because remote shards are downloaded whole
+HELD_OUT_EVERY = 10  # one of so many utterances measures the quality
+BATCH_SECONDS = 120.0  # of audio, with padding, that are encoded at a time
+MAX_WIDTH = 16384  # of a stacked frame, for which a matrix of 2 GB is factorized
+MAX_ITERATIONS = 8
+MOVED = 0.01  # ratio of moved frames below which the alignments no longer change the fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """The result of a closed-form fit.
+
+    Attributes:
+        scores: of each iteration.
+        utterances: on all ranks, without those that could not be used.
+        unreadable: utterances that could not be read.
+        short: utterances with fewer stacked frames than tokens, or without a token.
+        tokens: different tokens that occur.
+    """
+
+    scores: tuple[AlignmentScore, ...]
+    utterances: int
+    unreadable: int
+    short: int
+    tokens: int
+
+    def as_json(self) -> JsonObject:
+        """Return the numbers for a checkpoint's manifest."""
+        return asdict(self)
+
+
+def warm_start(
+    model: AsrLlmModel, data: TrainingData, *, hours: float, device: torch.device
+) -> WarmStart:
+    """Start a model's projector with the best affine map from training speech to embeddings.
+
+    All ranks call it. The result is the same on all of them, and does not depend on random numbers.
+
+    Args:
+        model: with its pretrained parts; its encoder must not be partitioned yet. Its projector is
+            changed in place.
+        data: the run's data.
+        hours: hours of speech to read on all ranks together.
+        device: where to compute.
+
+    Raises:
+        UserError: no utterance can be used, or too many frames are stacked.
+    """
+    width = model.audio_encoder.output_dim * model.projector.rate
+    if width > MAX_WIDTH:
+        raise UserError(
+            f"model.projector_init=aligned supports stacked frames of at most {MAX_WIDTH} numbers, "
+            f"but these have {width}. Lower model.audio_encoder_projector_ds_rate, or use "
+            "model.projector_init=random."
+        )
+    model.audio_encoder.to(device).eval()
+    model.projector.to(device)
+    reader = Reader(data.corpora, limits=data.limits, cache=data.cache, normalize=data.normalize)
+    speech = SpeechEncoder(model, reader, device)
+    items = choose_utterances(data.corpora, hours)
+    batches = speech.encode(items)
+    utterances, fitted, unreadable, short = sum_counts(
+        device,
+        sum(len(batch.counts) for batch in batches),
+        sum(len(batch.counts) for batch in batches if not batch.held_out),
+        speech.unreadable,
+        speech.short,
+    )
+    if not fitted:
+        raise UserError(
+            f"model.projector_init=aligned found no usable utterance among {len(items)} of the "
+            f"training data: {unreadable} cannot be read, and {short} have no text token or more "
+            "text tokens than audio tokens. Lower model.audio_encoder_projector_ds_rate, or use "
+            "model.projector_init=random."
+        )
+    vocabulary = number_tokens(batches)
+    embeddings = embeddings_of(model, vocabulary).to(device)
+    fit, scores = alternate(batches, embeddings, width=width)
+    set_affine(model.projector.mlp, fit, embeddings.mean(0))
+    return WarmStart(
+        scores=tuple(scores),
+        utterances=utterances,
+        unreadable=unreadable,
+        short=short,
+        tokens=len(vocabulary),
+    )
+
+
+def describe_warm_start(result: WarmStart) -> str:
+    """Return what a fit has read and how good it is, as lines of text."""
+    lines = [
+        f"projector fitted to {result.utterances} utterances with {result.tokens} different tokens "
+        f"({result.short} too short, {result.unreadable} unreadable)"
+    ]
+    for number, score in enumerate(result.scores, 1):
+        lines.append(
+            f"  iteration {number}: right token of held-out frames {100 * score.top1:.1f} %, "
+            f"among the {TOP} nearest {100 * score.top5:.1f} %; {100 * score.moved:.1f} % of the "
+            "frames moved"
+        )
+    return "\n".join(lines)
+
+
+def choose_utterances(corpora: Sequence[Corpus], hours: float) -> list[Item]:
+    """Choose utterances with at most so many hours, spread over the corpora by their hours.
+
+    Those of a corpus are spread over at most SHARDS of its shards.
+    """
+    total = sum(corpus.kept_hours for corpus in corpora)
+    items: list[Item] = []
+    for number, corpus in enumerate(corpora):
+        rows = corpus.index.rows
+        starts = corpus.index.starts
+        shards = np.unique(np.linspace(0, len(starts) - 2, SHARDS).round().astype(int))
+        passing = [
+            starts[shard] + np.flatnonzero(corpus.passes(rows[starts[shard] : starts[shard + 1]]))
+            for shard in shards.tolist()
+        ]
+        chosen = np.concatenate(passing)
+        available = rows["samples"][chosen].sum(dtype=np.int64) / RATE / 3600
+        wanted = hours * corpus.kept_hours / total
+        if available > wanted:
+            count = int(len(chosen) * wanted / available)
+            chosen = chosen[np.linspace(0, len(chosen) - 1, count).round().astype(int)]
+        items += [Item(corpus=number, row=row) for row in chosen.tolist()]
+    return items
+
+
+class SpeechEncoder:
+    """Reads utterances and encodes them as batches of stacked frames with their tokens."""
+
+    def __init__(self, model: AsrLlmModel, reader: Reader, device: torch.device) -> None:
+        """
+        Args:
+            model: its encoder and projector compute the frames.
+            reader: reads the utterances, without augmentation.
+            device: of the encoder and the projector.
+        """
+        self.model = model
+        self.reader = reader
+        self.device = device
+        self.unreadable = 0
+        self.short = 0
+
+    def encode(self, items: Sequence[Item]) -> list[SpeechBatch]:
+        """Return the batches of this rank, with a flat alignment."""
+        own: dict[bool, list[Item]] = {True: [], False: []}
+        for number, item in enumerate(items):
+            if number % distributed.world_size() == distributed.rank():
+                # by its number on all ranks, so that the fit does not depend on their number
+                held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+                own[held_out].append(item)
+        batches: list[SpeechBatch] = []
+        total = sum(map(len, own.values()))
+        enabled = distributed.rank() == 0
+        with ProgressBar("encoding speech for the projector", total, enabled=enabled) as bar:
+            for held_out, chosen in own.items():
+                for group in self._groups(chosen):
+                    samples = self._read(group)
+                    frames, tokens = self._encode(samples) if samples else ([], [])
+                    if frames:
+                        batches.append(speech_batch(frames, tokens, held_out=held_out))
+                    bar.advance(len(group))
+        return batches
+
+    def _groups(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Group utterances of similar lengths, with at most BATCH_SECONDS of padded audio."""
+        lengths: dict[Item, int] = {}
+        for item in items:
+            row = self.reader.corpora[item.corpus].index.rows[item.row]
+            lengths[item] = int(row["samples"])
+        group: list[Item] = []
+        for item in sorted(items, key=lambda item: lengths[item]):
+            if group and (len(group) + 1) * lengths[item] > BATCH_SECONDS * RATE:
+                yield group
+                group = []
+            group.append(item)
+        if group:
+            yield group
+
+    def _read(self, items: Sequence[Item]) -> list[Sample]:
+        samples: list[Sample] = []
+        for item in items:
+            try:
+                samples.append(self.reader.read(item))
+            except SampleError as error:
+                self.unreadable += 1
+                logger.warning("unreadable: %s", error)
+        return samples
+
+    @torch.no_grad()
+    def _encode(self, samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the stacked frames and the tokens of utterances.
+
+        Utterances with fewer frames than tokens are left out.
+        """
+        lengths = torch.tensor([len(sample.wave) for sample in samples])
+        waves = torch.from_numpy(pad_waves([sample.wave for sample in samples]))
+        encoder = self.model.audio_encoder
+        features, feature_lengths = encoder.features(waves.to(self.device), lengths.to(self.device))
+        frames, frame_lengths = encoder(features, feature_lengths)
+        stacked, counts = self.model.projector.stack(frames, frame_lengths)
+        normalized = normalize_frames(self.model.projector.mlp, stacked).half().cpu()
+        parts = normalized.split(counts.tolist())
+        chosen: list[Tensor] = []
+        tokens: list[Tensor] = []
+        for sample, part in zip(samples, parts, strict=True):
+            ids = self._tokens(sample.text)
+            if 0 < len(ids) <= len(part):
+                chosen.append(part)
+                tokens.append(ids)
+            else:
+                self.short += 1
+        return chosen, tokens
+
+    def _tokens(self, text: str) -> Tensor:
+        words = target_text(text)
+        if not words.strip():
+            return torch.empty(0, dtype=torch.long)
+        tokenizer = self.model.require_processor().tokenizer
+        return torch.tensor(tokenizer(words, add_special_tokens=False).input_ids)
+
+
+def speech_batch(
+    frames: Sequence[Tensor], tokens: Sequence[Tensor], *, held_out: bool
+) -> SpeechBatch:
+    """Return a batch with a flat alignment.
+
+    Args:
+        frames: of each utterance (frames, D).
+        tokens: of each utterance (tokens,), at most as many as its frames.
+        held_out: see SpeechBatch.
+    """
+    aligned = [flat_alignment(ids, len(part)) for ids, part in zip(tokens, frames, strict=True)]
+    return SpeechBatch(
+        frames=torch.cat([*frames]),
+        counts=torch.tensor([len(part) for part in frames]),
+        tokens=nn.utils.rnn.pad_sequence([*tokens], batch_first=True),
+        token_counts=torch.tensor([len(ids) for ids in tokens]),
+        alignment=torch.cat(aligned),
+        held_out=held_out,
+    )
+
+
+def number_tokens(batches: Sequence[SpeechBatch]) -> list[int]:
+    """Number the tokens of all ranks from 0, in place, and return the tokens in this order."""
+    own = {0}  # which pads the rows of batches
+    for batch in batches:
+        own |= set(batch.tokens.unique().tolist())
+    vocabulary = sorted(set().union(*distributed.gather_objects(own)))
+    table = torch.tensor(vocabulary)
+    for batch in batches:
+        batch.tokens = torch.searchsorted(table, batch.tokens)
+        batch.alignment = torch.searchsorted(table, batch.alignment)
+    return vocabulary
+
+
+@torch.no_grad()
+def embeddings_of(model: AsrLlmModel, tokens: Sequence[int]) -> Tensor:
+    """Return the LLM's input embeddings of tokens (V, E) in float32."""
+    table = model.llm.get_input_embeddings()
+    with gathered(table.weight):
+        # the module's output and not its weight: Gemma 3 scales the rows
+        return table(torch.tensor(tokens, device=table.weight.device)).float()
+
+
+def alternate(
+    batches: Sequence[SpeechBatch], embeddings: Tensor, *, width: int
+) -> tuple[AffineMap, list[AlignmentScore]]:
+    """Fit and realign in turn until the alignments change little.
+
+    Args:
+        batches: of this rank. Their alignments change in place.
+        embeddings: of the tokens that occur (V, E), on the device to compute on.
+        width: width of a stacked frame.
+
+    Returns:
+        The last fit, and the scores of each iteration.
+    """
+    with waiting("summing the statistics of the projector's fit"):
+        regression = Regression(
+            batches, embeddings, width=width, sum_over_ranks=distributed.sum_over_ranks
+        )
+    scores: list[AlignmentScore] = []
+    enabled = distributed.rank() == 0
+    with ProgressBar("fitting the projector", MAX_ITERATIONS, enabled=enabled, brief=True) as bar:
+        for _ in range(MAX_ITERATIONS):
+            fit = regression.fit()
+            score = realign_all(batches, fit, embeddings)
+            scores.append(score)
+            bar.advance(note=f"{100 * score.top1:.1f} % of the held-out frames are right")
+            if score.moved < MOVED:
+                break
+    return fit, scores
+
+
+def realign_all(
+    batches: Sequence[SpeechBatch], fit: AffineMap, embeddings: Tensor
+) -> AlignmentScore:
+    """Realign the batches of all ranks in place, and measure the held-out ones."""
+    counts = torch.zeros(5, device=embeddings.device)
+    for batch in batches:
+        outputs, alignment = realign(batch, fit, embeddings)
+        counts[0] += len(alignment)
+        counts[1] += (alignment != batch.alignment).sum()
+        batch.alignment = alignment
+        if batch.held_out:
+            right = nearest_tokens(outputs, embeddings) == alignment.to(embeddings.device)[:, None]
+            counts[2] += len(alignment)
+            counts[3] += right[:, 0].sum()
+            counts[4] += right.sum()
+    frames, moved, held_out, first, among_first = distributed.sum_over_ranks(counts).tolist()
+    return AlignmentScore(
+        top1=first / max(held_out, 1),
+        top5=among_first / max(held_out, 1),
+        moved=moved / frames,
+    )
+
+
+def sum_counts(device: torch.device, *own: int) -> list[int]:
+    """Return the sums over all ranks of some counts."""
+    return distributed.sum_over_ranks(torch.tensor(own, device=device)).tolist()
