@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from asrllm.commands.dispatch import main
+from asrllm.data.corpora import read_corpora
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
 from asrllm.testing import data_config, kaldi_directory, tone_sentences
+from asrllm.training.warm_start import choose_utterances
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.test_stages_end_to_end import losses
 
@@ -128,3 +130,21 @@ def test_speech_without_words_is_reported(world, tmp_path, capsys):
     error = capsys.readouterr().err
     for name in ("among 3", "3 have no text token", "model.projector_init=random"):
         assert name in error
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 3])
+def test_utterances_are_chosen_up_to_the_hours(world, tmp_path, ratio):
+    """Corpora are read in proportion to their hours."""
+    shards = [str(world.root / "shards" / name) for name in ("train", "valid")]
+    data_config(tmp_path / "data.yaml", [{"shards": path} for path in shards])
+    corpora = read_corpora(str(tmp_path / "data.yaml"), filters=None, made=tmp_path, cache=None)
+    total = sum(corpus.kept_hours for corpus in corpora)
+    items = choose_utterances(corpora, ratio * total)
+    assert len(set(items)) == len(items)
+    for number, corpus in enumerate(corpora):
+        rows = [item.row for item in items if item.corpus == number]
+        hours = corpus.index.rows["samples"][rows].sum() / 16000 / 3600
+        wanted = min(ratio, 1) * corpus.kept_hours
+        assert hours == pytest.approx(wanted, rel=0.3, abs=2 / 3600)
+        if ratio > 1:
+            assert rows == list(range(len(corpus.index)))
