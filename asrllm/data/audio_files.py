@@ -59,7 +59,8 @@ FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # begin of the first page of an 
 TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
 # what ffmpeg 5, 6 and 7 write about a packet that is damaged
 NOT_DECODED = ("Error while decoding", "Error submitting packet")
-PROBED = "stream=codec_name,duration:format=format_name,nb_streams,duration"
+ALAC_PACKET = 4096  # samples
+PROBED = "stream=codec_name,duration,sample_rate:format=format_name,nb_streams,duration"
 ADDRESS = re.compile(r" ?(?:at|@) 0x[0-9a-f]+")
 # libsndfile's message about an unknown format that is named like another one
 MISLEADING = re.compile(r"does not exist or is not a regular file")
@@ -378,6 +379,9 @@ def _promised_seconds(stream: dict[str, Any], container: dict[str, Any]) -> floa
         seconds = container.get("duration")
     if not seconds:
         return None
+    if container.get("format_name") == "caf":
+        # ffprobe counts whole packets, of which ALAC's, the longest, have 4096 samples
+        return max(float(seconds) - ALAC_PACKET / int(stream["sample_rate"]), 0.0)
     return float(seconds)
 
 

@@ -97,6 +97,29 @@ def test_ffmpeg_reads_other_formats(tmp_path, ending):
     error_of(cut)
 
 
+@needs_ffmpeg
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_file_whose_last_packet_is_not_full_is_read(tmp_path, rate):
+    """ffprobe counts the whole last packet of a CAF file."""
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.sin(np.arange(10 * rate) / 5), rate)
+    command = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-i",
+        tmp_path / "a.wav",
+        "-c:a",
+        "alac",
+        tmp_path / "a.caf",
+    ]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert len(read(tmp_path / "a.caf")) == 10 * 16000
+    content = (tmp_path / "a.caf").read_bytes()
+    (tmp_path / "half.caf").write_bytes(content[: len(content) // 2])
+    error_of(tmp_path / "half.caf")
+
+
 @pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("has_tags", [True, False])
