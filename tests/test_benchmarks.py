@@ -137,3 +137,15 @@ def test_checkpoint_tools_benchmark_runs(tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     assert min(results["peak MiB"].values()) > 0
     assert results["ratios"]["consolidate to deepspeed, peak"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.soak(only=True)
+def test_warm_start_benchmark_runs(world, tmp_path):
+    keys = world.overrides(tmp_path / "exp", trainer__precision="fp32")
+    (tmp_path / "keys").write_text("\n".join(keys))
+    arguments = ["--rounds", 1, "--steps", 4, "--every", 2, "--output", tmp_path / "r.json"]
+    run_benchmark("warm_start.py", tmp_path / "keys", *arguments)
+    results = json.loads((tmp_path / "r.json").read_text())
+    for kind in ("random", "aligned"):
+        assert [point["step"] for point in results["curves"][kind][0]] == [2, 4]

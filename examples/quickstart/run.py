@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 220
-SAVE_EVERY = 20  # steps
+STEPS = 110
+SAVE_EVERY = 10  # steps
 AVERAGED = 3  # checkpoints
 TEST_SETS = {
     "synthesised": "held-out strings of the synthetic voice",
@@ -216,7 +216,8 @@ def train(paths: Paths) -> None:
         "model.llm.chat_template=chatml",
         "model.llm.lora.r=16",
         "model.projector=normed",
-        "model.projector_hidden_size=1024",
+        "model.projector_hidden_size=1152",  # twice the LLM's width, for an exact fit
+        "model.projector_init=aligned",
         "model.audio_encoder_projector_ds_rate=5",
         f"data.train_data_config={paths.work / 'train.yaml'}",
         f"data.valid_data_config={paths.work / 'valid.yaml'}",
@@ -230,7 +231,7 @@ def train(paths: Paths) -> None:
         "trainer.num_epochs=null",
         "trainer.lr=1e-3",
         "trainer.warmup_steps=20",
-        "trainer.valid_every=100",
+        "trainer.valid_every=50",
         f"trainer.save_every={SAVE_EVERY}",
         f"trainer.keep_last_k={AVERAGED}",
         "trainer.wandb.mode=offline",
