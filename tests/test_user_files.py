@@ -87,6 +87,16 @@ def quantize(name):
     return change_weight(name, lambda tensor: tensor.to(torch.int8))
 
 
+def quantize_bin(name):
+    def change(folder):
+        state = load_file(folder / "model.safetensors")
+        state[name] = state[name].to(torch.int8)
+        torch.save(state, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    return change
+
+
 def cut(name):
     def change(folder):
         content = (folder / name).read_bytes()
@@ -211,6 +221,7 @@ LLM = {
         "pytorch_model.bin'",
     ),
     "weights int8": (quantize("model.norm.weight"), "'model.norm.weight'"),
+    "bin int8": (quantize_bin("model.norm.weight"), "'model.norm.weight'"),
     "vocabulary mark": (write("vocab.txt", "\ufeffa"), "vocab.txt'"),
     "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
 }

@@ -6,9 +6,11 @@ executed.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
+from asrllm.tensor_files import CORRUPTED, SAFETENSORS
 from asrllm.text_files import check_no_mark, check_no_pointer, read_json_object, read_text, reading
 
 # The content of a configuration in JSON.
@@ -89,8 +92,7 @@ def check_directory(folder: str | Path, key: str) -> None:
         for file in sorted(folder.glob(pattern)):
             with reading(file, "the weights"):
                 check_no_pointer(file)
-            if file.suffix == ".safetensors":
-                check_dtypes(file)
+            check_dtypes(file)
 
 
 def check_dtypes(file: Path) -> None:
@@ -98,14 +100,28 @@ def check_dtypes(file: Path) -> None:
 
     A damaged file passes: `verify_weights` reports it.
     """
-    with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-            dtype = tensors.get_slice(name).get_dtype()
-            if name.endswith(".weight") and dtype not in FLOATS:
-                raise UserError(
-                    f"{str(file)!r}: {name!r} has the dtype {dtype}. Give weights that are not "
-                    "quantized."
-                )
+    for name, dtype in _dtypes(file):
+        if name.endswith(".weight") and dtype not in FLOATS:
+            raise UserError(
+                f"{str(file)!r}: {name!r} has the dtype {dtype}. Give weights that are not "
+                "quantized."
+            )
+
+
+def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the names and dtypes of a file's weights without reading the weights."""
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_slice(name).get_dtype()
+        return
+    try:
+        state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except CORRUPTED:
+        return
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        if isinstance(tensor, torch.Tensor):
+            yield name, SAFETENSORS.get(tensor.dtype, str(tensor.dtype))
 
 
 def check_kind(folder: Path, key: str) -> None:
