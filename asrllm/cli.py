@@ -1,6 +1,7 @@
 """The entry point of `asrllm VERB ...` and of the scripts in launch/."""
 
 import atexit
+import os
 import signal
 import sys
 
@@ -13,6 +14,7 @@ def console(*verb: str) -> None:
     Args:
         verb: words to put before the command line. A script in launch/ passes its verb.
     """
+    open_closed_streams()
     # background jobs ignore SIGINT, which must stay so
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_interrupted)
@@ -21,6 +23,21 @@ def console(*verb: str) -> None:
     from asrllm.commands.dispatch import main
 
     sys.exit(main([*verb, *sys.argv[1:]]))
+
+
+def open_closed_streams() -> None:
+    """Open the null device for standard streams that the caller has closed, for example by `>&-`.
+
+    Otherwise the next file that is opened gets the stream's descriptor, and receives what is
+    printed.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
 
 
 if __name__ == "__main__":

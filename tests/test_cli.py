@@ -132,6 +132,11 @@ def test_mistakes_in_evaluation_are_one_message(world, tmp_path, capsys):
     )
     assert "checkpoint.model.avg" in fails(capsys, "evaluate", exp, test, "checkpoint.model.iter=9")
     assert "checkpoint.model.iter" in fails(capsys, "evaluate", exp, test, "checkpoint.model.avg=9")
+    both = fails(
+        capsys, "evaluate", exp, test, "checkpoint.model.iter=8", "checkpoint.model.epoch=1"
+    )
+    assert "checkpoint.model.iter=8" in both
+    assert "checkpoint.model.epoch=1" in both
     assert "checkpoint.model.filename='x.pt' does not exist" in fails(
         capsys, "evaluate", exp, test, "checkpoint.model.filename=x.pt"
     )

@@ -185,3 +185,20 @@ def test_startup_parts_add_up_to_the_age_of_the_process():
 def test_process_age_matches_the_operating_system(tmp_path):
     code = "from asrllm.training.startup import process_age; print(process_age())"
     assert 0 < float(run_python(code).stdout) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("verb", ["stats", "verify"])
+def test_closed_standard_streams_are_no_error(world, verb, closed):
+    script = f'exec "$0" -m asrllm shards {verb} "$1" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, str(world.shards)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean_environment(),
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

@@ -42,13 +42,19 @@ class ModelChoice:
     lora: Literal["product", "factors"] = "product"
     """how adapters are averaged: product (of B A, exactly) | factors (factor by factor)"""
 
+    def __post_init__(self) -> None:
+        if self.iter and self.epoch:
+            raise UserError(
+                f"checkpoint.model.iter={self.iter} and checkpoint.model.epoch={self.epoch} both "
+                "choose checkpoints. Remove one of them."
+            )
+
     @property
     def average(self) -> Average:
         """The average over checkpoints."""
-        epoch = self.epoch if self.iter == 0 else 0
         return Average(
             iteration=self.iter,
-            epoch=epoch,
+            epoch=self.epoch,
             avg=self.avg,
             running=self.use_averaged_model,
             lora=self.lora,

@@ -50,7 +50,7 @@ SCALARS: dict[str, Kinds] = {
     "disable_allgather": SWITCH,
     "zero_allow_untested_optimizer": SWITCH,
     "zero_force_ds_cpu_optimizer": SWITCH,
-    "steps_per_print": (int, float, type(None)),
+    "steps_per_print": (int, type(None)),
     "wall_clock_breakdown": SWITCH,
     "memory_breakdown": SWITCH,
     "dump_state": SWITCH,
@@ -127,7 +127,9 @@ UNSUPPORTED = {
     "datastates_ckpt": "Remove it, and set trainer.background_checkpoints=true.",
     "expert_parallel": "Remove it.",
     "flops_profiler": "Remove it, and set trainer.profile_steps.",
+    "gradient_accumulation_dtype": "Remove it, and set data_types.grad_accum_dtype.",
     "hybrid_engine": "Remove it.",
+    "load_universal_checkpoint": "Remove it: a run resumes on any number of processes without it.",
     "pipeline": "Remove it.",
     "sequence_parallel_size": "Remove it.",
     "tensorboard": "Remove it, and set trainer.tensorboard=true.",
@@ -138,7 +140,10 @@ UNSUPPORTED = {
 }
 DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 # Values that would change what a step computes.
-FIXED = {
+FIXED: dict[str, tuple[object, str]] = {
+    # DeepSpeed divides gradients by the number of ranks before or after the sum, as these say.
+    "prescale_gradients": (False, "Remove it: it does not work with every ZeRO stage."),
+    "gradient_predivide_factor": (1.0, "Remove it: it does not work with every ZeRO stage."),
     "gradient_allreduce_op": (
         "mean",
         "Remove it: the loss is divided by the supervised tokens of all ranks.",
@@ -179,6 +184,8 @@ def _check_value(key: str, value: Any, path: Path) -> None:
     """Raise UserError if the value of a top-level key has the wrong type or content."""
     if key in SCALARS:
         check_type(value, SCALARS[key], key, path)
+        if key == "steps_per_print" and value is not None and value < 1:
+            raise UserError(f"{path}: steps_per_print={value} is less than 1. Remove it.")
     elif key in MODELS:
         check_type(value, OBJECT, key, path)
         check_model(MODELS[key], value, key, path)
@@ -444,5 +451,5 @@ def unknown_ds_key(name: str, key: str, known: Iterable[str], path: Path) -> Use
 
 def correction(word: str, known: Iterable[str]) -> str:
     """Return what to do about an unknown word, with the most similar known word."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
     return f"Rename it to {close[0]!r}, or remove it." if close else "Remove it."

@@ -254,6 +254,13 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
             r"'checkpoint\.load_universal' is not supported",
         ),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op='sum' is not supported"),
+        ({"prescale_gradients": True}, "prescale_gradients=True"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor=2"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor=0"),
+        ({"steps_per_print": 0}, "steps_per_print=0"),
+        ({"steps_per_print": -5}, "steps_per_print=-5"),
+        ({"load_universal_checkpoint": True}, "'load_universal_checkpoint'"),
+        ({"gradient_accumulation_dtype": "fp32"}, r"data_types\.grad_accum_dtype"),
         ({"managed_gradient_accumulation": False}, r"set trainer\.gradient_accumulation_steps"),
         (
             zero(offload_param={"device": "cpu"}),
