@@ -19,6 +19,7 @@ from torch import Tensor
 from asrllm import siblings
 from asrllm.errors import UserError
 from asrllm.launchers import whole_number
+from asrllm.progress import waiting
 
 MIN_DESCRIPTORS = 64  # open files; the sockets of a run need about as many
 RESOLVE_WITHIN = 120.0  # seconds; the name of a pod in Kubernetes appears once it runs
@@ -58,14 +59,16 @@ def start() -> torch.device:
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     check_descriptors()
-    wait_for_address(os.environ["MASTER_ADDR"])
+    address = os.environ["MASTER_ADDR"]
+    with waiting(f"resolving MASTER_ADDR={address}"):
+        wait_for_address(address)
     siblings.mine().join()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Otherwise DeepSpeed compiles an operator for a minute. It changes no loss, and it leaves
         # shared memory behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        with explained_port():
+        with explained_port(), waiting(f"connecting {world_size()} processes at {address}"):
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         # Otherwise gloo's threads release their tensors while the interpreter ends, which aborts
         # the process: https://github.com/pytorch/pytorch/issues/190489
@@ -73,7 +76,7 @@ def start() -> torch.device:
         return torch.device("cpu")
     index = device_index(accelerator.device_count())
     accelerator.set_device(index)
-    with explained_port():
+    with explained_port(), waiting(f"connecting {world_size()} processes at {address}"):
         deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.device_name(index))
 

@@ -126,6 +126,9 @@ def test_mistakes_in_evaluation_are_one_message(world, tmp_path, capsys):
     test = f"data.test_data_config={world.root / 'test.yaml'}"
     assert "does not exist" in fails(capsys, "evaluate", f"exp_dir={tmp_path / 'no'}", test)
     exp = f"exp_dir={tmp_path}"
+    choice = ("checkpoint.model.iter=9", "checkpoint.model.avg=1")
+    lost = f"data.test_data_config={tmp_path / 'lost.yaml'}"
+    assert "lost.yaml" in fails(capsys, "evaluate", exp, lost, *choice)
     assert "has no pretrained.pt" in fails(capsys, "evaluate", exp, test)
     assert "no complete checkpoint for iter=9" in fails(
         capsys, "evaluate", exp, test, "checkpoint.model.iter=9", "checkpoint.model.avg=1"

@@ -13,7 +13,7 @@ from asrllm import AutoModel, distributed
 from asrllm.checkpoints.average import is_exported, resolve_weights
 from asrllm.commands.parsers import COMPARE
 from asrllm.data.cache import ShardCache
-from asrllm.data.corpora import Corpus, read_corpora
+from asrllm.data.corpora import Corpus, read_corpora, read_entries
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.compare import compare_results, comparison_text
@@ -64,9 +64,10 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     check_exp_dir(exp_dir)
+    # wrong paths are reported before checkpoints are averaged
     if config.model.paths:
-        # a wrong path is reported before checkpoints are averaged
         load_model_config(exp_dir, config.model.paths)
+    read_entries(config.data.test_data_config or "")
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(

@@ -14,11 +14,12 @@ from pydantic import Field
 
 from asrllm.data.cache import ShardCache
 from asrllm.data.config import FilterConfig
-from asrllm.data.index import Index, open_index
+from asrllm.data.index import Index, check_index_exists, open_index
 from asrllm.data.parallel import usable_cores
 from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_cuts
+from asrllm.data.storage import is_url
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
@@ -182,25 +183,43 @@ def read_corpora(
     Raises:
         UserError: an entry is invalid. The message names the file and the entry.
     """
+    # Shards may be made from a manifest for hours, so later entries are checked first.
+    return [_open_entry(entry, filters, made, cache) for entry in read_entries(path)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedEntry:
+    """An entry whose keys have been checked.
+
+    Attributes:
+        entry: its keys.
+        where: its place in the data config, for messages.
+        name: the name of the corpus.
+        prompts: the prompts that replace the run's prompts.
+    """
+
+    entry: CorpusEntry
+    where: str
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+def read_entries(path: str | Path) -> list[NamedEntry]:
+    """Check a data config without opening the corpora that it names.
+
+    Raises:
+        UserError: an entry is invalid, or its local shards or manifest do not exist.
+    """
     entries = read_yaml(path, "the data config")
     if not isinstance(entries, list) or not entries:
         raise UserError(
             f"the data config {str(path)!r} is not a list of entries. "
             "Write one entry with 'shards: DIR' or 'manifest: CUTS' per corpus."
         )
-    return [
-        _read_entry(entry, f"{path}, entry {i}", filters, made, cache)
-        for i, entry in enumerate(entries, 1)
-    ]
+    return [_check_entry(entry, f"{path}, entry {i}") for i, entry in enumerate(entries, 1)]
 
 
-def _read_entry(
-    values: Any,
-    where: str,
-    filters: FilterConfig | None,
-    made: Path,
-    cache: ShardCache | None,
-) -> Corpus:
+def _check_entry(values: Any, where: str) -> NamedEntry:
     if not isinstance(values, Mapping):
         raise UserError(
             f"{where}: {values!r} is not a mapping. Use keys, for example 'shards: DIR'."
@@ -210,22 +229,36 @@ def _read_entry(
         raise UserError(f"{where}: set exactly one of 'shards: DIR' and 'manifest: CUTS.jsonl.gz'.")
     name = _entry_name(entry, where)
     prompts = parse_prompts(entry.prompts or [], where)
+    if entry.shards is not None and not is_url(entry.shards):
+        check_index_exists(Path(entry.shards))
+    if entry.manifest is not None:
+        check_file(Path(entry.manifest), "the manifest")
+    return NamedEntry(entry=entry, where=where, name=name, prompts=prompts)
+
+
+def _open_entry(
+    named: NamedEntry,
+    filters: FilterConfig | None,
+    made: Path,
+    cache: ShardCache | None,
+) -> Corpus:
+    entry = named.entry
     index = _entry_index(entry, made, cache)
     if entry.hours is not None:
-        _check_hours(entry.hours, index, where)
+        _check_hours(entry.hours, index, named.where)
     corpus = make_corpus(
-        name,
+        named.name,
         index,
         filters,
         hours=entry.hours,
         weight=entry.weights,
         lang=entry.lang,
-        prompts=prompts,
+        prompts=named.prompts,
     )
     log_dropped(corpus)
     if not corpus.kept or not round(entry.weights * corpus.kept):
         raise UserError(
-            f"{where}: no utterance is left after data.filter and weights. "
+            f"{named.where}: no utterance is left after data.filter and weights. "
             "Widen data.filter, or raise weights."
         )
     return corpus
@@ -287,7 +320,6 @@ def _manifest_index(manifest: Path, made: Path) -> Index:
 
     The first process that holds the lock writes the shards; later ones reuse them.
     """
-    check_file(manifest, "the manifest")
     if next(read_cuts(manifest), None) is None:
         raise UserError(f"the manifest {str(manifest)!r} has no utterance. Make it again.")
     stat = manifest.stat()

@@ -156,6 +156,12 @@ def open_index(folder: str | Path, cache: "ShardCache | None" = None) -> Index:
 
 def _open_local(folder: Path) -> tuple[Fields, Path]:
     """Return the content of index.json, and the path of index.bin."""
+    check_index_exists(folder)
+    return read_json_object(folder / "index.json", "the index"), folder / "index.bin"
+
+
+def check_index_exists(folder: Path) -> None:
+    """Raise UserError if a path is not a directory with an index."""
     if folder.name in ("index.json", "index.bin") and folder.exists():
         raise UserError(
             f"{str(folder)!r} is a file of an index. Use the directory {str(folder.parent)!r}."
@@ -175,7 +181,6 @@ def _open_local(folder: Path) -> tuple[Fields, Path]:
             f"{str(folder)!r} has no index.json. "
             f"Make one with 'asrllm shards index {folder}/*.tar'."
         )
-    return read_json_object(folder / "index.json", "the index"), folder / "index.bin"
 
 
 def _open_remote(url: str, cache: "ShardCache | None") -> tuple[Fields, Path]:

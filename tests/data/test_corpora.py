@@ -133,6 +133,17 @@ def test_a_missing_or_malformed_data_config_is_reported(tmp_path):
         read_corpora(tmp_path / "broken.yaml", filters=None, made=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "second", [{"shards": "/no/such"}, {"manifest": "/no/such.jsonl"}, {"shard": "/no/such"}]
+)
+def test_later_entries_are_checked_before_shards_are_made(tmp_path, second):
+    (tmp_path / "cuts.jsonl").write_text("no cuts")
+    first = {"manifest": str(tmp_path / "cuts.jsonl")}
+    with pytest.raises(UserError, match=r"entry 2|/no/such"):
+        read(tmp_path, first, second)
+    assert not list(tmp_path.glob("**/*.tar"))
+
+
 def test_long_utterance_is_the_99th_percentile_of_kept_durations():
     """A large corpus is sampled."""
     filters = FilterConfig(min_duration=1.0, max_duration=10.0, max_chars_per_second=99)
