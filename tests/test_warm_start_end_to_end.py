@@ -87,8 +87,16 @@ def test_resumed_run_keeps_its_fit_and_has_the_same_losses(world, tmp_path):
     assert last["projector_fit"] == fit
 
 
-def test_warm_start_shows_the_fit_and_writes_nothing(world, tmp_path, capsys):
-    keys = world.overrides(tmp_path / "exp", model__audio_encoder_projector_ds_rate=2)
+@pytest.mark.parametrize("kind", ["whisper", "zipformer"])
+@pytest.mark.parametrize("tagged", ["false", "true"])
+def test_warm_start_shows_the_fit_and_writes_nothing(world, tmp_path, capsys, kind, tagged):
+    keys = world.overrides(
+        tmp_path / "exp",
+        model__audio_encoder__model_type=kind,
+        model__audio_encoder__pretrained_model=world.root / kind,
+        model__audio_encoder_projector_ds_rate=2 if kind == "whisper" else 1,
+        model__tag_audio_boundary=tagged,
+    )
     assert main(["warm-start", *keys]) == 0
     assert "60 utterances" in capsys.readouterr().out
     assert not (tmp_path / "exp").exists()
