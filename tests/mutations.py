@@ -83,6 +83,7 @@ TESTS = {
         "tests/data/test_shards.py",
         "tests/data/test_verify.py",
     ],
+    "warm start": ["tests/models/test_warm_start.py", "tests/test_warm_start_end_to_end.py"],
 }
 
 PLAN, BATCH, CHAT = "asrllm/data/plan.py", "asrllm/collator/batch.py", "asrllm/collator/chat.py"
@@ -94,6 +95,7 @@ ZERO, PARTITIONS = (
 AVERAGE, RUNNING = "asrllm/checkpoints/average.py", "asrllm/training/running_average.py"
 SCORE, TEXT = "asrllm/evaluation/score.py", "asrllm/data/text.py"
 CACHE, INDEX, READER = "asrllm/data/cache.py", "asrllm/data/index.py", "asrllm/audio/reader.py"
+WARM_START, SPEECH = "asrllm/models/warm_start.py", "asrllm/training/warm_start.py"
 
 FAULTS = [
     Fault(
@@ -419,6 +421,48 @@ FAULTS = [
         INDEX,
         "MAX_DURATION_ERROR = 0.1",
         "MAX_DURATION_ERROR = 10.0",
+    ),
+    Fault(
+        "warm start",
+        "an alignment may skip a token",
+        WARM_START,
+        "before = torch.cat([never, scores[:, :-1]], 1)",
+        "before = torch.cat([never, never, scores[:, :-2]], 1)",
+    ),
+    Fault(
+        "warm start",
+        "held-out utterances enter the regression",
+        WARM_START,
+        "if not batch.held_out]",
+        "]",
+    ),
+    Fault(
+        "warm start",
+        "the regression is not penalized",
+        WARM_START,
+        "products.diagonal().add_(RIDGE)",
+        "products.diagonal().add_(1e-6)",
+    ),
+    Fault(
+        "warm start",
+        "both hidden units of a pair have the same sign",
+        WARM_START,
+        "torch.cat([weight, -weight])",
+        "torch.cat([weight, weight])",
+    ),
+    Fault(
+        "warm start",
+        "each rank has its own table of tokens",
+        SPEECH,
+        "set().union(*distributed.gather_objects(own))",
+        "own",
+    ),
+    Fault(
+        "warm start",
+        "every rank reads all utterances",
+        SPEECH,
+        "if number % distributed.world_size() == distributed.rank():",
+        "if True:",
     ),
 ]
 
