@@ -1,8 +1,7 @@
 """Convert one ZeRO checkpoint to the trained weights in float32."""
 
 import hashlib
-from collections.abc import Iterator
-from operator import methodcaller
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
+from asrllm.models.state_dict import check_finite, is_finite
 from asrllm.tensor_files import PIECE, Spec, TensorSource, write_file, write_sharded
 from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.manifest import MANIFEST, read_manifest
@@ -56,7 +56,8 @@ def consolidate(
         The output.
 
     Raises:
-        UserError: the output has the suffix of another format, or the checkpoint is corrupted.
+        UserError: the output has the suffix of another format, the checkpoint is corrupted, or a
+            weight is not finite.
     """
     output = Path(output)
     if output.suffix in OTHER_SUFFIXES:
@@ -81,7 +82,8 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
         key: MASTERS for the weights in float32, AVERAGE for their running average in float64.
 
     Returns:
-        The weights. Their pieces may be requested in another size. The check verifies the bytes.
+        The weights. Their pieces may be requested in another size, and raise UserError if a weight
+        is not finite. The check verifies the bytes.
 
     Raises:
         UserError: a file, key or shape is missing or does not match; the message names it.
@@ -97,10 +99,14 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
         specs[name] = Spec(tensor.shape, dtype)
 
     def pieces(name: str, size: int = PIECE) -> Iterator[Tensor]:
-        to_dtype = methodcaller("to", dtype)
+        found: Iterable[Tensor] = files.pieces(name, key, size)
         if name in inherited:
-            return map(to_dtype, inherited[name].flatten().split(size))
-        return map(to_dtype, files.pieces(name, key, size))
+            found = inherited[name].flatten().split(size)
+        for piece in found:
+            if not is_finite(piece):
+                check()  # the values may be those of a corrupted file
+                check_finite(name, piece, checkpoint)
+            yield piece.to(dtype)
 
     def check() -> None:
         files.check(key)

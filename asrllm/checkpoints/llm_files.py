@@ -28,8 +28,8 @@ from asrllm.models.asr_llm.serialization import (
 from asrllm.models.auto import load_state, newest_weights, read_state
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.fingerprint import pretrained_weight_files, resolve_pretrained
-from asrllm.models.pretrained import empty_llm, pretrained_llm
-from asrllm.models.state_dict import check_state, is_adapter, plain_name
+from asrllm.models.pretrained import NOT_FINITE_BASE, empty_llm, pretrained_llm
+from asrllm.models.state_dict import DIVERGED, check_finite, check_state, is_adapter, plain_name
 
 LLM = "llm."
 
@@ -53,19 +53,32 @@ class LazyTensors:
         self.sources: dict[str, SafetensorsKey | Tensor] = {}
         self.meta: dict[str, Tensor] = {}
 
-    def add_file(self, file: Path, name_of: Callable[[str], str]) -> None:
+    def add_file(
+        self, file: Path, name_of: Callable[[str], str], *, fix: str | None = None
+    ) -> None:
         """Add the tensors of a file, except those whose names are already known.
 
         Args:
             file: a safetensors file, or a state dict of torch.save.
             name_of: returns the name for a key of the file.
+            fix: the end of the error message if a weight is not finite; None: this is not checked.
+
+        Raises:
+            UserError: the file cannot be read, or a weight is not finite.
         """
         if file.suffix != ".safetensors":
-            self.add(load_state(file, mapped=True), name_of)
+            state = load_state(file, mapped=True)
+            for key, tensor in state.items():
+                if fix is not None:
+                    check_finite(key, tensor, file, fix)
+            self.add(state, name_of)
             return
         with open_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                self._add(name_of(key), SafetensorsKey(file, key), tensors.get_tensor(key))
+                tensor = tensors.get_tensor(key)
+                if fix is not None:
+                    check_finite(key, tensor, file, fix)
+                self._add(name_of(key), SafetensorsKey(file, key), tensor)
 
     def add(self, state: Mapping[str, Tensor], name_of: Callable[[str], str]) -> None:
         """Add the tensors of a state dict, except those whose names are already known."""
@@ -150,18 +163,18 @@ class LlmFiles:
         tensors = LazyTensors()
         if self.weights is None:
             for file in weight_files(self.folder):
-                tensors.add_file(file, stored_name)
+                tensors.add_file(file, stored_name, fix=DIVERGED)
         elif self.weights.suffix == ".json" or not self.weights.is_file():
             # an index of several files, or no file, which read_state reports
             tensors.add(read_state(self.weights), stored_name)
         else:
-            tensors.add_file(self.weights, stored_name)
+            tensors.add_file(self.weights, stored_name, fix=DIVERGED)
         return tensors
 
     def _add_base(self, base: Path, expected: Mapping[str, Tensor]) -> None:
         """Add the base model's tensors."""
         for file in pretrained_weight_files(base):
-            self.tensors.add_file(file, lambda key: LLM + key)
+            self.tensors.add_file(file, lambda key: LLM + key, fix=NOT_FINITE_BASE)
         if expected.keys() - self.tensors.meta.keys():
             # transformers renames keys of this family when it loads the model
             dtype = as_dtype((self.config.llm or {}).get("dtype")) or torch.bfloat16

@@ -25,7 +25,7 @@ from asrllm.models.base_models import BasePaths, move_base_models
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
-from asrllm.models.state_dict import StateDict
+from asrllm.models.state_dict import StateDict, check_finite
 from asrllm.text_files import check_file, first_words
 
 # Importing this module registers the model with transformers' Auto classes. No other module has
@@ -154,7 +154,7 @@ def read_state(path: Path) -> StateDict:
         path: a file, an index of several files, or a directory with either.
 
     Raises:
-        UserError: the weights do not exist, are damaged, or are a ZeRO checkpoint.
+        UserError: the weights do not exist, are damaged, are not finite, or are a ZeRO checkpoint.
     """
     if path.is_dir():
         path = _weights_in(path)
@@ -166,7 +166,10 @@ def read_state(path: Path) -> StateDict:
         return state
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    return load_state(path)
+    state = load_state(path)
+    for name, tensor in state.items():
+        check_finite(name, tensor, path)
+    return state
 
 
 def _weights_in(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import pretrained_weight_files
 from asrllm.models.hub_files import Fields
-from asrllm.models.state_dict import check_state
+from asrllm.models.state_dict import check_finite, check_state, is_finite
 from asrllm.models.zero3_loading import partitioned_llm
 from asrllm.text_files import first_words, reading
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LLM_CONFIG = "the LLM's configuration (llm in config.json) of"
 COPY_CONFIG = "Copy the config.json that was saved with the model."
+NOT_FINITE_BASE = "Download it again, or choose another model."
 FIX_FAMILY = "Choose a Qwen, Llama or Gemma model."
 
 
@@ -61,8 +62,6 @@ def check_encoder_state(state: Mapping[str, Tensor], encoder: nn.Module, path: s
 def check_finite_weights(weights: Iterable[tuple[str, Tensor]], path: str) -> None:
     """Check that the weights of a base model are finite, before they make every loss NaN.
 
-    The smallest and the largest value take 0.09 s per GB on one core, isfinite() takes 5 s.
-
     Args:
         weights: names and tensors.
         path: directory or file of the base model.
@@ -72,13 +71,8 @@ def check_finite_weights(weights: Iterable[tuple[str, Tensor]], path: str) -> No
     """
     for name, tensor in weights:
         tensor = getattr(tensor, "ds_tensor", tensor)  # with ZeRO-3, the partition of this rank
-        if not tensor.numel() or not tensor.is_floating_point():
-            continue
-        if not all(torch.isfinite(limit) for limit in torch.aminmax(tensor.detach())):
-            raise UserError(
-                f"the weight {name!r} in {_file_of(name, path)!r} contains NaN or infinite values. "
-                "Download it again, or choose another model."
-            )
+        if not is_finite(tensor):
+            check_finite(name, tensor, _file_of(name, path), NOT_FINITE_BASE)
 
 
 def _file_of(name: str, path: str) -> str:

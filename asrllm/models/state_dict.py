@@ -1,6 +1,7 @@
 """Names of weights: adapters, PEFT's wrappers, tied weights, and whether a state dict fits."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 from asrllm.errors import UserError
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DIVERGED = (
+    "The training diverged. Use the weights of an earlier checkpoint, or train again with a lower "
+    "trainer.lr."
+)
 StateDict: TypeAlias = dict[str, Tensor]
 
 
@@ -56,6 +61,35 @@ def _second_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, st
         if name != first and name in state and first in state:
             second_names[name] = first
     return second_names
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a weight has neither NaN nor infinite values.
+
+    The smallest and the largest value take 0.09 s per GB on one core, isfinite() takes 5 s.
+    """
+    if not tensor.numel() or tensor.dtype not in WEIGHT_DTYPES:
+        return True
+    smallest, largest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
+
+
+def check_finite(name: str, tensor: Tensor, path: str | Path, fix: str = DIVERGED) -> None:
+    """Check that a weight is finite, because NaN would become empty or random texts.
+
+    Args:
+        name: name of the weight.
+        tensor: the weight, or a part of it.
+        path: the file or checkpoint with the weight.
+        fix: the end of the error message.
+
+    Raises:
+        UserError: the weight contains NaN or infinite values.
+    """
+    if not is_finite(tensor):
+        raise UserError(
+            f"the weight {name!r} in {str(path)!r} contains NaN or infinite values. {fix}"
+        )
 
 
 def check_state(

@@ -6,15 +6,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from asrllm.checkpoints.average import mean_weights
 from asrllm.checkpoints.consolidate import checkpoint_weights, consolidate
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.auto import read_state
-from asrllm.tensor_files import PIECE, begin_of_record, read_about
+from asrllm.tensor_files import PIECE, begin_of_record, read_about, write_file
 from asrllm.training.checkpoint.zero_files import file_digest
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY, clean_environment
@@ -45,6 +47,36 @@ def test_every_output_format_has_the_same_weights(tmp_path, state, ranks, output
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["checkpoint-1", output])
     if output == "many":
         assert len(list(made.glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("output", ["w.pt", "w.safetensors", "many"])
+def test_weights_that_are_not_finite_are_not_written(tmp_path, state, ranks, output):
+    state["projector.b"][4] = float("-inf")
+    diverged = write_checkpoint(tmp_path / "checkpoint-2", state, ranks=ranks, step=2)
+    state["projector.b"][4] = 0
+    intact = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=ranks)
+
+    def average(path):
+        write_file(mean_weights([intact, diverged]), path)
+
+    for write in (partial(consolidate, diverged), average):
+        with pytest.raises(UserError) as caught:
+            write(tmp_path / output)
+        assert not isinstance(caught.value, CorruptedError)
+        assert "'projector.b'" in str(caught.value)
+        assert repr(str(diverged)) in str(caught.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_nan_of_changed_bytes_is_reported_as_corruption(tmp_path, state):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    original = state["projector.b"].numpy().tobytes()
+    changed = torch.full((13,), float("nan")).numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(original, changed))
+    with pytest.raises(CorruptedError, match=path.name):
+        consolidate(checkpoint, tmp_path / "w.pt")
 
 
 def test_output_names_its_source_checkpoint(tmp_path, state):

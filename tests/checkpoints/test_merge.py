@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asrllm.checkpoints.export import export
 from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.serialization import is_base_weight, merged_parameter
+from asrllm.models.auto import AutoModel
 from tests.conftest import clean_environment
 from tests.models.asr_llm.test_modeling import make_model
 from tests.models.asr_llm.test_serialization import family_llm, lora_model
@@ -271,13 +274,34 @@ def test_unmerged_llm_is_detected_by_its_logits(world, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if "bad" in path.name] == []
 
 
-@pytest.mark.parametrize("check", [True, False])
-def test_nan_weights_are_not_written(world, tmp_path, check):
-    exp = run_of(make_model(world), tmp_path / "exp")
-    change_weights(exp, lambda state: state[first_of(state, "lora_A")].fill_(float("nan")))
-    with pytest.raises(UserError, match="does not match its adapters"):
-        merge_lora(LlmFiles(exp), tmp_path / "merged", check=check)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp"]
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_not_used(world, tmp_path, value):
+    model = make_model(world)
+    exported = tmp_path / "exported"
+    exp = run_of(model, tmp_path / "exp")
+    names = []
+
+    def spoil(state):
+        names.append(first_of(state, "lora_A"))
+        state[names[0]].view(-1)[-1] = float(value)
+
+    change_weights(exp, spoil)
+    file = exp / "pretrained.pt"
+    with torch.no_grad():
+        model.get_parameter(names[0])[0, 0] = float(value)
+    model.save_pretrained(exported)
+    uses = {
+        file: (LlmFiles, AutoModel.from_pretrained, partial(export, output=tmp_path / "out")),
+        exported / "model.safetensors": (LlmFiles, AutoModel.from_pretrained),
+    }
+    for weights, functions in uses.items():
+        for use in functions:
+            with pytest.raises(UserError) as caught:
+                use(weights.parent)
+            assert repr(names[0]) in str(caught.value)
+            assert repr(str(weights)) in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp", "exported"]
 
 
 def change_weights(exp, change):

@@ -33,6 +33,7 @@ from asrllm.models.pretrained import (
 )
 from asrllm.models.state_dict import (
     StateDict,
+    check_finite,
     check_state,
     is_adapter,
     plain_name,
@@ -429,6 +430,9 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:
     Args:
         file: the file.
         dtype: dtype of the floating-point tensors; by default as saved.
+
+    Raises:
+        UserError: the file cannot be read, or a weight is not finite.
     """
     state: StateDict = {}
     with open_tensors(file) as tensors:
@@ -438,6 +442,7 @@ def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:
         with open_tensors(file) as tensors:
             for name in names[len(state) :]:
                 tensor = tensors.get_tensor(name)
+                check_finite(name, tensor, file)
                 taken += tensor.nbytes
                 state[name] = _copied(tensor, dtype)
                 if taken > REOPEN_BYTES:
