@@ -181,6 +181,7 @@ def print_run_table(prepared: PreparedRun, trainer: Trainer, checkpoint: Path | 
         total_steps=prepared.data.total_steps(),
         max_tokens=prepared.config.data.sampler.max_tokens,
         checkpoint=checkpoint,
+        init_from=prepared.config.init_from,
         step=trainer.step,
     )
     if distributed.rank() == 0:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.auto import newest_weights, read_state
-from asrllm.models.state_dict import StateDict, is_adapter, plain_name
+from asrllm.models.state_dict import WEIGHT_DTYPES, StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
 # Fields without which the trained weights of the projector have no meaning.
@@ -40,10 +41,12 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
         The names of the loaded weights.
 
     Raises:
-        UserError: the run has no weights, or they do not fit this model.
+        UserError: the run has no weights, they are damaged or not finite, or they do not fit this
+            model.
     """
     where = f"init_from={str(exp_dir)!r}"
     earlier, state = _read_run(exp_dir, where)
+    _check_trained_groups(earlier, state, where)
     _check_same_meaning(earlier, model.config, state, where)
     parameters = dict(model.named_parameters())
     # a part that was trained in full may have adapters in the next stage
@@ -55,6 +58,21 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     copy_into(model, state)
     logger.info("%s: loaded %d weights of %s", exp_dir, len(state), ", ".join(sorted(groups)))
     return set(state)
+
+
+def _check_trained_groups(earlier: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> None:
+    """Check that a run's weights have its projector and its adapters, which it always stores."""
+    expected = ["projector"]
+    for part, field in LORA_FIELDS.items():
+        if getattr(earlier, field):
+            expected.append(f"{part} adapters")
+    groups = {_group_of(name) for name in state}
+    for group in expected:
+        if group not in groups:
+            raise UserError(
+                f"{where} has no weights of the {group}, but its config.json describes them. Copy "
+                "the weights again."
+            )
 
 
 def _renamed(state: StateDict, names: Mapping[str, str]) -> StateDict:
@@ -69,20 +87,30 @@ def _read_run(exp_dir: Path, where: str) -> tuple[AsrLlmConfig, StateDict]:
     """Return the configuration of a run and its weights."""
     if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
         raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
-    return read_config(exp_dir), read_state(newest_weights(exp_dir))
+    try:
+        return read_config(exp_dir), read_state(newest_weights(exp_dir))
+    except UserError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _check_shapes(
     parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], where: str
 ) -> None:
+    """Check the names, dtypes and shapes of the weights that are loaded."""
     for name, tensor in state.items():
         if name not in parameters:
             raise UserError(
                 f"{where}: {name!r} was trained there, but is not in this model. Use the same "
                 "adapters."
             )
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{where}: {name!r} has the dtype {tensor.dtype} there. Give weights that are not "
+                "quantized."
+            )
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
-        if tensor.shape != shape and tensor.shape != (1,):  # scalars are trained as vectors
+        is_scalar = tensor.numel() == 1 and math.prod(shape) == 1  # trained as a vector
+        if tensor.shape != shape and not is_scalar:
             raise UserError(
                 f"{where}: {name!r} has the shape {tuple(tensor.shape)} there and {tuple(shape)} "
                 "here. Use the same configuration."

@@ -52,6 +52,7 @@ def run_rows(
     total_steps: int,
     max_tokens: int,
     checkpoint: Path | None,
+    init_from: str | None,
     step: int,
 ) -> list[tuple[str, str]]:
     """Return the rows of the table as (label, value).
@@ -64,6 +65,7 @@ def run_rows(
         total_steps: number of steps of the whole run.
         max_tokens: largest number of tokens in a micro-batch of one rank.
         checkpoint: checkpoint to resume from, or None for a new run.
+        init_from: exp_dir of the run whose weights a new run starts with, or None.
         step: optimizer steps done.
     """
     rows = []
@@ -76,12 +78,21 @@ def run_rows(
     rows.append(("steps", f"{step} of {total_steps} done"))
     tokens = max_tokens * config.gradient_accumulation_steps * ranks
     rows.append(("tokens per step", f"at most {tokens}, prompts not counted"))
-    rows.append(("starts from", "new weights" if checkpoint is None else str(checkpoint)))
+    rows.append(("starts from", _starting_point(checkpoint, init_from)))
     scored = "pretrained.pt, the last checkpoint"
     if config.use_averaged_model:
         scored += "; the running average with checkpoint.model.use_averaged_model=true"
     rows.append(("evaluated weights", scored))
     return rows
+
+
+def _starting_point(checkpoint: Path | None, init_from: str | None) -> str:
+    """Return where the first weights come from."""
+    if checkpoint is not None:
+        return str(checkpoint)
+    if init_from:
+        return f"the weights of {init_from}"
+    return "new weights"
 
 
 def millions(count: int) -> str:

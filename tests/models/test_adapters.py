@@ -249,6 +249,38 @@ def test_differences_from_an_earlier_run_are_reported(world, tmp_path, changes, 
         load_initial_weights(make_model(world, **changes), tmp_path)
 
 
+NAME = "projector.mlp.linear1.weight"
+# how the weights of an earlier run can be damaged, and what the message must name
+DAMAGED_WEIGHTS = {
+    "empty": (lambda state: {}, "projector"),
+    "no adapters": (
+        lambda state: {key: value for key, value in state.items() if "lora_" not in key},
+        "llm adapters",
+    ),
+    "int8": (lambda state: state | {NAME: state[NAME].to(torch.int8)}, NAME),
+    "NaN": (lambda state: state | {NAME: state[NAME] * float("nan")}, NAME),
+    "infinite": (lambda state: state | {NAME: state[NAME].double() + float("inf")}, NAME),
+    "one value": (lambda state: state | {NAME: torch.zeros(1)}, NAME),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGED_WEIGHTS)
+def test_damaged_weights_of_an_earlier_run_are_rejected(world, tmp_path, damage):
+    run = finished_run(make_model(world), tmp_path)
+    change, named = DAMAGED_WEIGHTS[damage]
+    state = torch.load(run / "pretrained.pt", weights_only=True)
+    torch.save(change(state), run / "pretrained.pt")
+    model = make_model(world)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    with pytest.raises(UserError) as caught:
+        load_initial_weights(model, run)
+    assert f"init_from={str(run)!r}" in str(caught.value)
+    assert named in str(caught.value)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name])
+
+
 def test_dropout_may_differ_and_weights_must_be_complete(world, tmp_path):
     finished_run(make_model(world), tmp_path)
     state = torch.load(tmp_path / "pretrained.pt", weights_only=True)

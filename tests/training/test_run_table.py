@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -5,6 +6,8 @@ from asrllm.config import load_config
 from asrllm.training.run_config import TrainRun
 from asrllm.training.run_table import millions, part_sizes, print_rows, run_rows
 from tests.test_config import GIVEN
+
+COMMON = {"ranks": 2, "stage": 3, "total_steps": 900, "max_tokens": 500}
 
 
 class Model(nn.Module):
@@ -36,12 +39,16 @@ def test_table_has_the_start_of_the_run_and_the_size_of_a_step(tmp_path, capsys)
         [*GIVEN, "trainer.gradient_accumulation_steps=3", "trainer.use_averaged_model=true"],
         TrainRun,
     ).trainer
-    common = {"ranks": 2, "stage": 3, "total_steps": 900, "max_tokens": 500}
     rows = run_rows(
-        config, part_sizes(Model()), checkpoint=tmp_path / "checkpoint-70", step=70, **common
+        config,
+        part_sizes(Model()),
+        checkpoint=tmp_path / "checkpoint-70",
+        init_from="exp/earlier",
+        step=70,
+        **COMMON,
     )
     values = dict(rows)
-    assert str(tmp_path / "checkpoint-70") in values["starts from"]
+    assert values["starts from"] == str(tmp_path / "checkpoint-70")
     assert "70 of 900" in values["steps"]
     assert "3000" in values["tokens per step"]
     assert "ZeRO stage 3" in values["processes"]
@@ -52,6 +59,16 @@ def test_table_has_the_start_of_the_run_and_the_size_of_a_step(tmp_path, capsys)
     for label, value in rows:
         assert label in printed
         assert value in printed
+
+
+@pytest.mark.parametrize(
+    ("init_from", "start"),
+    [(None, "new weights"), ("exp/earlier", "the weights of exp/earlier")],
+)
+def test_table_names_the_run_whose_weights_a_new_run_starts_with(init_from, start):
+    config = load_config("train", GIVEN, TrainRun).trainer
+    rows = run_rows(config, [], checkpoint=None, init_from=init_from, step=0, **COMMON)
+    assert dict(rows)["starts from"] == start
 
 
 def test_sizes_have_three_digits():
