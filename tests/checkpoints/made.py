@@ -10,7 +10,12 @@ from asrllm.training.checkpoint.zero_files import file_digest
 
 
 def write_checkpoint(
-    folder: Path, state: dict[str, Tensor], *, ranks: int = 0, step: int = 1, averaged: bool = False
+    folder: Path,
+    state: dict[str, Tensor],
+    *,
+    ranks: int = 0,
+    step: int | None = None,
+    averaged: bool = False,
 ) -> Path:
     """Write a checkpoint.
 
@@ -18,10 +23,11 @@ def write_checkpoint(
         folder: the checkpoint's directory.
         state: weights by name.
         ranks: world size of a ZeRO-3 checkpoint; 0: a ZeRO-0 checkpoint in float32.
-        step: optimizer step.
+        step: optimizer step; default: the number in the directory's name.
         averaged: add a running average, which equals the weights (ZeRO-0 only).
     """
     folder.mkdir(parents=True)
+    number = int(folder.name.rpartition("-")[2])
     if ranks == 0:
         torch.save({"module": state, "optimizer": {}}, folder / "mp_rank_00_model_states.pt")
     else:
@@ -41,8 +47,8 @@ def write_checkpoint(
         saved = {"optimizer_state_dict": {"fp32_flat_groups": [torch.cat(parts)]}}
         torch.save(saved, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     manifest = {
-        "step": step,
-        "position": {},
+        "step": number if step is None else step,
+        "position": {"epoch": number},
         "zero_stage": 3 if ranks else 0,
         "world_size": ranks or 1,
         "trainable": {

@@ -11,9 +11,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from asrllm.checkpoints.average import Average, average, mean_between, mean_weights, resolve_weights
-from asrllm.errors import UserError
+from asrllm.checkpoints.consolidate import consolidate
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.auto import read_state
 from asrllm.tensor_files import PIECE
+from asrllm.training.checkpoint.manifest import find_checkpoint
+from asrllm.training.checkpoint.resume import corruption
 from tests.checkpoints.made import write_checkpoint
 
 
@@ -243,6 +246,44 @@ def test_average_that_cannot_be_made_again_is_not_overwritten(exp, make):
 
 
 @pytest.mark.slow
+def rename_newest(exp):
+    (exp / "checkpoint-8").rename(exp / "checkpoint-10")
+    return "checkpoint-10", "step 8", "checkpoint-8"
+
+
+def swap_two(exp):
+    (exp / "checkpoint-8").rename(exp / "aside")
+    (exp / "checkpoint-2").rename(exp / "checkpoint-8")
+    (exp / "aside").rename(exp / "checkpoint-2")
+    return "checkpoint-8", "step 2", "checkpoint-2"
+
+
+def rename_epoch(exp):
+    write_checkpoint(exp / "epoch-1", {"projector.a": torch.ones(3)}, step=4)
+    (exp / "epoch-1").rename(exp / "epoch-2")
+    return "epoch-2", "epoch 1", "epoch-1"
+
+
+@pytest.mark.parametrize("change", [rename_newest, swap_two, rename_epoch])
+def test_renamed_checkpoints_are_named_wherever_they_are_read(exp, change):
+    name, number, own_name = change(exp)
+    before = sorted(path.name for path in exp.iterdir())
+    unit, _, last = name.rpartition("-")
+    key = {"checkpoint": "iteration", "epoch": "epoch"}[unit]
+    uses = (
+        lambda: resolve_weights(exp, filename=None, what=Average(**{key: int(last)}, avg=1)),
+        lambda: consolidate(find_checkpoint(exp, name), exp / "w.pt"),
+        lambda: corruption(exp / name),  # how a run verifies the checkpoint to resume from
+    )
+    for use in uses:
+        with pytest.raises(UserError) as caught:
+            use()
+        assert not isinstance(caught.value, CorruptedError)  # a resumed run would set it aside
+        for part in (repr(str(exp / name)), number, own_name):
+            assert part in str(caught.value)
+    assert sorted(path.name for path in exp.iterdir() if path.name[0] != ".") == before
+
+
 def test_averaging_waits_for_another_averaging_process(exp):
     with FileLock(exp / ".averaging.lock"):
         thread = threading.Thread(

@@ -118,7 +118,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
-        UserError: there is no manifest, so the checkpoint is not complete.
+        UserError: there is no manifest, so the checkpoint is not complete; or the directory was
+            renamed.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
@@ -143,7 +144,29 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"the manifest {str(path)!r} does not match its SHA-256, so the checkpoint is "
             "corrupted. Remove it."
         )
+    _check_number(checkpoint, manifest)
     return manifest
+
+
+def _check_number(checkpoint: Path, manifest: Manifest) -> None:
+    """Check that a checkpoint has the step or the epoch in its directory's name.
+
+    A renamed checkpoint would be evaluated, averaged or resumed in place of another one.
+
+    Raises:
+        UserError: the numbers differ.
+    """
+    position = manifest["position"]
+    epoch = position.get("epoch") if isinstance(position, dict) else None
+    written = {STEP_TAG: ("step", manifest["step"]), EPOCH_TAG: ("epoch", epoch)}
+    for pattern, (unit, number) in written.items():
+        match = pattern.fullmatch(checkpoint.name)
+        if match and int(match[1]) != number:
+            prefix = checkpoint.name.removesuffix(match[1])
+            raise UserError(
+                f"{str(checkpoint)!r} has another name than it was saved with: its {MANIFEST} says "
+                f"{unit} {number}. Rename the directory to {prefix}{number}."
+            )
 
 
 def manifest_sha256(manifest: Manifest) -> str:

@@ -191,7 +191,7 @@ def test_error_of_a_failed_write_is_cleared_by_the_next_one(tmp_path):
 
 def test_newest_checkpoint_has_the_highest_step(tmp_path):
     needed = {
-        "position": {},
+        "position": {"epoch": 1},
         "zero_stage": 0,
         "world_size": 1,
         "trainable": {},
