@@ -7,7 +7,8 @@ example a safetensors file of another program, cannot be verified.
 A flipped bit in a weight changes texts and causes no error, so files are verified before they are
 used. This takes about half a second per GB, once in a process.
 
-A saved directory has the SHA-256 of its other files in asrllm.sha256.
+A saved directory has the SHA-256 of its other files in asrllm.sha256, and a run's directory those
+of config.json and of the tokenizer's files.
 """
 
 import functools
@@ -174,14 +175,21 @@ def write_checksums(folder: Path) -> None:
 def verify_folder(folder: Path) -> None:
     """Verify the files that `write_checksums` listed. Further files may be in the directory.
 
+    Earlier versions wrote no list, so a directory without one is not verified.
+
     Raises:
-        CorruptedError: a file has changed or does not exist.
+        CorruptedError: a file has changed or does not exist, or the list is empty or corrupted.
         UserError: the list cannot be read.
     """
     checksums = folder / CHECKSUMS
     if not checksums.exists():
         return
-    for line in read_text(checksums, "the list of checksums").splitlines():
+    lines = read_text(checksums, "the list of checksums").splitlines()
+    if not lines:
+        raise CorruptedError(
+            f"{str(checksums)!r} is empty. Copy it again. If you want no verification, delete it."
+        )
+    for line in lines:
         expected, _, name = line.partition("  ")
         if len(expected) != len(NO_SHA256) or not name:
             raise corrupted(checksums, f"{line!r} is not a checksum and a file name")
@@ -193,8 +201,8 @@ def verify_folder(folder: Path) -> None:
             problem = f"does not match its SHA-256 in {CHECKSUMS}"
         if problem:
             raise CorruptedError(
-                f"{str(file)!r} {problem}. Copy it again. If you changed "
-                f"it on purpose, delete its line in {str(checksums)!r}."
+                f"{str(file)!r} {problem}. Copy it again. If you changed it on purpose, delete its "
+                f"line in {str(checksums)!r}, or the whole list."
             )
 
 

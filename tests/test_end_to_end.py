@@ -103,6 +103,7 @@ def test_run_writes_the_documented_files(finished):
         "config.yaml",
         "config.json",
         "tokenizer.json",
+        "asrllm.sha256",
         "latest",
         "zero_to_fp32.py",
         "pretrained.pt",

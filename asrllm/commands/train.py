@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from asrllm.checkpoints.consolidate import consolidate
 from asrllm.config import as_yaml
 from asrllm.data.plan import Position
 from asrllm.hydra_app import run_app
+from asrllm.integrity import CHECKSUMS, write_checksums
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model
@@ -246,9 +248,23 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
     if distributed.rank() == 0:
         exp_dir.mkdir(parents=True, exist_ok=True)
         write_whole(exp_dir / "config.yaml", as_yaml(config))
-        processor.config.save_pretrained(exp_dir)
-        processor.save_pretrained(exp_dir)
+        write_description(processor, exp_dir)
     distributed.barrier()
+
+
+def write_description(processor: AsrLlmProcessor, exp_dir: Path) -> None:
+    """Write config.json, the tokenizer's files and their checksums, which come last.
+
+    If the process dies on the way, the directory has no checksums, like that of an earlier version.
+    """
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=exp_dir) as name:
+        partial = Path(name)
+        processor.config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_checksums(partial)
+        (exp_dir / CHECKSUMS).unlink(missing_ok=True)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == CHECKSUMS):
+            file.replace(exp_dir / file.name)
 
 
 def print_preempted(trainer: Trainer, initial_step: int) -> None:
