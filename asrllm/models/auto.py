@@ -25,7 +25,7 @@ from asrllm.models.base_models import BasePaths, move_base_models
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
-from asrllm.models.state_dict import StateDict, check_finite
+from asrllm.models.state_dict import StateDict, check_finite, check_stored_values
 from asrllm.text_files import check_file, first_words
 
 # Importing this module registers the model with transformers' Auto classes. No other module has
@@ -193,7 +193,7 @@ def load_state(path: Path, *, mapped: bool = False) -> StateDict:
             is used.
 
     Raises:
-        UserError: the file cannot be read, or is not a plain state dict.
+        UserError: the file cannot be read, is not a plain state dict, or has a sparse tensor.
     """
     try:
         verify_weights(path)
@@ -211,4 +211,5 @@ def load_state(path: Path, *, mapped: bool = False) -> StateDict:
         raise UserError(
             f"the weights {str(path)!r} are not a plain state dict of tensors. Give one."
         )
+    check_stored_values(state, path)
     return state

@@ -23,6 +23,7 @@ from transformers import (
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
+from asrllm.models.state_dict import check_dense
 from asrllm.tensor_files import CORRUPTED, SAFETENSORS
 from asrllm.text_files import check_no_mark, check_no_pointer, read_json_object, read_text, reading
 
@@ -96,9 +97,9 @@ def check_directory(folder: str | Path, key: str) -> None:
 
 
 def check_dtypes(file: Path) -> None:
-    """Raise UserError if a weight is quantized, which transformers would convert without a scale.
+    """Raise UserError if a weight is sparse, or quantized.
 
-    A damaged file passes: `verify_weights` reports it.
+    transformers would convert a quantized weight without its scale. A damaged file passes: `verify_weights` reports it.
     """
     for name, dtype in _dtypes(file):
         if name.endswith(".weight") and dtype not in FLOATS:
@@ -121,6 +122,7 @@ def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
         return
     for name, tensor in state.items() if isinstance(state, dict) else ():
         if isinstance(tensor, torch.Tensor):
+            check_dense({name: tensor}, file)
             yield name, SAFETENSORS.get(tensor.dtype, str(tensor.dtype))
 
 

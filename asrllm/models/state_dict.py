@@ -63,6 +63,40 @@ def _second_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, st
     return second_names
 
 
+def check_dense(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check that weights of torch.save are dense, because models and writers expect flat bytes.
+
+    Args:
+        state: the weights; on the meta device if only their layout is known.
+        path: their file.
+
+    Raises:
+        UserError: a weight is sparse or nested.
+    """
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise UserError(
+                f"the weight {name!r} in {str(path)!r} has the layout {layout}. Save it as a dense "
+                "tensor, with tensor.to_dense() for a sparse one."
+            )
+
+
+def check_stored_values(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check that a file of torch.save has a dense tensor with values for every weight.
+
+    Raises:
+        UserError: a weight is sparse or nested, or was saved from the meta device.
+    """
+    check_dense(state, path)
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise UserError(
+                f"the weight {name!r} in {str(path)!r} was saved from the meta device, without "
+                "values. Save it again after the model is loaded."
+            )
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a weight has neither NaN nor infinite values.
 

@@ -260,6 +260,7 @@ DAMAGED_WEIGHTS = {
     "int8": (lambda state: state | {NAME: state[NAME].to(torch.int8)}, NAME),
     "NaN": (lambda state: state | {NAME: state[NAME] * float("nan")}, NAME),
     "infinite": (lambda state: state | {NAME: state[NAME].double() + float("inf")}, NAME),
+    "sparse": (lambda state: state | {NAME: state[NAME].to_sparse()}, NAME),
     "one value": (lambda state: state | {NAME: torch.zeros(1)}, NAME),
 }
 

@@ -17,7 +17,7 @@ from asrllm.errors import UserError
 from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
 from asrllm.models.hub_files import Fields, check_kind, check_not_quantized
-from asrllm.models.state_dict import StateDict
+from asrllm.models.state_dict import StateDict, check_stored_values
 from asrllm.text_files import first_words, read_json_object
 
 KEY = "model.audio_encoder.pretrained_model"
@@ -96,7 +96,11 @@ def read_openai(file: Path) -> tuple[Fields, StateDict]:
     fields = {field: dims[name] for field, name in DIMS.items()}
     check_sizes(fields, file)
     fields["encoder_ffn_dim"] = 4 * fields["d_model"]
-    encoder = {key: tensor for key, tensor in state.items() if key.startswith("encoder.")}
+    encoder: StateDict = {}
+    for key, tensor in state.items():
+        if key.startswith("encoder.") and isinstance(tensor, Tensor):
+            encoder[key] = tensor
+    check_stored_values(encoder, file)
     return fields, from_openai(encoder, str(file))
 
 

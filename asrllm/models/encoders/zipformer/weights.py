@@ -25,7 +25,7 @@ from asrllm.models.encoders.zipformer.configuration import (
     ZipformerConfig,
 )
 from asrllm.models.hub_files import Fields, check_no_adapters
-from asrllm.models.state_dict import StateDict
+from asrllm.models.state_dict import StateDict, check_stored_values
 from asrllm.text_files import first_words, read_json_object
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
@@ -132,7 +132,7 @@ def load_tensors(file: Path) -> StateDict:
     No code in the file is executed.
 
     Raises:
-        UserError: the file is damaged, or contains more than tensors.
+        UserError: the file is damaged, contains more than tensors, or has a sparse tensor.
     """
     try:
         verify_weights(file)
@@ -150,7 +150,9 @@ def load_tensors(file: Path) -> StateDict:
             break
     if not isinstance(content, dict):
         raise UserError(f"{str(file)!r} is not a state dict. {GIVE_CHECKPOINT}")
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    check_stored_values(tensors, file)
+    return tensors
 
 
 def encoder_weights(tensors: Mapping[str, Tensor], path: Path) -> StateDict:
