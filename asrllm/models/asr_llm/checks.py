@@ -3,11 +3,12 @@
 import json
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 import transformers
+from pydantic import Field
 from transformers import PreTrainedConfig
 
 from asrllm.errors import UserError
@@ -16,18 +17,52 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import Fields, check_not_quantized
 from asrllm.models.projectors import PROJECTORS
-from asrllm.schema import SETTINGS, PositiveInt, build
+from asrllm.schema import (
+    SETTINGS,
+    PositiveFloat,
+    PositiveInt,
+    RatioBelowOne,
+    build,
+    keys_and_types,
+    shown,
+)
 from asrllm.text_files import check_no_mark, first_words, read_json_object, reading
 
 TYPES = get_annotations(AsrLlmConfig)
+# Limits far above any model, so that a damaged size does not take all memory or run for hours.
+MAX_LAYERS = 1000
+MAX_WIDTH = 1 << 17
+MAX_RATE = 1000
+MAX_ENCODER_SIZE = 1 << 20
+MAX_LLM_SIZE = 1 << 40  # rope_theta has ten digits in some models
 BOUNDED_TYPES = {
     "projector": Literal[tuple(PROJECTORS)],
-    "projector_hidden_size": PositiveInt,
-    "audio_encoder_projector_ds_rate": PositiveInt,
+    "projector_hidden_size": Annotated[int, Field(ge=1, le=MAX_WIDTH)],
+    "audio_encoder_projector_ds_rate": Annotated[int, Field(ge=1, le=MAX_RATE)],
 }
+Rank = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+# types of the options of PEFT's LoraConfig that training writes; PEFT validates few of them
+LORA_TYPES = {
+    "r": Rank,
+    "lora_alpha": PositiveInt | PositiveFloat,
+    "lora_dropout": RatioBelowOne,
+    "target_modules": list[str] | str | None,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "exclude_modules": list[str] | str | None,
+    "layers_to_transform": list[int] | int | None,
+    "layers_pattern": list[str] | str | None,
+    "rank_pattern": dict[str, Rank] | None,
+    "alpha_pattern": dict[str, PositiveInt | PositiveFloat] | None,
+    "init_lora_weights": bool | str | None,
+    "lora_bias": bool,
+}
+BASE_MODEL_TYPES = {"path": str, "fingerprint": str}
 # types of the fields of AsrLlmConfig, which transformers does not validate
 FIELD_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in (TYPES | BOUNDED_TYPES).items()}
 CONFIG_FIELDS = pydantic.create_model("ConfigFields", __config__=SETTINGS, **FIELD_TYPES)
+OPTION_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in LORA_TYPES.items()}
+LORA_OPTIONS = pydantic.create_model("LoraOptions", __config__=SETTINGS, **OPTION_TYPES)
 FIX = "Correct it, or copy the config.json that was saved with the model."
 
 
@@ -124,13 +159,61 @@ def check_config_fields(fields: Fields, where: str) -> None:
     Raises:
         UserError: a field has the wrong type, or no model can be built from it.
     """
-    known = {name: fields[name] for name in TYPES if name in fields}
-    try:
-        build(CONFIG_FIELDS, known, where=f"{where!r}: ")
-    except UserError as error:
-        raise UserError(f"{error} {FIX}") from error
+    _check_types(CONFIG_FIELDS, fields, where)
+    for name in ("lora", "audio_encoder_lora"):
+        _check_types(LORA_OPTIONS, fields.get(name) or {}, where, group=f"{name}.")
+    _check_base_models(fields.get("base_models") or {}, where)
+    _check_sizes(fields.get("audio_encoder") or {}, MAX_ENCODER_SIZE, f"{where!r}: audio_encoder")
+    _check_sizes(fields.get("llm") or {}, MAX_LLM_SIZE, f"{where!r}: llm")
     _check_encoder(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
     _check_llm(fields.get("llm") or {}, where)
+
+
+def _check_types(types: type, fields: Fields, where: str, group: str = "") -> None:
+    """Check the fields that a pydantic model declares, and leave others to their library."""
+    declared = keys_and_types(types)
+    known = {name: value for name, value in fields.items() if name in declared}
+    try:
+        build(types, known, where=f"{where!r}: ", group=group)
+    except UserError as error:
+        raise UserError(f"{error} {FIX}") from error
+
+
+def _check_base_models(bases: Fields, where: str) -> None:
+    """Check that every base model has a path and a fingerprint, which are texts."""
+    for part, base in bases.items():
+        name = f"base_models.{part}"
+        if not isinstance(base, dict) or not BASE_MODEL_TYPES.keys() <= base.keys():
+            raise UserError(
+                f"{where!r}: {name}={shown(base)} has no 'path' and 'fingerprint'. {FIX}"
+            )
+        for key, kind in BASE_MODEL_TYPES.items():
+            if not isinstance(base[key], kind) or not base[key]:
+                raise UserError(f"{where!r}: {name}.{key}={shown(base[key])} is not a text. {FIX}")
+
+
+def _check_sizes(fields: Fields, limit: int, where: str) -> None:
+    """Check that the integers of a part, also in nested fields, are not beyond any model's sizes.
+
+    Args:
+        fields: fields of the part.
+        limit: largest integer; the number of layers has its own limit.
+        where: the file and the part, for the error message.
+    """
+    remaining: list[tuple[str, object]] = [(where, fields)]
+    while remaining:
+        name, value = remaining.pop()
+        if isinstance(value, dict):
+            remaining += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            remaining += [(f"{name}[{i}]", inner) for i, inner in enumerate(value)]
+        elif isinstance(value, int):
+            is_layers = name.rpartition(".")[2].partition("[")[0].endswith(("layers", "layer"))
+            largest = min(limit, MAX_LAYERS) if is_layers else limit
+            if abs(value) > largest:
+                raise UserError(
+                    f"{name}={value} is out of range. Use a value of at most {largest}. {FIX}"
+                )
 
 
 def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:
@@ -143,7 +226,7 @@ def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:
     try:
         with torch.device("meta"):
             build_encoder(dict(fields), pad_to_30s=pad_to_30s)
-    except (UserError, TypeError, ValueError, RuntimeError) as error:
+    except (UserError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         # torch does not say which of its arguments was a text instead of a number
         texts = [
             f"{name}={value!r}"

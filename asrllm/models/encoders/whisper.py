@@ -18,7 +18,7 @@ from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
 from asrllm.audio.waves import ExtractsFeatures
 from asrllm.errors import UserError
 from asrllm.models.attention import packed
-from asrllm.models.encoders.whisper_weights import read_whisper
+from asrllm.models.encoders.whisper_weights import check_sizes, read_whisper
 from asrllm.models.hub_files import Fields
 
 
@@ -138,7 +138,9 @@ class WhisperEncoder(ExtractsFeatures):
     @classmethod
     def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "WhisperEncoder":
         """See AudioEncoder."""
-        return cls(pad_to_30s=pad_to_30s, **values)
+        encoder = cls(pad_to_30s=pad_to_30s, **values)
+        check_sizes(values)
+        return encoder
 
     @staticmethod
     def make_features(values: Fields) -> WhisperFeatures:

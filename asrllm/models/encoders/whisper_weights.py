@@ -94,7 +94,7 @@ def read_openai(file: Path) -> tuple[Fields, StateDict]:
         if name not in dims:
             raise UserError(f"{KEY}={str(file)!r} has no {name!r} in its 'dims'. {AGAIN}")
     fields = {field: dims[name] for field, name in DIMS.items()}
-    check_sizes(fields, file)
+    check_sizes(fields, f"{str(file)!r}: ")
     fields["encoder_ffn_dim"] = 4 * fields["d_model"]
     encoder: StateDict = {}
     for key, tensor in state.items():
@@ -178,7 +178,7 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
         if field not in config:
             raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
     fields = {field: config[field] for field in WHISPER_FIELDS}
-    check_sizes(fields, path)
+    check_sizes(fields, f"{str(path)!r}: ")
     last = f"layers.{fields['encoder_layers'] - 1}."
     if not any(key.startswith(last) for key in state):  # building a million layers takes minutes
         raise UserError(
@@ -204,26 +204,24 @@ def _read_encoder(folder: Path) -> StateDict:
     return state
 
 
-def check_sizes(fields: Fields, path: Path) -> None:
+def check_sizes(fields: Fields, where: str = "") -> None:
     """Check the sizes of an encoder.
 
     Args:
         fields: the encoder's fields.
-        path: their file, for the error message.
+        where: prefix of the error message.
 
     Raises:
         UserError: a size is not an integer above 0, or the heads do not divide the width.
     """
     for name, value in fields.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{str(path)!r}: {name}={value!r} is not an integer above 0. Correct it."
-            )
+            raise UserError(f"{where}{name}={value!r} is not an integer above 0. Correct it.")
     width = fields["d_model"]
     heads = fields["encoder_attention_heads"]
     if width % heads:
         raise UserError(
-            f"{str(path)!r}: d_model={width} is not a multiple of encoder_attention_heads={heads}. "
+            f"{where}d_model={width} is not a multiple of encoder_attention_heads={heads}. "
             "Correct them."
         )
 
