@@ -101,7 +101,9 @@ def read_openai(file: Path) -> tuple[Fields, StateDict]:
         if key.startswith("encoder.") and isinstance(tensor, Tensor):
             encoder[key] = tensor
     check_stored_values(encoder, file)
-    return fields, from_openai(encoder, str(file))
+    renamed = from_openai(encoder, str(file))
+    _check_last_layer(fields, renamed, file)
+    return fields, renamed
 
 
 def _load_openai(file: Path) -> object:
@@ -179,13 +181,18 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
             raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
     fields = {field: config[field] for field in WHISPER_FIELDS}
     check_sizes(fields, f"{str(path)!r}: ")
-    last = f"layers.{fields['encoder_layers'] - 1}."
-    if not any(key.startswith(last) for key in state):  # building a million layers takes minutes
-        raise UserError(
-            f"{str(path)!r} has encoder_layers={fields['encoder_layers']}, but the weights beside "
-            f"it have no {last!r}. Give files of the same model."
-        )
+    _check_last_layer(fields, state, path)
     return fields, state
+
+
+def _check_last_layer(fields: Fields, state: StateDict, path: Path) -> None:
+    """Check that the weights have the last layer: building a million layers takes minutes."""
+    last = f"layers.{fields['encoder_layers'] - 1}."
+    if not any(key.startswith(last) for key in state):
+        raise UserError(
+            f"{str(path)!r} has encoder_layers={fields['encoder_layers']}, but its weights have no "
+            f"{last!r}. Give files of the same model."
+        )
 
 
 def _read_encoder(folder: Path) -> StateDict:

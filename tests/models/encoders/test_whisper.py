@@ -303,6 +303,8 @@ def test_files_other_than_openais_are_rejected(world, tmp_path):
                 dims={k: v for k, v in TINY_DIMS.items() if k != "n_audio_head"},
             )
         )
+    with pytest.raises(UserError, match="encoder_layers=1000000"):
+        read(openai_file(world, tmp_path / "x.pt", dims=TINY_DIMS | {"n_audio_layer": 1_000_000}))
     with pytest.raises(UserError, match=r"has the key 'encoder\.extra\.weight'"):
         read(
             openai_file(
