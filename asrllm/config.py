@@ -29,8 +29,8 @@ def load_config(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     """Compose `asrllm/conf/NAME.yaml` with overrides and build a component from it.
 
     Args:
-        name: of the configuration.
-        overrides: in Hydra's syntax, for example key=value.
+        name: name of the configuration.
+        overrides: overrides in Hydra's syntax, for example key=value.
         cls: the component.
 
     Raises:
@@ -46,8 +46,8 @@ def compose_config(
     """Return the composed configuration as plain containers.
 
     Args:
-        name: of the configuration.
-        overrides: in Hydra's syntax.
+        name: name of the configuration.
+        overrides: overrides in Hydra's syntax.
         known: the keys that a message about an unknown one may name.
 
     Raises:
@@ -89,7 +89,7 @@ def composition_error(
 
     Args:
         error: the error.
-        overrides: of the command line, one of which may have an unknown key.
+        overrides: overrides of the command line, one of which may have an unknown key.
         known: the keys of the configuration.
         config_dir: the user's directory of configuration files.
     """

@@ -43,8 +43,8 @@ def run_app(
     """Compose the configuration and run the task with it; with --multirun, once per job.
 
     Args:
-        name: of the packaged configuration, asrllm/conf/NAME.yaml.
-        arguments: from a parser with `add_overrides`.
+        name: name of the packaged configuration, asrllm/conf/NAME.yaml.
+        arguments: arguments from a parser with `add_overrides`.
         cls: the component of the configuration.
         task: runs a configuration. Hydra's sweepers use the number that it returns.
 
@@ -75,7 +75,7 @@ def run_app(
     try:
         with command_line([sys.argv[0], *given]):
             app()
-    except Exception as error:  # of Hydra, OmegaConf or PyYAML; those of the task are in failures
+    except Exception as error:  # from Hydra, OmegaConf or PyYAML; `failures` has the task's own
         raise composition_error(error, overrides, all_keys(cls), arguments.config_dir) from error
     except SystemExit as exit_:
         raise SystemExit(2) from exit_  # Hydra has printed that --package does not exist
@@ -125,8 +125,8 @@ def check_exp_dirs(config: DictConfig, overrides: Sequence[str]) -> None:
     """Check that the jobs of a sweep write to different directories.
 
     Args:
-        config: of one job.
-        overrides: of the command line.
+        config: configuration of one job.
+        overrides: overrides of the command line.
 
     Raises:
         UserError: exp_dir is the same for all jobs.

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C.
+"""Handle Ctrl-C.
 
 This module imports almost nothing, so that Ctrl-C is handled before the slow imports begin. The
 interpreter's own start, about 20 ms, cannot be covered.

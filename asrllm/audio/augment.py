@@ -127,7 +127,7 @@ class Augmenter:
         Args:
             config: the kinds of augmentation.
             seed: seed of all draws.
-            limits: fewest and most samples that a change of speed may produce.
+            limits: minimum and maximum number of samples after a change of speed.
 
         Raises:
             UserError: a source does not exist or has no audio.

@@ -81,7 +81,7 @@ class Reader:
         """
         Args:
             corpora: the corpora of the plan, in its order.
-            limits: fewest and most samples at RATE that the model accepts.
+            limits: minimum and maximum number of samples at RATE that the model accepts.
             cache: cache of remote shards; only needed if there are any.
             augment: changes the waveforms; None leaves them unchanged.
             normalize: maps a transcript to the text that is trained on.

@@ -57,8 +57,8 @@ class Segmenter:
     def __init__(self, *, shortest: int, longest: int) -> None:
         """
         Args:
-            shortest: fewest samples that the model accepts.
-            longest: most samples that the model accepts.
+            shortest: minimum number of samples that the model accepts.
+            longest: maximum number of samples that the model accepts.
         """
         self.fewest = math.ceil(shortest / FRAME) + 1  # the last frame of a file may be incomplete
         self.room = longest // FRAME - 2 * PADDING  # frames of speech in a segment
@@ -185,8 +185,8 @@ def cut_segments(
     Args:
         blocks: (samples,) float32 at RATE, the blocks of one file.
         detector: a new detector.
-        shortest: fewest samples that the model accepts.
-        longest: most samples that the model accepts.
+        shortest: minimum number of samples that the model accepts.
+        longest: maximum number of samples that the model accepts.
     """
     segmenter = Segmenter(shortest=shortest, longest=longest)
     buffer: np.ndarray = np.zeros(0, np.float32)

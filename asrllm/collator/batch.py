@@ -27,7 +27,7 @@ class PackedBatch:
         target_positions: (S,) positions whose next token is supervised.
         targets: (S,) those next tokens.
         masks: (N, M, 2) SpecAugment masks.
-        time_masks: the first so many masks are in time, the others in frequency.
+        time_masks: number of masks in time, which come before those in frequency.
         keys: keys of the utterances that are trained on, which excludes fillers.
         prompts: prompts of the same utterances.
         audio_seconds: seconds of audio of the same utterances.

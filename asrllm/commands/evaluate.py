@@ -119,7 +119,7 @@ def check_test_durations(corpora: Sequence[Corpus], limits: tuple[int, int]) -> 
 
     Args:
         corpora: the test sets.
-        limits: the fewest and the most samples at 16 kHz that the encoder supports.
+        limits: minimum and maximum number of samples at 16 kHz that the encoder supports.
 
     Raises:
         UserError: an utterance is too short or too long.

@@ -121,7 +121,7 @@ def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list
 
     Args:
         paths: the files.
-        shortest: the fewest samples at 16 kHz that the audio encoder supports.
+        shortest: minimum number of samples at 16 kHz that the audio encoder supports.
 
     Returns:
         The usable files, and one message for each unusable one.

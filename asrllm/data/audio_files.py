@@ -54,7 +54,7 @@ LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
 NO_LENGTH = 1 << 40  # samples; libsndfile returns more if the header has no length
 AUDIO_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # a page in which samples end
-FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # begin of the first page of an Ogg stream
+FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # start of the first page of an Ogg stream
 # libsndfile's log of a header that promises more bytes than the file has
 TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
 # what ffmpeg 5, 6 and 7 write about a packet that is damaged
@@ -264,7 +264,7 @@ def _open_without_length(file: AudioFile, sound_format: str) -> AudioFile:
 
 
 def _check_length(file: AudioFile, sound_format: str, log: str) -> None:
-    """Raise UserError if the file has not the length in its header."""
+    """Raise UserError if the file is shorter than its header promises."""
     if sound_format in PROBLEMS:
         with file.open_bytes() as content:
             problem = PROBLEMS[sound_format](content)
@@ -428,7 +428,7 @@ def read_stretch(
 
     Args:
         file: the return value of `open_audio`.
-        start: begin in seconds.
+        start: start in seconds.
         end: end in seconds; None reads to the end of the file.
 
     Returns:

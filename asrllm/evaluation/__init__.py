@@ -1,1 +1,1 @@
-"""Decoding test sets and scoring what was decoded."""
+"""Decode test sets, and score and report the results."""

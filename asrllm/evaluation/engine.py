@@ -22,7 +22,7 @@ class Engine(Protocol):
     """Answers prompts about audio.
 
     Attributes:
-        limits: fewest and most samples at 16 kHz of one waveform.
+        limits: minimum and maximum number of samples of a waveform at 16 kHz.
         padded_to: seconds to which shorter audio is padded.
     """
 

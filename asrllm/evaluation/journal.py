@@ -32,8 +32,8 @@ class DecodedUtterance:
         speaker: "" if unknown.
         recording: "" if unknown.
         corpus: "" if unknown.
-        took: seconds of decoding, the batch's divided by its utterances.
-        rank: which decoded it.
+        took: seconds of decoding: those of its batch divided by the number of utterances.
+        rank: the rank that decoded it.
     """
 
     row: int

@@ -77,7 +77,7 @@ def check_references(
 
     Args:
         test_set: the name of the test set.
-        references: before normalization.
+        references: the references before normalization.
         name: name of the normalizer.
         normalize: the normalizer.
 

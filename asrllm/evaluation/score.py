@@ -21,10 +21,10 @@ class Transcript:
 
     Attributes:
         key: the utterance's key.
-        reference: normalized.
-        hypothesis: normalized.
-        raw_reference: before normalization.
-        raw_hypothesis: before normalization.
+        reference: the normalized reference.
+        hypothesis: the normalized hypothesis.
+        raw_reference: the reference before normalization.
+        raw_hypothesis: the hypothesis before normalization.
         duration: seconds of audio.
         speaker: "" if unknown.
         recording: "" if unknown.

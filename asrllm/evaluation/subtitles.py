@@ -14,7 +14,7 @@ from asrllm.evaluation.score import UNSPACED
 from asrllm.evaluation.transcription import FileTranscript, TextSegment
 
 LINE = 42  # columns; a Chinese character has two
-LINES = 2  # the most lines of a cue
+LINES = 2  # maximum number of lines of a cue
 OPENING = "「『（《〈【“‘(["
 _OPENING = re.escape(OPENING)
 # a line may begin with a character of a script without spaces, or with a run of other characters,

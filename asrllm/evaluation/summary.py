@@ -25,7 +25,7 @@ DURATIONS = (2, 5, 10, 15, 20, 30)  # seconds; the borders of the breakdown
 BURST = 5  # consecutive inserted units
 LOOP = 8  # units; a longer repetition of the same few units is a loop
 LENGTH_FACTOR = 2.0  # ratio of lengths from which a text is too long or too short
-LENGTH_UNITS = 5  # and the smallest difference in units
+LENGTH_UNITS = 5  # the smallest difference of such a text in units
 HALLUCINATION_FLAGS = {
     "empty": "the reference has text, the hypothesis has none",
     "invented": "the hypothesis has text, the reference has none",

@@ -76,7 +76,7 @@ class Segmentation:
 
     Attributes:
         detector: returns a new detector for each file.
-        longest: most samples of a segment.
+        longest: maximum number of samples of a segment.
     """
 
     detector: Callable[[], Detector]
@@ -151,7 +151,7 @@ def segments_of(file: AudioFile, shortest: int, segmentation: Segmentation) -> I
 
     Args:
         file: the file.
-        shortest: fewest samples that the model accepts.
+        shortest: minimum number of samples that the model accepts.
         segmentation: how to cut the file.
     """
     samples = 0

@@ -79,7 +79,7 @@ class WhisperEngine:
             folder: a directory from find_whisper.
             dtype: dtype of the weights.
             device: where to run.
-            max_new_tokens: most tokens of an answer.
+            max_new_tokens: maximum number of tokens of an answer.
 
         Raises:
             UserError: the directory cannot be loaded, or its weights have no decoder.

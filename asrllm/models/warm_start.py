@@ -1,9 +1,9 @@
 """Closed-form initialisation of a projector: ridge regression onto the LLM's token embeddings.
 
-A projector with random weights spends most of its first steps before the LLM hears anything. Here
-the tokens of a transcript are spread evenly over the utterance's stacked frames (a flat start, as
-in the training of hidden Markov models). Then two steps alternate: a regression from the frames to
-the embeddings of their tokens, and a Viterbi search for the best monotonic alignment under it.
+With random weights, a projector needs most of its first steps until the LLM responds to the audio.
+Here the tokens of a transcript are spread evenly over the utterance's stacked frames (a flat start,
+as in the training of hidden Markov models). Then two steps alternate: a regression from the frames
+to the embeddings of their tokens, and a Viterbi search for the best monotonic alignment under it.
 
 The sums that the regression needs add up over ranks, so the data may be distributed.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 RIDGE = 300.0  # added to the diagonal of the standardized frames' X'X
 APOSTROPHE = re.compile("[’ʼ]")
-TOP = 5  # the second accuracy counts the right token among so many nearest ones
+TOP = 5  # the second accuracy counts frames whose token is among this many nearest ones
 
 
 @dataclass(kw_only=True)
@@ -51,8 +51,8 @@ class AffineMap:
     Attributes:
         weight: (E, D).
         bias: (E,).
-        mean: of the map's outputs over the data (E,).
-        covariance: of the map's outputs over the data (E, E).
+        mean: mean of the map's outputs over the data (E,).
+        covariance: covariance of the map's outputs over the data (E, E).
     """
 
     weight: Tensor
@@ -71,8 +71,8 @@ class AlignmentScore:
 
     Attributes:
         top1: ratio of the held-out frames whose nearest embedding is that of their token.
-        top5: ratio of those whose token is among the five nearest ones.
-        moved: ratio of all frames whose token the last alignment changed.
+        top5: ratio of the held-out frames whose token is among the five nearest ones.
+        moved: ratio of all frames whose token was changed by the last alignment.
     """
 
     top1: float
@@ -81,7 +81,7 @@ class AlignmentScore:
 
 
 def target_text(text: str) -> str:
-    """Return a transcript in lower case, after one space, without punctuation but apostrophes.
+    """Return a transcript in lower case after one space, with no punctuation except apostrophes.
 
     The tokens of such a text are those of common words in most tokenizers.
     """
@@ -113,10 +113,10 @@ class Regression:
         """Sum X'X once, because only the targets change between the iterations.
 
         Args:
-            batches: of this rank.
-            embeddings: of the tokens that occur on any rank (V, E), float32 on the device to
-                compute on.
-            width: the D of the frames.
+            batches: batches of this rank.
+            embeddings: embeddings of the tokens that occur on any rank (V, E), float32 on the
+                device to compute on.
+            width: width D of the frames.
             sum_over_ranks: sums a tensor over all ranks in place.
         """
         self.batches = [batch for batch in batches if not batch.held_out]
@@ -134,7 +134,7 @@ class Regression:
             products += (frames.T @ frames).double()
         self.covariance = sum_over_ranks(products) / count
         deviation = self.covariance.diagonal().sqrt()
-        # a number that never changes must not become noise divided by almost nothing
+        # The noise of a constant element must not be divided by a deviation of almost zero.
         self.deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, 1.0)
         products = self.covariance * count / torch.outer(self.deviation, self.deviation)
         products.diagonal().add_(RIDGE)
@@ -175,7 +175,7 @@ def realign(batch: SpeechBatch, fit: AffineMap, embeddings: Tensor) -> tuple[Ten
     Args:
         batch: the batch, which is not changed.
         fit: the map.
-        embeddings: of the tokens that occur (V, E), on the device to compute on.
+        embeddings: embeddings of the tokens that occur (V, E), on the device to compute on.
 
     Returns:
         The map's outputs (M, E), and the token of each frame (M,) on the CPU.
@@ -196,7 +196,7 @@ def viterbi(costs: Tensor, frames: Tensor, tokens: Tensor) -> Tensor:
     """Find the monotonic alignments with the least cost, in which each token has a frame.
 
     Args:
-        costs: of a frame with a token (N, T, U).
+        costs: cost of aligning each frame with each token (N, T, U).
         frames: number of frames of each utterance (N,).
         tokens: number of tokens of each utterance (N,), at most its frames.
 

@@ -1,4 +1,4 @@
-"""Reading the DeepSpeed JSON of a run, checking it, and completing it from the run's settings."""
+"""Read the DeepSpeed JSON of a run, check it, and complete it from the run's settings."""
 
 import contextlib
 import copy

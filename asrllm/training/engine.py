@@ -1,4 +1,4 @@
-"""Building the DeepSpeed engine around the model."""
+"""Build the DeepSpeed engine around the model."""
 
 import contextlib
 import importlib

@@ -35,10 +35,10 @@ from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
 
 logger = logging.getLogger(__name__)
-SHARDS = 32  # of a corpus that are read at most, because remote shards are downloaded whole
-HELD_OUT_EVERY = 10  # one of so many utterances measures the quality
-BATCH_SECONDS = 120.0  # of audio, with padding, that are encoded at a time
-MAX_WIDTH = 16384  # of a stacked frame, for which a matrix of 2 GB is factorized
+SHARDS = 32  # maximum shards read from a corpus, because remote shards are downloaded whole
+HELD_OUT_EVERY = 10  # one of this many utterances measures the quality
+BATCH_SECONDS = 120.0  # audio that is encoded at a time, padding included
+MAX_WIDTH = 16384  # width of a stacked frame, for which a matrix of 2 GB is factorized
 MAX_ITERATIONS = 8
 MOVED = 0.01  # ratio of moved frames below which the alignments no longer change the fit
 
@@ -48,11 +48,11 @@ class WarmStart:
     """The result of a closed-form fit.
 
     Attributes:
-        scores: of each iteration.
-        utterances: on all ranks, without those that could not be used.
-        unreadable: utterances that could not be read.
-        short: utterances with fewer stacked frames than tokens, or without a token.
-        tokens: different tokens that occur.
+        scores: scores of each iteration.
+        utterances: number of utterances used on all ranks.
+        unreadable: number of utterances that could not be read.
+        short: number of utterances with fewer stacked frames than tokens, or without a token.
+        tokens: number of different tokens that occur.
     """
 
     scores: tuple[AlignmentScore, ...]
@@ -74,8 +74,8 @@ def warm_start(
     All ranks call it. The result is the same on all of them, and does not depend on random numbers.
 
     Args:
-        model: with its pretrained parts; its encoder must not be partitioned yet. Its projector is
-            changed in place.
+        model: the model with its pretrained parts. Its encoder must not be partitioned yet, and
+            its projector is changed in place.
         data: the run's data.
         hours: hours of speech to read on all ranks together.
         device: where to compute.
@@ -124,7 +124,7 @@ def warm_start(
 
 
 def describe_warm_start(result: WarmStart) -> str:
-    """Return what a fit has read and how good it is, as lines of text."""
+    """Return lines that say how much speech was used for a fit, and how good the fit is."""
     lines = [
         f"projector fitted to {result.utterances} utterances with {result.tokens} different tokens "
         f"({result.short} too short, {result.unreadable} unreadable)"
@@ -171,7 +171,7 @@ class SpeechEncoder:
         Args:
             model: its encoder and projector compute the frames.
             reader: reads the utterances, without augmentation.
-            device: of the encoder and the projector.
+            device: device of the encoder and the projector.
         """
         self.model = model
         self.reader = reader
@@ -184,7 +184,7 @@ class SpeechEncoder:
         own: dict[bool, list[Item]] = {True: [], False: []}
         for number, item in enumerate(items):
             if number % distributed.world_size() == distributed.rank():
-                # by its number on all ranks, so that the fit does not depend on their number
+                # chosen by the number over all ranks, so that the fit does not depend on the ranks
                 held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
                 own[held_out].append(item)
         batches: list[SpeechBatch] = []
@@ -264,9 +264,9 @@ def speech_batch(
     """Return a batch with a flat alignment.
 
     Args:
-        frames: of each utterance (frames, D).
-        tokens: of each utterance (tokens,), at most as many as its frames.
-        held_out: see SpeechBatch.
+        frames: stacked frames of each utterance (frames, D).
+        tokens: tokens of each utterance (tokens,), at most as many as its frames.
+        held_out: whether the batch measures the quality.
     """
     aligned = [flat_alignment(ids, len(part)) for ids, part in zip(tokens, frames, strict=True)]
     return SpeechBatch(
@@ -281,7 +281,7 @@ def speech_batch(
 
 def number_tokens(batches: Sequence[SpeechBatch]) -> list[int]:
     """Number the tokens of all ranks from 0, in place, and return the tokens in this order."""
-    own = {0}  # which pads the rows of batches
+    own = {0}  # the rows of batches are padded with 0
     for batch in batches:
         own |= set(batch.tokens.unique().tolist())
     vocabulary = sorted(set().union(*distributed.gather_objects(own)))
@@ -297,7 +297,7 @@ def embeddings_of(model: AsrLlmModel, tokens: Sequence[int]) -> Tensor:
     """Return the LLM's input embeddings of tokens (V, E) in float32."""
     table = model.llm.get_input_embeddings()
     with gathered(table.weight):
-        # the module's output and not its weight: Gemma 3 scales the rows
+        # The module is called, because Gemma 3 scales the rows of its weight.
         return table(torch.tensor(tokens, device=table.weight.device)).float()
 
 
@@ -307,8 +307,8 @@ def alternate(
     """Fit and realign in turn until the alignments change little.
 
     Args:
-        batches: of this rank. Their alignments change in place.
-        embeddings: of the tokens that occur (V, E), on the device to compute on.
+        batches: batches of this rank. Their alignments change in place.
+        embeddings: embeddings of the tokens that occur (V, E), on the device to compute on.
         width: width of a stacked frame.
 
     Returns:

@@ -14,7 +14,7 @@ REMOVE_AT = 1 / 4
 
 
 class Stopping(Protocol):
-    """Decides which rows are done; see `generation.RowStopping`."""
+    """Decides which rows are done; see `answers.RowStopping`."""
 
     limits: Tensor
 

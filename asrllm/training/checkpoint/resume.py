@@ -1,4 +1,4 @@
-"""Choosing the checkpoint that a run resumes from, checking that it matches, and loading it."""
+"""Choose the checkpoint that a run resumes from, check that it matches, and load it."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints: DeepSpeed tags with a manifest, complete or invisible."""
+"""Save and load checkpoints: DeepSpeed tags with a manifest, complete or invisible."""
 
 import contextlib
 import os

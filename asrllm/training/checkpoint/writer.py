@@ -1,4 +1,4 @@
-"""Writing DeepSpeed's checkpoint files, if wanted in the background.
+"""Write DeepSpeed's checkpoint files, optionally in the background.
 
 The tensors are copied at the step that saves, and written while the next steps run.
 """

@@ -1,4 +1,4 @@
-"""Reading weights and optimizer state from DeepSpeed's checkpoint files.
+"""Read weights and optimizer state from DeepSpeed's checkpoint files.
 
 The optimizer's float32 master weights are read, not the rounded working copies. Their layout
 depends on the ZeRO stage:
@@ -455,7 +455,7 @@ def load_file(path: Path) -> SavedState:
 def verify_storages(path: Path, tensors: Iterable[Tensor]) -> None:
     """Compare the bytes of tensors with the checksums in the file of torch.save that they map.
 
-    Only these tensors are read. Of a checkpoint of Adam they are a third of the bytes.
+    Only these tensors are read. They are a third of the bytes of a checkpoint of Adam.
 
     Args:
         path: the file.
