@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +15,6 @@ from asrllm.data.index import Index
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.escape import escape
-
-if TYPE_CHECKING:
-    pass
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MAX_BINS = 20

@@ -1,0 +1,1 @@
+"""Audio encoders: Whisper and Zipformer, and the table of their names."""

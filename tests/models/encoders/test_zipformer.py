@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from asrllm.errors import UserError
+from asrllm.models import zipformer
 from asrllm.models.encoders.zipformer.configuration import PUBLIC_SIZES, ZipformerConfig
 from asrllm.models.encoders.zipformer.layers import (
     AttentionWeights,
@@ -31,6 +32,11 @@ CHUNKS = {
     "chunk32_left64": {"chunk_size": [32], "left_context_frames": [64]},
     "chunk_all": {"chunk_size": [-1], "left_context_frames": [-1]},
 }
+
+
+def test_public_import_path_has_the_encoder():
+    assert zipformer.ZipformerConfig is ZipformerConfig
+    assert zipformer.ZipformerEncoder is ZipformerEncoder
 
 
 def tiny(seed=0, isolate=False, **changes):

@@ -1,0 +1,1 @@
+"""The Zipformer encoder in PyTorch."""
