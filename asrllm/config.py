@@ -99,8 +99,8 @@ def composition_error(
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
         options = ", ".join(cause.options or ()) or "none"
         return UserError(
-            f"the configuration file {str(cause.missing_cfg_file) + '.yaml'!r} does not exist "
-            f"(available: {options}). Name another one, or its directory with --config-dir."
+            f"the configuration file {str(cause.missing_cfg_file) + '.yaml'!r} does not exist. "
+            f"Name another one, or its directory with --config-dir. Available: {options}."
         )
     if isinstance(cause, UnicodeDecodeError):
         for path in sorted(Path(config_dir or ".").rglob("*.yaml")):

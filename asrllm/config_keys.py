@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from asrllm.errors import UserError
 
+USE = "Use {}: {}."  # our key, its meaning
 BATCH_BUDGET = (
     "data.sampler.max_tokens",
     "audio and text tokens in a micro-batch of one rank, for any number of utterances",
@@ -83,14 +84,14 @@ def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
     if key == "experiment":
         hint = "Write +experiment=NAME, which reads experiment/NAME.yaml in --config-dir."
     elif ours in known:
-        hint = f"Use {ours}: {meaning}."
+        hint = USE.format(ours, meaning)
     else:
         hint = _similar_key(key, known)
     return UserError(f"{where}unknown key {key!r}. {hint}")
 
 
 def _similar_key(key: str, known: Collection[str]) -> str:
-    """Return a hint with the most similar key, or with the keys of the same group.
+    """Return a hint with the most similar key or alias, or with the keys of the same group.
 
     Names are compared within a group, because a long group makes any two of its keys look alike.
     """
@@ -104,6 +105,9 @@ def _similar_key(key: str, known: Collection[str]) -> str:
         found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if found:
         return f"Did you mean {' or '.join(map(repr, found))}?"
+    for alias in difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.8):
+        if ALIASES[alias][0] in known:
+            return USE.format(*ALIASES[alias])
     if group and siblings:
         return f"Available in {group}: {', '.join(sorted(siblings))}."
     return f"Available: {', '.join(sorted(_keys_in('', known)))}."

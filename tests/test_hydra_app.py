@@ -173,6 +173,7 @@ def test_parse_error_names_file_line_and_column(tmp_path):
         (["trainer.learning_rate=1"], ["trainer.learning_rate", "trainer.lr"]),
         (["per_device_train_batch_size=8"], ["data.sampler.max_tokens"]),
         (["++trainer.num_train_epochs=2"], ["trainer.num_epochs"]),
+        (["trainer.learing_rate=1"], ["trainer.learing_rate", "Use trainer.lr"]),
         (["trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
         (["+trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
         (["--config-dir", "missing"], ["missing"]),

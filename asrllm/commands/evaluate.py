@@ -67,11 +67,15 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     # wrong paths are reported before checkpoints are averaged
     if config.model.paths:
         load_model_config(exp_dir, config.model.paths)
-    read_entries(config.data.test_data_config or "")
+    read_entries(config.data.test_data_config or "", "data.test_data_config")
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
-        config.data.test_data_config or "", filters=None, made=exp_dir / "shards", cache=cache
+        config.data.test_data_config or "",
+        filters=None,
+        made=exp_dir / "shards",
+        cache=cache,
+        what="data.test_data_config",
     )
     check_names([corpus.name for corpus in corpora])
     check_test_durations(corpora, load_model_config(exp_dir).sample_limits())

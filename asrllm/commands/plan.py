@@ -124,9 +124,9 @@ def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
     return {
         "utterances": sum(corpus.kept for corpus in data.corpora),
         "hours": round(sum(corpus.kept_hours for corpus in data.corpora), 2),
-        "steps an epoch": _steps_of_epoch(data, ranks),
+        "steps per epoch": _steps_of_epoch(data, ranks),
         "utterances per batch": round(utterances / len(batches), 1),
-        "audio seconds a batch": round(samples / RATE / len(batches), 1),
+        "audio seconds per batch": round(samples / RATE / len(batches), 1),
         "audio padding ratio": round(1 - samples / padded_samples, 4),
         "ratio of audio tokens": round(audio_tokens / sum(row_tokens), 3),
         "tokens of the largest row": max(row_tokens),

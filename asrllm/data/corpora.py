@@ -169,7 +169,12 @@ def _passes(reasons: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def read_corpora(
-    path: str | Path, *, filters: FilterConfig | None, made: Path, cache: ShardCache | None = None
+    path: str | Path,
+    *,
+    filters: FilterConfig | None,
+    made: Path,
+    cache: ShardCache | None = None,
+    what: str = "the data config",
 ) -> list[Corpus]:
     """Read a data config: a list of `{manifest | shards, name, hours, weights, lang, prompts}`.
 
@@ -179,12 +184,13 @@ def read_corpora(
         made: directory for shards made from a `manifest` (Lhotse cuts). They are written once and
             reused by later runs.
         cache: cache for shards at URLs.
+        what: what the file is, as the beginning of messages.
 
     Raises:
         UserError: an entry is invalid. The message names the file and the entry.
     """
     # Shards may be made from a manifest for hours, so later entries are checked first.
-    return [_open_entry(entry, filters, made, cache) for entry in read_entries(path)]
+    return [_open_entry(entry, filters, made, cache) for entry in read_entries(path, what)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,16 +210,20 @@ class NamedEntry:
     prompts: tuple[Prompt, ...]
 
 
-def read_entries(path: str | Path) -> list[NamedEntry]:
+def read_entries(path: str | Path, what: str = "the data config") -> list[NamedEntry]:
     """Check a data config without opening the corpora that it names.
+
+    Args:
+        path: the YAML file.
+        what: the name of the file in messages.
 
     Raises:
         UserError: an entry is invalid, or its local shards or manifest do not exist.
     """
-    entries = read_yaml(path, "the data config")
+    entries = read_yaml(path, what)
     if not isinstance(entries, list) or not entries:
         raise UserError(
-            f"the data config {str(path)!r} is not a list of entries. "
+            f"{what} {str(path)!r} is not a list of entries. "
             "Write one entry with 'shards: DIR' or 'manifest: CUTS' per corpus."
         )
     return [_check_entry(entry, f"{path}, entry {i}") for i, entry in enumerate(entries, 1)]

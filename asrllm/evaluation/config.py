@@ -148,7 +148,7 @@ class EvaluationRun:
 
     def __post_init__(self) -> None:
         if not self.exp_dir:
-            raise UserError("exp_dir is not set. Set it to a trained run: exp_dir=exp/NAME")
+            raise UserError("exp_dir is not set. Set it to a trained run: exp_dir=exp/NAME.")
         if not self.data.test_data_config:
             raise UserError(
                 "data.test_data_config is not set. Set it to the YAML list of test sets."

@@ -206,7 +206,7 @@ class Evaluation:
         if not problems:
             return whisper
         if distributed.rank() == 0:
-            print(f"No Whisper baseline: {problems[0]}", flush=True)
+            print(f"No Whisper baseline: {problems[0].rstrip('.')}.", flush=True)
         return None
 
     def _add_baseline(self, name: str, decoded: Decoded) -> None:

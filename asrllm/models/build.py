@@ -49,8 +49,10 @@ def describe_model(
         UserError: for every mistake that can be found without loading the weights.
     """
     check_prompts(prompts, config.audio_token)
-    encoder_path = str(resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True))
-    llm_path = str(resolve_pretrained(config.llm.pretrained_model or ""))
+    encoder_path = str(
+        resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True, what=ENCODER_KEY)
+    )
+    llm_path = str(resolve_pretrained(config.llm.pretrained_model or "", what=LLM_KEY))
     check_directory(llm_path, LLM_KEY)
     llm = load_hf_config(llm_path, LLM_KEY)
     tokenizer = load_llm_tokenizer(

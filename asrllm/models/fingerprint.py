@@ -98,12 +98,15 @@ def pretrained_weight_files(path: str | Path) -> list[Path]:
     )
 
 
-def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
+def resolve_pretrained(
+    path: str | Path, *, file: bool = False, what: str = "the pretrained model"
+) -> Path:
     """Return the local path of a pretrained model.
 
     Args:
         path: a directory, or a hub id, whose snapshot is downloaded if the hub can be reached.
         file: whether `path` may also be a file.
+        what: what the path is, as the beginning of messages.
 
     Raises:
         UserError: the path does not exist, or the download fails.
@@ -114,18 +117,18 @@ def resolve_pretrained(path: str | Path, *, file: bool = False) -> Path:
         # hence other fingerprints.
         return folder.absolute()
     if file and folder.exists():
-        check_file(folder, "the pretrained model")
+        check_file(folder, what)
     if folder.exists():
-        raise UserError(f"the pretrained model {str(path)!r} is not a directory. Give one.")
+        raise UserError(f"{what} {str(path)!r} is not a directory. Give one.")
     if not is_hub_id(path):
         raise UserError(
-            f"the pretrained model {str(path)!r} does not exist. Give a directory, or a hub id "
-            "like Qwen/Qwen2.5-7B-Instruct."
+            f"{what} {str(path)!r} does not exist. Give a directory, or a hub id like "
+            "Qwen/Qwen2.5-7B-Instruct."
         )
-    return _download(str(path))
+    return _download(str(path), what)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, what: str) -> Path:
     """Return the local snapshot of a hub id, downloading it if the hub can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -134,8 +137,8 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, ignore_patterns=NOT_DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"the pretrained model {hub_id!r} is not a directory, and it cannot be downloaded "
-            f"from the hub: {first_words(error)}."
+            f"{what} {hub_id!r} is not a directory, and it cannot be downloaded from the hub: "
+            f"{first_words(error)}. Give a directory, or check the id and the connection."
         ) from error
 
 

@@ -55,10 +55,12 @@ class TrainingData:
         hotwords = Hotwords(config.data.hotwords, seed=config.seed, forbidden=forbidden)
         self.hotwords = hotwords if config.data.hotwords.prob else None
         self.normalize = transcript_normalizer(config.data.text_normalization)
-        self.corpora = self._corpora(config.data.train_data_config or "")
+        train = config.data.train_data_config or ""
+        self.corpora = self._corpora(train, "data.train_data_config")
         self.valid: list[Corpus] = []
         if config.data.valid_data_config:
-            self.valid = self._corpora(config.data.valid_data_config)
+            valid = config.data.valid_data_config
+            self.valid = self._corpora(valid, "data.valid_data_config")
         self.plan = self._plan(self.corpora, shuffle=True, endless=config.data.use_infinite_dataset)
         self.accumulation = config.trainer.gradient_accumulation_steps
         self._check_cache()
@@ -108,10 +110,15 @@ class TrainingData:
                     largest = max(largest, size)
         return largest
 
-    def _corpora(self, path: str) -> list[Corpus]:
-        """Read the corpora of a data config."""
-        made = Path(self.config.exp_dir or "") / "shards"
-        return read_corpora(path, filters=self.config.data.filter, made=made, cache=self.cache)
+    def _corpora(self, path: str, key: str) -> list[Corpus]:
+        """Read the corpora of a data config, which a configuration key names."""
+        return read_corpora(
+            path,
+            filters=self.config.data.filter,
+            made=Path(self.config.exp_dir or "") / "shards",
+            cache=self.cache,
+            what=key,
+        )
 
     def _plan(self, corpora: list[Corpus], *, shuffle: bool, endless: bool = False) -> Plan:
         return Plan(

@@ -140,19 +140,20 @@ def read_hjson(path: Path) -> DsConfig:
     Raises:
         UserError: the file is missing or is not a valid JSON object.
     """
+    name = f"trainer.deepspeed_config={str(path)!r}"
     text = read_text(path, "trainer.deepspeed_config")
     try:
         content = hjson.loads(text, object_pairs_hook=_unique_keys)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     except (ValueError, RecursionError, OverflowError) as error:
         problem = first_words(error)
         if found := _not_a_number(text):
             problem = f"{found} is not a valid JSON number"
-        raise UserError(f"{path} is not valid JSON: {problem}. Correct the file.") from error
+        raise UserError(f"{name} is not valid JSON: {problem}. Correct the file.") from error
     if not isinstance(content, dict) or not text.strip():
         raise UserError(
-            f"{path} is not a JSON object. "
+            f"{name} is not a JSON object. "
             "Give a DeepSpeed JSON, for example ds_configs/zero3.json."
         )
     return dict(content)

@@ -562,5 +562,5 @@ def test_schedule_warms_up_and_decays():
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_value_that_is_not_a_json_number_is_named(tmp_path, value):
-    with pytest.raises(UserError, match=f"mine.json .*{value} "):
+    with pytest.raises(UserError, match=f"mine.json.* {value} "):
         read(tmp_path, f'{{"gradient_clipping": {value}}}')

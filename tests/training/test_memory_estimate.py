@@ -157,7 +157,7 @@ def planned(world, tmp_path, *overrides):
 def test_plan_counts_the_data_and_estimates_every_stage(world, tmp_path):
     found = planned(world, tmp_path, "gpus=2", "gpu_memory=10")
     assert found["data"]["utterances"] == 60
-    assert 1 < found["data"]["steps an epoch"] < 60
+    assert 1 < found["data"]["steps per epoch"] < 60
     assert 0 < found["data"]["ratio of audio tokens"] < 1
     assert not (tmp_path / "exp").exists(), "nothing is written"
     by_stage = found["memory"]

@@ -124,7 +124,7 @@ class AsrLlmProcessor:
         if len(wave) < low:
             raise UserError(
                 f"{name} is too short: it has {len(wave)} samples at 16 kHz, but the model needs "
-                f"{low} ({low / RATE:.3f} s)."
+                f"{low} ({low / RATE:.3f} s). Give a longer recording."
             )
         if len(wave) > high:
             raise UserError(

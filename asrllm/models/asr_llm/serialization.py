@@ -523,9 +523,7 @@ def as_dtype(dtype: Dtype) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype):
         return None
     if dtype not in DTYPES.values():
-        raise UserError(
-            f"dtype={dtype} is not a dtype of weights. Choose from {', '.join(DTYPES)}."
-        )
+        raise UserError(f"dtype={dtype} is not a dtype of weights. Available: {', '.join(DTYPES)}.")
     return dtype
 
 
