@@ -35,4 +35,5 @@ def fit_and_show(config: TrainRun) -> None:
         result = warm_start(model, data, hours=config.model.projector_init_hours, device=device)
     finally:
         distributed.finish()
-    print(describe_warm_start(result))
+    if distributed.rank() == 0:
+        print(describe_warm_start(result))

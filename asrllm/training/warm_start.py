@@ -131,15 +131,15 @@ def describe_warm_start(result: WarmStart) -> str:
     ]
     for number, score in enumerate(result.scores, 1):
         lines.append(
-            f"  iteration {number}: right token of held-out frames {100 * score.top1:.1f} %, "
-            f"among the {TOP} nearest {100 * score.top5:.1f} %; {100 * score.moved:.1f} % of the "
-            "frames moved"
+            f"  iteration {number}: the nearest token is correct for {100 * score.top1:.1f} % of "
+            f"the held-out frames, one of the {TOP} nearest for {100 * score.top5:.1f} %; "
+            f"{100 * score.moved:.1f} % of all frames changed their token"
         )
     return "\n".join(lines)
 
 
 def choose_utterances(corpora: Sequence[Corpus], hours: float) -> list[Item]:
-    """Choose utterances with at most so many hours, spread over the corpora by their hours.
+    """Choose utterances of at most `hours` hours, spread over the corpora by their hours.
 
     Those of a corpus are spread over at most SHARDS of its shards.
     """
@@ -325,7 +325,7 @@ def alternate(
             fit = regression.fit()
             score = realign_all(batches, fit, embeddings)
             scores.append(score)
-            bar.advance(note=f"{100 * score.top1:.1f} % of the held-out frames are right")
+            bar.advance(note=f"correct for {100 * score.top1:.1f} % of the held-out frames")
             if score.moved < MOVED:
                 break
     return fit, scores
