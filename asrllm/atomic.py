@@ -180,5 +180,10 @@ def writable_path(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in PATH_FIXES:
             raise
-        fix = PATH_FIXES[error.errno]
-        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}). {fix}") from error
+        raise write_error(path, error) from error
+
+
+def write_error(path: str | Path, error: OSError) -> UserError:
+    """Return the error for a path that cannot be written, with its reason and the fix."""
+    fix = PATH_FIXES.get(error.errno or 0, "Check that its directory exists and has free space.")
+    return UserError(f"{str(path)!r} cannot be written ({error.strerror or error}). {fix}")

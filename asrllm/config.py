@@ -127,7 +127,10 @@ def composition_error(
     if isinstance(cause, ConfigKeyError) and cause.full_key:
         return unknown_key(str(cause.full_key), known)
     problem = " ".join(str(cause).partition("full_key:")[0].split())  # OmegaConf appends internals
-    return UserError(f"the configuration cannot be composed: {problem}")
+    return UserError(
+        f"the configuration cannot be composed: {problem.rstrip('.')}. "
+        "Correct the overrides or the configuration files."
+    )
 
 
 def _keys_of(tree: object, prefix: str) -> list[str]:

@@ -107,7 +107,9 @@ def read_array(item: Any, name: str) -> np.ndarray:
     try:
         wave = np.asarray(item)
     except ValueError as error:  # rows of different lengths
-        raise UserError(f"{name} is not an array of samples: {error}") from error
+        raise UserError(
+            f"{name} is not an array of samples: {error}. Pass a one-dimensional array."
+        ) from error
     if wave.ndim != 1:
         raise UserError(
             f"{name} has the shape {wave.shape}. Pass one channel, for example the mean of all."

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asrllm.atomic import write_error
 from asrllm.data.index import Index, open_index
 from asrllm.data.storage import is_url
 from asrllm.errors import UserError
@@ -148,7 +149,7 @@ def _write_problems(output: str, lines: Sequence[str]) -> None:
     try:
         Path(output).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UserError(f"{output!r} cannot be written: {error}") from error
+        raise write_error(output, error) from error
 
 
 def _print_problems(lines: Sequence[str], output: str | None) -> None:

@@ -212,7 +212,9 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             content = _streamed(path)
         size = os.stat(path).st_size if content is None else len(content)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"the audio file {path!r} cannot be read: {error}") from error
+        raise UserError(
+            f"the audio file {path!r} cannot be read: {error}. Check the path and its permissions."
+        ) from error
     file = AudioFile(path=path, seconds=None, content=content)
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")

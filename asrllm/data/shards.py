@@ -32,6 +32,7 @@ import numpy as np
 import soundfile
 from filelock import Timeout
 
+from asrllm.atomic import write_error
 from asrllm.data.audio_files import OutsideError, decoder_error
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
@@ -272,7 +273,7 @@ def _write_shard(job: _Job, advance: Advance) -> _FinishedShard:
     except ConnectionError:  # raised by `advance`: the parent is gone
         raise
     except OSError as error:
-        raise UserError(f"{str(partial)!r} cannot be written: {error}") from error
+        raise write_error(partial, error) from error
     rejected += [(sample.key, sample.reason, sample.detail) for sample in bad]
     return _FinishedShard(
         number=job.number,
@@ -473,7 +474,7 @@ class _WorkDir:
                 "Wait until it ends, or choose another directory."
             ) from error
         except OSError as error:
-            raise UserError(f"{str(self.out)!r} cannot be written: {error}") from error
+            raise write_error(self.out, error) from error
         return lock
 
     def _check_free(self) -> None:

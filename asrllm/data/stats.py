@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from asrllm.atomic import write_error
 from asrllm.data.index import Index
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
@@ -242,7 +243,7 @@ def draw(statistics: Statistics, path: str | Path) -> None:
         else:
             path.write_text(_page(statistics, picture), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written: {error}") from error
+        raise write_error(path, error) from error
 
 
 def _picture(statistics: Statistics) -> bytes:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from asrllm.atomic import write_error
 from asrllm.data.audio_files import open_audio, read_stretch
 from asrllm.data.index import (
     BLOCK,
@@ -80,7 +81,7 @@ def index_tars(
             _write_rejected(folder / "rejected.jsonl", scans)
         index = write_index(folder, [scan.record for scan in scans])
     except OSError as error:
-        raise UserError(f"the index cannot be written to {str(folder)!r}: {error}") from error
+        raise write_error(folder, error) from error
     return ShardSummary(index=index, rejected=dict(reasons))
 
 

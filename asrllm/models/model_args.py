@@ -198,7 +198,7 @@ class ModelConfig:
                 fix = "Give the directory of a pretrained model."
                 model_type = getattr(self, name).model_type
                 if model_type and is_directory_or_hub_id(model_type):
-                    fix = f"To train on from that model, set {key}={model_type} too."
+                    fix = f"To start from that model, set {key}={model_type} too."
                 raise UserError(f"{key} is not set. {fix}")
 
     def __post_init__(self) -> None:
@@ -213,7 +213,7 @@ class ModelConfig:
     def _check_excluded(self, name: str) -> None:
         if name not in PRETRAINED_PARTS:
             raise UserError(
-                f"model.exclude_from_checkpoint: {name!r} is not a part. Choose from "
+                f"model.exclude_from_checkpoint: {name!r} is not a part. Available: "
                 f"{', '.join(PRETRAINED_PARTS)}."
             )
         if not getattr(self, name).frozen:

@@ -246,4 +246,6 @@ def _converted_errors(key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise UserError(f"{key} is not valid for this model: {first_words(error)}.") from error
+        raise UserError(
+            f"{key} is not valid for this model: {first_words(error)}. Correct its options."
+        ) from error

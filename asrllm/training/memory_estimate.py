@@ -222,7 +222,7 @@ def measure_activations(
     """
     measured = []
     for tokens in PROBES:
-        llm_bytes = kept_bytes(model, tokens, dtype, recompute)
+        llm_bytes = saved_by_llm(model, tokens, dtype, recompute)
         audio_bytes = _audio_bytes(model, round(tokens * audio), dtype, recompute)
         measured.append(llm_bytes + audio_bytes)
     low, high = measured
@@ -235,7 +235,7 @@ def measure_activations(
     )
 
 
-def kept_bytes(model: AsrLlmModel, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
+def saved_by_llm(model: AsrLlmModel, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
     """Return the bytes that the LLM saves for the backward pass of a packed row.
 
     Args:

@@ -253,8 +253,8 @@ class Trainer:
         # One collective for both, so that all ranks stop after the same step.
         flags = torch.tensor([float(targets), self._signalled()], device=self.device)
         total_targets, signalled = distributed.sum_over_ranks(flags)
-        # DeepSpeed averages over ranks and micro-batches: undo that, and divide by the targets
-        # A step of fillers has no target.
+        # DeepSpeed averages over ranks and micro-batches. This is undone, and the sum is divided by
+        # the number of targets, which is 0 in a step of fillers.
         scale = distributed.world_size() * len(micro_batches) / total_targets.clamp(min=1)
         sums = self._accumulate(micro_batches, scale)
         self.step += 1

@@ -226,7 +226,7 @@ def _columns(
     columns: list[str] = []
     for _, cells in _split_rows(iter([(1, header)]), delimiter):
         if isinstance(cells, RejectedError):
-            raise UserError(f"the header of {ROLE} {str(path)!r} {cells.args[1]}")
+            raise UserError(f"the header of {ROLE} {str(path)!r} {cells.args[1]}. Correct it.")
         columns += [cell.strip() for cell in cells]
     return columns
 

@@ -99,7 +99,8 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of each line of a table."""
     if not path.exists():
         raise UserError(
-            f"{str(path.parent)!r} is not a Kaldi data directory: it has no file {path.name}."
+            f"{str(path.parent)!r} is not a Kaldi data directory: it has no file {path.name}. "
+            "Give the directory with wav.scp and text."
         )
     for _, line in read_lines(path, "the Kaldi table", strict=False):
         key, *value = line.split(maxsplit=1)

@@ -147,7 +147,7 @@ class AsrLlmProcessor:
         self._check_feature_shapes(x, x_lens)
         self._check_feature_lengths(x, x_lens)
         names = [f"audio {i}" for i in range(len(x))]
-        check_finite_features(x, names, "contain NaN or infinite values.")
+        check_finite_features(x, names, "contain NaN or infinite values. Compute them again.")
         return x, x_lens
 
     def _check_feature_lengths(self, x: Tensor, x_lens: Tensor) -> None:
@@ -156,12 +156,12 @@ class AsrLlmProcessor:
             if not 1 <= length <= x.shape[1]:
                 raise UserError(
                     f"x_lens[{i}]={length} is not between 1 and {x.shape[1]}, the number of frames "
-                    "in x."
+                    "in x. Correct it."
                 )
             if not low <= length <= high:
                 raise UserError(
                     f"x_lens[{i}]={length} is not between {low} and {high}, the numbers of frames "
-                    "that the model accepts."
+                    "that the model accepts. Use a longer or shorter recording."
                 )
 
     def _check_feature_shapes(self, x: Tensor, x_lens: Tensor) -> None:
