@@ -132,7 +132,7 @@ def report_data(sets: Sequence[ReportSet]) -> Data:
     for number, report_set in enumerate(sets):
         rows += utterance_rows(number, report_set)
     rows.sort(key=_worst_first)
-    return {"signs": HALLUCINATION_FLAGS, "sets": shown, "utterances": rows}
+    return {"flags": HALLUCINATION_FLAGS, "sets": shown, "utterances": rows}
 
 
 def _worst_first(row: Data) -> tuple[float, float]:
@@ -208,7 +208,7 @@ def system_data(scored: Scored, entry: Entry) -> Data:
         data[metric] = entry[metric]
         data[f"{metric}_ci95"] = entry[f"{metric}_ci95"]
     data["ci95_by"] = entry["ci95_by"]
-    data["shares"] = entry["shares"][scored.metric]
+    data["percentages"] = entry["percentages"][scored.metric]
     data["counts"] = {
         "ins": int(main.ins.sum()),
         "del": int(main.dels.sum()),
@@ -288,7 +288,7 @@ def utterance_row(scored: Scored, i: int) -> Data:
         "ins": int(errors.ins[i]),
         "del": int(errors.dels[i]),
         "sub": int(errors.subs[i]),
-        "signs": scored.flags[i],
+        "flags": scored.flags[i],
         "ref": transcript.raw_reference,
     }
 

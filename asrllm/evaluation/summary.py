@@ -154,7 +154,7 @@ class Scored:
             "insertions": int(word_errors.ins.sum()),
             "deletions": int(word_errors.dels.sum()),
             "substitutions": int(word_errors.subs.sum()),
-            "shares": self.percentages(),
+            "percentages": self.percentages(),
             "empty_references": sum(not transcript.reference for transcript in self.transcripts),
             "hallucinations": self.hallucinations(),
             "by_duration": self.by_duration(),

@@ -18,7 +18,7 @@ COLUMNS = (
     "hypothesis",
     "errors",
     "rate",
-    "signs",
+    "flags",
     "audio",
 )
 

@@ -177,7 +177,7 @@ def test_utterances_are_filtered_by_text_set_and_flag(page):
     wait(page, lambda driver: column(driver, "key") == [ATTACK])
     find(page, "#find")[0].clear()
     choose(page, "#set", "2")
-    choose(page, "#sign", "loop")
+    choose(page, "#flag", "loop")
     assert find(page, "#place")[0].text == "no matching utterances"
 
 
@@ -229,7 +229,7 @@ def test_figures_change_with_the_set(page):
     assert of_all[0] != of_one[0]
     assert of_one[0].startswith("substitutions: ")
     assert len(find(page, "#summary tbody")) == 3
-    assert [row.text for row in find(page, "#signs tbody th")] == list(HALLUCINATION_FLAGS)
+    assert [row.text for row in find(page, "#flags tbody th")] == list(HALLUCINATION_FLAGS)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

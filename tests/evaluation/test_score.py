@@ -169,7 +169,7 @@ def test_results_are_broken_down_by_duration_speaker_and_corpus():
     }
     assert list(entry["by_speaker"]) == ["y", "x"]
     assert entry["by_corpus"]["q"] == {"utterances": 2, "hours": round(52 / 3600, 4), "wer": 50.0}
-    assert entry["shares"]["wer"] == {
+    assert entry["percentages"]["wer"] == {
         "ins": 0.0,
         "del": pytest.approx(16.667),
         "sub": pytest.approx(16.667),

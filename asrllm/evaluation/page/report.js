@@ -7,8 +7,8 @@
   const chosenSet = () => sets[Number(chooser.value)];
   const utterances = new Utterances(data, () => (chosenSet().pooled ? null : Number(chooser.value)));
 
-  const chooseSign = (sign) => {
-    byId("sign").value = sign;
+  const chooseFlag = (flag) => {
+    byId("flag").value = flag;
     utterances.restart();
     byId("utterances").scrollIntoView();
   };
@@ -18,7 +18,7 @@
     byId("series").replaceChildren(...seriesLegend(set));
     byId("figures").replaceChildren(...figures(set));
     byId("length-ratio").textContent = lengthRatio(set);
-    byId("signs").replaceChildren(...signTable(set, data.signs, chooseSign));
+    byId("flags").replaceChildren(...flagTable(set, data.flags, chooseFlag));
     byId("wrong").replaceChildren(...wrongLists(set));
     utterances.restart();
   };

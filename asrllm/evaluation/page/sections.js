@@ -87,8 +87,8 @@ function seriesLegend(set) {
 
 function figures(set) {
   const {model, baseline, metric} = set;
-  const share = (kind) => ({
-    label: KINDS[kind], note: count(model.counts[kind]), rate: model.shares[kind], baseline: baseline ? baseline.shares[kind] : null,
+  const percentage = (kind) => ({
+    label: KINDS[kind], note: count(model.counts[kind]), rate: model.percentages[kind], baseline: baseline ? baseline.percentages[kind] : null,
   });
   const row = (of) => ({label: of.name || "(unknown)", note: `${count(of.utterances)} utt.`, rate: of.rate, baseline: of.baseline});
   const series = {model: model.rates, ...(baseline ? {baseline: baseline.rates} : {})};
@@ -96,7 +96,7 @@ function figures(set) {
   const speakers = (first) => figure(`${NAMES[metric]} by speaker`, `${first + 1}\u2013${Math.min(first + SPEAKERS, set.speakers)} of ${count(set.speakers)}, worst first`,
     bars(set.by_speaker.slice(first, first + SPEAKERS).map(row), most));
   return [
-    figure("Error types", `% of ${count(set.units)} reference ${UNITS[metric]}`, bars(Object.keys(KINDS).map(share))),
+    figure("Error types", `% of ${count(set.units)} reference ${UNITS[metric]}`, bars(Object.keys(KINDS).map(percentage))),
     figure("Utterances by error rate", `number of utterances by ${NAMES[metric]} in %`, histogram(set.rate_bins, series)),
     figure(`${NAMES[metric]} by duration`, "", bars(set.by_duration.map(row))),
     set.by_corpus.length > 0 && figure(`${NAMES[metric]} by corpus`, "", bars(set.by_corpus.map(row))),
@@ -104,20 +104,20 @@ function figures(set) {
   ].filter(Boolean);
 }
 
-function signTable(set, signs, choose) {
-  const cell = (side, sign) => {
-    const n = side.hallucinations[sign];
+function flagTable(set, flags, choose) {
+  const cell = (side, flag) => {
+    const n = side.hallucinations[flag];
     return `${count(n)} (${percent((100 * n) / Math.max(set.utterances, 1), 1)})`;
   };
   const head = [["flag"], ["meaning"], ["utterances", "number"], ...(set.baseline ? [["Whisper", "number"]] : [])];
   return [
     html("caption", {class: "unseen"}, "Utterances with hallucination flags"),
     html("thead", {}, html("tr", {}, head.map(([title, kind]) => html("th", {scope: "col", class: kind}, title)))),
-    html("tbody", {}, Object.entries(signs).map(([sign, meaning]) => html("tr", {},
-      html("th", {scope: "row"}, html("button", {type: "button", class: "chip", title: "show these utterances", click: () => choose(sign)}, sign)),
+    html("tbody", {}, Object.entries(flags).map(([flag, meaning]) => html("tr", {},
+      html("th", {scope: "row"}, html("button", {type: "button", class: "chip", title: "show these utterances", click: () => choose(flag)}, flag)),
       html("td", {}, meaning),
-      html("td", {class: "number"}, cell(set.model, sign)),
-      set.baseline && html("td", {class: "number"}, cell(set.baseline, sign))))),
+      html("td", {class: "number"}, cell(set.model, flag)),
+      set.baseline && html("td", {class: "number"}, cell(set.baseline, flag))))),
   ];
 }
 

@@ -12,7 +12,7 @@ const COLUMNS = [
   {id: "errors", of: (row) => row.errors, descending: true, show: (row) => count(row.errors)},
   {id: "rate", of: ownRate, descending: true, show: (row) => shownRate(ownRate(row))},
   {id: "Whisper", of: baselineRate, descending: true, show: (row) => (row.baseline ? shownRate(baselineRate(row)) : "\u2013")},
-  {id: "flags", of: (row) => row.signs.length, descending: true, show: (row) => row.signs.map((sign) => html("span", {class: "chip"}, sign))},
+  {id: "flags", of: (row) => row.flags.length, descending: true, show: (row) => row.flags.map((flag) => html("span", {class: "chip"}, flag))},
   {id: "speaker", of: (row) => row.speaker},
   {id: "seconds", of: (row) => row.duration, descending: true, show: (row) => row.duration.toFixed(2)},
 ];
@@ -29,8 +29,8 @@ class Utterances {
       row.text = [row.key, row.speaker, row.ref, row.hyp, row.baseline ? row.baseline.hyp : ""].join("\n").toLowerCase();
     }
     byId("find").addEventListener("input", () => this.restart());
-    byId("sign").append(html("option", {value: ""}, "any"), ...Object.keys(data.signs).map((sign) => html("option", {value: sign}, sign)));
-    byId("sign").addEventListener("change", () => this.restart());
+    byId("flag").append(html("option", {value: ""}, "any"), ...Object.keys(data.flags).map((flag) => html("option", {value: flag}, flag)));
+    byId("flag").addEventListener("change", () => this.restart());
     byId("previous").addEventListener("click", () => this.turn(-1));
     byId("next").addEventListener("click", () => this.turn(1));
     this.makeHead();
@@ -61,8 +61,8 @@ class Utterances {
   }
 
   fits(row) {
-    const set = this.chosen(), sign = byId("sign").value, words = byId("find").value.trim().toLowerCase();
-    return (set === null || row.set === set) && (!sign || row.signs.includes(sign)) && row.text.includes(words);
+    const set = this.chosen(), flag = byId("flag").value, words = byId("find").value.trim().toLowerCase();
+    return (set === null || row.set === set) && (!flag || row.flags.includes(flag)) && row.text.includes(words);
   }
 
   /** Equal rows remain in the order of the data, worst first. */
