@@ -17,7 +17,7 @@ from asrllm.errors import UserError
 from asrllm.models.asr_llm.serialization import parameters_on_meta, weight_files
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and 17 others watch it."
-COLUMNS = 64  # the number of columns of each merged weight that are compared
+COMPARED_COLUMNS = 64  # the number of columns of each merged weight that are compared
 
 
 class Parity(NamedTuple):
@@ -85,7 +85,7 @@ def _check_layer(files: LlmFiles, written: LazyTensors, key: str) -> None:
 
 
 def some_columns(layer: nn.Module, plain: nn.Module, size: int) -> Tensor:
-    """Compute up to COLUMNS columns of the weight by which a layer multiplies, and its bias.
+    """Compute up to COMPARED_COLUMNS columns of the weight by which a layer multiplies, and its bias.
 
     Args:
         layer: the layer, with or without adapters.
@@ -93,9 +93,9 @@ def some_columns(layer: nn.Module, plain: nn.Module, size: int) -> Tensor:
         size: number of inputs of the layer; for an embedding, of its rows.
 
     Returns:
-        (COLUMNS + 1, outputs) with the bias last; (COLUMNS, outputs) for an embedding.
+        (COMPARED_COLUMNS + 1, outputs) with the bias last; (COMPARED_COLUMNS, outputs) for an embedding.
     """
-    picked = torch.linspace(0, size - 1, min(size, COLUMNS)).long()
+    picked = torch.linspace(0, size - 1, min(size, COMPARED_COLUMNS)).long()
     if isinstance(plain, nn.Embedding):
         return layer(picked)
     # A layer is affine, so a one-hot input yields a column plus the bias.

@@ -24,7 +24,7 @@ from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import read_ds_config
 from asrllm.training.memory_estimate import (
-    CONTEXT,
+    CUDA_CONTEXT,
     SLACK,
     Activations,
     Memory,
@@ -174,7 +174,7 @@ def estimate_memory(
         model, dtype=trainer.dtype, recompute=trainer.gradient_checkpointing, audio=audio_ratio
     )
     total = (config.gpu_memory or this_gpu_memory()) * GB
-    usable = (total - CONTEXT) * (1 - SLACK)
+    usable = (total - CUDA_CONTEXT) * (1 - SLACK)
     by_stage: JsonObject = {}
     for name in dict.fromkeys((*DS_CONFIGS, trainer.deepspeed_config)):
         sizes, memory, limit = memory_with(name, config, model, activations, tokens, usable)

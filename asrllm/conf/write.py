@@ -40,7 +40,7 @@ GROUPS: dict[str, type] = {
     "data/test": TestData,
 }
 # component and groups of each verb's file
-VERBS: dict[str, tuple[type, tuple[str, ...]]] = {
+CONFIGURED_VERBS: dict[str, tuple[type, tuple[str, ...]]] = {
     "train": (TrainRun, ("model/default", "data/default", "trainer/default")),
     "plan": (PlanRun, ("model/default", "data/default", "trainer/default")),
     "evaluate": (EvaluationRun, ("data/test",)),
@@ -53,7 +53,7 @@ def yaml_files() -> dict[str, str]:
     for name, cls in GROUPS.items():
         lines = list(component_lines(cls, default_values(cls)))
         files[f"{name}.yaml"] = "\n".join(lines) + "\n"
-    for verb, (cls, groups) in VERBS.items():
+    for verb, (cls, groups) in CONFIGURED_VERBS.items():
         head = [f"# asrllm {verb} key=value ...", "defaults:"]
         values = default_values(cls)
         for group in groups:

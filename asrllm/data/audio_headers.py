@@ -1,10 +1,10 @@
 """Compare the length in the header of an audio file with the file, where libsndfile does not."""
 
-import mmap
 import re
 from collections.abc import Callable
 
-Buffer = bytes | mmap.mmap
+from asrllm.text_files import Buffer
+
 SHORTEST_MP3 = 0.99  # ratio of the promised bytes; encoders count the last frames differently
 LARGEST_TAIL = 1024  # bytes after the audio that may be anything, for example an ID3v1 tag
 INCOMPLETE = "is truncated: its last page or frame is incomplete. Copy it again."

@@ -14,7 +14,7 @@ from asrllm.errors import UserError
 
 ANOTHER_SCRIPT = 0.5  # ratio of references from which on the normalizer is the wrong one
 # letters of the languages of normalizers; the other normalizers accept any script
-SCRIPTS = {"en": "[A-Za-z]", "zh": HAN, "zh-numbers": HAN}
+NORMALIZER_SCRIPTS = {"en": "[A-Za-z]", "zh": HAN, "zh-numbers": HAN}
 
 
 def language_of(corpus: Corpus) -> str | None:
@@ -91,10 +91,10 @@ def check_references(
             f"all {len(references)} references of the test set {test_set!r} are empty before or "
             f"after the normalizer {name!r}. Add transcripts, or set another normalizer=."
         )
-    if name not in SCRIPTS:
+    if name not in NORMALIZER_SCRIPTS:
         return
     with_letters = [text for text in normalized if re.search(r"[^\W\d_]", text)]
-    foreign = [text for text in with_letters if not re.search(SCRIPTS[name], text)]
+    foreign = [text for text in with_letters if not re.search(NORMALIZER_SCRIPTS[name], text)]
     if len(foreign) > ANOTHER_SCRIPT * len(with_letters):
         raise UserError(
             f"{len(foreign)} of {len(with_letters)} references of the test set {test_set!r} are in "

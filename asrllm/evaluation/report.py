@@ -27,8 +27,8 @@ ABOUT = ("normalizer", "rtfx", "prompt", "weights", "lang")
 RATES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # per cent; the borders of the histogram
 MAX_SPEAKERS = 30  # shown
 MAX_CONFUSIONS = 15  # shown of each kind
-STYLES = ("report.css",)
-SCRIPTS = ("dom.js", "charts.js", "sections.js", "utterances.js", "report.js")
+PAGE_STYLES = ("report.css",)
+PAGE_SCRIPTS = ("dom.js", "charts.js", "sections.js", "utterances.js", "report.js")
 
 Data = dict[str, Any]  # a JSON object of the page
 
@@ -86,8 +86,8 @@ def write_report(path: Path, title: str, sets: Sequence[ReportSet]) -> None:
 def page(title: str, data: Data) -> str:
     """Return the page, whose security policy allows only its own scripts and loads nothing."""
     folder = resources.files("asrllm.evaluation") / "page"
-    style = "".join((folder / name).read_text(encoding="utf-8") for name in STYLES)
-    script = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = "".join((folder / name).read_text(encoding="utf-8") for name in PAGE_STYLES)
+    script = "".join((folder / name).read_text(encoding="utf-8") for name in PAGE_SCRIPTS)
     policy = (
         "default-src 'none'; img-src data:; media-src data:; "
         f"style-src {digest(style)}; script-src {digest(script)}"

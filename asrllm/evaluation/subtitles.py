@@ -19,7 +19,7 @@ OPENING = "「『（《〈【“‘(["
 _OPENING = re.escape(OPENING)
 # a line may begin with a character of a script without spaces, or with a run of other characters,
 # each together with the punctuation that belongs to it
-PIECE = re.compile(
+UNBREAKABLE = re.compile(
     rf"[{_OPENING}]*(?:[{UNSPACED}]|[^\s{UNSPACED}{_OPENING}]+)[^\w\s{_OPENING}]*|\S+"
 )
 Cue = tuple[int, int, list[str]]  # begin and end in milliseconds, lines
@@ -121,7 +121,7 @@ def balanced_lines(text: str) -> list[str]:
 def split_pieces(text: str) -> Iterator[str]:
     """Yield the pieces between which a line may break, with the space before them if any."""
     for i, word in enumerate(text.split()):
-        for j, piece in enumerate(PIECE.findall(word)):
+        for j, piece in enumerate(UNBREAKABLE.findall(word)):
             space = " " if i and not j else ""
             while display_width(piece) > LINE:
                 part = _longest_prefix(piece)

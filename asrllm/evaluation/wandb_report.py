@@ -10,7 +10,7 @@ from asrllm.evaluation.summary import Entry
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb
 
-COLUMNS = (
+TABLE_COLUMNS = (
     "key",
     "speaker",
     "duration",
@@ -59,7 +59,7 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
             for key, value in numbers(report_set.entry).items():
                 logged[f"{report_set.name}/{key}"] = value
             rows = table_rows(report_set, Path(folder) / str(i))
-            logged[f"{report_set.name}/table"] = wandb.Table(columns=list(COLUMNS), data=rows)
+            logged[f"{report_set.name}/table"] = wandb.Table(columns=list(TABLE_COLUMNS), data=rows)
         run.log(logged)
 
 

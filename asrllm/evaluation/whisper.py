@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # samples; the test set's limits are those of the model's encoder, and audio after 30 s is cut off
 LIMITS = (1, 31 * RATE)
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+WHISPER_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 def find_whisper(path: str | Path | None) -> Path:
@@ -42,7 +42,7 @@ def find_whisper(path: str | Path | None) -> Path:
         raise UserError(f"{str(path)!r} is not a Hugging Face directory")
     if '"whisper"' not in read_text(folder / "config.json", "the encoder's configuration"):
         raise UserError(f"the audio encoder {str(path)!r} is not a Whisper model")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in WHISPER_TOKENIZER_FILES):
         raise UserError(f"{str(path)!r} has no tokenizer, which Whisper's decoder needs")
     return folder
 

@@ -31,7 +31,7 @@ MOMENTS = 8  # bytes of AdamW's two moments per trained weight
 # float32, and the temporary of the reduction.
 CHUNKS = 3
 PROBES = (256, 512)  # tokens
-CONTEXT = 1 << 30  # bytes of CUDA and its libraries
+CUDA_CONTEXT = 1 << 30  # bytes of CUDA and its libraries
 SLACK = 0.05  # ratio of the memory that the allocator cannot use
 AUDIO_PROBE = 10 * RATE  # samples
 

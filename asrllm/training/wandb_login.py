@@ -12,7 +12,7 @@ from asrllm.text_files import first_words
 from asrllm.training.run_config import WandbConfig
 
 DEFAULT_HOST = "api.wandb.ai"
-CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+LOGIN_VARIABLES = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 LOG_IN = "Run 'wandb login', set WANDB_API_KEY, or choose the mode offline."
 
 
@@ -26,7 +26,7 @@ def check_wandb_login(config: WandbConfig, key: str) -> None:
     Raises:
         UserError: no credentials were found.
     """
-    if config.mode != "online" or any(os.environ.get(name) for name in CREDENTIALS):
+    if config.mode != "online" or any(os.environ.get(name) for name in LOGIN_VARIABLES):
         return
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or DEFAULT_HOST
     for file in netrc_files():

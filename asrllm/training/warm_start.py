@@ -37,7 +37,7 @@ from asrllm.training.data import TrainingData
 logger = logging.getLogger(__name__)
 SHARDS = 32  # maximum shards read from a corpus, because remote shards are downloaded whole
 HELD_OUT_EVERY = 10  # one of this many utterances measures the quality
-BATCH_SECONDS = 120.0  # audio that is encoded at a time, padding included
+ENCODED_SECONDS = 120.0  # audio that is encoded at a time, padding included
 MAX_WIDTH = 16384  # width of a stacked frame, for which a matrix of 2 GB is factorized
 MAX_ITERATIONS = 8
 MOVED = 0.01  # ratio of moved frames below which the alignments no longer change the fit
@@ -201,14 +201,14 @@ class SpeechEncoder:
         return batches
 
     def _groups(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Group utterances of similar lengths, with at most BATCH_SECONDS of padded audio."""
+        """Group utterances of similar lengths, with at most ENCODED_SECONDS of padded audio."""
         lengths: dict[Item, int] = {}
         for item in items:
             row = self.reader.corpora[item.corpus].index.rows[item.row]
             lengths[item] = int(row["samples"])
         group: list[Item] = []
         for item in sorted(items, key=lambda item: lengths[item]):
-            if group and (len(group) + 1) * lengths[item] > BATCH_SECONDS * RATE:
+            if group and (len(group) + 1) * lengths[item] > ENCODED_SECONDS * RATE:
                 yield group
                 group = []
             group.append(item)

@@ -23,7 +23,7 @@ from asrllm.evaluation.report import (
 )
 from asrllm.evaluation.score import Errors, Transcript, align
 from asrllm.evaluation.summary import Scored, score
-from asrllm.evaluation.wandb_report import COLUMNS, log_to_wandb
+from asrllm.evaluation.wandb_report import TABLE_COLUMNS, log_to_wandb
 from asrllm.testing import WORDS, tone
 from asrllm.training.run_config import WandbConfig
 from tests.processes import wait_for
@@ -291,7 +291,7 @@ def test_wandb_run_has_numbers_and_tables(tmp_path, monkeypatch):
     assert sum(name.endswith(".mp3") for name in files) == 1
     (table,) = (path.parent / "files" / "media").rglob("*.table.json")
     rows = json.loads(table.read_text())
-    assert rows["columns"] == list(COLUMNS)
+    assert rows["columns"] == list(TABLE_COLUMNS)
     assert [row[0] for row in rows["data"]] == [
         s.scored.transcripts[i].key for i in choose_audio(s.scored, 40)
     ]

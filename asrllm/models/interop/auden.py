@@ -48,7 +48,7 @@ from asrllm.models.state_dict import StateDict
 from asrllm.text_files import first_words
 
 MODEL_TYPES = ("lalm", "audio-llm")
-WEIGHT_NAMES = ("pretrained.safetensors", "model.safetensors", "pretrained.pt", "model.pt")
+AUDEN_WEIGHT_NAMES = ("pretrained.safetensors", "model.safetensors", "pretrained.pt", "model.pt")
 # Auden's key: the key here
 AUDEN_KEYS = {
     "encoder_projector.linear1.weight": "projector.mlp.linear1.weight",
@@ -239,13 +239,13 @@ def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
 
     Args:
         folder: the directory. Parts that the weight file does not contain are in subdirectories.
-        file: the weight file; by default the first of WEIGHT_NAMES that exists.
+        file: the weight file; by default the first of AUDEN_WEIGHT_NAMES that exists.
         fields: the fields of AsrLlmConfig, from `read_fields`.
     """
     file = file or _default_file(folder)
     if file is None or not file.is_file():
         raise UserError(
-            f"{str(file or folder)!r} has no weights (none of {', '.join(WEIGHT_NAMES)}). Give the "
+            f"{str(file or folder)!r} has no weights (none of {', '.join(AUDEN_WEIGHT_NAMES)}). Give the "
             "file with weights=."
         )
     state = from_auden_names(load_tensors(file), str(file))
@@ -261,7 +261,7 @@ def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
 
 
 def _default_file(folder: Path) -> Path | None:
-    for name in WEIGHT_NAMES:
+    for name in AUDEN_WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
     return None
