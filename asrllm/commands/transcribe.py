@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     problems += failures
     if problems:
         if done:
-            problems.append(f"the other files ({done}) are transcribed")
-        raise UserError("; ".join(problems))
+            problems.append(f"The other files ({done}) are transcribed.")
+        raise UserError("\n".join(problems))
 
 
 def write_all(
@@ -137,9 +137,9 @@ def open_all(paths: Sequence[str], shortest: int) -> tuple[list[AudioFile], list
         except UserError as error:
             problems.append(str(error))
     if not files:
-        raise UserError("; ".join(problems))
+        raise UserError("\n".join(problems))
     for problem in problems:
-        logger.warning("%s; the other files are transcribed first", problem)
+        logger.warning("%s The other files are transcribed first.", problem)
     return files, problems
 
 

@@ -212,8 +212,9 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             content = _streamed(path)
         size = os.stat(path).st_size if content is None else len(content)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"the audio file {path!r} cannot be read: {error}. Check the path and its permissions."
+            f"the audio file {path!r} cannot be read ({reason}). Check the path and its permissions."
         ) from error
     file = AudioFile(path=path, seconds=None, content=content)
     if not size:
