@@ -81,7 +81,8 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     check_test_durations(corpora, load_model_config(exp_dir).sample_limits())
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
-    evaluation.check()
+    with waiting("checking the test sets"):
+        evaluation.check()
     is_whole = is_exported(exp_dir) and not choice.filename
     with waiting(f"loading {exp_dir}"):
         model = AutoModel.from_pretrained(

@@ -19,6 +19,7 @@ from asrllm.hydra_app import run_app
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import describe_model
+from asrllm.progress import waiting
 from asrllm.schema import PositiveInt, component
 from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
@@ -97,13 +98,15 @@ def plan(config: PlanRun) -> JsonObject:
         pad_to_30s=config.data.pad_to_30s,
         prompts=tuple(prompt.text for prompt in prompts),
     )
-    data = describe_epoch(TrainingData(config, processor, prompts), config.gpus)
-    memory = estimate_memory(
-        config,
-        processor,
-        tokens=data["tokens of the largest row"],
-        audio_ratio=data["ratio of audio tokens"],
-    )
+    with waiting("reading the indexes of the data and planning batches"):
+        data = describe_epoch(TrainingData(config, processor, prompts), config.gpus)
+    with waiting("estimating the memory of each ZeRO stage"):
+        memory = estimate_memory(
+            config,
+            processor,
+            tokens=data["tokens of the largest row"],
+            audio_ratio=data["ratio of audio tokens"],
+        )
     return {"data": data, **memory}
 
 

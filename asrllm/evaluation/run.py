@@ -160,7 +160,8 @@ class Evaluation:
             "dtype": str(self.dtype).removeprefix("torch."),
             "options": self.config.generation,
         }
-        scored = score(decoded.transcripts)
+        with waiting(f"scoring {name}"):
+            scored = score(decoded.transcripts)
         entry = write_results(self.folder, name, self.suffix, scored, about)
         self.scored[name] = scored
         self.results[name] = entry
@@ -231,10 +232,11 @@ class Evaluation:
             return
         self.watchdog.beat("writing the report")
         write_summary(self.folder, self.suffix, self.results)
-        sets = [self._report_set(corpus) for corpus in self.corpora]
         newest = self.folder / "report.html"
         report = self.folder / f"report-{self.suffix}.html"
-        write_report(report, f"{self.exp_dir.name}, {self.suffix}", sets)
+        with waiting("writing the report"):
+            sets = [self._report_set(corpus) for corpus in self.corpora]
+            write_report(report, f"{self.exp_dir.name}, {self.suffix}", sets)
         with new_file(newest) as partial:
             shutil.copyfile(report, partial)
         log_to_wandb(self.config.wandb, self.exp_dir, sets)

@@ -14,6 +14,7 @@ from asrllm.atomic import write_whole
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, file_sha256, verify_weights
+from asrllm.progress import waiting
 from asrllm.text_files import check_file, first_words
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
@@ -51,8 +52,9 @@ def _content_sha256(file: Path) -> str:
     with _lock(entry):  # only the first of several ranks reads the file
         with contextlib.suppress(OSError):
             return entry.read_text()
-        verify_weights(file)
-        found = file_sha256(file)
+        with waiting(f"computing the SHA-256 of {file}"):
+            verify_weights(file)
+            found = file_sha256(file)
         # if the cache cannot be written, the file is read every time
         with contextlib.suppress(OSError, UserError):
             write_whole(entry, found)

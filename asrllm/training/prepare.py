@@ -13,6 +13,7 @@ from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import check_prompts, describe_model, describe_prompts
+from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
 from asrllm.training.checkpoint.resume import find_resume, lock_exp_dir, resume_fingerprint
 from asrllm.training.data import TrainingData
@@ -65,8 +66,10 @@ def prepare(config: TrainRun) -> PreparedRun:
         prompts=tuple(prompt.text for prompt in prompts),
     )
     check_duration_filter(config, processor)
-    data = TrainingData(config, processor, prompts)
-    warn_of_long_warmup(config.trainer, data.total_steps())
+    with waiting("reading the indexes of the data and planning batches"):
+        data = TrainingData(config, processor, prompts)
+        total_steps = data.total_steps()
+    warn_of_long_warmup(config.trainer, total_steps)
     corpus_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
     check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *corpus_prompts])
