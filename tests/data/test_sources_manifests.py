@@ -420,6 +420,9 @@ def test_missing_audio_of_a_table_is_rejected(tmp_path):
         ),
         ("", r"metadata\.csv' is empty"),
         ('path,"text\nx,y\n', r"metadata\.csv' .*unexpected end of data"),
+        ("path,text,Text\nx,y,z\n", r"metadata\.csv' .*'text'"),
+        ("path,text,path,text\nx,y,x,y\n", r"metadata\.csv' .*'path' and 'text'"),
+        ("path,text\rx,y\rz,y\r", r"metadata\.csv' .*carriage return"),
     ],
 )
 def test_an_invalid_table_is_reported(tmp_path, table, message):
@@ -459,14 +462,66 @@ def test_a_bad_row_of_a_table_is_rejected(tmp_path, table, reason, detail):
     assert detail in problem[1]
 
 
-def test_an_unclosed_quotation_mark_rejects_one_row(tmp_path):
-    """Otherwise the text would contain all following rows."""
-    (tmp_path / "metadata.csv").write_text('path,text\nx.wav,one\ny.wav,"two\nz.wav,three\n')
-    first, last = problems(read_folder(tmp_path))
-    assert first is None
-    assert last[0] == "bad_row"
-    assert "metadata.csv:4 " in last[1]
-    assert "unexpected end of data" in last[1]
+@pytest.mark.parametrize("stray", ['x1.wav,"one', '"x1.wav,one', '"x1,1.wav,one'])
+@pytest.mark.parametrize("later", [(), ('x4.wav,"a, b"',), ('x4.wav,four"',), ('x4.wav,"',)])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_stray_quotation_mark_rejects_one_row(tmp_path, stray, later, end):
+    """Otherwise the row would contain all rows up to the next quotation mark."""
+    rows = ["path,text", stray, "x2.wav,two", "", "x3.wav,three", *later, "x5.wav,five"]
+    (tmp_path / "metadata.csv").write_bytes(end.join(rows).encode())
+    found = list(read_folder(tmp_path))
+    files = [utterance.file.name for utterance in found if utterance.problem is None]
+    assert [name for name in files if name != "x4.wav"] == ["x2.wav", "x3.wav", "x5.wav"]
+    first = found[0].problem
+    assert first[0] == "bad_row"
+    assert "metadata.csv:2 " in first[1]
+    physical_lines = len([line for line in end.join(rows).split(end)[1:] if line])
+    assert len(found) == physical_lines
+
+
+def test_the_line_of_a_stray_quotation_mark_is_named(tmp_path):
+    table = 'path,text,lang\nx.wav,"one\ntwo","en\ny.wav,three,en\n'
+    (tmp_path / "metadata.csv").write_text(table)
+    found = [utterance.problem for utterance in read_folder(tmp_path)]
+    assert "line 3 " in found[0][1]
+    assert found[-1] is None
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "path,text\nu1,{text}\nu2,b\n",
+        "path,text\nu1.wav,{text}\nu2.wav,b\n",
+        "text;path\n{text};u1.wav\nb;u2.wav\n",
+    ],
+)
+def test_csv_cells_with_line_breaks_are_not_taken_for_rows(tmp_path, table):
+    text = "Hello\nWell, yes; no\n\nI said, stop it, now; then\nout.wav is a name"
+    (tmp_path / "metadata.csv").write_text(table.format(text=f'"{text}"'))
+    assert problems(read_folder(tmp_path)) == [None, None]
+
+
+def test_a_stray_quotation_mark_before_the_audio_column_rejects_one_row(tmp_path):
+    (tmp_path / "metadata.csv").write_text('text,path\n"one,x1.wav\ntwo",x2.wav\nthree,x3.wav\n')
+    found = list(read_folder(tmp_path))
+    assert [utterance.problem is None for utterance in found] == [False, True, True]
+    assert found[0].problem[0] == "bad_row"
+
+
+def test_many_rows_after_a_stray_quotation_mark_are_all_read(tmp_path):
+    rows = [f"u{i}.wav,two one" for i in range(2, 299)]
+    table = ["path,text", 'u1.wav,"hello', *rows, 'u299.wav,"a, b"', "u300.wav,three"]
+    (tmp_path / "metadata.csv").write_text("\n".join(table))
+    found = problems(read_folder(tmp_path))
+    assert len(found) == 300
+    assert found[0][0] == "bad_row"
+    assert found[1:] == [None] * 299
+
+
+def test_a_tsv_has_no_quotes(tmp_path):
+    (tmp_path / "metadata.tsv").write_text('path\ttext\nx.wav\t"one\ny.wav\ttwo\nz.wav\tthree"\n')
+    found = list(read_folder(tmp_path))
+    assert [utterance.text for utterance in found] == ['"one', "two", 'three"']
 
 
 def test_csv_cells_may_have_line_breaks_and_byte_order_marks(tmp_path):

@@ -2,10 +2,11 @@
 
 import csv
 import re
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from asrllm.data.audio_files import FORMATS, has_audio_extension, list_audio, warn_of_skipped
 from asrllm.data.sources.files import (
@@ -42,6 +43,7 @@ AUDIO_COLUMNS = (
 TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription", "normalized_text", "label")
 # directories below the corpus at which the paths of tables start
 ROOTS = (".", "clips", "wavs")
+MAX_ROW_LINES = 100  # lines of a csv row; a transcript has at most 10 kB
 
 
 def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Iterator[Utterance]:
@@ -189,6 +191,11 @@ def _column_table(path: Path) -> Rows:
     if header is None:
         raise UserError(f"{ROLE} {str(path)!r} is empty. Make it again.")
     header = header.rstrip("\r\n")
+    if "\r" in header:
+        raise UserError(
+            f"{ROLE} {str(path)!r} ends its lines with a carriage return alone. "
+            "Convert it, for example with \"tr '\\r' '\\n'\"."
+        )
     delimiter = _delimiter(path, header)
     if delimiter == "|" and not _find_column(header.split("|"), AUDIO_COLUMNS):
         yield from _ljspeech(path)
@@ -196,7 +203,8 @@ def _column_table(path: Path) -> Rows:
     columns = _columns(path, header, delimiter)
     audio = _required_column(path, columns, AUDIO_COLUMNS, "audio")
     text = _required_column(path, columns, TEXT_COLUMNS, "text")
-    for number, cells in _split_rows(lines, delimiter):
+    shape = _Shape(len(columns), columns.index(audio))
+    for number, cells in _split_rows(lines, delimiter, shape):
         where = f"{ROLE} {path}:{number}"
         if isinstance(cells, RejectedError):
             yield where, RejectedError("bad_row", f"{where} {cells.args[1]}")
@@ -228,6 +236,13 @@ def _columns(
         if isinstance(cells, RejectedError):
             raise UserError(f"the header of {ROLE} {str(path)!r} {cells.args[1]}. Correct it.")
         columns += [cell.strip() for cell in cells]
+    counts = Counter(column.lower() for column in columns if column)
+    repeated = [repr(name) for name, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{ROLE} {str(path)!r} has several columns named {' and '.join(repeated)}. "
+            "Rename or remove all but one of them."
+        )
     return columns
 
 
@@ -244,43 +259,145 @@ def _delimiter(path: Path, header: str) -> str:
     return "|" if header.count("|") in (1, 2) else usual
 
 
+class _Shape(NamedTuple):
+    """The form of a table's rows.
+
+    Attributes:
+        columns: number of cells.
+        audio: position of the audio file's name.
+    """
+
+    columns: int
+    audio: int
+
+
 def _split_rows(
-    lines: Iterator[tuple[int, str]], delimiter: str
+    lines: Iterator[tuple[int, str]], delimiter: str, shape: _Shape | None = None
 ) -> Iterator[tuple[int, list[str] | RejectedError]]:
-    """Yield (number of its last line, cells) of each non-blank row, or why it cannot be split.
+    """Yield (number of its first line, cells) of each non-blank row, or why it cannot be split.
 
     Only csv has quotes, and line breaks within them. Elsewhere a quotation mark is plain text.
+
+    Args:
+        lines: numbered lines.
+        delimiter: the character between cells.
+        shape: the form of the rows; None for the header.
     """
     if delimiter in ",;":
-        yield from _split_csv(lines, delimiter)
+        yield from _split_csv(_CsvLines(lines), delimiter, shape)
         return
     for number, line in lines:
         if line.strip():
             yield number, line.rstrip("\r\n").split(delimiter)
 
 
+class _CsvLines:
+    """Lines of a csv file, of which all but the first of a row can be read again.
+
+    Attributes:
+        row: numbered lines of the present row.
+    """
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self._lines = lines
+        self._again: deque[tuple[int, str]] = deque()
+        self.row: list[tuple[int, str]] = []
+
+    def next_row(self) -> Iterator[str]:
+        """Yield the lines of the next row, at most MAX_ROW_LINES."""
+        self.row = []
+        while len(self.row) < MAX_ROW_LINES:
+            line = self._again.popleft() if self._again else next(self._lines, None)
+            if line is None:
+                return
+            self.row.append(line)
+            yield line[1]
+
+    def end_row_after_first_line(self) -> None:
+        """Let the next row begin at the second line of the present one."""
+        self._again.extendleft(reversed(self.row[1:]))
+
+
 def _split_csv(
-    lines: Iterator[tuple[int, str]], delimiter: str
+    lines: _CsvLines, delimiter: str, shape: _Shape | None
 ) -> Iterator[tuple[int, list[str] | RejectedError]]:
-    line_number = 0
+    """Yield what `_split_rows` does.
 
-    def counted() -> Iterator[str]:
-        nonlocal line_number
-        for number, line in lines:
-            line_number = number
-            yield line
-
-    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
+    A stray quotation mark makes one cell of all lines up to the next quotation mark. If the row is
+    then invalid, or has lines that are rows, only its first line is rejected.
+    """
     while True:
+        problem = ""
+        cells: list[str] = []
         try:
-            cells = next(reader)
+            cells = next(csv.reader(lines.next_row(), delimiter=delimiter, strict=True))
         except StopIteration:
             return
         except csv.Error as error:
-            yield line_number, RejectedError("bad_row", f"is not valid CSV: {error}")
+            problem = f"is not valid CSV: {error}"
+        number = lines.row[0][0]
+        texts = [line for _, line in lines.row]
+        if len(texts) > 1 and (problem or not _is_one_row(cells, texts, delimiter, shape)):
+            opening = _opening_line(lines.row, delimiter)
+            problem = (
+                f"is not valid CSV: the quotation mark that opens a cell in line {opening} is not "
+                "closed in its row. Remove it, or close the cell"
+            )
+            lines.end_row_after_first_line()
+        if problem:
+            yield number, RejectedError("bad_row", problem)
+        elif any(cells):
+            yield number, cells
+
+
+def _is_one_row(
+    cells: Sequence[str], lines: Sequence[str], delimiter: str, shape: _Shape | None
+) -> bool:
+    """Return whether several lines are one row, and none of them is a row of its own.
+
+    Args:
+        cells: the cells of all lines together.
+        lines: the lines.
+        delimiter: the character between cells.
+        shape: the form of the rows, or None.
+    """
+    if shape is None:
+        return True
+    if len(cells) != shape.columns:
+        return False
+    name = cells[shape.audio].partition("\n")[0].strip()
+    for line in lines:
+        apart = [cell.strip().strip('"') for cell in line.split(delimiter)]
+        if len(apart) < shape.columns or apart[shape.audio] == name:
             continue
-        if any(cells):
-            yield line_number, cells
+        if _is_like(apart[shape.audio], name):
+            return False
+    return True
+
+
+def _is_like(text: str, name: str) -> bool:
+    """Return whether a text may name an audio file in the way that `name` does."""
+    if not text or (len(text.split()) > 1 and len(name.split()) == 1):
+        return False
+    if has_audio_extension(name):
+        return has_audio_extension(text)
+    has_digit = re.search(r"\d", text) is not None
+    return has_digit or _pattern(text) == _pattern(name)
+
+
+def _pattern(name: str) -> str:
+    """Return a name with each run of letters as one letter: "ab-cd" -> "a-a"."""
+    return re.sub(r"[^\W\d_]+", "a", name)
+
+
+def _opening_line(row: Sequence[tuple[int, str]], delimiter: str) -> int:
+    """Return the number of the line in which the cell begins that is not closed in its row."""
+    quoted = r'"(?:[^"]|"")*"'
+    plain = rf'[^"{delimiter}\r\n][^{delimiter}\r\n]*'
+    whole_cells = re.compile(rf"(?:(?:{quoted}|{plain})?{delimiter})*")
+    text = "".join(line for _, line in row)
+    before = whole_cells.match(text)
+    return row[before.group().count("\n") if before else 0][0]
 
 
 def _find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
