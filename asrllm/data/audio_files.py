@@ -38,6 +38,9 @@ from asrllm.text_files import JsonObject, parse_json, pointer_problem
 BLOCK = 1 << 16  # samples of each channel, at the file's own rate
 # the best-known formats that soundfile reads
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")
+# Hz; 1 Hz would make a day of a few seconds, and only ultrasound needs more than 192 kHz
+MIN_RATE = 1000
+MAX_RATE = 1_000_000
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
 OVERSHOOT = 0.5  # seconds after the end that a part may include, as in Kaldi's extract-segments
 LOCAL_ONLY = ("-protocol_whitelist", "file")  # otherwise ffmpeg would open the URLs in a playlist
@@ -205,7 +208,8 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         content: the bytes of a file that is not on disk; `path` is then only its name.
 
     Raises:
-        UserError: the file cannot be read, or is shorter than its header promises.
+        UserError: the file cannot be read, is shorter than its header promises, or has a sampling
+            rate that no recording has.
     """
     try:
         if content is None:
@@ -231,6 +235,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     try:
         with file.open_sound() as sound:
             frames = _frames_without_padding(file, sound)
+            _check_rate(file, sound.samplerate)
             seconds = frames / sound.samplerate
             is_padded = frames < sound.frames
             sound_format = sound.format
@@ -246,6 +251,14 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         return _open_without_length(file, sound_format)
     _check_length(file, sound_format, log)
     return replace(file, seconds=seconds, frames=frames if is_padded else None)
+
+
+def _check_rate(file: AudioFile, rate: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise file.error(
+            f"has a sampling rate of {rate} Hz, which is not between {MIN_RATE} and {MAX_RATE} Hz. "
+            "Correct its header, or copy it again."
+        )
 
 
 def _frames_without_padding(file: AudioFile, sound: soundfile.SoundFile) -> int:
@@ -352,7 +365,10 @@ def open_by_ffmpeg(file: AudioFile, reason: str) -> AudioFile:
         raise file.error(
             f"cannot be read ({reason}), and ffmpeg finds no audio in it. Choose an audio file."
         )
-    seconds = _promised_seconds(found["streams"][0], found.get("format", {}))
+    stream = found["streams"][0]
+    if "sample_rate" in stream:  # ffprobe omits an unknown rate
+        _check_rate(file, int(stream["sample_rate"]))
+    seconds = _promised_seconds(stream, found.get("format", {}))
     return replace(file, seconds=seconds, decoder="ffmpeg")
 
 

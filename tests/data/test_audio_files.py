@@ -1,6 +1,7 @@
 """Audio files of every format, read block by block, and the errors for invalid ones."""
 
 import shutil
+import struct
 import subprocess
 
 import numpy as np
@@ -36,6 +37,35 @@ def make(path, seconds=9, rate=44100, channels=2, **how):
         path, np.stack([wave * (i + 1) / channels for i in range(channels)], 1), rate, **how
     )
     return path
+
+
+@pytest.mark.parametrize("rate", [0, 1, 999, 1_000_001, 2**31 - 1, 2**32 - 1])
+def test_a_sampling_rate_that_no_recording_has_is_rejected(tmp_path, rate):
+    path = make(tmp_path / "a.wav", seconds=0.5, rate=16000, channels=1)
+    content = path.read_bytes()
+    path.write_bytes(content[:24] + struct.pack("<I", rate) + content[28:])
+    message = error_of(path)
+    if 0 < rate < 2**31:  # libsndfile itself rejects the others
+        assert f"{rate} Hz" in message
+
+
+@pytest.mark.parametrize("rate", [1000, 192_000, 1_000_000])
+def test_the_lowest_and_highest_sampling_rates_are_read(tmp_path, rate):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(rate // 2), rate)
+    assert open_audio(str(path)).seconds == 0.5
+
+
+@needs_ffmpeg
+@pytest.mark.slow
+def test_a_sampling_rate_that_only_ffmpeg_reads_is_checked(tmp_path):
+    path = tmp_path / "a.mka"
+    wave = tmp_path / "a.wav"
+    soundfile.write(wave, np.zeros(400), 400)
+    subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", wave, "-c:a", "pcm_s16le", "-ar", "400", path], check=True
+    )
+    assert "400 Hz" in error_of(path)
 
 
 @pytest.mark.slow
