@@ -425,7 +425,10 @@ def mixed(row):
     return {
         "id": "m",
         "type": "MixedCut",
-        "tracks": [{"cut": plain, "offset": 0.0}, {"cut": row, "offset": 0.5, "snr": 10}],
+        "tracks": [
+            {"cut": plain, "type": "MonoCut", "offset": 0.0},
+            {"cut": row, "type": "MonoCut", "offset": 0.5, "snr": 10},
+        ],
     }
 
 
@@ -673,6 +676,112 @@ def test_a_supervision_selects_its_channel(tmp_path):
     )
     for utterance, word in zip(read_cuts(tmp_path / "cuts.jsonl"), ("one", "two"), strict=True):
         np.testing.assert_allclose(utterance.load()[0], tone(word, 1.0), atol=1e-4)
+
+
+def write_stereo(path, channel, supervised, sources=({"channels": [0, 1]},), files=2, **recording):
+    """Write a manifest of a cut and its supervision with these channels, of a file of tones."""
+    words = ["one", "two"][:files]
+    soundfile.write(path.parent / "r.wav", np.stack([tone(w, 1.0) for w in words], 1), 16000)
+    kind = "MultiCut" if isinstance(channel, list) else "MonoCut"
+    times = {"start": 0.0, "duration": 1.0}
+    supervision = {"id": "s", "recording_id": "r", **times, "channel": supervised, "text": "one"}
+    sources = [{"type": "file", "source": "r.wav"} | source for source in sources]
+    sizes = {"sampling_rate": 16000, "num_samples": 16000, "duration": 1.0}
+    about = {"id": "r", "sources": sources} | sizes | recording
+    cut = {"id": "c", "type": kind, "channel": channel, **times}
+    path.write_text(json.dumps(cut | {"recording": about, "supervisions": [supervision]}))
+    return path
+
+
+def problem_of(path):
+    """Return why the only utterance of a manifest is rejected, or None."""
+    (utterance,) = read_cuts(path)
+    if utterance.problem:
+        return utterance.problem
+    try:
+        make_sample(utterance, {}, "flac")
+    except RejectedError as error:
+        return error.args
+    return None
+
+
+@pytest.mark.parametrize(
+    ("channel", "supervised", "shown"),
+    [
+        (0, 1, "is 1,"),
+        (0, 7, "is 7,"),
+        (0, [0, 1], "is [0, 1],"),
+        ([0, 1], [0, 7], "is [0, 7],"),
+        ([0, 1], 2, "is 2,"),
+        (2, 2, "is 2,"),
+        ([0, 7], [0, 7], "is [0, 7],"),
+    ],
+)
+def test_a_channel_that_does_not_exist_rejects_its_cut(tmp_path, channel, supervised, shown):
+    reason, detail = problem_of(write_stereo(tmp_path / "cuts.jsonl", channel, supervised))
+    assert reason == "missing_channel"
+    assert f"'channel' {shown}" in detail
+
+
+def test_a_channel_of_no_source_rejects_its_cut(tmp_path):
+    path = tmp_path / "cuts.jsonl"
+    one = [{"channels": [0]}]
+    assert problem_of(write_stereo(path, 1, 1, one, channel_ids=[0, 1]))[0] == "missing_channel"
+    assert problem_of(write_stereo(path, 1, 1, channel_ids=[0]))[0] == "missing_channel"
+
+
+@pytest.mark.parametrize(("declared", "files"), [([0, 1], 1), ([0], 2)])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_file_with_other_channels_than_its_recording_is_rejected(
+    tmp_path, declared, files, is_mixed
+):
+    """Lhotse would return no channel or the mean of all channels."""
+    path = tmp_path / "cuts.jsonl"
+    last = declared[-1]
+    write_stereo(path, last, last, [{"channels": declared}], files)
+    if is_mixed:
+        path.write_text(json.dumps(mixed(json.loads(path.read_text()))))
+    (utterance, *_) = read_cuts(path)
+    with pytest.raises(RejectedError) as raised:
+        utterance.load()
+    assert raised.value.args[0] == "missing_channel"
+    assert "r.wav" in raised.value.args[1]
+
+
+@pytest.mark.parametrize(
+    ("channel", "supervised"), [(0, 0), (0, [0]), (1, 1), ([0, 1], [0, 1]), ([0, 1], 1), ([1], 1)]
+)
+def test_a_channel_that_exists_is_read(tmp_path, channel, supervised):
+    (utterance,) = read_cuts(write_stereo(tmp_path / "cuts.jsonl", channel, supervised))
+    words = {0: "one", 1: "two"}
+    chosen = supervised if isinstance(supervised, list) else [supervised]
+    expected = np.mean([tone(words[number], 1.0) for number in chosen], 0)
+    np.testing.assert_allclose(utterance.load()[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 1.5, True, [], [[0]], [0, 0], ["0"], {}])
+@pytest.mark.parametrize("place", ["cut", "supervision", "source", "track"])
+def test_a_channel_of_another_type_rejects_its_cut(tmp_path, value, place):
+    path = write_stereo(tmp_path / "cuts.jsonl", [0, 1], [0, 1])
+    row = json.loads(path.read_text())
+    changed = {
+        "cut": row,
+        "supervision": row["supervisions"][0],
+        "source": row["recording"]["sources"][0],
+        "track": row,
+    }[place]
+    name = "channels" if place == "source" else "channel"
+    changed[name] = value
+    path.write_text(json.dumps(mixed(row) if place == "track" else row))
+    (utterance,) = read_cuts(path)
+    assert utterance.problem[0] == "bad_field"
+    assert f"{name!r} is {value!r}" in utterance.problem[1]
+
+
+def test_a_list_of_channels_in_a_mono_cut_is_rejected(tmp_path):
+    path = write_stereo(tmp_path / "cuts.jsonl", [0], [0])
+    path.write_text(path.read_text().replace("MultiCut", "MonoCut"))
+    assert problem_of(path)[0] == "bad_field"
 
 
 # --- all sources ---

@@ -5,6 +5,7 @@ name into a shell command. A file name in a manifest could then run any command.
 module imports Lhotse, which takes seconds.
 """
 
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
@@ -16,6 +17,7 @@ from lhotse.audio.backend import (
 from lhotse.cut import Cut
 
 from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
+from asrllm.data.sources.cut_fields import channel_list
 from asrllm.data.sources.kaldi import run_command
 from asrllm.data.sources.utterance import RejectedError, open_cached
 from asrllm.data.storage import read_bytes
@@ -29,8 +31,35 @@ class Url(str):
     """The address of an audio file."""
 
 
+@dataclass
+class _Channels:
+    """The channels of an audio source, according to the cuts that read it.
+
+    Attributes:
+        counts: its possible numbers of channels.
+        are_all_read: whether the cuts read all of them.
+    """
+
+    counts: set[int] = field(default_factory=set)
+    are_all_read: bool = True
+
+
 class CutAudioBackend(AudioBackend):
-    """The only reader of the audio of cuts."""
+    """The only reader of the audio of cuts.
+
+    Args:
+        cut: the cut to read.
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        self.channels: dict[str, _Channels] = {}
+        for part in [track.cut for track in getattr(cut, "tracks", [])] or [cut]:
+            recording = getattr(part, "recording", None)
+            for source in recording.sources if recording else []:
+                if isinstance(source.source, str):
+                    about = self.channels.setdefault(source.source, _Channels())
+                    about.counts.add(len(source.channels))
+                    about.are_all_read &= set(source.channels) <= set(channel_list(part.channel))
 
     def read_audio(
         self,
@@ -49,16 +78,37 @@ class CutAudioBackend(AudioBackend):
 
         Returns:
             Samples (channels, samples) as float32, and the sampling rate in Hz.
+
+        Raises:
+            RejectedError: the file has more or fewer channels than the recording. Lhotse would
+                return other channels than those of the cut.
         """
         end = None if duration is None else offset + duration
-        wave, rate = read_stretch(_open(path_or_fd), offset, end)
+        file = _open(path_or_fd)
+        wave, rate = read_stretch(file, offset, end)
+        if isinstance(path_or_fd, str):
+            self._check_channels(path_or_fd, file, wave.shape[1])
         return wave.T, rate
+
+    def _check_channels(self, source: str, file: AudioFile, count: int) -> None:
+        about = self.channels.get(source)
+        if about is None or count in about.counts:
+            return
+        # the reader of ffmpeg returns the mean of all channels
+        if file.decoder == "ffmpeg" and about.are_all_read:
+            return
+        expected = " or ".join(map(str, sorted(about.counts)))
+        raise RejectedError(
+            "missing_channel",
+            f"{source!r} is read with {count} channels, but the 'channels' of the audio source "
+            f"are {expected}",
+        )
 
 
 def load_cut(cut: Cut) -> tuple[np.ndarray, int]:
     """Return the mean of a cut's channels, (samples,) float32, and its sampling rate in Hz."""
     before = get_current_audio_backend()
-    set_current_audio_backend(CutAudioBackend())
+    set_current_audio_backend(CutAudioBackend(cut))
     try:
         wave = cut.load_audio()
     except Exception as error:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asrllm.data.audio_files import OVERSHOOT
-from asrllm.data.index import SHOWN_FIELD
+from asrllm.data.sources.cut_fields import channel_list, check_cut, check_source
 from asrllm.data.sources.files import (
-    LONGEST_RECORDING,
     UNREADABLE,
     Row,
     find_root,
@@ -19,7 +18,6 @@ from asrllm.data.sources.files import (
     peek,
     raw_lines,
     sample_fields,
-    seconds_field,
     text_or_int_field,
 )
 from asrllm.data.sources.utterance import RejectedError, Utterance, check_installed
@@ -68,8 +66,14 @@ def read_cuts(
         if isinstance(row, RejectedError):
             yield Utterance(key=where, text="", problem=row.args)
             continue
-        for source in _sources(row):
-            _restrict(source, f"{ROLE} {where}", root, allow_pipes, allow_urls)
+        try:
+            check_cut(row, where)
+            for source in _sources(row):
+                check_source(source, where)
+                _restrict(source, f"{ROLE} {where}", root, allow_pipes, allow_urls)
+        except RejectedError as error:
+            yield _rejected(row, where, error.args)
+            continue
         yield from _utterances(row, where)
 
 
@@ -164,8 +168,6 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     from lhotse.serialization import deserialize_item
 
     try:
-        _check_types(row, where)
-        _check_times(row, where)
         cut = deserialize_item(row)
         utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
     except RejectedError as error:
@@ -176,65 +178,6 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
         reason = ("broken_cut", detail)
         utterances = [_rejected(row, where, reason)]
     yield from utterances
-
-
-def _check_types(row: Row, where: str) -> None:
-    """Check the types of the fields of a cut.
-
-    Raises:
-        RejectedError: a field has a type that Lhotse does not expect, or the cut has no recording.
-    """
-    if row.get("id") is None:
-        raise RejectedError("bad_field", f"{where} has no 'id'")
-    if row.get("tracks") == []:
-        raise RejectedError("bad_field", f"{where}: 'tracks' is []. It must have a track")
-    for name in ("supervisions", "tracks"):
-        value = row.get(name, [])
-        if not isinstance(value, list):
-            problem = f"{where}: {name!r} is {value!r}"[:SHOWN_FIELD]
-            raise RejectedError("bad_field", f"{problem}, not a list")
-    _check_recording(row.get("recording", {}), where)
-
-
-def _check_recording(recording: object, where: str) -> None:
-    """Raise RejectedError if the recording of a cut is missing or has a field of a wrong type."""
-    if recording is None:
-        raise RejectedError("missing_audio", f"{where}: 'recording' is null")
-    if not isinstance(recording, dict):
-        problem = f"{where}: 'recording' is {recording!r}"[:SHOWN_FIELD]
-        raise RejectedError("bad_field", f"{problem}, not an object")
-    for name in ("sampling_rate", "num_samples"):
-        value = recording.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problem = f"{where}: the recording's {name!r} is {value!r}, not a positive integer"
-            raise RejectedError("bad_field", problem)
-
-
-def _check_times(row: Row, where: str) -> None:
-    """Check the times of a cut and its supervisions, because Lhotse accepts any number.
-
-    Raises:
-        RejectedError: a time is not a number of seconds.
-    """
-    for name in ("start", "duration"):
-        seconds_field(row, where, name)
-    for supervision in _objects(row, "supervisions"):
-        place = f"{where}: the supervision {supervision.get('id')!r}"
-        seconds_field(supervision, place, "duration")
-        start = supervision.get("start")
-        if not isinstance(start, (int, float)) or not -LONGEST_RECORDING < start < 0:
-            seconds_field(supervision, place, "start")
-    for track in _objects(row, "tracks"):
-        if isinstance(track.get("cut"), dict):
-            _check_times(track["cut"], where)
-
-
-def _objects(row: Row, name: str) -> list[Row]:
-    """Return the objects in a list of a row."""
-    values = row.get(name)
-    if not isinstance(values, list):
-        return []
-    return [value for value in values if isinstance(value, dict)]
 
 
 def _rejected(row: Row, where: str, problem: tuple[str, str]) -> Utterance:
@@ -297,7 +240,7 @@ def _channels(part: "Cut | SupervisionSegment") -> set[int]:
     channel = getattr(part, "channel", None)  # a mixed cut has none
     if channel is None:
         return set()
-    return set(channel) if isinstance(channel, list) else {channel}
+    return set(channel_list(channel))
 
 
 def _trim(cut: "Cut", supervision: "SupervisionSegment") -> "Cut":
@@ -334,8 +277,7 @@ def _whole_file(cut: "Cut") -> Path | None:
     # exactly str: commands and URLs are subclasses
     if source.type != "file" or type(source.source) is not str:
         return None
-    channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
-    if channels != recording.channel_ids:
+    if channel_list(cut.channel) != recording.channel_ids:
         return None
     is_whole = cut.start == 0 and math.isclose(cut.duration, recording.duration, abs_tol=1e-3)
     return Path(source.source) if is_whole else None

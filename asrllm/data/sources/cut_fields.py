@@ -1,0 +1,235 @@
+"""Check the fields of a Lhotse cut's JSON, because Lhotse accepts almost any value.
+
+Without these checks a value of a wrong type raises a Python error that does not name the field, and
+a channel that does not exist gives the audio of another channel.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from asrllm.data.audio_files import MAX_RATE, MIN_RATE
+from asrllm.data.index import SHOWN_FIELD
+from asrllm.data.sources.files import LONGEST_RECORDING, Row
+from asrllm.data.sources.utterance import RejectedError
+
+MAX_CHANNEL = 4096  # microphone arrays have hundreds of channels
+TEXT_SOURCES = ("file", "command", "url")  # types of audio sources that are a text
+
+
+def check_cut(row: Row, where: str) -> None:
+    """Check the types and values of the fields of a cut, and of the cuts in its tracks.
+
+    Absent fields are left to Lhotse, whose message names them.
+
+    Args:
+        row: the JSON object of the cut.
+        where: its place, as the beginning of messages.
+
+    Raises:
+        RejectedError: a field has a type or value that Lhotse does not expect, a channel does not
+            exist, or the cut has no recording.
+    """
+    if row.get("id") is None:
+        raise RejectedError("bad_field", f"{where} has no 'id'")
+    if row.get("tracks") == []:
+        raise RejectedError("bad_field", f"{where}: 'tracks' is []. It must have a track")
+    for name in ("supervisions", "tracks"):
+        _check(row, where, name, _is_list_of_objects, "a list of objects")
+    _check_times(row, where)
+    if "recording" in row:
+        _check_recording(row["recording"], where)
+    _check_channels(row, where)
+    for number, track in enumerate(row.get("tracks", [])):
+        place = f"{where}: track {number}"
+        _check(track, place, "cut", _is_object, "an object")
+        _check(track, place, "offset", _is_seconds, "a number of seconds")
+        if "cut" in track:
+            check_cut(track["cut"], place)
+
+
+# --- fields ---
+
+
+def _check(
+    row: Row,
+    where: str,
+    name: str,
+    is_valid: Callable[[Any], bool],
+    expected: str,
+) -> None:
+    """Raise RejectedError if a row has a field whose value is not valid.
+
+    Args:
+        row: the row.
+        where: its place, as the beginning of the message.
+        name: the field.
+        is_valid: returns whether a value is valid.
+        expected: what a valid value is.
+    """
+    if name not in row or is_valid(row[name]):
+        return
+    problem = f"{where}: {name!r} is {row[name]!r}"[:SHOWN_FIELD]
+    raise RejectedError("bad_field", f"{problem}, not {expected}")
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_seconds(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < LONGEST_RECORDING
+
+
+def _is_start(value: Any) -> bool:
+    """Return whether a value is the start of a supervision, which may precede its cut."""
+    return _is_number(value) and abs(value) < LONGEST_RECORDING
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_positive_integer(value) and MIN_RATE <= value <= MAX_RATE
+
+
+def _is_sample_count(value: Any) -> bool:
+    return _is_positive_integer(value) and value < LONGEST_RECORDING * MAX_RATE
+
+
+def _is_channel(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_CHANNEL
+
+
+def _is_channel_list(value: Any) -> bool:
+    if not isinstance(value, list) or not all(map(_is_channel, value)):
+        return False
+    return bool(value) and len(set(value)) == len(value)
+
+
+def _is_channel_or_list(value: Any) -> bool:
+    return _is_channel(value) or _is_channel_list(value)
+
+
+# --- times ---
+
+
+def _check_times(row: Row, where: str) -> None:
+    for name in ("start", "duration"):
+        _check(row, where, name, _is_seconds, "a number of seconds")
+    for supervision in row.get("supervisions", []):
+        place = _supervision_place(supervision, where)
+        _check(supervision, place, "start", _is_start, "a number of seconds")
+        _check(supervision, place, "duration", _is_seconds, "a number of seconds")
+
+
+def _supervision_place(supervision: Row, where: str) -> str:
+    return f"{where}: the supervision {supervision.get('id')!r}"
+
+
+# --- recordings ---
+
+
+def _check_recording(recording: Any, where: str) -> None:
+    """Raise RejectedError if the recording of a cut is missing or has an unexpected field."""
+    if recording is None:
+        raise RejectedError("missing_audio", f"{where}: 'recording' is null")
+    if not isinstance(recording, dict):
+        problem = f"{where}: 'recording' is {recording!r}"[:SHOWN_FIELD]
+        raise RejectedError("bad_field", f"{problem}, not an object")
+    place = f"{where}: the recording"
+    rates = f"an integer of {MIN_RATE} to {MAX_RATE} Hz"
+    _check(recording, place, "sampling_rate", _is_rate, rates)
+    _check(recording, place, "num_samples", _is_sample_count, "a number of samples")
+    _check(recording, place, "duration", _is_seconds, "a number of seconds")
+    _check(recording, place, "sources", _is_list_of_objects, "a list of objects")
+    if recording.get("channel_ids") is not None:
+        _check(recording, place, "channel_ids", _is_channel_list, "a list of channels")
+    for source in recording.get("sources", []):
+        check_source(source, place)
+
+
+def check_source(source: Row, where: str) -> None:
+    """Raise RejectedError if an audio source has an unexpected field.
+
+    Args:
+        source: the JSON object of the source.
+        where: its place, as the beginning of messages.
+    """
+    place = f"{where}: an audio source"
+    _check(source, place, "type", lambda value: isinstance(value, str), "a text")
+    _check(source, place, "channels", _is_channel_list, "a list of channels")
+    if source.get("type") in TEXT_SOURCES:
+        _check(source, place, "source", lambda value: isinstance(value, str), "a text")
+        if source.get("source") == "":
+            raise RejectedError("missing_audio", f"{place}: 'source' is empty")
+    if source.get("type") == "memory":
+        problem = f"{place} has the type 'memory', whose audio cannot be stored as JSON"
+        raise RejectedError("bad_field", f"{problem}. Write the cut with a file")
+
+
+# --- channels ---
+
+
+def _check_channels(row: Row, where: str) -> None:
+    """Raise RejectedError if a cut or a supervision has a channel that does not exist."""
+    expected = "a channel or a list of channels"
+    if row.get("type") in ("MonoCut", "Cut"):
+        _check(row, where, "channel", _is_channel, "a channel")
+    else:
+        _check(row, where, "channel", _is_channel_or_list, expected)
+    for supervision in row.get("supervisions", []):
+        place = _supervision_place(supervision, where)
+        _check(supervision, place, "channel", _is_channel_or_list, expected)
+    if "channel" not in row:
+        return
+    own = channel_list(row["channel"])
+    recording = row.get("recording")
+    if recording is not None:
+        _check_contained(own, _recorded_channels(recording), f"{where}: 'channel'", "recording")
+    for supervision in row.get("supervisions", []):
+        channels = channel_list(supervision.get("channel", 0))  # Lhotse's default is 0
+        place = _supervision_place(supervision, where)
+        _check_contained(channels, own, f"{place}: 'channel'", "cut")
+
+
+def _check_contained(
+    channels: Sequence[int], present: Sequence[int], where: str, owner: str
+) -> None:
+    missing = [channel for channel in channels if channel not in present]
+    if missing:
+        shown = channels[0] if len(channels) == 1 else list(channels)
+        problem = f"{where} is {shown}, but its {owner} has {_words(present)}"
+        raise RejectedError("missing_channel", problem)
+
+
+def _words(channels: Sequence[int]) -> str:
+    if len(channels) == 1:
+        return f"only the channel {channels[0]}"
+    return f"the channels {', '.join(map(str, channels)) or 'of no source'}"
+
+
+def channel_list(channel: int | list[int]) -> list[int]:
+    """Return the channels of a cut or supervision, which may be one number."""
+    return channel if isinstance(channel, list) else [channel]
+
+
+def _recorded_channels(recording: Row) -> list[int]:
+    """Return the channels that can be read from a recording."""
+    stored = [
+        channel for source in recording.get("sources", []) for channel in source.get("channels", [])
+    ]
+    listed = recording.get("channel_ids")
+    if listed is None:
+        return stored
+    if recording.get("transforms"):  # for example an impulse response of several channels
+        return listed
+    return [channel for channel in stored if channel in listed]
