@@ -536,7 +536,17 @@ def explain_tar(path: Path, error: Exception) -> str:
                 f"{str(path)!r} is compressed, which prevents random access to its samples. "
                 f"Unpack it with '{program} -d', and use the tar."
             )
-    return f"{str(path)!r} cannot be read as a tar: {error}"
+    problem = f"{str(path)!r} cannot be read as a tar: {str(error).rstrip('.')}."
+    if isinstance(error, DataAfterEndError):
+        return (
+            f"{problem} If several tars were joined with 'cat', use them one by one, or join them "
+            "with 'tar --concatenate'. Otherwise copy the tar again."
+        )
+    return f"{problem} Copy it again, or make it again."
+
+
+class DataAfterEndError(tarfile.ReadError):
+    """A tar has data after its end mark, which readers of tars ignore."""
 
 
 class Member(NamedTuple):
@@ -592,14 +602,43 @@ def tar_files(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
             yield from _checked_files(tar, size)
-            file.seek(tar.offset)
-            if any(file.read(BLOCK)):  # tarfile treats a corrupted header as the end of the tar
-                raise tarfile.ReadError(f"the header at byte {tar.offset} is corrupted")
+            _check_end(file, tar.offset)
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
         # tarfile's parsers of extended headers raise these
         raise tarfile.ReadError(
             f"a header is corrupted ({type(error).__name__}: {error})"
         ) from error
+
+
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Check that only zeros follow the last member of a tar, however many they are.
+
+    Args:
+        file: the tar.
+        end: the byte after the last member, where tarfile stopped reading.
+
+    Raises:
+        tarfile.TarError: a header is corrupted, or there is data after the end mark.
+    """
+    file.seek(end)
+    if any(file.read(BLOCK)):  # tarfile treats a corrupted header as the end of the tar
+        raise tarfile.ReadError(f"the header at byte {end} is corrupted")
+    while chunk := file.read(MAX_HEADER):
+        begin = len(chunk) - len(chunk.lstrip(b"\0"))
+        if begin < len(chunk):
+            place = file.tell() - len(chunk) + begin
+            raise DataAfterEndError(f"there is data at byte {place}, after the tar's end mark")
+
+
+def check_tar_end(path: Path) -> str:
+    """Return what is wrong with the headers or the end of a local tar, or ""."""
+    try:
+        with open_regular(path, "the tar") as file:
+            for _ in tar_files(file):
+                pass
+    except tarfile.TarError as error:
+        return str(error)
+    return ""
 
 
 def _checked_files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:

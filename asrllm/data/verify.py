@@ -25,6 +25,7 @@ from asrllm.data.index import (
     Index,
     ShardRecord,
     TarSample,
+    check_tar_end,
     iterate_tar,
     open_index,
     scan_shard,
@@ -390,6 +391,16 @@ def _check_shard(shard: _Shard, advance: Advance) -> _Check:
                     key="",
                     reason="changed",
                     detail=detail,
+                )
+            )
+        elif problem := check_tar_end(path):
+            # an index of an earlier version has only the samples before the problem
+            problems.append(
+                Problem(
+                    shard=name,
+                    key="",
+                    reason="unreadable_tar",
+                    detail=problem,
                 )
             )
         for number, (row, content) in enumerate(_sample_bytes(path, shard.rows)):

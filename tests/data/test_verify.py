@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, open_index
+from asrllm.data.index import BLOCK, check_tar_end, open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi, read_wenet
 from asrllm.data.verify import index_tars, verify_shards
@@ -362,6 +362,68 @@ def test_a_corrupted_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
     tar.write_bytes(data)
     with pytest.raises(UserError, match=r"x\.tar'"):
         index_tars([str(tar)])
+
+
+@pytest.fixture
+def joined(tmp_path):
+    """Return a tar to which another was appended with `cat`, and the size of the first."""
+    first = write_tar(tmp_path / "a.tar", sample("a"))
+    second = write_tar(tmp_path / "b.tar", sample("b"))
+    content = [Path(tar).read_bytes() for tar in (first, second)]
+    tar = tmp_path / "in" / "x.tar"
+    tar.parent.mkdir()
+    tar.write_bytes(b"".join(content))
+    return tar, len(content[0])
+
+
+def test_a_tar_that_was_appended_to_another_is_reported(joined):
+    """Its samples would be neither indexed nor listed."""
+    tar, place = joined
+    with pytest.raises(UserError, match=rf"x\.tar'.*byte {place}.*--concatenate"):
+        index_tars([str(tar)])
+    (tar.parent / "list").write_text(f"{tar}\n")
+    with pytest.raises(UserError, match=rf"x\.tar'.*byte {place}"):
+        list(read_wenet(tar.parent / "list"))
+
+
+def test_an_appended_tar_that_an_index_does_not_contain_is_found(joined, monkeypatch):
+    """An earlier version indexed the first tar only."""
+    tar, place = joined
+    with monkeypatch.context() as patch:
+        patch.setattr("asrllm.data.index._check_end", lambda file, end: None)
+        assert len(index_tars([str(tar)]).index) == 1
+    (problem,) = verify_shards(open_index(tar.parent))
+    assert (problem.key, problem.reason) == ("", "unreadable_tar")
+    assert f"byte {place}" in problem.detail
+
+
+@pytest.mark.parametrize("place", [0, 1, 511, 512, (1 << 20) + 7])
+def test_garbage_after_the_end_mark_is_reported(tmp_path, place):
+    tar = Path(write_tar(tmp_path / "x.tar", sample("a")))
+    size = tar.stat().st_size
+    tar.write_bytes(tar.read_bytes() + b"\0" * place + b"x")
+    with pytest.raises(UserError, match=f"byte {size + place}"):
+        index_tars([str(tar)])
+
+
+@pytest.mark.parametrize("padding", [0, 1, 512, 10240, 5 << 20])
+def test_any_number_of_zeros_may_follow_the_end_mark(tmp_path, padding):
+    tar = Path(write_tar(tmp_path / "x.tar", sample("a") | sample("b")))
+    tar.write_bytes(tar.read_bytes() + b"\0" * padding)
+    assert len(index_tars([str(tar)]).index) == 2
+    assert problems(tmp_path) == []
+
+
+def test_the_end_of_a_tar_is_read_with_bounded_memory(tmp_path):
+    tar = Path(write_tar(tmp_path / "x.tar", sample("a")))
+    with open(tar, "ab") as file:
+        file.truncate(200 << 20)
+    tracemalloc.start()
+    try:
+        assert check_tar_end(tar) == ""
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_deeply_nested_json_and_unprintable_keys_are_rejected(tmp_path):
