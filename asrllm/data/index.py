@@ -778,6 +778,20 @@ def field_problem(fields: Mapping[str, object]) -> str:
     return ""
 
 
+def nul_problem(fields: Mapping[str, object]) -> str:
+    """Return which text of a sample's JSON has a NUL character, or "".
+
+    A NUL is the sign of a damaged file or of UTF-16. Tokenizers and scoring tools written in C end
+    a text there. Other control characters are ignored in scoring.
+    """
+    for name in ("text", *TEXT_FIELDS, "hotwords"):
+        value = fields.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            return f"{name!r} has a NUL character: {value!r}"[:SHOWN_FIELD]
+    return ""
+
+
 def _sample_fields(files: Mapping[str, bytes]) -> Any:
     """Return the JSON value of a sample, with the text of its .txt file if it has none.
 
@@ -841,6 +855,8 @@ def _row(sample: TarSample) -> tuple[int, ...] | BadSample:
     text = sample.fields["text"]
     if not text.strip():
         return BadSample(key=sample.key, reason="empty_text", detail="the transcript is empty")
+    if problem := nul_problem(sample.fields):
+        return BadSample(key=sample.key, reason="broken_text", detail=problem)
     text_bytes = min(len(text.encode("utf-8")), MAX_TEXT_LENGTH)
     text_chars = min(len(text), MAX_TEXT_LENGTH)
     samples = round(duration * RATE)

@@ -40,6 +40,7 @@ from asrllm.data.index import (
     Index,
     ShardRecord,
     field_problem,
+    nul_problem,
     open_index,
     scan_shard,
     write_index,
@@ -376,6 +377,8 @@ def _check_without_audio(utterance: Utterance, key: str, text: str) -> None:
         raise RejectedError("bad_key", f"the key {utterance.key!r} cannot be a file name")
     if not text:
         raise RejectedError("empty_text", "the transcript is empty")
+    if problem := nul_problem(utterance.fields | {"text": text}):
+        raise RejectedError("broken_text", problem)
     if len(text.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
         raise RejectedError("long_text", f"the transcript has more than {MAX_TEXT_BYTES} bytes")
 

@@ -27,6 +27,7 @@ from asrllm.data.index import (
     TarSample,
     check_tar_end,
     iterate_tar,
+    nul_problem,
     open_index,
     scan_shard,
     write_index,
@@ -460,6 +461,8 @@ def _check_sample(content: bytes, row: np.void) -> tuple[str, str, str]:
         return sample.key, sample.reason, sample.detail
     if zlib.crc32(content) != row["crc32"]:
         return sample.key, "changed", "its bytes do not match the checksum in the index"
+    if problem := nul_problem(sample.fields):
+        return sample.key, "broken_text", problem
     reason, detail = _check_text(sample.fields["text"], row)
     if not reason:
         reason, detail = _check_audio(sample, row)

@@ -518,6 +518,30 @@ def test_many_rows_after_a_stray_quotation_mark_are_all_read(tmp_path):
     assert found[1:] == [None] * 299
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "path,text\na.wav,he\0llo\nb.wav,two\n"),
+        ("metadata.tsv", "path\ttext\na.wav\the\0llo\nb.wav\ttwo\n"),
+        (
+            "metadata.jsonl",
+            '{"path": "a.wav", "text": "he\\u0000llo"}\n{"path": "b.wav", "text": "two"}\n',
+        ),
+        (
+            "metadata.jsonl",
+            '{"path": "a.wav", "text": "x", "prompt": "\\u0000"}\n'
+            '{"path": "b.wav", "text": "two"}\n',
+        ),
+    ],
+)
+def test_a_nul_in_a_text_rejects_its_utterance(tmp_path, name, content):
+    audio(tmp_path / "d", "a.wav", "b.wav")
+    (tmp_path / "d" / name).write_text(content)
+    samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
+    assert samples == {"b": about("two")}
+    assert rejected == [("a", "broken_text")]
+
+
 def test_a_tsv_has_no_quotes(tmp_path):
     (tmp_path / "metadata.tsv").write_text('path\ttext\nx.wav\t"one\ny.wav\ttwo\nz.wav\tthree"\n')
     found = list(read_folder(tmp_path))

@@ -244,6 +244,22 @@ def test_a_changed_byte_outside_of_samples_is_found(shards):
     assert problems(shards) == [("", "changed")]
 
 
+def test_a_nul_in_a_txt_file_rejects_its_sample(tmp_path):
+    members = sample("a", "he\0llo") | sample("b", "he\ufffdllo")
+    summary = index_tars([write_tar(tmp_path / "x.tar", members)])
+    assert summary.rejected == {"broken_text": 1}
+    assert rejected(tmp_path) == [("a", "broken_text")]
+
+
+def test_a_nul_that_an_index_contains_is_found(tmp_path, monkeypatch):
+    """An earlier version indexed it."""
+    tar = write_tar(tmp_path / "x.tar", sample("a", "he\0llo"))
+    with monkeypatch.context() as patch:
+        patch.setattr("asrllm.data.index.nul_problem", lambda fields: "")
+        index_tars([tar])
+    assert problems(tmp_path) == [("a", "broken_text")]
+
+
 def test_rows_that_do_not_match_their_samples_are_found(shards):
     rows = read_rows(shards)
     rows["samples"][0] += RATE
@@ -417,7 +433,7 @@ def test_any_number_of_zeros_may_follow_the_end_mark(tmp_path, padding):
 def test_the_end_of_a_tar_is_read_with_bounded_memory(tmp_path):
     tar = Path(write_tar(tmp_path / "x.tar", sample("a")))
     with open(tar, "ab") as file:
-        file.truncate(200 << 20)
+        file.truncate(50 << 20)
     tracemalloc.start()
     try:
         assert check_tar_end(tar) == ""
@@ -484,7 +500,14 @@ ODD_FIELDS = {
     ],
     "no_transcript": [b"[1]", b"null", b'{"text": 1}', b'{"text": null}'],
     "bad_field": [b'{"text": "x", "lang": {}}', b'{"text": "x", "hotwords": "y"}'],
+    "broken_text": [
+        b'{"text": "he\\u0000llo"}',
+        b'{"text": "x", "prompt": "\\u0000"}',
+        b'{"text": "x", "lang": "e\\u0000n"}',
+        b'{"text": "x", "hotwords": ["y", "\\u0000z"]}',
+    ],
     None: [
+        b'{"text": "\\ufffd \\u0007 \\u200b"}',
         b'{"text": "\\ud83d\\ude00"}',
         b'{"text": "x", "duration": NaN}',
         b'{"text": "x", "duration": "long", "speaker": [1], "corpus": 5}',
