@@ -1,5 +1,10 @@
 import gzip
 import json
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +221,66 @@ def test_kaldi_pipes_run_if_they_are_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(kaldi_module, "PIPE_TIMEOUT", 0.2)
     with pytest.raises(RejectedError, match=r"sleep 60.* 0\.2 s"):
         d.load()
+
+
+def test_the_output_of_a_pipe_is_bounded(monkeypatch):
+    monkeypatch.setattr(kaldi_module, "MAX_PIPE_OUTPUT", 1 << 20)
+    assert len(kaldi_module.run_command("head -c 1048576 /dev/zero")) == 1 << 20
+    tracemalloc.start()
+    try:
+        with pytest.raises(RejectedError, match="1 MiB") as failure:
+            kaldi_module.run_command("cat /dev/zero")
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert failure.value.args[0] == "failed_pipe"
+
+
+def test_the_error_output_of_a_pipe_is_bounded():
+    command = "head -c 3000000 /dev/zero >&2; echo >&2; echo the reason >&2; exit 4"
+    with pytest.raises(RejectedError, match="4: the reason"):
+        kaldi_module.run_command(command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["too much", "too long"])
+def test_the_children_of_a_pipe_are_killed_with_it(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(kaldi_module, "MAX_PIPE_OUTPUT", 1000)
+    monkeypatch.setattr(kaldi_module, "PIPE_TIMEOUT", 0.3)
+    last = "cat /dev/zero" if kind == "too much" else "sleep 60"
+    with pytest.raises(RejectedError):
+        kaldi_module.run_command(f"sleep 60 & echo $! > {tmp_path}/pid; {last}")
+    wait_until_ended(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.slow
+def test_the_children_of_a_pipe_are_killed_with_this_process(tmp_path):
+    command = f"sleep 60 & echo $! > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/child; sleep 60"
+    script = f"from asrllm.data.sources.kaldi import run_command; run_command({command!r})"
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        wait_for((tmp_path / "child").exists)
+        process.kill()
+    wait_until_ended(int((tmp_path / "child").read_text()))
+
+
+def wait_for(is_true):
+    deadline = time.monotonic() + 20
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_until_ended(process):
+    """Wait until a process has ended; it may remain as a zombie of another parent."""
+    stat = Path(f"/proc/{process}/stat")
+
+    def has_ended():
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    wait_for(has_ended)
 
 
 def test_a_pipe_runs_once_for_consecutive_segments(tmp_path):
@@ -589,6 +654,19 @@ def test_allowed_commands_run_with_a_time_limit(tmp_path, monkeypatch):
     (utterance,) = read_cuts(with_source(tmp_path, "command", "sleep 60"), allow_pipes=True)
     with pytest.raises(RejectedError, match="failed_pipe"):
         utterance.load()
+
+
+@pytest.mark.parametrize("source", [None, 5, ["touch ran"], {"a": "touch ran"}, True])
+@pytest.mark.parametrize("kind", ["command", "url", "file"])
+def test_a_source_that_is_not_a_text_is_not_run(tmp_path, monkeypatch, kind, source):
+    monkeypatch.chdir(tmp_path)
+    path = with_source(tmp_path, kind, source)
+    (utterance,) = read_cuts(path, allow_pipes=True, allow_urls=True)
+    assert utterance.problem[0] == "bad_field"
+    assert f"'source' is {source!r}" in utterance.problem[1]
+    with pytest.raises(RejectedError):
+        utterance.load()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_allowed_urls_must_have_a_known_scheme(tmp_path):

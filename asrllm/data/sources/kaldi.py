@@ -5,8 +5,10 @@ import io
 import itertools
 import os
 import re
+import selectors
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,23 @@ from asrllm.errors import UserError
 from asrllm.text_files import open_regular
 
 PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
+# Bytes that a command may write. Every worker holds them in memory. They are 9 h of 16 kHz mono
+# with 16 bits, or 1.5 h of 48 kHz stereo.
+MAX_PIPE_OUTPUT = 1 << 30
+PIPE_BLOCK = 1 << 16  # bytes, the capacity of a pipe on Linux
+SHOWN_ERRORS = 4096  # bytes of a command's standard error, of which the last line is shown
+# Run the command $1, and kill its process group when standard input ends. The other end of that
+# pipe is in the process that runs this script, so it also ends when that process is killed.
+WATCHED = """
+exec 3<&0 </dev/null
+{ read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
+watcher=$!
+/bin/sh -c "$1" 3<&-
+status=$?
+kill -KILL "$watcher"
+wait "$watcher" 2>/dev/null
+exit "$status"
+"""
 ARK_OFFSET = r"(?<=\.ark):(\d+)$"
 OPTIONAL_TABLES = {"speaker": "utt2spk", "lang": "utt2lang"}  # field of a sample: table
 # an utterance's key, its recording if it is a segment, and its audio or why it has none
@@ -328,26 +347,28 @@ class _Pipe:
 def run_command(command: str) -> bytes:
     """Return what a shell command writes to its standard output.
 
+    The command and its children are killed when it fails, and when this process is killed.
+
     Raises:
-        RejectedError: the command fails, or runs for longer than PIPE_TIMEOUT.
+        RejectedError: the command fails, runs for longer than PIPE_TIMEOUT, or writes more than
+            MAX_PIPE_OUTPUT.
     """
     process = subprocess.Popen(
-        command,
-        shell=True,
+        ["/bin/sh", "-c", WATCHED, "sh", command],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
     with process:
         try:
-            output, errors = process.communicate(timeout=PIPE_TIMEOUT)
+            output, errors = _collect(process)
         except BaseException as error:
             # also kill the shell's children, which hold the pipe open
             os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise RejectedError(
-                    "failed_pipe", f"{command!r} did not end within {PIPE_TIMEOUT} s"
-                ) from error
+            problem = _pipe_problem(error)
+            if problem:
+                raise RejectedError("failed_pipe", f"{command!r} {problem}") from error
             raise
     if process.returncode:
         lines = errors.decode("utf-8", "replace").strip().splitlines()
@@ -356,3 +377,48 @@ def run_command(command: str) -> bytes:
             "failed_pipe", f"{command!r} failed with status {process.returncode}: {message}"
         )
     return output
+
+
+class _TooMuchOutputError(Exception):
+    """A command writes more than MAX_PIPE_OUTPUT."""
+
+
+def _pipe_problem(error: BaseException) -> str:
+    """Return why a command was killed, or "" for an error that is not the command's."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"did not end within {PIPE_TIMEOUT} s"
+    if isinstance(error, _TooMuchOutputError):
+        limit = f"{MAX_PIPE_OUTPUT >> 20} MiB"
+        return f"writes more than {limit}. Write the recording to a file, and name the file"
+    return ""
+
+
+def _collect(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """Wait for a process, and return its standard output and the end of its standard error.
+
+    Raises:
+        subprocess.TimeoutExpired: the process or its children did not end within PIPE_TIMEOUT.
+        _TooMuchOutputError: there is more output than MAX_PIPE_OUTPUT.
+    """
+    deadline = time.monotonic() + PIPE_TIMEOUT
+    output = io.BytesIO()
+    errors = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+        selector.register(process.stderr, selectors.EVENT_READ)  # type: ignore[arg-type]
+        while selector.get_map():
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise subprocess.TimeoutExpired(process.args, PIPE_TIMEOUT)
+            for key, _ in selector.select(remaining):
+                content = os.read(key.fd, PIPE_BLOCK)
+                if not content:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is process.stderr:
+                    errors = (errors + content)[-SHOWN_ERRORS:]
+                elif output.tell() + len(content) > MAX_PIPE_OUTPUT:
+                    raise _TooMuchOutputError
+                else:
+                    output.write(content)
+    process.wait(max(deadline - time.monotonic(), 0))
+    return output.getvalue(), errors
