@@ -546,12 +546,52 @@ def test_time_that_is_not_a_number_of_seconds_rejects_its_cut(tmp_path, where, s
         ({"type": "MixedCut", "tracks": []}, "'tracks' is []"),
         ({"recording": {"sampling_rate": "16000"}}, "'sampling_rate' is '16000'"),
         ({"recording": {"sampling_rate": 0}}, "'sampling_rate' is 0"),
+        ({"recording": {"sampling_rate": 10**30}}, f"'sampling_rate' is {10**30}"),
+        ({"recording": {"num_samples": 10**30}}, f"'num_samples' is {10**30}"),
+        ({"recording": {"sources": [{"type": "file", "source": None}]}}, "'source' is None"),
+        ({"recording": {"sources": [{"type": "memory", "source": "x"}]}}, "'memory'"),
+        ({"start": None}, "'start' is None"),
+        ({"start": "1.0"}, "'start' is '1.0'"),
     ],
 )
 def test_field_of_another_type_rejects_its_cut(tmp_path, changes, shown):
     (utterance,) = read_cuts(write_row(tmp_path / "cuts.jsonl", **changes))
     assert utterance.problem[0] == "bad_field"
     assert shown in utterance.problem[1]
+
+
+CUT_FIELDS = [
+    *[(None, name) for name in ("start", "duration", "channel", "recording", "supervisions")],
+    (None, "custom"),
+    *[("recording", name) for name in ("sampling_rate", "num_samples", "duration", "sources")],
+    *[("recording", name) for name in ("channel_ids", "transforms")],
+    *[("source", name) for name in ("type", "channels", "source")],
+    *[("supervision", name) for name in ("start", "duration", "channel", "text", "custom")],
+    ("supervision", "alignment"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "name"), CUT_FIELDS)
+def test_the_field_of_a_bad_value_is_named(tmp_path, place, name):
+    path = write_row(tmp_path / "cuts.jsonl")
+    text = path.read_text()
+    for value in (None, True, -1, 10**30, 1.5, float("nan"), "x", "", [], {}, [None], [[]], [{}]):
+        row = json.loads(text)
+        changed = {
+            None: row,
+            "recording": row["recording"],
+            "source": row["recording"]["sources"][0],
+            "supervision": row["supervisions"][0],
+        }[place]
+        changed[name] = value
+        path.write_text(json.dumps(row))
+        for utterance in read_cuts(path):
+            if utterance.problem:
+                reason, detail = utterance.problem
+                is_named = f"'{name}'" in detail
+                # Lhotse names absent fields
+                assert is_named or reason == "outside_cut" or value in ({}, [{}]), value
 
 
 @pytest.mark.parametrize("change", ["resample", "normalize"])

@@ -35,6 +35,12 @@ def check_cut(row: Row, where: str) -> None:
         raise RejectedError("bad_field", f"{where}: 'tracks' is []. It must have a track")
     for name in ("supervisions", "tracks"):
         _check(row, where, name, _is_list_of_objects, "a list of objects")
+    _check(row, where, "type", _is_text, "a text")
+    _check(row, where, "custom", _is_object_or_null, "an object")
+    for supervision in row.get("supervisions", []):
+        place = _supervision_place(supervision, where)
+        _check(supervision, place, "custom", _is_object_or_null, "an object")
+        _check(supervision, place, "alignment", _is_object, "an object")
     _check_times(row, where)
     if "recording" in row:
         _check_recording(row["recording"], where)
@@ -76,8 +82,20 @@ def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
+def _is_object_or_null(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _is_list_of_objects(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _is_source_list(value: object) -> bool:
+    return bool(value) and _is_list_of_objects(value)
 
 
 def _is_number(value: object) -> bool:
@@ -150,7 +168,8 @@ def _check_recording(recording: Any, where: str) -> None:
     _check(recording, place, "sampling_rate", _is_rate, rates)
     _check(recording, place, "num_samples", _is_sample_count, "a number of samples")
     _check(recording, place, "duration", _is_seconds, "a number of seconds")
-    _check(recording, place, "sources", _is_list_of_objects, "a list of objects")
+    _check(recording, place, "sources", _is_source_list, "a list of audio sources")
+    _check(recording, place, "transforms", _is_list_of_objects, "a list of objects")
     if recording.get("channel_ids") is not None:
         _check(recording, place, "channel_ids", _is_channel_list, "a list of channels")
     for source in recording.get("sources", []):
@@ -165,10 +184,10 @@ def check_source(source: Row, where: str) -> None:
         where: its place, as the beginning of messages.
     """
     place = f"{where}: an audio source"
-    _check(source, place, "type", lambda value: isinstance(value, str), "a text")
+    _check(source, place, "type", _is_text, "a text")
     _check(source, place, "channels", _is_channel_list, "a list of channels")
     if source.get("type") in TEXT_SOURCES:
-        _check(source, place, "source", lambda value: isinstance(value, str), "a text")
+        _check(source, place, "source", _is_text, "a text")
         if source.get("source") == "":
             raise RejectedError("missing_audio", f"{place}: 'source' is empty")
     if source.get("type") == "memory":
@@ -193,7 +212,7 @@ def _check_channels(row: Row, where: str) -> None:
         return
     own = channel_list(row["channel"])
     recording = row.get("recording")
-    if recording is not None:
+    if recording is not None and "sources" in recording:
         _check_contained(own, _recorded_channels(recording), f"{where}: 'channel'", "recording")
     for supervision in row.get("supervisions", []):
         channels = channel_list(supervision.get("channel", 0))  # Lhotse's default is 0
