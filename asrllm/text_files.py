@@ -164,7 +164,25 @@ def check_file(path: str | Path, what: str) -> None:
         raise UserError(
             f"{what} {str(path)!r} is a pipe or device. Write its content to a file and use that."
         )
-    raise UserError(f"{what} {str(path)!r} does not exist. Check the path.")
+    raise UserError(f"{what} {str(path)!r} {missing_problem(path)}")
+
+
+def check_link(path: str | Path) -> None:
+    """Raise UserError if a path is a symbolic link that leads nowhere."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{str(path)!r} {missing_problem(path)}")
+
+
+def missing_problem(path: str | Path) -> str:
+    """Return why a path cannot be opened that does not exist, and what to do."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a loop of symbolic links. Correct the link."
+        if os.path.islink(path):
+            return f"is a symbolic link to {os.readlink(path)!r}, which does not exist. Correct it."
+    return "does not exist. Check the path."
 
 
 def read_text(path: str | Path, what: str) -> str:

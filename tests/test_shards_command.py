@@ -96,6 +96,72 @@ def test_invalid_arguments_are_reported(tmp_path, kaldi, capsys, arguments, mess
     assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
 
 
+def test_names_of_directories_are_escaped(tmp_path, kaldi, capsys, monkeypatch):
+    out = tmp_path / "a\x1b[31mb\nc"
+    escaped = str(tmp_path / "a") + r"\x1b[31mb\nc"
+    (kaldi / "text").write_text((kaldi / "text").read_text() + "lost one\n")
+    assert shards("make", out, "--kaldi", kaldi) == 0
+    assert shards("index", *out.glob("*.tar")) == 0
+    assert shards("verify", out) == 0
+    assert shards("stats", out) == 0
+    shard = json.loads((out / "index.json").read_text())["shards"][0]
+    change_about(out, shards=[shard | {"sha256": "0" * 64}])
+    monkeypatch.setattr("asrllm.commands.shards.SHOWN_PROBLEMS", 0)
+    assert shards("verify", out, "--output", f"{out}/problems") == 2
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err
+    lines = [line for line in output.out.splitlines() if "[31mb" in line]
+    assert len([line for line in lines if line.startswith(f"{escaped}: ")]) == 4
+    assert len([line for line in lines if f"{escaped}/rejected.jsonl" in line]) == 1
+    assert len([line for line in lines if f"{escaped}/problems" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("make", "{out}", f"--{name}", "") for name in SOURCES],
+        ("make", "", "--kaldi", "{kaldi}"),
+        ("make", "{out}", "--folder", "{kaldi}/wav", "--table", ""),
+        ("index", ""),
+        ("index", "x.tar", "--output", ""),
+        ("verify", " "),
+        ("verify", "{out}", "--output", ""),
+        ("stats", "{out}", ""),
+        ("stats", "{out}", "--output", ""),
+    ],
+)
+def test_an_empty_path_is_refused(tmp_path, kaldi, capsys, monkeypatch, arguments):
+    """An unset variable of the shell would otherwise be the working directory."""
+    monkeypatch.chdir(kaldi / "wav")
+    given = [argument.format(out=tmp_path / "out", kaldi=kaldi) for argument in arguments]
+    with pytest.raises(SystemExit) as end:
+        shards(*given)
+    assert end.value.code == 2
+    name = next((word for word in given if word.startswith("--") and given[-1] == ""), "")
+    assert name in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
+
+
+def test_an_output_that_is_a_file_is_named_so(tmp_path, kaldi, capsys):
+    (tmp_path / "out").write_text("x")
+    assert shards("make", tmp_path / "out", "--kaldi", kaldi) == 2
+    assert "out' is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["loop", "gone"])
+@pytest.mark.parametrize("name", [*SOURCES, "verify"])
+def test_a_link_that_leads_nowhere_is_named_so(tmp_path, capsys, name, target):
+    (tmp_path / "loop").symlink_to(tmp_path / target)
+    if name == "verify":
+        status = shards("verify", tmp_path / "loop")
+    else:
+        status = shards("make", tmp_path / "out", f"--{name}", tmp_path / "loop")
+    assert status == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/loop' is a " in error
+    assert "link" in error
+
+
 def test_a_late_error_leaves_finished_shards_to_resume_from(tmp_path, capsys, caplog):
     soundfile.write(tmp_path / "a.wav", tone("one", 0.2), 16000)
     line = json.dumps({"audio_filepath": "a.wav", "text": "one"}) + "\n"

@@ -33,6 +33,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def path_text(text: str) -> str:
+    """Return a path or URL. An empty text would be the working directory.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "the path is empty. Give a path; a shell variable may be unset"
+        )
+    return text
+
+
 def add_shards(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the actions of `asrllm shards`, and the arguments of the action in `argv`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -60,11 +73,13 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
         "keeps its finished shards in .OUT.partial; the same command resumes from there. The "
         "result has the same bytes as an uninterrupted run, for any number of workers."
     )
-    parser.add_argument("out", metavar="OUT", help="directory to write; appears when complete")
+    parser.add_argument(
+        "out", type=path_text, metavar="OUT", help="directory to write; appears when complete"
+    )
     group = parser.add_argument_group("source, one of")
     choice = group.add_mutually_exclusive_group(required=True)
     for name, source in SOURCES.items():
-        choice.add_argument(f"--{name}", metavar=source.metavar, help=source.help)
+        choice.add_argument(f"--{name}", type=path_text, metavar=source.metavar, help=source.help)
     add_source_options(parser)
     add_sample_options(parser)
     add_workers(parser)
@@ -87,6 +102,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--table",
+        type=path_text,
         metavar="FILE",
         help="with --folder: csv, tsv or jsonl; default: its metadata.csv, .tsv or .jsonl",
     )
@@ -128,29 +144,47 @@ def add_shards_index(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `asrllm shards index`."""
     parser.epilog = "Unusable samples are listed in rejected.jsonl beside the index."
     parser.add_argument(
-        "tars", nargs="+", metavar="TAR", help="paths or URLs (s3://, gs://, https://, ...)"
+        "tars",
+        type=path_text,
+        nargs="+",
+        metavar="TAR",
+        help="paths or URLs (s3://, gs://, https://, ...)",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="directory of the index; default: that of the tars"
+        "--output",
+        type=path_text,
+        metavar="DIR",
+        help="directory of the index; default: that of the tars",
     )
     add_workers(parser)
 
 
 def add_shards_verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `asrllm shards verify`."""
-    parser.add_argument("folder", metavar="DIR", help="directory or URL with an index")
-    parser.add_argument("--output", metavar="FILE", help="write all problems to it, one per line")
+    parser.add_argument(
+        "folder", type=path_text, metavar="DIR", help="directory or URL with an index"
+    )
+    parser.add_argument(
+        "--output", type=path_text, metavar="FILE", help="write all problems to it, one per line"
+    )
     add_workers(parser)
 
 
 def add_shards_stats(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `asrllm shards stats`."""
     parser.add_argument(
-        "folders", nargs="+", metavar="DIR", help="directories or URLs with an index, summed"
+        "folders",
+        type=path_text,
+        nargs="+",
+        metavar="DIR",
+        help="directories or URLs with an index, summed",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--output", metavar="FILE", help="draw the histograms: .png, or .html with the tables"
+        "--output",
+        type=path_text,
+        metavar="FILE",
+        help="draw the histograms: .png, or .html with the tables",
     )
 
 

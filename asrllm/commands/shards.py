@@ -105,7 +105,8 @@ def index(arguments: argparse.Namespace) -> None:
 def _print_summary(folder: str, summary: "ShardSummary") -> None:
     print(describe_index(folder, summary.index))
     if summary.rejected:
-        print(f"rejected: {_counts(summary.rejected)}. See {folder}/rejected.jsonl.")
+        counts = _counts(summary.rejected)
+        print(f"rejected: {counts}. See {escape(folder)}/rejected.jsonl.")
     if sum(summary.rejected.values()) > len(summary.index):
         # most utterances are rejected, probably all for the same reason
         for example in summary.examples:
@@ -114,7 +115,7 @@ def _print_summary(folder: str, summary: "ShardSummary") -> None:
 
 def describe_index(folder: str, index: Index) -> str:
     """Return one line with the size of a directory of shards."""
-    return f"{folder}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards"
+    return f"{escape(folder)}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:
@@ -157,7 +158,7 @@ def _print_problems(lines: Sequence[str], output: str | None) -> None:
     sys.stdout.writelines(lines[:SHOWN_PROBLEMS])
     hidden = len(lines) - SHOWN_PROBLEMS
     if hidden > 0 and output:
-        print(f"... and {hidden} more. All are in {output}.")
+        print(f"... and {hidden} more. All are in {escape(output)}.")
     elif hidden > 0:
         print(f"... and {hidden} more. Use --output FILE to list them all.")
 

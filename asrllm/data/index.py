@@ -31,7 +31,13 @@ from asrllm.data.storage import (
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.integrity import file_sha256
-from asrllm.text_files import check_no_pointer, open_regular, parse_json, read_json_object
+from asrllm.text_files import (
+    check_link,
+    check_no_pointer,
+    open_regular,
+    parse_json,
+    read_json_object,
+)
 
 if TYPE_CHECKING:
     from asrllm.data.cache import ShardCache
@@ -171,6 +177,7 @@ def check_index_exists(folder: Path) -> None:
             f"{str(folder)!r} is not a directory of shards. Use the directory that contains it. If "
             f"that has no index.json, make one with 'asrllm shards index {folder}'."
         )
+    check_link(folder)
     if not folder.is_dir():
         raise UserError(
             f"the shard directory {str(folder)!r} does not exist. "

@@ -484,7 +484,9 @@ class _WorkDir:
         """Raise UserError unless OUT does not exist, or is an empty directory."""
         if not self.out.exists():
             return
-        if not self.out.is_dir() or any(self.out.iterdir()):
+        if not self.out.is_dir():
+            raise UserError(f"{str(self.out)!r} is a file. Choose another name for the directory.")
+        if any(self.out.iterdir()):
             raise UserError(
                 f"{str(self.out)!r} is not empty. "
                 "Choose another directory, or remove it to make the shards again."

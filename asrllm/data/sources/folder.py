@@ -25,7 +25,7 @@ from asrllm.data.sources.files import (
 )
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
-from asrllm.text_files import read_text
+from asrllm.text_files import missing_problem, read_text
 
 ROLE = "the table"
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
@@ -67,7 +67,7 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
             f"index it with 'asrllm shards index {folder}'."
         )
     if not folder.is_dir():
-        raise UserError(f"the audio directory {str(folder)!r} does not exist. Check the path.")
+        raise UserError(f"the audio directory {str(folder)!r} {missing_problem(folder)}")
     found = _find_table(folder, table)
     yield from _from_table(folder, found) if found else _from_text_files(folder)
 

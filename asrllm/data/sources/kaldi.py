@@ -18,7 +18,7 @@ from typing import BinaryIO
 from asrllm.data.sources.files import LONGEST_RECORDING, count_lines, find_root, peek, read_lines
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
-from asrllm.text_files import open_regular
+from asrllm.text_files import check_link, open_regular
 
 PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
 # Bytes that a command may write. Every worker holds them in memory. They are 9 h of 16 kHz mono
@@ -117,6 +117,8 @@ def count_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> int | None:
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of each line of a table."""
     if not path.exists():
+        for place in (path.parent, path):
+            check_link(place)
         raise UserError(
             f"{str(path.parent)!r} is not a Kaldi data directory: it has no file {path.name}. "
             "Give the directory with wav.scp and text."

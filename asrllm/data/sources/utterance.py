@@ -12,6 +12,7 @@ import numpy as np
 
 from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
 from asrllm.errors import UserError
+from asrllm.text_files import missing_problem
 
 ARCHIVE_PLACE = re.compile(r"(.*\.ark):\d+", re.DOTALL)
 
@@ -114,7 +115,7 @@ def open_cached(path: str) -> AudioFile:
         UserError: the file cannot be read.
     """
     if not os.path.exists(path):
-        detail = f"{path!r} does not exist"
+        detail = f"{path!r} {missing_problem(path)}".rstrip(".")
         archive = ARCHIVE_PLACE.fullmatch(path)
         if archive and os.path.exists(archive[1]):
             detail = (
