@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, check_tar_end, open_index
+from asrllm.data.index import BLOCK, check_tar_end, open_index, tar_files
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi, read_wenet
 from asrllm.data.verify import index_tars, verify_shards
@@ -438,6 +438,19 @@ def test_the_end_of_a_tar_is_read_with_bounded_memory(tmp_path):
     try:
         assert check_tar_end(tar) == ""
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_headers_of_a_tar_are_read_with_bounded_memory(tmp_path):
+    count = 8000
+    tar = Path(write_tar(tmp_path / "x.tar", {f"{i}.txt": b"x" for i in range(count)}))
+    tracemalloc.start()
+    try:
+        with open(tar, "rb") as file:
+            assert sum(1 for _ in tar_files(file)) == count
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
 
