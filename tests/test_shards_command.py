@@ -148,6 +148,7 @@ def test_an_output_that_is_a_file_is_named_so(tmp_path, kaldi, capsys):
     assert "out' is a file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["loop", "gone"])
 @pytest.mark.parametrize("name", [*SOURCES, "verify"])
 def test_a_link_that_leads_nowhere_is_named_so(tmp_path, capsys, name, target):

@@ -696,6 +696,7 @@ def test_allowed_commands_run_with_a_time_limit(tmp_path, monkeypatch):
         utterance.load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [None, 5, ["touch ran"], {"a": "touch ran"}, True])
 @pytest.mark.parametrize("kind", ["command", "url", "file"])
 def test_a_source_that_is_not_a_text_is_not_run(tmp_path, monkeypatch, kind, source):
@@ -877,6 +878,7 @@ def test_a_channel_that_exists_is_read(tmp_path, channel, supervised):
     np.testing.assert_allclose(utterance.load()[0], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "x", -1, 1.5, True, [], [[0]], [0, 0], ["0"], {}])
 @pytest.mark.parametrize("place", ["cut", "supervision", "source", "track"])
 def test_a_channel_of_another_type_rejects_its_cut(tmp_path, value, place):

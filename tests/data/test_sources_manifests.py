@@ -462,6 +462,7 @@ def test_a_bad_row_of_a_table_is_rejected(tmp_path, table, reason, detail):
     assert detail in problem[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stray", ['x1.wav,"one', '"x1.wav,one', '"x1,1.wav,one'])
 @pytest.mark.parametrize("later", [(), ('x4.wav,"a, b"',), ('x4.wav,four"',), ('x4.wav,"',)])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -422,7 +422,7 @@ def test_garbage_after_the_end_mark_is_reported(tmp_path, place):
         index_tars([str(tar)])
 
 
-@pytest.mark.parametrize("padding", [0, 1, 512, 10240, 5 << 20])
+@pytest.mark.parametrize("padding", [0, 1, 512, 10240, (1 << 20) + 512])
 def test_any_number_of_zeros_may_follow_the_end_mark(tmp_path, padding):
     tar = Path(write_tar(tmp_path / "x.tar", sample("a") | sample("b")))
     tar.write_bytes(tar.read_bytes() + b"\0" * padding)
@@ -430,6 +430,7 @@ def test_any_number_of_zeros_may_follow_the_end_mark(tmp_path, padding):
     assert problems(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_end_of_a_tar_is_read_with_bounded_memory(tmp_path):
     tar = Path(write_tar(tmp_path / "x.tar", sample("a")))
     with open(tar, "ab") as file:
