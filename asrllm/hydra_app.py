@@ -70,6 +70,8 @@ def run_app(
             return None
 
     check_config_files(arguments.config_dir, arguments.config_name)
+    if arguments.multirun:
+        check_given_exp_dir(overrides)
     given = [*hydra_options(arguments), *DEFAULTS, *overrides]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
     try:
@@ -119,6 +121,17 @@ def command_line(words: Sequence[str]) -> Iterator[None]:
         mock.patch.dict(os.environ, {"HYDRA_FULL_ERROR": "1"}),
     ):
         yield
+
+
+def check_given_exp_dir(overrides: Sequence[str]) -> None:
+    """Check the exp_dir of a sweep's command line, before Hydra writes its directories.
+
+    Raises:
+        UserError: exp_dir is the same for all jobs.
+    """
+    given = [text for text in overrides if text.startswith("exp_dir=")]
+    if given:
+        check_exp_dirs(OmegaConf.create({"exp_dir": given[-1].partition("=")[2]}), overrides)
 
 
 def check_exp_dirs(config: DictConfig, overrides: Sequence[str]) -> None:

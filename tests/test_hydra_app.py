@@ -116,9 +116,14 @@ def test_sweep_runs_a_job_for_each_value():
 
 
 @pytest.mark.slow
-def test_sweep_into_one_directory_is_rejected_before_the_first_job():
+def test_sweep_into_one_directory_is_rejected_before_the_first_job(tmp_path, empty_directory):
     with pytest.raises(UserError, match="exp_dir"):
         jobs("-m", *GIVEN, "trainer.lr=1,2")
+    assert list(empty_directory.iterdir()) == []
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nexp_dir: e\n")
+    mine = ["--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN[1:]]
+    with pytest.raises(UserError, match="exp_dir"):
+        jobs("-m", *mine, "trainer.lr=1,2")
 
 
 @pytest.mark.parametrize("value", ["${nope}", "${oc.env:NOPE_NOT_SET}", "${trainer.nope}"])
