@@ -70,13 +70,15 @@ def run_app(
             return None
 
     check_config_files(arguments.config_dir, arguments.config_name)
-    if arguments.multirun:
-        check_given_exp_dir(overrides)
     given = [*hydra_options(arguments), *DEFAULTS, *overrides]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
     try:
+        if arguments.multirun:
+            check_given_exp_dir(overrides)
         with command_line([sys.argv[0], *given]):
             app()
+    except UserError:
+        raise
     except Exception as error:  # from Hydra, OmegaConf or PyYAML; `failures` has the task's own
         raise composition_error(error, overrides, all_keys(cls), arguments.config_dir) from error
     except SystemExit as exit_:

@@ -20,7 +20,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.errors import CorruptedError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.escape import escape
 from asrllm.text_files import check_no_pointer, parse_json, read_text
 
@@ -181,10 +181,40 @@ def verify_folder(folder: Path) -> None:
         CorruptedError: a file has changed or does not exist, or the list is empty or corrupted.
         UserError: the list cannot be read.
     """
+    checksums = _checksums(folder)
+    while checksums is not None:
+        try:
+            _verify_listed(folder, checksums)
+            return
+        except CorruptedError:
+            # A run that starts or resumes writes its files again, and their list last.
+            newer = _checksums(folder)
+            if newer == checksums:
+                raise
+            checksums = newer
+
+
+def _checksums(folder: Path) -> str | None:
+    """Return the list of checksums of a directory, or None if there is none."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return None
+    try:
+        return read_text(path, "the list of checksums")
+    except UserError:
+        if path.exists():
+            raise
+        return None  # a run has just removed it
+
+
+def _verify_listed(folder: Path, text: str) -> None:
+    """Verify the files in a list of checksums.
+
+    Raises:
+        CorruptedError: a file has changed or does not exist, or the list is empty or corrupted.
+    """
     checksums = folder / CHECKSUMS
-    if not checksums.exists():
-        return
-    lines = read_text(checksums, "the list of checksums").splitlines()
+    lines = text.splitlines()
     if not lines:
         raise CorruptedError(
             f"{str(checksums)!r} is empty. Copy it again. If you want no verification, delete it."

@@ -119,6 +119,8 @@ def test_sweep_runs_a_job_for_each_value():
 def test_sweep_into_one_directory_is_rejected_before_the_first_job(tmp_path, empty_directory):
     with pytest.raises(UserError, match="exp_dir"):
         jobs("-m", *GIVEN, "trainer.lr=1,2")
+    with pytest.raises(UserError):
+        jobs("-m", *GIVEN, "exp_dir='e/${'")
     assert list(empty_directory.iterdir()) == []
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nexp_dir: e\n")
     mine = ["--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN[1:]]

@@ -109,6 +109,11 @@ def test_warm_start_shows_the_fit_and_writes_nothing(world, tmp_path, capsys, ki
             {"model__projector_init": "aligned", "init_from": "earlier"},
             ["model.projector_init=aligned", "init_from='earlier'"],
         ),
+        (
+            {"model__projector_init": "aligned", "model__projector_hidden_size": 1},
+            ["model.projector_hidden_size=1", "model.projector_init=aligned"],
+        ),
+        ({"init_from": "earlier"}, ["init_from='earlier'"]),
         ({"model__projector_init": "alligned"}, ["model.projector_init", "'aligned'"]),
         ({"model__projector_init_hours": 0}, ["model.projector_init_hours=0"]),
     ],

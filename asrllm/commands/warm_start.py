@@ -4,6 +4,7 @@ import argparse
 
 from asrllm import distributed
 from asrllm.data.prompts import read_prompts
+from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
 from asrllm.models.build import build_model, describe_model
 from asrllm.progress import waiting
@@ -18,7 +19,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def fit_and_show(config: TrainRun) -> None:
-    """Fit the projector of a run, and print the quality of the fit. Nothing is written."""
+    """Fit the projector of a run, and print the quality of the fit.
+
+    Raises:
+        UserError: init_from is set, whose projector would be used instead.
+    """
+    if config.init_from:
+        raise UserError(
+            f"init_from={config.init_from!r} has weights for the projector, so there is nothing "
+            "to fit. Remove it."
+        )
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(
         config.model,

@@ -202,6 +202,11 @@ class ModelConfig:
                 raise UserError(f"{key} is not set. {fix}")
 
     def __post_init__(self) -> None:
+        if self.projector_init == "aligned" and self.projector_hidden_size < 2:
+            raise UserError(
+                f"model.projector_hidden_size={self.projector_hidden_size} is too small for "
+                "model.projector_init=aligned. Use 2 or more; twice the LLM's width is best."
+            )
         if not self.audio_token.strip():
             raise UserError(
                 "model.audio_token is empty. Use a text that no prompt contains, for example "

@@ -70,13 +70,14 @@ class AlignmentScore:
     """How well a map names the tokens of frames.
 
     Attributes:
-        top1: ratio of the held-out frames whose nearest embedding is that of their token.
-        top5: ratio of the held-out frames whose token is among the five nearest ones.
+        top1: ratio of the held-out frames whose nearest embedding is that of their token, or None
+            if there are none.
+        top5: ratio of the held-out frames whose token is among the five nearest ones, or None.
         moved: ratio of all frames whose token was changed by the last alignment.
     """
 
-    top1: float
-    top5: float
+    top1: float | None
+    top5: float | None
     moved: float
 
 
@@ -260,7 +261,7 @@ def set_linears(linear1: nn.Linear, linear2: nn.Linear, fit: AffineMap) -> None:
     """
     size = min(linear1.out_features // 2, linear1.weight.shape[1], linear2.out_features)
     directions = torch.linalg.eigh(fit.covariance.double()).eigenvectors  # ascending
-    components = directions[:, -size:].float()  # (E, size)
+    components = directions[:, directions.shape[1] - size :].float()  # (E, size)
     weight = components.T @ fit.weight
     bias = components.T @ (fit.bias - fit.mean)
     with torch.no_grad():

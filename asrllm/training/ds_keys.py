@@ -141,9 +141,6 @@ UNSUPPORTED = {
 DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 # Values that would change what a step computes.
 FIXED: dict[str, tuple[object, str]] = {
-    # DeepSpeed divides gradients by the number of ranks before or after the sum, as these say.
-    "prescale_gradients": (False, "Remove it: it does not work with every ZeRO stage."),
-    "gradient_predivide_factor": (1.0, "Remove it: it does not work with every ZeRO stage."),
     "gradient_allreduce_op": (
         "mean",
         "Remove it: the loss is divided by the supervised tokens of all ranks.",
@@ -153,6 +150,9 @@ FIXED: dict[str, tuple[object, str]] = {
         "Remove it, and set trainer.gradient_accumulation_steps.",
     ),
 }
+# Keys for the division of gradients by the number of ranks, before or after the sum. ZeRO asserts
+# that they have these values.
+ONLY_WITHOUT_ZERO = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
 KNOWN_KEYS = frozenset(
     {*SCALARS, *PLAIN_BLOCKS, *MODELS} | {key for key in UNSUPPORTED if "." not in key}
 )
@@ -184,7 +184,7 @@ def _check_value(key: str, value: Any, path: Path) -> None:
     """Raise UserError if the value of a top-level key has the wrong type or content."""
     if key in SCALARS:
         check_type(value, SCALARS[key], key, path)
-        if key == "steps_per_print" and value is not None and value < 1:
+        if key == "steps_per_print" and isinstance(value, int) and value < 1:
             raise UserError(f"{path}: steps_per_print={value} is less than 1. Remove it.")
     elif key in MODELS:
         check_type(value, OBJECT, key, path)
@@ -227,8 +227,17 @@ def check_supported(ds: Block, path: Path) -> None:
                 f"Available: {', '.join(DTYPE_NAMES)}."
             )
     for key, (value, fix) in FIXED.items():
-        if ds.get(key, value) != value:
+        if ds.get(key, value) not in (value, "auto"):
             raise UserError(f"{path}: {key}={ds[key]!r} is not supported. {fix}")
+    if ds.get("gradient_predivide_factor") == 0:
+        raise UserError(f"{path}: gradient_predivide_factor=0 divides by zero. Remove it.")
+    zero = ds.get("zero_optimization", {})
+    for key, value in ONLY_WITHOUT_ZERO.items():
+        if zero.get("stage", 0) and ds.get(key, value) not in (value, "auto"):
+            raise UserError(
+                f"{path}: {key}={ds[key]!r} does not work with ZeRO stage {zero['stage']}. "
+                "Remove it."
+            )
 
 
 def is_off(value: object) -> bool:

@@ -13,7 +13,7 @@ from asrllm.audio.reader import Reader, Sample, SampleError
 from asrllm.collator.batch import pad_waves
 from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.init_from import gathered
@@ -35,7 +35,8 @@ from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
 
 logger = logging.getLogger(__name__)
-SHARDS = 32  # maximum shards read from a corpus, because remote shards are downloaded whole
+SHARDS = 32  # about as many are read in total, because remote shards are downloaded whole
+WINDOW = 256  # utterances in the order of the shards that are sorted by length
 HELD_OUT_EVERY = 10  # one of this many utterances measures the quality
 ENCODED_SECONDS = 120.0  # audio that is encoded at a time, padding included
 MAX_WIDTH = 16384  # width of a stacked frame, for which a matrix of 2 GB is factorized
@@ -130,34 +131,42 @@ def describe_warm_start(result: WarmStart) -> str:
         f"({result.short} too short, {result.unreadable} unreadable)"
     ]
     for number, score in enumerate(result.scores, 1):
-        lines.append(
-            f"  iteration {number}: the nearest token is correct for {100 * score.top1:.1f} % of "
-            f"the held-out frames, one of the {TOP} nearest for {100 * score.top5:.1f} %; "
-            f"{100 * score.moved:.1f} % of all frames changed their token"
-        )
+        quality = "no utterance is held out"
+        if score.top1 is not None and score.top5 is not None:
+            quality = (
+                f"the nearest token is correct for {100 * score.top1:.1f} % of the held-out "
+                f"frames, one of the {TOP} nearest for {100 * score.top5:.1f} %"
+            )
+        moved = f"{100 * score.moved:.1f} % of all frames changed their token"
+        lines.append(f"  iteration {number}: {quality}; {moved}")
     return "\n".join(lines)
 
 
 def choose_utterances(corpora: Sequence[Corpus], hours: float) -> list[Item]:
     """Choose utterances of at most `hours` hours, spread over the corpora by their hours.
 
-    Those of a corpus are spread over at most SHARDS of its shards.
+    Those of a corpus are spread over some of its shards, at least one.
+
+    Returns:
+        The utterances in the order of the corpora and their shards.
     """
     total = sum(corpus.kept_hours for corpus in corpora)
     items: list[Item] = []
     for number, corpus in enumerate(corpora):
         rows = corpus.index.rows
         starts = corpus.index.starts
-        shards = np.unique(np.linspace(0, len(starts) - 2, SHARDS).round().astype(int))
+        share = corpus.kept_hours / total
+        count = max(round(SHARDS * share), 1)
+        shards = np.unique(np.linspace(0, len(starts) - 2, count).round().astype(int))
         passing = [
             starts[shard] + np.flatnonzero(corpus.passes(rows[starts[shard] : starts[shard + 1]]))
             for shard in shards.tolist()
         ]
         chosen = np.concatenate(passing)
         available = rows["samples"][chosen].sum(dtype=np.int64) / RATE / 3600
-        wanted = hours * corpus.kept_hours / total
+        wanted = hours * share
         if available > wanted:
-            count = int(len(chosen) * wanted / available)
+            count = max(int(len(chosen) * wanted / available), 1)
             chosen = chosen[np.linspace(0, len(chosen) - 1, count).round().astype(int)]
         items += [Item(corpus=number, row=row) for row in chosen.tolist()]
     return items
@@ -181,12 +190,16 @@ class SpeechEncoder:
 
     def encode(self, items: Sequence[Item]) -> list[SpeechBatch]:
         """Return the batches of this rank, with a flat alignment."""
+        # Each rank reads neighbours, so that few nodes need the same shard.
+        first, last = (
+            len(items) * rank // distributed.world_size()
+            for rank in (distributed.rank(), distributed.rank() + 1)
+        )
         own: dict[bool, list[Item]] = {True: [], False: []}
-        for number, item in enumerate(items):
-            if number % distributed.world_size() == distributed.rank():
-                # chosen by the number over all ranks, so that the fit does not depend on the ranks
-                held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-                own[held_out].append(item)
+        for number in range(first, last):
+            # by the number over all ranks, so that the fit does not depend on the ranks
+            held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            own[held_out].append(items[number])
         batches: list[SpeechBatch] = []
         total = sum(map(len, own.values()))
         enabled = distributed.rank() == 0
@@ -201,18 +214,22 @@ class SpeechEncoder:
         return batches
 
     def _groups(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Group utterances of similar lengths, with at most ENCODED_SECONDS of padded audio."""
-        lengths: dict[Item, int] = {}
-        for item in items:
-            row = self.reader.corpora[item.corpus].index.rows[item.row]
-            lengths[item] = int(row["samples"])
-        group: list[Item] = []
-        for item in sorted(items, key=lambda item: lengths[item]):
-            if group and (len(group) + 1) * lengths[item] > ENCODED_SECONDS * RATE:
-                yield group
-                group = []
-            group.append(item)
-        if group:
+        """Group utterances of similar lengths, with at most ENCODED_SECONDS of padded audio.
+
+        Only neighbours are grouped, so that shards are read one after the other.
+        """
+        shortest = int(WHISPER_WINDOW) * RATE if self.model.config.pad_to_30s else 0
+        for start in range(0, len(items), WINDOW):
+            lengths: dict[Item, int] = {}
+            for item in items[start : start + WINDOW]:
+                row = self.reader.corpora[item.corpus].index.rows[item.row]
+                lengths[item] = max(int(row["samples"]), shortest)
+            group: list[Item] = []
+            for item in sorted(lengths, key=lambda item: lengths[item]):
+                if group and (len(group) + 1) * lengths[item] > ENCODED_SECONDS * RATE:
+                    yield group
+                    group = []
+                group.append(item)
             yield group
 
     def _read(self, items: Sequence[Item]) -> list[Sample]:
@@ -243,7 +260,10 @@ class SpeechEncoder:
         tokens: list[Tensor] = []
         for sample, part in zip(samples, parts, strict=True):
             ids = self._tokens(sample.text)
-            if 0 < len(ids) <= len(part):
+            if not torch.isfinite(part).all():
+                self.unreadable += 1
+                logger.warning("unreadable: %s has frames that are not finite", sample.key)
+            elif 0 < len(ids) <= len(part):
                 chosen.append(part)
                 tokens.append(ids)
             else:
@@ -325,7 +345,10 @@ def alternate(
             fit = regression.fit()
             score = realign_all(batches, fit, embeddings)
             scores.append(score)
-            bar.advance(note=f"correct for {100 * score.top1:.1f} % of the held-out frames")
+            note = ""
+            if score.top1 is not None:
+                note = f"correct for {100 * score.top1:.1f} % of the held-out frames"
+            bar.advance(note=note)
             if score.moved < MOVED:
                 break
     return fit, scores
@@ -335,7 +358,7 @@ def realign_all(
     batches: Sequence[SpeechBatch], fit: AffineMap, embeddings: Tensor
 ) -> AlignmentScore:
     """Realign the batches of all ranks in place, and measure the held-out ones."""
-    counts = torch.zeros(5, device=embeddings.device)
+    counts = torch.zeros(5, dtype=torch.float64, device=embeddings.device)
     for batch in batches:
         outputs, alignment = realign(batch, fit, embeddings)
         counts[0] += len(alignment)
@@ -348,8 +371,8 @@ def realign_all(
             counts[4] += right.sum()
     frames, moved, held_out, first, among_first = distributed.sum_over_ranks(counts).tolist()
     return AlignmentScore(
-        top1=first / max(held_out, 1),
-        top5=among_first / max(held_out, 1),
+        top1=first / held_out if held_out else None,
+        top5=among_first / held_out if held_out else None,
         moved=moved / frames,
     )
 

@@ -254,9 +254,11 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
             r"'checkpoint\.load_universal' is not supported",
         ),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op='sum' is not supported"),
-        ({"prescale_gradients": True}, "prescale_gradients=True"),
-        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor=2"),
+        (zero() | {"prescale_gradients": True}, "prescale_gradients=True"),
+        (zero() | {"gradient_predivide_factor": 2}, "gradient_predivide_factor=2"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor=0"),
+        ({"steps_per_print": "auto"}, "steps_per_print"),
+        ({"prescale_gradients": "auto"}, "prescale_gradients"),
         ({"steps_per_print": 0}, "steps_per_print=0"),
         ({"steps_per_print": -5}, "steps_per_print=-5"),
         ({"load_universal_checkpoint": True}, "'load_universal_checkpoint'"),
@@ -564,3 +566,9 @@ def test_schedule_warms_up_and_decays():
 def test_value_that_is_not_a_json_number_is_named(tmp_path, value):
     with pytest.raises(UserError, match=f"mine.json.* {value} "):
         read(tmp_path, f'{{"gradient_clipping": {value}}}')
+
+
+def test_division_of_gradients_can_be_changed_without_zero(tmp_path):
+    keys = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
+    found = read(tmp_path, {"zero_optimization": {"stage": 0}} | keys)
+    assert found.items() >= keys.items()

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from asrllm import integrity
 from asrllm.checkpoints.average import adapters_with_rslora
 from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.commands.train import write_run_files
 from asrllm.config import load_config
 from asrllm.errors import CorruptedError
-from asrllm.integrity import CHECKSUMS, verify_folder
+from asrllm.integrity import CHECKSUMS, verify_folder, write_checksums
 from asrllm.models.auto import AutoModel, load_model_config
 from asrllm.training.run_config import TrainRun
 from tests.models.asr_llm.test_modeling import make_model
@@ -107,3 +108,23 @@ def test_resumed_run_writes_the_files_and_their_checksums_again(world, run):
     verify_folder(run)
     assert listed(run) == LISTED
     assert load_model_config(run).trained_seconds == 12.5
+
+
+def test_files_that_a_resumed_run_writes_again_are_read_as_one_version(run, monkeypatch):
+    """The reader has the old list when the run replaces its files."""
+    old = (run / CHECKSUMS).read_text()
+    flip(run / "chat_template.jinja")
+    write_checksums(run)
+    lines = (run / CHECKSUMS).read_text().splitlines()
+    kept = [line for line in lines if line.partition("  ")[2] in LISTED]
+    (run / CHECKSUMS).write_text("\n".join(kept) + "\n")
+    versions = iter([old])
+    read_list = integrity._checksums
+    monkeypatch.setattr(integrity, "_checksums", lambda folder: next(versions, read_list(folder)))
+    verify_folder(run)
+    versions = iter([old])
+    (run / CHECKSUMS).unlink()
+    verify_folder(run)
+    (run / CHECKSUMS).write_text(old)
+    with pytest.raises(CorruptedError, match="chat_template"):
+        verify_folder(run)

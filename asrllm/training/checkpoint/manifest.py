@@ -110,7 +110,7 @@ def complete_checkpoints(exp_dir: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step of a checkpoint, from its name if possible, else from its manifest."""
     match = STEP_TAG.fullmatch(checkpoint.name)
-    return int(match[1]) if match else read_manifest(checkpoint)["step"]
+    return int(match[1]) if match else _verified_manifest(checkpoint)["step"]
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -120,6 +120,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
         CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
         UserError: there is no manifest, so the checkpoint is not complete; or the directory was
             renamed.
+    """
+    manifest = _verified_manifest(checkpoint)
+    _check_number(checkpoint, manifest)
+    return manifest
+
+
+def _verified_manifest(checkpoint: Path) -> Manifest:
+    """Read a manifest without comparing it with the name of the directory.
+
+    Raises:
+        CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
+        UserError: there is no manifest, so the checkpoint is not complete.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
@@ -144,7 +156,6 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"the manifest {str(path)!r} does not match its SHA-256, so the checkpoint is "
             "corrupted. Remove it."
         )
-    _check_number(checkpoint, manifest)
     return manifest
 
 
