@@ -461,8 +461,8 @@ FAULTS = [
         "warm start",
         "every rank reads all utterances",
         SPEECH,
-        "if number % distributed.world_size() == distributed.rank():",
-        "if True:",
+        "for number in range(first, last):",
+        "for number in range(len(items)):",
     ),
 ]
 

@@ -87,6 +87,7 @@ def test_resumed_run_keeps_its_fit_and_has_the_same_losses(world, tmp_path):
     assert last["projector_fit"] == fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whisper", "zipformer"])
 @pytest.mark.parametrize("tagged", ["false", "true"])
 def test_warm_start_shows_the_fit_and_writes_nothing(world, tmp_path, capsys, kind, tagged):
