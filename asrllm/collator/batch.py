@@ -145,10 +145,7 @@ class Collator:
             )
         if self.hotwords is None:
             return prompt
-        words = sample.fields.get("hotwords")
-        own_words: list[str] = []
-        if isinstance(words, list):
-            own_words = [word for word in words if isinstance(word, str)]
+        own_words = own_hotwords(sample)
         context = self.hotwords.context(
             sample.text, key=sample.key, pass_index=sample.pass_index, own=own_words
         )
@@ -162,6 +159,14 @@ class Collator:
         if not sample.weight:
             labels = [NO_LABEL] * len(ids)
         return ids, labels
+
+
+def own_hotwords(sample: Sample) -> list[str]:
+    """Return the hotwords in the fields of a sample."""
+    words = sample.fields.get("hotwords")
+    if not isinstance(words, list):
+        return []
+    return [word for word in words if isinstance(word, str)]
 
 
 def pad_waves(waves: Sequence[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:

@@ -313,10 +313,9 @@ def write(
             path = arguments.output_dir / f"{Path(transcript.audio).stem}.{name}"
             write_whole(path, FORMATS[name](transcript, arguments.language))
         return
+    text = FORMATS[formats[0]](transcript, arguments.language)
     if several:
         text = _as_one_line(transcript, formats[0], arguments.language)
-    else:
-        text = FORMATS[formats[0]](transcript, arguments.language)
     print(text, end="", flush=True)
 
 

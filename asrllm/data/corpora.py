@@ -247,10 +247,7 @@ def _check_entry(values: Any, where: str) -> NamedEntry:
 
 
 def _open_entry(
-    named: NamedEntry,
-    filters: FilterConfig | None,
-    made: Path,
-    cache: ShardCache | None,
+    named: NamedEntry, filters: FilterConfig | None, made: Path, cache: ShardCache | None
 ) -> Corpus:
     entry = named.entry
     index = _entry_index(entry, made, cache)

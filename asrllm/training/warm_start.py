@@ -244,10 +244,7 @@ class SpeechEncoder:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the stacked frames and the tokens of utterances.
-
-        Utterances with fewer frames than tokens are left out.
-        """
+        """Return the stacked frames and the tokens of the utterances that can be used."""
         lengths = torch.tensor([len(sample.wave) for sample in samples])
         waves = torch.from_numpy(pad_waves([sample.wave for sample in samples]))
         encoder = self.model.audio_encoder
