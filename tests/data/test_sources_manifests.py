@@ -420,7 +420,8 @@ def test_missing_audio_of_a_table_is_rejected(tmp_path):
         ),
         ("", r"metadata\.csv' is empty"),
         ('path,"text\nx,y\n', r"metadata\.csv' .*unexpected end of data"),
-        ("path,text,Text\nx,y,z\n", r"metadata\.csv' .*'text'"),
+        ("path,Text,TEXT\nx,y,z\n", r"metadata\.csv' .*'text'"),
+        ("path,text,lang,lang\nx,y,z,z\n", r"metadata\.csv' .*'lang'"),
         ("path,text,path,text\nx,y,x,y\n", r"metadata\.csv' .*'path' and 'text'"),
         ("path,text\rx,y\rz,y\r", r"metadata\.csv' .*carriage return"),
     ],
@@ -500,6 +501,63 @@ def test_csv_cells_with_line_breaks_are_not_taken_for_rows(tmp_path, table):
     text = "Hello\nWell, yes; no\n\nI said, stop it, now; then\nout.wav is a name"
     (tmp_path / "metadata.csv").write_text(table.format(text=f'"{text}"'))
     assert problems(read_folder(tmp_path)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("table", "texts"),
+    [
+        ('path,text\nutt1,"at nine\n9:30, then"\nutt2,ok\n', ["at nine 9:30, then", "ok"]),
+        ('path;text\nu1;"Preis: 5\n10; viel"\n', ["Preis: 5 10; viel"]),
+        ('path,text\nutt1,"1,2,3\n4,5,6"\n', ["1,2,3 4,5,6"]),
+        ('path,text\nab,"a list:\nred, blue"\n', ["a list: red, blue"]),
+        ('path,text\nab,"a list:\nred, blue\nand more"\n', ["a list: red, blue and more"]),
+        ('text,path\n"a list, red\nblue",u1\n', ["a list, red blue"]),
+    ],
+)
+def test_lines_of_a_csv_cell_are_not_taken_for_rows_without_extensions(tmp_path, table, texts):
+    (tmp_path / "metadata.csv").write_text(table)
+    found = list(read_folder(tmp_path))
+    assert [(utterance.text, utterance.problem) for utterance in found] == [
+        (text, None) for text in texts
+    ]
+
+
+def test_a_stray_quotation_mark_rejects_one_row_without_extensions(tmp_path):
+    rows = [f"utt{i},two" for i in range(2, 300)]
+    table = ["path,text", 'utt1,"one', *rows, 'utt300,three"']
+    (tmp_path / "metadata.csv").write_text("\n".join(table))
+    found = problems(read_folder(tmp_path))
+    assert found[0][0] == "bad_row"
+    assert found[1:] == [None] * 299
+
+
+def test_a_csv_cell_may_have_as_many_lines_as_fit_into_a_transcript(tmp_path):
+    lines = ["a"] * 4999
+    table = 'path,text,lang\nu1,"{}",en\nu2,b,en\n'
+    (tmp_path / "metadata.csv").write_text(table.format("\n".join(lines)))
+    first, second = read_folder(tmp_path)
+    assert first.problem is second.problem is None
+    assert first.text == " ".join(lines)
+    (tmp_path / "metadata.csv").write_text(table.format("\n".join(lines * 2)))
+    reason, detail = next(read_folder(tmp_path)).problem
+    assert reason == "bad_row"
+    assert "in line 2 is longer than 10000 bytes" in detail
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "path,text,notes,notes\nx.wav,one,a,b\n",
+        "path,text,Path\nx.wav,one,y.wav\n",
+        "Text,path,text\ntwo,x.wav,one\n",
+        "path,text,,\nx.wav,one,,\n",
+    ],
+)
+def test_repeated_columns_that_are_not_used_are_ignored(tmp_path, table):
+    (tmp_path / "metadata.csv").write_text(table)
+    (utterance,) = read_folder(tmp_path)
+    assert utterance.problem is None
+    assert (utterance.file.name, utterance.text) == ("x.wav", "one")
 
 
 def test_a_stray_quotation_mark_before_the_audio_column_rejects_one_row(tmp_path):

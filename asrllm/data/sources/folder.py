@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from asrllm.data.audio_files import FORMATS, has_audio_extension, list_audio, warn_of_skipped
 from asrllm.data.sources.files import (
+    SAMPLE_FIELDS,
     count_lines,
     find_root,
     json_rows,
@@ -41,9 +42,10 @@ AUDIO_COLUMNS = (
     "wav",
 )
 TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription", "normalized_text", "label")
+FIELD_COLUMNS = [name for names in SAMPLE_FIELDS.values() for name in names]
 # directories below the corpus at which the paths of tables start
 ROOTS = (".", "clips", "wavs")
-MAX_ROW_LINES = 100  # lines of a csv row; a transcript has at most 10 kB
+MAX_CELL_BYTES = 10_000  # of a csv cell with line breaks, the limit of a transcript in shards
 
 
 def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Iterator[Utterance]:
@@ -203,7 +205,9 @@ def _column_table(path: Path) -> Rows:
     columns = _columns(path, header, delimiter)
     audio = _required_column(path, columns, AUDIO_COLUMNS, "audio")
     text = _required_column(path, columns, TEXT_COLUMNS, "text")
-    shape = _Shape(len(columns), columns.index(audio))
+    _check_repeated(path, columns, {audio.lower(), text.lower(), "duration", *FIELD_COLUMNS})
+    positions = _positions(columns)
+    shape = _Shape(len(columns), positions[audio.lower()])
     for number, cells in _split_rows(lines, delimiter, shape):
         where = f"{ROLE} {path}:{number}"
         if isinstance(cells, RejectedError):
@@ -211,9 +215,9 @@ def _column_table(path: Path) -> Rows:
         elif len(cells) != len(columns):
             yield where, _wrong_number_of_cells(where, cells, columns)
         else:
-            row = dict(zip(columns, cells, strict=True))
-            fields = {name.lower(): value for name, value in row.items()}
-            yield where, _TableRow(row[audio].strip(), row[text], fields)
+            fields = {name: cells[position] for name, position in positions.items()}
+            name = fields[audio.lower()].strip()
+            yield where, _TableRow(name, fields[text.lower()], fields)
 
 
 def _wrong_number_of_cells(
@@ -236,14 +240,41 @@ def _columns(
         if isinstance(cells, RejectedError):
             raise UserError(f"the header of {ROLE} {str(path)!r} {cells.args[1]}. Correct it.")
         columns += [cell.strip() for cell in cells]
-    counts = Counter(column.lower() for column in columns if column)
-    repeated = [repr(name) for name, count in counts.items() if count > 1]
+    return columns
+
+
+def _check_repeated(path: Path, columns: Sequence[str], used: set[str]) -> None:
+    """Raise UserError if a column that is used occurs several times, and no one of them is exact.
+
+    Args:
+        path: the table.
+        columns: the names in its header.
+        used: names in lower case of the columns that are used.
+    """
+    counts = Counter(column.lower() for column in columns)
+    exact = Counter(columns)
+    repeated = [
+        repr(name)
+        for name, count in counts.items()
+        if name in used and count > 1 and exact[name] != 1
+    ]
     if repeated:
         raise UserError(
             f"{ROLE} {str(path)!r} has several columns named {' and '.join(repeated)}. "
             "Rename or remove all but one of them."
         )
-    return columns
+
+
+def _positions(columns: Sequence[str]) -> dict[str, int]:
+    """Return the position of each column by its name in lower case.
+
+    Of columns that differ only in case, the one in lower case has precedence.
+    """
+    positions: dict[str, int] = {}
+    for position, column in enumerate(columns):
+        if column.lower() not in positions or column == column.lower():
+            positions[column.lower()] = position
+    return positions
 
 
 def _delimiter(path: Path, header: str) -> str:
@@ -296,22 +327,29 @@ class _CsvLines:
 
     Attributes:
         row: numbered lines of the present row.
+        is_too_long: whether the row did not end within MAX_CELL_BYTES.
     """
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
         self._again: deque[tuple[int, str]] = deque()
         self.row: list[tuple[int, str]] = []
+        self.is_too_long = False
 
     def next_row(self) -> Iterator[str]:
-        """Yield the lines of the next row, at most MAX_ROW_LINES."""
+        """Yield the lines of the next row until those after the first exceed MAX_CELL_BYTES."""
         self.row = []
-        while len(self.row) < MAX_ROW_LINES:
+        self.is_too_long = False
+        size = 0  # bytes of the lines after the first
+        while size <= MAX_CELL_BYTES:
             line = self._again.popleft() if self._again else next(self._lines, None)
             if line is None:
                 return
+            if self.row:
+                size += len(line[1].encode("utf-8", "surrogatepass"))
             self.row.append(line)
             yield line[1]
+        self.is_too_long = True
 
     def end_row_after_first_line(self) -> None:
         """Let the next row begin at the second line of the present one."""
@@ -339,15 +377,25 @@ def _split_csv(
         texts = [line for _, line in lines.row]
         if len(texts) > 1 and (problem or not _is_one_row(cells, texts, delimiter, shape)):
             opening = _opening_line(lines.row, delimiter)
-            problem = (
-                f"is not valid CSV: the quotation mark that opens a cell in line {opening} is not "
-                "closed in its row. Remove it, or close the cell"
-            )
+            problem = _unclosed_cell(opening, lines.is_too_long)
             lines.end_row_after_first_line()
         if problem:
             yield number, RejectedError("bad_row", problem)
         elif any(cells):
             yield number, cells
+
+
+def _unclosed_cell(opening: int, is_too_long: bool) -> str:
+    """Return the problem of a cell that a quotation mark opens in this line."""
+    if is_too_long:
+        return (
+            f"is not valid CSV: the cell that a quotation mark opens in line {opening} is longer "
+            f"than {MAX_CELL_BYTES} bytes. Remove the mark, or shorten the cell"
+        )
+    return (
+        f"is not valid CSV: the quotation mark that opens a cell in line {opening} is not closed "
+        "in its row. Remove it, or close the cell"
+    )
 
 
 def _is_one_row(
@@ -365,29 +413,46 @@ def _is_one_row(
         return True
     if len(cells) != shape.columns:
         return False
-    name = cells[shape.audio].partition("\n")[0].strip()
-    for line in lines:
-        apart = [cell.strip().strip('"') for cell in line.split(delimiter)]
-        if len(apart) < shape.columns or apart[shape.audio] == name:
-            continue
-        if _is_like(apart[shape.audio], name):
-            return False
-    return True
+    name = cells[shape.audio]
+    if "\n" in name.strip():
+        return False
+    # the first line is a row if its quotation mark is the stray one
+    first = _whole_row(lines[0].replace('"', "", 1), delimiter)
+    if len(first) != shape.columns or first[shape.audio] == name:
+        first = []
+    others = [_whole_row(line, delimiter) for line in lines[1:]]
+    rows = [apart for apart in (first, *others) if len(apart) == shape.columns]
+    return not any(_is_like(apart[shape.audio], name) for apart in rows)
+
+
+def _whole_row(line: str, delimiter: str) -> list[str]:
+    """Return the cells of a line, or none if a quotation mark in it is stray.
+
+    csv accepts a quotation mark within a cell that does not begin with one, even if it is strict.
+    """
+    line = line.rstrip("\r\n")
+    cell = rf'(?:"(?:[^"]|"")*"|[^"{delimiter}]*)'
+    if not re.fullmatch(rf"{cell}(?:{delimiter}{cell})*", line):
+        return []
+    return next(csv.reader([line], delimiter=delimiter, strict=True), [])
 
 
 def _is_like(text: str, name: str) -> bool:
-    """Return whether a text may name an audio file in the way that `name` does."""
-    if not text or (len(text.split()) > 1 and len(name.split()) == 1):
+    """Return whether a text may name an audio file in the way that `name` does.
+
+    Spaces around them count: prose has a space after a comma, and most tables have none.
+    """
+    if not text.strip():
         return False
-    if has_audio_extension(name):
-        return has_audio_extension(text)
-    has_digit = re.search(r"\d", text) is not None
-    return has_digit or _pattern(text) == _pattern(name)
+    if has_audio_extension(name.strip()):
+        is_phrase = len(text.split()) > 1 and len(name.split()) == 1
+        return has_audio_extension(text.strip()) and not is_phrase
+    return _pattern(text) == _pattern(name)
 
 
 def _pattern(name: str) -> str:
-    """Return a name with each run of letters as one letter: "ab-cd" -> "a-a"."""
-    return re.sub(r"[^\W\d_]+", "a", name)
+    """Return a name with each run of digits as one digit: "utt-12" -> "utt-0"."""
+    return re.sub(r"\d+", "0", name)
 
 
 def _opening_line(row: Sequence[tuple[int, str]], delimiter: str) -> int:
