@@ -878,6 +878,37 @@ def test_a_channel_that_exists_is_read(tmp_path, channel, supervised):
     np.testing.assert_allclose(utterance.load()[0], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("channel", "supervised", "heard"),
+    [
+        (1, "absent", ["two"]),
+        (1, None, ["two"]),
+        (0, None, ["one"]),
+        (None, 1, ["two"]),
+        (None, "absent", ["one", "two"]),
+        (None, None, ["one", "two"]),
+    ],
+)
+def test_a_mono_cut_may_have_absent_and_null_channels(tmp_path, channel, supervised, heard):
+    path = write_stereo(tmp_path / "cuts.jsonl", channel, supervised)
+    row = json.loads(path.read_text())
+    if supervised == "absent":
+        del row["supervisions"][0]["channel"]
+    path.write_text(json.dumps(row))
+    (utterance,) = read_cuts(path)
+    assert utterance.problem is None
+    expected = np.mean([tone(word, 1.0) for word in heard], 0)
+    np.testing.assert_allclose(utterance.load()[0], expected, atol=1e-4)
+
+
+def test_null_channels_of_a_mono_file_are_its_channel(tmp_path):
+    path = tmp_path / "cuts.jsonl"
+    one = [{"channels": [0]}]
+    assert problem_of(write_stereo(path, None, None, one, files=1)) is None
+    assert problem_of(write_stereo(path, None, 1, one, files=1))[0] == "missing_channel"
+    assert problem_of(write_stereo(path, 1, None, one, files=1))[0] == "missing_channel"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "x", -1, 1.5, True, [], [[0]], [0, 0], ["0"], {}])
 @pytest.mark.parametrize("place", ["cut", "supervision", "source", "track"])

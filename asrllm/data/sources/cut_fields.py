@@ -137,6 +137,14 @@ def _is_channel_or_list(value: Any) -> bool:
     return _is_channel(value) or _is_channel_list(value)
 
 
+def _is_channel_or_null(value: Any) -> bool:
+    return value is None or _is_channel(value)
+
+
+def _is_channel_list_or_null(value: Any) -> bool:
+    return value is None or _is_channel_or_list(value)
+
+
 # --- times ---
 
 
@@ -201,23 +209,61 @@ def check_source(source: Row, where: str) -> None:
 def _check_channels(row: Row, where: str) -> None:
     """Raise RejectedError if a cut or a supervision has a channel that does not exist."""
     expected = "a channel or a list of channels"
-    if row.get("type") in ("MonoCut", "Cut"):
-        _check(row, where, "channel", _is_channel, "a channel")
+    if _is_mono(row):
+        _check(row, where, "channel", _is_channel_or_null, "a channel")
     else:
         _check(row, where, "channel", _is_channel_or_list, expected)
+    is_mono = _is_mono(row)
+    is_valid = _is_channel_list_or_null if is_mono else _is_channel_or_list
     for supervision in row.get("supervisions", []):
         place = _supervision_place(supervision, where)
-        _check(supervision, place, "channel", _is_channel_or_list, expected)
+        _check(supervision, place, "channel", is_valid, expected)
     if "channel" not in row:
         return
-    own = channel_list(row["channel"])
     recording = row.get("recording")
+    recorded = None
     if recording is not None and "sources" in recording:
-        _check_contained(own, _recorded_channels(recording), f"{where}: 'channel'", "recording")
+        recorded = _recorded_channels(recording)
+    if row["channel"] is None:
+        if recorded is None:
+            return
+        own = recorded
+    else:
+        own = channel_list(row["channel"])
+        if recorded is not None:
+            _check_contained(own, recorded, f"{where}: 'channel'", "recording")
     for supervision in row.get("supervisions", []):
-        channels = channel_list(supervision.get("channel", 0))  # Lhotse's default is 0
+        channel = supervision.get("channel", None if is_mono else 0)  # Lhotse's default is 0
+        if channel is None:
+            continue
+        channels = channel_list(channel)
         place = _supervision_place(supervision, where)
         _check_contained(channels, own, f"{place}: 'channel'", "cut")
+
+
+def _is_mono(row: Row) -> bool:
+    return row.get("type") in ("MonoCut", "Cut")
+
+
+def fill_channels(row: Row) -> None:
+    """Set the null or absent channels of a mono cut in place, after `check_cut`.
+
+    A null channel of a cut means all channels of its recording, as Lhotse reads them. A supervision
+    without a channel has those of its cut.
+    """
+    if not _is_mono(row) or "channel" not in row:
+        return
+    recording = row.get("recording")
+    if row["channel"] is None and recording is not None:
+        recorded = sorted(_recorded_channels(recording))
+        if len(recorded) == 1:
+            row["channel"] = recorded[0]
+        elif recorded:
+            row["type"] = "MultiCut"
+            row["channel"] = recorded
+    for supervision in row.get("supervisions", []):
+        if supervision.get("channel") is None and row["channel"] is not None:
+            supervision["channel"] = row["channel"]
 
 
 def _check_contained(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asrllm.data.audio_files import OVERSHOOT
-from asrllm.data.sources.cut_fields import channel_list, check_cut, check_source
+from asrllm.data.sources.cut_fields import channel_list, check_cut, check_source, fill_channels
 from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
@@ -68,6 +68,7 @@ def read_cuts(
             continue
         try:
             check_cut(row, where)
+            fill_channels(row)
             for source in _sources(row):
                 check_source(source, where)
                 _restrict(source, f"{ROLE} {where}", root, allow_pipes, allow_urls)
