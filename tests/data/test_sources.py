@@ -236,6 +236,16 @@ def test_the_output_of_a_pipe_is_bounded(monkeypatch):
     assert failure.value.args[0] == "failed_pipe"
 
 
+def test_the_output_of_a_pipe_is_held_once():
+    size = 32 << 20
+    tracemalloc.start()
+    try:
+        assert len(kaldi_module.run_command(f"head -c {size} /dev/zero")) == size
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * size
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_error_output_of_a_pipe_is_bounded():
     command = "head -c 3000000 /dev/zero >&2; echo >&2; echo the reason >&2; exit 4"
     with pytest.raises(RejectedError, match="4: the reason"):

@@ -423,4 +423,4 @@ def _collect(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
                 else:
                     output.write(content)
     process.wait(max(deadline - time.monotonic(), 0))
-    return output.getvalue(), errors
+    return output.getvalue(), errors  # CPython returns the buffer itself, not a copy
