@@ -8,7 +8,7 @@ import logging
 import re
 
 # C0 and C1 controls, line and paragraph separators, bidirectional overrides, and lone surrogates,
-# lone surrogates, by which Python represents bytes of file names that are not UTF-8
+# by which Python represents bytes of file names that are not UTF-8
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -64,7 +64,7 @@ class Segmenter:
         self.room = longest // FRAME - 2 * PADDING  # frames of speech in a segment
         assert self.room > 2 * PAUSE, longest
         self.frames = 0
-        self.begin: int | None = None  # begin of the open segment
+        self.begin: int | None = None  # start of the open segment
         self.end: int | None = None  # end of its speech so far, during a pause
         self.quiet: int | None = None  # first frame of a possible pause
         self.pauses: list[Span] = []  # within the open segment

@@ -85,7 +85,7 @@ def _check_layer(files: LlmFiles, written: LazyTensors, key: str) -> None:
 
 
 def some_columns(layer: nn.Module, plain: nn.Module, size: int) -> Tensor:
-    """Compute up to COMPARED_COLUMNS columns of the weight by which a layer multiplies, and its bias.
+    """Compute up to COMPARED_COLUMNS columns of the weight of a layer, and its bias.
 
     Args:
         layer: the layer, with or without adapters.
@@ -93,7 +93,8 @@ def some_columns(layer: nn.Module, plain: nn.Module, size: int) -> Tensor:
         size: number of inputs of the layer; for an embedding, of its rows.
 
     Returns:
-        (COMPARED_COLUMNS + 1, outputs) with the bias last; (COMPARED_COLUMNS, outputs) for an embedding.
+        (COMPARED_COLUMNS + 1, outputs) with the bias last; for an embedding
+        (COMPARED_COLUMNS, outputs).
     """
     picked = torch.linspace(0, size - 1, min(size, COMPARED_COLUMNS)).long()
     if isinstance(plain, nn.Embedding):

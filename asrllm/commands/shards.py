@@ -115,7 +115,8 @@ def _print_summary(folder: str, summary: "ShardSummary") -> None:
 
 def describe_index(folder: str, index: Index) -> str:
     """Return one line with the size of a directory of shards."""
-    return f"{escape(folder)}: {len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards"
+    size = f"{len(index)} utterances, {index.hours:.2f} h, {len(index.shards)} shards"
+    return f"{escape(folder)}: {size}"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

@@ -23,7 +23,7 @@ class TextSegment:
     """The text of a segment.
 
     Attributes:
-        start: begin in the file, in seconds.
+        start: start in the file, in seconds.
         end: end in the file, in seconds.
         text: what was recognized.
         end_reason: what ended the text, see generation.Answer.

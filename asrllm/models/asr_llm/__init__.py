@@ -1,1 +1,1 @@
-"""The Hugging Face classes of the model: configuration, network, processor, generation and files."""
+"""Hugging Face classes of the model: configuration, network, processor, generation and files."""

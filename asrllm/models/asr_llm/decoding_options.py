@@ -149,7 +149,8 @@ def decoding_config(
         return GenerationConfig(**complete, **FIXED_OPTIONS)
     except ValueError as error:
         raise UserError(
-            f"the generation options contradict each other: {first_words(error)}. Change one of them."
+            f"the generation options contradict each other: {first_words(error)}. "
+            "Change one of them."
         ) from error
 
 

@@ -245,8 +245,8 @@ def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
     file = file or _default_file(folder)
     if file is None or not file.is_file():
         raise UserError(
-            f"{str(file or folder)!r} has no weights (none of {', '.join(AUDEN_WEIGHT_NAMES)}). Give the "
-            "file with weights=."
+            f"{str(file or folder)!r} has no weights (none of {', '.join(AUDEN_WEIGHT_NAMES)}). "
+            "Give the file with weights=."
         )
     state = from_auden_names(load_tensors(file), str(file))
     for part in SHARED_PARTS:
