@@ -583,6 +583,16 @@ def iterate_tar(file: BinaryIO) -> Iterator[TarSample | BadSample]:
         yield _sample(list(group))
 
 
+def iterate_rows(content: bytes) -> Iterator[TarSample | BadSample]:
+    """Yield the samples in the bytes of a tar that index rows refer to.
+
+    Raises:
+        tarfile.TarError: the bytes are truncated or corrupted, or contain a sparse file.
+    """
+    end_mark = bytes(BLOCK)
+    yield from iterate_tar(BytesIO(content + end_mark))
+
+
 def _members(file: BinaryIO) -> Iterator[Member]:
     for info in tar_files(file):
         file.seek(info.offset_data)
@@ -625,10 +635,13 @@ def _check_end(file: BinaryIO, end: int) -> None:
         end: the byte after the last member, where tarfile stopped reading.
 
     Raises:
-        tarfile.TarError: a header is corrupted, or there is data after the end mark.
+        tarfile.TarError: a header is corrupted, the end mark is missing, or there is data after it.
     """
     file.seek(end)
-    if any(file.read(BLOCK)):  # tarfile treats a corrupted header as the end of the tar
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:  # tarfile accepts this, and so a tar that was cut between two members
+        raise tarfile.ReadError("the end mark is missing, so it may be truncated")
+    if any(block):  # tarfile treats a corrupted header as the end of the tar
         raise tarfile.ReadError(f"the header at byte {end} is corrupted")
     while chunk := file.read(MAX_HEADER):
         begin = len(chunk) - len(chunk.lstrip(b"\0"))
@@ -689,7 +702,7 @@ def read_sample(content: bytes) -> TarSample:
         ValueError: the bytes are not exactly one usable sample.
     """
     members = _plain_members(content)
-    (sample,) = iterate_tar(BytesIO(content)) if members is None else [_sample(members)]
+    (sample,) = iterate_rows(content) if members is None else [_sample(members)]
     if isinstance(sample, BadSample):
         raise ValueError(f"{sample.key}: {sample.reason}: {sample.detail}")
     return sample

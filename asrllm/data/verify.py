@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from asrllm.data.index import (
     ShardRecord,
     TarSample,
     check_tar_end,
-    iterate_tar,
+    iterate_rows,
     nul_problem,
     open_index,
     scan_shard,
@@ -450,7 +449,7 @@ def _sample_bytes(path: Path, rows: np.ndarray) -> Iterator[tuple[np.void, bytes
 def _check_sample(content: bytes, row: np.void) -> tuple[str, str, str]:
     """Return (key, reason, detail) of a sample. The reason of a sound sample is ""."""
     try:
-        samples = list(iterate_tar(BytesIO(content)))
+        samples = list(iterate_rows(content))
     except (tarfile.TarError, ValueError, OSError) as error:
         return "", "unreadable_tar", f"there is no sample at block {row['offset']}: {error}"
     if len(samples) != 1:

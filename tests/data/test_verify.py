@@ -422,6 +422,16 @@ def test_garbage_after_the_end_mark_is_reported(tmp_path, place):
         index_tars([str(tar)])
 
 
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_a_tar_that_was_cut_between_two_members_is_reported(tmp_path, members):
+    tar = Path(write_tar(tmp_path / "x.tar", sample("a") | sample("b")))
+    with open(tar, "rb") as file:
+        begins = [info.offset for info in tar_files(file)]
+    os.truncate(tar, begins[members])
+    with pytest.raises(UserError, match=f"{str(tar)!r} .*end mark"):
+        index_tars([str(tar)])
+
+
 @pytest.mark.parametrize("padding", [0, 1, 512, 10240, (1 << 20) + 512])
 def test_any_number_of_zeros_may_follow_the_end_mark(tmp_path, padding):
     tar = Path(write_tar(tmp_path / "x.tar", sample("a") | sample("b")))
