@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import quote
@@ -26,6 +27,7 @@ DELAY = 0.5  # seconds before the second attempt; doubles with every further att
 MAX_DELAY = 30.0  # seconds
 # bytes of a download that are held in memory; object stores receive one request per chunk
 CHUNK = 8 * 2**20
+MAX_IN_MEMORY = 1 << 30  # bytes of a file that is not downloaded to the cache
 SIZE_THREADS = 32
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "az", "hf", "file")
@@ -88,17 +90,29 @@ def join_url(base: str, name: str) -> str:
 
 
 def read_bytes(url: str) -> bytes:
-    """Return the content of a small file.
+    """Return the content of a file of at most MAX_IN_MEMORY bytes.
 
     Raises:
-        UserError: the file does not exist, access is denied, or all attempts fail.
+        UserError: the file does not exist or is too large, access is denied, or all attempts fail.
     """
+    return retry(lambda: _read_bytes(url), url, attempts=ATTEMPTS, delay=DELAY)
 
-    def read() -> bytes:
-        fs, path = _filesystem(url)
-        return fs.cat_file(path)
 
-    return retry(read, url, attempts=ATTEMPTS, delay=DELAY)
+def _read_bytes(url: str) -> bytes:
+    """Make one attempt to read a file."""
+    content = bytearray()
+    opened = open_remote(url, 0, None)
+    with closing(opened.source) as source:
+        while chunk := source.read(CHUNK):
+            content += chunk
+            if len(content) > MAX_IN_MEMORY:
+                raise UserError(
+                    f"{redact_url(url)} has more than {MAX_IN_MEMORY >> 20} MiB. "
+                    "Download it, and use the local file."
+                )
+    if opened.size not in (None, len(content)):
+        raise CorruptedDownloadError(f"expected {opened.size} bytes, received {len(content)}")
+    return bytes(content)
 
 
 def remote_sizes(urls: Sequence[str]) -> list[int | None]:

@@ -152,6 +152,18 @@ def test_read_bytes_and_remote_sizes(server):
         read_bytes(file.url + ".not")
 
 
+def test_read_bytes_is_bounded_and_repeated(web, monkeypatch):
+    monkeypatch.setattr(storage, "DELAY", 0.001)
+    path, data, file = put(web)
+    web.faults.order(path, [Fault(sent=0.5), Fault(status=503)], "GET")
+    assert read_bytes(file.url) == data
+    monkeypatch.setattr(storage, "MAX_IN_MEMORY", len(data))
+    assert read_bytes(file.url) == data
+    monkeypatch.setattr(storage, "MAX_IN_MEMORY", len(data) - 1)
+    with pytest.raises(UserError, match=file.url):
+        read_bytes(file.url)
+
+
 @pytest.mark.slow
 def test_remote_sizes_are_retried(web, monkeypatch):
     monkeypatch.setattr(storage, "DELAY", 0.001)
