@@ -286,11 +286,20 @@ def begin_of_record(file: IO[bytes], header: int) -> int:
 
 
 def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, and check its dtype and number of elements."""
+    """Yield the bytes of a tensor, and check its dtype, number of elements and values.
+
+    Raises:
+        UserError: a value is not finite.
+    """
     spec = source.specs[name]
     count = 0
     for piece in source.pieces(name):
         assert piece.dtype == spec.dtype, (name, piece.dtype, spec.dtype)
+        if not torch.isfinite(piece).all():
+            raise UserError(
+                f"the weight {name!r} has values that are not finite in {spec.dtype}. "
+                "Write it in bfloat16 or float32. If it was not finite before, use other weights."
+            )
         count += piece.numel()
         yield piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     assert count == spec.numel, name

@@ -162,6 +162,19 @@ def test_export_writes_parts_in_float16_with_a_progress_bar_each(exp, tmp_path, 
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
+def test_weights_beyond_the_range_of_float16_are_not_exported(exp, tmp_path, capsys):
+    state = torch.load(exp / "pretrained.pt", weights_only=True)
+    name = max(key for key in state if key.startswith("projector.") and state[key].ndim == 2)
+    state[name][0, 0] = 1e5
+    torch.save(state, exp / "pretrained.pt")
+    out = tmp_path / "model"
+    assert main(["export", str(exp), "--output", str(out), "--dtype", "float16"]) == 2
+    assert repr(name) in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["export", str(exp), "--output", str(out), "--dtype", "bfloat16"]) == 0
+    assert load_file(out / "model.safetensors")[name][0, 0] == torch.tensor(1e5).bfloat16()
+
+
 def test_exported_zipformer_can_be_loaded(world, tmp_path):
     encoder = EncoderPart(
         model_type="zipformer", pretrained_model=str(world.zipformer), frozen=True, lora=None
