@@ -64,9 +64,8 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     check_exp_dir(exp_dir)
-    # wrong paths are reported before checkpoints are averaged
-    if config.model.paths:
-        load_model_config(exp_dir, config.model.paths)
+    # wrong paths and corrupted files are reported before checkpoints are averaged
+    description = load_model_config(exp_dir, config.model.paths)
     read_entries(config.data.test_data_config or "", "data.test_data_config")
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.from_config(config.data.cache)
@@ -78,7 +77,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
         what="data.test_data_config",
     )
     check_names([corpus.name for corpus in corpora])
-    check_test_durations(corpora, load_model_config(exp_dir).sample_limits())
+    check_test_durations(corpora, description.sample_limits())
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     with waiting("checking the test sets"):

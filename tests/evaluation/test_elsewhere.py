@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from asrllm.config import load_config
 from asrllm.evaluation.config import EvaluationRun
+from asrllm.integrity import write_checksums
 from asrllm.testing import data_config, kaldi_directory, tone_sentences
+from tests.checkpoints.made import write_checkpoint
 from tests.checkpoints.test_merge import run_of
 from tests.evaluation.test_run import whole_whisper
 from tests.models.asr_llm.test_modeling import make_model
@@ -90,6 +92,24 @@ def test_run_is_evaluated_with_base_models_at_new_paths(places, tmp_path, capsys
     assert results_of(exp, "pretrained") == results_of(places.expected, "pretrained")
     assert "baseline" in results_of(exp, "pretrained")
     assert len({json.loads(line)["hyp"] for line in texts_of(exp, "pretrained").splitlines()}) > 1
+
+
+def test_a_changed_tokenizer_is_reported_before_checkpoints_are_averaged(places, tmp_path, capsys):
+    exp = tmp_path / "exp"
+    shutil.copytree(places.exp, exp)
+    state = torch.load(exp / "pretrained.pt", weights_only=True)
+    for step in (1, 2):
+        write_checkpoint(exp / f"checkpoint-{step}", state, averaged=True)
+    write_checksums(exp)
+    tokenizer = exp / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    before = digests(exp)
+    arguments = [f"exp_dir={exp}", f"data.test_data_config={places.tests}"]
+    for name, value in {"iter": 2, "avg": 1, "use_averaged_model": "true"}.items():
+        arguments.append(f"checkpoint.model.{name}={value}")
+    error = fails(capsys, "evaluate", *arguments)
+    assert repr(str(tokenizer)) in error
+    assert digests(exp) == before
 
 
 def digests(folder):
