@@ -7,6 +7,7 @@ with the same command line, environment and signals.
 
 import atexit
 import contextlib
+import faulthandler
 import fcntl
 import multiprocessing.process
 import os
@@ -41,6 +42,7 @@ PRELOADED = [
 # imports.
 server = forkserver.ForkServer()
 server.set_forkserver_preload(PRELOADED)
+PRINT_STACKS = signal.SIGRTMIN + 7  # no launcher, scheduler or library sends it
 
 
 def free_port() -> int:
@@ -82,7 +84,8 @@ class Process:
         errors: Path | None = None,
     ) -> None:
         words = [str(word) for word in command]
-        arguments = (words, environment, str(output), str(errors or output))
+        self.errors = errors or output
+        arguments = (words, environment, str(output), str(self.errors))
         self.process = multiprocessing.get_context("forkserver").Process(
             target=become, args=arguments
         )
@@ -112,6 +115,33 @@ class Process:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def stacks_if_late(processes: Sequence[Process]) -> Iterator[None]:
+    """If the block ends with a time-out, print the stacks of the processes that still run."""
+    try:
+        yield
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            if process.poll() is None:
+                print_stacks(process)
+        raise
+
+
+def print_stacks(process: Process) -> None:
+    """Print the stacks of a process and its child processes. pytest shows them with the test."""
+    start = process.errors.stat().st_size
+    found = [process.pid, *(child.pid for child in descendants(process.pid))]
+    printed = ""
+    for number, pid in enumerate(found, 1):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, PRINT_STACKS)
+        deadline = time.monotonic() + 2
+        while printed.count("Current thread") < number and time.monotonic() < deadline:
+            time.sleep(0.02)  # waits for a condition, bounded
+            printed = process.errors.read_bytes()[start:].decode(errors="replace")
+    print(f"stacks of the processes {found}:\n{printed}", file=sys.stderr)
 
 
 def start_from_server(process: multiprocessing.process.BaseProcess) -> None:
@@ -147,6 +177,7 @@ def become(words: list[str], environment: dict[str, str], output: str, errors: s
     options = {"encoding": "utf-8", "buffering": 1, "errors": "backslashreplace"}
     sys.stderr = open(2, "w", closefd=False, **options)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(PRINT_STACKS, file=2)  # child processes inherit it
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # otherwise its child processes come from a forkserver too
     multiprocessing.set_start_method(None, force=True)
@@ -190,7 +221,8 @@ def started(logs: Path, *commands: Sequence[object], **environment: str) -> Iter
         try:
             for rank, own in enumerate(rank_environments(len(commands), **environment)):
                 processes.append(Process(commands[rank], own, logs / str(rank)))
-            yield processes
+            with stacks_if_late(processes):
+                yield processes
         finally:
             everything = [child for process in processes for child in descendants(process.pid)]
             for process in processes:
@@ -279,8 +311,9 @@ def run_forked(
                     processes.append(
                         Process(command, own, folder / f"{rank}.out", folder / f"{rank}.err")
                     )
-                for process in processes:
-                    process.wait(timeout)
+                with stacks_if_late(processes):
+                    for process in processes:
+                        process.wait(timeout)
             finally:
                 for process in processes:
                     for child in descendants(process.pid):
