@@ -95,6 +95,7 @@ ZERO, PARTITIONS = (
 AVERAGE, RUNNING = "asrllm/checkpoints/average.py", "asrllm/training/running_average.py"
 SCORE, TEXT = "asrllm/evaluation/score.py", "asrllm/data/text.py"
 CACHE, INDEX, READER = "asrllm/data/cache.py", "asrllm/data/index.py", "asrllm/audio/reader.py"
+TARS = "asrllm/data/tars.py"
 WARM_START, SPEECH = "asrllm/models/warm_start.py", "asrllm/training/warm_start.py"
 
 FAULTS = [
@@ -397,7 +398,7 @@ FAULTS = [
     Fault(
         "index",
         "keys end at the last dot",
-        INDEX,
+        TARS,
         'base.partition(".")[0]',
         'base.rpartition(".")[0]',
     ),
@@ -411,8 +412,8 @@ FAULTS = [
     Fault(
         "index",
         "a damaged header is taken for the end",
-        INDEX,
-        "if any(file.read(BLOCK)):",
+        TARS,
+        "if any(block):",
         "if False:",
     ),
     Fault(

@@ -8,8 +8,9 @@ import pytest
 import soundfile
 
 from asrllm.commands.dispatch import main
-from asrllm.data.index import open_index, scan_tar
+from asrllm.data.index import open_index
 from asrllm.data.sources import SOURCES
+from asrllm.data.tars import scan_tar
 from asrllm.testing import kaldi_directory, tone, tone_sentences
 from tests.data.damage import change_about, read_rows, write_rows
 

@@ -19,10 +19,11 @@ from asrllm.audio.augment import NO_MASKS, Augmenter
 from asrllm.data.audio_files import decoder_error, open_audio, read_blocks
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
-from asrllm.data.index import BLOCK, MAX_DURATION_ERROR, Index, TarSample, read_sample
+from asrllm.data.index import MAX_DURATION_ERROR, Index
 from asrllm.data.plan import Item
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
+from asrllm.data.tars import BLOCK, TarSample, read_sample
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 

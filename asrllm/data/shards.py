@@ -39,8 +39,6 @@ from asrllm.data.index import (
     ROW,
     Index,
     ShardRecord,
-    field_problem,
-    nul_problem,
     open_index,
     scan_shard,
     write_index,
@@ -48,6 +46,7 @@ from asrllm.data.index import (
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.sources import RejectedError, Utterance
 from asrllm.data.sources.utterance import check_installed
+from asrllm.data.tars import field_problem, nul_problem
 from asrllm.defaults import STORED_EXTENSIONS
 from asrllm.errors import UserError
 from asrllm.locks import FileLock

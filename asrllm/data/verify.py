@@ -17,16 +17,10 @@ import numpy as np
 from asrllm.atomic import write_error
 from asrllm.data.audio_files import open_audio, read_stretch
 from asrllm.data.index import (
-    BLOCK,
     MAX_DURATION_ERROR,
     MAX_TEXT_LENGTH,
-    BadSample,
     Index,
     ShardRecord,
-    TarSample,
-    check_tar_end,
-    iterate_rows,
-    nul_problem,
     open_index,
     scan_shard,
     write_index,
@@ -34,6 +28,7 @@ from asrllm.data.index import (
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
 from asrllm.data.storage import RemoteFile, is_url
+from asrllm.data.tars import BLOCK, BadSample, TarSample, check_tar_end, iterate_rows, nul_problem
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.escape import escape

@@ -12,7 +12,7 @@ from asrllm.models.fingerprint import (
     pretrained_weight_files,
     resolve_pretrained,
 )
-from asrllm.models.hub_files import Fields
+from asrllm.text_files import JsonObject
 
 BasePaths = Mapping[str, str | Path]
 
@@ -41,7 +41,7 @@ def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, whe
     config.base_models = named
 
 
-def _moved_entry(config: AsrLlmConfig, part: str, path: str | Path, where: str) -> Fields:
+def _moved_entry(config: AsrLlmConfig, part: str, path: str | Path, where: str) -> JsonObject:
     """Return the entry of a base model with its present path, after checking the fingerprint."""
     if part not in BASE_MODEL_KEYS:
         hint = nearest(part, BASE_MODEL_KEYS)
@@ -86,7 +86,7 @@ def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
     Raises:
         UserError: the configuration names none, or one is missing or has other weights.
     """
-    bases: dict[str, Fields] = {}
+    bases: dict[str, JsonObject] = {}
     missing: list[str] = []
     for part in parts:
         base = base_entry(config, part)
@@ -105,7 +105,7 @@ def base_paths(config: AsrLlmConfig, parts: Iterable[str]) -> dict[str, str]:
     return {part: base["path"] for part, base in bases.items()}
 
 
-def _not_found(bases: Mapping[str, Fields], missing: Iterable[str]) -> str:
+def _not_found(bases: Mapping[str, JsonObject], missing: Iterable[str]) -> str:
     """Return the message for missing base models."""
     paths = ", ".join(f"the {part} at {bases[part]['path']!r}" for part in missing)
     keys = " ".join(f"{BASE_MODEL_KEYS[part]}=PATH" for part in missing)
@@ -116,7 +116,7 @@ def _not_found(bases: Mapping[str, Fields], missing: Iterable[str]) -> str:
     )
 
 
-def base_entry(config: AsrLlmConfig, part: str) -> Fields | None:
+def base_entry(config: AsrLlmConfig, part: str) -> JsonObject | None:
     """Return {"path", "fingerprint"} of a part's base model, or None if the configuration has none.
 
     Raises:

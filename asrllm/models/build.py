@@ -16,7 +16,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
-from asrllm.models.hub_files import Fields, check_directory, load_generation_config, load_hf_config
+from asrllm.models.hub_files import check_directory, load_generation_config, load_hf_config
 from asrllm.models.init_from import gathered, load_initial_weights
 from asrllm.models.loss import head_of
 from asrllm.models.model_args import LoraPart, ModelConfig
@@ -28,7 +28,7 @@ from asrllm.models.pretrained import (
     pretrained_llm,
 )
 from asrllm.models.state_dict import is_adapter
-from asrllm.text_files import read_json_object, reading
+from asrllm.text_files import JsonObject, read_json_object, reading
 
 LLM_KEY = BASE_MODEL_KEYS["llm"]
 ENCODER_KEY = BASE_MODEL_KEYS["audio_encoder"]
@@ -84,7 +84,7 @@ def describe_model(
     return processor
 
 
-def _peft_options(lora: LoraPart | None) -> Fields | None:
+def _peft_options(lora: LoraPart | None) -> JsonObject | None:
     return None if lora is None else lora.as_peft()
 
 
@@ -115,7 +115,7 @@ def _check_encoder(
     path: str,
     *,
     pad_to_30s: bool,
-) -> Fields:
+) -> JsonObject:
     """Return the fields of the audio encoder at `path`.
 
     Raises:
@@ -133,7 +133,7 @@ def _check_encoder(
     return fields
 
 
-def _check_same_encoder(model_type: str, fields: Fields, path: str) -> None:
+def _check_same_encoder(model_type: str, fields: JsonObject, path: str) -> None:
     """Check that the config.json at `model_type` agrees with the pretrained encoder at `path`."""
     config = resolve_pretrained(model_type) / "config.json"
     stated = read_json_object(config, "the encoder's configuration")

@@ -8,7 +8,6 @@ executed.
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -25,10 +24,15 @@ from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.state_dict import check_dense
 from asrllm.tensor_files import CORRUPTED, SAFETENSORS
-from asrllm.text_files import check_no_mark, check_no_pointer, read_json_object, read_text, reading
+from asrllm.text_files import (
+    JsonObject,
+    check_no_mark,
+    check_no_pointer,
+    read_json_object,
+    read_text,
+    reading,
+)
 
-# The content of a configuration in JSON.
-Fields: TypeAlias = dict[str, Any]
 # Files that transformers reads as JSON objects. It ignores some of them if they are damaged.
 JSON_FILES = (
     "config.json",
@@ -207,7 +211,7 @@ def load_hf_config(folder: str | Path, key: str) -> PreTrainedConfig:
     return config
 
 
-def _check_model_type(fields: Fields, path: Path, key: str) -> None:
+def _check_model_type(fields: JsonObject, path: Path, key: str) -> None:
     """Raise UserError if transformers does not know the model_type in a config.json."""
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
@@ -223,7 +227,7 @@ def _check_model_type(fields: Fields, path: Path, key: str) -> None:
         )
 
 
-def check_not_quantized(fields: Fields, path: Path) -> None:
+def check_not_quantized(fields: JsonObject, path: Path) -> None:
     """Raise UserError if a config.json describes quantized weights."""
     method = fields.get("quantization_config")
     if method is None:
@@ -250,7 +254,7 @@ def load_tokenizer(
     """
     folder = Path(folder)
     check_text_files(folder)
-    options: Fields = {"trust_remote_code": False}
+    options: JsonObject = {"trust_remote_code": False}
     if config is not None:
         options["config"] = config
     try:

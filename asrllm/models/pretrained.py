@@ -18,10 +18,9 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import pretrained_weight_files
-from asrllm.models.hub_files import Fields
 from asrllm.models.state_dict import check_finite, check_state, is_finite
 from asrllm.models.zero3_loading import partitioned_llm
-from asrllm.text_files import first_words, reading
+from asrllm.text_files import JsonObject, first_words, reading
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -127,7 +126,7 @@ def _load_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     return llm
 
 
-def _check_loading_report(report: Fields, path: str) -> None:
+def _check_loading_report(report: JsonObject, path: str) -> None:
     for problem in ("missing", "unexpected", "mismatched"):
         entries = report[f"{problem}_keys"]
         # a mismatched key comes with its two shapes: (key, shape, shape)
@@ -161,7 +160,7 @@ def check_family(llm: PreTrainedModel) -> PreTrainedModel:
 
 
 def empty_llm(
-    fields: Fields,
+    fields: JsonObject,
     dtype: torch.dtype | None = None,
     *,
     where: str | Path = "config.json",
@@ -177,7 +176,7 @@ def empty_llm(
         UserError: no LLM can be built from the fields, or the family is not supported.
     """
     register_packed_attention()
-    options: Fields = {"attn_implementation": PACKED, "trust_remote_code": False}
+    options: JsonObject = {"attn_implementation": PACKED, "trust_remote_code": False}
     if dtype is not None:
         options["dtype"] = dtype
     with reading(where, LLM_CONFIG, COPY_CONFIG):
@@ -186,7 +185,7 @@ def empty_llm(
     return check_family(llm)
 
 
-def with_lora(llm: PreTrainedModel, options: Fields) -> nn.Module:
+def with_lora(llm: PreTrainedModel, options: JsonObject) -> nn.Module:
     """Return an LLM in PEFT's wrapper, with adapters.
 
     Args:
@@ -203,7 +202,7 @@ def with_lora(llm: PreTrainedModel, options: Fields) -> nn.Module:
 
 def add_lora(
     module: nn.Module,
-    options: Fields,
+    options: JsonObject,
     *,
     key: str,
 ) -> None:
@@ -220,7 +219,7 @@ def add_lora(
         inject_adapter_in_model(lora_config(options), module)
 
 
-def lora_config(options: Fields, **more: Any) -> "LoraConfig":
+def lora_config(options: JsonObject, **more: Any) -> "LoraConfig":
     """Return PEFT's LoraConfig with these options."""
     from peft import LoraConfig
 

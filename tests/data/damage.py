@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from asrllm.data.index import BLOCK, ROW, _about_sha256
+from asrllm.data.index import ROW, _about_sha256
+from asrllm.data.tars import BLOCK
 
 
 def read_rows(folder: Path) -> np.ndarray:

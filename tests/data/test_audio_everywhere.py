@@ -11,9 +11,10 @@ import pytest
 import soundfile
 
 from asrllm.data.audio_files import find_audio, open_audio, read_stretch
-from asrllm.data.index import open_index, scan_tar
+from asrllm.data.index import open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_folder, read_kaldi, read_nemo
+from asrllm.data.tars import scan_tar
 from asrllm.data.verify import index_tars
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences

@@ -5,7 +5,8 @@ import tarfile
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, _plain_members, read_sample, scan_shard, scan_tar
+from asrllm.data.index import scan_shard
+from asrllm.data.tars import BLOCK, _plain_members, read_sample, scan_tar
 from asrllm.testing import tone
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -15,11 +15,12 @@ import pytest
 import soundfile
 import webdataset
 
-from asrllm.data.index import open_index, scan_tar
+from asrllm.data.index import open_index
 from asrllm.data.parallel import run_parallel
 from asrllm.data.shards import SeenKeys, hash_keys, make_sample, write_sample, write_shards
 from asrllm.data.sources import Utterance, read_kaldi, read_nemo
 from asrllm.data.sources.utterance import AudioSegment
+from asrllm.data.tars import scan_tar
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
 from tests.conftest import REPOSITORY, clean_environment

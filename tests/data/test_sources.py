@@ -12,10 +12,11 @@ import soundfile
 from lhotse import CutSet, MonoCut, MultiCut, Recording, SupervisionSegment
 
 from asrllm.data.corpora import read_corpora
-from asrllm.data.index import open_index, scan_tar
+from asrllm.data.index import open_index
 from asrllm.data.shards import make_sample, write_shards
 from asrllm.data.sources import SOURCES, RejectedError, Utterance, read_cuts, read_kaldi
 from asrllm.data.sources import kaldi as kaldi_module
+from asrllm.data.tars import scan_tar
 from asrllm.errors import UserError
 from asrllm.testing import kaldi_directory, tone, tone_sentences
 

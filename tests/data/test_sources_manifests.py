@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.data.index import scan_tar
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import (
     SOURCES,
@@ -18,6 +17,7 @@ from asrllm.data.sources import (
     read_swift,
     read_wenet,
 )
+from asrllm.data.tars import scan_tar
 from asrllm.errors import UserError
 from asrllm.testing import tone
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from asrllm.data.index import BLOCK, check_tar_end, open_index, tar_files
+from asrllm.data.index import open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi, read_wenet
+from asrllm.data.tars import BLOCK, check_tar_end, tar_files
 from asrllm.data.verify import index_tars, verify_shards
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
@@ -406,7 +407,7 @@ def test_an_appended_tar_that_an_index_does_not_contain_is_found(joined, monkeyp
     """An earlier version indexed the first tar only."""
     tar, place = joined
     with monkeypatch.context() as patch:
-        patch.setattr("asrllm.data.index._check_end", lambda file, end: None)
+        patch.setattr("asrllm.data.tars._check_end", lambda file, end: None)
         assert len(index_tars([str(tar)]).index) == 1
     (problem,) = verify_shards(open_index(tar.parent))
     assert (problem.key, problem.reason) == ("", "unreadable_tar")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from asrllm.data.audio_files import MAX_RATE, MIN_RATE
-from asrllm.data.index import SHOWN_FIELD
 from asrllm.data.sources.files import LONGEST_RECORDING, Row
 from asrllm.data.sources.utterance import RejectedError
+from asrllm.data.tars import SHOWN_FIELD
 
 MAX_CHANNEL = 4096  # microphone arrays have hundreds of channels
 TEXT_SOURCES = ("file", "command", "url")  # types of audio sources that are a text

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.index import explain_tar, tar_files
 from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
@@ -25,6 +24,7 @@ from asrllm.data.sources.files import (
     text_or_int_field,
 )
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
+from asrllm.data.tars import explain_tar, tar_files
 from asrllm.defaults import AUDIO_EXTENSIONS
 from asrllm.errors import UserError
 from asrllm.text_files import open_regular

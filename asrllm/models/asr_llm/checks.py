@@ -15,7 +15,7 @@ from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
-from asrllm.models.hub_files import Fields, check_not_quantized
+from asrllm.models.hub_files import check_not_quantized
 from asrllm.models.projectors import PROJECTORS
 from asrllm.schema import (
     SETTINGS,
@@ -26,7 +26,7 @@ from asrllm.schema import (
     keys_and_types,
     shown,
 )
-from asrllm.text_files import check_no_mark, first_words, read_json_object, reading
+from asrllm.text_files import JsonObject, check_no_mark, first_words, read_json_object, reading
 
 TYPES = get_annotations(AsrLlmConfig)
 # Limits far above any model, so that a damaged size does not take all memory or run for hours.
@@ -66,7 +66,7 @@ LORA_OPTIONS = pydantic.create_model("LoraOptions", __config__=SETTINGS, **OPTIO
 FIX = "Correct it, or copy the config.json that was saved with the model."
 
 
-def read_config_fields(folder: str | Path) -> Fields:
+def read_config_fields(folder: str | Path) -> JsonObject:
     """Return the content of the config.json in a model's directory.
 
     Raises:
@@ -143,13 +143,13 @@ def check_given_config(config: PreTrainedConfig, folder: str | Path) -> None:
         )
 
 
-def _plain_fields(config: PreTrainedConfig) -> Fields:
+def _plain_fields(config: PreTrainedConfig) -> JsonObject:
     """Return the fields of a configuration as they are after a round trip through JSON."""
     fields = {name: getattr(config, name, None) for name in TYPES}
     return json.loads(json.dumps(fields))
 
 
-def check_config_fields(fields: Fields, where: str) -> None:
+def check_config_fields(fields: JsonObject, where: str) -> None:
     """Check the fields of an AsrLlmConfig.
 
     Args:
@@ -169,7 +169,7 @@ def check_config_fields(fields: Fields, where: str) -> None:
     _check_llm(fields.get("llm") or {}, where)
 
 
-def _check_types(types: type, fields: Fields, where: str, group: str = "") -> None:
+def _check_types(types: type, fields: JsonObject, where: str, group: str = "") -> None:
     """Check the fields that a pydantic model declares, and leave others to their library."""
     declared = keys_and_types(types)
     known = {name: value for name, value in fields.items() if name in declared}
@@ -179,7 +179,7 @@ def _check_types(types: type, fields: Fields, where: str, group: str = "") -> No
         raise UserError(f"{error} {FIX}") from error
 
 
-def _check_base_models(bases: Fields, where: str) -> None:
+def _check_base_models(bases: JsonObject, where: str) -> None:
     """Check that every base model has a path and a fingerprint, which are texts."""
     for part, base in bases.items():
         name = f"base_models.{part}"
@@ -192,7 +192,7 @@ def _check_base_models(bases: Fields, where: str) -> None:
                 raise UserError(f"{where!r}: {name}.{key}={shown(base[key])} is not a text. {FIX}")
 
 
-def _check_sizes(fields: Fields, limit: int, where: str) -> None:
+def _check_sizes(fields: JsonObject, limit: int, where: str) -> None:
     """Check that the integers of a part, also in nested fields, are not beyond any model's sizes.
 
     Args:
@@ -216,7 +216,7 @@ def _check_sizes(fields: Fields, limit: int, where: str) -> None:
                 )
 
 
-def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:
+def _check_encoder(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(
@@ -240,7 +240,7 @@ def _check_encoder(fields: Fields, pad_to_30s: bool, where: str) -> None:
         ) from error
 
 
-def _check_llm(fields: Fields, where: str) -> None:
+def _check_llm(fields: JsonObject, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(

@@ -13,8 +13,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
-from asrllm.models.hub_files import Fields
-from asrllm.text_files import read_json_object
+from asrllm.text_files import JsonObject, read_json_object
 
 
 class AudioEncoder(Protocol):
@@ -50,7 +49,7 @@ class AudioEncoder(Protocol):
         ...
 
     @classmethod
-    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "AudioEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "AudioEncoder":
         """Return an encoder without its weights.
 
         Args:
@@ -63,7 +62,7 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
-    def make_features(values: Fields) -> nn.Module:
+    def make_features(values: JsonObject) -> nn.Module:
         """Return the module that computes the encoder's features.
 
         Args:
@@ -81,7 +80,7 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
-    def sample_limits(values: Fields) -> tuple[int, int]:
+    def sample_limits(values: JsonObject) -> tuple[int, int]:
         """Return the smallest and largest number of samples at 16 kHz that the encoder accepts.
 
         Args:
@@ -90,7 +89,7 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
+    def read_pretrained(path: str) -> tuple[JsonObject, dict[str, Tensor]]:
         """Return the fields and the state dict in a pretrained model's directory or file."""
         ...
 
@@ -98,7 +97,7 @@ class AudioEncoder(Protocol):
 ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder, "zipformer": ZipformerEncoder}
 
 
-def build_encoder(fields: Fields, *, pad_to_30s: bool) -> AudioEncoder:
+def build_encoder(fields: JsonObject, *, pad_to_30s: bool) -> AudioEncoder:
     """Return an encoder without its weights.
 
     Args:

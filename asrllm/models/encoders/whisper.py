@@ -19,7 +19,7 @@ from asrllm.audio.waves import ExtractsFeatures
 from asrllm.errors import UserError
 from asrllm.models.attention import packed
 from asrllm.models.encoders.whisper_weights import check_sizes, read_whisper
-from asrllm.models.hub_files import Fields
+from asrllm.text_files import JsonObject
 
 
 class WhisperEncoder(ExtractsFeatures):
@@ -136,14 +136,14 @@ class WhisperEncoder(ExtractsFeatures):
         self.recompute = True
 
     @classmethod
-    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "WhisperEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "WhisperEncoder":
         """See AudioEncoder."""
         encoder = cls(pad_to_30s=pad_to_30s, **values)
         check_sizes(values)
         return encoder
 
     @staticmethod
-    def make_features(values: Fields) -> WhisperFeatures:
+    def make_features(values: JsonObject) -> WhisperFeatures:
         """See AudioEncoder."""
         return WhisperFeatures(values["num_mel_bins"], values.get("pad_to_30s", False))
 
@@ -153,12 +153,12 @@ class WhisperEncoder(ExtractsFeatures):
         return (whisper_frames(samples) + 1) // 2
 
     @staticmethod
-    def sample_limits(values: Fields) -> tuple[int, int]:
+    def sample_limits(values: JsonObject) -> tuple[int, int]:
         """See AudioEncoder."""
         return WHISPER_HOP, (2 * values["max_source_positions"] + 1) * WHISPER_HOP - 1
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
+    def read_pretrained(path: str) -> tuple[JsonObject, dict[str, Tensor]]:
         """Read a Hugging Face Whisper directory or OpenAI's own file. See AudioEncoder."""
         return read_whisper(Path(path))
 

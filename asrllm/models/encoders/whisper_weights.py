@@ -16,9 +16,9 @@ from torch import Tensor
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
-from asrllm.models.hub_files import Fields, check_kind, check_not_quantized
+from asrllm.models.hub_files import check_kind, check_not_quantized
 from asrllm.models.state_dict import StateDict, check_stored_values
-from asrllm.text_files import first_words, read_json_object
+from asrllm.text_files import JsonObject, first_words, read_json_object
 
 KEY = "model.audio_encoder.pretrained_model"
 AGAIN = "Download it again."
@@ -63,7 +63,7 @@ BLOCK_NAMES = {
 OPENAI_KEY = re.compile(r"encoder\.(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
-def read_whisper(path: Path) -> tuple[Fields, StateDict]:
+def read_whisper(path: Path) -> tuple[JsonObject, StateDict]:
     """Return the encoder's fields, and its weights by transformers' names without a prefix.
 
     Args:
@@ -77,7 +77,7 @@ def read_whisper(path: Path) -> tuple[Fields, StateDict]:
     return read_directory(path)
 
 
-def read_openai(file: Path) -> tuple[Fields, StateDict]:
+def read_openai(file: Path) -> tuple[JsonObject, StateDict]:
     """Read OpenAI's .pt file. See `read_whisper`."""
     content = _load_openai(file)
     dims = None
@@ -151,7 +151,7 @@ def _transformers_name(key: str, where: str) -> str:
     )
 
 
-def read_directory(folder: Path) -> tuple[Fields, StateDict]:
+def read_directory(folder: Path) -> tuple[JsonObject, StateDict]:
     """Read a Hugging Face directory. See `read_whisper`."""
     path = folder / "config.json"
     verify_folder(folder)
@@ -185,7 +185,7 @@ def read_directory(folder: Path) -> tuple[Fields, StateDict]:
     return fields, state
 
 
-def _check_last_layer(fields: Fields, state: StateDict, path: Path) -> None:
+def _check_last_layer(fields: JsonObject, state: StateDict, path: Path) -> None:
     """Check that the weights have the last layer: building a million layers takes minutes."""
     last = f"layers.{fields['encoder_layers'] - 1}."
     if not any(key.startswith(last) for key in state):
@@ -211,7 +211,7 @@ def _read_encoder(folder: Path) -> StateDict:
     return state
 
 
-def check_sizes(fields: Fields, where: str = "") -> None:
+def check_sizes(fields: JsonObject, where: str = "") -> None:
     """Check the sizes of an encoder.
 
     Args:

@@ -43,9 +43,9 @@ from asrllm.models.encoders.whisper_weights import WHISPER_FIELDS
 from asrllm.models.encoders.zipformer.configuration import ZIPFORMER_FIELDS, ZipformerConfig
 from asrllm.models.encoders.zipformer.modeling import plain_fields
 from asrllm.models.encoders.zipformer.weights import load_tensors, read_zipformer, without_dead_keys
-from asrllm.models.hub_files import Fields, load_tokenizer
+from asrllm.models.hub_files import load_tokenizer
 from asrllm.models.state_dict import StateDict
-from asrllm.text_files import first_words
+from asrllm.text_files import JsonObject, first_words
 
 MODEL_TYPES = ("lalm", "audio-llm")
 AUDEN_WEIGHT_NAMES = ("pretrained.safetensors", "model.safetensors", "pretrained.pt", "model.pt")
@@ -68,7 +68,7 @@ USED_FIELDS = {
     "audio_token",
     "exclude_from_checkpoint",
 }
-# Fields that do not change what the model computes.
+# JsonObject that do not change what the model computes.
 IGNORED_FIELDS = {
     "use_flash_attn",
     "max_total_length",
@@ -123,14 +123,14 @@ def read_auden_config(folder: Path) -> AsrLlmConfig:
     return AsrLlmConfig(**read_fields(folder))
 
 
-def read_fields(folder: Path) -> Fields:
+def read_fields(folder: Path) -> JsonObject:
     """Return the fields of AsrLlmConfig that Auden's config.json determines."""
     fields = config_fields(read_config_fields(folder), str(folder))
     check_config_fields(fields, str(folder / "config.json"))
     return fields
 
 
-def config_fields(theirs: Fields, where: str) -> Fields:
+def config_fields(theirs: JsonObject, where: str) -> JsonObject:
     """Convert the fields of Auden's config.json to those of AsrLlmConfig.
 
     Args:
@@ -165,7 +165,7 @@ def config_fields(theirs: Fields, where: str) -> Fields:
     }
 
 
-def _llm_config(theirs: Fields, where: str) -> PreTrainedConfig:
+def _llm_config(theirs: JsonObject, where: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**theirs)
     except Exception as error:  # transformers raises AttributeError and KeyError as well
@@ -175,7 +175,7 @@ def _llm_config(theirs: Fields, where: str) -> PreTrainedConfig:
         ) from error
 
 
-def encoder_fields(theirs: Fields, where: str) -> Fields:
+def encoder_fields(theirs: JsonObject, where: str) -> JsonObject:
     """Convert Auden's audio_encoder_config to the `audio_encoder` part of AsrLlmConfig."""
     kind = theirs.get("model_type")
     if kind == "zipformer":
@@ -188,7 +188,7 @@ def encoder_fields(theirs: Fields, where: str) -> Fields:
     )
 
 
-def _zipformer_fields(theirs: Fields, where: str) -> Fields:
+def _zipformer_fields(theirs: JsonObject, where: str) -> JsonObject:
     unknown = sorted(theirs.keys() - IGNORED_ZIPFORMER_FIELDS - set(ZIPFORMER_FIELDS))
     if unknown:
         raise UserError(
@@ -200,7 +200,7 @@ def _zipformer_fields(theirs: Fields, where: str) -> Fields:
     return {"model_type": "zipformer"} | plain_fields(ZipformerConfig(**known))
 
 
-def _whisper_fields(theirs: Fields, where: str) -> Fields:
+def _whisper_fields(theirs: JsonObject, where: str) -> JsonObject:
     whisper = AutoConfig.for_model(**theirs)
     for name, value in WHISPER_CONSTANTS.items():
         found = getattr(whisper, name)
@@ -212,7 +212,7 @@ def _whisper_fields(theirs: Fields, where: str) -> Fields:
     return {"model_type": "whisper"} | {name: getattr(whisper, name) for name in WHISPER_FIELDS}
 
 
-def read_processor(folder: Path, fields: Fields) -> AsrLlmProcessor:
+def read_processor(folder: Path, fields: JsonObject) -> AsrLlmProcessor:
     """Return the processor in a directory of Auden.
 
     Args:
@@ -234,7 +234,7 @@ def read_processor(folder: Path, fields: Fields) -> AsrLlmProcessor:
     return AsrLlmProcessor(tokenizer, config)
 
 
-def read_weights(folder: Path, file: Path | None, fields: Fields) -> StateDict:
+def read_weights(folder: Path, file: Path | None, fields: JsonObject) -> StateDict:
     """Return all weights of a directory of Auden, under our names.
 
     Args:
@@ -294,7 +294,7 @@ def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
     return result
 
 
-def _read_part(part: str, folder: Path, fields: Fields) -> StateDict:
+def _read_part(part: str, folder: Path, fields: JsonObject) -> StateDict:
     """Read a part's subdirectory: the weights by their names within the part."""
     if part == "llm":
         return _read_llm(folder, fields)
@@ -307,7 +307,7 @@ def _read_part(part: str, folder: Path, fields: Fields) -> StateDict:
     }
 
 
-def _read_llm(folder: Path, fields: Fields) -> StateDict:
+def _read_llm(folder: Path, fields: JsonObject) -> StateDict:
     kind = read_config_fields(folder).get("model_type")
     expected = fields["llm"]["model_type"]
     if kind != expected:

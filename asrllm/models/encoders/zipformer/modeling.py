@@ -42,7 +42,7 @@ from asrllm.models.encoders.zipformer.training import (
     keep_mask,
 )
 from asrllm.models.encoders.zipformer.weights import read_zipformer, without_dead_keys
-from asrllm.models.hub_files import Fields
+from asrllm.text_files import JsonObject
 
 MIN_FRAMES = 9  # feature frames that the front end's convolutions need for one frame of output
 MAX_SECONDS = 3600  # the model itself has no limit but memory
@@ -155,7 +155,7 @@ class ZipformerEncoder(ExtractsFeatures):
         self.set_batch_count(0)
 
     @classmethod
-    def from_fields(cls, values: Fields, *, pad_to_30s: bool) -> "ZipformerEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "ZipformerEncoder":
         """Return the encoder of an AsrLlmModel. See AudioEncoder.
 
         These encoders are pretrained, and encode an utterance alone as in a batch.
@@ -170,7 +170,7 @@ class ZipformerEncoder(ExtractsFeatures):
         return encoder
 
     @staticmethod
-    def make_features(values: Fields) -> KaldiFeatures:
+    def make_features(values: JsonObject) -> KaldiFeatures:
         """See AudioEncoder."""
         return KaldiFeatures(values.get("feature_dim", 80))
 
@@ -180,18 +180,18 @@ class ZipformerEncoder(ExtractsFeatures):
         return (kaldi_frames(samples) - 5) // 4
 
     @staticmethod
-    def sample_limits(values: Fields) -> tuple[int, int]:
+    def sample_limits(values: JsonObject) -> tuple[int, int]:
         """See AudioEncoder."""
         return MIN_FRAMES * KALDI_HOP - KALDI_HOP // 2, MAX_SECONDS * RATE
 
     @staticmethod
-    def read_pretrained(path: str) -> tuple[Fields, dict[str, Tensor]]:
+    def read_pretrained(path: str) -> tuple[JsonObject, dict[str, Tensor]]:
         """Read an icefall or Auden file or directory. See AudioEncoder."""
         config, state = read_zipformer(Path(path))
         return plain_fields(config), state
 
 
-def plain_fields(config: ZipformerConfig) -> Fields:
+def plain_fields(config: ZipformerConfig) -> JsonObject:
     """Return the fields of a configuration, with lists instead of tuples as in JSON."""
     fields = asdict(config)
     for name, value in fields.items():

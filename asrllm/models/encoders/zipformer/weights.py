@@ -24,9 +24,9 @@ from asrllm.models.encoders.zipformer.configuration import (
     ZIPFORMER_FIELDS,
     ZipformerConfig,
 )
-from asrllm.models.hub_files import Fields, check_no_adapters
+from asrllm.models.hub_files import check_no_adapters
 from asrllm.models.state_dict import StateDict, check_stored_values
-from asrllm.text_files import first_words, read_json_object
+from asrllm.text_files import JsonObject, first_words, read_json_object
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
 MODULE_PREFIXES = ("encoder_embed.", "encoder.")
@@ -68,7 +68,7 @@ def without_dead_keys(state: Mapping[str, Any]) -> dict[str, Any]:
 def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     """Return an encoder's configuration and its weights, without a prefix.
 
-    Fields that config.json does not contain are derived from the weights' shapes. Without a
+    JsonObject that config.json does not contain are derived from the weights' shapes. Without a
     config.json, the heads are assumed to have 4 position channels each, and a causal encoder to be
     trained like icefall's.
 
@@ -87,7 +87,7 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     return _complete_config(state, given, path), state
 
 
-def _complete_config(state: StateDict, given: Fields, path: Path) -> ZipformerConfig:
+def _complete_config(state: StateDict, given: JsonObject, path: Path) -> ZipformerConfig:
     """Return the configuration of weights, of which some fields are given."""
     try:
         return ZipformerConfig(**fields_of_shapes(state, given))
@@ -191,7 +191,7 @@ def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
     return prefixes[0]
 
 
-def read_encoder_fields(path: Path) -> Fields:
+def read_encoder_fields(path: Path) -> JsonObject:
     """Return the encoder's fields in a config.json, or {} if there are none.
 
     Args:
@@ -211,7 +211,7 @@ def read_encoder_fields(path: Path) -> Fields:
     return {}
 
 
-def _check_fields(fields: Fields, path: Path) -> None:
+def _check_fields(fields: JsonObject, path: Path) -> None:
     """Check the values of an encoder's fields, and that none of their names is misspelled.
 
     Other names are ignored: they belong to icefall's and Auden's training.
@@ -236,7 +236,7 @@ def _check_fields(fields: Fields, path: Path) -> None:
             raise UserError(f"{str(path)!r}: {name} is unknown. Rename it to {close[0]}.")
 
 
-def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> Fields:
+def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> JsonObject:
     """Return all fields of an encoder.
 
     Args:
@@ -251,7 +251,7 @@ def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> F
     positions = given.get("pos_head_dim", POS_HEAD_DIM)
     positions = [positions] if isinstance(positions, int) else list(positions)
     stacks = [stack_of_shapes(state, i, positions[i % len(positions)]) for i in range(count)]
-    found: Fields = {}
+    found: JsonObject = {}
     for name in stacks[0]:
         found[name] = [stack[name] for stack in stacks]
     found["pos_dim"] = state[first_layer(state, 0) + "self_attn_weights.linear_pos.weight"].shape[1]
@@ -261,7 +261,7 @@ def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> F
     return {"encoder_unmasked_dim": unmasked(found["encoder_dim"]), **chunks, **given, **found}
 
 
-def _check_given(given: Mapping[str, Any], found: Fields, count: int) -> None:
+def _check_given(given: Mapping[str, Any], found: JsonObject, count: int) -> None:
     """Raise UserError if a given field contradicts the one found in the weights."""
     for name, value in found.items():
         stated = given.get(name, value)
