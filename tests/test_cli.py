@@ -43,6 +43,42 @@ def test_every_verb_has_help(verb, capsys):
 
 
 @pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("transcribe", ["", "x.wav"]),
+        ("transcribe", ["model", ""]),
+        ("transcribe", ["model", "x.wav", "--output-dir", ""]),
+        ("transcribe", ["model", "x.wav", "--weights", ""]),
+        ("average", ["", "--iter", "4", "--avg", "2"]),
+        ("average", ["exp", "--iter", "4", "--avg", "2", "--output", ""]),
+        ("consolidate", [""]),
+        ("consolidate", ["exp", "--tag", ""]),
+        ("consolidate", ["exp", "--output", " "]),
+        ("export", ["", "--output", "out"]),
+        ("export", ["exp", "--output", ""]),
+        ("export", ["exp", "--output", "out", "--weights", ""]),
+        ("export", ["exp", "--output", "out", "--push-to-hub", ""]),
+        ("merge-lora", ["", "--output", "out"]),
+        ("merge-lora", ["exp", "--output", ""]),
+        ("import-icefall", ["", "--audio-encoder", "a", "--llm", "b", "--output", "out"]),
+        ("import-icefall", ["x", "--audio-encoder", "", "--llm", "b", "--output", "out"]),
+        ("import-icefall", ["x", "--audio-encoder", "a", "--llm", "", "--output", "out"]),
+        ("import-icefall", ["x", "--audio-encoder", "a", "--llm", "b", "--output", ""]),
+    ],
+)
+def test_an_empty_value_is_refused(verb, arguments, tmp_path, capsys, monkeypatch):
+    """An unset variable of the shell would otherwise be the working directory or the default."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, *arguments])
+    assert stopped.value.code == 2
+    empty = [number for number, word in enumerate(arguments) if not word.strip()]
+    if empty[0] > 0 and arguments[empty[0] - 1].startswith("--"):
+        assert arguments[empty[0] - 1] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     "script", sorted((REPOSITORY / "launch").rglob("*.py")), ids=lambda path: path.stem
 )
 def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):

@@ -33,16 +33,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def path_text(text: str) -> str:
-    """Return a path or URL. An empty text would be the working directory.
+def not_empty(text: str) -> str:
+    """Return a path or a name. An empty one would mean the working directory, or the default.
 
     Raises:
         argparse.ArgumentTypeError: the text is empty.
     """
     if not text.strip():
-        raise argparse.ArgumentTypeError(
-            "the path is empty. Give a path; a shell variable may be unset"
-        )
+        raise argparse.ArgumentTypeError("the value is empty; a shell variable may be unset")
     return text
 
 
@@ -74,12 +72,12 @@ def add_shards_make(parser: argparse.ArgumentParser) -> None:
         "result has the same bytes as an uninterrupted run, for any number of workers."
     )
     parser.add_argument(
-        "out", type=path_text, metavar="OUT", help="directory to write; appears when complete"
+        "out", type=not_empty, metavar="OUT", help="directory to write; appears when complete"
     )
     group = parser.add_argument_group("source, one of")
     choice = group.add_mutually_exclusive_group(required=True)
     for name, source in SOURCES.items():
-        choice.add_argument(f"--{name}", type=path_text, metavar=source.metavar, help=source.help)
+        choice.add_argument(f"--{name}", type=not_empty, metavar=source.metavar, help=source.help)
     add_source_options(parser)
     add_sample_options(parser)
     add_workers(parser)
@@ -102,7 +100,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--table",
-        type=path_text,
+        type=not_empty,
         metavar="FILE",
         help="with --folder: csv, tsv or jsonl; default: its metadata.csv, .tsv or .jsonl",
     )
@@ -145,14 +143,14 @@ def add_shards_index(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Unusable samples are listed in rejected.jsonl beside the index."
     parser.add_argument(
         "tars",
-        type=path_text,
+        type=not_empty,
         nargs="+",
         metavar="TAR",
         help="paths or URLs (s3://, gs://, https://, ...)",
     )
     parser.add_argument(
         "--output",
-        type=path_text,
+        type=not_empty,
         metavar="DIR",
         help="directory of the index; default: that of the tars",
     )
@@ -162,10 +160,10 @@ def add_shards_index(parser: argparse.ArgumentParser) -> None:
 def add_shards_verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `asrllm shards verify`."""
     parser.add_argument(
-        "folder", type=path_text, metavar="DIR", help="directory or URL with an index"
+        "folder", type=not_empty, metavar="DIR", help="directory or URL with an index"
     )
     parser.add_argument(
-        "--output", type=path_text, metavar="FILE", help="write all problems to it, one per line"
+        "--output", type=not_empty, metavar="FILE", help="write all problems to it, one per line"
     )
     add_workers(parser)
 
@@ -174,7 +172,7 @@ def add_shards_stats(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `asrllm shards stats`."""
     parser.add_argument(
         "folders",
-        type=path_text,
+        type=not_empty,
         nargs="+",
         metavar="DIR",
         help="directories or URLs with an index, summed",
@@ -182,7 +180,7 @@ def add_shards_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--output",
-        type=path_text,
+        type=not_empty,
         metavar="FILE",
         help="draw the histograms: .png, or .html with the tables",
     )
@@ -294,12 +292,14 @@ def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     """Add the arguments of `asrllm transcribe`."""
     parser.add_argument(
         "model",
+        type=not_empty,
         metavar="DIR_OR_EXP",
         help="an exported directory, a run's exp_dir, or a directory of Auden",
     )
     parser.add_argument(
         "audio",
         nargs="+",
+        type=not_empty,
         metavar="AUDIO",
         help="audio files of any length (wav, flac, mp3, ogg, opus, ...; m4a, mp4, webm, ... with "
         "ffmpeg on PATH), or directories of them",
@@ -322,7 +322,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output-dir",
-        type=Path,
+        type=lambda text: Path(not_empty(text)),
         metavar="DIR",
         help="write DIR/NAME.FORMAT for each file, replacing existing ones; default: standard "
         "output, with one line per file (PATH TAB TEXT, or JSON) if there are several",
@@ -382,6 +382,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add the options about the weights and their data type."""
     parser.add_argument(
         "--weights",
+        type=not_empty,
         metavar="FILE",
         help="state dict of a run; default: pretrained.pt, else the newest averaged-*.pt",
     )
@@ -428,7 +429,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm average`."""
-    parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    parser.add_argument("exp_dir", type=not_empty, metavar="EXP", help="the run's exp_dir")
     add_averaged_checkpoints(parser)
     parser.add_argument(
         "--use-averaged-model",
@@ -442,7 +443,9 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="how adapters are averaged. product (default): the products B A, exactly, with "
         "factors of a higher rank; factors: factor by factor",
     )
-    parser.add_argument("--output", metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt")
+    parser.add_argument(
+        "--output", type=not_empty, metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt"
+    )
     add_base_models(parser)
 
 
@@ -470,12 +473,15 @@ def add_averaged_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm consolidate`."""
-    parser.add_argument("exp_dir", metavar="EXP", help="the run's exp_dir")
+    parser.add_argument("exp_dir", type=not_empty, metavar="EXP", help="the run's exp_dir")
     parser.add_argument(
-        "--tag", help="checkpoint-N or epoch-N; default: the newest complete checkpoint"
+        "--tag",
+        type=not_empty,
+        help="checkpoint-N or epoch-N; default: the newest complete checkpoint",
     )
     parser.add_argument(
         "--output",
+        type=not_empty,
         metavar="FILE",
         help="a .pt, .bin or .safetensors file, or a directory for safetensors files; default: "
         "EXP/TAG.pt",
@@ -491,6 +497,7 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm export`."""
     parser.add_argument(
         "source",
+        type=not_empty,
         metavar="EXP_OR_FILE",
         help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden",
     )
@@ -524,9 +531,12 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def add_output_and_weights(parser: argparse.ArgumentParser) -> None:
     """Add the directory to write, and the weights file of the run to read."""
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--output", required=True, type=not_empty, metavar="DIR", help="directory to write"
+    )
     parser.add_argument(
         "--weights",
+        type=not_empty,
         metavar="FILE",
         help="state dict of a run; default: EXP/pretrained.pt, else the newest averaged-*.pt",
     )
@@ -535,7 +545,10 @@ def add_output_and_weights(parser: argparse.ArgumentParser) -> None:
 def add_upload(parser: argparse.ArgumentParser) -> None:
     """Add the options about the Hugging Face hub."""
     parser.add_argument(
-        "--push-to-hub", metavar="REPO", help="upload to this repository of the Hugging Face hub"
+        "--push-to-hub",
+        type=not_empty,
+        metavar="REPO",
+        help="upload to this repository of the Hugging Face hub",
     )
     parser.add_argument(
         "--private", action="store_true", help="make that repository private if it is new"
@@ -546,6 +559,7 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     """Add the arguments of `asrllm merge-lora`."""
     parser.add_argument(
         "source",
+        type=not_empty,
         metavar="EXP_OR_FILE",
         help="a run's exp_dir, a weights file in it, or an exported directory",
     )
@@ -576,24 +590,28 @@ def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
     """Add the arguments of `asrllm import-icefall`."""
     parser.add_argument(
         "file",
+        type=not_empty,
         metavar="FILE",
         help="pytorch_model.bin of icefall's egs/speech_llm/ASR_LLM, or a directory of shards",
     )
     parser.add_argument(
         "--audio-encoder",
         required=True,
+        type=not_empty,
         metavar="PATH",
         help="the Whisper model of that training: a directory, or OpenAI's .pt",
     )
     parser.add_argument(
         "--llm",
         required=True,
+        type=not_empty,
         metavar="DIR",
         help="the LLM of that training: a directory, or a hub id",
     )
     parser.add_argument(
         "--output",
         required=True,
+        type=not_empty,
         metavar="DIR",
         help="directory to write; transcribe, evaluate and export read it",
     )
