@@ -152,13 +152,13 @@ def test_utterances_are_chosen_up_to_the_hours(world, tmp_path, ratio):
     shards = [str(world.root / "shards" / name) for name in ("train", "valid")]
     data_config(tmp_path / "data.yaml", [{"shards": path} for path in shards])
     corpora = read_corpora(str(tmp_path / "data.yaml"), filters=None, made=tmp_path, cache=None)
-    total = sum(corpus.kept_hours for corpus in corpora)
+    total = sum(corpus.usable_hours for corpus in corpora)
     items = choose_utterances(corpora, ratio * total)
     assert len(set(items)) == len(items)
     for number, corpus in enumerate(corpora):
         rows = [item.row for item in items if item.corpus == number]
         hours = corpus.index.rows["samples"][rows].sum() / 16000 / 3600
-        wanted = min(ratio, 1) * corpus.kept_hours
+        wanted = min(ratio, 1) * corpus.usable_hours
         assert hours == pytest.approx(wanted, rel=0.3, abs=2 / 3600)
         if ratio > 1:
             assert rows == list(range(len(corpus.index)))

@@ -125,8 +125,8 @@ def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
     row_tokens = [_sum(batch["tokens"]) + prompt_tokens * len(batch) for batch in batches]
     utterances = sum(len(batch) for batch in batches)
     return {
-        "utterances": sum(corpus.kept for corpus in data.corpora),
-        "hours": round(sum(corpus.kept_hours for corpus in data.corpora), 2),
+        "utterances": sum(corpus.usable for corpus in data.corpora),
+        "hours": round(sum(corpus.usable_hours for corpus in data.corpora), 2),
         "steps per epoch": _steps_of_epoch(data, ranks),
         "utterances per batch": round(utterances / len(batches), 1),
         "audio seconds per batch": round(samples / RATE / len(batches), 1),

@@ -64,8 +64,8 @@ def make_shards(arguments: argparse.Namespace) -> None:
             advance=bar.advance,
             keep=skip_finished,
         )
-    if summary.kept:
-        print(f"reused {summary.kept} finished shards of the interrupted run")
+    if summary.reused:
+        print(f"shards reused from the interrupted run: {summary.reused}")
     _print_summary(arguments.out, summary)
 
 

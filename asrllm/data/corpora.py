@@ -63,10 +63,10 @@ class Corpus:
         name: its name, which becomes part of file names.
         index: the index of its shards.
         filters: which utterances are used; None uses all.
-        kept: utterances that pass the filters.
-        kept_hours: hours of audio that pass the filters.
+        usable: utterances that pass the filters.
+        usable_hours: hours of audio that pass the filters.
         dropped: utterances that do not pass, by reason.
-        hours: hours as stated in the data config, or else kept_hours.
+        hours: hours as stated in the data config, or else usable_hours.
         weight: how often an epoch repeats the corpus, or its factor in an endless mix.
         lang: language of utterances that name none.
         prompts: prompts that replace the run's prompts.
@@ -75,8 +75,8 @@ class Corpus:
     name: str
     index: Index
     filters: FilterConfig | None
-    kept: int
-    kept_hours: float
+    usable: int
+    usable_hours: float
     dropped: dict[str, int]
     hours: float
     weight: float = 1.0
@@ -103,25 +103,25 @@ def make_corpus(
     Arguments are those of Corpus; hours=None uses the hours that pass the filters.
     """
     dropped: Counter[str] = Counter()
-    kept = 0
+    usable = 0
     samples = 0
     for start in range(0, len(index), CHUNK):
         rows = index.rows[start : start + CHUNK]
         reasons = _drop_reasons(rows, filters)
         passes = _passes(reasons)
-        kept += int(passes.sum())
+        usable += int(passes.sum())
         samples += int(rows["samples"][passes].sum(dtype=np.int64))
-        if kept < start + len(rows):
+        if usable < start + len(rows):
             dropped += Counter({reason: int(mask.sum()) for reason, mask in reasons.items()})
-    kept_hours = samples / RATE / 3600
+    usable_hours = samples / RATE / 3600
     return Corpus(
         name=name,
         index=index,
         filters=filters,
-        kept=kept,
-        kept_hours=kept_hours,
+        usable=usable,
+        usable_hours=usable_hours,
         dropped=dict(dropped),
-        hours=hours or kept_hours,
+        hours=hours or usable_hours,
         weight=weight,
         lang=lang,
         prompts=prompts,
@@ -263,7 +263,7 @@ def _open_entry(
         prompts=named.prompts,
     )
     log_dropped(corpus)
-    if not corpus.kept or not round(entry.weights * corpus.kept):
+    if not corpus.usable or not round(entry.weights * corpus.usable):
         raise UserError(
             f"{named.where}: no utterance is left after data.filter and weights. "
             "Widen data.filter, or raise weights."
@@ -274,7 +274,7 @@ def _open_entry(
 def log_dropped(corpus: Corpus) -> None:
     """Log what data.filter drops from a corpus, as a warning if the ratio is high."""
     total = len(corpus.index)
-    count = total - corpus.kept
+    count = total - corpus.usable
     if not count:
         return
     reasons = ", ".join(f"{number} {reason}" for reason, number in corpus.dropped.items() if number)

@@ -451,7 +451,7 @@ def _mixing_ratios(corpora: Sequence[Corpus]) -> list[Fraction]:
     Utterances that the filters drop count too, because a span of the sequence includes them.
     """
     sizes = [
-        corpus.hours * corpus.weight * len(corpus.index) / corpus.kept_hours for corpus in corpora
+        corpus.hours * corpus.weight * len(corpus.index) / corpus.usable_hours for corpus in corpora
     ]
     # Fractions are exact: the windows of a long run must neither overlap nor leave gaps.
     total = Fraction(sum(sizes))

@@ -80,13 +80,13 @@ class ShardSummary:
     Attributes:
         index: the index of the shards.
         rejected: number of rejected utterances by reason.
-        kept: shards that an interrupted run had already finished.
+        reused: number of shards that an interrupted run had already finished.
         examples: lines that describe rejected utterances.
     """
 
     index: Index
     rejected: dict[str, int]
-    kept: int = 0
+    reused: int = 0
     examples: tuple[str, ...] = ()
 
 
@@ -134,7 +134,7 @@ def write_shards(
             job = _Job(number, chunk, work.shards, fields or {}, codec)
             counts["all"] += 1
             if work.is_finished(job):
-                counts["kept"] += 1
+                counts["reused"] += 1
                 (keep or advance)(len(chunk))
             else:
                 yield job
@@ -143,7 +143,7 @@ def write_shards(
         with closing(run_parallel(_write_shard, unfinished_jobs(), workers, advance)) as finished:
             for _, shard in finished:
                 work.commit(shard)
-        return dataclasses.replace(work.finish(counts["all"]), kept=counts["kept"])
+        return dataclasses.replace(work.finish(counts["all"]), reused=counts["reused"])
 
 
 def _chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:

@@ -150,12 +150,12 @@ def choose_utterances(corpora: Sequence[Corpus], hours: float) -> list[Item]:
     Returns:
         The utterances in the order of the corpora and their shards.
     """
-    total = sum(corpus.kept_hours for corpus in corpora)
+    total = sum(corpus.usable_hours for corpus in corpora)
     items: list[Item] = []
     for number, corpus in enumerate(corpora):
         rows = corpus.index.rows
         starts = corpus.index.starts
-        share = corpus.kept_hours / total
+        share = corpus.usable_hours / total
         count = max(round(SHARDS * share), 1)
         shards = np.unique(np.linspace(0, len(starts) - 2, count).round().astype(int))
         passing = [

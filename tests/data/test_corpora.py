@@ -37,13 +37,13 @@ def test_an_entry_with_all_keys_is_read(tmp_path, world):
     (corpus,) = read(tmp_path, entry)
     assert (corpus.name, corpus.weight, corpus.lang, corpus.hours) == ("n", 2.0, "en", 0.01)
     assert corpus.prompts == (Prompt(text="Say."), Prompt(text="Schreib.", weight=2.0, lang="de"))
-    assert corpus.kept == len(corpus.index) == 60
+    assert corpus.usable == len(corpus.index) == 60
 
 
 def test_a_manifest_is_converted_to_shards_once(tmp_path):
     manifest = write_cuts(tmp_path / "cuts")
     (corpus,) = read(tmp_path, {"manifest": str(manifest)})
-    assert corpus.kept == 3
+    assert corpus.usable == 3
     (shard,) = corpus.index.shards
     made = os.stat(shard).st_mtime_ns
     (again,) = read(tmp_path, {"manifest": str(manifest)})
@@ -54,11 +54,11 @@ def test_filters_log_how_many_utterances_they_drop(tmp_path, world, caplog):
     filters = FilterConfig(min_duration=0.5, max_duration=1.0, max_chars_per_second=14.0)
     (corpus,) = read(tmp_path, {"shards": str(world.shards)}, filters=filters)
     rows = corpus.index.rows[corpus.passes(corpus.index.rows)]
-    assert 0 < len(rows) == corpus.kept < 60
-    assert corpus.kept_hours == pytest.approx(rows["samples"].sum() / 16000 / 3600)
+    assert 0 < len(rows) == corpus.usable < 60
+    assert corpus.usable_hours == pytest.approx(rows["samples"].sum() / 16000 / 3600)
     assert rows["samples"].min() >= 8000
     assert rows["samples"].max() <= 16000
-    count = 60 - corpus.kept
+    count = 60 - corpus.usable
     assert f" {count} of 60 utterances ({100 * count / 60:.1f} %)" in caplog.text
     assert f" {corpus.dropped['too_short']} too_short" in caplog.text
 
@@ -74,7 +74,7 @@ def test_filters_that_drop_more_than_5_percent_cause_a_warning(
     )
     with caplog.at_level(logging.WARNING):
         (corpus,) = read(tmp_path, {"shards": str(world.shards)}, filters=filters)
-    assert corpus.kept == 60 - dropped
+    assert corpus.usable == 60 - dropped
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == warns
     for message in messages:

@@ -302,9 +302,9 @@ def test_endless_mixing_divides_audio_time_by_hours_and_weight(stated):
 def test_filters_drop_utterances_and_count_reasons():
     one = corpus([8000, 16000, 31 * 16000, 16000], text=31, filters=FILTERS)
     assert one.dropped == {"too_short": 1, "too_long": 1, "too_fast": 2}  # the first is fast too
-    assert one.kept == 0
+    assert one.usable == 0
     two = corpus([8000, 16000, 31 * 16000, 16000], text=30, filters=FILTERS)
-    assert (two.kept, two.dropped) == (2, {"too_short": 1, "too_long": 1})
+    assert (two.usable, two.dropped) == (2, {"too_short": 1, "too_long": 1})
     assert sorted(entries(make_plan([two]))["row"].tolist()) == [1, 3]
 
 

@@ -265,7 +265,7 @@ def test_an_error_leaves_only_finished_shards(tmp_path, caplog, error):
         advance=advanced.append,
         keep=kept.append,
     )
-    assert (summary.kept, sum(advanced), kept) == (2, 3, [2, 2])
+    assert (summary.reused, sum(advanced), kept) == (2, 3, [2, 2])
     write_shards(tmp_path / "whole", tones(7), utterances_per_shard=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -299,7 +299,7 @@ def test_resume_reuses_only_shards_of_the_same_source(tmp_path, change, kept):
     utterances = tones(6)
     interrupted(tmp_path / "out", utterances)
     change(tmp_path / ".out.partial", utterances)
-    assert write_shards(tmp_path / "out", utterances, utterances_per_shard=2).kept == kept
+    assert write_shards(tmp_path / "out", utterances, utterances_per_shard=2).reused == kept
     write_shards(tmp_path / "whole", utterances, utterances_per_shard=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -307,7 +307,7 @@ def test_resume_reuses_only_shards_of_the_same_source(tmp_path, change, kept):
 @pytest.mark.parametrize("options", [{"fields": {"lang": "en"}}, {"codec": "keep"}, {"seed": 1}])
 def test_changed_options_rewrite_all_shards(tmp_path, options):
     interrupted(tmp_path / "out", tones(6))
-    assert write_shards(tmp_path / "out", tones(6), utterances_per_shard=2, **options).kept == 0
+    assert write_shards(tmp_path / "out", tones(6), utterances_per_shard=2, **options).reused == 0
 
 
 def test_rejects_of_reused_shards_are_counted(tmp_path):
@@ -320,7 +320,7 @@ def test_rejects_of_reused_shards_are_counted(tmp_path):
     utterances = [u if u.text else Utterance(key=u.key, text="") for u in utterances]
     interrupted(tmp_path / "out", utterances[:4])
     summary = write_shards(tmp_path / "out", utterances, utterances_per_shard=2)
-    assert (summary.kept, summary.rejected) == (2, {"empty_text": 2, "duplicate_key": 2})
+    assert (summary.reused, summary.rejected) == (2, {"empty_text": 2, "duplicate_key": 2})
     assert [row["key"] for row in rejected(tmp_path / "out")] == ["x", "y", "k0", "k1"]
 
 
@@ -425,7 +425,7 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     fields = {"corpus": "out"}
     source = {"utterances_per_shard": 2, "fields": fields}
     summary = write_shards(out, read_kaldi(kaldi, allow_pipes=True), **source)
-    assert summary.kept in (3, 4)  # the fifth shard may have been finished before the kill
+    assert summary.reused in (3, 4)  # the fifth shard may have been finished before the kill
     assert not (tmp_path / ".out.partial").exists()
     write_shards(tmp_path / "whole", read_kaldi(kaldi, allow_pipes=True), **source)
     assert contents(out) == contents(tmp_path / "whole")

@@ -118,7 +118,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
-        UserError: there is no manifest, so the checkpoint is not complete; or the directory was
+        UserError: the checkpoint has no manifest, so it is not complete, or its directory was
             renamed.
     """
     manifest = _verified_manifest(checkpoint)
@@ -131,7 +131,7 @@ def _verified_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
-        UserError: there is no manifest, so the checkpoint is not complete.
+        UserError: the checkpoint has no manifest, so it is not complete.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():

@@ -103,7 +103,7 @@ def _corpus_fingerprint(corpus: Corpus) -> list[object]:
     """Return what determines the order of a corpus's utterances in training."""
     return [
         corpus.name,
-        corpus.kept,
+        corpus.usable,
         corpus.hours,
         corpus.weight,
         corpus.lang,
