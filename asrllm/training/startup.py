@@ -5,11 +5,20 @@ import time
 
 
 class Startup:
-    """Durations of the startup phases in seconds, in the order in which the phases end."""
+    """Durations of the startup phases in seconds, in the order in which the phases end.
+
+    The first phase begins with the process, or now if the process has started a run before
+    (--multirun).
+    """
+
+    _is_first = True  # of this process
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.phase_start = time.monotonic() - process_age()
+        self.phase_start = time.monotonic()
+        if Startup._is_first:
+            self.phase_start -= process_age()
+        Startup._is_first = False
 
     def finish(self, phase: str) -> None:
         """End a phase. The next one starts now."""
