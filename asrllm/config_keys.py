@@ -11,6 +11,7 @@ BATCH_BUDGET = (
     "audio and text tokens in a micro-batch of one rank, for any number of utterances",
 )
 ACCUMULATION = ("trainer.gradient_accumulation_steps", "micro-batches of an optimizer step")
+MAX_LISTED = 12  # keys of a group in a message
 # keys of Hugging Face, NeMo, icefall and SLAM-LLM, with our key and its meaning
 ALIASES = {
     "learning_rate": ("trainer.lr", "the peak learning rate"),
@@ -108,6 +109,8 @@ def _similar_key(key: str, known: Collection[str]) -> str:
     for alias in difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.8):
         if ALIASES[alias][0] in known:
             return USE.format(*ALIASES[alias])
+    if group and len(siblings) > MAX_LISTED:
+        return f"--help lists the keys of {group}."
     if group and siblings:
         return f"Available in {group}: {', '.join(sorted(siblings))}."
     return f"Available: {', '.join(sorted(_keys_in('', known)))}."
