@@ -21,6 +21,7 @@ from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.hydra_app import run_app
+from asrllm.integrity import verify_folder
 from asrllm.models.auto import load_model_config
 from asrllm.progress import waiting
 from asrllm.training.checkpoint.manifest import check_exp_dir
@@ -64,8 +65,10 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     exp_dir = Path(config.exp_dir or "")
     choice = config.checkpoint.model
     check_exp_dir(exp_dir)
-    # wrong paths and corrupted files are reported before checkpoints are averaged
-    description = load_model_config(exp_dir, config.model.paths)
+    # corrupted files and wrong paths are reported before checkpoints are averaged
+    verify_folder(exp_dir)
+    if config.model.paths:
+        load_model_config(exp_dir, config.model.paths)
     read_entries(config.data.test_data_config or "", "data.test_data_config")
     weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
     cache = ShardCache.from_config(config.data.cache)
@@ -77,7 +80,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
         what="data.test_data_config",
     )
     check_names([corpus.name for corpus in corpora])
-    check_test_durations(corpora, description.sample_limits())
+    check_test_durations(corpora, load_model_config(exp_dir).sample_limits())
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     with waiting("checking the test sets"):
