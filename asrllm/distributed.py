@@ -21,6 +21,7 @@ from asrllm.errors import UserError
 from asrllm.launchers import whole_number
 from asrllm.progress import waiting
 
+logger = logging.getLogger(__name__)
 MIN_DESCRIPTORS = 64  # open files; the sockets of a run need about as many
 RESOLVE_WITHIN = 120.0  # seconds; the name of a pod in Kubernetes appears once it runs
 
@@ -70,6 +71,7 @@ def start() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with explained_port(), waiting(f"connecting {world_size()} processes at {address}"):
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        connect_nodes()
         # Otherwise gloo's threads release their tensors while the interpreter ends, which aborts
         # the process: https://github.com/pytorch/pytorch/issues/190489
         atexit.register(finish)
@@ -78,7 +80,30 @@ def start() -> torch.device:
     accelerator.set_device(index)
     with explained_port(), waiting(f"connecting {world_size()} processes at {address}"):
         deepspeed.init_distributed(verbose=False)
+    connect_nodes()
     return torch.device(accelerator.device_name(index))
+
+
+def connect_nodes() -> None:
+    """Connect the ranks on other nodes to the first rank, so that all notice when one ends."""
+    own = siblings.mine()
+    if own.rank < 0 or all(gather_objects(own.knows(0))):
+        return
+    address = gather_objects(own.listen_to_nodes() if rank() == 0 else None)[0]
+    if own.knows(0):
+        return
+    host = os.environ["MASTER_ADDR"]
+    try:
+        own.connect_to_first(host, address)
+    except OSError as error:
+        logger.warning(
+            "rank %d cannot connect to port %d of %s (%s), so it may wait up to step_timeout for a "
+            "killed rank. Allow connections between the nodes on all ports.",
+            rank(),
+            address.port,
+            host,
+            error,
+        )
 
 
 def check_descriptors() -> None:

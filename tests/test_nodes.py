@@ -148,23 +148,55 @@ def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, t
     assert losses(tmp_path / "exp") == on_one_node
 
 
+def wait_for_checkpoint(exp: Path, node: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not (exp / "checkpoint-4" / "asrllm.json").exists():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        assert node.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.05)  # waits for a condition, bounded
+
+
+def lose_node(hosts: Hosts, number: int, *, cut: bool) -> None:
+    """Kill the processes of a node.
+
+    Args:
+        hosts: the nodes.
+        number: the node to lose.
+        cut: cut its cable before, so that the other node gets no packet.
+    """
+    if cut:
+        ip("-n", hosts.names[number], "link", "set", hosts.cables[number], "down")
+    for pid in hosts.processes(hosts.names[number]):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.longest(90)
+@pytest.mark.parametrize(("cut", "seconds"), [(False, 15), (True, 45)])
+def test_lost_node_ends_the_other(world, settings, hosts, tmp_path, cut, seconds):
+    """Not only after step_timeout, which is off here."""
+    changes = {"trainer__num_steps": 100000, "trainer__step_timeout": 0}
+    nodes = start_nodes(
+        "torchrun", hosts, tmp_path, world.overrides(tmp_path / "exp", **settings | changes)
+    )
+    log = tmp_path / "0.log"
+    wait_for_checkpoint(tmp_path / "exp", nodes[0], log)
+    lose_node(hosts, 1, cut=cut)
+    assert nodes[0].wait(timeout=seconds) != 0
+    assert "asrllm: rank 1 " in log.read_text()
+    assert hosts.processes(hosts.names[0]) == [], "a process is left"
+
+
 @pytest.mark.longest(60)
-def test_failure_of_a_node_ends_the_other(world, settings, hosts, tmp_path):
-    """The cable is cut before the processes are killed, so that the other node gets no packet."""
+def test_step_timeout_ends_a_node_that_lost_the_other(world, settings, hosts, tmp_path):
+    """The cable is cut, and the time-out is shorter than the time until that is noticed."""
     exp = tmp_path / "exp"
     timeout = 5
     shared_memory = set(os.listdir("/dev/shm"))
     changes = {"trainer__num_steps": 100000, "trainer__step_timeout": timeout}
     overrides = world.overrides(exp, **settings | changes)
     nodes = start_nodes("torchrun", hosts, tmp_path, overrides)
-    deadline = time.monotonic() + 100
-    while not (exp / "checkpoint-4" / "asrllm.json").exists():
-        assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()[-3000:]
-        assert nodes[0].poll() is None, (tmp_path / "0.log").read_text()[-3000:]
-        time.sleep(0.05)  # waits for a condition, bounded
-    ip("-n", hosts.names[1], "link", "set", hosts.cables[1], "down")
-    for pid in hosts.processes(hosts.names[1]):
-        os.kill(pid, signal.SIGKILL)
+    wait_for_checkpoint(exp, nodes[0], tmp_path / "0.log")
+    lose_node(hosts, 1, cut=True)
     cut = time.time()
     assert nodes[0].wait(timeout=timeout + 60) != 0
     hang = (exp / "hang-rank0.txt").read_text()
