@@ -85,20 +85,23 @@ def start() -> torch.device:
 
 
 def connect_nodes() -> None:
-    """Connect the ranks on other nodes to the first rank, so that all notice when one ends."""
+    """Connect one rank of every other node to the first rank, so that all notice when one ends."""
     own = siblings.mine()
-    if own.rank < 0 or all(gather_objects(own.knows(0))):
+    if own.rank < 0:
         return
-    address = gather_objects(own.listen_to_nodes() if rank() == 0 else None)[0]
-    if own.knows(0):
+    node = own.ranks_of_node()
+    if all(0 in ranks for ranks in gather_objects(node)):
+        return
+    address = gather_objects(own.listen() if rank() == 0 else None)[0]
+    if 0 in node or rank() != node[0]:
         return
     host = os.environ["MASTER_ADDR"]
     try:
-        own.connect_to_first(host, address)
+        own.connect(host, address)
     except OSError as error:
         logger.warning(
-            "rank %d cannot connect to port %d of %s (%s), so it may wait up to step_timeout for a "
-            "killed rank. Allow connections between the nodes on all ports.",
+            "rank %d cannot connect to port %d of %s (%s), so its node may wait up to step_timeout "
+            "for a killed rank. Allow connections between the nodes on all ports.",
             rank(),
             address.port,
             host,

@@ -1,4 +1,4 @@
-"""TCP connections between the first rank and the ranks on other nodes.
+"""TCP connections between the first rank and one rank of every other node.
 
 They carry the messages of `siblings`. Whoever connects must know a secret, which the ranks share
 through their process group.
@@ -29,7 +29,9 @@ def listen() -> tuple[socket.socket, Address]:
     """Listen on a free port of every network interface."""
     with_ipv6 = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if with_ipv6 else socket.AF_INET
-    listener = socket.create_server(("", 0), family=family, dualstack_ipv6=with_ipv6)
+    listener = socket.create_server(
+        ("", 0), family=family, dualstack_ipv6=with_ipv6, backlog=socket.SOMAXCONN
+    )
     return listener, Address(listener.getsockname()[1], secrets.token_bytes(SECRET))
 
 

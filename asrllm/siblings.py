@@ -5,9 +5,9 @@ The ranks of a node are connected by abstract Unix sockets (unix(7)), which leav
 This works before the ranks join their process group, during computations of any length, and with or
 without a launcher.
 
-Once they have joined, the ranks on other nodes than the first rank's connect to it by TCP. NCCL
-does not notice that a rank was killed, and gloo does not always: about one in 500 of its
-collectives waited for a killed rank until a time-out (torch 2.13).
+Once they have joined, one rank of every other node connects to the first rank by TCP, and what it
+learns is passed on. NCCL does not notice that a rank was killed, and gloo does not always: one in
+500 of its collectives waited for a killed rank until a time-out (torch 2.13).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ NAME_TAKEN = 10.0  # seconds that a process of an earlier run may take to end
 
 
 class Siblings:
-    """Connections of this rank to other ranks of its run: those on the same node, and the first one.
+    """Connections of this rank to other ranks of its run: those on its node, and between nodes.
 
     A rank announces the exit status before it ends. If a connection closes without a status, the
     other process was killed or crashed. Then this process ends as well. It also ends after another
@@ -53,7 +53,7 @@ class Siblings:
         rank: this rank, or -1 without other ranks.
         run: name of the run, from `run_key`.
         connections: the other rank of each connection, or -1 until it has sent its number.
-        address: where this rank listens for ranks on other nodes.
+        address: where this rank listens for other nodes, if it is the first one.
         statuses: exit statuses of the ranks that ended. None: killed or crashed.
         printing: bound names of the messages that this process printed.
         joined: whether `join` was called.
@@ -138,18 +138,18 @@ class Siblings:
             return
         self._add(connection, rank)
 
-    def knows(self, rank: int) -> bool:
-        """Return whether this process is a rank, or is connected to it."""
-        return rank in (self.rank, *self.connections.values())
+    def ranks_of_node(self) -> list[int]:
+        """Return the ranks on this node in ascending order. It must be called before `connect`."""
+        return sorted({self.rank, *self.connections.values()} - {-1})
 
-    def listen_to_nodes(self) -> node_links.Address:
-        """Let ranks on other nodes connect to this one, and return what they need for it."""
+    def listen(self) -> node_links.Address:
+        """Let other nodes connect to this rank, and return what they need for it."""
         if self.address is None:
             self.node_listener, self.address = node_links.listen()
             self.selector.register(self.node_listener, selectors.EVENT_READ)
         return self.address
 
-    def connect_to_first(self, host: str, address: node_links.Address) -> None:
+    def connect(self, host: str, address: node_links.Address) -> None:
         """Connect to the first rank, which is on another node.
 
         Raises:
@@ -271,22 +271,20 @@ class Siblings:
             elif kind == "status":
                 self.statuses.setdefault(self.connections[connection], int(number))
             elif kind == "killed":
-                self.statuses.setdefault(int(number), None)
+                self._record_kill(int(number))
             else:
-                self._lose(connection)
+                self.selector.unregister(connection)
+                self._record_kill(self.connections.pop(connection))
+                connection.close()
             self.changed.notify_all()
 
-    def _lose(self, connection: socket.socket) -> None:
-        """Remove a connection that was closed. Its rank was killed unless it announced a status."""
-        rank = self.connections.pop(connection)
-        self.selector.unregister(connection)
-        connection.close()
+    def _record_kill(self, rank: int) -> None:
+        """Record that a rank ended without a status, and tell the ranks that may not know it."""
         if rank < 0 or rank in self.statuses:
             return
         self.statuses[rank] = None
-        if self.node_listener is not None:  # only the first rank knows those of all nodes
-            for other in self.connections:
-                send(other, f"killed {rank}")
+        for connection in self.connections:
+            send(connection, f"killed {rank}")
 
     def _serve(self, seconds: float) -> bool:
         """Answer the other ranks for some time. Return False if this process has finished."""

@@ -1,14 +1,11 @@
-"""Ranks on other nodes than the first rank's notice when a rank ends, and so does the first one.
-
-Each rank is the only one of its node. They are small processes without torch.
-"""
+"""Ranks on all nodes notice when a rank ends. They are small processes without torch."""
 
 import contextlib
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -18,23 +15,28 @@ from tests.test_siblings import ended, start_rank, tell
 
 pytestmark = pytest.mark.slow
 
-# a rank: connects to the first one, prints when all are connected, then does what it is told
+# a rank: connects its node to the first one, prints when it is connected to as many ranks as the
+# first argument says, then does what it is told
 RANK = """
 import sys, time
 from asrllm import node_links, siblings
 
+def wait_for(connections):
+    while len(ranks.connections) < connections or -1 in ranks.connections.values():
+        time.sleep(0.01)
+
 with siblings.watched() as ranks:
     ranks.join()
-    others = {0}
+    siblings_, all_ = map(int, sys.argv[1:])
+    wait_for(siblings_)
     if ranks.rank == 0:
-        address = ranks.listen_to_nodes()
+        address = ranks.listen()
         print(address.port, address.secret.hex(), flush=True)
-        others = set(range(1, int(sys.argv[1])))
     else:
         port, secret = sys.stdin.readline().split()
-        ranks.connect_to_first("127.0.0.1", node_links.Address(int(port), bytes.fromhex(secret)))
-    while set(ranks.connections.values()) != others:
-        time.sleep(0.01)
+        if ranks.ranks_of_node()[0] == ranks.rank:
+            ranks.connect("127.0.0.1", node_links.Address(int(port), bytes.fromhex(secret)))
+    wait_for(all_)
     print("connected", flush=True)
     what = sys.stdin.readline().strip()
     if what == "error":
@@ -46,14 +48,27 @@ with siblings.watched() as ranks:
 
 
 @contextlib.contextmanager
-def nodes(count: int) -> Iterator[tuple[list[subprocess.Popen], node_links.Address]]:
-    """Start the ranks, and yield them with the address of the first one. None outlives the block."""
+def cluster(
+    *nodes: Sequence[int],
+) -> Iterator[tuple[list[subprocess.Popen], node_links.Address]]:
+    """Start ranks and connect their nodes. None outlives the block.
+
+    Args:
+        nodes: the ranks of each node.
+
+    Yields:
+        The ranks, and the address of the first one.
+    """
+    count = sum(map(len, nodes))
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(count):
-        # without common names of sockets, as on different hosts
-        own = common | {"RANK": str(rank), "TORCHELASTIC_RUN_ID": str(rank)}
-        ranks.append(start_rank(RANK, str(count), **own))
+        (node,) = (number for number, members in enumerate(nodes) if rank in members)
+        connections = len(nodes[node]) - 1
+        links = len(nodes) - 1 if rank == 0 else int(node > 0 and rank == nodes[node][0])
+        # other nodes have other names of sockets, as if they were on another host
+        own = common | {"RANK": str(rank), "TORCHELASTIC_RUN_ID": str(node)}
+        ranks.append(start_rank(RANK, str(connections), str(connections + links), **own))
     try:
         line = ranks[0].stdout.readline()
         for process in ranks[1:]:
@@ -68,35 +83,37 @@ def nodes(count: int) -> Iterator[tuple[list[subprocess.Popen], node_links.Addre
             process.communicate()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_killed_rank_ends_those_on_other_nodes(victim):
-    with nodes(3) as (ranks, _):
+@pytest.mark.parametrize("victim", range(5))
+def test_killed_rank_ends_those_of_all_nodes(victim):
+    with cluster([0, 1], [2, 3], [4]) as (ranks, _):
         for process in ranks:
             tell(process, "wait")
         ranks[victim].kill()
         results = ended(ranks)
     assert results.pop(victim)[0] == -signal.SIGKILL
-    for status, error in results:
-        assert status == 75
-        assert f"rank {victim} " in error
+    assert [status for status, _ in results] == [75] * 4
+    # once on every node that has a rank left
+    lines = "".join(error for _, error in results).splitlines()
+    assert len(lines) == (2 if victim == 4 else 3)
+    assert all(f"rank {victim} " in line for line in lines)
 
 
 def test_error_of_a_rank_ends_those_on_other_nodes():
-    with nodes(2) as (ranks, _):
+    with cluster([0], [1]) as (ranks, _):
         tell(ranks[0], "wait")
         tell(ranks[1], "error")
         assert [status for status, _ in ended(ranks)] == [2, 2]
 
 
 def test_rank_that_succeeds_does_not_end_those_on_other_nodes():
-    with nodes(3) as (ranks, _):
+    with cluster([0], [1, 2]) as (ranks, _):
         for number in (1, 0, 2):
             tell(ranks[number], "end")
             assert ended(ranks[number : number + 1]) == [(0, "")]
 
 
 def test_strangers_are_not_taken_for_ranks():
-    with nodes(2) as (ranks, address):
+    with cluster([0], [1]) as (ranks, address):
         with contextlib.ExitStack() as stack:
             for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(node_links.SECRET)):
                 stranger = socket.create_connection(("127.0.0.1", address.port), 5)
