@@ -11,6 +11,7 @@ import faulthandler
 import fcntl
 import multiprocessing.process
 import os
+import random
 import runpy
 import signal
 import socket
@@ -42,14 +43,22 @@ PRELOADED = [
 # imports.
 server = forkserver.ForkServer()
 server.set_forkserver_preload(PRELOADED)
+MIN_PORT = 10000
 PRINT_STACKS = signal.SIGRTMIN + 7  # no launcher, scheduler or library sends it
 
 
 def free_port() -> int:
-    """Return a TCP port that is free at the moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a TCP port that is free at the moment.
+
+    The system takes the ports of outgoing connections from a range of its own. A port of that range
+    could be in use again before the caller listens.
+    """
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(MIN_PORT, first_outgoing)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return port
 
 
 def clean_environment(**more: str) -> dict[str, str]:
