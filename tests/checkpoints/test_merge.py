@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from asrllm.checkpoints.export import export
 from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.dispatch import main
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.asr_llm.serialization import is_base_weight, merged_parameter
 from asrllm.models.auto import AutoModel
 from tests.conftest import clean_environment
@@ -112,16 +113,21 @@ def test_saved_adapter_loads_with_peft(world, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model.llm))
 
 
-def test_full_disk_while_writing_adapters_is_one_message(world, tmp_path, monkeypatch, capsys):
+def test_full_disk_while_writing_adapters_exits_and_leaves_nothing(
+    world, tmp_path, monkeypatch, capsys
+):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     exp = run_of(lora_model(world), tmp_path / "exp")
     monkeypatch.setattr("asrllm.tensor_files._bytes_of", full)
     assert (
         main(["merge-lora", str(exp), "--adapter-only", "--output", str(tmp_path / "adapter")]) == 2
     )
-    assert "no space is left on the disk" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert os.strerror(errno.ENOSPC) in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["exp"]
 
 
 def test_adapters_of_a_trained_llm_are_not_saved_alone(world, tmp_path):
@@ -129,8 +135,9 @@ def test_adapters_of_a_trained_llm_are_not_saved_alone(world, tmp_path):
     exp = run_of(model, tmp_path / "exp")
     torch.save(model.weights(), exp / "pretrained.pt")
     files = LlmFiles(exp)
-    with pytest.raises(UserError, match=r"weights of the LLM beside its adapters.*--adapter-only"):
+    with pytest.raises(UserError, match=rf"'{exp}/pretrained\.pt' .*--adapter-only"):
         save_adapter(files, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
     merge_lora(files, tmp_path / "merged")
     settings = "generation_config.json"
     assert (tmp_path / "merged" / settings).read_bytes() == (world.llm / settings).read_bytes()
@@ -143,7 +150,7 @@ def test_missing_inherited_llm_is_not_replaced_by_the_base_model(world, tmp_path
     (exp / "inherited_weights.pt").touch()
     with pytest.raises(
         UserError,
-        match=r"0 tensors of the llm, .*'asrllm consolidate' .*inherited_weights\.pt",
+        match=rf"'{exp}' .* 0 .*llm.* 26\b.*'asrllm consolidate' .*inherited_weights\.pt",
     ):
         LlmFiles(exp)
     torch.save(model.weights(), exp / "pretrained.pt")
@@ -190,17 +197,19 @@ def test_averaged_factors_are_merged_with_their_higher_rank(world, tmp_path, cap
 
 def test_models_that_cannot_be_merged_are_reported(world, tmp_path):
     plain = make_model(world, llm={"lora": None})
-    with pytest.raises(UserError, match="has no adapters on its LLM"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}/plain' .*'asrllm export'"):
         LlmFiles(run_of(plain, tmp_path / "plain"))
     exp = run_of(lora_model(world), tmp_path / "exp")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match=f"--output '{tmp_path}/full' "):
         merge_lora(LlmFiles(exp), tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
     state = torch.load(exp / "pretrained.pt", weights_only=True)
-    state.pop(next(name for name in state if "lora_A" in name))
+    missing = first_of(state, "lora_A")
+    del state[missing]
     torch.save(state, exp / "pretrained.pt")
-    with pytest.raises(UserError, match="lora_A"):
+    with pytest.raises(UserError, match=re.escape(repr(missing))):
         merge_lora(LlmFiles(exp), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -257,7 +266,7 @@ def test_unmerged_layer_is_detected(world, tmp_path, monkeypatch, dtype, std):
         return layer.get_base_layer().weight.detach().to(kind) if last else whole(layer, name, kind)
 
     monkeypatch.setattr("asrllm.checkpoints.merge.merged_parameter", half_done)
-    with pytest.raises(UserError, match=f"'{re.escape(LAST)}' does not match its adapters"):
+    with pytest.raises(UserError, match=f"'{re.escape(LAST)}' .*--dtype float32"):
         merge_lora(files, tmp_path / "bad", dtype=dtype, check=False)
     assert not (tmp_path / "bad").exists()
 
@@ -269,7 +278,7 @@ def test_unmerged_llm_is_detected_by_its_logits(world, tmp_path, monkeypatch):
         lambda layer, name, kind: layer.get_base_layer().weight.to(kind),
     )
     monkeypatch.setattr("asrllm.checkpoints.merge.check_layers", lambda *_: None)
-    with pytest.raises(UserError, match="logits of the merged LLM"):
+    with pytest.raises(UserError, match=r"torch\.bfloat16 .*--dtype float32.*--adapter-only"):
         merge_lora(files, tmp_path / "bad")
     assert [path.name for path in tmp_path.iterdir() if "bad" in path.name] == []
 
@@ -323,19 +332,19 @@ def more_rows(state, count):
 CHANGES = {
     "a factor of other rows": (
         lambda state: more_rows(state, 31),
-        r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)",
+        r"'llm\..*lora_B\..*\(31, 4\).*\(32, 4\)",
     ),
     "another rank": (
         lambda state: state.update({k: t[:3].clone() for k, t in state.items() if "lora_A" in k}),
-        r"has the shape \(3, 32\)",
+        r"'llm\..*lora_A\..*\(3, 32\).*\(4, 32\)",
     ),
     "a layer more": (
         lambda state: state.update({k.replace(".1.", ".7."): t for k, t in state.items()}),
-        r"4 unexpected keys.*layers\.7",
+        r" 4 .*'llm\..*layers\.7\.",
     ),
     "a key of nothing": (
         lambda state: state.update({"llm.model.bogus.weight": torch.ones(1)}),
-        r"unexpected keys.*'llm\.model\.bogus",
+        r" 1 .*'llm\.model\.bogus\.weight'",
     ),
 }
 
@@ -353,7 +362,7 @@ def test_adapters_missing_from_the_configuration_are_rejected(world, tmp_path):
     fields = json.loads((exp / "config.json").read_text())
     fields["lora"]["target_modules"] = ["q_proj"]
     (exp / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"unexpected keys.*v_proj"):
+    with pytest.raises(UserError, match=rf"'{exp}/pretrained\.pt' .* 4 .*v_proj"):
         LlmFiles(exp)
 
 
@@ -361,5 +370,5 @@ def test_truncated_shard_is_reported(world, tmp_path):
     make_model(world).save_pretrained(tmp_path / "saved", max_shard_size="30KB")
     shard = min((tmp_path / "saved").glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model-00001.* is corrupted"):
+    with pytest.raises(CorruptedError, match=re.escape(repr(str(shard)))):
         LlmFiles(tmp_path / "saved")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.encoders.zipformer.configuration import PUBLIC_SIZES, ZipformerConfig
 from asrllm.models.encoders.zipformer.modeling import PRETRAINED_BATCHES, ZipformerEncoder
 from asrllm.models.encoders.zipformer.weights import fields_of_shapes
@@ -88,7 +88,7 @@ def test_configuration_must_agree_with_the_weights(encoder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     with pytest.raises(
         UserError,
-        match=r"config\.json has num_heads=\[4, 4\], but the weights beside it have \[2, 4\]",
+        match=r"config\.json .*num_heads=\[4, 4\].* \[2, 4\]",
     ):
         ZipformerEncoder.from_pretrained(tmp_path)
 
@@ -158,9 +158,9 @@ def test_fine_tuning_starts_at_the_ends_of_the_schedules(encoder, tmp_path):
 def test_loading_is_strict(encoder):
     state = encoder.state_dict()
     del state["encoder.downsample_output.bias"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*downsample_output"):
+    with pytest.raises(RuntimeError, match=r"\"encoder\.downsample_output\.bias\""):
         encoder.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.0\.other"):
+    with pytest.raises(RuntimeError, match=r"\"encoder\.encoders\.0\.layers\.0\.other\""):
         encoder.load_state_dict(
             encoder.state_dict() | {"encoder.encoders.0.layers.0.other": torch.ones(1)}
         )
@@ -174,42 +174,49 @@ def test_code_in_a_file_is_never_executed(encoder, tmp_path):
             return (open, (str(ran), "w"))
 
     torch.save({"model": published(encoder), "sampler": Harm()}, tmp_path / "harm.pt")
-    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+    with pytest.raises(UserError, match=r"harm\.pt' .*state dict.*torch\.save"):
         ZipformerEncoder.from_pretrained(tmp_path / "harm.pt")
     torch.save(
         {"model": published(encoder), "params": argparse.Namespace(a=1)}, tmp_path / "params.pt"
     )
-    with pytest.raises(UserError, match=r"params\.pt. cannot be read as plain tensors"):
+    with pytest.raises(UserError, match=r"params\.pt' .*state dict.*torch\.save"):
         ZipformerEncoder.from_pretrained(tmp_path / "params.pt")
     assert not ran.exists()
 
 
 def test_files_without_an_encoder_are_rejected(encoder, tmp_path):
-    def refused(message, path=tmp_path):
-        with pytest.raises(UserError, match=message):
+    def refused(*names, path=tmp_path, error=UserError):
+        with pytest.raises(error) as caught:
             ZipformerEncoder.from_pretrained(path)
+        for name in names:
+            assert name in str(caught.value)
 
-    refused("has no weights")
-    torch.save({"decoder.weight": torch.ones(2)}, tmp_path / "a.pt")
-    refused("has no Zipformer encoder")
-    torch.save([1, 2], tmp_path / "a.pt")
-    refused("is not a state dict")
-    (tmp_path / "a.pt").write_bytes(b"junk")
-    refused(r"a\.pt. is corrupted")
-    (tmp_path / "a.pt").write_bytes(pickle.dumps({"model": 1}, protocol=2))
-    refused("cannot be read as plain tensors|has no Zipformer")
-    torch.save(published(encoder, "a.") | published(encoder, "b."), tmp_path / "a.pt")
-    refused("contains 2 Zipformer encoders.* 'a\\.', 'b\\.'")
+    refused(repr(str(tmp_path)), "*.safetensors", "pretrained.pt", "*.pth")
+    file = tmp_path / "a.pt"
+    torch.save({"decoder.weight": torch.ones(2)}, file)
+    refused("'encoder_embed.conv.0.weight'", "model.audio_encoder.pretrained_model")
+    torch.save([1, 2], file)
+    refused(repr(str(file)), "state dict")
+    file.write_bytes(b"junk")
+    refused(repr(str(file)), error=CorruptedError)
+    file.write_bytes(pickle.dumps({"model": 1}, protocol=2))
+    refused(repr(str(file)), "torch.save")
+    torch.save(published(encoder, "a.") | published(encoder, "b."), file)
+    refused(" 2 ", "'a.', 'b.'")
     broken = {
         name: tensor for name, tensor in published(encoder).items() if "linear_pos" not in name
     }
-    torch.save(broken, tmp_path / "a.pt")
-    refused("is not a supported Zipformer")
+    torch.save(broken, file)
+    refused(
+        repr(str(tmp_path)), "'encoder.encoders.0.layers.0.self_attn_weights.linear_pos.weight'"
+    )
     torch.save(published(encoder), tmp_path / "b.pt")
-    refused("contains 2 checkpoints .*a\\.pt")
+    refused(repr(str(tmp_path)), " 2 ", "a.pt")
     (tmp_path / "config.json").write_text("{")
-    refused("is not valid JSON", tmp_path / "b.pt")
-    with pytest.raises(UserError, match=r"data\.pad_to_30s=true is for Whisper"):
+    refused(repr(str(tmp_path / "config.json")), "line 1 column 2", path=tmp_path / "b.pt")
+    with pytest.raises(
+        UserError, match=r"data\.pad_to_30s=true .*zipformer.*data\.pad_to_30s=false"
+    ):
         ZipformerEncoder.from_fields(TINY_ZIPFORMER, pad_to_30s=True)
 
 

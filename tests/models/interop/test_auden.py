@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -162,10 +163,11 @@ def test_key_table_covers_the_projector_and_unknown_keys_are_rejected():
     assert from_auden_names(
         {f"module.{key}": tensor for key, tensor in state.items()}, "x"
     ).keys() == set(AUDEN_KEYS.values())
-    with pytest.raises(UserError, match="the key 'ctc_head'"):
+    with pytest.raises(UserError, match=r"'x'.* 'ctc_head' "):
         from_auden_names({"ctc_head": torch.zeros(1)}, "x")
-    with pytest.raises(UserError, match=r"contains adapters \('llm\.model"):
-        from_auden_names({"llm.model.q_proj.lora_A.default.weight": torch.zeros(1)}, "x")
+    adapter = "llm.model.q_proj.lora_A.default.weight"
+    with pytest.raises(UserError, match=re.escape(repr(adapter))):
+        from_auden_names({adapter: torch.zeros(1)}, "x")
 
 
 def test_describe_reads_the_configuration_without_weights(world, tmp_path, caplog, monkeypatch):
@@ -216,7 +218,9 @@ def test_every_name_of_the_weight_file_is_found(world, tmp_path, name):
     (folder / name).rename(
         folder / "averaged-iter-8-avg-2.pt" if name.endswith(".pt") else folder / "x.safetensors"
     )
-    with pytest.raises(UserError, match="has no weights"):
+    with pytest.raises(
+        UserError, match=rf"'{folder}' .*pretrained\.safetensors, .*model\.pt.*weights="
+    ):
         asrllm.AutoModel.from_pretrained(folder)
 
 
@@ -225,45 +229,45 @@ def test_invalid_directories_are_rejected(world, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     whisper = config["audio_encoder_config"]
     for change, message in (
-        ({"projector_type": "qformer"}, "the field 'projector_type'"),
-        ({"llm_config": None}, "has no llm_config"),
+        ({"projector_type": "qformer"}, "'projector_type'"),
+        ({"llm_config": None}, r"x/config\.json .*llm_config\."),
         ({"llm_config": {"model_type": "nothing"}}, "llm_config .*nothing"),
         (
             {"audio_encoder_config": whisper | {"activation_function": "relu"}},
-            "activation_function='relu' is not supported",
+            r"audio_encoder_config\.activation_function='relu' .*'gelu'",
         ),
         (
             {"audio_encoder_config": {"model_type": "hubert"}},
-            "is neither 'zipformer' nor 'whisper'",
+            r"audio_encoder_config\.model_type='hubert' .*'zipformer' .*'whisper'",
         ),
         (
             {
                 "audio_encoder_config": {"model_type": "zipformer", "use_rope": True}
                 | TINY_ZIPFORMER
             },
-            "the field audio_encoder_config\\.use_rope",
+            r"audio_encoder_config\.use_rope ",
         ),
     ):
         with pytest.raises(UserError, match=message):
             config_fields(config | change, "x")
     shutil.copytree(folder / "llm", folder / "kept")
     (folder / "llm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="is a 'llama' model, but llm_config has 'qwen2'"):
+    with pytest.raises(UserError, match=f"'{folder}/llm' .*'llama' .*llm_config .*'qwen2'"):
         asrllm.AutoModel.from_pretrained(folder)
     shutil.rmtree(folder / "llm")
-    with pytest.raises(UserError, match="the llm is neither in the weights nor in a subdirectory"):
+    with pytest.raises(UserError, match=f"'{folder}': .*llm .*neither"):
         asrllm.AutoModel.from_pretrained(folder)
     (folder / "kept").rename(folder / "llm")
     state = torch.load(folder / "pretrained.pt", weights_only=True)
     torch.save(state | {"llm.x": torch.zeros(1)}, folder / "pretrained.pt")
-    with pytest.raises(UserError, match="the llm is both in the weights and in a subdirectory"):
+    with pytest.raises(UserError, match=f"'{folder}': .*llm .*both"):
         asrllm.AutoModel.from_pretrained(folder)
     state.pop("encoder_projector.linear1.bias")
     torch.save(state, folder / "pretrained.pt")
-    with pytest.raises(UserError, match=r"lack 1 keys .*'projector\.mlp\.linear1\.bias'"):
+    with pytest.raises(UserError, match=rf"'{folder}' .* 1 .*'projector\.mlp\.linear1\.bias'"):
         asrllm.AutoModel.from_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    with pytest.raises(UserError, match="has no audio token"):
+    with pytest.raises(UserError, match=rf"'{folder}' .*'<\|AUDIO\|>'"):
         asrllm.AutoModel.from_pretrained(folder)
 
 
@@ -272,5 +276,5 @@ def test_tied_head_that_differs_is_rejected(world, tmp_path):
     state = torch.load(folder / "pretrained.pt", weights_only=True)
     state["llm.lm_head.weight"] += 1
     torch.save(state, folder / "pretrained.pt")
-    with pytest.raises(UserError, match=r"'llm\.lm_head\.weight' differs from"):
+    with pytest.raises(UserError, match=r"'llm\.lm_head\.weight' .*tie_word_embeddings"):
         asrllm.AutoModel.from_pretrained(folder)
