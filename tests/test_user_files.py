@@ -155,53 +155,67 @@ def copy_of(folder, tmp_path, change):
 
 
 LLM = {
-    "config missing": (remove("config.json"), "has no config.json"),
-    "config cut": (cut("config.json"), "config.json' is not valid JSON"),
-    "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
-    "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
+    "config missing": (
+        remove("config.json"),
+        "model.llm.pretrained_model='{model}'",
+        "config.json",
+        "*.safetensors",
+    ),
+    "config cut": (cut("config.json"), "'{model}/config.json'", "line "),
+    "config list": (write("config.json", "[1]"), "'{model}/config.json'", "JSON"),
+    "config pointer": (write("config.json", POINTER), "'{model}/config.json'", "git lfs pull"),
     "config type": (fields("config.json", hidden_size="x"), "hidden_size"),
-    "config heads": (fields("config.json", num_attention_heads=0), "config.json' cannot be read"),
+    "config heads": (fields("config.json", num_attention_heads=0), "'{model}/config.json'"),
     "config unknown": (fields("config.json", model_type="nosuch"), "model_type='nosuch'"),
     "config quantized": (
         fields("config.json", quantization_config={"quant_method": "gptq"}),
-        "quantized (quantization_config, 'gptq')",
+        "quantization_config, 'gptq'",
     ),
     "config own code": (
         fields("config.json", model_type="own", auto_map={"AutoConfig": "x.Y"}),
-        "custom code (auto_map",
+        "'own'",
+        "auto_map in config.json",
     ),
-    "tokenizer cut": (cut("tokenizer.json"), "tokenizer.json' is not valid JSON"),
-    "tokenizer pointer": (write("tokenizer.json", POINTER), "Run 'git lfs pull' in"),
+    "tokenizer cut": (cut("tokenizer.json"), "'{model}/tokenizer.json'", "line "),
+    "tokenizer pointer": (
+        write("tokenizer.json", POINTER),
+        "'{model}/tokenizer.json'",
+        "'git lfs pull' in '{model}'",
+    ),
     "tokenizer_config list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json'"),
     "tokenizer_config type": (fields("tokenizer_config.json", eos_token=5), "eos_token"),
     "generation_config cut": (cut("generation_config.json"), "generation_config.json'"),
     "templates without default": (
         template([{"name": "a", "template": GOOD}]),
-        "none named 'default'",
+        " a, ",
+        "'default'",
     ),
-    "template number": (template(5), "is '5', not a text"),
-    "template syntax": (template("{% for m in"), "does not compile: line 1"),
-    "template raises": (template("{{ raise_exception('no') }}"), "user, assistant: no."),
-    "template fails": (template("{{ 1 / 0 }}"), "fails with ZeroDivisionError"),
-    "template huge": (template("{{ 'x' * 10000000000 }}"), "loops or writes too much"),
-    "template long": (template("x" * 300_000), "characters around the messages"),
-    "template jinja": (write("chat_template.jinja", "{% for"), "does not compile"),
-    "template json": (write("chat_template.json", "{"), "chat_template.json' is not valid JSON"),
+    "template number": (template(5), "'5'", "'chat_template' in tokenizer_config.json"),
+    "template syntax": (template("{% for m in"), "line 1: ", "model.llm.chat_template=chatml"),
+    "template raises": (template("{{ raise_exception('no') }}"), "user, assistant", " no."),
+    "template fails": (template("{{ 1 / 0 }}"), "ZeroDivisionError"),
+    "template huge": (template("{{ 'x' * 10000000000 }}"), " 5 s ", "1024 MiB"),
+    "template long": (template("x" * 300_000), " 299987 "),
+    "template jinja": (write("chat_template.jinja", "{% for"), "line 1: ", "chat_template=chatml"),
+    "template json": (write("chat_template.json", "{"), "'{model}/chat_template.json'", "line 1"),
     "template folder": (
         write("additional_chat_templates/a.jinja", GOOD),
-        "none named 'default'",
+        " a, ",
+        "'default'",
     ),
-    "adapters": (only(adapter_config__json=ADAPTER), "PEFT adapters (adapter_config.json)"),
-    "gguf": (only(model__gguf="GGUF"), "is a GGUF model"),
-    "onnx": (only(model__onnx="x", config__json="{}"), "is an ONNX model"),
-    "ctranslate2": (only(model__bin="x", shared_vocabulary__json="[]"), "is a CTranslate2 model"),
+    "adapters": (only(adapter_config__json=ADAPTER), "adapter_config.json", "'base'"),
+    "gguf": (only(model__gguf="GGUF"), "GGUF"),
+    "onnx": (only(model__onnx="x", config__json="{}"), "ONNX"),
+    "ctranslate2": (only(model__bin="x", shared_vocabulary__json="[]"), "CTranslate2"),
     "weights pointer": (
         write("model.safetensors", POINTER),
-        "model.safetensors' is a git-LFS pointer",
+        "'{model}/model.safetensors'",
+        "git lfs pull",
     ),
     "weights cut": (
         lambda folder: (folder / "model.safetensors").open("r+b").truncate(50_000),
-        "model.safetensors' is corrupted",
+        "'{model}/model.safetensors'",
+        "header",
     ),
     "config fifo": (fifo("config.json"), "config.json'"),
     "tokenizer fifo": (fifo("vocab.json"), "vocab.json'"),
@@ -223,23 +237,28 @@ LLM = {
     "weights int8": (quantize("model.norm.weight"), "'model.norm.weight'"),
     "bin int8": (quantize_bin("model.norm.weight"), "'model.norm.weight'"),
     "vocabulary mark": (write("vocab.txt", "\ufeffa"), "vocab.txt'"),
-    "vocabulary": (fields("config.json", vocab_size=292), "has 292 embeddings (vocab_size"),
+    "vocabulary": (fields("config.json", vocab_size=292), " 292 ", "vocab_size", "'Ġthree'"),
 }
 WHISPER = {
-    "config list": (write("config.json", "[1]"), "config.json' is not a JSON object"),
-    "config pointer": (write("config.json", POINTER), "config.json' is a git-LFS pointer"),
-    "config type": (fields("config.json", d_model="x"), "d_model='x' is not an integer"),
+    "config list": (write("config.json", "[1]"), "'{model}/config.json'", "JSON"),
+    "config pointer": (write("config.json", POINTER), "'{model}/config.json'", "git lfs pull"),
+    "config type": (fields("config.json", d_model="x"), "d_model='x'"),
     "config heads": (
         fields("config.json", encoder_attention_heads=3),
-        "d_model=16 is not a multiple",
+        "d_model=16 ",
+        "encoder_attention_heads=3",
     ),
-    "config quantized": (fields("config.json", quantization_config={}), "quantized"),
-    "shape": (fields("config.json", num_mel_bins=7), "'conv1.weight' has the shape"),
+    "config quantized": (
+        fields("config.json", quantization_config={}),
+        "(quantization_config, None)",
+    ),
+    "shape": (fields("config.json", num_mel_bins=7), "'conv1.weight'", "(16, 80, 3)", "(16, 7, 3)"),
     "weights pointer": (
         write("model.safetensors", POINTER),
-        "model.safetensors' is a git-LFS pointer",
+        "'{model}/model.safetensors'",
+        "git lfs pull",
     ),
-    "ctranslate2": (only(model__bin="x", vocabulary__json="[]"), "is a CTranslate2 model"),
+    "ctranslate2": (only(model__bin="x", vocabulary__json="[]"), "CTranslate2"),
     "config fifo": (fifo("config.json"), "config.json"),
     "weights fifo": (fifo("model.safetensors"), "model.safetensors'"),
     "weights folder": (folder_at("model.safetensors"), "model.safetensors'"),
@@ -256,32 +275,39 @@ WHISPER = {
     ),
     "nan": (
         change_weight("encoder.conv2.bias", lambda tensor: tensor / 0),
-        "the weight 'conv2.bias' in",
+        "'conv2.bias'",
+        "NaN",
     ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("change", "message"), LLM.values(), ids=LLM)
-def test_corrupted_llm_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fault", LLM)
+def test_corrupted_llm_exits_before_the_ranks_start(fault, world, tmp_path, monkeypatch, capsys):
+    change, *named = LLM[fault]
     llm = copy_of(world.llm, tmp_path, change)
     assert train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm) == 2
     error = capsys.readouterr().err
-    assert message in error
     assert str(llm) in error
+    for name in named:
+        assert name.format(model=llm) in error
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("change", "message"), WHISPER.values(), ids=WHISPER)
-def test_corrupted_whisper_is_one_message(change, message, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fault", WHISPER)
+def test_corrupted_whisper_exits_before_the_ranks_start(
+    fault, world, tmp_path, monkeypatch, capsys
+):
+    change, *named = WHISPER[fault]
     whisper = copy_of(world.whisper, tmp_path, change)
     more = {"model__audio_encoder__pretrained_model": whisper}
     assert train(world, tmp_path, monkeypatch, **more) == 2
     error = capsys.readouterr().err
-    assert message in error
     assert str(whisper) in error
+    for name in named:
+        assert name.format(model=whisper) in error
 
 
 @pytest.mark.parametrize(
@@ -313,7 +339,7 @@ def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, mo
         "trainer__deepspeed_config",
     ],
 )
-def test_pipe_is_one_message(key, world, tmp_path, monkeypatch, capsys):
+def test_pipe_is_rejected_with_its_path(key, world, tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert train(world, tmp_path, monkeypatch, **{key: tmp_path / "pipe"}) == 2
     assert f"'{tmp_path}/pipe'" in capsys.readouterr().err
@@ -331,60 +357,64 @@ def test_endless_template_is_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("environment", "named"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2 .* RANK "),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' "),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
-        ({"RANK": "2", "LOCAL_RANK": "0"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"WORLD_SIZE=2 .* LOCAL_RANK "),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, r"^RANK=2 .*WORLD_SIZE=2"),
         ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     ],
 )
-def test_contradictory_rank_variables_are_one_message(environment, message):
+def test_contradictory_rank_variables_are_rejected(environment, named):
     if "LOCAL_RANK" in environment:
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         environment = common | environment
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=named):
         adopt_launcher(dict(environment))
 
 
-def test_unresolvable_host_is_one_message(monkeypatch):
+def test_unresolvable_host_is_reported(monkeypatch):
     def fail(*_):
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     monkeypatch.setattr(distributed, "RESOLVE_WITHIN", -1.0)
-    with pytest.raises(UserError, match="MASTER_ADDR='nosuch' does not resolve"):
+    with pytest.raises(UserError, match="MASTER_ADDR='nosuch' "):
         distributed.wait_for_address("nosuch")
 
 
-def test_port_in_use_is_one_message(monkeypatch):
+def test_port_in_use_is_reported(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1234")
-    with pytest.raises(UserError, match="MASTER_PORT=1234 is used"), distributed.explained_port():
+    with pytest.raises(UserError, match="MASTER_PORT=1234 "), distributed.explained_port():
         raise RuntimeError("failed to listen, code: -98, name: EADDRINUSE")
 
 
-def test_wandb_without_login_is_one_message(monkeypatch, tmp_path):
+def test_wandb_without_login_is_rejected(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     online = WandbConfig(mode="online", project="x", name=None)
-    with pytest.raises(UserError, match=r"trainer\.wandb\.mode=online .*wandb login"):
+    with pytest.raises(
+        UserError, match=r"trainer\.wandb\.mode=online .*'wandb login', .*WANDB_API_KEY"
+    ):
         check_wandb_login(online, "trainer.wandb")
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check_wandb_login(online, "trainer.wandb")
 
 
-def test_file_system_without_locks_is_one_message(monkeypatch, tmp_path):
+def test_file_system_without_locks_is_reported_with_the_file(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    with pytest.raises(UserError, match="does not support locks"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}/lock' .*-o flock"):
         FileLock(tmp_path / "lock").acquire()
 
 
-def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys):
+def test_too_many_open_files_exit_with_the_command_that_raises_the_limit(
+    world, tmp_path, monkeypatch, capsys
+):
     def fail(*_):
         raise RuntimeError("worker: OSError: [Errno 24] Too many open files")
 
@@ -393,13 +423,14 @@ def test_too_many_open_files_is_one_message(world, tmp_path, monkeypatch, capsys
     assert "ulimit -n" in capsys.readouterr().err
 
 
-def test_low_limit_of_open_files_is_one_message(monkeypatch):
+def test_low_limit_of_open_files_is_reported_with_the_command_that_raises_it(monkeypatch):
     monkeypatch.setattr(distributed.resource, "getrlimit", lambda _: (20, 4096))
-    with pytest.raises(UserError, match="20 open files"):
+    with pytest.raises(UserError, match=r" 20 .*'ulimit -n 4096'"):
         distributed.check_descriptors()
 
 
-def test_exp_dir_that_is_a_file_is_one_message(world, tmp_path, monkeypatch, capsys):
+def test_exp_dir_that_is_a_file_is_rejected_and_kept(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "exp").touch()
     assert train(world, tmp_path, monkeypatch) == 2
-    assert "is not a directory" in capsys.readouterr().err
+    assert f"exp_dir='{tmp_path}/exp'" in capsys.readouterr().err
+    assert (tmp_path / "exp").read_bytes() == b""
