@@ -88,9 +88,7 @@ def test_options_are_passed_to_peft(world, tmp_path, options):
 
 
 def test_invalid_lora_options_are_rejected(world):
-    with pytest.raises(
-        UserError, match=r"lora\.options: 'rank_patern' .* Did you mean 'rank_pattern'"
-    ):
+    with pytest.raises(UserError, match=r"lora\.options: 'rank_patern' .*'rank_pattern'"):
         llm_lora(options={"rank_patern": {}})
     for options in (
         {"r": 3},
@@ -100,7 +98,7 @@ def test_invalid_lora_options_are_rejected(world):
     ):
         with pytest.raises(UserError, match=f"lora.options: {next(iter(options))!r} "):
             llm_lora(options=options)
-    with pytest.raises(UserError, match="changes the base weights"):
+    with pytest.raises(UserError, match=r"lora\.options\.init_lora_weights='pissa' "):
         llm_lora(options={"init_lora_weights": "pissa"})
     lora = LoraPart(**WHISPER_LORA | {"target_modules": ["nothing"]})
     with pytest.raises(UserError, match=r"model\.audio_encoder\.lora .*nothing"):
@@ -186,9 +184,7 @@ def test_part_trained_in_full_may_be_frozen_or_get_adapters_next(world, tmp_path
     }
     assert set(second.inherited) == base | adapters
     assert second.stored_weights() == {"audio_encoder": len(base), "llm": 0}
-    with pytest.raises(
-        UserError, match=r"exclude_from_checkpoint=\[audio_encoder\], but init_from "
-    ):
+    with pytest.raises(UserError, match=r"exclude_from_checkpoint=\[audio_encoder\].* init_from"):
         make_model(world, init_from=run, exclude_from_checkpoint=["audio_encoder"])
     with pytest.raises(UserError, match=r"model\.audio_encoder\.frozen=false"):
         make_model(
@@ -201,7 +197,7 @@ def test_part_trained_in_full_may_be_frozen_or_get_adapters_next(world, tmp_path
 def test_another_base_model_is_rejected(world, tmp_path):
     finished_run(make_model(world), tmp_path)
     other = tiny_llm(tmp_path / "other", seed=5)
-    with pytest.raises(UserError, match="was trained on another llm"):
+    with pytest.raises(UserError, match=f"init_from='{tmp_path}' .*'{world.llm}'.*'{other}'"):
         load_initial_weights(
             make_model(world, llm=llm_lora() | {"pretrained_model": str(other)}), tmp_path
         )
@@ -236,11 +232,11 @@ def test_label_smoothing_applies_in_training_only(world):
     [
         (
             {"audio_encoder_projector_ds_rate": 2},
-            "was trained with audio_encoder_projector_ds_rate=4, .*has 2",
+            "audio_encoder_projector_ds_rate=4, .* 2\\.",
         ),
-        ({"tag_audio_boundary": True}, "was trained with tag_audio_boundary=False"),
-        ({"llm": llm_lora(lora_alpha=9)}, "was trained with lora=.*'lora_alpha': 8"),
-        ({"llm": llm_lora(r=0)}, "was trained with lora="),
+        ({"tag_audio_boundary": True}, "tag_audio_boundary=False, .* True"),
+        ({"llm": llm_lora(lora_alpha=9)}, "lora=.*'lora_alpha': 8.*'lora_alpha': 9"),
+        ({"llm": llm_lora(r=0)}, "lora={.* None"),
     ],
 )
 def test_differences_from_an_earlier_run_are_reported(world, tmp_path, changes, message):
@@ -290,14 +286,14 @@ def test_dropout_may_differ_and_weights_must_be_complete(world, tmp_path):
     )
     name = "projector.mlp.linear1.weight"
     for change, message in (
-        ({name: None}, f"has no '{name}'"),
-        ({"projector.x": torch.zeros(1)}, "'projector.x' was trained there"),
-        ({name: torch.zeros(2, 2)}, rf"'{name}' has the shape \(2, 2\) there"),
+        ({name: None}, f"'{name}'.* projector "),
+        ({"projector.x": torch.zeros(1)}, "'projector.x' "),
+        ({name: torch.zeros(2, 2)}, rf"'{name}' .* \(2, 2\) .* \(32, 64\) "),
     ):
         torch.save(
             {k: v for k, v in (state | change).items() if v is not None}, tmp_path / "pretrained.pt"
         )
         with pytest.raises(UserError, match=message):
             load_initial_weights(make_model(world), tmp_path)
-    with pytest.raises(UserError, match=r"init_from=.*nothing. is not a run"):
+    with pytest.raises(UserError, match=f"init_from='{tmp_path}/nothing' "):
         load_initial_weights(make_model(world), tmp_path / "nothing")

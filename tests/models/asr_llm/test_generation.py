@@ -190,10 +190,10 @@ def test_audios_are_assigned_to_chats_in_order(model):
 @pytest.mark.parametrize(
     ("audios", "contents", "message"),
     [
-        (2, ["{a}", "none"], "chat 1 .* no audio token"),
-        (2, ["{a} {a}", "{a}"], "2 chats .* 2, 1 audio tokens.* 2 audios"),
-        (3, ["{a}"], "1 chats .* 1 audio tokens.* 3 audios"),
-        (1, [], "0 chats .* 0 audio tokens.* 1 audios"),
+        (2, ["{a}", "none"], r"chat 1 .*<\|AUDIO\|>"),
+        (2, ["{a} {a}", "{a}"], "^2 .* 2, 1 .* 2 "),
+        (3, ["{a}"], "^1 .* 1 .* 3 "),
+        (1, [], "^0 .* 0 .* 1 "),
         (1, [[{"type": "image"}]], "chat 0: .*'image'"),
     ],
 )
@@ -210,12 +210,12 @@ def test_wrong_number_of_audio_tokens_is_rejected(model, audios, contents, messa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, n: (x * float("nan"), n), "features of audio 0 .* NaN"),
+        (lambda x, n: (x * float("nan"), n), "features .*audio 0 .* NaN"),
         (lambda x, n: (x, n + 1000), r"x_lens\[0\]=\d+ .* 1 and \d+"),
         (lambda x, n: (x, n * 0), r"x_lens\[0\]=0 .* 1 and \d+"),
-        (lambda x, n: (x[..., :40], n), r"\(N, T, 80\)"),
-        (lambda x, n: (x[0], n), r"\(N, T, 80\)"),
-        (lambda x, n: (x, n[:1]), r"x_lens has the shape \(1,\)"),
+        (lambda x, n: (x[..., :40], n), r" \(2, \d+, 40\) .*\(N, T, 80\)"),
+        (lambda x, n: (x[0], n), r" \(\d+, 80\) .*\(N, T, 80\)"),
+        (lambda x, n: (x, n[:1]), r"x_lens .* \(1,\) .* 2 "),
         (lambda x, n: (x, n.float()), r"x_lens .* torch\.float32"),
         (
             lambda x, n: (torch.zeros(2, 4000, 80), torch.tensor([4000, 10])),
@@ -274,7 +274,7 @@ def test_keywords_override_the_generation_config(model, caplog, monkeypatch):
         ({"num_beam": 2}, "'num_beam' .*'num_beams'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_length": 9}, "max_length .* max_new_tokens"),
-        ({"num_return_sequences": 2}, "one text for each chat"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 "),
         ({"temperature": 0.5}, r"temperature=0\.5 .*do_sample=True"),
         ({"repetition_guard": 0}, "repetition_guard=0"),
         ({"max_tokens_per_second": -1.0}, "max_tokens_per_second=-1"),
@@ -282,17 +282,17 @@ def test_keywords_override_the_generation_config(model, caplog, monkeypatch):
         ({"num_beams": 0}, "num_beams=0 "),
         ({"num_beams": "two"}, "num_beams='two' "),
         ({"num_beams": True}, "num_beams=true "),
-        ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 .* above 0"),
+        ({"do_sample": True, "temperature": 0.0}, r"temperature=0\.0 "),
         ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 "),
         ({"do_sample": "yes"}, "do_sample='yes' "),
         ({"guidance_scale": 1.5}, "^guidance_scale "),
         ({"assistant_early_exit": 1}, "^assistant_early_exit "),
-        ({"stop_strings": [1]}, r"stop_strings.*1.* text"),
+        ({"stop_strings": [1]}, r"stop_strings=\[1\] "),
         ({"bad_words_ids": [3]}, r"bad_words_ids\[0\]=3 "),
         ({"eos_token_id": "x"}, "eos_token_id='x' "),
         (
             {"generation_config": {"num_beams": 2}},
-            "generation_config is a dict",
+            "generation_config .*dict.*GenerationConfig",
         ),
     ],
 )
@@ -357,10 +357,10 @@ def test_stop_strings_end_an_answer(model):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ((chat for chat in ()), "messages is a generator"),
-        (None, "messages is a NoneType"),
-        ([None], "chat 0 is a NoneType"),
-        ([(m for m in ())], "chat 0 is a generator"),
+        ((chat for chat in ()), "messages .*generator"),
+        (None, "messages .*NoneType"),
+        ([None], "chat 0 .*NoneType"),
+        ([(m for m in ())], "chat 0 .*generator"),
     ],
 )
 def test_invalid_messages_are_rejected(model, messages, message):
@@ -371,7 +371,7 @@ def test_invalid_messages_are_rejected(model, messages, message):
 def test_samples_too_large_for_features_are_rejected(model, tmp_path):
     wave = waves_of(1)[0]
     soundfile.write(tmp_path / "loud.wav", wave * 1e30, 16000, subtype="FLOAT")
-    with pytest.raises(UserError, match="the features of audio 1 are not finite"):
+    with pytest.raises(UserError, match=r"features .*audio 1 "):
         model.transcribe([wave, wave * np.float32(1e30)])
     with pytest.raises(UserError, match=r"'.*loud\.wav' .*\de\+\d\d"):
         model.transcribe([wave, tmp_path / "loud.wav"])
@@ -384,7 +384,7 @@ def test_samples_too_large_for_features_are_rejected(model, tmp_path):
 def test_weights_with_nan_are_reported(model, name, options):
     broken = copy.deepcopy(model)
     broken.get_parameter(name).data.fill_(float("nan"))
-    with pytest.raises(UserError, match="chat 0 are NaN"):
+    with pytest.raises(UserError, match=r"chat 0 .*NaN.*dtype='float32'"):
         broken.generate(waves_of(2), chats_of(model, 2), 5, **options)
 
 
@@ -421,9 +421,11 @@ def test_error_of_a_batch_has_the_number_of_the_caller(model, monkeypatch):
         model.generate(waves, chats, 5, batch_seconds=0.1)
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0, "long", True])
-def test_invalid_batch_length_is_rejected(model, seconds):
-    with pytest.raises(UserError, match="batch_seconds="):
+@pytest.mark.parametrize(
+    ("seconds", "value"), [(0, "0"), (-1.0, r"-1\.0"), ("long", "'long'"), (True, "true")]
+)
+def test_invalid_batch_length_is_rejected(model, seconds, value):
+    with pytest.raises(UserError, match=f"batch_seconds={value} "):
         model.generate(waves_of(1), chats_of(model, 1), 5, batch_seconds=seconds)
 
 
@@ -432,7 +434,7 @@ def test_nan_logits_are_reported_with_the_number_of_the_chat(model):
         output.logits[2:] = float("nan")  # of the second chat, with two beams each
 
     hook = model.llm.register_forward_hook(forward)
-    with pytest.raises(UserError, match="chat 1 are NaN"):
+    with pytest.raises(UserError, match=r"chat 1 .*NaN"):
         model.generate(waves_of(2), chats_of(model, 2), 5, num_beams=2)
     hook.remove()
 
@@ -453,7 +455,7 @@ def test_generation_disables_dropout_and_restores_training_mode(model):
     with pytest.raises(UserError):
         training.generate(waves, chats, 8, num_beams=0)
     training.llm.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(UserError, match=r"chat 0 .*NaN"):
         training.generate(waves, chats, 8)
     assert {name: module.training for name, module in training.named_modules()} == modes
 

@@ -196,7 +196,7 @@ def test_excluded_parts_are_read_from_the_base_model_and_another_base_is_rejecte
         [wave]
     ) == model.transcribe([wave])
     tiny_llm(llm, seed=1)
-    with pytest.raises(UserError, match="is not the one that this model was trained on"):
+    with pytest.raises(UserError, match=f"'{llm}' .*model.llm.pretrained_model="):
         asrllm.AutoModel.from_pretrained(tmp_path / "saved")
 
 
@@ -205,12 +205,12 @@ def test_excluded_parts_are_read_from_the_base_model_and_another_base_is_rejecte
     [
         (
             lambda s: s.pop("projector.mlp.linear1.bias"),
-            r"lack 1 keys .*'projector\.mlp\.linear1\.bias'",
+            r" 1 .*'projector\.mlp\.linear1\.bias'",
         ),
-        (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected keys .*'extra'"),
+        (lambda s: s.update(extra=torch.zeros(1)), " 1 .*'extra'"),
         (
             lambda s: s.update({"projector.mlp.linear1.bias": torch.zeros(3)}),
-            r"'projector\.mlp\.linear1\.bias' has the shape \(3,\), expected \(32,\)",
+            r"'projector\.mlp\.linear1\.bias' .*\(3,\).*\(32,\)",
         ),
     ],
 )
@@ -228,11 +228,11 @@ def test_invalid_generation_input_is_rejected(world):
     wave = samples(1)[0].wave
     chat = model.processor.renderer.user_messages("x")
     for audio, chats, message in (
-        ([wave[:100]], [chat], "audio 0 is too short"),
-        ([wave * float("nan")], [chat], "NaN"),
-        ([wave[None]], [chat], "one channel"),
+        ([wave[:100]], [chat], r"audio 0 .* 100 .* 160 \(0\.010 s\)"),
+        ([wave * float("nan")], [chat], "audio 0 .*NaN"),
+        ([wave[None]], [chat], rf"audio 0 .*\(1, {len(wave)}\)"),
         ([wave, wave], [chat], "1 chats .* 2 audios"),
-        ([wave], [[{"role": "user", "content": "hi"}]], "chat 0 contains no audio token"),
+        ([wave], [[{"role": "user", "content": "hi"}]], r"chat 0 .*<\|AUDIO\|>"),
     ):
         with pytest.raises(UserError, match=message):
             model.generate(audio, chats)
@@ -245,13 +245,13 @@ def test_invalid_configuration_is_reported_before_weights_are_loaded(world, tmp_
     shutil.copytree(world.llm, tmp_path / "llm")
     for file in (tmp_path / "llm").glob("token*"):
         file.unlink()
-    with pytest.raises(UserError, match="has no tokenizer"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}/llm' .*tokenizer\.json"):
         describe(llm={"pretrained_model": str(tmp_path / "llm")})
-    with pytest.raises(UserError, match=r"model\.llm\.model_type='llama'.* 'qwen2' model"):
+    with pytest.raises(UserError, match=r"model\.llm\.model_type='llama'.* 'qwen2'"):
         describe(llm={"model_type": "llama"})
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"model\.llm\.pretrained_model '/no/such/llm'"):
         describe(llm={"pretrained_model": "/no/such/llm"})
-    with pytest.raises(UserError, match="is already a token"):
+    with pytest.raises(UserError, match=r"model\.audio_token='<\|im_end\|>' "):
         describe(audio_token="<|im_end|>")
     with pytest.raises(UserError, match=r"model\.llm\.frozen=false .*model\.llm\.lora\.r=0"):
         describe(llm={"frozen": False})
@@ -263,9 +263,9 @@ def test_invalid_configuration_is_reported_before_weights_are_loaded(world, tmp_
 
 
 def test_exp_dir_without_weights_is_reported(world, tmp_path):
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' .*config\.json"):
         asrllm.AutoModel.from_pretrained(tmp_path)
     make_model(world).config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "asrllm"
-    with pytest.raises(UserError, match=r"neither pretrained\.pt nor averaged"):
+    with pytest.raises(UserError, match=rf"pretrained\.pt .*'asrllm average {tmp_path} "):
         asrllm.AutoModel.from_pretrained(tmp_path)

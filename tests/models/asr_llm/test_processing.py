@@ -24,14 +24,14 @@ WAVE = tone("one", 0.5)
 @pytest.mark.parametrize(
     ("audio", "message"),
     [
-        (WAVE[:0], "audio 1 is empty"),
+        (WAVE[:0], "audio 1 .*empty"),
         (
             WAVE[:159],
-            r"audio 1 is too short: .* 159 samples .* 160 \(0\.010 s\)",
+            r"audio 1 .* 159 .* 160 \(0\.010 s\)",
         ),
         (
             np.zeros(16000 * 31, np.float32),
-            r"audio 1 is too long: .* 31\.00 s.* 30\.01 s",
+            r"audio 1 .* 31\.00 s.* 30\.01 s",
         ),
         (WAVE * np.nan, "audio 1 .*NaN"),
         (np.full(9000, np.inf), "audio 1 .*infinite"),
@@ -39,12 +39,12 @@ WAVE = tone("one", 0.5)
         ((WAVE * 32767).astype(np.int16), "audio 1 .*int16.* 32768"),
         (torch.zeros(9000, dtype=torch.int32), "audio 1 .*int32"),
         ([0, 1, 2], "audio 1 .*int64"),
-        (np.stack([WAVE, WAVE]), r"audio 1 has the shape \(2, 8000\)"),
-        (torch.zeros(1, 8000), r"audio 1 has the shape \(1, 8000\)"),
-        ((WAVE, 0), "audio 1 has the sampling rate 0.*Hz"),
-        ((WAVE[:20], 48000), "audio 1 is too short"),
-        ([[0.0], [1.0, 2.0]], "audio 1 is not an array of samples"),
-        (None, r"audio 1 has the shape \(\)"),
+        (np.stack([WAVE, WAVE]), r"audio 1 .* \(2, 8000\)"),
+        (torch.zeros(1, 8000), r"audio 1 .* \(1, 8000\)"),
+        ((WAVE, 0), "audio 1 .* 0.*Hz"),
+        ((WAVE[:20], 48000), r"audio 1 .* 7 .* 160 \(0\.010 s\)"),
+        ([[0.0], [1.0, 2.0]], "audio 1 .*array"),
+        (None, r"audio 1 .* \(\)"),
         ("no.wav", r"'no\.wav'"),
     ],
 )
@@ -58,8 +58,8 @@ def test_invalid_audio_files_are_reported_by_path(tmp_path):
     soundfile.write(tmp_path / "short.wav", WAVE[:100], 16000)
     soundfile.write(tmp_path / "none.wav", WAVE[:0], 16000)
     for name, message in (
-        ("short.wav", r"audio 0 \('.*short\.wav'\) is too short"),
-        ("none.wav", r"none\.wav' .*no samples"),
+        ("short.wav", r"audio 0 \('.*short\.wav'\) .* 100 .* 160 "),
+        ("none.wav", r"none\.wav' .*samples"),
     ):
         with pytest.raises(UserError, match=message):
             make_processor().load_waves([tmp_path / name])
@@ -68,7 +68,7 @@ def test_invalid_audio_files_are_reported_by_path(tmp_path):
 def test_audio_limits_are_those_of_the_encoder():
     zipformer = make_processor({"model_type": "zipformer"} | TINY_ZIPFORMER)
     low, _ = zipformer.config.sample_limits()
-    with pytest.raises(UserError, match=f"needs {low} "):
+    with pytest.raises(UserError, match=f"audio 0 .* {low - 1} .* {low} "):
         zipformer.load_waves([np.zeros(low - 1, np.float32)])
     waves, lengths = zipformer.load_waves(
         [np.zeros(low, np.float32), np.zeros(16000 * 31, np.float32)]
@@ -79,9 +79,12 @@ def test_audio_limits_are_those_of_the_encoder():
 
 @pytest.mark.parametrize("alone", ["a.wav", WAVE, torch.from_numpy(WAVE), (WAVE, 16000), None, 3])
 def test_audio_outside_of_a_list_is_rejected(alone):
-    with pytest.raises(UserError, match=r"\[audio\]"):
+    with pytest.raises(UserError, match=rf"{type(alone).__name__}\..*\[audio\]"):
         make_processor().load_waves(alone)
-    with pytest.raises(UserError, match="at least one audio"):
+
+
+def test_empty_list_of_audios_is_rejected():
+    with pytest.raises(UserError, match="list of audios"):
         make_processor().load_waves([])
 
 
@@ -106,5 +109,5 @@ def test_stereo_files_are_mixed_down(tmp_path):
 
 def test_chat_outside_of_a_list_is_rejected():
     processor = make_processor()
-    with pytest.raises(UserError, match=r"messages is one chat"):
+    with pytest.raises(UserError, match=r"\[messages\]"):
         processor.count_audios(processor.renderer.user_messages("x"), 1)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -117,7 +118,7 @@ def test_weights_may_contain_a_tied_head_twice(world, tmp_path):
     torch.testing.assert_close(logits(found), logits(model))
     twice["llm.lm_head.weight"] += 1
     with pytest.raises(
-        UserError, match=r"'llm\.lm_head\.weight' differs from 'llm\.model\.embed_tokens\.weight'"
+        UserError, match=r"'llm\.lm_head\.weight' .*'llm\.model\.embed_tokens\.weight'"
     ):
         load_model(AsrLlmModel, tmp_path, twice)
 
@@ -231,13 +232,13 @@ def test_adapter_bias_without_a_layer_bias_is_rejected(world, tmp_path):
     with pytest.raises(
         UserError,
         match=r"model\.llm\.lora\.options\.lora_bias=true, "
-        r"but 'llm\..*layers\.0\.mlp\.down_proj' has no bias",
+        r".*'llm\..*layers\.0\.mlp\.down_proj' .*target_modules",
     ):
         lora_model(world, **options)
     config = make_model(world).config
     config.lora |= options
     with pytest.raises(
-        UserError, match=r"the adapter of 'llm\..*layers\.0\.mlp\.down_proj' has a bias"
+        UserError, match=r"merge_adapter=True: .*'llm\..*layers\.0\.mlp\.down_proj' .*lora_bias"
     ):
         AsrLlmModel(config).save_pretrained(tmp_path / "merged", merge_adapter=True)
 
@@ -270,10 +271,10 @@ def test_merging_is_rejected_without_adapters_and_with_excluded_parts(world, tmp
     loaded = asrllm.AutoModel.from_pretrained(tmp_path / "saved")
     assert loaded.config.base_models.keys() == {"audio_encoder"}
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="the model has no adapters"):
+    with pytest.raises(UserError, match=r"^merge_adapter=True, .*adapters"):
         loaded.save_pretrained(tmp_path / "again", merge_adapter=True)
     model.config.exclude_from_checkpoint = ["llm"]
-    with pytest.raises(UserError, match=r"merge_adapter=True .* the llm.* exclude_from_checkpoint"):
+    with pytest.raises(UserError, match=r"^merge_adapter=True .* llm, .* exclude_from_checkpoint"):
         model.save_pretrained(tmp_path / "again", merge_adapter=True)
     assert not (tmp_path / "again").exists()
 
@@ -281,7 +282,7 @@ def test_merging_is_rejected_without_adapters_and_with_excluded_parts(world, tmp
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT warns of it
 def test_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
     model = lora_model(world, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UserError, match=r"merge_adapter=True: .* the head"):
+    with pytest.raises(UserError, match=r"^merge_adapter=True: .*embeddings .*head"):
         model.save_pretrained(tmp_path / "merged", merge_adapter=True)
     assert not (tmp_path / "merged").exists()
 
@@ -304,17 +305,17 @@ def test_merged_weights_are_rounded_once(world, tmp_path):
     [
         (
             lambda s: s.pop("model.layers.0.mlp.up_proj.weight"),
-            r"has 1 missing keys .*model\.layers\.0\.mlp\.up_proj\.weight",
+            r" 1 .*'model\.layers\.0\.mlp\.up_proj\.weight'",
         ),
         (
             lambda s: s.update({"model.extra": torch.zeros(1)}),
-            r"has 1 unexpected keys .*model\.extra",
+            r" 1 .*'model\.extra'",
         ),
         (
             lambda s: s.update({"model.norm.weight": torch.zeros(3)}),
-            r"has 1 mismatched keys .*model\.norm\.weight",
+            r" 1 .*'model\.norm\.weight'",
         ),
-        (None, "is corrupted"),
+        (None, r"/llm/model\.safetensors' .*header"),
     ],
 )
 def test_damaged_base_llm_is_reported(world, tmp_path, change, message):
@@ -335,7 +336,7 @@ def test_chat_tokens_beyond_the_vocabulary_are_reported(world, tmp_path):
     folder = shutil.copytree(world.llm, tmp_path / "llm")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
-    with pytest.raises(UserError, match=r"has 2 embeddings, .* the token 'u'"):
+    with pytest.raises(UserError, match=rf"'{folder}' has 2 .*'u' \(\d+\)"):
         make_model(world, llm={"pretrained_model": str(folder)})
 
 
@@ -399,8 +400,9 @@ def test_failed_save_keeps_the_existing_files(world, tmp_path, monkeypatch):
     assert torch.equal(logits(asrllm.AutoModel.from_pretrained(tmp_path / "saved")), expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file. is a file"):
+    with pytest.raises(UserError, match=f"'{tmp_path}/file'"):
         model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_model_may_be_saved_to_the_directory_it_was_loaded_from(world, tmp_path):
@@ -423,7 +425,7 @@ def test_hub_id_is_loaded_like_a_directory(world, tmp_path, monkeypatch):
     assert load_model_config("me/model").lora["r"] == 4
     assert asked == ["me/model"] * 2
     for path in ("nowhere", "./a/b", "/no/where"):
-        with pytest.raises(UserError, match=r"has no config\.json"):
+        with pytest.raises(UserError, match=rf"'{Path(path)}' .*config\.json"):
             asrllm.AutoModel.from_pretrained(path)
 
 
@@ -448,7 +450,7 @@ def test_features_and_generation_config_are_saved_and_loaded(world, tmp_path):
 def test_invalid_generation_config_is_reported(world, tmp_path):
     model = make_model(world)
     model.llm.generation_config.temperature = 0.5
-    with pytest.raises(UserError, match=r"generation settings cannot be saved.*`temperature`"):
+    with pytest.raises(UserError, match=r"GenerationConfig .*`temperature`"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -511,45 +513,45 @@ def set_part(folder, part, **values):
 
 
 DAMAGES = {
-    "truncated": (truncate, r"model\.safetensors' is corrupted"),
+    "truncated": (truncate, r"/model\.safetensors' .*header"),
     "no tensors at all": (
         lambda f: (f / "model.safetensors").write_bytes(b"x" * 50),
-        "is corrupted",
+        r"/model\.safetensors' .*header",
     ),
     "a lost shard": (
         damage_index,
-        r"model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names",
+        r" model-00002-of-00002\.safetensors, .*model\.safetensors\.index\.json",
     ),
     "two saves": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-        "both model.safetensors and model.safetensors.index.json",
+        r"both model\.safetensors .*model\.safetensors\.index\.json",
     ),
     "no weights": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        r"neither model\.safetensors nor model\.safetensors\.index\.json",
+        r"neither model\.safetensors .*model\.safetensors\.index\.json",
     ),
     "another kind": (
         lambda f: set_config(f, model_type="qwen2"),
-        "is a 'qwen2' model, not 'asrllm'",
+        "'qwen2' .*'asrllm'",
     ),
-    "no json": (lambda f: (f / "config.json").write_text("{"), r"config\.json' is not valid JSON"),
-    "no object": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), r"/config\.json' .*line 1"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), r"/config\.json' .*JSON"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json, "),
     "no tokenizer settings": (
         lambda f: (f / "tokenizer_config.json").unlink(),
-        r"has no tokenizer_config\.json",
+        r" tokenizer_config\.json",
     ),
     "another tokenizer": (
         lambda f: set_config(f, audio_token_id=7),
-        r"the id \d+ for '<\|AUDIO\|>', but config\.json has 7",
+        r" \d+ .*'<\|AUDIO\|>', .*config\.json .* 7\.",
     ),
     "no generation settings": (
         lambda f: (f / "generation_config.json").write_text("{"),
-        r"generation_config\.json' is not valid JSON",
+        r"/generation_config\.json' .*line 1",
     ),
     "no encoder": (
         lambda f: set_config(f, audio_encoder=None),
-        r"config\.json': audio_encoder\.model_type=None is not supported\. Available: whisper, ",
+        r"config\.json': audio_encoder\.model_type=None .*whisper, ",
     ),
     "an encoder's field too many": (
         lambda f: set_part(f, "audio_encoder", extra=1),
@@ -565,11 +567,11 @@ DAMAGES = {
     ),
     "an LLM of no type": (
         lambda f: set_part(f, "llm", model_type="qwen99"),
-        r"config\.json': llm\.model_type='qwen99' is not an LLM",
+        r"config\.json': llm\.model_type='qwen99' .*transformers",
     ),
     "an LLM that writes nothing": (
         lambda f: set_part(f, "llm", model_type="vit"),
-        r"llm\.model_type='vit' is not a causal LLM",
+        r"config\.json': llm\.model_type='vit' ",
     ),
     "an LLM's text": (
         lambda f: set_part(f, "llm", hidden_size="x"),
@@ -592,7 +594,7 @@ DAMAGES = {
         lambda f: set_config(f, projector="q"),
         r"config\.json': projector='q' .*mlp, normed",
     ),
-    "empty": (lambda f: save_file({}, f / "model.safetensors"), "are empty"),
+    "empty": (lambda f: save_file({}, f / "model.safetensors"), "empty"),
 }
 
 
@@ -666,7 +668,7 @@ def test_changed_file_is_accepted_without_its_checksum(world, tmp_path):
 def test_weights_are_loaded_in_the_requested_dtype(world, tmp_path):
     make_model(world).save_pretrained(tmp_path)
     for wrong, message in (
-        ("float17", "dtype='float17' is unknown. Did you mean"),
+        ("float17", "dtype='float17' .*'(b?float16|float32)'"),
         (torch.int8, r"dtype=torch\.int8 "),
     ):
         with pytest.raises(UserError, match=message):
@@ -699,7 +701,7 @@ def test_run_is_loaded_from_a_state_dict_file(world, tmp_path):
             logits(asrllm.AutoModel.from_pretrained(tmp_path, weights=weights)), logits(model)
         )
     (tmp_path / "pretrained.pt").write_bytes((tmp_path / "pretrained.pt").read_bytes()[:500])
-    with pytest.raises(UserError, match=r"pretrained\.pt' is corrupted"):
+    with pytest.raises(UserError, match=f"'{tmp_path}/pretrained.pt' "):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
@@ -708,11 +710,11 @@ def test_unknown_keywords_are_rejected(world, tmp_path):
     for options, message in (
         (
             {"merge_adapters": True},
-            r"save_pretrained\(\) .*'merge_adapters'. Did you mean 'merge_adapter'",
+            r"save_pretrained\(\) .*'merge_adapters'.* 'merge_adapter'",
         ),
         (
             {"state_dict": {}},
-            r"'state_dict'\. Available: max_shard_size, merge_adapter",
+            r"'state_dict'.* max_shard_size, merge_adapter",
         ),
         ({"max_shard_size": "banana"}, "max_shard_size='banana' "),
         ({"max_shard_size": 0}, "max_shard_size=0 "),
@@ -724,7 +726,7 @@ def test_unknown_keywords_are_rejected(world, tmp_path):
     model.save_pretrained(tmp_path / "saved", max_shard_size="0.5 gb")
     for options, message in (
         ({"atn_implementation": "sdpa"}, "'atn_implementation'"),
-        ({"dtyp": "bfloat16"}, "Did you mean 'dtype'"),
+        ({"dtyp": "bfloat16"}, "'dtyp'.* 'dtype'"),
         ({"device_map": "cpuu"}, "device_map='cpuu'"),
         ({"device_map": {"llm": 0, "audio_encoder": 1}}, "device_map="),
     ):
@@ -741,7 +743,7 @@ def test_unknown_keywords_are_rejected(world, tmp_path):
     assert AsrLlmModel.from_pretrained(tmp_path / "saved", config=config)
     config.projector_hidden_size = 7
     for load in (AsrLlmModel.from_pretrained, transformers.AutoModel.from_pretrained):
-        with pytest.raises(UserError, match="projector_hidden_size differs"):
+        with pytest.raises(UserError, match="projector_hidden_size"):
             load(tmp_path / "saved", config=config)
     for device_map in ("auto", "cpu", torch.device("cpu"), {"": "cpu"}):
         options = {"device_map": device_map, "torch_dtype": torch.float64}

@@ -71,17 +71,17 @@ def test_new_encoder_needs_one_class_and_one_line(world, tmp_path, monkeypatch):
 
 
 def test_unknown_encoder_is_rejected():
-    with pytest.raises(UserError, match=r"model_type='wisper' is unknown. Did you mean 'whisper'"):
+    with pytest.raises(UserError, match=r"model_type='wisper' .* 'whisper'"):
         EncoderPart(model_type="wisper", pretrained_model="x", frozen=True)
 
 
 @pytest.mark.parametrize("name", ["no", "file", "no/such/dir"])
-def test_missing_directory_of_an_encoder_is_reported_as_such(tmp_path, name):
+def test_missing_directory_of_an_encoder_is_reported_with_its_path(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as error:
         encoder_kind(str(tmp_path / name))
-    assert str(tmp_path / name) in str(error.value)
-    assert "directory" in str(error.value)
+    assert f"model.audio_encoder.model_type={str(tmp_path / name)!r}" in str(error.value)
+    assert "config.json" in str(error.value)
 
 
 @pytest.mark.parametrize("make", [tiny_whisper, tiny_zipformer])
@@ -110,10 +110,12 @@ def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
     assert by_directory.config.audio_encoder == by_name.config.audio_encoder
     config = json.loads((world.whisper / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"encoder_layers": 7}))
-    with pytest.raises(UserError, match="encoder_layers"):
+    with pytest.raises(
+        UserError, match=f"'{tmp_path}/config.json' .*encoder_layers=7, .*'{world.whisper}' .* 2\\."
+    ):
         make_model(world, audio_encoder=part(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
-    with pytest.raises(UserError, match="wav2vec2"):
+    with pytest.raises(UserError, match=f"'{tmp_path}/config.json' .*model_type='wav2vec2'"):
         part(tmp_path)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperConfig, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirEncoder
 
-from asrllm.errors import UserError
+from asrllm.errors import CorruptedError, UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.models.encoders.whisper_weights import from_openai
@@ -139,17 +139,21 @@ def test_bfloat16_is_near_float32(world):
 
 @pytest.mark.parametrize("length", [0, 3001])
 def test_too_short_and_too_long_utterances_are_rejected(world, length):
-    with pytest.raises(UserError, match="10 ms to 30 s of audio"):
+    with pytest.raises(UserError, match=f"10 ms .* 30 s .* {length / 100:g} s "):
         load(world.whisper)(torch.zeros(1, max(length, 1), 80), torch.tensor([length]))
 
 
 def test_directory_of_another_model_is_rejected(world, tmp_path):
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' .*config\.json"):
         WhisperEncoder.read_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match="is a 'qwen2' model, not whisper"):
+    with pytest.raises(
+        UserError, match=f"'{world.llm}' .*'qwen2' .*model.audio_encoder.model_type"
+    ):
         WhisperEncoder.read_pretrained(str(world.llm))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper"}))
-    with pytest.raises(UserError, match=r"has no weights \(none of model\.safetensors"):
+    with pytest.raises(
+        UserError, match=rf"'{tmp_path}' .*model\.safetensors, .*pytorch_model\.bin"
+    ):
         WhisperEncoder.read_pretrained(str(tmp_path))
 
 
@@ -279,7 +283,7 @@ def test_openai_keys_are_renamed():
         "encoder.mlp.0.weight",
         "encoder.conv1",
     ):
-        with pytest.raises(UserError, match=re.escape(f"'here' has the key {key!r}")):
+        with pytest.raises(UserError, match=rf"'here' .*{re.escape(repr(key))}"):
             from_openai({key: torch.zeros(1)}, "here")
 
 
@@ -290,12 +294,12 @@ def test_files_other_than_openais_are_rejected(world, tmp_path):
     (tmp_path / "damaged.pt").write_bytes(
         openai_file(world, tmp_path / "whole.pt").read_bytes()[:1000]
     )
-    with pytest.raises(UserError, match=r"damaged\.pt' is corrupted"):
+    with pytest.raises(CorruptedError, match=f"'{tmp_path}/damaged.pt'"):
         read(tmp_path / "damaged.pt")
     torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="it is not an OpenAI Whisper checkpoint"):
+    with pytest.raises(UserError, match=f"'{tmp_path}/other.pt' .*'dims' .*'model_state_dict'"):
         read(tmp_path / "other.pt")
-    with pytest.raises(UserError, match="has no 'n_audio_head' in its 'dims'"):
+    with pytest.raises(UserError, match=f"'{tmp_path}/x.pt' .*'n_audio_head' .*'dims'"):
         read(
             openai_file(
                 world,
@@ -303,9 +307,11 @@ def test_files_other_than_openais_are_rejected(world, tmp_path):
                 dims={k: v for k, v in TINY_DIMS.items() if k != "n_audio_head"},
             )
         )
-    with pytest.raises(UserError, match="encoder_layers=1000000"):
+    with pytest.raises(
+        UserError, match=rf"'{tmp_path}/x\.pt' .*encoder_layers=1000000, .*'layers\.999999\.'"
+    ):
         read(openai_file(world, tmp_path / "x.pt", dims=TINY_DIMS | {"n_audio_layer": 1_000_000}))
-    with pytest.raises(UserError, match=r"has the key 'encoder\.extra\.weight'"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}/x\.pt' .*'encoder\.extra\.weight'"):
         read(
             openai_file(
                 world,
@@ -345,15 +351,15 @@ def test_sharded_and_pickled_directories_are_loaded(world, tmp_path, options):
     [
         (
             lambda s: s.pop("encoder.layers.1.fc1.bias"),
-            r"lack 1 keys .*'layers\.1\.fc1\.bias'",
+            r" 1 .*'layers\.1\.fc1\.bias'",
         ),
         (
             lambda s: s.update({"encoder.extra": torch.zeros(1)}),
-            "have 1 unexpected keys .*'extra'",
+            " 1 .*'extra'",
         ),
         (
             lambda s: s.update({"encoder.conv1.bias": torch.zeros(3)}),
-            r"'conv1\.bias' has the shape \(3,\), expected \(16,\)",
+            r"'conv1\.bias' .*\(3,\).*\(16,\)",
         ),
     ],
 )

@@ -255,20 +255,23 @@ def test_invalid_configuration_is_rejected():
     fields = TINY_ZIPFORMER | {"causal": True, "chunk_size": [16], "left_context_frames": [32]}
     ZipformerConfig(**fields)
     for changes, message in (
-        ({"num_heads": [1, 2, 3]}, "num_heads has 3 values.* 2 stacks"),
+        ({"num_heads": [1, 2, 3]}, "num_heads .* 3 .*encoder_dim .* 2 "),
         ({"cnn_module_kernel": [7, 4]}, "cnn_module_kernel=4 "),
         (
             {"encoder_unmasked_dim": [8, 32]},
             "encoder_unmasked_dim=32 .* encoder_dim=24",
         ),
-        ({"pos_dim": 15}, r"pos_dim=\d+ is not even"),
+        ({"pos_dim": 15}, "pos_dim=15 "),
         ({"chunk_size": [15]}, "chunk_size=15 .* downsampling_factor=2"),
-        ({"chunk_size": [2], "left_context_frames": [2]}, "less than the 3 frames"),
+        (
+            {"chunk_size": [2], "left_context_frames": [2]},
+            "left_context_frames=2 .*chunk_size=2 .* 3 ",
+        ),
         ({"chunk_size": [0]}, r"chunk_size=\[0\] "),
     ):
         with pytest.raises(UserError, match=message):
             ZipformerConfig(**fields | changes)
-    with pytest.raises(UserError, match="Did you mean 'icefall-small'"):
+    with pytest.raises(UserError, match=r"'icefall-smal' .*'icefall-small'"):
         ZipformerConfig.public("icefall-smal")
 
 
@@ -303,12 +306,10 @@ def test_frame_lengths_of_waveforms_match_the_output_lengths():
 def test_too_short_utterance_is_rejected(length):
     with pytest.raises(
         UserError,
-        match=rf"utterance 1 of the batch has {length} frames .* at least 9 \(90 ms\)",
+        match=rf"utterance 1 .* {length} .* 9 \(90 ms\)",
     ):
         tiny()(torch.zeros(3, 50, 80), torch.tensor([50, length, 20]))
-    with pytest.raises(
-        UserError, match="utterance 2 of the batch has 51 frames by x_lens, but x has only 50"
-    ):
+    with pytest.raises(UserError, match=r"utterance 2 .* 51 .* x_lens, .* 50\."):
         tiny()(torch.zeros(3, 50, 80), torch.tensor([50, 20, 51]))
 
 
