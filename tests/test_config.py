@@ -85,17 +85,17 @@ def test_overrides_set_dataclass_fields():
     [
         (
             "model.llm.lora.rank=4",
-            r"unknown key 'model\.llm\.lora\.rank'.* model\.llm\.lora\.r",
+            r"'model\.llm\.lora\.rank'.* model\.llm\.lora\.r",
         ),
-        ("trainer.learning_rate=1", "unknown key 'trainer.learning_rate'"),
+        ("trainer.learning_rate=1", "'trainer.learning_rate'"),
         (
             "modle.audio_token=x",
-            r"unknown key 'modle\.audio_token'.*'model\.audio_token'",
+            r"'modle\.audio_token'.*'model\.audio_token'",
         ),
-        ("+model.new=1", r"unknown key 'model\.new'"),
-        ("exp_dir", "'exp_dir' is not an override"),
+        ("+model.new=1", r"'model\.new'"),
+        ("exp_dir", "'exp_dir' "),
         ("trainer.lr=fast", r"trainer\.lr='fast' "),
-        ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 has the wrong type"),
+        ("trainer.num_steps=1.5", r"trainer\.num_steps=1\.5 "),
         ("data.trace=1", r"data\.trace=1 "),
         (
             "trainer.precision=bf17",
@@ -119,19 +119,25 @@ def test_overrides_set_dataclass_fields():
         ("data.sampler.max_tokens=1000000000000", "max_tokens=1000000000000 "),
         ("data.cache.max_gb=nan", "max_gb=nan "),
         ("data.hotwords.max_words=1000000000", r"data\.hotwords\.max_words=1000000000.* 10000"),
-        ("data.augment.noise.prob=0.5", "needs data.augment.noise.source"),
+        (
+            "data.augment.noise.prob=0.5",
+            r"data\.augment\.noise\.prob=0\.5 .* data\.augment\.noise\.source",
+        ),
         ("data.augment.speed=[]", r"data\.augment\.speed=\[\]"),
         ("data.text_normalization=lower", r"data\.text_normalization='lower'"),
         ("seed=-1", "seed=-1 .* 0"),
         ("data.whisper_fbank=false", r"data\.whisper_fbank=false .*Whisper"),
         ("model.llm.lora.r=-1", r"lora\.r=-1 "),
-        ("model.exclude_from_checkpoint=[projector]", "'projector' is not a part"),
-        ("model.llm.pretrained_model=null", "is not set"),
-        ("exp_dir=null", "exp_dir is not set"),
-        ("data.train_data_config=null", r"data\.train_data_config is not set"),
+        (
+            "model.exclude_from_checkpoint=[projector]",
+            r"model\.exclude_from_checkpoint.*'projector'",
+        ),
+        ("model.llm.pretrained_model=null", r"^model\.llm\.pretrained_model "),
+        ("exp_dir=null", "^exp_dir "),
+        ("data.train_data_config=null", r"^data\.train_data_config "),
     ],
 )
-def test_wrong_override_is_one_message_with_the_key(override, message):
+def test_wrong_override_is_reported_in_one_line_with_the_key(override, message):
     with pytest.raises(UserError, match=message) as raised:
         load(override)
     assert "\n" not in str(raised.value)

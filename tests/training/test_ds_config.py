@@ -81,28 +81,28 @@ def zero(**keys):
         (
             "mine.json",
             {"gradient_clipping": 5.5},
-            r"gradient_clipping=5\.5 contradicts trainer\.gradient_clipping=1\.0",
+            r"gradient_clipping=5\.5 .*trainer\.gradient_clipping=1\.0",
         ),
         (
             "mine.json",
             {"train_micro_batch_size_per_gpu": 4},
-            r"micro_batch_size_per_gpu=4 contradicts the run's 1 \(data\.sampler",
+            r"micro_batch_size_per_gpu=4 .* 1 \(data\.sampler",
         ),
-        ("mine.json", {"train_batch_size": 64}, "train_batch_size=64 contradicts the run's 1"),
+        ("mine.json", {"train_batch_size": 64}, r"train_batch_size=64 .* 1 \("),
         (
             "mine.json",
             {"gradient_accumulation_steps": 2},
-            r"=2 contradicts trainer\.gradient_accumulation_steps=1",
+            r"=2 .*trainer\.gradient_accumulation_steps=1",
         ),
         (
             "mine.json",
             {"fp16": {"enabled": True}},
-            r"fp16\.enabled=True contradicts the run's False \(trainer\.precision=bf16\)",
+            r"fp16\.enabled=True .* False \(trainer\.precision=bf16\)",
         ),
         (
             "mine.json",
             {"bf16": {"enabled": False}},
-            r"bf16\.enabled=False contradicts the run's True",
+            r"bf16\.enabled=False .* True \(",
         ),
         (
             "mine.json",
@@ -131,73 +131,73 @@ def test_file_that_contradicts_the_run_is_rejected(tmp_path, name, content, mess
     [
         (
             zero(stage="2"),
-            r"zero_optimization\.stage='2' is not a whole number\. Remove the quotes",
+            r"zero_optimization\.stage='2' .*quotes",
         ),
-        (zero(stage=4), r"zero_optimization\.stage=4 is not a choice\. Available: 0, 1, 2, 3\."),
+        (zero(stage=4), r"zero_optimization\.stage=4 .* 0, 1, 2, 3\."),
         (
             zero(stage="auto"),
-            r'stage="auto" is not filled in from the run\. Available: 0, 1, 2, 3\.',
+            r'stage="auto" .* 0, 1, 2, 3\.',
         ),
-        (zero(stage=True), r"zero_optimization\.stage=True is not a whole number"),
-        (zero(stage=None), r"zero_optimization\.stage=None is not a whole number"),
+        (zero(stage=True), r"zero_optimization\.stage=True "),
+        (zero(stage=None), r"zero_optimization\.stage=None "),
         (
             zero(reduce_bucket_size="5e8"),
-            r"reduce_bucket_size='5e8' is not a whole number\. Remove the quotes",
+            r"reduce_bucket_size='5e8' .*quotes",
         ),
         (
             zero(reduce_bucket_size=-1),
-            r"reduce_bucket_size=-1 is rejected by DeepSpeed: Input should be greater than 0",
+            r"reduce_bucket_size=-1 .*DeepSpeed",
         ),
-        (zero(overlap_comm="true"), r"overlap_comm='true' is not true or false"),
+        (zero(overlap_comm="true"), r"overlap_comm='true' "),
         (
             zero(offload_optimizer="cpu"),
-            r"zero_optimization\.offload_optimizer='cpu' is rejected by DeepSpeed",
+            r"zero_optimization\.offload_optimizer='cpu' .*DeepSpeed",
         ),
         (
             zero(offload_optimizer={"device": "gpu"}),
-            r"offload_optimizer\.device='gpu' is not a choice\. Available: none, cpu, nvme",
+            r"offload_optimizer\.device='gpu' .* none, cpu, nvme",
         ),
         (
             zero(offload_optimizer={"device": "cpu", "ratio": 2}),
-            r"offload_optimizer\.ratio=2 is rejected",
+            r"offload_optimizer\.ratio=2 .*DeepSpeed",
         ),
         (
             zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
-            "Partial offloading only supported for ZeRO Stage 3",
+            "zero_optimization=.*Stage 3",
         ),
-        ({"zero_optimization": None}, "zero_optimization=None is not an object"),
-        ({"zero_optimization": True}, "zero_optimization=True is not an object"),
-        ({"zero_optimization": []}, r"zero_optimization=\[\] is not an object"),
-        ({"bf16": True}, "bf16=True is not an object"),
-        ({"fp16": {"loss_scale": "x"}}, r"fp16\.loss_scale='x' is not a number"),
+        ({"zero_optimization": None}, "zero_optimization=None "),
+        ({"zero_optimization": True}, "zero_optimization=True "),
+        ({"zero_optimization": []}, r"zero_optimization=\[\] "),
+        ({"bf16": True}, "bf16=True "),
+        ({"fp16": {"loss_scale": "x"}}, r"fp16\.loss_scale='x' "),
         (
             {"fp16": {"initial_scale_power": 1.5}},
-            r"fp16\.initial_scale_power=1\.5 is not a whole number",
+            r"fp16\.initial_scale_power=1\.5 ",
         ),
-        ({"optimizer": "AdamW"}, "optimizer='AdamW' is not an object"),
+        ({"optimizer": "AdamW"}, "optimizer='AdamW' "),
         (
             {"optimizer": {"type": "AdamW", "params": None}},
-            r"optimizer\.params=None is not an object",
+            r"optimizer\.params=None ",
         ),
         (
             {"gradient_clipping": "1.0"},
-            r"gradient_clipping='1\.0' is not a number\. Remove the quotes",
+            r"gradient_clipping='1\.0' .*quotes",
         ),
-        ({"gradient_clipping": None}, "gradient_clipping=None is not a number"),
-        ({"train_batch_size": [1]}, r"train_batch_size=\[1\] is not a whole number"),
-        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown=1 is not true or false"),
-        ({"aio": {"block_size": "1"}}, r"aio\.block_size='1' is not a whole number"),
+        ({"gradient_clipping": None}, "gradient_clipping=None "),
+        ({"train_batch_size": [1]}, r"train_batch_size=\[1\] "),
+        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown=1 "),
+        ({"aio": {"block_size": "1"}}, r"aio\.block_size='1' "),
         (
             {"communication_data_type": "fp8"},
-            "is rejected by DeepSpeed: Invalid communication_data_type",
+            r"mine\.json .*DeepSpeed: .*communication_data_type.*fp8",
         ),
         (
             {"checkpoint": {"tag_validation": "x"}},
-            "is rejected by DeepSpeed: Checkpoint config contains invalid tag_validation",
+            r"mine\.json .*DeepSpeed: .*tag_validation.*X",
         ),
     ],
 )
-def test_message_names_a_wrong_value_and_its_key(tmp_path, content, message):
+def test_wrong_value_is_reported_with_its_key(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
@@ -211,28 +211,28 @@ def test_message_names_a_wrong_value_and_its_key(tmp_path, content, message):
         ),
         (
             {"something_else_entirely": 1},
-            r"'something_else_entirely' is not a key of DeepSpeed [\d.]+\. Remove it",
+            r"'something_else_entirely' .*DeepSpeed [\d.]+\. ",
         ),
         (
             zero(overlap_com=True),
-            r"zero_optimization\.overlap_com is not a key .* Rename it to 'overlap_comm'",
+            r"zero_optimization\.overlap_com .*'overlap_comm'",
         ),
         (
             zero(offload_optimizer={"devise": "cpu"}),
-            r"zero_optimization\.offload_optimizer\.devise .* Rename it to 'device'",
+            r"zero_optimization\.offload_optimizer\.devise .*'device'",
         ),
-        ({"bf16": {"enable": True}}, r"bf16\.enable is not a key .* Rename it to 'enabled'"),
-        ({"aio": {"thread_count": 1}}, r"aio\.thread_count is not a key"),
-        ({"bfloat16": {"enabled": True}}, "'bfloat16' is not supported. Rename it to 'bf16'"),
+        ({"bf16": {"enable": True}}, r"bf16\.enable .*'enabled'"),
+        ({"aio": {"thread_count": 1}}, r"aio\.thread_count .*DeepSpeed"),
+        ({"bfloat16": {"enabled": True}}, r"'bfloat16' .*'bf16'"),
         (
             zero(cpu_offload=True),
             r"zero_optimization\.cpu_offload .*zero_optimization\.offload_optimizer ",
         ),
-        ({"amp": {"enabled": False}}, r"amp was removed from DeepSpeed.*set trainer\.precision"),
-        (zero(mics_shard_size=8), r"zero_optimization\.mics_shard_size was removed from DeepSpeed"),
+        ({"amp": {"enabled": False}}, r"amp .*DeepSpeed.*trainer\.precision"),
+        (zero(mics_shard_size=8), r"zero_optimization\.mics_shard_size .*DeepSpeed"),
     ],
 )
-def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content, message):
+def test_unknown_key_is_reported_with_the_most_similar_one(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
@@ -242,18 +242,18 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
     [
         (
             {"activation_checkpointing": {"partition_activations": True}},
-            r"set trainer\.gradient_checkpointing=true",
+            r" trainer\.gradient_checkpointing=true",
         ),
         (
             {"torch_autocast": {"enabled": True}},
-            r"'torch_autocast' is not supported\. .*trainer\.precision",
+            r"'torch_autocast' .*trainer\.precision",
         ),
-        ({"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel' is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel' "),
         (
             {"checkpoint": {"load_universal": True}},
-            r"'checkpoint\.load_universal' is not supported",
+            r"'checkpoint\.load_universal' ",
         ),
-        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op='sum' is not supported"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op='sum' "),
         (zero() | {"prescale_gradients": True}, "prescale_gradients=True"),
         (zero() | {"gradient_predivide_factor": 2}, "gradient_predivide_factor=2"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor=0"),
@@ -263,14 +263,14 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
         ({"steps_per_print": -5}, "steps_per_print=-5"),
         ({"load_universal_checkpoint": True}, "'load_universal_checkpoint'"),
         ({"gradient_accumulation_dtype": "fp32"}, r"data_types\.grad_accum_dtype"),
-        ({"managed_gradient_accumulation": False}, r"set trainer\.gradient_accumulation_steps"),
+        ({"managed_gradient_accumulation": False}, r" trainer\.gradient_accumulation_steps"),
         (
             zero(offload_param={"device": "cpu"}),
-            r"offload_param has no effect at stage 2\. Remove it, or set the stage to 3",
+            r"offload_param .* 2\. .* 3\.",
         ),
         (
             zero(stage=0, offload_optimizer={"device": "cpu"}),
-            "offload_optimizer has no effect at stage 0",
+            r"offload_optimizer .* 0\. .* 1, 2 ",
         ),
         (
             {
@@ -285,8 +285,8 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
             },
             r"\.name=linear trainer\.lr=0\.001 trainer\.warmup_steps=100 trainer\.num_steps\.$",
         ),
-        (scheduler("OneCycle"), r"set trainer\.schedule\.name\.$"),
-        ({"scheduler": None}, "scheduler=None is not an object"),
+        (scheduler("OneCycle"), r" trainer\.schedule\.name\.$"),
+        ({"scheduler": None}, "scheduler=None "),
         ({"wandb": {"enabled": True}}, r"trainer\.wandb\.mode"),
         ({"comet": {"enabled": True}}, r"trainer\.wandb\.mode"),
         ({"tensorboard": {"enabled": True, "output_path": "x"}}, r"trainer\.tensorboard"),
@@ -297,7 +297,7 @@ def test_message_names_an_unknown_key_and_the_most_similar_one(tmp_path, content
         (zero(stage=3, zero_hpz_partition_size=2), "zero_hpz_partition_size"),
     ],
 )
-def test_message_names_the_setting_that_replaces_an_unsupported_key(tmp_path, content, message):
+def test_unsupported_key_is_reported_with_the_setting_that_replaces_it(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content)
 
@@ -364,20 +364,20 @@ def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not valid JSON"),
-        ("", "is not a JSON object"),
-        ("[]", "is not a JSON object"),
-        ('"zero3"', "is not a JSON object"),
+        ("{", "line 1 column 2"),
+        ("", r"JSON .*zero3\.json"),
+        ("[]", r"JSON .*zero3\.json"),
+        ('"zero3"', r"JSON .*zero3\.json"),
         (
             '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}',
-            "'gradient_clipping' occurs twice in one object",
+            "'gradient_clipping' .*twice",
         ),
-        ('{"zero_optimization": {"stage": 3, "stage": 1}}', "'stage' occurs twice"),
-        ("[" * 100_000, "is not valid JSON"),
+        ('{"zero_optimization": {"stage": 3, "stage": 1}}', "'stage' .*twice"),
+        ("[" * 100_000, "JSON: .*nested"),
     ],
 )
 def test_invalid_json_is_rejected(tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"trainer\.deepspeed_config='.*mine\.json'.*{message}"):
         read(tmp_path, text)
 
 
@@ -414,51 +414,51 @@ def test_optimizer_block_that_agrees_is_removed(tmp_path, content, changes):
         (
             adamw(betas=[0.9, 0.999]),
             "adamw",
-            r"betas=\[0\.9, 0\.999\] contradicts trainer\.betas=\[0\.9, 0\.98\]",
+            r"betas=\[0\.9, 0\.999\] .*trainer\.betas=\[0\.9, 0\.98\]",
         ),
         (
             adamw(weight_decay=0.1),
             "adamw",
-            r"weight_decay=0\.1 contradicts trainer\.weight_decay=0\.0",
+            r"weight_decay=0\.1 .*trainer\.weight_decay=0\.0",
         ),
-        (adamw(eps=1e-6), "adamw", r"optimizer\.params\.eps=1e-06 contradicts the run's 1e-08"),
+        (adamw(eps=1e-6), "adamw", r"optimizer\.params\.eps=1e-06 .* 1e-08 \("),
         (
             adamw(lr="1e-4"),
             "adamw",
-            r"optimizer\.params\.lr='1e-4' is not a number\. Remove the quotes",
+            r"optimizer\.params\.lr='1e-4' .*quotes",
         ),
-        (adamw(lr=None), "adamw", r"optimizer\.params\.lr=None is not a number"),
+        (adamw(lr=None), "adamw", r"optimizer\.params\.lr=None "),
         (
             adamw(beta=[0.9, 0.98]),
             "adamw",
-            r"optimizer\.params\.beta is not a .* Rename it to 'betas'",
+            r"optimizer\.params\.beta .*'betas'",
         ),
         (
             adamw(max_grad_norm=1.0),
             "adamw",
-            r"max_grad_norm is not supported\. Remove it, and set trainer\.gradient_clipping",
+            r"max_grad_norm .*trainer\.gradient_clipping",
         ),
-        (adamw(torch_adam=True), "deepspeed_adamw", r"torch_adam=True contradicts the run's False"),
+        (adamw(torch_adam=True), "deepspeed_adamw", r"torch_adam=True .* False \("),
         (
             adamw(),
             "scaled_adam",
-            r"optimizer\.type='AdamW' contradicts trainer\.optimizer\.name=scaled_adam",
+            r"optimizer\.type='AdamW' .*trainer\.optimizer\.name=scaled_adam",
         ),
         (
             {"optimizer": {"type": "Lion"}},
             "adamw",
-            r"optimizer\.type='Lion' contradicts trainer\.optimizer\.name=adamw",
+            r"optimizer\.type='Lion' .*trainer\.optimizer\.name=adamw",
         ),
         (
             {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
             "adamw",
-            "adam_w_mode=False contradicts the run's True",
+            r"adam_w_mode=False .* True \(",
         ),
-        ({"optimizer": {"params": {"lr": 1e-4}}}, "adamw", r"optimizer\.type is missing"),
+        ({"optimizer": {"params": {"lr": 1e-4}}}, "adamw", r"optimizer\.type .*AdamW"),
         (
             zero(offload_optimizer={"device": "cpu"}) | {"zero_force_ds_cpu_optimizer": True},
             "adamw",
-            r"zero_force_ds_cpu_optimizer=True contradicts trainer\.optimizer\.name=adamw",
+            r"zero_force_ds_cpu_optimizer=True .*trainer\.optimizer\.name=adamw",
         ),
     ],
 )

@@ -84,7 +84,7 @@ def test_error_if_an_operator_cannot_be_compiled(monkeypatch, tmp_path):
     stale_lock = tmp_path / "built" / "cpu_adam" / "lock"  # left by a killed build
     stale_lock.parent.mkdir(parents=True)
     stale_lock.touch()
-    with pytest.raises(UserError, match=r"cpu_adam.*built.*C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"cpu_adam.*C\+\+ compiler"):
         make_optimizer(
             "deepspeed_adamw",
             groups_of(parts()),

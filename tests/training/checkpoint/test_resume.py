@@ -99,6 +99,6 @@ def test_error_if_the_disk_is_full_while_inherited_weights_are_written(tmp_path,
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"inherited_weights\.pt' .*file write failed.* space"):
+    with pytest.raises(UserError, match=r"inherited_weights\.pt' .*file write failed"):
         write_inherited(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
