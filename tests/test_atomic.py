@@ -90,7 +90,10 @@ def test_failed_write_keeps_the_existing_file(tmp_path):
     write_whole(tmp_path / "x", "before")
     with pytest.raises(FileNotFoundError), new_file(tmp_path / "x"):
         pass  # the block writes nothing
-    with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / "x" / "below"):
+    with (
+        pytest.raises(UserError, match=f"'{tmp_path}/x/below'"),
+        new_folder(tmp_path / "x" / "below"),
+    ):
         pass
     assert (names(tmp_path), (tmp_path / "x").read_text()) == (["x"], "before")
 
@@ -104,7 +107,10 @@ def test_output_directory_may_be_a_link_but_not_a_mount_point(tmp_path, monkeypa
     assert (tmp_path / "link").is_symlink()
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
-    with pytest.raises(UserError, match="disk' is a mount point"), new_folder(tmp_path / "disk"):
+    with (
+        pytest.raises(UserError, match=f"--output '{tmp_path}/disk'"),
+        new_folder(tmp_path / "disk"),
+    ):
         pytest.fail("the mount point was not detected before writing")
     with new_folder(tmp_path / "disk" / "below"):
         pass

@@ -56,14 +56,14 @@ def test_changed_file_is_verified_again(tmp_path):
     verify_weights(path)
     content = path.read_bytes()
     path.write_bytes(flipped(content, len(content) - 1))
-    with pytest.raises(CorruptedError, match="does not match the SHA-256"):
+    with pytest.raises(CorruptedError, match=rf"'{path}' .*SHA-256"):
         verify_weights(path)
 
 
 def test_compressed_record_is_rejected_without_unpacking(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w/data/0", bytes(1 << 20))
-    with pytest.raises(CorruptedError, match="is compressed"):
+    with pytest.raises(CorruptedError, match=r"/w\.pt' .*'w/data/0' .*compressed"):
         verify_weights(tmp_path / "w.pt")
 
 
@@ -131,7 +131,7 @@ def test_fingerprint_of_an_earlier_version_is_reported(tmp_path):
     path = consolidate(
         write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
     )
-    with pytest.raises(UserError, match="earlier version"):
+    with pytest.raises(UserError, match=rf"llm .*'{path}' .*version"):
         check_fingerprint("llm", path, "0" * 64)
 
 

@@ -113,16 +113,16 @@ def test_missing_truncated_or_foreign_rank_file_is_named(tmp_path, state):
         tmp_path / "checkpoint-2", {name: tensor + 1 for name, tensor in state.items()}, ranks=2
     )
     name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    for number, (corrupt, message) in enumerate(
+    for number, corrupt in enumerate(
         (
-            (lambda path: path.unlink(), "is missing"),
-            (lambda path: path.write_bytes(path.read_bytes()[:-200]), "is truncated"),
-            (lambda path: shutil.copyfile(other / name, path), "is from another checkpoint"),
+            lambda path: path.unlink(),
+            lambda path: path.write_bytes(path.read_bytes()[:-200]),
+            lambda path: shutil.copyfile(other / name, path),
         )
     ):
         checkpoint = write_checkpoint(tmp_path / f"{number}" / "checkpoint-1", state, ranks=2)
         corrupt(checkpoint / name)
-        with pytest.raises(UserError, match=f"{name}' {message}"):
+        with pytest.raises(UserError, match=rf"'{checkpoint / name}'"):
             consolidate(checkpoint, tmp_path / "w.pt")
     assert not (tmp_path / "w.pt").exists()
 
@@ -131,7 +131,7 @@ def test_checkpoint_removed_during_reading_is_reported(tmp_path, state):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state, ranks=2)
     source = checkpoint_weights(checkpoint)
     shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match=r"checkpoint-1.*was removed.*trainer\.keep_last_k"):
+    with pytest.raises(UserError, match=rf"'{checkpoint}/.*trainer\.keep_last_k"):
         source.check()
 
 
@@ -141,7 +141,7 @@ def test_unreadable_file_is_not_reported_as_corrupted(tmp_path, state, monkeypat
 
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
     monkeypatch.setattr("asrllm.training.checkpoint.zero_files.file_digest", refused)
-    with pytest.raises(UserError, match=r"model_states\.pt' cannot be read .Permission denied"):
+    with pytest.raises(UserError, match=r"model_states\.pt' .*\(Permission denied\)"):
         checkpoint_weights(checkpoint)
 
 
@@ -155,7 +155,7 @@ def test_changed_bytes_are_detected(tmp_path, state, ranks, name, output):
     content = (checkpoint / name).read_bytes()
     at = content.index(state["projector.b"][-5:].numpy().tobytes()[:16])
     (checkpoint / name).write_bytes(content[:at] + bytes(8) + content[at + 8 :])
-    with pytest.raises(UserError, match=f"{name}' is corrupted: .*checksum"):
+    with pytest.raises(CorruptedError, match=f"'{checkpoint / name}' .*checksum"):
         consolidate(checkpoint, tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
@@ -167,7 +167,7 @@ def test_master_weights_of_another_dtype_are_rejected(tmp_path, state, ranks):
         {name: tensor.double() for name, tensor in state.items()},
         ranks=ranks,
     )
-    with pytest.raises(UserError, match=r"checkpoint-1' is corrupted: .*torch\.float64"):
+    with pytest.raises(UserError, match=rf"'{checkpoint}' .*torch\.float64.*float32"):
         checkpoint_weights(checkpoint)
 
 
@@ -189,7 +189,7 @@ def test_pickle_with_other_classes_is_rejected(tmp_path, state):
     (checkpoint / "asrllm.json").write_text(
         json.dumps(manifest | {"files": {file.name: file_digest(file)}})
     )
-    with pytest.raises(UserError, match=r"corrupted.*print"):
+    with pytest.raises(UserError, match=rf"'{file}' .* print "):
         checkpoint_weights(checkpoint)
 
 
@@ -205,7 +205,7 @@ def test_keys_and_shapes_must_match_the_manifest(tmp_path, state, ranks):
     wrong_shape = with_trainable(
         1, lambda manifest: manifest["trainable"]["projector.a"].update(shape=[7, 6])
     )
-    with pytest.raises(UserError, match=r"checkpoint-1' is corrupted: 'projector\.a'.*manifest"):
+    with pytest.raises(UserError, match=rf"'{wrong_shape}' .*'projector\.a' .*\[7, 6\]"):
         checkpoint_weights(wrong_shape).load()
     more = with_trainable(
         2,
@@ -213,7 +213,7 @@ def test_keys_and_shapes_must_match_the_manifest(tmp_path, state, ranks):
             {"llm.d": {"shape": [2], "dtype": "float32"}}
         ),
     )
-    with pytest.raises(UserError, match=r"'llm\.d' is only in its manifest"):
+    with pytest.raises(UserError, match=rf"'{more}' .*'llm\.d' .*manifest"):
         checkpoint_weights(more)
 
 

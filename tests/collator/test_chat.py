@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -152,7 +154,7 @@ def test_content_in_parts_equals_content_as_a_string():
         ([{"role": "user", "content": [{"type": "image"}]}], "image"),
         ([{"content": AUDIO}], "content"),
         ({"role": "user", "content": AUDIO}, "role"),
-        ([], "is empty"),
+        ([], "chat .*empty"),
         (
             [{"role": "user", "content": AUDIO}, {"role": "assistant", "content": "x"}],
             "assistant",
@@ -192,7 +194,7 @@ def test_tokenizer_without_the_end_of_turn_is_rejected():
     tokenizer.add_tokens([AUDIO, "<unk>"], special_tokens=True)
     tokenizer.unk_token = "<unk>"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<unk>{% endfor %}"
-    with pytest.raises(UserError, match="unknown token"):
+    with pytest.raises(UserError, match=r"'<unk>'.* unknown"):
         ChatRenderer(tokenizer, AUDIO)
 
 
@@ -233,7 +235,7 @@ def test_each_audio_token_is_expanded_to_the_length_of_its_audio():
     assert runs == ["aa", "aaaa"]
 
 
-@pytest.mark.parametrize("content", ["no audio", f"{AUDIO} {AUDIO}"])
-def test_wrong_number_of_audio_tokens_is_reported(content):
-    with pytest.raises(UserError, match="audio tokens for 1 audios"):
+@pytest.mark.parametrize(("content", "count"), [("no audio", 0), (f"{AUDIO} {AUDIO}", 2)])
+def test_wrong_number_of_audio_tokens_is_reported(content, count):
+    with pytest.raises(UserError, match=rf"{re.escape(repr(content))}.* {count} .* 1 "):
         make_renderer().encode_prompt([{"role": "user", "content": content}], [2])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -204,7 +205,7 @@ def test_repeated_keys_are_rejected(tmp_path, kind):
     ]
     folder = results(tmp_path / "a", transcripts)
     (path,) = folder.glob(f"{kind}-test*")
-    with pytest.raises(UserError, match=rf"'{path}' has 1 repeated keys.*'u1'"):
+    with pytest.raises(UserError, match=rf"'{path}' .* 1 .*'u1'"):
         compare_files(path, path)
 
 
@@ -290,17 +291,18 @@ def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
     full = noisy(0.3, 1)
     a = results(tmp_path / "a", full)
     b = results(tmp_path / "b", full[:-2])
-    assert "different utterances: 2 are" in error(a, b)
-    assert "'u198'" in error(a, b)
+    message = error(a, b)
+    assert re.search(rf"'{a}/.*'{b}/.*: 2 ", message)
+    assert "'u198'" in message
     other = results(tmp_path / "c", [transcript("q", "q", t.key) for t in full])
-    assert "different references for 200 utterances" in error(a, other)
+    assert re.search(rf"'{a}/.*'{other}/.* 200 ", error(a, other))
     renamed = results(tmp_path / "d", full, name="x")
     assert "(sets: test)" in error(a, renamed)
     assert "(sets: x)" in error(a, renamed)
-    assert f"{str(tmp_path / 'no')!r} does not exist" in error(a, tmp_path / "no")
-    assert "two results, not 1" in error(a)
+    assert repr(str(tmp_path / "no")) in error(a, tmp_path / "no")
+    assert "'asrllm evaluate compare A B'" in error(a)
     (tmp_path / "recogs-x.txt").write_text("\n")
-    with pytest.raises(UserError, match=r"recogs-x\.txt' has no utterances"):
+    with pytest.raises(UserError, match=r"recogs-x\.txt' .*utterances"):
         compare_results(tmp_path / "recogs-x.txt", tmp_path / "recogs-x.txt")
     english = results(tmp_path / "e", full, "en")
     message = error(a, english)
@@ -321,10 +323,12 @@ def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
     ):
         (tmp_path / name).write_text(text)
         message = error(tmp_path / name, tmp_path / name)
-        assert f"{name}' is not a generations-*.jsonl or recogs-*.txt file" in message
+        assert repr(str(tmp_path / name)) in message
+        assert "generations-*.jsonl" in message
         assert "Error" not in message  # of Python
     good = json.dumps({"key": "k", "ref": "a", "hyp": "a"})
     (tmp_path / "generations-cut.jsonl").write_text(f"{good}\n{good[:-9]}")
     path = tmp_path / "generations-cut.jsonl"
-    assert f"{path}' is not" in error(path, path)
-    assert "line 2" in error(path, path)
+    message = error(path, path)
+    assert repr(str(path)) in message
+    assert "line 2" in message

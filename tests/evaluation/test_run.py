@@ -337,19 +337,19 @@ def test_whisper_gets_a_language_that_it_supports(exp, model, lang, language):
     assert engine.with_language(lang).options.get("language") == language
 
 
-def test_missing_baseline_is_explained(world, tmp_path):
+def test_missing_baseline_is_reported_with_its_path(world, tmp_path):
     for path, message in (
         (None, "audio encoder"),
-        (world.whisper, rf"'{world.whisper}' has no tokenizer"),
-        (world.llm, rf"'{world.llm}' is not a Whisper"),
+        (world.whisper, rf"'{world.whisper}' .*tokenizer"),
+        (world.llm, rf"'{world.llm}' .*Whisper"),
         (tmp_path / "no", f"{tmp_path / 'no'}"),
-        (tmp_path, rf"'{tmp_path}' is not a Hugging Face"),
+        (tmp_path, rf"'{tmp_path}' .*Hugging Face"),
     ):
         with pytest.raises(UserError, match=message):
             find_whisper(path)
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((world.whisper / "config.json").read_text())
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' .*model\.safetensors"):
         WhisperEngine(tmp_path, dtype=torch.float32, device=torch.device("cpu"), max_new_tokens=9)
 
 
@@ -379,10 +379,10 @@ def test_normalizer_is_chosen_by_language(world):
 @pytest.mark.parametrize(
     ("references", "name", "message"),
     [
-        (["", "  "], "basic", "all 2 references of the test set 'dev'"),
-        (["...", "!"], "basic", "all 2 references"),
-        (["你好", "世界", "hello"], "en", "2 of 3 references .*'dev' .*'en', for example '你好'"),
-        (["hello there", "42"], "zh", "1 of 1 references .*'dev' .*'zh', .*'hello there'"),
+        (["", "  "], "basic", r" 2 .*'dev' .*'basic'.*normalizer="),
+        (["...", "!"], "basic", r" 2 .*'dev' .*'basic'.*normalizer="),
+        (["你好", "世界", "hello"], "en", "2 of 3 .*'dev' .*'en', .*'你好'"),
+        (["hello there", "42"], "zh", "1 of 1 .*'dev' .*'zh', .*'hello there'"),
     ],
 )
 def test_references_that_cannot_be_scored_are_rejected(references, name, message):
@@ -428,19 +428,15 @@ def test_unusable_test_set_is_reported_before_the_model_loads(world, exp, tmp_pa
             patch.setenv(name, "0" if "RANK" in name else "1")
             patch.delenv(name)
         patch.setattr("asrllm.distributed.start", lambda: torch.device("cpu"))
-        assert "the test set 'twice' has 3 repeated keys, for example 'utt0000'" in fails(
-            capsys, "evaluate", *arguments
-        )
+        assert re.search("'twice' .* 3 .*'utt0000'", fails(capsys, "evaluate", *arguments))
         data_config(
             tmp_path / "zh.yaml", [{"name": "one", "shards": str(tmp_path / "one"), "lang": "zh"}]
         )
-        assert "3 of 3 references of the test set 'one'" in fails(
-            capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'zh.yaml'}"
-        )
+        zh = f"data.test_data_config={tmp_path / 'zh.yaml'}"
+        assert re.search("3 of 3 .*'one' .*'zh'", fails(capsys, "evaluate", arguments[0], zh))
         data_config(tmp_path / "all.yaml", [{"name": "all", "shards": str(tmp_path / "one")}])
-        assert "test set named 'all'" in fails(
-            capsys, "evaluate", arguments[0], f"data.test_data_config={tmp_path / 'all.yaml'}"
-        )
+        everything = f"data.test_data_config={tmp_path / 'all.yaml'}"
+        assert "'all'" in fails(capsys, "evaluate", arguments[0], everything)
     assert sorted(path.name for path in exp.iterdir()) == before
 
 

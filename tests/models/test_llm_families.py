@@ -153,7 +153,7 @@ def test_adapters_of_the_head_are_rejected():
     model, rows = make_model("llama", False), list(chats())
     options = {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
     model = AsrLlmModel(AsrLlmConfig(**model.config.to_dict() | {"lora": options}))
-    with pytest.raises(UserError, match=r"target_modules .*the LLM's head"):
+    with pytest.raises(UserError, match=r"target_modules .*head"):
         model(**packed(rows))
 
 
@@ -173,11 +173,11 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_is_built(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("mamba", {}, "do(es)? not support packed sequences"),
+        ("mamba", {}, "'mamba'"),
         (
             "bloom",
             {"hidden_size": 32, "n_layer": 1, "n_head": 4},
-            "do(es)? not support packed sequences",
+            "'bloom'",
         ),
         (
             "llama4_text",

@@ -1,8 +1,10 @@
 """`asrllm transcribe` on every kind of directory, and all of its options."""
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
 
 import numpy as np
@@ -105,14 +107,18 @@ def test_transcribe_accepts_runs_exports_and_auden_directories(
     assert set(heard.dtypes) == {torch.float32, torch.bfloat16}
     assert heard.dtypes.index(torch.bfloat16) == 1
     (tmp_path / "empty").mkdir()
-    for folder, message in (
-        (tmp_path / "no", "has no config.json"),
-        (tmp_path / "empty", "has no config.json"),
-        (world.llm, "is a 'qwen2'"),
+    for folder, named in (
+        (tmp_path / "no", "config.json"),
+        (tmp_path / "empty", "config.json"),
+        (world.llm, "'qwen2'"),
     ):
-        assert message in fails(capsys, "transcribe", folder, files[0])
+        error = fails(capsys, "transcribe", folder, files[0])
+        assert repr(str(folder)) in error
+        assert named in error
     soundfile.write(files[1], np.zeros(100), 16000)
-    assert f"{files[1]!r} has 0.01 s of audio" in fails(capsys, "transcribe", auden, files[1])
+    error = fails(capsys, "transcribe", auden, files[1])
+    assert repr(files[1]) in error
+    assert " 0.01 s " in error
 
 
 @pytest.mark.slow
@@ -243,10 +249,9 @@ def test_options_reach_the_engine(model, world, speech, tmp_path, capsys, monkey
     assert (text, "--language de" in warning) == ("Transcribe.", True)
     assert asked("--prompt", "Write.") == ("Write.", [])
     text, (warning,) = asked("--prompt", "Sing.")
-    assert (text, warning) == (
-        "Sing.",
-        "prompt='Sing.' was not used in training. Prompts of training: Transcribe.; 写下来。; Write.",
-    )
+    assert text == "Sing."
+    for prompt in ("prompt='Sing.'", "Transcribe.", "写下来。", "Write."):
+        assert prompt in warning
     assert asked("--hotwords", "Anna,Bo Ek，Cy ,Anna") == (
         "Transcribe. Names: Anna, Bo Ek, Cy!",
         [],
@@ -271,9 +276,10 @@ def test_silence_and_truncated_answers_cause_warnings(
     first, second = warned(
         caplog, monkeypatch, "transcribe", model, tmp_path / "silent.wav", speech
     )
-    assert first.startswith(f"no speech was found in {str(tmp_path / 'silent.wav')!r}")
+    assert repr(str(tmp_path / "silent.wav")) in first
     assert "--no-vad" in first
-    assert second.startswith(f"2 of 2 texts of {str(speech)!r} were cut")
+    assert second.startswith("2 of 2 ")
+    assert repr(str(speech)) in second
     assert "--max-new-tokens" in second
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'silent.wav'}\t\n{speech}\t")
 
@@ -288,35 +294,33 @@ def test_invalid_options_are_reported_before_the_model_loads(
     (tmp_path / "other").mkdir()
     shutil.copy(speech, tmp_path / "other" / "speech.flac")
     (tmp_path / "text.txt").write_text("words\n")
-    for arguments, message in (
-        (["--format", "svt"], "--format 'svt' is unknown. Did you mean 'vtt'"),
-        (["--format", "srt,vtt"], "--format srt,vtt names several"),
+    text, other, none = (tmp_path / name for name in ("text.txt", "other", "none"))
+    inside = text / "a" / "b"
+    for arguments, named in (
+        (["--format", "svt"], ["--format 'svt'", "'vtt'"]),
+        (["--format", "srt,vtt"], ["--format srt,vtt ", "--output-dir"]),
+        ([speech, "--format", "srt"], ["--format srt ", " 2 ", "--output-dir"]),
+        (["--output-dir", text], [f"--output-dir {str(text)!r}", f": {str(text)!r}"]),
+        (["--output-dir", inside], [f"--output-dir {str(inside)!r}", f": {str(text)!r}"]),
         (
-            [speech, "--format", "srt"],
-            "--format srt of 2 files",
+            [other, "--output-dir", tmp_path / "out"],
+            [repr(str(speech)), repr(str(other / "speech.flac")), " speech.txt "],
         ),
-        (["--output-dir", tmp_path / "text.txt"], "text.txt' is a file"),
-        (
-            ["--output-dir", tmp_path / "text.txt" / "a" / "b"],
-            "text.txt' is a file",
-        ),
-        (
-            [tmp_path / "other", "--output-dir", tmp_path / "out"],
-            "would both be written to speech.txt",
-        ),
-        ([tmp_path / "none"], f"{str(tmp_path / 'none')!r} has no audio file"),
-        (["--hotwords", ","], "--hotwords ','"),
-        (["--hotwords", f"@{tmp_path / 'no.txt'}"], "does not exist"),
-        (["--prompt", "Hear <|AUDIO|>"], "contains the audio token '<|AUDIO|>'"),
-        (["--repetition-guard", "-1"], "--repetition-guard -1 is negative"),
+        ([none], [repr(str(none))]),
+        (["--hotwords", ","], ["--hotwords ','"]),
+        (["--hotwords", f"@{tmp_path / 'no.txt'}"], [repr(str(tmp_path / "no.txt"))]),
+        (["--prompt", "Hear <|AUDIO|>"], ["'Hear <|AUDIO|>'", "'<|AUDIO|>'"]),
+        (["--repetition-guard", "-1"], ["--repetition-guard -1 "]),
     ):
-        assert message in fails(capsys, "transcribe", model, speech, *arguments)
+        error = fails(capsys, "transcribe", model, speech, *arguments)
+        for name in named:
+            assert name in error
     assert not (tmp_path / "out").exists()
     if os.geteuid():  # root may write everywhere
-        (tmp_path / "none").chmod(0o500)
-        assert "is not writable" in fails(
-            capsys, "transcribe", model, speech, "--output-dir", tmp_path / "none" / "out"
-        )
+        none.chmod(0o500)
+        error = fails(capsys, "transcribe", model, speech, "--output-dir", none / "out")
+        assert f"--output-dir {str(none / 'out')!r}" in error
+        assert repr(str(none)) in error
 
 
 def test_unreadable_files_are_reported_and_the_others_transcribed(
@@ -330,24 +334,26 @@ def test_unreadable_files_are_reported_and_the_others_transcribed(
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.txt").write_text("words\n")
     bad = {
-        "empty.wav": "0 bytes",
-        "text.txt": "Format not recognised",
-        "no.wav": "No such file",
-        "cut.wav": "is truncated",
-        "short.wav": "has 0.00 s of audio",
+        "empty.wav": "(0 bytes)",
+        "text.txt": "ffmpeg",
+        "no.wav": os.strerror(errno.ENOENT),
+        "cut.wav": " bytes",
+        "short.wav": " 0.00 s ",
     }
     monkeypatch.setattr(
         transcribe, "load_engine", lambda arguments: pytest.fail("the model was loaded")
     )
-    for name, message in bad.items():
-        assert message in fails(capsys, "transcribe", model, tmp_path / name)
+    for name, value in bad.items():
+        error = fails(capsys, "transcribe", model, tmp_path / name)
+        assert repr(str(tmp_path / name)) in error
+        assert value in error
     monkeypatch.setattr(transcribe, "load_engine", loaded)
     files = [str(tmp_path / name) for name in bad]
     assert main(["transcribe", str(model), *files[:2], str(speech), *files[2:]]) == 2
     said = capsys.readouterr()
     assert heard.prompts
     assert said.out.startswith(f"{speech}\t")
-    assert all(message in said.err for message in bad.values())
+    assert all(repr(file) in said.err for file in files)
     assert "(1)" in said.err.splitlines()[-1]
 
 
@@ -365,8 +371,8 @@ def test_damage_in_the_middle_of_a_file_is_reported_at_the_end(
         == 2
     )
     error = capsys.readouterr().err
-    assert f"{str(files[0])!r} has NaN or infinite values" in error
-    assert f"{str(files[2])!r} has samples as large as" in error
+    assert f"{str(files[0])!r} has NaN " in error
+    assert re.search(rf"'{files[2]}' .*\de\+\d\d", error)
     assert "(1)" in error.splitlines()[-1]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["speech.txt"]
     assert main(["transcribe", str(model), str(files[0])]) == 2
@@ -402,8 +408,7 @@ def test_segments_are_at_most_as_long_as_in_training(world, tmp_path, monkeypatc
     heard = Heard(monkeypatch)
     given = ("transcribe", tmp_path / "4.0", tmp_path / "long.wav", "--max-segment")
     (warning,) = warned(caplog, monkeypatch, *given, 10)
-    assert "--max-segment 10 is longer than the training utterances (4 s)" in warning
+    assert "--max-segment 10 " in warning
+    assert "(4 s)" in warning
     assert 4 < max(heard.seconds) <= 10
-    assert "--max-segment 1 is out of range. Use a value from 2 to 30 seconds" in fails(
-        capsys, *given, 1
-    )
+    assert re.search("--max-segment 1 .* 2 .* 30 ", fails(capsys, *given, 1))

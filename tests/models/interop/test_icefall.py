@@ -47,10 +47,10 @@ def test_key_table_and_unknown_keys():
         from_icefall_names({f"module.{name}": tensor for name, tensor in state.items()}, "x").keys()
         == from_icefall_names(state, "x").keys()
     )
-    with pytest.raises(UserError, match=r"the key 'ctc\.weight'"):
+    with pytest.raises(UserError, match=r"'ctc\.weight'"):
         from_icefall_names(state | {"ctc.weight": torch.zeros(1)}, "x")
     state.pop("encoder_projector.linear2.bias")
-    with pytest.raises(UserError, match=r"has no 'projector\.mlp\.linear2\.bias'"):
+    with pytest.raises(UserError, match=r"'projector\.mlp\.linear2\.bias'"):
         from_icefall_names(state, "x")
 
 
@@ -109,7 +109,7 @@ def test_another_encoder_is_rejected(world, theirs, tmp_path):
         :, :-1
     ].clone()
     torch.save(state, file)
-    with pytest.raises(UserError, match=r"width 63, .* multiple of 16"):
+    with pytest.raises(UserError, match=r" 63, .* 16, "):
         import_icefall(file, tmp_path / "out", encoder=str(world.whisper), llm=str(world.llm))
     assert not (tmp_path / "out").exists()
 
@@ -122,19 +122,19 @@ def one_row_less(state):
 HARMS = {
     "a factor of other rows": (
         one_row_less,
-        r"lora_B.* has the shape \(31, 4\), expected \(32, 4\)",
+        r"lora_B.*\(31, 4\).*\(32, 4\)",
     ),
     "a layer more": (
         lambda state: state.update({k.replace(".1.", ".77."): t for k, t in state.items()}),
-        r"unexpected.*layers\.77",
+        r"'llm\..*layers\.77\.",
     ),
     "a layer without": (
         lambda state: state.pop(next(k for k in state if "layers.1" in k and "lora_A" in k)),
-        r"lack 1 keys.*layers\.1",
+        r" 1 .*'llm\..*layers\.1\..*lora_A",
     ),
     "part of an encoder": (
         lambda state: state.update({"encoder.conv1.bias": torch.zeros(16)}),
-        r"lack \d+ keys .*'audio_encoder",
+        r" \d+ .*'audio_encoder\.",
     ),
 }
 
