@@ -67,7 +67,7 @@ def index_tars(
     scans = _scan_all(tars, folder, workers, advance)
     reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
     if not any(len(scan.record.rows) for scan in scans):
-        raise UserError(_no_sample_message(scans, reasons))
+        raise UserError(_no_sample_message(tars, scans, reasons))
     _warn_of_changes(folder, scans)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,12 +122,13 @@ def _absolute(tar: str) -> str:
     return tar if is_url(tar) else os.path.abspath(tar)
 
 
-def _no_sample_message(scans: Sequence["_Scan"], reasons: Counter[str]) -> str:
+def _no_sample_message(tars: Sequence[str], scans: Sequence["_Scan"], reasons: Counter[str]) -> str:
+    problem = f"the tars have no usable utterance (the first tar is {tars[0]!r})"
     if not reasons:
-        return "the tars have no usable utterance: they are empty"
+        return f"{problem}: they are empty. Give tars with samples."
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     first = next(sample for scan in scans for sample in scan.bad)
-    return f"the tars have no usable utterance: {counts}; the first: {first.key}: {first.detail}"
+    return f"{problem}: {counts}; the first: {first.key}: {first.detail}"
 
 
 def _write_rejected(path: Path, scans: Sequence["_Scan"]) -> None:

@@ -149,9 +149,9 @@ def _index_at_urls(urls, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("no.tar", None, "no.tar' does not exist"),
-        ("x.tar", b"no tar" * 1000, "x.tar' cannot be read"),
-        ("x.tar", b"\0" * 10240, "are empty"),
+        ("no.tar", None, "/no.tar' "),
+        ("x.tar", b"no tar" * 1000, "/x.tar' "),
+        ("x.tar", b"\0" * 10240, "/x.tar'.*empty"),
     ],
 )
 def test_an_invalid_tar_is_reported(tmp_path, name, content, message):
@@ -176,7 +176,7 @@ def test_a_compressed_tar_is_reported_with_the_command_that_unpacks_it(tmp_path,
     ):
         index_tars([str(path)])
     (tmp_path / "list").write_text(path.name + "\n")
-    with pytest.raises(UserError, match=f"Unpack it with '{program} -d'"):
+    with pytest.raises(UserError, match=rf"list:1: '{path}' .*'{program} -d'"):
         list(read_wenet(tmp_path / "list"))
 
 

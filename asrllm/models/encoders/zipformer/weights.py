@@ -89,8 +89,9 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
 
 def _complete_config(state: StateDict, given: JsonObject, path: Path) -> ZipformerConfig:
     """Return the configuration of weights, of which some fields are given."""
+    folder = path if path.is_dir() else path.parent
     try:
-        return ZipformerConfig(**fields_of_shapes(state, given))
+        return ZipformerConfig(**fields_of_shapes(state, given, folder / "config.json"))
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{str(path)!r} is not a supported Zipformer ({type(error).__name__}: {error}). Check "
@@ -236,12 +237,15 @@ def _check_fields(fields: JsonObject, path: Path) -> None:
             raise UserError(f"{str(path)!r}: {name} is unknown. Rename it to {close[0]}.")
 
 
-def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> JsonObject:
+def fields_of_shapes(
+    state: Mapping[str, Tensor], given: Mapping[str, Any], file: Path
+) -> JsonObject:
     """Return all fields of an encoder.
 
     Args:
         state: its weights, whose shapes determine most fields.
         given: the fields in its config.json.
+        file: path of that config.json, which an error names.
 
     Raises:
         UserError: the shapes contradict `given`.
@@ -256,12 +260,12 @@ def fields_of_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> J
         found[name] = [stack[name] for stack in stacks]
     found["pos_dim"] = state[first_layer(state, 0) + "self_attn_weights.linear_pos.weight"].shape[1]
     found["causal"] = any(key.endswith("chunkwise_conv_scale") for key in state)
-    _check_given(given, found, count)
+    _check_given(given, found, count, file)
     chunks = ICEFALL_CHUNKS if found["causal"] else {}
     return {"encoder_unmasked_dim": unmasked(found["encoder_dim"]), **chunks, **given, **found}
 
 
-def _check_given(given: Mapping[str, Any], found: JsonObject, count: int) -> None:
+def _check_given(given: Mapping[str, Any], found: JsonObject, count: int, file: Path) -> None:
     """Raise UserError if a given field contradicts the one found in the weights."""
     for name, value in found.items():
         stated = given.get(name, value)
@@ -269,7 +273,7 @@ def _check_given(given: Mapping[str, Any], found: JsonObject, count: int) -> Non
             stated = _for_each_stack(stated, count)
         if stated != value:
             raise UserError(
-                f"config.json has {name}={stated}, but the weights beside it have {value}. Give "
+                f"{str(file)!r} has {name}={stated}, but the weights beside it have {value}. Give "
                 "files of the same model."
             )
 
