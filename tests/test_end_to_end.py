@@ -290,7 +290,9 @@ def test_averaged_file_is_written_again_if_its_checkpoints_changed(own):
     assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns == made
     manifest.write_text(manifest.read_text() + "\n")  # a manifest of other files would differ too
     assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns > made
-    with pytest.raises(asrllm.errors.UserError, match="avg=3 needs 3 checkpoints up to iter=8"):
+    with pytest.raises(
+        asrllm.errors.UserError, match=rf"avg=3 .* 3 .* iter=8, .*'{finished}' .* 2"
+    ):
         resolve_weights(finished, filename=None, what=Average(iteration=8, avg=3))
     assert resolve_weights(finished, filename="pretrained.pt", what=last).name == "pretrained.pt"
     assert resolve_weights(finished, filename=None, what=Average(avg=0)).name == "pretrained.pt"
@@ -302,7 +304,8 @@ def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
     assert_done(
         run_script("export", finished, "--output", tmp_path / "model", "--dtype", "float32")
     )
-    assert "is not empty" in fails(capsys, "export", finished, "--output", tmp_path / "model")
+    output = ("--output", tmp_path / "model")
+    assert f"--output {str(output[1])!r}" in fails(capsys, "export", finished, *output)
     exported = assert_done(run_script("transcribe", tmp_path / "model", wav, "--no-vad")).stdout
     assert exported == does(capsys, "transcribe", finished, wav, "--no-vad")
     averaged = finished / "averaged-iter-8-avg-2.pt"
@@ -586,7 +589,7 @@ def test_checkpoints_with_other_trained_parameters_are_rejected(world, own):
     assert (finished / "config.yaml").read_text() == before
 
 
-def test_corrupted_checkpoint_is_one_message(world, tmp_path):
+def test_corrupted_checkpoint_is_reported_with_its_path(world, tmp_path):
     exp = tmp_path / "exp"
     run = world.overrides(exp, trainer__num_steps=4, data__valid_data_config="null")
     assert_done(run_script("train", *run))
@@ -600,7 +603,7 @@ def test_corrupted_checkpoint_is_one_message(world, tmp_path):
     (exp / "checkpoint-4" / "asrllm.json").write_text("{}")
     done = run_script("train", *run)
     assert done.returncode == 2
-    assert "No intact checkpoint is left" in done.stderr
+    assert str(exp / "checkpoint-4" / "asrllm.json") in done.stderr
     # only a run that resumes from another checkpoint renames it
     assert list(exp.glob("checkpoint-*")) == [exp / "checkpoint-4"]
 
@@ -719,5 +722,5 @@ def test_too_many_unreadable_utterances_stop_the_run(world, tmp_path):
         ),
     )
     assert done.returncode == 2
-    assert "utterances could not be read, more than data.max_bad_share=0.005" in done.stderr
+    assert "data.max_bad_share=0.005" in done.stderr
     assert "unreadable: utterance" in done.stderr

@@ -259,7 +259,9 @@ def test_a_sweeper_gets_the_mean_of_the_last_validation(tmp_path):
         (["trainer.lr=true"], ["trainer.lr=true"]),
     ],
 )
-def test_configuration_that_cannot_be_composed_is_one_message(tmp_path, words, names):
+def test_configuration_that_cannot_be_composed_is_reported_with_its_file_or_key(
+    tmp_path, words, names
+):
     for folder in ("experiment", "trainer"):
         (tmp_path / folder).mkdir()
     (tmp_path / "list.yaml").write_text("- 1\n")

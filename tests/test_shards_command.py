@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -60,8 +61,9 @@ def test_verify_lists_problems_and_exits_with_status_2(tmp_path, kaldi, capsys):
     capsys.readouterr()
     assert shards("verify", out, "--output", tmp_path / "problems.txt") == 2
     output = capsys.readouterr()
-    assert output.out.startswith(f"{out}/shard-000000.tar: changed: its sha256 is")
-    assert "has 1 problems (1 changed)" in output.err
+    assert output.out.startswith(f"{out}/shard-000000.tar: changed: ")
+    assert repr(str(out)) in output.err
+    assert "(1 changed)" in output.err
     assert (tmp_path / "problems.txt").read_text() == output.out
 
 
@@ -77,7 +79,8 @@ def test_verify_truncates_a_long_list_of_problems(tmp_path, capsys):
     assert shards("verify", out) == 2
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 21
-    assert lines[-1].startswith("... and 9 more. Use --output FILE")
+    assert " 9 " in lines[-1]
+    assert "--output FILE" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -85,15 +88,15 @@ def test_verify_truncates_a_long_list_of_problems(tmp_path, capsys):
     [
         (
             ["--kaldi", "{kaldi}", "--table", "x"],
-            "--table belongs to --folder, but the source is --kaldi",
+            "--table .*--folder.*--kaldi",
         ),
-        (["--nemo", "x.json", "--allow-pipes"], "--allow-pipes belongs to --cuts or --kaldi"),
-        (["--nemo", "x.json"], "'x.json' does not exist"),
+        (["--nemo", "x.json", "--allow-pipes"], "--allow-pipes .*--cuts or --kaldi"),
+        (["--nemo", "x.json"], "'x.json'"),
     ],
 )
 def test_invalid_arguments_are_reported(tmp_path, kaldi, capsys, arguments, message):
     assert shards("make", tmp_path / "out", *(a.format(kaldi=kaldi) for a in arguments)) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
 
 
@@ -143,16 +146,17 @@ def test_an_empty_path_is_refused(tmp_path, kaldi, capsys, monkeypatch, argument
     assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
 
 
-def test_an_output_that_is_a_file_is_named_so(tmp_path, kaldi, capsys):
+def test_an_output_that_is_a_file_is_reported_and_kept(tmp_path, kaldi, capsys):
     (tmp_path / "out").write_text("x")
     assert shards("make", tmp_path / "out", "--kaldi", kaldi) == 2
-    assert "out' is a file" in capsys.readouterr().err
+    assert repr(str(tmp_path / "out")) in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "x"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["loop", "gone"])
 @pytest.mark.parametrize("name", [*SOURCES, "verify"])
-def test_a_link_that_leads_nowhere_is_named_so(tmp_path, capsys, name, target):
+def test_a_link_that_leads_nowhere_is_reported(tmp_path, capsys, name, target):
     (tmp_path / "loop").symlink_to(tmp_path / target)
     if name == "verify":
         status = shards("verify", tmp_path / "loop")
@@ -160,7 +164,7 @@ def test_a_link_that_leads_nowhere_is_named_so(tmp_path, capsys, name, target):
         status = shards("make", tmp_path / "out", f"--{name}", tmp_path / "loop")
     assert status == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path}/loop' is a " in error
+    assert repr(str(tmp_path / "loop")) in error
     assert "link" in error
 
 
@@ -178,7 +182,9 @@ def test_a_late_error_leaves_finished_shards_to_resume_from(tmp_path, capsys, ca
         50,
     )
     assert shards(*make) == 2
-    assert "m.json.gz' cannot be read after line 300" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert repr(str(tmp_path / "m.json.gz")) in error
+    assert "line 300" in error
     finished = int(caplog.messages[-1].partition(" finished shards are in")[0])
     assert finished >= 4
     (tmp_path / "m.json.gz").write_bytes(whole)

@@ -307,5 +307,5 @@ def test_malformed_kaldi_segments_are_rejected(tmp_path, segment):
 def test_a_truncated_sphere_file_is_rejected(tmp_path):
     whole = encoded("NIST")
     assert len(read_stretch(open_audio("a.sph", whole))[0]) == SECONDS * 16000
-    with pytest.raises(UserError, match=r"'a\.sph' is truncated"):
+    with pytest.raises(UserError, match=r"'a\.sph' .*truncated"):
         open_audio("a.sph", whole[: len(whole) // 2])

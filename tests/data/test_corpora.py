@@ -101,10 +101,10 @@ def test_stated_hours_that_contradict_the_index_cause_a_warning(
     [
         ([], "data.yaml'"),
         (["x"], "entry 1: 'x'"),
-        ([{"shard": "x"}], "entry 1: unknown key 'shard'.*'shards'"),
+        ([{"shard": "x"}], "entry 1: .*'shard'.*'shards'"),
         ([{"lang": "en"}], "entry 1: .*'shards: DIR'.*'manifest"),
-        ([{"shards": "/no/such"}], "'/no/such' does not exist"),
-        ([{"manifest": "/no/such.jsonl"}], "'/no/such.jsonl' does not exist"),
+        ([{"shards": "/no/such"}], "'/no/such' .*'asrllm shards make /no/such "),
+        ([{"manifest": "/no/such.jsonl"}], "'/no/such.jsonl' "),
         ([{"shards": "SHARDS", "weights": 0}], "weights=0 .* 0"),
         ([{"shards": "SHARDS", "weights": "abc"}], "weights='abc'"),
         ([{"shards": "SHARDS", "weights": 0.001}], "entry 1: no utterance .*data.filter.*weights"),
@@ -126,7 +126,7 @@ def test_an_invalid_data_config_is_reported(tmp_path, world, entries, message):
 
 
 def test_a_missing_or_malformed_data_config_is_reported(tmp_path):
-    with pytest.raises(UserError, match=r"no\.yaml' does not exist"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}/no\.yaml'"):
         read_corpora(tmp_path / "no.yaml", filters=None, made=tmp_path)
     (tmp_path / "broken.yaml").write_text("- {shards: ")
     with pytest.raises(UserError, match=r"broken\.yaml:1:12"):

@@ -218,7 +218,7 @@ def test_seen_keys_behave_like_a_set():
 
 
 def test_nothing_but_rejects_remains_if_nothing_could_be_written(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}/out.*no utterance"):
+    with pytest.raises(UserError, match=f"'{tmp_path}/out': "):
         write_shards(tmp_path / "out", [])
     assert list(tmp_path.iterdir()) == []
     lost = Utterance(key="c", text="one", load=AudioSegment(Path("absent.wav")))
@@ -406,7 +406,7 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
 
     process = start_making(kaldi, out, workers=1)
     wait_for(records / "shard-000001.json", process)
-    with pytest.raises(UserError, match=f"another process .*{out}"):
+    with pytest.raises(UserError, match=f"process .*'{out}'"):
         write_shards(out, read_kaldi(kaldi, allow_pipes=True), utterances_per_shard=2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -439,12 +439,12 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     ("damage", "message"),
     [
         (lambda out: (out / "index.json").unlink(), "out'.*index.json"),
-        (lambda out: (out / "shard-000000.tar").unlink(), "shard-000000.tar' does not exist"),
+        (lambda out: (out / "shard-000000.tar").unlink(), "/shard-000000.tar' "),
         (lambda out: (out / "index.json").write_text("{"), "index.json'.*JSON"),
         (lambda out: (out / "index.json").write_text("{}"), "out'.*KeyError"),
-        (lambda out: (out / "index.bin").write_bytes(b"x"), "out'.*index.bin has 1 bytes"),
+        (lambda out: (out / "index.bin").write_bytes(b"x"), "out'.*index.bin .* 1 bytes"),
         (lambda out: (out / "shard-000000.tar").write_bytes(b"x"), "shard-000000.tar'.* 1 bytes"),
-        (shutil.rmtree, "out' does not exist"),
+        (shutil.rmtree, "out' .*'asrllm shards make "),
     ],
 )
 def test_a_damaged_shard_directory_is_reported(tmp_path, damage, message):

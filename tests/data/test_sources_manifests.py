@@ -1,6 +1,7 @@
 """Manifests of other toolkits become shards, in each format that their users write."""
 
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -111,81 +112,81 @@ def without(source, key):
             "nemo",
             without("nemo", "audio_filepath"),
             "missing_field",
-            ":2 has no 'audio_filepath'; it has: text",
+            ":2 .*'audio_filepath'.* text",
         ),
-        ("nemo", without("nemo", "text"), "missing_field", ":2 has no 'text'"),
+        ("nemo", without("nemo", "text"), "missing_field", ":2 .*'text'"),
         (
             "nemo",
             GOOD["nemo"] | {"text": ["x"]},
             "bad_field",
-            ":2: 'text' is ['x']",
+            r":2: 'text' .*\['x'\]",
         ),
-        ("nemo", GOOD["nemo"] | {"text": True}, "bad_field", ":2: 'text' is True"),
+        ("nemo", GOOD["nemo"] | {"text": True}, "bad_field", r":2: 'text' .*True"),
         (
             "nemo",
             GOOD["nemo"] | {"audio_filepath": 3},
             "bad_field",
-            ":2: 'audio_filepath' is 3",
+            r":2: 'audio_filepath' .*3",
         ),
         (
             "nemo",
             GOOD["nemo"] | {"duration": "long"},
             "bad_field",
-            ":2: 'duration' is 'long'",
+            r":2: 'duration' .*'long'",
         ),
         (
             "nemo",
             GOOD["nemo"] | {"duration": -1},
             "bad_field",
-            ":2: 'duration' is -1",
+            r":2: 'duration' .*-1",
         ),
-        ("nemo", GOOD["nemo"] | {"offset": -0.5}, "bad_field", "'offset' is -0.5"),
-        ("nemo", GOOD["nemo"] | {"duration": 1e300}, "bad_field", "'duration' is 1e+300"),
-        ("nemo", GOOD["nemo"] | {"duration": "inf"}, "bad_field", "'duration' is 'inf'"),
+        ("nemo", GOOD["nemo"] | {"offset": -0.5}, "bad_field", r"'offset' .*-0\.5"),
+        ("nemo", GOOD["nemo"] | {"duration": 1e300}, "bad_field", r"'duration' .*1e\+300"),
+        ("nemo", GOOD["nemo"] | {"duration": "inf"}, "bad_field", r"'duration' .*'inf'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": ""}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": None}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": "file:///a.wav"}, "missing_audio", "file:///a"),
-        ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2 names no audio: 'wav'"),
-        ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 has no key: 'key'"),
-        ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2 names no audio: 'source'"),
-        ("slam", GOOD["slam"] | {"key": ""}, "bad_key", ":2 has no key: 'key'"),
-        ("swift", GOOD["swift"] | {"audios": [""]}, "missing_audio", ":2 names no audio"),
-        ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", "m.jsonl:2 "),
-        ("nemo", '"x"', "bad_json", "m.jsonl:2 "),
-        ("nemo", "\udcff", "bad_json", "m.jsonl:2 "),
-        ("wenet", without("wenet", "key"), "missing_field", ":2 has no 'key'"),
-        ("wenet", without("wenet", "txt"), "missing_field", ":2 has no 'txt'"),
+        ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2 .*'wav'"),
+        ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 .*'key'"),
+        ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2 .*'source'"),
+        ("slam", GOOD["slam"] | {"key": ""}, "bad_key", ":2 .*'key'"),
+        ("swift", GOOD["swift"] | {"audios": [""]}, "missing_audio", ":2 "),
+        ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", r"m\.jsonl:2 "),
+        ("nemo", '"x"', "bad_json", r"m\.jsonl:2 "),
+        ("nemo", "\udcff", "bad_json", r"m\.jsonl:2 "),
+        ("wenet", without("wenet", "key"), "missing_field", ":2 .*'key'"),
+        ("wenet", without("wenet", "txt"), "missing_field", ":2 .*'txt'"),
         (
             "wenet",
             GOOD["wenet"] | {"start": 2, "end": 1},
             "bad_field",
-            ":2: 'end' is 1.0 s",
+            r":2: 'end' .*1\.0 s",
         ),
-        ("slam", without("slam", "target"), "missing_field", ":2 has no 'target'"),
-        ("slam", GOOD["slam"] | {"key": [1]}, "bad_field", ":2: 'key' is [1]"),
+        ("slam", without("slam", "target"), "missing_field", ":2 .*'target'"),
+        ("slam", GOOD["slam"] | {"key": [1]}, "bad_field", r":2: 'key' .*\[1\]"),
         (
             "swift",
             {"text": "x"},
             "missing_field",
-            ":2 has no 'messages', 'conversations' or 'query'; it has: text",
+            ":2 .*'messages', 'conversations' or 'query'.* text",
         ),
-        ("swift", without("swift", "response"), "missing_field", "has no 'response'"),
+        ("swift", without("swift", "response"), "missing_field", ":2 .*'response'"),
         ("swift", {"messages": ["x"]}, "bad_field", ":2: 'messages' "),
         ("swift", {"messages": None}, "bad_field", ":2: 'messages' "),
-        ("swift", {"messages": [{"content": "x"}]}, "missing_field", "has no 'role' or 'from'"),
+        ("swift", {"messages": [{"content": "x"}]}, "missing_field", ":2.* 'role' or 'from'"),
         (
             "swift",
             GOOD["swift"] | {"audios": [1]},
             "bad_field",
-            ":2: 'audios' is [1]",
+            r":2: 'audios' .*\[1\]",
         ),
-        ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", ":2 has 0 audio"),
-        ("swift", GOOD["swift"] | {"query": "<audio><audio>"}, "not_one_audio", ":2 has one audio"),
+        ("swift", GOOD["swift"] | {"audios": None}, "not_one_audio", ":2 .* 0 "),
+        ("swift", GOOD["swift"] | {"query": "<audio><audio>"}, "not_one_audio", r":2 .*<audio>"),
         (
             "swift",
             GOOD["swift"] | {"history": [["<audio>", "two"]]},
             "not_one_turn",
-            ":2 is a chat with a history",
+            ":2 .*history",
         ),
     ],
 )
@@ -200,16 +201,16 @@ def test_a_bad_row_of_a_manifest_is_rejected_alone(tmp_path, source, row, reason
     first, found, last = problems(SOURCES[source].read(path))
     assert (first, last) == (None, None)
     assert found[0] == reason
-    assert detail in found[1]
+    assert re.search(detail, found[1])
 
 
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
-        ({"prompt": ["Write."]}, "'prompt' is ['Write.']"),
-        ({"lang": {"a": 1}}, "'lang' is {'a': 1}"),
-        ({"hotwords": [1]}, "'hotwords' is [1]"),
-        ({"hotwords": {"a": 1}}, "'hotwords' is {'a': 1}"),
+        ({"prompt": ["Write."]}, ["'prompt'", "['Write.']"]),
+        ({"lang": {"a": 1}}, ["'lang'", "{'a': 1}"]),
+        ({"hotwords": [1]}, ["'hotwords'", "[1]"]),
+        ({"hotwords": {"a": 1}}, ["'hotwords'", "{'a': 1}"]),
     ],
 )
 def test_field_of_the_wrong_type_rejects_its_row(tmp_path, fields, shown):
@@ -217,7 +218,9 @@ def test_field_of_the_wrong_type_rejects_its_row(tmp_path, fields, shown):
     rows = GOOD["nemo"], {"audio_filepath": "b.wav", "text": "one"} | fields
     samples, rejects = shards(tmp_path, read_nemo(lines(tmp_path / "m.jsonl", *rows)))
     assert (list(samples), rejects) == (["a"], [("b", "bad_field")])
-    assert shown in json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["detail"]
+    detail = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["detail"]
+    for part in shown:
+        assert part in detail
 
 
 def test_numbers_are_valid_fields(tmp_path):
@@ -227,7 +230,7 @@ def test_numbers_are_valid_fields(tmp_path):
     assert samples == {"a": about("one", prompt="5", lang="9", speaker="12")}
 
 
-def test_place_in_an_archive_is_explained(tmp_path):
+def test_place_in_an_archive_is_rejected_with_its_path(tmp_path):
     (tmp_path / "wav.ark").write_bytes(b"utt RIFF")
     rows = (GOOD["slam"] | {"source": "wav.ark:4"}, GOOD["slam"] | {"source": "no.ark:4"})
     details = []
@@ -236,7 +239,7 @@ def test_place_in_an_archive_is_explained(tmp_path):
             utterance.load()
         details.append(error.value.args[1])
     assert "--kaldi" in details[0]
-    assert "no.ark:4' does not exist" in details[1]
+    assert "no.ark:4'" in details[1]
 
 
 def test_integers_are_valid_keys_and_transcripts(tmp_path):
@@ -258,7 +261,7 @@ def test_a_manifest_of_another_format_is_reported_with_its_first_row(tmp_path):
     path = lines(tmp_path / "m.json", *[{"wav": "a.wav", "text": "x"}] * 3)
     with pytest.raises(
         UserError,
-        match=r"(?s)3 missing_field.*m\.json:1 has no 'audio_filepath'; it has: wav, text",
+        match=r"(?s)3 missing_field.*m\.json:1 .*'audio_filepath'.* wav, text",
     ):
         write_shards(tmp_path / "out", read_nemo(path))
 
@@ -418,7 +421,7 @@ def test_missing_audio_of_a_table_is_rejected(tmp_path):
             "path,words\nx,y\n",
             r"metadata\.csv' .*path, words, .*text, sentence",
         ),
-        ("", r"metadata\.csv' is empty"),
+        ("", r"metadata\.csv' .*empty"),
         ('path,"text\nx,y\n', r"metadata\.csv' .*unexpected end of data"),
         ("path,Text,TEXT\nx,y,z\n", r"metadata\.csv' .*'text'"),
         ("path,text,lang,lang\nx,y,z,z\n", r"metadata\.csv' .*'lang'"),
@@ -438,17 +441,17 @@ def test_an_invalid_table_is_reported(tmp_path, table, message):
         (
             "path,text\nx.wav\ny.wav,y\n",
             "bad_row",
-            "metadata.csv:2 has 1 cells, but its header has 2 columns: path, text",
+            r"metadata\.csv:2 .* 1 .* 2 .* path, text",
         ),
         (
             "path,text,duration\nx.wav,y,?\ny.wav,y,\n",
             "bad_field",
-            "metadata.csv:2: 'duration' is '?'",
+            r"metadata\.csv:2: 'duration' .*'\?'",
         ),
         (
             "path,text,duration\nx.wav,y,-3\ny.wav,y,1\n",
             "bad_field",
-            "metadata.csv:2: 'duration' is '-3'",
+            r"metadata\.csv:2: 'duration' .*'-3'",
         ),
         ("a|b\nc\n", "bad_row", "metadata.csv:2 "),
         ('path,text\nx.wav,"a" b\ny.wav,y\n', "bad_row", "metadata.csv:2 "),
@@ -460,7 +463,7 @@ def test_a_bad_row_of_a_table_is_rejected(tmp_path, table, reason, detail):
     (problem,) = filter(None, found)
     assert len(found) == 2
     assert problem[0] == reason
-    assert detail in problem[1]
+    assert re.search(detail, problem[1])
 
 
 @pytest.mark.slow
@@ -541,7 +544,7 @@ def test_a_csv_cell_may_have_as_many_lines_as_fit_into_a_transcript(tmp_path):
     (tmp_path / "metadata.csv").write_text(table.format("\n".join(lines * 2)))
     reason, detail = next(read_folder(tmp_path)).problem
     assert reason == "bad_row"
-    assert "in line 2 is longer than 10000 bytes" in detail
+    assert re.search(r"line 2 .* 10000 bytes", detail)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_read_bytes_and_remote_sizes(server):
     assert read_bytes(file.url) == data
     assert remote_sizes([file.url, file.url + ".not", other.url]) == [len(data), None, 7]
     assert remote_sizes([]) == []
-    with pytest.raises(UserError, match=f"{file.url}.not does not exist"):
+    with pytest.raises(UserError, match=f"{file.url}.not "):
         read_bytes(file.url + ".not")
 
 
@@ -171,7 +171,7 @@ def test_remote_sizes_are_retried(web, monkeypatch):
     for method in ("HEAD", "GET"):  # fsspec's http uses both
         web.faults.order(path, [Fault(status=503)] * 2, method)
     assert remote_sizes([file.url]) == [len(data)]
-    for status, message in ((503, "6 attempts.*503"), (403, "denied.*403")):
+    for status, message in ((503, f"{file.url} .* 6 .*503"), (403, f"{file.url} .*403")):
         for method in ("HEAD", "GET"):
             web.faults.order(path, itertools.repeat(Fault(status=status)), method)
         with pytest.raises(UserError, match=message):
@@ -210,7 +210,7 @@ def test_transient_faults_are_retried(server, cache, tmp_path, name):
 def test_persistent_faults_are_reported(web, cache, tmp_path, name, message):
     path, _, file = put(web)
     web.faults.order(path, itertools.repeat(FAULTS[name]))
-    with pytest.raises(UserError, match=f"(?s){file.url} .*4 attempts.*{message}"):
+    with pytest.raises(UserError, match=f"(?s){file.url} .* 4 .*{message}"):
         cache.fetch(file)
     assert web.gets(path) == 4
     assert leftovers(tmp_path) == [] == cached(tmp_path)
@@ -222,7 +222,7 @@ def test_persistent_faults_are_reported(web, cache, tmp_path, name, message):
 def test_persistent_s3_faults_are_reported(s3, cache, tmp_path):
     path, _, file = put(s3)
     s3.faults.order(path, itertools.repeat(Fault(status=503)))
-    with pytest.raises(UserError, match=f"{file.url} .*4 attempts.*Service Unavailable"):
+    with pytest.raises(UserError, match=f"{file.url} .* 4 .*Service Unavailable"):
         cache.fetch(file)
     assert leftovers(tmp_path) == [] == cached(tmp_path)
 
@@ -236,16 +236,16 @@ def test_a_body_that_is_too_long_is_rejected(web, cache):
 
 def test_an_unreachable_server_is_reported(cache):
     url = f"http://127.0.0.1:{free_port()}/x.tar"
-    with pytest.raises(UserError, match=f"{url} .*4 attempts.*ClientConnectorError"):
+    with pytest.raises(UserError, match=f"{url} .* 4 .*ClientConnectorError"):
         cache.fetch(RemoteFile(url=url))
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (404, "does not exist"),
-        (403, "denied"),
-        (401, "denied"),
+        (404, "exist"),
+        (403, "FSSPEC_HTTP|AWS_PROFILE"),
+        (401, "FSSPEC_HTTP|AWS_PROFILE"),
         (400, "400|Bad Request"),
     ],
 )
@@ -259,7 +259,7 @@ def test_permanent_errors_are_not_retried(server, cache, status, message):
 
 
 def test_a_missing_bucket_and_missing_credentials_are_reported(s3, cache, monkeypatch):
-    with pytest.raises(UserError, match=r"s3://nowhere/x\.tar does not exist"):
+    with pytest.raises(UserError, match=r"s3://nowhere/x\.tar "):
         cache.fetch(RemoteFile(url="s3://nowhere/x.tar"))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
@@ -271,7 +271,7 @@ def test_a_missing_bucket_and_missing_credentials_are_reported(s3, cache, monkey
 
 def test_messages_and_file_names_contain_no_secrets(web, cache):
     url = web.url.replace("http://", "http://user:pass@") + "/secret/x.tar?token=abc"
-    with pytest.raises(UserError, match=r"/secret/x\.tar does not exist") as error:
+    with pytest.raises(UserError, match=r"/secret/x\.tar ") as error:
         cache.fetch(RemoteFile(url=url))
     assert "abc" not in str(error.value)
     assert "pass" not in str(error.value)
@@ -477,13 +477,13 @@ def test_a_new_prefetch_replaces_the_queue_and_failures_are_logged(web, cache, m
     cache.prefetch([slow, dropped])
     assert fault.reached.wait(LIMIT)
     missing = RemoteFile(url=f"{web.url}/missing.tar")
-    with log_event("missing.tar does not exist", failed):
+    with log_event("missing.tar", failed):
         cache.prefetch([file, missing])
         gate.set()
         assert failed.wait(LIMIT)
     cache.close()
     assert [web.gets(p) for p in (slow_path, dropped_path, path)] == [1, 0, 1]
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=missing.url):
         cache.fetch(missing)
     cache.prefetch([RemoteFile(url="nope://x")])
 

@@ -142,7 +142,7 @@ def test_exported_directory_has_the_results_of_its_run(places, tmp_path, capsys,
     assert texts_of(model, "model") == texts_of(places.expected, "pretrained")
     assert results_of(model, "model") == results_of(places.expected, "pretrained")
     assert digests(model) == before
-    assert "has no checkpoints" in fails(
+    error = fails(
         capsys,
         "evaluate",
         f"exp_dir={model}",
@@ -150,6 +150,8 @@ def test_exported_directory_has_the_results_of_its_run(places, tmp_path, capsys,
         "checkpoint.model.iter=4",
         "checkpoint.model.avg=1",
     )
+    assert f"exp_dir={str(model)!r}" in error
+    assert "checkpoint.model.iter" in error
 
 
 def test_merged_export_needs_no_base_models(places, tmp_path, capsys):

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -115,14 +116,14 @@ def test_wandb_patterns_have_a_star_for_the_variable_part():
 
 @pytest.mark.slow
 @pytest.mark.timeout(150)
-def test_rank_that_differs_stops_the_run_with_one_message(world, tmp_path):
+def test_rank_that_differs_stops_the_run_before_the_next_step(world, tmp_path):
     how = json.dumps({"what": "mode", "steps": [2], "ranks": [1]})
     overrides = world.overrides(
         tmp_path / "exp", trainer__check_ranks="true", data__valid_data_config="null"
     )
     done = run_forked([REPOSITORY / "tests" / "misbehave.py", how, *overrides], ranks=2)
     assert done.returncode != 0
-    assert "differ before step 3 in modules in training mode: " in done.stderr
+    assert re.search("step 3 .*training mode: ", done.stderr)
     assert [record["step"] for record in metrics(tmp_path / "exp")] == [1, 2]
 
 

@@ -47,8 +47,8 @@ def run_guard(
 
 def assert_reported(capsys, step: int, what: str, keys: str) -> None:
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"step {step} is skipped")
-    assert f"{what} is not finite" in line
+    assert line.startswith(f"step {step} ")
+    assert what in line
     assert line.endswith(f"rank 0: {keys}")
 
 
