@@ -584,7 +584,7 @@ def test_checkpoints_with_other_trained_parameters_are_rejected(world, own):
     )
     assert done.returncode != 0
     assert "'audio_encoder." in done.stderr
-    assert "only in this run" in done.stderr
+    assert f"'{finished}/checkpoint-" in done.stderr
     assert "Traceback" not in done.stderr
     assert (finished / "config.yaml").read_text() == before
 
@@ -686,7 +686,7 @@ def test_corrupted_manifest_of_the_newest_epoch_resumes_from_the_previous_checkp
     manifest = exp / "epoch-1" / "asrllm.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"step"', b'"stfp"'))
     done = assert_done(run_script("train", *run))
-    assert "epoch-1 is renamed to corrupted-epoch-1-2" in done.stderr
+    assert "corrupted-epoch-1-2" in done.stderr
     assert losses(exp) == expected
     assert (exp / "corrupted-epoch-1-2").is_dir()
     assert (exp / "epoch-1" / "asrllm.json").is_file()

@@ -1,5 +1,6 @@
 """A process without progress ends, and its stacks are written to a file."""
 
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ def test_report_names_the_step_and_the_batch_and_no_worker_remains(tmp_path):
     assert done.returncode == EXIT_STATUS == 75
     report = (tmp_path / "hang-rank3.txt").read_text()
     for text in (report, done.stderr):
-        assert "rank 3: no progress for 1 s (trainer.step_timeout) while in step 5\n" in text
+        assert re.search(r"rank 3: .* 1 s \(trainer\.step_timeout\) .* step 5\n", text)
         assert "utt1 utt2\n" in text
         assert "in stuck_here" in text
 
