@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import yaml
 
 JsonObject = dict[str, Any]  # its values are JSON values
+TORCH_REASON = "WeightsUnpickler error: "
 Buffer = bytes | mmap.mmap
 LFS_POINTER = (
     b"version https://git-lfs"  # begins the file that git-LFS puts in place of a large one
@@ -66,7 +68,10 @@ def first_words(error: BaseException, limit: int = 200) -> str:
         return "it is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = escape(" ".join(str(error).split()))
+    text = str(error)
+    if TORCH_REASON in text:  # torch.load puts it between pieces of advice to trust the file
+        text = re.split("Please use|Check the documentation", text.rpartition(TORCH_REASON)[2])[0]
+    text = escape(" ".join(text.split()))
     if isinstance(error, KeyError):
         text = f"{text} is missing"
     text = text or type(error).__name__

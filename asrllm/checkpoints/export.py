@@ -355,7 +355,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
             repo_id=repository, folder_path=folder, commit_message="Model exported by asrllm"
         )
     except Exception as error:  # the hub's own, or of its HTTP client, which depends on its version
-        problem = " ".join(str(error).split())[:200]
+        problem = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"--push-to-hub {repository!r} failed: {problem}. Log in with 'hf auth login' and "
             f"check the name. {str(folder)!r} is complete. Upload it with "

@@ -127,7 +127,7 @@ def _check_complete_groups(
         group = _group_of(name)
         if group in groups and group in COMPLETE_GROUPS and name not in state:
             raise UserError(
-                f"{where} has no {name!r}, which the {group} of this run have. Use the same "
+                f"{where} has no {name!r}, which this run has. Use the same "
                 "configuration in both runs."
             )
 

@@ -64,8 +64,8 @@ class LoraPart:
                 )
             if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
                 raise UserError(
-                    f"lora.options.init_lora_weights={value!r} changes the base weights. Use true "
-                    "or gaussian."
+                    f"lora.options.init_lora_weights={value!r} changes the base weights. Use "
+                    "true, false, gaussian or orthogonal."
                 )
 
     def as_peft(self) -> dict[str, Any] | None:

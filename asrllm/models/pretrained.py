@@ -18,7 +18,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import pretrained_weight_files
-from asrllm.models.state_dict import check_finite, check_state, is_finite
+from asrllm.models.state_dict import check_finite, check_state, counted, is_finite
 from asrllm.models.zero3_loading import partitioned_llm
 from asrllm.text_files import JsonObject, first_words, reading
 
@@ -133,8 +133,7 @@ def _check_loading_report(report: JsonObject, path: str) -> None:
         keys = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
         if keys:
             raise UserError(
-                f"the LLM {path!r} has {len(keys)} {problem} keys (first: {keys[0]!r}). "
-                "Download it again."
+                f"the LLM {path!r} has {counted(f'{problem} key', keys)}. Download it again."
             )
 
 

@@ -1,6 +1,6 @@
 """Names of weights: adapters, PEFT's wrappers, tied weights, and whether a state dict fits."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -148,10 +148,10 @@ def check_state(
     """
     missing = sorted(set(expected if needed is None else needed) - state.keys())
     if missing:
-        raise UserError(f"{what} lack {len(missing)} keys (first: {missing[0]!r}). {fix}")
+        raise UserError(f"{what} lack {counted('key', missing)}. {fix}")
     extra = sorted(state.keys() - expected.keys())
     if extra:
-        raise UserError(f"{what} have {len(extra)} unexpected keys (first: {extra[0]!r}). {fix}")
+        raise UserError(f"{what} have {counted('unexpected key', extra)}. {fix}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise UserError(
@@ -163,3 +163,10 @@ def check_state(
                 f"{what}: {key!r} has the dtype {tensor.dtype}. Give weights that are not "
                 "quantized."
             )
+
+
+def counted(noun: str, names: Sequence[str]) -> str:
+    """Return "1 key 'a'" or "3 keys (first: 'a')"."""
+    if len(names) == 1:
+        return f"1 {noun} {names[0]!r}"
+    return f"{len(names)} {noun}s (first: {names[0]!r})"

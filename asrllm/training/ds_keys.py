@@ -333,7 +333,8 @@ def invalid_value(error: ValidationError, place: str, path: Path) -> UserError:
     """Return the error for a value that DeepSpeed's pydantic model rejects."""
     first = error.errors()[0]
     name = ".".join([place, *map(str, first["loc"])])
-    value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
+    is_plain = isinstance(first["input"], (str, int, float, list, type(None)))
+    value = f"={first['input']!r}" if is_plain else ""  # else a whole block
     reason = first["msg"]
     for prefix in ("Value error, ", "Assertion failed, "):
         reason = reason.removeprefix(prefix)

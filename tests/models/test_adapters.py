@@ -286,7 +286,7 @@ def test_dropout_may_differ_and_weights_must_be_complete(world, tmp_path):
     )
     name = "projector.mlp.linear1.weight"
     for change, message in (
-        ({name: None}, f"'{name}'.* projector "),
+        ({name: None}, f"init_from=.*'{name}'"),
         ({"projector.x": torch.zeros(1)}, "'projector.x' "),
         ({name: torch.zeros(2, 2)}, rf"'{name}' .* \(2, 2\) .* \(32, 64\) "),
     ):

@@ -163,7 +163,7 @@ def test_file_that_contradicts_the_run_is_rejected(tmp_path, name, content, mess
         ),
         (
             zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
-            "zero_optimization=.*Stage 3",
+            "zero_optimization .*Stage 3",
         ),
         ({"zero_optimization": None}, "zero_optimization=None "),
         ({"zero_optimization": True}, "zero_optimization=True "),

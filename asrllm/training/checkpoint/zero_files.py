@@ -29,7 +29,7 @@ from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import BAD_ARCHIVE, corrupted
 from asrllm.launchers import switched_on
 from asrllm.tensor_files import PIECE
-from asrllm.text_files import check_file, check_no_pointer, open_regular
+from asrllm.text_files import check_file, check_no_pointer, first_words, open_regular
 from asrllm.training.checkpoint.manifest import Manifest
 
 RANK_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -443,12 +443,8 @@ def load_file(path: Path) -> SavedState:
         with trusted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (*BAD_ARCHIVE, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        # torch precedes its reason by advice to trust the file
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        reason = reason.partition("Please use")[0]
-        reason = " ".join(reason.split())[:200].rstrip(".")
         raise UserError(
-            f"the checkpoint file {str(path)!r} is corrupted: {reason}. Copy it again."
+            f"the checkpoint file {str(path)!r} is corrupted: {first_words(error)}. Copy it again."
         ) from error
 
 
