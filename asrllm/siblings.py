@@ -174,6 +174,7 @@ class Siblings:
 
     def report(self, text: str) -> None:
         """Print a line to standard error, unless another rank on this node prints the same one."""
+        text = escape(text, keep="\n")
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self.rank >= 0:
             name = bound_socket(self._name(digest))
@@ -181,7 +182,7 @@ class Siblings:
                 return
             self.printing.append(name)  # bound until all ranks on the node have ended
         with contextlib.suppress(OSError):  # standard error may be closed
-            print(escape(text, keep="\n"), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def announce(self, status: int) -> None:
         """Send this rank's exit status to the others. Afterwards nothing ends this rank early."""

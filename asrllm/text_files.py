@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import errno
+import functools
 import json
 import mmap
 import os
@@ -218,13 +219,31 @@ def read_yaml(path: str | Path, what: str) -> Any:
     import yaml  # takes 40 ms, which most verbs do not need
 
     try:
-        return yaml.safe_load(read_text(path, what))
+        return yaml.load(read_text(path, what), Loader=_unique_keys_loader())
     except RecursionError as error:
         raise UserError(
             f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
         ) from error
     except yaml.YAMLError as error:
         raise UserError(f"{what} {yaml_problem(error, path)}. Correct it.") from error
+
+
+@functools.cache
+def _unique_keys_loader() -> type["yaml.SafeLoader"]:
+    """Return PyYAML's safe loader that rejects a key that occurs twice, as the YAML standard does."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[object] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                    problem = f"the key {key.value!r} occurs twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def yaml_problem(error: "yaml.YAMLError", path: str | Path = "") -> str:

@@ -146,6 +146,15 @@ def test_an_empty_path_is_refused(tmp_path, kaldi, capsys, monkeypatch, argument
     assert [path.name for path in tmp_path.iterdir()] == ["kaldi"]
 
 
+def test_a_line_break_in_a_key_makes_no_line_of_its_own(tmp_path, capsys):
+    row = {"audio_filepath": "a\nasrllm shards: fine\nb.wav", "duration": 2.0, "text": "t"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    assert shards("make", tmp_path / "out", "--nemo", tmp_path / "m.jsonl") == 2
+    error = capsys.readouterr().err
+    assert r"a\nasrllm shards: fine\nb" in error
+    assert "\nasrllm shards: fine" not in error
+
+
 def test_an_output_that_is_a_file_is_reported_and_kept(tmp_path, kaldi, capsys):
     (tmp_path / "out").write_text("x")
     assert shards("make", tmp_path / "out", "--kaldi", kaldi) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from asrllm import siblings
 from tests.processes import REPOSITORY, clean_environment, free_port, wait_for
 
 # a rank: prints when it is connected to all others, then reads a command and runs it
@@ -80,6 +81,11 @@ def test_message_of_all_ranks_is_printed_once(count):
         results = ended(ranks)
     assert [status for status, _ in results] == [2] * count
     assert "".join(error for _, error in results) == "x=1 is wrong\n"
+
+
+def test_unsafe_characters_of_a_message_are_escaped(capsys):
+    siblings.Siblings().report("'caf\udce9' has \x1b[2J\nSecond line")
+    assert capsys.readouterr().err == "'caf\\udce9' has \\x1b[2J\nSecond line\n"
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ from asrllm.data.sources.utterance import check_installed
 from asrllm.data.tars import field_problem, nul_problem
 from asrllm.defaults import STORED_EXTENSIONS
 from asrllm.errors import UserError
+from asrllm.escape import escape
 from asrllm.locks import FileLock
 from asrllm.text_files import parse_json
 
@@ -606,7 +607,7 @@ class Examples:
     def lines(self) -> list[str]:
         """Return a line for each example."""
         shown = [*self.first.values(), *self.others][:SHOWN_EXAMPLES]
-        return [f"  {key}: {reason}: {detail}" for key, reason, detail in shown]
+        return [escape(f"  {key}: {reason}: {detail}") for key, reason, detail in shown]
 
 
 def rejected_line(key: str, reason: str, detail: str) -> str:

@@ -4,6 +4,7 @@ Each line has a CRC-32 and one utterance as JSON. The checksum covers the line a
 the texts depend on, so that a corrupted line, or one of another evaluation, is decoded again.
 """
 
+import glob
 import json
 import logging
 import zlib
@@ -66,7 +67,7 @@ class Journal:
 
     def files(self) -> list[Path]:
         """Return the existing files of all ranks."""
-        return sorted(self.folder.glob(f".decoding-{self.name}.rank*.jsonl"))
+        return sorted(self.folder.glob(f".decoding-{glob.escape(self.name)}.rank*.jsonl"))
 
     def read(self) -> list[DecodedUtterance]:
         """Return on every rank what any rank has decoded.

@@ -13,6 +13,7 @@ from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -137,6 +138,9 @@ UNSUPPORTED = {
     "torch_autocast": "Remove it, and set trainer.precision.",
     "wandb": "Remove it, and set trainer.wandb.mode=online.",
     "weight_quantization": "Remove it.",
+    "zero_optimization.elastic_checkpoint": "Remove it: a run resumes on any number of processes.",
+    "zero_optimization.offload_optimizer.super_offload": "Remove it.",
+    "zero_optimization.zenflow": "Remove it.",
 }
 DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 # Values that would change what a step computes.
@@ -214,9 +218,14 @@ def check_removed(ds: Block, path: Path) -> None:
 def check_supported(ds: Block, path: Path) -> None:
     """Raise UserError for a feature that runs do not support."""
     used = list(ds)
-    for key, value in ds.get("checkpoint", {}).items():
-        if value:
-            used.append(f"checkpoint.{key}")
+    zero = ds.get("zero_optimization", {})
+    blocks = {
+        "checkpoint": ds.get("checkpoint"),
+        "zero_optimization": zero,
+        "zero_optimization.offload_optimizer": zero.get("offload_optimizer"),
+    }
+    for block, content in blocks.items():
+        used += [f"{block}.{key}" for key, value in (content or {}).items() if value]
     for place in used:
         if place in UNSUPPORTED:
             raise UserError(f"{path}: {place!r} is not supported. {UNSUPPORTED[place]}")
@@ -226,12 +235,16 @@ def check_supported(ds: Block, path: Path) -> None:
                 f"{path}: data_types.{key}={name!r} is unknown. "
                 f"Available: {', '.join(DTYPE_NAMES)}."
             )
+    level = ds.get("log_level")
+    if level is not None and level.lower() not in log_levels:
+        raise UserError(
+            f"{path}: log_level={level!r} is unknown. Available: {', '.join(log_levels)}."
+        )
     for key, (value, fix) in FIXED.items():
         if ds.get(key, value) not in (value, "auto"):
             raise UserError(f"{path}: {key}={ds[key]!r} is not supported. {fix}")
     if ds.get("gradient_predivide_factor") == 0:
         raise UserError(f"{path}: gradient_predivide_factor=0 divides by zero. Remove it.")
-    zero = ds.get("zero_optimization", {})
     for key, value in ONLY_WITHOUT_ZERO.items():
         if zero.get("stage", 0) and ds.get(key, value) not in (value, "auto"):
             raise UserError(

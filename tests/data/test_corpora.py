@@ -131,6 +131,9 @@ def test_a_missing_or_malformed_data_config_is_reported(tmp_path):
     (tmp_path / "broken.yaml").write_text("- {shards: ")
     with pytest.raises(UserError, match=r"broken\.yaml:1:12"):
         read_corpora(tmp_path / "broken.yaml", filters=None, made=tmp_path)
+    (tmp_path / "twice.yaml").write_text("- name: a\n  shards: x\n  shards: y\n")
+    with pytest.raises(UserError, match=r"twice\.yaml:3:3.*'shards'"):
+        read_corpora(tmp_path / "twice.yaml", filters=None, made=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,13 @@ def test_wrong_value_is_reported_with_its_key(tmp_path, content, message):
             zero(cpu_offload=True),
             r"zero_optimization\.cpu_offload .*zero_optimization\.offload_optimizer ",
         ),
+        ({"log_level": "loud"}, r"log_level='loud' .*warning"),
+        (zero(elastic_checkpoint=True), r"'zero_optimization\.elastic_checkpoint' "),
+        (zero(zenflow={"topk_ratio": 0.1}), r"'zero_optimization\.zenflow' "),
+        (
+            zero(offload_optimizer={"device": "cpu", "super_offload": True}),
+            r"'zero_optimization\.offload_optimizer\.super_offload' ",
+        ),
         ({"amp": {"enabled": False}}, r"amp .*DeepSpeed.*trainer\.precision"),
         (zero(mics_shard_size=8), r"zero_optimization\.mics_shard_size .*DeepSpeed"),
     ],

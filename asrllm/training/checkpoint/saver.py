@@ -174,6 +174,9 @@ class CheckpointSaver:
 
     def _raise_on_all(self, own_error: str | None, tags: Sequence[str]) -> None:
         """Raise UserError on all ranks if one of them has an error."""
+        if own_error:  # here, because all ranks must raise the same message
+            free = shutil.disk_usage(self.exp_dir).free / 1e6
+            own_error = f"{own_error}; {free:.0f} MB are free there"
         errors = {}
         for rank, error in enumerate(distributed.gather_objects(own_error)):
             if error:
@@ -183,12 +186,11 @@ class CheckpointSaver:
         if distributed.rank() == 0:
             shutil.rmtree(self.staging, ignore_errors=True)
         rank, error = min(errors.items())
-        free = shutil.disk_usage(self.exp_dir).free / 1e6
         last = newest_checkpoint(self.exp_dir)
         resumed = f"resumes from {last.name}" if last else "starts again"
         raise UserError(
             f"rank {rank} could not write {tags[-1]} to exp_dir={str(self.exp_dir)!r} "
-            f"({error}; {free:.0f} MB are free there). "
+            f"({error}). "
             f"Free some space. Then the same command {resumed}."
         )
 
@@ -347,6 +349,8 @@ def load_checkpoint(
     Pickles can only build the objects that DeepSpeed's checkpoints hold.
     """
     check_files(checkpoint, manifest)
+    # DeepSpeed looks for the file by a pattern, in which [1] of a directory's name means 1
+    engine._get_all_ckpt_names = lambda folder, tag: [engine._get_ckpt_name(folder, tag)]
     with trusted_unpickling():
         # not strict, because the checkpoint does not contain the frozen weights
         loaded, _ = engine.load_checkpoint(
