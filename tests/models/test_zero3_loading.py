@@ -102,6 +102,6 @@ def test_every_rank_reads_only_its_partition(tmp_path):
             rank[0]["eos"]
             == AutoModelForCausalLM.from_pretrained(tied).generation_config.eos_token_id
         )
-        assert all(word in rank[3]["error"] for word in ("missing keys", "model.norm.weight"))
+        assert "missing key 'model.norm.weight'" in rank[3]["error"]
         assert "'model.norm.weight' in" in rank[4]["error"]
         assert "has the shape [31], expected [32]" in rank[4]["error"]
