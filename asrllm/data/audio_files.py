@@ -21,6 +21,7 @@ import soundfile
 import soxr
 
 from asrllm.data.audio_headers import (
+    find_second_recording,
     has_frame_count,
     is_several_mp3s,
     mp3_problem,
@@ -61,7 +62,8 @@ FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # start of the first page of an 
 # libsndfile's log of a header that promises more bytes than the file has
 TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
 # what ffmpeg 5, 6 and 7 write about a packet that is damaged
-NOT_DECODED = ("Error while decoding", "Error submitting packet")
+NOT_DECODED = ("Error while decoding", "Error submitting packet", "CRC error", "CRC mismatch")
+CHECKSUMS = ("-err_detect", "crccheck")  # otherwise it ignores those of most formats
 ALAC_PACKET = 4096  # samples
 PROBED = "stream=codec_name,duration,sample_rate:format=format_name,nb_streams,duration"
 ADDRESS = re.compile(r" ?(?:at|@) 0x[0-9a-f]+")
@@ -226,8 +228,14 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         raise file.error("is empty (0 bytes). Copy it again.")
     with file.open_bytes() as whole:
         problem = pointer_problem(whole, path) or stream_problem(whole)
+        second = find_second_recording(whole)
     if problem:
         raise file.error(problem)
+    if second is not None:
+        raise file.error(
+            f"has a second recording at byte {second}, which a decoder would not read. "
+            "Join recordings with sox instead of cat."
+        )
     if path.lower().endswith((".raw", ".pcm")):
         raise file.error(
             "is raw: it has no header with sampling rate and encoding. "
@@ -557,7 +565,8 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
 def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
     output = ["-f", "f32le", "-ac", "1", "-ar", str(RATE), "-"]
     with file.on_disk() as path, tempfile.TemporaryFile() as log:
-        command = ["ffmpeg", "-nostdin", "-v", "error", *LOCAL_ONLY, "-i", f"file:{path}", *output]
+        command = ["ffmpeg", "-nostdin", "-v", "error", *LOCAL_ONLY, *CHECKSUMS]
+        command += ["-i", f"file:{path}", *output]
         yield from _output_of(command, file, log)
 
 

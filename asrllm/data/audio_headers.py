@@ -1,6 +1,7 @@
 """Compare the length in the header of an audio file with the file, where libsndfile does not."""
 
 import re
+import zlib
 from collections.abc import Callable
 
 from asrllm.text_files import Buffer
@@ -9,6 +10,8 @@ SHORTEST_MP3 = 0.99  # ratio of the promised bytes; encoders count the last fram
 LARGEST_TAIL = 1024  # bytes after the audio that may be anything, for example an ID3v1 tag
 INCOMPLETE = "is truncated: its last page or frame is incomplete. Copy it again."
 OGG_HEADER = 27  # bytes of a page's header before its lacing values
+OGG_CHECKSUM = slice(22, 26)  # its place in the header
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 FRAME_HEADER = 7  # bytes that are read of a frame of AAC or MP3
 LARGEST_GAP = 2048  # bytes between two MP3s in one file
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")  # names of the frame that counts the others
@@ -17,6 +20,28 @@ BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 1, II": (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     "MPEG 1, III": (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     "MPEG 2": (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+AC3_SYNC = b"\x0b\x77"
+# AC-3 (ATSC A/52, table 5.18): kbit/s by half of the frame size code
+AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+AC3_BITRATES += (576, 640)
+AC3_RATES = (48000, 44100, 32000)  # Hz
+AC3_SAMPLES = 1536  # samples of a frame
+# how a recording begins in formats of which decoders read only the first recording in a file
+BEGINNINGS = {
+    b"RIFF": re.compile(rb"RIFF....WAVE", re.DOTALL),
+    b"RF64": re.compile(rb"RF64....WAVE", re.DOTALL),
+    b"riff": re.compile(rb"riff\x2e\x91\xcf\x11"),  # Sony Wave64
+    b"FORM": re.compile(rb"FORM....AIF[FC]", re.DOTALL),
+    b".snd": re.compile(rb"\.snd\0\0.{6}\0\0\0[\x01-\x1b]", re.DOTALL),
+    b"caff": re.compile(rb"caff\0\x01\0\0"),
+    b"fLaC": re.compile(rb"fLaC[\0\x80]\0\0\x22"),
+    b"NIST": re.compile(rb"NIST_1A\n"),
+    b"TTA1": re.compile(rb"TTA1[\x01-\x03]\0"),
+    b"FLV\x01": re.compile(rb"FLV\x01.\0\0\0\t", re.DOTALL),
+    # a block of WavPack with samples, of which the first has the index 0
+    b"wvpk": re.compile(rb"wvpk....[\x02-\x10]\x04......\0{4}(?!\0{4})", re.DOTALL),
+    b"ftyp": re.compile(rb"(?<=\0\0\0.)ftyp[ -~]{4}", re.DOTALL),  # MP4 and its relatives
 }
 LARGEST_PADDING = 640  # samples, two blocks of GSM 06.10: libsndfile may write an empty one
 UNKNOWN = b"\xff\xff\xff\xff"  # the size in a WAV header whose writer did not know it
@@ -63,7 +88,7 @@ def sphere_problem(content: Buffer) -> str:
 
 
 def stream_problem(content: Buffer) -> str:
-    """Look for the end of an Ogg file, and for a cut in the last frame of an MP3 or AAC stream.
+    """Check the pages of an Ogg file, or look for a cut in the last frame of MP3, AAC or AC-3.
 
     Their headers do not state their length. A stream that is cut between two frames looks complete.
 
@@ -76,6 +101,8 @@ def stream_problem(content: Buffer) -> str:
         return ""
     if content[0] == 0xFF and content[1] & 0xF6 == 0xF0:
         return _last_frame_problem(content, 0, adts_frame_size)
+    if content[:2] == AC3_SYNC:
+        return _last_frame_problem(content, 0, ac3_frame_size)
     begin = id3_size(content)
     if content[begin : begin + 1] == b"\xff" and not has_frame_count(content):
         return _last_frame_problem(content, begin, mp3_frame_size)
@@ -83,15 +110,65 @@ def stream_problem(content: Buffer) -> str:
 
 
 def ogg_problem(content: Buffer) -> str:
-    """Return why an Ogg file is truncated, or "" (RFC 3533, section 6)."""
-    begin = content.rfind(b"OggS")
-    header = content[begin : begin + OGG_HEADER]
-    if len(header) < OGG_HEADER:
-        return INCOMPLETE
-    lacing = content[begin + OGG_HEADER : begin + OGG_HEADER + header[26]]
-    end = begin + OGG_HEADER + header[26] + sum(lacing)
-    is_last = bool(header[5] & 4)
-    return "" if is_last and end <= len(content) else INCOMPLETE
+    """Return why an Ogg file is truncated or corrupted, or "" (RFC 3533, section 6).
+
+    Decoders skip a page whose checksum is wrong, so the rest of the audio would move forward.
+    """
+    last_numbers: dict[bytes, int] = {}  # by stream
+    is_last = False
+    offset = 0
+    while content[offset : offset + 4] == b"OggS":
+        header = content[offset : offset + OGG_HEADER]
+        if len(header) < OGG_HEADER:
+            return INCOMPLETE
+        lacing = content[offset + OGG_HEADER : offset + OGG_HEADER + header[26]]
+        end = offset + OGG_HEADER + header[26] + sum(lacing)
+        if end > len(content):
+            return INCOMPLETE
+        if _ogg_checksum(content[offset:end]) != header[OGG_CHECKSUM]:
+            return _corrupted_at(offset, "its page does not match its checksum")
+        stream = header[14:18]
+        number = int.from_bytes(header[18:22], "little")
+        is_first = bool(header[5] & 2)
+        if not is_first and number != last_numbers.get(stream, -1) + 1:
+            return _corrupted_at(offset, "the page before it is missing")
+        last_numbers[stream] = number
+        is_last = bool(header[5] & 4)
+        offset = end
+    if content.find(b"OggS", offset) >= 0:
+        return _corrupted_at(offset, "no page begins there")
+    return "" if is_last else INCOMPLETE
+
+
+def _ogg_checksum(page: bytes) -> bytes:
+    """Return the CRC-32 of an Ogg page as its header has it.
+
+    zlib computes the same polynomial over reversed bits, and inverts the first and last value.
+    """
+    data = page[: OGG_CHECKSUM.start] + bytes(4) + page[OGG_CHECKSUM.stop :]
+    reversed_crc = zlib.crc32(data.translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return reversed_crc.to_bytes(4, "big").translate(REVERSED_BITS)
+
+
+def _corrupted_at(offset: int, problem: str) -> str:
+    return f"is corrupted at byte {offset}: {problem}. Copy it again."
+
+
+def find_second_recording(content: Buffer) -> int | None:
+    """Return where a second recording begins in a file, or None.
+
+    Such a file is made with cat, and decoders of these formats stop at the end of the first.
+    """
+    start = 4 if content[4:8] == b"ftyp" else 0
+    magic = content[start : start + 4]
+    if magic not in BEGINNINGS:
+        return None
+    offset = start + 4
+    while (offset := content.find(magic, offset)) >= 0:
+        if BEGINNINGS[magic].match(content, offset):
+            return offset - start
+        offset += 4
+    return None
 
 
 def id3_size(content: Buffer) -> int:
@@ -132,6 +209,22 @@ def adts_frame_size(content: Buffer, offset: int) -> int:
         return 0
     high, middle, low = content[offset + 3 : offset + 6]
     return (high & 3) << 11 | middle << 3 | low >> 5
+
+
+def ac3_frame_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of a frame of AC-3 or E-AC-3 (ATSC A/52), or 0 if there is none."""
+    frame = content[offset : offset + FRAME_HEADER]
+    if frame[:2] != AC3_SYNC:
+        return 0
+    if frame[5] >> 3 > 10:  # the version of E-AC-3
+        return 2 * ((frame[2] & 7) << 8 | frame[3]) + 2
+    rate = frame[4] >> 6
+    code = frame[4] & 63
+    if rate == len(AC3_RATES) or code // 2 >= len(AC3_BITRATES):
+        return 0
+    words = AC3_BITRATES[code // 2] * 1000 * AC3_SAMPLES // 16 // AC3_RATES[rate]
+    has_padding = AC3_RATES[rate] == 44100 and code % 2
+    return 2 * (words + 1) if has_padding else 2 * words
 
 
 def mp3_frame_size(content: Buffer, offset: int) -> int:

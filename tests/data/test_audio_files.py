@@ -235,6 +235,85 @@ def test_truncated_file_is_reported(tmp_path, ending):
     error_of(path)
 
 
+def joined_file(folder, ending):
+    """Write a file of two recordings, and return it with the place of the second one."""
+    first = folder / f"first.{ending}"
+    content = first.read_bytes()
+    path = folder / f"joined.{ending}"
+    path.write_bytes(content + content)
+    return path, len(content)
+
+
+@pytest.mark.parametrize("ending", ["wav", "rf64", "aiff", "au", "w64", "caf", "flac"])
+def test_file_of_several_recordings_is_reported(tmp_path, ending):
+    make(tmp_path / f"first.{ending}", seconds=2)
+    path, place = joined_file(tmp_path, ending)
+    assert str(place) in error_of(path)
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize("ending", ["tta", "wv", "flv", "m4a", "mov"])
+def test_file_of_several_recordings_that_only_ffmpeg_reads_is_reported(tmp_path, ending):
+    by_ffmpeg(make(tmp_path / "a.wav", seconds=2), tmp_path / f"first.{ending}")
+    path, place = joined_file(tmp_path, ending)
+    assert str(place) in error_of(path)
+
+
+def by_ffmpeg(source, path, *options):
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", source, *options, path]
+    subprocess.run(command, check=True, timeout=60)
+    return path
+
+
+def with_flipped_bits(path, count=30):
+    """Yield a file `count` times, each time with another bit flipped."""
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(len(content), size=count):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        yield path
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_flipped_bit_in_an_ogg_file_is_reported(tmp_path, subtype):
+    path = make(tmp_path / "a.ogg", seconds=4, rate=48000, channels=1, subtype=subtype)
+    for damaged in with_flipped_bits(path):
+        error_of(damaged)
+
+
+def test_missing_page_of_an_ogg_file_is_reported(tmp_path):
+    path = make(tmp_path / "a.ogg", seconds=9, rate=48000)
+    pages = path.read_bytes().split(b"OggS")
+    assert len(pages) > 6
+    del pages[4]
+    path.write_bytes(b"OggS".join(pages))
+    error_of(path)
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize("ending", ["tta", "wv", "ac3", "mkv"])
+def test_flipped_bit_is_reported_where_the_format_has_checksums(tmp_path, ending):
+    codec = ["-c:a", "flac"] if ending == "mkv" else []
+    path = by_ffmpeg(make(tmp_path / "a.wav", seconds=2), tmp_path / f"a.{ending}", *codec)
+    for damaged in with_flipped_bits(path, count=5):
+        error_of(damaged)
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize("rate", [32000, 44100, 48000])
+@pytest.mark.parametrize("codec", ["ac3", "eac3"])
+def test_cut_frame_of_ac3_is_reported(tmp_path, codec, rate):
+    path = by_ffmpeg(make(tmp_path / "a.wav", seconds=2), tmp_path / f"a.{codec}", "-ar", str(rate))
+    read(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    error_of(path)
+
+
 def test_wav_without_a_size_is_read_completely(tmp_path):
     path = make(tmp_path / "a.wav", channels=1)
     whole = read(path)
