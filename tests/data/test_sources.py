@@ -520,7 +520,10 @@ def padded(row):
     return {
         "id": "m",
         "type": "MixedCut",
-        "tracks": [{"cut": row, "offset": 0.0}, {"cut": padding, "offset": 1.0}],
+        "tracks": [
+            {"cut": row, "type": "MonoCut", "offset": 0.0},
+            {"cut": padding, "type": "PaddingCut", "offset": 1.0},
+        ],
     }
 
 
@@ -531,6 +534,62 @@ def reverberant(row):
         "transforms": [{"name": "ReverbWithImpulseResponse", "kwargs": {"rir": recording}}],
     }
     return row
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "shown"),
+    [
+        ("Speed", {"factor": 1e-6}, "1e-06"),
+        ("Speed", {"factor": 1e6}, "1000000.0"),
+        ("Speed", {"factor": "1.1"}, "'1.1'"),
+        ("Speed", {"factor": 1.0001}, "1.0001"),  # a filter of 256 million values
+        ("Tempo", {"factor": 0.0}, "0.0"),
+        ("Resample", {"source_sampling_rate": 1, "target_sampling_rate": 16000}, "is 1,"),
+        ("Resample", {"source_sampling_rate": 16001, "target_sampling_rate": 16000}, "16001"),
+        ("Narrowband", {"codec": "mulaw", "source_sampling_rate": 999983}, "999983"),
+        ("Speed", [1.1], "[1.1]"),
+    ],
+)
+@pytest.mark.parametrize("of_response", [False, True])
+def test_transform_that_takes_much_memory_rejects_its_cut(
+    tmp_path, name, fields, shown, of_response
+):
+    path = write_row(tmp_path / "cuts.jsonl")
+    row = json.loads(path.read_text())
+    row["recording"]["transforms"] = [{"name": name, "kwargs": fields}]
+    if of_response:
+        row = reverberant(row)
+    path.write_text(json.dumps(row))
+    (utterance,) = read_cuts(path)
+    assert utterance.problem[0] == "bad_field"
+    assert shown in utterance.problem[1]
+    assert name in utterance.problem[1]
+
+
+def test_factor_of_a_common_speed_perturbation_is_read(tmp_path):
+    path = write_row(tmp_path / "cuts.jsonl")
+    row = json.loads(path.read_text())
+    row["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 0.9}}]
+    path.write_text(json.dumps(row))
+    (utterance,) = read_cuts(path)
+    assert utterance.problem is None
+
+
+@pytest.mark.parametrize("field", ["offset", "duration"])
+def test_mixed_cut_that_is_mostly_padding_is_rejected(tmp_path, field):
+    path = write_row(tmp_path / "cuts.jsonl")
+    row = padded(json.loads(path.read_text()) | {"supervisions": []})
+    seconds = 1_000_000
+    if field == "offset":
+        row["tracks"][1]["offset"] = seconds
+    else:
+        row["tracks"][1]["cut"] |= {"duration": seconds, "num_samples": 16000 * seconds}
+    path.write_text(json.dumps(row))
+    (utterance,) = read_cuts(path)
+    with pytest.raises(RejectedError) as raised:
+        utterance.load()
+    assert raised.value.args[0] == "bad_field"
+    assert str(16000 * seconds)[:6] in raised.value.args[1]
 
 
 @pytest.mark.parametrize("seconds", [-1, 1e300, float("nan"), "x", [1]])

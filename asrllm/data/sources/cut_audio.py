@@ -14,13 +14,15 @@ from lhotse.audio.backend import (
     get_current_audio_backend,
     set_current_audio_backend,
 )
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MixedCut
 
 from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
 from asrllm.data.sources.cut_fields import channel_list
 from asrllm.data.sources.kaldi import run_command
 from asrllm.data.sources.utterance import RejectedError, open_cached
 from asrllm.data.storage import read_bytes
+
+MAX_MIXED = 1 << 28  # samples of a mixed cut, 1 GiB
 
 
 class Command(str):
@@ -106,7 +108,15 @@ class CutAudioBackend(AudioBackend):
 
 
 def load_cut(cut: Cut) -> tuple[np.ndarray, int]:
-    """Return the mean of a cut's channels, (samples,) float32, and its sampling rate in Hz."""
+    """Read a cut.
+
+    Returns:
+        The mean of its channels, (samples,) float32, and its sampling rate in Hz.
+
+    Raises:
+        RejectedError: it is a mixed cut that would take more than 1 GiB.
+    """
+    _check_size(cut)
     before = get_current_audio_backend()
     set_current_audio_backend(CutAudioBackend(cut))
     try:
@@ -116,6 +126,20 @@ def load_cut(cut: Cut) -> tuple[np.ndarray, int]:
     finally:
         set_current_audio_backend(before)
     return wave.mean(0, dtype=np.float32), cut.sampling_rate
+
+
+def _check_size(cut: Cut) -> None:
+    """Raise RejectedError for an absurd offset or padding, which no file limits."""
+    if not isinstance(cut, MixedCut):
+        return
+    sizes = [cut.num_samples, *(track.cut.num_samples for track in cut.tracks)]
+    largest = max(size for size in sizes if size is not None)
+    if largest > MAX_MIXED:
+        raise RejectedError(
+            "bad_field",
+            f"the mixed cut {cut.id!r} has {largest} samples, of which at most {MAX_MIXED} are "
+            "read. Correct the offsets and the padding of its tracks, or split it",
+        )
 
 
 def _original(error: BaseException) -> BaseException:

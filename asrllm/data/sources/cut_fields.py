@@ -4,6 +4,7 @@ Without these checks a value of a wrong type raises a Python error that does not
 a channel that does not exist gives the audio of another channel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,11 @@ from asrllm.data.sources.utterance import RejectedError
 from asrllm.data.tars import SHOWN_FIELD
 
 MAX_CHANNEL = 4096  # microphone arrays have hundreds of channels
+FACTORS = (0.1, 10.0)  # the slowest and fastest that speech is played
+# Lhotse's filter for a ratio of rates p/q in lowest terms has some p q taps: 282,000 for 11025 to
+# 16000 Hz, but 256 million, several GiB, for a speed of 1.0001 at 16000 Hz
+MAX_TAPS = 1 << 24
+TELEPHONE_RATE = 8000  # Hz, to which Narrowband resamples
 TEXT_SOURCES = ("file", "command", "url")  # types of audio sources that are a text
 
 
@@ -74,8 +80,8 @@ def _check(
     """
     if name not in row or is_valid(row[name]):
         return
-    problem = f"{where}: {name!r} is {row[name]!r}"[:SHOWN_FIELD]
-    raise RejectedError("bad_field", f"{problem}, not {expected}")
+    shown = repr(row[name])[:SHOWN_FIELD]
+    raise RejectedError("bad_field", f"{where}: {name!r} is {shown}, not {expected}")
 
 
 def _is_object(value: object) -> bool:
@@ -169,8 +175,8 @@ def _check_recording(recording: Any, where: str) -> None:
     if recording is None:
         raise RejectedError("missing_audio", f"{where}: 'recording' is null")
     if not isinstance(recording, dict):
-        problem = f"{where}: 'recording' is {recording!r}"[:SHOWN_FIELD]
-        raise RejectedError("bad_field", f"{problem}, not an object")
+        shown = repr(recording)[:SHOWN_FIELD]
+        raise RejectedError("bad_field", f"{where}: 'recording' is {shown}, not an object")
     place = f"{where}: the recording"
     rates = f"an integer of {MIN_RATE} to {MAX_RATE} Hz"
     _check(recording, place, "sampling_rate", _is_rate, rates)
@@ -182,6 +188,62 @@ def _check_recording(recording: Any, where: str) -> None:
         _check(recording, place, "channel_ids", _is_channel_list, "a list of channels")
     for source in recording.get("sources", []):
         check_source(source, place)
+    for transform in recording.get("transforms") or []:
+        _check_transform(transform, recording, place)
+
+
+def _check_transform(transform: Row, recording: Row, where: str) -> None:
+    """Raise RejectedError if a transform would take much memory.
+
+    Args:
+        transform: the JSON object of the transform; Lhotse checks its other fields.
+        recording: the JSON object of its recording.
+        where: its place, as the beginning of messages.
+    """
+    name = transform.get("name")
+    place = f"{where}: the transform {repr(name)[:SHOWN_FIELD]}"
+    _check(transform, place, "kwargs", _is_object, "an object")
+    fields = transform.get("kwargs", {})
+    slowest, fastest = FACTORS
+    if name in ("Speed", "Tempo"):
+        _check(fields, place, "factor", _is_factor, f"a number of {slowest} to {fastest}")
+    rates = f"an integer of {MIN_RATE} to {MAX_RATE} Hz"
+    for rate in ("source_sampling_rate", "target_sampling_rate"):
+        _check(fields, place, rate, _is_rate, rates)
+    if isinstance(fields.get("rir"), dict):
+        _check_recording(fields["rir"], place)
+    taps = _tap_count(str(name), fields, recording.get("sampling_rate", MIN_RATE))
+    if taps > MAX_TAPS:
+        shown = repr(fields)[:SHOWN_FIELD]
+        raise RejectedError(
+            "bad_field",
+            f"{place} with {shown} needs a filter of {taps} values. Use rates or a factor with a small ratio, "
+            "for example 0.9 or 1.1",
+        )
+
+
+def _is_factor(value: Any) -> bool:
+    return _is_number(value) and FACTORS[0] <= value <= FACTORS[1]
+
+
+def _tap_count(name: str, fields: Row, rate: int) -> int:
+    """Return the approximate number of taps of the filter with which Lhotse resamples.
+
+    Args:
+        name: name of the transform.
+        fields: its arguments.
+        rate: sampling rate of its recording in Hz, after the transform.
+    """
+    if name == "Speed" and "factor" in fields:
+        first = round(rate * fields["factor"])
+        second = rate
+    elif name in ("Resample", "Narrowband"):
+        first = fields.get("source_sampling_rate", MIN_RATE)
+        second = fields.get("target_sampling_rate", TELEPHONE_RATE)
+    else:
+        return 0
+    common = math.gcd(first, second)
+    return (first // common) * (second // common)
 
 
 def check_source(source: Row, where: str) -> None:
