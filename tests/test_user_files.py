@@ -237,6 +237,9 @@ LLM = {
     "weights int8": (quantize("model.norm.weight"), "'model.norm.weight'"),
     "bin int8": (quantize_bin("model.norm.weight"), "'model.norm.weight'"),
     "vocabulary mark": (write("vocab.txt", "\ufeffa"), "vocab.txt'"),
+    "layers": (fields("config.json", num_hidden_layers=10**7), "num_hidden_layers", f"{10**7}"),
+    "huge vocabulary": (fields("config.json", vocab_size=10**12), f"vocab_size={10**12}"),
+    "no type": (fields("config.json", model_type=""), "model_type=''"),
     "vocabulary": (fields("config.json", vocab_size=292), " 292 ", "vocab_size", "'Ġthree'"),
 }
 WHISPER = {

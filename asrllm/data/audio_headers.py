@@ -23,8 +23,7 @@ BITRATES = {  # kbit/s by the index in the header, from 1
 }
 AC3_SYNC = b"\x0b\x77"
 # AC-3 (ATSC A/52, table 5.18): kbit/s by half of the frame size code
-AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-AC3_BITRATES += (576, 640)
+AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, *range(160, 257, 32), *range(320, 641, 64))
 AC3_RATES = (48000, 44100, 32000)  # Hz
 AC3_SAMPLES = 1536  # samples of a frame
 # how a recording begins in formats of which decoders read only the first recording in a file

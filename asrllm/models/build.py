@@ -11,6 +11,7 @@ from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError
+from asrllm.models.asr_llm.checks import MAX_LLM_SIZE, check_sizes
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
@@ -103,6 +104,7 @@ def _check_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> None:
         )
     file = Path(path) / "config.json"
     fix = "Correct it, or download it again."
+    check_sizes(llm.to_dict(), MAX_LLM_SIZE, repr(str(file)), fix)
     with reading(file, "the LLM's configuration", fix), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(llm, trust_remote_code=False)
     check_family(empty)

@@ -50,6 +50,14 @@ def test_a_gzip_bomb_is_rejected_with_bounded_memory(bomb, source):
         tracemalloc.stop()
 
 
+def test_a_gzip_file_of_blank_lines_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(files_module, "MAX_UNPACKED", 1 << 20)
+    path = tmp_path / "manifest.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n" * 1_000_000))
+    with pytest.raises(UserError, match="manifest"):
+        list(SOURCES["nemo"].read(path))
+
+
 def test_a_highly_compressible_manifest_is_read(tmp_path):
     path = tmp_path / "manifest.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"audio_filepath": "a.wav", "text": "one"}\n' * 20_000))

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 MAX_UNPACKED = 1 << 28  # bytes to which any gzip file may unpack
 MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
+SHORTEST_LINE = 64  # bytes that a line of a gzip file counts at least: blank lines take time too
 LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 SAMPLE_FIELDS = {  # field of a sample: its names in manifests
@@ -59,7 +60,7 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             return
         remaining = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * path.stat().st_size)
         while line := file.readline(remaining + 1):
-            remaining -= len(line)
+            remaining -= max(len(line), SHORTEST_LINE)
             if remaining < 0:
                 raise UserError(
                     f"{str(path)!r} unpacks to more than {MAX_UNPACKED_RATIO} times its size. "

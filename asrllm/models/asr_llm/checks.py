@@ -30,7 +30,8 @@ from asrllm.text_files import JsonObject, check_no_mark, first_words, read_json_
 
 TYPES = get_annotations(AsrLlmConfig)
 # Limits far above any model, so that a damaged size does not take all memory or run for hours.
-MAX_LAYERS = 1000
+# largest value by the end of a field's name; vocabularies have less than a million tokens
+LIMITS = {"layers": 1000, "layer": 1000, "_size": 1 << 28}
 MAX_WIDTH = 1 << 17
 MAX_RATE = 1000
 MAX_ENCODER_SIZE = 1 << 20
@@ -163,8 +164,8 @@ def check_config_fields(fields: JsonObject, where: str) -> None:
     for name in ("lora", "audio_encoder_lora"):
         _check_types(LORA_OPTIONS, fields.get(name) or {}, where, group=f"{name}.")
     _check_base_models(fields.get("base_models") or {}, where)
-    _check_sizes(fields.get("audio_encoder") or {}, MAX_ENCODER_SIZE, f"{where!r}: audio_encoder")
-    _check_sizes(fields.get("llm") or {}, MAX_LLM_SIZE, f"{where!r}: llm")
+    check_sizes(fields.get("audio_encoder") or {}, MAX_ENCODER_SIZE, f"{where!r}: audio_encoder")
+    check_sizes(fields.get("llm") or {}, MAX_LLM_SIZE, f"{where!r}: llm")
     _check_encoder(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
     _check_llm(fields.get("llm") or {}, where)
 
@@ -192,13 +193,18 @@ def _check_base_models(bases: JsonObject, where: str) -> None:
                 raise UserError(f"{where!r}: {name}.{key}={shown(base[key])} is not a text. {FIX}")
 
 
-def _check_sizes(fields: JsonObject, limit: int, where: str) -> None:
+def check_sizes(fields: JsonObject, limit: int, where: str, fix: str = FIX) -> None:
     """Check that the integers of a part, also in nested fields, are not beyond any model's sizes.
 
     Args:
         fields: fields of the part.
-        limit: largest integer; the number of layers has its own limit.
+        limit: largest integer; layers and sizes have their own LIMITS.
         where: the file and the part, for the error message.
+        fix: the last sentence of the error message.
+
+    Raises:
+        UserError: an integer is too large. A model of so many layers would not be built in a
+            minute.
     """
     remaining: list[tuple[str, object]] = [(where, fields)]
     while remaining:
@@ -208,11 +214,12 @@ def _check_sizes(fields: JsonObject, limit: int, where: str) -> None:
         elif isinstance(value, list):
             remaining += [(f"{name}[{i}]", inner) for i, inner in enumerate(value)]
         elif isinstance(value, int):
-            is_layers = name.rpartition(".")[2].partition("[")[0].endswith(("layers", "layer"))
-            largest = min(limit, MAX_LAYERS) if is_layers else limit
+            field = name.rpartition(".")[2].partition("[")[0]
+            limits = [most for ending, most in LIMITS.items() if field.endswith(ending)]
+            largest = min(limit, *limits) if limits else limit
             if abs(value) > largest:
                 raise UserError(
-                    f"{name}={value} is out of range. Use a value of at most {largest}. {FIX}"
+                    f"{name}={value} is out of range. Use a value of at most {largest}. {fix}"
                 )
 
 
