@@ -20,7 +20,7 @@ from asrllm.testing import tiny_llm
 from asrllm.training.callbacks.metric_names import METRICS
 from asrllm.training.checkpoint.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, made_once, run_script
-from tests.processes import Process, free_port, run_forked
+from tests.processes import Process, free_port, run_forked, started
 from tests.test_cli import does, fails
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -376,6 +376,18 @@ def test_resume_reproduces_losses_bitwise(world, tmp_path, launcher, again, stag
         assert torch.equal(
             checkpoint_weights(parts / "checkpoint-8", AVERAGE).load()[name], tensor
         ), name
+
+
+def test_ranks_with_different_settings_stop_before_the_model_loads(world, tmp_path):
+    exp = tmp_path / "exp"
+    script = REPOSITORY / "launch" / "train.py"
+    commands = [[script, *world.overrides(exp, trainer__lr=rate)] for rate in (0.001, 0.002)]
+    with started(tmp_path / "logs", *commands) as ranks:
+        assert [rank.wait(timeout=90) for rank in ranks] == [2, 2]
+    printed = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    assert "trainer.lr: 0.001 on rank 0; 0.002 on rank 1" in printed
+    assert "loading" not in printed
+    assert not list(exp.glob("checkpoint-*"))
 
 
 def test_ranks_train_on_each_utterance_once_and_zero_stages_agree(world, tmp_path):

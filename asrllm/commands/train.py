@@ -24,6 +24,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model
 from asrllm.progress import waiting
+from asrllm.training.callbacks.agreement import check_same
 from asrllm.training.callbacks.build import make_callbacks
 from asrllm.training.callbacks.nonfinite import skip_nonfinite
 from asrllm.training.callbacks.saving import Checkpoints
@@ -32,7 +33,7 @@ from asrllm.training.checkpoint.resume import find_intact, restore
 from asrllm.training.checkpoint.saver import CheckpointSaver, write_inherited
 from asrllm.training.engine import deepspeed_engine
 from asrllm.training.preemption import Preemption
-from asrllm.training.prepare import PreparedRun, prepare
+from asrllm.training.prepare import PreparedRun, prepare, shared_settings
 from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.run_table import part_sizes, print_rows, run_rows
 from asrllm.training.running_average import RunningAverage
@@ -64,6 +65,7 @@ def train(config: TrainRun) -> float | None:
         startup.finish("data")
         preemption.defer_to_step_boundary()
         device = distributed.start()
+        check_same("in their settings", distributed.gather_objects(shared_settings(prepared)))
         startup.finish("ranks")
         with open_trainer(prepared, device, preemption, startup) as trainer:
             initial_step = trainer.step

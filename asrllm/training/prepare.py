@@ -1,5 +1,6 @@
 """Everything that a training run reads before its weights, so that mistakes are found early."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import check_prompts, describe_model, describe_prompts
 from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
+from asrllm.training.callbacks.agreement import Signature, flat_settings
 from asrllm.training.checkpoint.resume import find_resume, lock_exp_dir, resume_fingerprint
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import check_settings, read_ds_config
@@ -90,6 +92,20 @@ def prepare(config: TrainRun) -> PreparedRun:
         fingerprint=fingerprint,
         checkpoint=checkpoint,
     )
+
+
+def shared_settings(prepared: PreparedRun) -> Signature:
+    """Return the settings that all ranks must share. Paths may differ from node to node."""
+    trainer = dataclasses.asdict(prepared.config.trainer)
+    del trainer["wandb"], trainer["deepspeed_config"]
+    settings = {
+        "trainer": trainer,
+        "deepspeed": prepared.ds,
+        **prepared.fingerprint,
+        "steps": prepared.data.total_steps(),
+        "checkpoint": prepared.checkpoint and prepared.checkpoint.name,
+    }
+    return flat_settings(settings)
 
 
 def describe_data(description: AsrLlmConfig, config: TrainRun, data: TrainingData) -> None:

@@ -1,10 +1,10 @@
-"""Checks before every step that all ranks are about to do the same step.
+"""Checks that all ranks have the same settings, and are about to do the same step.
 
-If they are not, collectives hang or mix up data without an error.
+If they are not, collectives hang, or mix up data and weights, without an error.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training.trainer import Callback, Trainer
 
+SHOWN = 200  # characters of a value in the error message
 Signature = dict[str, object]  # what must be the same on all ranks, by description
 
 
@@ -22,7 +23,8 @@ class RankCheck(Callback):
 
     def before_step(self, trainer: Trainer, loaded: LoadedStep) -> None:
         """Raise UserError on all ranks if they differ."""
-        check_same_step(trainer.step + 1, distributed.gather_objects(signature(trainer, loaded)))
+        when = f"before step {trainer.step + 1}"
+        check_same(when, distributed.gather_objects(signature(trainer, loaded)))
 
 
 def _digest_of_training_modules(model: nn.Module) -> str:
@@ -57,26 +59,39 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
     }
 
 
-def check_same_step(step: int, everywhere: Sequence[Signature]) -> None:
+def flat_settings(settings: Mapping[str, object], prefix: str = "") -> Signature:
+    """Return nested settings as one object, in which "a.b" is the name of `b` in `a`."""
+    flat: Signature = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_same(when: str, everywhere: Sequence[Signature]) -> None:
     """Compare the signatures of all ranks.
 
     Args:
-        step: number of the next step.
+        when: when they are compared, for the error message.
         everywhere: signatures by rank.
 
     Raises:
         UserError: they differ. The message names what differs, the values and their ranks.
     """
     differences = []
-    for what in everywhere[0]:
+    for what in sorted(set().union(*everywhere)):
         ranks: dict[str, list[int]] = {}
         for rank, values in enumerate(everywhere):
-            ranks.setdefault(str(values[what]), []).append(rank)
+            ranks.setdefault(str(values.get(what)), []).append(rank)
         if len(ranks) > 1:
-            found = [f"{value} on rank {', '.join(map(str, ranks[value]))}" for value in ranks]
+            found = [
+                f"{value[:SHOWN]} on rank {', '.join(map(str, ranks[value]))}" for value in ranks
+            ]
             differences.append(f"{what}: {'; '.join(found)}")
     if differences:
         raise UserError(
-            f"the ranks differ before step {step} in {' | '.join(differences)}. "
+            f"the ranks differ {when} in {' | '.join(differences)}. "
             "Start all of them with the same command, code and data."
         )

@@ -16,7 +16,7 @@ import torch
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
-from asrllm.training.callbacks.agreement import check_same_step, signature
+from asrllm.training.callbacks.agreement import check_same, signature
 from asrllm.training.callbacks.garbage import GarbageCollection
 from asrllm.training.callbacks.metric_names import METRICS
 from asrllm.training.callbacks.profiling import Profiler
@@ -37,15 +37,15 @@ def test_ranks_that_differ_are_named_with_their_values():
     trainer = SimpleNamespace(step=4, engine=SimpleNamespace(module=torch.nn.Linear(1, 1)))
     usual = signature(trainer, fake_step())
     filler = signature(trainer, fake_step(targets=0, keys=()))
-    check_same_step(5, [usual, filler, usual])
+    check_same("before step 5", [usual, filler, usual])
     trainer.engine.module.eval()
     other = signature(trainer, fake_step())
     with pytest.raises(
         UserError, match=r"step 5 .*training mode: \w+ on rank 0, 2; \w+ on rank 1\."
     ):
-        check_same_step(5, [usual, other, usual])
+        check_same("before step 5", [usual, other, usual])
     with pytest.raises(UserError, match=r"targets: \[\] on rank 0; \[0\] on rank 1"):
-        check_same_step(5, [usual, signature(trainer, fake_step(targets=0))])
+        check_same("before step 5", [usual, signature(trainer, fake_step(targets=0))])
 
 
 def test_garbage_is_collected_at_the_configured_steps(monkeypatch):
