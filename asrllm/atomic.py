@@ -83,7 +83,8 @@ def new_file(path: Path) -> Iterator[Path]:
         partial = folder / path.name
         yield partial
         sync(partial)
-        partial.replace(path)
+        with writable_path(path):  # it may be a directory
+            partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -22,3 +22,4 @@ AUDIO_EXTENSIONS = (
     *("flv", "mp2", "tta", "wv", "spx", "ape", "dts", "avi", "m4b"),
     *("raw", "pcm"),  # rejected with what to do
 )
+MAX_WORKERS = 1024  # reading processes of one process; more exceed the limits of most systems

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from typing_extensions import dataclass_transform
 
 from asrllm.config_keys import unknown_key
+from asrllm.defaults import MAX_WORKERS
 from asrllm.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+WorkerCount = Annotated[int, Field(ge=0, le=MAX_WORKERS)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 # how to respect a bound, and what a value must be, by pydantic's name of the error
 BOUNDS = {

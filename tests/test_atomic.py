@@ -1,5 +1,6 @@
 """Files appear complete, with concurrent writers and with killed writers."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_failed_write_keeps_the_existing_file(tmp_path):
     ):
         pass
     assert (names(tmp_path), (tmp_path / "x").read_text()) == (["x"], "before")
+
+
+def test_directory_in_place_of_a_file_is_named(tmp_path):
+    path = tmp_path / "latest"
+    path.mkdir()
+    with pytest.raises(UserError, match=re.escape(repr(str(path)))):
+        write_whole(path, "new")
+    assert names(tmp_path) == ["latest"]
 
 
 def test_output_directory_may_be_a_link_but_not_a_mount_point(tmp_path, monkeypatch):

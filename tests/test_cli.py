@@ -5,13 +5,14 @@ import gzip
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
 from asrllm.atomic import PATH_FIXES
-from asrllm.commands.dispatch import main
+from asrllm.commands.dispatch import explain, main
 from asrllm.commands.parsers import VERBS
 from asrllm.training.checkpoint import resume
 from tests.checkpoints.made import write_checkpoint
@@ -33,6 +34,25 @@ def does(capsys, *argv):
     capsys.readouterr()
     assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOTDIR])
+def test_operating_system_error_names_its_path(number):
+    error = OSError(number, os.strerror(number), "/proc/run")
+    assert "'/proc/run'" in explain(error)
+    assert os.strerror(number) in explain(error)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_refused_processes_and_memory_are_explained(number):
+    assert "num_workers" in explain(OSError(number, os.strerror(number)))
+
+
+def test_too_many_workers_are_rejected(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["shards", "make", "--wav", "a", "--output", "b", "--workers", "100000"])
+    assert stopped.value.code == 2
+    assert "100000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -149,6 +169,7 @@ def test_second_run_in_one_directory_is_rejected(world, tmp_path, capsys, monkey
     (tmp_path / "file").touch()
     error = fails(capsys, "train", *world.overrides(tmp_path / "file"))
     assert f"exp_dir={str(tmp_path / 'file')!r}" in error
+    assert "'/proc/run'" in fails(capsys, "train", *world.overrides(Path("/proc/run")))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from typing import Literal
 from asrllm.audio.augment import AugmentConfig
 from asrllm.collator.hotwords import HotwordConfig
 from asrllm.data.config import CacheConfig, FilterConfig, SamplerConfig
-from asrllm.schema import NonNegativeInt, Ratio, component
+from asrllm.schema import Ratio, WorkerCount, component
 
 
 @component
@@ -35,7 +35,7 @@ class DataConfig:
     """a list in the prompt with words of the utterance and other words"""
     cache: CacheConfig = CacheConfig()
     """cache of shards at URLs; the processes of a node share it"""
-    num_workers: NonNegativeInt = 2
+    num_workers: WorkerCount = 2
     """reading processes of each rank; 0: the training process reads"""
     max_bad_share: Ratio = 0.01
     """maximum ratio of utterances that cannot be read, above which the run stops; during the first

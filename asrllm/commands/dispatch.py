@@ -230,6 +230,13 @@ def explain(error: OSError) -> str:
         return TOO_MANY_FILES
     if error.errno == errno.ENOLCK:
         return f"a file cannot be locked ({error}). Use directories on a file system with locks."
+    if error.errno in (errno.EAGAIN, errno.ENOMEM) and not error.filename:
+        return (
+            f"the system refuses another process or more memory ({error}). Use fewer processes "
+            "(data.num_workers, --workers), or raise 'ulimit -u' and the limit of memory."
+        )
+    if error.errno == errno.ENOENT and error.filename:
+        return f"{error.filename!r} cannot be read or written ({error.strerror}). Check its path."
     if error.errno in PATH_FIXES and error.filename:
         fix = PATH_FIXES[error.errno]
         return f"{error.filename!r} cannot be read or written ({error.strerror}). {fix}"

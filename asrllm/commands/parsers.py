@@ -11,6 +11,7 @@ from asrllm.defaults import (
     BASE_MODEL_KEYS,
     MAX_NEW_TOKENS,
     MAX_TOKENS_PER_SECOND,
+    MAX_WORKERS,
     REPETITION_GUARD,
     TRANSCRIPT_FORMATS,
 )
@@ -31,6 +32,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def worker_count(text: str) -> int:
+    """Parse a number of processes."""
+    count = positive(text)
+    if count > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MAX_WORKERS} processes")
+    return count
 
 
 def not_empty(text: str) -> str:
@@ -192,7 +201,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=worker_count,
         default=usable_cores(),
         metavar="N",
         help="processes; default: all cores (%(default)s)",

@@ -192,13 +192,17 @@ def has_audio_extension(name: str) -> bool:
 
 
 def warn_of_skipped(folder: str | Path, skipped: Sequence[Path]) -> None:
-    """Warn of the files of a directory that are skipped because of their extensions."""
+    """Warn of the files of a directory that are skipped: of other extensions, and FIFOs."""
     if not skipped:
         return
     names = ", ".join(str(path.relative_to(folder)) for path in skipped[:SHOWN_SKIPPED])
     more = ", ..." if len(skipped) > SHOWN_SKIPPED else ""
     logger.warning(
-        "Skipped %d files without an audio extension in %s: %s%s", len(skipped), folder, names, more
+        "Skipped %d files in %s that have no audio extension or are FIFOs: %s%s",
+        len(skipped),
+        folder,
+        names,
+        more,
     )
 
 
