@@ -25,7 +25,13 @@ from asrllm.progress import waiting
 
 WITHOUT_TORCH = ("shards",)
 WITH_RANKS = ("train", "evaluate", "warm-start")  # verbs that run as one process or as several
-WITH_BASE_MODELS = ("transcribe", "average", "merge-lora", "export")  # evaluate has its own keys
+WITH_BASE_MODELS = (
+    "transcribe",
+    "serve",
+    "average",
+    "merge-lora",
+    "export",
+)  # evaluate has its own keys
 WRITE_LARGE_FILES = ("consolidate", "average", "merge-lora", "export", "import-icefall")
 # Regular expressions of modules and of their FutureWarnings about calls in DeepSpeed and
 # transformers. With ZeRO-3 the first one comes hundreds of times in each step.

@@ -436,6 +436,74 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm serve`."""
+    parser.add_argument(
+        "model",
+        type=not_empty,
+        metavar="DIR_OR_EXP",
+        help="an exported directory, a run's exp_dir, or a directory of Auden",
+    )
+    parser.add_argument(
+        "--host",
+        type=not_empty,
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0: all addresses; default: %(default)s",
+    )
+    parser.add_argument(
+        "--port", type=port_number, default=8000, metavar="N", help="0: any; default: %(default)s"
+    )
+    parser.add_argument(
+        "--model-name",
+        type=not_empty,
+        metavar="NAME",
+        help="name of the model for clients; default: the directory's name",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=not_empty,
+        metavar="FILE",
+        help="file with the key that clients must send; default: the environment variable "
+        "ASRLLM_API_KEY, and no key without it",
+    )
+    add_server_limits(parser)
+    add_decoding(parser)
+    add_base_models(parser)
+
+
+def add_server_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the limits of `asrllm serve`."""
+    parser.add_argument(
+        "--max-megabytes",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="maximum size of a request in MiB; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=positive,
+        default=120,
+        metavar="N",
+        help="maximum duration of a request's audio; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-queued-minutes",
+        type=positive,
+        default=240,
+        metavar="N",
+        help="audio of all requests in progress, above which a request is refused with status "
+        "429; default: %(default)s",
+    )
+
+
+def port_number(text: str) -> int:
+    """Parse a TCP port, or 0."""
+    if not text.isdigit() or int(text) >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
 def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm average`."""
     parser.add_argument("exp_dir", type=not_empty, metavar="EXP", help="the run's exp_dir")
@@ -659,6 +727,7 @@ VERBS = {
     "train": Verb("train a model", add_train),
     "evaluate": Verb("average checkpoints, decode test sets, score them", add_evaluate),
     "transcribe": Verb("transcribe audio files", add_transcribe),
+    "serve": Verb("transcribe over HTTP, in the form of OpenAI's audio API", add_serve),
     "consolidate": Verb("convert one ZeRO checkpoint to a plain state dict", add_consolidate),
     "average": Verb("average several checkpoints", add_average),
     "merge-lora": Verb(

@@ -1,0 +1,128 @@
+"""asrllm serve: speech to text over HTTP."""
+
+import argparse
+import asyncio
+import functools
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from asrllm.audio.vad import Loudness, Silero, load_silero
+from asrllm.commands.transcribe import load_engine, segment_seconds
+from asrllm.defaults import RATE
+from asrllm.errors import UserError
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.prompt import inference_prompt
+from asrllm.evaluation.transcription import Segmentation
+from asrllm.models.auto import load_model_config
+from asrllm.progress import waiting
+from asrllm.text_files import read_text
+
+MEBIBYTE = 1 << 20
+UPLOAD_SECONDS = 120.0  # a slow client must not hold a connection for ever
+API_KEY = "ASRLLM_API_KEY"  # environment variable
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm serve` until SIGINT or SIGTERM."""
+    try:
+        import uvicorn
+
+        from asrllm.serving.app import create_app
+        from asrllm.serving.metrics import Metrics
+        from asrllm.serving.transcriber import Transcriber
+    except ImportError as error:
+        raise UserError(
+            f"the server needs a package that is not installed ({error.name}). "
+            "Run: pip install 'asrllm[serve]'"
+        ) from error
+    api_key = read_api_key(arguments.api_key_file)
+    description = load_model_config(arguments.model, arguments.base_models)
+    segment_samples = round(segment_seconds(arguments, description) * RATE)
+    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
+    name = arguments.model_name or Path(arguments.model).resolve().name
+    with listen(arguments.host, arguments.port) as listener:
+        engine = load_engine(arguments)
+        segmentation = Segmentation(
+            detector=detector, longest=min(engine.limits[1], segment_samples)
+        )
+        prompt = inference_prompt(description, prompt=None, language=None, hotwords=None)
+        with waiting("warming up"):
+            warm_up(engine, prompt)
+        transcriber = Transcriber(
+            engine,
+            description,
+            segmentation,
+            Metrics(),
+            batch_size=arguments.batch_size,
+            max_seconds=arguments.max_minutes * 60.0,
+            max_queued_seconds=arguments.max_queued_minutes * 60.0,
+        )
+        app = create_app(
+            transcriber,
+            name=name,
+            api_key=api_key,
+            max_bytes=arguments.max_megabytes * MEBIBYTE,
+            upload_seconds=UPLOAD_SECONDS,
+        )
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        parameter = next(engine.model.parameters())
+        print(
+            f"asrllm serve: http://{shown}:{port} serves {name!r} on {parameter.device} "
+            f"({str(parameter.dtype).removeprefix('torch.')}), batches of {arguments.batch_size}, "
+            f"files of at most {arguments.max_megabytes} MiB and {arguments.max_minutes} minutes",
+            file=sys.stderr,
+            flush=True,
+        )
+        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+        transcriber.batcher.close()
+
+
+def read_api_key(path: str | None) -> str | None:
+    """Return the key that clients must send, or None.
+
+    Args:
+        path: a file with the key; None reads the environment variable ASRLLM_API_KEY.
+
+    Raises:
+        UserError: the file cannot be read or is empty.
+    """
+    if path is None:
+        return os.environ.get(API_KEY) or None
+    key = read_text(path, "--api-key-file").strip()
+    if not key:
+        raise UserError(f"--api-key-file {path!r} is empty. Write the key to it.")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket, before the model takes minutes to load.
+
+    Raises:
+        UserError: the address is unknown or in use.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port} cannot be used ({error.strerror}). Use another port, or "
+            "an address of this machine."
+        ) from error
+    return listener
+
+
+def warm_up(engine: TorchEngine, prompt: str) -> None:
+    """Decode a second of silence, so that the first request is not slower than others."""
+    samples = min(max(RATE, engine.limits[0]), engine.limits[1])
+    engine.answer([np.zeros(samples, np.float32)], [prompt])

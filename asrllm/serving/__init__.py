@@ -1,0 +1,1 @@
+"""Speech to text over HTTP, in the form of OpenAI's audio API."""

@@ -1,0 +1,46 @@
+"""Errors in the form of OpenAI's API."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Headers = Mapping[str, str]
+
+
+class ApiError(Exception):
+    """An error with an HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Headers | None = None,
+    ) -> None:
+        """
+        Args:
+            status: HTTP status.
+            message: what is wrong, and the fix.
+            kind: the type of the error in OpenAI's API.
+            param: the field of the request at fault.
+            code: a word for programs.
+            headers: further headers of the answer.
+        """
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object."""
+        error = {
+            "message": str(self),
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}

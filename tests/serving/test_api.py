@@ -1,0 +1,342 @@
+"""The HTTP interface: a real server in a thread, and OpenAI's client."""
+
+import contextlib
+import io
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+import uvicorn
+from openai import OpenAI
+
+from asrllm.audio.vad import Loudness
+from asrllm.data.audio_files import open_audio
+from asrllm.data.prompts import Prompt
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.prompt import inference_prompt
+from asrllm.evaluation.transcription import Segmentation, transcribe_files
+from asrllm.models.asr_llm.generation import Answer
+from asrllm.models.build import describe_prompts
+from asrllm.serving.app import create_app
+from asrllm.serving.metrics import Metrics
+from asrllm.serving.transcriber import Transcriber
+from asrllm.testing import vowels
+from tests.models.asr_llm.test_modeling import make_model
+from tests.processes import wait_for
+
+MAX_BYTES = 1 << 20
+SEGMENTATION = Segmentation(detector=Loudness, longest=32000)
+
+
+@contextlib.contextmanager
+def running(engine, description, **options):
+    """Serve an engine, and yield the address and the transcriber."""
+    limits = {"batch_size": 8, "max_seconds": 60.0, "max_queued_seconds": 600.0}
+    gate = {"api_key": None, "max_bytes": MAX_BYTES, "upload_seconds": 20.0}
+    for name, value in options.items():
+        (gate if name in gate else limits)[name] = value
+    transcriber = Transcriber(engine, description, SEGMENTATION, Metrics(), **limits)
+    app = create_app(transcriber, name="tiny", **gate)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started, 20)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", transcriber
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+        transcriber.batcher.close()
+
+
+@pytest.fixture(scope="module")
+def engine(world):
+    model = make_model(world)
+    prompts = [Prompt(text="Transcribe."), Prompt(text="Write.", lang="en")]
+    describe_prompts(model.config, prompts)
+    return TorchEngine(model.eval(), {"max_new_tokens": 12})
+
+
+@pytest.fixture(scope="module")
+def server(engine):
+    with running(engine, engine.model.config) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return OpenAI(base_url=f"{server}/v1", api_key="-", max_retries=0, timeout=60)
+
+
+class BlockedEngine:
+    """An engine whose answers wait for an event."""
+
+    limits = (1600, 480_000)
+    padded_to = 0.0
+
+    def __init__(self):
+        self.waves = []
+        self.prompts = []
+        self.may_answer = threading.Event()
+
+    def answer(self, waves, prompts):
+        self.waves += waves
+        self.prompts += prompts
+        assert self.may_answer.wait(20)
+        return [Answer(text="word") for _ in waves]
+
+
+def audio(seconds=1.5, seed=0, form="WAV"):
+    """Return the bytes of an audio file."""
+    file = io.BytesIO()
+    soundfile.write(file, vowels(seconds, seed=seed, rate=16000), 16000, format=form)
+    return file.getvalue()
+
+
+def text_alone(engine, content, prompt="Transcribe."):
+    """Return the text of `asrllm transcribe` for one file."""
+    files = [open_audio("a.wav", content)]
+    (found,) = transcribe_files(
+        engine, files, SEGMENTATION, prompt=prompt, batch_size=1, advance=lambda _: None
+    )
+    return found.text
+
+
+def send(url, content=None, **fields):
+    """Send a request without OpenAI's client, which would refuse some of them."""
+    files = {"file": ("a.wav", audio() if content is None else content)}
+    return httpx.post(
+        f"{url}/v1/audio/transcriptions",
+        files=files,
+        data={"model": "tiny"} | fields,
+        timeout=60,
+    )
+
+
+def test_every_format_has_the_text_of_transcribe(client, engine):
+    content = audio(5)
+    expected = text_alone(engine, content)
+    assert expected
+
+    def create(form):
+        return client.audio.transcriptions.create(
+            file=("a.wav", content), model="tiny", response_format=form
+        )
+
+    assert create("json").text == expected
+    assert create("text") == expected + "\n"
+    verbose = create("verbose_json")
+    assert verbose.text == expected
+    assert verbose.duration == pytest.approx(5, abs=0.01)
+    assert verbose.segments[0].start < verbose.segments[0].end <= 5
+    assert create("srt").startswith("1\n00:00:0")
+    assert create("vtt").startswith("WEBVTT\n\n1\n00:00:0")
+
+
+def test_streamed_events_join_to_the_text(client, engine):
+    content = audio(6)
+    stream = client.audio.transcriptions.create(file=("a.wav", content), model="tiny", stream=True)
+    events = list(stream)
+    assert [event.type for event in events[:-1]] == ["transcript.text.delta"] * (len(events) - 1)
+    assert len(events) > 2
+    assert events[-1].type == "transcript.text.done"
+    assert "".join(event.delta for event in events[:-1]) == events[-1].text
+    assert events[-1].text == text_alone(engine, content)
+
+
+def test_fields_change_the_prompt(server, engine):
+    content = audio()
+    description = engine.model.config
+    for fields in ({"language": "en"}, {"prompt": "Write it."}, {"hotwords": "one,two"}):
+        given = {"language": None, "prompt": None, "hotwords": None} | fields
+        prompt = inference_prompt(description, **given)
+        assert send(server, content, **fields).json()["text"] == text_alone(engine, content, prompt)
+
+
+@pytest.mark.parametrize("form", ["FLAC", "OGG", "MP3"])
+def test_other_audio_formats_are_read(server, form):
+    assert send(server, audio(form=form)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "whisper-1"}, 404, "model"),
+        ({"temperature": "0.5"}, 400, "temperature"),
+        ({"temperature": "warm"}, 400, "temperature"),
+        ({"response_format": "diarized_json"}, 400, "response_format"),
+        ({"timestamp_granularities[]": "word", "response_format": "verbose_json"}, 400, None),
+        ({"timestamp_granularities[]": "segment"}, 400, "timestamp_granularities[]"),
+        ({"include[]": "logprobs"}, 400, "include[]"),
+        ({"stream": "true", "response_format": "srt"}, 400, "stream"),
+        ({"language": "../en"}, 400, "language"),
+        ({"hotwords": "@/etc/hostname"}, 400, "hotwords"),
+        ({"hotwords": ","}, 400, "hotwords"),
+        ({"prompt": "<|AUDIO|>"}, 400, "prompt"),
+        ({"prompt": "x" * 20_000}, 400, "prompt"),
+        ({"unknown": "1"}, 400, "unknown"),
+    ],
+)
+def test_field_that_cannot_be_honoured_is_refused(server, fields, status, param):
+    answer = send(server, **fields)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == (param or "timestamp_granularities[]")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"this is no audio " * 50, audio()[: len(audio()) // 2], audio(0.002)],
+    ids=["empty", "one byte", "text", "truncated", "too short"],
+)
+def test_bad_audio_is_an_error_object_and_the_server_continues(server, content):
+    answer = send(server, content)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "file"
+    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
+
+
+def test_long_audio_and_large_files_are_refused(server, engine):
+    assert send(server, audio(61)).status_code == 413
+    assert send(server, bytes(MAX_BYTES)).json()["error"]["code"] == "file_too_large"
+
+    def chunks():
+        yield b"--x\r\nContent-Disposition: form-data; name=file; filename=a\r\n\r\n"
+        for _ in range(40):
+            yield bytes(1 << 15)
+
+    answer = httpx.post(
+        f"{server}/v1/audio/transcriptions",
+        content=chunks(),
+        headers={"Content-Type": "multipart/form-data; boundary=x"},
+        timeout=60,
+    )
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "file_too_large"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/audio/transcriptions", 405),
+        ("POST", "/v1/audio/transcriptions", 400),
+        ("GET", "/v1/models/other", 404),
+    ],
+)
+def test_unknown_requests_get_an_error_object(server, method, path, status):
+    answer = httpx.request(method, server + path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_api_key_is_required_below_v1(engine):
+    with running(engine, engine.model.config, api_key="secret") as (url, _):
+        assert httpx.get(f"{url}/health").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
+        assert list(OpenAI(base_url=f"{url}/v1", api_key="secret").models.list())
+
+
+@pytest.mark.slow
+def test_concurrent_requests_have_the_texts_of_single_ones(server, engine):
+    contents = [audio(0.5 + i % 3, seed=i) for i in range(16)]
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda content: send(server, content).json(), contents))
+    for content, answer in zip(contents, answers, strict=True):
+        assert answer["text"] == text_alone(engine, content)
+    metrics = httpx.get(f"{server}/metrics").text
+    assert 'asrllm_batch_size_bucket{le="1.0"}' in metrics
+    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[0] != "#")
+    assert float(values["asrllm_batch_size_sum"]) > float(values["asrllm_batch_size_count"])
+    assert float(values["asrllm_queued_audio_seconds"]) == 0
+
+
+def test_full_queue_is_refused_until_there_is_room(engine):
+    blocked = BlockedEngine()
+    config = engine.model.config
+    with (
+        running(blocked, config, max_queued_seconds=2.0) as (url, _),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        first = threads.submit(send, url)
+        wait_for(lambda: blocked.waves, 20)
+        refused = send(url)
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) > 0
+        blocked.may_answer.set()
+        assert set(first.result(20).json()["text"].split()) == {"word"}
+        assert send(url).status_code == 200
+
+
+def test_client_that_disconnects_frees_its_place(engine):
+    blocked = BlockedEngine()
+    with running(blocked, engine.model.config, batch_size=1) as (url, transcriber):
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(send, url)
+            wait_for(lambda: blocked.waves, 20)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(
+                    f"{url}/v1/audio/transcriptions",
+                    files={"file": ("b.wav", audio(1.0))},
+                    data={"model": "tiny", "prompt": "Abandoned."},
+                    timeout=httpx.Timeout(20, read=1),
+                )
+            wait_for(lambda: transcriber.queued_seconds < 2, 20)
+            blocked.may_answer.set()
+            assert first.result(20).status_code == 200
+        assert send(url).status_code == 200
+        assert set(blocked.prompts) == {"Transcribe."}
+
+
+def test_slow_upload_is_ended(engine):
+    with running(BlockedEngine(), engine.model.config, upload_seconds=0.3) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        head = (
+            "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x"
+        )
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head.encode())
+            began = time.monotonic()
+            answer = connection.recv(4096).decode()
+            assert " 408 " in answer.splitlines()[0]
+            assert time.monotonic() - began < 10
+
+
+def test_engine_that_fails_is_a_server_error(engine):
+    class Failing(BlockedEngine):
+        def answer(self, waves, prompts):
+            raise ZeroDivisionError
+
+    with running(Failing(), engine.model.config) as (url, _):
+        answer = send(url)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_samples_are_those_of_the_file(engine):
+    blocked = BlockedEngine()
+    blocked.may_answer.set()
+    with running(blocked, engine.model.config) as (url, _):
+        assert send(url, audio(1.5)).status_code == 200
+    wave, _ = soundfile.read(io.BytesIO(audio(1.5)), dtype="float32")
+    heard = np.concatenate(blocked.waves)
+    assert any((wave[i : i + len(heard)] == heard).all() for i in range(len(wave) - len(heard) + 1))

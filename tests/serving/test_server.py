@@ -1,0 +1,68 @@
+"""`asrllm serve` as a process."""
+
+import re
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.models.asr_llm.test_modeling import make_model
+from tests.processes import started, wait_for
+from tests.serving.test_api import audio, send
+from tests.test_cli import fails
+
+
+@pytest.fixture
+def model(world, tmp_path):
+    made = make_model(world)
+    made.config.prompts = ["Transcribe."]
+    made.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def address(log):
+    """Return the URL in the line that the server prints when it is ready, or None."""
+    text = log.read_text() if log.exists() else ""
+    found = re.search(r"http://127\.0\.0\.1:\d+", text)
+    return found[0] if found else None
+
+
+@pytest.mark.slow
+def test_sigterm_loses_no_request(model, tmp_path):
+    script = REPOSITORY / "launch" / "serve.py"
+    command = [script, model, "--port", 0, "--batch-size", 2, "--max-new-tokens", 20]
+    with started(tmp_path / "logs", command) as (server,):
+        log = tmp_path / "logs" / "0"
+        wait_for(lambda: address(log) or server.poll() is not None)
+        url = address(log)
+        assert url, log.read_text()
+        assert [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]] == ["tiny"]
+        with ThreadPoolExecutor(8) as threads:
+            answers = [threads.submit(send, url, audio(3, seed=i)) for i in range(8)]
+            queued = re.compile(r"^asrllm_queued_audio_seconds (1[2-9]|2\d)", re.M)
+            wait_for(lambda: queued.search(httpx.get(f"{url}/metrics").text), 30)
+            server.send_signal(signal.SIGTERM)
+            found = [answer.exception(60) or answer.result().status_code for answer in answers]
+        assert server.wait(timeout=60) == -signal.SIGTERM
+    # a request may be refused at its connection, but an accepted one is answered
+    assert found.count(200) >= 4
+    assert all(status == 200 or isinstance(status, httpx.ConnectError) for status in found)
+    assert "Traceback" not in log.read_text()
+
+
+def test_port_in_use_is_reported_before_the_model_loads(model, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert str(port) in fails(capsys, "serve", model, "--port", port)
+
+
+def test_empty_key_file_is_reported(model, tmp_path, capsys):
+    (tmp_path / "key").touch()
+    assert str(tmp_path / "key") in fails(
+        capsys, "serve", model, "--api-key-file", tmp_path / "key"
+    )
