@@ -23,7 +23,10 @@ ENGLISH = (
     "Well, this is a rather long sentence that goes on and on, "
     "until somebody decides that it is quite long enough; then it stops."
 )
-CHINESE = "今天天气很好，我们去公园散步吧。「你说得对」，他回答道：我正在用GPU训练模型，然后还要继续工作很长时间才能回家吃饭呢。"
+CHINESE = (
+    "今天天气很好，我们去公园散步吧。「你说得对」，他回答道："
+    "我正在用GPU训练模型，然后还要继续工作很长时间才能回家吃饭呢。"
+)
 
 
 def transcript(*segments):
