@@ -1,8 +1,10 @@
 import dataclasses
 import typing
 from importlib import resources
+from typing import Annotated
 
 import pytest
+from pydantic import Strict
 
 from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
@@ -210,7 +212,7 @@ def test_whisper_feature_options_need_a_whisper_encoder(key):
 
 @component
 class Collections:
-    pair: tuple[int, float] | None = None
+    pair: Annotated[tuple[int, float], Strict(False)] | None = None
     table: dict[str, PositiveInt] | None = None
     lists: dict[str, list[int]] | None = None
 
