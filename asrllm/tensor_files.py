@@ -29,7 +29,7 @@ PIECE = 1 << 17  # elements; small enough for the allocator to reuse the memory 
 # what torch.load raises for a corrupted file
 CORRUPTED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 DESCRIPTOR = b"PK\x07\x08"  # begins the data descriptor that follows a record's bytes in a zip file
-ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
+PROVENANCE_KEY = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -168,7 +168,7 @@ def _safetensors_header(source: TensorSource, names: Sequence[str]) -> bytes:
     """Return the bytes before the tensors, with zeros in place of the SHA-256."""
     metadata = {"format": "pt", SHA256_KEY: NO_SHA256}
     if source.about:
-        metadata[ABOUT] = json.dumps(source.about)
+        metadata[PROVENANCE_KEY] = json.dumps(source.about)
     content: JsonObject = {"__metadata__": metadata}
     end = 0
     for name in names:
@@ -204,7 +204,7 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
     each record and its checksum is overwritten.
     """
     state = _empty_tensors(source, names)
-    setattr(state, ABOUT, dict(source.about))
+    setattr(state, PROVENANCE_KEY, dict(source.about))
     with torch.serialization.skip_data():
         torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
@@ -215,7 +215,7 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
     with path.open("r+b") as file:
         for number, name in enumerate(names):
             file.seek(begin_of_record(file, headers[number]))
-            checksums[headers[number]] = _write_record(file, source, name)
+            checksums[headers[number]] = _write_tensor(file, source, name)
             bar.advance()
         in_order = [checksums.get(record.header_offset) for record in records]
         _write_checksums(file, directory, in_order)
@@ -231,7 +231,7 @@ def _header_offsets(records: Iterable[zipfile.ZipInfo]) -> dict[int, int]:
     return headers
 
 
-def _write_record(file: IO[bytes], source: TensorSource, name: str) -> int:
+def _write_tensor(file: IO[bytes], source: TensorSource, name: str) -> int:
     """Write the bytes of a tensor, and their CRC-32 to the data descriptor that follows them.
 
     See PKWARE's APPNOTE, 4.3.9.
@@ -316,7 +316,7 @@ def read_about(path: Path) -> JsonObject:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as tensors:
                 metadata = tensors.metadata() or {}
-                return dict(json.loads(metadata.get(ABOUT, "{}")))
+                return dict(json.loads(metadata.get(PROVENANCE_KEY, "{}")))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(getattr(state, ABOUT, {}))
+        return dict(getattr(state, PROVENANCE_KEY, {}))
     return {}

@@ -31,16 +31,16 @@ from asrllm.text_files import JsonObject, check_no_mark, first_words, read_json_
 TYPES = get_annotations(AsrLlmConfig)
 # Limits far above any model, so that a damaged size does not take all memory or run for hours.
 MAX_LAYERS = 1000
-MAX_WIDTH = 1 << 17
-MAX_RATE = 1000
+MAX_PROJECTOR_WIDTH = 1 << 17
+MAX_DOWNSAMPLING = 1000
 MAX_ENCODER_SIZE = 1 << 20
 MAX_LLM_SIZE = 1 << 40  # rope_theta has ten digits in some models
 BOUNDED_TYPES = {
     "projector": Literal[tuple(PROJECTORS)],
-    "projector_hidden_size": Annotated[int, Field(ge=1, le=MAX_WIDTH)],
-    "audio_encoder_projector_ds_rate": Annotated[int, Field(ge=1, le=MAX_RATE)],
+    "projector_hidden_size": Annotated[int, Field(ge=1, le=MAX_PROJECTOR_WIDTH)],
+    "audio_encoder_projector_ds_rate": Annotated[int, Field(ge=1, le=MAX_DOWNSAMPLING)],
 }
-Rank = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Rank = Annotated[int, Field(ge=1, le=MAX_PROJECTOR_WIDTH)]
 # types of the options of PEFT's LoraConfig that training writes; PEFT validates few of them
 LORA_TYPES = {
     "r": Rank,
@@ -63,7 +63,7 @@ FIELD_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in (TYPES | BOU
 CONFIG_FIELDS = pydantic.create_model("ConfigFields", __config__=SETTINGS, **FIELD_TYPES)
 OPTION_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in LORA_TYPES.items()}
 LORA_OPTIONS = pydantic.create_model("LoraOptions", __config__=SETTINGS, **OPTION_TYPES)
-FIX = "Correct it, or copy the config.json that was saved with the model."
+CORRECT_MODEL_CONFIG = "Correct it, or copy the config.json that was saved with the model."
 
 
 def read_config_fields(folder: str | Path) -> JsonObject:
@@ -165,8 +165,8 @@ def check_config_fields(fields: JsonObject, where: str) -> None:
     _check_base_models(fields.get("base_models") or {}, where)
     _check_sizes(fields.get("audio_encoder") or {}, MAX_ENCODER_SIZE, f"{where!r}: audio_encoder")
     _check_sizes(fields.get("llm") or {}, MAX_LLM_SIZE, f"{where!r}: llm")
-    _check_encoder(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
-    _check_llm(fields.get("llm") or {}, where)
+    _check_encoder_fields(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
+    _check_llm_fields(fields.get("llm") or {}, where)
 
 
 def _check_types(types: type, fields: JsonObject, where: str, group: str = "") -> None:
@@ -176,7 +176,7 @@ def _check_types(types: type, fields: JsonObject, where: str, group: str = "") -
     try:
         build(types, known, where=f"{where!r}: ", group=group)
     except UserError as error:
-        raise UserError(f"{error} {FIX}") from error
+        raise UserError(f"{error} {CORRECT_MODEL_CONFIG}") from error
 
 
 def _check_base_models(bases: JsonObject, where: str) -> None:
@@ -185,11 +185,15 @@ def _check_base_models(bases: JsonObject, where: str) -> None:
         name = f"base_models.{part}"
         if not isinstance(base, dict) or not BASE_MODEL_TYPES.keys() <= base.keys():
             raise UserError(
-                f"{where!r}: {name}={shown(base)} has no 'path' and 'fingerprint'. {FIX}"
+                f"{where!r}: {name}={shown(base)} has no 'path' and 'fingerprint'. "
+                f"{CORRECT_MODEL_CONFIG}"
             )
         for key, kind in BASE_MODEL_TYPES.items():
             if not isinstance(base[key], kind) or not base[key]:
-                raise UserError(f"{where!r}: {name}.{key}={shown(base[key])} is not a text. {FIX}")
+                raise UserError(
+                    f"{where!r}: {name}.{key}={shown(base[key])} is not a text. "
+                    f"{CORRECT_MODEL_CONFIG}"
+                )
 
 
 def _check_sizes(fields: JsonObject, limit: int, where: str) -> None:
@@ -212,16 +216,17 @@ def _check_sizes(fields: JsonObject, limit: int, where: str) -> None:
             largest = min(limit, MAX_LAYERS) if is_layers else limit
             if abs(value) > largest:
                 raise UserError(
-                    f"{name}={value} is out of range. Use a value of at most {largest}. {FIX}"
+                    f"{name}={value} is out of range. Use a value of at most {largest}. "
+                    f"{CORRECT_MODEL_CONFIG}"
                 )
 
 
-def _check_encoder(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
+def _check_encoder_fields(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(
             f"{where!r}: audio_encoder.model_type={kind!r} is not supported. "
-            f"Available: {', '.join(ENCODERS)}. {FIX}"
+            f"Available: {', '.join(ENCODERS)}. {CORRECT_MODEL_CONFIG}"
         )
     try:
         with torch.device("meta"):
@@ -236,16 +241,16 @@ def _check_encoder(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
         which = f" with {texts[0]}" if texts else ""
         raise UserError(
             f"{where!r}: audio_encoder{which} does not describe a {kind}: {first_words(error)}. "
-            f"{FIX}"
+            f"{CORRECT_MODEL_CONFIG}"
         ) from error
 
 
-def _check_llm(fields: JsonObject, where: str) -> None:
+def _check_llm_fields(fields: JsonObject, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"{where!r}: llm.model_type={kind!r} is not an LLM that transformers "
-            f"{transformers.__version__} knows. {FIX}"
+            f"{transformers.__version__} knows. {CORRECT_MODEL_CONFIG}"
         )
     check_not_quantized(fields, Path(where))
     try:
@@ -253,7 +258,9 @@ def _check_llm(fields: JsonObject, where: str) -> None:
     except Exception as error:  # transformers raises AttributeError and KeyError as well
         raise UserError(
             f"{where!r}: llm is not a configuration of a {kind!r} model: {first_words(error)}. "
-            f"{FIX}"
+            f"{CORRECT_MODEL_CONFIG}"
         ) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{where!r}: llm.model_type={kind!r} is not a causal LLM. {FIX}")
+        raise UserError(
+            f"{where!r}: llm.model_type={kind!r} is not a causal LLM. {CORRECT_MODEL_CONFIG}"
+        )
