@@ -9,9 +9,11 @@ WHISPER_WINDOW = 30.0  # seconds to which Whisper pads
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
 RATE = 16000  # Hz; every waveform reaches the model at this rate
 # configuration keys with the paths of the pretrained models, by part
+ENCODER_KEY = "model.audio_encoder.pretrained_model"
+LLM_KEY = "model.llm.pretrained_model"
 BASE_MODEL_KEYS = {
-    "audio_encoder": "model.audio_encoder.pretrained_model",
-    "llm": "model.llm.pretrained_model",
+    "audio_encoder": ENCODER_KEY,
+    "llm": LLM_KEY,
 }
 STORED_EXTENSIONS = ("flac", "wav", "opus", "ogg", "mp3")  # formats that shards store as they are
 # extensions of audio files in a directory or tar; those after sph need ffmpeg

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
-from unittest import mock
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -118,11 +117,16 @@ def hydra_options(arguments: argparse.Namespace) -> list[str]:
 @contextlib.contextmanager
 def command_line(words: Sequence[str]) -> Iterator[None]:
     """Make Hydra read these words in the block, and raise its errors instead of printing them."""
-    with (
-        mock.patch.object(sys, "argv", list(words)),
-        mock.patch.dict(os.environ, {"HYDRA_FULL_ERROR": "1"}),
-    ):
+    arguments = sys.argv
+    environment = dict(os.environ)
+    sys.argv = list(words)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
         yield
+    finally:
+        sys.argv = arguments
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def check_given_exp_dir(overrides: Sequence[str]) -> None:

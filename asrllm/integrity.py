@@ -28,9 +28,9 @@ CHECKSUMS = "asrllm.sha256"  # in the format of the program sha256sum
 NOT_LISTED = (CHECKSUMS, "README.md")  # people edit the model card, which changes no text
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
-MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLE = b"\x80"  # begins a pickle
-CHUNK = 1 << 20  # bytes
+HASHED_BYTES = 1 << 20  # bytes
 # what zipfile raises for a corrupted file
 BAD_ARCHIVE = (
     zipfile.BadZipFile,
@@ -101,7 +101,7 @@ def _check_pickle(path: Path) -> None:
 def _verify_safetensors(path: Path, size: int) -> None:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, MAX_HEADER):
+        if not 0 < length <= min(size - 8, MAX_SAFETENSORS_HEADER):
             raise corrupted(path, f"its header has {length} bytes")
         header = file.read(length)
         written = _written_sha256(path, header)
@@ -110,7 +110,7 @@ def _verify_safetensors(path: Path, size: int) -> None:
             return
         digest = hashlib.sha256(length.to_bytes(8, "little"))
         digest.update(header.replace(written.encode(), NO_SHA256.encode(), 1))
-        _update(digest, file)
+        _hash_file(digest, file)
     if digest.hexdigest() != written:
         raise corrupted(path, "it does not match the SHA-256 in its header")
 
@@ -150,8 +150,8 @@ def _check_length(path: Path, header: bytes, found: int) -> None:
     raise corrupted(path, f"it has {found} bytes of tensors, but its header describes {expected}")
 
 
-def _update(digest: "hashlib._Hash", file: BinaryIO) -> None:
-    while chunk := file.read(CHUNK):
+def _hash_file(digest: "hashlib._Hash", file: BinaryIO) -> None:
+    while chunk := file.read(HASHED_BYTES):
         digest.update(chunk)
 
 

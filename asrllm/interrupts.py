@@ -52,4 +52,5 @@ def exit_interrupted(number: int, frame: "FrameType | None") -> None:
             os.write(2, b"asrllm: interrupted\n")
         except OSError:  # Ctrl-C also ended the process that reads standard error, for example tee
             pass
+    # sys.exit would only raise SystemExit, which a library may swallow just as well.
     os._exit(INTERRUPTED)

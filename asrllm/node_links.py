@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 SECRET = 16  # bytes
 CONNECT_WITHIN = 5.0  # seconds
-# A node without power or network is noticed after IDLE + PROBES * INTERVAL seconds (tcp(7)).
+# A node without power or network is noticed after IDLE + KEEPALIVE_PROBES * INTERVAL seconds, see
+# tcp(7).
 IDLE = 10
 INTERVAL = 5
-PROBES = 3
+KEEPALIVE_PROBES = 3
 
 
 class Address(NamedTuple):
@@ -65,5 +66,5 @@ def _watched(connection: socket.socket) -> socket.socket:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     return connection

@@ -53,7 +53,7 @@ def waiting(what: str, *, after: float = FIRST_LINE) -> Iterator[None]:
 
 
 class ProgressBar:
-    """Progress on standard error.
+    """Progress on standard error, shown as soon as the work starts.
 
     Use it as `with ProgressBar("reading", total) as bar: bar.advance()`.
     """
@@ -74,7 +74,8 @@ class ProgressBar:
             total: number of items, which may be an estimate, or None if unknown.
             done: items that were done before.
             enabled: whether anything is printed.
-            brief: whether no line is printed for work that takes less than FIRST_LINE.
+            brief: whether no line is printed for work that takes less than FIRST_LINE. The first
+                line of such a bar comes from a thread, because the first item may take longer.
         """
         self.what = what
         self.total = total
@@ -87,9 +88,17 @@ class ProgressBar:
         self.is_inner = _outer is not None
         self.enabled = enabled
         self.brief = brief
-        if enabled and sys.stderr.isatty():
+        self.timer = threading.Timer(FIRST_LINE, self._print_first_line)
+        self.timer.daemon = True
+        if not enabled:
+            return
+        if sys.stderr.isatty():
             self.bar = self._open_bar()
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
+        elif brief:
+            self.timer.start()
+        else:
+            self._print_first_line()
 
     def _open_bar(self) -> "Progress":
         global _outer
@@ -97,6 +106,10 @@ class ProgressBar:
             _outer = terminal_bar()
             _outer.start()
         return _outer
+
+    def _print_first_line(self) -> None:
+        if self.done == self.done_before:
+            print(self._line(), file=sys.stderr, flush=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count items as done.
@@ -123,6 +136,8 @@ class ProgressBar:
         elapsed = time.monotonic() - self.start
         if self.total is None:
             return f"{self.what}: {self.done} [{_clock(elapsed)} elapsed] {self.note}".rstrip()
+        if self.done == self.done_before:  # the remaining time cannot be estimated yet
+            return f"{self.what}: {self.done}/{self.total} [{_clock(elapsed)} elapsed]"
         seconds_per_item = elapsed / max(self.done - self.done_before, 1)
         remaining = seconds_per_item * max(self.total - self.done, 0)
         times = f"{_clock(elapsed)} elapsed, {_clock(remaining)} remaining"
@@ -131,6 +146,7 @@ class ProgressBar:
     def close(self) -> None:
         """Stop the bar. An inner bar disappears."""
         global _outer
+        self.timer.cancel()
         if self.bar is None:
             return
         if self.is_inner:

@@ -102,7 +102,7 @@ def build(
         return cls(**given)
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
-    raise _as_user_error(hints, problems, where, group)
+    raise _as_user_error(hints, given, problems, where, group)
 
 
 def keys_and_types(cls: type) -> dict[str, Any]:
@@ -132,12 +132,17 @@ def nested_component(hint: Any) -> type | None:
 
 
 def _as_user_error(
-    hints: Mapping[str, Any], problems: Sequence[ErrorDetails], where: str, group: str
+    hints: Mapping[str, Any],
+    given: Mapping[str, Any],
+    problems: Sequence[ErrorDetails],
+    where: str,
+    group: str,
 ) -> UserError:
     """Return an error about the first of pydantic's problems.
 
     Args:
         hints: types of the component's keys.
+        given: values of the component's keys.
         problems: what pydantic found. A value that may have several types has one for each.
         where: see `build`.
         group: see `build`.
@@ -146,12 +151,9 @@ def _as_user_error(
     kind = first["type"]
     value = first["input"]
     key = str(first["loc"][0])
-    name = f"{where}{group}{key}"
-    for part in first["loc"][1:]:
-        if isinstance(part, int):
-            name += f"[{part}]"
+    name = f"{where}{group}{key}" + _path_within(given.get(key), first["loc"][1:])
     if kind == "missing":
-        return UserError(f"{where}missing key {group + key!r}. Add it.")
+        return _missing_error(first, where, group, name)
     if kind == "literal_error" and isinstance(value, str):
         choices = [str(choice) for choice in _choices(hints[key])]
         return UserError(f"{name}={shown(value)} is not a valid choice. {nearest(value, choices)}")
@@ -173,6 +175,38 @@ def _as_user_error(
     if inner is not None:
         message += f" Its keys are: {', '.join(keys_and_types(inner))}."
     return UserError(message)
+
+
+def _path_within(value: Any, parts: Sequence[int | str]) -> str:
+    """Return the path to an entry of a value, like "[0].key".
+
+    Args:
+        value: the value.
+        parts: positions, keys, and pydantic's names of the types that a value may have, which are
+            left out.
+    """
+    path = ""
+    for part in parts:
+        if isinstance(part, int) and isinstance(value, Sequence) and part < len(value):
+            path += f"[{part}]"
+            value = value[part]
+        elif isinstance(value, Mapping) and part in value:
+            path += f".{part}"
+            value = value[part]
+    return path
+
+
+def _missing_error(problem: ErrorDetails, where: str, group: str, name: str) -> UserError:
+    """Return an error about a missing key, or about an item that a tuple lacks."""
+    key, *parts = problem["loc"]
+    if not parts:
+        return UserError(f"{where}missing key {group + str(key)!r}. Add it.")
+    last = parts[-1]
+    if isinstance(last, int):
+        return UserError(
+            f"{name}={shown(problem['input'])} has too few items. Give at least {last + 1} items."
+        )
+    return UserError(f"{name} has no key {last!r}. Add it.")
 
 
 def shown(value: object) -> str:

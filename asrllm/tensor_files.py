@@ -29,7 +29,8 @@ PIECE = 1 << 17  # elements; small enough for the allocator to reuse the memory 
 # what torch.load raises for a corrupted file
 CORRUPTED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 DESCRIPTOR = b"PK\x07\x08"  # begins the data descriptor that follows a record's bytes in a zip file
-ABOUT = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
+PROVENANCE_KEY = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -168,7 +169,7 @@ def _safetensors_header(source: TensorSource, names: Sequence[str]) -> bytes:
     """Return the bytes before the tensors, with zeros in place of the SHA-256."""
     metadata = {"format": "pt", SHA256_KEY: NO_SHA256}
     if source.about:
-        metadata[ABOUT] = json.dumps(source.about)
+        metadata[PROVENANCE_KEY] = json.dumps(source.about)
     content: JsonObject = {"__metadata__": metadata}
     end = 0
     for name in names:
@@ -200,11 +201,16 @@ def _empty_tensors(
 def _write_torch(source: TensorSource, names: list[str], path: Path, bar: ProgressBar) -> None:
     """Write a state dict of torch.save.
 
-    torch.save lays out the file with uninitialised records, without touching their memory. Then
-    each record and its checksum is overwritten.
+    torch.save takes all tensors at once, which for a model of 7B parameters in bfloat16 is 15 GB of
+    memory. Therefore it only lays out the file, with `skip_data` and without touching the memory of
+    the tensors, and their bytes are written piece by piece. zipfile could write records piece by
+    piece, but it does not align them to 64 bytes, as torch.load(mmap=True) expects, and it would
+    need a pickler of torch's own format. `skip_data` leaves the checksums of the records at 0,
+    and `integrity.verify_weights` compares them with zipfile, so that they are written as well.
+    See https://docs.pytorch.org/docs/stable/notes/serialization.html.
     """
     state = _empty_tensors(source, names)
-    setattr(state, ABOUT, dict(source.about))
+    setattr(state, PROVENANCE_KEY, dict(source.about))
     with torch.serialization.skip_data():
         torch.save(state, path)
     with zipfile.ZipFile(path) as archive:
@@ -215,7 +221,7 @@ def _write_torch(source: TensorSource, names: list[str], path: Path, bar: Progre
     with path.open("r+b") as file:
         for number, name in enumerate(names):
             file.seek(begin_of_record(file, headers[number]))
-            checksums[headers[number]] = _write_record(file, source, name)
+            checksums[headers[number]] = _write_tensor(file, source, name)
             bar.advance()
         in_order = [checksums.get(record.header_offset) for record in records]
         _write_checksums(file, directory, in_order)
@@ -231,7 +237,7 @@ def _header_offsets(records: Iterable[zipfile.ZipInfo]) -> dict[int, int]:
     return headers
 
 
-def _write_record(file: IO[bytes], source: TensorSource, name: str) -> int:
+def _write_tensor(file: IO[bytes], source: TensorSource, name: str) -> int:
     """Write the bytes of a tensor, and their CRC-32 to the data descriptor that follows them.
 
     See PKWARE's APPNOTE, 4.3.9.
@@ -285,6 +291,17 @@ def begin_of_record(file: IO[bytes], header: int) -> int:
     return header + 30 + name + extra
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a weight has neither NaN nor infinite values.
+
+    The smallest and the largest value take 0.09 s per GB on one core, isfinite() takes 5 s.
+    """
+    if not tensor.numel() or tensor.dtype not in WEIGHT_DTYPES:
+        return True
+    smallest, largest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
+
+
 def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
     """Yield the bytes of a tensor, and check its dtype, number of elements and values.
 
@@ -295,7 +312,7 @@ def _bytes_of(source: TensorSource, name: str) -> Iterator[memoryview]:
     count = 0
     for piece in source.pieces(name):
         assert piece.dtype == spec.dtype, (name, piece.dtype, spec.dtype)
-        if not torch.isfinite(piece).all():
+        if not is_finite(piece):
             raise UserError(
                 f"the weight {name!r} has values that are not finite in {spec.dtype}. "
                 "Write it in bfloat16 or float32. If it was not finite before, use other weights."
@@ -316,7 +333,7 @@ def read_about(path: Path) -> JsonObject:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as tensors:
                 metadata = tensors.metadata() or {}
-                return dict(json.loads(metadata.get(ABOUT, "{}")))
+                return dict(json.loads(metadata.get(PROVENANCE_KEY, "{}")))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(getattr(state, ABOUT, {}))
+        return dict(getattr(state, PROVENANCE_KEY, {}))
     return {}

@@ -230,7 +230,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 @functools.cache
 def _unique_keys_loader() -> type["yaml.SafeLoader"]:
-    """Return PyYAML's safe loader that rejects a key that occurs twice, as the YAML standard does."""
+    """Return PyYAML's safe loader that rejects repeated keys, as the YAML standard does."""
     import yaml
 
     class Loader(yaml.SafeLoader):

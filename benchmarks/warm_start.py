@@ -1,6 +1,7 @@
 """Validation curves of training from a random projector and from one that is fitted first.
 
-    python benchmarks/warm_start.py COMMAND_FILE [--rounds R] [--steps N] [--every K] [--output FILE]
+    python benchmarks/warm_start.py COMMAND_FILE [--rounds R] [--steps N] [--every K] \\
+        [--output FILE]
 
 COMMAND_FILE has the overrides of `asrllm train` of one run, one a line, with a validation set; see
 the command that the quickstart prints. Each round trains with both initialisations and one seed, in

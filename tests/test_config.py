@@ -1,8 +1,10 @@
 import dataclasses
 import typing
 from importlib import resources
+from typing import Annotated
 
 import pytest
+from pydantic import Strict
 
 from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
@@ -206,3 +208,25 @@ def test_whisper_feature_options_need_a_whisper_encoder(key):
     ):
         load("model.audio_encoder.model_type=zipformer", f"data.{key}=true")
     load("model.audio_encoder.model_type=zipformer", f"data.{key}=false")
+
+
+@component
+class Collections:
+    pair: Annotated[tuple[int, float], Strict(False)] | None = None
+    table: dict[str, PositiveInt] | None = None
+    lists: dict[str, list[int]] | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "shown_parts"),
+    [
+        ({"pair": [3]}, ["group.pair=[3]", "2 items"]),
+        ({"table": {"en": 1, "de": 0}}, ["group.table.de=0"]),
+        ({"lists": {"en": [1, "x"]}}, ["group.lists.en[1]='x'"]),
+    ],
+)
+def test_error_inside_a_value_names_the_entry(values, shown_parts):
+    with pytest.raises(UserError) as error:
+        build(Collections, values, group="group.")
+    for part in shown_parts:
+        assert part in str(error.value)

@@ -15,8 +15,8 @@ from tests.test_siblings import ended, start_rank, tell
 
 pytestmark = pytest.mark.slow
 
-# a rank: connects its node to the first one, prints when it is connected to as many ranks as the
-# first argument says, then does what it is told
+# The program of a rank. It connects its node to the first one, prints a line once the number of
+# its connections equals the first argument, and then executes the commands on its standard input.
 RANK = """
 import sys, time
 from asrllm import node_links, siblings

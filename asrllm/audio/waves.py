@@ -108,7 +108,8 @@ def read_array(item: Any, name: str) -> np.ndarray:
         wave = np.asarray(item)
     except ValueError as error:  # rows of different lengths
         raise UserError(
-            f"{name} is not an array of samples: {str(error).rstrip('.')}. Pass a one-dimensional array."
+            f"{name} is not an array of samples: {str(error).rstrip('.')}. "
+            "Pass a one-dimensional array."
         ) from error
     if wave.ndim != 1:
         raise UserError(

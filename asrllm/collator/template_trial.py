@@ -58,7 +58,11 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
 
 
 def _render_and_exit(render: Callable[[], str], writer: int) -> None:
-    """Write "ended" to the pipe if the template ends; the process dies at a limit without it."""
+    """Write "ended" to the pipe if the template ends; the process dies at a limit without it.
+
+    The process ends with os._exit, because after a fork sys.exit would run the exit handlers of the
+    parent (https://docs.python.org/3/library/os.html#os._exit).
+    """
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)

@@ -119,10 +119,10 @@ def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
     """
     batches = [batch for batch in data.plan.typical_batches(ranks) if len(batch)]
     audio_tokens = sum(_audio_tokens(data, batch) for batch in batches)
-    samples = sum(_sum(batch["samples"]) for batch in batches)
+    samples = sum(_exact_sum(batch["samples"]) for batch in batches)
     padded_samples = sum(len(batch) * int(batch["samples"].max()) for batch in batches)
     prompt_tokens = longest_prompt(data)
-    row_tokens = [_sum(batch["tokens"]) + prompt_tokens * len(batch) for batch in batches]
+    row_tokens = [_exact_sum(batch["tokens"]) + prompt_tokens * len(batch) for batch in batches]
     utterances = sum(len(batch) for batch in batches)
     return {
         "utterances": sum(corpus.usable for corpus in data.corpora),
@@ -156,7 +156,7 @@ def _audio_tokens(data: TrainingData, batch: np.ndarray) -> int:
     return int(data.tokens(batch["samples"].astype("int64")).sum())
 
 
-def _sum(values: np.ndarray) -> int:
+def _exact_sum(values: np.ndarray) -> int:
     return int(values.sum(dtype="int64"))
 
 

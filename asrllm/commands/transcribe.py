@@ -18,7 +18,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.escape import escape
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
-from asrllm.evaluation.subtitles import FORMATS, as_json
+from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS, as_json
 from asrllm.evaluation.transcription import (
     FileTranscript,
     Segmentation,
@@ -230,8 +230,8 @@ def chosen_formats(given: Sequence[str]) -> list[str]:
     """
     names = [name.strip() for part in given for name in part.split(",")] or ["txt"]
     for name in names:
-        if name not in FORMATS:
-            raise UserError(f"--format {name!r} is unknown. {nearest(name, FORMATS)}")
+        if name not in TRANSCRIPT_WRITERS:
+            raise UserError(f"--format {name!r} is unknown. {nearest(name, TRANSCRIPT_WRITERS)}")
     return list(dict.fromkeys(names))
 
 
@@ -311,9 +311,9 @@ def write(
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         for name in formats:
             path = arguments.output_dir / f"{Path(transcript.audio).stem}.{name}"
-            write_whole(path, FORMATS[name](transcript, arguments.language))
+            write_whole(path, TRANSCRIPT_WRITERS[name](transcript, arguments.language))
         return
-    text = FORMATS[formats[0]](transcript, arguments.language)
+    text = TRANSCRIPT_WRITERS[formats[0]](transcript, arguments.language)
     if several:
         text = _as_one_line(transcript, formats[0], arguments.language)
     print(text, end="", flush=True)

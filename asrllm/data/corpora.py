@@ -28,7 +28,7 @@ from asrllm.text_files import check_file, read_yaml
 
 logger = logging.getLogger(__name__)
 MAX_WEIGHT = 1000
-CHUNK = 1 << 18  # rows processed together
+ROWS_PER_CHUNK = 1 << 18  # rows processed together
 MAX_SAMPLED_ROWS = 100_000  # rows of a corpus from which long_utterance estimates
 # Filters that drop more than this ratio of a corpus are probably a mistake.
 HIGH_DROP_RATIO = 0.05
@@ -105,8 +105,8 @@ def make_corpus(
     dropped: Counter[str] = Counter()
     usable = 0
     samples = 0
-    for start in range(0, len(index), CHUNK):
-        rows = index.rows[start : start + CHUNK]
+    for start in range(0, len(index), ROWS_PER_CHUNK):
+        rows = index.rows[start : start + ROWS_PER_CHUNK]
         reasons = _drop_reasons(rows, filters)
         passes = _passes(reasons)
         usable += int(passes.sum())

@@ -29,7 +29,7 @@ STYLE = """
 body {font-family: sans-serif; margin: 2em} table {margin: 1em 0} img {max-width: 100%}
 td, th {padding: .2em .8em; text-align: right} td:first-child, th:first-child {text-align: left}
 """
-Rows = list[list[str]]
+TextTable = list[list[str]]
 Groups = dict[str, dict[str, float]]
 
 
@@ -90,8 +90,8 @@ def collect_statistics(name: str, indexes: Sequence[Index]) -> Statistics:
         speakers=sum(int(index.about.get("speakers", 0)) for index in indexes),
         percentiles={measure: _percentiles(v) for measure, v in values.items()},
         histograms={measure: _histogram(values[measure]) for measure in HISTOGRAM_LABELS},
-        corpora=_sum([index.about.get("corpora", {}) for index in indexes]),
-        languages=_sum([index.about.get("languages", {}) for index in indexes]),
+        corpora=_sum_groups([index.about.get("corpora", {}) for index in indexes]),
+        languages=_sum_groups([index.about.get("languages", {}) for index in indexes]),
     )
 
 
@@ -128,7 +128,7 @@ def _bin_width(high: float) -> float:
     raise ValueError(f"{high} is too large for a histogram")
 
 
-def _sum(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> Groups:
+def _sum_groups(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> Groups:
     """Add up the utterances and hours of groups, and sort them by decreasing hours."""
     total: Groups = {}
     for part in parts:
@@ -168,7 +168,7 @@ def _totals(statistics: Statistics) -> str:
     return ", ".join(parts)
 
 
-def _tables(statistics: Statistics) -> list[tuple[str, Rows]]:
+def _tables(statistics: Statistics) -> list[tuple[str, TextTable]]:
     """Return (title, rows with a header) of the percentiles, the corpora and the languages."""
     percentiles = [["percentile", *(f"{percent}%" for percent in PERCENTILES)]]
     for measure, values in statistics.percentiles.items():
@@ -181,7 +181,7 @@ def _tables(statistics: Statistics) -> list[tuple[str, Rows]]:
     return tables
 
 
-def _group_rows(title: str, groups: Groups) -> Rows:
+def _group_rows(title: str, groups: Groups) -> TextTable:
     rows = [[title, "utterances", "hours"]]
     for name, group in groups.items():
         label = escape(name) or "(none)"
@@ -189,7 +189,7 @@ def _group_rows(title: str, groups: Groups) -> Rows:
     return rows
 
 
-def _align(rows: Rows) -> str:
+def _align(rows: TextTable) -> str:
     """Return rows as lines of aligned columns."""
     columns = zip(*rows, strict=True)
     widths = [max(map(len, column)) for column in columns]
@@ -285,7 +285,7 @@ def _page(statistics: Statistics, picture: bytes) -> str:
     return "".join(parts)
 
 
-def _html_rows(rows: Rows) -> str:
+def _html_rows(rows: TextTable) -> str:
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"

@@ -167,7 +167,7 @@ def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:
     return folders.pop()
 
 
-def _names(tars: Sequence[str], folder: Path) -> list[str]:
+def _tar_names(tars: Sequence[str], folder: Path) -> list[str]:
     """Return the names of tars in an index: paths relative to its folder, or URLs.
 
     Tars outside the folder get the name of a link, which `_link` makes.
@@ -244,7 +244,7 @@ def _scan_all(
     with tempfile.TemporaryDirectory(prefix="asrllm-") as cache:
         jobs = [
             _ScanJob(tar, name, Path(cache))
-            for tar, name in zip(tars, _names(tars, folder), strict=True)
+            for tar, name in zip(tars, _tar_names(tars, folder), strict=True)
         ]
         scans = dict(run_parallel(_scan, jobs, workers, advance))
         # tars with keys of earlier tars are scanned again without these keys

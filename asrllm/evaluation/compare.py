@@ -31,7 +31,7 @@ RECOGS_LINE = re.compile(
 )
 RESULT_FILES = "generations-*.jsonl or recogs-*.txt"
 
-Row = dict[str, Any]  # an utterance of a result file
+ResultRow = dict[str, Any]  # an utterance of a result file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def compare_files(a: Path, b: Path) -> Comparison:
     )
 
 
-def rows_by_key(rows: Sequence[Row], name: str) -> dict[str, Transcript]:
+def rows_by_key(rows: Sequence[ResultRow], name: str) -> dict[str, Transcript]:
     """Return the normalized transcripts by their keys as recogs-*.txt write them.
 
     Args:
@@ -264,7 +264,7 @@ def rows_by_key(rows: Sequence[Row], name: str) -> dict[str, Transcript]:
 
 
 def _as_written(
-    rows: Sequence[Row], normalized: dict[str, Transcript], other: Mapping[str, Transcript]
+    rows: Sequence[ResultRow], normalized: dict[str, Transcript], other: Mapping[str, Transcript]
 ) -> dict[str, Transcript]:
     """Return transcripts that are not normalized again, if that gives the other's references.
 
@@ -290,7 +290,9 @@ def same_reference(a: Transcript, b: Transcript) -> bool:
     return characters(a.reference) == characters(b.reference)
 
 
-def common_normalizer(a: Path, rows_a: Sequence[Row], b: Path, rows_b: Sequence[Row]) -> str:
+def common_normalizer(
+    a: Path, rows_a: Sequence[ResultRow], b: Path, rows_b: Sequence[ResultRow]
+) -> str:
     """Return the name of the normalizer of both results. The recogs-*.txt do not contain it.
 
     Raises:
@@ -310,7 +312,7 @@ def common_normalizer(a: Path, rows_a: Sequence[Row], b: Path, rows_b: Sequence[
     return next(iter(paths), "none")
 
 
-def transcripts(rows: Sequence[Row], name: str) -> list[Transcript]:
+def transcripts(rows: Sequence[ResultRow], name: str) -> list[Transcript]:
     """Normalize the rows of a result file.
 
     Args:
@@ -334,7 +336,7 @@ def transcripts(rows: Sequence[Row], name: str) -> list[Transcript]:
     return found
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[ResultRow]:
     """Read a generations-*.jsonl or a recogs-*.txt, also one that icefall wrote.
 
     Returns:
@@ -359,7 +361,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _check_unique_keys(rows: Sequence[Row], path: Path) -> None:
+def _check_unique_keys(rows: Sequence[ResultRow], path: Path) -> None:
     """Raise UserError if two utterances have the same key."""
     counts = Counter(row["key"] for row in rows)
     repeated = [key for key, count in counts.items() if count > 1]
@@ -370,7 +372,7 @@ def _check_unique_keys(rows: Sequence[Row], path: Path) -> None:
         )
 
 
-def _parse_generations(lines: Sequence[str]) -> list[Row]:
+def _parse_generations(lines: Sequence[str]) -> list[ResultRow]:
     """Return the rows of a generations-*.jsonl.
 
     Raises:
@@ -396,10 +398,10 @@ def _parse_generations(lines: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _parse_recogs(lines: Sequence[str]) -> list[Row]:
+def _parse_recogs(lines: Sequence[str]) -> list[ResultRow]:
     """Return a row for each reference with its hypothesis. A repeated key has several rows."""
-    rows: list[Row] = []
-    last_of: dict[str, Row] = {}
+    rows: list[ResultRow] = []
+    last_of: dict[str, ResultRow] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

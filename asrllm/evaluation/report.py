@@ -23,7 +23,7 @@ from asrllm.evaluation.files import count_confusions
 from asrllm.evaluation.score import UNSPACED, Errors
 from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Entry, Pairs, Scored, score
 
-ABOUT = ("normalizer", "rtfx", "prompt", "weights", "lang")
+DESCRIBING_FIELDS = ("normalizer", "rtfx", "prompt", "weights", "lang")
 RATES = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # per cent; the borders of the histogram
 MAX_SPEAKERS = 30  # shown
 MAX_CONFUSIONS = 15  # shown of each kind
@@ -183,7 +183,7 @@ def set_data(name: str, scored: Scored, entry: Entry, baseline: Scored | None) -
     return {
         "name": name,
         "metric": scored.metric,
-        "about": {key: entry[key] for key in ABOUT if entry.get(key) is not None},
+        "about": {key: entry[key] for key in DESCRIBING_FIELDS if entry.get(key) is not None},
         "model": system_data(scored, entry),
         "baseline": system,
         "comparison": comparison,

@@ -85,7 +85,7 @@ def numbered_cues(
 
 
 Format = Callable[[FileTranscript, str | None], str]
-FORMATS: dict[str, Format] = dict(
+TRANSCRIPT_WRITERS: dict[str, Format] = dict(
     zip(TRANSCRIPT_FORMATS, (as_txt, as_json, as_srt, as_vtt), strict=True)
 )
 

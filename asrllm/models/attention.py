@@ -353,7 +353,7 @@ def _flash(
         dropout_p=options.dropout,
         softmax_scale=options.scale,
         causal=options.causal,
-        # keys to the left and to the right of the query; -1 means that there is no limit
+        # keys to the left and to the right of the query; -1 admits all of them
         window_size=(-1, -1) if options.window is None else (options.window - 1, 0),
         softcap=options.softcap or 0.0,
     )
@@ -367,7 +367,7 @@ def _varlen(
 
     cu_seqlens = _cached(cu_seqlens, "int32", lambda: cu_seqlens.int())
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-    # keys to the left of the query; -1 means that there is no limit
+    # keys to the left of the query; -1 admits all of them
     before = -1 if options.window is None else options.window - 1
     output = varlen_attn(
         q,

@@ -143,8 +143,8 @@ def newest_weights(exp_dir: Path) -> Path:
             return path
     raise UserError(
         f"{str(exp_dir)!r} contains neither pretrained.pt nor averaged-*.pt. Average the "
-        f"checkpoints of a run with 'asrllm average {exp_dir} --iter N --avg K'. If it is an exported "
-        "model, copy its weights again."
+        f"checkpoints of a run with 'asrllm average {exp_dir} --iter N --avg K'. "
+        "If it is an exported model, copy its weights again."
     )
 
 

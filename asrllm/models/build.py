@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt
-from asrllm.defaults import BASE_MODEL_KEYS
+from asrllm.defaults import ENCODER_KEY, LLM_KEY
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.checks import MAX_LLM_SIZE, check_sizes
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
@@ -31,8 +31,6 @@ from asrllm.models.pretrained import (
 from asrllm.models.state_dict import is_adapter
 from asrllm.text_files import JsonObject, read_json_object, reading
 
-LLM_KEY = BASE_MODEL_KEYS["llm"]
-ENCODER_KEY = BASE_MODEL_KEYS["audio_encoder"]
 MAX_SAMPLED_EMBEDDINGS = 4096
 
 
@@ -59,8 +57,8 @@ def describe_model(
     tokenizer = load_llm_tokenizer(
         llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template
     )
-    _check_llm(config, llm, llm_path)
-    fields = _check_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
+    _check_base_llm(config, llm, llm_path)
+    fields = _check_base_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
     description = AsrLlmConfig(
         audio_encoder={"model_type": config.audio_encoder.kind} | fields,
         llm=llm.to_dict(),
@@ -89,7 +87,7 @@ def _peft_options(lora: LoraPart | None) -> JsonObject | None:
     return None if lora is None else lora.as_peft()
 
 
-def _check_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> None:
+def _check_base_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> None:
     """Check the LLM's family, and build it without memory for its weights.
 
     Raises:
@@ -112,7 +110,7 @@ def _check_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> None:
         load_generation_config(path)
 
 
-def _check_encoder(
+def _check_base_encoder(
     config: ModelConfig,
     path: str,
     *,

@@ -103,7 +103,8 @@ def check_directory(folder: str | Path, key: str) -> None:
 def check_dtypes(file: Path) -> None:
     """Raise UserError if a weight is sparse, or quantized.
 
-    transformers would convert a quantized weight without its scale. A damaged file passes: `verify_weights` reports it.
+    transformers would convert a quantized weight without its scale. A damaged file passes:
+    `verify_weights` reports it.
     """
     for name, dtype in _dtypes(file):
         if name.endswith(".weight") and dtype not in FLOATS:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
+from asrllm.defaults import LLM_KEY
 from asrllm.errors import UserError
 from asrllm.models.fingerprint import pretrained_weight_files
 from asrllm.models.hub_files import load_generation_config, load_hf_config
 from asrllm.text_files import first_words
-
-KEY = "model.llm.pretrained_model"
 
 
 def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
@@ -36,7 +35,7 @@ def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrained
         return None
     keys = {file: _keys(file) for file in files}
     file_of = {key: file for file in files for key in keys[file]}
-    llm = _uninitialized_llm(load_hf_config(path, KEY), dtype, attention)
+    llm = _uninitialized_llm(load_hf_config(path, LLM_KEY), dtype, attention)
     parameters = dict(llm.named_parameters())
     saved = set(llm.state_dict())
     if not parameters.keys() <= file_of.keys() <= saved:

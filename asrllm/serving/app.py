@@ -17,7 +17,7 @@ from asrllm.data.audio_files import AudioFile
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
 from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
-from asrllm.evaluation.subtitles import FORMATS
+from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS
 from asrllm.evaluation.transcription import EndOfFile, FileTranscript, TextSegment
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
@@ -250,7 +250,7 @@ async def _answer(
         return JSONResponse(_verbose(transcript, fields.language))
     if form == "text":
         return PlainTextResponse(transcript.text + "\n")
-    return PlainTextResponse(FORMATS[form](transcript, fields.language))
+    return PlainTextResponse(TRANSCRIPT_WRITERS[form](transcript, fields.language))
 
 
 def _usage(seconds: float) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Gate:
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
-            f"the request is larger than {self.max_bytes} bytes. Send a shorter or compressed file.",
+            f"the request has more than {self.max_bytes} bytes. Send a shorter or compressed file.",
             param="file",
             code="file_too_large",
         )

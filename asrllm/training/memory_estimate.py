@@ -30,7 +30,7 @@ MOMENTS = 8  # bytes of AdamW's two moments per trained weight
 # Tensors of a loss chunk's size that exist at the same time: logits in working precision and in
 # float32, and the temporary of the reduction.
 CHUNKS = 3
-PROBES = (256, 512)  # tokens
+TRIAL_TOKENS = (256, 512)  # tokens
 CUDA_CONTEXT = 1 << 30  # bytes of CUDA and its libraries
 SLACK = 0.05  # ratio of the memory that the allocator cannot use
 AUDIO_PROBE = 10 * RATE  # samples
@@ -221,17 +221,17 @@ def measure_activations(
         audio: ratio of audio tokens to all tokens.
     """
     measured = []
-    for tokens in PROBES:
+    for tokens in TRIAL_TOKENS:
         llm_bytes = saved_by_llm(model, tokens, dtype, recompute)
         audio_bytes = _audio_bytes(model, round(tokens * audio), dtype, recompute)
         measured.append(llm_bytes + audio_bytes)
     low, high = measured
-    each = (high - low) / (PROBES[1] - PROBES[0])
+    each = (high - low) / (TRIAL_TOKENS[1] - TRIAL_TOKENS[0])
     vocabulary = model.causal_lm.get_output_embeddings().weight.shape[0]
     return Activations(
-        fixed=low - each * PROBES[0],
+        fixed=low - each * TRIAL_TOKENS[0],
         each=each,
-        chunk=CHUNKS * min(LOGITS, vocabulary * PROBES[1]) * MASTER,
+        chunk=CHUNKS * min(LOGITS, vocabulary * TRIAL_TOKENS[1]) * MASTER,
     )
 
 

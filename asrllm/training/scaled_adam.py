@@ -160,7 +160,9 @@ class ScaledAdam(torch.optim.Optimizer):
         min_rms = group["param_min_rms"]
         scale = torch.where(is_scalar, group["scalar_lr_scale"], rms.clamp(min=min_rms))
         lrs = scale * -group["lr"]
-        _update(group, pieces, step, clip, lrs.tolist(), scale_steps.tolist(), is_scalar.tolist())
+        _update_group(
+            group, pieces, step, clip, lrs.tolist(), scale_steps.tolist(), is_scalar.tolist()
+        )
         state["shared_step"] = step + 1
 
     def _pieces(self, group: Group, layout: Layout) -> Iterator[PieceState]:
@@ -274,7 +276,7 @@ def _scale_steps(group: Group, state: State) -> Tensor:
     return torch.minimum(change, (group["param_max_rms"] - rms) / rms)
 
 
-def _update(
+def _update_group(
     group: Group,
     pieces: list[PieceState],
     step: int,

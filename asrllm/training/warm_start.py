@@ -39,7 +39,7 @@ SHARDS = 32  # about as many are read in total, because remote shards are downlo
 WINDOW = 256  # utterances in the order of the shards that are sorted by length
 HELD_OUT_EVERY = 10  # one of this many utterances measures the quality
 ENCODED_SECONDS = 120.0  # audio that is encoded at a time, padding included
-MAX_WIDTH = 16384  # width of a stacked frame, for which a matrix of 2 GB is factorized
+MAX_STACKED_WIDTH = 16384  # width of a stacked frame, for which a matrix of 2 GB is factorized
 MAX_ITERATIONS = 8
 MOVED = 0.01  # ratio of moved frames below which the alignments no longer change the fit
 
@@ -85,11 +85,11 @@ def warm_start(
         UserError: no utterance can be used, or too many frames are stacked.
     """
     width = model.audio_encoder.output_dim * model.projector.rate
-    if width > MAX_WIDTH:
+    if width > MAX_STACKED_WIDTH:
         raise UserError(
-            f"model.projector_init=aligned supports stacked frames of at most {MAX_WIDTH} numbers, "
-            f"but these have {width}. Lower model.audio_encoder_projector_ds_rate, or use "
-            "model.projector_init=random."
+            "model.projector_init=aligned supports stacked frames of at most "
+            f"{MAX_STACKED_WIDTH} numbers, but these have {width}. Lower "
+            "model.audio_encoder_projector_ds_rate, or use model.projector_init=random."
         )
     model.audio_encoder.to(device).eval()
     model.projector.to(device)

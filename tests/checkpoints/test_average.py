@@ -226,7 +226,8 @@ def test_average_that_cannot_be_made_again_is_not_overwritten(exp, make):
     (exp / "checkpoint-4").rename(exp / "aside")
     with pytest.raises(
         UserError,
-        match=r"checkpoint-6, checkpoint-8, .* checkpoint-4 .*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
+        match=r"checkpoint-6, checkpoint-8, .* checkpoint-4 "
+        r".*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
     ):
         make(exp)
     (exp / "checkpoint-8").rename(exp / "aside-too")
@@ -241,7 +242,8 @@ def test_average_that_cannot_be_made_again_is_not_overwritten(exp, make):
     torch.save({"x": torch.ones(1)}, exp / "averaged-iter-8-avg-3.pt")
     with pytest.raises(
         UserError,
-        match=r"'.*averaged-iter-8-avg-3\.pt' .*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
+        match=r"'.*averaged-iter-8-avg-3\.pt' "
+        r".*checkpoint\.model\.filename=averaged-iter-8-avg-3\.pt",
     ):
         make(exp)
 

@@ -37,7 +37,8 @@ def test_prompts_are_lines_or_a_yaml_list(tmp_path, name, text):
 def test_yaml_sets_weight_language_and_task(tmp_path):
     path = write(
         tmp_path,
-        "- {prompt: Transcribe., weight: 2}\n- {prompt: 写下来。, lang: zh, task: asr, weight: 0.5}\n",
+        "- {prompt: Transcribe., weight: 2}\n"
+        "- {prompt: 写下来。, lang: zh, task: asr, weight: 0.5}\n",
         "p.yaml",
     )
     assert read_prompts(path) == (

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asrllm.evaluation.subtitles import (
-    FORMATS,
     LINE,
+    TRANSCRIPT_WRITERS,
     as_json,
     balanced_lines,
     display_width,
@@ -23,7 +23,10 @@ ENGLISH = (
     "Well, this is a rather long sentence that goes on and on, "
     "until somebody decides that it is quite long enough; then it stops."
 )
-CHINESE = "今天天气很好，我们去公园散步吧。「你说得对」，他回答道：我正在用GPU训练模型，然后还要继续工作很长时间才能回家吃饭呢。"
+CHINESE = (
+    "今天天气很好，我们去公园散步吧。「你说得对」，他回答道："
+    "我正在用GPU训练模型，然后还要继续工作很长时间才能回家吃饭呢。"
+)
 
 
 def transcript(*segments):
@@ -88,7 +91,7 @@ def test_cues_contain_the_text_in_order_within_their_segments(parts):
         segments.append((now + pause, now + pause + length, text))
         now += pause + length
     for kind, point in (("srt", ","), ("vtt", ".")):
-        cues = parse(FORMATS[kind](transcript(*segments), None), point)
+        cues = parse(TRANSCRIPT_WRITERS[kind](transcript(*segments), None), point)
         assert all(begin < end for begin, end, _ in cues)
         assert all(end <= begin for (_, end, _), (begin, _, _) in itertools.pairwise(cues))
         assert all(
@@ -105,7 +108,7 @@ def test_cues_contain_the_text_in_order_within_their_segments(parts):
 
 
 def test_words_are_not_split_and_time_is_proportional_to_length():
-    cues = parse(FORMATS["srt"](transcript((10, 22, ENGLISH)), None), ",")
+    cues = parse(TRANSCRIPT_WRITERS["srt"](transcript((10, 22, ENGLISH)), None), ",")
     assert " ".join(" ".join(lines) for _, _, lines in cues) == ENGLISH
     assert (cues[0][0], cues[-1][1]) == (10_000, 22_000)
     rates = [(end - begin) / sum(map(len, lines)) for begin, end, lines in cues]
@@ -144,7 +147,7 @@ def test_json_and_text():
             TextSegment(start=3, end=9, text="世界", end_reason="loop"),
         ],
     )
-    assert FORMATS["txt"](found, None) == "你好世界\n"
+    assert TRANSCRIPT_WRITERS["txt"](found, None) == "你好世界\n"
     fields = json.loads(as_json(found, "zh"))
     assert fields == {
         "audio": "a.wav",
@@ -157,4 +160,4 @@ def test_json_and_text():
         ],
     }
     assert as_json(found, "zh", indent=None).count("\n") == 1
-    assert FORMATS["srt"](transcript(), None) == ""
+    assert TRANSCRIPT_WRITERS["srt"](transcript(), None) == ""

@@ -42,7 +42,7 @@ def test_sigterm_loses_no_request(model, tmp_path):
         assert [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]] == ["tiny"]
         with ThreadPoolExecutor(8) as threads:
             answers = [threads.submit(send, url, audio(3, seed=i)) for i in range(8)]
-            queued = re.compile(r"^asrllm_queued_audio_seconds (1[2-9]|2\d)", re.M)
+            queued = re.compile(r"^asrllm_queued_audio_seconds [1-9]", re.M)
             wait_for(lambda: queued.search(httpx.get(f"{url}/metrics").text), 30)
             server.send_signal(signal.SIGTERM)
             found = [answer.exception(60) or answer.result().status_code for answer in answers]

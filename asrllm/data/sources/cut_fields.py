@@ -217,8 +217,8 @@ def _check_transform(transform: Row, recording: Row, where: str) -> None:
         shown = repr(fields)[:SHOWN_FIELD]
         raise RejectedError(
             "bad_field",
-            f"{place} with {shown} needs a filter of {taps} values. Use rates or a factor with a small ratio, "
-            "for example 0.9 or 1.1",
+            f"{place} with {shown} needs a filter of {taps} values. Use rates or a factor with a "
+            "small ratio, for example 0.9 or 1.1",
         )
 
 

@@ -167,10 +167,10 @@ class _TableRow:
     fields: Mapping[str, Any]
 
 
-Rows = Iterator[tuple[str, _TableRow | RejectedError]]
+TableRows = Iterator[tuple[str, _TableRow | RejectedError]]
 
 
-def _json_table(path: Path) -> Rows:
+def _json_table(path: Path) -> TableRows:
     """Yield (place, row) of a table of JSON lines, the form of audiofolder."""
     for place, row in json_rows(path, ROLE):
         where = f"{ROLE} {place}"
@@ -186,7 +186,7 @@ def _json_table(path: Path) -> Rows:
             yield where, error
 
 
-def _column_table(path: Path) -> Rows:
+def _column_table(path: Path) -> TableRows:
     """Yield (place, row) of a table with columns."""
     lines = text_lines(path, ROLE, strict=False)
     header = next((line for _, line in lines if line.strip()), None)
@@ -487,7 +487,7 @@ def _required_column(
     return column
 
 
-def _ljspeech(path: Path) -> Rows:
+def _ljspeech(path: Path) -> TableRows:
     """Yield the rows of a table without a header: id|text or id|text|normalised text.
 
     The last text is the one that is spoken.

@@ -16,7 +16,7 @@ from asrllm.data.sources.files import (
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 
 ROLE = "the chat manifest"
-AUDIO_TOKEN = "<audio>"
+SWIFT_AUDIO_TAG = "<audio>"
 USERS = ("user", "human")
 ASSISTANTS = ("assistant", "gpt")
 SYSTEM = "system"
@@ -41,7 +41,7 @@ def _utterance(row: Row, where: str, root: Path) -> Utterance:
     audios = _audios(row, where)
     problem = _problem(row, turns, audios, where)
     audio = audios[0] if audios else ""
-    prompt = "" if problem else turns[0][1].replace(AUDIO_TOKEN, "").strip()
+    prompt = "" if problem else turns[0][1].replace(SWIFT_AUDIO_TAG, "").strip()
     key = _key(row, audio, prompt, where)
     if problem:
         return Utterance(key=key, text="", problem=problem)
@@ -73,8 +73,8 @@ def _problem(
     roles = [role for role, _ in turns]
     if len(roles) != 2 or roles[0] not in USERS or roles[1] not in ASSISTANTS:
         return "not_one_turn", f"{where} is a chat of {', '.join(roles) or 'nobody'}"
-    if turns[0][1].count(AUDIO_TOKEN) > 1:
-        return "not_one_audio", f"{where} has one audio file, but several {AUDIO_TOKEN}"
+    if turns[0][1].count(SWIFT_AUDIO_TAG) > 1:
+        return "not_one_audio", f"{where} has one audio file, but several {SWIFT_AUDIO_TAG}"
     return None
 
 

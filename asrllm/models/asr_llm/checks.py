@@ -32,16 +32,16 @@ TYPES = get_annotations(AsrLlmConfig)
 # Limits far above any model, so that a damaged size does not take all memory or run for hours.
 # largest value by the end of a field's name; vocabularies have less than a million tokens
 LIMITS = {"layers": 1000, "layer": 1000, "_size": 1 << 28}
-MAX_WIDTH = 1 << 17
-MAX_RATE = 1000
+MAX_PROJECTOR_WIDTH = 1 << 17
+MAX_DOWNSAMPLING = 1000
 MAX_ENCODER_SIZE = 1 << 20
 MAX_LLM_SIZE = 1 << 40  # rope_theta has ten digits in some models
 BOUNDED_TYPES = {
     "projector": Literal[tuple(PROJECTORS)],
-    "projector_hidden_size": Annotated[int, Field(ge=1, le=MAX_WIDTH)],
-    "audio_encoder_projector_ds_rate": Annotated[int, Field(ge=1, le=MAX_RATE)],
+    "projector_hidden_size": Annotated[int, Field(ge=1, le=MAX_PROJECTOR_WIDTH)],
+    "audio_encoder_projector_ds_rate": Annotated[int, Field(ge=1, le=MAX_DOWNSAMPLING)],
 }
-Rank = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Rank = Annotated[int, Field(ge=1, le=MAX_PROJECTOR_WIDTH)]
 # types of the options of PEFT's LoraConfig that training writes; PEFT validates few of them
 LORA_TYPES = {
     "r": Rank,
@@ -64,7 +64,7 @@ FIELD_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in (TYPES | BOU
 CONFIG_FIELDS = pydantic.create_model("ConfigFields", __config__=SETTINGS, **FIELD_TYPES)
 OPTION_TYPES: dict[str, Any] = {name: (hint, None) for name, hint in LORA_TYPES.items()}
 LORA_OPTIONS = pydantic.create_model("LoraOptions", __config__=SETTINGS, **OPTION_TYPES)
-FIX = "Correct it, or copy the config.json that was saved with the model."
+CORRECT_MODEL_CONFIG = "Correct it, or copy the config.json that was saved with the model."
 
 
 def read_config_fields(folder: str | Path) -> JsonObject:
@@ -166,8 +166,8 @@ def check_config_fields(fields: JsonObject, where: str) -> None:
     _check_base_models(fields.get("base_models") or {}, where)
     check_sizes(fields.get("audio_encoder") or {}, MAX_ENCODER_SIZE, f"{where!r}: audio_encoder")
     check_sizes(fields.get("llm") or {}, MAX_LLM_SIZE, f"{where!r}: llm")
-    _check_encoder(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
-    _check_llm(fields.get("llm") or {}, where)
+    _check_encoder_fields(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
+    _check_llm_fields(fields.get("llm") or {}, where)
 
 
 def _check_types(types: type, fields: JsonObject, where: str, group: str = "") -> None:
@@ -177,7 +177,7 @@ def _check_types(types: type, fields: JsonObject, where: str, group: str = "") -
     try:
         build(types, known, where=f"{where!r}: ", group=group)
     except UserError as error:
-        raise UserError(f"{error} {FIX}") from error
+        raise UserError(f"{error} {CORRECT_MODEL_CONFIG}") from error
 
 
 def _check_base_models(bases: JsonObject, where: str) -> None:
@@ -186,14 +186,20 @@ def _check_base_models(bases: JsonObject, where: str) -> None:
         name = f"base_models.{part}"
         if not isinstance(base, dict) or not BASE_MODEL_TYPES.keys() <= base.keys():
             raise UserError(
-                f"{where!r}: {name}={shown(base)} has no 'path' and 'fingerprint'. {FIX}"
+                f"{where!r}: {name}={shown(base)} has no 'path' and 'fingerprint'. "
+                f"{CORRECT_MODEL_CONFIG}"
             )
         for key, kind in BASE_MODEL_TYPES.items():
             if not isinstance(base[key], kind) or not base[key]:
-                raise UserError(f"{where!r}: {name}.{key}={shown(base[key])} is not a text. {FIX}")
+                raise UserError(
+                    f"{where!r}: {name}.{key}={shown(base[key])} is not a text. "
+                    f"{CORRECT_MODEL_CONFIG}"
+                )
 
 
-def check_sizes(fields: JsonObject, limit: int, where: str, fix: str = FIX) -> None:
+def check_sizes(
+    fields: JsonObject, limit: int, where: str, fix: str = CORRECT_MODEL_CONFIG
+) -> None:
     """Check that the integers of a part, also in nested fields, are not beyond any model's sizes.
 
     Args:
@@ -223,12 +229,12 @@ def check_sizes(fields: JsonObject, limit: int, where: str, fix: str = FIX) -> N
                 )
 
 
-def _check_encoder(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
+def _check_encoder_fields(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(
             f"{where!r}: audio_encoder.model_type={kind!r} is not supported. "
-            f"Available: {', '.join(ENCODERS)}. {FIX}"
+            f"Available: {', '.join(ENCODERS)}. {CORRECT_MODEL_CONFIG}"
         )
     try:
         with torch.device("meta"):
@@ -243,16 +249,16 @@ def _check_encoder(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
         which = f" with {texts[0]}" if texts else ""
         raise UserError(
             f"{where!r}: audio_encoder{which} does not describe a {kind}: {first_words(error)}. "
-            f"{FIX}"
+            f"{CORRECT_MODEL_CONFIG}"
         ) from error
 
 
-def _check_llm(fields: JsonObject, where: str) -> None:
+def _check_llm_fields(fields: JsonObject, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"{where!r}: llm.model_type={kind!r} is not an LLM that transformers "
-            f"{transformers.__version__} knows. {FIX}"
+            f"{transformers.__version__} knows. {CORRECT_MODEL_CONFIG}"
         )
     check_not_quantized(fields, Path(where))
     try:
@@ -260,7 +266,9 @@ def _check_llm(fields: JsonObject, where: str) -> None:
     except Exception as error:  # transformers raises AttributeError and KeyError as well
         raise UserError(
             f"{where!r}: llm is not a configuration of a {kind!r} model: {first_words(error)}. "
-            f"{FIX}"
+            f"{CORRECT_MODEL_CONFIG}"
         ) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{where!r}: llm.model_type={kind!r} is not a causal LLM. {FIX}")
+        raise UserError(
+            f"{where!r}: llm.model_type={kind!r} is not a causal LLM. {CORRECT_MODEL_CONFIG}"
+        )

@@ -32,6 +32,43 @@ class DecodingOptions:
     The defaults are those of greedy search. Every option has one, because transformers fills an
     option that is None from the LLM's generation_config.json, which is meant for conversation:
     Qwen's has a temperature and a repetition penalty.
+
+    Attributes:
+        num_beams: number of hypotheses that beam search keeps for each chat. 1 means greedy search
+            or sampling.
+        length_penalty: exponent of the length in tokens by which beam search divides a
+            hypothesis's log-probability. Values above 0 favour long texts.
+        early_stopping: whether beam search ends when `num_beams` hypotheses are complete. False
+            ends it when a better one is unlikely, "never" when a better one is impossible.
+        do_sample: whether tokens are drawn at random instead of taking the most probable one.
+        temperature: divisor of the logits when sampling.
+        top_k: number of most probable tokens to sample from. 0 admits all tokens.
+        top_p: probability mass of the most probable tokens to sample from.
+        min_p: smallest probability to sample, as a ratio to that of the most probable token.
+        top_h: fraction of the distribution's entropy that the tokens to sample from may have.
+        typical_p: probability mass of the locally typical tokens to sample from.
+        epsilon_cutoff: smallest probability of a token to sample.
+        eta_cutoff: the same, lowered when the distribution has a high entropy.
+        repetition_penalty: divisor of the positive logits, and factor of the negative logits, of
+            tokens in the text so far. 1 means no penalty.
+        no_repeat_ngram_size: length in tokens of the n-grams that may occur only once. 0 allows
+            repetitions.
+        max_new_tokens: maximum number of tokens of a text.
+        min_new_tokens: minimum number of tokens of a text.
+        max_time: seconds after which generation of a batch ends.
+        stop_strings: texts that end generation.
+        eos_token_id: ids of tokens that end generation, in addition to those of the LLM.
+        forced_eos_token_id: ids of the last token if a text reaches `max_new_tokens`.
+        suppress_tokens: ids of tokens that are never generated.
+        begin_suppress_tokens: ids of tokens that are not generated first.
+        bad_words_ids: sequences of token ids that are never generated.
+        sequence_bias: number to add to the logit of the last token of a sequence, by the token ids
+            of the sequence.
+        exponential_decay_length_penalty: number of tokens after which the logit of the end token
+            grows, and the factor of its exponential growth per token.
+        renormalize_logits: whether log-probabilities are normalized again after all options have
+            changed them.
+        use_cache: whether keys and values of earlier positions are kept rather than recomputed.
     """
 
     num_beams: PositiveInt = 1

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from asrllm.defaults import ENCODER_KEY
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder, verify_weights
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
@@ -20,7 +21,6 @@ from asrllm.models.hub_files import check_kind, check_not_quantized
 from asrllm.models.state_dict import StateDict, check_stored_values
 from asrllm.text_files import JsonObject, first_words, read_json_object
 
-KEY = "model.audio_encoder.pretrained_model"
 AGAIN = "Download it again."
 WHISPER_FIELDS = (
     "num_mel_bins",
@@ -32,7 +32,7 @@ WHISPER_FIELDS = (
 )
 # The hub's large models contain a second copy, model.fp32-*, so that the plain names come first.
 # safetensors come before other formats, as in fingerprints.
-PATTERNS = (
+WHISPER_PATTERNS = (
     "model.safetensors",
     "model-*.safetensors",
     "*.safetensors",
@@ -87,12 +87,12 @@ def read_openai(file: Path) -> tuple[JsonObject, StateDict]:
         state = content.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(state, dict):
         raise UserError(
-            f"{KEY}={str(file)!r} has no 'dims' and 'model_state_dict', so it is not an OpenAI "
-            "Whisper checkpoint. Give such a file, or a Hugging Face directory."
+            f"{ENCODER_KEY}={str(file)!r} has no 'dims' and 'model_state_dict', so it is not an "
+            "OpenAI Whisper checkpoint. Give such a file, or a Hugging Face directory."
         )
     for name in DIMS.values():
         if name not in dims:
-            raise UserError(f"{KEY}={str(file)!r} has no {name!r} in its 'dims'. {AGAIN}")
+            raise UserError(f"{ENCODER_KEY}={str(file)!r} has no {name!r} in its 'dims'. {AGAIN}")
     fields = {field: dims[name] for field, name in DIMS.items()}
     check_sizes(fields, f"{str(file)!r}: ")
     fields["encoder_ffn_dim"] = 4 * fields["d_model"]
@@ -114,7 +114,8 @@ def _load_openai(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (*READ_ERRORS, OSError) as error:
         raise UserError(
-            f"{KEY}={str(file)!r} cannot be read as plain tensors: {first_words(error)}. {AGAIN}"
+            f"{ENCODER_KEY}={str(file)!r} cannot be read as plain tensors: {first_words(error)}. "
+            f"{AGAIN}"
         ) from error
 
 
@@ -146,8 +147,8 @@ def _transformers_name(key: str, where: str) -> str:
         if block is not None and name in BLOCK_NAMES:
             return f"layers.{block}.{BLOCK_NAMES[name]}.{kind}"
     raise UserError(
-        f"{KEY}={where!r} has the key {key!r}, which OpenAI's Whisper encoders do not have. Check "
-        "that the file is one of OpenAI's."
+        f"{ENCODER_KEY}={where!r} has the key {key!r}, which OpenAI's Whisper encoders do not "
+        "have. Check that the file is one of OpenAI's."
     )
 
 
@@ -155,18 +156,18 @@ def read_directory(folder: Path) -> tuple[JsonObject, StateDict]:
     """Read a Hugging Face directory. See `read_whisper`."""
     path = folder / "config.json"
     verify_folder(folder)
-    check_kind(folder, KEY)
+    check_kind(folder, ENCODER_KEY)
     if not path.exists():
         raise UserError(
-            f"{KEY}={str(folder)!r} has no config.json. Give a Hugging Face Whisper directory, or "
-            "OpenAI's .pt file itself."
+            f"{ENCODER_KEY}={str(folder)!r} has no config.json. Give a Hugging Face Whisper "
+            "directory, or OpenAI's .pt file itself."
         )
     config = read_json_object(path, "the encoder's configuration")
     check_not_quantized(config, path)
     kind = config.get("model_type")
     if kind != "whisper":
         raise UserError(
-            f"{KEY}={str(folder)!r} is a {kind!r} model, not whisper. Set "
+            f"{ENCODER_KEY}={str(folder)!r} is a {kind!r} model, not whisper. Set "
             "model.audio_encoder.model_type to match."
         )
     activation = config.get("activation_function", "gelu")
@@ -205,7 +206,7 @@ def _read_encoder(folder: Path) -> StateDict:
                 state[name] = tensor
     if not state:
         raise UserError(
-            f"{KEY}={str(folder)!r} has no weights of an encoder (no key starts with "
+            f"{ENCODER_KEY}={str(folder)!r} has no weights of an encoder (no key starts with "
             f"'model.encoder.'). {AGAIN}"
         )
     return state
@@ -235,12 +236,13 @@ def check_sizes(fields: JsonObject, where: str = "") -> None:
 
 def whisper_weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a Hugging Face Whisper directory."""
-    for pattern in PATTERNS:
+    for pattern in WHISPER_PATTERNS:
         found = sorted(folder.glob(pattern))
         if found:
             return found
     raise UserError(
-        f"{KEY}={str(folder)!r} has no weights (none of {', '.join(PATTERNS)}). {AGAIN}"
+        f"{ENCODER_KEY}={str(folder)!r} has no weights (none of {', '.join(WHISPER_PATTERNS)}). "
+        f"{AGAIN}"
     )
 
 

@@ -255,7 +255,7 @@ def read_weights(folder: Path, file: Path | None, fields: JsonObject) -> StateDi
         if is_in_file == is_beside:
             raise UserError(f"{str(folder)!r}: the {part} {BOTH if is_in_file else NEITHER}")
         if is_beside:
-            tensors = _read_part(part, folder / part, fields)
+            tensors = _read_part_weights(part, folder / part, fields)
             state |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
     return without_dead_keys(state)
 
@@ -294,7 +294,7 @@ def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
     return result
 
 
-def _read_part(part: str, folder: Path, fields: JsonObject) -> StateDict:
+def _read_part_weights(part: str, folder: Path, fields: JsonObject) -> StateDict:
     """Read a part's subdirectory: the weights by their names within the part."""
     if part == "llm":
         return _read_llm(folder, fields)

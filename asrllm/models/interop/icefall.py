@@ -32,7 +32,7 @@ ICEFALL_KEYS = {
     theirs: ours for theirs, ours in AUDEN_KEYS.items() if theirs.startswith("encoder_projector.")
 }
 POSITIONS = "audio_encoder.embed_positions.weight"
-AUDIO_TOKEN = "<speech>"
+ICEFALL_AUDIO_TOKEN = "<speech>"
 PROMPT = "请转写音频为文字"
 LORA_ALPHA = 16
 
@@ -178,7 +178,7 @@ def build_processor(
         projector="mlp",
         projector_hidden_size=hidden,
         audio_encoder_projector_ds_rate=1,
-        audio_token=AUDIO_TOKEN,
+        audio_token=ICEFALL_AUDIO_TOKEN,
         tag_audio_boundary=False,
         frozen_parameters=[],
         exclude_from_checkpoint=[],

@@ -118,8 +118,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
-        UserError: the checkpoint has no manifest, so it is not complete, or its directory was
-            renamed.
+        UserError: the manifest is missing, because the checkpoint was not written completely; or
+            the step in the manifest is not the one in the name of the directory.
     """
     manifest = _verified_manifest(checkpoint)
     _check_number(checkpoint, manifest)
@@ -131,7 +131,7 @@ def _verified_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         CorruptedError: the manifest is not valid, lacks keys or does not match its checksum.
-        UserError: the checkpoint has no manifest, so it is not complete.
+        UserError: the manifest is missing, because the checkpoint was not written completely.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():

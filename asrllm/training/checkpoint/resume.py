@@ -330,7 +330,7 @@ def restore(
         UserError: the checkpoint has other weights, is corrupted or lacks the running average.
     """
     if checkpoint is not None:
-        _load(engine, config, checkpoint, manifest)
+        _load_engine_state(engine, config, checkpoint, manifest)
     if not config.use_averaged_model:
         return None
     average = RunningAverage(engine, period=config.average_period)
@@ -359,7 +359,7 @@ def _check_matches_run(
         )
 
 
-def _load(
+def _load_engine_state(
     engine: deepspeed.DeepSpeedEngine,
     config: TrainerConfig,
     checkpoint: Path,

@@ -5,7 +5,7 @@ from typing import Any
 
 from asrllm.errors import UserError, nearest
 
-FIX = "Correct the encoder's config.json."
+CORRECT_ENCODER_CONFIG = "Correct the encoder's config.json."
 PUBLIC_SIZES: dict[str, dict[str, list[int]]] = {
     "icefall-small": {
         "encoder_dim": [192, 256, 256, 256, 256, 256],
@@ -113,24 +113,30 @@ class ZipformerConfig:
         for name in PER_STACK:
             sizes += getattr(self, name)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(f"zipformer: a size is not an integer above 0. {FIX}")
+            raise UserError(
+                f"zipformer: a size is not an integer above 0. {CORRECT_ENCODER_CONFIG}"
+            )
         if self.pos_dim % 2:
-            raise UserError(f"zipformer: pos_dim={self.pos_dim} is not even. {FIX}")
+            raise UserError(
+                f"zipformer: pos_dim={self.pos_dim} is not even. {CORRECT_ENCODER_CONFIG}"
+            )
         if self.output_downsampling_factor != 2:
             raise UserError(
                 "zipformer: output_downsampling_factor="
-                f"{self.output_downsampling_factor} is not 2. {FIX}"
+                f"{self.output_downsampling_factor} is not 2. {CORRECT_ENCODER_CONFIG}"
             )
 
     def _check_stacks(self) -> None:
         for kernel in self.cnn_module_kernel:
             if kernel % 2 == 0:
-                raise UserError(f"zipformer: cnn_module_kernel={kernel} is not odd. {FIX}")
+                raise UserError(
+                    f"zipformer: cnn_module_kernel={kernel} is not odd. {CORRECT_ENCODER_CONFIG}"
+                )
         for unmasked, width in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True):
             if unmasked > width:
                 raise UserError(
                     f"zipformer: encoder_unmasked_dim={unmasked} is above encoder_dim={width}. "
-                    f"{FIX}"
+                    f"{CORRECT_ENCODER_CONFIG}"
                 )
 
     def _for_each_stack(self, name: str) -> tuple[int, ...]:

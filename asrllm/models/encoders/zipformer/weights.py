@@ -53,7 +53,7 @@ READ_ERRORS = (
     TypeError,
     struct.error,
 )
-PATTERNS = ("*.safetensors", "pytorch_model*.bin", "pretrained.pt", "*.pt", "*.pth")
+ZIPFORMER_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "pretrained.pt", "*.pt", "*.pth")
 GIVE_CHECKPOINT = "Give the file or directory of an icefall or Auden checkpoint."
 
 
@@ -113,7 +113,7 @@ def zipformer_weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, or several checkpoints.
     """
-    for pattern in PATTERNS:
+    for pattern in ZIPFORMER_PATTERNS:
         found = sorted(folder.glob(pattern))
         if len(found) > 1 and pattern in ("*.pt", "*.pth"):
             raise UserError(
@@ -123,7 +123,8 @@ def zipformer_weight_files(folder: Path) -> list[Path]:
         if found:
             return found
     raise UserError(
-        f"{str(folder)!r} has no weights (none of {', '.join(PATTERNS)}). {GIVE_CHECKPOINT}"
+        f"{str(folder)!r} has no weights (none of {', '.join(ZIPFORMER_PATTERNS)}). "
+        f"{GIVE_CHECKPOINT}"
     )
 
 
