@@ -22,7 +22,7 @@ def trace(exp):
     ]
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="two ranks train four times in a row")
 def test_killed_run_resumes_with_the_same_data_for_any_number_of_workers(world, tmp_path):
     """Two ranks are killed twice, and resume with another number of workers each time.
 

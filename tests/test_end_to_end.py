@@ -210,7 +210,7 @@ def test_wandb_run_has_config_and_losses(finished):
     assert any("valid/valid/loss" in row for row in logged)
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="evaluates with a real launcher")
 def test_evaluation_averages_checkpoints_and_writes_its_files(world, own):
     finished = own
     test = f"data.test_data_config={world.root / 'test.yaml'}"
@@ -334,7 +334,7 @@ def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
     )
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains twice, once with a real launcher")
 @pytest.mark.parametrize(
     ("launcher", "again", "stage", "precision"),
     [

@@ -35,7 +35,7 @@ def train(world, exp, settings, launcher="python"):
 
 
 @pytest.mark.slow
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains four times, once on two ranks")
 @pytest.mark.parametrize("kind", ["mlp", "normed"])
 def test_fit_is_the_same_on_two_ranks_with_zero3(world, tmp_path, kind):
     """The sums add up over the ranks, whatever ZeRO partitions."""
@@ -67,7 +67,7 @@ def apply(state, frames):
 
 
 @pytest.mark.slow
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains twice")
 def test_resumed_run_keeps_its_fit_and_has_the_same_losses(world, tmp_path):
     exp = tmp_path / "exp"
     done = train(world, exp, ALIGNED)
