@@ -1,11 +1,11 @@
 """Train, resume, evaluate and export in real processes; two ranks use gloo."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from asrllm.testing import tiny_llm
 from asrllm.training.callbacks.metric_names import METRICS
 from asrllm.training.checkpoint.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, made_once, run_script
-from tests.processes import Process, free_port, run_forked
+from tests.processes import Process, free_port, run_forked, wait_for
 from tests.test_cli import does, fails
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -478,6 +478,7 @@ def lines(exp: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.longest(60, reason="trains until it is killed, and again, with a W&B service")
 def test_killed_run_resumes_from_the_last_complete_checkpoint(world, tmp_path):
     """All processes are killed with SIGKILL."""
     import wandb  # takes a second, which the fast tests do not need
@@ -498,15 +499,14 @@ def test_killed_run_resumes_from_the_last_complete_checkpoint(world, tmp_path):
     process = Process(
         [REPOSITORY / "launch" / "train.py", *overrides], clean_environment(), tmp_path / "log"
     )
-    deadline = time.monotonic() + 240
-    while (
-        not (exp / "checkpoint-9").exists()
-        and time.monotonic() < deadline
-        and process.poll() is None
-    ):
-        time.sleep(0.05)  # waits for a condition, bounded
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    third = exp / "checkpoint-9"
+    try:
+        wait_for(lambda: third.exists() or process.poll() is not None, 240)
+        assert process.poll() is None, f"the run ended with status {process.poll()} before {third}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     saved = sorted(
         int(path.parent.name.partition("-")[2]) for path in exp.glob("checkpoint-*/asrllm.json")
     )
