@@ -4,10 +4,10 @@ They carry the messages of `siblings`. Whoever connects must know a secret, whic
 through their process group.
 """
 
-import contextlib
 import hmac
 import secrets
 import socket
+import time
 from typing import NamedTuple
 
 SECRET = 16  # bytes
@@ -33,20 +33,59 @@ def listen() -> tuple[socket.socket, Address]:
     listener = socket.create_server(
         ("", 0), family=family, dualstack_ipv6=with_ipv6, backlog=socket.SOMAXCONN
     )
+    listener.setblocking(False)  # a connection may be lost before it is accepted
     return listener, Address(listener.getsockname()[1], secrets.token_bytes(SECRET))
 
 
-def accept(listener: socket.socket, address: Address) -> socket.socket | None:
-    """Accept a connection, or return None if it is not from a rank of this run."""
-    connection, _ = listener.accept()
-    connection.settimeout(CONNECT_WITHIN)
-    sent = b""
-    with contextlib.suppress(OSError):
-        sent = connection.recv(SECRET, socket.MSG_WAITALL)
-    if not hmac.compare_digest(sent, address.secret):
-        connection.close()
+class Newcomer:
+    """A connection whose other end has not proved yet that it is a rank of this run.
+
+    Anyone who reaches the port can connect and send nothing, therefore nothing here waits.
+
+    Attributes:
+        connection: the connection. It blocks only once `is_rank` is true.
+        is_rank: whether the secret has been received.
+        refused: whether something else was received, or the connection is lost.
+    """
+
+    def __init__(self, connection: socket.socket, secret: bytes) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self.is_rank = False
+        self.refused = False
+        self._secret = secret
+        self._received = b""
+        self._deadline = time.monotonic() + CONNECT_WITHIN
+
+    def receive(self) -> None:
+        """Receive what has arrived of the secret, and not the messages that follow it."""
+        try:
+            data = self.connection.recv(SECRET - len(self._received))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._received += data
+        if not data:
+            self.refused = True
+        elif len(self._received) == SECRET:
+            self.is_rank = hmac.compare_digest(self._received, self._secret)
+            self.refused = not self.is_rank
+        if self.is_rank:
+            _watched(self.connection)
+
+    def is_late(self) -> bool:
+        """Return whether a rank would have sent the secret by now."""
+        return time.monotonic() > self._deadline
+
+
+def accept(listener: socket.socket, address: Address) -> Newcomer | None:
+    """Accept a connection, or return None if it has been lost meanwhile."""
+    try:
+        connection, _ = listener.accept()
+    except OSError:
         return None
-    return _watched(connection)
+    return Newcomer(connection, address.secret)
 
 
 def connect(host: str, address: Address) -> socket.socket:

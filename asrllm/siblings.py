@@ -67,6 +67,7 @@ class Siblings:
         self.connections: dict[socket.socket, int] = {}
         self.listener: socket.socket | None = None
         self.node_listener: socket.socket | None = None
+        self.newcomers: dict[socket.socket, node_links.Newcomer] = {}
         self.address: node_links.Address | None = None
         self.statuses: dict[int, int | None] = {}
         self.printing: list[socket.socket] = []
@@ -217,7 +218,7 @@ class Siblings:
         self.waker.send(b"x")
         self.thread.join()
         self.thread = None
-        for used in (self.woken, self.waker, *self.connections, *self.printing):
+        for used in (self.woken, self.waker, *self.connections, *self.newcomers, *self.printing):
             used.close()
         for listener in (self.listener, self.node_listener):
             if listener is not None:
@@ -297,12 +298,27 @@ class Siblings:
                 self._add_sibling(self.listener.accept()[0], -1)
             elif key.fileobj is self.node_listener:
                 assert self.address is not None
-                connection = node_links.accept(self.node_listener, self.address)
-                if connection is not None:
-                    self._add(connection, -1)
+                newcomer = node_links.accept(self.node_listener, self.address)
+                if newcomer is not None:
+                    self.newcomers[newcomer.connection] = newcomer
+                    self.selector.register(newcomer.connection, selectors.EVENT_READ)
+            elif key.fileobj in self.newcomers:
+                self.newcomers[key.fileobj].receive()  # type: ignore[index]
             else:
                 self._receive(key.fileobj)  # type: ignore[arg-type]
+        self._admit_newcomers()
         return True
+
+    def _admit_newcomers(self) -> None:
+        """Add the connections from ranks, and close those from strangers."""
+        for connection, newcomer in list(self.newcomers.items()):
+            if newcomer.is_rank or newcomer.refused or newcomer.is_late():
+                self.selector.unregister(connection)
+                del self.newcomers[connection]
+                if newcomer.is_rank:
+                    self._add(connection, -1)
+                else:
+                    connection.close()
 
     def _leave(self, rank: int, status: int | None) -> None:
         """End this process because another rank ended."""

@@ -26,14 +26,15 @@ __all__ = ["REPOSITORY", "World", "assert_done", "clean_environment", "free_port
 
 LONGEST = 20.0  # seconds that one test may take
 SECONDS_OF_LOOP = 0.022  # of the loop in `slowness`, on the machine that LONGEST is chosen for
+COUNTED = pytest.StashKey[float]()  # seconds of a test so far
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_TESTRUNUID" in os.environ:
         # a worker, whose temporary directory is below that of the run
         processes.share_cores(Path(config.option.basetemp).parent)
-    elif not config.getoption("--soak"):
-        config.pluginmanager.register(LongTests(config.getoption("--longest")))
+    else:
+        config.pluginmanager.register(SlowestTests())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,11 +46,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=LONGEST,
         metavar="S",
-        help="maximum seconds of a test, on a machine like that of CI",
+        help="seconds after which a test fails unless its mark 'longest' allows more; multiplied "
+        "by how much slower this machine is than that of CI; default: %(default)g",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        limit_of(item)  # checks the mark
     if config.getoption("--soak"):
         return
     for item in items:
@@ -64,50 +68,69 @@ def soak(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Iterator[object]:
+    """Do not count fixtures of several tests: they would count for the one that comes first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with processes.not_counted():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """Fail a test whose setup, call and teardown take longer than its limit.
+
+    These do not count: setting up fixtures of several tests, waiting for the other worker, and the
+    imports of the server in `processes`. The teardown of a module's or session's fixtures counts
+    for the last test, because pytest does not separate it.
+    """
     report = yield
-    report.waited = processes.take_waited()
-    if mark := item.get_closest_marker("longest"):
-        report.longest = mark.args[0]
+    seconds = item.stash.get(COUNTED, 0.0) + call.duration - processes.take_uncounted()
+    item.stash[COUNTED] = seconds
+    report.counted = seconds
+    if call.when == "teardown" and report.passed and not item.config.getoption("--soak"):
+        limit = limit_of(item)
+        # measuring takes a quarter of a second, therefore only when it matters
+        if seconds > limit and seconds > (scaled := limit * slowness()):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.nodeid} took {seconds:.1f} s, which exceeds its limit of {scaled:.1f} s. "
+                "Make it faster, split it, or mark it longest(seconds, reason=...)."
+            )
     return report
 
 
-class LongTests:
-    """Prints the slowest tests. In CI, a run fails if a test exceeds its limit.
+def limit_of(item: pytest.Item) -> float:
+    """Return the seconds that a test may take, on a machine like that of CI.
 
-    Waiting for the other worker does not count. Fixtures do not count, because other tests may use
-    them too.
+    Raises:
+        UsageError: the mark `longest` does not have one number and a reason.
     """
+    mark = item.get_closest_marker("longest")
+    if mark is None:
+        return item.config.getoption("--longest")
+    if len(mark.args) != 1 or not mark.kwargs.get("reason"):
+        raise pytest.UsageError(
+            f"{item.nodeid} has a mark 'longest' without a reason. Write longest(seconds, "
+            "reason=...)."
+        )
+    return mark.args[0]
 
-    def __init__(self, longest: float) -> None:
-        self.longest = longest
+
+class SlowestTests:
+    """Prints the tests that took the longest."""
+
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.long: dict[str, float] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        spent = report.duration - getattr(report, "waited", 0.0)
-        self.seconds[
-            report.nodeid if report.when == "call" else f"{report.when} of {report.nodeid}"
-        ] = spent
-        longest = getattr(report, "longest", self.longest)
-        if report.when == "call" and spent > longest and spent > longest * slowness():
-            self.long[report.nodeid] = spent
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.long and session.exitstatus == 0 and "CI" in os.environ:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if hasattr(report, "counted"):  # otherwise a worker has crashed
+            self.seconds[report.nodeid] = report.counted
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("slowest 20 tests, seconds without waiting")
+        terminalreporter.section("slowest 20 tests, seconds without waiting and shared fixtures")
         for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1])[:20]:
             terminalreporter.write_line(f"{seconds:6.2f} {name}")
-        for name, seconds in self.long.items():
-            terminalreporter.write_line(
-                f"ERROR: {name} took {seconds:.1f} s, which exceeds its limit. "
-                "Make it faster, or split it.",
-                red=True,
-            )
 
 
 def slowness() -> float:
@@ -116,7 +139,7 @@ def slowness() -> float:
     Returns:
         A ratio of the seconds of a fixed computation, at least 1.
     """
-    seconds = timeit.timeit(lambda: sum(i * i for i in range(400_000)), number=20) / 20
+    seconds = timeit.timeit(lambda: sum(i * i for i in range(400_000)), number=10) / 10
     return max(1.0, seconds / SECONDS_OF_LOOP)
 
 
@@ -124,7 +147,7 @@ def slowness() -> float:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run each test and its fixtures on one core. Its time-out starts when it has the core."""
     with processes.one_core():
-        processes.take_waited()
+        processes.take_uncounted()
         return (yield)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT = 1800  # seconds for the tests of one area; a fault that makes them hang counts as caught
 IGNORED = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", ".*_cache", "quickstart", "exp", ".hypothesis", "*.egg-info"
+    ".git", ".venv*", "__pycache__", ".*_cache", "quickstart", "exp", ".hypothesis", "*.egg-info"
 )
 
 

@@ -165,7 +165,8 @@ def start_from_server(process: multiprocessing.process.BaseProcess) -> None:
     os.environ.update(environment)
     forkserver.connect_to_new_process = server.connect_to_new_process
     try:
-        process.start()
+        with not_counted():  # the first process waits for the server's imports
+            process.start()
     finally:
         forkserver.connect_to_new_process = common
         os.environ.clear()
@@ -350,6 +351,29 @@ def assert_done(result: subprocess.CompletedProcess) -> subprocess.CompletedProc
     return result
 
 
+uncounted = 0.0  # seconds of the current test that do not count against its limit
+
+
+@contextlib.contextmanager
+def not_counted() -> Iterator[None]:
+    """Do not count the block against the limit of the current test. Blocks may be nested."""
+    global uncounted
+    before = uncounted
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        uncounted = before + time.monotonic() - began
+
+
+def take_uncounted() -> float:
+    """Return the seconds that do not count since the last call."""
+    global uncounted
+    seconds = uncounted
+    uncounted = 0.0
+    return seconds
+
+
 # --- two test workers on two cores ---
 
 
@@ -366,16 +390,13 @@ class Cores:
         self.turnstile = open(folder / "turnstile", "a")  # noqa: SIM115
         self.cores = open(folder / "cores", "a")  # noqa: SIM115
 
-        self.waited = 0.0  # seconds that the current test has waited
-
     def take(self, how: int) -> None:
         """Wait for one core (LOCK_SH) or both (LOCK_EX)."""
-        began = time.monotonic()
-        fcntl.flock(self.cores, fcntl.LOCK_UN)
-        fcntl.flock(self.turnstile, fcntl.LOCK_EX)
-        fcntl.flock(self.cores, how)
-        fcntl.flock(self.turnstile, fcntl.LOCK_UN)
-        self.waited += time.monotonic() - began
+        with not_counted():
+            fcntl.flock(self.cores, fcntl.LOCK_UN)
+            fcntl.flock(self.turnstile, fcntl.LOCK_EX)
+            fcntl.flock(self.cores, how)
+            fcntl.flock(self.turnstile, fcntl.LOCK_UN)
 
     def give_back(self) -> None:
         """Release what this worker holds."""
@@ -398,22 +419,12 @@ def no_core() -> Iterator[None]:
     if cores is None:
         yield
         return
-    began = time.monotonic()
-    cores.give_back()
-    try:
-        yield
-    finally:
-        cores.waited += time.monotonic() - began
-        cores.take(fcntl.LOCK_SH)
-
-
-def take_waited() -> float:
-    """Return the seconds of waiting for the other worker since the last call."""
-    if cores is None:
-        return 0.0
-    waited = cores.waited
-    cores.waited = 0.0
-    return waited
+    with not_counted():
+        cores.give_back()
+        try:
+            yield
+        finally:
+            cores.take(fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager

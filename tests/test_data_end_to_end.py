@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import time
 
 import pytest
 
 from asrllm.testing import kaldi_directory, tone_sentences
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.data.object_store import s3_server, web_server
-from tests.processes import started
+from tests.processes import started, wait_for
 from tests.test_end_to_end import losses, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -22,7 +21,7 @@ def trace(exp):
     ]
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="two ranks train four times in a row")
 def test_killed_run_resumes_with_the_same_data_for_any_number_of_workers(world, tmp_path):
     """Two ranks are killed twice, and resume with another number of workers each time.
 
@@ -83,9 +82,8 @@ def kill_after(path, overrides):
     command = [REPOSITORY / "launch" / "train.py", *overrides]
     # at the end of the block all ranks and their reading processes are killed
     with started(path.parent.with_name("logs"), command, command) as ranks:
-        deadline = time.monotonic() + 120
-        while not path.exists() and time.monotonic() < deadline and ranks[0].poll() is None:
-            time.sleep(0.02)  # waits for a condition, bounded
+        wait_for(lambda: path.exists() or ranks[0].poll() is not None, 120)
+        assert path.exists(), f"the run ended with status {ranks[0].poll()} before {path}"
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])

@@ -1,11 +1,11 @@
 """Train, resume, evaluate and export in real processes; two ranks use gloo."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from asrllm.testing import tiny_llm
 from asrllm.training.callbacks.metric_names import METRICS
 from asrllm.training.checkpoint.zero_files import AVERAGE, MASTERS
 from tests.conftest import REPOSITORY, World, assert_done, clean_environment, made_once, run_script
-from tests.processes import Process, free_port, run_forked, started
+from tests.processes import Process, free_port, run_forked, started, wait_for
 from tests.test_cli import does, fails
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -210,7 +210,7 @@ def test_wandb_run_has_config_and_losses(finished):
     assert any("valid/valid/loss" in row for row in logged)
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="evaluates with a real launcher")
 def test_evaluation_averages_checkpoints_and_writes_its_files(world, own):
     finished = own
     test = f"data.test_data_config={world.root / 'test.yaml'}"
@@ -334,7 +334,7 @@ def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):
     )
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains twice, once with a real launcher")
 @pytest.mark.parametrize(
     ("launcher", "again", "stage", "precision"),
     [
@@ -490,6 +490,7 @@ def lines(exp: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.longest(60, reason="trains until it is killed, and again, with a W&B service")
 def test_killed_run_resumes_from_the_last_complete_checkpoint(world, tmp_path):
     """All processes are killed with SIGKILL."""
     import wandb  # takes a second, which the fast tests do not need
@@ -510,15 +511,14 @@ def test_killed_run_resumes_from_the_last_complete_checkpoint(world, tmp_path):
     process = Process(
         [REPOSITORY / "launch" / "train.py", *overrides], clean_environment(), tmp_path / "log"
     )
-    deadline = time.monotonic() + 240
-    while (
-        not (exp / "checkpoint-9").exists()
-        and time.monotonic() < deadline
-        and process.poll() is None
-    ):
-        time.sleep(0.05)  # waits for a condition, bounded
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    third = exp / "checkpoint-9"
+    try:
+        wait_for(lambda: third.exists() or process.poll() is not None, 240)
+        assert process.poll() is None, f"the run ended with status {process.poll()} before {third}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     saved = sorted(
         int(path.parent.name.partition("-")[2]) for path in exp.glob("checkpoint-*/asrllm.json")
     )

@@ -136,7 +136,7 @@ def test_reference_to_nothing_is_reported_with_its_key(value):
 
 
 @pytest.mark.slow
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains twice in one process")
 def test_sweep_trains_twice_in_one_process(world, tmp_path):
     keys = world.overrides(tmp_path / "unused", trainer__num_steps=1)
     keys = [key for key in keys if not key.startswith("exp_dir=")]

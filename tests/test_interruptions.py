@@ -160,7 +160,7 @@ def ranks_below(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="starts a real launcher")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_terminated_launcher_gives_the_ranks_time_to_save(
     world, settings, whole, tmp_path, launcher

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from asrllm import node_links
+from asrllm import node_links, siblings
 from tests.processes import free_port
 from tests.test_siblings import ended, start_rank, tell
 
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.slow
 RANK = """
 import sys, time
 from asrllm import node_links, siblings
+
+node_links.CONNECT_WITHIN = 60.0  # longer than the tests wait for the end of a rank
 
 def wait_for(connections):
     while len(ranks.connections) < connections or -1 in ranks.connections.values():
@@ -125,3 +128,41 @@ def test_strangers_are_not_taken_for_ranks():
         tell(ranks[0], "wait")
         ranks[1].kill()
         assert ended(ranks)[0][0] == 75
+
+
+def test_silent_strangers_do_not_delay_the_noticing_of_a_kill():
+    with cluster([0], [1]) as (ranks, address), contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stranger = socket.create_connection(("127.0.0.1", address.port), 5)
+            stack.enter_context(stranger)
+        tell(ranks[0], "wait")
+        ranks[1].kill()
+        assert ended(ranks)[0][0] == 75
+
+
+def test_secret_may_arrive_in_pieces_and_before_a_message():
+    listener, address = node_links.listen()
+    with listener, socket.create_connection(("127.0.0.1", address.port), 5) as rank:
+        select.select([listener], [], [], 5)
+        newcomer = node_links.accept(listener, address)
+        with newcomer.connection as connection:
+            newcomer.receive()  # nothing has arrived
+            assert (newcomer.is_rank, newcomer.refused) == (False, False)
+            rank.sendall(address.secret[:5])
+            select.select([connection], [], [], 5)
+            newcomer.receive()
+            assert (newcomer.is_rank, newcomer.refused) == (False, False)
+            rank.sendall(address.secret[5:] + b"message")
+            select.select([connection], [], [], 5)
+            newcomer.receive()
+            assert (newcomer.is_rank, newcomer.refused) == (True, False)
+            assert connection.recv(7, socket.MSG_WAITALL) == b"message"
+
+
+def test_silent_stranger_is_disconnected(monkeypatch):
+    monkeypatch.setattr(node_links, "CONNECT_WITHIN", 0.1)
+    monkeypatch.setattr(siblings, "CHECK_INTERVAL", 0.05)
+    with siblings.watched() as ranks:
+        address = ranks.listen()
+        with socket.create_connection(("127.0.0.1", address.port), 10) as stranger:
+            assert stranger.recv(1) == b""

@@ -138,7 +138,7 @@ def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
     return losses(made_once(tmp_path_factory, "one-node", train) / "exp")
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="starts real launchers on two nodes")
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, tmp_path, launcher):
     overrides = world.overrides(tmp_path / "exp", **settings)
@@ -170,7 +170,7 @@ def lose_node(hosts: Hosts, number: int, *, cut: bool) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.longest(90)
+@pytest.mark.longest(90, reason="waits until TCP notices a lost node")
 @pytest.mark.parametrize(("cut", "seconds"), [(False, 15), (True, 45)])
 def test_lost_node_ends_the_other(world, settings, hosts, tmp_path, cut, seconds):
     """Not only after step_timeout, which is off here."""
@@ -186,7 +186,7 @@ def test_lost_node_ends_the_other(world, settings, hosts, tmp_path, cut, seconds
     assert hosts.processes(hosts.names[0]) == [], "a process is left"
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="starts real launchers on two nodes")
 def test_step_timeout_ends_a_node_that_lost_the_other(world, settings, hosts, tmp_path):
     """The cable is cut, and the time-out is shorter than the time until that is noticed."""
     exp = tmp_path / "exp"

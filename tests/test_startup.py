@@ -91,6 +91,20 @@ def test_public_names_are_listed_and_imported_on_first_use():
         _ = asrllm.no_such_name
 
 
+def test_entry_point_imports_nothing_slow_before_it_handles_ctrl_c():
+    code = """
+import _signal, sys
+handler = _signal.getsignal(_signal.SIGINT)
+before = set(sys.modules)
+import asrllm.cli
+assert _signal.getsignal(_signal.SIGINT) is handler, "an import must not change the handler"
+print(*set(sys.modules) - before)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= {"asrllm", "asrllm.cli", "asrllm.interrupts", "atexit"}
+
+
 @pytest.mark.parametrize(
     "module", ["argparse", "asrllm.commands.parsers", "asrllm.commands.shards", "numpy"]
 )

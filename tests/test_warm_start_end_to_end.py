@@ -10,8 +10,9 @@ from asrllm.commands.dispatch import main
 from asrllm.data.corpora import read_corpora
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
+from asrllm.models.warm_start import SpeechBatch
 from asrllm.testing import data_config, kaldi_directory, tone_sentences
-from asrllm.training.warm_start import choose_utterances
+from asrllm.training.warm_start import choose_utterances, number_tokens
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.test_stages_end_to_end import losses
 
@@ -34,8 +35,24 @@ def train(world, exp, settings, launcher="python"):
     return assert_done(run_script("train", *world.overrides(exp, **settings), launcher=launcher))
 
 
+def test_tokens_of_all_ranks_are_numbered(monkeypatch):
+    other_rank = {0, 3, 8}
+    monkeypatch.setattr("asrllm.distributed.gather_objects", lambda own: [own, other_rank])
+    batch = SpeechBatch(
+        frames=torch.zeros(3, 1),
+        counts=torch.tensor([2, 1]),
+        tokens=torch.tensor([[5, 9], [9, 0]]),
+        token_counts=torch.tensor([2, 1]),
+        alignment=torch.tensor([5, 9, 9]),
+        held_out=False,
+    )
+    assert number_tokens([batch]) == [0, 3, 5, 8, 9]
+    assert batch.tokens.tolist() == [[2, 4], [4, 0]]
+    assert batch.alignment.tolist() == [2, 4, 4]
+
+
 @pytest.mark.slow
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains four times, once on two ranks")
 @pytest.mark.parametrize("kind", ["mlp", "normed"])
 def test_fit_is_the_same_on_two_ranks_with_zero3(world, tmp_path, kind):
     """The sums add up over the ranks, whatever ZeRO partitions."""
@@ -67,7 +84,7 @@ def apply(state, frames):
 
 
 @pytest.mark.slow
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains twice")
 def test_resumed_run_keeps_its_fit_and_has_the_same_losses(world, tmp_path):
     exp = tmp_path / "exp"
     done = train(world, exp, ALIGNED)

@@ -249,7 +249,7 @@ print(max(peaks) - before)
 """
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="writes and reads 280 MB of weights")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's")
 def test_memory_does_not_grow_with_the_model(tmp_path, state):

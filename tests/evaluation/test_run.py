@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -440,6 +439,11 @@ def test_unusable_test_set_is_reported_before_the_model_loads(world, exp, tmp_pa
     assert sorted(path.name for path in exp.iterdir()) == before
 
 
+def written(folder):
+    """Return the number of utterances that the ranks have decoded so far."""
+    return sum(len(path.read_text().splitlines()) for path in folder.glob(".decoding-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_killed_ranks_resume_where_they_stopped(world, exp, tmp_path):
@@ -461,11 +465,8 @@ def test_two_killed_ranks_resume_where_they_stopped(world, exp, tmp_path):
     expected = generations(folder)
     command = [REPOSITORY / "launch" / "evaluate.py", *arguments]
     with started(tmp_path / "logs", command, command) as ranks:  # kills both at the end
-        deadline, written = time.monotonic() + 120, 0
-        while written < 5 and time.monotonic() < deadline and ranks[0].poll() is None:
-            written = sum(len(path.read_text().splitlines()) for path in folder.glob(".decoding-*"))
-            time.sleep(0.01)  # waits for a condition, bounded
-    kept = sum(len(path.read_text().splitlines()) for path in folder.glob(".decoding-*"))
+        wait_for(lambda: written(folder) >= 5 or ranks[0].poll() is not None, 120)
+    kept = written(folder)
     assert 5 <= kept < 60
     done = assert_done(run_script("evaluate", *arguments, launcher="ranks"))
     assert f"decoding train: {(60 - kept + 1) // 2}/{(60 - kept + 1) // 2}" in done.stderr

@@ -156,7 +156,7 @@ print(peaks[1] - peaks[0])
 """
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="transcribes 33 minutes of audio")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
 def test_memory_does_not_grow_with_the_length_of_a_file(tmp_path):

@@ -28,7 +28,7 @@ def model(world, tmp_path_factory):
     return make_model(world, folder, model_type="llama")
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="loads real weights")
 def test_llm_loads_as_in_transformers(model):
     plain = AutoModelForCausalLM.from_pretrained(
         model.config.base_models["llm"]["path"], dtype=torch.float32
@@ -43,7 +43,7 @@ def test_llm_loads_as_in_transformers(model):
     )  # not resized for the audio token
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="loads real weights")
 def test_packed_step_matches_transformers(model):
     chosen = samples(3)
     mine = model(**batch_of(model, chosen)).loss
@@ -68,13 +68,13 @@ def test_packed_step_matches_transformers(model):
         )
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="loads real weights")
 @pytest.mark.soak
 def test_texts_do_not_depend_on_the_rest_of_the_batch(model, soak):
     assert_batch_invariant(model, 6 if soak else 2)
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="loads real weights")
 def test_saved_directory_gives_the_same_texts(model, tmp_path):
     model.save_pretrained(tmp_path)
     waves = [wave for _, wave in tone_sentences(3)]

@@ -14,7 +14,7 @@ MISBEHAVE = REPOSITORY / "tests" / "misbehave.py"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="torch.compile traces the model")
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.timeout(400)

@@ -42,7 +42,7 @@ print(json.dumps(results))
 
 
 @pytest.mark.slow
-@pytest.mark.longest(120)
+@pytest.mark.longest(120, reason="imports torch in another environment")
 @pytest.mark.parametrize("encoder", ["whisper", "zipformer"])
 @pytest.mark.parametrize("requirement", requirements())
 def test_texts_are_those_of_the_package(world, tmp_path, requirement, encoder):

@@ -146,7 +146,7 @@ def test_validation_and_decoding_report_progress_on_the_first_rank(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.longest(60)
+@pytest.mark.longest(60, reason="trains twice, with ZeRO-3 on two ranks")
 @pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("ranks", 3)])
 def test_decoding_does_not_change_the_losses(world, tmp_path, launcher, stage):
     """The losses are equal bit for bit. On two ranks one has fewer of the 7 utterances."""
