@@ -1,8 +1,11 @@
 """`asrllm serve` as a process."""
 
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -66,3 +69,34 @@ def test_empty_key_file_is_reported(model, tmp_path, capsys):
     assert str(tmp_path / "key") in fails(
         capsys, "serve", model, "--api-key-file", tmp_path / "key"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["bash", "python", "js"])
+def test_examples_of_the_documentation_run(model, tmp_path, language):
+    """Every example prints the text of the recording."""
+    program = {"bash": ["bash", "-c"], "python": [sys.executable, "-c"], "js": ["node", "-e"]}
+    if shutil.which(program[language][0]) is None:
+        pytest.skip(f"{language} is not installed")
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    (code,) = re.findall(rf"```{language}\n(.*?)```", page, re.S)
+    (tmp_path / "a.wav").write_bytes(audio(2))
+    with started(tmp_path / "logs", [REPOSITORY / "launch" / "serve.py", model, "--port", 0]):
+        log = tmp_path / "logs" / "0"
+        wait_for(lambda: address(log))
+        url = address(log)
+        expected = send(url, audio(2)).json()["text"]
+        code = code.replace("http://127.0.0.1:8000", url)
+        if language == "js":
+            code = f"(async () => {{ {code} }})();"
+        done = subprocess.run(
+            [*program[language], code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert expected
+    assert done.stdout.startswith(expected)
