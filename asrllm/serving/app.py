@@ -21,6 +21,7 @@ from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS
 from asrllm.evaluation.transcription import EndOfFile, FileTranscript, TextSegment
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
+from asrllm.serving.chat import ChatRequest, completion
 from asrllm.serving.gate import PROBLEM, Gate
 from asrllm.serving.transcriber import Transcriber
 
@@ -112,7 +113,16 @@ def create_app(
         audio = await transcriber.open(fields.file.filename or "the file", await fields.file.read())
         if fields.stream:
             return await _streamed(transcriber, audio, prompt)
-        answer = asyncio.create_task(_answer(transcriber, audio, prompt, fields))
+        answer = asyncio.create_task(_transcription(transcriber, audio, prompt, fields))
+        return await _unless_disconnected(request, answer)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(request: Request, fields: ChatRequest) -> Response:
+        _check_model(fields.model, name)
+        content, instruction = fields.audio_and_prompt()
+        prompt = _checked_prompt(transcriber.description, prompt=instruction)
+        audio = await transcriber.open("the audio", content)
+        answer = asyncio.create_task(_chat_answer(transcriber, audio, prompt, name))
         return await _unless_disconnected(request, answer)
 
     @app.get("/v1/models")
@@ -218,22 +228,31 @@ def _prompt(description: AsrLlmConfig, fields: TranscriptionFields) -> str:
         raise ApiError(
             400, "hotwords must not begin with '@'. Separate words by commas.", param="hotwords"
         )
+    return _checked_prompt(
+        description, prompt=fields.prompt, language=language, hotwords=fields.hotwords
+    )
+
+
+def _checked_prompt(
+    description: AsrLlmConfig,
+    *,
+    prompt: str | None,
+    language: str | None = None,
+    hotwords: str | None = None,
+) -> str:
+    """Return the prompt, or raise ApiError if it contains the audio token or no hotword."""
     try:
-        return inference_prompt(
-            description, prompt=fields.prompt, language=language, hotwords=fields.hotwords
-        )
+        return inference_prompt(description, prompt=prompt, language=language, hotwords=hotwords)
     except UserError as error:
-        param = "prompt" if fields.prompt else "hotwords"
+        param = "prompt" if prompt else "hotwords"
         raise ApiError(400, str(error), param=param) from error
 
 
 # --- answers ---
 
 
-async def _answer(
-    transcriber: Transcriber, audio: AudioFile, prompt: str, fields: TranscriptionFields
-) -> Response:
-    """Transcribe a file, and return the whole text in the requested format."""
+async def _transcript(transcriber: Transcriber, audio: AudioFile, prompt: str) -> FileTranscript:
+    """Return the transcript of a whole file."""
     texts: list[TextSegment] = []
     duration = 0.0
     with transcriber.admitted(audio):
@@ -242,10 +261,26 @@ async def _answer(
                 duration = item.duration
             else:
                 texts.append(item)
-    transcript = FileTranscript(audio=audio.path, duration=duration, segments=texts)
+    return FileTranscript(audio=audio.path, duration=duration, segments=texts)
+
+
+async def _chat_answer(
+    transcriber: Transcriber, audio: AudioFile, prompt: str, name: str
+) -> Response:
+    transcript = await _transcript(transcriber, audio, prompt)
+    is_cut = any(segment.end_reason == "limit" for segment in transcript.segments)
+    return JSONResponse(completion(name, transcript.text, is_cut=is_cut))
+
+
+async def _transcription(
+    transcriber: Transcriber, audio: AudioFile, prompt: str, fields: TranscriptionFields
+) -> Response:
+    """Transcribe a file, and return the text in the requested format."""
+    transcript = await _transcript(transcriber, audio, prompt)
     form = fields.response_format
     if form == "json":
-        return JSONResponse({"text": transcript.text, "usage": _usage(duration)})
+        usage = _usage(transcript.duration)
+        return JSONResponse({"text": transcript.text, "usage": usage})
     if form == "verbose_json":
         return JSONResponse(_verbose(transcript, fields.language))
     if form == "text":
@@ -355,7 +390,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        field = str(first["loc"][-1])
+        field = ".".join(map(str, first["loc"][1:])) or "body"
         problem = f"the field {field!r} is invalid: {first['msg']}. Correct it."
         return answer_of(ApiError(400, problem, param=field, code=first["type"]))
 

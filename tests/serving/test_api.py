@@ -1,5 +1,6 @@
 """The HTTP interface: a real server in a thread, and OpenAI's client."""
 
+import base64
 import contextlib
 import io
 import socket
@@ -150,6 +151,42 @@ def test_streamed_events_join_to_the_text(client, engine):
     assert events[-1].type == "transcript.text.done"
     assert "".join(event.delta for event in events[:-1]) == events[-1].text
     assert events[-1].text == text_alone(engine, content)
+
+
+def chat_part(content):
+    data = base64.b64encode(content).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
+def test_chat_with_audio_has_the_text_of_its_instruction(client, engine):
+    content = audio()
+    for texts, prompt in (([], "Transcribe."), ([{"type": "text", "text": "Do it."}], "Do it.")):
+        messages = [{"role": "user", "content": [*texts, chat_part(content)]}]
+        answer = client.chat.completions.create(model="tiny", messages=messages)
+        (choice,) = answer.choices
+        assert choice.message.content == text_alone(engine, content, prompt)
+        assert choice.finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1},
+        {"n": 2},
+        {"stream": True},
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "Hello."}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello."}]}]},
+        {"messages": [{"role": "user", "content": [chat_part(audio())] * 2}]},
+        {"messages": [{"role": "user", "content": [chat_part(b"")]}]},
+        {"messages": [{"role": "system", "content": [chat_part(audio())]}]},
+    ],
+)
+def test_chat_that_cannot_be_answered_is_refused(server, changes):
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": [chat_part(audio())]}]}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=chat | changes, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"]
 
 
 def test_fields_change_the_prompt(server, engine):
