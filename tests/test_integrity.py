@@ -13,7 +13,7 @@ from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import verify_weights
 from asrllm.models import fingerprint as fingerprint_module
 from asrllm.models.auto import read_state
-from asrllm.models.fingerprint import check_fingerprint, fingerprint
+from asrllm.models.fingerprint import fingerprint
 from asrllm.training.checkpoint.manifest import manifest_text, read_manifest
 from asrllm.training.checkpoint.resume import corruption
 from tests.checkpoints.made import write_checkpoint
@@ -125,17 +125,6 @@ def test_fingerprint_is_computed_without_a_writable_cache(tmp_path, monkeypatch)
         write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
     )
     assert fingerprint(path).startswith("sha256:")
-
-
-def test_fingerprint_of_an_earlier_version_is_reported(tmp_path):
-    path = consolidate(
-        write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / "w.safetensors"
-    )
-    with pytest.raises(UserError, match=rf"llm .*'{path}' .*version"):
-        check_fingerprint("llm", path, "0" * 64)
-
-
-# --- checkpoints ---
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

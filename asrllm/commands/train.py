@@ -257,7 +257,7 @@ def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
 def write_description(processor: AsrLlmProcessor, exp_dir: Path) -> None:
     """Write config.json, the tokenizer's files and their checksums, which come last.
 
-    If the process dies on the way, the directory has no checksums, like that of an earlier version.
+    If the process dies on the way, the directory has no checksums, and nothing is compared.
     """
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=exp_dir) as name:
         partial = Path(name)

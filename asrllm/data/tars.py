@@ -195,17 +195,6 @@ def _check_end(file: BinaryIO, end: int) -> None:
             raise DataAfterEndError(f"there is data at byte {place}, after the tar's end mark")
 
 
-def check_tar_end(path: Path) -> str:
-    """Return what is wrong with the headers or the end of a local tar, or ""."""
-    try:
-        with open_regular(path, "the tar") as file:
-            for _ in tar_files(file):
-                pass
-    except tarfile.TarError as error:
-        return str(error)
-    return ""
-
-
 def _checked_files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar of `size` bytes.
 

@@ -28,7 +28,7 @@ from asrllm.data.index import (
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
 from asrllm.data.storage import RemoteFile, is_url
-from asrllm.data.tars import BLOCK, BadSample, TarSample, check_tar_end, iterate_rows, nul_problem
+from asrllm.data.tars import BLOCK, BadSample, TarSample, iterate_rows, nul_problem
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.escape import escape
@@ -387,16 +387,6 @@ def _check_shard(shard: _Shard, advance: Advance) -> _Check:
                     key="",
                     reason="changed",
                     detail=detail,
-                )
-            )
-        elif problem := check_tar_end(path):
-            # an index of an earlier version has only the samples before the problem
-            problems.append(
-                Problem(
-                    shard=name,
-                    key="",
-                    reason="unreadable_tar",
-                    detail=problem,
                 )
             )
         for number, (row, content) in enumerate(_sample_bytes(path, shard.rows)):

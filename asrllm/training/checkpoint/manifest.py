@@ -205,7 +205,7 @@ def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: Sett
     manifest = read_manifest(checkpoint)
     _check_same_base_models(checkpoint, manifest, description)
     for key, value in settings.items():
-        written = manifest["settings"].get(key)  # older versions may not have written it
+        written = manifest["settings"].get(key)
         if written != value:
             raise UserError(
                 f"{str(checkpoint)!r} was written with {key}={written}, but this run has {value}. "

@@ -331,8 +331,7 @@ def read_inherited(checkpoint: Path, manifest: Manifest) -> dict[str, Tensor]:
             f"{str(path)!r} does not match its checkpoints, because it lacks {missing[0]!r}. "
             "Copy the file of the same run."
         )
-    digest = manifest.get("inherited_file")  # older versions did not write it
-    if digest and file_digest(path) != digest:
+    if file_digest(path) != manifest.get("inherited_file"):
         raise UserError(
             f"{str(path)!r} is not the file that {checkpoint.name} was written with. It was copied "
             "from another run, or replaced by a run that resumed here from another exp_dir. "
