@@ -466,6 +466,22 @@ def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="file with the key that clients must send; default: the environment variable "
         "ASRLLM_API_KEY, and no key without it",
     )
+    parser.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of web pages that may use the API, for example https://example.org; *: all; "
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--root-path", default="", metavar="PATH", help="path of the server behind a proxy"
+    )
+    parser.add_argument(
+        "--access-log",
+        action="store_true",
+        help="print a line of JSON for each request, without its content",
+    )
     add_server_limits(parser)
     add_decoding(parser)
     add_base_models(parser)

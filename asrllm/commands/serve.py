@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
             api_key=api_key,
             max_bytes=arguments.max_megabytes * MEBIBYTE,
             upload_seconds=UPLOAD_SECONDS,
+            origins=arguments.cors,
+            access_log=functools.partial(print, flush=True) if arguments.access_log else None,
         )
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -81,7 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
             file=sys.stderr,
             flush=True,
         )
-        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+        config = uvicorn.Config(
+            app,
+            root_path=arguments.root_path,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
         asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
         transcriber.batcher.close()
 

@@ -16,15 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 def inference_prompt(
-    config: AsrLlmConfig, *, prompt: str | None, language: str | None, hotwords: str | None
+    config: AsrLlmConfig,
+    *,
+    prompt: str | None,
+    language: str | None,
+    hotwords: str | None,
+    warn: bool = True,
 ) -> str:
-    """Return the prompt for inference, and warn if training did not use its parts.
+    """Return the prompt for inference.
 
     Args:
         config: configuration of the model.
         prompt: the prompt; None uses the first trained one for the language, else the first one.
         language: language of the speech, if known.
         hotwords: words separated by commas, or @FILE with one word per line.
+        warn: whether to log a warning if training did not use the prompt, or hotwords.
 
     Raises:
         UserError: the prompt or a hotword contains the audio token, or the list has no word.
@@ -34,14 +40,14 @@ def inference_prompt(
         prompt = prompt_of_language(config, language)
         if not prompt:
             prompt = prompts[0] if prompts else DEFAULT_PROMPTS[0].text
-    elif prompts and prompt not in prompts:
+    elif warn and prompts and prompt not in prompts:
         logger.warning(
             "prompt=%r was not used in training. Prompts of training: %s",
             prompt,
             "; ".join(prompts),
         )
     words = [] if hotwords is None else read_hotwords(hotwords)
-    if words and not config.hotwords_template:
+    if warn and words and not config.hotwords_template:
         logger.warning(
             "The model may ignore hotwords: its training did not use them, as far as is known. "
             "Set data.hotwords in training."

@@ -4,13 +4,14 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, File, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import asrllm
 from asrllm.data.audio_files import AudioFile
@@ -82,6 +83,8 @@ def create_app(
     api_key: str | None,
     max_bytes: int,
     upload_seconds: float,
+    origins: Sequence[str] = (),
+    access_log: Callable[[str], None] | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -91,6 +94,8 @@ def create_app(
         api_key: key that requests below /v1 must have; None requires none.
         max_bytes: maximum size of a request's body.
         upload_seconds: how long an upload may take.
+        origins: origins of web pages that may use the API; "*" allows all.
+        access_log: called with a line of JSON for each request.
     """
     app = FastAPI(title="asrllm", version=asrllm.__version__)
     app.add_middleware(
@@ -99,7 +104,12 @@ def create_app(
         max_bytes=max_bytes,
         upload_seconds=upload_seconds,
         metrics=transcriber.metrics,
+        access_log=access_log,
     )
+    if origins:  # the last one added is the first to see a request: preflights have no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+        )
     _add_error_handlers(app)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "asrllm"}
 
@@ -137,6 +147,11 @@ def create_app(
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/ready")
+    def ready() -> Response:
+        status = 503 if transcriber.is_full() else 200
+        return JSONResponse({"status": "full" if status == 503 else "ok"}, status)
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -242,7 +257,10 @@ def _checked_prompt(
 ) -> str:
     """Return the prompt, or raise ApiError if it contains the audio token or no hotword."""
     try:
-        return inference_prompt(description, prompt=prompt, language=language, hotwords=hotwords)
+        # a log of the server must not contain the content of requests
+        return inference_prompt(
+            description, prompt=prompt, language=language, hotwords=hotwords, warn=False
+        )
     except UserError as error:
         param = "prompt" if prompt else "hotwords"
         raise ApiError(400, str(error), param=param) from error

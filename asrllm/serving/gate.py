@@ -1,9 +1,14 @@
-"""Check requests before their body is read: the API key, the size, and the time of the upload."""
+"""Check requests before their body is read, and count and log them.
+
+The API key, the size of the body and the time of its upload are checked.
+"""
 
 import asyncio
 import json
 import secrets
 import time
+from collections.abc import Callable
+from datetime import datetime, timezone
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,7 +19,7 @@ PROBLEM = "asrllm.problem"  # key of the scope
 
 
 class Gate:
-    """ASGI middleware that limits uploads, checks API keys and counts requests."""
+    """ASGI middleware that limits uploads, checks API keys, and counts and logs requests."""
 
     def __init__(
         self,
@@ -24,6 +29,7 @@ class Gate:
         max_bytes: int,
         upload_seconds: float,
         metrics: Metrics,
+        access_log: Callable[[str], None] | None,
     ) -> None:
         """
         Args:
@@ -32,12 +38,14 @@ class Gate:
             max_bytes: maximum size of a request's body.
             upload_seconds: how long the upload of a body may take.
             metrics: counts the requests.
+            access_log: called with a line of JSON for each request, without its content.
         """
         self.app = app
         self.api_key = api_key
         self.max_bytes = max_bytes
         self.upload_seconds = upload_seconds
         self.metrics = metrics
+        self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or reject it."""
@@ -45,20 +53,36 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        began = time.monotonic()
+        status = 500  # of an error that the application does not answer itself
 
-        async def counted_send(message: Message) -> None:
+        async def noted_send(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                route = scope.get("route")  # absent for unknown paths, which must not be labels
-                path = route.path if route else "other"
-                self.metrics.requests.labels(path, message["status"]).inc()
+                status = message["status"]
             await send(message)
 
         try:
             self._check_headers(scope["path"], headers)
+            await self.app(scope, self._limited(scope, receive), noted_send)
         except ApiError as error:
-            await _send_error(error, counted_send)
-            return
-        await self.app(scope, self._limited(scope, receive), counted_send)
+            await _send_error(error, noted_send)
+        finally:
+            self._note(scope, status, time.monotonic() - began)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count and log a request that has been answered."""
+        route = scope.get("route")  # absent for unknown paths, which must not be labels
+        self.metrics.requests.labels(route.path if route else "other", status).inc()
+        if self.access_log:
+            line = {
+                "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(seconds, 3),
+            }
+            self.access_log(json.dumps(line))
 
     def _check_headers(self, path: str, headers: dict[bytes, bytes]) -> None:
         given = headers.get(b"authorization", b"")

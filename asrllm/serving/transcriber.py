@@ -90,6 +90,10 @@ class Transcriber:
                 code="audio_too_long",
             )
 
+    def is_full(self) -> bool:
+        """Return whether the queue has no room for another second of audio."""
+        return self.queued_seconds >= self.max_queued_seconds
+
     @contextlib.contextmanager
     def admitted(self, file: AudioFile) -> Iterator[None]:
         """Count the audio of a request as queued until the block ends.

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import json
 import socket
 import threading
 import time
@@ -39,7 +40,13 @@ SEGMENTATION = Segmentation(detector=Loudness, longest=32000)
 def running(engine, description, **options):
     """Serve an engine, and yield the address and the transcriber."""
     limits = {"batch_size": 8, "max_seconds": 60.0, "max_queued_seconds": 600.0}
-    gate = {"api_key": None, "max_bytes": MAX_BYTES, "upload_seconds": 20.0}
+    gate = {
+        "api_key": None,
+        "max_bytes": MAX_BYTES,
+        "upload_seconds": 20.0,
+        "origins": [],
+        "access_log": None,
+    }
     for name, value in options.items():
         (gate if name in gate else limits)[name] = value
     transcriber = Transcriber(engine, description, SEGMENTATION, Metrics(), **limits)
@@ -291,6 +298,34 @@ def test_api_key_is_required_below_v1(engine):
         assert list(OpenAI(base_url=f"{url}/v1", api_key="secret").models.list())
 
 
+def test_web_pages_of_other_origins_are_allowed_by_option(engine, server):
+    headers = {"Origin": "https://a.org", "Access-Control-Request-Method": "POST"}
+    path = "/v1/audio/transcriptions"
+    options = {"origins": ["https://a.org"], "api_key": "secret"}
+    with running(engine, engine.model.config, **options) as (url, _):
+        answer = httpx.options(url + path, headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://a.org"
+    assert httpx.options(server + path, headers=headers).status_code == 405
+
+
+def test_requests_are_logged_without_their_content(engine, caplog):
+    lines = []
+    with running(engine, engine.model.config, access_log=lines.append) as (url, _):
+        send(url, prompt="A secret.")
+        httpx.get(f"{url}/no")
+        wait_for(lambda: len(lines) == 2, 20)
+        metrics = httpx.get(f"{url}/metrics").text
+    first, second = map(json.loads, lines[:2])
+    assert (first["method"], first["status"]) == ("POST", 200)
+    assert first["seconds"] > 0
+    assert second["status"] == 404
+    assert "secret" not in "".join(lines) + caplog.text
+    path = "/v1/audio/transcriptions"
+    assert f'asrllm_requests_total{{path="{path}",status="200"}} 1.0' in metrics
+    assert 'asrllm_requests_total{path="other",status="404"} 1.0' in metrics
+
+
 @pytest.mark.slow
 def test_concurrent_requests_have_the_texts_of_single_ones(server, engine):
     contents = [audio(0.5 + i % 3, seed=i) for i in range(16)]
@@ -316,6 +351,7 @@ def test_full_queue_is_refused_until_there_is_room(engine):
         wait_for(lambda: blocked.waves, 20)
         refused = send(url)
         assert refused.status_code == 429
+        assert httpx.get(f"{url}/ready").status_code == 200
         assert int(refused.headers["Retry-After"]) > 0
         blocked.may_answer.set()
         assert set(first.result(20).json()["text"].split()) == {"word"}
