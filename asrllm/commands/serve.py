@@ -3,17 +3,18 @@
 import argparse
 import asyncio
 import functools
-import logging
 import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.commands.transcribe import load_engine, segment_seconds
 from asrllm.defaults import RATE
+from asrllm.distributed import default_device
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.prompt import inference_prompt
@@ -22,11 +23,13 @@ from asrllm.models.auto import load_model_config
 from asrllm.progress import waiting
 from asrllm.text_files import read_text
 
+if TYPE_CHECKING:
+    from asrllm.serving.app import ServerOptions
+    from asrllm.serving.transcriber import Transcriber
+
 MEBIBYTE = 1 << 20
 UPLOAD_SECONDS = 120.0  # a slow client must not hold a connection for ever
 API_KEY = "ASRLLM_API_KEY"  # environment variable
-
-logger = logging.getLogger(__name__)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,63 +38,74 @@ def run(arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from asrllm.serving.app import create_app
-        from asrllm.serving.metrics import Metrics
-        from asrllm.serving.transcriber import Transcriber
     except ImportError as error:
         raise UserError(
             f"the server needs a package that is not installed ({error.name}). "
             "Run: pip install 'asrllm[serve]'"
         ) from error
-    api_key = read_api_key(arguments.api_key_file)
-    description = load_model_config(arguments.model, arguments.base_models)
-    segment_samples = round(segment_seconds(arguments, description) * RATE)
-    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    name = arguments.model_name or Path(arguments.model).resolve().name
+    options = server_options(arguments)
     with listen(arguments.host, arguments.port) as listener:
-        engine = load_engine(arguments)
-        segmentation = Segmentation(
-            detector=detector, longest=min(engine.limits[1], segment_samples)
-        )
-        prompt = inference_prompt(description, prompt=None, language=None, hotwords=None)
-        with waiting("warming up"):
-            warm_up(engine, prompt)
-        transcriber = Transcriber(
-            engine,
-            description,
-            segmentation,
-            Metrics(),
-            batch_size=arguments.batch_size,
-            max_seconds=arguments.max_minutes * 60.0,
-            max_queued_seconds=arguments.max_queued_minutes * 60.0,
-        )
-        app = create_app(
-            transcriber,
-            name=name,
-            api_key=api_key,
-            max_bytes=arguments.max_megabytes * MEBIBYTE,
-            upload_seconds=UPLOAD_SECONDS,
-            origins=arguments.cors,
-            access_log=functools.partial(print, flush=True) if arguments.access_log else None,
-        )
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        parameter = next(engine.model.parameters())
-        print(
-            f"asrllm serve: http://{shown}:{port} serves {name!r} on {parameter.device} "
-            f"({str(parameter.dtype).removeprefix('torch.')}), batches of {arguments.batch_size}, "
-            f"files of at most {arguments.max_megabytes} MiB and {arguments.max_minutes} minutes",
-            file=sys.stderr,
-            flush=True,
-        )
+        transcriber = load_transcriber(arguments)
         config = uvicorn.Config(
-            app,
+            create_app(transcriber, options),
             root_path=arguments.root_path,
             log_config=None,
             access_log=False,
             server_header=False,
         )
+        print_address(listener, arguments, options.name)
         asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
         transcriber.batcher.close()
+
+
+def server_options(arguments: argparse.Namespace) -> "ServerOptions":
+    """Return the options of the HTTP interface."""
+    from asrllm.serving.app import ServerOptions
+
+    return ServerOptions(
+        name=arguments.model_name or Path(arguments.model).resolve().name,
+        api_key=read_api_key(arguments.api_key_file),
+        max_bytes=arguments.max_megabytes * MEBIBYTE,
+        upload_seconds=UPLOAD_SECONDS,
+        origins=arguments.cors,
+        access_log=functools.partial(print, flush=True) if arguments.access_log else None,
+    )
+
+
+def load_transcriber(arguments: argparse.Namespace) -> "Transcriber":
+    """Load the model, and decode once, so that the first request is as fast as others."""
+    from asrllm.serving.metrics import Metrics
+    from asrllm.serving.transcriber import Transcriber
+
+    description = load_model_config(arguments.model, arguments.base_models)
+    longest = round(segment_seconds(arguments, description) * RATE)
+    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
+    engine = load_engine(arguments)
+    prompt = inference_prompt(description, prompt=None, language=None, hotwords=None)
+    with waiting("warming up"):
+        warm_up(engine, prompt)
+    return Transcriber(
+        engine,
+        description,
+        Segmentation(detector=detector, longest=min(engine.limits[1], longest)),
+        Metrics(),
+        batch_size=arguments.batch_size,
+        max_seconds=arguments.max_minutes * 60.0,
+        max_queued_seconds=arguments.max_queued_minutes * 60.0,
+    )
+
+
+def print_address(listener: socket.socket, arguments: argparse.Namespace, name: str) -> None:
+    """Print the URL, the model and the limits."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"asrllm serve: http://{shown}:{port} serves {name!r} on {default_device()}, batches of "
+        f"{arguments.batch_size}, files of at most {arguments.max_megabytes} MiB and "
+        f"{arguments.max_minutes} minutes",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def read_api_key(path: str | None) -> str | None:

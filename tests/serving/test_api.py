@@ -25,7 +25,7 @@ from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.transcription import Segmentation, transcribe_files
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.build import describe_prompts
-from asrllm.serving.app import create_app
+from asrllm.serving.app import ServerOptions, create_app
 from asrllm.serving.metrics import Metrics
 from asrllm.serving.transcriber import Transcriber
 from asrllm.testing import vowels
@@ -50,7 +50,7 @@ def running(engine, description, **options):
     for name, value in options.items():
         (gate if name in gate else limits)[name] = value
     transcriber = Transcriber(engine, description, SEGMENTATION, Metrics(), **limits)
-    app = create_app(transcriber, name="tiny", **gate)
+    app = create_app(transcriber, ServerOptions(name="tiny", **gate))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,0 +1,138 @@
+"""Answers to requests, in the formats of OpenAI's API."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from asrllm.data.audio_files import AudioFile
+from asrllm.data.text import join_texts
+from asrllm.errors import UserError
+from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS
+from asrllm.evaluation.transcription import EndOfFile, FileTranscript, TextSegment
+from asrllm.serving.api_errors import ApiError
+from asrllm.serving.chat import completion
+from asrllm.serving.fields import TranscriptionFields
+from asrllm.serving.transcriber import Transcriber
+
+
+async def transcript_of(transcriber: Transcriber, audio: AudioFile, prompt: str) -> FileTranscript:
+    """Return the transcript of a whole file."""
+    texts: list[TextSegment] = []
+    duration = 0.0
+    with transcriber.admitted(audio):
+        async for item in transcriber.segments(audio, prompt):
+            if isinstance(item, EndOfFile):
+                duration = item.duration
+            else:
+                texts.append(item)
+    return FileTranscript(audio=audio.path, duration=duration, segments=texts)
+
+
+async def chat_answer(
+    transcriber: Transcriber, audio: AudioFile, prompt: str, name: str
+) -> Response:
+    transcript = await transcript_of(transcriber, audio, prompt)
+    is_cut = any(segment.end_reason == "limit" for segment in transcript.segments)
+    return JSONResponse(completion(name, transcript.text, is_cut=is_cut))
+
+
+async def transcription(
+    transcriber: Transcriber, audio: AudioFile, prompt: str, fields: TranscriptionFields
+) -> Response:
+    """Transcribe a file, and return the text in the requested format."""
+    transcript = await transcript_of(transcriber, audio, prompt)
+    form = fields.response_format
+    if form == "json":
+        usage = _usage(transcript.duration)
+        return JSONResponse({"text": transcript.text, "usage": usage})
+    if form == "verbose_json":
+        return JSONResponse(_verbose(transcript, fields.language))
+    if form == "text":
+        return PlainTextResponse(transcript.text + "\n")
+    return PlainTextResponse(TRANSCRIPT_WRITERS[form](transcript, fields.language))
+
+
+def _usage(seconds: float) -> dict[str, Any]:
+    return {"type": "duration", "seconds": round(seconds, 3)}
+
+
+def _verbose(transcript: FileTranscript, language: str | None) -> dict[str, Any]:
+    """Return a transcript as OpenAI's verbose_json. What is not computed is null."""
+    segments: list[dict[str, Any]] = [
+        {
+            "id": number,
+            "seek": 0,
+            "start": round(segment.start, 3),
+            "end": round(segment.end, 3),
+            "text": segment.text,
+            "tokens": None,
+            "temperature": 0.0,
+            "avg_logprob": None,
+            "compression_ratio": None,
+            "no_speech_prob": None,
+        }
+        for number, segment in enumerate(transcript.segments)
+    ]
+    return {
+        "task": "transcribe",
+        "language": language,
+        "duration": round(transcript.duration, 3),
+        "text": transcript.text,
+        "segments": segments,
+        "usage": _usage(transcript.duration),
+    }
+
+
+async def streamed(transcriber: Transcriber, audio: AudioFile, prompt: str) -> Response:
+    """Return the text as server-sent events, one for each segment."""
+    admitted = transcriber.admitted(audio)
+    admitted.__enter__()  # a full queue is an error before the answer begins
+
+    async def events() -> AsyncIterator[str]:
+        texts: list[str] = []
+        text = ""
+        try:
+            async for item in transcriber.segments(audio, prompt):
+                if isinstance(item, EndOfFile):
+                    usage = _usage(item.duration)
+                    yield _event({"type": "transcript.text.done", "text": text, "usage": usage})
+                    continue
+                texts.append(item.text)
+                longer = join_texts(texts)
+                delta = longer.removeprefix(text)
+                text = longer
+                yield _event({"type": "transcript.text.delta", "delta": delta})
+        except (UserError, ApiError) as error:
+            reason = error if isinstance(error, ApiError) else ApiError(400, str(error))
+            yield _event(reason.body())
+        finally:
+            admitted.__exit__(None, None, None)
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _event(fields: dict[str, Any]) -> str:
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+
+
+async def unless_disconnected(request: Request, answer: "asyncio.Task[Response]") -> Response:
+    """Wait for an answer, and give it up if the client disconnects."""
+
+    async def disconnection() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.create_task(disconnection())
+    try:
+        await asyncio.wait([answer, watch], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watch.cancel()
+        if not answer.done():
+            answer.cancel()
+    if answer.cancelled() or not answer.done():
+        return Response(status_code=499)  # nobody reads it
+    return answer.result()

@@ -1,0 +1,134 @@
+"""The fields of a request for a transcription, and what they may be."""
+
+import re
+from typing import Annotated, Literal
+
+from fastapi import File, Form, Request, UploadFile
+
+from asrllm.errors import UserError
+from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.serving.api_errors import ApiError
+
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+FIELDS = {
+    "file",
+    "model",
+    "language",
+    "prompt",
+    "hotwords",
+    "response_format",
+    "temperature",
+    "timestamp_granularities[]",
+    "stream",
+    "chunking_strategy",
+}
+MAX_TEXT = 10_000  # characters of a prompt or a list of hotwords
+ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
+
+
+class TranscriptionFields:
+    """The fields of a request for a transcription."""
+
+    def __init__(
+        self,
+        file: Annotated[UploadFile, File(description="audio in any format")],
+        model: Annotated[str, Form(description="a name from GET /v1/models")],
+        language: Annotated[str | None, Form(description="for example en")] = None,
+        prompt: Annotated[
+            str | None, Form(max_length=MAX_TEXT, description="the instruction")
+        ] = None,
+        hotwords: Annotated[
+            str | None, Form(max_length=MAX_TEXT, description="words that may occur: a,b,c")
+        ] = None,
+        response_format: Annotated[ResponseFormat, Form()] = "json",
+        temperature: Annotated[float, Form(ge=0, le=1, description="only 0")] = 0.0,
+        timestamp_granularities: Annotated[
+            list[str] | None, Form(alias="timestamp_granularities[]", description="only segment")
+        ] = None,
+        stream: Annotated[bool, Form(description="server-sent events")] = False,
+        chunking_strategy: Annotated[Literal["auto"] | None, Form()] = None,
+    ) -> None:
+        self.file = file
+        self.model = model
+        self.language = language or None
+        self.prompt = prompt or None
+        self.hotwords = hotwords or None
+        self.response_format = response_format
+        self.temperature = temperature
+        self.timestamp_granularities = timestamp_granularities or []
+        self.stream = stream
+
+
+async def check_fields(request: Request, fields: TranscriptionFields) -> None:
+    """Raise ApiError for a field that this server does not know, or cannot honour."""
+    for field in await request.form():
+        if field not in FIELDS:
+            raise _unsupported(field, f"the field {field!r} is not supported. Leave it out.")
+    form = fields.response_format
+    if fields.temperature:
+        value = f"{fields.temperature:g}"
+        problem = f"temperature={value} is not supported, because texts are not sampled. Use 0."
+        raise _unsupported("temperature", problem)
+    if fields.stream and form not in ("json", "text"):
+        raise _unsupported("stream", f"response_format={form!r} cannot be streamed. Use 'json'.")
+    param = "timestamp_granularities[]"
+    for granularity in fields.timestamp_granularities:
+        if granularity != "segment":
+            problem = f"the granularity {granularity!r} is not supported. Use 'segment'."
+            raise _unsupported(param, problem)
+        if form != "verbose_json":
+            problem = f"response_format={form!r} has no timestamps. Use 'verbose_json'."
+            raise _unsupported(param, problem)
+
+
+def _unsupported(param: str, problem: str) -> ApiError:
+    return ApiError(400, problem, param=param, code="unsupported_value")
+
+
+def prompt_of_request(description: AsrLlmConfig, fields: TranscriptionFields) -> str:
+    """Return the prompt of a request.
+
+    Raises:
+        ApiError: the language, the prompt or the hotwords cannot be used.
+    """
+    language = fields.language
+    if language:
+        _check_language(description, language)
+    if fields.hotwords and fields.hotwords.startswith("@"):  # a file of the server
+        problem = "hotwords must not begin with '@'. Separate words by commas."
+        raise ApiError(400, problem, param="hotwords")
+    return checked_prompt(
+        description, prompt=fields.prompt, language=language, hotwords=fields.hotwords
+    )
+
+
+def _check_language(description: AsrLlmConfig, language: str) -> None:
+    """Raise ApiError if a language is malformed, or every training prompt is for another one."""
+    if not LANGUAGE.fullmatch(language):
+        problem = f"language={language!r} is not a language code. Use for example 'en'."
+        raise ApiError(400, problem, param="language", code="invalid_language")
+    languages = description.prompt_languages or {}
+    is_trained = prompt_of_language(description, language) is not None
+    if languages and not is_trained and set(description.prompts or []) <= languages.keys():
+        names = ", ".join(sorted(set(languages.values())))
+        problem = f"the model was not trained for language={language!r}. Use one of {names}."
+        raise ApiError(400, problem, param="language", code="unsupported_language")
+
+
+def checked_prompt(
+    description: AsrLlmConfig,
+    *,
+    prompt: str | None,
+    language: str | None = None,
+    hotwords: str | None = None,
+) -> str:
+    """Return the prompt, or raise ApiError if it contains the audio token or no hotword."""
+    try:
+        # a log of the server must not contain the content of requests
+        return inference_prompt(
+            description, prompt=prompt, language=language, hotwords=hotwords, warn=False
+        )
+    except UserError as error:
+        param = "prompt" if prompt else "hotwords"
+        raise ApiError(400, str(error), param=param) from error
