@@ -105,7 +105,8 @@ async def streamed(transcriber: Transcriber, audio: AudioFile, prompt: str) -> R
                 longer = join_texts(texts)
                 delta = longer.removeprefix(text)
                 text = longer
-                yield _event({"type": "transcript.text.delta", "delta": delta})
+                times = {"start": round(item.start, 3), "end": round(item.end, 3)}
+                yield _event({"type": "transcript.text.delta", "delta": delta} | times)
         except (UserError, ApiError) as error:
             reason = error if isinstance(error, ApiError) else ApiError(400, str(error))
             yield _event(reason.body())

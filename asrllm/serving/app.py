@@ -4,13 +4,15 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
 
 import asrllm
 from asrllm.errors import UserError
@@ -25,6 +27,9 @@ from asrllm.serving.fields import (
 )
 from asrllm.serving.gate import PROBLEM, Gate
 from asrllm.serving.transcriber import Transcriber
+
+PAGE = Path(__file__).parent / "page"
+POLICY = "default-src 'self'; img-src data:; media-src blob:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
     _add_audio_routes(app, transcriber, options.name)
     _add_models(app, options.name)
     _add_status(app, transcriber)
+    _add_page(app)
     return app
 
 
@@ -97,6 +103,15 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
         audio = await transcriber.open("the audio", content)
         answer = asyncio.create_task(chat_answer(transcriber, audio, prompt, name))
         return await unless_disconnected(request, answer)
+
+
+def _add_page(app: FastAPI) -> None:
+    """Serve the page at /, which loads nothing from elsewhere."""
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
 
 
 def _add_models(app: FastAPI, name: str) -> None:

@@ -1,0 +1,32 @@
+// The transcript as a file. A segment has start and end in seconds, and its text.
+
+export function asFile(segments, format) {
+  const texts = segments.filter((segment) => segment.text.trim());
+  switch (format) {
+    case "srt":
+      return texts.map((segment, i) => `${i + 1}\n${times(segment, ",")}\n${segment.text.trim()}\n\n`).join("");
+    case "vtt":
+      return "WEBVTT\n\n" + texts.map((segment) => `${times(segment, ".")}\n${escaped(segment.text)}\n\n`).join("");
+    case "json":
+      return JSON.stringify({ segments }, null, 2) + "\n";
+    default:
+      return segments.map((segment) => segment.text).join("").trim() + "\n";
+  }
+}
+
+export function clock(seconds, point = ".") {
+  const milliseconds = Math.round(1000 * seconds);
+  const pad = (value, digits) => String(value).padStart(digits, "0");
+  const hours = Math.floor(milliseconds / 3600000);
+  const minutes = Math.floor(milliseconds / 60000) % 60;
+  const whole = Math.floor(milliseconds / 1000) % 60;
+  return `${pad(hours, 2)}:${pad(minutes, 2)}:${pad(whole, 2)}${point}${pad(milliseconds % 1000, 3)}`;
+}
+
+function times(segment, point) {
+  return `${clock(segment.start, point)} --> ${clock(segment.end, point)}`;
+}
+
+function escaped(text) {
+  return text.trim().replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+}
