@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import os
 import socket
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asrllm.atomic import Terminated, sigterm_raises
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.commands.transcribe import load_engine, segment_seconds
 from asrllm.defaults import RATE
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from asrllm.serving.transcriber import Transcriber
 
 MEBIBYTE = 1 << 20
-UPLOAD_SECONDS = 120.0  # a slow client must not hold a connection for ever
+UPLOAD_SECONDS = 120.0  # a slow client must not hold a connection longer
+SHUTDOWN_SECONDS = 600  # how long requests in progress may take after SIGTERM
 API_KEY = "ASRLLM_API_KEY"  # environment variable
 
 
@@ -52,10 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         print_address(listener, arguments, options.name)
-        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
-        transcriber.batcher.close()
+        # uvicorn raises the signal again after it has answered the requests in progress
+        with contextlib.closing(transcriber), contextlib.suppress(Terminated), sigterm_raises():
+            asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
 def server_options(arguments: argparse.Namespace) -> "ServerOptions":
@@ -118,10 +123,17 @@ def read_api_key(path: str | None) -> str | None:
         UserError: the file cannot be read or is empty.
     """
     if path is None:
-        return os.environ.get(API_KEY) or None
-    key = read_text(path, "--api-key-file").strip()
-    if not key:
-        raise UserError(f"--api-key-file {path!r} is empty. Write the key to it.")
+        where = API_KEY
+        key = os.environ.get(API_KEY, "").strip()
+        if not key:
+            return None
+    else:
+        where = f"--api-key-file {path!r}"
+        key = read_text(path, "--api-key-file").strip()
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(
+            f"{where} is not a key. Use one word of printable ASCII characters without spaces."
+        )
     return key
 
 
@@ -136,10 +148,12 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
+        listener.listen()  # otherwise another server could bind the port too
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host is not a name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port} cannot be used ({error.strerror}). Use another port, or "
-            "an address of this machine."
+            f"--host {host} --port {port} cannot be used ({reason}). Use another port, or an "
+            "address of this machine."
         ) from error
     return listener
 

@@ -44,7 +44,17 @@ MIN_RATE = 1000
 MAX_RATE = 1_000_000
 MISSING = 0.1  # seconds that may be missing at a file's end: encoders round
 OVERSHOOT = 0.5  # seconds after the end that a part may include, as in Kaldi's extract-segments
-LOCAL_ONLY = ("-protocol_whitelist", "file")  # otherwise ffmpeg would open the URLs in a playlist
+LOCAL_ONLY = ("-protocol_whitelist", "file")
+# Containers of audio. Others, for example HLS, DASH and concat, name further files, which ffmpeg
+# would open: a manifest or an upload could read any file of this machine.
+CONTAINERS = (
+    *("aac", "ac3", "adx", "aiff", "amr", "amrnb", "amrwb", "ape", "asf", "ast", "au", "avi"),
+    *("caf", "dts", "dtshd", "eac3", "flac", "flv", "g722", "gsm", "ircam", "loas", "matroska"),
+    *("mlp", "mov", "mp3", "mpc", "mpc8", "mpeg", "mpegts", "nistsphere", "nut", "ogg", "oma"),
+    *("rm", "sbc", "shn", "sox", "tak", "truehd", "tta", "voc", "w64", "wav", "wv", "xwma"),
+)
+SELF_CONTAINED = (*LOCAL_ONLY, "-format_whitelist", ",".join(CONTAINERS))
+PROBE_SECONDS = 60  # how long ffprobe may take
 PROBLEMS = {
     "MP3": mp3_problem,
     "MPEG": mp3_problem,
@@ -390,8 +400,18 @@ def _probe(file: AudioFile) -> JsonObject:
     """Return what ffprobe prints about a file, or an empty object if it fails."""
     fields = ("-select_streams", "a:0", "-show_entries", PROBED, "-of", "json")
     with file.on_disk() as path:
-        command = ["ffprobe", "-v", "error", *LOCAL_ONLY, *fields, f"file:{path}"]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        command = ["ffprobe", "-v", "error", *SELF_CONTAINED, *fields, f"file:{path}"]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                check=False,
+                timeout=PROBE_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            problem = f"cannot be read within {PROBE_SECONDS} s by ffprobe. Convert it to WAV."
+            raise file.error(problem) from error
     if done.returncode:
         return {}
     try:
@@ -569,7 +589,7 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
 def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
     output = ["-f", "f32le", "-ac", "1", "-ar", str(RATE), "-"]
     with file.on_disk() as path, tempfile.TemporaryFile() as log:
-        command = ["ffmpeg", "-nostdin", "-v", "error", *LOCAL_ONLY, *CHECKSUMS]
+        command = ["ffmpeg", "-nostdin", "-v", "error", *SELF_CONTAINED, *CHECKSUMS]
         command += ["-i", f"file:{path}", *output]
         yield from _output_of(command, file, log)
 

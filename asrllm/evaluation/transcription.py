@@ -146,13 +146,20 @@ def text_segment(segment: Segment, answer: Answer) -> TextSegment:
     return TextSegment(start=start, end=end, text=answer.text, end_reason=answer.end)
 
 
-def segments_of(file: AudioFile, shortest: int, segmentation: Segmentation) -> Iterator[StreamItem]:
+def segments_of(
+    file: AudioFile,
+    shortest: int,
+    segmentation: Segmentation,
+    check: Callable[[int], None] | None = None,
+) -> Iterator[StreamItem]:
     """Yield the segments of a file while it is read, and its end.
 
     Args:
         file: the file.
         shortest: minimum number of samples that the model accepts.
         segmentation: how to cut the file.
+        check: called with the number of samples that were read after each block. An error that it
+            raises ends the reading, and is not a problem of the file unless it is a UserError.
     """
     samples = 0
 
@@ -160,6 +167,8 @@ def segments_of(file: AudioFile, shortest: int, segmentation: Segmentation) -> I
         nonlocal samples
         for block in read_blocks(file):
             samples += len(block)
+            if check:
+                check(samples)
             yield block
         if samples < shortest:
             raise too_short(file, samples / RATE, shortest)

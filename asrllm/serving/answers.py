@@ -1,30 +1,38 @@
 """Answers to requests, in the formats of OpenAI's API."""
 
 import asyncio
+import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from asrllm.data.audio_files import AudioFile
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
+from asrllm.evaluation.prompt import prompt_of_language
 from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS
 from asrllm.evaluation.transcription import EndOfFile, FileTranscript, TextSegment
-from asrllm.serving.api_errors import ApiError
+from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
 from asrllm.serving.chat import completion
 from asrllm.serving.fields import TranscriptionFields
-from asrllm.serving.transcriber import Transcriber
+from asrllm.serving.transcriber import Place, Transcriber
+
+logger = logging.getLogger(__name__)
 
 
-async def transcript_of(transcriber: Transcriber, audio: AudioFile, prompt: str) -> FileTranscript:
-    """Return the transcript of a whole file."""
+async def transcript_of(
+    transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str
+) -> FileTranscript:
+    """Return the transcript of a whole file, and leave the queue."""
     texts: list[TextSegment] = []
     duration = 0.0
-    with transcriber.admitted(audio):
-        async for item in transcriber.segments(audio, prompt):
+    with contextlib.closing(place):
+        async for item in transcriber.segments(audio, place, prompt):
             if isinstance(item, EndOfFile):
                 duration = item.duration
             else:
@@ -33,24 +41,32 @@ async def transcript_of(transcriber: Transcriber, audio: AudioFile, prompt: str)
 
 
 async def chat_answer(
-    transcriber: Transcriber, audio: AudioFile, prompt: str, name: str
+    transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str, name: str
 ) -> Response:
-    transcript = await transcript_of(transcriber, audio, prompt)
+    """Return the transcript of a file as a chat completion."""
+    transcript = await transcript_of(transcriber, audio, place, prompt)
     is_cut = any(segment.end_reason == "limit" for segment in transcript.segments)
     return JSONResponse(completion(name, transcript.text, is_cut=is_cut))
 
 
 async def transcription(
-    transcriber: Transcriber, audio: AudioFile, prompt: str, fields: TranscriptionFields
+    transcriber: Transcriber,
+    audio: AudioFile,
+    place: Place,
+    prompt: str,
+    fields: TranscriptionFields,
 ) -> Response:
     """Transcribe a file, and return the text in the requested format."""
-    transcript = await transcript_of(transcriber, audio, prompt)
+    transcript = await transcript_of(transcriber, audio, place, prompt)
     form = fields.response_format
     if form == "json":
         usage = _usage(transcript.duration)
         return JSONResponse({"text": transcript.text, "usage": usage})
     if form == "verbose_json":
-        return JSONResponse(_verbose(transcript, fields.language))
+        chosen = fields.language
+        if fields.prompt or prompt_of_language(transcriber.description, chosen) is None:
+            chosen = None  # it had no effect on the text
+        return JSONResponse(_verbose(transcript, chosen))
     if form == "text":
         return PlainTextResponse(transcript.text + "\n")
     return PlainTextResponse(TRANSCRIPT_WRITERS[form](transcript, fields.language))
@@ -87,33 +103,44 @@ def _verbose(transcript: FileTranscript, language: str | None) -> dict[str, Any]
     }
 
 
-async def streamed(transcriber: Transcriber, audio: AudioFile, prompt: str) -> Response:
-    """Return the text as server-sent events, one for each segment."""
-    admitted = transcriber.admitted(audio)
-    admitted.__enter__()  # a full queue is an error before the answer begins
+class EventStream(StreamingResponse):
+    """The text of a file as server-sent events, one for each segment."""
 
-    async def events() -> AsyncIterator[str]:
-        texts: list[str] = []
-        text = ""
-        try:
-            async for item in transcriber.segments(audio, prompt):
-                if isinstance(item, EndOfFile):
-                    usage = _usage(item.duration)
-                    yield _event({"type": "transcript.text.done", "text": text, "usage": usage})
-                    continue
-                texts.append(item.text)
-                longer = join_texts(texts)
-                delta = longer.removeprefix(text)
-                text = longer
-                times = {"start": round(item.start, 3), "end": round(item.end, 3)}
-                yield _event({"type": "transcript.text.delta", "delta": delta} | times)
-        except (UserError, ApiError) as error:
-            reason = error if isinstance(error, ApiError) else ApiError(400, str(error))
-            yield _event(reason.body())
-        finally:
-            admitted.__exit__(None, None, None)
+    def __init__(
+        self, transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str
+    ) -> None:
+        self.place = place
+        items = transcriber.segments(audio, place, prompt)
+        super().__init__(_events(items), media_type="text/event-stream")
 
-    return StreamingResponse(events(), media_type="text/event-stream")
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, and leave the queue however that ends."""
+        with contextlib.closing(self.place):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(items: AsyncIterator[TextSegment | EndOfFile]) -> AsyncIterator[str]:
+    texts: list[str] = []
+    text = ""
+    try:
+        async for item in items:
+            if isinstance(item, EndOfFile):
+                usage = _usage(item.duration)
+                yield _event({"type": "transcript.text.done", "text": text, "usage": usage})
+                continue
+            texts.append(item.text)
+            longer = join_texts(texts)
+            delta = longer.removeprefix(text)
+            text = longer
+            times = {"start": round(item.start, 3), "end": round(item.end, 3)}
+            yield _event({"type": "transcript.text.delta", "delta": delta} | times)
+    except UserError as error:
+        yield _event(invalid_audio(error).body())
+    except ApiError as error:
+        yield _event(error.body())
+    except Exception:  # the status has been sent, so only an event and the log can report it
+        logger.exception("a stream failed")
+        yield _event(server_error().body())
 
 
 def _event(fields: dict[str, Any]) -> str:
@@ -121,7 +148,7 @@ def _event(fields: dict[str, Any]) -> str:
 
 
 async def unless_disconnected(request: Request, answer: "asyncio.Task[Response]") -> Response:
-    """Wait for an answer, and give it up if the client disconnects."""
+    """Wait for an answer, and cancel its task if the client disconnects."""
 
     async def disconnection() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -135,5 +162,5 @@ async def unless_disconnected(request: Request, answer: "asyncio.Task[Response]"
         if not answer.done():
             answer.cancel()
     if answer.cancelled() or not answer.done():
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the connection is closed, so nobody reads it
     return answer.result()

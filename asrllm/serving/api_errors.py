@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from asrllm.errors import UserError
+
 Headers = Mapping[str, str]
 
 
@@ -25,7 +27,7 @@ class ApiError(Exception):
             message: what is wrong, and the fix.
             kind: the type of the error in OpenAI's API.
             param: the field of the request at fault.
-            code: a word for programs.
+            code: what is wrong, as one word that programs compare.
             headers: further headers of the answer.
         """
         super().__init__(message)
@@ -44,3 +46,13 @@ class ApiError(Exception):
             "code": self.code,
         }
         return {"error": error}
+
+
+def invalid_audio(error: UserError) -> ApiError:
+    """Return the error for an audio file that cannot be used."""
+    return ApiError(400, str(error), param="file", code="invalid_audio")
+
+
+def server_error() -> ApiError:
+    """Return the error for a fault of the server, whose log has the traceback."""
+    return ApiError(500, "the server failed. Its log has the reason.", kind="server_error")

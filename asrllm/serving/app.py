@@ -1,6 +1,7 @@
 """The HTTP interface: OpenAI's audio API, health and metrics."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from starlette.staticfiles import StaticFiles
 
 import asrllm
 from asrllm.errors import UserError
-from asrllm.serving.answers import chat_answer, streamed, transcription, unless_disconnected
-from asrllm.serving.api_errors import ApiError
+from asrllm.serving.answers import EventStream, chat_answer, transcription, unless_disconnected
+from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
 from asrllm.serving.chat import ChatRequest
 from asrllm.serving.fields import (
     TranscriptionFields,
@@ -60,7 +61,8 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
         transcriber: transcribes the audio.
         options: options of the interface.
     """
-    app = FastAPI(title="asrllm", version=asrllm.__version__)
+    # FastAPI's pages load scripts from a CDN
+    app = FastAPI(title="asrllm", version=asrllm.__version__, docs_url=None, redoc_url=None)
     app.add_middleware(
         Gate,
         api_key=options.api_key,
@@ -89,10 +91,11 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
         _check_model(fields.model, name)
         await check_fields(request, fields)
         prompt = prompt_of_request(transcriber.description, fields)
-        audio = await transcriber.open(fields.file.filename or "the file", await fields.file.read())
+        content = await fields.file.read()
+        audio, place = await transcriber.open(fields.file.filename or "the file", content)
         if fields.stream:
-            return await streamed(transcriber, audio, prompt)
-        answer = asyncio.create_task(transcription(transcriber, audio, prompt, fields))
+            return EventStream(transcriber, audio, place, prompt)
+        answer = asyncio.create_task(transcription(transcriber, audio, place, prompt, fields))
         return await unless_disconnected(request, answer)
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -100,8 +103,8 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
         _check_model(fields.model, name)
         content, instruction = fields.audio_and_prompt()
         prompt = checked_prompt(transcriber.description, prompt=instruction)
-        audio = await transcriber.open("the audio", content)
-        answer = asyncio.create_task(chat_answer(transcriber, audio, prompt, name))
+        audio, place = await transcriber.open("the audio", content)
+        answer = asyncio.create_task(chat_answer(transcriber, audio, place, prompt, name))
         return await unless_disconnected(request, answer)
 
 
@@ -140,7 +143,7 @@ def _add_status(app: FastAPI, transcriber: Transcriber) -> None:
 
     @app.get("/ready")
     def ready() -> Response:
-        status = 503 if transcriber.is_full() else 200
+        status = 503 if transcriber.queue.is_full() else 200
         return JSONResponse({"status": "full" if status == 503 else "ok"}, status)
 
     @app.get("/metrics")
@@ -152,7 +155,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Answer every error with OpenAI's error object."""
 
     def answer_of(error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status, error.headers)
+        # json.dumps escapes surrogates, which a field's name may contain
+        body = json.dumps(error.body())
+        return Response(body, error.status, error.headers, media_type="application/json")
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
@@ -160,7 +165,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def on_user_error(request: Request, error: UserError) -> Response:
-        return answer_of(ApiError(400, str(error), param="file", code="invalid_audio"))
+        return answer_of(invalid_audio(error))
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
@@ -173,12 +178,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         problem = request.scope.get(PROBLEM)
         if problem is None:
-            message = f"{request.method} {request.url.path}: {error.detail}."
+            message = f"{request.method} {request.url.path}: {str(error.detail).rstrip('.')}."
             problem = ApiError(error.status_code, message, headers=error.headers)
         return answer_of(problem)
 
     @app.exception_handler(Exception)  # uvicorn logs the traceback
     async def on_bug(request: Request, error: Exception) -> Response:
-        return answer_of(
-            ApiError(500, "the server failed. Its log has the reason.", kind="server_error")
-        )
+        return answer_of(server_error())

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.models.asr_llm.generation import Answer
@@ -39,6 +40,7 @@ class Batcher:
         self.engine = HalvingEngine(engine)
         self.batch_size = batch_size
         self.metrics = metrics
+        self.threads = torch.get_num_threads()
         self.tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
@@ -71,15 +73,17 @@ class Batcher:
         for task in batch:
             self.metrics.queue_seconds.observe(began - task.submitted)
         self.metrics.batch_size.observe(len(batch))
-        waves = [task.wave for task in batch]
-        prompts = [task.prompt for task in batch]
+        # Voice activity detection in another thread may have set the number to one.
+        torch.set_num_threads(self.threads)
         try:
-            answers = self.engine.answer(waves, prompts)
-        except Exception as error:  # the requests report it, and the server goes on
+            answers = self.engine.answer(
+                [task.wave for task in batch], [task.prompt for task in batch]
+            )
+            for task, answer in zip(batch, answers, strict=True):
+                task.answer.set_result(answer)
+        except Exception as error:  # each request raises it; the thread serves the others
             for task in batch:
-                task.answer.set_exception(error)
-            return
+                if not task.answer.done():
+                    task.answer.set_exception(error)
         finally:
             self.metrics.decoding_seconds.inc(time.monotonic() - began)
-        for task, answer in zip(batch, answers, strict=True):
-            task.answer.set_result(answer)

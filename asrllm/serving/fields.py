@@ -23,7 +23,7 @@ FIELDS = {
     "stream",
     "chunking_strategy",
 }
-MAX_TEXT = 10_000  # characters of a prompt or a list of hotwords
+MAX_TEXT = 1000  # characters of a prompt or a list of hotwords; LLMs have 2048 positions or more
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
 
@@ -51,7 +51,7 @@ class TranscriptionFields:
     ) -> None:
         self.file = file
         self.model = model
-        self.language = language or None
+        self.language = (language or "").strip().lower() or None
         self.prompt = prompt or None
         self.hotwords = hotwords or None
         self.response_format = response_format
@@ -62,9 +62,12 @@ class TranscriptionFields:
 
 async def check_fields(request: Request, fields: TranscriptionFields) -> None:
     """Raise ApiError for a field that this server does not know, or cannot honour."""
-    for field in await request.form():
-        if field not in FIELDS:
+    given = [field for field, _ in (await request.form()).multi_items()]
+    for field in [*given, *request.query_params]:
+        if field not in FIELDS or field in request.query_params:
             raise _unsupported(field, f"the field {field!r} is not supported. Leave it out.")
+        if given.count(field) > 1 and not field.endswith("[]"):
+            raise _unsupported(field, f"the field {field!r} is repeated. Send it once.")
     form = fields.response_format
     if fields.temperature:
         value = f"{fields.temperature:g}"

@@ -85,10 +85,12 @@ class Gate:
             self.access_log(json.dumps(line))
 
     def _check_headers(self, path: str, headers: dict[bytes, bytes]) -> None:
-        given = headers.get(b"authorization", b"")
-        expected = f"Bearer {self.api_key}".encode()
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        is_right = scheme.lower() == b"bearer" and secrets.compare_digest(
+            given, (self.api_key or "").encode()
+        )
         needs_key = self.api_key is not None and path.startswith("/v1/")
-        if needs_key and not secrets.compare_digest(given, expected):
+        if needs_key and not is_right:
             raise ApiError(
                 401,
                 "the API key is missing or wrong. Send the header 'Authorization: Bearer KEY'.",

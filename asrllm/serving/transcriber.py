@@ -2,13 +2,13 @@
 
 import asyncio
 import collections
-import contextlib
-import functools
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from asrllm.audio.segments import Segment
 from asrllm.data.audio_files import AudioFile, open_audio
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.transcription import (
@@ -25,6 +25,77 @@ from asrllm.serving.batcher import Batcher
 from asrllm.serving.metrics import Metrics
 
 AHEAD = 16  # segments of a request that may wait for their texts; more stay in the file
+READERS = 8  # files that are decoded at the same time
+# bytes a second of audio whose header has no length, which is then corrected while it is read
+GUESSED_RATE = 2000
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the transcript any more."""
+
+
+class Place:
+    """The place of a request in the queue, which counts its audio until it is closed."""
+
+    def __init__(self, queue: "Queue", samples: int) -> None:
+        self.queue = queue
+        self.samples = samples
+
+    def grow(self, samples: int) -> None:
+        """Count more samples if the audio is longer than its header says."""
+        if samples > self.samples:
+            self.queue.count(samples - self.samples)
+            self.samples = samples
+
+    def close(self) -> None:
+        """Leave the queue. Closing it again has no effect."""
+        if self.samples >= 0:
+            self.queue.count(-self.samples, requests=-1)
+            self.samples = -1
+
+
+class Queue:
+    """Counts the requests in progress and their audio, in any thread."""
+
+    def __init__(self, max_seconds: float, metrics: Metrics) -> None:
+        """
+        Args:
+            max_seconds: seconds of audio above which a further request is refused.
+            metrics: counters of the server.
+        """
+        self.max_samples = round(max_seconds * RATE)
+        self.metrics = metrics
+        self.samples = 0
+        self.requests = 0
+        self.lock = threading.Lock()
+
+    def is_full(self) -> bool:
+        """Return whether there is no room for another second of audio."""
+        return self.requests > 0 and self.samples + RATE > self.max_samples
+
+    def enter(self, samples: int) -> Place:
+        """Return a place for a request.
+
+        Raises:
+            ApiError: too much audio is queued. A single request is always admitted.
+        """
+        if self.requests and self.samples + samples > self.max_samples:
+            raise ApiError(
+                429,
+                f"{self.samples / RATE:.0f} s of audio are queued. Send the request again later.",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": "5"},
+            )
+        self.count(samples, requests=1)
+        return Place(self, samples)
+
+    def count(self, samples: int, requests: int = 0) -> None:
+        """Add to the samples and requests in progress."""
+        with self.lock:
+            self.samples += samples
+            self.requests += requests
+            self.metrics.queued_seconds.set(self.samples / RATE)
 
 
 class Transcriber:
@@ -33,6 +104,7 @@ class Transcriber:
     Attributes:
         description: configuration of the model.
         metrics: counters of the server.
+        queue: the requests in progress.
     """
 
     def __init__(
@@ -62,12 +134,19 @@ class Transcriber:
         self.segmentation = segmentation
         self.shortest = engine.limits[0]
         self.max_seconds = max_seconds
-        self.max_queued_seconds = max_queued_seconds
-        self.queued_seconds = 0.0
+        self.queue = Queue(max_queued_seconds, metrics)
         self.batcher = Batcher(engine, batch_size=batch_size, metrics=metrics)
+        self.readers = ThreadPoolExecutor(READERS, "reader")
+        self.is_closed = threading.Event()
 
-    async def open(self, name: str, content: bytes) -> AudioFile:
-        """Read the header of an audio file.
+    def close(self) -> None:
+        """Stop reading, and end all threads after the batch in progress."""
+        self.is_closed.set()
+        self.readers.shutdown(cancel_futures=True)
+        self.batcher.close()
+
+    async def open(self, name: str, content: bytes) -> tuple[AudioFile, Place]:
+        """Read the header of an audio file, and take a place in the queue for it.
 
         Args:
             name: its name in error messages.
@@ -75,73 +154,56 @@ class Transcriber:
 
         Raises:
             UserError: it is not audio.
-            ApiError: it is too long.
+            ApiError: it is too long, or too much audio is queued.
         """
-        file = await asyncio.to_thread(open_audio, name, content)
-        self._check_seconds(file.seconds or 0.0)
-        return file
+        loop = asyncio.get_running_loop()
+        file = await loop.run_in_executor(self.readers, open_audio, name, content)
+        seconds = file.seconds
+        if seconds is None:
+            seconds = min(len(content) / GUESSED_RATE, self.max_seconds)
+        self._check_seconds(seconds)
+        return file, self.queue.enter(round(seconds * RATE))
 
     def _check_seconds(self, seconds: float) -> None:
         if seconds > self.max_seconds:
             raise ApiError(
                 413,
-                f"the audio has {seconds:.0f} s. Send at most {self.max_seconds:g} s.",
+                f"the audio is longer than {self.max_seconds:g} s. Send a part of it.",
                 param="file",
                 code="audio_too_long",
             )
 
-    def is_full(self) -> bool:
-        """Return whether the queue has no room for another second of audio."""
-        return self.queued_seconds >= self.max_queued_seconds
-
-    @contextlib.contextmanager
-    def admitted(self, file: AudioFile) -> Iterator[None]:
-        """Count the audio of a request as queued until the block ends.
-
-        Raises:
-            ApiError: too much audio is queued. A single request is always admitted.
-        """
-        seconds = file.seconds or 0.0
-        if self.queued_seconds and self.queued_seconds + seconds > self.max_queued_seconds:
-            raise ApiError(
-                429,
-                f"{self.queued_seconds:.0f} s of audio are queued. Send the request again later.",
-                kind="server_error",
-                code="queue_full",
-                headers={"Retry-After": "5"},
-            )
-        self._count_queued(seconds)
-        try:
-            yield
-        finally:
-            self._count_queued(-seconds)
-
-    def _count_queued(self, seconds: float) -> None:
-        self.queued_seconds = max(self.queued_seconds + seconds, 0.0)
-        self.metrics.queued_seconds.set(self.queued_seconds)
-
     async def segments(
-        self, file: AudioFile, prompt: str
+        self, file: AudioFile, place: Place, prompt: str
     ) -> AsyncIterator[TextSegment | EndOfFile]:
         """Yield the texts of an audio file's segments in order, and its end.
 
-        If the iteration is abandoned, segments that are still queued are not decoded.
+        If the iteration is abandoned, reading stops, and segments that are still queued are not
+        decoded.
 
         Raises:
             UserError: the audio is corrupted.
             ApiError: it is too long.
         """
-        stream = segments_of(file, self.shortest, self.segmentation)
+        is_abandoned = threading.Event()
+
+        def check(samples: int) -> None:
+            if is_abandoned.is_set() or self.is_closed.is_set():
+                raise AbandonedError
+            self._check_seconds(samples / RATE)
+            place.grow(samples)
+
+        stream = segments_of(file, self.shortest, self.segmentation, check)
+        loop = asyncio.get_running_loop()
         pending: collections.deque[tuple[Segment, Future[Answer]]] = collections.deque()
         end: EndOfFile | None = None
         try:
             while end is None or pending:
                 if end is None and len(pending) < AHEAD:
-                    _, item = await asyncio.to_thread(functools.partial(next, stream))
+                    _, item = await loop.run_in_executor(self.readers, next, stream)
                     if isinstance(item, EndOfFile):
                         end = item
                     else:
-                        self._check_seconds(item.seconds[1])
                         pending.append((item, self.batcher.submit(item.wave, prompt)))
                     continue
                 segment, answer = pending.popleft()
@@ -151,5 +213,6 @@ class Transcriber:
             self.metrics.audio_seconds.inc(end.duration)
             yield end
         finally:
+            is_abandoned.set()
             for _, answer in pending:
                 answer.cancel()

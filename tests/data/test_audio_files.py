@@ -251,6 +251,19 @@ def test_file_of_several_recordings_is_reported(tmp_path, ending):
     assert str(place) in error_of(path)
 
 
+@needs_ffmpeg
+@pytest.mark.parametrize("name", ["a.wav", "a.m3u8", "a.ts", "a.txt"])
+def test_playlist_does_not_open_another_file(tmp_path, name):
+    secret = by_ffmpeg(make(tmp_path / "s.wav", seconds=2), tmp_path / "s.aac")
+    for content in (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:3,\nfile://{secret}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{secret}'\n",
+        "ffconcat version 1.0\nfile s.aac\n",
+    ):
+        (tmp_path / name).write_text(content)
+        error_of(tmp_path / name)
+
+
 @pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("ending", ["tta", "wv", "flv", "m4a", "mov"])

@@ -4,7 +4,9 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,25 +16,29 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+import torch
 import uvicorn
 from openai import OpenAI
 
 from asrllm.audio.vad import Loudness
 from asrllm.data.audio_files import open_audio
 from asrllm.data.prompts import Prompt
+from asrllm.defaults import RATE
 from asrllm.evaluation.engine import TorchEngine
 from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.transcription import Segmentation, transcribe_files
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.build import describe_prompts
+from asrllm.serving.api_errors import ApiError
 from asrllm.serving.app import ServerOptions, create_app
 from asrllm.serving.metrics import Metrics
-from asrllm.serving.transcriber import Transcriber
+from asrllm.serving.transcriber import Queue, Transcriber
 from asrllm.testing import vowels
 from tests.models.asr_llm.test_modeling import make_model
 from tests.processes import wait_for
 
 MAX_BYTES = 1 << 20
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
 SEGMENTATION = Segmentation(detector=Loudness, longest=32000)
 
 
@@ -62,7 +68,7 @@ def running(engine, description, **options):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-        transcriber.batcher.close()
+        transcriber.close()
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +231,9 @@ def test_other_audio_formats_are_read(server, form):
         ({"hotwords": "@/etc/hostname"}, 400, "hotwords"),
         ({"hotwords": ","}, 400, "hotwords"),
         ({"prompt": "<|AUDIO|>"}, 400, "prompt"),
-        ({"prompt": "x" * 20_000}, 400, "prompt"),
+        ({"prompt": "x" * 2000}, 400, "prompt"),
         ({"unknown": "1"}, 400, "unknown"),
+        ({"language": ["en", "en"]}, 400, "language"),
     ],
 )
 def test_field_that_cannot_be_honoured_is_refused(server, fields, status, param):
@@ -247,6 +254,64 @@ def test_bad_audio_is_an_error_object_and_the_server_continues(server, content):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "file"
     assert httpx.get(f"{server}/health").json() == {"status": "ok"}
+
+
+def unknown_length(seconds):
+    """Return a FLAC of silence whose header has no length."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(round(16000 * seconds)), 16000, format="FLAC")
+    data = bytearray(file.getvalue())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    return bytes(data)
+
+
+@needs_ffmpeg
+def test_audio_of_unknown_length_counts_and_is_limited(engine):
+    blocked = BlockedEngine()
+    blocked.may_answer.set()
+    with running(blocked, engine.model.config, max_seconds=5.0) as (url, transcriber):
+        assert send(url, unknown_length(4)).status_code == 200
+        answer = send(url, unknown_length(300))
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "audio_too_long"
+        assert (transcriber.queue.samples, transcriber.queue.requests) == (0, 0)
+
+
+def test_place_in_the_queue_grows_with_the_audio_and_ends_exactly():
+    metrics = Metrics()
+    waiting = Queue(10.0, metrics)
+    places = [waiting.enter(samples) for samples in (1600, 3200)]
+    places[0].grow(5 * RATE)
+    places[0].grow(4 * RATE)
+    with pytest.raises(ApiError, match="queued"):
+        waiting.enter(6 * RATE)
+    for place in [*places, places[0]]:
+        place.close()
+    assert (waiting.samples, waiting.requests) == (0, 0)
+    waiting.enter(100 * RATE)  # a single request is always admitted
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", ["a.wav", "a.m3u8", "a.mpd"])
+def test_playlist_cannot_read_a_file_of_the_server(server, tmp_path, name):
+    secret = tmp_path / "secret.aac"
+    (tmp_path / "a.wav").write_bytes(audio())
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", secret]
+    subprocess.run(command, check=True, timeout=60)
+    playlists = [
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:3,\nfile://{secret}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile {secret}\n",
+    ]
+    for playlist in playlists:
+        answer = httpx.post(
+            f"{server}/v1/audio/transcriptions",
+            files={"file": (name, playlist.encode())},
+            data={"model": "tiny"},
+            timeout=60,
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "invalid_audio"
 
 
 def test_long_audio_and_large_files_are_refused(server, engine):
@@ -351,10 +416,11 @@ def test_full_queue_is_refused_until_there_is_room(engine):
         wait_for(lambda: blocked.waves, 20)
         refused = send(url)
         assert refused.status_code == 429
-        assert httpx.get(f"{url}/ready").status_code == 200
+        assert httpx.get(f"{url}/ready").status_code == 503
         assert int(refused.headers["Retry-After"]) > 0
         blocked.may_answer.set()
         assert set(first.result(20).json()["text"].split()) == {"word"}
+        wait_for(lambda: httpx.get(f"{url}/ready").status_code == 200, 20)
         assert send(url).status_code == 200
 
 
@@ -371,11 +437,59 @@ def test_client_that_disconnects_frees_its_place(engine):
                     data={"model": "tiny", "prompt": "Abandoned."},
                     timeout=httpx.Timeout(20, read=1),
                 )
-            wait_for(lambda: transcriber.queued_seconds < 2, 20)
+            wait_for(lambda: transcriber.queue.requests == 1, 20)
             blocked.may_answer.set()
             assert first.result(20).status_code == 200
         assert send(url).status_code == 200
         assert set(blocked.prompts) == {"Transcribe."}
+
+
+def test_reading_stops_when_the_client_disconnects(engine, monkeypatch):
+    """Without speech there is no segment at which the request could notice it."""
+    read = []
+
+    def endless(file):
+        while True:
+            read.append(time.monotonic())
+            yield np.zeros(1 << 16, np.float32)
+
+    monkeypatch.setattr("asrllm.evaluation.transcription.read_blocks", endless)
+    detector = Segmentation(detector=Silent, longest=32000)
+    monkeypatch.setattr("tests.serving.test_api.SEGMENTATION", detector)
+    with running(BlockedEngine(), engine.model.config, max_seconds=1e9) as (url, transcriber):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/v1/audio/transcriptions",
+                files={"file": ("b.wav", audio(1.0))},
+                data={"model": "tiny"},
+                timeout=httpx.Timeout(20, read=1),
+            )
+        wait_for(lambda: transcriber.queue.requests == 0, 20)
+        wait_for(lambda: time.monotonic() - read[-1] > 1, 20)
+
+
+class Silent(Loudness):
+    """A detector that finds no speech."""
+
+    def _probabilities(self, frames):
+        return np.zeros(len(frames), np.float32)
+
+
+def test_number_of_threads_does_not_depend_on_concurrent_requests(engine):
+    threads = torch.get_num_threads()
+    found = []
+
+    class Counting(BlockedEngine):
+        def answer(self, waves, prompts):
+            found.append(torch.get_num_threads())
+            torch.set_num_threads(1)  # as voice activity detection may leave it
+            return [Answer(text="word") for _ in waves]
+
+    with running(Counting(), engine.model.config, batch_size=1) as (url, _):
+        assert send(url, audio(6)).status_code == 200
+    torch.set_num_threads(threads)
+    assert len(found) > 1
+    assert set(found) == {threads}
 
 
 def test_slow_upload_is_ended(engine):
@@ -402,6 +516,9 @@ def test_engine_that_fails_is_a_server_error(engine):
         answer = send(url)
         assert answer.status_code == 500
         assert answer.json()["error"]["type"] == "server_error"
+        (line,) = send(url, stream="true").text.strip().splitlines()
+        assert json.loads(line.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert 'status="500"} 1.0' in httpx.get(f"{url}/metrics").text
         assert httpx.get(f"{url}/health").status_code == 200
 
 
