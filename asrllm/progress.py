@@ -53,7 +53,7 @@ def waiting(what: str, *, after: float = FIRST_LINE) -> Iterator[None]:
 
 
 class ProgressBar:
-    """Progress on standard error, shown as soon as the work starts.
+    """Progress on standard error, shown within FIRST_LINE of the start.
 
     Use it as `with ProgressBar("reading", total) as bar: bar.advance()`.
     """
@@ -74,8 +74,7 @@ class ProgressBar:
             total: number of items, which may be an estimate, or None if unknown.
             done: items that were done before.
             enabled: whether anything is printed.
-            brief: whether no line is printed for work that takes less than FIRST_LINE. The first
-                line of such a bar comes from a thread, because the first item may take longer.
+            brief: whether no line is printed for work that takes less than FIRST_LINE.
         """
         self.what = what
         self.total = total
@@ -88,6 +87,7 @@ class ProgressBar:
         self.is_inner = _outer is not None
         self.enabled = enabled
         self.brief = brief
+        # a thread prints the first line, because the first item may take longer
         self.timer = threading.Timer(FIRST_LINE, self._print_first_line)
         self.timer.daemon = True
         if not enabled:
@@ -95,10 +95,8 @@ class ProgressBar:
         if sys.stderr.isatty():
             self.bar = self._open_bar()
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
-        elif brief:
-            self.timer.start()
         else:
-            self._print_first_line()
+            self.timer.start()
 
     def _open_bar(self) -> "Progress":
         global _outer

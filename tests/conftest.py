@@ -30,6 +30,7 @@ COUNTED = pytest.StashKey[float]()  # seconds of a test so far
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SharedFixtures())
     if "PYTEST_XDIST_TESTRUNUID" in os.environ:
         # a worker, whose temporary directory is below that of the run
         processes.share_cores(Path(config.option.basetemp).parent)
@@ -67,13 +68,18 @@ def soak(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--soak")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Iterator[object]:
-    """Do not count fixtures of several tests: they would count for the one that comes first."""
-    if fixturedef.scope == "function":
-        return (yield)
-    with processes.not_counted():
-        return (yield)
+class SharedFixtures:
+    """Does not count fixtures of several tests, which would count for the first of these.
+
+    It is a plugin, because pytest does not call a conftest's hook for fixtures of the session.
+    """
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef) -> Iterator[object]:
+        if fixturedef.scope == "function":
+            return (yield)
+        with processes.not_counted():
+            return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

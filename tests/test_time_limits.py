@@ -28,7 +28,11 @@ def test_long_fixture(own):
 def shared():
     time.sleep(0.2)
 
-def test_shared_fixture(shared):
+@pytest.fixture(scope="session")
+def of_the_session():
+    time.sleep(0.2)
+
+def test_shared_fixture(shared, of_the_session):
     pass
 
 @pytest.mark.longest(60, reason="sleeps")
@@ -42,10 +46,13 @@ def run_tests(folder, code, *options):
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = longest: as in pyproject.toml\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "xdist", *options]
     environment = {"PYTHONPATH": str(REPOSITORY), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    clean = clean_environment(**environment)
+    # this test may run in a worker of xdist
+    own = {name: value for name, value in clean.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         command,
         cwd=folder,
-        env=clean_environment(**environment),
+        env=own,
         capture_output=True,
         text=True,
         timeout=60,
