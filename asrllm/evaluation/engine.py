@@ -5,6 +5,7 @@ Evaluation and transcription depend only on the Engine protocol.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 
 from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.generation import Answer, generate
+from asrllm.models.asr_llm.decoding_options import decoding_config
+from asrllm.models.asr_llm.generation import Answer, generate, uses_own_search
 from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.running_batch import RunningBatch
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,40 @@ class Engine(Protocol):
             waves: (samples,) float32 at 16 kHz each.
             prompts: one per waveform.
         """
+
+
+class PendingRow(Protocol):
+    """An utterance of a Batch.
+
+    Attributes:
+        is_done: whether it has been answered. Setting it removes the utterance from its batch.
+    """
+
+    is_done: bool
+
+
+class Batch(Protocol):
+    """A batch that utterances join and leave while it is decoded.
+
+    Attributes:
+        can_join: whether utterances can join now.
+    """
+
+    @property
+    def can_join(self) -> bool: ...
+
+    def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[PendingRow]:
+        """Add utterances. The arguments are those of Engine.answer."""
+
+    def step(self) -> Sequence[tuple[PendingRow, Answer]]:
+        """Decode for a short time, and return the utterances that this finished."""
+
+
+class BatchEngine(Engine, Protocol):
+    """An engine with batches that utterances join and leave."""
+
+    def open_batch(self) -> Batch:
+        """Return an empty batch."""
 
 
 class TorchEngine:
@@ -62,6 +99,56 @@ class TorchEngine:
         renderer = self.model.require_processor().renderer
         messages = [renderer.user_messages(prompt) for prompt in prompts]
         return generate(self.model, list(waves), messages, **self.options)
+
+    def open_batch(self) -> "Batch":
+        """Return an empty batch."""
+        options = self.options.copy()
+        limits = {name: options.pop(name) for name in ("max_tokens_per_second", "repetition_guard")}
+        config = decoding_config(
+            options.pop("generation_config"),
+            options.pop("max_new_tokens", None),
+            self.model.require_processor().renderer.stop_ids,
+            **options,
+        )
+        if uses_own_search(self.model, config):
+            return RunningBatch(self.model, config, **limits)
+        return WholeBatch(self)
+
+
+class WholeBatch:
+    """A batch that admits nobody while it is decoded, for example by beam search."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.rows: list[WholeBatchRow] = []
+
+    @property
+    def can_join(self) -> bool:
+        """Whether utterances can join now."""
+        return not self.rows
+
+    def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[PendingRow]:
+        """Add utterances, see Batch.join."""
+        self.rows = [WholeBatchRow(*row) for row in zip(waves, prompts, strict=True)]
+        return self.rows
+
+    def step(self) -> Sequence[tuple[PendingRow, Answer]]:
+        """Decode all utterances."""
+        rows = [row for row in self.rows if not row.is_done]
+        self.rows = []
+        if not rows:
+            return []
+        answers = self.engine.answer([row.wave for row in rows], [row.prompt for row in rows])
+        return list(zip(rows, answers, strict=True))
+
+
+@dataclass(eq=False)
+class WholeBatchRow:
+    """An utterance of a WholeBatch: (samples,) float32 at 16 kHz, and its prompt."""
+
+    wave: np.ndarray
+    prompt: str
+    is_done: bool = False
 
 
 class HalvingEngine:

@@ -1,47 +1,63 @@
-"""Decode the segments of concurrent requests in common batches."""
+"""Decode the segments of concurrent requests in one running batch."""
 
+import logging
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from asrllm.evaluation.engine import Engine, HalvingEngine
+from asrllm.evaluation.engine import BatchEngine, HalvingEngine, PendingRow, is_out_of_memory
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.serving.metrics import Metrics
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Task:
     wave: np.ndarray
     prompt: str
     answer: "Future[Answer]" = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
 
+    def deliver(self, answer: Answer | Exception) -> None:
+        """Give the answer to whoever waits for it, if anybody does."""
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        if isinstance(answer, Exception):
+            self.answer.set_exception(answer)
+        else:
+            self.answer.set_result(answer)
+
 
 class Batcher:
-    """Decodes segments in a thread of its own, as many together as are waiting.
+    """Decodes segments in a thread of its own, as many together as there is room for.
 
-    Segments are taken in the order in which they were submitted. A segment whose future is
-    cancelled before its batch begins is not decoded.
+    Segments join the batch between two steps, in the order in which they were submitted, and leave
+    it when they are done or their future is cancelled.
     """
 
-    def __init__(self, engine: Engine, *, batch_size: int, metrics: Metrics) -> None:
+    def __init__(self, engine: BatchEngine, *, batch_size: int, metrics: Metrics) -> None:
         """Start the thread.
 
         Args:
-            engine: decodes the batches.
-            batch_size: maximum number of segments of a batch.
-            metrics: counts batches and waiting times.
+            engine: decodes the batch.
+            batch_size: maximum number of segments in it.
+            metrics: counts segments and waiting times.
         """
-        self.engine = HalvingEngine(engine)
+        self.engine = engine
         self.batch_size = batch_size
         self.metrics = metrics
         self.threads = torch.get_num_threads()
         self.tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self.is_open = True
+        self.batch = engine.open_batch()
+        self.running: dict[PendingRow, _Task] = {}
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
 
@@ -57,33 +73,72 @@ class Batcher:
         self.thread.join()
 
     def _run(self) -> None:
-        is_open = True
-        while is_open:
-            waiting = [self.tasks.get()]
-            while len(waiting) < self.batch_size and not self.tasks.empty():
-                waiting.append(self.tasks.get())
-            is_open = None not in waiting
-            tasks = [task for task in waiting if task is not None]
-            batch = [task for task in tasks if task.answer.set_running_or_notify_cancel()]
-            if batch:
-                self._decode(batch)
+        while self.is_open or self.running:
+            newcomers = self._newcomers()
+            if newcomers or self.running:
+                self._advance(newcomers)
 
-    def _decode(self, batch: list[_Task]) -> None:
+    def _advance(self, newcomers: Sequence[_Task]) -> None:
         began = time.monotonic()
-        for task in batch:
+        for task in newcomers:
             self.metrics.queue_seconds.observe(began - task.submitted)
-        self.metrics.batch_size.observe(len(batch))
         # Voice activity detection in another thread may have set the number to one.
         torch.set_num_threads(self.threads)
         try:
-            answers = self.engine.answer(
-                [task.wave for task in batch], [task.prompt for task in batch]
-            )
-            for task, answer in zip(batch, answers, strict=True):
-                task.answer.set_result(answer)
-        except Exception as error:  # each request raises it; the thread serves the others
-            for task in batch:
-                if not task.answer.done():
-                    task.answer.set_exception(error)
+            self._step(newcomers)
+        except Exception as error:  # the thread serves the others
+            self._decode_alone(newcomers, error)
         finally:
             self.metrics.decoding_seconds.inc(time.monotonic() - began)
+
+    def _newcomers(self) -> list[_Task]:
+        """Return the segments that can join now. If nothing is running, wait for one."""
+        found: list[_Task] = []
+        while self.is_open and self.batch.can_join:
+            is_busy = bool(self.running or found)
+            is_full = len(self.running) + len(found) >= self.batch_size
+            if is_full or (is_busy and self.tasks.empty()):
+                break
+            task = self.tasks.get()
+            if task is None:
+                self.is_open = False
+            elif not task.answer.cancelled():
+                found.append(task)
+        return found
+
+    def _step(self, newcomers: Sequence[_Task]) -> None:
+        if newcomers:
+            rows = self.batch.join(
+                [task.wave for task in newcomers], [task.prompt for task in newcomers]
+            )
+            self.running.update(zip(rows, newcomers, strict=True))
+        for row, task in list(self.running.items()):
+            if task.answer.cancelled():
+                row.is_done = True
+                del self.running[row]
+        if self.running:
+            self.metrics.batch_size.observe(len(self.running))
+        for row, answer in self.batch.step():
+            self.running.pop(row).deliver(answer)
+
+    def _decode_alone(self, newcomers: Sequence[_Task], error: Exception) -> None:
+        """Decode every segment by itself, so that only the guilty one fails."""
+        tasks = list(dict.fromkeys([*self.running.values(), *newcomers]))
+        self.batch = self.engine.open_batch()
+        self.running = {}
+        if is_out_of_memory(error) and len(tasks) > 1:
+            self.batch_size = len(tasks) // 2
+            logger.warning(
+                "%d segments do not fit in memory. From now on the batch has at most %d.",
+                len(tasks),
+                self.batch_size,
+            )
+        engine = HalvingEngine(self.engine)  # it explains what does not fit in memory
+        for task in tasks:
+            if task.answer.cancelled():
+                continue
+            try:
+                (answer,) = engine.answer([task.wave], [task.prompt])
+                task.deliver(answer)
+            except Exception as reason:  # its request raises it
+                task.deliver(reason)

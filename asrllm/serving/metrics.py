@@ -15,8 +15,8 @@ class Metrics:
         decoding_seconds: seconds that the model was busy. Seconds of audio per second of decoding
             are the RTFx.
         queued_seconds: seconds of audio of the requests in progress.
-        queue_seconds: how long a segment waited for its batch, in seconds.
-        batch_size: segments of a batch.
+        queue_seconds: how long a segment waited before it joined the batch, in seconds.
+        batch_size: segments in the batch, observed at every step.
     """
 
     def __init__(self) -> None:
@@ -38,12 +38,15 @@ class Metrics:
         )
         self.queue_seconds = Histogram(
             "asrllm_queue_seconds",
-            "Seconds that a segment waited for its batch.",
+            "Seconds that a segment waited before it joined the batch.",
             buckets=WAITS,
             registry=registry,
         )
         self.batch_size = Histogram(
-            "asrllm_batch_size", "Segments of a batch.", buckets=BATCH_SIZES, registry=registry
+            "asrllm_batch_size",
+            "Segments in the batch at each step.",
+            buckets=BATCH_SIZES,
+            registry=registry,
         )
 
     def text(self) -> bytes:

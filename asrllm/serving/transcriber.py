@@ -10,7 +10,7 @@ from asrllm.audio.segments import Segment
 from asrllm.data.audio_files import AudioFile, open_audio
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine
+from asrllm.evaluation.engine import BatchEngine
 from asrllm.evaluation.transcription import (
     EndOfFile,
     Segmentation,
@@ -34,26 +34,6 @@ class AbandonedError(Exception):
     """Nobody waits for the transcript any more."""
 
 
-class Place:
-    """The place of a request in the queue, which counts its audio until it is closed."""
-
-    def __init__(self, queue: "Queue", samples: int) -> None:
-        self.queue = queue
-        self.samples = samples
-
-    def grow(self, samples: int) -> None:
-        """Count more samples if the audio is longer than its header says."""
-        if samples > self.samples:
-            self.queue.count(samples - self.samples)
-            self.samples = samples
-
-    def close(self) -> None:
-        """Leave the queue. Closing it again has no effect."""
-        if self.samples >= 0:
-            self.queue.count(-self.samples, requests=-1)
-            self.samples = -1
-
-
 class Queue:
     """Counts the requests in progress and their audio, in any thread."""
 
@@ -65,37 +45,73 @@ class Queue:
         """
         self.max_samples = round(max_seconds * RATE)
         self.metrics = metrics
-        self.samples = 0
-        self.requests = 0
+        self.places: dict[Place, int] = {}  # samples of each request
         self.lock = threading.Lock()
 
-    def is_full(self) -> bool:
-        """Return whether there is no room for another second of audio."""
-        return self.requests > 0 and self.samples + RATE > self.max_samples
+    @property
+    def samples(self) -> int:
+        """Samples of all requests."""
+        return sum(self.places.values())
 
-    def enter(self, samples: int) -> Place:
+    def is_full(self) -> bool:
+        """Return whether not even one more second of audio would be admitted."""
+        with self.lock:
+            return self._exceeds(RATE)
+
+    def enter(self, samples: int) -> "Place":
         """Return a place for a request.
 
         Raises:
             ApiError: too much audio is queued. A single request is always admitted.
         """
-        if self.requests and self.samples + samples > self.max_samples:
-            raise ApiError(
-                429,
-                f"{self.samples / RATE:.0f} s of audio are queued. Send the request again later.",
-                kind="rate_limit_error",
-                code="queue_full",
-                headers={"Retry-After": "5"},
-            )
-        self.count(samples, requests=1)
-        return Place(self, samples)
-
-    def count(self, samples: int, requests: int = 0) -> None:
-        """Add to the samples and requests in progress."""
         with self.lock:
-            self.samples += samples
-            self.requests += requests
-            self.metrics.queued_seconds.set(self.samples / RATE)
+            if self._exceeds(samples):
+                raise ApiError(
+                    429,
+                    f"{self.samples / RATE:.0f} s of audio are queued. Send the request again "
+                    "later.",
+                    kind="rate_limit_error",
+                    code="queue_full",
+                    headers={"Retry-After": "5"},
+                )
+            place = Place(self)
+            self.places[place] = samples
+            self._report()
+        return place
+
+    def grow(self, place: "Place", samples: int) -> None:
+        """Count more samples for a request that is still in the queue."""
+        with self.lock:
+            if samples > self.places.get(place, samples):
+                self.places[place] = samples
+                self._report()
+
+    def leave(self, place: "Place") -> None:
+        """Count a request no longer."""
+        with self.lock:
+            self.places.pop(place, None)
+            self._report()
+
+    def _exceeds(self, samples: int) -> bool:
+        return bool(self.places) and self.samples + samples > self.max_samples
+
+    def _report(self) -> None:
+        self.metrics.queued_seconds.set(self.samples / RATE)
+
+
+class Place:
+    """The place of a request in the queue, which counts its audio until it is closed."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+
+    def grow(self, samples: int) -> None:
+        """Count more samples if the audio is longer than its header says."""
+        self.queue.grow(self, samples)
+
+    def close(self) -> None:
+        """Leave the queue. Closing it again has no effect."""
+        self.queue.leave(self)
 
 
 class Transcriber:
@@ -109,7 +125,7 @@ class Transcriber:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: BatchEngine,
         description: AsrLlmConfig,
         segmentation: Segmentation,
         metrics: Metrics,

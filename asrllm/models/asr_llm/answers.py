@@ -1,6 +1,6 @@
 """The end of an answer: its maximum length, its stop tokens, and loops."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class RowStopping(StoppingCriteria):
 
     Attributes:
         limits: maximum number of new tokens of each row.
-        guard: as in `first_loop`. It is None with beam search, where a looping hypothesis that
+        guard: as in `LoopDetector`. It is None with beam search, where a looping hypothesis that
             was stopped would win over correct ones that continue.
         prompt: number of tokens of the prompt, which precede the new tokens.
     """
@@ -35,10 +35,6 @@ class RowStopping(StoppingCriteria):
         self.limits = torch.tensor(limits)
         self.guard = guard
         self.prompt = prompt
-
-    def keep(self, rows: Tensor) -> None:
-        """Continue with some of the rows, given by their indices."""
-        self.limits = self.limits[rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         """Return which rows are done.
@@ -74,23 +70,44 @@ def copies_of_loop(n: int, guard: int) -> int:
     return max(MIN_LOOP_COPIES, guard // n + 1)
 
 
-def first_loop(row: Sequence[Hashable], guard: int) -> int | None:
-    """Return where the second copy of the first loop begins, or None if there is no loop.
+class LoopDetector:
+    """Notices the first loop in a row whose tokens arrive one by one.
 
     A loop is the same 1 to MAX_LOOP_TOKENS tokens at least MIN_LOOP_COPIES times in a row, with
     more than `guard` tokens together. For guard=32 it is one token 33 times, two tokens 17 times,
     or seven or more tokens 5 times. Laughter, "no no no" and rows of digits are shorter.
     """
-    found: list[tuple[int, int]] = []  # (where the loop is complete, where its second copy begins)
-    for n in range(1, MAX_LOOP_TOKENS + 1):
-        needed = n * (copies_of_loop(n, guard) - 1)
-        run = 0
-        for i in range(n, len(row)):
-            run = run + 1 if row[i] == row[i - n] else 0
-            if run >= needed:
-                found.append((i, i - run + 1))
-                break
-    return min(found)[1] if found else None
+
+    def __init__(self, guard: int) -> None:
+        self.row: list[Hashable] = []
+        self.runs = [0] * (MAX_LOOP_TOKENS + 1)  # how long each token equals the one n before it
+        self.needed = [n * (copies_of_loop(n, guard) - 1) for n in range(1, MAX_LOOP_TOKENS + 1)]
+
+    def add(self, token: Hashable) -> int | None:
+        """Append a token.
+
+        Returns:
+            Where the second copy of a loop begins if this token completes it, otherwise None.
+        """
+        self.row.append(token)
+        last = len(self.row) - 1
+        starts: list[int] = []
+        for n, needed in enumerate(self.needed, 1):
+            is_repeated = last >= n and self.row[last - n] == token
+            self.runs[n] = self.runs[n] + 1 if is_repeated else 0
+            if self.runs[n] >= needed:
+                starts.append(last - self.runs[n] + 1)
+        return min(starts, default=None)
+
+
+def first_loop(row: Iterable[Hashable], guard: int) -> int | None:
+    """Return where the second copy of the first loop begins, or None if there is no loop."""
+    detector = LoopDetector(guard)
+    for token in row:
+        start = detector.add(token)
+        if start is not None:
+            return start
+    return None
 
 
 def first_stop(row: Sequence[int], stop_ids: Sequence[int]) -> int:

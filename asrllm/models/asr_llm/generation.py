@@ -23,7 +23,7 @@ from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop, token_limit
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
-from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder, greedy
+from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder, Row, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import HOP, check_finite_features
 from asrllm.schema import build
@@ -97,7 +97,7 @@ def generate(
     else:
         waves = processor.read_waves(inputs)
         samples = torch.tensor([len(wave) for wave in waves])
-    requests = _make_requests(model, messages, samples, config, max_tokens_per_second)
+    requests = make_requests(model, messages, samples, config, max_tokens_per_second)
     batches = [requests]
     if waves and batch_seconds is not None:
         batches = _divide(model, requests, batch_seconds)
@@ -105,7 +105,7 @@ def generate(
     with eval_mode(model):
         for batch in batches:
             audios = [i for request in batch for i in request.audios]
-            own = features or _make_features(model, [waves[i] for i in audios], inputs, audios)
+            own = features or make_features(model, [waves[i] for i in audios], inputs, audios)
             rows = _answer(model, own, batch, config, repetition_guard)
             for request, row in zip(batch, rows, strict=True):
                 answers[request.number] = make_answer(
@@ -114,7 +114,7 @@ def generate(
     return [answers[request.number] for request in requests]
 
 
-def _make_requests(
+def make_requests(
     model: AsrLlmNetwork,
     messages: Sequence[Messages],
     samples: Tensor,
@@ -161,7 +161,7 @@ def _divide(
     return batches
 
 
-def _make_features(
+def make_features(
     model: AsrLlmNetwork, waves: Sequence[np.ndarray], inputs: AudioInputs, audios: Sequence[int]
 ) -> FeatureBatch:
     """Return the features of some audios.
@@ -189,15 +189,26 @@ def _answer(
     repetition_guard: int | None,
 ) -> list[list[int]]:
     """Return the new tokens of each chat of a batch."""
-    device = device_of(model)
-    input_ids, mask = (x.to(device) for x in pad_left([request.prompt for request in batch]))
+    embeddings, mask = embed_prompts(model, features, batch)
     # With beams, a stopped loop would win over correct hypotheses that continue.
     guard = repetition_guard if config.num_beams == 1 else None
-    frames, lengths = features
-    embeddings = model.embed(input_ids, model.encode(frames.to(device), lengths.to(device)))
     stopping = RowStopping([request.limit for request in batch], guard)
     numbers = [request.number for request in batch]
     return decode(model, embeddings, mask, config, stopping, numbers)
+
+
+def embed_prompts(
+    model: AsrLlmNetwork, features: FeatureBatch, batch: Sequence[Request]
+) -> tuple[Tensor, Tensor]:
+    """Return the prompts of chats with their audios.
+
+    Returns:
+        Embeddings, padded on the left (N, T, LLM width), and their attention mask (N, T).
+    """
+    device = device_of(model)
+    input_ids, mask = (x.to(device) for x in pad_left([request.prompt for request in batch]))
+    frames, lengths = features
+    return model.embed(input_ids, model.encode(frames.to(device), lengths.to(device))), mask
 
 
 def device_of(model: AsrLlmNetwork) -> torch.device:
@@ -255,11 +266,10 @@ def decode(
     """
     first_logits = FirstLogitsCheck(chats)
     max_tokens = int(stopping.limits.max())
-    has_cache = model.causal_lm._supports_default_dynamic_cache()
-    if is_greedy(config) and not is_partitioned(model) and has_cache:
+    if uses_own_search(model, config):
         decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
-        stop_ids = config.eos_token_id
-        return greedy(decoder, embeddings, mask, stop_ids, stopping, first_logits.check)
+        rows = [Row(limit, stopping.guard) for limit in stopping.limits.tolist()]
+        return greedy(decoder, embeddings, mask, config.eos_token_id, rows, first_logits.check)
     set_length(config, max_tokens, mask.shape[1], model.llm.generation_config)
     keywords = {}
     if config.stop_strings:
@@ -272,6 +282,12 @@ def decode(
         stopping_criteria=StoppingCriteriaList([stopping]),
         **keywords,
     ).tolist()
+
+
+def uses_own_search(model: AsrLlmNetwork, config: GenerationConfig) -> bool:
+    """Return whether our greedy search can decode these options with this LLM."""
+    has_cache = model.causal_lm._supports_default_dynamic_cache()
+    return is_greedy(config) and not is_partitioned(model) and has_cache
 
 
 def make_answer(

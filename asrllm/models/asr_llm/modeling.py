@@ -58,7 +58,7 @@ class AsrLlmModel(AsrLlmNetwork):
             max_tokens_per_second: limits an answer to this many tokens per second of its audio,
                 plus ten.
             repetition_guard: stops an answer that repeats the same few tokens for more than this
-                many tokens, and removes all copies but one (see `answers.first_loop`).
+                many tokens, and removes all copies but one (see `answers.LoopDetector`).
             batch_seconds: seconds of audio that are decoded at a time, padding included. A longer
                 list of audios is sorted by length and divided into batches; None decodes all at
                 once. Features are never divided, nor are audios for an LLM that ZeRO-3 partitions.
