@@ -6,10 +6,12 @@
 import json
 import sys
 
+import psutil
 import pytest
 import torch
 
 from tests.processes import REPOSITORY, assert_done, both_cores, run_forked
+from tests.serving.test_api import audio, engine, running, text_alone  # noqa: F401 (a fixture)
 
 BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.py"))
 
@@ -79,6 +81,30 @@ def test_decoding_benchmark_runs(tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     assert set(results["texts that differ"].values()) == {0}
     assert results["speed to one by one"] > 0
+
+
+@pytest.mark.slow
+def test_concurrent_clients_are_compared_with_one(benchmark, engine):  # noqa: F811
+    module = benchmark("serve")
+    files = [audio(1, seed=i) for i in range(3)]
+    with running(engine, engine.model.config) as (url, _):
+        server = module.Server(psutil.Process(), url, "tiny")
+        speed, texts = module.compare_speed(server, files, 3.0, clients=3, rounds=1)
+        memory = module.measure_memory(server, files, clients=2, requests=10)
+    assert texts == [text_alone(engine, file) for file in files]
+    assert speed["texts that differ from those alone"] == 0
+    assert speed["latency p50 in s"] <= speed["latency p95 in s"]
+    assert memory["memory ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.soak(only=True)
+def test_serving_benchmark_loses_no_request(tmp_path):
+    run_benchmark("serve.py", "--tiny", "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["texts that differ from those alone"] == 0
+    assert results["SIGTERM under load"]["lost"] == 0
+    assert results["SIGTERM under load"]["exit status"] == 0
 
 
 @pytest.mark.slow

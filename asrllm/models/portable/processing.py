@@ -118,7 +118,7 @@ class AsrLlmHubProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | Sequence[str] | None = None,
+        text: Any = None,
         audio: Any = None,
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
@@ -128,12 +128,17 @@ class AsrLlmHubProcessor(ProcessorMixin):
 
         Args:
             text: a user's message, or several. Each contains the audio token once per audio.
-                Without text, the first prompt of training is used for each audio.
+                Without text, the first prompt of training is used for each audio. An audio in
+                place of the text is the audio, as callers of WhisperProcessor pass it.
             audio: float samples (samples,), or a list of them, in the order of the audio tokens.
             sampling_rate: sampling rate of the audio in Hz; None means 16000.
             return_tensors: only "pt".
             ignored: options of other processors, for example padding.
         """
+        first = text[0] if isinstance(text, (list, tuple)) and text else text
+        if audio is None and not isinstance(first, str):
+            audio = text
+            text = None
         if text is None:
             return self.apply_transcription_request(audio, sampling_rate=sampling_rate)
         texts = [text] if isinstance(text, str) else list(text)

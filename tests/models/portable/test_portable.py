@@ -28,6 +28,7 @@ inputs = processor.apply_transcription_request(audio=waves)
 options = {"max_new_tokens": 10, "max_tokens_per_second": None}
 texts = processor.batch_decode(model.generate(**inputs, **options), skip_special_tokens=True)
 alone = processor(audio=waves[0])
+first = processor(waves[0], sampling_rate=16000, return_tensors="pt")  # as transformers serve
 chat = processor(text="<|AUDIO|> Say.", audio=waves[0])
 parts = [{"type": "audio", "audio": waves[0]}, {"type": "text", "text": "Say."}]
 messages = [{"role": "user", "content": parts}]
@@ -51,6 +52,7 @@ results = {
     "prompt": chat["input_ids"][0].tolist(),
     "chat": inputs["input_ids"][0].tolist(),
     "same features": bool((inputs["input_features"] == chat["input_features"]).all()),
+    "same inputs": all(bool((first[name] == alone[name]).all()) for name in alone),
     "rows": len(both),
     "refused": [refused(content) for content in BAD_CONTENTS],
     "text": processor.apply_chat_template(messages),
@@ -82,7 +84,7 @@ def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_pat
     counts = model.config.num_audio_tokens(samples).tolist()
     assert found["prompt"] == model.processor.encode_prompts([chat], [1], counts)[0]
     assert found["chat"] == found["prompt"]
-    assert (found["same features"], found["rows"]) == (True, 2)
+    assert (found["same features"], found["same inputs"], found["rows"]) == (True, True, 2)
     assert found["text"].count("<|AUDIO|>") == 1
     assert found["refused"] == [*["UserError"] * 2, *["ValueError"] * 2, "UserError"]
     logits = first_logits(model, waves[0])
