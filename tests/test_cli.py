@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 
 from asrllm.atomic import PATH_FIXES
+from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.dispatch import explain, main
-from asrllm.commands.parsers import VERBS
 from asrllm.training.checkpoint import resume
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY

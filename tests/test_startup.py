@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import asrllm
-from asrllm.commands.parsers import VERBS
+from asrllm.commands.arguments.verbs import VERBS
 from asrllm.training.startup import Startup, process_age
 from tests.conftest import REPOSITORY
 from tests.processes import clean_environment, descendants, started, wait_for
@@ -106,7 +106,7 @@ print(*set(sys.modules) - before)
 
 
 @pytest.mark.parametrize(
-    "module", ["argparse", "asrllm.commands.parsers", "asrllm.commands.shards", "numpy"]
+    "module", ["argparse", "asrllm.commands.arguments.verbs", "asrllm.commands.shards", "numpy"]
 )
 def test_ctrl_c_during_the_import_of_a_light_verb(module, tmp_path):
     done = run_python(

@@ -16,7 +16,8 @@ from typing import NoReturn
 import asrllm
 from asrllm import siblings
 from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
-from asrllm.commands.parsers import VERBS, split_base_models
+from asrllm.commands.arguments.base_models import split_base_models
+from asrllm.commands.arguments.verbs import VERBS
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt

@@ -11,7 +11,7 @@ from typing import Any
 
 from asrllm import AutoModel, distributed
 from asrllm.checkpoints.average import is_exported, resolve_weights
-from asrllm.commands.parsers import COMPARE
+from asrllm.commands.arguments.configured import COMPARE
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora, read_entries
 from asrllm.defaults import RATE

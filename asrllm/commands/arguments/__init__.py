@@ -1,0 +1,1 @@
+"""Arguments of the command line, by verb. Importing them loads neither torch nor numpy."""

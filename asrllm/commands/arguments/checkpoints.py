@@ -1,0 +1,212 @@
+"""Arguments of the verbs that convert checkpoints and weights."""
+
+import argparse
+from collections.abc import Sequence
+
+from asrllm.commands.arguments.base_models import add_base_models
+from asrllm.commands.arguments.values import not_empty, positive
+
+DTYPE_CHOICES = ("bfloat16", "float16", "float32")
+
+
+def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm average`."""
+    parser.add_argument("exp_dir", type=not_empty, metavar="EXP", help="the run's exp_dir")
+    add_averaged_checkpoints(parser)
+    parser.add_argument(
+        "--use-averaged-model",
+        action="store_true",
+        help="average over all steps since the checkpoint before these; requires a run with "
+        "trainer.use_averaged_model=true",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("product", "factors"),
+        help="how adapters are averaged. product (default): the products B A, exactly, with "
+        "factors of a higher rank; factors: factor by factor",
+    )
+    parser.add_argument(
+        "--output", type=not_empty, metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt"
+    )
+    add_base_models(parser)
+
+
+def add_averaged_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the checkpoints to average."""
+    end = parser.add_mutually_exclusive_group(required=True)
+    end.add_argument(
+        "--iter",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="average the last K checkpoints up to this step",
+    )
+    end.add_argument(
+        "--epoch",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="average the checkpoints of the last K epochs up to this one",
+    )
+    parser.add_argument(
+        "--avg", type=positive, required=True, metavar="K", help="number of checkpoints"
+    )
+
+
+def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm consolidate`."""
+    parser.add_argument("exp_dir", type=not_empty, metavar="EXP", help="the run's exp_dir")
+    parser.add_argument(
+        "--tag",
+        type=not_empty,
+        help="checkpoint-N or epoch-N; default: the newest complete checkpoint",
+    )
+    parser.add_argument(
+        "--output",
+        type=not_empty,
+        metavar="FILE",
+        help="a .pt, .bin or .safetensors file, or a directory for safetensors files; default: "
+        "EXP/TAG.pt",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="maximum size of each file in the directory; default: 5GB",
+    )
+
+
+def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm export`."""
+    parser.add_argument(
+        "source",
+        type=not_empty,
+        metavar="EXP_OR_FILE",
+        help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden",
+    )
+    add_output_and_weights(parser)
+    parser.add_argument(
+        "--keep-adapters",
+        action="store_true",
+        help="store the adapters beside the layers; default: merge them, so that transformers "
+        "loads the directory without asrllm",
+    )
+    parser.add_argument(
+        "--parts",
+        action="store_true",
+        help="also write audio_encoder/, projector/ and llm/ as separate directories, merged",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="bfloat16",
+        help="data type of the weights; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="maximum size of each file; default: %(default)s",
+    )
+    add_upload(parser)
+    add_base_models(parser)
+
+
+def add_output_and_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the directory to write, and the weights file of the run to read."""
+    parser.add_argument(
+        "--output", required=True, type=not_empty, metavar="DIR", help="directory to write"
+    )
+    parser.add_argument(
+        "--weights",
+        type=not_empty,
+        metavar="FILE",
+        help="state dict of a run; default: EXP/pretrained.pt, else the newest averaged-*.pt",
+    )
+
+
+def add_upload(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the Hugging Face hub."""
+    parser.add_argument(
+        "--push-to-hub",
+        type=not_empty,
+        metavar="REPO",
+        help="upload to this repository of the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make that repository private if it is new"
+    )
+
+
+def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm merge-lora`."""
+    parser.add_argument(
+        "source",
+        type=not_empty,
+        metavar="EXP_OR_FILE",
+        help="a run's exp_dir, a weights file in it, or an exported directory",
+    )
+    add_output_and_weights(parser)
+    parser.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="write only the adapters, in PEFT's format, instead of merging them",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        help="data type of the weights; default: that of the base model, or of the run for weights "
+        "that it trained",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="maximum size of each file; default: 5GB"
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the logits before and after, which reads the weights three more times",
+    )
+    add_base_models(parser)
+
+
+def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm import-icefall`."""
+    parser.add_argument(
+        "file",
+        type=not_empty,
+        metavar="FILE",
+        help="pytorch_model.bin of icefall's egs/speech_llm/ASR_LLM, or a directory of shards",
+    )
+    parser.add_argument(
+        "--audio-encoder",
+        required=True,
+        type=not_empty,
+        metavar="PATH",
+        help="the Whisper model of that training: a directory, or OpenAI's .pt",
+    )
+    parser.add_argument(
+        "--llm",
+        required=True,
+        type=not_empty,
+        metavar="DIR",
+        help="the LLM of that training: a directory, or a hub id",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=not_empty,
+        metavar="DIR",
+        help="directory to write; transcribe, evaluate and export read it",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=int,
+        default=16,
+        metavar="N",
+        help="LoRA alpha of that training; default: %(default)s",
+    )
+    parser.add_argument(
+        "--prompt",
+        default="请转写音频为文字",
+        metavar="TEXT",
+        help="prompt of that training; default: %(default)s",
+    )

@@ -1,0 +1,66 @@
+"""Arguments of the verbs with a configuration: `key=value`, and the options of Hydra."""
+
+import argparse
+from collections.abc import Sequence
+
+from asrllm.conf import help_text
+
+COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
+COMPARE_HELP = f"""
+asrllm evaluate {COMPARE} A B: compare two results on the same utterances, with a paired bootstrap
+interval and a permutation test. A and B are exp_dir/greedy_search directories, or files
+generations-*.jsonl or recogs-*.txt (icefall's too).
+"""
+
+
+def add_train(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm train`."""
+    add_overrides(parser, "train")
+
+
+def add_warm_start(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm warm-start`."""
+    add_overrides(parser, "train")
+
+
+def add_plan(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm plan`."""
+    add_overrides(parser, "plan")
+
+
+def add_evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm evaluate`."""
+    add_overrides(parser, "evaluate")
+    parser.epilog = f"{COMPARE_HELP}\n{parser.epilog}"
+
+
+def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
+    """Add the `key=value` arguments, and describe the keys of `asrllm/conf/CONFIG.yaml`."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a configuration key and its new value"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"keys, defaults and meanings:\n\n{help_text(config)}"
+    add_hydra_options(parser)
+
+
+def add_hydra_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of Hydra that have an effect in asrllm."""
+    options = parser.add_argument_group("Hydra's options, see https://hydra.cc")
+    options.add_argument(
+        "--config-dir", metavar="DIR", help="a directory with your own YAML files and groups"
+    )
+    options.add_argument(
+        "--config-name",
+        metavar="NAME",
+        help="read NAME.yaml instead; for a run's config.yaml use --config-dir EXP "
+        "--config-name config",
+    )
+    options.add_argument(
+        "--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit"
+    )
+    options.add_argument("--package", metavar="KEY", help="with --cfg: print this part only")
+    options.add_argument("--resolve", action="store_true", help="with --cfg: resolve ${...}")
+    options.add_argument(
+        "-m", "--multirun", action="store_true", help="run a job for each of key=value1,value2,..."
+    )
