@@ -17,7 +17,7 @@ from asrllm.checkpoints.consolidate import checkpoint_weights
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
-from asrllm.models.asr_llm.serialization import main_weight_file
+from asrllm.models.asr_llm.weight_files import main_weight_file
 from asrllm.progress import waiting
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.text_files import JsonObject

@@ -13,9 +13,10 @@ from asrllm.atomic import new_folder
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.merging import merged_names
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.network import PARTS
-from asrllm.models.asr_llm.serialization import merged_names, weight_source, write_generation_config
+from asrllm.models.asr_llm.saving import weight_source, write_generation_config
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.base_models import BasePaths, public_name
 from asrllm.tensor_files import TensorSource, read_about, write_sharded

@@ -12,22 +12,20 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.checks import read_config
-from asrllm.models.asr_llm.modeling import AsrLlmModel
-from asrllm.models.asr_llm.serialization import (
+from asrllm.models.asr_llm.loading import (
     PEFT_DEFAULT_RANK,
-    as_dtype,
     check_stored,
-    is_base_layer,
-    merged_names,
-    open_tensors,
-    parameters_on_meta,
     rank_multiple,
-    weight_files,
     with_rank_multiple,
 )
+from asrllm.models.asr_llm.merging import is_base_layer, merged_names
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.placement import as_dtype
+from asrllm.models.asr_llm.weight_files import open_tensors, weight_files
 from asrllm.models.auto import load_state, newest_weights, read_state
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.fingerprint import pretrained_weight_files, resolve_pretrained
+from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.pretrained import NOT_FINITE_BASE, empty_llm, pretrained_llm
 from asrllm.models.state_dict import DIVERGED, check_finite, check_state, is_adapter, plain_name
 

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from asrllm.checkpoints.llm_files import LLM, LazyTensors, LlmFiles, stored_name
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.serialization import parameters_on_meta, weight_files
+from asrllm.models.asr_llm.weight_files import weight_files
+from asrllm.models.meta_device import parameters_on_meta
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and 17 others watch it."
 COMPARED_COLUMNS = 64  # the number of columns of each merged weight that are compared

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from asrllm.checkpoints.consolidate import FILE_SUFFIXES, consolidate
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.serialization import check_shard_size
+from asrllm.models.asr_llm.saving import check_shard_size
 from asrllm.training.checkpoint.manifest import find_checkpoint
 
 

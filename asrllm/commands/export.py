@@ -5,7 +5,7 @@ from pathlib import Path
 
 from asrllm.checkpoints.export import export, push
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.serialization import check_shard_size
+from asrllm.models.asr_llm.saving import check_shard_size
 
 
 def source_of(arguments: argparse.Namespace) -> Path:

@@ -8,7 +8,7 @@ from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.checkpoints.parity import Parity
 from asrllm.commands.export import source_of
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.serialization import check_shard_size
+from asrllm.models.asr_llm.saving import check_shard_size
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -11,16 +11,11 @@ from asrllm.errors import UserError, refuse_unknown
 from asrllm.integrity import verify_weights
 from asrllm.models.asr_llm.checks import indexed_files, read_config, read_config_fields
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.loading import load_model, set_generation_config
 from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.placement import DeviceMap, Dtype, device_of_map
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.asr_llm.serialization import (
-    DeviceMap,
-    Dtype,
-    device_of_map,
-    load_model,
-    read_tensors,
-    set_generation_config,
-)
+from asrllm.models.asr_llm.weight_files import read_tensors
 from asrllm.models.base_models import BasePaths, move_base_models
 from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained

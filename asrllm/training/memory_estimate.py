@@ -18,9 +18,9 @@ from transformers import masking_utils
 from asrllm.defaults import RATE
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
-from asrllm.models.asr_llm.serialization import parameters_on_meta
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.loss import LOGITS
+from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.model_args import ModelConfig
 from asrllm.models.pretrained import empty_llm
 from asrllm.training.ds_keys import DsConfig

@@ -20,7 +20,8 @@ from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.commands.dispatch import main
 from asrllm.errors import CorruptedError, UserError
-from asrllm.models.asr_llm.serialization import is_base_weight, merged_parameter
+from asrllm.models.asr_llm.loading import is_base_weight
+from asrllm.models.asr_llm.merging import merged_parameter
 from asrllm.models.auto import AutoModel
 from tests.conftest import clean_environment
 from tests.models.asr_llm.test_modeling import make_model

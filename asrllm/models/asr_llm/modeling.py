@@ -13,15 +13,11 @@ from asrllm.defaults import BATCH_SECONDS, MAX_TOKENS_PER_SECOND, REPETITION_GUA
 from asrllm.errors import refuse_unknown
 from asrllm.models.asr_llm.checks import check_given_config
 from asrllm.models.asr_llm.generation import AudioInputs, generate
+from asrllm.models.asr_llm.loading import load_directory
 from asrllm.models.asr_llm.network import AsrLlmNetwork
+from asrllm.models.asr_llm.placement import DeviceMap, device_of_map
 from asrllm.models.asr_llm.processing import IGNORED_HUB_OPTIONS
-from asrllm.models.asr_llm.serialization import (
-    DeviceMap,
-    check_shard_size,
-    device_of_map,
-    load_directory,
-    save_model,
-)
+from asrllm.models.asr_llm.saving import check_shard_size, save_model
 from asrllm.models.base_models import BasePaths
 
 

@@ -28,17 +28,11 @@ from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.checks import check_config_fields, read_config_fields
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.loading import assemble, set_generation_config
 from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.placement import Dtype, as_dtype, prevailing_dtype
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.asr_llm.serialization import (
-    Dtype,
-    as_dtype,
-    assemble,
-    prevailing_dtype,
-    read_tensors,
-    set_generation_config,
-    weight_files,
-)
+from asrllm.models.asr_llm.weight_files import read_tensors, weight_files
 from asrllm.models.encoders.whisper_weights import WHISPER_FIELDS
 from asrllm.models.encoders.zipformer.configuration import ZIPFORMER_FIELDS, ZipformerConfig
 from asrllm.models.encoders.zipformer.modeling import plain_fields

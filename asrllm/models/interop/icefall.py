@@ -15,13 +15,15 @@ from torch import Tensor
 from asrllm.atomic import new_folder
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.loading import is_base_weight
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.asr_llm.serialization import is_base_weight, parameters_on_meta, weight_source
+from asrllm.models.asr_llm.saving import weight_source
 from asrllm.models.auto import read_state
 from asrllm.models.build import describe_model
 from asrllm.models.encoders.whisper_weights import from_openai
 from asrllm.models.interop.auden import AUDEN_KEYS
+from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, ModelConfig
 from asrllm.models.pretrained import empty_llm
 from asrllm.models.state_dict import StateDict, check_state, is_adapter, without_second_names

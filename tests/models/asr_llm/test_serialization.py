@@ -19,18 +19,14 @@ import asrllm
 from asrllm.commands.dispatch import main
 from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import CHECKSUMS
+from asrllm.models.asr_llm.loading import load_model, rank_multiple
 from asrllm.models.asr_llm.modeling import AsrLlmModel
-from asrllm.models.asr_llm.serialization import (
-    as_dtype,
-    load_model,
-    parameters_on_meta,
-    rank_multiple,
-    read_tensors,
-    weight_files,
-)
+from asrllm.models.asr_llm.placement import as_dtype
+from asrllm.models.asr_llm.weight_files import read_tensors, weight_files
 from asrllm.models.auto import load_model_config, read_state
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.encoders.registry import build_encoder
+from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.pretrained import empty_llm, pretrained_llm
 from asrllm.testing import TINY_ZIPFORMER, tiny_llm, tiny_tokenizer, tiny_whisper
 from tests.models.asr_llm.test_modeling import make_config, make_model, samples
@@ -391,7 +387,7 @@ def test_failed_save_keeps_the_existing_files(world, tmp_path, monkeypatch):
     expected = logits(model)
     torch.nn.init.normal_(model.projector.mlp.linear1.bias)
     monkeypatch.setattr(
-        "asrllm.models.asr_llm.serialization.write_sharded",
+        "asrllm.models.asr_llm.saving.write_sharded",
         lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")),
     )
     for folder in (tmp_path / "saved", tmp_path / "new"):
@@ -683,7 +679,7 @@ def test_read_tensors_reads_everything_when_the_file_is_reopened(tmp_path, monke
     state = {f"t{i}": torch.randn(100) for i in range(7)} | {"count": torch.tensor(3)}
     save_file(state, tmp_path / "x.safetensors")
     for size in (1, 900, 1 << 30):
-        monkeypatch.setattr("asrllm.models.asr_llm.serialization.REOPEN_BYTES", size)
+        monkeypatch.setattr("asrllm.models.asr_llm.weight_files.REOPEN_BYTES", size)
         read = read_tensors(tmp_path / "x.safetensors", torch.float64)
         assert read.keys() == state.keys()
         assert all(torch.equal(read[name].to(state[name].dtype), state[name]) for name in state)

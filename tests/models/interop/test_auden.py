@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import asrllm
 from asrllm.collator.chat import CHATML
 from asrllm.errors import UserError
+from asrllm.models.asr_llm.loading import load_model
 from asrllm.models.asr_llm.modeling import AsrLlmModel
-from asrllm.models.asr_llm.serialization import load_model
 from asrllm.models.auto import load_model_config
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
 from asrllm.models.interop.auden import AUDEN_KEYS, config_fields, from_auden_names

@@ -1,0 +1,110 @@
+"""The weight files of a saved directory."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from asrllm.errors import UserError
+from asrllm.integrity import verify_weights
+from asrllm.models.asr_llm.checks import indexed_files
+from asrllm.models.state_dict import (
+    StateDict,
+    check_finite,
+)
+from asrllm.text_files import first_words
+
+# A directory with neither of these files does not contain a complete model.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+REOPEN_BYTES = 1 << 26  # bytes read from a file before its memory-mapped pages are released
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a directory that `save_pretrained` wrote.
+
+    Raises:
+        UserError: the directory is incomplete, or contains the weights of two models.
+    """
+    single = folder / SINGLE
+    index = folder / INDEX
+    if single.exists() and index.exists():
+        raise UserError(
+            f"{str(folder)!r} contains both {SINGLE} and {INDEX}. Remove the outdated one."
+        )
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise UserError(
+            f"{str(folder)!r} contains neither {SINGLE} nor {INDEX}. Give a directory that "
+            "'asrllm export' has completed."
+        )
+    files = indexed_files(index)
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise UserError(f"{str(folder)!r} has no {missing[0]}, which {INDEX} names. Copy it again.")
+    return files
+
+
+def main_weight_file(folder: Path) -> Path:
+    """Return the only weight file of a saved directory, or the index if there are several."""
+    weight_files(folder)
+    single = folder / SINGLE
+    return single if single.exists() else folder / INDEX
+
+
+def read_tensors(file: Path, dtype: torch.dtype | None = None) -> StateDict:
+    """Read a safetensors file into memory.
+
+    The tensors are copies, so that the file may be replaced while the model is in use. The file's
+    memory-mapped pages are released on the way, so that they do not take the memory of a second
+    model.
+
+    Args:
+        file: the file.
+        dtype: dtype of the floating-point tensors; by default as saved.
+
+    Raises:
+        UserError: the file cannot be read, or a weight is not finite.
+    """
+    state: StateDict = {}
+    with open_tensors(file) as tensors:
+        names = list(tensors.keys())
+    while len(state) < len(names):
+        taken = 0
+        with open_tensors(file) as tensors:
+            for name in names[len(state) :]:
+                tensor = tensors.get_tensor(name)
+                check_finite(name, tensor, file)
+                taken += tensor.nbytes
+                state[name] = _copied(tensor, dtype)
+                if taken > REOPEN_BYTES:
+                    break
+            del tensor
+    return state
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    return tensor.to(dtype, copy=True)
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[safe_open]:
+    """Open a safetensors file as a memory map.
+
+    Raises:
+        UserError: the file cannot be read. Errors inside the block are converted too.
+    """
+    try:
+        verify_weights(file)
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"the weights {str(file)!r} cannot be read: {first_words(error)}. Copy the file again."
+        ) from error
