@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +19,6 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import describe_model
 from asrllm.progress import waiting
-from asrllm.schema import PositiveInt, component
 from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import read_ds_config
@@ -35,7 +33,7 @@ from asrllm.training.memory_estimate import (
     on_meta,
     state_memory,
 )
-from asrllm.training.run_config import TrainRun
+from asrllm.training.run_config import PlanRun
 
 DS_CONFIGS = (
     "ds_configs/zero0.json",
@@ -58,18 +56,6 @@ MEMORY_COLUMNS = (
     "device",
     "host",
 )
-
-
-@component
-class PlanRun(TrainRun):
-    """Configuration of `asrllm plan`: that of the run, and the hardware."""
-
-    gpus: PositiveInt = 8
-    """number of GPUs of the run"""
-    gpu_memory: float | None = Field(default=None, gt=0, lt=100_000)
-    """GB of each GPU; null: those of this machine's GPU, or 80 without one"""
-    output: str | None = None
-    """JSON file to write the numbers to; null: none"""
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -98,10 +99,7 @@ def open_trainer(
         skip_nonfinite(engine)
         with announced(f"resuming from {checkpoint} at step {manifest.get('step')}", checkpoint):
             average = restore(engine, config.trainer, checkpoint, manifest)
-        if checkpoint:
-            engine.module.projector_fit = manifest.get("projector_fit")
-        prepared.processor.config.stored = engine.module.stored_weights()
-        write_run_files(config, prepared.processor)
+        write_run_files(config, prepared.processor, engine.module.stored_weights())
         write_inherited(engine.module, prepared.exp_dir, checkpoint)
         step = manifest["step"] if checkpoint else 0
         checkpoints = checkpoint_callback(prepared, average)
@@ -143,6 +141,7 @@ def model_loader(
         patterns=config.model.frozen_parameters,
         attention=config.model.llm.attention,
         init_from=None if resumed else config.init_from,
+        label_smoothing=config.trainer.label_smoothing,
         dtype=config.trainer.dtype,
     )
 
@@ -152,12 +151,10 @@ def model_loader(
     def load_model() -> AsrLlmModel:
         with waiting(f"loading {paths}", after=0):
             model = build_from_config()
-        model.label_smoothing = config.trainer.label_smoothing
         startup.finish("model")
         if config.model.projector_init == "aligned" and not resumed:
             hours = config.model.projector_init_hours
             result = warm_start(model, prepared.data, hours=hours, device=device)
-            model.projector_fit = result.as_json()
             startup.finish("projector")
             if distributed.rank() == 0:
                 print(describe_warm_start(result), file=sys.stderr, flush=True)
@@ -244,24 +241,34 @@ def last_validation_loss(exp_dir: Path) -> float | None:
     return sum(losses) / len(losses)
 
 
-def write_run_files(config: TrainRun, processor: AsrLlmProcessor) -> None:
-    """Write exp_dir/config.yaml, and the files beside the weights that inference needs."""
+def write_run_files(
+    config: TrainRun, processor: AsrLlmProcessor, stored: Mapping[str, int]
+) -> None:
+    """Write exp_dir/config.yaml, and the files beside the weights that inference needs.
+
+    Args:
+        config: configuration of the run.
+        processor: description of the model.
+        stored: see `AsrLlmNetwork.stored_weights`.
+    """
     exp_dir = Path(config.exp_dir or "")
     if distributed.rank() == 0:
         exp_dir.mkdir(parents=True, exist_ok=True)
         write_whole(exp_dir / "config.yaml", as_yaml(config))
-        write_description(processor, exp_dir)
+        write_description(processor, dict(stored), exp_dir)
     distributed.barrier()
 
 
-def write_description(processor: AsrLlmProcessor, exp_dir: Path) -> None:
+def write_description(processor: AsrLlmProcessor, stored: dict[str, int], exp_dir: Path) -> None:
     """Write config.json, the tokenizer's files and their checksums, which come last.
 
     If the process dies on the way, the directory has no checksums, and nothing is compared.
     """
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=exp_dir) as name:
         partial = Path(name)
-        processor.config.save_pretrained(partial)
+        description = copy.deepcopy(processor.config)
+        description.stored = stored
+        description.save_pretrained(partial)
         processor.save_pretrained(partial)
         write_checksums(partial)
         (exp_dir / CHECKSUMS).unlink(missing_ok=True)

@@ -16,11 +16,10 @@ from typing import Any, Literal
 import yaml
 
 from asrllm.collator.config import DataConfig
-from asrllm.commands.plan import PlanRun
 from asrllm.evaluation.config import EvaluationRun, TestData
 from asrllm.models.model_args import ModelConfig
 from asrllm.schema import keys_and_types
-from asrllm.training.run_config import TrainerConfig, TrainRun
+from asrllm.training.run_config import PlanRun, TrainerConfig, TrainRun
 
 COMMENT_COLUMN = 26
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

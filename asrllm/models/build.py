@@ -234,6 +234,7 @@ def build_model(
     patterns: Sequence[str] = (),
     init_from: str | None = None,
     attention: str = "auto",
+    label_smoothing: float = 0.0,
     dtype: torch.dtype,
 ) -> AsrLlmModel:
     """Return a model with its pretrained parts.
@@ -244,6 +245,7 @@ def build_model(
         patterns: glob patterns of the names of further parameters that are not trained.
         init_from: exp_dir of an earlier run whose trained weights are loaded.
         attention: backend of the LLM's attention over packed sequences.
+        label_smoothing: label smoothing of the loss in training.
         dtype: dtype of the LLM's weights.
 
     Raises:
@@ -256,6 +258,7 @@ def build_model(
     model = AsrLlmModel(description, audio_encoder=encoder, llm=llm)
     _check_adapter_biases(model)
     model.processor = processor
+    model.label_smoothing = label_smoothing
     model.causal_lm.config.asrllm_attention = attention
     _fit_projector(model)
     loaded = load_initial_weights(model, Path(init_from)) if init_from else set()

@@ -242,3 +242,15 @@ class TrainRun:
                     f"data.{key}={value} does not match model.audio_encoder.model_type={kind}, "
                     f"which uses {features}. Remove data.{key}."
                 )
+
+
+@component
+class PlanRun(TrainRun):
+    """Configuration of `asrllm plan`: that of the run, and the hardware."""
+
+    gpus: PositiveInt = 8
+    """number of GPUs of the run"""
+    gpu_memory: float | None = Field(default=None, gt=0, lt=100_000)
+    """GB of each GPU; null: those of this machine's GPU, or 80 without one"""
+    output: str | None = None
+    """JSON file to write the numbers to; null: none"""

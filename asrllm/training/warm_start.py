@@ -75,8 +75,8 @@ def warm_start(
     All ranks call it. The result is the same on all of them, and does not depend on random numbers.
 
     Args:
-        model: the model with its pretrained parts. Its encoder must not be partitioned yet, and
-            its projector is changed in place.
+        model: the model with its pretrained parts. Its encoder must not be partitioned yet. Its
+            projector is changed in place, and its `projector_fit` is set.
         data: the run's data.
         hours: hours of speech to read on all ranks together.
         device: where to compute.
@@ -115,13 +115,15 @@ def warm_start(
     embeddings = embeddings_of(model, vocabulary).to(device)
     fit, scores = alternate(batches, embeddings, width=width)
     set_affine(model.projector.mlp, fit, embeddings.mean(0))
-    return WarmStart(
+    result = WarmStart(
         scores=tuple(scores),
         utterances=utterances,
         unreadable=unreadable,
         short=short,
         tokens=len(vocabulary),
     )
+    model.projector_fit = result.as_json()
+    return result
 
 
 def describe_warm_start(result: WarmStart) -> str:

@@ -146,8 +146,9 @@ def test_activations_match_a_training_step(parts, changes, seconds):
 
 
 def planned(world, tmp_path, *overrides):
-    from asrllm.commands.plan import PlanRun, plan
+    from asrllm.commands.plan import plan
     from asrllm.config import load_config
+    from asrllm.training.run_config import PlanRun
 
     common = world.overrides(tmp_path / "exp", trainer__num_epochs=1)
     return plan(load_config("plan", [*common, *overrides], PlanRun))

@@ -37,7 +37,7 @@ def run(world, tmp_path, monkeypatch):
 
 
 def write_files(world, exp, model):
-    write_run_files(load_config("train", world.overrides(exp), TrainRun), model.processor)
+    write_run_files(load_config("train", world.overrides(exp), TrainRun), model.processor, {})
 
 
 def listed(run):
