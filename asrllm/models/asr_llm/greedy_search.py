@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from asrllm.models.asr_llm.answers import LoopDetector
+from asrllm.models.attention import PACKED
 
 # Finished rows are removed once they are this fraction of the batch, because each removal copies
 # the keys and values of the rows that remain.
@@ -149,8 +150,11 @@ class DynamicCacheDecoder:
         self.causal_lm = causal_lm
         self.mask = torch.empty(0)
         self.cache_argument = cache_argument(causal_lm)
-        self.cache = DynamicCache(config=causal_lm.config.get_text_config(decoder=True))
-        self.prompt_options = last_logits_option(causal_lm)
+        config = causal_lm.config.get_text_config(decoder=True)
+        self.cache = DynamicCache(config=config)
+        self.keeps_logits = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
+        # other attention takes no packed rows
+        self.can_pack = self.can_append and config._attn_implementation == PACKED
 
     def with_empty_cache(self) -> "DynamicCacheDecoder":
         """Return a decoder of the same LLM with an empty cache."""
@@ -170,9 +174,32 @@ class DynamicCacheDecoder:
             mask: attention mask of the prompts (N, T).
         """
         self.mask = mask
-        return self._logits(
-            inputs_embeds=embeddings, position_ids=positions(mask), **self.prompt_options
+        if self.can_pack and not bool(mask.all()):
+            return self._packed_prompt(embeddings, mask.bool())
+        last = mask.new_full((1,), -1)
+        inputs = {"inputs_embeds": embeddings, "position_ids": positions(mask)}
+        return self._logits(last, attention_mask=mask, cache=self.cache, **inputs)[:, -1]
+
+    def _packed_prompt(self, embeddings: Tensor, is_token: Tensor) -> Tensor:
+        """Read prompts in one row without padding, as a training step does."""
+        lengths = is_token.sum(1)
+        ends = lengths.cumsum(0)
+        cu_seqlens = nn.functional.pad(ends, (1, 0)).int()
+        longest = int(lengths.max())
+        row = DynamicCache()
+        logits = self._logits(
+            ends - 1,
+            cache=row,
+            inputs_embeds=embeddings[is_token][None],
+            position_ids=positions(is_token)[is_token][None],
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=longest,
+            max_length_k=longest,
         )
+        for layer, packed in zip(self.cache.layers, row.layers, strict=True):
+            layer.update(_padded(packed.keys, is_token), _padded(packed.values, is_token))
+        return logits[0]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read the next token of each row (N,), and return logits as `prompt` does."""
@@ -180,7 +207,9 @@ class DynamicCacheDecoder:
         self.mask = torch.cat([self.mask, ones], 1)
         # The padding on the left has no positions.
         position_ids = self.mask.sum(1, keepdim=True) - 1
-        return self._logits(input_ids=tokens[:, None], position_ids=position_ids)
+        last = tokens.new_full((1,), -1)
+        inputs = {"input_ids": tokens[:, None], "position_ids": position_ids}
+        return self._logits(last, attention_mask=self.mask, cache=self.cache, **inputs)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows only."""
@@ -218,10 +247,16 @@ class DynamicCacheDecoder:
             if layer.is_sliding:
                 layer.cumulative_length = width
 
-    def _logits(self, **inputs: Tensor) -> Tensor:
-        cache = {self.cache_argument: self.cache}
-        output = self.llm(**inputs, attention_mask=self.mask, **cache, use_cache=True)
-        return output.logits[:, -1].float()
+    def _logits(self, kept: Tensor, cache: DynamicCache, **inputs: Tensor | int) -> Tensor:
+        """Run the LLM, and return its logits at some columns (N, columns, vocabulary) in float32.
+
+        The columns are chosen before the head if the LLM can do so. They are given by indices,
+        because the head is slow for a view of the rows.
+        """
+        inputs[self.cache_argument] = cache
+        if self.keeps_logits:
+            return self.llm(**inputs, logits_to_keep=kept, use_cache=True).logits.float()
+        return self.llm(**inputs, use_cache=True).logits[:, kept].float()
 
 
 def _stacked(first: Tensor, second: Tensor, columns: int) -> Tensor:
@@ -232,15 +267,17 @@ def _stacked(first: Tensor, second: Tensor, columns: int) -> Tensor:
     return torch.cat(padded)
 
 
-def last_logits_option(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the option that limits a prompt's logits to its last token, if the LLM has one.
+def _padded(packed: Tensor, is_token: Tensor) -> Tensor:
+    """Return the columns of packed rows (1, heads, S, D) as (N, heads, T, D).
 
-    The token is chosen by its index, because the head is slow for a view of the rows.
+    Args:
+        packed: keys or values of all tokens.
+        is_token: where they are in rows that are padded on the left (N, T).
     """
-    if "logits_to_keep" not in inspect.signature(causal_lm.forward).parameters:
-        return {}
-    device = next(causal_lm.parameters()).device
-    return {"logits_to_keep": torch.tensor([-1], device=device)}
+    _, heads, _, width = packed.shape
+    rows = packed.new_zeros(*is_token.shape, heads, width)
+    rows[is_token] = packed[0].transpose(0, 1)
+    return rows.transpose(1, 2)
 
 
 def cache_argument(causal_lm: PreTrainedModel) -> str:

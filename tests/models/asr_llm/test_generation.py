@@ -107,7 +107,7 @@ def decode(model, inputs, chats, **options):
     """Return the texts, and the logits of each step (rows, steps, vocabulary)."""
     steps = []
     hook = model.llm.register_forward_hook(
-        lambda _, __, output: steps.append(output.logits[:, -1].clone())
+        lambda _, __, output: steps.append(output.logits.flatten(0, 1).clone())
     )
     texts = model.generate(inputs, chats, max_new_tokens=10, **options)
     hook.remove()

@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from asrllm.models.asr_llm import generation
+from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_generation import FAMILIES, chats_of, family, make_model, waves_of
 
@@ -18,7 +19,9 @@ def both_ways(model, monkeypatch, count=12, **options):
     """Return our texts, those of transformers, and the rows of each of our forward passes."""
     waves, chats = waves_of(count), chats_of(model, count)
     rows = []
-    hook = model.llm.register_forward_hook(lambda _, __, output: rows.append(len(output.logits)))
+    hook = model.llm.register_forward_hook(
+        lambda _, __, output: rows.append(output.logits[..., 0].numel())
+    )
     ours = model.generate(waves, chats, **options)
     hook.remove()
     with monkeypatch.context() as patch:
@@ -54,6 +57,35 @@ def test_texts_match_transformers_while_rows_are_removed(world, tmp_path, monkey
     assert rows[0] == 12
     assert sorted(rows, reverse=True) == rows
     assert len(set(rows)) > 1 or len(set(ours)) == 1, "no finished row has left the batch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen2", *FAMILIES])
+def test_packed_prompts_fill_the_cache_as_padded_ones(world, tmp_path, model_type):
+    llm = tmp_path / "llm"
+    if model_type == "qwen2":
+        tiny_llm(llm, tied=False)
+    else:
+        family(llm, model_type)
+    model = make_model(world, llm, model_type=model_type)
+    lengths = torch.tensor([5, 31, 18])
+    mask = (torch.arange(31) >= 31 - lengths[:, None]).long()
+    width = model.llm.get_input_embeddings().embedding_dim
+    embeddings = torch.randn(3, 31, width, generator=torch.Generator().manual_seed(0))
+    packed, padded = (DynamicCacheDecoder(model.llm, model.causal_lm) for _ in range(2))
+    assert packed.can_pack
+    padded.can_pack = False
+    with torch.no_grad():
+        torch.testing.assert_close(packed.prompt(embeddings, mask), padded.prompt(embeddings, mask))
+        for ours, theirs in zip(packed.cache.layers, padded.cache.layers, strict=True):
+            is_token = mask[:, -ours.keys.shape[2] :].bool()
+            for name in ("keys", "values"):
+                found, expected = (
+                    getattr(c, name).transpose(1, 2)[is_token] for c in (ours, theirs)
+                )
+                torch.testing.assert_close(found, expected)
+        token = torch.tensor([3, 4, 5])
+        torch.testing.assert_close(packed.step(token), padded.step(token))
 
 
 def test_limits_and_loops_stop_rows_as_in_transformers(model, monkeypatch):
