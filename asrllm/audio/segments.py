@@ -54,15 +54,30 @@ class Segmenter:
     were with any of these limits.
     """
 
-    def __init__(self, *, shortest: int, longest: int) -> None:
+    def __init__(
+        self,
+        *,
+        shortest: int,
+        longest: int,
+        enter: float = ENTER,
+        prefix: int = PADDING,
+        pause: int = LONGEST_PAUSE,
+    ) -> None:
         """
         Args:
             shortest: minimum number of samples that the model accepts.
             longest: maximum number of samples that the model accepts.
+            enter: probability at which speech begins.
+            prefix: frames added before the speech of a segment.
+            pause: frames of silence that end a segment.
         """
         self.fewest = math.ceil(shortest / FRAME) + 1  # the last frame of a file may be incomplete
-        self.room = longest // FRAME - 2 * PADDING  # frames of speech in a segment
+        self.room = longest // FRAME - prefix - PADDING  # frames of speech in a segment
         assert self.room > 2 * PAUSE, longest
+        self.enter = enter
+        self.leave = enter - (ENTER - LEAVE)
+        self.prefix = prefix
+        self.pause = pause
         self.frames = 0
         self.begin: int | None = None  # start of the open segment
         self.end: int | None = None  # end of its speech so far, during a pause
@@ -76,7 +91,17 @@ class Segmenter:
     def needed(self) -> int:
         """The first frame that a later segment may contain."""
         begin = self.frames if self.begin is None else self.begin
-        return max(0, begin - max(PADDING, self.fewest))
+        return max(0, begin - max(self.prefix, self.fewest))
+
+    @property
+    def open_span(self) -> Span | None:
+        """The open segment up to the end of its speech so far, None while it may be a click."""
+        if self.begin is None:
+            return None
+        end = self.end or self.quiet or self.frames
+        if self._is_click(self.begin, end):
+            return None
+        return max(0, self.begin - self.prefix, self.previous_end), end
 
     def push(self, probabilities: Iterable[float]) -> list[Span]:
         """Take the probabilities of the next frames and return the segments that are complete."""
@@ -97,7 +122,7 @@ class Segmenter:
         if self.begin is None:
             return []
         self.probabilities.append(probability)
-        if self.end is not None and self.frames - self.end >= LONGEST_PAUSE:
+        if self.end is not None and self.frames - self.end >= self.pause:
             return self._close(self.end)
         if self.frames - self.begin < self.room:
             return []
@@ -107,7 +132,7 @@ class Segmenter:
 
     def _track_speech(self, probability: float) -> None:
         """Update where speech begins and ends; values between the thresholds change nothing."""
-        if probability >= ENTER:
+        if probability >= self.enter:
             if self.begin is None:
                 self.begin = self.frames
                 self.probabilities = []
@@ -115,7 +140,7 @@ class Segmenter:
                 self.pauses.append((self.end, self.frames))
             self.end = None
             self.quiet = None
-        elif probability < LEAVE and self.begin is not None and self.end is None:
+        elif probability < self.leave and self.begin is not None and self.end is None:
             if self.quiet is None:
                 self.quiet = self.frames
             if self.frames + 1 - self.quiet >= PAUSE:
@@ -125,8 +150,7 @@ class Segmenter:
         """Close the open segment, whose speech ends at `end`; return it unless it is a click."""
         assert self.begin is not None
         segments = []
-        is_short = end - self.begin < FEWEST
-        if not is_short or self.pauses or self.cut_in_speech:
+        if not self._is_click(self.begin, end):
             padding = min(PADDING, (self.frames - end) // 2)
             segments.append(self._emit(self.begin, end, padding))
         self.begin = None
@@ -155,8 +179,11 @@ class Segmenter:
         self.probabilities = self.probabilities[after - begin :]
         return [segment]
 
+    def _is_click(self, begin: int, end: int) -> bool:
+        return end - begin < FEWEST and not self.pauses and not self.cut_in_speech
+
     def _emit(self, begin: int, end: int, padding: int) -> Span:
-        begin = max(begin - PADDING, self.previous_end)
+        begin = max(begin - self.prefix, self.previous_end)
         end += padding
         self.previous_end = end
         end = min(max(end, begin + self.fewest), self.frames)
@@ -175,12 +202,54 @@ def least_probable(probabilities: list[float]) -> int:
     return int(smoothed.argmin())
 
 
+class SegmentCutter:
+    """Cuts a stream of samples into segments while it arrives.
+
+    Memory is limited to one segment and the frames that the detector waits for.
+    """
+
+    def __init__(self, detector: Detector, segmenter: Segmenter) -> None:
+        """
+        Args:
+            detector: a new detector.
+            segmenter: a new segmenter.
+        """
+        self.detector = detector
+        self.segmenter = segmenter
+        self.buffer: np.ndarray = np.zeros(0, np.float32)
+        self.offset = 0  # first sample of the buffer in the stream
+
+    def push(self, block: np.ndarray) -> list[Segment]:
+        """Take the next samples, (samples,) float32 at RATE, and return the complete segments."""
+        self.buffer = np.concatenate([self.buffer, block])
+        segments = self._cut(self.segmenter.push(self.detector(block)))
+        unneeded = min(self.segmenter.needed * FRAME - self.offset, len(self.buffer))
+        self.offset += unneeded
+        self.buffer = self.buffer[unneeded:]
+        return segments
+
+    def finish(self) -> list[Segment]:
+        """Return the remaining segments at the end of the stream."""
+        spans = self.segmenter.push(self.detector.finish())
+        return self._cut(spans + self.segmenter.finish())
+
+    def open_segment(self) -> Segment | None:
+        """Return the segment that is not complete yet, or None if there is none."""
+        span = self.segmenter.open_span
+        return None if span is None else self._cut([span])[0]
+
+    def _cut(self, spans: list[Span]) -> list[Segment]:
+        segments = []
+        for begin, end in spans:
+            wave = self.buffer[begin * FRAME - self.offset : end * FRAME - self.offset].copy()
+            segments.append(Segment(start=begin * FRAME, wave=wave))
+        return segments
+
+
 def cut_segments(
     blocks: Iterable[np.ndarray], detector: Detector, *, shortest: int, longest: int
 ) -> Iterator[Segment]:
     """Yield the segments of a file.
-
-    Memory is limited to one segment and the frames that the detector waits for.
 
     Args:
         blocks: (samples,) float32 at RATE, the blocks of one file.
@@ -188,20 +257,7 @@ def cut_segments(
         shortest: minimum number of samples that the model accepts.
         longest: maximum number of samples that the model accepts.
     """
-    segmenter = Segmenter(shortest=shortest, longest=longest)
-    buffer: np.ndarray = np.zeros(0, np.float32)
-    offset = 0  # first sample of the buffer in the file
-
-    def cut(segments: list[Span]) -> Iterator[Segment]:
-        for begin, end in segments:
-            wave = buffer[begin * FRAME - offset : end * FRAME - offset].copy()
-            yield Segment(start=begin * FRAME, wave=wave)
-
+    cutter = SegmentCutter(detector, Segmenter(shortest=shortest, longest=longest))
     for block in blocks:
-        buffer = np.concatenate([buffer, block])
-        yield from cut(segmenter.push(detector(block)))
-        unneeded = min(segmenter.needed * FRAME - offset, len(buffer))
-        offset += unneeded
-        buffer = buffer[unneeded:]
-    yield from cut(segmenter.push(detector.finish()))
-    yield from cut(segmenter.finish())
+        yield from cutter.push(block)
+    yield from cutter.finish()

@@ -129,14 +129,19 @@ class _FramewiseDetector:
     the sizes of the blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, group: int = GROUP) -> None:
+        """
+        Args:
+            group: frames of a group. Small groups give results earlier, and are slower.
+        """
+        self._group = group
         self._rest: np.ndarray = np.zeros(0, np.float32)
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         self._rest = np.concatenate([self._rest, samples])
-        size = GROUP * FRAME
+        size = self._group * FRAME
         complete = len(self._rest) // size * size
-        groups = self._rest[:complete].reshape(-1, GROUP, FRAME)
+        groups = self._rest[:complete].reshape(-1, self._group, FRAME)
         self._rest = self._rest[complete:]
         if not len(groups):
             return np.zeros(0, np.float32)
@@ -158,8 +163,8 @@ class _FramewiseDetector:
 class Silero(_FramewiseDetector):
     """Speech probabilities from Silero's network. Create one per file: it is stateful."""
 
-    def __init__(self, network: SileroNetwork) -> None:
-        super().__init__()
+    def __init__(self, network: SileroNetwork, *, group: int = GROUP) -> None:
+        super().__init__(group=group)
         self.network = network
         self._context: np.ndarray = np.zeros(CONTEXT, np.float32)
         self._state: tuple[Tensor, Tensor] | None = None

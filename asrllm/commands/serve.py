@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from asrllm.serving.app import create_app
+        from asrllm.serving.realtime.route import LiveServer
     except ImportError as error:
         raise UserError(
             f"the server needs a package that is not installed ({error.name}). "
@@ -49,8 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     options = server_options(arguments)
     with listen(arguments.host, arguments.port) as listener:
         transcriber = load_transcriber(arguments)
+        app = create_app(transcriber, options)
         config = uvicorn.Config(
-            create_app(transcriber, options),
+            app,
             root_path=arguments.root_path,
             log_config=None,
             access_log=False,
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         print_address(listener, arguments, options.name)
         # uvicorn raises the signal again after it has answered the requests in progress
         with contextlib.closing(transcriber), contextlib.suppress(Terminated), sigterm_raises():
-            asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+            asyncio.run(LiveServer(config, app.state.sessions).serve(sockets=[listener]))
 
 
 def server_options(arguments: argparse.Namespace) -> "ServerOptions":

@@ -75,11 +75,12 @@ class Segmentation:
     """How to cut files into segments.
 
     Attributes:
-        detector: returns a new detector for each file.
+        detector: returns a new detector for each file or stream. Its optional argument `group` is
+            the number of frames that are evaluated together.
         longest: maximum number of samples of a segment.
     """
 
-    detector: Callable[[], Detector]
+    detector: Callable[..., Detector]
     longest: int
 
 

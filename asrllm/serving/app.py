@@ -27,6 +27,7 @@ from asrllm.serving.fields import (
     prompt_of_request,
 )
 from asrllm.serving.gate import PROBLEM, Gate
+from asrllm.serving.realtime.route import add_realtime
 from asrllm.serving.transcriber import Transcriber
 
 PAGE = Path(__file__).parent / "page"
@@ -77,6 +78,7 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
         )
     _add_error_handlers(app)
     _add_audio_routes(app, transcriber, options.name)
+    add_realtime(app, transcriber, options.name, options.origins)
     _add_models(app, options.name)
     _add_status(app, transcriber)
     _add_page(app)
@@ -90,7 +92,12 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
     ) -> Response:
         _check_model(fields.model, name)
         await check_fields(request, fields)
-        prompt = prompt_of_request(transcriber.description, fields)
+        prompt = prompt_of_request(
+            transcriber.description,
+            language=fields.language,
+            prompt=fields.prompt,
+            hotwords=fields.hotwords,
+        )
         content = await fields.file.read()
         audio, place = await transcriber.open(fields.file.filename or "the file", content)
         if fields.stream:

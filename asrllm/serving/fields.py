@@ -89,20 +89,22 @@ def _unsupported(param: str, problem: str) -> ApiError:
     return ApiError(400, problem, param=param, code="unsupported_value")
 
 
-def prompt_of_request(description: AsrLlmConfig, fields: TranscriptionFields) -> str:
-    """Return the prompt of a request.
+def prompt_of_request(
+    description: AsrLlmConfig, *, language: str | None, prompt: str | None, hotwords: str | None
+) -> str:
+    """Return the prompt of a request, of which empty fields have no effect.
 
     Raises:
         ApiError: the language, the prompt or the hotwords cannot be used.
     """
-    language = fields.language
+    language = (language or "").strip().lower() or None
     if language:
         _check_language(description, language)
-    if fields.hotwords and fields.hotwords.startswith("@"):  # a file of the server
+    if hotwords and hotwords.startswith("@"):  # a file of the server
         problem = "hotwords must not begin with '@'. Separate words by commas."
         raise ApiError(400, problem, param="hotwords")
     return checked_prompt(
-        description, prompt=fields.prompt, language=language, hotwords=fields.hotwords
+        description, prompt=prompt or None, language=language, hotwords=hotwords or None
     )
 
 

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asrllm.serving.api_errors import ApiError
 from asrllm.serving.metrics import Metrics
 
 PROBLEM = "asrllm.problem"  # key of the scope
+KEY_PROTOCOL = "openai-insecure-api-key."  # OpenAI's name of the subprotocol with the key
 
 
 class Gate:
@@ -49,24 +51,27 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or reject it."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
         began = time.monotonic()
         status = 500  # of an error that the application does not answer itself
 
         async def noted_send(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] == "websocket.accept":
+                status = 101
+            elif message["type"] == "websocket.close" and status == 500:
+                status = 403
+            status = message.get("status", status)  # of the start of a response
             await send(message)
 
         try:
-            self._check_headers(scope["path"], headers)
-            await self.app(scope, self._limited(scope, receive), noted_send)
+            self._check_headers(scope)
+            limited = self._limited(scope, receive) if scope["type"] == "http" else receive
+            await self.app(scope, limited, noted_send)
         except ApiError as error:
-            await _send_error(error, noted_send)
+            await JSONResponse(error.body(), error.status)(scope, receive, noted_send)
         finally:
             self._note(scope, status, time.monotonic() - began)
 
@@ -77,20 +82,17 @@ class Gate:
         if self.access_log:
             line = {
                 "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-                "method": scope["method"],
+                "method": scope.get("method", "GET"),  # a WebSocket has none
                 "path": scope["path"],
                 "status": status,
                 "seconds": round(seconds, 3),
             }
             self.access_log(json.dumps(line))
 
-    def _check_headers(self, path: str, headers: dict[bytes, bytes]) -> None:
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        is_right = scheme.lower() == b"bearer" and secrets.compare_digest(
-            given, (self.api_key or "").encode()
-        )
-        needs_key = self.api_key is not None and path.startswith("/v1/")
-        if needs_key and not is_right:
+    def _check_headers(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        is_right = secrets.compare_digest(_given_key(scope), (self.api_key or "").encode())
+        if self.api_key is not None and scope["path"].startswith("/v1/") and not is_right:
             raise ApiError(
                 401,
                 "the API key is missing or wrong. Send the header 'Authorization: Bearer KEY'.",
@@ -134,8 +136,12 @@ class Gate:
         return limited_receive
 
 
-async def _send_error(error: ApiError, send: Send) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _given_key(scope: Scope) -> bytes:
+    """Return the key in a request's header, or among the subprotocols of a WebSocket."""
+    scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return bytes(key)
+    for protocol in scope.get("subprotocols", []):  # browsers cannot send headers
+        if protocol.startswith(KEY_PROTOCOL):
+            return protocol.removeprefix(KEY_PROTOCOL).encode(errors="replace")
+    return b""

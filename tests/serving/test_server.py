@@ -88,12 +88,13 @@ def test_unknown_host_is_reported(model, capsys, host):
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["bash", "python", "js"])
 def test_examples_of_the_documentation_run(model, tmp_path, language):
-    """Every example prints the text of the recording."""
+    """The examples of a language print the text of the recording."""
     program = {"bash": ["bash", "-c"], "python": [sys.executable, "-c"], "js": ["node", "-e"]}
-    if shutil.which(program[language][0]) is None:
-        pytest.skip(f"{language} is not installed")
+    for needed in (program[language][0], "ffmpeg"):
+        if shutil.which(needed) is None:
+            pytest.skip(f"{needed} is not installed")
     page = (REPOSITORY / "docs" / "serving.md").read_text()
-    (code,) = re.findall(rf"```{language}\n(.*?)```", page, re.S)
+    code = "\n".join(re.findall(rf"```{language}\n(.*?)```", page, re.S))
     (tmp_path / "a.wav").write_bytes(audio(2))
     with started(tmp_path / "logs", [REPOSITORY / "launch" / "serve.py", model, "--port", 0]):
         log = tmp_path / "logs" / "0"
