@@ -1,5 +1,7 @@
 """The page of the server in Chromium, with a fake microphone."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ from asrllm.testing import vowels
 from tests.evaluation.test_report_browser import FLAGS
 from tests.processes import wait_for
 from tests.serving.test_api import audio, engine, running, send  # noqa: F401 (a fixture)
+from tests.serving.test_realtime import PCM_RATE, completed, live, of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 RATE = 16000
@@ -91,17 +94,93 @@ def test_text_of_a_file_appears_and_its_segments_play(page, url, tmp_path):
         assert made.count("-->") == len([text for text in texts if text.strip()])
 
 
-def test_recording_of_the_microphone_is_transcribed(page):
+def keep_recording(page):
+    """Keep the file of the recording, which the policy of the page does not let one fetch."""
+    page.execute_script("""
+        const create = URL.createObjectURL;
+        URL.createObjectURL = (file) => create.call(URL, window.recorded = file);
+    """)
+
+
+def recording(page):
+    """Return the samples of the recording."""
+    code = """
+        const reader = new FileReader();
+        reader.onload = () => arguments[0](reader.result.split(",")[1]);
+        reader.readAsDataURL(window.recorded);
+    """
+    content = base64.b64decode(page.execute_async_script(code))
+    samples, rate = soundfile.read(io.BytesIO(content), dtype="int16")
+    assert rate == PCM_RATE
+    return samples
+
+
+def test_text_of_the_microphone_appears_during_speech(page, url):
+    keep_recording(page)
     button = page.find_element("id", "record")
     button.click()
     wait_for(lambda: status(page) == "Recording", 20)
     assert button.get_attribute("aria-pressed") == "true"
-    page.execute_async_script("setTimeout(arguments[0], 2500)")  # the length of the recording
+    wait_for(lambda: "".join(shown(page)).strip(), 20)
+    assert status(page) == "Recording"
     button.click()
     wait_for(lambda: status(page) == "Done", 30)
-    assert "".join(shown(page)).strip()
+    samples = recording(page)
+    assert len(samples) > 2 * PCM_RATE
+    with live(url) as session:
+        session.append(samples.tobytes())
+        session.commit()
+        session.send("input_audio_buffer.clear")
+        events = session.until("input_audio_buffer.cleared")
+        committed = len(of(events, "input_audio_buffer.committed"))
+        while len(completed(events)) < committed:
+            events.append(session.receive())
+    assert [text.strip() for text in completed(events)] == shown(page)
+    times = [event["audio_start_ms"] for event in of(events, "input_audio_buffer.speech_started")]
+    code = "return [...document.querySelectorAll('#segments time')].map((time) => time.textContent)"
+    assert len(page.execute_script(code)) == len(times) > 1
     player = page.find_element("id", "player")
-    wait_for(lambda: float(player.get_property("duration") or 0) > 1.5, 20)
+    page.find_elements("css selector", "#segments button")[1].click()
+    wait_for(lambda: float(player.get_property("currentTime")) >= times[1] / 1000, 20)
+
+
+def test_wrong_settings_of_the_microphone_are_shown(page):
+    page.execute_script("document.querySelector('details').open = true")
+    page.find_element("id", "language").send_keys("../x")
+    page.find_element("id", "record").click()
+    wait_for(lambda: "language" in status(page) and "error" in classes(page), 20)
+    assert page.find_element("id", "record").get_attribute("aria-pressed") == "false"
+    page.find_element("id", "language").clear()
+    page.find_element("id", "record").click()
+    wait_for(lambda: status(page) == "Recording", 20)
+    page.find_element("id", "record").click()
+    wait_for(lambda: status(page) == "Done", 30)
+
+
+@pytest.mark.parametrize("key", ["secret", "wrong"])
+def test_key_is_used_for_the_microphone(browser, engine, key):  # noqa: F811
+    with running(engine, engine.model.config, api_key="secret") as (address, _):
+        browser.get(address)
+        browser.execute_script("document.querySelector('details').open = true")
+        browser.find_element("id", "key").send_keys(key)
+        browser.find_element("id", "record").click()
+        if key == "secret":
+            wait_for(lambda: "".join(shown(browser)).strip(), 20)
+            browser.find_element("id", "record").click()
+            wait_for(lambda: status(browser) == "Done", 30)
+        else:
+            wait_for(lambda: "API key" in status(browser), 20)
+        browser.get_log("browser")  # the browser logs the status 401
+
+
+def test_transcript_as_text_has_spaces_where_the_script_has_them(page):
+    code = """
+        const {asFile} = await import('/page/formats.js');
+        return asFile(arguments[0].map((text) => ({text, start: 0, end: 1})), "txt");
+    """
+    texts = ["one", " two", "", "今天", "天气", "three"]
+    script = f"return (async function() {{ {code} }}).apply(null, arguments)"
+    assert page.execute_script(script, texts) == "one two 今天天气 three\n"
 
 
 def test_problem_of_a_file_is_shown(page, tmp_path):

@@ -1,12 +1,14 @@
-// Send a file or a recording to the server, and show the text of each segment as it arrives.
+// Send a file or the microphone to the server, and show the text of each segment as it arrives.
 
 import { asFile, clock } from "./formats.js";
+import { connectLive } from "./live.js";
 import { startRecording } from "./recorder.js";
 
 const find = (id) => document.getElementById(id);
 const status = find("status");
 const player = find("player");
 let segments = [];
+let live = null; // the connection of the microphone
 let stopRecording = null;
 let running = null; // aborts the request of the file before
 
@@ -35,28 +37,92 @@ find("record").addEventListener("click", async () => {
   const button = find("record");
   button.disabled = true;
   try {
-    if (stopRecording) {
-      const recording = await stopRecording();
-      stopRecording = null;
-      setRecording(false);
-      transcribe(recording);
-    } else {
-      stopRecording = await startRecording();
-      setRecording(true);
-      report("Recording");
-    }
+    await (stopRecording ? finish() : record());
   } catch (error) {
-    stopRecording = null;
-    setRecording(false);
-    report(`The microphone cannot be used: ${error.message}. Allow it, or choose a file.`, true);
+    await abandon();
+    report(error.message, true);
   } finally {
     button.disabled = false;
   }
 });
 
+async function record() {
+  running?.abort();
+  clear();
+  await model(); // an API key that is wrong is an error here
+  live = await connectLive(find("key").value, liveSettings(), onLiveEvent);
+  try {
+    stopRecording = await startRecording(live.append);
+  } catch (error) {
+    throw new Error(`The microphone cannot be used: ${error.message}. Allow it, or choose a file.`);
+  }
+  setRecording(true);
+  report("Recording");
+}
+
+async function finish() {
+  setRecording(false);
+  report("Transcribing the end");
+  const stop = stopRecording;
+  stopRecording = null;
+  play(await stop());
+  await live.finish();
+  live = null;
+  done();
+}
+
+async function abandon() {
+  live?.close();
+  live = null;
+  setRecording(false);
+  const stop = stopRecording;
+  stopRecording = null;
+  if (stop) {
+    play(await stop());
+    find("downloads").hidden = false;
+  }
+}
+
+function liveSettings() {
+  const keywords = find("hotwords").value.split(",").map((word) => word.trim()).filter(Boolean);
+  return {
+    language: find("language").value.trim() || null,
+    prompt: find("prompt").value.trim() || null,
+    keywords: keywords.length ? keywords : null,
+  };
+}
+
+async function onLiveEvent(event) {
+  const segment = segments.find((one) => one.id === event.item_id);
+  switch (event.type.split(".").pop()) {
+    case "speech_started":
+      add({ id: event.item_id, start: event.audio_start_ms / 1000, end: Infinity, text: "" });
+      break;
+    case "speech_stopped":
+      segment.end = event.audio_end_ms / 1000;
+      break;
+    case "delta":
+      setText(segment, segment.text + event.delta);
+      break;
+    case "completed":
+      if (segment) { // silence is an item, and no segment
+        setText(segment, event.transcript);
+      }
+      break;
+    case "failed":
+      report(event.error.message, true);
+      break;
+    case "error":
+      if (stopRecording) {
+        await abandon();
+      }
+      report(event.error.message, true);
+  }
+}
+
 function setRecording(isRecording) {
   find("record").setAttribute("aria-pressed", String(isRecording));
-  find("record").textContent = isRecording ? "Stop and transcribe" : "Record";
+  find("record").textContent = isRecording ? "Stop" : "Record";
 }
 
 find("downloads").addEventListener("click", (event) => {
@@ -72,19 +138,15 @@ find("downloads").addEventListener("click", (event) => {
 });
 
 async function transcribe(file) {
+  await abandon();
   running?.abort();
   running = new AbortController();
-  segments = [];
-  find("segments").replaceChildren();
-  find("downloads").hidden = true;
-  URL.revokeObjectURL(player.src);
-  player.src = URL.createObjectURL(file);
-  player.hidden = false;
+  clear();
+  play(file);
   report(`Transcribing ${file.name}`);
   try {
     await stream(file, running.signal);
-    find("downloads").hidden = false;
-    report(segments.length ? "Done" : "No speech was found");
+    done();
   } catch (error) {
     if (error.name !== "AbortError") {
       report(error.message, true);
@@ -92,21 +154,53 @@ async function transcribe(file) {
   }
 }
 
-async function stream(file, signal) {
+function clear() {
+  segments = [];
+  find("segments").replaceChildren();
+  find("downloads").hidden = true;
+  player.hidden = true;
+}
+
+function play(file) {
+  URL.revokeObjectURL(player.src);
+  player.src = URL.createObjectURL(file);
+  player.hidden = false;
+}
+
+function done() {
+  find("downloads").hidden = false;
+  if (!status.classList.contains("error")) {
+    report(segments.length ? "Done" : "No speech was found");
+  }
+}
+
+function authorization() {
   const key = find("key").value;
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const listed = await fetch("v1/models", { headers, signal });
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function model(signal) {
+  const listed = await fetch("v1/models", { headers: authorization(), signal });
   await check(listed);
+  return (await listed.json()).data[0].id;
+}
+
+async function stream(file, signal) {
   const form = new FormData();
   form.append("file", file, file.name);
-  form.append("model", (await listed.json()).data[0].id);
+  form.append("model", await model(signal));
   form.append("stream", "true");
   for (const name of ["language", "prompt", "hotwords"]) {
     if (find(name).value.trim()) {
       form.append(name, find(name).value.trim());
     }
   }
-  const answer = await fetch("v1/audio/transcriptions", { method: "POST", body: form, headers, signal });
+  const answer = await fetch("v1/audio/transcriptions", {
+    method: "POST",
+    body: form,
+    headers: authorization(),
+    signal,
+  });
   await check(answer);
   for await (const event of events(answer.body)) {
     if (event.error) {
@@ -147,7 +241,9 @@ function add(segment) {
   time.textContent = clock(segment.start).slice(0, -4);
   const button = document.createElement("button");
   button.type = "button";
-  button.append(time, segment.text.trim());
+  button.append(time, "");
+  segment.shown = button.lastChild;
+  setText(segment, segment.text);
   button.addEventListener("click", () => {
     player.currentTime = segment.start;
     player.play();
@@ -155,6 +251,11 @@ function add(segment) {
   const item = document.createElement("li");
   item.append(button);
   find("segments").append(item);
+}
+
+function setText(segment, text) {
+  segment.text = text;
+  segment.shown.data = text.trim();
 }
 
 player.addEventListener("timeupdate", () => {

@@ -8,10 +8,18 @@ export function asFile(segments, format) {
     case "vtt":
       return "WEBVTT\n\n" + texts.map((segment) => `${times(segment, ".")}\n${escaped(segment.text)}\n\n`).join("");
     case "json":
-      return JSON.stringify({ segments }, null, 2) + "\n";
+      return JSON.stringify({ segments: texts.map(({ start, end, text }) => ({ start, end, text })) }, null, 2) + "\n";
     default:
-      return segments.map((segment) => segment.text).join("").trim() + "\n";
+      return texts.map((segment) => segment.text.trim()).reduce(join, "") + "\n";
   }
+}
+
+// Chinese and Japanese characters have no spaces between them.
+const CHARACTER = "[\\u3000-\\u30ff\\u3400-\\u9fff\\uff00-\\uff9f\\u{20000}-\\u{3ffff}]";
+
+function join(before, after) {
+  const hasSpace = before && !(new RegExp(`${CHARACTER}$`, "u").test(before) && new RegExp(`^${CHARACTER}`, "u").test(after));
+  return before + (hasSpace ? " " : "") + after;
 }
 
 export function clock(seconds, point = ".") {
