@@ -11,6 +11,7 @@ from asrllm.errors import UserError
 from asrllm.launchers import adopt_launcher, first_host
 from tests.conftest import REPOSITORY
 
+DEPLOYMENT = ("Dockerfile", "Dockerfile.dockerignore", "asrllm-serve.service")
 SRUN = {
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "3",
@@ -108,7 +109,9 @@ def test_first_host_of_a_node_list(nodes, host):
 SHIPPED = [
     path
     for path in (REPOSITORY / "launch").rglob("*")
-    if path.is_file() and "__pycache__" not in path.parts
+    if path.is_file()
+    and "__pycache__" not in path.parts
+    and path.name not in DEPLOYMENT  # see tests/serving/test_deployment.py
 ]
 
 

@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         print_address(listener, arguments, options.name)
         # uvicorn raises the signal again after it has answered the requests in progress
         with contextlib.closing(transcriber), contextlib.suppress(Terminated), sigterm_raises():
-            asyncio.run(LiveServer(config, app.state.sessions).serve(sockets=[listener]))
+            server = LiveServer(config, app.state.sessions, SHUTDOWN_SECONDS)
+            asyncio.run(server.serve(sockets=[listener]))
 
 
 def server_options(arguments: argparse.Namespace) -> "ServerOptions":

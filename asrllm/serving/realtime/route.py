@@ -68,22 +68,25 @@ def _check_query(websocket: WebSocket, name: str) -> None:
 class LiveServer(uvicorn.Server):
     """A server that ends live sessions before their connections when it stops."""
 
-    def __init__(self, config: uvicorn.Config, sessions: set[Session]) -> None:
+    def __init__(self, config: uvicorn.Config, sessions: set[Session], seconds: float) -> None:
         """
         Args:
-            config: configuration of the server, with timeout_graceful_shutdown.
+            config: configuration of the server.
             sessions: the running sessions.
+            seconds: how long sessions and requests may take when the server stops.
         """
         super().__init__(config)
         self.sessions = sessions
+        self.seconds = seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no connection, transcribe the audio that was received, and close."""
         for server in self.servers:
             server.close()
-        deadline = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        deadline = time.monotonic() + self.seconds
         for session in list(self.sessions):
             session.stop()
         while self.sessions and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self.config.timeout_graceful_shutdown = max(0, round(deadline - time.monotonic()))
         await super().shutdown(sockets)
