@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 import asrllm
 from asrllm.errors import UserError
+from asrllm.serving import openapi
 from asrllm.serving.answers import EventStream, chat_answer, transcription, unless_disconnected
 from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
 from asrllm.serving.chat import ChatRequest
@@ -63,7 +64,13 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
         options: options of the interface.
     """
     # FastAPI's pages load scripts from a CDN
-    app = FastAPI(title="asrllm", version=asrllm.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="asrllm",
+        version=asrllm.__version__,
+        docs_url=None,
+        redoc_url=None,
+        responses=openapi.ERRORS,
+    )
     app.add_middleware(
         Gate,
         api_key=options.api_key,
@@ -86,7 +93,11 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
 
 
 def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None:
-    @app.post("/v1/audio/transcriptions", response_model=None)
+    @app.post(
+        "/v1/audio/transcriptions",
+        response_class=Response,
+        responses=openapi.TRANSCRIPTION,
+    )
     async def transcribe(
         request: Request, fields: Annotated[TranscriptionFields, Depends()]
     ) -> Response:
@@ -105,7 +116,7 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
         answer = asyncio.create_task(transcription(transcriber, audio, place, prompt, fields))
         return await unless_disconnected(request, answer)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_class=Response, responses=openapi.CHAT)
     async def chat(request: Request, fields: ChatRequest) -> Response:
         _check_model(fields.model, name)
         content, instruction = fields.audio_and_prompt()
@@ -148,12 +159,12 @@ def _add_status(app: FastAPI, transcriber: Transcriber) -> None:
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", response_class=Response, responses=openapi.READINESS)
     def ready() -> Response:
         status = 503 if transcriber.queue.is_full() else 200
         return JSONResponse({"status": "full" if status == 503 else "ok"}, status)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
     def metrics() -> Response:
         return Response(transcriber.metrics.text(), media_type="text/plain; version=0.0.4")
 

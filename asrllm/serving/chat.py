@@ -1,7 +1,6 @@
 """Chats with audio, in the form of OpenAI's chat completions."""
 
 import base64
-import binascii
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -69,7 +68,7 @@ class ChatRequest(_Strict):
             )
         try:
             content = base64.b64decode(audios[0].data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # also of characters beyond ASCII
             raise ApiError(
                 400, f"the audio is not base64 ({error}).", param="input_audio.data"
             ) from error
