@@ -128,12 +128,17 @@ def checked_prompt(
     language: str | None = None,
     hotwords: str | None = None,
 ) -> str:
-    """Return the prompt, or raise ApiError if it contains the audio token or no hotword."""
+    """Return the prompt, or raise ApiError if it cannot be used.
+
+    It cannot if it contains the audio token or half a character, or if there is no hotword.
+    """
+    param = "prompt" if prompt else "hotwords"
+    if any("\ud800" <= c <= "\udfff" for c in f"{prompt}{hotwords}"):  # JSON may contain them
+        raise ApiError(400, "the text has half a character. Send whole characters.", param=param)
     try:
         # a log of the server must not contain the content of requests
         return inference_prompt(
             description, prompt=prompt, language=language, hotwords=hotwords, warn=False
         )
     except UserError as error:
-        param = "prompt" if prompt else "hotwords"
         raise ApiError(400, str(error), param=param) from error

@@ -295,6 +295,7 @@ def test_pause_that_ends_an_item_is_as_long_as_chosen(counting):
         ({"transcription": {"prompt": "x" * 2000}}, "prompt"),
         ({"transcription": {"prompt": "\ud800"}}, "prompt"),
         ({"transcription": {"keywords": ["x" * 2000]}}, "keywords"),
+        ({"transcription": {"keywords": ["\ud800"]}}, ""),
         ({"transcription": {"keywords": ["@/etc/passwd"]}}, "hotwords"),
         ({"transcription": {"delay": "low"}}, "delay"),
         ({"transcription": None}, "transcription"),
