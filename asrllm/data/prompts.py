@@ -43,7 +43,19 @@ class Prompt:
         return f"{language_tag(lang)}-".startswith(f"{language_tag(self.lang)}-")
 
 
+TRANSLATE = "translate"  # task of prompts for translations into English, as Whisper calls it
 DEFAULT_PROMPTS = (Prompt(text="Transcribe the speech."),)
+
+
+def for_transcripts(prompts: Sequence[str], tasks: Mapping[str, str] | None) -> list[str]:
+    """Return the prompts that are not for translations, or all if there are no others.
+
+    Args:
+        prompts: prompts of training.
+        tasks: {prompt: task} of those that are for one task.
+    """
+    found = [text for text in prompts if (tasks or {}).get(text) != TRANSLATE]
+    return found or list(prompts)
 
 
 def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:

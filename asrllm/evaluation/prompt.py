@@ -4,7 +4,7 @@ import logging
 import re
 
 from asrllm.collator.hotwords import filled, with_context
-from asrllm.data.prompts import DEFAULT_PROMPTS, Prompt
+from asrllm.data.prompts import DEFAULT_PROMPTS, TRANSLATE, Prompt, for_transcripts
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.build import check_prompts
@@ -35,12 +35,12 @@ def inference_prompt(
     Raises:
         UserError: the prompt or a hotword contains the audio token, or the list has no word.
     """
-    prompts = config.prompts or []
+    prompts = for_transcripts(config.prompts or [], config.prompt_tasks)
     if prompt is None:
         prompt = prompt_of_language(config, language)
         if not prompt:
             prompt = prompts[0] if prompts else DEFAULT_PROMPTS[0].text
-    elif warn and prompts and prompt not in prompts:
+    elif warn and prompts and prompt not in (config.prompts or []):
         logger.warning(
             "prompt=%r was not used in training. Prompts of training: %s",
             prompt,
@@ -59,14 +59,20 @@ def inference_prompt(
 
 
 def prompt_of_language(config: AsrLlmConfig, language: str | None) -> str | None:
-    """Return the first trained prompt for this language alone, or None."""
+    """Return the first trained prompt for transcripts of this language alone, or None."""
     if language is None:
         return None
     languages = config.prompt_languages or {}
-    for text in config.prompts or []:
+    for text in for_transcripts(config.prompts or [], config.prompt_tasks):
         if text in languages and Prompt(text=text, lang=languages[text]).fits(language, None):
             return text
     return None
+
+
+def prompt_of_translation(config: AsrLlmConfig) -> str | None:
+    """Return the first trained prompt for translations into English, or None."""
+    tasks = config.prompt_tasks or {}
+    return next((text for text in config.prompts or [] if tasks.get(text) == TRANSLATE), None)
 
 
 def read_hotwords(given: str) -> list[str]:

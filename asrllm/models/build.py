@@ -220,11 +220,13 @@ def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
 def describe_prompts(description: AsrLlmConfig, prompts: Sequence[Prompt]) -> None:
     """Store the prompts in a configuration.
 
-    Each text is stored once, and the language of the prompts that are for one language.
+    Each text is stored once, with its language and task if it is for one language or task.
     """
     description.prompts = list(dict.fromkeys(prompt.text for prompt in prompts))
     languages = {prompt.text: prompt.lang for prompt in prompts if prompt.lang}
     description.prompt_languages = languages or None
+    tasks = {prompt.text: prompt.task for prompt in prompts if prompt.task}
+    description.prompt_tasks = tasks or None
 
 
 def build_model(

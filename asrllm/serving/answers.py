@@ -63,10 +63,12 @@ async def transcription(
         usage = _usage(transcript.duration)
         return JSONResponse({"text": transcript.text, "usage": usage})
     if form == "verbose_json":
+        if fields.task == "translate":
+            return JSONResponse(_verbose(transcript, fields.task, "english"))
         chosen = fields.language
         if fields.prompt or prompt_of_language(transcriber.description, chosen) is None:
             chosen = None  # it had no effect on the text
-        return JSONResponse(_verbose(transcript, chosen))
+        return JSONResponse(_verbose(transcript, fields.task, chosen))
     if form == "text":
         return PlainTextResponse(transcript.text + "\n")
     return PlainTextResponse(TRANSCRIPT_WRITERS[form](transcript, fields.language))
@@ -76,7 +78,7 @@ def _usage(seconds: float) -> dict[str, Any]:
     return {"type": "duration", "seconds": round(seconds, 3)}
 
 
-def _verbose(transcript: FileTranscript, language: str | None) -> dict[str, Any]:
+def _verbose(transcript: FileTranscript, task: str, language: str | None) -> dict[str, Any]:
     """Return a transcript as OpenAI's verbose_json. What is not computed is null."""
     segments: list[dict[str, Any]] = [
         {
@@ -94,7 +96,7 @@ def _verbose(transcript: FileTranscript, language: str | None) -> dict[str, Any]
         for number, segment in enumerate(transcript.segments)
     ]
     return {
-        "task": "transcribe",
+        "task": task,
         "language": language,
         "duration": round(transcript.duration, 3),
         "text": transcript.text,

@@ -24,12 +24,14 @@ from asrllm.serving.chat import ChatRequest
 from asrllm.serving.fields import (
     TranscriptionFields,
     check_fields,
+    check_model,
     checked_prompt,
     prompt_of_request,
 )
 from asrllm.serving.gate import PROBLEM, Gate
 from asrllm.serving.realtime.route import add_realtime
 from asrllm.serving.transcriber import Transcriber
+from asrllm.serving.translations import add_translations
 
 PAGE = Path(__file__).parent / "page"
 POLICY = "default-src 'self'; img-src data:; media-src blob:"
@@ -85,6 +87,7 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
         )
     _add_error_handlers(app)
     _add_audio_routes(app, transcriber, options.name)
+    add_translations(app, transcriber, options.name)
     add_realtime(app, transcriber, options.name, options.origins)
     _add_models(app, options.name)
     _add_status(app, transcriber)
@@ -101,7 +104,7 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
     async def transcribe(
         request: Request, fields: Annotated[TranscriptionFields, Depends()]
     ) -> Response:
-        _check_model(fields.model, name)
+        check_model(fields.model, name)
         await check_fields(request, fields)
         prompt = prompt_of_request(
             transcriber.description,
@@ -118,7 +121,7 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
 
     @app.post("/v1/chat/completions", response_class=Response, responses=openapi.CHAT)
     async def chat(request: Request, fields: ChatRequest) -> Response:
-        _check_model(fields.model, name)
+        check_model(fields.model, name)
         content, instruction = fields.audio_and_prompt()
         prompt = checked_prompt(transcriber.description, prompt=instruction)
         audio, place = await transcriber.open("the audio", content)
@@ -144,14 +147,8 @@ def _add_models(app: FastAPI, name: str) -> None:
 
     @app.get("/v1/models/{model_id:path}")
     def one_model(model_id: str) -> dict[str, Any]:
-        _check_model(model_id, name)
+        check_model(model_id, name)
         return model
-
-
-def _check_model(given: str, name: str) -> None:
-    if given != name:
-        problem = f"the model {given!r} does not exist. Use {name!r}."
-        raise ApiError(404, problem, param="model", code="model_not_found")
 
 
 def _add_status(app: FastAPI, transcriber: Transcriber) -> None:

@@ -5,30 +5,36 @@ from typing import Annotated, Literal
 
 from fastapi import File, Form, Request, UploadFile
 
+from asrllm.data.prompts import for_transcripts
 from asrllm.errors import UserError
 from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
-FIELDS = {
-    "file",
-    "model",
-    "language",
-    "prompt",
-    "hotwords",
-    "response_format",
-    "temperature",
-    "timestamp_granularities[]",
-    "stream",
-    "chunking_strategy",
-}
+FIELDS = frozenset(
+    {
+        "file",
+        "model",
+        "language",
+        "prompt",
+        "hotwords",
+        "response_format",
+        "temperature",
+        "timestamp_granularities[]",
+        "stream",
+        "chunking_strategy",
+    }
+)
 MAX_TEXT = 1000  # characters of a prompt or a list of hotwords; LLMs have 2048 positions or more
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
 
 class TranscriptionFields:
     """The fields of a request for a transcription."""
+
+    task = "transcribe"
+    supported = FIELDS
 
     def __init__(
         self,
@@ -60,11 +66,47 @@ class TranscriptionFields:
         self.stream = stream
 
 
+class TranslationFields(TranscriptionFields):
+    """The fields of a request for a translation."""
+
+    task = "translate"
+    supported = frozenset({"file", "model", "prompt", "hotwords", "response_format", "temperature"})
+
+    def __init__(
+        self,
+        file: Annotated[UploadFile, File(description="audio in any format")],
+        model: Annotated[str, Form(description="a name from GET /v1/models")],
+        prompt: Annotated[
+            str | None, Form(max_length=MAX_TEXT, description="the instruction")
+        ] = None,
+        hotwords: Annotated[
+            str | None, Form(max_length=MAX_TEXT, description="words that may occur: a,b,c")
+        ] = None,
+        response_format: Annotated[ResponseFormat, Form()] = "json",
+        temperature: Annotated[float, Form(ge=0, le=1, description="only 0")] = 0.0,
+    ) -> None:
+        super().__init__(
+            file=file,
+            model=model,
+            prompt=prompt,
+            hotwords=hotwords,
+            response_format=response_format,
+            temperature=temperature,
+        )
+
+
+def check_model(given: str, name: str) -> None:
+    """Raise ApiError if a request names a model that is not served."""
+    if given != name:
+        problem = f"the model {given!r} does not exist. Use {name!r}."
+        raise ApiError(404, problem, param="model", code="model_not_found")
+
+
 async def check_fields(request: Request, fields: TranscriptionFields) -> None:
     """Raise ApiError for a field that this server does not know, or cannot honour."""
     given = [field for field, _ in (await request.form()).multi_items()]
     for field in [*given, *request.query_params]:
-        if field not in FIELDS or field in request.query_params:
+        if field not in fields.supported or field in request.query_params:
             raise _unsupported(field, f"the field {field!r} is not supported. Leave it out.")
         if given.count(field) > 1 and not field.endswith("[]"):
             raise _unsupported(field, f"the field {field!r} is repeated. Send it once.")
@@ -114,8 +156,9 @@ def _check_language(description: AsrLlmConfig, language: str) -> None:
         problem = f"language={language!r} is not a language code. Use for example 'en'."
         raise ApiError(400, problem, param="language", code="invalid_language")
     languages = description.prompt_languages or {}
+    prompts = for_transcripts(description.prompts or [], description.prompt_tasks)
     is_trained = prompt_of_language(description, language) is not None
-    if languages and not is_trained and set(description.prompts or []) <= languages.keys():
+    if languages and not is_trained and set(prompts) <= languages.keys():
         names = ", ".join(sorted(set(languages.values())))
         problem = f"the model was not trained for language={language!r}. Use one of {names}."
         raise ApiError(400, problem, param="language", code="unsupported_language")

@@ -46,6 +46,12 @@ TRANSCRIPTION: Responses = {
         },
     }
 }
+TRANSLATION: Responses = {
+    200: {
+        "description": "The text in English, in the format of `response_format`.",
+        "content": {"application/json": _json(text=_STRING), "text/plain": _TEXT},
+    }
+}
 CHAT: Responses = {
     200: {
         "description": "The text as a message of the assistant.",

@@ -29,8 +29,10 @@ class AsrLlmConfig(PreTrainedConfig):
         base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a
             checkpoint does not contain.
         stored: for a run, the number of weights of each part in its checkpoints, without adapters.
-        prompts: prompts that training mixed. The first is the default of transcribe().
+        prompts: prompts that training mixed. The first that is not for translations is the
+            default of transcribe().
         prompt_languages: {prompt: language} of the prompts that are for one language.
+        prompt_tasks: {prompt: task} of the prompts that are for one task.
         hotwords_template: text into which training inserted its lists of hotwords, or None if it
             had none.
         trained_seconds: 99 % of the utterances in training were shorter; None if unknown.
@@ -55,6 +57,7 @@ class AsrLlmConfig(PreTrainedConfig):
     stored: dict[str, int] | None = None
     prompts: list[str] | None = None
     prompt_languages: dict[str, str] | None = None
+    prompt_tasks: dict[str, str] | None = None
     hotwords_template: str | None = None
     trained_seconds: float | None = None
 

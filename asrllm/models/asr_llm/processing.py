@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from asrllm.audio.waves import as_list, audio_name, padded, read_wave
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
+from asrllm.data.prompts import for_transcripts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.asr_llm.checks import read_config
@@ -55,8 +56,8 @@ class AsrLlmProcessor:
 
     @property
     def default_prompt(self) -> str:
-        """The prompt of `transcribe`: the first one of training."""
-        return (self.config.prompts or [""])[0]
+        """The prompt of `transcribe`: the first one of training that is not for translations."""
+        return [*for_transcripts(self.config.prompts or [], self.config.prompt_tasks), ""][0]
 
     @classmethod
     def from_pretrained(

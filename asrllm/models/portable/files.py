@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import asrllm
+from asrllm.data.prompts import for_transcripts
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.decoding_options import decoding_config
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
@@ -172,14 +173,17 @@ def write_code(config: AsrLlmConfig, processor: AsrLlmProcessor, folder: Path) -
         "audio_encoder": encoder | {"pad_to_30s": config.pad_to_30s},
     }
     _write_json(folder / "preprocessor_config.json", extractor)
+    prompts = for_transcripts(config.prompts or [], config.prompt_tasks)
+    trained = (config.prompt_languages or {}).items()
+    languages = {text: language for text, language in trained if text in prompts}
     options = {
         **shared,
         "audio_token": config.audio_token,
         "frames_per_token": config.audio_encoder_projector_ds_rate,
         "drop_ragged_frames": config.drop_ragged_frames,
         "tag_audio_boundary": config.tag_audio_boundary,
-        "prompts": config.prompts,
-        "prompt_languages": config.prompt_languages,
+        "prompts": prompts or None,
+        "prompt_languages": languages or None,
         "hotwords_template": config.hotwords_template,
     }
     _write_json(folder / "processor_config.json", options)

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
 from asrllm.serving.api_errors import ApiError
+from asrllm.serving.fields import check_model
 from asrllm.serving.realtime.session import Session
 from asrllm.serving.transcriber import Transcriber
 
@@ -57,10 +58,9 @@ def _check_origin(websocket: WebSocket, origins: Sequence[str]) -> None:
 
 def _check_query(websocket: WebSocket, name: str) -> None:
     for field, value in websocket.query_params.multi_items():
-        if field == "model" and value != name:
-            problem = f"the model {value!r} does not exist. Use {name!r}."
-            raise ApiError(404, problem, param="model", code="model_not_found")
-        if (field, value) not in (("model", name), ("intent", "transcription")):
+        if field == "model":
+            check_model(value, name)
+        elif (field, value) != ("intent", "transcription"):
             problem = f"{field}={value!r} is not supported. Use intent=transcription."
             raise ApiError(400, problem, param=field, code="unsupported_value")
 

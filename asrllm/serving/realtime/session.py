@@ -11,7 +11,7 @@ from fastapi import WebSocket
 from asrllm.audio.segments import Segment
 from asrllm.defaults import RATE
 from asrllm.serving.api_errors import ApiError
-from asrllm.serving.fields import MAX_TEXT, prompt_of_request
+from asrllm.serving.fields import MAX_TEXT, check_model, prompt_of_request
 from asrllm.serving.realtime.audio import AudioBuffer
 from asrllm.serving.realtime.events import (
     PCM_RATE,
@@ -184,9 +184,8 @@ class Session:
     def _prompt_of(self, settings: SessionSettings) -> str:
         """Return the prompt of a session, or raise ApiError if a setting cannot be honoured."""
         chosen = settings.audio.input.transcription
-        if chosen.model not in (None, self.name):
-            problem = f"the model {chosen.model!r} does not exist. Use {self.name!r}."
-            raise ApiError(404, problem, param="model", code="model_not_found")
+        if chosen.model is not None:
+            check_model(chosen.model, self.name)
         hotwords = ",".join(chosen.keywords or [])
         if len(hotwords) > MAX_TEXT:
             problem = f"the keywords have {len(hotwords)} characters. Use at most {MAX_TEXT}."
