@@ -126,6 +126,9 @@ class Batcher:
         tasks = list(dict.fromkeys([*self.running.values(), *newcomers]))
         self.batch = self.engine.open_batch()
         self.running = {}
+        if len(tasks) == 1 and not is_out_of_memory(error):
+            tasks[0].deliver(error)
+            return
         if is_out_of_memory(error) and len(tasks) > 1:
             self.batch_size = len(tasks) // 2
             logger.warning(

@@ -130,10 +130,8 @@ class CountingEngine(BlockedEngine):
 
 @contextlib.contextmanager
 def serving(engine, config, **options):  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.serving.test_api.SEGMENTATION", SEGMENTATION)
-        with running(engine, config, **options) as (url, transcriber):
-            yield url, transcriber
+    with running(engine, config, SEGMENTATION, **options) as (url, transcriber):
+        yield url, transcriber
 
 
 @pytest.fixture(scope="module")
@@ -409,9 +407,9 @@ def test_client_that_vanishes_frees_its_place_at_once(engine):  # noqa: F811
             session.update(turn_detection=None)
             session.append(pcm(*[0.3, -2.1] * 4), size=1 << 20)
             wait_for(lambda: blocked.waves, 20)
-            assert transcriber.queue.requests == 1
+            assert len(transcriber.queue.places) == 1
             session.socket.socket.shutdown(2)  # no closing handshake
-            wait_for(lambda: transcriber.queue.requests == 0, 20)
+            wait_for(lambda: not transcriber.queue.places, 20)
             assert transcriber.queue.samples == 0
         blocked.may_answer.set()
     assert len(blocked.waves) < 4  # what was queued is not decoded
@@ -427,7 +425,7 @@ def test_full_queue_refuses_a_session(engine):  # noqa: F811
             pass
         assert refused.value.response.status_code == 429
         assert json.loads(refused.value.response.body)["error"]["code"] == "queue_full"
-        assert transcriber.queue.requests == 1
+        assert len(transcriber.queue.places) == 1
 
 
 def test_audio_far_ahead_of_its_texts_is_refused(engine, monkeypatch):  # noqa: F811
@@ -466,7 +464,7 @@ def test_idle_session_is_closed(counting, monkeypatch):
         assert session.error()["code"] == "session_idle"
         with pytest.raises(ConnectionClosed):
             session.receive()
-    wait_for(lambda: counting[1].queue.requests == 0, 20)
+    wait_for(lambda: not counting[1].queue.places, 20)
 
 
 def test_engine_that_fails_fails_the_item_and_the_session_continues(engine):  # noqa: F811
