@@ -91,8 +91,9 @@ class Gate:
 
     def _check_headers(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # the router does the same
         is_right = secrets.compare_digest(_given_key(scope), (self.api_key or "").encode())
-        if self.api_key is not None and scope["path"].startswith("/v1/") and not is_right:
+        if self.api_key is not None and path.startswith("/v1/") and not is_right:
             raise ApiError(
                 401,
                 "the API key is missing or wrong. Send the header 'Authorization: Bearer KEY'.",
