@@ -6,7 +6,8 @@ import uuid
 from typing import Any
 
 import numpy as np
-from fastapi import WebSocket
+from fastapi import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketState
 
 from asrllm.audio.segments import Segment
 from asrllm.defaults import RATE
@@ -277,5 +278,7 @@ class Session:
         await self._send("error", error=error.body()["error"] | {"event_id": event_id})
 
     async def _send(self, kind: str, **fields: object) -> None:
+        if self.websocket.application_state is WebSocketState.DISCONNECTED:
+            raise WebSocketDisconnect  # the other task has noticed it first
         event = {"type": kind, "event_id": f"event_{uuid.uuid4().hex}"} | fields
         await self.websocket.send_text(json.dumps(event))
