@@ -129,8 +129,8 @@ class CountingEngine(BlockedEngine):
 
 
 @contextlib.contextmanager
-def serving(engine, config, **options):  # noqa: F811
-    with running(engine, config, SEGMENTATION, **options) as (url, transcriber):
+def serving(engine, config, segmentation=SEGMENTATION, **options):  # noqa: F811
+    with running(engine, config, segmentation, **options) as (url, transcriber):
         yield url, transcriber
 
 
@@ -532,10 +532,9 @@ def test_query_is_checked(counting, query, status):
 
 
 @pytest.mark.slow
-def test_speech_is_found_by_the_network(engine, monkeypatch):  # noqa: F811
+def test_speech_is_found_by_the_network(engine):  # noqa: F811
     network = Segmentation(detector=functools.partial(Silero, load_silero()), longest=160_000)
-    monkeypatch.setattr("tests.serving.test_realtime.SEGMENTATION", network)
-    with serving(CountingEngine(), engine.model.config) as (url, _), live(url) as session:
+    with serving(CountingEngine(), engine.model.config, network) as (url, _), live(url) as session:
         session.append(pcm(-1.0, 1.5, -1.5, 1.0, -1.5))
         events = session.until(f"{TRANSCRIPTION}.completed")
         events += session.until(f"{TRANSCRIPTION}.completed")
