@@ -7,6 +7,7 @@ import functools
 import os
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ from asrllm.text_files import read_text
 
 if TYPE_CHECKING:
     from asrllm.serving.app import ServerOptions
-    from asrllm.serving.transcriber import Transcriber
+    from asrllm.serving.models import Models
+    from asrllm.serving.transcriber import Queue, Transcriber
 
 MEBIBYTE = 1 << 20
 UPLOAD_SECONDS = 120.0  # a slow client must not hold a connection longer
@@ -47,10 +49,13 @@ def run(arguments: argparse.Namespace) -> None:
             f"the server needs a package that is not installed ({error.name}). "
             "Run: pip install 'asrllm[serve]'"
         ) from error
+    paths = model_paths(arguments.models)
+    if arguments.weights and len(paths) > 1:
+        raise UserError("--weights is for one model. Export the runs, and serve the exports.")
     options = server_options(arguments)
     with listen(arguments.host, arguments.port) as listener:
-        transcriber = load_transcriber(arguments)
-        app = create_app(transcriber, options)
+        models = load_models(arguments, paths)
+        app = create_app(models, options)
         config = uvicorn.Config(
             app,
             root_path=arguments.root_path,
@@ -58,9 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
             access_log=False,
             server_header=False,
         )
-        print_address(listener, arguments, options.name)
+        print_address(listener, arguments, list(paths))
         # uvicorn raises the signal again after it has answered the requests in progress
-        with contextlib.closing(transcriber), contextlib.suppress(Terminated), sigterm_raises():
+        with contextlib.closing(models), contextlib.suppress(Terminated), sigterm_raises():
             server = LiveServer(config, app.state.sessions, SHUTDOWN_SECONDS)
             asyncio.run(server.serve(sockets=[listener]))
 
@@ -70,7 +75,6 @@ def server_options(arguments: argparse.Namespace) -> "ServerOptions":
     from asrllm.serving.app import ServerOptions
 
     return ServerOptions(
-        name=arguments.model_name or Path(arguments.model).resolve().name,
         api_key=read_api_key(arguments.api_key_file),
         max_bytes=arguments.max_megabytes * MEBIBYTE,
         upload_seconds=UPLOAD_SECONDS,
@@ -79,9 +83,46 @@ def server_options(arguments: argparse.Namespace) -> "ServerOptions":
     )
 
 
-def load_transcriber(arguments: argparse.Namespace) -> "Transcriber":
-    """Load the model, and decode once, so that the first request is as fast as others."""
+def model_paths(words: Sequence[str]) -> dict[str, str]:
+    """Return the directories of models by the names that clients use.
+
+    Args:
+        words: NAME=DIR or DIR each. A directory whose path contains "=" needs no name.
+
+    Raises:
+        UserError: two models have the same name.
+    """
+    paths: dict[str, str] = {}
+    for word in words:
+        name, is_named, path = word.partition("=")
+        if not is_named or Path(word).exists():
+            name = Path(word).resolve().name
+            path = word
+        if name in paths:
+            raise UserError(
+                f"the models {paths[name]!r} and {path!r} are both named {name!r}. Give one of "
+                f"them another name: NAME={path}"
+            )
+        paths[name] = path
+    return paths
+
+
+def load_models(arguments: argparse.Namespace, paths: Mapping[str, str]) -> "Models":
+    """Load all models."""
     from asrllm.serving.metrics import Metrics
+    from asrllm.serving.models import Models
+    from asrllm.serving.transcriber import Queue
+
+    requests = Queue(arguments.max_queued_minutes * 60.0, Metrics())
+    transcribers: list[Transcriber] = []
+    for name, path in paths.items():
+        arguments.model = path
+        transcribers.append(load_transcriber(name, arguments, requests))
+    return Models(transcribers)
+
+
+def load_transcriber(name: str, arguments: argparse.Namespace, requests: "Queue") -> "Transcriber":
+    """Load a model, and decode once, so that the first request is as fast as others."""
     from asrllm.serving.transcriber import Transcriber
 
     description = load_model_config(arguments.model, arguments.base_models)
@@ -92,22 +133,25 @@ def load_transcriber(arguments: argparse.Namespace) -> "Transcriber":
     with waiting("warming up"):
         warm_up(engine, prompt)
     return Transcriber(
+        name,
         engine,
         description,
         Segmentation(detector=detector, longest=min(engine.limits[1], longest)),
-        Metrics(),
+        requests,
         batch_size=arguments.batch_size,
         max_seconds=arguments.max_minutes * 60.0,
-        max_queued_seconds=arguments.max_queued_minutes * 60.0,
     )
 
 
-def print_address(listener: socket.socket, arguments: argparse.Namespace, name: str) -> None:
-    """Print the URL, the model and the limits."""
+def print_address(
+    listener: socket.socket, arguments: argparse.Namespace, names: Sequence[str]
+) -> None:
+    """Print the URL, the models and the limits."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    served = ", ".join(map(repr, names))
     print(
-        f"asrllm serve: http://{shown}:{port} serves {name!r} on {default_device()}, batches of "
+        f"asrllm serve: http://{shown}:{port} serves {served} on {default_device()}, batches of "
         f"{arguments.batch_size}, files of at most {arguments.max_megabytes} MiB and "
         f"{arguments.max_minutes} minutes",
         file=sys.stderr,

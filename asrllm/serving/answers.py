@@ -41,12 +41,12 @@ async def transcript_of(
 
 
 async def chat_answer(
-    transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str, name: str
+    transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str
 ) -> Response:
     """Return the transcript of a file as a chat completion."""
     transcript = await transcript_of(transcriber, audio, place, prompt)
     is_cut = any(segment.end_reason == "limit" for segment in transcript.segments)
-    return JSONResponse(completion(name, transcript.text, is_cut=is_cut))
+    return JSONResponse(completion(transcriber.name, transcript.text, is_cut=is_cut))
 
 
 async def transcription(

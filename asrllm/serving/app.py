@@ -24,11 +24,11 @@ from asrllm.serving.chat import ChatRequest
 from asrllm.serving.fields import (
     TranscriptionFields,
     check_fields,
-    check_model,
     checked_prompt,
     prompt_of_request,
 )
 from asrllm.serving.gate import PROBLEM, Gate
+from asrllm.serving.models import Models
 from asrllm.serving.realtime.route import add_realtime
 from asrllm.serving.transcriber import Transcriber
 from asrllm.serving.translations import add_translations
@@ -42,7 +42,6 @@ class ServerOptions:
     """Options of the HTTP interface.
 
     Attributes:
-        name: name of the model.
         api_key: key that requests below /v1 must have; None requires none.
         max_bytes: maximum size of a request's body.
         upload_seconds: how long an upload may take.
@@ -50,7 +49,6 @@ class ServerOptions:
         access_log: called with a line of JSON for each request; None logs nothing.
     """
 
-    name: str
     api_key: str | None
     max_bytes: int
     upload_seconds: float
@@ -58,11 +56,11 @@ class ServerOptions:
     access_log: Callable[[str], None] | None = None
 
 
-def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
+def create_app(models: Models, options: ServerOptions) -> FastAPI:
     """Return the application.
 
     Args:
-        transcriber: transcribes the audio.
+        models: the models.
         options: options of the interface.
     """
     # FastAPI's pages load scripts from a CDN
@@ -78,7 +76,7 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
         api_key=options.api_key,
         max_bytes=options.max_bytes,
         upload_seconds=options.upload_seconds,
-        metrics=transcriber.metrics,
+        metrics=models.metrics,
         access_log=options.access_log,
     )
     if options.origins:  # added last, it sees requests first: preflights have no key
@@ -86,16 +84,16 @@ def create_app(transcriber: Transcriber, options: ServerOptions) -> FastAPI:
             CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"]
         )
     _add_error_handlers(app)
-    _add_audio_routes(app, transcriber, options.name)
-    add_translations(app, transcriber, options.name)
-    add_realtime(app, transcriber, options.name, options.origins)
-    _add_models(app, options.name)
-    _add_status(app, transcriber)
+    _add_audio_routes(app, models)
+    add_translations(app, models)
+    add_realtime(app, models, options.origins)
+    _add_models(app, models)
+    _add_status(app, models)
     _add_page(app)
     return app
 
 
-def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None:
+def _add_audio_routes(app: FastAPI, models: Models) -> None:
     @app.post(
         "/v1/audio/transcriptions",
         response_class=Response,
@@ -104,7 +102,7 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
     async def transcribe(
         request: Request, fields: Annotated[TranscriptionFields, Depends()]
     ) -> Response:
-        check_model(fields.model, name)
+        transcriber = models.get(fields.model)
         await check_fields(request, fields)
         prompt = prompt_of_request(
             transcriber.description,
@@ -121,11 +119,11 @@ def _add_audio_routes(app: FastAPI, transcriber: Transcriber, name: str) -> None
 
     @app.post("/v1/chat/completions", response_class=Response, responses=openapi.CHAT)
     async def chat(request: Request, fields: ChatRequest) -> Response:
-        check_model(fields.model, name)
+        transcriber = models.get(fields.model)
         content, instruction = fields.audio_and_prompt()
         prompt = checked_prompt(transcriber.description, prompt=instruction)
         audio, place = await transcriber.open("the audio", content)
-        answer = asyncio.create_task(chat_answer(transcriber, audio, place, prompt, name))
+        answer = asyncio.create_task(chat_answer(transcriber, audio, place, prompt))
         return await unless_disconnected(request, answer)
 
 
@@ -138,32 +136,39 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
 
 
-def _add_models(app: FastAPI, name: str) -> None:
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "asrllm"}
+def _add_models(app: FastAPI, models: Models) -> None:
+    created = int(time.time())
+
+    def described(transcriber: Transcriber) -> dict[str, Any]:
+        return {
+            "id": transcriber.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "asrllm",
+        }
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+    def all_models() -> dict[str, Any]:
+        return {"object": "list", "data": [described(model) for model in models]}
 
     @app.get("/v1/models/{model_id:path}")
     def one_model(model_id: str) -> dict[str, Any]:
-        check_model(model_id, name)
-        return model
+        return described(models.get(model_id))
 
 
-def _add_status(app: FastAPI, transcriber: Transcriber) -> None:
+def _add_status(app: FastAPI, models: Models) -> None:
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/ready", response_class=Response, responses=openapi.READINESS)
     def ready() -> Response:
-        status = 503 if transcriber.queue.is_full() else 200
+        status = 503 if models.queue.is_full() else 200
         return JSONResponse({"status": "full" if status == 503 else "ok"}, status)
 
     @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
     def metrics() -> Response:
-        return Response(transcriber.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(models.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

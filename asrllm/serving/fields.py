@@ -95,13 +95,6 @@ class TranslationFields(TranscriptionFields):
         )
 
 
-def check_model(given: str, name: str) -> None:
-    """Raise ApiError if a request names a model that is not served."""
-    if given != name:
-        problem = f"the model {given!r} does not exist. Use {name!r}."
-        raise ApiError(404, problem, param="model", code="model_not_found")
-
-
 async def check_fields(request: Request, fields: TranscriptionFields) -> None:
     """Raise ApiError for a field that this server does not know, or cannot honour."""
     given = [field for field, _ in (await request.form()).multi_items()]

@@ -118,40 +118,41 @@ class Transcriber:
     """Transcribes audio files that arrive concurrently.
 
     Attributes:
+        name: name of the model for clients.
         description: configuration of the model.
-        metrics: counters of the server.
         queue: the requests in progress.
+        metrics: counters of the server.
     """
 
     def __init__(
         self,
+        name: str,
         engine: BatchEngine,
         description: AsrLlmConfig,
         segmentation: Segmentation,
-        metrics: Metrics,
+        queue: Queue,
         *,
         batch_size: int,
         max_seconds: float,
-        max_queued_seconds: float,
     ) -> None:
         """
         Args:
+            name: name of the model for clients.
             engine: decodes the segments.
             description: configuration of the model.
             segmentation: how to cut audio.
-            metrics: counters of the server.
+            queue: the requests in progress, of all models of the server.
             batch_size: maximum number of segments that are decoded together.
             max_seconds: maximum duration of a request's audio.
-            max_queued_seconds: seconds of audio of all requests in progress, above which a further
-                request is refused.
         """
+        self.name = name
         self.description = description
-        self.metrics = metrics
+        self.queue = queue
+        self.metrics = queue.metrics
         self.segmentation = segmentation
         self.shortest = engine.limits[0]
         self.max_seconds = max_seconds
-        self.queue = Queue(max_queued_seconds, metrics)
-        self.batcher = Batcher(engine, batch_size=batch_size, metrics=metrics)
+        self.batcher = Batcher(engine, batch_size=batch_size, metrics=queue.metrics)
         self.readers = ThreadPoolExecutor(READERS, "reader")
         self.is_closed = threading.Event()
 

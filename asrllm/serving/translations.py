@@ -13,31 +13,24 @@ from asrllm.serving.api_errors import ApiError
 from asrllm.serving.fields import (
     TranslationFields,
     check_fields,
-    check_model,
     prompt_of_request,
 )
-from asrllm.serving.transcriber import Transcriber
+from asrllm.serving.models import Models
 
 
-def add_translations(app: FastAPI, transcriber: Transcriber, name: str) -> None:
-    """Add /v1/audio/translations.
-
-    Args:
-        app: the application.
-        transcriber: decodes the audio.
-        name: name of the model.
-    """
+def add_translations(app: FastAPI, models: Models) -> None:
+    """Add /v1/audio/translations."""
 
     @app.post("/v1/audio/translations", response_class=Response, responses=openapi.TRANSLATION)
     async def translate(
         request: Request, fields: Annotated[TranslationFields, Depends()]
     ) -> Response:
-        check_model(fields.model, name)
+        transcriber = models.get(fields.model)
         await check_fields(request, fields)
         trained = prompt_of_translation(transcriber.description)
         if trained is None:
             problem = (
-                f"the model {name!r} was not trained to translate: none of its prompts has "
+                f"the model {fields.model!r} was not trained to translate: none of its prompts has "
                 f"the task {TRANSLATE!r}. Use /v1/audio/transcriptions."
             )
             raise ApiError(400, problem, param="model", code="unsupported_task")

@@ -32,6 +32,7 @@ from asrllm.models.build import describe_prompts
 from asrllm.serving.api_errors import ApiError
 from asrllm.serving.app import ServerOptions, create_app
 from asrllm.serving.metrics import Metrics
+from asrllm.serving.models import Models
 from asrllm.serving.transcriber import Queue, Transcriber
 from asrllm.testing import vowels
 from tests.models.asr_llm.test_modeling import make_model
@@ -43,9 +44,10 @@ SEGMENTATION = Segmentation(detector=Loudness, longest=32000)
 
 
 @contextlib.contextmanager
-def running(engine, description, segmentation=SEGMENTATION, **options):
-    """Serve an engine, and yield the address and the transcriber."""
-    limits = {"batch_size": 8, "max_seconds": 60.0, "max_queued_seconds": 600.0}
+def running(engine, description, segmentation=SEGMENTATION, others=None, **options):
+    """Serve an engine named tiny and others, and yield the address and tiny's transcriber."""
+    limits = {"batch_size": 8, "max_seconds": 60.0}
+    queue = Queue(options.pop("max_queued_seconds", 600.0), Metrics())
     gate = {
         "api_key": None,
         "max_bytes": MAX_BYTES,
@@ -55,8 +57,13 @@ def running(engine, description, segmentation=SEGMENTATION, **options):
     }
     for name, value in options.items():
         (gate if name in gate else limits)[name] = value
-    transcriber = Transcriber(engine, description, segmentation, Metrics(), **limits)
-    app = create_app(transcriber, ServerOptions(name="tiny", **gate))
+    transcriber = Transcriber("tiny", engine, description, segmentation, queue, **limits)
+    others = [
+        Transcriber(name, other, description, segmentation, queue, **limits)
+        for name, other in (others or {}).items()
+    ]
+    models = Models([transcriber, *others])
+    app = create_app(models, ServerOptions(**gate))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -68,7 +75,7 @@ def running(engine, description, segmentation=SEGMENTATION, **options):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-        transcriber.close()
+        models.close()
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +371,20 @@ def test_models_are_listed(client):
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def test_each_model_answers_by_its_name(engine):
+    words = {}
+    for name in ("one", "two"):
+        words[name] = BlockedEngine()
+        words[name].answer = lambda waves, _, name=name: [Answer(text=name) for _ in waves]
+    config = engine.model.config
+    with running(BlockedEngine(), config, others=words, max_queued_seconds=3.0) as (url, _):
+        listed = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["tiny", *words]
+        for name in words:
+            assert set(send(url, model=name).json()["text"].split()) == {name}
+        assert send(url, model="three").status_code == 404
 
 
 def test_api_key_is_required_below_v1(engine):

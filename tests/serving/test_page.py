@@ -16,7 +16,7 @@ from asrllm.testing import vowels
 from tests.evaluation.test_report_browser import FLAGS
 from tests.processes import wait_for
 from tests.serving.test_api import audio, engine, running, send  # noqa: F401 (a fixture)
-from tests.serving.test_realtime import PCM_RATE, completed, live, of
+from tests.serving.test_realtime import PCM_RATE, CountingEngine, completed, live, of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 RATE = 16000
@@ -192,3 +192,17 @@ def test_problem_of_a_file_is_shown(page, tmp_path):
 
 def classes(page):
     return page.find_element("id", "status").get_attribute("class")
+
+
+def test_model_is_chosen_if_there_are_several(browser, engine, tmp_path):  # noqa: F811
+    (tmp_path / "a.wav").write_bytes(audio(1))
+    other = CountingEngine()
+    with running(engine, engine.model.config, others={"other": other}) as (address, _):
+        browser.get(address)
+        choice = browser.find_element("id", "model")
+        wait_for(choice.is_displayed, 20)
+        assert choice.text.split() == ["tiny", "other"]
+        choice.send_keys("other")
+        browser.find_element("id", "file").send_keys(str(tmp_path / "a.wav"))
+        wait_for(lambda: status(browser) == "Done", 30)
+        assert shown(browser) == [other.text(wave) for wave in other.waves]

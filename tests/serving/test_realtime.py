@@ -562,3 +562,24 @@ def test_sigterm_finishes_the_audio_that_was_received(model, tmp_path):  # noqa:
             assert closed.value.rcvd.code == 1001
         assert server.wait(timeout=60) == 0
     assert "Traceback" not in log.read_text()
+
+
+def test_model_is_chosen_by_the_address_or_the_session(engine):  # noqa: F811
+    class Loud(CountingEngine):
+        def text(self, wave):
+            return super().text(wave).upper()
+
+    others = {"loud": Loud()}
+    with serving(CountingEngine(), engine.model.config, others=others) as (url, _):
+        for query in ("?model=loud", ""):
+            with live(url, query) as session:
+                session.update(turn_detection=None)
+                session.append(pcm(1.0))
+                session.commit()
+                (first,) = completed(session.until(f"{TRANSCRIPTION}.completed"))
+                session.update(transcription={"model": "loud"})
+                session.append(pcm(1.0))
+                session.commit()
+                (second,) = completed(session.until(f"{TRANSCRIPTION}.completed"))
+            assert second == first.upper()
+            assert (first == second) == bool(query)

@@ -10,7 +10,8 @@ from websockets.exceptions import InvalidStatus
 
 from asrllm.serving.app import ServerOptions, create_app
 from asrllm.serving.metrics import Metrics
-from asrllm.serving.transcriber import Transcriber
+from asrllm.serving.models import Models
+from asrllm.serving.transcriber import Queue, Transcriber
 from tests.processes import wait_for
 from tests.serving.test_api import SEGMENTATION, BlockedEngine, audio, engine  # noqa: F401
 from tests.serving.test_realtime import live
@@ -22,16 +23,16 @@ def url(engine, request):  # noqa: F811
     blocked = BlockedEngine()
     blocked.may_answer.set()
     transcriber = Transcriber(
+        "tiny",
         blocked,
         engine.model.config,
         SEGMENTATION,
-        Metrics(),
+        Queue(600.0, Metrics()),
         batch_size=1,
         max_seconds=60.0,
-        max_queued_seconds=600.0,
     )
-    options = ServerOptions(name="tiny", api_key="secret", max_bytes=1 << 20, upload_seconds=20.0)
-    app = create_app(transcriber, options)
+    options = ServerOptions(api_key="secret", max_bytes=1 << 20, upload_seconds=20.0)
+    app = create_app(Models([transcriber]), options)
     config = uvicorn.Config(app, port=0, root_path=request.param, log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from asrllm.commands.serve import read_api_key
+from asrllm.commands.serve import model_paths, read_api_key
 from tests.conftest import REPOSITORY
 from tests.models.asr_llm.test_modeling import make_model
 from tests.processes import started, wait_for
@@ -55,6 +55,22 @@ def test_sigterm_loses_no_request(model, tmp_path):
     assert found.count(200) >= 4
     assert all(status == 200 or isinstance(status, httpx.ConnectError) for status in found)
     assert "Traceback" not in log.read_text()
+
+
+def test_models_are_named_by_their_directory_or_as_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    assert model_paths(["exp/run", "other=exp/run/", "a=b"]) == {
+        "run": "exp/run",
+        "other": "exp/run/",
+        "a=b": "a=b",
+    }
+
+
+def test_models_of_one_name_are_reported(model, capsys):
+    error = fails(capsys, "serve", model, f"{model.name}={model}")
+    assert repr(model.name) in error
+    assert "--weights" in fails(capsys, "serve", model, f"other={model}", "--weights", "a.pt")
 
 
 def test_port_in_use_is_reported_before_the_model_loads(model, capsys):

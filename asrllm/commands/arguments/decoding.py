@@ -16,7 +16,12 @@ from asrllm.defaults import (
 
 def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm transcribe`."""
-    add_model(parser)
+    parser.add_argument(
+        "model",
+        type=not_empty,
+        metavar="DIR_OR_EXP",
+        help="an exported directory, a run's exp_dir, or a directory of Auden",
+    )
     parser.add_argument(
         "audio",
         nargs="+",
@@ -33,7 +38,14 @@ def add_transcribe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
 
 def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm serve`."""
-    add_model(parser)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        type=not_empty,
+        metavar="[NAME=]DIR_OR_EXP",
+        help="exported directories, runs' exp_dirs, or directories of Auden; clients choose one by "
+        "NAME, by default the directory's name",
+    )
     parser.add_argument(
         "--host",
         type=not_empty,
@@ -42,12 +54,6 @@ def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--port", type=port_number, default=8000, metavar="N", help="0: any; default: %(default)s"
-    )
-    parser.add_argument(
-        "--model-name",
-        type=not_empty,
-        metavar="NAME",
-        help="name of the model for clients; default: the directory's name",
     )
     parser.add_argument(
         "--api-key-file",
@@ -75,16 +81,6 @@ def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_server_limits(parser)
     add_decoding(parser)
     add_base_models(parser)
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the model to decode with."""
-    parser.add_argument(
-        "model",
-        type=not_empty,
-        metavar="DIR_OR_EXP",
-        help="an exported directory, a run's exp_dir, or a directory of Auden",
-    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,8 @@ find("file").addEventListener("change", (event) => {
   }
 });
 
+model().catch(() => {}); // with an API key, the models are listed at the first request
+
 find("form").addEventListener("submit", (event) => event.preventDefault());
 
 find("drop").addEventListener("dragover", (event) => {
@@ -86,6 +88,7 @@ async function abandon() {
 function liveSettings() {
   const keywords = find("hotwords").value.split(",").map((word) => word.trim()).filter(Boolean);
   return {
+    model: find("model").value,
     language: find("language").value.trim() || null,
     prompt: find("prompt").value.trim() || null,
     keywords: keywords.length ? keywords : null,
@@ -182,7 +185,13 @@ function authorization() {
 async function model(signal) {
   const listed = await fetch("v1/models", { headers: authorization(), signal });
   await check(listed);
-  return (await listed.json()).data[0].id;
+  const names = (await listed.json()).data.map((served) => served.id);
+  const choice = find("model");
+  if (names.join() !== [...choice.options].map((option) => option.value).join()) {
+    choice.replaceChildren(...names.map((name) => new Option(name)));
+  }
+  find("models").hidden = names.length === 1;
+  return choice.value;
 }
 
 async function stream(file, signal) {

@@ -11,20 +11,19 @@ import uvicorn
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
 from asrllm.serving.api_errors import ApiError
-from asrllm.serving.fields import check_model
+from asrllm.serving.models import Models
 from asrllm.serving.realtime.session import Session
 from asrllm.serving.transcriber import Transcriber
 
 SUBPROTOCOL = "realtime"
 
 
-def add_realtime(app: FastAPI, transcriber: Transcriber, name: str, origins: Sequence[str]) -> None:
+def add_realtime(app: FastAPI, models: Models, origins: Sequence[str]) -> None:
     """Add /v1/realtime.
 
     Args:
         app: the application, whose state gets the set of the running sessions.
-        transcriber: decodes the audio.
-        name: name of the model.
+        models: the models.
         origins: origins of web pages that may connect besides the server's own; "*" allows all.
     """
     sessions: set[Session] = set()
@@ -33,11 +32,11 @@ def add_realtime(app: FastAPI, transcriber: Transcriber, name: str, origins: Seq
     @app.websocket("/v1/realtime")
     async def realtime(websocket: WebSocket) -> None:
         _check_origin(websocket, origins)
-        _check_query(websocket, name)
-        with contextlib.closing(transcriber.queue.enter(transcriber.segmentation.longest)) as place:
+        transcriber = _chosen_model(websocket, models)
+        with contextlib.closing(models.queue.enter(transcriber.segmentation.longest)) as place:
             offered = websocket.scope["subprotocols"]
             await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-            session = Session(websocket, transcriber, place, name)
+            session = Session(websocket, models, transcriber, place)
             sessions.add(session)
             try:
                 with contextlib.suppress(WebSocketDisconnect):
@@ -56,13 +55,16 @@ def _check_origin(websocket: WebSocket, origins: Sequence[str]) -> None:
         raise ApiError(403, problem, code="origin_not_allowed")
 
 
-def _check_query(websocket: WebSocket, name: str) -> None:
+def _chosen_model(websocket: WebSocket, models: Models) -> Transcriber:
+    """Return the model of a session until it chooses another, and check the URL's other fields."""
+    chosen = models.first
     for field, value in websocket.query_params.multi_items():
         if field == "model":
-            check_model(value, name)
+            chosen = models.get(value)
         elif (field, value) != ("intent", "transcription"):
             problem = f"{field}={value!r} is not supported. Use intent=transcription."
             raise ApiError(400, problem, param=field, code="unsupported_value")
+    return chosen
 
 
 class LiveServer(uvicorn.Server):

@@ -12,7 +12,8 @@ from starlette.websockets import WebSocketState
 from asrllm.audio.segments import Segment
 from asrllm.defaults import RATE
 from asrllm.serving.api_errors import ApiError
-from asrllm.serving.fields import MAX_TEXT, check_model, prompt_of_request
+from asrllm.serving.fields import MAX_TEXT, prompt_of_request
+from asrllm.serving.models import Models
 from asrllm.serving.realtime.audio import AudioBuffer
 from asrllm.serving.realtime.events import (
     PCM_RATE,
@@ -43,22 +44,22 @@ class Session:
     """
 
     def __init__(
-        self, websocket: WebSocket, transcriber: Transcriber, place: Place, name: str
+        self, websocket: WebSocket, models: Models, transcriber: Transcriber, place: Place
     ) -> None:
         """
         Args:
             websocket: an accepted connection.
-            transcriber: decodes the audio.
+            models: models that the client can choose.
+            transcriber: the first of its models.
             place: place of the session in the queue.
-            name: name of the model.
         """
         self.websocket = websocket
+        self.models = models
         self.transcriber = transcriber
         self.place = place
-        self.name = name
         self.id = f"sess_{uuid.uuid4().hex}"
         self.settings = SessionSettings()
-        self.prompt = self._prompt_of(self.settings)
+        self.prompt = self._prompt_of(self.settings, transcriber)
         self.buffer = self._new_buffer(0)
         self.ended = 0  # sample of the buffer at which the last item ended
         self.item = Item()
@@ -171,28 +172,32 @@ class Session:
 
     async def _update(self, event: SessionUpdate) -> None:
         settings = self.settings.updated(event.session)
-        prompt = self._prompt_of(settings)
-        if settings.turns != self.settings.turns and self.buffered:
-            problem = "turn_detection changes while audio is buffered. Commit or clear it first."
-            raise ApiError(400, problem, param="session.audio.input.turn_detection")
-        is_changed = settings.turns != self.settings.turns
+        chosen = settings.audio.input.transcription.model
+        transcriber = self.transcriber if chosen is None else self.models.get(chosen)
+        prompt = self._prompt_of(settings, transcriber)
+        has_new_turns = settings.turns != self.settings.turns
+        has_new_model = transcriber is not self.transcriber
+        if self.buffered and (has_new_turns or has_new_model):
+            what = "turn_detection" if has_new_turns else "transcription.model"
+            problem = f"{what} changes while audio is buffered. Commit or clear it first."
+            raise ApiError(400, problem, param=f"session.audio.input.{what}")
         self.settings = settings
         self.prompt = prompt
-        if is_changed:
+        self.transcriber = transcriber
+        self.transcripts.use(transcriber)
+        if has_new_turns or has_new_model:
             self._clear()
         await self._send("session.updated", session=self._description())
 
-    def _prompt_of(self, settings: SessionSettings) -> str:
+    def _prompt_of(self, settings: SessionSettings, transcriber: Transcriber) -> str:
         """Return the prompt of a session, or raise ApiError if a setting cannot be honoured."""
         chosen = settings.audio.input.transcription
-        if chosen.model is not None:
-            check_model(chosen.model, self.name)
         hotwords = ",".join(chosen.keywords or [])
         if len(hotwords) > MAX_TEXT:
             problem = f"the keywords have {len(hotwords)} characters. Use at most {MAX_TEXT}."
             raise ApiError(400, problem, param="session.audio.input.transcription.keywords")
         return prompt_of_request(
-            self.transcriber.description,
+            transcriber.description,
             language=chosen.language,
             prompt=chosen.prompt,
             hotwords=hotwords,
@@ -201,7 +206,7 @@ class Session:
     def _description(self) -> dict[str, Any]:
         """Return the settings in the form of OpenAI's API."""
         settings = self.settings.model_dump()
-        settings["audio"]["input"]["transcription"]["model"] = self.name
+        settings["audio"]["input"]["transcription"]["model"] = self.transcriber.name
         return {"id": self.id, "object": "realtime.transcription_session"} | settings
 
     def _new_buffer(self, offset: int) -> AudioBuffer:

@@ -53,6 +53,10 @@ class Transcripts:
         self.partial: Future[Answer] | None = None  # the last partial text
         self.heard = 0  # samples of the open segment when it was requested
 
+    def use(self, transcriber: Transcriber) -> None:
+        """Decode further audio with another model."""
+        self.transcriber = transcriber
+
     def request_partial(self, item: Item, wave: np.ndarray, prompt: str) -> None:
         """Request the text of the speech so far, unless the last request was a moment ago."""
         is_waiting = self.partial is not None and not self.partial.done()
