@@ -10,7 +10,7 @@ from pathlib import Path
 import hjson
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from asrllm.errors import UserError
@@ -98,6 +98,7 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
         enabled = config.precision == precision
         source = f"trainer.precision={config.precision}"
         _fill(block, "enabled", enabled, source, path, place=precision)
+    check_dtypes(ds, config, path)
     check_optimizer(ds.pop("optimizer", None), config, path)
     choose_optimizer_checks(ds, config, path)
     check_layout(ds, path)
@@ -272,11 +273,25 @@ def choose_optimizer_checks(ds: DsConfig, config: TrainerConfig, path: Path) -> 
     ds["zero_allow_untested_optimizer"] = True
 
 
+def check_dtypes(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
+    """Raise UserError for dtypes with which DeepSpeed could not train at the run's precision."""
+    fixed = ["param_dtype"]
+    if ds["zero_optimization"]["stage"] == 0:
+        fixed.append("grad_accum_dtype")
+    for key in fixed:
+        name = ds.get("data_types", {}).get(key)
+        if name is not None and DtypeEnum(name) != DtypeEnum(config.precision):
+            raise UserError(
+                f"{path}: data_types.{key}={name!r} contradicts "
+                f"trainer.precision={config.precision}. Remove it."
+            )
+
+
 def check_offload(zero: DsConfig, path: Path) -> None:
     """Remove offload blocks whose device is "none".
 
     Raises:
-        UserError: the ZeRO stage does not support an offload.
+        UserError: the ZeRO stage does not support an offload, or only a part would be offloaded.
     """
     for key, lowest_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(key) or {}).get("device", "none")
@@ -288,6 +303,12 @@ def check_offload(zero: DsConfig, path: Path) -> None:
                 f"{path}: zero_optimization.{key} has no effect at stage {zero['stage']}. "
                 f"Remove it, or set the stage to {stages}."
             )
+    ratio = zero.get("offload_optimizer", {}).get("ratio", 1)
+    if ratio != 1:
+        raise UserError(
+            f"{path}: zero_optimization.offload_optimizer.ratio={ratio} is not supported. "
+            "Remove it."
+        )
 
 
 def check_settings(config: TrainerConfig, ds: DsConfig) -> None:

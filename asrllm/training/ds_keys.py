@@ -115,12 +115,18 @@ MODELS: dict[str, type[BaseModel]] = {
     "csv_monitor": CSVConfig,
     "comet": CometConfig,
 }
+MASTER_WEIGHTS = "Remove it: checkpoints have master weights and optimizer states in float32."
 # Features of DeepSpeed that runs do not support, and what to do instead.
 UNSUPPORTED = {
     "activation_checkpointing": "Remove it, and set trainer.gradient_checkpointing=true.",
     "autotuning": "Remove it, and run 'asrllm plan' for sizes that fit.",
+    "bf16.bf16_master_weights_and_grads": MASTER_WEIGHTS,
+    "bf16.bf16_optimizer_states": MASTER_WEIGHTS,
     "bfloat16": "Rename it to 'bf16'.",
     "checkpoint.load_universal": "Remove it: a run resumes on any number of processes without it.",
+    "checkpoint.parallel_write": "Remove it, and set trainer.background_checkpoints=true.",
+    "checkpoint.use_node_local_storage": "Remove it: exp_dir is on a disk that all nodes share.",
+    "checkpoint.writer": "Remove it, and set trainer.background_checkpoints=true.",
     "comet": "Remove it, and set trainer.wandb.mode or trainer.tensorboard.",
     "compile": "Remove it, and set trainer.compile=true.",
     "csv_monitor": "Remove it: metrics are in exp_dir/metrics.jsonl.",
@@ -128,6 +134,7 @@ UNSUPPORTED = {
     "datastates_ckpt": "Remove it, and set trainer.background_checkpoints=true.",
     "expert_parallel": "Remove it.",
     "flops_profiler": "Remove it, and set trainer.profile_steps.",
+    "fp16.fp16_master_weights_and_grads": MASTER_WEIGHTS,
     "gradient_accumulation_dtype": "Remove it, and set data_types.grad_accum_dtype.",
     "hybrid_engine": "Remove it.",
     "load_universal_checkpoint": "Remove it: a run resumes on any number of processes without it.",
@@ -139,7 +146,11 @@ UNSUPPORTED = {
     "wandb": "Remove it, and set trainer.wandb.mode=online.",
     "weight_quantization": "Remove it.",
     "zero_optimization.elastic_checkpoint": "Remove it: a run resumes on any number of processes.",
+    "zero_optimization.leaf_module": "Remove it.",
+    "zero_optimization.legacy_stage1": "Remove it.",
+    "zero_optimization.module_granularity_threshold": "Remove it.",
     "zero_optimization.offload_optimizer.super_offload": "Remove it.",
+    "zero_optimization.stage3_module_granularity_threshold": "Remove it.",
     "zero_optimization.zenflow": "Remove it.",
 }
 DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
@@ -220,7 +231,9 @@ def check_supported(ds: Block, path: Path) -> None:
     used = list(ds)
     zero = ds.get("zero_optimization", {})
     blocks = {
+        "bf16": ds.get("bf16"),
         "checkpoint": ds.get("checkpoint"),
+        "fp16": ds.get("fp16"),
         "zero_optimization": zero,
         "zero_optimization.offload_optimizer": zero.get("offload_optimizer"),
     }
@@ -367,6 +380,9 @@ def replacement_of(field: FieldInfo) -> str | None:
 
 def annotated_types(annotation: object) -> Iterator[type]:
     """Yield the classes in an annotation, for example int and NoneType in `int | None`."""
+    if typing.get_origin(annotation) is list:
+        yield list
+        return
     if isinstance(annotation, type):
         yield annotation
         return

@@ -302,6 +302,18 @@ def test_unknown_key_is_reported_with_the_most_similar_one(tmp_path, content, me
         ({"data_types": {"grad_accum_dtype": "x"}}, r"data_types\.grad_accum_dtype='x'.*fp32"),
         (zero(stage=3, zero_quantized_weights=True), r"zero_optimization\.zero_quantized_weights"),
         (zero(stage=3, zero_hpz_partition_size=2), "zero_hpz_partition_size"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, r"bf16\.bf16_master_weights_and_grads"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, r"fp16\.fp16_master_weights_and_grads"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, r"checkpoint\.writer"),
+        ({"checkpoint": {"parallel_write": {"pipeline_stage": True}}}, "parallel_write"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage"),
+        (zero(stage=1, legacy_stage1=True), r"zero_optimization\.legacy_stage1"),
+        (zero(stage=3, leaf_module={"classes": ["Block"]}), r"zero_optimization\.leaf_module'"),
+        (zero(stage=3, stage3_module_granularity_threshold=9), "stage3_module_granularity"),
+        (
+            zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.3}),
+            r"optimizer\.ratio=0\.3",
+        ),
     ],
 )
 def test_unsupported_key_is_reported_with_the_setting_that_replaces_it(tmp_path, content, message):
@@ -472,6 +484,29 @@ def test_optimizer_block_that_agrees_is_removed(tmp_path, content, changes):
 def test_optimizer_block_that_contradicts_the_run_is_rejected(tmp_path, content, name, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, optimizer=OptimizerConfig(name=name))
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "name"),
+    [(0, "grad_accum_dtype", "bf16"), (2, "param_dtype", "bf16"), (3, "param_dtype", "float16")],
+)
+def test_dtype_that_contradicts_the_precision_is_rejected(tmp_path, stage, key, name):
+    content = zero(stage=stage) | {"data_types": {key: name}}
+    with pytest.raises(UserError, match=rf"data_types\.{key}='{name}'.*trainer\.precision=fp32"):
+        read(tmp_path, content, precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "name"),
+    [
+        (0, "grad_accum_dtype", "float32"),
+        (2, "param_dtype", "fp32"),
+        (2, "grad_accum_dtype", "bf16"),
+    ],
+)
+def test_dtype_that_deepspeed_supports_is_accepted(tmp_path, stage, key, name):
+    content = zero(stage=stage) | {"data_types": {key: name}}
+    assert read(tmp_path, content, precision="fp32")["data_types"] == {key: name}
 
 
 def test_offload_accepts_the_optimizer_of_the_run(tmp_path):
