@@ -101,19 +101,21 @@ def open_regular(path: str | Path, what: str = "the file") -> BinaryIO:
     return open(path, "rb")
 
 
-def pointer_problem(content: Buffer, path: str | Path) -> str:
+def pointer_problem(content: Buffer, path: str | Path | None) -> str:
     """Return what is wrong with a file that is a git-LFS pointer, or "" for any other file.
 
     Args:
         content: the file, or its beginning.
-        path: its path.
+        path: its path, or None for content that was not read from a file.
     """
     if content[: len(LFS_POINTER)] != LFS_POINTER:
         return ""
-    folder = str(Path(path).absolute().parent)
+    where = "where it is from"
+    if path is not None:
+        where = f"in {str(Path(path).absolute().parent)!r}"
     return (
         "is a git-LFS pointer, not the file itself. "
-        f"Run 'git lfs pull' in {folder!r}, or download the file."
+        f"Run 'git lfs pull' {where}, or download the file."
     )
 
 

@@ -23,6 +23,7 @@ import soxr
 from asrllm.data.audio_headers import (
     find_second_recording,
     has_frame_count,
+    is_gsm,
     is_several_mp3s,
     mp3_problem,
     sphere_problem,
@@ -49,7 +50,7 @@ LOCAL_ONLY = ("-protocol_whitelist", "file")
 # would open: a manifest or an upload could read any file of this machine.
 CONTAINERS = (
     *("aac", "ac3", "adx", "aiff", "amr", "amrnb", "amrwb", "ape", "asf", "ast", "au", "avi"),
-    *("caf", "dts", "dtshd", "eac3", "flac", "flv", "g722", "gsm", "ircam", "loas", "matroska"),
+    *("caf", "dts", "dtshd", "eac3", "flac", "flv", "ircam", "loas", "matroska"),
     *("mlp", "mov", "mp3", "mpc", "mpc8", "mpeg", "mpegts", "nistsphere", "nut", "ogg", "oma"),
     *("rm", "sbc", "shn", "sox", "tak", "truehd", "tta", "voc", "w64", "wav", "wv", "xwma"),
 )
@@ -241,7 +242,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")
     with file.open_bytes() as whole:
-        problem = pointer_problem(whole, path) or stream_problem(whole)
+        problem = pointer_problem(whole, path if content is None else None) or stream_problem(whole)
         second = find_second_recording(whole)
     if problem:
         raise file.error(problem)
@@ -262,6 +263,8 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             seconds = frames / sound.samplerate
             is_padded = frames < sound.frames
             sound_format = sound.format
+            if sound_format == "RAW":  # libsndfile guessed it from the name
+                _check_headerless(file, sound.subtype)
             log = sound.extra_info
             unreliable = unreliable_length(file, sound)
     except (OSError, RuntimeError) as error:
@@ -274,6 +277,18 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         return _open_without_length(file, sound_format)
     _check_length(file, sound_format, log)
     return replace(file, seconds=seconds, frames=frames if is_padded else None)
+
+
+def _check_headerless(file: AudioFile, subtype: str) -> None:
+    """Raise UserError for a file without a header, unless each of its frames shows its format."""
+    if subtype == "GSM610":
+        with file.open_bytes() as content:
+            if is_gsm(content):
+                return
+    raise file.error(
+        "has no header of an audio file, so its sampling rate and encoding are not known. "
+        "Copy it again, or convert it to WAV."
+    )
 
 
 def _check_rate(file: AudioFile, rate: int) -> None:

@@ -2,7 +2,9 @@
 
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from asrllm.text_files import Buffer
 
@@ -21,12 +23,16 @@ BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 1, III": (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     "MPEG 2": (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+GSM_FRAME = 33  # bytes
+GSM_MAGIC = 13  # its first four bits
 AC3_SYNC = b"\x0b\x77"
 # AC-3 (ATSC A/52, table 5.18): kbit/s by half of the frame size code
 AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, *range(160, 257, 32), *range(320, 641, 64))
 AC3_RATES = (48000, 44100, 32000)  # Hz
 AC3_SAMPLES = 1536  # samples of a frame
-# how a recording begins in formats of which decoders read only the first recording in a file
+ID3 = (b"ID3\x03", b"ID3\x04")
+EBML = b"\x1aE\xdf\xa3"  # Matroska and WebM
+# how a recording begins, by its first four bytes
 BEGINNINGS = {
     b"RIFF": re.compile(rb"RIFF....WAVE", re.DOTALL),
     b"RF64": re.compile(rb"RF64....WAVE", re.DOTALL),
@@ -41,7 +47,24 @@ BEGINNINGS = {
     # a block of WavPack with samples, of which the first has the index 0
     b"wvpk": re.compile(rb"wvpk....[\x02-\x10]\x04......\0{4}(?!\0{4})", re.DOTALL),
     b"ftyp": re.compile(rb"(?<=\0\0\0.)ftyp[ -~]{4}", re.DOTALL),  # MP4 and its relatives
+    b"OggS": re.compile(rb"OggS\0\x02\0{8}"),
+    b"0&\xb2u": re.compile(rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),  # ASF, of which WMA is one
+    EBML: re.compile(EBML + rb".{,40}(?:matroska|webm)", re.DOTALL),
+    **{tag: re.compile(tag + rb"\0.[\0-\x7f]{4}", re.DOTALL) for tag in ID3},
 }
+# What may begin within one recording: codecs have headers of their own in containers, and decoders
+# read all parts of MP3, Ogg and Matroska. `wav_problem` checks WAV.
+WITHIN = {
+    b"RIFF": (b"OggS", *ID3),
+    b"OggS": (b"OggS", b"fLaC"),
+    EBML: (EBML, b"fLaC", b"TTA1", b"wvpk"),
+}
+FIRST_TWO: np.ndarray = np.zeros(
+    1 << 16, bool
+)  # whether one of BEGINNINGS has these first two bytes
+FIRST_TWO[[int.from_bytes(magic[:2], "little") for magic in BEGINNINGS]] = True
+BLOCK = 1 << 20  # bytes that are searched at a time
+SHORTEST = 256  # bytes before a second recording
 LARGEST_PADDING = 640  # samples, two blocks of GSM 06.10: libsndfile may write an empty one
 UNKNOWN = b"\xff\xff\xff\xff"  # the size in a WAV header whose writer did not know it
 SPHERE_HEADER = 1024  # bytes
@@ -156,18 +179,50 @@ def _corrupted_at(offset: int, problem: str) -> str:
 def find_second_recording(content: Buffer) -> int | None:
     """Return where a second recording begins in a file, or None.
 
-    Such a file is made with cat, and decoders of these formats stop at the end of the first.
+    Such a file is made with cat, and decoders stop at the end of the first recording.
     """
-    start = 4 if content[4:8] == b"ftyp" else 0
-    magic = content[start : start + 4]
-    if magic not in BEGINNINGS:
-        return None
-    offset = start + 4
-    while (offset := content.find(magic, offset)) >= 0:
-        if BEGINNINGS[magic].match(content, offset):
-            return offset - start
-        offset += 4
+    begin = id3_size(content)
+    if content[begin + 4 : begin + 8] == b"ftyp":
+        begin += 4
+    first = content[begin : begin + 4]
+    within = WITHIN.get(first, ())
+    if first[:1] == b"\xff":  # frames of MP3 or AAC, between which tags may be
+        within = ID3
+    for place in _places_to_check(content, begin + SHORTEST):
+        magic = content[place : place + 4]
+        if magic in within or magic not in BEGINNINGS:
+            continue
+        if magic in ID3 and not _begins_mp3(content, place):
+            continue
+        if BEGINNINGS[magic].match(content, place):
+            return place - 4 if magic == b"ftyp" else place
     return None
+
+
+def _places_to_check(content: Buffer, begin: int) -> Iterator[int]:
+    """Yield where one of BEGINNINGS may be, in ascending order.
+
+    This takes 3 ns a byte. Calls of bytes.find, or a regular expression, take 12 ns.
+    """
+    for start in range(begin, len(content), BLOCK):
+        block = content[start : start + BLOCK + 1]
+        places: list[int] = []
+        for shift in (0, 1):
+            pairs = np.frombuffer(block[shift : len(block) - (len(block) - shift) % 2], "<u2")
+            places += (2 * np.flatnonzero(FIRST_TWO[pairs]) + shift).tolist()
+        for place in sorted(places):
+            yield start + place
+
+
+def _begins_mp3(content: Buffer, offset: int) -> bool:
+    """Return whether two frames of an MP3 follow an ID3 tag."""
+    first = offset + id3_size(content[offset : offset + 10])
+    if first + FRAME_HEADER > len(content):
+        return False
+    second = first + mp3_frame_size(content, first)
+    if second == first or second + FRAME_HEADER > len(content):
+        return False
+    return bool(mp3_frame_size(content, second))
 
 
 def id3_size(content: Buffer) -> int:
@@ -208,6 +263,12 @@ def adts_frame_size(content: Buffer, offset: int) -> int:
         return 0
     high, middle, low = content[offset + 3 : offset + 6]
     return (high & 3) << 11 | middle << 3 | low >> 5
+
+
+def is_gsm(content: Buffer) -> bool:
+    """Return whether a file consists of frames of GSM 06.10, each of which begins with 13."""
+    firsts = content[::GSM_FRAME]
+    return len(content) % GSM_FRAME == 0 and all(byte >> 4 == GSM_MAGIC for byte in firsts)
 
 
 def ac3_frame_size(content: Buffer, offset: int) -> int:

@@ -251,6 +251,69 @@ def test_file_of_several_recordings_is_reported(tmp_path, ending):
     assert str(place) in error_of(path)
 
 
+@pytest.mark.parametrize("second", ["wav", "flac", "ogg", "w64", "aiff"])
+@pytest.mark.parametrize("first", ["flac", "mp3", "aiff", "au", "caf", "rf64"])
+def test_file_of_recordings_in_two_formats_is_reported(tmp_path, first, second):
+    path = make(tmp_path / f"a.{first}", seconds=0.5, channels=1)
+    content = path.read_bytes()
+    path.write_bytes(content + make(tmp_path / f"b.{second}", seconds=0.5).read_bytes())
+    assert f"byte {len(content)}" in error_of(path)
+
+
+@pytest.mark.parametrize("ending", ["flac", "ogg", "caf"])
+def test_mp3_after_another_recording_is_reported(tmp_path, ending):
+    path = make(tmp_path / f"a.{ending}", seconds=0.5, channels=1)
+    content = path.read_bytes()
+    tag = b"ID3\4\0\0\0\0\0\4tags"
+    path.write_bytes(content + tag + make(tmp_path / "b.mp3", seconds=0.5).read_bytes())
+    assert f"byte {len(content)}" in error_of(path)
+
+
+def test_tags_around_a_recording_are_no_second_recording(tmp_path):
+    path = make(tmp_path / "a.flac", seconds=0.5, rate=16000, channels=1)
+    tag = b"ID3\4\0\0\0\0\4\0" + bytes(512)
+    path.write_bytes(tag + path.read_bytes() + tag)
+    assert len(read(path)) == 8000
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize("codec", ["flac", "tta", "wavpack"])
+def test_codec_header_in_a_container_is_no_second_recording(tmp_path, codec):
+    source = make(tmp_path / "a.wav", seconds=2, rate=16000)
+    path = by_ffmpeg(source, tmp_path / "a.mka", "-c:a", codec, "-strict", "-2")
+    assert len(read(path)) == 32000
+
+
+@pytest.mark.parametrize("ending", ["au", "snd", "vox", "gsm"])
+def test_content_is_not_taken_for_audio_because_of_its_name(tmp_path, ending):
+    """libsndfile reads any bytes in a file of these names, for example an error page."""
+    path = tmp_path / f"page.{ending}"
+    path.write_text("<html>404 not found</html>\n" * 33)
+    assert "header" in error_of(path)
+
+
+def test_gsm_without_a_header_is_checked_frame_by_frame(tmp_path):
+    path = tmp_path / "a.gsm"
+    wave = vowels(2, rate=8000)
+    soundfile.write(path, wave, 8000, format="RAW", subtype="GSM610")
+    assert abs(len(read(path)) - 32000) < 640
+    content = path.read_bytes()
+    for damaged in (content[:-5], content[:50] + content[55:] + bytes(5)):
+        path.write_bytes(damaged)
+        error_of(path)
+
+
+def test_git_lfs_pointer_in_memory_names_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+    with pytest.raises(UserError, match=r"'a\.wav'.*git-LFS") as error:
+        open_audio("a.wav", pointer)
+    assert tmp_path.name not in str(error.value)
+    (tmp_path / "a.wav").write_bytes(pointer)
+    assert str(tmp_path) in error_of(tmp_path / "a.wav")
+
+
 @needs_ffmpeg
 @pytest.mark.parametrize("name", ["a.wav", "a.m3u8", "a.ts", "a.txt"])
 def test_playlist_does_not_open_another_file(tmp_path, name):
