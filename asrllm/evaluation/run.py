@@ -37,6 +37,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import load_model_config
 from asrllm.models.base_models import base_entry, base_paths
 from asrllm.progress import waiting
+from asrllm.training.callbacks.agreement import Signature, check_same, flat_settings
 from asrllm.training.watchdog import Watchdog
 
 BASELINE = "whisper"  # directory of the baseline's journals, next to those of decoding methods
@@ -98,14 +99,31 @@ class Evaluation:
         """Check the test sets, and lock the result directory.
 
         Raises:
-            UserError: a test set cannot be scored, or another evaluation writes to the directory.
+            UserError: the ranks have different settings, a test set cannot be scored, or another
+                evaluation writes to the directory.
         """
+        check_same("in their settings", distributed.gather_objects(self.shared_settings()))
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
             distributed.first_rank_does(
                 functools.partial(check_test_set, corpus, self.cache, name, normalizer(name))
             )
         distributed.first_rank_does(self._lock_folder)  # creates the directory
+
+    def shared_settings(self) -> Signature:
+        """Return the settings that all ranks must share. Paths may differ from node to node."""
+        settings = {
+            "decoding_method": self.config.decoding_method,
+            "max_batch_duration": self.config.data.max_batch_duration,
+            "whisper_baseline": self.config.whisper_baseline,
+            "precision": str(self.dtype),
+            "weights": self.weights.name,
+            "options": self.config.generation,
+            "prompts": self.prompts,
+            "normalizers": self.normalizers,
+            "test sets": {corpus.name: corpus_digest(corpus) for corpus in self.corpora},
+        }
+        return flat_settings(settings)
 
     def _lock_folder(self) -> None:
         self.folder.mkdir(exist_ok=True)

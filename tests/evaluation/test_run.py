@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from asrllm import distributed
 from asrllm.config import load_config
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import read_corpora
@@ -437,6 +438,24 @@ def test_unusable_test_set_is_reported_before_the_model_loads(world, exp, tmp_pa
         everything = f"data.test_data_config={tmp_path / 'all.yaml'}"
         assert "'all'" in fails(capsys, "evaluate", arguments[0], everything)
     assert sorted(path.name for path in exp.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("tests", "overrides", "setting"),
+    [
+        ("test.yaml", [], "test sets"),
+        ("train.yaml", ["decoding_method=beam_search"], "decoding_method"),
+        ("train.yaml", ["repetition_guard=7"], "options.repetition_guard"),
+        ("train.yaml", ["normalizer=none"], "normalizers.train"),
+    ],
+)
+def test_ranks_with_different_settings_are_reported(
+    world, exp, monkeypatch, tests, overrides, setting
+):
+    other = evaluation(world, exp, *overrides, tests=tests).shared_settings()
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, other])
+    with pytest.raises(UserError, match=rf"{re.escape(setting)}.* on rank 1"):
+        evaluation(world, exp).check()
 
 
 def written(folder):
