@@ -128,7 +128,7 @@ def _no_sample_message(tars: Sequence[str], scans: Sequence["_Scan"], reasons: C
         return f"{problem}: they are empty. Give tars with samples."
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     first = next(sample for scan in scans for sample in scan.bad)
-    return f"{problem}: {counts}; the first: {first.key}: {first.detail}"
+    return f"{problem}: {counts}; the first: {escape(first.key)}: {escape(first.detail)}"
 
 
 def _write_rejected(path: Path, scans: Sequence["_Scan"]) -> None:

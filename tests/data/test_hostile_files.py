@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tarfile
 import tracemalloc
 import zlib
 
@@ -42,12 +43,21 @@ def bomb(tmp_path, monkeypatch):
 def test_a_gzip_bomb_is_rejected_with_bounded_memory(bomb, source):
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match=r"bomb\.jsonl\.gz' .* 20 times"):
+        with pytest.raises(UserError, match=r"bomb\.jsonl\.gz' .* 1048576 bytes"):
             list(SOURCES[source].read(bomb))
         assert SOURCES[source].count(bomb) is None
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_many_lines_that_unpack_to_much_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(files_module, "MAX_UNPACKED", 1 << 20)
+    monkeypatch.setattr(files_module, "MAX_UNPACKED_RATIO", 20)
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress((b" " * 999 + b"\n") * 2000))
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz' .* 20 times"):
+        list(SOURCES["nemo"].read(path))
 
 
 def test_a_gzip_file_of_blank_lines_is_rejected(tmp_path, monkeypatch):
@@ -166,3 +176,13 @@ def make_special(path, kind):
         os.mkfifo(path)
     else:
         path.write_text(POINTER)
+
+
+def test_line_break_in_a_key_is_escaped_in_the_message(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("u\nb.wav", "u\nb.json"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=r"u\\nb") as error:
+        index_tars([str(path)])
+    assert "\n" not in str(error.value)

@@ -52,14 +52,19 @@ def raw_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file, gzip or not.
 
     Raises:
-        UserError: a gzip file unpacks to more than a manifest can.
+        UserError: a gzip file, or a line of it, unpacks to more than a manifest can.
     """
     with open_manifest(path) as file:
         if not isinstance(file, gzip.GzipFile):
             yield from file
             return
         remaining = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * path.stat().st_size)
-        while line := file.readline(remaining + 1):
+        while line := file.readline(min(remaining, MAX_UNPACKED) + 1):
+            if len(line) > MAX_UNPACKED:
+                raise UserError(
+                    f"{str(path)!r} has a line of more than {MAX_UNPACKED} bytes after unpacking. "
+                    "If that is intended, unpack it, and use the unpacked file."
+                )
             remaining -= max(len(line), SHORTEST_LINE)
             if remaining < 0:
                 raise UserError(

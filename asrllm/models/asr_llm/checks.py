@@ -26,7 +26,14 @@ from asrllm.schema import (
     keys_and_types,
     shown,
 )
-from asrllm.text_files import JsonObject, check_no_mark, first_words, read_json_object, reading
+from asrllm.text_files import (
+    JsonObject,
+    check_no_mark,
+    first_words,
+    missing_problem,
+    read_json_object,
+    reading,
+)
 
 TYPES = get_annotations(AsrLlmConfig)
 # Limits far above any model, so that a damaged size does not take all memory or run for hours.
@@ -76,6 +83,8 @@ def read_config_fields(folder: str | Path) -> JsonObject:
     """
     if Path(folder).exists() and not Path(folder).is_dir():
         raise UserError(f"{str(folder)!r} is not a directory. Give the directory of a model.")
+    if not Path(folder).exists():
+        raise UserError(f"the model {str(folder)!r} {missing_problem(folder)}")
     verify_folder(Path(folder))
     path = Path(folder) / "config.json"
     if not path.exists():

@@ -6,7 +6,7 @@ import pytest
 
 from asrllm.commands.dispatch import main
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.checks import check_config_fields
+from asrllm.models.asr_llm.checks import check_config_fields, read_config_fields
 from tests.models.asr_llm.test_modeling import make_config
 
 HUGE = 10**30
@@ -79,3 +79,10 @@ def test_command_ends_with_status_2_if_a_field_is_wrong(fields, tmp_path, capsys
     assert main(["transcribe", str(tmp_path), "x.wav"]) == 2
     error = capsys.readouterr().err
     assert f"{str(tmp_path / 'config.json')!r}: audio_encoder.encoder_layers" in error
+
+
+def test_missing_directory_of_a_model_is_reported_as_missing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, problem in (("none", "exist"), ("empty", r"config\.json")):
+        with pytest.raises(UserError, match=rf"{name}'.* {problem}"):
+            read_config_fields(tmp_path / name)
