@@ -15,6 +15,8 @@ OGG_HEADER = 27  # bytes of a page's header before its lacing values
 OGG_CHECKSUM = slice(22, 26)  # its place in the header
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 FRAME_HEADER = 7  # bytes that are read of a frame of AAC or MP3
+ID3V1_SIZE = 128  # bytes
+CERTAIN = 4  # consecutive frames that are not there by chance
 LARGEST_GAP = 2048  # bytes between two MP3s in one file
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")  # names of the frame that counts the others
 MP3_RATES = (44100, 48000, 32000)  # Hz, of MPEG 1
@@ -246,15 +248,39 @@ def has_frame_count(content: Buffer) -> bool:
 
 
 def _last_frame_problem(content: Buffer, offset: int, size: Callable[[Buffer, int], int]) -> str:
-    """Walk over the frames of a stream, and return INCOMPLETE if the last one is cut."""
+    """Walk over the frames of a stream, and return what is wrong in it or at its end, or ""."""
     frames = 0
     while offset + FRAME_HEADER <= len(content):
-        length = size(content, offset)
-        if not length:  # a tag at the end, or another kind of file
+        length = size(content, offset) or _tag_size(content, offset)
+        if not length:  # an unknown tag at the end, or another kind of file
+            if frames > 1 and _has_frames_after(content, offset, size):
+                return _corrupted_at(offset, "no frame begins there")
             return ""
         offset += length
         frames += 1
     return INCOMPLETE if offset > len(content) and frames > 1 else ""
+
+
+def _tag_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of an ID3 tag, of version 1 or 2, or 0 if there is none."""
+    if content[offset : offset + 3] == b"TAG":
+        return ID3V1_SIZE
+    return id3_size(content[offset : offset + 10])
+
+
+def _has_frames_after(content: Buffer, offset: int, size: Callable[[Buffer, int], int]) -> bool:
+    """Return whether frames follow something else in a stream."""
+    first_byte = content[:1] if content[:1] != b"I" else b"\xff"
+    while (offset := content.find(first_byte, offset + 1)) >= 0:
+        end = offset
+        for _ in range(CERTAIN):
+            length = size(content, end) if end + FRAME_HEADER <= len(content) else 0
+            if not length:
+                break
+            end += length
+        else:
+            return True
+    return False
 
 
 def adts_frame_size(content: Buffer, offset: int) -> int:

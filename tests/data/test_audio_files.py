@@ -381,6 +381,30 @@ def test_flipped_bit_is_reported_where_the_format_has_checksums(tmp_path, ending
 
 @pytest.mark.slow
 @needs_ffmpeg
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [("mp2", []), ("aac", []), ("ac3", []), ("mp3", ["-write_xing", "0", "-id3v2_version", "0"])],
+)
+def test_zeros_within_a_stream_of_frames_are_reported(tmp_path, ending, options):
+    path = by_ffmpeg(make(tmp_path / "a.wav", seconds=3), tmp_path / f"a.{ending}", *options)
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[:half] + bytes(3000) + content[half + 3000 :])
+    error_of(path)
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize("ending", ["mp2", "aac"])
+@pytest.mark.parametrize("tag", [b"TAG" + bytes(125), b"APETAGEX" + bytes(500)])
+def test_tag_after_a_stream_of_frames_is_not_damage(tmp_path, ending, tag):
+    path = by_ffmpeg(make(tmp_path / "a.wav", seconds=3), tmp_path / f"a.{ending}")
+    path.write_bytes(path.read_bytes() + tag)
+    assert len(read(path)) > 2.9 * 16000
+
+
+@pytest.mark.slow
+@needs_ffmpeg
 @pytest.mark.parametrize("rate", [32000, 44100, 48000])
 @pytest.mark.parametrize("codec", ["ac3", "eac3"])
 def test_cut_frame_of_ac3_is_reported(tmp_path, codec, rate):
