@@ -29,6 +29,7 @@ from asrllm.data.audio_headers import (
     sphere_problem,
     stream_problem,
     truncated,
+    w64_problem,
     wav_problem,
     wav_sample_count,
     with_unknown_size,
@@ -60,6 +61,7 @@ PROBLEMS = {
     "MP3": mp3_problem,
     "MPEG": mp3_problem,
     "NIST": sphere_problem,
+    "W64": w64_problem,
     "WAV": wav_problem,
     "WAVEX": wav_problem,
 }

@@ -68,6 +68,8 @@ FIRST_TWO[[int.from_bytes(magic[:2], "little") for magic in BEGINNINGS]] = True
 BLOCK = 1 << 20  # bytes that are searched at a time
 SHORTEST = 256  # bytes before a second recording
 LARGEST_PADDING = 640  # samples, two blocks of GSM 06.10: libsndfile may write an empty one
+W64_FIRST = 40  # bytes before the first chunk of a Wave64 file
+W64_GUID = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"  # end of its chunks' names
 UNKNOWN = b"\xff\xff\xff\xff"  # the size in a WAV header whose writer did not know it
 SPHERE_HEADER = 1024  # bytes
 SPHERE_FIELDS = (b"sample_count", b"channel_count", b"sample_n_bytes")
@@ -410,6 +412,30 @@ def wav_problem(content: Buffer) -> str:
         f"has {len(content) - begin} bytes of audio, but {size} in its header. "
         "Correct the header: sox --ignore-length IN.wav OUT.wav"
     )
+
+
+def w64_problem(content: Buffer) -> str:
+    """Look for anything after the audio of a Wave64 file, which libsndfile would read as audio.
+
+    Returns:
+        What is wrong, or "" if nothing is.
+    """
+    offset = W64_FIRST
+    while offset + 24 <= len(content):
+        size = int.from_bytes(content[offset + 16 : offset + 24], "little")  # with its 24 bytes
+        end = offset + size + -size % 8
+        if size < 24:
+            return ""
+        if content[offset : offset + 4] == b"data":
+            is_chunk = content[end + 4 : end + 16] == W64_GUID
+            if is_chunk or len(content) - end <= LARGEST_TAIL:
+                return ""
+            return (
+                f"has {len(content) - offset - 24} bytes of audio, but {size - 24} in its header. "
+                "Copy it again."
+            )
+        offset = end
+    return ""
 
 
 def with_unknown_size(content: Buffer) -> bytes | None:

@@ -414,6 +414,16 @@ def test_cut_frame_of_ac3_is_reported(tmp_path, codec, rate):
     error_of(path)
 
 
+@pytest.mark.parametrize("ending", ["wav", "w64"])
+def test_bytes_after_the_audio_are_not_read_as_audio(tmp_path, ending):
+    path = make(tmp_path / f"a.{ending}", seconds=1, rate=16000, channels=1)
+    content = path.read_bytes()
+    path.write_bytes(content + b"garbage " * 1000)
+    assert "32000" in error_of(path)
+    path.write_bytes(content)
+    assert len(read(path)) == 16000
+
+
 def test_wav_without_a_size_is_read_completely(tmp_path):
     path = make(tmp_path / "a.wav", channels=1)
     whole = read(path)
