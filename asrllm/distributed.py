@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asrllm import siblings
 from asrllm.errors import UserError
-from asrllm.launchers import whole_number
+from asrllm.launchers import free_port, whole_number
 from asrllm.progress import waiting
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def start() -> torch.device:
             WORLD_SIZE="1",
             LOCAL_RANK="0",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
+            MASTER_PORT=str(free_port()),
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     check_descriptors()
@@ -178,13 +178,6 @@ def device_index(devices: int) -> int:
         f"LOCAL_RANK={local_rank()} on {socket.gethostname()!r} has no device: "
         f"the node has {devices}. Start as many processes as GPUs."
     )
-
-
-def _free_port() -> int:
-    """Return a port that no process uses."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def finish() -> None:

@@ -6,6 +6,7 @@ The variables of torchrun and DeepSpeed are used as they are; those of srun and 
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import NamedTuple
 
@@ -184,3 +185,10 @@ def port_of_job(job: str | None) -> int:
     if not job:
         return DEFAULT_PORT
     return JOB_PORTS + int(job) % JOB_PORTS
+
+
+def free_port() -> int:
+    """Return a TCP port that is free at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

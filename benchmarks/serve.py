@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from asrllm.data.corpora import make_corpus
 from asrllm.data.index import open_index
 from asrllm.data.plan import Item
 from asrllm.defaults import RATE
+from asrllm.launchers import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 300.0
@@ -109,13 +109,6 @@ class Server:
     def megabytes(self) -> float:
         """Return its resident memory."""
         return self.process.memory_info().rss / 1e6
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

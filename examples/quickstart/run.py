@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from asrllm.launchers import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 110
@@ -294,13 +295,6 @@ def run(command: list[str], stdout: int | None = None) -> subprocess.CompletedPr
 def executable(name: str) -> str:
     """Return the path of a program in this interpreter's environment."""
     return shutil.which(name, path=str(Path(sys.executable).parent)) or name
-
-
-def free_port() -> int:
-    """Return a TCP port that is free at the moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def summarise(paths: Paths, recording: Path, text: str, times: Times) -> None:
