@@ -1,6 +1,5 @@
 """Load a model from any directory: an exported model, a run's exp_dir, or a directory of Auden."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 import transformers
 
 from asrllm.errors import UserError, refuse_unknown
-from asrllm.integrity import verify_weights
 from asrllm.models.asr_llm.checks import indexed_files, read_config, read_config_fields
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.loading import load_model, set_generation_config
@@ -17,11 +15,11 @@ from asrllm.models.asr_llm.placement import DeviceMap, Dtype, device_of_map
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.asr_llm.weight_files import read_tensors
 from asrllm.models.base_models import BasePaths, move_base_models
-from asrllm.models.encoders.zipformer.weights import READ_ERRORS
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config
+from asrllm.models.plain_tensors import load_plain_tensors
 from asrllm.models.state_dict import StateDict, check_finite, check_stored_values
-from asrllm.text_files import check_file, first_words
+from asrllm.text_files import check_file
 
 # Importing this module registers the model with transformers' Auto classes. No other module has
 # such an effect.
@@ -191,21 +189,12 @@ def load_state(path: Path, *, mapped: bool = False) -> StateDict:
     Raises:
         UserError: the file cannot be read, is not a plain state dict, or has a sparse tensor.
     """
-    try:
-        verify_weights(path)
-        mapped = mapped and zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (*READ_ERRORS, OSError) as error:
-        raise UserError(
-            f"the weights {str(path)!r} cannot be read: {first_words(error)}. Copy the file again, "
-            "or make it again."
-        ) from error
+    what = f"the weights {str(path)!r}"
+    state = load_plain_tensors(path, what, "Copy the file again, or make it again.", mapped=mapped)
     is_state = isinstance(state, dict) and all(
         isinstance(value, torch.Tensor) for value in state.values()
     )
     if not is_state:
-        raise UserError(
-            f"the weights {str(path)!r} are not a plain state dict of tensors. Give one."
-        )
+        raise UserError(f"{what} are not a plain state dict of tensors. Give one.")
     check_stored_values(state, path)
     return state

@@ -5,19 +5,18 @@ and OpenAI's own .pt files.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from asrllm.defaults import ENCODER_KEY
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder, verify_weights
-from asrllm.models.encoders.zipformer.weights import READ_ERRORS, load_tensors
+from asrllm.models.encoders.zipformer.weights import load_tensors
 from asrllm.models.hub_files import check_kind, check_not_quantized
+from asrllm.models.plain_tensors import READ_ERRORS, load_plain_tensors
 from asrllm.models.state_dict import StateDict, check_stored_values
 from asrllm.text_files import JsonObject, first_words, read_json_object
 
@@ -79,7 +78,8 @@ def read_whisper(path: Path) -> tuple[JsonObject, StateDict]:
 
 def read_openai(file: Path) -> tuple[JsonObject, StateDict]:
     """Read OpenAI's .pt file. See `read_whisper`."""
-    content = _load_openai(file)
+    # mapped into memory, because the decoder is most of the file
+    content = load_plain_tensors(file, f"{ENCODER_KEY}={str(file)!r}", AGAIN, mapped=True)
     dims = None
     state = None
     if isinstance(content, dict):
@@ -104,19 +104,6 @@ def read_openai(file: Path) -> tuple[JsonObject, StateDict]:
     renamed = from_openai(encoder, str(file))
     _check_last_layer(fields, renamed, file)
     return fields, renamed
-
-
-def _load_openai(file: Path) -> object:
-    try:
-        verify_weights(file)
-        # mapped into memory if the format allows it, because the decoder is most of the file
-        mapped = zipfile.is_zipfile(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (*READ_ERRORS, OSError) as error:
-        raise UserError(
-            f"{ENCODER_KEY}={str(file)!r} cannot be read as plain tensors: {first_words(error)}. "
-            f"{AGAIN}"
-        ) from error
 
 
 def from_openai(state: Mapping[str, Tensor], where: str) -> StateDict:

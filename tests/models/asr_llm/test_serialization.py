@@ -421,7 +421,7 @@ def test_hub_id_is_loaded_like_a_directory(world, tmp_path, monkeypatch):
     assert load_model_config("me/model").lora["r"] == 4
     assert asked == ["me/model"] * 2
     for path in ("nowhere", "./a/b", "/no/where"):
-        with pytest.raises(UserError, match=rf"'{Path(path)}' .*config\.json"):
+        with pytest.raises(UserError, match=rf"'{Path(path)}'"):
             asrllm.AutoModel.from_pretrained(path)
 
 

@@ -4,20 +4,15 @@ The encoder is found by the name of its first weight, whatever else the file con
 """
 
 import difflib
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.integrity import verify_folder, verify_weights
+from asrllm.integrity import verify_folder
 from asrllm.models.encoders.zipformer.configuration import (
     PER_STACK,
     PUBLIC_SIZES,
@@ -25,8 +20,9 @@ from asrllm.models.encoders.zipformer.configuration import (
     ZipformerConfig,
 )
 from asrllm.models.hub_files import check_no_adapters
+from asrllm.models.plain_tensors import load_plain_tensors
 from asrllm.models.state_dict import StateDict, check_stored_values
-from asrllm.text_files import JsonObject, first_words, read_json_object
+from asrllm.text_files import JsonObject, read_json_object
 
 FIRST_KEY = "encoder_embed.conv.0.weight"
 MODULE_PREFIXES = ("encoder_embed.", "encoder.")
@@ -40,19 +36,6 @@ ICEFALL_CHUNKS = {
     "chunk_size": [16, 32, 64, -1],
     "left_context_frames": [64, 128, 256, -1],
 }
-# What torch and safetensors raise for files that are truncated, of another kind, or contain more
-# than tensors.
-READ_ERRORS = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    struct.error,
-)
 ZIPFORMER_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "pretrained.pt", "*.pt", "*.pth")
 GIVE_CHECKPOINT = "Give the file or directory of an icefall or Auden checkpoint."
 
@@ -136,16 +119,8 @@ def load_tensors(file: Path) -> StateDict:
     Raises:
         UserError: the file is damaged, contains more than tensors, or has a sparse tensor.
     """
-    try:
-        verify_weights(file)
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (*READ_ERRORS, OSError) as error:
-        raise UserError(
-            f"{str(file)!r} cannot be read as plain tensors: {first_words(error)}. Save only its "
-            "state dict, with torch.save or as safetensors."
-        ) from error
+    fix = "Save only its state dict, with torch.save or as safetensors."
+    content = load_plain_tensors(file, repr(str(file)), fix)
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

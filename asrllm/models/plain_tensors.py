@@ -1,0 +1,54 @@
+"""Read weight files of torch.save and safetensors without executing code in them."""
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from asrllm.errors import UserError
+from asrllm.integrity import verify_weights
+from asrllm.text_files import first_words
+
+# What torch and safetensors raise for files that are truncated, of another kind, or contain more
+# than tensors.
+READ_ERRORS = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
+
+
+def load_plain_tensors(file: Path, what: str, fix: str, *, mapped: bool = False) -> Any:
+    """Return the content of a file.
+
+    Args:
+        file: a safetensors file, or one that torch.save wrote.
+        what: how error messages call it.
+        fix: what to do if it cannot be read.
+        mapped: map a file of torch.save into memory if its format allows it, so that a tensor is
+            read when it is used.
+
+    Raises:
+        UserError: the file is damaged, or contains more than tensors.
+    """
+    try:
+        verify_weights(file)
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        mapped = mapped and zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (*READ_ERRORS, OSError) as error:
+        raise UserError(
+            f"{what} cannot be read as plain tensors: {first_words(error)}. {fix}"
+        ) from error
