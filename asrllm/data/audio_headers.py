@@ -42,7 +42,8 @@ BEGINNINGS = {
     b"FORM": re.compile(rb"FORM....AIF[FC]", re.DOTALL),
     b".snd": re.compile(rb"\.snd\0\0.{6}\0\0\0[\x01-\x1b]", re.DOTALL),
     b"caff": re.compile(rb"caff\0\x01\0\0"),
-    b"fLaC": re.compile(rb"fLaC[\0\x80]\0\0\x22"),
+    # in Ogg FLAC, it follows the nine bytes of another header
+    b"fLaC": re.compile(rb"(?<!\x7fFLAC....)fLaC[\0\x80]\0\0\x22", re.DOTALL),
     b"NIST": re.compile(rb"NIST_1A\n"),
     b"TTA1": re.compile(rb"TTA1[\x01-\x03]\0"),
     b"FLV\x01": re.compile(rb"FLV\x01.\0\0\0\t", re.DOTALL),
@@ -58,7 +59,7 @@ BEGINNINGS = {
 # read all parts of MP3, Ogg and Matroska. `wav_problem` checks WAV.
 WITHIN = {
     b"RIFF": (b"OggS", *ID3),
-    b"OggS": (b"OggS", b"fLaC"),
+    b"OggS": (b"OggS",),
     EBML: (EBML, b"fLaC", b"TTA1", b"wvpk"),
 }
 FIRST_TWO: np.ndarray = np.zeros(
