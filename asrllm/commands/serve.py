@@ -166,7 +166,7 @@ def read_api_key(path: str | None) -> str | None:
         path: a file with the key; None reads the environment variable ASRLLM_API_KEY.
 
     Raises:
-        UserError: the file cannot be read or is empty.
+        UserError: the file cannot be read, or its key is not one word of printable ASCII.
     """
     if path is None:
         where = API_KEY

@@ -62,9 +62,8 @@ WITHIN = {
     b"OggS": (b"OggS",),
     EBML: (EBML, b"fLaC", b"TTA1", b"wvpk"),
 }
-FIRST_TWO: np.ndarray = np.zeros(
-    1 << 16, bool
-)  # whether one of BEGINNINGS has these first two bytes
+# whether one of BEGINNINGS has these first two bytes
+FIRST_TWO: np.ndarray = np.zeros(1 << 16, bool)
 FIRST_TWO[[int.from_bytes(magic[:2], "little") for magic in BEGINNINGS]] = True
 BLOCK = 1 << 20  # bytes that are searched at a time
 SHORTEST = 256  # bytes before a second recording

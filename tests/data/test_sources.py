@@ -614,6 +614,7 @@ def test_time_that_is_not_a_number_of_seconds_rejects_its_cut(tmp_path, where, s
         ({"recording": [1]}, "'recording' is [1]"),
         ({"id": None}, "'id'"),
         ({"type": "MixedCut", "tracks": []}, "'tracks' is []"),
+        ({"type": "MixedCut", "tracks": [{"offset": 0.0}] * 1001}, "1001 tracks"),
         ({"recording": {"sampling_rate": "16000"}}, "'sampling_rate' is '16000'"),
         ({"recording": {"sampling_rate": 0}}, "'sampling_rate' is 0"),
         ({"recording": {"sampling_rate": 10**30}}, f"'sampling_rate' is {10**30}"),

@@ -14,6 +14,7 @@ from asrllm.data.sources.utterance import RejectedError
 from asrllm.data.tars import SHOWN_FIELD
 
 MAX_CHANNEL = 4096  # microphone arrays have hundreds of channels
+MAX_TRACKS = 1000  # Lhotse takes more than 100 s for 20,000
 FACTORS = (0.1, 10.0)  # the slowest and fastest that speech is played
 # Lhotse's filter for a ratio of rates p/q in lowest terms has some p q taps: 282,000 for 11025 to
 # 16000 Hz, but 256 million, several GiB, for a speed of 1.0001 at 16000 Hz
@@ -41,6 +42,12 @@ def check_cut(row: Row, where: str) -> None:
         raise RejectedError("bad_field", f"{where}: 'tracks' is []. It must have a track")
     for name in ("supervisions", "tracks"):
         _check(row, where, name, _is_list_of_objects, "a list of objects")
+    count = len(row.get("tracks", []))
+    if count > MAX_TRACKS:
+        raise RejectedError(
+            "bad_field",
+            f"{where}: 'tracks' has {count} tracks. At most {MAX_TRACKS} are mixed. Split the cut",
+        )
     _check(row, where, "type", _is_text, "a text")
     _check(row, where, "custom", _is_object_or_null, "an object")
     for supervision in row.get("supervisions", []):
