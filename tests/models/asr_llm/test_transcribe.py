@@ -108,7 +108,7 @@ def test_transcribe_accepts_runs_exports_and_auden_directories(
     assert heard.dtypes.index(torch.bfloat16) == 1
     (tmp_path / "empty").mkdir()
     for folder, named in (
-        (tmp_path / "no", "config.json"),
+        (tmp_path / "no", str(tmp_path / "no")),
         (tmp_path / "empty", "config.json"),
         (world.llm, "'qwen2'"),
     ):
