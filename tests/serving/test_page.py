@@ -121,12 +121,13 @@ def test_text_of_the_microphone_appears_during_speech(page, url):
     button.click()
     wait_for(lambda: status(page) == "Recording", 20)
     assert button.get_attribute("aria-pressed") == "true"
-    wait_for(lambda: "".join(shown(page)).strip(), 20)
+    # the second segment has a text, so that both are in the recording
+    wait_for(lambda: len(shown(page)) > 1 and shown(page)[1].strip(), 20)
     assert status(page) == "Recording"
     button.click()
     wait_for(lambda: status(page) == "Done", 30)
     samples = recording(page)
-    assert len(samples) > 2 * PCM_RATE
+    assert len(samples) > PCM_RATE
     with live(url) as session:
         session.append(samples.tobytes())
         session.commit()
