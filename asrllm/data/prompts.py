@@ -48,7 +48,7 @@ DEFAULT_PROMPTS = (Prompt(text="Transcribe the speech."),)
 
 
 def for_transcripts(prompts: Sequence[str], tasks: Mapping[str, str] | None) -> list[str]:
-    """Return the prompts that are not for translations, or all if there are no others.
+    """Return the prompts that do not ask for a translation, or all prompts if each of them does.
 
     Args:
         prompts: prompts of training.

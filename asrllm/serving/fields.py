@@ -30,6 +30,16 @@ MAX_TEXT = 1000  # characters of a prompt or a list of hotwords; LLMs have 2048 
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
 
+# fields of both kinds of requests
+Audio = Annotated[UploadFile, File(description="audio in any format")]
+Name = Annotated[str, Form(description="a name from GET /v1/models")]
+Instruction = Annotated[str | None, Form(max_length=MAX_TEXT, description="the instruction")]
+Hotwords = Annotated[
+    str | None, Form(max_length=MAX_TEXT, description="words that may occur: a,b,c")
+]
+Temperature = Annotated[float, Form(ge=0, le=1, description="only 0")]
+
+
 class TranscriptionFields:
     """The fields of a request for a transcription."""
 
@@ -38,17 +48,13 @@ class TranscriptionFields:
 
     def __init__(
         self,
-        file: Annotated[UploadFile, File(description="audio in any format")],
-        model: Annotated[str, Form(description="a name from GET /v1/models")],
+        file: Audio,
+        model: Name,
         language: Annotated[str | None, Form(description="for example en")] = None,
-        prompt: Annotated[
-            str | None, Form(max_length=MAX_TEXT, description="the instruction")
-        ] = None,
-        hotwords: Annotated[
-            str | None, Form(max_length=MAX_TEXT, description="words that may occur: a,b,c")
-        ] = None,
+        prompt: Instruction = None,
+        hotwords: Hotwords = None,
         response_format: Annotated[ResponseFormat, Form()] = "json",
-        temperature: Annotated[float, Form(ge=0, le=1, description="only 0")] = 0.0,
+        temperature: Temperature = 0.0,
         timestamp_granularities: Annotated[
             list[str] | None, Form(alias="timestamp_granularities[]", description="only segment")
         ] = None,
@@ -74,16 +80,12 @@ class TranslationFields(TranscriptionFields):
 
     def __init__(
         self,
-        file: Annotated[UploadFile, File(description="audio in any format")],
-        model: Annotated[str, Form(description="a name from GET /v1/models")],
-        prompt: Annotated[
-            str | None, Form(max_length=MAX_TEXT, description="the instruction")
-        ] = None,
-        hotwords: Annotated[
-            str | None, Form(max_length=MAX_TEXT, description="words that may occur: a,b,c")
-        ] = None,
+        file: Audio,
+        model: Name,
+        prompt: Instruction = None,
+        hotwords: Hotwords = None,
         response_format: Annotated[ResponseFormat, Form()] = "json",
-        temperature: Annotated[float, Form(ge=0, le=1, description="only 0")] = 0.0,
+        temperature: Temperature = 0.0,
     ) -> None:
         super().__init__(
             file=file,
@@ -166,7 +168,8 @@ def checked_prompt(
 ) -> str:
     """Return the prompt, or raise ApiError if it cannot be used.
 
-    It cannot if it contains the audio token or half a character, or if there is no hotword.
+    That is so if it contains the audio token or half a character, or if the list of hotwords is
+    empty.
     """
     param = "prompt" if prompt else "hotwords"
     if any("\ud800" <= c <= "\udfff" for c in f"{prompt}{hotwords}"):  # JSON may contain them

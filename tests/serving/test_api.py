@@ -481,7 +481,7 @@ def test_client_that_disconnects_frees_its_place(engine):
 
 @pytest.mark.slow
 def test_reading_stops_when_the_client_disconnects(engine, monkeypatch):
-    """Without speech there is no segment, after which the request would notice it."""
+    """Without speech no segment ends, and only the end of a segment would show the loss."""
     read = []
 
     def endless(file):

@@ -101,7 +101,7 @@ class LoopDetector:
 
 
 def first_loop(row: Iterable[Hashable], guard: int) -> int | None:
-    """Return where the second copy of the first loop begins, or None if there is no loop."""
+    """Return where the second copy within the first loop begins, None without a loop."""
     detector = LoopDetector(guard)
     for token in row:
         start = detector.add(token)

@@ -61,6 +61,11 @@ def family(folder, model_type):
     return folder
 
 
+def llm_of(folder, model_type):
+    """Write a tiny qwen2, or an LLM of one of FAMILIES, and return its directory."""
+    return tiny_llm(folder, tied=False) if model_type == "qwen2" else family(folder, model_type)
+
+
 def make_model(world, llm, encoder="whisper", model_type="qwen2", projector="mlp"):
     config = ModelConfig(
         audio_encoder=EncoderPart(

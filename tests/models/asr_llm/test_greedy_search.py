@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from asrllm.models.asr_llm import generation
 from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder
 from asrllm.testing import tiny_llm
-from tests.models.asr_llm.test_generation import FAMILIES, chats_of, family, make_model, waves_of
+from tests.models.asr_llm.test_generation import FAMILIES, chats_of, llm_of, make_model, waves_of
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,7 @@ def ends_early(model, count=12):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2", *FAMILIES])
 def test_texts_match_transformers_while_rows_are_removed(world, tmp_path, monkeypatch, model_type):
-    llm = (
-        tiny_llm(tmp_path / "llm", tied=False)
-        if model_type == "qwen2"
-        else family(tmp_path / "llm", model_type)
-    )
+    llm = llm_of(tmp_path / "llm", model_type)
     model = make_model(world, llm, model_type=model_type)
     ours, theirs, rows = both_ways(
         model, monkeypatch, max_new_tokens=24, generation_config=ends_early(model)
@@ -62,11 +58,7 @@ def test_texts_match_transformers_while_rows_are_removed(world, tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2", *FAMILIES])
 def test_packed_prompts_fill_the_cache_as_padded_ones(world, tmp_path, model_type):
-    llm = tmp_path / "llm"
-    if model_type == "qwen2":
-        tiny_llm(llm, tied=False)
-    else:
-        family(llm, model_type)
+    llm = llm_of(tmp_path / "llm", model_type)
     model = make_model(world, llm, model_type=model_type)
     lengths = torch.tensor([5, 31, 18])
     mask = (torch.arange(31) >= 31 - lengths[:, None]).long()

@@ -5,7 +5,7 @@ from transformers import GenerationConfig
 
 from asrllm.evaluation.engine import TorchEngine, WholeBatch
 from asrllm.testing import tiny_llm
-from tests.models.asr_llm.test_generation import FAMILIES, family, make_model, waves_of
+from tests.models.asr_llm.test_generation import FAMILIES, llm_of, make_model, waves_of
 
 PROMPTS = ("Transcribe.", "Say so so so so.", "Write down in English what is said.")
 
@@ -62,11 +62,7 @@ def model(world, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2", *FAMILIES])
 def test_texts_do_not_depend_on_who_joins(world, tmp_path, model_type):
-    llm = tmp_path / "llm"
-    if model_type == "qwen2":
-        tiny_llm(llm, tied=False)
-    else:
-        family(llm, model_type)
+    llm = llm_of(tmp_path / "llm", model_type)
     model = make_model(world, llm, model_type=model_type)
     waves = waves_of(14)
     first = engine_of(model)
