@@ -39,6 +39,7 @@ import psutil
 import soundfile
 import torch
 
+from asrllm.atomic import sigterm_raises
 from asrllm.audio.reader import Reader
 from asrllm.data.corpora import make_corpus
 from asrllm.data.index import open_index
@@ -252,6 +253,11 @@ def terminate_under_load(server: Server, files: Sequence[bytes], clients: int) -
     }
 
 
+def announce(phase: str) -> None:
+    """Print what is measured next, because a phase may take minutes."""
+    print(f"measuring: {phase}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(
@@ -270,7 +276,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with sigterm_raises(), tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
             from decode import tiny
 
@@ -296,13 +302,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     command = [REPOSITORY / "launch" / "serve.py", model, "--port", port, "--dtype", "float32"]
     with running(command, port, model.name) as server:
         at_once(server, files[:2], 2)
+        announce("one client, then all clients at once")
         speed, texts = compare_speed(server, files, audio, arguments.clients, arguments.rounds)
+        announce("memory")
         memory = measure_memory(server, files, arguments.clients, arguments.requests)
+        announce("SIGTERM")
         end = terminate_under_load(server, files, arguments.clients)
     port = free_port()
     options = ("--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--port", port)
     with running(["-c", TRANSFORMERS_SERVE, "serve", model, *options], port, str(model)) as server:
         server.send(files[0])
+        announce("transformers serve")
         took, answers = timed(lambda: at_once(server, files, arguments.clients))
     pairs = zip(answers, texts, strict=True)
     theirs = round(audio / took, 2)
