@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test test-portable environments soak coverage lint
+.PHONY: quickstart test test-portable test-vllm environments environment-vllm soak coverage lint
 
 quickstart: $(VENV)/installed-demo
 	$(BIN)/python examples/quickstart/run.py
@@ -15,6 +15,12 @@ test-portable: environments
 
 environments: $(VENV)/installed-test
 	$(BIN)/python tests/models/portable/environments.py .venv-portable
+
+test-vllm: environment-vllm
+	$(BIN)/python -m pytest -n 0 tests/serving/test_vllm.py
+
+environment-vllm: $(VENV)/installed-test
+	$(BIN)/python tests/models/portable/environments.py .venv-vllm tests/serving/vllm_versions.txt
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest --soak -m soak -n 0

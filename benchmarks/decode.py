@@ -1,6 +1,6 @@
 """Speed of decoding a test set relative to transformers' generate with the same model.
 
-    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] \\
+    python benchmarks/decode.py MODEL --shards DIR [--weights FILE] [--batch-size B] [--vllm] \\
         [--tokens-per-second R] [--rounds R] [--output FILE]
     python benchmarks/decode.py --tiny
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=CORES benchmarks/decode.py ...
@@ -9,7 +9,8 @@ All methods decode the same waveforms from the shards with the same model, and t
 decodes one utterance at a time, or batches of a fixed size; it takes the utterances in the order of
 the shards and pads each batch to its longest. Ours is the method of `asrllm evaluate`: batches of
 similar durations within a budget of seconds, the next batch is read during decoding, and finished
-rows leave the batch. The texts are compared.
+rows leave the batch. The texts are compared. With --vllm, in an environment with vLLM, its engine
+decodes in the same way, in one batch.
 
 With --tokens-per-second no text ends by itself. Each has the length that its audio allows, plus
 ten tokens. This measures long texts with a model that writes short ones. With torchrun, ours
@@ -18,6 +19,7 @@ as there are ranks, so that every method has the whole machine. """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,7 +41,7 @@ from asrllm.data.index import open_index
 from asrllm.data.plan import Item
 from asrllm.defaults import RATE
 from asrllm.evaluation.decode import CorpusOptions, decode_corpus
-from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.engine import Engine, TorchEngine
 from asrllm.evaluation.journal import Journal
 from asrllm.models.asr_llm.generation import token_limit
 
@@ -81,10 +83,9 @@ def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) 
     return texts
 
 
-def ours(model: Any, corpus: Corpus, prompt: str, rate: Rate) -> list[str]:
+def decode(engine: Engine, corpus: Corpus, prompt: str, batch_seconds: float) -> list[str]:
     """Decode like `asrllm evaluate`."""
-    engine = TorchEngine(model, {"max_new_tokens": MAX_NEW_TOKENS, "max_tokens_per_second": rate})
-    options = CorpusOptions(prompt=prompt, max_batch_duration=240.0)
+    options = CorpusOptions(prompt=prompt, max_batch_duration=batch_seconds)
     with tempfile.TemporaryDirectory() as folder:
         cache = ShardCache.from_config(CacheConfig(dir=folder, max_gb=1.0))
         transcripts, _ = decode_corpus(
@@ -192,6 +193,7 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM too")
     parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -223,11 +225,21 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
     given = model, corpus, prompt, arguments.tokens_per_second
     if arguments.tokens_per_second:
         never_end(model)
+    options = {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "max_tokens_per_second": arguments.tokens_per_second,
+    }
+    torch_engine = TorchEngine(model, options)
     ways: dict[str, Callable[[], list[str]]] = {
-        "ours": lambda: ours(*given),
+        "ours": lambda: decode(torch_engine, corpus, prompt, 240.0),
         fixed: lambda: plain(*given, arguments.batch_size),
         "one by one": lambda: plain(*given, 1),
     }
+    if arguments.vllm:
+        from asrllm.evaluation.vllm_engine import load_vllm_engine
+
+        vllm = load_vllm_engine(where, options, dtype=arguments.dtype, weights=arguments.weights)
+        ways["vLLM"] = lambda: decode(vllm, corpus, prompt, math.inf)
     seconds, texts = measure(ways, arguments.rounds)
     if distributed.rank() != 0:
         return {}
@@ -244,8 +256,9 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         "seconds of audio": round(audio, 1),
         "seconds": seconds,
         "RTFx": {way: round(audio / s, 2) for way, s in seconds.items()},
-        "speed to one by one": round(seconds["one by one"] / seconds["ours"], 2),
-        f"speed to {fixed}": round(seconds[fixed] / seconds["ours"], 2),
+        "speed to others": {
+            way: round(other / seconds["ours"], 2) for way, other in seconds.items()
+        },
         "texts that differ": {
             way: sum(a != b for a, b in zip(texts["ours"], other, strict=True))
             for way, other in texts.items()

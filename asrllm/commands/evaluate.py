@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from asrllm import AutoModel, distributed
 from asrllm.checkpoints.average import is_exported, resolve_weights
 from asrllm.commands.arguments.configured import COMPARE
@@ -18,12 +20,13 @@ from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.compare import compare_results, comparison_text
 from asrllm.evaluation.config import EvaluationRun
-from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.engine import BatchEngine, TorchEngine
 from asrllm.evaluation.run import Evaluation
 from asrllm.hydra_app import run_app
 from asrllm.integrity import verify_folder
 from asrllm.models.auto import load_model_config
 from asrllm.progress import waiting
+from asrllm.serving.vllm.limits import longest_samples
 from asrllm.training.checkpoint.manifest import check_exp_dir
 from asrllm.training.wandb_login import check_wandb_login
 
@@ -80,26 +83,68 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
         what="data.test_data_config",
     )
     check_names([corpus.name for corpus in corpora])
-    check_test_durations(corpora, load_model_config(exp_dir).sample_limits())
+    check_test_durations(corpora, sample_limits(config, exp_dir))
     device = distributed.start()
     evaluation = Evaluation(config, corpora, cache, weights=weights, device=device)
     with waiting("checking the test sets"):
         evaluation.check()
     is_whole = is_exported(exp_dir) and not choice.filename
-    with waiting(f"loading {exp_dir}"):
-        model = AutoModel.from_pretrained(
-            exp_dir,
-            weights=None if is_whole else weights,
-            dtype=config.dtype(device),
-            base_models=config.model.paths,
-        )
+    engine = load_engine(config, exp_dir, None if is_whole else weights, device)
     with evaluation.watched():
-        evaluation.decode(TorchEngine(model.to(device), config.generation))
+        evaluation.decode(engine)
+        engine.close()
         if config.whisper_baseline:
             evaluation.decode_baseline()
         evaluation.report()
     distributed.finish()
     return evaluation.results
+
+
+def sample_limits(config: EvaluationRun, exp_dir: Path) -> tuple[int, int]:
+    """Return the smallest and largest number of samples at 16 kHz that can be decoded."""
+    description = load_model_config(exp_dir)
+    shortest, longest = description.sample_limits()
+    if config.engine == "vllm":
+        longest = longest_samples(description)
+    return shortest, longest
+
+
+def load_engine(
+    config: EvaluationRun, exp_dir: Path, weights: Path | None, device: torch.device
+) -> BatchEngine:
+    """Load the model in the engine of the configuration.
+
+    Args:
+        config: configuration of the evaluation.
+        exp_dir: the model's directory.
+        weights: a file of weights in a run; None for an exported directory.
+        device: where to decode.
+
+    Raises:
+        UserError: vLLM is to decode on several ranks, or cannot be used.
+    """
+    dtype = config.dtype(device)
+    if config.engine == "vllm":
+        if distributed.world_size() > 1:
+            raise UserError(
+                f"engine=vllm runs in one process, but there are {distributed.world_size()} ranks. "
+                "Start 'asrllm evaluate' without a launcher."
+            )
+        from asrllm.evaluation.vllm_engine import load_vllm_engine
+
+        with waiting(f"loading {exp_dir} in vLLM"):
+            return load_vllm_engine(
+                exp_dir,
+                config.generation,
+                dtype=str(dtype).removeprefix("torch."),
+                weights=weights,
+                base_models=config.model.paths,
+            )
+    with waiting(f"loading {exp_dir}"):
+        model = AutoModel.from_pretrained(
+            exp_dir, weights=weights, dtype=dtype, base_models=config.model.paths
+        )
+    return TorchEngine(model.to(device), config.generation)
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from asrllm.commands.transcribe import load_engine, segment_seconds
 from asrllm.defaults import RATE
 from asrllm.distributed import default_device
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.transcription import Segmentation
 from asrllm.models.auto import load_model_config
@@ -204,7 +204,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def warm_up(engine: TorchEngine, prompt: str) -> None:
+def warm_up(engine: Engine, prompt: str) -> None:
     """Decode a second of silence, so that the first request is not slower than others."""
     samples = min(max(RATE, engine.limits[0]), engine.limits[1])
     engine.answer([np.zeros(samples, np.float32)], [prompt])

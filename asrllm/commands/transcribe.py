@@ -16,7 +16,7 @@ from asrllm.defaults import RATE
 from asrllm.distributed import default_device
 from asrllm.errors import UserError, nearest
 from asrllm.escape import escape
-from asrllm.evaluation.engine import TorchEngine
+from asrllm.evaluation.engine import BatchEngine, TorchEngine
 from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
 from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS, as_json
 from asrllm.evaluation.transcription import (
@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             advance=in_whole_seconds(bar),
         )
         done, seconds, failures = write_all(transcripts, formats, arguments, several=several)
+    engine.close()
     if seconds:
         print_speed(seconds, time.monotonic() - began)
     problems += failures
@@ -199,24 +200,53 @@ def _default_segment_seconds(trained: float | None, *, vad: bool) -> float:
     return min(longest, max(trained, SHORTEST))
 
 
-def load_engine(arguments: argparse.Namespace) -> TorchEngine:
+def load_engine(arguments: argparse.Namespace) -> BatchEngine:
     """Load the model with the decoding options of the command line."""
-    device = default_device()
-    default_dtype = "float32" if device.type == "cpu" else "bfloat16"
+    if arguments.engine == "vllm":
+        return load_vllm(arguments)
+    return load_torch(arguments)
+
+
+def load_torch(arguments: argparse.Namespace) -> TorchEngine:
+    """Load the model in this process."""
     with waiting(f"loading {arguments.model}"):
         model = AutoModel.from_pretrained(
             arguments.model,
             weights=arguments.weights,
-            dtype=arguments.dtype or default_dtype,
+            dtype=chosen_dtype(arguments),
             base_models=arguments.base_models,
         )
-    options = {
+    return TorchEngine(model.to(default_device()), decoding_options(arguments))
+
+
+def load_vllm(arguments: argparse.Namespace) -> BatchEngine:
+    """Load the model in vLLM."""
+    from asrllm.evaluation.vllm_engine import load_vllm_engine
+
+    with waiting(f"loading {arguments.model} in vLLM"):
+        return load_vllm_engine(
+            arguments.model,
+            decoding_options(arguments),
+            dtype=chosen_dtype(arguments),
+            weights=arguments.weights,
+            base_models=arguments.base_models,
+        )
+
+
+def chosen_dtype(arguments: argparse.Namespace) -> str:
+    """Return --dtype, by default bfloat16 on an accelerator and float32 on a CPU."""
+    default = "float32" if default_device().type == "cpu" else "bfloat16"
+    return str(arguments.dtype or default)
+
+
+def decoding_options(arguments: argparse.Namespace) -> dict[str, int | float | None]:
+    """Return the decoding options of the command line, as TorchEngine takes them."""
+    return {
         "num_beams": arguments.num_beams,
         "max_new_tokens": arguments.max_new_tokens,
         "max_tokens_per_second": arguments.max_tokens_per_second,
         "repetition_guard": arguments.repetition_guard or None,
     }
-    return TorchEngine(model.to(device), options)
 
 
 def chosen_formats(given: Sequence[str]) -> list[str]:

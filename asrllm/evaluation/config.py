@@ -115,6 +115,8 @@ class EvaluationRun:
     """base models that moved after training; their weights must match those of training"""
     checkpoint: CheckpointChoice = CheckpointChoice()
     data: TestData = TestData()
+    engine: Literal["torch", "vllm"] = "torch"
+    """what decodes: torch: this package, on all ranks | vllm: vLLM, in one process"""
     decoding_method: Literal["greedy_search", "beam_search"] = "greedy_search"
     """greedy_search | beam_search"""
     num_beams: PositiveInt | None = Field(
@@ -157,6 +159,11 @@ class EvaluationRun:
             raise UserError(
                 f"num_beams={self.num_beams} is not used with decoding_method=greedy_search. "
                 "Set decoding_method=beam_search, or remove num_beams."
+            )
+        if self.engine == "vllm" and self.decoding_method == "beam_search":
+            raise UserError(
+                "decoding_method=beam_search is not supported with engine=vllm. Set engine=torch, "
+                "or decoding_method=greedy_search."
             )
         if self.normalizer != "auto":
             normalizer(self.normalizer)

@@ -74,6 +74,9 @@ class BatchEngine(Engine, Protocol):
     def open_batch(self) -> Batch:
         """Return an empty batch."""
 
+    def close(self) -> None:
+        """Release the model. Nothing can be decoded afterwards."""
+
 
 class TorchEngine:
     """Runs the model in this process."""
@@ -113,6 +116,9 @@ class TorchEngine:
         if uses_own_search(self.model, config):
             return RunningBatch(self.model, config, **limits)
         return WholeBatch(self)
+
+    def close(self) -> None:
+        """Do nothing: the model belongs to the caller."""
 
 
 class WholeBatch:

@@ -113,6 +113,7 @@ class Evaluation:
     def shared_settings(self) -> Signature:
         """Return the settings that all ranks must share. Paths may differ from node to node."""
         settings = {
+            "engine": self.config.engine,
             "decoding_method": self.config.decoding_method,
             "max_batch_duration": self.config.data.max_batch_duration,
             "whisper_baseline": self.config.whisper_baseline,
@@ -147,6 +148,7 @@ class Evaluation:
         settings = {
             "weights": file_stats(self.weights),
             "model": (self.exp_dir / "config.json").read_text(encoding="utf-8"),
+            "engine": self.config.engine,
             "options": self.config.generation,
             "dtype": str(self.dtype),
         }

@@ -68,9 +68,10 @@ class Batcher:
         return task.answer
 
     def close(self) -> None:
-        """End the thread after the segments that were submitted so far."""
+        """End the thread after the segments that were submitted so far, and close the engine."""
         self.tasks.put(None)
         self.thread.join()
+        self.engine.close()
 
     def _run(self) -> None:
         while self.is_open or self.running:

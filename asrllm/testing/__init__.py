@@ -82,13 +82,14 @@ def tiny_zipformer(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
-    """Write a Hugging Face Qwen2 directory with random weights: 2 layers of width 32.
+def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True, head_dim: int = 8) -> Path:
+    """Write a Hugging Face Qwen2 directory with random weights: 2 layers with 4 heads.
 
     Args:
         folder: the directory to write.
         seed: seed of the weights.
         tied: whether the LM head has the weights of the embeddings.
+        head_dim: width of an attention head; vLLM supports 32 and more.
 
     Returns:
         The directory. Its tokenizer has the bytes and WORDS.
@@ -98,7 +99,7 @@ def tiny_llm(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     config = Qwen2Config(
-        hidden_size=32,
+        hidden_size=4 * head_dim,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

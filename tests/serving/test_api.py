@@ -117,6 +117,9 @@ class BlockedEngine:
     def open_batch(self):
         return WholeBatch(self)
 
+    def close(self):
+        pass
+
 
 def audio(seconds=1.5, seed=0, form="WAV"):
     """Return the bytes of an audio file."""

@@ -71,6 +71,9 @@ class SteppedEngine:
     def open_batch(self):
         return SteppedBatch(self)
 
+    def close(self):
+        pass
+
     def step(self, *finished):
         """Wait until a step begins, let it finish some prompts, and return what runs."""
         running = self.steps.get(timeout=SECONDS)

@@ -124,6 +124,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Add the options of `asrllm transcribe` about segments, weights and decoding."""
     add_segments(parser)
     add_weights(parser)
+    parser.add_argument(
+        "--engine",
+        choices=("torch", "vllm"),
+        default="torch",
+        help="what decodes: torch: this package; vllm: vLLM, for throughput, if it is installed; "
+        "default: %(default)s",
+    )
     add_search(parser)
 
 

@@ -1,0 +1,298 @@
+"""Models in vLLM: the plugin, the engine and both servers, in an environment of its own."""
+
+import base64
+import contextlib
+import io
+import json
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+
+from asrllm import AutoModel
+from asrllm.evaluation.engine import TorchEngine
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.pretrained import with_lora
+from asrllm.testing import data_config, tiny_llm, tone_sentences
+from tests.conftest import REPOSITORY
+from tests.models.asr_llm.test_generation import make_model
+from tests.models.portable.environments import DONE, name_of, requirements
+from tests.processes import descendants, free_port, wait_for
+from tests.test_cli import does, fails
+
+(REQUIREMENT,) = requirements(REPOSITORY / "tests" / "serving" / "vllm_versions.txt")
+ENVIRONMENT = REPOSITORY / ".venv-vllm" / name_of(REQUIREMENT)
+PYTHON = ENVIRONMENT / "bin" / "python"
+UTTERANCES = 200
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+OPTIONS = {"max_new_tokens": 12, "max_tokens_per_second": 3.0, "repetition_guard": 4}
+LOADING = 240  # seconds for the imports of vLLM in three processes
+SCRIPT = """
+import json, sys
+import numpy as np
+from asrllm.evaluation.vllm_engine import load_vllm_engine
+
+engine = load_vllm_engine(sys.argv[1], json.loads(sys.argv[3]), dtype="float32")
+waves = list(np.load(sys.argv[2]).values())
+answers = engine.answer(waves, ["Transcribe."] * len(waves))
+engine.close()
+print(json.dumps([[answer.text, answer.end] for answer in answers]))
+"""
+in_vllm = pytest.mark.skipif(
+    not (ENVIRONMENT / DONE).exists(), reason="make test-vllm makes the environment"
+)
+vllm_test = [in_vllm, pytest.mark.slow, pytest.mark.longest(120, reason="imports vLLM")]
+
+
+@pytest.fixture(scope="module")
+def tiny(world, tmp_path_factory):
+    """An exported model whose audios have embeddings before and after them."""
+    root = tmp_path_factory.mktemp("vllm")
+    llm = tiny_llm(root / "llm", tied=False, head_dim=32)
+    model = make_model(world, llm)
+    model.config.tag_audio_boundary = True
+    model = with_boundary(model)
+    model.save_pretrained(root / "tiny")
+    return SimpleNamespace(folder=root / "tiny", llm=llm, model=model)
+
+
+def with_boundary(model):
+    """Return a model with the same weights, and embeddings before and after each audio."""
+    processor = model.processor
+    boundary = AsrLlmModel(model.config, model.audio_encoder, model.llm).eval()
+    boundary.projector.mlp = model.projector.mlp
+    torch.nn.init.normal_(boundary.projector.boundary)
+    boundary.processor = processor
+    return boundary
+
+
+def environment(tmp_path):
+    """Return the environment variables of a process with vLLM."""
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "VLLM_CACHE_ROOT": str(ENVIRONMENT / "cache"),  # what vLLM learned about the model's class
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def run(tmp_path, *words):
+    """Run a Python command with vLLM, and return its standard output."""
+    done = subprocess.run(
+        [str(word) for word in (PYTHON, *words)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        timeout=LOADING,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def with_adapters(world, llm):
+    """Return a model with a Zipformer and adapters that change its texts."""
+    model = make_model(world, llm, encoder="zipformer")
+    model.llm = with_lora(model.llm, LORA)
+    model.config.lora = LORA
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["whisper with boundaries", "zipformer with adapters"])
+class TestEngine:
+    pytestmark = vllm_test
+
+    def test_answers_are_those_of_our_own_engine(self, world, tiny, tmp_path, kind):
+        model, folder = tiny.model, tiny.folder
+        if kind == "zipformer with adapters":  # which the engine merges
+            model, folder = with_adapters(world, tiny.llm), tmp_path / "adapted"
+            model.save_pretrained(folder)
+        waves = [wave for _, wave in tone_sentences(UTTERANCES, seed=7)]
+        np.savez(tmp_path / "waves.npz", *waves)
+        output = run(tmp_path, "-c", SCRIPT, folder, tmp_path / "waves.npz", json.dumps(OPTIONS))
+        found = json.loads(output.splitlines()[-1])
+        ours = TorchEngine(model, OPTIONS).answer(waves, ["Transcribe."] * UTTERANCES)
+        expected = [[answer.text, answer.end] for answer in ours]
+        assert len({text for text, _ in expected}) > UTTERANCES // 5
+        assert len({end for _, end in expected}) > 1
+        same = sum(map(list.__eq__, found, expected))
+        assert same >= 0.99 * UTTERANCES  # float32 sums in another order may swap equal logits
+
+
+class TestEvaluation:
+    pytestmark = vllm_test
+
+    def test_results_are_those_of_our_own_engine(self, world, tiny, tmp_path, capsys):
+        data_config(
+            tmp_path / "test.yaml", [{"name": "test", "shards": str(world.root / "shards/test")}]
+        )
+        words = ["whisper_baseline=false", "precision=fp32", "max_new_tokens=8", "step_timeout=0"]
+        words.append(f"data.test_data_config={tmp_path / 'test.yaml'}")
+        results = {}
+        for engine in ("torch", "vllm"):
+            folder = tmp_path / engine
+            tiny.model.save_pretrained(folder)
+            command = ["evaluate", f"exp_dir={folder}", f"engine={engine}", *words]
+            if engine == "vllm":
+                run(tmp_path, "-m", "asrllm", *command)
+            else:
+                does(capsys, *command)
+            results[engine] = (folder / "greedy_search" / "recogs-test-model.txt").read_text()
+        assert results["vllm"] == results["torch"]
+
+
+@contextlib.contextmanager
+def served(tmp_path, *words):
+    """Start a server with vLLM on a free port, and yield its address and process."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(word) for word in (PYTHON, *words, "--port", port)]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=tmp_path, env=environment(tmp_path)
+        )
+
+        def is_ready():
+            with contextlib.suppress(httpx.HTTPError):
+                return httpx.get(f"{url}/health").status_code == 200
+            return server.poll() is not None
+
+        try:
+            wait_for(is_ready, LOADING)
+            assert server.poll() is None, log.read_text()[-3000:]
+            yield url, server
+        finally:
+            everything = descendants(server.pid)
+            server.kill()
+            server.wait()
+            for child in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def flac(wave):
+    """Return the bytes of a recording."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, 16000, format="FLAC")
+    return file.getvalue()
+
+
+def transcribe(url, content, **fields):
+    """Send a request for a transcript."""
+    return httpx.post(
+        f"{url}/v1/audio/transcriptions",
+        files={"file": ("a.flac", content)},
+        data={"model": "tiny", **fields},
+        timeout=60,
+    )
+
+
+class TestServers:
+    pytestmark = vllm_test
+
+    def test_plugin_serves_transcripts_and_chats_in_vllm(self, tiny, tmp_path):
+        waves = [wave for _, wave in tone_sentences(8, seed=3)]
+        options = {"max_new_tokens": 12}
+        expected = TorchEngine(tiny.model, options).answer(waves, ["Transcribe."] * len(waves))
+        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", tiny.folder]
+        words += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", 1024]
+        with served(tmp_path, *words, "--enforce-eager") as (url, _):
+            with ThreadPoolExecutor(8) as threads:
+                answers = list(
+                    threads.map(
+                        lambda wave: transcribe(url, flac(wave), max_completion_tokens=12), waves
+                    )
+                )
+            assert [answer.json()["text"] for answer in answers] == [a.text for a in expected]
+            chat = chat_tokens(url, waves[0], "Write this.")
+            samples = len(waves[0])
+            count = tiny.model.config.num_audio_tokens(samples)
+            renderer = tiny.model.processor.renderer
+            assert chat == renderer.encode_prompt(renderer.user_messages("Write this."), [count])
+            assert transcribe(url, flac(waves[0][:100])).status_code == 400
+            assert "@" in refusal(transcribe(url, flac(waves[0]), hotwords="@a", language="en"))
+            translation = httpx.post(
+                f"{url}/v1/audio/translations",
+                files={"file": ("a.flac", flac(waves[0]))},
+                data={"model": "tiny"},
+                timeout=60,
+            )
+            assert "translate" in refusal(translation)
+
+    def test_our_server_runs_vllm(self, tiny, tmp_path):
+        waves = [wave for _, wave in tone_sentences(8, seed=3)]
+        options = {"max_new_tokens": 12, "max_tokens_per_second": 12, "repetition_guard": 32}
+        expected = TorchEngine(tiny.model, options).answer(waves, ["Transcribe."] * len(waves))
+        words = ["-m", "asrllm", "serve", tiny.folder, "--engine", "vllm", "--no-vad"]
+        with served(tmp_path, *words, "--max-new-tokens", 12) as (url, server):
+            with ThreadPoolExecutor(8) as threads:
+                answers = list(threads.map(lambda wave: transcribe(url, flac(wave)), waves))
+            assert [answer.json()["text"] for answer in answers] == [a.text for a in expected]
+            server.terminate()
+            assert server.wait(60) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def chat_tokens(url, wave, text):
+    """Return the tokens of the prompt that vLLM makes of a chat's audio and text."""
+    audio = {"data": base64.b64encode(flac(wave)).decode(), "format": "flac"}
+    content = [{"type": "input_audio", "input_audio": audio}, {"type": "text", "text": text}]
+    answer = httpx.post(
+        f"{url}/v1/chat/completions",
+        json={
+            "model": "tiny",
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 1,
+            "return_token_ids": True,
+        },
+        timeout=60,
+    )
+    return answer.json()["prompt_token_ids"]
+
+
+def refusal(answer):
+    """Return the message of a request that was refused."""
+    assert answer.status_code == 400, answer.text
+    return answer.json()["error"]["message"]
+
+
+def test_missing_vllm_is_reported_before_the_model_loads(tiny, capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000, dtype=np.float32), 16000)
+    error = fails(capsys, "transcribe", tiny.folder, tmp_path / "a.wav", "--engine", "vllm")
+    assert "engine=vllm" in error
+    assert re.search(r"vLLM \d", error)
+
+
+def test_options_that_vllm_does_not_have_are_reported(tiny, capsys, tmp_path):
+    data_config(tmp_path / "test.yaml", [])
+    words = [f"exp_dir={tiny.folder}", f"data.test_data_config={tmp_path / 'test.yaml'}"]
+    words += ["engine=vllm", "decoding_method=beam_search"]
+    error = fails(capsys, "evaluate", *words)
+    assert "decoding_method=beam_search" in error
+    assert "engine=vllm" in error
+
+
+def test_exported_adapters_are_merged_texts_do_not_change(tiny, world, tmp_path):
+    """The engine of vLLM saves a model with adapters in this way."""
+    model = with_adapters(world, tiny.llm)
+    waves = [wave for _, wave in tone_sentences(4)]
+    expected = model.transcribe(waves)
+    model.save_pretrained(tmp_path / "merged", merge_adapter=True)
+    assert AutoModel.from_pretrained(tmp_path / "merged").transcribe(waves) == expected
