@@ -166,3 +166,13 @@ def choose_prompt(
 
 def _summary(prompt: Prompt) -> str:
     return f"{prompt.text!r} (lang={prompt.lang or 'any'}, task={prompt.task or 'any'})"
+
+
+def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
+    """Raise UserError if a prompt contains the audio token."""
+    for prompt in prompts:
+        if audio_token in prompt:
+            raise UserError(
+                f"the prompt {prompt!r} contains the audio token {audio_token!r}, which is added "
+                "before it. Remove the token."
+            )

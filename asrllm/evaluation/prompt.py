@@ -4,10 +4,15 @@ import logging
 import re
 
 from asrllm.collator.hotwords import filled, with_context
-from asrllm.data.prompts import DEFAULT_PROMPTS, TRANSLATE, Prompt, for_transcripts
+from asrllm.data.prompts import (
+    DEFAULT_PROMPTS,
+    TRANSLATE,
+    Prompt,
+    check_prompts,
+    for_transcripts,
+)
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.build import check_prompts
 from asrllm.text_files import read_text
 
 TEMPLATE = "Hotwords: {words}."  # if training had none
@@ -67,6 +72,16 @@ def prompt_of_language(config: AsrLlmConfig, language: str | None) -> str | None
         if text in languages and Prompt(text=text, lang=languages[text]).fits(language, None):
             return text
     return None
+
+
+def check_language(config: AsrLlmConfig, language: str) -> None:
+    """Raise UserError if every training prompt for transcripts is for another language."""
+    languages = config.prompt_languages or {}
+    prompts = for_transcripts(config.prompts or [], config.prompt_tasks)
+    is_trained = prompt_of_language(config, language) is not None
+    if languages and not is_trained and set(prompts) <= languages.keys():
+        names = ", ".join(sorted(set(languages.values())))
+        raise UserError(f"the model was not trained for language={language!r}. Use one of {names}.")
 
 
 def prompt_of_translation(config: AsrLlmConfig) -> str | None:

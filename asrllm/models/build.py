@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from asrllm.collator.chat import CHATML
-from asrllm.data.prompts import Prompt
+from asrllm.data.prompts import Prompt, check_prompts
 from asrllm.defaults import ENCODER_KEY, LLM_KEY
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.checks import MAX_LLM_SIZE, check_sizes
@@ -205,16 +205,6 @@ def words_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     beyond = {i: word for word, i in tokenizer.get_vocab().items() if i >= size}
     return [beyond[i] for i in sorted(beyond.keys() - special)]
-
-
-def check_prompts(prompts: Sequence[str], audio_token: str) -> None:
-    """Raise UserError if a prompt contains the audio token."""
-    for prompt in prompts:
-        if audio_token in prompt:
-            raise UserError(
-                f"the prompt {prompt!r} contains the audio token {audio_token!r}, which is added "
-                "before it. Remove the token."
-            )
 
 
 def describe_prompts(description: AsrLlmConfig, prompts: Sequence[Prompt]) -> None:

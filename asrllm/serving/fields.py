@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from fastapi import File, Form, Request, UploadFile
 
-from asrllm.data.prompts import for_transcripts
 from asrllm.errors import UserError
-from asrllm.evaluation.prompt import inference_prompt, prompt_of_language
+from asrllm.evaluation.prompt import check_language, inference_prompt
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
 
@@ -150,13 +149,11 @@ def _check_language(description: AsrLlmConfig, language: str) -> None:
     if not LANGUAGE.fullmatch(language):
         problem = f"language={language!r} is not a language code. Use for example 'en'."
         raise ApiError(400, problem, param="language", code="invalid_language")
-    languages = description.prompt_languages or {}
-    prompts = for_transcripts(description.prompts or [], description.prompt_tasks)
-    is_trained = prompt_of_language(description, language) is not None
-    if languages and not is_trained and set(prompts) <= languages.keys():
-        names = ", ".join(sorted(set(languages.values())))
-        problem = f"the model was not trained for language={language!r}. Use one of {names}."
-        raise ApiError(400, problem, param="language", code="unsupported_language")
+    try:
+        check_language(description, language)
+    except UserError as error:
+        code = "unsupported_language"
+        raise ApiError(400, str(error), param="language", code=code) from error
 
 
 def checked_prompt(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from asrllm import distributed
 from asrllm.data.corpora import long_utterance
-from asrllm.data.prompts import read_prompts
+from asrllm.data.prompts import check_prompts, read_prompts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.build import check_prompts, describe_model, describe_prompts
+from asrllm.models.build import describe_model, describe_prompts
 from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
 from asrllm.training.callbacks.agreement import Signature, flat_settings

