@@ -17,10 +17,10 @@ environments: $(VENV)/installed-test
 	$(BIN)/python tests/models/portable/environments.py .venv-portable
 
 test-vllm: environment-vllm
-	$(BIN)/python -m pytest -n 0 tests/serving/test_vllm.py
+	$(BIN)/python -m pytest -n 0 tests/evaluation/test_vllm.py
 
 environment-vllm: $(VENV)/installed-test
-	$(BIN)/python tests/models/portable/environments.py .venv-vllm tests/serving/vllm_versions.txt
+	$(BIN)/python tests/models/portable/environments.py .venv-vllm tests/evaluation/vllm_versions.txt
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest --soak -m soak -n 0

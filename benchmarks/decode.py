@@ -236,7 +236,7 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         "one by one": lambda: plain(*given, 1),
     }
     if arguments.vllm:
-        from asrllm.evaluation.vllm_engine import load_vllm_engine
+        from asrllm.evaluation.vllm.engine import load_vllm_engine
 
         vllm = load_vllm_engine(where, options, dtype=arguments.dtype, weights=arguments.weights)
         ways["vLLM"] = lambda: decode(vllm, corpus, prompt, math.inf)

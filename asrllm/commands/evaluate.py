@@ -22,11 +22,11 @@ from asrllm.evaluation.compare import compare_results, comparison_text
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import BatchEngine, TorchEngine
 from asrllm.evaluation.run import Evaluation
+from asrllm.evaluation.vllm.limits import longest_samples
 from asrllm.hydra_app import run_app
 from asrllm.integrity import verify_folder
 from asrllm.models.auto import load_model_config
 from asrllm.progress import waiting
-from asrllm.serving.vllm.limits import longest_samples
 from asrllm.training.checkpoint.manifest import check_exp_dir
 from asrllm.training.wandb_login import check_wandb_login
 
@@ -130,7 +130,7 @@ def load_engine(
                 f"engine=vllm runs in one process, but there are {distributed.world_size()} ranks. "
                 "Start 'asrllm evaluate' without a launcher."
             )
-        from asrllm.evaluation.vllm_engine import load_vllm_engine
+        from asrllm.evaluation.vllm.engine import load_vllm_engine
 
         with waiting(f"loading {exp_dir} in vLLM"):
             return load_vllm_engine(

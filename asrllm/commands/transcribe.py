@@ -221,7 +221,7 @@ def load_torch(arguments: argparse.Namespace) -> TorchEngine:
 
 def load_vllm(arguments: argparse.Namespace) -> BatchEngine:
     """Load the model in vLLM."""
-    from asrllm.evaluation.vllm_engine import load_vllm_engine
+    from asrllm.evaluation.vllm.engine import load_vllm_engine
 
     with waiting(f"loading {arguments.model} in vLLM"):
         return load_vllm_engine(

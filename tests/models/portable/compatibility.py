@@ -78,7 +78,7 @@ outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=200), 
 texts = [output.outputs[0].text.strip() for output in outputs]
 """
 VLLM_ENGINE = """
-from asrllm.evaluation.vllm_engine import load_vllm_engine
+from asrllm.evaluation.vllm.engine import load_vllm_engine
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 engine = load_vllm_engine(folder, {}, dtype=sys.argv[3])
 prompt = AsrLlmProcessor.from_pretrained(folder).default_prompt

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 
 MODEL = "AsrLlmModel"  # `architectures` in config.json
-MODULE = "asrllm.serving.vllm.modeling:AsrLlmForVllm"
+MODULE = "asrllm.evaluation.vllm.modeling:AsrLlmForVllm"
 TESTED = "0.32"
 
 logger = logging.getLogger(__name__)

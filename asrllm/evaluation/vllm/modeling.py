@@ -28,17 +28,17 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.prompt import check_language, inference_prompt, prompt_of_translation
-from asrllm.models.encoders.registry import build_encoder
-from asrllm.models.portable.configuration import AsrLlmHubConfig
-from asrllm.models.projectors import AudioProjector
-from asrllm.serving.vllm.limits import longest_samples
-from asrllm.serving.vllm.processing import (
+from asrllm.evaluation.vllm.limits import longest_samples
+from asrllm.evaluation.vllm.processing import (
     PLACEHOLDER,
     AsrLlmDummyInputs,
     AsrLlmMultiModalProcessor,
     AsrLlmProcessingInfo,
     renderer_of,
 )
+from asrllm.models.encoders.registry import build_encoder
+from asrllm.models.portable.configuration import AsrLlmHubConfig
+from asrllm.models.projectors import AudioProjector
 
 VLLM = "language_model."  # prefix of the LLM's weights in vLLM
 

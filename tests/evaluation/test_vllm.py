@@ -27,7 +27,7 @@ from tests.models.portable.environments import DONE, name_of, requirements
 from tests.processes import descendants, free_port, wait_for
 from tests.test_cli import does, fails
 
-(REQUIREMENT,) = requirements(REPOSITORY / "tests" / "serving" / "vllm_versions.txt")
+(REQUIREMENT,) = requirements(REPOSITORY / "tests" / "evaluation" / "vllm_versions.txt")
 ENVIRONMENT = REPOSITORY / ".venv-vllm" / name_of(REQUIREMENT)
 PYTHON = ENVIRONMENT / "bin" / "python"
 UTTERANCES = 200
@@ -37,7 +37,7 @@ LOADING = 240  # seconds for the imports of vLLM in three processes
 SCRIPT = """
 import json, sys
 import numpy as np
-from asrllm.evaluation.vllm_engine import load_vllm_engine
+from asrllm.evaluation.vllm.engine import load_vllm_engine
 
 engine = load_vllm_engine(sys.argv[1], json.loads(sys.argv[3]), dtype="float32")
 waves = list(np.load(sys.argv[2]).values())

@@ -15,6 +15,8 @@ import torch
 
 from asrllm.defaults import MAX_NEW_TOKENS, RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
+from asrllm.evaluation.vllm import TESTED, installed_version, release
+from asrllm.evaluation.vllm.limits import longest_samples
 from asrllm.models.asr_llm.answers import MAX_LOOP_TOKENS, token_limit
 from asrllm.models.asr_llm.generation import Answer, make_answer
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
@@ -22,8 +24,6 @@ from asrllm.models.asr_llm.saving import is_portable
 from asrllm.models.auto import AutoModel, default_weights, load_model_config, model_folder
 from asrllm.models.base_models import BasePaths
 from asrllm.progress import waiting
-from asrllm.serving.vllm import TESTED, installed_version, release
-from asrllm.serving.vllm.limits import longest_samples
 
 MAX_PROMPT = 1024  # tokens of a prompt without its audio
 CPU_CACHE = 2 << 30  # bytes of keys and values on a CPU

@@ -21,8 +21,8 @@ from asrllm.audio.waves import read_array
 from asrllm.collator.chat import ChatRenderer
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
+from asrllm.evaluation.vllm.limits import longest_samples
 from asrllm.models.portable.configuration import AsrLlmHubConfig
-from asrllm.serving.vllm.limits import longest_samples
 
 PLACEHOLDER = "<|AUDIO|>"  # what vLLM writes into a chat for an audio; the default audio token
 
