@@ -200,6 +200,8 @@ def load_vllm(folder: Path, dtype: str, text_tokens: int) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # otherwise it keeps one core of a CPU free for a server in another process
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     logging.getLogger("vllm").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
