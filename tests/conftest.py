@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import shutil
+import sys
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from filelock import FileLock
 
 from tests import processes
 from tests.processes import REPOSITORY, assert_done, clean_environment, free_port, run_script
+
+# otherwise each run compiles the tests and their assertions again, which takes 12 s
+sys.dont_write_bytecode = False
 
 __all__ = ["REPOSITORY", "World", "assert_done", "clean_environment", "free_port", "run_script"]
 
@@ -205,6 +209,7 @@ class World:
             "trainer.log_every": 1,
             "trainer.save_every": 4,
             "trainer.valid_every": 8,
+            "trainer.valid_decode": 0,
             "trainer.warmup_steps": 2,
             "trainer.lr": 0.001,
             "trainer.tensorboard": "false",

@@ -35,9 +35,16 @@ PRELOADED = [
     "asrllm.commands.plan",
     "asrllm.commands.train",
     "asrllm.commands.transcribe",
+    "asrllm.commands.dispatch",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.original_muon",
-    "peft",
+    "peft.utils.transformers_weight_conversion",
+    "torch.utils.serialization.config",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen2.tokenization_qwen2",
     "tests.processes",
+    "tests.preloaded",  # the last one
 ]  # without wandb, which makes a temporary directory on import and removes it at the first exit
 # Separate from Python's common server, which the tested code starts with SIGINT blocked and without
 # imports.

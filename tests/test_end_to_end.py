@@ -73,6 +73,7 @@ def train_finished(world: World, exp: Path) -> None:
         trainer__deepspeed_config="ds_configs/zero3.json",
         trainer__tensorboard="true",
         trainer__wandb__mode="offline",
+        trainer__valid_decode=32,
         prompt_file=world.root / "prompts.txt",
         data__trace="true",
     )
@@ -107,6 +108,7 @@ def test_run_writes_the_documented_files(finished):
         "latest",
         "zero_to_fp32.py",
         "pretrained.pt",
+        "samples.jsonl",
         "checkpoint-4",
         "checkpoint-8",
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from asrllm import node_links
 from tests.conftest import (
     REPOSITORY,
     World,
@@ -22,9 +23,10 @@ from tests.conftest import (
     made_once,
     run_script,
 )
-from tests.processes import both_cores
+from tests.processes import Process, both_cores, no_core
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+TRAIN = REPOSITORY / "launch" / "train.py"
 
 
 def ip(*arguments: object, check: bool = True) -> str:
@@ -86,8 +88,7 @@ def hosts() -> Iterator[Hosts]:
             hosts.set_up()
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
-        with both_cores():
-            yield hosts
+        yield hosts
     finally:
         hosts.take_down()
 
@@ -95,13 +96,12 @@ def hosts() -> Iterator[Hosts]:
 def command(
     launcher: str, node: int, hosts: Hosts, port: int, folder: Path, overrides: list[str]
 ) -> list[str]:
-    script = str(REPOSITORY / "launch" / "train.py")
     where = [f"--node_rank={node}", f"--master_addr={hosts.addresses[0]}", f"--master_port={port}"]
     if launcher == "torchrun":
-        return ["torchrun", "--nnodes=2", "--nproc_per_node=1", *where, script, *overrides]
+        return ["torchrun", "--nnodes=2", "--nproc_per_node=1", *where, str(TRAIN), *overrides]
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
-    return ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", *where, script, *overrides]
+    return ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", *where, str(TRAIN), *overrides]
 
 
 def start_nodes(
@@ -113,6 +113,34 @@ def start_nodes(
         arguments = command(launcher, number, hosts, port, folder, overrides)
         nodes.append(hosts.start(number, arguments, folder / f"{number}.log"))
     return nodes
+
+
+def start_ranks(
+    hosts: Hosts, folder: Path, overrides: list[str], *, keepalive: int = 0
+) -> list[Process]:
+    """Start one rank on each node without a launcher, from the server with all imports.
+
+    Args:
+        hosts: the nodes.
+        folder: directory for the output of each rank.
+        overrides: overrides of the run.
+        keepalive: see namespace.py.
+    """
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": hosts.addresses[0],
+        "MASTER_PORT": f"{free_port()}",
+    }
+    ranks = []
+    for number in range(2):
+        environment = clean_environment(
+            RANK=f"{number}", GLOO_SOCKET_IFNAME=hosts.cables[number], **common
+        )
+        script = [REPOSITORY / "tests" / "namespace.py", hosts.names[number], keepalive, TRAIN]
+        log = folder / f"{number}.log"
+        ranks.append(Process([*script, *overrides], environment, log))
+    return ranks
 
 
 def losses(exp: Path) -> list[float]:
@@ -142,13 +170,14 @@ def on_one_node(world: World, settings, tmp_path_factory) -> list[float]:
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_nodes_have_the_losses_of_one(world, settings, on_one_node, hosts, tmp_path, launcher):
     overrides = world.overrides(tmp_path / "exp", **settings)
-    nodes = start_nodes(launcher, hosts, tmp_path, overrides)
-    for number, node in enumerate(nodes):
-        assert node.wait(timeout=120) == 0, (tmp_path / f"{number}.log").read_text()[-3000:]
+    with both_cores():
+        nodes = start_nodes(launcher, hosts, tmp_path, overrides)
+        for number, node in enumerate(nodes):
+            assert node.wait(timeout=120) == 0, (tmp_path / f"{number}.log").read_text()[-3000:]
     assert losses(tmp_path / "exp") == on_one_node
 
 
-def wait_for_checkpoint(exp: Path, node: subprocess.Popen, log: Path) -> None:
+def wait_for_checkpoint(exp: Path, node: subprocess.Popen | Process, log: Path) -> None:
     deadline = time.monotonic() + 100
     while not (exp / "checkpoint-4" / "asrllm.json").exists():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -170,23 +199,38 @@ def lose_node(hosts: Hosts, number: int, *, cut: bool) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.longest(90, reason="waits until TCP notices a lost node")
-@pytest.mark.parametrize(("cut", "seconds"), [(False, 15), (True, 45)])
-def test_lost_node_ends_the_other(world, settings, hosts, tmp_path, cut, seconds):
+@pytest.mark.longest(60, reason="starts real launchers on two nodes")
+def test_killed_node_ends_the_other(world, settings, hosts, tmp_path):
     """Not only after step_timeout, which is off here."""
     changes = {"trainer__num_steps": 100000, "trainer__step_timeout": 0}
-    nodes = start_nodes(
-        "torchrun", hosts, tmp_path, world.overrides(tmp_path / "exp", **settings | changes)
-    )
+    overrides = world.overrides(tmp_path / "exp", **settings | changes)
     log = tmp_path / "0.log"
-    wait_for_checkpoint(tmp_path / "exp", nodes[0], log)
-    lose_node(hosts, 1, cut=cut)
-    assert nodes[0].wait(timeout=seconds) != 0
+    with both_cores():
+        nodes = start_nodes("torchrun", hosts, tmp_path, overrides)
+        wait_for_checkpoint(tmp_path / "exp", nodes[0], log)
+        lose_node(hosts, 1, cut=False)
+        assert nodes[0].wait(timeout=15) != 0
     assert "asrllm: rank 1 " in log.read_text()
     assert hosts.processes(hosts.names[0]) == [], "a process is left"
 
 
-@pytest.mark.longest(60, reason="starts real launchers on two nodes")
+def test_unreachable_node_ends_the_other(world, settings, hosts, tmp_path):
+    """TCP notices it by its keepalive probes, without step_timeout."""
+    seconds = node_links.IDLE + node_links.KEEPALIVE_PROBES * node_links.INTERVAL
+    assert seconds <= 40
+    changes = {"trainer__num_steps": 100000, "trainer__step_timeout": 0}
+    overrides = world.overrides(tmp_path / "exp", **settings | changes)
+    log = tmp_path / "0.log"
+    with both_cores():
+        ranks = start_ranks(hosts, tmp_path, overrides, keepalive=3)
+        wait_for_checkpoint(tmp_path / "exp", ranks[0], log)
+        lose_node(hosts, 1, cut=True)
+        with no_core():
+            assert ranks[0].wait(timeout=20) == 75
+    assert "asrllm: rank 1 " in log.read_text()
+    assert hosts.processes(hosts.names[0]) == [], "a process is left"
+
+
 def test_step_timeout_ends_a_node_that_lost_the_other(world, settings, hosts, tmp_path):
     """The cable is cut, and the time-out is shorter than the time until that is noticed."""
     exp = tmp_path / "exp"
@@ -194,11 +238,13 @@ def test_step_timeout_ends_a_node_that_lost_the_other(world, settings, hosts, tm
     shared_memory = set(os.listdir("/dev/shm"))
     changes = {"trainer__num_steps": 100000, "trainer__step_timeout": timeout}
     overrides = world.overrides(exp, **settings | changes)
-    nodes = start_nodes("torchrun", hosts, tmp_path, overrides)
-    wait_for_checkpoint(exp, nodes[0], tmp_path / "0.log")
-    lose_node(hosts, 1, cut=True)
-    cut = time.time()
-    assert nodes[0].wait(timeout=timeout + 60) != 0
+    with both_cores():
+        ranks = start_ranks(hosts, tmp_path, overrides)
+        wait_for_checkpoint(exp, ranks[0], tmp_path / "0.log")
+        lose_node(hosts, 1, cut=True)
+        cut = time.time()
+        with no_core():
+            assert ranks[0].wait(timeout=timeout + 60) != 0
     hang = (exp / "hang-rank0.txt").read_text()
     assert f"no progress for {timeout} s" in hang
     assert (exp / "hang-rank0.txt").stat().st_mtime - cut < timeout + 8

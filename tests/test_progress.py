@@ -83,6 +83,7 @@ def test_run_names_its_checkpoint_and_prints_no_warnings_of_libraries(world, tmp
             trainer__num_steps=steps,
             trainer__precision="fp32",
             trainer__gradient_checkpointing="true",
+            trainer__valid_decode=32,
             trainer__deepspeed_config="ds_configs/zero3.json",
         )
         done = run_script("train", *overrides, launcher="ranks")

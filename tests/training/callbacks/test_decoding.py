@@ -146,7 +146,7 @@ def test_validation_and_decoding_report_progress_on_the_first_rank(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.longest(60, reason="trains twice, with ZeRO-3 on two ranks")
+@pytest.mark.longest(40, reason="trains twice, with ZeRO-3 on two ranks")
 @pytest.mark.parametrize(("launcher", "stage"), [("python", 0), ("ranks", 3)])
 def test_decoding_does_not_change_the_losses(world, tmp_path, launcher, stage):
     """The losses are equal bit for bit. On two ranks one has fewer of the 7 utterances."""
@@ -154,23 +154,25 @@ def test_decoding_does_not_change_the_losses(world, tmp_path, launcher, stage):
     for count in (0, 32):
         settings = {
             "trainer__deepspeed_config": f"ds_configs/zero{stage}.json",
-            "trainer__valid_every": 3,
+            "trainer__num_steps": 4,
+            "trainer__valid_every": 2,
             "trainer__valid_decode": count,
             "model__llm__lora__lora_dropout": 0.1,
-            "trainer__wandb__mode": "offline",
             "trainer__tensorboard": "true",
         }
+        if launcher == "python" and count:  # the service takes several seconds to start
+            settings["trainer__wandb__mode"] = "offline"
         runs[count] = tmp_path / str(count)
         overrides = world.overrides(runs[count], **settings)
         assert_done(run_script("train", *overrides, launcher=launcher))
     assert losses(runs[32]) == losses(runs[0])
-    assert len(losses(runs[0])) == 8
+    assert len(losses(runs[0])) == 4
     rates = [
         record["valid/valid/wer"] for record in metrics(runs[32]) if "valid/valid/wer" in record
     ]
     samples = [json.loads(line) for line in (runs[32] / "samples.jsonl").read_text().splitlines()]
-    assert [sum(s["step"] == step for s in samples) for step in (3, 6, 8)] == [7, 7, 7]
-    last = [s for s in samples if s["step"] == 8]
+    assert [sum(s["step"] == step for s in samples) for step in (2, 4)] == [7, 7]
+    last = [s for s in samples if s["step"] == 4]
     assert sorted(s["key"] for s in last) == [f"utt{i:04d}" for i in range(7)]
     errors = sum(s["errors"] for s in last)
     words = sum(len(s["reference"].split()) for s in last)
