@@ -187,10 +187,10 @@ def served(tmp_path, *words):
                     child.kill()
 
 
-def flac(wave):
-    """Return the bytes of a recording."""
+def wav(wave):
+    """Return the bytes of a recording with the same samples."""
     file = io.BytesIO()
-    soundfile.write(file, wave, 16000, format="FLAC")
+    soundfile.write(file, wave, 16000, format="WAV", subtype="FLOAT")
     return file.getvalue()
 
 
@@ -198,7 +198,7 @@ def transcribe(url, content, **fields):
     """Send a request for a transcript."""
     return httpx.post(
         f"{url}/v1/audio/transcriptions",
-        files={"file": ("a.flac", content)},
+        files={"file": ("a.wav", content)},
         data={"model": "tiny", **fields},
         timeout=60,
     )
@@ -217,20 +217,22 @@ class TestServers:
             with ThreadPoolExecutor(8) as threads:
                 answers = list(
                     threads.map(
-                        lambda wave: transcribe(url, flac(wave), max_completion_tokens=12), waves
+                        lambda wave: transcribe(url, wav(wave), max_completion_tokens=12), waves
                     )
                 )
-            assert [answer.json()["text"] for answer in answers] == [a.text for a in expected]
+            texts = [answer.json()["text"] for answer in answers]
+            # vLLM leaves out an incomplete character at the end
+            assert texts == [a.text.rstrip("\ufffd") for a in expected]
             chat = chat_tokens(url, waves[0], "Write this.")
             samples = len(waves[0])
             count = tiny.model.config.num_audio_tokens(samples)
             renderer = tiny.model.processor.renderer
             assert chat == renderer.encode_prompt(renderer.user_messages("Write this."), [count])
-            assert transcribe(url, flac(waves[0][:100])).status_code == 400
-            assert "@" in refusal(transcribe(url, flac(waves[0]), hotwords="@a", language="en"))
+            assert transcribe(url, wav(waves[0][:100])).status_code == 400
+            assert "@" in refusal(transcribe(url, wav(waves[0]), hotwords="@a", language="en"))
             translation = httpx.post(
                 f"{url}/v1/audio/translations",
-                files={"file": ("a.flac", flac(waves[0]))},
+                files={"file": ("a.wav", wav(waves[0]))},
                 data={"model": "tiny"},
                 timeout=60,
             )
@@ -243,7 +245,7 @@ class TestServers:
         words = ["-m", "asrllm", "serve", tiny.folder, "--engine", "vllm", "--no-vad"]
         with served(tmp_path, *words, "--max-new-tokens", 12) as (url, server):
             with ThreadPoolExecutor(8) as threads:
-                answers = list(threads.map(lambda wave: transcribe(url, flac(wave)), waves))
+                answers = list(threads.map(lambda wave: transcribe(url, wav(wave)), waves))
             assert [answer.json()["text"] for answer in answers] == [a.text for a in expected]
             server.terminate()
             assert server.wait(60) == 0
@@ -252,7 +254,7 @@ class TestServers:
 
 def chat_tokens(url, wave, text):
     """Return the tokens of the prompt that vLLM makes of a chat's audio and text."""
-    audio = {"data": base64.b64encode(flac(wave)).decode(), "format": "flac"}
+    audio = {"data": base64.b64encode(wav(wave)).decode(), "format": "wav"}
     content = [{"type": "input_audio", "input_audio": audio}, {"type": "text", "text": text}]
     answer = httpx.post(
         f"{url}/v1/chat/completions",
