@@ -11,8 +11,8 @@ import deepspeed
 from filelock import Timeout
 
 from asrllm import distributed
-from asrllm.data.corpora import Corpus
 from asrllm.atomic import check_output_folder, writable_path
+from asrllm.data.corpora import Corpus
 from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import verify_weights
 from asrllm.locks import FileLock
