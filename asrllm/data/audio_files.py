@@ -67,6 +67,24 @@ PROBLEMS = {
     "WAV": wav_problem,
     "WAVEX": wav_problem,
 }
+HEADERS = (b"RIFF", b"fLaC", b"OggS", b"FORM", b".snd", b"ID3")
+SOX_RAW = "sox -t raw -r 16000 -e signed -b 16 IN OUT.wav"
+FFMPEG_RAW = "ffmpeg -f {} -i IN -c:a pcm_s16le OUT.wav"
+# endings of files without a header, with a command that converts them at their usual rate
+RAW_FORMATS = {
+    "raw": SOX_RAW,
+    "pcm": SOX_RAW,
+    "g722": FFMPEG_RAW.format("g722"),
+    "g729": FFMPEG_RAW.format("g729"),
+    "vox": "sox -t vox -r 8000 -c 1 IN OUT.wav",
+    "ul": FFMPEG_RAW.format("mulaw -ar 8000"),
+    "ulaw": FFMPEG_RAW.format("mulaw -ar 8000"),
+    "al": FFMPEG_RAW.format("alaw -ar 8000"),
+    "alaw": FFMPEG_RAW.format("alaw -ar 8000"),
+    "g726": FFMPEG_RAW.format("g726 -code_size 4"),
+    "sln": "sox -t raw -r 8000 -e signed -b 16 IN OUT.wav",
+    "sln16": SOX_RAW,
+}
 PADDED = ("GSM610", "G721", "NMS_ADPCM")  # soundfile reads their last block whole
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
 LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and 1
@@ -267,11 +285,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         )
     if tail:
         raise file.error(tail)
-    if path.lower().endswith((".raw", ".pcm")):
-        raise file.error(
-            "is raw: it has no header with sampling rate and encoding. "
-            "Convert it: sox -t raw -r 16000 -e signed -b 16 IN.raw OUT.wav"
-        )
+    _check_not_raw(file)
     try:
         with file.open_sound() as sound:
             frames = _frames_without_padding(file, sound)
@@ -293,6 +307,25 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         return _open_without_length(file, sound_format)
     _check_length(file, sound_format, log)
     return replace(file, seconds=seconds, frames=frames if is_padded else None)
+
+
+def _check_not_raw(file: AudioFile) -> None:
+    """Raise UserError for a file whose name says that it has no header.
+
+    Nothing in such files shows whether they are audio, are complete, or have the rate that is
+    usual for their name.
+    """
+    ending = file.path.lower().rpartition(".")[2]
+    if ending not in RAW_FORMATS:
+        return
+    with file.open_bytes() as content:
+        begin = content[:12]
+    if any(begin.startswith(magic) for magic in HEADERS):
+        return  # a file with a header under another name
+    raise file.error(
+        "is raw: it has no header with sampling rate and encoding. "
+        f"Convert it, for example: {RAW_FORMATS[ending]}"
+    )
 
 
 def _check_headerless(file: AudioFile, subtype: str) -> None:

@@ -193,3 +193,41 @@ def test_every_flac_is_followed_by_nothing(tmp_path):
         read(path)
         path.write_bytes(path.read_bytes() + rng.bytes(3000))
         assert is_rejected(path)
+
+
+@pytest.mark.parametrize(
+    "ending", ["g722", "vox", "ul", "ulaw", "al", "alaw", "g726", "g729", "sln", "raw", "pcm"]
+)
+def test_file_without_a_header_names_a_command_that_converts_it(tmp_path, ending):
+    path = tmp_path / f"a.{ending.upper()}"
+    path.write_bytes(np.random.default_rng(0).bytes(8000))
+    with pytest.raises(UserError, match=r"raw.*(sox|ffmpeg) .*OUT\.wav"):
+        read(path)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("ending", "options", "rate"),
+    [
+        ("g722", ["-c:a", "g722"], 16000),
+        ("ul", ["-c:a", "pcm_mulaw", "-f", "mulaw"], 8000),
+        ("al", ["-c:a", "pcm_alaw", "-f", "alaw"], 8000),
+        ("g726", ["-c:a", "g726", "-f", "g726"], 8000),
+    ],
+)
+def test_command_that_converts_a_file_without_a_header_is_right(tmp_path, ending, options, rate):
+    path = make(tmp_path, f"a.{ending}", ["-ar", str(rate), *options])
+    with pytest.raises(UserError) as caught:
+        read(path)
+    words = str(caught.value).partition("example: ")[2].split()
+    places = {"IN": str(path), "OUT.wav": str(tmp_path / "out.wav")}
+    command = [places.get(word, word) for word in words]
+    subprocess.run([*command, "-v", "error"], check=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert soundfile.info(tmp_path / "out.wav").samplerate == rate
+    assert len(read(tmp_path / "out.wav")) == pytest.approx(SECONDS * 16000, abs=320)
+
+
+def test_wav_that_is_named_raw_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.5), 16000)
+    (tmp_path / "a.wav").rename(tmp_path / "a.vox")
+    assert len(read(tmp_path / "a.vox")) == 16000
