@@ -103,13 +103,19 @@ def check_text_output(path: Path) -> None:
         )
 
 
-def check_output_folder(path: Path) -> None:
-    """Raise UserError if a path cannot be a directory: a file, a device or a path below one."""
+def check_output_folder(path: Path, name: str = "") -> None:
+    """Raise UserError if a path cannot be a directory: a file, a device or a path below one.
+
+    Args:
+        path: the path.
+        name: what precedes the path in the message, for example "exp_dir=".
+    """
     with writable_path(path):
         nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise UserError(
-            f"{str(path)!r} cannot be a directory: {str(nearest)!r} is not one. Use another path."
+            f"{name}{str(path)!r} cannot be a directory: {str(nearest)!r} is not one. "
+            "Use another path."
         )
 
 

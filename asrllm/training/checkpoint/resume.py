@@ -54,7 +54,7 @@ def lock_exp_dir(exp_dir: Path) -> FileLock:
     Raises:
         UserError: exp_dir is not a directory, or another run uses it.
     """
-    check_output_folder(exp_dir)
+    check_output_folder(exp_dir, "exp_dir=")
     lock = FileLock(exp_dir / ".training.lock")
     if distributed.rank() == 0:
         with writable_path(exp_dir):
