@@ -59,9 +59,64 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file. On failure the file remains as it was."""
+    """Write a text file. On failure the file remains as it was.
+
+    A special file, for example /dev/null or a FIFO, is written and not replaced.
+    """
+    if _is_special(path):
+        with writable_path(path):
+            path.write_text(text, encoding="utf-8")
+        return
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is a device, a FIFO, a socket, or a name of an open file (/dev/stdout).
+
+    As root, /dev/null could be replaced by a file.
+    """
+    parent = os.path.realpath(path.parent)
+    if parent == "/dev" or parent.startswith("/proc/"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_output_file(path: Path) -> None:
+    """Raise UserError if a path cannot be replaced by a file: a directory, or a special file."""
+    with writable_path(path):
+        if _is_special(path):
+            raise UserError(f"{str(path)!r} is not a regular file. Use the path of a new file.")
+        if path.is_dir():
+            raise UserError(f"{str(path)!r} is a directory. Use the path of a file.")
+
+
+def check_text_output(path: Path) -> None:
+    """Raise UserError if no text can be written to a path, which may be a special file."""
+    if _is_special(path):
+        return
+    check_output_file(path)
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{str(path)!r} cannot be written: {str(path.parent)!r} is not a directory. "
+            "Create it, or use another path."
+        )
+
+
+def check_output_folder(path: Path, name: str = "") -> None:
+    """Raise UserError if a path cannot be a directory: a file, a device or a path below one.
+
+    Args:
+        path: the path.
+        name: what precedes the path in the message, for example "exp_dir=".
+    """
+    with writable_path(path):
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(
+            f"{name}{str(path)!r} cannot be a directory: {str(nearest)!r} is not one. "
+            "Use another path."
+        )
 
 
 @contextlib.contextmanager
@@ -77,13 +132,14 @@ def new_file(path: Path) -> Iterator[Path]:
         The path to write to.
 
     Raises:
-        UserError: the directory of `path` cannot be written.
+        UserError: `path` is a directory or a special file, or its directory cannot be written.
     """
+    check_output_file(path)
     with _beside(path) as folder:
         partial = folder / path.name
         yield partial
         sync(partial)
-        with writable_path(path):  # it may be a directory
+        with writable_path(path):  # it may be a directory by now
             partial.replace(path)
 
 
@@ -98,7 +154,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         The directory to write to. On failure it is removed.
 
     Raises:
-        UserError: `path` is not empty, is a mount point, or cannot be written.
+        UserError: `path` is not a directory, is not empty, is a mount point, or cannot be written.
     """
     with writable_path(path):
         path = _replaceable_folder(path)
@@ -112,7 +168,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _replaceable_folder(path: Path) -> Path:
     """Return the resolved path of a directory, or raise UserError if it cannot be replaced."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    check_output_folder(path)
+    if path.exists() and any(path.iterdir()):
         raise UserError(f"--output {str(path)!r} is not empty. Use another directory.")
     path = path.resolve()  # may be a symbolic link to a directory
     if path.is_mount():

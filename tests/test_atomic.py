@@ -1,5 +1,7 @@
 """Files appear complete, with concurrent writers and with killed writers."""
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -151,3 +153,43 @@ def test_sigterm_raises_only_inside_the_block():
         thread = threading.Thread(target=lambda: sigterm_raises().__enter__())
         thread.start()
         thread.join()
+
+
+@pytest.mark.parametrize("write", [write_whole, lambda path, text: fill(path)])
+def test_special_file_is_never_replaced(tmp_path, write):
+    device = Path("/dev/null").stat().st_rdev
+    for path in (Path("/dev/null"), Path("/dev/stdin")):
+        with contextlib.suppress(UserError):
+            write(path, "text")
+    assert Path("/dev/null").stat().st_rdev == device
+    assert Path("/dev/stdin").is_symlink()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with contextlib.suppress(UserError):
+        write(fifo, "text")
+    os.close(reader)
+    assert fifo.is_fifo()
+
+
+def fill(path):
+    with new_file(path) as partial:
+        partial.write_text("x")
+
+
+def test_directory_and_special_file_are_no_output_file(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, Path("/dev/null"), tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=re.escape(repr(str(path)))), new_file(path):
+            pytest.fail("the block began")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "fifo", "/dev/null", "/dev/null/below"])
+def test_file_is_no_output_directory(tmp_path, name):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    path = tmp_path / name
+    with pytest.raises(UserError) as caught, new_folder(path):
+        pytest.fail("the block began")
+    assert repr(str(path)) in str(caught.value)
+    assert "not empty" not in str(caught.value)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asrllm.atomic import write_error
+from asrllm.atomic import check_text_output, write_error
 from asrllm.data.index import Index, open_index
 from asrllm.data.storage import is_url
 from asrllm.errors import UserError
@@ -131,6 +131,8 @@ def verify(arguments: argparse.Namespace) -> None:
     """
     from asrllm.data.verify import verify_shards
 
+    if arguments.output:
+        check_text_output(Path(arguments.output))  # before hours of work
     with _opened([arguments.folder]) as (index,), ProgressBar("verifying", len(index)) as bar:
         problems = verify_shards(index, workers=arguments.workers, advance=bar.advance)
     lines = [f"{problem}\n" for problem in problems]

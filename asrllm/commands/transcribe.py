@@ -312,8 +312,8 @@ def check_writable(folder: Path) -> None:
     existing = next(path for path in candidates if path.exists())
     if not existing.is_dir():
         raise UserError(
-            f"--output-dir {str(folder)!r} cannot be created: {str(existing)!r} is a file. "
-            "Use a directory."
+            f"--output-dir {str(folder)!r} cannot be created: {str(existing)!r} is not a "
+            "directory. Use another path."
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(

@@ -34,6 +34,8 @@ from asrllm.data.audio_headers import (
     wav_sample_count,
     with_unknown_size,
 )
+from asrllm.data.container_lengths import has_several_voc_blocks, is_adx, length_problem
+from asrllm.data.recording_end import tail_problem
 from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.text_files import JsonObject, parse_json, pointer_problem
@@ -65,6 +67,24 @@ PROBLEMS = {
     "WAV": wav_problem,
     "WAVEX": wav_problem,
 }
+HEADERS = (b"RIFF", b"fLaC", b"OggS", b"FORM", b".snd", b"ID3")
+SOX_RAW = "sox -t raw -r 16000 -e signed -b 16 IN OUT.wav"
+FFMPEG_RAW = "ffmpeg -f {} -i IN -c:a pcm_s16le OUT.wav"
+# endings of files without a header, with a command that converts them at their usual rate
+RAW_FORMATS = {
+    "raw": SOX_RAW,
+    "pcm": SOX_RAW,
+    "g722": FFMPEG_RAW.format("g722"),
+    "g729": FFMPEG_RAW.format("g729"),
+    "vox": "sox -t vox -r 8000 -c 1 IN OUT.wav",
+    "ul": FFMPEG_RAW.format("mulaw -ar 8000"),
+    "ulaw": FFMPEG_RAW.format("mulaw -ar 8000"),
+    "al": FFMPEG_RAW.format("alaw -ar 8000"),
+    "alaw": FFMPEG_RAW.format("alaw -ar 8000"),
+    "g726": FFMPEG_RAW.format("g726 -code_size 4"),
+    "sln": "sox -t raw -r 8000 -e signed -b 16 IN OUT.wav",
+    "sln16": SOX_RAW,
+}
 PADDED = ("GSM610", "G721", "NMS_ADPCM")  # soundfile reads their last block whole
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
 LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and 1
@@ -75,7 +95,12 @@ FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # start of the first page of an 
 # libsndfile's log of a header that promises more bytes than the file has
 TRUNCATED = re.compile(r"^(?!\s*(?:Bytes/sec|Block Align)).*:\s*(\d+) \(should be (\d+)\)", re.M)
 # what ffmpeg 5, 6 and 7 write about a packet that is damaged
-NOT_DECODED = ("Error while decoding", "Error submitting packet", "CRC error", "CRC mismatch")
+NOT_DECODED = (
+    *("Error while decoding", "Error submitting packet", "CRC error", "CRC mismatch"),
+    "corrupt input packet",
+)
+# lines of ffmpeg's log that say that audio is missing; all others are warnings
+SEVERE = re.compile(r"\[(?:error|fatal|panic)\] |\[warning\] (?=.*corrupt input packet)")
 CHECKSUMS = ("-err_detect", "crccheck")  # otherwise it ignores those of most formats
 ALAC_PACKET = 4096  # samples
 PROBED = "stream=codec_name,duration,sample_rate:format=format_name,nb_streams,duration"
@@ -244,7 +269,12 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
     if not size:
         raise file.error("is empty (0 bytes). Copy it again.")
     with file.open_bytes() as whole:
-        problem = pointer_problem(whole, path if content is None else None) or stream_problem(whole)
+        problem = (
+            pointer_problem(whole, path if content is None else None)
+            or stream_problem(whole)
+            or length_problem(whole)
+        )
+        tail = tail_problem(whole)
         second = find_second_recording(whole)
     if problem:
         raise file.error(problem)
@@ -253,11 +283,9 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             f"has a second recording at byte {second}, which a decoder would not read. "
             "Join recordings with sox instead of cat."
         )
-    if path.lower().endswith((".raw", ".pcm")):
-        raise file.error(
-            "is raw: it has no header with sampling rate and encoding. "
-            "Convert it: sox -t raw -r 16000 -e signed -b 16 IN.raw OUT.wav"
-        )
+    if tail:
+        raise file.error(tail)
+    _check_not_raw(file)
     try:
         with file.open_sound() as sound:
             frames = _frames_without_padding(file, sound)
@@ -279,6 +307,25 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         return _open_without_length(file, sound_format)
     _check_length(file, sound_format, log)
     return replace(file, seconds=seconds, frames=frames if is_padded else None)
+
+
+def _check_not_raw(file: AudioFile) -> None:
+    """Raise UserError for a file whose name says that it has no header.
+
+    Nothing in such files shows whether they are audio, are complete, or have the rate that is
+    usual for their name.
+    """
+    ending = file.path.lower().rpartition(".")[2]
+    if ending not in RAW_FORMATS:
+        return
+    with file.open_bytes() as content:
+        begin = content[:12]
+    if any(begin.startswith(magic) for magic in HEADERS):
+        return  # a file with a header under another name
+    raise file.error(
+        "is raw: it has no header with sampling rate and encoding. "
+        f"Convert it, for example: {RAW_FORMATS[ending]}"
+    )
 
 
 def _check_headerless(file: AudioFile, subtype: str) -> None:
@@ -363,6 +410,8 @@ def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
         return "only ffmpeg reads a file of several MP3s completely"
     if sound.format == "FLAC" and not 0 < sound.frames < NO_LENGTH:
         return "only ffmpeg reads a FLAC without a sample count"
+    if sound.format == "VOC" and _has_several_voc_blocks(file):
+        return "only ffmpeg reads a VOC file of several blocks correctly"
     if sound.format == "OGG" and is_chained(file):
         return "only ffmpeg reads an Ogg file of several consecutive recordings completely"
     return ""
@@ -376,6 +425,11 @@ def _counts_its_frames(file: AudioFile) -> bool:
 def _is_several_mp3s(file: AudioFile) -> bool:
     with file.open_bytes() as content:
         return is_several_mp3s(content)
+
+
+def _has_several_voc_blocks(file: AudioFile) -> bool:
+    with file.open_bytes() as content:
+        return has_several_voc_blocks(content)
 
 
 def is_chained(file: AudioFile) -> bool:
@@ -606,7 +660,7 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
 def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
     output = ["-f", "f32le", "-ac", "1", "-ar", str(RATE), "-"]
     with file.on_disk() as path, tempfile.TemporaryFile() as log:
-        command = ["ffmpeg", "-nostdin", "-v", "error", *SELF_CONTAINED, *CHECKSUMS]
+        command = ["ffmpeg", "-nostdin", "-v", "level+warning", *SELF_CONTAINED, *CHECKSUMS]
         command += ["-i", f"file:{path}", *output]
         yield from _output_of(command, file, log)
 
@@ -626,16 +680,18 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
         status = process.wait()
         log.seek(0)
         messages = log.read().decode(errors="replace")
-        if status or _has_undecoded(file, messages):
-            first = ADDRESS.sub("", messages.partition("\n")[0])
+        errors = [line for line in messages.splitlines() if SEVERE.search(line)]
+        if status or _has_undecoded(file, "\n".join(errors)):
+            first = SEVERE.sub("", ADDRESS.sub("", errors[0] if errors else messages[:200]))
             raise _corrupted(file, f"ffmpeg: {first[:200]}")
 
 
 def _has_undecoded(file: AudioFile, messages: str) -> bool:
-    """Return whether ffmpeg skipped a packet that it could not decode, although it succeeded.
+    """Return whether ffmpeg succeeded although a packet was incomplete or could not be decoded.
 
-    The headers of a chained Ogg file's second stream are such packets. `stream_problem` checks Ogg.
+    The headers of a chained Ogg file's second stream are such packets, and so is the end of ADX.
+    `stream_problem` checks Ogg, and `length_problem` checks ADX.
     """
     with file.open_bytes() as content:
-        is_ogg = content[:4] == b"OggS"
-    return not is_ogg and any(words in messages for words in NOT_DECODED)
+        is_checked = content[:4] == b"OggS" or is_adx(content)
+    return not is_checked and any(words in messages for words in NOT_DECODED)

@@ -16,9 +16,12 @@ OGG_CHECKSUM = slice(22, 26)  # its place in the header
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 FRAME_HEADER = 7  # bytes that are read of a frame of AAC or MP3
 ID3V1_SIZE = 128  # bytes
+APE = b"APETAGEX"
+APE_HEADER = 32  # bytes
 CERTAIN = 4  # consecutive frames that are not there by chance
 LARGEST_GAP = 2048  # bytes between two MP3s in one file
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")  # names of the frame that counts the others
+LAYER = 6  # its bits in the second byte of a frame of MPEG audio
 MP3_RATES = (44100, 48000, 32000)  # Hz, of MPEG 1
 BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 1, II": (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -32,11 +35,19 @@ AC3_SYNC = b"\x0b\x77"
 AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, *range(160, 257, 32), *range(320, 641, 64))
 AC3_RATES = (48000, 44100, 32000)  # Hz
 AC3_SAMPLES = 1536  # samples of a frame
+DTS_SYNC = b"\x7f\xfe\x80\x01"
+SBC_SYNC, MSBC_SYNC = 0x9C, 0xAD
+MSBC_FRAME = 57  # bytes
+MLP_SYNC = (b"\xf8\x72\x6f\xba", b"\xf8\x72\x6f\xbb")  # TrueHD and MLP, after four bytes
+START_CODE = b"\0\0\1"  # of MPEG packets
+PACK, PROGRAM_END = b"\xba", b"\xb9"  # after START_CODE
+TS_SYNC = 0x47
+TS_PACKETS = ((188, 0), (192, 4), (204, 0))  # bytes of a packet, and the place of TS_SYNC
 ID3 = (b"ID3\x03", b"ID3\x04")
 EBML = b"\x1aE\xdf\xa3"  # Matroska and WebM
 # how a recording begins, by its first four bytes
 BEGINNINGS = {
-    b"RIFF": re.compile(rb"RIFF....WAVE", re.DOTALL),
+    b"RIFF": re.compile(rb"RIFF....(?:WAVE|AVI )", re.DOTALL),
     b"RF64": re.compile(rb"RF64....WAVE", re.DOTALL),
     b"riff": re.compile(rb"riff\x2e\x91\xcf\x11"),  # Sony Wave64
     b"FORM": re.compile(rb"FORM....AIF[FC]", re.DOTALL),
@@ -81,18 +92,27 @@ def mp3_problem(content: Buffer) -> str:
     Returns:
         What is wrong, or "" if nothing is.
     """
-    first = content[: 1 << 12]
+    begin = id3_size(content)
+    end = _promised_mp3_end(content)
+    if end is None:
+        return ""
+    if len(content) - begin < SHORTEST_MP3 * (end - begin):
+        return truncated(len(content), end)
+    return problem_after(content, end)
+
+
+def _promised_mp3_end(content: Buffer) -> int | None:
+    """Return the end of an MP3 according to its Xing or Info header, or None without one."""
+    begin = id3_size(content)
+    first = content[begin : begin + (1 << 12)]
     tag = max(first.find(b"Xing"), first.find(b"Info"))
     if tag < 0:
-        return ""
+        return None
     flags = int.from_bytes(first[tag + 4 : tag + 8], "big")
     if not flags & 2:
-        return ""
+        return None
     field = tag + 8 + 4 * (flags & 1)  # after the number of frames, which bit 0 announces
-    promised = int.from_bytes(first[field : field + 4], "big")
-    if len(content) >= SHORTEST_MP3 * promised:
-        return ""
-    return truncated(len(content), promised)
+    return begin + int.from_bytes(first[field : field + 4], "big")
 
 
 def sphere_problem(content: Buffer) -> str:
@@ -114,9 +134,10 @@ def sphere_problem(content: Buffer) -> str:
 
 
 def stream_problem(content: Buffer) -> str:
-    """Check the pages of an Ogg file, or look for a cut in the last frame of MP3, AAC or AC-3.
+    """Check the pages of an Ogg file, or look for a cut in the last frame of a stream of frames.
 
-    Their headers do not state their length. A stream that is cut between two frames looks complete.
+    MP3, AAC, AC-3, DTS, SBC, TrueHD, MLP and MPEG streams do not state their length, so a stream
+    that is cut between two frames looks complete.
 
     Returns:
         What is wrong, or "" if nothing is.
@@ -129,10 +150,32 @@ def stream_problem(content: Buffer) -> str:
         return _last_frame_problem(content, 0, adts_frame_size)
     if content[:2] == AC3_SYNC:
         return _last_frame_problem(content, 0, ac3_frame_size)
+    if content[:4] == DTS_SYNC:
+        return _last_frame_problem(content, 0, dts_frame_size)
+    if content[4:8] in MLP_SYNC:
+        return _last_frame_problem(content, 0, mlp_frame_size)
+    if content[:4] == START_CODE + PACK:
+        return _last_frame_problem(content, 0, mpeg_packet_size)
+    if content[0] in (SBC_SYNC, MSBC_SYNC):
+        return _last_frame_problem(content, 0, sbc_frame_size)
+    for size, place in TS_PACKETS:
+        if set(content[place : place + 4 * size : size]) == {TS_SYNC}:
+            return INCOMPLETE if len(content) % size else ""
     begin = id3_size(content)
     if content[begin : begin + 1] == b"\xff" and not has_frame_count(content):
-        return _last_frame_problem(content, begin, mp3_frame_size)
+        return _last_frame_problem(content, begin, _size_of_same_layer(content, begin))
     return ""
+
+
+def _size_of_same_layer(content: Buffer, begin: int) -> Callable[[Buffer, int], int]:
+    """Return `mp3_frame_size` for frames of the layer of the first one: decoders skip others."""
+    first = content[begin + 1] & LAYER
+
+    def size(content: Buffer, offset: int) -> int:
+        is_same = content[offset + 1] & LAYER == first
+        return mp3_frame_size(content, offset) if is_same else 0
+
+    return size
 
 
 def ogg_problem(content: Buffer) -> str:
@@ -163,7 +206,7 @@ def ogg_problem(content: Buffer) -> str:
         offset = end
     if content.find(b"OggS", offset) >= 0:
         return _corrupted_at(offset, "no page begins there")
-    return "" if is_last else INCOMPLETE
+    return problem_after(content, offset) if is_last else INCOMPLETE
 
 
 def _ogg_checksum(page: bytes) -> bytes:
@@ -251,22 +294,48 @@ def has_frame_count(content: Buffer) -> bool:
 
 def _last_frame_problem(content: Buffer, offset: int, size: Callable[[Buffer, int], int]) -> str:
     """Walk over the frames of a stream, and return what is wrong in it or at its end, or ""."""
+    first = content[offset : offset + 2]
     frames = 0
     while offset + FRAME_HEADER <= len(content):
         length = size(content, offset) or _tag_size(content, offset)
         if not length:  # an unknown tag at the end, or another kind of file
             if frames > 1 and _has_frames_after(content, offset, size):
                 return _corrupted_at(offset, "no frame begins there")
-            return ""
+            return problem_after(content, offset) if frames > CERTAIN else ""
         offset += length
         frames += 1
-    return INCOMPLETE if offset > len(content) and frames > 1 else ""
+    rest = content[offset : offset + 2]
+    has_part = any(rest) and first.startswith(rest)  # of another frame
+    return INCOMPLETE if frames > 1 and (offset > len(content) or has_part) else ""
+
+
+def problem_after(content: Buffer, end: int) -> str:
+    """Look for anything but tags and zeros after the end of a recording.
+
+    Args:
+        content: the file.
+        end: the first byte after the recording.
+
+    Returns:
+        What is wrong, or "" if nothing is.
+    """
+    begin = end
+    while size := _tag_size(content, begin):
+        begin += size
+    if len(content) - begin <= LARGEST_TAIL or not any(content[begin : begin + BLOCK]):
+        return ""
+    return (
+        f"has {len(content) - end} bytes after the end of its recording at byte {end}, which a "
+        "decoder would not read. Copy it again. Join recordings with sox instead of cat."
+    )
 
 
 def _tag_size(content: Buffer, offset: int) -> int:
-    """Return the bytes of an ID3 tag, of version 1 or 2, or 0 if there is none."""
+    """Return the bytes of an ID3 tag (version 1 or 2) or an APE tag, or 0 if there is none."""
     if content[offset : offset + 3] == b"TAG":
         return ID3V1_SIZE
+    if content[offset : offset + len(APE)] == APE:
+        return APE_HEADER + int.from_bytes(content[offset + 12 : offset + 16], "little")
     return id3_size(content[offset : offset + 10])
 
 
@@ -315,6 +384,54 @@ def ac3_frame_size(content: Buffer, offset: int) -> int:
     return 2 * (words + 1) if has_padding else 2 * words
 
 
+def dts_frame_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of a frame of DTS (ETSI TS 102 114, section 5.3), or 0 if there is none."""
+    header = content[offset : offset + 8]
+    if header[:4] != DTS_SYNC or len(header) < 8:
+        return 0
+    return (int.from_bytes(header[5:8], "big") >> 4 & 0x3FFF) + 1
+
+
+def mlp_frame_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of an access unit of TrueHD or MLP."""
+    return 2 * ((content[offset] & 15) << 8 | content[offset + 1])
+
+
+def sbc_frame_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of a frame of SBC (A2DP, section 12.9) or mSBC, or 0 if there is none."""
+    sync, fields, bitpool = content[offset : offset + 3]
+    if sync == MSBC_SYNC:
+        return MSBC_FRAME
+    if sync != SBC_SYNC:
+        return 0
+    blocks = 4 * (fields >> 4 & 3) + 4
+    mode = fields >> 2 & 3  # 0: mono, 1: dual channel, 2: stereo, 3: joint stereo
+    subbands = 8 if fields & 1 else 4
+    channels = 1 if mode == 0 else 2
+    bits = blocks * bitpool * (2 if mode == 1 else 1)
+    if mode == 3:
+        bits += subbands
+    return 4 + subbands * channels // 2 + -(-bits // 8)
+
+
+def mpeg_packet_size(content: Buffer, offset: int) -> int:
+    """Return the bytes of a packet of an MPEG program stream, or 0 if there is none.
+
+    This includes the headers of packs (ISO/IEC 13818-1, section 2.5.3, and 11172-1).
+    """
+    header = content[offset : offset + 14]
+    code = header[3:4]
+    if header[:3] != START_CODE or code < PROGRAM_END:
+        return 0
+    if code == PROGRAM_END:
+        return 4
+    if code != PACK:
+        return 6 + int.from_bytes(header[4:6], "big")
+    if header[4] >> 6 != 1:  # MPEG 1
+        return 12
+    return 14 + (header[13] & 7 if len(header) > 13 else 0)
+
+
 def mp3_frame_size(content: Buffer, offset: int) -> int:
     """Return the bytes of a frame of MPEG audio layer II or III, or 0 if there is none."""
     if content[offset] != 0xFF or content[offset + 1] & 0xE0 != 0xE0:
@@ -336,20 +453,17 @@ def mp3_frame_size(content: Buffer, offset: int) -> int:
 
 def is_several_mp3s(content: Buffer) -> bool:
     """Return whether an MP3 has frames after those that its Xing or Info header counts."""
-    begin = id3_size(content)
-    first = content[begin : begin + (1 << 12)]
-    tag = max(first.find(b"Xing"), first.find(b"Info"))
-    if tag < 0 or not int.from_bytes(first[tag + 4 : tag + 8], "big") & 2:
+    end = _promised_mp3_end(content)
+    if end is None:
         return False
-    field = tag + 8 + 4 * (first[tag + 7] & 1)
-    end = begin + int.from_bytes(first[field : field + 4], "big")
+    size_of = _size_of_same_layer(content, id3_size(content))
     # encoders count with or without the header's own frame, and another ID3 tag may follow
     for offset in range(end, min(end + LARGEST_GAP, len(content) - 2 * FRAME_HEADER)):
         if content[offset : offset + 3] == b"ID3":
             return True
-        size = mp3_frame_size(content, offset)
+        size = size_of(content, offset)
         second = offset + size
-        if size and second + FRAME_HEADER <= len(content) and mp3_frame_size(content, second):
+        if size and second + FRAME_HEADER <= len(content) and size_of(content, second):
             return True
     return False
 

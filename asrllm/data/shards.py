@@ -32,7 +32,7 @@ import numpy as np
 import soundfile
 from filelock import Timeout
 
-from asrllm.atomic import write_error
+from asrllm.atomic import check_output_folder, write_error
 from asrllm.data.audio_files import OutsideError, decoder_error
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
@@ -482,11 +482,8 @@ class _WorkDir:
 
     def _check_free(self) -> None:
         """Raise UserError unless OUT does not exist, or is an empty directory."""
-        if not self.out.exists():
-            return
-        if not self.out.is_dir():
-            raise UserError(f"{str(self.out)!r} is a file. Choose another name for the directory.")
-        if any(self.out.iterdir()):
+        check_output_folder(self.out)
+        if self.out.exists() and any(self.out.iterdir()):
             raise UserError(
                 f"{str(self.out)!r} is not empty. "
                 "Choose another directory, or remove it to make the shards again."

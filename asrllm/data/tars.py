@@ -23,6 +23,7 @@ COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 TEXT_FIELDS = ("lang", "task", "prompt")
+SHOWN_TEXT = 60  # characters
 SHOWN_FIELD = 200  # characters of a problem with a field
 
 
@@ -308,6 +309,8 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         detail = f"expected {key}.txt, or {key}.json with 'text'"
         return BadSample(key=key, reason="no_transcript", detail=detail)
+    if problem := _text_problem(fields["text"], files):
+        return BadSample(key=key, reason="different_texts", detail=problem)
     if problem := field_problem(fields):
         return BadSample(key=key, reason="bad_field", detail=problem)
     offset = members[0].start // BLOCK
@@ -320,6 +323,23 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
         extension=extension,
         fields=fields,
     )
+
+
+def _text_problem(text: str, files: Mapping[str, bytes]) -> str:
+    """Return how the .txt file of a sample contradicts the text in its JSON, or "".
+
+    White space does not matter.
+    """
+    other = files.get("txt", b"").decode("utf-8-sig", errors="replace")
+    if "txt" not in files or other.split() == text.split():
+        return ""
+    return f"the .txt has {shortened(other)!r}, and the .json has {shortened(text)!r}"
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text for a message."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
 
 
 def field_problem(fields: Mapping[str, object]) -> str:

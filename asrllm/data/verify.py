@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asrllm.atomic import write_error
+from asrllm.atomic import check_output_folder, write_error
 from asrllm.data.audio_files import open_audio, read_stretch
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
@@ -64,6 +64,7 @@ def index_tars(
     """
     tars = sorted({_absolute(tar) for tar in tars})
     folder = _index_folder(tars, output)
+    check_output_folder(folder)
     scans = _scan_all(tars, folder, workers, advance)
     reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
     if not any(len(scan.record.rows) for scan in scans):

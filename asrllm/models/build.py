@@ -11,10 +11,10 @@ from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt, check_prompts
 from asrllm.defaults import ENCODER_KEY, LLM_KEY
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.checks import MAX_LLM_SIZE, check_sizes
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
+from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, MAX_LLM_NUMBER, check_numbers
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.hub_files import check_directory, load_generation_config, load_hf_config
@@ -102,7 +102,7 @@ def _check_base_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> No
         )
     file = Path(path) / "config.json"
     fix = "Correct it, or download it again."
-    check_sizes(llm.to_dict(), MAX_LLM_SIZE, repr(str(file)), fix)
+    check_numbers(llm.to_dict(), MAX_LLM_NUMBER, f"{str(file)!r}: ", fix)
     with reading(file, "the LLM's configuration", fix), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(llm, trust_remote_code=False)
     check_family(empty)
@@ -125,6 +125,7 @@ def _check_base_encoder(
     fields, state = encoder_class(kind).read_pretrained(path)
     what = f"the configuration of {ENCODER_KEY}"
     fix = "Correct config.json, or download it again."
+    check_numbers(fields, MAX_ENCODER_NUMBER, f"{path!r}: ", fix)
     with reading(path, what, fix), torch.device("meta"):
         encoder: nn.Module = build_encoder({"model_type": kind} | fields, pad_to_30s=pad_to_30s)
     check_encoder_state(state, encoder, path)

@@ -13,11 +13,13 @@ from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from asrllm.errors import UserError
+from asrllm.schema import shown
 
 DsConfig = dict[str, Any]  # content of a DeepSpeed JSON
 Block = Mapping[str, Any]  # an object in a DeepSpeed JSON
@@ -114,6 +116,30 @@ MODELS: dict[str, type[BaseModel]] = {
     "wandb": WandbConfig,
     "csv_monitor": CSVConfig,
     "comet": CometConfig,
+}
+# of blocks within those for which DeepSpeed has no pydantic model
+NESTED_MODELS: dict[str, type[BaseModel]] = {"timers.throughput": DeepSpeedThroughputTimerConfig}
+# what is wrong with a value and how to correct it, by pydantic's type of the error
+BOUNDS = {
+    "greater_than": ("is not above {gt:g}", "Use a larger value."),
+    "greater_than_equal": ("is below {ge:g}", "Use a value of at least {ge:g}."),
+    "less_than": ("is not below {lt:g}", "Use a smaller value."),
+    "less_than_equal": ("is above {le:g}", "Use a value of at most {le:g}."),
+    "enum": ("is unknown", "Choose {expected}."),
+    "literal_error": ("is unknown", "Choose {expected}."),
+    "missing": ("is missing", "Add it."),
+    "finite_number": ("is not finite", "Use a number."),
+}
+# names of the types of JSON by the beginning of pydantic's type of the error
+JSON_TYPES = {
+    "bool": "true or false",
+    "dict": "an object",
+    "float": "a number",
+    "int": "an integer",
+    "list": "a list",
+    "model": "an object",
+    "path": "a text",
+    "string": "a text",
 }
 MASTER_WEIGHTS = "Remove it: checkpoints have master weights and optimizer states in float32."
 # Features of DeepSpeed that runs do not support, and what to do instead.
@@ -290,6 +316,8 @@ def check_block(known: Mapping[str, Kinds], block: Block, place: str, path: Path
         if key not in known:
             raise unknown_ds_key(name, key, known, path)
         check_type(value, known[key], name, path)
+        if name in NESTED_MODELS and isinstance(value, dict):
+            check_model(NESTED_MODELS[name], value, name, path)
 
 
 def _fields_by_key(model: type[BaseModel]) -> tuple[dict[str, FieldInfo], set[str]]:
@@ -326,6 +354,10 @@ def check_model(model: type[BaseModel], block: Block, place: str, path: Path) ->
         model(**without_autos(block))
     except ValidationError as error:
         raise invalid_value(error, place, path) from error
+    except TypeError as error:  # of DeepSpeed's own checks
+        raise UserError(
+            f"{path}: {place} is rejected by DeepSpeed: {error}. Correct the value."
+        ) from error
 
 
 def check_field(field: FieldInfo, value: object, name: str, path: Path) -> None:
@@ -360,7 +392,17 @@ def invalid_value(error: ValidationError, place: str, path: Path) -> UserError:
     first = error.errors()[0]
     name = ".".join([place, *map(str, first["loc"])])
     is_plain = isinstance(first["input"], (str, int, float, list, type(None)))
-    value = f"={first['input']!r}" if is_plain else ""  # else a whole block
+    value = f"={shown(first['input'])}" if is_plain else ""  # else a whole block
+    kind = first["type"]
+    if kind in BOUNDS:
+        problem, fix = (text.format(**first.get("ctx", {})) for text in BOUNDS[kind])
+        value = "" if kind == "missing" else value
+        return UserError(f"{path}: {name}{value} {problem}. {fix}")
+    expected = JSON_TYPES.get(kind.partition("_")[0])
+    if expected:
+        return UserError(
+            f"{path}: {name}{value} is not {expected}. Give {expected}, or remove the key."
+        )
     reason = first["msg"]
     for prefix in ("Value error, ", "Assertion failed, "):
         reason = reason.removeprefix(prefix)

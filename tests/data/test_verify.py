@@ -549,3 +549,22 @@ def test_rows_outside_their_shard_are_rejected(shards, column):
     write_rows(shards, rows)
     with pytest.raises(UserError, match=f"{shards}"):
         open_index(shards)
+
+
+def test_different_texts_in_txt_and_json_reject_the_sample(tmp_path):
+    """White space and a byte-order mark are no difference."""
+    members = (
+        sample("a", text="one two")
+        | {"a.json": b'{"text": "one three"}'}
+        | sample("b", text="\ufeffone  two\n")
+        | {"b.json": b'{"text": "one two"}'}
+        | sample("c", text="")
+        | {"c.json": b'{"text": "one"}'}
+    )
+    tar = write_tar(tmp_path / "x.tar", members)
+    summary = index_tars([tar])
+    assert summary.rejected == {"different_texts": 2}
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").open()]
+    assert [row["key"] for row in rejected] == ["a", "c"]
+    assert "one two" in rejected[0]["detail"]
+    assert "one three" in rejected[0]["detail"]

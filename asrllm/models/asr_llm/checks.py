@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, MAX_LLM_NUMBER, check_numbers
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import check_not_quantized
 from asrllm.models.projectors import PROJECTORS
@@ -37,12 +38,8 @@ from asrllm.text_files import (
 
 TYPES = get_annotations(AsrLlmConfig)
 # Limits far above any model, so that a damaged size does not take all memory or run for hours.
-# largest value by the end of a field's name; vocabularies have less than a million tokens
-LIMITS = {"layers": 1000, "layer": 1000, "_size": 1 << 28}
 MAX_PROJECTOR_WIDTH = 1 << 17
 MAX_DOWNSAMPLING = 1000
-MAX_ENCODER_SIZE = 1 << 20
-MAX_LLM_SIZE = 1 << 40  # rope_theta has ten digits in some models
 BOUNDED_TYPES = {
     "projector": Literal[tuple(PROJECTORS)],
     "projector_hidden_size": Annotated[int, Field(ge=1, le=MAX_PROJECTOR_WIDTH)],
@@ -173,8 +170,8 @@ def check_config_fields(fields: JsonObject, where: str) -> None:
     for name in ("lora", "audio_encoder_lora"):
         _check_types(LORA_OPTIONS, fields.get(name) or {}, where, group=f"{name}.")
     _check_base_models(fields.get("base_models") or {}, where)
-    check_sizes(fields.get("audio_encoder") or {}, MAX_ENCODER_SIZE, f"{where!r}: audio_encoder")
-    check_sizes(fields.get("llm") or {}, MAX_LLM_SIZE, f"{where!r}: llm")
+    for part, limit in (("audio_encoder", MAX_ENCODER_NUMBER), ("llm", MAX_LLM_NUMBER)):
+        check_numbers(fields.get(part) or {}, limit, f"{where!r}: {part}.", CORRECT_MODEL_CONFIG)
     _check_encoder_fields(fields.get("audio_encoder") or {}, fields.get("pad_to_30s", False), where)
     _check_llm_fields(fields.get("llm") or {}, where)
 
@@ -203,38 +200,6 @@ def _check_base_models(bases: JsonObject, where: str) -> None:
                 raise UserError(
                     f"{where!r}: {name}.{key}={shown(base[key])} is not a text. "
                     f"{CORRECT_MODEL_CONFIG}"
-                )
-
-
-def check_sizes(
-    fields: JsonObject, limit: int, where: str, fix: str = CORRECT_MODEL_CONFIG
-) -> None:
-    """Check that the integers of a part, also in nested fields, are not beyond any model's sizes.
-
-    Args:
-        fields: fields of the part.
-        limit: largest integer; layers and sizes have their own LIMITS.
-        where: the file and the part, for the error message.
-        fix: the last sentence of the error message.
-
-    Raises:
-        UserError: an integer is too large. A model of so many layers would not be built in a
-            minute.
-    """
-    remaining: list[tuple[str, object]] = [(where, fields)]
-    while remaining:
-        name, value = remaining.pop()
-        if isinstance(value, dict):
-            remaining += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        elif isinstance(value, list):
-            remaining += [(f"{name}[{i}]", inner) for i, inner in enumerate(value)]
-        elif isinstance(value, int):
-            field = name.rpartition(".")[2].partition("[")[0]
-            limits = [most for ending, most in LIMITS.items() if field.endswith(ending)]
-            largest = min(limit, *limits) if limits else limit
-            if abs(value) > largest:
-                raise UserError(
-                    f"{name}={value} is out of range. Use a value of at most {largest}. {fix}"
                 )
 
 

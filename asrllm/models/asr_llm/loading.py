@@ -207,7 +207,7 @@ def check_stored(
 
 def _mismatch_reason(what: str, where: str) -> str:
     """Return the likely reasons why weights do not fit the run in the directory `where`."""
-    reason = f"They belong to another {what}."
+    reason = f"They belong to another {what}, or its config.json was changed."
     if (Path(where) / "inherited_weights.pt").is_file():
         reason += (
             " If zero_to_fp32.py wrote them, run 'asrllm consolidate' instead: that script drops "

@@ -11,6 +11,7 @@ import deepspeed
 from filelock import Timeout
 
 from asrllm import distributed
+from asrllm.atomic import check_output_folder, writable_path
 from asrllm.data.corpora import Corpus
 from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import verify_weights
@@ -53,11 +54,11 @@ def lock_exp_dir(exp_dir: Path) -> FileLock:
     Raises:
         UserError: exp_dir is not a directory, or another run uses it.
     """
-    if exp_dir.exists() and not exp_dir.is_dir():
-        raise UserError(f"exp_dir={str(exp_dir)!r} is not a directory. Give a directory.")
+    check_output_folder(exp_dir, "exp_dir=")
     lock = FileLock(exp_dir / ".training.lock")
     if distributed.rank() == 0:
-        exp_dir.mkdir(parents=True, exist_ok=True)
+        with writable_path(exp_dir):
+            exp_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout as error:

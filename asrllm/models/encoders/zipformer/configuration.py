@@ -109,13 +109,13 @@ class ZipformerConfig:
             self._check_chunks()
 
     def _check_sizes(self) -> None:
-        sizes = [self.pos_dim, self.feature_dim]
-        for name in PER_STACK:
-            sizes += getattr(self, name)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(
-                f"zipformer: a size is not an integer above 0. {CORRECT_ENCODER_CONFIG}"
-            )
+        for name in ("pos_dim", "feature_dim", *PER_STACK):
+            for size in _as_tuple(getattr(self, name)):
+                if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                    raise UserError(
+                        f"zipformer: {name}={size!r} is not an integer above 0. "
+                        f"{CORRECT_ENCODER_CONFIG}"
+                    )
         if self.pos_dim % 2:
             raise UserError(
                 f"zipformer: pos_dim={self.pos_dim} is not even. {CORRECT_ENCODER_CONFIG}"
@@ -204,7 +204,7 @@ class ZipformerConfig:
 
 
 def _as_tuple(value: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 ZIPFORMER_FIELDS = tuple(field.name for field in fields(ZipformerConfig))
