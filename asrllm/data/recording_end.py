@@ -13,7 +13,7 @@ from asrllm.text_files import Buffer
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # in the headers of streams
 AU_HEADER = 12  # bytes up to the size of the audio
 CAF_HEADER = 8  # bytes before the first chunk
-# names of chunks, and of boxes that are in no other box
+# names of chunks, and of boxes that are in no other box; files may have others of their makers
 CAF_CHUNKS = (
     b"desc data kuki pakt chan free strg mark regn midi info inst umid uuid ovvw peak edct"
 ).split()
@@ -21,6 +21,7 @@ MP4_BOXES = (
     b"ftyp styp pdin moov moof mfra mdat free skip wide meta uuid pnot PICT junk sidx ssix prft"
     b" emsg idat imda cmov wfex"
 ).split()
+NAME = re.compile(rb"[0-9A-Za-z \xa9]{4}")
 AST_HEADER = 64  # bytes
 FLV_HEADER = 13  # bytes before the first tag
 FLV_TAGS = (8, 9, 18)  # audio, video and data
@@ -90,8 +91,10 @@ def _ast_end(content: Buffer, begin: int) -> int | None:
 def _caf_end(content: Buffer, begin: int) -> int | None:
     """Walk over the chunks of a CAF file."""
     offset = begin + CAF_HEADER
-    while content[offset : offset + 4] in CAF_CHUNKS:
+    while name := content[offset : offset + 4]:
         size = int.from_bytes(content[offset + 4 : offset + 12], "big", signed=True)
+        if not _is_chunk(name, CAF_CHUNKS, offset + 12 + size <= len(content)):
+            break
         if size < 0:
             return None  # the audio reaches to the end of the file
         offset += 12 + size
@@ -101,15 +104,21 @@ def _caf_end(content: Buffer, begin: int) -> int | None:
 def _mp4_end(content: Buffer, begin: int) -> int | None:
     """Walk over the boxes of an MP4 file."""
     offset = begin
-    while content[offset + 4 : offset + 8] in MP4_BOXES:
-        header = content[offset : offset + 16]
+    while header := content[offset : offset + 16]:
         size = int.from_bytes(header[:4], "big")
         if size == 1:
             size = int.from_bytes(header[8:16], "big")
+        if not _is_chunk(header[4:8], MP4_BOXES, offset + size <= len(content)):
+            break
         if size < 8:
             return None  # the box reaches to the end of the file
         offset += size
     return offset
+
+
+def _is_chunk(name: bytes, known: list[bytes], fits: bool) -> bool:
+    """Return whether there is a chunk, by its name and by whether it fits into the file."""
+    return name in known or (fits and NAME.fullmatch(name) is not None)
 
 
 def _flv_end(content: Buffer, begin: int) -> int:

@@ -328,12 +328,16 @@ def _sample(members: Sequence[Member]) -> TarSample | BadSample:
 def _text_problem(text: str, files: Mapping[str, bytes]) -> str:
     """Return how the .txt file of a sample contradicts the text in its JSON, or "".
 
-    White space does not matter.
+    They may be written differently: case, punctuation and white space do not matter.
     """
     other = files.get("txt", b"").decode("utf-8-sig", errors="replace")
-    if "txt" not in files or other.split() == text.split():
+    if "txt" not in files or _letters(other) == _letters(text):
         return ""
     return f"the .txt has {shortened(other)!r}, and the .json has {shortened(text)!r}"
+
+
+def _letters(text: str) -> str:
+    return "".join(char for char in text.casefold() if char.isalnum())
 
 
 def shortened(text: str) -> str:

@@ -173,6 +173,21 @@ def test_tag_after_a_recording_is_accepted(tmp_path, first, options, tag):
 
 @pytest.mark.slow
 @needs_ffmpeg
+@pytest.mark.parametrize("form", ["m4a", "caf"])
+def test_unknown_part_after_a_recording_is_accepted(tmp_path, form):
+    """Telephones and cameras add boxes and chunks of their own."""
+    path = make(tmp_path, f"a.{form}", ["-c:a", "alac"])
+    alone = len(read(path))
+    size = 4096
+    header = (size + 8).to_bytes(4, "big") + b"sefd"
+    if form == "caf":
+        header = b"sefd" + size.to_bytes(8, "big")
+    path.write_bytes(path.read_bytes() + header + b"x" * size)
+    assert len(read(path)) == alone
+
+
+@pytest.mark.slow
+@needs_ffmpeg
 def test_truncated_mp3_with_a_large_picture_is_reported(tmp_path):
     """The header with the length comes after the picture."""
     path = make(tmp_path, "a.mp3", [])

@@ -552,7 +552,7 @@ def test_rows_outside_their_shard_are_rejected(shards, column):
 
 
 def test_different_texts_in_txt_and_json_reject_the_sample(tmp_path):
-    """White space and a byte-order mark are no difference."""
+    """Case, punctuation, white space and a byte-order mark are no difference."""
     members = (
         sample("a", text="one two")
         | {"a.json": b'{"text": "one three"}'}
@@ -560,6 +560,8 @@ def test_different_texts_in_txt_and_json_reject_the_sample(tmp_path):
         | {"b.json": b'{"text": "one two"}'}
         | sample("c", text="")
         | {"c.json": b'{"text": "one"}'}
+        | sample("d", text="One, two.")
+        | {"d.json": b'{"text": "one two"}'}
     )
     tar = write_tar(tmp_path / "x.tar", members)
     summary = index_tars([tar])
