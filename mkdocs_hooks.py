@@ -13,6 +13,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent
+TABLE_ROW = re.compile(r"^\|.*$", re.MULTILINE)
+CODE = re.compile(r"`[^`]+`")
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -31,7 +33,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Replace places in the repository by places in the site."""
+    """Replace places in the repository by places in the site, and adapt tables to mkdocs."""
     here = page.file.src_uri
     origin = repository_path(here)
 
@@ -42,7 +44,15 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         path = posixpath.relpath(site_path(target), posixpath.dirname(here) or ".")
         return path + (match["anchor"] or "")
 
-    return LINK.sub(replacement, markdown)
+    return TABLE_ROW.sub(with_plain_pipes, LINK.sub(replacement, markdown))
+
+
+def with_plain_pipes(row: re.Match[str]) -> str:
+    """Return a row of a table without the backslashes that GitHub needs before pipes in code.
+
+    Python-Markdown shows them, and does not take a pipe in code for the border of a cell.
+    """
+    return CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0])
 
 
 def linked_files(path: str) -> Iterator[str]:
