@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test test-portable test-vllm environments environment-vllm soak coverage lint
+.PHONY: quickstart test test-portable test-vllm environments environment-vllm soak coverage lint docs
 
 quickstart: $(VENV)/installed-demo
 	$(BIN)/python examples/quickstart/run.py
@@ -34,6 +34,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,168 @@
+"""The documentation agrees with the repository: links, names of keys and files, and messages."""
+
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from asrllm.config_keys import ALIASES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+    ROOT / "benchmarks" / "README.md",
+]
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+CELL_BORDER = re.compile(r"(?<!\\)\|")
+KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+SOURCE_FILE = re.compile(r"(asrllm|benchmarks|ds_configs|examples|launch|tests)/[\w./]+\.\w+")
+# The border of two string literals that Python joins, on two lines of a source file.
+JOINED_LITERALS = re.compile(r"""["']\s*\n\s*f?["']""")
+
+
+def prose_of(page: Path) -> str:
+    """Return a page without its blocks of code."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, by the rule of GitHub."""
+    anchors = set()
+    for heading in HEADING.findall(prose_of(page)):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower())
+        anchors.add(plain.strip().replace(" ", "-"))
+    return anchors
+
+
+def tables_of(page: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yield the header and the rows of each table of a page."""
+    for block in re.findall(r"(?:^\|.*\n)+", prose_of(page), re.MULTILINE):
+        rows = []
+        for line in block.splitlines():
+            cells = CELL_BORDER.split(line.strip())[1:-1]
+            rows.append([cell.strip() for cell in cells])
+        header, _, *body = rows
+        yield header, body
+
+
+def known_keys() -> dict[str, set[str]]:
+    """Return the configuration keys of each verb, from the generated page."""
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    verbs = {}
+    for section in text.split("\n## asrllm ")[1:]:
+        verb = section.partition("\n")[0]
+        verbs[verb] = set(re.findall(r"^\| `([^`]+)`", section, re.MULTILINE))
+    return verbs
+
+
+def test_links_point_to_files_and_headings():
+    broken = []
+    for page in PAGES:
+        for link in LINK.findall(CODE.sub("", prose_of(page))):
+            if "://" in link:
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if target.is_dir():
+                target = target / "README.md"
+            is_heading = not anchor or anchor in anchors_of(target)
+            if not target.is_file() or not is_heading:
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+def test_every_page_is_in_the_navigation_and_linked_from_the_readme():
+    pages = {page.name for page in DOCS.glob("*.md")}
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert pages <= set(leaves(navigation))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert pages <= {posixpath.basename(link) for link in LINK.findall(readme)}
+
+
+def leaves(tree: object) -> Iterator[str]:
+    """Yield the texts at the ends of nested lists and mappings."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        for branch in tree.values():
+            yield from leaves(branch)
+    elif isinstance(tree, list):
+        for branch in tree:
+            yield from leaves(branch)
+
+
+def test_named_source_files_exist():
+    missing = []
+    for page in PAGES:
+        for code in CODE.findall(prose_of(page)):
+            if SOURCE_FILE.fullmatch(code) and not (ROOT / code).is_file():
+                missing.append(f"{page.relative_to(ROOT)}: {code}")
+    assert not missing
+
+
+def migration_rows(header: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the code of the first two cells of each row of the tables with a header."""
+    for head, rows in tables_of(DOCS / "migration.md"):
+        if head[0] == header:
+            for theirs, ours, *_ in rows:
+                yield CODE.findall(theirs), CODE.findall(ours)
+
+
+def test_migration_names_existing_keys():
+    keys = known_keys()
+    unknown = []
+    for header, verb in (("Their key", "train"), ("Their key in evaluation", "evaluate")):
+        for theirs, ours in migration_rows(header):
+            assert theirs, ours
+            names = [code.partition("=")[0] for code in ours]
+            unknown += [(theirs, name) for name in names if name not in keys[verb]]
+    for _, rows in tables_of(DOCS / "migration.md"):
+        for row in rows:
+            for code in CODE.findall(row[-1]):
+                name, is_setting, _ = code.partition("=")
+                is_ours = is_setting and "." in name and KEY.fullmatch(name)
+                if is_ours and name not in keys["train"] | keys["evaluate"]:
+                    unknown.append((row[0], name))
+    assert not unknown
+
+
+def test_migration_agrees_with_the_keys_that_errors_translate():
+    rows = list(migration_rows("Key"))
+    assert {(theirs, ours) for (theirs,), (ours,) in rows} == {
+        (theirs, ours) for theirs, (ours, _) in ALIASES.items()
+    }
+    different = []
+    for theirs, ours in migration_rows("Their key"):
+        name = re.split(r"[ .]", theirs[0].removeprefix("--"))[-1]
+        if " " in theirs[0]:
+            continue  # several keys, or one value of a key
+        alias = ALIASES.get(name.replace("-", "_"))
+        if alias and alias[0] not in ours:
+            different.append((theirs, ours, alias[0]))
+    assert not different
+
+
+def test_quoted_messages_occur_in_the_source():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("asrllm/**/*.py"))
+    source = JOINED_LITERALS.sub("", source)
+    quoted = []
+    for header, rows in tables_of(DOCS / "troubleshooting.md"):
+        if header[0] == "Message or symptom":
+            for row in rows:
+                quoted += [code for code in CODE.findall(row[0]) if " " in code]
+    assert len(quoted) > 25
+    missing = []
+    for message in quoted:
+        words = message.replace("\\|", "|").strip(". ").split("...")
+        pattern = r"[^\n]{0,90}?".join(re.escape(part.strip()) for part in words)
+        if not re.search(pattern, source):
+            missing.append(message)
+    assert not missing
