@@ -11,6 +11,7 @@ BATCH_BUDGET = (
     "audio and text tokens in a micro-batch of one rank, for any number of utterances",
 )
 ACCUMULATION = ("trainer.gradient_accumulation_steps", "micro-batches of an optimizer step")
+ENCODER_PATH = ("model.audio_encoder.pretrained_model", "a directory, file or hub id")
 MAX_LISTED = 12  # keys of a group in a message
 # keys of Hugging Face, NeMo, icefall and SLAM-LLM, with our key and its meaning
 ALIASES = {
@@ -69,6 +70,32 @@ ALIASES = {
     "train_data_path": ("data.train_data_config", "a YAML list of corpora"),
     "beam_size": ("num_beams", "hypotheses of beam search"),
     "ckpt_path": ("checkpoint.model.filename", "a state dict file"),
+    "speech_encoder_path_or_name": ENCODER_PATH,
+    "encoder_path": ENCODER_PATH,
+    "pretrained_asr": ENCODER_PATH,
+    "llm_path_or_name": ("model.llm.pretrained_model", "a directory or hub id"),
+    "pretrained_llm": ("model.llm.pretrained_model", "a directory or hub id"),
+    "encoder_projector": ("model.projector", "mlp or normed"),
+    "encoder_projector_ds_rate": (
+        "model.audio_encoder_projector_ds_rate",
+        "encoder frames that make one audio token",
+    ),
+    "audio_locator_tag": ("model.audio_token", "the text that marks the place of an audio"),
+    "prompt_format": ("model.llm.chat_template", "null for the LLM's own, or chatml"),
+    "log_interval": ("trainer.log_every", "steps between log records"),
+    "log_every_n_steps": ("trainer.log_every", "steps between log records"),
+    "valid_interval": ("trainer.valid_every", "steps between validations"),
+    "validation_interval": ("trainer.valid_every", "steps between validations"),
+    "val_check_interval": ("trainer.valid_every", "steps between validations"),
+    "save_top_k": ("trainer.keep_last_k", "checkpoints to keep, the newest ones"),
+    "num_workers_dataloader": ("data.num_workers", "reading processes of each rank"),
+    "val_data_path": ("data.valid_data_config", "a YAML list of corpora"),
+    "freeze_vit": ("model.audio_encoder.frozen", "true: train only its adapters, if any"),
+    "vit_lr": ("trainer.lr_of.audio_encoder", "the peak learning rate of the audio encoder"),
+    "aligner_lr": ("trainer.lr_of.projector", "the peak learning rate of the projector"),
+    "torch_dtype": ("trainer.precision", "bf16, fp16 or fp32"),
+    "attn_impl": ("model.llm.attention", "auto, flash, varlen or sdpa"),
+    "attn_implementation": ("model.llm.attention", "auto, flash, varlen or sdpa"),
 }
 
 

@@ -17,7 +17,7 @@ from asrllm.defaults import MAX_NEW_TOKENS, RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.evaluation.vllm import TESTED, installed_version, release
 from asrllm.evaluation.vllm.limits import longest_samples
-from asrllm.models.asr_llm.answers import MAX_LOOP_TOKENS, token_limit
+from asrllm.models.asr_llm.answers import MAX_LOOP_TOKENS, copies_of_loop, token_limit
 from asrllm.models.asr_llm.generation import Answer, make_answer
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.asr_llm.saving import is_portable
@@ -92,9 +92,8 @@ class VllmEngine:
 
         loops = None
         if self.guard:
-            loops = RepetitionDetectionParams(
-                max_pattern_size=MAX_LOOP_TOKENS, min_count=self.guard + 1
-            )
+            copies = copies_of_loop(1, self.guard)
+            loops = RepetitionDetectionParams(max_pattern_size=MAX_LOOP_TOKENS, min_count=copies)
         return SamplingParams(
             temperature=0.0,
             max_tokens=token_limit(seconds, self.max_new_tokens, self.max_tokens_per_second),
@@ -128,11 +127,20 @@ class VllmBatch:
         self.rows: dict[str, VllmRow] = {}
 
     def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[VllmRow]:
-        """Add utterances, see Batch.join."""
+        """Add utterances, see Batch.join.
+
+        Raises:
+            UserError: a prompt is too long.
+        """
         renderer = self.engine.renderer
         requests: list[dict[str, Any]] = []
         for wave, prompt in zip(waves, prompts, strict=True):
             tokens = renderer.encode_prompt(renderer.user_messages(prompt), [1])
+            if len(tokens) > MAX_PROMPT:
+                raise UserError(
+                    f"the prompt has {len(tokens)} tokens, but engine=vllm takes {MAX_PROMPT}. "
+                    "Shorten the prompt or the list of hotwords, or use engine=torch."
+                )
             requests.append({"prompt_token_ids": tokens, "multi_modal_data": {"audio": wave}})
         options = [self.engine.sampling(len(wave) / RATE) for wave in waves]
         names = self.engine.llm.enqueue(requests, options, use_tqdm=False)
