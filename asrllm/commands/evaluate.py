@@ -89,7 +89,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     with waiting("checking the test sets"):
         evaluation.check()
     is_whole = is_exported(exp_dir) and not choice.filename
-    engine = load_engine(config, exp_dir, None if is_whole else weights, device)
+    engine = evaluation_engine(config, exp_dir, None if is_whole else weights, device)
     with evaluation.watched():
         evaluation.decode(engine)
         engine.close()
@@ -109,7 +109,7 @@ def sample_limits(config: EvaluationRun, exp_dir: Path) -> tuple[int, int]:
     return shortest, longest
 
 
-def load_engine(
+def evaluation_engine(
     config: EvaluationRun, exp_dir: Path, weights: Path | None, device: torch.device
 ) -> BatchEngine:
     """Load the model in the engine of the configuration.

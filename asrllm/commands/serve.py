@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.weights and len(paths) > 1:
         raise UserError("--weights is for one model. Export the runs, and serve the exports.")
     options = server_options(arguments)
-    with listen(arguments.host, arguments.port) as listener:
+    with open_listener(arguments.host, arguments.port) as listener:
         models = load_models(arguments, paths)
         app = create_app(models, options)
         config = uvicorn.Config(
@@ -183,7 +183,7 @@ def read_api_key(path: str | None) -> str | None:
     return key
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
     """Return a listening socket, before the model takes minutes to load.
 
     Raises:

@@ -203,11 +203,11 @@ def _default_segment_seconds(trained: float | None, *, vad: bool) -> float:
 def load_engine(arguments: argparse.Namespace) -> BatchEngine:
     """Load the model with the decoding options of the command line."""
     if arguments.engine == "vllm":
-        return load_vllm(arguments)
-    return load_torch(arguments)
+        return vllm_engine(arguments)
+    return torch_engine(arguments)
 
 
-def load_torch(arguments: argparse.Namespace) -> TorchEngine:
+def torch_engine(arguments: argparse.Namespace) -> TorchEngine:
     """Load the model in this process."""
     with waiting(f"loading {arguments.model}"):
         model = AutoModel.from_pretrained(
@@ -219,7 +219,7 @@ def load_torch(arguments: argparse.Namespace) -> TorchEngine:
     return TorchEngine(model.to(default_device()), decoding_options(arguments))
 
 
-def load_vllm(arguments: argparse.Namespace) -> BatchEngine:
+def vllm_engine(arguments: argparse.Namespace) -> BatchEngine:
     """Load the model in vLLM."""
     from asrllm.evaluation.vllm.engine import load_vllm_engine
 

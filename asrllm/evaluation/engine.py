@@ -42,7 +42,7 @@ class Engine(Protocol):
 
 
 class PendingRow(Protocol):
-    """An utterance of a Batch.
+    """An utterance of a DecodingBatch.
 
     Attributes:
         is_done: whether it has been answered. Setting it removes the utterance from its batch.
@@ -51,7 +51,7 @@ class PendingRow(Protocol):
     is_done: bool
 
 
-class Batch(Protocol):
+class DecodingBatch(Protocol):
     """A batch that utterances join and leave while it is decoded.
 
     Attributes:
@@ -71,7 +71,7 @@ class Batch(Protocol):
 class BatchEngine(Engine, Protocol):
     """An engine with batches that utterances join and leave."""
 
-    def open_batch(self) -> Batch:
+    def open_batch(self) -> DecodingBatch:
         """Return an empty batch."""
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class TorchEngine:
         messages = [renderer.user_messages(prompt) for prompt in prompts]
         return generate(self.model, list(waves), messages, **self.options)
 
-    def open_batch(self) -> "Batch":
+    def open_batch(self) -> "DecodingBatch":
         """Return an empty batch."""
         options = self.options.copy()
         limits = {name: options.pop(name) for name in ("max_tokens_per_second", "repetition_guard")}
@@ -134,7 +134,7 @@ class WholeBatch:
         return not self.rows
 
     def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[PendingRow]:
-        """Add utterances, see Batch.join."""
+        """Add utterances, see DecodingBatch.join."""
         self.rows = [WholeBatchRow(*row) for row in zip(waves, prompts, strict=True)]
         return self.rows
 

@@ -97,10 +97,10 @@ def check_directory(folder: str | Path, key: str) -> None:
         for file in sorted(folder.glob(pattern)):
             with reading(file, "the weights"):
                 check_no_pointer(file)
-            check_dtypes(file)
+            check_stored_dtypes(file)
 
 
-def check_dtypes(file: Path) -> None:
+def check_stored_dtypes(file: Path) -> None:
     """Raise UserError if a weight is sparse, or quantized.
 
     transformers would convert a quantized weight without its scale. A damaged file passes:

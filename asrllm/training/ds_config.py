@@ -98,7 +98,7 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
         enabled = config.precision == precision
         source = f"trainer.precision={config.precision}"
         _fill(block, "enabled", enabled, source, path, place=precision)
-    check_dtypes(ds, config, path)
+    check_ds_dtypes(ds, config, path)
     check_optimizer(ds.pop("optimizer", None), config, path)
     choose_optimizer_checks(ds, config, path)
     check_layout(ds, path)
@@ -273,7 +273,7 @@ def choose_optimizer_checks(ds: DsConfig, config: TrainerConfig, path: Path) -> 
     ds["zero_allow_untested_optimizer"] = True
 
 
-def check_dtypes(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
+def check_ds_dtypes(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
     """Raise UserError for dtypes with which DeepSpeed could not train at the run's precision."""
     fixed = ["param_dtype"]
     if ds["zero_optimization"]["stage"] == 0:

@@ -8,7 +8,7 @@ from asrllm.errors import UserError
 from asrllm.models.auto import read_state
 from asrllm.models.encoders.whisper_weights import DIMS, read_openai
 from asrllm.models.encoders.zipformer.weights import load_tensors
-from asrllm.models.hub_files import check_dtypes
+from asrllm.models.hub_files import check_stored_dtypes
 
 NAME = "encoder.conv1.weight"
 READERS = {
@@ -16,7 +16,7 @@ READERS = {
     "merge": lambda file: LazyTensors().add_file(file, str),
     "Zipformer": load_tensors,
     "OpenAI": read_openai,
-    "LLM": check_dtypes,
+    "LLM": check_stored_dtypes,
 }
 
 

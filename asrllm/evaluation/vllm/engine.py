@@ -45,7 +45,7 @@ class VllmEngine:
         Raises:
             UserError: vLLM is not installed or too old, or an option is not supported.
         """
-        check_options(options)
+        check_vllm(options)
         processor = AsrLlmProcessor.from_pretrained(folder)
         config = processor.config
         self.renderer = processor.renderer
@@ -54,7 +54,7 @@ class VllmEngine:
         self.guard = options.get("repetition_guard")
         self.padded_to = WHISPER_WINDOW if config.pad_to_30s else 0.0
         self.dtype = dtype
-        self.llm = load_vllm(folder, dtype, MAX_PROMPT + self.max_new_tokens)
+        self.llm = start_vllm(folder, dtype, MAX_PROMPT + self.max_new_tokens)
         self.limits = (config.sample_limits()[0], longest_samples(config))
         self.batch = VllmBatch(self)
 
@@ -127,7 +127,7 @@ class VllmBatch:
         self.rows: dict[str, VllmRow] = {}
 
     def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> Sequence[VllmRow]:
-        """Add utterances, see Batch.join.
+        """Add utterances, see DecodingBatch.join.
 
         Raises:
             UserError: a prompt is too long.
@@ -150,7 +150,7 @@ class VllmBatch:
         return rows
 
     def step(self) -> Sequence[tuple[VllmRow, Answer]]:
-        """Decode one token of each utterance, see Batch.step."""
+        """Decode one token of each utterance, see DecodingBatch.step."""
         self._drop([name for name, row in self.rows.items() if row.is_done])
         finished: list[tuple[VllmRow, Answer]] = []
         if not self.rows:
@@ -183,7 +183,7 @@ class VllmBatch:
         return make_answer(renderer.tokenizer, tokens, renderer.stop_ids, engine.guard)
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_vllm(options: dict[str, Any]) -> None:
     """Raise UserError if vLLM is not installed or too old, or if beams are asked for."""
     version = installed_version()
     if version is None:
@@ -197,7 +197,7 @@ def check_options(options: dict[str, Any]) -> None:
         )
 
 
-def load_vllm(folder: Path, dtype: str, text_tokens: int) -> Any:
+def start_vllm(folder: Path, dtype: str, text_tokens: int) -> Any:
     """Return vLLM with a model, in this process.
 
     Args:
@@ -213,10 +213,10 @@ def load_vllm(folder: Path, dtype: str, text_tokens: int) -> Any:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return _load_vllm(folder, dtype, text_tokens)
+        return _start_vllm(folder, dtype, text_tokens)
 
 
-def _load_vllm(folder: Path, dtype: str, text_tokens: int) -> Any:
+def _start_vllm(folder: Path, dtype: str, text_tokens: int) -> Any:
     from vllm import LLM
 
     from asrllm.models.portable.configuration import AsrLlmHubConfig
@@ -257,7 +257,7 @@ def load_vllm_engine(
         weights: as for AutoModel.
         base_models: as for AutoModel.
     """
-    check_options(options)  # before a model is loaded
+    check_vllm(options)  # before a model is loaded
     folder = model_folder(path)
     is_whole = weights is None and default_weights(folder) is None
     if is_whole and is_portable(load_model_config(folder, base_models)):
