@@ -33,7 +33,7 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 UTTERANCES = 200
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 OPTIONS = {"max_new_tokens": 12, "max_tokens_per_second": 3.0, "repetition_guard": 4}
-LOADING = 240  # seconds for the imports of vLLM in three processes
+LOADING = 240  # seconds for the imports of vLLM in several processes
 SCRIPT = """
 import json, sys
 import numpy as np
@@ -48,7 +48,12 @@ print(json.dumps([[answer.text, answer.end] for answer in answers]))
 in_vllm = pytest.mark.skipif(
     not (ENVIRONMENT / DONE).exists(), reason="make test-vllm makes the environment"
 )
-vllm_test = [in_vllm, pytest.mark.slow, pytest.mark.longest(120, reason="imports vLLM")]
+vllm_test = [
+    in_vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(2 * LOADING),
+    pytest.mark.longest(LOADING, reason="imports vLLM in up to four processes"),
+]
 
 
 @pytest.fixture(scope="module")
