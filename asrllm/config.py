@@ -96,6 +96,11 @@ def composition_error(
     cause = root_cause(error)
     if isinstance(cause, yaml.YAMLError):
         return UserError(f"{yaml_problem(cause)}. Correct it.")
+    if isinstance(cause, RecursionError):
+        return UserError(
+            "a configuration file includes itself in its defaults list. Rename it, or list "
+            "'model: default', 'data: default' and 'trainer: default' instead."
+        )
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
         options = ", ".join(cause.options or ()) or "none"
         return UserError(

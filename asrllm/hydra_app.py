@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import hydra
@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from asrllm.config import check_config_files, composition_error, quoted_override
+from asrllm.config import PACKAGED, check_config_files, composition_error, quoted_override
 from asrllm.errors import UserError
 from asrllm.schema import all_keys, build
 
@@ -69,7 +69,11 @@ def run_app(
             return None
 
     check_config_files(arguments.config_dir, arguments.config_name)
-    given = [*hydra_options(arguments), *DEFAULTS, *overrides]
+    if arguments.config_name is not None:
+        accepted = [forced(text, all_keys(cls)) for text in overrides]
+    else:
+        accepted = overrides
+    given = [*hydra_options(arguments), *DEFAULTS, *accepted]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
     try:
         if arguments.multirun:
@@ -104,14 +108,45 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     return values
 
 
+def forced(override: str, keys: Collection[str]) -> str:
+    """Return an override that also sets a key which a user's configuration leaves out.
+
+    Hydra refuses to set a key that the configuration does not have. Those of the groups model, data
+    and trainer are there; a configuration made for `train` lacks the keys of `plan`.
+
+    Args:
+        override: an override of the command line.
+        keys: all keys of the configuration.
+    """
+    key = override.partition("=")[0]
+    return f"++{override}" if key in keys and "." not in key else override
+
+
 def hydra_options(arguments: argparse.Namespace) -> list[str]:
     """Return the options of the command line as words for Hydra's parser."""
     words = [f"--{name}" for name in ("resolve", "multirun") if getattr(arguments, name)]
-    for name in ("config_dir", "config_name", "cfg", "package"):
-        value = getattr(arguments, name)
+    options = {
+        "config-dir": arguments.config_dir,
+        "config-name": arguments.config_name,
+        "cfg": arguments.cfg,
+        "package": arguments.package,
+    }
+    if has_packaged_name(arguments.config_dir, arguments.config_name):
+        # Hydra reads the first file of this name. The one in asrllm/conf would come first.
+        options["config-path"] = os.path.abspath(arguments.config_dir)
+        options["config-dir"] = str(PACKAGED)
+    for name, value in options.items():
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", value]
+            words += [f"--{name}", value]
     return words
+
+
+def has_packaged_name(config_dir: str | None, config_name: str | None) -> bool:
+    """Return whether a configuration of the user has the name of one in asrllm/conf."""
+    if config_dir is None or config_name is None:
+        return False
+    file = f"{config_name.removesuffix('.yaml')}.yaml"
+    return (PACKAGED / file).is_file() and os.path.isfile(os.path.join(config_dir, file))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from asrllm.errors import UserError
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.hydra_app import run_app
 from asrllm.schema import all_keys
-from asrllm.training.run_config import TrainRun
+from asrllm.training.run_config import PlanRun, TrainRun
 from tests.processes import assert_done, run_script
 from tests.test_config import GIVEN, load
 
@@ -80,6 +80,36 @@ def test_config_name_selects_the_users_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
     found = job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
     assert found == load("trainer.lr=0.25")
+
+
+def test_users_configuration_may_have_the_name_of_a_packaged_one(tmp_path):
+    groups = "defaults: [model: default, data: default, trainer: default, _self_]"
+    (tmp_path / "train.yaml").write_text(f"{groups}\ntrainer: {{lr: 0.25}}\n")
+    found = job("--config-dir", str(tmp_path), "--config-name", "train", *GIVEN, "seed=7")
+    assert found == load("trainer.lr=0.25", "seed=7")
+
+
+def test_configuration_that_includes_itself_is_reported(tmp_path):
+    (tmp_path / "train.yaml").write_text("defaults: [train, _self_]\n")
+    with pytest.raises(UserError, match="includes itself"):
+        job("--config-dir", str(tmp_path), "--config-name", "train", *GIVEN)
+
+
+def test_data_config_with_a_packaged_name_does_not_replace_that_one(tmp_path):
+    (tmp_path / "train.yaml").write_text("- shards: s\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
+    found = job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
+    assert found == load("trainer.lr=0.25")
+
+
+def test_configuration_of_train_takes_the_keys_of_plan(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
+    mine = ["--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN]
+    found = []
+    run_app("plan", parse(["plan", *mine, "gpus=4"]), PlanRun, found.append)
+    assert found[0].gpus == 4
+    with pytest.raises(UserError, match="gpu_memry"):
+        run_app("plan", parse(["plan", *mine, "gpu_memry=4"]), PlanRun, found.append)
 
 
 def test_stored_configuration_can_be_used_again(tmp_path):
