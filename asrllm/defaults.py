@@ -25,3 +25,4 @@ AUDIO_EXTENSIONS = (
     *("raw", "pcm"),  # rejected with what to do
 )
 MAX_WORKERS = 1024  # reading processes of one process; more exceed the limits of most systems
+MIN_DESCRIPTORS = 64  # open files; the sockets of a run need about as many

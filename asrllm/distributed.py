@@ -17,12 +17,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from asrllm import siblings
+from asrllm.defaults import MIN_DESCRIPTORS
 from asrllm.errors import UserError
 from asrllm.launchers import free_port, whole_number
 from asrllm.progress import waiting
 
 logger = logging.getLogger(__name__)
-MIN_DESCRIPTORS = 64  # open files; the sockets of a run need about as many
 RESOLVE_WITHIN = 120.0  # seconds; the name of a pod in Kubernetes appears once it runs
 
 

@@ -24,7 +24,7 @@ from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
 from asrllm.launchers import adopt_launcher
 from asrllm.progress import waiting
 
-WITHOUT_TORCH = ("shards",)
+WITHOUT_TORCH = ("shards", "doctor")  # doctor reports a torch that cannot be imported
 WITH_RANKS = ("train", "evaluate", "warm-start")  # verbs that run as one process or as several
 WITH_BASE_MODELS = (
     "transcribe",

@@ -1,0 +1,63 @@
+"""asrllm doctor: check this machine before a training run."""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from asrllm.doctor.findings import LEVELS, Finding
+from asrllm.doctor.network import check_environment, check_hostfile
+from asrllm.doctor.packages import check_imports, check_packages
+from asrllm.doctor.system import check_system
+from asrllm.errors import UserError
+from asrllm.escape import escape
+from asrllm.progress import waiting
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `asrllm doctor`.
+
+    Raises:
+        UserError: there is a problem that stops training.
+    """
+    findings = [*check_packages(), *check_system(), *check_environment(os.environ)]
+    if arguments.hostfile:
+        findings += check_hostfile(Path(arguments.hostfile))
+    with waiting("importing torch, transformers and deepspeed"):
+        findings += check_libraries()
+    findings.sort(key=lambda finding: LEVELS.index(finding.level))  # keeps the order in a level
+    show(findings, as_json=arguments.json)
+    problems = sum(finding.level == "problem" for finding in findings)
+    if problems:
+        raise UserError(
+            f"{problems} of {len(findings)} findings would stop training. "
+            "Correct them, then run the command again."
+        )
+
+
+def check_libraries() -> list[Finding]:
+    """Run the checks that need torch, transformers and DeepSpeed, if these can be imported."""
+    findings = check_imports(["torch"])
+    if not findings:
+        import torch
+
+        if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        findings = check_imports()
+    if findings:
+        return findings
+    from asrllm.doctor.devices import check_attention, check_devices
+    from asrllm.doctor.operators import check_operators
+
+    return [*check_devices(), *check_attention(), *check_operators()]
+
+
+def show(findings: list[Finding], *, as_json: bool) -> None:
+    """Print the findings, one line each, or as one JSON object."""
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"findings": rows}, indent=1))
+        return
+    for finding in findings:
+        print(escape(finding.line()))
