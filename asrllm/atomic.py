@@ -144,11 +144,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, name: str = "--output ") -> Iterator[Path]:
     """Fill a directory elsewhere, and move it to `path` when the block ends without an error.
 
     Args:
         path: the directory, which must be empty or absent.
+        name: what precedes the path in messages.
 
     Yields:
         The directory to write to. On failure it is removed.
@@ -157,7 +158,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: `path` is not a directory, is not empty, is a mount point, or cannot be written.
     """
     with writable_path(path):
-        path = _replaceable_folder(path)
+        path = replaceable_folder(path, name)
         path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as partial:
         yield partial
@@ -166,15 +167,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
-def _replaceable_folder(path: Path) -> Path:
-    """Return the resolved path of a directory, or raise UserError if it cannot be replaced."""
+def replaceable_folder(path: Path, name: str = "--output ") -> Path:
+    """Return the resolved path of a directory that `new_folder` can replace.
+
+    Args:
+        path: the directory.
+        name: what precedes the path in messages.
+
+    Raises:
+        UserError: the path is not a directory, is not empty, or is a mount point.
+    """
     check_output_folder(path)
     if path.exists() and any(path.iterdir()):
-        raise UserError(f"--output {str(path)!r} is not empty. Use another directory.")
+        raise UserError(f"{name}{str(path)!r} is not empty. Use another directory.")
     path = path.resolve()  # may be a symbolic link to a directory
     if path.is_mount():
         raise UserError(
-            f"--output {str(path)!r} is a mount point, which cannot be replaced. "
+            f"{name}{str(path)!r} is a mount point, which cannot be replaced. "
             "Use a directory below it."
         )
     return path

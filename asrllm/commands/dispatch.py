@@ -18,13 +18,15 @@ from asrllm import siblings
 from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
 from asrllm.commands.arguments.base_models import split_base_models
 from asrllm.commands.arguments.verbs import VERBS
+from asrllm.commands.libraries import import_transformers
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
 from asrllm.launchers import adopt_launcher
 from asrllm.progress import waiting
 
-WITHOUT_TORCH = ("shards", "doctor")  # doctor reports a torch that cannot be imported
+# verbs that import torch late or never: doctor reports it if that fails, init checks data first
+WITHOUT_TORCH = ("shards", "doctor", "init")
 WITH_RANKS = ("train", "evaluate", "warm-start")  # verbs that run as one process or as several
 WITH_BASE_MODELS = (
     "transcribe",
@@ -217,13 +219,7 @@ def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
     """Import the implementation of a verb, which takes seconds if it needs torch."""
     with waiting("importing libraries"):
         if verb not in WITHOUT_TORCH:
-            import torch
-
-            if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
-                os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            import transformers
-
-            transformers.utils.logging.disable_progress_bar()  # the verbs have their own
+            import_transformers()
         module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
     run: Callable[[argparse.Namespace], None] = module.run
     return run

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from asrllm.commands.libraries import import_torch
 from asrllm.doctor.findings import LEVELS, Finding
 from asrllm.doctor.network import check_environment, check_hostfile
 from asrllm.doctor.packages import check_imports, check_packages
@@ -40,10 +41,7 @@ def check_libraries() -> list[Finding]:
     """Run the checks that need torch, transformers and DeepSpeed, if these can be imported."""
     findings = check_imports(["torch"])
     if not findings:
-        import torch
-
-        if not torch.accelerator.is_available():  # otherwise DeepSpeed warns that it found none
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import_torch()
         findings = check_imports()
     if findings:
         return findings

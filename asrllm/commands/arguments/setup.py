@@ -1,9 +1,58 @@
-"""Arguments of `asrllm doctor`."""
+"""Arguments of `asrllm doctor` and `asrllm init`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from asrllm.commands.arguments.values import not_empty
+from asrllm.commands.arguments.values import not_empty, positive
+
+
+class Flag(NamedTuple):
+    """A flag of `asrllm init`, which is asked for at a terminal if it is not given.
+
+    Attributes:
+        option: its name on the command line.
+        metavar: placeholder of its value.
+        help: its line in the help, and the question.
+        type: parses its value.
+        required: whether there is no default.
+    """
+
+    option: str
+    metavar: str
+    help: str
+    type: Callable[[str], Any] = not_empty
+    required: bool = True
+
+
+# by the name of the parsed value, in the order of the questions
+INIT_FLAGS = {
+    "data": Flag(
+        "--data",
+        "PATH",
+        "training data: a folder of audio files, a Kaldi directory, or a manifest of Lhotse, NeMo, "
+        "wenet, SLAM-LLM or swift",
+    ),
+    "valid_data": Flag(
+        "--valid-data", "PATH", "validation data, of any of these kinds", required=False
+    ),
+    "lang": Flag("--lang", "LANG", "language of the data, for example en"),
+    "encoder": Flag("--encoder", "PATH", "encoder: a directory with config.json, or a hub id"),
+    "llm": Flag("--llm", "PATH", "LLM: a directory with config.json, or a hub id"),
+    "gpus": Flag("--gpus", "N", "number of GPUs of this machine to train on", positive),
+}
+
+
+def add_init(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm init`."""
+    parser.epilog = (
+        "Writes experiment.yaml, train_data.yaml, valid_data.yaml and prompts.txt, and prints the "
+        "commands that use them. The first utterances and the files of both models are checked "
+        "before anything is written. At a terminal, flags that are not given are asked for."
+    )
+    parser.add_argument("dir", type=not_empty, metavar="DIR", help="new or empty directory")
+    for flag in INIT_FLAGS.values():
+        parser.add_argument(flag.option, type=flag.type, metavar=flag.metavar, help=flag.help)
 
 
 def add_doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from asrllm.commands.arguments.checkpoints import (
 )
 from asrllm.commands.arguments.configured import add_evaluate, add_plan, add_train, add_warm_start
 from asrllm.commands.arguments.decoding import add_serve, add_transcribe
-from asrllm.commands.arguments.setup import add_doctor
+from asrllm.commands.arguments.setup import add_doctor, add_init
 from asrllm.commands.arguments.shards import add_shards
 
 
@@ -31,6 +31,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "init": Verb("write the configuration of a first training run", add_init),
     "doctor": Verb("check this machine before a training run", add_doctor),
     "shards": Verb("make, index, verify and describe WebDataset shards", add_shards),
     "plan": Verb("show steps, padding and memory by ZeRO stage before a run", add_plan),
