@@ -130,17 +130,20 @@ class TrainingData:
             endless=endless,
         )
 
-    def total_steps(self) -> int:
+    def total_steps(self, ranks: int | None = None) -> int:
         """Return the steps until num_steps or num_epochs, whichever comes first.
 
         The number of steps in the epochs is an estimate.
+
+        Args:
+            ranks: number of processes; by default those of this run.
         """
         num_steps = self.config.trainer.num_steps
         epochs = self.config.trainer.last_epoch
         if epochs is None:
             return num_steps or 0
         per_epoch = self.plan.estimate_steps(
-            ranks=distributed.world_size(), accumulation=self.accumulation
+            ranks=ranks or distributed.world_size(), accumulation=self.accumulation
         )
         in_epochs = epochs * per_epoch
         return min(num_steps or in_epochs, in_epochs)
@@ -190,12 +193,21 @@ class TrainingData:
         Args:
             count: utterances of each validation set.
         """
-        subsets = {}
-        for corpus in self.valid:
-            reader = self._reader([corpus], None)
-            collator = self._collator(None, 0)
-            subsets[corpus.name] = DecodingSubset(corpus, reader, collator, count=count)
-        return subsets
+        return {corpus.name: self.subset(corpus, count) for corpus in self.valid}
+
+    def subset(self, corpus: Corpus, count: int) -> DecodingSubset:
+        """Return utterances of a corpus, without augmentation and lists of hotwords.
+
+        Args:
+            corpus: a training or validation corpus.
+            count: number of utterances.
+        """
+        reader = self.reader([corpus])
+        return DecodingSubset(corpus, reader, self._collator(None, 0), count=count)
+
+    def reader(self, corpora: list[Corpus]) -> Reader:
+        """Return a reader of corpora that does not augment."""
+        return self._reader(corpora, None)
 
     def _reader(self, corpora: list[Corpus], augment: Augmenter | None) -> Reader:
         return Reader(

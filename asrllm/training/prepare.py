@@ -51,13 +51,27 @@ class PreparedRun:
     checkpoint: Path | None
 
 
-def prepare(config: TrainRun) -> PreparedRun:
-    """Read everything except the weights, so that the user's mistakes are found before they load.
+@dataclass(frozen=True, kw_only=True)
+class DescribedRun:
+    """What is read of a run without writing anything, except shards of a `manifest`.
+
+    Attributes:
+        ds: the DeepSpeed configuration.
+        processor: tokenizer, chat and description of the model.
+        data: training and validation data.
+    """
+
+    ds: JsonObject
+    processor: AsrLlmProcessor
+    data: TrainingData
+
+
+def describe_run(config: TrainRun) -> DescribedRun:
+    """Read the DeepSpeed JSON, the prompts, the models' files and the indexes of the data.
 
     Raises:
-        UserError: the configuration, the data or the directory cannot be used.
+        UserError: the configuration or the data cannot be used.
     """
-    exp_dir = Path(config.exp_dir or "")
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     check_settings(config.trainer, ds)
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
@@ -70,24 +84,35 @@ def prepare(config: TrainRun) -> PreparedRun:
     check_duration_filter(config, processor)
     with waiting("reading the indexes of the data and planning batches"):
         data = TrainingData(config, processor, prompts)
-        total_steps = data.total_steps()
-    warn_of_long_warmup(config.trainer, total_steps)
+        data.total_steps()
     corpus_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
     check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *corpus_prompts])
     describe_data(processor.config, config, data)
+    return DescribedRun(ds=ds, processor=processor, data=data)
+
+
+def prepare(config: TrainRun) -> PreparedRun:
+    """Read everything except the weights, so that the user's mistakes are found before they load.
+
+    Raises:
+        UserError: the configuration, the data or the directory cannot be used.
+    """
+    exp_dir = Path(config.exp_dir or "")
+    run = describe_run(config)
+    warn_of_long_warmup(config.trainer, run.data.total_steps())
     lock = lock_exp_dir(exp_dir)
     fingerprint = {
-        "zero_stage": ds["zero_optimization"]["stage"],
-        **resume_fingerprint(config, processor, data),
+        "zero_stage": run.ds["zero_optimization"]["stage"],
+        **resume_fingerprint(config, run.processor, run.data),
     }
-    checkpoint, _ = find_resume(config, processor, fingerprint)
+    checkpoint, _ = find_resume(config, run.processor, fingerprint)
     return PreparedRun(
         config=config,
         exp_dir=exp_dir,
-        ds=ds,
-        processor=processor,
-        data=data,
+        ds=run.ds,
+        processor=run.processor,
+        data=run.data,
         lock=lock,
         fingerprint=fingerprint,
         checkpoint=checkpoint,
@@ -138,19 +163,21 @@ def check_duration_filter(config: TrainRun, processor: AsrLlmProcessor) -> None:
 
 def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
     """Warn if the learning rate would still be rising at the end of a run of `total` steps."""
-    if trainer.schedule.name == "eden":
-        key = "schedule.warmup_batches"
-        warmup = trainer.schedule.warmup_batches
-    else:
-        key = "warmup_steps"
-        warmup = trainer.warmup_steps
+    key, warmup = warmup_of(trainer)
     if warmup > total:
         logger.warning(
-            "trainer.%s=%g is more than the run's %d steps, so the learning rate does not reach "
-            "its peak of %g. Lower trainer.%s, or train for more steps.",
+            "%s=%g is more than the run's %d steps, so the learning rate does not reach "
+            "its peak of %g. Lower %s, or train for more steps.",
             key,
             warmup,
             total,
             trainer.lr,
             key,
         )
+
+
+def warmup_of(trainer: TrainerConfig) -> tuple[str, float]:
+    """Return the key of the steps of warm-up, which depends on the schedule, and its value."""
+    if trainer.schedule.name == "eden":
+        return "trainer.schedule.warmup_batches", trainer.schedule.warmup_batches
+    return "trainer.warmup_steps", trainer.warmup_steps
