@@ -1,4 +1,4 @@
-"""asrllm doctor: check this machine before a training run."""
+"""asrllm doctor: check this machine, and optionally a planned run, before training."""
 
 import argparse
 import dataclasses
@@ -27,6 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
         findings += check_hostfile(Path(arguments.hostfile))
     with waiting("importing torch, transformers and deepspeed"):
         findings += check_libraries()
+    is_importable = not any(finding.check.startswith("import ") for finding in findings)
+    if is_importable and (arguments.overrides or arguments.config_name):
+        findings += check_planned_run(arguments)
     findings.sort(key=lambda finding: LEVELS.index(finding.level))  # keeps the order in a level
     show(findings, as_json=arguments.json)
     problems = sum(finding.level == "problem" for finding in findings)
@@ -49,6 +52,17 @@ def check_libraries() -> list[Finding]:
     from asrllm.doctor.operators import check_operators
 
     return [*check_devices(), *check_attention(), *check_operators()]
+
+
+def check_planned_run(arguments: argparse.Namespace) -> list[Finding]:
+    """Check the run that the configuration describes."""
+    from asrllm.doctor.planned_run import check_run
+    from asrllm.hydra_app import run_app
+    from asrllm.training.run_config import TrainRun
+
+    findings: list[Finding] = []
+    run_app("train", arguments, TrainRun, lambda config: findings.extend(check_run(config)))
+    return findings
 
 
 def show(findings: list[Finding], *, as_json: bool) -> None:

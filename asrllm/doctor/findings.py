@@ -16,7 +16,8 @@ class Finding:
             necessary or only some features are missing, else "ok".
         check: a short name of what was checked, for scripts.
         text: what was found, as one sentence without a full stop.
-        fix: what the user can do about it, as a sentence; empty if `level` is "ok".
+        fix: what the user can do about it, as a sentence; empty if `level` is "ok", or if `text` is
+            the message of an error, which ends with the fix.
     """
 
     level: Level
@@ -26,7 +27,7 @@ class Finding:
 
     def line(self) -> str:
         """Return the finding as one line."""
-        return f"{self.level}: {self.text}. {self.fix}".rstrip()
+        return f"{self.level}: {self.text.rstrip('.')}. {self.fix}".rstrip()
 
 
 def ok(check: str, text: str) -> Finding:

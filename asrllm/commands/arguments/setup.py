@@ -4,7 +4,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from asrllm.commands.arguments.configured import add_overrides
 from asrllm.commands.arguments.values import not_empty, positive
+
+DOCTOR_HELP = """
+Prints one line per finding with its fix: ok, warning, problem. The exit status is 0 without a
+problem, else 2. With the arguments of 'asrllm train', the planned run is checked too, on the CPU.
+Nothing is written.
+"""
 
 
 class Flag(NamedTuple):
@@ -57,10 +64,6 @@ def add_init(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def add_doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Add the arguments of `asrllm doctor`."""
-    parser.epilog = (
-        "Prints one line per finding with its fix: ok, warning, problem. The exit status is 0 "
-        "without a problem, else 2. Nothing is written."
-    )
     parser.add_argument(
         "--hostfile",
         type=not_empty,
@@ -68,3 +71,5 @@ def add_doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="DeepSpeed hostfile; check that the name of each host resolves",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
+    add_overrides(parser, "train")
+    parser.epilog = f"{DOCTOR_HELP}\n{parser.epilog}"
