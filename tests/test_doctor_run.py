@@ -48,8 +48,28 @@ def test_good_runs_have_no_fault(world, examine, encoder):
     assert examine(**changed) == {}
 
 
-def test_without_validation_data_there_is_no_fault(examine):
-    assert examine(data__valid_data_config="null") == {}
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data__valid_data_config": "null"},
+        {"data__pad_to_30s": "true"},
+        {"data__text_normalization": "basic"},
+        {"data__augment__speed": "[0.9,1.0,1.1]", "data__augment__spec_augment__prob": 1},
+        {"prompt_file": "PROMPTS"},
+        {"model__projector": "normed", "model__tag_audio_boundary": "true"},
+        {"model__llm__lora__r": 0},
+        {"model__llm__lora__r": 0, "model__llm__frozen": "false"},
+        {"model__llm__chat_template": "chatml"},
+        {"trainer__precision": "fp32", "trainer__deepspeed_config": "ds_configs/zero3.json"},
+        {"trainer__num_steps": "null", "trainer__num_epochs": 2},
+        {"trainer__keep_last_k": 1, "trainer__schedule__name": "wsd"},
+        {"data__use_infinite_dataset": "true"},
+    ],
+    ids=lambda changed: ",".join(changed),
+)
+def test_other_good_runs_have_no_fault(world, examine, changed):
+    files = {"PROMPTS": world.root / "prompts.txt"}
+    assert examine(**{key: files.get(value, value) for key, value in changed.items()}) == {}
 
 
 def test_unknown_key_is_an_error(world, tmp_path, capsys):

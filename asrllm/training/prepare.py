@@ -84,7 +84,7 @@ def describe_run(config: TrainRun) -> DescribedRun:
     check_duration_filter(config, processor)
     with waiting("reading the indexes of the data and planning batches"):
         data = TrainingData(config, processor, prompts)
-        data.total_steps()
+        data.total_steps()  # plans the first window, which takes the longest
     corpus_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
     check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *corpus_prompts])
