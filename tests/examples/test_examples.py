@@ -154,6 +154,18 @@ def test_script_parses_and_stops_at_errors(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if (f / "run.sh").exists()], ids=name_of)
+def test_commands_of_run_sh_are_valid(folder, copied, stand_ins, monkeypatch):
+    monkeypatch.chdir(copied / folder.name)
+    script = Path("run.sh").absolute()
+    for words in ((), ("seed=7",)):
+        commands = commands_of(script, *words, stand_ins=stand_ins)
+        found = [command for command in map(asrllm_words, commands) if command is not None]
+        assert any(command[0] == "train" and {*words} <= {*command} for command in found)
+        for command in found:
+            check_command(command)
+
+
 def test_scripts_of_asr_llm_are_valid(copied, stand_ins, monkeypatch):
     monkeypatch.chdir(copied / "asr_llm")
     for name, word in (("train", "exp_dir=exp/a"), ("evaluate", "exp_dir=exp/a")):
