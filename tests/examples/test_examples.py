@@ -10,15 +10,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import soundfile
 import yaml
 
 from asrllm.commands.dispatch import main, parse
-from asrllm.data.prompts import read_prompts
+from asrllm.data.prompts import TRANSLATE, read_prompts
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.hydra_app import run_app
+from asrllm.testing import tone_sentences
 from asrllm.training.ds_config import find_ds_config
 from asrllm.training.run_config import PlanRun, TrainRun
-from tests.processes import REPOSITORY, assert_done, run_forked
+from tests.processes import REPOSITORY, assert_done, both_cores, clean_environment, run_forked
 
 EXAMPLES = REPOSITORY / "examples"
 FOLDERS = sorted(path.parent for path in EXAMPLES.glob("*/README.md"))
@@ -121,7 +123,7 @@ def check_files(run: object) -> None:
 
 
 def test_every_example_has_a_page_a_configuration_and_a_script():
-    assert len(FOLDERS) >= 2
+    assert len(FOLDERS) >= 10
     for folder in FOLDERS:
         if folder.name == "quickstart":
             continue
@@ -166,6 +168,24 @@ def test_commands_of_run_sh_are_valid(folder, copied, stand_ins, monkeypatch):
             check_command(command)
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "slurm"])
+def test_commands_of_each_launcher_are_valid(launcher, copied, stand_ins, monkeypatch):
+    monkeypatch.chdir(copied / "multi_node")
+    commands = commands_of(
+        Path("run.sh").absolute(),
+        "seed=7",
+        stand_ins=stand_ins,
+        LAUNCHER=launcher,
+        NODE="1",
+        RANK0="node1",
+    )
+    if launcher == "slurm":
+        (sbatch,) = commands
+        commands = commands_of(Path(sbatch[1]).absolute(), *sbatch[2:], stand_ins=stand_ins)
+    (command,) = commands
+    check_command(command[command.index("asrllm") + 1 :])
+
+
 def test_scripts_of_asr_llm_are_valid(copied, stand_ins, monkeypatch):
     monkeypatch.chdir(copied / "asr_llm")
     for name, word in (("train", "exp_dir=exp/a"), ("evaluate", "exp_dir=exp/a")):
@@ -203,6 +223,14 @@ def test_prompt_yaml_of_asr_llm_is_plain_text():
     ]
 
 
+def test_prompts_of_multitask_prompts_fit_translations():
+    prompts = read_prompts(EXAMPLES / "multitask_prompts" / "prompts.yaml")
+    assert prompts
+    for prompt in prompts:
+        assert prompt.fits("zh", TRANSLATE)
+        assert not prompt.fits("zh", None)
+
+
 @pytest.mark.slow
 @pytest.mark.longest(60, reason="trains and evaluates")
 def test_asr_llm_trains_and_evaluates(world, tmp_path):
@@ -215,3 +243,32 @@ def test_asr_llm_trains_and_evaluates(world, tmp_path):
     data = f"data.test_data_config={world.root / 'test.yaml'}"
     assert_done(run_forked([folder / "evaluate.py", f"exp_dir={exp}", data, *words]))
     assert (exp / "greedy_search" / "recogs-test-iter-8-avg-2.txt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.longest(60, reason="starts four commands in new interpreters")
+def test_custom_data_runs(world, copied, tmp_path):
+    data = tmp_path / "data"
+    for part, count in (("train", 60), ("test", 7)):
+        (data / part).mkdir(parents=True)
+        for number, (text, wave) in enumerate(tone_sentences(count, seed=count)):
+            soundfile.write(data / part / f"{number}.wav", wave, 16000)
+            (data / part / f"{number}.txt").write_text(text)
+    exp = tmp_path / "exp"
+    leave_out = ("exp_dir", "data.train_data_config", "data.valid_data_config")
+    more = {"trainer__num_steps": 2, "trainer__gradient_accumulation_steps": 1}
+    keys = [key for key in world.overrides(exp, **more) if key.partition("=")[0] not in leave_out]
+    with both_cores():
+        done = subprocess.run(
+            [str(copied / "custom_data" / "run.sh"), *keys],
+            capture_output=True,
+            text=True,
+            env=clean_environment(
+                STAGES="prepare train evaluate",
+                DATA=str(data),
+                EXP=str(exp),
+                PYTHONPATH=str(REPOSITORY),
+            ),
+        )
+    assert_done(done)
+    assert (exp / "greedy_search" / "results.json").is_file()
