@@ -559,7 +559,7 @@ DAMAGES = {
     ),
     "an encoder's text": (
         lambda f: set_part(f, "audio_encoder", d_model="16"),
-        r"json': audio_encoder with d_model='16' ",
+        r"config\.json': audio_encoder\.d_model='16' ",
     ),
     "an LLM of no type": (
         lambda f: set_part(f, "llm", model_type="qwen99"),
@@ -571,7 +571,7 @@ DAMAGES = {
     ),
     "an LLM's text": (
         lambda f: set_part(f, "llm", hidden_size="x"),
-        r"config\.json': llm .* 'qwen2' .*hidden_size",
+        r"config\.json': llm\.hidden_size='x' ",
     ),
     "no LLM": (lambda f: set_config(f, llm=None), r"llm\.model_type=None"),
     "a rate in words": (
