@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from asrllm.errors import UserError, nearest
 
@@ -127,6 +128,27 @@ class AudioProjector(nn.Module):
         if tag_boundary:
             # 0.02 is the usual standard deviation of initial embeddings (GPT-2, Qwen2, Llama).
             self.boundary = nn.Parameter(torch.randn(2, output_size) * 0.02)
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, *, input_size: int, output_size: int
+    ) -> "AudioProjector":
+        """Build the projector that an AsrLlmConfig describes.
+
+        Args:
+            config: an AsrLlmConfig.
+            input_size: width of the encoder's frames.
+            output_size: width of the LLM's embeddings.
+        """
+        return cls(
+            config.projector,
+            input_size=input_size,
+            output_size=output_size,
+            rate=config.audio_encoder_projector_ds_rate,
+            hidden_size=config.projector_hidden_size,
+            tag_boundary=config.tag_audio_boundary,
+            drop_ragged=config.drop_ragged_frames,
+        )
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Return the audio tokens of a batch, one utterance after the other.

@@ -78,14 +78,10 @@ class AsrLlmForVllm(nn.Module, SupportsMultiModal, SupportsTranscription, Suppor
             self.audio_encoder = build_encoder(
                 config.audio_encoder or {}, pad_to_30s=config.pad_to_30s
             )
-            self.projector = AudioProjector(
-                config.projector,
+            self.projector = AudioProjector.from_config(
+                config,
                 input_size=self.audio_encoder.output_dim,
                 output_size=text_config.hidden_size,
-                rate=config.audio_encoder_projector_ds_rate,
-                hidden_size=config.projector_hidden_size,
-                tag_boundary=config.tag_audio_boundary,
-                drop_ragged=config.drop_ragged_frames,
             )
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(

@@ -94,14 +94,10 @@ class AsrLlmNetwork(PreTrainedModel):
             add_lora(self.audio_encoder, config.audio_encoder_lora, key="model.audio_encoder.lora")
         if config.lora:
             self.llm = with_lora(self.llm, config.lora)
-        self.projector = AudioProjector(
-            config.projector,
+        self.projector = AudioProjector.from_config(
+            config,
             input_size=self.audio_encoder.output_dim,
             output_size=self.llm.config.get_text_config().hidden_size,
-            rate=config.audio_encoder_projector_ds_rate,
-            hidden_size=config.projector_hidden_size,
-            tag_boundary=config.tag_audio_boundary,
-            drop_ragged=config.drop_ragged_frames,
         )
         self.loss = SupervisedLoss()
 

@@ -36,14 +36,10 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text_config = config.get_text_config()
         self.audio_encoder = build_encoder(fields, pad_to_30s=config.pad_to_30s)
         self.llm = AutoModelForCausalLM.from_config(text_config)
-        self.projector = AudioProjector(
-            config.projector,
+        self.projector = AudioProjector.from_config(
+            config,
             input_size=self.audio_encoder.output_dim,
             output_size=text_config.hidden_size,
-            rate=config.audio_encoder_projector_ds_rate,
-            hidden_size=config.projector_hidden_size,
-            tag_boundary=config.tag_audio_boundary,
-            drop_ragged=config.drop_ragged_frames,
         )
         self.post_init()
 
