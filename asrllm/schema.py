@@ -32,7 +32,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 WorkerCount = Annotated[int, Field(ge=0, le=MAX_WORKERS)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 # how to respect a bound, and what a value must be, by pydantic's name of the error
-BOUNDS = {
+OPERATORS = {
     "greater_than": "Use a value above {gt}.",
     "greater_than_equal": "Use a value of at least {ge}.",
     "less_than": "Use a value below {lt}.",
@@ -159,9 +159,9 @@ def _as_user_error(
         return UserError(f"{name}={shown(value)} is not a valid choice. {nearest(value, choices)}")
     if kind == "string_too_short":
         return UserError(f"{name} is empty. Set it, or remove it.")
-    if kind in BOUNDS:
+    if kind in OPERATORS:
         limits = first.get("ctx", {})
-        bound = BOUNDS[kind].format(**{name: _plain(limit) for name, limit in limits.items()})
+        bound = OPERATORS[kind].format(**{name: _plain(limit) for name, limit in limits.items()})
         if type(None) in typing.get_args(hints[key]):
             bound = f"{bound.removesuffix('.')}, or null."
         return UserError(f"{name}={shown(value)} is out of range. {bound}")

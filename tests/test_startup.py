@@ -81,6 +81,12 @@ def test_shard_verbs_work_without_torch(world, tmp_path, action):
     assert not imported("shards", action, *arguments) & HEAVY
 
 
+def test_comparison_of_results_works_without_torch(tmp_path):
+    recogs = tmp_path / "recogs-test.txt"
+    recogs.write_text("a:\tref=['one', 'two']\na:\thyp=['one']\n")
+    assert not imported("evaluate", "compare", recogs, recogs) & HEAVY
+
+
 def test_public_names_are_listed_and_imported_on_first_use():
     listed = run_python("import sys, asrllm; print(*dir(asrllm)); sys.exit('torch' in sys.modules)")
     assert listed.returncode == 0

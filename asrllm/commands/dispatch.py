@@ -17,6 +17,7 @@ import asrllm
 from asrllm import siblings
 from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
 from asrllm.commands.arguments.base_models import split_base_models
+from asrllm.commands.arguments.configured import COMPARE
 from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.libraries import import_transformers
 from asrllm.errors import UserError
@@ -25,8 +26,8 @@ from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
 from asrllm.launchers import adopt_launcher
 from asrllm.progress import waiting
 
-# verbs that import torch late or never: doctor reports it if that fails, init checks data first
-WITHOUT_TORCH = ("shards", "doctor", "init")
+# modules that import torch late or never: doctor reports it if that fails, init checks data first
+WITHOUT_TORCH = ("shards", "doctor", "init", "compare")
 WITH_RANKS = ("train", "evaluate", "warm-start")  # verbs that run as one process or as several
 WITH_BASE_MODELS = (
     "transcribe",
@@ -133,7 +134,7 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     """Run a verb and return its exit status. The user's mistakes are reported once per node."""
     try:
         set_up_logging()
-        run = load_verb(arguments.verb)
+        run = load_module(module_name(arguments))
         cleanup: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if arguments.verb in WRITE_LARGE_FILES:
             cleanup = sigterm_raises()
@@ -215,12 +216,19 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def load_verb(verb: str) -> Callable[[argparse.Namespace], None]:
-    """Import the implementation of a verb, which takes seconds if it needs torch."""
+def module_name(arguments: argparse.Namespace) -> str:
+    """Return which module of asrllm.commands implements a command line."""
+    if arguments.verb == "evaluate" and arguments.overrides[:1] == [COMPARE]:
+        return "compare"
+    return str(arguments.verb).replace("-", "_")
+
+
+def load_module(name: str) -> Callable[[argparse.Namespace], None]:
+    """Import a module of asrllm.commands, which takes seconds if it needs torch."""
     with waiting("importing libraries"):
-        if verb not in WITHOUT_TORCH:
+        if name not in WITHOUT_TORCH:
             import_transformers()
-        module = importlib.import_module(f"asrllm.commands.{verb.replace('-', '_')}")
+        module = importlib.import_module(f"asrllm.commands.{name}")
     run: Callable[[argparse.Namespace], None] = module.run
     return run
 

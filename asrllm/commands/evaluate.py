@@ -1,4 +1,4 @@
-"""asrllm evaluate: decode and score test sets, or compare two results.
+"""asrllm evaluate: decode and score test sets.
 
 An evaluation chooses or averages the checkpoint, decodes the test sets, scores them and writes
 the results.
@@ -13,12 +13,10 @@ import torch
 
 from asrllm import AutoModel, distributed
 from asrllm.checkpoints.average import is_exported, resolve_weights
-from asrllm.commands.arguments.configured import COMPARE
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus, read_corpora, read_entries
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.compare import compare_results, comparison_text
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import BatchEngine, TorchEngine
 from asrllm.evaluation.run import Evaluation
@@ -33,29 +31,7 @@ from asrllm.training.wandb_login import check_wandb_login
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm evaluate`."""
-    if arguments.overrides[:1] == [COMPARE]:
-        run_compare(arguments.overrides[1:])
-    else:
-        run_app("evaluate", arguments, EvaluationRun, evaluate)
-
-
-def run_compare(places: Sequence[str]) -> None:
-    """Print the comparison of two results on every test set that they have in common.
-
-    Args:
-        places: two directories or files with results.
-
-    Raises:
-        UserError: there are not exactly two places.
-    """
-    if len(places) != 2:
-        raise UserError(
-            f"'{COMPARE}' needs two results, not {len(places)}. "
-            f"Use 'asrllm evaluate {COMPARE} A B'."
-        )
-    first, second = map(Path, places)
-    for name, comparison in compare_results(first, second).items():
-        print(comparison_text(name, comparison))
+    run_app("evaluate", arguments, EvaluationRun, evaluate)
 
 
 def evaluate(config: EvaluationRun) -> dict[str, Any]:

@@ -57,7 +57,7 @@ DATA = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DataSource:
     """Data from which shards are made.
 
     Attributes:
@@ -84,7 +84,7 @@ class Experiment:
     """
 
     folder: Path
-    sources: dict[str, Source]
+    sources: dict[str, DataSource]
     lang: str
     encoder_kind: str
     encoder: str

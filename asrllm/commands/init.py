@@ -8,7 +8,7 @@ from typing import Any
 
 from asrllm.atomic import new_folder, replaceable_folder
 from asrllm.commands.arguments.setup import INIT_FLAGS, Flag
-from asrllm.commands.experiment_files import PROMPTS, Experiment, Source
+from asrllm.commands.experiment_files import PROMPTS, DataSource, Experiment
 from asrllm.commands.libraries import import_transformers
 from asrllm.data.shards import make_sample
 from asrllm.data.sources import SOURCES, RejectedError
@@ -104,7 +104,7 @@ def local_or_hub(text: str) -> str:
 # --- checks ---
 
 
-def check_data(text: str, option: str) -> Source:
+def check_data(text: str, option: str) -> DataSource:
     """Read the first utterances of a source with their audio, as `asrllm shards make` does.
 
     Args:
@@ -125,7 +125,7 @@ def check_data(text: str, option: str) -> Source:
                 f"{option} {text!r}: the utterance {utterance.key!r} cannot be used ({reason}): "
                 f"{detail.rstrip('.')}. Correct it, or remove the utterance."
             ) from error
-    return Source(kind=kind, path=path)
+    return DataSource(kind=kind, path=path)
 
 
 def check_models(encoder: str, llm: str) -> str:

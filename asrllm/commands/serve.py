@@ -109,11 +109,11 @@ def model_paths(words: Sequence[str]) -> dict[str, str]:
 
 def load_models(arguments: argparse.Namespace, paths: Mapping[str, str]) -> "Models":
     """Load all models."""
-    from asrllm.serving.metrics import Metrics
+    from asrllm.serving.metrics import ServerMetrics
     from asrllm.serving.models import Models
     from asrllm.serving.transcriber import Queue
 
-    requests = Queue(arguments.max_queued_minutes * 60.0, Metrics())
+    requests = Queue(arguments.max_queued_minutes * 60.0, ServerMetrics())
     transcribers: list[Transcriber] = []
     for name, path in paths.items():
         arguments.model = path

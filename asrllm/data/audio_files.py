@@ -21,6 +21,7 @@ import soundfile
 import soxr
 
 from asrllm.data.audio_headers import (
+    UNKNOWN_SIZE,
     find_second_recording,
     has_frame_count,
     is_gsm,
@@ -40,7 +41,7 @@ from asrllm.defaults import AUDIO_EXTENSIONS, RATE
 from asrllm.errors import UserError
 from asrllm.text_files import JsonObject, parse_json, pointer_problem
 
-BLOCK = 1 << 16  # samples of each channel, at the file's own rate
+BLOCK_SAMPLES = 1 << 16  # samples of each channel, at the file's own rate
 # the best-known formats that soundfile reads
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "au", "caf", "w64")
 # Hz; 1 Hz would make a day of a few seconds, and only ultrasound needs more than 192 kHz
@@ -88,7 +89,6 @@ RAW_FORMATS = {
 PADDED = ("GSM610", "G721", "NMS_ADPCM")  # soundfile reads their last block whole
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
 LOUDEST = 1000.0  # times full scale; larger values are not audio between -1 and 1
-UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
 NO_LENGTH = 1 << 40  # samples; libsndfile returns more if the header has no length
 AUDIO_PAGE = re.compile(rb"OggS\0[\0\1\4\5](?!\0{8})")  # a page in which samples end
 FIRST_PAGE = re.compile(rb"OggS\0[\2\6]\0{8}")  # start of the first page of an Ogg stream
@@ -101,7 +101,7 @@ NOT_DECODED = (
 )
 # lines of ffmpeg's log that say that audio is missing; all others are warnings
 SEVERE = re.compile(r"\[(?:error|fatal|panic)\] |\[warning\] (?=.*corrupt input packet)")
-CHECKSUMS = ("-err_detect", "crccheck")  # otherwise it ignores those of most formats
+VERIFY_CHECKSUMS = ("-err_detect", "crccheck")  # otherwise it ignores those of most formats
 ALAC_PACKET = 4096  # samples
 PROBED = "stream=codec_name,duration,sample_rate:format=format_name,nb_streams,duration"
 ADDRESS = re.compile(r" ?(?:at|@) 0x[0-9a-f]+")
@@ -621,7 +621,7 @@ def _read_frames(sound: soundfile.SoundFile, count: int) -> np.ndarray:
     """Read at most `count` frames, block by block: a corrupted header may promise any number."""
     blocks = [np.zeros((0, sound.channels), np.float32)]
     while count > 0:
-        block = sound.read(min(count, BLOCK), dtype="float32", always_2d=True)
+        block = sound.read(min(count, BLOCK_SAMPLES), dtype="float32", always_2d=True)
         if not len(block):
             break
         blocks.append(block)
@@ -647,7 +647,9 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
             if rate != RATE:
                 resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32")
             remaining = file.frames or sys.maxsize
-            while len(block := sound.read(min(BLOCK, remaining), dtype="float32", always_2d=True)):
+            while len(
+                block := sound.read(min(BLOCK_SAMPLES, remaining), dtype="float32", always_2d=True)
+            ):
                 remaining -= len(block)
                 mono = block[:, 0] if block.shape[1] == 1 else block.mean(1)
                 yield resampler.resample_chunk(mono) if resampler else mono
@@ -660,7 +662,7 @@ def _by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
 def _by_ffmpeg(file: AudioFile) -> Iterator[np.ndarray]:
     output = ["-f", "f32le", "-ac", "1", "-ar", str(RATE), "-"]
     with file.on_disk() as path, tempfile.TemporaryFile() as log:
-        command = ["ffmpeg", "-nostdin", "-v", "level+warning", *SELF_CONTAINED, *CHECKSUMS]
+        command = ["ffmpeg", "-nostdin", "-v", "level+warning", *SELF_CONTAINED, *VERIFY_CHECKSUMS]
         command += ["-i", f"file:{path}", *output]
         yield from _output_of(command, file, log)
 
@@ -672,7 +674,7 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
     ) as process:
         assert process.stdout is not None
         try:
-            while data := process.stdout.read(4 * BLOCK):
+            while data := process.stdout.read(4 * BLOCK_SAMPLES):
                 yield np.frombuffer(data[: len(data) // 4 * 4], "<f4")
         except GeneratorExit:  # the caller needs no more samples
             process.kill()

@@ -76,7 +76,8 @@ WITHIN = {
 # whether one of BEGINNINGS has these first two bytes
 FIRST_TWO: np.ndarray = np.zeros(1 << 16, bool)
 FIRST_TWO[[int.from_bytes(magic[:2], "little") for magic in BEGINNINGS]] = True
-BLOCK = 1 << 20  # bytes that are searched at a time
+UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
+SEARCHED = 1 << 20  # bytes that are searched at a time
 SHORTEST = 256  # bytes before a second recording
 LARGEST_PADDING = 640  # samples, two blocks of GSM 06.10: libsndfile may write an empty one
 W64_FIRST = 40  # bytes before the first chunk of a Wave64 file
@@ -251,8 +252,8 @@ def _places_to_check(content: Buffer, begin: int) -> Iterator[int]:
 
     This takes 3 ns a byte. Calls of bytes.find, or a regular expression, take 12 ns.
     """
-    for start in range(begin, len(content), BLOCK):
-        block = content[start : start + BLOCK + 1]
+    for start in range(begin, len(content), SEARCHED):
+        block = content[start : start + SEARCHED + 1]
         places: list[int] = []
         for shift in (0, 1):
             pairs = np.frombuffer(block[shift : len(block) - (len(block) - shift) % 2], "<u2")
@@ -322,7 +323,7 @@ def problem_after(content: Buffer, end: int) -> str:
     begin = end
     while size := _tag_size(content, begin):
         begin += size
-    if len(content) - begin <= LARGEST_TAIL or not any(content[begin : begin + BLOCK]):
+    if len(content) - begin <= LARGEST_TAIL or not any(content[begin : begin + SEARCHED]):
         return ""
     return (
         f"has {len(content) - end} bytes after the end of its recording at byte {end}, which a "

@@ -6,7 +6,7 @@ ffmpeg stops at the end of a truncated file of these formats without an error.
 import re
 from collections.abc import Callable
 
-from asrllm.data.audio_headers import INCOMPLETE, problem_after, truncated
+from asrllm.data.audio_headers import INCOMPLETE, UNKNOWN_SIZE, problem_after, truncated
 from asrllm.text_files import Buffer
 
 VOC_MAGIC = b"Creative Voice File\x1a"
@@ -26,7 +26,6 @@ RM_CHUNKS = (RM_MAGIC, b"PROP", b"MDPR", b"CONT", b"DATA", b"INDX", b"RMMD", b"R
 RM_SURPLUS = 10  # bytes that ffmpeg adds to the size of the chunk of audio
 DTSHD_MAGIC = b"DTSHDHDR"
 LARGEST_SIZE = 1 << 62  # bytes; a writer of a stream puts larger ones for an unknown length
-UNKNOWN_SIZE = 0x7FFF0000  # bytes; the same for fields of 32 bits
 
 
 def length_problem(content: Buffer) -> str:

@@ -534,7 +534,7 @@ class _WorkDir:
     def finish(self, count: int) -> ShardSummary:
         """Write the index and the list of rejects of the first `count` shards, and create OUT."""
         records: list[ShardRecord] = []
-        examples = Examples()
+        examples = RejectedExamples()
         reasons: Counter[str] = Counter()
         path = self.shards / "rejected.jsonl"
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as log:
@@ -565,7 +565,7 @@ class _WorkDir:
             if path.name not in wanted:
                 path.unlink()
 
-    def _raise_no_utterance(self, reasons: Counter[str], examples: "Examples") -> NoReturn:
+    def _raise_no_utterance(self, reasons: Counter[str], examples: "RejectedExamples") -> NoReturn:
         """Raise UserError with the reasons, and move the list of rejects beside OUT."""
         message = f"no utterance could be written to {str(self.out)!r}"
         if not reasons:
@@ -587,7 +587,7 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-class Examples:
+class RejectedExamples:
     """A few rejected utterances, of as many reasons as possible."""
 
     def __init__(self) -> None:

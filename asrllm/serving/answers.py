@@ -20,13 +20,13 @@ from asrllm.evaluation.transcription import EndOfFile, FileTranscript, TextSegme
 from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
 from asrllm.serving.chat import completion
 from asrllm.serving.fields import TranscriptionFields
-from asrllm.serving.transcriber import Place, Transcriber
+from asrllm.serving.transcriber import QueuePlace, Transcriber
 
 logger = logging.getLogger(__name__)
 
 
 async def transcript_of(
-    transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str
+    transcriber: Transcriber, audio: AudioFile, place: QueuePlace, prompt: str
 ) -> FileTranscript:
     """Return the transcript of a whole file, and leave the queue."""
     texts: list[TextSegment] = []
@@ -41,7 +41,7 @@ async def transcript_of(
 
 
 async def chat_answer(
-    transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str
+    transcriber: Transcriber, audio: AudioFile, place: QueuePlace, prompt: str
 ) -> Response:
     """Return the transcript of a file as a chat completion."""
     transcript = await transcript_of(transcriber, audio, place, prompt)
@@ -52,7 +52,7 @@ async def chat_answer(
 async def transcription(
     transcriber: Transcriber,
     audio: AudioFile,
-    place: Place,
+    place: QueuePlace,
     prompt: str,
     fields: TranscriptionFields,
 ) -> Response:
@@ -109,7 +109,7 @@ class EventStream(StreamingResponse):
     """The text of a file as server-sent events, one for each segment."""
 
     def __init__(
-        self, transcriber: Transcriber, audio: AudioFile, place: Place, prompt: str
+        self, transcriber: Transcriber, audio: AudioFile, place: QueuePlace, prompt: str
     ) -> None:
         self.place = place
         items = transcriber.segments(audio, place, prompt)

@@ -13,7 +13,7 @@ import torch
 
 from asrllm.evaluation.engine import BatchEngine, HalvingEngine, PendingRow, is_out_of_memory
 from asrllm.models.asr_llm.generation import Answer
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Batcher:
     it when they are done or their future is cancelled.
     """
 
-    def __init__(self, engine: BatchEngine, *, batch_size: int, metrics: Metrics) -> None:
+    def __init__(self, engine: BatchEngine, *, batch_size: int, metrics: ServerMetrics) -> None:
         """Start the thread.
 
         Args:

@@ -33,7 +33,7 @@ ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 Audio = Annotated[UploadFile, File(description="audio in any format")]
 Name = Annotated[str, Form(description="a name from GET /v1/models")]
 Instruction = Annotated[str | None, Form(max_length=MAX_TEXT, description="the instruction")]
-Hotwords = Annotated[
+HotwordsField = Annotated[
     str | None, Form(max_length=MAX_TEXT, description="words that may occur: a,b,c")
 ]
 Temperature = Annotated[float, Form(ge=0, le=1, description="only 0")]
@@ -51,7 +51,7 @@ class TranscriptionFields:
         model: Name,
         language: Annotated[str | None, Form(description="for example en")] = None,
         prompt: Instruction = None,
-        hotwords: Hotwords = None,
+        hotwords: HotwordsField = None,
         response_format: Annotated[ResponseFormat, Form()] = "json",
         temperature: Temperature = 0.0,
         timestamp_granularities: Annotated[
@@ -82,7 +82,7 @@ class TranslationFields(TranscriptionFields):
         file: Audio,
         model: Name,
         prompt: Instruction = None,
-        hotwords: Hotwords = None,
+        hotwords: HotwordsField = None,
         response_format: Annotated[ResponseFormat, Form()] = "json",
         temperature: Temperature = 0.0,
     ) -> None:

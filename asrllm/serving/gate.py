@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asrllm.serving.api_errors import ApiError
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 
 PROBLEM = "asrllm.problem"  # key of the scope
 KEY_PROTOCOL = "openai-insecure-api-key."  # OpenAI's name of the subprotocol with the key
@@ -30,7 +30,7 @@ class Gate:
         api_key: str | None,
         max_bytes: int,
         upload_seconds: float,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         access_log: Callable[[str], None] | None,
     ) -> None:
         """

@@ -6,7 +6,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 WAITS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # seconds
 
 
-class Metrics:
+class ServerMetrics:
     """Counters of one server.
 
     Attributes:

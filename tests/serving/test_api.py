@@ -31,7 +31,7 @@ from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.build import describe_prompts
 from asrllm.serving.api_errors import ApiError
 from asrllm.serving.app import ServerOptions, create_app
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 from asrllm.serving.models import Models
 from asrllm.serving.transcriber import Queue, Transcriber
 from asrllm.testing import vowels
@@ -47,7 +47,7 @@ SEGMENTATION = Segmentation(detector=Loudness, longest=32000)
 def running(engine, description, segmentation=SEGMENTATION, others=None, **options):
     """Serve an engine named tiny and others, and yield the address and tiny's transcriber."""
     limits = {"batch_size": 8, "max_seconds": 60.0}
-    queue = Queue(options.pop("max_queued_seconds", 600.0), Metrics())
+    queue = Queue(options.pop("max_queued_seconds", 600.0), ServerMetrics())
     gate = {
         "api_key": None,
         "max_bytes": MAX_BYTES,
@@ -297,7 +297,7 @@ def test_audio_of_unknown_length_counts_and_is_limited(engine):
 
 
 def test_place_in_the_queue_grows_with_the_audio_and_ends_exactly():
-    metrics = Metrics()
+    metrics = ServerMetrics()
     waiting = Queue(10.0, metrics)
     places = [waiting.enter(samples) for samples in (1600, 3200)]
     places[0].grow(5 * RATE)

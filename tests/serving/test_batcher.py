@@ -8,7 +8,7 @@ import torch
 
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.serving.batcher import Batcher
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 from tests.processes import wait_for
 
 SECONDS = 20
@@ -86,7 +86,7 @@ def start():
     batchers = []
 
     def make(engine, batch_size=3):
-        batchers.append(Batcher(engine, batch_size=batch_size, metrics=Metrics()))
+        batchers.append(Batcher(engine, batch_size=batch_size, metrics=ServerMetrics()))
         return batchers[-1]
 
     yield make

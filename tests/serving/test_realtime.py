@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.evaluation.transcription import Segmentation
 from asrllm.models.asr_llm.generation import Answer
-from asrllm.serving.realtime.items import Item, agreed_text
+from asrllm.serving.realtime.items import SpeechItem, agreed_text
 from asrllm.testing import vowels
 from tests.conftest import REPOSITORY
 from tests.processes import started, wait_for
@@ -243,7 +243,7 @@ def test_words_are_stable_if_two_partial_texts_agree(before, now, agreed):
 
 
 def test_text_that_contradicts_its_beginning_has_no_delta():
-    item = Item(texts=["one"])
+    item = SpeechItem(texts=["one"])
     assert item.delta("two") == "one two"
     item.texts.append("too")
     assert item.delta() == ""

@@ -9,7 +9,7 @@ from openai import OpenAI
 from websockets.exceptions import InvalidStatus
 
 from asrllm.serving.app import ServerOptions, create_app
-from asrllm.serving.metrics import Metrics
+from asrllm.serving.metrics import ServerMetrics
 from asrllm.serving.models import Models
 from asrllm.serving.transcriber import Queue, Transcriber
 from tests.processes import wait_for
@@ -27,7 +27,7 @@ def url(engine, request):  # noqa: F811
         blocked,
         engine.model.config,
         SEGMENTATION,
-        Queue(600.0, Metrics()),
+        Queue(600.0, ServerMetrics()),
         batch_size=1,
         max_seconds=60.0,
     )

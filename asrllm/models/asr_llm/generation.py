@@ -23,7 +23,7 @@ from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop, token_limit
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
-from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder, Row, greedy
+from asrllm.models.asr_llm.greedy_search import AnswerRow, DynamicCacheDecoder, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import HOP, check_finite_features
 from asrllm.schema import build
@@ -268,7 +268,7 @@ def decode(
     max_tokens = int(stopping.limits.max())
     if uses_own_search(model, config):
         decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
-        rows = [Row(limit, stopping.guard) for limit in stopping.limits.tolist()]
+        rows = [AnswerRow(limit, stopping.guard) for limit in stopping.limits.tolist()]
         return greedy(decoder, embeddings, mask, config.eos_token_id, rows, first_logits.check)
     set_length(config, max_tokens, mask.shape[1], model.llm.generation_config)
     keywords = {}

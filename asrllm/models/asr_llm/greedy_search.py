@@ -16,7 +16,7 @@ from asrllm.models.attention import PACKED
 REMOVE_AT = 1 / 4
 
 
-class Row:
+class AnswerRow:
     """The answer of a row while it is decoded.
 
     Attributes:
@@ -61,14 +61,14 @@ class GreedyBatch:
         """
         self.decoder = decoder
         self.stop_ids = stop_ids
-        self.rows: list[Row] = []
+        self.rows: list[AnswerRow] = []
         self.logits = torch.empty(0)
 
     def join(
         self,
         embeddings: Tensor,
         mask: Tensor,
-        rows: Sequence[Row],
+        rows: Sequence[AnswerRow],
         check: Callable[[Tensor], None],
     ) -> None:
         """Read prompts, and decode their answers from the next step on.
@@ -113,7 +113,7 @@ def greedy(
     embeddings: Tensor,
     mask: Tensor,
     stop_ids: Container[int],
-    rows: Sequence[Row],
+    rows: Sequence[AnswerRow],
     check: Callable[[Tensor], None],
 ) -> list[list[int]]:
     """Choose the most probable token until each row is done.

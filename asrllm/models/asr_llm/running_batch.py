@@ -14,7 +14,7 @@ from asrllm.models.asr_llm.generation import (
     make_features,
     make_requests,
 )
-from asrllm.models.asr_llm.greedy_search import DynamicCacheDecoder, GreedyBatch, Row
+from asrllm.models.asr_llm.greedy_search import AnswerRow, DynamicCacheDecoder, GreedyBatch
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 
 
@@ -53,7 +53,7 @@ class RunningBatch:
         return not self.batch.rows or self.batch.decoder.can_append
 
     @torch.no_grad()
-    def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Row]:
+    def join(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[AnswerRow]:
         """Add prompts about one audio each, and return their rows, which `step` fills.
 
         Args:
@@ -71,18 +71,18 @@ class RunningBatch:
         )
         features = make_features(self.model, waves, waves, range(len(waves)))
         embeddings, mask = embed_prompts(self.model, features, requests)
-        rows = [Row(request.limit, self.repetition_guard) for request in requests]
+        rows = [AnswerRow(request.limit, self.repetition_guard) for request in requests]
         check = FirstLogitsCheck(range(len(rows))).check
         self.batch.join(embeddings, mask, rows, check)
         return rows
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Row, Answer]]:
+    def step(self) -> list[tuple[AnswerRow, Answer]]:
         """Decode one token of each chat, and return the rows that this finished."""
         unfinished = [row for row in self.batch.rows if not row.is_done]
         self.batch.step()
         return [(row, self._answer(row)) for row in unfinished if row.is_done]
 
-    def _answer(self, row: Row) -> Answer:
+    def _answer(self, row: AnswerRow) -> Answer:
         tokenizer = self.model.require_processor().tokenizer
         return make_answer(tokenizer, row.tokens, self.config.eos_token_id, self.repetition_guard)

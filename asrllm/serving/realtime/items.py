@@ -12,7 +12,7 @@ WORD = re.compile(rf"\s*(?:[{CHARACTERS}]|[^\s{CHARACTERS}]+)")
 
 
 @dataclass(kw_only=True)
-class Item:
+class SpeechItem:
     """A stretch of speech, which ends at a pause or when the client commits it.
 
     Attributes:

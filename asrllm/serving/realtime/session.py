@@ -26,9 +26,9 @@ from asrllm.serving.realtime.events import (
     parse_event,
     parse_message,
 )
-from asrllm.serving.realtime.items import Item
+from asrllm.serving.realtime.items import SpeechItem
 from asrllm.serving.realtime.transcripts import Transcripts
-from asrllm.serving.transcriber import Place, Transcriber
+from asrllm.serving.transcriber import QueuePlace, Transcriber
 
 IDLE_SECONDS = 120.0  # without an event, after which a session is closed
 MAX_AHEAD = 300 * RATE  # samples that a client may send before they are transcribed
@@ -44,7 +44,7 @@ class Session:
     """
 
     def __init__(
-        self, websocket: WebSocket, models: Models, transcriber: Transcriber, place: Place
+        self, websocket: WebSocket, models: Models, transcriber: Transcriber, place: QueuePlace
     ) -> None:
         """
         Args:
@@ -62,7 +62,7 @@ class Session:
         self.prompt = self._prompt_of(self.settings, transcriber)
         self.buffer = self._new_buffer(0)
         self.ended = 0  # sample of the buffer at which the last item ended
-        self.item = Item()
+        self.item = SpeechItem()
         self.previous_id: str | None = None  # of the item before
         self.ahead = 0  # samples that were received and are not transcribed
         self.events: asyncio.Queue[tuple[Event, int] | None] = asyncio.Queue()
@@ -220,7 +220,7 @@ class Session:
     def _clear(self) -> None:
         """Discard the audio and the texts of the item."""
         self.transcripts.discard(self.item)
-        self.item = Item()
+        self.item = SpeechItem()
         self._renew_buffer()
 
     async def _append(self, pcm: np.ndarray) -> None:
@@ -272,7 +272,7 @@ class Session:
 
     async def _end_item(self) -> None:
         item = self.item
-        self.item = Item()
+        self.item = SpeechItem()
         await self._send(
             "input_audio_buffer.committed", item_id=item.id, previous_item_id=self.previous_id
         )

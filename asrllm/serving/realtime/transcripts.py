@@ -12,7 +12,7 @@ from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
-from asrllm.serving.realtime.items import Item, agreed_text
+from asrllm.serving.realtime.items import SpeechItem, agreed_text
 from asrllm.serving.transcriber import Transcriber
 
 PARTIAL = RATE  # samples of further speech after which a partial text is requested
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class _Request:
     """A request for the text of a segment, or of the speech so far. Without answer: the end."""
 
-    item: Item
+    item: SpeechItem
     answer: "Future[Answer] | None" = None
     samples: int = 0
     is_partial: bool = False
@@ -49,7 +49,7 @@ class Transcripts:
         self.send = send
         self.count = count
         self.requests: asyncio.Queue[_Request | None] = asyncio.Queue()
-        self.waiting: dict[Future[Answer], Item] = {}
+        self.waiting: dict[Future[Answer], SpeechItem] = {}
         self.partial: Future[Answer] | None = None  # the last partial text
         self.heard = 0  # samples of the open segment when it was requested
 
@@ -57,7 +57,7 @@ class Transcripts:
         """Decode further audio with another model."""
         self.transcriber = transcriber
 
-    def request_partial(self, item: Item, wave: np.ndarray, prompt: str) -> None:
+    def request_partial(self, item: SpeechItem, wave: np.ndarray, prompt: str) -> None:
         """Request the text of the speech so far, unless the last request was a moment ago."""
         is_waiting = self.partial is not None and not self.partial.done()
         if is_waiting or len(wave) < max(self.heard + PARTIAL, self.transcriber.shortest):
@@ -66,7 +66,7 @@ class Transcripts:
         self.partial = self._submit(wave, prompt, item)
         self.requests.put_nowait(_Request(item=item, answer=self.partial, is_partial=True))
 
-    def request(self, item: Item, wave: np.ndarray, prompt: str) -> None:
+    def request(self, item: SpeechItem, wave: np.ndarray, prompt: str) -> None:
         """Request the text of a complete segment."""
         if self.partial is not None:
             self.partial.cancel()
@@ -76,16 +76,16 @@ class Transcripts:
         answer = self._submit(np.pad(wave, (0, padding)), prompt, item)
         self.requests.put_nowait(_Request(item=item, answer=answer, samples=len(wave)))
 
-    def _submit(self, wave: np.ndarray, prompt: str, item: Item) -> "Future[Answer]":
+    def _submit(self, wave: np.ndarray, prompt: str, item: SpeechItem) -> "Future[Answer]":
         answer = self.transcriber.batcher.submit(wave, prompt)
         self.waiting[answer] = item
         return answer
 
-    def end(self, item: Item) -> None:
+    def end(self, item: SpeechItem) -> None:
         """Send the whole text of an item after the texts of its segments."""
         self.requests.put_nowait(_Request(item=item))
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: SpeechItem) -> None:
         """Send nothing more of an item."""
         item.is_discarded = True
         self.heard = 0
@@ -133,7 +133,7 @@ class Transcripts:
         if delta:
             await self._send(item, "delta", delta=delta)
 
-    async def _send_whole(self, item: Item) -> None:
+    async def _send_whole(self, item: SpeechItem) -> None:
         if item.error is not None:
             await self._send(item, "failed", error=_api_error(item.error).body()["error"])
             return
@@ -142,7 +142,7 @@ class Transcripts:
         usage = {"type": "duration", "seconds": round(seconds, 3)}
         await self._send(item, "completed", transcript=item.text, usage=usage)
 
-    async def _send(self, item: Item, kind: str, **fields: object) -> None:
+    async def _send(self, item: SpeechItem, kind: str, **fields: object) -> None:
         name = f"conversation.item.input_audio_transcription.{kind}"
         await self.send(name, item_id=item.id, content_index=0, **fields)
 

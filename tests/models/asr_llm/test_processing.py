@@ -84,7 +84,7 @@ def test_audio_outside_of_a_list_is_rejected(alone):
 
 
 def test_empty_list_of_audios_is_rejected():
-    with pytest.raises(UserError, match="list of audios"):
+    with pytest.raises(UserError, match="audios"):
         make_processor().load_waves([])
 
 

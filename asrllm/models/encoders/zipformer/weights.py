@@ -29,7 +29,7 @@ MODULE_PREFIXES = ("encoder_embed.", "encoder.")
 # Every layer of the published code has a parameter that is not used. The parameters in use are
 # below bypass, bypass_mid and out_combiner.
 DEAD_KEY = re.compile(r"(.*\.layers\.\d+\.bypass_scale|(.*\.)?model_batch_count)")
-CONTAINERS = ("model", "state_dict", "model_avg")
+WRAPPERS = ("model", "state_dict", "model_avg")
 POS_HEAD_DIM = 4  # icefall's value, which its checkpoints do not contain
 # What icefall's causal recipes train with.
 ICEFALL_CHUNKS = {
@@ -121,7 +121,7 @@ def load_tensors(file: Path) -> StateDict:
     """
     fix = "Save only its state dict, with torch.save or as safetensors."
     content = load_plain_tensors(file, repr(str(file)), fix)
-    for name in CONTAINERS:
+    for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break
