@@ -13,10 +13,10 @@ from asrllm.atomic import new_folder
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.asr_llm.merging import merged_names
+from asrllm.models.asr_llm.merging import merged_names, weight_source
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.network import PARTS
-from asrllm.models.asr_llm.saving import weight_source, write_generation_config
+from asrllm.models.asr_llm.saving import write_generation_config
 from asrllm.models.auto import AutoModel, default_weights, model_folder
 from asrllm.models.base_models import BasePaths, public_name
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
@@ -39,6 +39,7 @@ def export(
     weights: str | Path | None = None,
     dtype: str = "bfloat16",
     merge_adapter: bool = True,
+    separate_adapter: bool = False,
     parts: bool = False,
     max_shard_size: int | str = "5GB",
     repository: str | None = None,
@@ -53,6 +54,8 @@ def export(
         dtype: dtype of the weights.
         merge_adapter: merge the adapters into their layers, so that transformers can load the
             directory without this package. A model without adapters is written as it is.
+        separate_adapter: write the LLM's adapter to the subdirectory `adapter` in PEFT's format
+            instead of merging it.
         parts: also write audio_encoder/, projector/ and llm/ separately, with merged adapters.
         max_shard_size: maximum size of each file.
         repository: hub repository from which the card's example loads the model.
@@ -70,16 +73,21 @@ def export(
         )
         # before the weights are written, which takes longer
         has_adapters = bool(model.config.lora or model.config.audio_encoder_lora)
-        merges = merge_adapter and has_adapters
+        merges = merge_adapter and has_adapters and not separate_adapter
         excluded = model.config.exclude_from_checkpoint
         card = model_card(
             model.config,
             folder,
             repository or output.name,
             weights=chosen,
-            is_portable=not excluded and (merges or not has_adapters),
+            is_portable=not excluded and (merges or separate_adapter or not has_adapters),
         )
-        model.save_pretrained(partial, merge_adapter=merges, max_shard_size=max_shard_size)
+        model.save_pretrained(
+            partial,
+            merge_adapter=merges,
+            separate_adapter=separate_adapter,
+            max_shard_size=max_shard_size,
+        )
         if parts:
             save_parts(model, partial, max_shard_size)
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -14,9 +14,8 @@ from asrllm.checkpoints.parity import Parity, check_layers, check_parity
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.asr_llm.merging import merged_parameter
+from asrllm.models.asr_llm.merging import merged_parameter, weight_source
 from asrllm.models.asr_llm.placement import as_dtype, prevailing_dtype
-from asrllm.models.asr_llm.saving import weight_source
 from asrllm.models.hub_files import load_tokenizer
 from asrllm.models.pretrained import lora_config
 from asrllm.models.state_dict import is_adapter

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from asrllm.checkpoints.export import export, push
 from asrllm.errors import UserError
+from asrllm.models.asr_llm.adapter_files import ADAPTER
 from asrllm.models.asr_llm.saving import check_shard_size
 
 
@@ -28,6 +29,15 @@ def source_of(arguments: argparse.Namespace) -> Path:
     return source
 
 
+def how_to_load(arguments: argparse.Namespace) -> str:
+    """Return a sentence about how to load the written directory."""
+    name = arguments.output
+    if not arguments.separate_adapter:
+        return f"Load it with asrllm.AutoModel.from_pretrained({name!r})."
+    adapter = str(Path(name) / ADAPTER)
+    return f"Serve it with vLLM: --model {name} --enable-lora --lora-modules NAME={adapter}"
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm export`."""
     check_shard_size(arguments.max_shard_size)
@@ -44,12 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
         weights=arguments.weights,
         dtype=arguments.dtype,
         merge_adapter=not arguments.keep_adapters,
+        separate_adapter=arguments.separate_adapter,
         parts=arguments.parts,
         max_shard_size=arguments.max_shard_size,
         repository=arguments.push_to_hub,
         base_models=arguments.base_models,
     )
     name = arguments.output
-    print(f"Wrote {name}. Load it with asrllm.AutoModel.from_pretrained({name!r}).")
+    print(f"Wrote {name}. {how_to_load(arguments)}")
     if arguments.push_to_hub:
         print(push(output, arguments.push_to_hub, private=arguments.private))

@@ -84,11 +84,18 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden",
     )
     add_output_and_weights(parser)
-    parser.add_argument(
+    adapters = parser.add_mutually_exclusive_group()
+    adapters.add_argument(
         "--keep-adapters",
         action="store_true",
         help="store the adapters beside the layers; default: merge them, so that transformers "
         "loads the directory without asrllm",
+    )
+    adapters.add_argument(
+        "--separate-adapter",
+        action="store_true",
+        help="write the LLM as it was before training, and its adapter to DIR/adapter in PEFT's "
+        "format, which vLLM applies per request",
     )
     parser.add_argument(
         "--parts",

@@ -128,6 +128,11 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             "directory written by 'asrllm export'."
         )
     check_config_fields(fields, str(path))
+    if fields.get("separate_adapter"):
+        raise UserError(
+            f"{str(folder)!r} has the LLM's adapter in its subdirectory 'adapter', for vLLM and "
+            "PEFT. Give the run, or export it without --separate-adapter."
+        )
     check_no_mark(path)
     fix = "Copy the config.json that was saved with the model."
     with reading(path, "the model's configuration", fix):

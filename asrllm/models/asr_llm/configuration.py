@@ -35,6 +35,7 @@ class AsrLlmConfig(PreTrainedConfig):
         prompt_tasks: {prompt: task} of the prompts that are for one task.
         hotwords_template: text into which training inserted its lists of hotwords, or None if it
             had none.
+        separate_adapter: the LLM's adapter is in the subdirectory `adapter`.
         trained_seconds: 99 % of the utterances in training were shorter; None if unknown.
     """
 
@@ -59,6 +60,7 @@ class AsrLlmConfig(PreTrainedConfig):
     prompt_languages: dict[str, str] | None = None
     prompt_tasks: dict[str, str] | None = None
     hotwords_template: str | None = None
+    separate_adapter: bool = False
     trained_seconds: float | None = None
 
     def num_audio_tokens(self, samples: Any) -> Any:

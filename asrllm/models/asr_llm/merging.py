@@ -1,20 +1,16 @@
 """Merge adapters into the weights of the layers that they change."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.network import AsrLlmNetwork
-from asrllm.models.pretrained import (
-    layer_without_bias,
-)
-from asrllm.models.state_dict import (
-    StateDict,
-    plain_name,
-)
+from asrllm.models.pretrained import layer_without_bias
+from asrllm.models.state_dict import StateDict, plain_name
+from asrllm.tensor_files import Spec, TensorSource
 
 
 def merged_names(
@@ -34,14 +30,14 @@ def merged_names(
         UserError: the model has no adapters, an adapted part is excluded from the checkpoint, or a
             layer cannot represent the merged adapter.
     """
-    layers = _adapted_layers(model)
+    layers = adapted_layers(model)
     _check_mergeable(model, state, layers)
     factors = _adapter_keys(layers)
     renamed = {plain_name(key): tensor for key, tensor in state.items() if key not in factors}
     return renamed, _tuned_weights(layers)
 
 
-def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that have adapters by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -79,20 +75,20 @@ def _check_mergeable(
     for part in model.config.exclude_from_checkpoint or []:
         if any(name.startswith(f"{part}.") for name in layers):
             raise UserError(
-                f"merge_adapter=True merges the adapters into the {part}, but "
+                f"the adapters cannot be merged into the {part}, because "
                 f"exclude_from_checkpoint excludes the {part}. Save without merging "
                 "(asrllm export: --keep-adapters)."
             )
     for key in state:
         if ".modules_to_save." in key or ".token_adapter." in key:
             raise UserError(
-                f"merge_adapter=True: {key!r} is trained beside the adapted layers and cannot be "
+                f"{key!r} is trained beside the adapted layers and cannot be "
                 "merged. Save without merging (asrllm export: --keep-adapters)."
             )
     biased = layer_without_bias(model)
     if biased:
         raise UserError(
-            f"merge_adapter=True: the adapter of {biased!r} has a bias (lora_bias), but the layer "
+            f"the adapter of {biased!r} has a bias (lora_bias), but the layer "
             "has none. Save without merging (asrllm export: --keep-adapters)."
         )
     _check_untied(model, layers)
@@ -104,7 +100,7 @@ def _check_untied(model: AsrLlmNetwork, layers: Mapping[str, nn.Module]) -> None
     is_tied = head is model.causal_lm.get_input_embeddings().weight
     if is_tied and any(layer.get_base_layer().weight is head for layer in layers.values()):
         raise UserError(
-            "merge_adapter=True: the adapter of the embeddings would change the head, which is "
+            "merging the adapter of the embeddings would change the head, which is "
             "tied to them. Save without merging (asrllm export: --keep-adapters)."
         )
 
@@ -130,3 +126,23 @@ def merged_parameter(layer: nn.Module, name: str, dtype: torch.dtype | None = No
     layer = copy.deepcopy(layer).to(torch.promote_types(own, torch.float32))
     layer.merge()
     return getattr(layer.get_base_layer(), name).to(dtype or own).contiguous()
+
+
+def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, nn.Module]) -> TensorSource:
+    """Return a state dict in the form that the writers take.
+
+    Args:
+        state: the weights.
+        tuned: by key, the layer whose adapters are merged into the weight when it is written.
+    """
+
+    def pieces(key: str) -> Iterator[Tensor]:
+        tensor = state[key]
+        if key in tuned:
+            tensor = merged_parameter(tuned[key], key.rpartition(".")[2])
+        yield tensor.flatten()
+
+    specs: dict[str, Spec] = {}
+    for key, tensor in state.items():
+        specs[key] = Spec(tuple(tensor.shape), tensor.dtype)
+    return TensorSource(specs, pieces)

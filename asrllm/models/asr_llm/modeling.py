@@ -112,6 +112,7 @@ class AsrLlmModel(AsrLlmNetwork):
         save_directory: str | Path,
         *,
         merge_adapter: bool = False,
+        separate_adapter: bool = False,
         max_shard_size: int | str = "5GB",
         **unknown: Any,
     ) -> None:
@@ -125,17 +126,21 @@ class AsrLlmModel(AsrLlmNetwork):
             save_directory: the directory.
             merge_adapter: write the model with its adapters merged into its layers, as a model
                 without adapters. This model does not change. Merging needs memory for one layer.
+            separate_adapter: write the LLM without its adapter, and the adapter to the subdirectory
+                `adapter` in PEFT's format, for vLLM and PEFT. The adapter of the encoder is merged.
             max_shard_size: maximum size of a weight file in bytes, or a text like "5GB".
 
         Raises:
             UserError: the adapters cannot be merged, or a keyword is unknown.
         """
-        refuse_unknown("save_pretrained()", unknown, ("merge_adapter", "max_shard_size"))
+        known = ("merge_adapter", "separate_adapter", "max_shard_size")
+        refuse_unknown("save_pretrained()", unknown, known)
         check_shard_size(max_shard_size)
         save_model(
             self,
             Path(save_directory),
             merge_adapter=merge_adapter,
+            separate_adapter=separate_adapter,
             max_shard_size=max_shard_size,
         )
 

@@ -4,16 +4,16 @@ import copy
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
+from asrllm.models.asr_llm.adapter_files import ADAPTER, check_separable, write_adapter
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.asr_llm.merging import merged_names, merged_parameter
+from asrllm.models.asr_llm.merging import merged_names, weight_source
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.weight_files import INDEX, SINGLE
 from asrllm.models.hub_files import LLM_SETTINGS
@@ -22,7 +22,7 @@ from asrllm.models.state_dict import (
     StateDict,
     is_adapter,
 )
-from asrllm.tensor_files import Spec, TensorSource, write_sharded
+from asrllm.tensor_files import write_sharded
 from asrllm.text_files import first_words
 
 SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
@@ -46,6 +46,7 @@ def save_model(
     folder: Path,
     *,
     merge_adapter: bool = False,
+    separate_adapter: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Save a model. The arguments are those of `AsrLlmModel.save_pretrained`.
@@ -57,9 +58,13 @@ def save_model(
     config.stored = None
     state = _saved_weights(model)
     tuned: dict[str, nn.Module] = {}
-    if merge_adapter:
+    if merge_adapter or separate_adapter:
         state, tuned = merged_names(model, state)
         _describe_as_merged(config)
+    if separate_adapter:
+        check_separable(model)
+        tuned = {key: layer for key, layer in tuned.items() if not key.startswith("llm.")}
+        config.separate_adapter = True
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file. Give a directory to save the model to.")
     is_new = not folder.exists()
@@ -75,6 +80,8 @@ def save_model(
         config.save_pretrained(partial)
         source = weight_source(state, tuned)
         write_sharded(source, partial, max_shard_size=max_shard_size, what="model")
+        if separate_adapter:
+            write_adapter(model, partial / ADAPTER)
         write_checksums(partial)
         _move_into_place(partial, folder)
     except BaseException:
@@ -134,23 +141,3 @@ def _move_into_place(partial: Path, folder: Path) -> None:
             shutil.rmtree(target)
         entry.replace(target)
     partial.rmdir()
-
-
-def weight_source(state: Mapping[str, Tensor], tuned: Mapping[str, nn.Module]) -> TensorSource:
-    """Return a state dict in the form that the writers take.
-
-    Args:
-        state: the weights.
-        tuned: by key, the layer whose adapters are merged into the weight when it is written.
-    """
-
-    def pieces(key: str) -> Iterator[Tensor]:
-        tensor = state[key]
-        if key in tuned:
-            tensor = merged_parameter(tuned[key], key.rpartition(".")[2])
-        yield tensor.flatten()
-
-    specs: dict[str, Spec] = {}
-    for key, tensor in state.items():
-        specs[key] = Spec(tuple(tensor.shape), tensor.dtype)
-    return TensorSource(specs, pieces)

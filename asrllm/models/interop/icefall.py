@@ -16,9 +16,9 @@ from asrllm.atomic import new_folder
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.loading import is_base_weight
+from asrllm.models.asr_llm.merging import weight_source
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.asr_llm.saving import weight_source
 from asrllm.models.auto import read_state
 from asrllm.models.build import describe_model
 from asrllm.models.encoders.whisper_weights import from_openai

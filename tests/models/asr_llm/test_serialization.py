@@ -233,9 +233,7 @@ def test_adapter_bias_without_a_layer_bias_is_rejected(world, tmp_path):
         lora_model(world, **options)
     config = make_model(world).config
     config.lora |= options
-    with pytest.raises(
-        UserError, match=r"merge_adapter=True: .*'llm\..*layers\.0\.mlp\.down_proj' .*lora_bias"
-    ):
+    with pytest.raises(UserError, match=r"'llm\..*layers\.0\.mlp\.down_proj' .*lora_bias"):
         AsrLlmModel(config).save_pretrained(tmp_path / "merged", merge_adapter=True)
 
 
@@ -270,7 +268,7 @@ def test_merging_is_rejected_without_adapters_and_with_excluded_parts(world, tmp
     with pytest.raises(UserError, match=r"^merge_adapter=True, .*adapters"):
         loaded.save_pretrained(tmp_path / "again", merge_adapter=True)
     model.config.exclude_from_checkpoint = ["llm"]
-    with pytest.raises(UserError, match=r"^merge_adapter=True .* llm, .* exclude_from_checkpoint"):
+    with pytest.raises(UserError, match=r" llm, .*exclude_from_checkpoint"):
         model.save_pretrained(tmp_path / "again", merge_adapter=True)
     assert not (tmp_path / "again").exists()
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from asrllm import AutoModel
+from asrllm.errors import UserError
 from asrllm.models.portable.bundle import Bundle
 from asrllm.models.portable.files import code_files
 from tests.models.asr_llm.test_generation import make_model, waves_of
+from tests.models.asr_llm.test_serialization import lora_model
 
 # `asrllm` cannot be imported: everything comes from the directory
 SCRIPT = """
@@ -61,6 +64,23 @@ results = {
 print(json.dumps(results))
 """
 
+# applies the separate adapter of a saved directory, without this package
+WITH_ADAPTER = """
+import json, sys
+sys.modules["asrllm"] = None
+import numpy as np
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+folder, waves = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_transcription_request(audio=list(np.load(waves).values())[:1])
+before = base(**inputs).logits[0, -1].tolist()
+model = PeftModel.from_pretrained(base, folder + "/adapter").eval()
+print(json.dumps({"before": before, "after": model(**inputs).logits[0, -1].tolist()}))
+"""
+
 
 @pytest.fixture(params=["whisper", "zipformer"])
 def model(world, request):
@@ -101,6 +121,35 @@ def first_logits(model, wave):
 
 
 @pytest.mark.slow
+def test_separate_adapter_is_applied_by_peft(world, tmp_path):
+    model = lora_model(world, rank_pattern={"q_proj": 2}, use_rslora=True)
+    waves = waves_of(1)
+    model.save_pretrained(tmp_path / "saved", separate_adapter=True)
+    np.savez(tmp_path / "waves.npz", *waves)
+    done = run_without_package(tmp_path, WITH_ADAPTER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    with model.llm.disable_adapter():
+        before = first_logits(model, waves[0])
+    after = first_logits(model, waves[0])
+    assert (before - after).abs().max() > 0.1
+    for logits, expected in ((found["before"], before), (found["after"], after)):
+        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match=r"saved.*'adapter'.*--separate-adapter"):
+        AutoModel.from_pretrained(tmp_path / "saved")
+
+
+def test_only_an_adapter_of_a_stored_llm_is_separated(world, model, tmp_path):
+    with pytest.raises(UserError, match="adapter"):
+        model.save_pretrained(tmp_path / "saved", separate_adapter=True)
+    adapted = lora_model(world)
+    adapted.config.exclude_from_checkpoint = ["llm"]
+    with pytest.raises(UserError, match=r"exclude_from_checkpoint.* llm"):
+        adapted.save_pretrained(tmp_path / "saved", separate_adapter=True)
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.slow
 def test_code_of_another_version_is_rejected(model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / "config.json"
@@ -116,10 +165,10 @@ def config_of(path):
     return json.loads(path.read_text())
 
 
-def run_without_package(folder):
-    """Run SCRIPT on folder/saved and folder/waves.npz."""
+def run_without_package(folder, script=SCRIPT):
+    """Run a script on folder/saved and folder/waves.npz."""
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder / "saved", folder / "waves.npz"],
+        [sys.executable, "-c", script, folder / "saved", folder / "waves.npz"],
         capture_output=True,
         text=True,
         cwd=folder,
