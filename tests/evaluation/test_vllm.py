@@ -45,6 +45,28 @@ answers = engine.answer(waves, ["Transcribe."] * len(waves))
 engine.close()
 print(json.dumps([[answer.text, answer.end] for answer in answers]))
 """
+PER_REQUEST = """
+import json, sys
+import numpy as np
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+folder, waves, tokens = sys.argv[1:]
+llm = LLM(folder, dtype="float32", max_model_len=512, enable_lora=True, max_lora_rank=8)
+requests = [
+    {"prompt_token_ids": json.loads(tokens), "multi_modal_data": {"audio": (wave, 16000)}}
+    for wave in np.load(waves).values()
+]
+greedy = SamplingParams(temperature=0, max_tokens=12)
+
+
+def texts(adapter):
+    answers = llm.generate(requests, greedy, lora_request=adapter)
+    return [answer.outputs[0].text.strip() for answer in answers]
+
+
+print(json.dumps([texts(None), texts(LoRARequest("speech", 1, folder + "/adapter"))]))
+"""
 in_vllm = pytest.mark.skipif(
     not (ENVIRONMENT / DONE).exists(), reason="make test-vllm makes the environment"
 )
@@ -303,3 +325,25 @@ def test_exported_adapters_are_merged_texts_do_not_change(tiny, world, tmp_path)
     expected = model.transcribe(waves)
     model.save_pretrained(tmp_path / "merged", merge_adapter=True)
     assert AutoModel.from_pretrained(tmp_path / "merged").transcribe(waves) == expected
+
+
+class TestAdapter:
+    pytestmark = vllm_test
+
+    def test_separate_adapter_is_applied_per_request(self, world, tiny, tmp_path):
+        model = with_adapters(world, tiny.llm)
+        model.save_pretrained(tmp_path / "model", separate_adapter=True)
+        waves = [wave for _, wave in tone_sentences(20, seed=7)]
+        np.savez(tmp_path / "waves.npz", *waves)
+        renderer = model.processor.renderer
+        tokens = renderer.encode_prompt(renderer.user_messages("Transcribe."), [1])
+        arguments = [tmp_path / "model", tmp_path / "waves.npz", json.dumps(tokens)]
+        found = json.loads(run(tmp_path, "-c", PER_REQUEST, *arguments).splitlines()[-1])
+        options = {"max_new_tokens": 12, "max_tokens_per_second": None, "repetition_guard": None}
+        with model.llm.disable_adapter():
+            expected = [model.transcribe(waves, **options)]
+        expected.append(model.transcribe(waves, **options))
+        assert expected[0] != expected[1]
+        for texts, own in zip(found, expected, strict=True):
+            same = sum(map(str.__eq__, texts, own))
+            assert same >= len(waves) - 1  # float32 sums in another order may swap equal logits
