@@ -26,6 +26,40 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
 # how the names of an encoder's weights begin in its own framework
 ENCODER_PREFIXES = {"whisper": "model.encoder."}
+PIPELINE_EXAMPLE = """\
+```python
+from transformers import pipeline
+
+transcribe = pipeline("automatic-speech-recognition", "{0}", trust_remote_code=True)
+print(transcribe("speech.wav")["text"])
+```
+
+With [asrllm](https://pypi.org/project/asrllm) installed, for files of any length:
+
+"""
+ASRLLM_EXAMPLE = """\
+```python
+from asrllm import AutoModel
+
+AutoModel.from_pretrained("{0}").transcribe(["speech.wav"])
+```
+"""
+PEFT_EXAMPLE = """\
+The LLM is the base model. Its adapter for speech is in the subdirectory `adapter`:
+
+```python
+import soundfile
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{0}", trust_remote_code=True)
+base = AutoModel.from_pretrained("{0}", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{0}", subfolder="adapter")
+audio, rate = soundfile.read("speech.wav", dtype="float32")  # mono, 16 kHz
+inputs = processor.apply_transcription_request(audio=[audio])
+print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+```
+"""
 ERROR_RATES_HEAD = [
     "| test set | WER % | 95 % | CER % | utterances | normalizer | decoding |",
     "| --- | --- | --- | --- | --- | --- | --- |",
@@ -80,7 +114,8 @@ def export(
             folder,
             repository or output.name,
             weights=chosen,
-            is_portable=not excluded and (merges or separate_adapter or not has_adapters),
+            is_portable=not excluded and (merges or not has_adapters),
+            separate_adapter=separate_adapter,
         )
         model.save_pretrained(
             partial,
@@ -161,7 +196,13 @@ def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
 
 
 def model_card(
-    config: AsrLlmConfig, source: Path, name: str, *, weights: Path | None, is_portable: bool
+    config: AsrLlmConfig,
+    source: Path,
+    name: str,
+    *,
+    weights: Path | None,
+    is_portable: bool,
+    separate_adapter: bool,
 ) -> str:
     """Return README.md in the format of Hugging Face's model cards.
 
@@ -174,9 +215,13 @@ def model_card(
         name: the name to load the model by.
         weights: the run's weights file. Error rates of other weights are left out.
         is_portable: whether transformers loads the model without this package.
+        separate_adapter: whether the LLM's adapter has a subdirectory.
     """
+    example = PEFT_EXAMPLE.format(name) if separate_adapter else own_example(name, is_portable)
     lines = [
-        *card_head(name, is_portable=is_portable),
+        *card_head(name, library="transformers" if is_portable or separate_adapter else "asrllm"),
+        *example.splitlines(),
+        "",
         *parts_table(config),
         "",
         *sources_paragraph(read_about(weights) if weights else {}),
@@ -196,19 +241,19 @@ def model_card(
     return "\n".join(lines)
 
 
-def card_head(name: str, *, is_portable: bool) -> list[str]:
-    """Return the metadata, the title and the example of a card.
+def card_head(name: str, *, library: str) -> list[str]:
+    """Return the metadata and the title of a card.
 
     Args:
         name: the name to load the model by.
-        is_portable: whether transformers loads the model without this package.
+        library: the package that loads it.
     """
     metadata = {
-        "library_name": "transformers" if is_portable else "asrllm",
+        "library_name": library,
         "pipeline_tag": "automatic-speech-recognition",
         "tags": ["asrllm", "speech", "llm"],
     }
-    lines = [
+    return [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).rstrip(),
         "---",
@@ -217,29 +262,18 @@ def card_head(name: str, *, is_portable: bool) -> list[str]:
         "",
         "An audio encoder, a projector and a large language model that transcribe speech.",
         "",
-        "```python",
     ]
-    if is_portable:
-        lines += [
-            "from transformers import pipeline",
-            "",
-            f'transcribe = pipeline("automatic-speech-recognition", "{name}", '
-            "trust_remote_code=True)",
-            'print(transcribe("speech.wav")["text"])',
-            "```",
-            "",
-            "With [asrllm](https://pypi.org/project/asrllm) installed, for files of any length:",
-            "",
-            "```python",
-        ]
-    return [
-        *lines,
-        "from asrllm import AutoModel",
-        "",
-        f'AutoModel.from_pretrained("{name}").transcribe(["speech.wav"])',
-        "```",
-        "",
-    ]
+
+
+def own_example(name: str, is_portable: bool) -> str:
+    """Return the example that loads a model, in Markdown.
+
+    Args:
+        name: the name to load the model by.
+        is_portable: whether transformers loads the model without this package.
+    """
+    own = ASRLLM_EXAMPLE.format(name)
+    return PIPELINE_EXAMPLE.format(name) + own if is_portable else own
 
 
 def parts_table(config: AsrLlmConfig) -> list[str]:
