@@ -46,4 +46,5 @@ def write_adapter(model: AsrLlmNetwork, folder: Path) -> None:
     config.target_modules = names
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.inference_mode = True
+    config.base_model_name_or_path = None  # a path of this machine, and of another model
     config.save_pretrained(folder)
