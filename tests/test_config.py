@@ -8,7 +8,8 @@ from pydantic import Strict
 
 from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
-from asrllm.conf.write import PAGE, reference_page, yaml_files
+from asrllm.conf.pages import pages
+from asrllm.conf.write import yaml_files
 from asrllm.config import compose_config, load_config
 from asrllm.errors import UserError
 from asrllm.schema import (
@@ -196,7 +197,13 @@ def test_yaml_files_are_those_of_the_components():
     folder = resources.files("asrllm.conf")
     for name, text in yaml_files().items():
         assert (folder / name).read_text() == text, "run python -m asrllm.conf.write"
-    assert PAGE.read_text() == reference_page()
+
+
+def test_pages_of_the_documentation_are_those_of_the_code():
+    made = pages()
+    assert {"cli.md", "configuration.md", "metrics.md"} <= {page.name for page in made}
+    for page, text in made.items():
+        assert page.read_text() == text, "run python -m asrllm.conf.write"
 
 
 @pytest.mark.slow

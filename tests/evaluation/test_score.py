@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asrllm.evaluation.compare import compare_transcripts
 from asrllm.evaluation.files import write_results, write_summary
+from asrllm.evaluation.metric_names import EVALUATION_METRICS
 from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
 from asrllm.evaluation.summary import hallucination_flags, score
+from asrllm.evaluation.wandb_report import numbers
 from asrllm.models.asr_llm.generation import make_batches
 
 WORDS = st.lists(
@@ -260,3 +263,13 @@ def test_decoding_batches_have_similar_lengths_within_the_budget():
     assert sorted(row for batch in make_batches(seconds, 60.0, skip={3, 5}) for row in batch) == [
         r for r in range(200) if r not in (3, 5)
     ]
+
+
+def test_metrics_of_an_evaluation_have_a_unit_and_a_meaning():
+    transcripts = random_transcripts(8)
+    scored = score(transcripts)
+    comparison = compare_transcripts(transcripts, transcripts, normalizer="none")
+    baseline = scored.rates() | {"rtfx": 1.0, "paired": comparison.entry()}
+    entry = scored.entry() | {"rtfx": 1.0, "baseline": baseline}
+    assert numbers(entry).keys() == EVALUATION_METRICS.keys()
+    assert all(unit and meaning for unit, meaning in EVALUATION_METRICS.values())

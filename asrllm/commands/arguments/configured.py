@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from asrllm.conf import help_text
 
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
+KEYS_TITLE = "keys, defaults and meanings:"  # precedes the keys of a configuration in the help
+HYDRA_TITLE = "Hydra's options, see https://hydra.cc"
 COMPARE_HELP = f"""
 asrllm evaluate {COMPARE} A B: compare two results on the same utterances, with a paired bootstrap
 interval and a permutation test. A and B are exp_dir/greedy_search directories, or files
@@ -40,13 +42,13 @@ def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
         "overrides", nargs="*", metavar="key=value", help="a configuration key and its new value"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"keys, defaults and meanings:\n\n{help_text(config)}"
+    parser.epilog = f"{KEYS_TITLE}\n\n{help_text(config)}"
     add_hydra_options(parser)
 
 
 def add_hydra_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of Hydra that have an effect in asrllm."""
-    options = parser.add_argument_group("Hydra's options, see https://hydra.cc")
+    options = parser.add_argument_group(HYDRA_TITLE)
     options.add_argument(
         "--config-dir", metavar="DIR", help="a directory with your own YAML files and groups"
     )
