@@ -201,7 +201,7 @@ def test_yaml_files_are_those_of_the_components():
 
 def test_pages_of_the_documentation_are_those_of_the_code():
     made = pages()
-    assert {"cli.md", "configuration.md", "metrics.md"} <= {page.name for page in made}
+    assert {"cli.md", "configuration.md", "data.md", "metrics.md"} <= {page.name for page in made}
     for page, text in made.items():
         assert page.read_text() == text, "run python -m asrllm.conf.write"
 

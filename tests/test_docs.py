@@ -1,13 +1,22 @@
 """The documentation agrees with the repository: links, names of keys and files, and messages."""
 
+import ast
+import json
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pytest
+import soundfile
 import yaml
 
 from asrllm.config_keys import ALIASES
+from asrllm.data.prompts import Prompt, parse_prompts
+from asrllm.data.sources import SOURCES
+from asrllm.data.sources.detect import detect_source
+from asrllm.schema import keys_and_types
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -23,6 +32,9 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 CELL_BORDER = re.compile(r"(?<!\\)\|")
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+GROUPS = ("checkpoint.", "data.", "model.", "trainer.")
+NOT_KEYS = {"data.py", "trainer.fit"}
 SOURCE_FILE = re.compile(r"(asrllm|benchmarks|ds_configs|examples|launch|tests)/[\w./]+\.\w+")
 # The border of two string literals that Python joins, on two lines of a source file.
 JOINED_LITERALS = re.compile(r"""["']\s*\n\s*f?["']""")
@@ -61,6 +73,136 @@ def known_keys() -> dict[str, set[str]]:
         verb = section.partition("\n")[0]
         verbs[verb] = set(re.findall(r"^\| `([^`]+)`", section, re.MULTILINE))
     return verbs
+
+
+def options_of_commands() -> dict[str, set[str]]:
+    """Return the options of each verb, and of each action of `shards`, from the generated page."""
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    commands = {}
+    for section in re.split(r"^##+ ", text, flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0].removeprefix("asrllm ")
+        commands[title] = {"--help", *OPTION.findall(section)}
+    return commands
+
+
+def commands_of(page: Path) -> Iterator[str]:
+    """Yield the `asrllm` commands of a page, in blocks of code and in text."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(FENCE.findall(text)).replace("\\\n", " ")
+    for line in (*blocks.splitlines(), *CODE.findall(prose_of(page))):
+        command = re.match(r"(?:\S*/)?asrllm (.*)", line.partition("#")[0].strip())
+        if command:
+            yield command[1]
+
+
+def test_commands_have_the_options_that_pages_use():
+    options = options_of_commands()
+    with_hydra = {"train", "plan", "warm-start", "doctor", "evaluate"}
+    unknown = []
+    found = 0
+    for page in PAGES:
+        for command in commands_of(page):
+            words = command.split()
+            verb = words[0]
+            if verb == "VERB" or not re.fullmatch(r"[a-z][a-z-]+", verb):
+                continue
+            name = " ".join(words[:2]) if verb == "shards" and len(words) > 1 else verb
+            if name not in options:
+                unknown.append(f"{page.relative_to(ROOT)}: asrllm {name}")
+                continue
+            known = options[name] | (options["Hydra's options"] if verb in with_hydra else set())
+            for option in OPTION.findall(command):
+                found += 1
+                if option not in known:
+                    unknown.append(f"{page.relative_to(ROOT)}: asrllm {name} {option}")
+    assert found > 40
+    assert not unknown
+
+
+def test_pages_name_existing_keys():
+    keys = set().union(*known_keys().values())
+    groups = {key.rpartition(".")[0] for key in keys}
+    unknown = []
+    for page in PAGES:
+        if page.name == "migration.md":  # keys of other frameworks, see below
+            continue
+        for code in CODE.findall(prose_of(page)):
+            name = code.partition("=")[0].removesuffix(".*")
+            if not name.startswith(GROUPS) or not KEY.fullmatch(name) or name in NOT_KEYS:
+                continue
+            is_known = name in keys or any(f"{group}.".startswith(f"{name}.") for group in groups)
+            if not is_known:
+                unknown.append(f"{page.relative_to(ROOT)}: {code}")
+    assert not unknown
+
+
+def test_reasons_of_rejection_are_listed():
+    listed: set[str] = set()
+    for header, rows in tables_of(DOCS / "data.md"):
+        if header[0] == "Reason":
+            for row in rows:
+                listed |= set(CODE.findall(row[0]))
+    raised = set()
+    texts = set()
+    for path in ROOT.glob("asrllm/data/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            value = None
+            if isinstance(node, ast.Constant):
+                texts.add(node.value)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "RejectedError":
+                value = node.args[0]
+            elif isinstance(node, ast.keyword) and node.arg == "reason":
+                value = node.value
+            if isinstance(value, ast.Constant):
+                raised.add(value.value)
+    assert len(raised) > 20
+    assert raised - listed == set()
+    assert listed - texts == set()
+
+
+@pytest.mark.parametrize(
+    ("heading", "source"),
+    [
+        pytest.param("Lhotse cuts", "cuts", marks=pytest.mark.slow),  # imports Lhotse
+        ("NeMo", "nemo"),
+        ("wenet", "wenet"),
+        ("SLAM-LLM", "slam"),
+        ("ms-swift and LLaMA-Factory", "swift"),
+        ("Folders and tables", "folder"),
+    ],
+)
+def test_rows_of_the_data_page_are_read(heading, source, tmp_path):
+    section = (DOCS / "data.md").read_text(encoding="utf-8").partition(f"### {heading}\n")[2]
+    block = re.search(r"^```(json|csv)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    soundfile.write(tmp_path / "a.wav", np.zeros(32000), 16000)
+    path = tmp_path / "metadata.csv"
+    if block[1] == "json":
+        path = tmp_path / "manifest.jsonl"
+        path.write_text(json.dumps(json.loads(block[2])) + "\n", encoding="utf-8")
+    else:
+        path.write_text(block[2], encoding="utf-8")
+    place = path.parent if source == "folder" else path
+    if source != "folder":
+        assert detect_source(path) == source
+    (utterance,) = SOURCES[source].read(place)
+    assert (utterance.problem, utterance.text) == (None, "Good morning.")
+    wave, rate = utterance.load()
+    assert rate == 16000
+    assert len(wave) in (24000, 32000)
+
+
+def test_prompts_of_the_page_fit_as_it_says():
+    page = DOCS / "prompts.md"
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    prompts = parse_prompts(yaml.safe_load(block), "the page")
+    tables = {header[0]: rows for header, rows in tables_of(page)}
+    assert {row[0].strip("`") for row in tables["Key"]} == keys_and_types(Prompt).keys()
+    rows = tables["Utterance"]
+    for utterance, fitting in rows:
+        fields = dict(word.split("=") for word in utterance.strip("`").split())
+        found = [p.text for p in prompts if p.fits(fields["lang"], fields.get("task"))]
+        assert found == CODE.findall(fitting), utterance
+    assert len(rows) == 3
 
 
 def test_links_point_to_files_and_headings():
