@@ -25,6 +25,8 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
     *sorted(ROOT.glob("examples/*/README.md")),
     ROOT / "benchmarks" / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
 ]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")

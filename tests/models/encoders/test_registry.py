@@ -5,69 +5,12 @@ import json
 import pytest
 import soundfile
 import torch
-from torch import nn
 
-from asrllm.audio.features import KaldiFeatures, kaldi_frames
 from asrllm.errors import UserError
-from asrllm.models.encoders import registry as encoders
 from asrllm.models.encoders.registry import build_encoder, encoder_class, encoder_kind
 from asrllm.models.model_args import EncoderPart
 from asrllm.testing import tiny_whisper, tiny_zipformer, tone
-from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
-
-
-class Averages(nn.Module):
-    """An encoder whose frames are means of four feature frames."""
-
-    output_dim = 12
-    whisper_features = False
-    unsplit_modules = ()
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.features, self.linear = KaldiFeatures(80), nn.Linear(80, width)
-
-    def forward(self, features, lengths):
-        n, t, width = features.shape
-        whole = features[:, : t // 4 * 4].reshape(n, t // 4, 4, width).mean(2)
-        return self.linear(whole), lengths // 4
-
-    def set_batch_count(self, step):
-        pass
-
-    def gradient_checkpointing_enable(self):
-        pass
-
-    @classmethod
-    def from_fields(cls, values, *, pad_to_30s):
-        return cls(values["width"])
-
-    @staticmethod
-    def frame_lengths(samples):
-        return kaldi_frames(samples) // 4
-
-    @staticmethod
-    def sample_limits(values):
-        return 1600, 16000 * 30
-
-    @staticmethod
-    def read_pretrained(path):
-        return {"width": 12}, torch.load(path, weights_only=True)
-
-
-def test_new_encoder_needs_one_class_and_one_line(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(encoders.ENCODERS, "averages", Averages)
-    torch.save(Averages(12).state_dict(), tmp_path / "averages.pt")
-    part = EncoderPart(
-        model_type="averages", pretrained_model=str(tmp_path / "averages.pt"), frozen=True
-    )
-    model = make_model(world, audio_encoder=part)
-    model(**batch_of(model, samples())).loss.backward()
-    assert model.projector.mlp.linear1.weight.grad.abs().max() > 0
-    model.save_pretrained(tmp_path / "saved")
-    waves = [s.wave for s in samples()]
-    loaded = type(model).from_pretrained(tmp_path / "saved")
-    assert loaded.transcribe(waves, 6) == model.transcribe(waves, 6)
+from tests.models.asr_llm.test_modeling import make_model
 
 
 def test_unknown_encoder_is_rejected():
