@@ -168,7 +168,7 @@ class ModelConfig:
     """width of the projector's hidden layer"""
     projector_init: Literal["random", "aligned"] = "random"
     """random | aligned: a least-squares fit of training speech to the LLM's token embeddings, from
-    which training starts (see docs/training.md)"""
+    which training starts (see docs/models.md)"""
     projector_init_hours: PositiveFloat = 2.0
     """hours of speech that aligned reads on all ranks together; 0.1 to 0.5 GB of host memory an
     hour"""
