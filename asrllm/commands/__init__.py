@@ -1,1 +1,1 @@
-"""The verbs of the command line: `arguments` defines their arguments, one module each has `run`."""
+"""The verbs of the command line: a module with `run` for each. `arguments` has their arguments."""

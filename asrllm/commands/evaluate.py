@@ -97,7 +97,7 @@ def evaluation_engine(
         device: where to decode.
 
     Raises:
-        UserError: vLLM is to decode on several ranks, or cannot be used.
+        UserError: engine=vllm is set with several ranks, or vLLM cannot be used.
     """
     dtype = config.dtype(device)
     if config.engine == "vllm":

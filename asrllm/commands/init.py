@@ -21,7 +21,7 @@ CHECKED = 10  # utterances of each source
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run `asrllm init DIR`. All checks precede the first file."""
+    """Run `asrllm init DIR`. Nothing is written before all checks have passed."""
     folder = Path(arguments.dir).absolute()
     replaceable_folder(folder, "")
     values = complete(vars(arguments))
@@ -54,13 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def complete(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of the flags. Those that are missing are asked for at a terminal.
+    """Return the values of the flags, and ask at the terminal for those that are missing.
 
     Args:
         given: the parsed command line; None for a flag that is not given.
 
     Raises:
-        UserError: a flag is missing, and there is no terminal or no valid answer.
+        UserError: a flag is missing, and standard input is not a terminal or its answer is invalid.
     """
     values = {name: given[name] for name in INIT_FLAGS}
     if sys.stdin.isatty():
@@ -112,7 +112,7 @@ def check_data(text: str, option: str) -> DataSource:
         option: the option that names it, for messages.
 
     Raises:
-        UserError: the path is no source, or an utterance cannot be used.
+        UserError: the path is not a source, or an utterance cannot be used.
     """
     path = Path(text).expanduser().absolute()
     kind = detect_source(path)

@@ -16,4 +16,4 @@ def import_transformers() -> None:
     import_torch()
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # the verbs have their own
+    transformers.utils.logging.disable_progress_bar()  # the verbs show their own bars

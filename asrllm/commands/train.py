@@ -190,7 +190,7 @@ def print_run_table(prepared: PreparedRun, trainer: Trainer, checkpoint: Path | 
 
 
 def announced(what: str, checkpoint: Path | None) -> contextlib.AbstractContextManager[None]:
-    """Return `waiting` for work on a checkpoint, which prints nothing if there is none."""
+    """Return a context that announces work on a checkpoint, if there is one."""
     return waiting(what, after=0) if checkpoint else contextlib.nullcontext()
 
 

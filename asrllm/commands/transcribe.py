@@ -266,7 +266,7 @@ def chosen_formats(given: Sequence[str]) -> list[str]:
 
 
 def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[AudioFile]) -> None:
-    """Check that every transcript can be written to a place of its own.
+    """Check that every transcript can be written, and that no two have the same path.
 
     Args:
         formats: the output formats.

@@ -225,7 +225,7 @@ def list_audio(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 def has_audio_extension(name: str) -> bool:
-    """Return whether a file name ends like an audio file's."""
+    """Return whether a file name has the extension of an audio format."""
     return name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS
 
 

@@ -182,7 +182,7 @@ def _size_of_same_layer(content: Buffer, begin: int) -> Callable[[Buffer, int], 
 def ogg_problem(content: Buffer) -> str:
     """Return why an Ogg file is truncated or corrupted, or "" (RFC 3533, section 6).
 
-    Decoders skip a page whose checksum is wrong, so the rest of the audio would move forward.
+    Decoders skip a page whose checksum is wrong, so the rest of the audio would start too early.
     """
     last_numbers: dict[bytes, int] = {}  # by stream
     is_last = False

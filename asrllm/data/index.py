@@ -341,7 +341,7 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
         record.rows["shard"] = number
     rows = np.concatenate([record.rows for record in records]) if records else np.empty(0, ROW)
     about = _describe(rows, records)
-    # until the new index.json is complete there is no index
+    # without index.json, the directory has no index until the new one is complete
     (folder / "index.json").unlink(missing_ok=True)
     # readers of an older index.bin keep their file
     partial = folder / "index.bin.partial"

@@ -40,7 +40,7 @@ ELEMENTS = (
 )
 FLAC_INFO = 8  # bytes before the fields of STREAMINFO
 FLAC_SYNC = b"\xff\xf8"  # of a frame in a file whose blocks have one size
-MOST_FRAMES = 0xD800  # up to which UTF-8 has the number of a FLAC frame; 86 minutes at 44.1 kHz
+MOST_FRAMES = 0xD800  # frames whose numbers the search finds; 86 minutes at 44.1 kHz
 FLAC_NUMBER = 4  # the place of the frame's number in its header
 
 

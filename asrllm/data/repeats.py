@@ -125,7 +125,9 @@ def spread_copies(
     ranks: int,
     rng: np.random.Generator | None,
 ) -> np.ndarray:
-    """Return an order of the entries in which no group has more copies of an utterance than it may.
+    """Return an order of the entries in which no group has too many copies of an utterance.
+
+    `max_per_group` gives the limits.
 
     Utterances without copies, and copies that are far enough apart, keep their place. The others
     are placed at even distances around their middle, so that lengths within a group stay similar.

@@ -100,7 +100,7 @@ def _count_changes(before: Index, scans: Sequence["_Scan"]) -> int:
 
 
 def _warn_of_changes(folder: Path, scans: Sequence["_Scan"]) -> None:
-    """Warn of samples whose bytes differ from those in the directory's present index."""
+    """Warn of samples whose bytes differ from those in the directory's existing index."""
     if not (folder / "index.json").is_file():
         return
     try:

@@ -266,7 +266,7 @@ def rows_by_key(rows: Sequence[ResultRow], name: str) -> dict[str, Transcript]:
 def _as_written(
     rows: Sequence[ResultRow], normalized: dict[str, Transcript], other: Mapping[str, Transcript]
 ) -> dict[str, Transcript]:
-    """Return transcripts that are not normalized again, if that gives the other's references.
+    """Return the transcripts as written if their references are then those of the other result.
 
     Args:
         rows: rows of a recogs-*.txt.
@@ -337,7 +337,7 @@ def transcripts(rows: Sequence[ResultRow], name: str) -> list[Transcript]:
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Read a generations-*.jsonl or a recogs-*.txt, also one that icefall wrote.
+    """Read a generations-*.jsonl or a recogs-*.txt, which icefall may have written.
 
     Returns:
         One {"key", "ref", "hyp", "duration", ...} per utterance.

@@ -60,7 +60,7 @@ def decode_corpus(
     journal: Journal,
     watchdog: Watchdog | None = None,
 ) -> Decoded:
-    """Decode a test set, except what the journal has.
+    """Decode the utterances of a test set that the journal does not have yet.
 
     Args:
         engine: decodes the batches.

@@ -65,7 +65,7 @@ class DecodingBatch(Protocol):
         """Add utterances. The arguments are those of Engine.answer."""
 
     def step(self) -> Sequence[tuple[PendingRow, Answer]]:
-        """Decode for a short time, and return the utterances that this finished."""
+        """Decode for a short time, and return the utterances that are finished."""
 
 
 class BatchEngine(Engine, Protocol):
@@ -122,7 +122,7 @@ class TorchEngine:
 
 
 class WholeBatch:
-    """A batch that admits nobody while it is decoded, for example by beam search."""
+    """A batch that no utterance can join while it is decoded, for example by beam search."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""Record what has been decoded of a test set, so that a killed evaluation resumes where it stopped.
+"""Record which utterances are decoded, so that a killed evaluation resumes where it stopped.
 
 Each line has a CRC-32 and one utterance as JSON. The checksum covers the line and everything that
 the texts depend on, so that a corrupted line, or one of another evaluation, is decoded again.
@@ -72,7 +72,7 @@ class Journal:
     def read(self) -> list[DecodedUtterance]:
         """Return on every rank what any rank has decoded.
 
-        The first rank removes files that have nothing with these settings.
+        The first rank removes files without any line that has these settings.
         """
         found: list[DecodedUtterance] = []
         if distributed.rank() == 0:

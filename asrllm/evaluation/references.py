@@ -12,7 +12,7 @@ from asrllm.data.plan import Item
 from asrllm.data.text import HAN, normalizer_of
 from asrllm.errors import UserError
 
-ANOTHER_SCRIPT = 0.5  # ratio of references from which on the normalizer is the wrong one
+ANOTHER_SCRIPT = 0.5  # ratio of references in another script that shows a wrong normalizer
 # letters of the languages of normalizers; the other normalizers accept any script
 NORMALIZER_SCRIPTS = {"en": "[A-Za-z]", "zh": HAN, "zh-numbers": HAN}
 

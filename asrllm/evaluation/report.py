@@ -84,7 +84,7 @@ def write_report(path: Path, title: str, sets: Sequence[ReportSet]) -> None:
 
 
 def page(title: str, data: Data) -> str:
-    """Return the page, whose security policy allows only its own scripts and loads nothing."""
+    """Return the page. Its security policy allows only its own scripts, and no requests."""
     folder = resources.files("asrllm.evaluation") / "page"
     style = "".join((folder / name).read_text(encoding="utf-8") for name in PAGE_STYLES)
     script = "".join((folder / name).read_text(encoding="utf-8") for name in PAGE_SCRIPTS)

@@ -344,7 +344,7 @@ def free_suffix(folder: Path, suffix: str, weights: Path) -> str:
 
 
 def _is_same_file(stored: Path, weights: Path, exp_dir: Path) -> bool:
-    """Return whether a stored path, which may be relative or of a moved run, is the file."""
+    """Return whether a stored path, perhaps relative or of a run that moved, names the file."""
     if stored.resolve() == weights.resolve():
         return True
     if stored.exists():

@@ -153,7 +153,7 @@ def segments_of(
     segmentation: Segmentation,
     check: Callable[[int], None] | None = None,
 ) -> Iterator[StreamItem]:
-    """Yield the segments of a file while it is read, and its end.
+    """Yield the segments of a file while it is read, and then an EndOfFile.
 
     Args:
         file: the file.

@@ -61,7 +61,7 @@ class AutoModel:
             torch_dtype: the old name of `dtype`.
             device_map: device of the whole model, for example "cuda" or {"": 0}; "auto" means the
                 first accelerator if there is one. None means the CPU.
-            base_models: present paths of base models that moved after training,
+            base_models: current paths of base models that moved after training,
                 {"audio_encoder" or "llm": path}. They are compared with the fingerprints of
                 training.
 

@@ -1,4 +1,4 @@
-"""The present paths of the base models that a model was trained from."""
+"""The current paths of the base models that a model was trained from."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, whe
 
     Args:
         config: configuration of a run or of an exported directory; changed in place.
-        base_models: present paths of "audio_encoder" and "llm". A path is a directory, a hub id
+        base_models: current paths of "audio_encoder" and "llm". A path is a directory, a hub id
             or, for the encoder, a file. None means that none has moved.
         where: the directory of the configuration, for error messages.
 
@@ -42,7 +42,7 @@ def move_base_models(config: AsrLlmConfig, base_models: BasePaths | None, *, whe
 
 
 def _moved_entry(config: AsrLlmConfig, part: str, path: str | Path, where: str) -> JsonObject:
-    """Return the entry of a base model with its present path, after checking the fingerprint."""
+    """Return the entry of a base model with its current path, after checking the fingerprint."""
     if part not in BASE_MODEL_KEYS:
         hint = nearest(part, BASE_MODEL_KEYS)
         raise UserError(f"base_models[{part!r}] is not a pretrained part. {hint}")

@@ -76,7 +76,7 @@ def _check_trained_groups(earlier: AsrLlmConfig, state: Mapping[str, Tensor], wh
 
 
 def _renamed(state: StateDict, names: Mapping[str, str]) -> StateDict:
-    """Rename weights by the names of the present model, given by their plain names."""
+    """Rename weights by the names of the new model, given by their plain names."""
     renamed: StateDict = {}
     for name, tensor in state.items():
         renamed[names.get(plain_name(name), name)] = tensor

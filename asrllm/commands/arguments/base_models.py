@@ -1,4 +1,4 @@
-"""Base models that moved after training, in any place of a command line."""
+"""Base models that moved after training, anywhere on a command line."""
 
 import argparse
 import re

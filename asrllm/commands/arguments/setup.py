@@ -15,14 +15,14 @@ Nothing is written.
 
 
 class Flag(NamedTuple):
-    """A flag of `asrllm init`, which is asked for at a terminal if it is not given.
+    """A flag of `asrllm init`. If it is missing, its value is asked for at the terminal.
 
     Attributes:
         option: its name on the command line.
         metavar: placeholder of its value.
         help: its line in the help, and the question.
         type: parses its value.
-        required: whether there is no default.
+        required: whether a value must be given.
     """
 
     option: str

@@ -1,4 +1,4 @@
-"""Tell from a path which source of SOURCES it is."""
+"""Find out which kind of source a path is, by its files or its first row."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from asrllm.text_files import check_file, open_regular, parse_json
 T = TypeVar("T")
 Row = dict[str, Any]
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
-MAX_UNPACKED = 1 << 28  # bytes to which any gzip file may unpack
+MAX_UNPACKED = 1 << 28  # bytes that any gzip file may have after unpacking
 MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
 SHORTEST_LINE = 64  # bytes that a line of a gzip file counts at least: blank lines take time too
 LONGEST_RECORDING = 1e7  # four months

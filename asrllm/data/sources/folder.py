@@ -244,7 +244,7 @@ def _columns(
 
 
 def _check_repeated(path: Path, columns: Sequence[str], used: set[str]) -> None:
-    """Raise UserError if a column that is used occurs several times, and no one of them is exact.
+    """Raise UserError if a used column is repeated, unless one of them alone is in lower case.
 
     Args:
         path: the table.
@@ -326,7 +326,7 @@ class _CsvLines:
     """Lines of a csv file, of which all but the first of a row can be read again.
 
     Attributes:
-        row: numbered lines of the present row.
+        row: numbered lines of the current row.
         is_too_long: whether the row did not end within MAX_CELL_BYTES.
     """
 
@@ -352,7 +352,7 @@ class _CsvLines:
         self.is_too_long = True
 
     def end_row_after_first_line(self) -> None:
-        """Let the next row begin at the second line of the present one."""
+        """Let the next row begin at the second line of the current one."""
         self._again.extendleft(reversed(self.row[1:]))
 
 

@@ -44,7 +44,7 @@ def check_installed(error: BaseException, where: str) -> None:
 
 
 def no_audio() -> tuple[np.ndarray, int]:
-    """Raise RejectedError; the `load` of an utterance without audio."""
+    """Raise RejectedError. This is the `load` of an utterance without audio."""
     raise RejectedError("missing_audio", "the source names no audio")
 
 

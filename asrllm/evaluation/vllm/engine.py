@@ -72,7 +72,7 @@ class VllmEngine:
         return [answers[row] for row in rows]
 
     def close(self) -> None:
-        """End vLLM. It destroys its process groups, so this comes before `distributed.finish`."""
+        """Shut down vLLM and its process groups. Call this before `distributed.finish`."""
         self.llm.llm_engine.engine_core.shutdown()
 
     def open_batch(self) -> "VllmBatch":
@@ -184,7 +184,7 @@ class VllmBatch:
 
 
 def check_vllm(options: dict[str, Any]) -> None:
-    """Raise UserError if vLLM is not installed or too old, or if beams are asked for."""
+    """Raise UserError if vLLM is not installed or too old, or if a beam search is requested."""
     version = installed_version()
     if version is None:
         raise UserError(f"engine=vllm: vLLM is not installed. {INSTALL}")

@@ -41,7 +41,7 @@ class AsrLlmProcessingInfo(BaseProcessingInfo):
         return self.ctx.get_hf_config(AsrLlmHubConfig)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Return that a prompt may have any number of audios."""
+        """Return the limits: a prompt may have any number of audios."""
         return {"audio": None}
 
     def get_mm_max_tokens_per_item(

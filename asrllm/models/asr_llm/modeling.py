@@ -164,7 +164,7 @@ class AsrLlmModel(AsrLlmNetwork):
             torch_dtype: the old name of `dtype`.
             device_map: see asrllm.AutoModel.from_pretrained.
             config: the configuration that transformers' AutoModel has read from the directory.
-            base_models: present paths of the base models of parts that the directory omits,
+            base_models: current paths of the base models of parts that the directory omits,
                 {"audio_encoder" or "llm": path}.
             more: keywords that transformers' AutoModel passes (see IGNORED_HUB_OPTIONS).
 
