@@ -12,11 +12,16 @@ import pytest
 import soundfile
 import yaml
 
+from asrllm.collator.hotwords import HotwordConfig
 from asrllm.config_keys import ALIASES
 from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.sources import SOURCES
 from asrllm.data.sources.detect import detect_source
+from asrllm.models.encoders.registry import ENCODERS
+from asrllm.models.model_args import PEFT_OPTIONS, LoraPart
+from asrllm.models.projectors import PROJECTORS
 from asrllm.schema import keys_and_types
+from asrllm.training.checkpoint.zero_files import plain_classes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -205,6 +210,40 @@ def test_prompts_of_the_page_fit_as_it_says():
         found = [p.text for p in prompts if p.fits(fields["lang"], fields.get("task"))]
         assert found == CODE.findall(fitting), utterance
     assert len(rows) == 3
+
+
+def test_pages_list_all_choices():
+    def first_column(page: str, header: str) -> list[str]:
+        (rows,) = [rows for head, rows in tables_of(DOCS / page) if head[0] == header]
+        return [code for row in rows for code in CODE.findall(row[0])]
+
+    assert set(first_column("models.md", "`model_type`")) == ENCODERS.keys()
+    assert set(first_column("models.md", "`model.projector`")) == PROJECTORS.keys()
+    assert set(first_column("data.md", "Source")) == {f"--{name}" for name in SOURCES}
+    hotwords = {f"data.hotwords.{key}" for key in keys_and_types(HotwordConfig)}
+    assert set(first_column("prompts.md", "Setting")) == hotwords
+    models = set(CODE.findall(prose_of(DOCS / "models.md")))
+    lora = {key for key in keys_and_types(LoraPart) if key != "options"}
+    assert {*PEFT_OPTIONS, *lora} <= models
+    assert f"{numeral(len(plain_classes()))} of its plain classes" in prose_of(ROOT / "SECURITY.md")
+
+
+def numeral(number: int) -> str:
+    """Return a small number as a word."""
+    return ("no", "one", "two", "three", "four", "five", "six")[number]
+
+
+def test_encoders_have_the_rates_and_limits_of_the_page():
+    (rows,) = [rows for head, rows in tables_of(DOCS / "models.md") if head[0] == "`model_type`"]
+    fields = {"max_source_positions": 1500}
+    for kind, _, _, rate, limits in rows:
+        encoder = ENCODERS[kind.strip("`")]
+        assert round(encoder.frame_lengths(1600000) / 100) == int(rate)
+        low, high = encoder.sample_limits(fields)
+        texts = [f"{low / 16:g} ms", f"{high / 16000:.0f} s"]
+        if high > 1600000:
+            texts[1] = f"{high / 16000 / 3600:g} h"
+        assert limits == " to ".join(texts)
 
 
 def test_links_point_to_files_and_headings():
