@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from asrllm.errors import UserError
+from asrllm.text_files import check_link
 
 OTHER_PATH = "Use another path."
 # what to do about a path that the operating system rejects, by error number
@@ -58,17 +61,43 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file. On failure the file remains as it was.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file. On failure it remains as it was.
 
     A special file, for example /dev/null or a FIFO, is written and not replaced.
+
+    Args:
+        path: the file.
+        content: bytes, or a text that is written in UTF-8.
+
+    Raises:
+        UserError: the path cannot be written, or is a FIFO that no process reads.
     """
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
     if _is_special(path):
-        with writable_path(path):
-            path.write_text(text, encoding="utf-8")
+        _write_special(path, data)
         return
     with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
+
+
+def _write_special(path: Path, data: bytes) -> None:
+    """Append to a special file. Opening a FIFO does not wait for a process that reads it."""
+    check_text_output(path)
+    sys.stdout.flush()  # the path may be /dev/stdout
+    try:
+        with writable_path(path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise UserError(
+            f"{str(path)!r} is a FIFO that no process reads. Start its reader first, or use "
+            "another path."
+        ) from error
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as file:
+        file.write(data)
 
 
 def _is_special(path: Path) -> bool:
@@ -83,19 +112,18 @@ def _is_special(path: Path) -> bool:
 
 
 def check_output_file(path: Path) -> None:
-    """Raise UserError if a path cannot be replaced by a file: a directory, or a special file."""
+    """Check that a file can be written to a path, or that the file at the path can be replaced.
+
+    Raises:
+        UserError: the path is a directory, a special file or a symbolic link that leads nowhere, or
+            its directory does not exist.
+    """
     with writable_path(path):
         if _is_special(path):
             raise UserError(f"{str(path)!r} is not a regular file. Use the path of a new file.")
         if path.is_dir():
             raise UserError(f"{str(path)!r} is a directory. Use the path of a file.")
-
-
-def check_text_output(path: Path) -> None:
-    """Raise UserError if no text can be written to a path, which may be a special file."""
-    if _is_special(path):
-        return
-    check_output_file(path)
+        check_link(path)
     if not path.parent.is_dir():
         raise UserError(
             f"{str(path)!r} cannot be written: {str(path.parent)!r} is not a directory. "
@@ -103,20 +131,64 @@ def check_text_output(path: Path) -> None:
         )
 
 
+def check_text_output(path: Path) -> None:
+    """Check that `write_whole` can write to a path, which may be a FIFO or a character device.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _is_special(path):
+        check_output_file(path)
+        return
+    with writable_path(path):
+        mode = path.stat().st_mode
+    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode) or stat.S_ISDIR(mode):
+        raise UserError(f"{str(path)!r} cannot be written like a file. {OTHER_PATH}")
+
+
 def check_output_folder(path: Path, name: str = "") -> None:
-    """Raise UserError if a path cannot be a directory: a file, a device or a path below one.
+    """Check that a path is a directory, or that one can be created there.
 
     Args:
         path: the path.
         name: what precedes the path in the message, for example "exp_dir=".
+
+    Raises:
+        UserError: the path is a file, a device or a symbolic link that leads nowhere, or is below
+            one.
     """
     with writable_path(path):
-        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        nearest = _nearest(path)
+    check_link(nearest)
     if not nearest.is_dir():
         raise UserError(
             f"{name}{str(path)!r} cannot be a directory: {str(nearest)!r} is not one. "
             "Use another path."
         )
+
+
+def check_writable_folder(path: Path, name: str = "") -> None:
+    """Check that files can be written to a directory, which is created if it does not exist.
+
+    Args:
+        path: the directory.
+        name: what precedes the path in the message, for example "--output-dir ".
+
+    Raises:
+        UserError: the path cannot be a directory, or is not writable.
+    """
+    check_output_folder(path, name)
+    nearest = _nearest(path)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{name}{str(path)!r} is not writable. "
+            f"Change the permissions of {str(nearest)!r}, or use another directory."
+        )
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path itself or its nearest parent that exists, maybe as a link to nothing."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
 
 
 @contextlib.contextmanager
@@ -132,7 +204,8 @@ def new_file(path: Path) -> Iterator[Path]:
         The path to write to.
 
     Raises:
-        UserError: `path` is a directory or a special file, or its directory cannot be written.
+        UserError: `path` is a directory, a special file or a symbolic link that leads nowhere, or
+            its directory cannot be written.
     """
     check_output_file(path)
     with _beside(path) as folder:
@@ -167,19 +240,22 @@ def new_folder(path: Path, name: str = "--output ") -> Iterator[Path]:
         partial.replace(path)
 
 
-def replaceable_folder(path: Path, name: str = "--output ") -> Path:
+def replaceable_folder(
+    path: Path, name: str = "--output ", fix: str = "Use another directory."
+) -> Path:
     """Return the resolved path of a directory that `new_folder` can replace.
 
     Args:
         path: the directory.
         name: what precedes the path in messages.
+        fix: what to do if the directory is not empty.
 
     Raises:
         UserError: the path is not a directory, is not empty, or is a mount point.
     """
     check_output_folder(path)
     if path.exists() and any(path.iterdir()):
-        raise UserError(f"{name}{str(path)!r} is not empty. Use another directory.")
+        raise UserError(f"{name}{str(path)!r} is not empty. {fix}")
     path = path.resolve()  # may be a symbolic link to a directory
     if path.is_mount():
         raise UserError(

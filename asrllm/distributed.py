@@ -205,17 +205,18 @@ def first_rank_does(action: Callable[[], None]) -> None:
     """Run an action on the first rank while the others wait.
 
     Raises:
-        UserError: the action raised UserError or OSError. All ranks raise it.
+        UserError: the action raised it. All ranks raise it.
+        OSError: likewise.
     """
-    failure = None
+    failure: UserError | OSError | None = None
     if rank() == 0:
         try:
             action()
         except (UserError, OSError) as error:
-            failure = str(error)
+            failure = error
     for failed in gather_objects(failure):
-        if failed:
-            raise UserError(failed)
+        if failed is not None:
+            raise failed
 
 
 def barrier() -> None:

@@ -98,11 +98,6 @@ def write_file(source: TensorSource, path: Path) -> Path:
     Raises:
         UserError: the path is a directory, its parent does not exist, or the source is corrupted.
     """
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(
-            f"the output {str(path)!r} is a directory, or its parent does not exist. "
-            "Use the path of a file in an existing directory."
-        )
     write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
     with new_file(path) as partial, ProgressBar(f"writing {path.name}", len(source.specs)) as bar:
         write(source, list(source.specs), partial, bar)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from asrllm.atomic import Terminated, new_file, new_folder, sigterm_raises, write_whole
+from asrllm.atomic import (
+    Terminated,
+    check_output_file,
+    check_output_folder,
+    check_text_output,
+    new_file,
+    new_folder,
+    sigterm_raises,
+    write_whole,
+)
 from asrllm.errors import UserError
 from tests.conftest import REPOSITORY, clean_environment
 
@@ -193,3 +203,44 @@ def test_file_is_no_output_directory(tmp_path, name):
         pytest.fail("the block began")
     assert repr(str(path)) in str(caught.value)
     assert "not empty" not in str(caught.value)
+
+
+@pytest.mark.timeout(10)
+def test_fifo_that_nothing_reads_is_rejected_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match=f"'{tmp_path}/fifo'"):
+        write_whole(tmp_path / "fifo", "text")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "fifo", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+
+
+def test_socket_is_no_output(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for check in (check_text_output, check_output_file, check_output_folder):
+            with pytest.raises(UserError, match=f"'{tmp_path}/socket'"):
+                check(tmp_path / "socket")
+
+
+@pytest.mark.parametrize("name", ["link", "link/below"])
+@pytest.mark.parametrize("kind", [new_file, new_folder])
+def test_link_that_leads_nowhere_is_no_output(tmp_path, kind, name):
+    """Its disk may not be mounted, and the output would be written to another one."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "there")
+    with pytest.raises(UserError, match=f"'{tmp_path}/link"), kind(tmp_path / name):
+        pytest.fail("the block began")
+    assert names(tmp_path) == ["link"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_text_for_an_open_file_does_not_replace_what_was_printed(tmp_path):
+    program = (
+        "from asrllm.atomic import write_whole; from pathlib import Path; "
+        "print('table'); write_whole(Path('/dev/stdout'), 'text')"
+    )
+    with open(tmp_path / "printed", "w") as file:
+        command = [sys.executable, "-c", program]
+        subprocess.run(command, stdout=file, check=True, cwd=REPOSITORY, timeout=30)
+    assert (tmp_path / "printed").read_text() == "table\ntext"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 
 import numpy as np
@@ -175,6 +176,39 @@ def test_a_link_that_leads_nowhere_is_reported(tmp_path, capsys, name, target):
     error = capsys.readouterr().err
     assert repr(str(tmp_path / "loop")) in error
     assert "link" in error
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("action", "name"), [("verify", "fifo"), ("stats", "fifo.png"), ("stats", "fifo.html")]
+)
+def test_an_output_that_is_a_fifo_is_reported_without_waiting(
+    world, tmp_path, capsys, action, name
+):
+    os.mkfifo(tmp_path / name)
+    assert shards(action, world.shards, "--output", tmp_path / name) == 2
+    assert repr(str(tmp_path / name)) in capsys.readouterr().err
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["index.bin", "index.json", "rejected.jsonl"])
+def test_an_index_file_that_cannot_be_replaced_is_reported_before_the_scan(
+    world, tmp_path, capsys, name, make
+):
+    make(tmp_path / name)
+    (tar, *_) = world.shards.glob("*.tar")
+    assert shards("index", tar, "--output", tmp_path) == 2
+    assert repr(str(tmp_path / name)) in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_shards_are_written_to_the_directory_behind_a_link(tmp_path, kaldi, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert shards("make", tmp_path / "link", "--kaldi", kaldi) == 0, capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink()
+    assert len(open_index(tmp_path / "there")) == 5
 
 
 def test_a_late_error_leaves_finished_shards_to_resume_from(tmp_path, capsys, caplog):

@@ -437,3 +437,14 @@ def test_exp_dir_that_is_a_file_is_rejected_and_kept(world, tmp_path, monkeypatc
     assert train(world, tmp_path, monkeypatch) == 2
     assert f"exp_dir='{tmp_path}/exp'" in capsys.readouterr().err
     assert (tmp_path / "exp").read_bytes() == b""
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "latest", "pretrained.pt"])
+def test_file_of_a_run_that_cannot_be_replaced_is_reported(
+    name, make, world, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "exp").mkdir()
+    make(tmp_path / "exp" / name)
+    assert train(world, tmp_path, monkeypatch) == 2
+    assert f"'{tmp_path}/exp/{name}'" in capsys.readouterr().err

@@ -44,6 +44,7 @@ DEPRECATIONS = {
     r"transformers\.modeling_utils": r"`\w*gradient_checkpointing\w*` is deprecated",
 }
 GLOO_CONNECTION = "gloo/transport/tcp/"  # part of gloo's message when a connection closes
+FAILING_STORAGE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.EUCLEAN)
 TOO_MANY_FILES = (
     "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command "
     "again."
@@ -235,7 +236,7 @@ def load_module(name: str) -> Callable[[argparse.Namespace], None]:
 
 def explain(error: OSError) -> str:
     """Return what the user can do about an operating-system error, or raise it again."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space is left on the disk ({error}). Free space and run the same command again."
     if lacks_descriptors(error) or error.errno == errno.ENFILE:
         return TOO_MANY_FILES
@@ -248,6 +249,11 @@ def explain(error: OSError) -> str:
         )
     if error.errno == errno.ENOENT and error.filename:
         return f"{error.filename!r} cannot be read or written ({error.strerror}). Check its path."
+    if error.errno in FAILING_STORAGE:
+        return (
+            f"a file system fails ({error}). Check the disk or the network mount, then run the "
+            "same command again."
+        )
     if error.errno in PATH_FIXES and error.filename:
         fix = PATH_FIXES[error.errno]
         return f"{error.filename!r} cannot be read or written ({error.strerror}). {fix}"

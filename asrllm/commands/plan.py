@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from asrllm.atomic import write_whole
+from asrllm.atomic import check_text_output, write_whole
 from asrllm.data.prompts import read_prompts
 from asrllm.defaults import RATE
 from asrllm.hydra_app import run_app
@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan_and_show(config: PlanRun) -> None:
     """Print the plan, and write it as JSON if the configuration names a file."""
+    if config.output:
+        check_text_output(Path(config.output))  # before the work
     estimate = plan(config)
     show(estimate)
     if config.output:

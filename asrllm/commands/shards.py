@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asrllm.atomic import check_text_output, write_error
+from asrllm.atomic import check_text_output, write_whole
 from asrllm.data.index import Index, open_index
 from asrllm.data.storage import is_url
 from asrllm.errors import UserError
@@ -137,7 +137,8 @@ def verify(arguments: argparse.Namespace) -> None:
         problems = verify_shards(index, workers=arguments.workers, advance=bar.advance)
     lines = [f"{problem}\n" for problem in problems]
     if arguments.output:
-        _write_problems(arguments.output, lines)
+        content = "".join(lines).encode("utf-8", "backslashreplace")
+        write_whole(Path(arguments.output), content)
     if not problems:
         print(f"{describe_index(arguments.folder, index)}, no problems")
         return
@@ -147,13 +148,6 @@ def verify(arguments: argparse.Namespace) -> None:
         f"{arguments.folder!r} has {len(problems)} problems ({counts}). "
         "Copy the shards again, or make them again."
     )
-
-
-def _write_problems(output: str, lines: Sequence[str]) -> None:
-    try:
-        Path(output).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise write_error(output, error) from error
 
 
 def _print_problems(lines: Sequence[str], output: str | None) -> None:
@@ -168,12 +162,21 @@ def _print_problems(lines: Sequence[str], output: str | None) -> None:
 
 def stats(arguments: argparse.Namespace) -> None:
     """Print the statistics of one or more directories of shards, and draw them with --output."""
-    from asrllm.data.stats import collect_statistics, draw, statistics_json, statistics_text
+    from asrllm.data.stats import (
+        check_drawing,
+        collect_statistics,
+        draw,
+        statistics_json,
+        statistics_text,
+    )
 
+    output = Path(arguments.output) if arguments.output else None
+    if output:
+        check_drawing(output)
     with _opened(arguments.folders) as indexes:
         statistics = collect_statistics(" + ".join(arguments.folders), indexes)
-    if arguments.output:
-        draw(statistics, arguments.output)
+    if output:
+        draw(statistics, output)
     if arguments.json:
         print(statistics_json(statistics))
     else:

@@ -3,13 +3,17 @@
 import argparse
 import functools
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from asrllm.atomic import write_whole
+from asrllm.atomic import (
+    check_text_output,
+    check_writable_folder,
+    writable_path,
+    write_whole,
+)
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.data.audio_files import AudioFile, find_audio, open_audio
 from asrllm.defaults import RATE
@@ -280,7 +284,7 @@ def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[Au
     if folder is None:
         check_standard_output(formats, files)
         return
-    check_writable(folder)
+    check_writable_folder(folder, "--output-dir ")
     sources: dict[str, str] = {}
     for file in files:
         stem = Path(file.path).stem
@@ -290,6 +294,9 @@ def check_output(formats: Sequence[str], folder: Path | None, files: Sequence[Au
                 f"{first!r} and {file.path!r} would both be written to {stem}.{formats[0]} in "
                 "--output-dir. Rename one, or transcribe them into two directories."
             )
+        if folder.is_dir():
+            for name in formats:
+                check_text_output(folder / f"{stem}.{name}")
 
 
 def check_standard_output(formats: Sequence[str], files: Sequence[AudioFile]) -> None:
@@ -303,22 +310,6 @@ def check_standard_output(formats: Sequence[str], files: Sequence[AudioFile]) ->
         raise UserError(
             f"--format {formats[0]} of {len(files)} files cannot be written to standard output. "
             "Use --output-dir."
-        )
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless a directory is writable or can be created."""
-    candidates = (folder, *folder.absolute().parents)
-    existing = next(path for path in candidates if path.exists())
-    if not existing.is_dir():
-        raise UserError(
-            f"--output-dir {str(folder)!r} cannot be created: {str(existing)!r} is not a "
-            "directory. Use another path."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--output-dir {str(folder)!r} is not writable. "
-            f"Change the permissions of {str(existing)!r}, or use another directory."
         )
 
 
@@ -338,7 +329,8 @@ def write(
         several: whether there are several files, each of which is one line of standard output.
     """
     if arguments.output_dir is not None:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        with writable_path(arguments.output_dir):
+            arguments.output_dir.mkdir(parents=True, exist_ok=True)
         for name in formats:
             path = arguments.output_dir / f"{Path(transcript.audio).stem}.{name}"
             write_whole(path, TRANSCRIPT_WRITERS[name](transcript, arguments.language))

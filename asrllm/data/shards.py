@@ -32,7 +32,7 @@ import numpy as np
 import soundfile
 from filelock import Timeout
 
-from asrllm.atomic import check_output_folder, write_error
+from asrllm.atomic import replaceable_folder, write_error
 from asrllm.data.audio_files import OutsideError, decoder_error
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
@@ -124,7 +124,7 @@ def write_shards(
     Raises:
         UserError: `out` is not empty, another process writes it, or nothing could be written.
     """
-    work = _WorkDir(Path(out).absolute())
+    work = _WorkDir(_free_folder(Path(out)))
     if seed is not None:
         utterances = list(utterances)
         random.Random(seed).shuffle(utterances)
@@ -145,6 +145,16 @@ def write_shards(
             for _, shard in finished:
                 work.commit(shard)
         return dataclasses.replace(work.finish(counts["all"]), reused=counts["reused"])
+
+
+def _free_folder(out: Path) -> Path:
+    """Return the resolved path of the output directory.
+
+    Raises:
+        UserError: it cannot be created, is not empty, or is a mount point.
+    """
+    fix = "Choose another directory, or remove it to make the shards again."
+    return replaceable_folder(out, "", fix)
 
 
 def _chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
@@ -447,7 +457,7 @@ class _WorkDir:
         """Exclude other processes. After an error, only finished shards are left, if any."""
         lock = self._acquire()
         try:
-            self._check_free()  # the other process may have finished while this one waited
+            _free_folder(self.out)  # the other process may have finished while this one waited
             self._remove_unfinished()
             yield
         except BaseException:
@@ -465,7 +475,7 @@ class _WorkDir:
             lock.release()
 
     def _acquire(self) -> FileLock:
-        self._check_free()
+        _free_folder(self.out)
         try:
             for folder in (self.shards, self.records):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -479,15 +489,6 @@ class _WorkDir:
         except OSError as error:
             raise write_error(self.out, error) from error
         return lock
-
-    def _check_free(self) -> None:
-        """Raise UserError unless OUT does not exist, or is an empty directory."""
-        check_output_folder(self.out)
-        if self.out.exists() and any(self.out.iterdir()):
-            raise UserError(
-                f"{str(self.out)!r} is not empty. "
-                "Choose another directory, or remove it to make the shards again."
-            )
 
     def _remove_unfinished(self) -> None:
         """Remove all files that do not belong to a finished shard."""

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asrllm.atomic import write_error
+from asrllm.atomic import check_text_output, write_whole
 from asrllm.data.index import Index
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
@@ -223,35 +224,38 @@ def _bars(histogram: Histogram, width: int) -> str:
 # --- PNG and HTML ---
 
 
-def draw(statistics: Statistics, path: str | Path) -> None:
-    """Write the histograms as a PNG, or together with the tables as a self-contained HTML page.
+def check_drawing(path: Path) -> None:
+    """Check that `draw` can write to a path, before the statistics are collected.
 
     Raises:
         UserError: the file name has another extension, the file cannot be written, or matplotlib
             is not installed.
     """
-    path = Path(path)
     if path.suffix.lower() not in (".png", ".html"):
         raise UserError(
             f"--output {str(path)!r} has an unknown extension. "
             "Use a name that ends in .png or .html."
         )
+    check_text_output(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("drawing needs matplotlib. Run: pip install 'asrllm[plot]'")
+
+
+def draw(statistics: Statistics, path: Path) -> None:
+    """Write the histograms as a PNG, or together with the tables as a self-contained HTML page.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     picture = _picture(statistics)
-    try:
-        if path.suffix.lower() == ".png":
-            path.write_bytes(picture)
-        else:
-            path.write_text(_page(statistics, picture), encoding="utf-8")
-    except OSError as error:
-        raise write_error(path, error) from error
+    is_page = path.suffix.lower() == ".html"
+    write_whole(path, _page(statistics, picture) if is_page else picture)
 
 
 def _picture(statistics: Statistics) -> bytes:
     """Return the histograms as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib. Run: pip install 'asrllm[plot]'") from error
+    from matplotlib.figure import Figure
+
     figure: Figure = Figure(figsize=(10, 4), layout="constrained")
     all_axes = figure.subplots(1, len(statistics.histograms))
     for axes, (measure, histogram) in zip(all_axes, statistics.histograms.items(), strict=True):

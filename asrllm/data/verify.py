@@ -14,7 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asrllm.atomic import check_output_folder, write_error
+from asrllm.atomic import (
+    check_output_file,
+    check_writable_folder,
+    write_error,
+    write_whole,
+)
 from asrllm.data.audio_files import open_audio, read_stretch
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
@@ -64,7 +69,10 @@ def index_tars(
     """
     tars = sorted({_absolute(tar) for tar in tars})
     folder = _index_folder(tars, output)
-    check_output_folder(folder)
+    check_writable_folder(folder)
+    if folder.is_dir():
+        for name in ("index.bin", "index.json", "rejected.jsonl"):
+            check_output_file(folder / name)
     scans = _scan_all(tars, folder, workers, advance)
     reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
     if not any(len(scan.record.rows) for scan in scans):
@@ -138,7 +146,7 @@ def _write_rejected(path: Path, scans: Sequence["_Scan"]) -> None:
         for sample in scan.bad:
             detail = f"{scan.record.name}: {sample.detail}"
             lines.append(rejected_line(sample.key, sample.reason, detail))
-    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    write_whole(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:

@@ -20,6 +20,22 @@ HEADINGS = {
 }
 
 
+def result_files(sets: Sequence[str], suffix: str) -> list[str]:
+    """Return the names of all files that an evaluation of these test sets writes.
+
+    Args:
+        sets: names of the test sets.
+        suffix: suffix of the file names, see EvaluationRun.suffix.
+    """
+    names = [f"wer-summary-all-{suffix}.txt"]
+    for name in sets:
+        names += [f"{kind}-{name}-{suffix}.txt" for kind in ("recogs", "errs", "wer-summary")]
+        names.append(f"generations-{name}-{suffix}.jsonl")
+    for kind, ending in (("results", "json"), ("report", "html")):
+        names += [f"{kind}-{suffix}.{ending}", f"{kind}.{ending}"]
+    return names
+
+
 def write_results(folder: Path, name: str, suffix: str, scored: Scored, about: Entry) -> Entry:
     """Write recogs-, errs-, wer-summary- and generations- of one test set.
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from filelock import Timeout
 
 from asrllm import distributed
-from asrllm.atomic import new_file
+from asrllm.atomic import check_output_file, check_writable_folder, new_file
 from asrllm.audio.reader import Reader
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
@@ -23,7 +22,7 @@ from asrllm.evaluation.compare import compare_transcripts, comparison_text
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.decode import CorpusOptions, Decoded, decode_corpus
 from asrllm.evaluation.engine import Engine
-from asrllm.evaluation.files import write_results, write_summary
+from asrllm.evaluation.files import result_files, write_results, write_summary
 from asrllm.evaluation.journal import Journal
 from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
@@ -37,6 +36,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import load_model_config
 from asrllm.models.base_models import base_entry, base_paths
 from asrllm.progress import waiting
+from asrllm.text_files import read_json_object
 from asrllm.training.callbacks.agreement import Signature, check_same, flat_settings
 from asrllm.training.watchdog import Watchdog
 
@@ -99,8 +99,8 @@ class Evaluation:
         """Check the test sets, and lock the result directory.
 
         Raises:
-            UserError: the ranks have different settings, a test set cannot be scored, or another
-                evaluation writes to the directory.
+            UserError: the ranks have different settings, a test set cannot be scored, the results
+                cannot be written, or another evaluation writes to the directory.
         """
         check_same("in their settings", distributed.gather_objects(self.shared_settings()))
         for corpus in self.corpora:
@@ -127,7 +127,10 @@ class Evaluation:
         return flat_settings(settings)
 
     def _lock_folder(self) -> None:
+        check_writable_folder(self.folder)
         self.folder.mkdir(exist_ok=True)
+        for name in result_files([corpus.name for corpus in self.corpora], self.suffix):
+            check_output_file(self.folder / name)
         try:
             self.lock.acquire()
         except Timeout as error:
@@ -333,9 +336,9 @@ def free_suffix(folder: Path, suffix: str, weights: Path) -> str:
             have the first choice.
     """
     try:
-        stored = json.loads((folder / f"results-{suffix}.json").read_text(encoding="utf-8"))
+        stored = read_json_object(folder / f"results-{suffix}.json", "the results")
         paths = {Path(entry["weights"]) for entry in stored.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError):
         return suffix  # there are no results, or they are corrupted
     if all(_is_same_file(path, weights, folder.parent) for path in paths):
         return suffix

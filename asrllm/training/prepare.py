@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asrllm import distributed
+from asrllm.atomic import check_output_file
 from asrllm.data.corpora import long_utterance
 from asrllm.data.prompts import check_prompts, read_prompts
 from asrllm.defaults import RATE
@@ -24,6 +25,8 @@ from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.wandb_login import check_wandb_login
 
 logger = logging.getLogger(__name__)
+# files of exp_dir that are written after the model has loaded, some of them at the end
+RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "latest", "pretrained.pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,8 @@ def prepare(config: TrainRun) -> PreparedRun:
     run = describe_run(config)
     warn_of_long_warmup(config.trainer, run.data.total_steps())
     lock = lock_exp_dir(exp_dir)
+    for name in RUN_FILES:
+        check_output_file(exp_dir / name)
     fingerprint = {
         "zero_stage": run.ds["zero_optimization"]["stage"],
         **resume_fingerprint(config, run.processor, run.data),

@@ -1,5 +1,5 @@
 import base64
-import builtins
+import importlib.util
 import json
 import re
 
@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from asrllm.data.index import ROW, Index
-from asrllm.data.stats import MAX_BINS, collect_statistics, draw, statistics_json, statistics_text
+from asrllm.data.stats import (
+    MAX_BINS,
+    check_drawing,
+    collect_statistics,
+    draw,
+    statistics_json,
+    statistics_text,
+)
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
@@ -98,20 +105,15 @@ def test_png_and_html_are_written(tmp_path, statistics):
     assert "http" not in page
 
 
-@pytest.mark.slow
-def test_drawing_errors_are_reported(tmp_path, statistics, monkeypatch):
-    with pytest.raises(UserError, match=r"a\.pdf.*\.png.*\.html"):
-        draw(statistics, tmp_path / "a.pdf")
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=f"{tmp_path}/no/a.png"):
-        draw(statistics, tmp_path / "no" / "a.png")
-    imported = builtins.__import__
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.pdf", r"a\.pdf.*\.png.*\.html"), ("no/a.png", "{}/no/a.png")]
+)
+def test_an_unusable_drawing_is_reported(tmp_path, name, message):
+    with pytest.raises(UserError, match=message.format(tmp_path)):
+        check_drawing(tmp_path / name)
 
-    def without_matplotlib(name, *arguments):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imported(name, *arguments)
 
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+def test_missing_matplotlib_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'asrllm\[plot\]'"):
-        draw(statistics, tmp_path / "a.png")
+        check_drawing(tmp_path / "a.png")

@@ -1,6 +1,7 @@
 """Evaluation of tiny models: results, reports, baselines, resuming after a kill, and errors."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -405,6 +406,32 @@ def test_references_that_can_be_scored_are_accepted(references, name):
     from asrllm.data.text import normalizer
 
     check_references("dev", references, name, normalizer(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(
+    "name",
+    ["results.json", "report.html", "recogs-train-pretrained.txt", "results-pretrained.json"],
+)
+def test_result_file_that_cannot_be_replaced_is_reported_before_decoding(
+    world, exp, tmp_path, name, make
+):
+    run = tmp_path / "run"
+    shutil.copytree(exp, run, ignore=shutil.ignore_patterns("greedy_search"))
+    (run / "greedy_search").mkdir()
+    make(run / "greedy_search" / name)
+    with pytest.raises(UserError, match=f"'{run}/greedy_search/{name}'"):
+        evaluation(world, run).check()
+
+
+@pytest.mark.slow
+def test_result_directory_that_is_a_file_is_reported_before_decoding(world, exp, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(exp, run, ignore=shutil.ignore_patterns("greedy_search"))
+    (run / "greedy_search").touch()
+    with pytest.raises(UserError, match=f"'{run}/greedy_search'"):
+        evaluation(world, run).check()
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ import pytest
 import soundfile
 
 from asrllm.audio.vad import Loudness, Silero, load_silero
+from asrllm.commands.transcribe import check_output
 from asrllm.data.audio_files import AudioFile, open_audio
 from asrllm.data.text import join_texts
+from asrllm.errors import UserError
 from asrllm.evaluation.transcription import Segmentation, TextSegment, transcribe_files
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.testing import tone, vowels
@@ -169,3 +171,14 @@ def test_memory_does_not_grow_with_the_length_of_a_file(tmp_path):
         env=clean_environment(PYTHONPATH=str(REPOSITORY)),
     )
     assert float(assert_done(run).stdout) < 60  # MB
+
+
+@pytest.mark.parametrize("name", ["a.txt", "link", "file"])
+def test_output_that_cannot_be_written_is_reported_before_the_model_loads(tmp_path, name):
+    (tmp_path / "a.txt").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    folder = tmp_path if name == "a.txt" else tmp_path / name
+    files = [open_audio(str(make(tmp_path / "a.wav", 1)))]
+    with pytest.raises(UserError, match=f"'{tmp_path}/{name}'"):
+        check_output(["txt"], folder, files)
