@@ -43,6 +43,8 @@ class Prompt:
         return f"{language_tag(lang)}-".startswith(f"{language_tag(self.lang)}-")
 
 
+# how lines begin that are probably not meant as prompts
+MARKUP = re.compile(r"\s*(#|---|\{|- |prompts?\s*:)")
 TRANSLATE = "translate"  # task of prompts for translations into English, as Whisper calls it
 DEFAULT_PROMPTS = (Prompt(text="Transcribe the speech."),)
 
@@ -73,7 +75,11 @@ def read_prompts(path: str | Path | None) -> tuple[Prompt, ...]:
     where = f"prompt_file={str(path)!r}"
     text = read_text(path, "prompt_file")
     lines = [line for line in text.splitlines() if line.strip()]
-    entries = _read_yaml_or_lines(path, lines) if _is_yaml_list(lines) else lines
+    entries: list[Any] = lines
+    if _is_yaml_list(lines):
+        entries = _read_yaml_or_lines(path, lines)
+    else:
+        _warn_of_markup(lines, where)
     prompts = parse_prompts(entries, where)
     if not prompts:
         raise UserError(f"{where} has no prompt. Write one prompt per line.")
@@ -87,8 +93,21 @@ def _read_yaml_or_lines(path: Path, lines: list[str]) -> list[Any]:
     except UserError as error:
         if any(map(_is_yaml_entry, lines)):
             raise
-        logger.warning("%s. Its lines are taken as prompts.", error)
+        logger.warning("%s. Its lines are taken as prompts.", str(error).rstrip("."))
         return lines
+
+
+def _warn_of_markup(lines: Sequence[str], where: str) -> None:
+    """Warn if a line that becomes a prompt looks like a comment, a YAML mapping or JSON."""
+    for line in lines:
+        if MARKUP.match(line):
+            logger.warning(
+                "%s: the line %r is taken as a prompt. If it is not one, remove it, or write all "
+                "prompts as a YAML list ('- Transcribe.').",
+                where,
+                line.strip(),
+            )
+            return
 
 
 def _is_yaml_entry(line: str) -> bool:

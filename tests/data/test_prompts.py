@@ -165,3 +165,19 @@ def test_an_utterance_without_a_fitting_prompt_is_reported():
         match=r"'utt7' .*lang='en', task=None.*'写下来。' \(lang=zh, task=any\)",
     ):
         choose_prompt(prompts, seed=1, pass_index=0, key="utt7", lang="en")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["# notes\nTranscribe.\n", "prompts:\n- A\n", "prompt: A\nweight: 2\n", '{"prompt": "A"}\n'],
+)
+def test_a_line_that_is_hardly_meant_as_a_prompt_is_named(tmp_path, caplog, text):
+    found = read_prompts(write(tmp_path, text))
+    assert [prompt.text for prompt in found] == text.splitlines()
+    assert repr(text.splitlines()[0]) in caplog.text
+    assert f"'{tmp_path}/p.txt'" in caplog.text
+
+
+def test_plain_lines_are_read_without_a_warning(tmp_path, caplog):
+    read_prompts(write(tmp_path, "Transcribe: all.\n写下来。\n"))
+    assert not caplog.text
