@@ -21,7 +21,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import NoReturn
 
 from asrllm import node_links
@@ -30,6 +31,7 @@ from asrllm.escape import escape
 from asrllm.processes import launchers_above
 
 MAY_SUCCEED = 75  # exit status EX_TEMPFAIL of sysexits.h: the same command may succeed
+TERMINATED = 128 + signal.SIGTERM  # exit status that shells report for it
 RUN_AGAIN = "Read the last output before this line, then run the same command again."
 CHECK_INTERVAL = 1.0  # seconds between two checks of the launchers
 AFTER_KILL = 1.0  # seconds for this rank to end by itself after another one was killed
@@ -39,6 +41,7 @@ AFTER_LAUNCHER = 8.0  # seconds to save after the launcher was killed
 WAIT_FOR_OTHERS = 30.0  # seconds that a rank with an error waits for the others
 WAIT_TO_LEAVE = 3.0  # the same for a rank that ends because another one was killed
 MESSAGE = 16  # bytes of a message, which is padded with spaces
+NOTICED_WITHIN = 0.5  # seconds for a connection to close after its process was killed
 NAME_TAKEN = 10.0  # seconds that a process of an earlier run may take to end
 
 
@@ -75,6 +78,7 @@ class Siblings:
         self.announced: int | None = None
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
+        self.sigterm_before: signal.Handlers | Callable[..., object] | int | None = None
 
     def start(self, environment: Mapping[str, str] = os.environ) -> None:
         """Connect to the ranks that are running. Later ones connect to this one.
@@ -94,6 +98,9 @@ class Siblings:
             self._connect_to_all(environment)
         self.thread = threading.Thread(target=self._watch, name="siblings", daemon=True)
         self.thread.start()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and (self.rank >= 0 or self.launchers):
+            self.sigterm_before = signal.signal(signal.SIGTERM, self._receive_sigterm)
 
     def _connect_to_all(self, environment: Mapping[str, str]) -> None:
         self.rank = int(environment["RANK"])
@@ -214,6 +221,9 @@ class Siblings:
         """Stop watching. Another run may start in this process afterwards."""
         if self.thread is None:
             return
+        if self.sigterm_before is not None:
+            signal.signal(signal.SIGTERM, self.sigterm_before)
+            self.sigterm_before = None
         self.announce(0)
         self.waker.send(b"x")
         self.thread.join()
@@ -229,6 +239,26 @@ class Siblings:
         """Return whether another rank on the node ends with an error within some seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: self._failure() is not None, seconds)
+
+    def is_ending(self) -> bool:
+        """Return whether this process is about to end with a message about another process.
+
+        After a rank was killed, launchers send SIGTERM to the others. Ending by it would lose the
+        line that says what happened.
+        """
+        with self.changed:
+            return self.changed.wait_for(self._any_killed, NOTICED_WITHIN)
+
+    def _any_killed(self) -> bool:
+        return None in self.statuses.values()
+
+    def _receive_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """End this process by SIGTERM, unless it ends anyway with a message or a status."""
+        if self.announced is not None or self.is_ending():
+            return
+        self.announce(TERMINATED)  # otherwise the others would report that it was killed
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def _failure(self) -> tuple[int, int | None] | None:
         """Return (rank, status) of the first rank that ended with an error, or None."""
@@ -326,6 +356,8 @@ class Siblings:
             return
         if status is None:
             self.leave(f"asrllm: rank {rank} was killed or crashed. {RUN_AGAIN}")
+        if status == TERMINATED:
+            self.report(f"asrllm: rank {rank} was stopped by SIGTERM, so the others stop too.")
         self.announce(status)
         exit_at_once(status)
 
@@ -337,8 +369,9 @@ class Siblings:
 
     def _outlive_launcher(self) -> None:
         """End this process after its launcher was killed. SIGTERM lets training save first."""
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(AFTER_LAUNCHER)
+        if signal.getsignal(signal.SIGTERM) != self._receive_sigterm:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(AFTER_LAUNCHER)
         self.leave(f"asrllm: the launcher was killed. {RUN_AGAIN}")
 
 

@@ -143,6 +143,43 @@ def test_killed_rank_ends_the_others_with_status_75(arguments):
 
 
 @pytest.mark.slow
+def test_sigterm_after_a_kill_does_not_lose_the_line_about_it():
+    """torchrun and deepspeed send it to the other ranks as soon as one was killed."""
+    with ranks_of(RANK, 3) as ranks:
+        for process in ranks[1:]:
+            tell(process, "wait")
+        ranks[0].kill()
+        for process in ranks[1:]:
+            process.terminate()
+        results = ended(ranks)
+    assert [status for status, _ in results] == [-signal.SIGKILL, 75, 75]
+    assert "".join(error for _, error in results).count("rank 0 ") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_alone_ends_a_rank_by_it_and_the_ranks_that_wait_for_it():
+    with ranks_of(RANK, 3, "joined") as ranks:
+        for process in ranks:
+            tell(process, "wait")
+        ranks[1].terminate()
+        results = ended(ranks)
+    assert [status for status, _ in results] == [143, -signal.SIGTERM, 143]
+    text = "".join(error for _, error in results)
+    assert "rank 1 " in text
+    assert "killed" not in text
+
+
+@pytest.mark.slow
+def test_sigterm_while_a_rank_waits_for_the_others_does_not_change_its_status():
+    with ranks_of(RANK, 2) as ranks:
+        tell(ranks[1], "error x=1 is wrong")
+        assert ranks[1].stderr.readline() == "x=1 is wrong\n"
+        ranks[1].terminate()
+        tell(ranks[0], "error x=1 is wrong")
+        assert ended(ranks) == [(2, ""), (2, "")]
+
+
+@pytest.mark.slow
 def test_successful_rank_does_not_end_the_others():
     with ranks_of(CHECKS + RANK, 2, "joined") as ranks:
         tell(ranks[1], "outlive")

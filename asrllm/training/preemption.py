@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 
+from asrllm import siblings
 from asrllm.errors import UserError
 
 ALLOWED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Ctrl-C always stops the run at once
@@ -28,7 +29,7 @@ class Preemption:
 
     The ranks then agree to stop after the same step. Until `defer_to_step_boundary` is called, no
     other rank waits for this one and there is nothing to save, so that a signal ends the process
-    at once with status 0.
+    at once with status 0. It does not if another rank was killed: then `siblings` ends it.
 
     Attributes:
         signal_name: name of the last signal received, or None.
@@ -64,6 +65,8 @@ class Preemption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
         if not self.deferred:
+            if siblings.mine().is_ending():
+                return
             message = (
                 f"asrllm train: interrupted by {self.signal_name} before the first step. "
                 "There was nothing to save.\n"
