@@ -132,6 +132,10 @@ def test_every_launch_script_is_a_verb(script, capsys, monkeypatch):
             ["'{llm}'", "'qwen2'", "model.audio_encoder.model_type"],
         ),
         ({"model__llm__model_type": "llama"}, ["model.llm.model_type='llama'", "'qwen2'"]),
+        (
+            {"model__llm__model_type": "WHISPER"},
+            ["model.llm.model_type='{tmp}/whisper'", "'{llm}'", "'qwen2'"],
+        ),
         ({"data__filter__max_duration": 100}, ["data.filter.max_duration=100.0", "0.01", "30.01"]),
         ({"data__filter__min_duration": 0}, ["data.filter.min_duration=0.0", "0.01", "30.01"]),
         ({"prompt_file": "AUDIO_TOKEN"}, ["'Listen: <|AUDIO|>'", "'<|AUDIO|>'"]),
@@ -144,7 +148,10 @@ def test_mistake_in_training_exits_before_writing(world, tmp_path, capsys, chang
     llm = tmp_path / "llm"
     llm.mkdir()
     (llm / "config.json").write_text((world.llm / "config.json").read_text())
+    (tmp_path / "whisper").mkdir()
+    (tmp_path / "whisper" / "config.json").write_text('{"model_type": "whisper"}')
     places = {
+        "WHISPER": tmp_path / "whisper",
         "AUDIO_TOKEN": tmp_path / "audio_token.txt",
         "EMPTY": tmp_path / "empty.txt",
         "MISNAMED": tmp_path / "my_zero2.json",

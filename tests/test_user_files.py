@@ -448,3 +448,8 @@ def test_file_of_a_run_that_cannot_be_replaced_is_reported(
     make(tmp_path / "exp" / name)
     assert train(world, tmp_path, monkeypatch) == 2
     assert f"'{tmp_path}/exp/{name}'" in capsys.readouterr().err
+
+
+def test_model_type_of_the_llm_may_be_its_directory(world, tmp_path, monkeypatch):
+    with pytest.raises(ReachedRanksError):
+        train(world, tmp_path, monkeypatch, model__llm__model_type=world.llm)

@@ -439,6 +439,12 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
     """
     check_exp_dir(exp_dir)
     if filename:
+        if what.iteration or what.epoch or what.avg or what.running:
+            logger.warning(
+                "checkpoint.model.iter, epoch, avg and use_averaged_model are not used, because "
+                "checkpoint.model.filename=%r comes first. Remove one of the two choices.",
+                filename,
+            )
         return _named_file(exp_dir, filename)
     if is_exported(exp_dir):
         if what.iteration or what.epoch or what.avg or what.running:

@@ -20,7 +20,7 @@ from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.hub_files import check_directory, load_generation_config, load_hf_config
 from asrllm.models.init_from import gathered, load_initial_weights
 from asrllm.models.loss import head_of
-from asrllm.models.model_args import LoraPart, ModelConfig
+from asrllm.models.model_args import LoraPart, ModelConfig, is_directory_or_hub_id
 from asrllm.models.pretrained import (
     check_encoder_state,
     check_family,
@@ -95,9 +95,13 @@ def _check_base_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> No
             from which the LLM cannot be built, or generation_config.json is damaged.
     """
     expected = config.llm.model_type
+    if expected and is_directory_or_hub_id(expected):
+        stated = resolve_pretrained(expected) / "config.json"
+        expected = read_json_object(stated, "the LLM's configuration").get("model_type")
     if expected not in (None, llm.model_type):
         raise UserError(
-            f"model.llm.model_type={expected!r}, but {path!r} is a {llm.model_type!r} model. "
+            f"model.llm.model_type={config.llm.model_type!r}, but {path!r} is a "
+            f"{llm.model_type!r} model. "
             "Correct model_type, or leave it null."
         )
     file = Path(path) / "config.json"

@@ -112,7 +112,8 @@ class LlmPart:
     """The LLM."""
 
     model_type: str | None = None
-    """qwen2, llama, ...: checked against the pretrained model; null: not checked"""
+    """qwen2, llama, ..., or a directory or hub id whose config.json names it: checked against the
+    pretrained model; null: not checked"""
     pretrained_model: str | None = None
     """directory or hub id of a causal LLM with its tokenizer"""
     frozen: bool = True

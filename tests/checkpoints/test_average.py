@@ -341,3 +341,18 @@ def test_dora_has_no_exact_mean(tmp_path):
         UserError, match=r"lora_magnitude_vector.*--lora factors.*checkpoint\.model\.lora=factors"
     ):
         mean_weights(checkpoints)
+
+
+def test_checkpoints_that_a_named_file_makes_useless_are_named_in_a_warning(exp, caplog):
+    (exp / "pretrained.pt").touch()
+    resolve_weights(exp, filename="pretrained.pt", what=Average(iteration=8, avg=3))
+    assert "checkpoint.model.iter" in caplog.text
+    assert "'pretrained.pt'" in caplog.text
+    caplog.clear()
+    resolve_weights(exp, filename="pretrained.pt", what=Average(avg=0))
+    assert not caplog.text
+
+
+def test_checkpoint_given_as_the_run_is_answered_with_the_run(exp):
+    with pytest.raises(UserError, match=f"'{exp}/checkpoint-8' .* '{exp}'"):
+        resolve_weights(exp / "checkpoint-8", filename=None, what=Average(avg=0))
