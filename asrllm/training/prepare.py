@@ -105,8 +105,9 @@ def prepare(config: TrainRun) -> PreparedRun:
     run = describe_run(config)
     warn_of_long_warmup(config.trainer, run.data.total_steps())
     lock = lock_exp_dir(exp_dir)
-    for name in RUN_FILES:
-        check_output_file(exp_dir / name)
+    if distributed.rank() == 0:  # the others may be here before exp_dir exists
+        for name in RUN_FILES:
+            check_output_file(exp_dir / name)
     fingerprint = {
         "zero_stage": run.ds["zero_optimization"]["stage"],
         **resume_fingerprint(config, run.processor, run.data),
