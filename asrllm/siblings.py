@@ -90,6 +90,7 @@ class Siblings:
         Raises:
             UserError: this rank is already running.
         """
+        self.process = os.getpid()
         self.launchers = launchers_above()
         self.selector = selectors.DefaultSelector()
         self.woken, self.waker = socket.socketpair()
@@ -254,9 +255,10 @@ class Siblings:
 
     def _receive_sigterm(self, number: int, frame: FrameType | None) -> None:
         """End this process by SIGTERM, unless it ends anyway with a message or a status."""
-        if self.announced is not None or self.is_ending():
-            return
-        self.announce(TERMINATED)  # otherwise the others would report that it was killed
+        if os.getpid() == self.process:  # otherwise a child process has inherited this handler
+            if self.announced is not None or self.is_ending():
+                return
+            self.announce(TERMINATED)  # otherwise the others would report that it was killed
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -42,8 +42,25 @@ with siblings.watched() as ranks:
         ranks.report(text)
         ranks.end(2)
         os._exit(2)
+    if what == "announce":
+        ranks.announce(2)
+        print("announced", flush=True)
+        ranks.end(2)
+        os._exit(2)
     if what == "wait":
         time.sleep(60)
+    if what == "fork":
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(write, b".")
+            time.sleep(10)
+            os._exit(0)
+        os.read(read, 1)  # Python drops signals that arrive during its fork
+        os.kill(child, 15)
+        os.waitpid(child, 0)
+        print("ended", flush=True)
+        sys.stdin.readline()
     if what == "outlive":
         while 0 not in ranks.statuses:
             time.sleep(0.01)
@@ -170,13 +187,25 @@ def test_sigterm_alone_ends_a_rank_by_it_and_the_ranks_that_wait_for_it():
 
 
 @pytest.mark.slow
+def test_sigterm_to_a_child_process_of_a_rank_does_not_end_the_others():
+    with ranks_of(CHECKS + RANK, 2, "joined") as ranks:
+        tell(ranks[1], "outlive")
+        tell(ranks[0], "fork")
+        assert ranks[0].stdout.readline() == "ended\n"
+        tell(ranks[0], "end")
+        assert ranks[1].stdout.readline() == "alive\n"
+        tell(ranks[1], "end")
+        assert [status for status, _ in ended(ranks)] == [0, 0]
+
+
+@pytest.mark.slow
 def test_sigterm_while_a_rank_waits_for_the_others_does_not_change_its_status():
     with ranks_of(RANK, 2) as ranks:
-        tell(ranks[1], "error x=1 is wrong")
-        assert ranks[1].stderr.readline() == "x=1 is wrong\n"
+        tell(ranks[1], "announce")
+        assert ranks[1].stdout.readline() == "announced\n"
         ranks[1].terminate()
         tell(ranks[0], "error x=1 is wrong")
-        assert ended(ranks) == [(2, ""), (2, "")]
+        assert [status for status, _ in ended(ranks)] == [2, 2]
 
 
 @pytest.mark.slow
