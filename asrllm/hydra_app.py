@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from asrllm.config import PACKAGED, check_config_files, composition_error, quoted_override
 from asrllm.errors import UserError
 from asrllm.schema import all_keys, build
+from asrllm.text_files import JsonObject
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ def run_app(
     arguments: argparse.Namespace,
     cls: type[T],
     task: Callable[[T], object],
+    *,
+    own_exp_dirs: bool = False,
 ) -> None:
     """Compose the configuration and run the task with it; with --multirun, once per job.
 
@@ -46,6 +49,8 @@ def run_app(
         arguments: arguments from a parser with `add_overrides`.
         cls: the component of the configuration.
         task: runs a configuration. Hydra's sweepers use the number that it returns.
+        own_exp_dirs: whether the jobs of a sweep must have different exp_dirs, because they write
+            files of the same names to them.
 
     Raises:
         UserError: a key is unknown, a value has the wrong type, or a file cannot be composed.
@@ -58,9 +63,11 @@ def run_app(
         if failures:  # an earlier job of the sweep failed
             return None
         try:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if own_exp_dirs and HydraConfig.get().mode == RunMode.MULTIRUN:
                 check_exp_dirs(config, overrides)
-            return task(build(cls, resolved(config)))
+            values = resolved(config)
+            check_kind(values, cls, name)
+            return task(build(cls, values))
         except (Exception, SystemExit) as error:
             if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
                 raise
@@ -76,7 +83,7 @@ def run_app(
     given = [*hydra_options(arguments), *DEFAULTS, *accepted]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
     try:
-        if arguments.multirun:
+        if own_exp_dirs and arguments.multirun:
             check_given_exp_dir(overrides)
         with command_line([sys.argv[0], *given]):
             app()
@@ -106,6 +113,15 @@ def resolved(config: DictConfig) -> dict[str, Any]:
             "value itself."
         ) from error
     return values
+
+
+def check_kind(config: JsonObject, cls: type, verb: str) -> None:
+    """Raise UserError if a training's configuration was given to a verb with another one."""
+    if "trainer" in config and "trainer" not in all_keys(cls):
+        raise UserError(
+            "--config-name names the configuration of a training. Write "
+            f"'asrllm {verb} exp_dir={config.get('exp_dir')}'."
+        )
 
 
 def forced(override: str, keys: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """Hydra's features work as its users know them."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -32,7 +33,7 @@ def jobs(*words):
     """Return the configurations of the jobs of a command line."""
     found = []
     argv = ["train", *words]
-    run_app("train", parse(argv), TrainRun, found.append)
+    run_app("train", parse(argv), TrainRun, found.append, own_exp_dirs=True)
     return found
 
 
@@ -110,6 +111,51 @@ def test_configuration_of_train_takes_the_keys_of_plan(tmp_path):
     assert found[0].gpus == 4
     with pytest.raises(UserError, match="gpu_memry"):
         run_app("plan", parse(["plan", *mine, "gpu_memry=4"]), PlanRun, found.append)
+
+
+@pytest.mark.parametrize("option", ["--config-path=x", "-cp=x", "--info", "--hydra-help"])
+def test_other_options_of_hydra_say_what_to_use(option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["train", option, *GIVEN])
+    assert exit_.value.code == 2
+    *usage, last = capsys.readouterr().err.splitlines()
+    assert usage[0].startswith("usage: asrllm train ")
+    assert option.partition("=")[0] in last
+    assert re.search(r" --(config-dir|cfg|help)\b", last)
+
+
+def test_unknown_options_are_reported_with_the_usage_of_the_verb(capsys):
+    for argv in (["train", "--nope", "a=1"], ["average", "exp", "--iter=3", "--avg=2", "--nope"]):
+        with pytest.raises(SystemExit) as exit_:
+            parse(argv)
+        assert exit_.value.code == 2
+        *usage, last = capsys.readouterr().err.splitlines()
+        assert usage[0].startswith(f"usage: asrllm {argv[0]} ")
+        assert "--nope" in last
+
+
+def test_short_options_are_those_of_hydra(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
+    mine = ["-cd", str(tmp_path), "-cn", "mine", *GIVEN]
+    assert job(*mine) == load("trainer.lr=0.25")
+    assert jobs(*mine, "-c", "job", "-p", "trainer.optimizer") == []
+    assert yaml.safe_load(capsys.readouterr().out) == {"name": "adamw"}
+
+
+@pytest.mark.slow
+def test_verbs_that_read_a_run_may_sweep_over_one():
+    found = []
+    argv = ["evaluate", "-m", "exp_dir=e", "checkpoint.model.iter=3", "checkpoint.model.avg=1,2"]
+    argv.append("data.test_data_config=t.yaml")
+    run_app("evaluate", parse(argv), EvaluationRun, found.append)
+    assert [config.checkpoint.model.avg for config in found] == [1, 2]
+
+
+def test_configuration_of_a_training_is_named_by_other_verbs(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nexp_dir: e/x\n")
+    argv = ["evaluate", "--config-dir", str(tmp_path), "--config-name", "mine"]
+    with pytest.raises(UserError, match=r"'asrllm evaluate exp_dir=e/x'"):
+        run_app("evaluate", parse(argv), EvaluationRun, list)
 
 
 def test_stored_configuration_can_be_used_again(tmp_path):

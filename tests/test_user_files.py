@@ -138,7 +138,7 @@ def train(world, tmp_path, monkeypatch, **more):
     def reached():
         raise ReachedRanksError
 
-    def run_app(name, arguments, cls, task):
+    def run_app(name, arguments, cls, task, **options):
         overrides = OmegaConf.from_dotlist(arguments.overrides)
         task(build(cls, resolved(OmegaConf.merge(composed(), overrides))))
 

@@ -289,7 +289,7 @@ def parts_table(config: AsrLlmConfig) -> list[str]:
         "| --- | --- | --- |",
         f"| audio_encoder | {encoder} | {bases.get('audio_encoder', 'see above')} |",
         f"| llm | {llm} | {bases.get('llm', 'see above')} |",
-        f"| projector | {config.projector}, {frames} frames per token | random weights |",
+        f"| projector | {config.projector}, {frames} frames per token | |",
     ]
 
 

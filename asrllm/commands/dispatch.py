@@ -195,11 +195,14 @@ def drop_launcher_arguments(argv: list[str]) -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line, where key=value may also follow an option."""
-    parser = build_parser(argv)
-    arguments, rest = parser.parse_known_args(argv)
-    if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
-        return parser.parse_args(argv)
-    arguments.overrides += rest
+    arguments, rest = build_parser(argv).parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        arguments.parser.error(f"unknown option {unknown[0]}")
+    if rest and not hasattr(arguments, "overrides"):
+        arguments.parser.error(f"unexpected argument {rest[0]!r}")
+    if rest:
+        arguments.overrides += rest
     return arguments
 
 
@@ -214,6 +217,7 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
         subparser = verbs.add_parser(name, help=verb.help, description=verb.help)
         if name in argv[:1]:
             verb.add_arguments(subparser, argv[1:])
+            subparser.set_defaults(parser=subparser)
     return parser
 
 

@@ -12,12 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from asrllm.atomic import check_text_output, write_whole
-from asrllm.data.prompts import read_prompts
 from asrllm.defaults import RATE
 from asrllm.hydra_app import run_app
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.build import describe_model
 from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
 from asrllm.training.data import TrainingData
@@ -33,7 +31,9 @@ from asrllm.training.memory_estimate import (
     on_meta,
     state_memory,
 )
+from asrllm.training.prepare import read_model_and_data
 from asrllm.training.run_config import PlanRun
+from asrllm.training.run_table import millions
 
 DS_CONFIGS = (
     "ds_configs/zero0.json",
@@ -80,14 +80,8 @@ def plan(config: PlanRun) -> JsonObject:
         A JSON object. "data" describes an epoch, "model" has numbers of weights, and "memory" has
         bytes on each GPU by DeepSpeed JSON.
     """
-    prompts = read_prompts(config.prompt_file)
-    processor = describe_model(
-        config.model,
-        pad_to_30s=config.data.pad_to_30s,
-        prompts=tuple(prompt.text for prompt in prompts),
-    )
-    with waiting("reading the indexes of the data and planning batches"):
-        data = describe_epoch(TrainingData(config, processor, prompts), config.gpus)
+    processor, training_data = read_model_and_data(config)
+    data = describe_epoch(training_data, config.gpus)
     with waiting("estimating the memory of each ZeRO stage"):
         memory = estimate_memory(
             config,
@@ -95,7 +89,7 @@ def plan(config: PlanRun) -> JsonObject:
             tokens=data["tokens of the largest row"],
             audio_ratio=data["ratio of audio tokens"],
         )
-    return {"data": data, **memory}
+    return {"gpus": config.gpus, "data": data, **memory}
 
 
 def describe_epoch(data: TrainingData, ranks: int) -> JsonObject:
@@ -236,9 +230,9 @@ def show(estimate: JsonObject) -> None:
     console = Console(width=130, highlight=False)
     for key, value in estimate["data"].items():
         console.print(f"{key}: {value}")
-    weights = estimate["model"]["weights"] / 1e6
-    trained = estimate["model"]["trained"] / 1e6
-    console.print(f"weights: {weights:,.1f} M, of which {trained:,.1f} M are trained")
+    weights = millions(estimate["model"]["weights"])
+    trained = millions(estimate["model"]["trained"])
+    console.print(f"weights: {weights}, of which {trained} are trained")
     console.print(memory_table(estimate))
     console.print(
         "max_tokens: the largest data.sampler.max_tokens that fits. Try a smaller value first."
@@ -247,9 +241,9 @@ def show(estimate: JsonObject) -> None:
 
 def memory_table(estimate: JsonObject) -> Table:
     """Return the table of memory by DeepSpeed JSON, in GB."""
-    gpu = estimate["gpu"]["bytes"] / GB
+    gpus = f"{estimate['gpus']} GPUs of {estimate['gpu']['bytes'] / GB:.0f} GB"
     budget = estimate["data.sampler.max_tokens"]
-    table = Table(title=f"GB on each GPU of {gpu:.0f} GB, data.sampler.max_tokens={budget}")
+    table = Table(title=f"GB on each of {gpus}, data.sampler.max_tokens={budget}")
     table.add_column("DeepSpeed JSON", justify="left", no_wrap=True)
     for column in (*MEMORY_COLUMNS, "fits", "max_tokens"):
         table.add_column(column, justify="right", no_wrap=True)

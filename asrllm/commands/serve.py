@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asrllm.atomic import Terminated, sigterm_raises
-from asrllm.audio.vad import Loudness, Silero, load_silero
-from asrllm.commands.transcribe import load_engine, segment_seconds
+from asrllm.commands.transcribe import load_engine, make_segmentation
 from asrllm.defaults import RATE
 from asrllm.distributed import default_device
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import Engine
 from asrllm.evaluation.prompt import inference_prompt
-from asrllm.evaluation.transcription import Segmentation
 from asrllm.models.auto import load_model_config
 from asrllm.progress import waiting
 from asrllm.text_files import read_text
@@ -116,27 +114,27 @@ def load_models(arguments: argparse.Namespace, paths: Mapping[str, str]) -> "Mod
     requests = Queue(arguments.max_queued_minutes * 60.0, ServerMetrics())
     transcribers: list[Transcriber] = []
     for name, path in paths.items():
-        arguments.model = path
-        transcribers.append(load_transcriber(name, arguments, requests))
+        transcribers.append(load_transcriber(name, path, arguments, requests))
     return Models(transcribers)
 
 
-def load_transcriber(name: str, arguments: argparse.Namespace, requests: "Queue") -> "Transcriber":
+def load_transcriber(
+    name: str, path: str, arguments: argparse.Namespace, requests: "Queue"
+) -> "Transcriber":
     """Load a model, and decode once, so that the first request is as fast as others."""
     from asrllm.serving.transcriber import Transcriber
 
-    description = load_model_config(arguments.model, arguments.base_models)
-    longest = round(segment_seconds(arguments, description) * RATE)
-    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    engine = load_engine(arguments)
-    prompt = inference_prompt(description, prompt=None, language=None, hotwords=None)
+    config = load_model_config(path, arguments.base_models)
+    segmentation = make_segmentation(arguments, config)
+    engine = load_engine(path, arguments)
+    prompt = inference_prompt(config, prompt=None, language=None, hotwords=None)
     with waiting("warming up"):
         warm_up(engine, prompt)
     return Transcriber(
         name,
         engine,
-        description,
-        Segmentation(detector=detector, longest=min(engine.limits[1], longest)),
+        config,
+        segmentation,
         requests,
         batch_size=arguments.batch_size,
         max_seconds=arguments.max_minutes * 60.0,

@@ -50,7 +50,7 @@ VALIDATION_LOSS = re.compile(r"valid/.*/loss")
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm train`."""
-    run_app("train", arguments, TrainRun, train)
+    run_app("train", arguments, TrainRun, train, own_exp_dirs=True)
 
 
 def train(config: TrainRun) -> float | None:

@@ -29,6 +29,7 @@ from asrllm.evaluation.transcription import (
     too_short,
     transcribe_files,
 )
+from asrllm.evaluation.vllm.limits import longest_samples
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.auto import AutoModel, load_model_config
 from asrllm.progress import ProgressBar, waiting
@@ -49,21 +50,19 @@ def run(arguments: argparse.Namespace) -> None:
             "Use 0 to switch the guard off, or a value above 0."
         )
     formats = chosen_formats(arguments.format)
-    description = load_model_config(arguments.model, arguments.base_models)
-    shortest, longest = description.sample_limits()
+    config = load_model_config(arguments.model, arguments.base_models)
+    shortest, _ = config.sample_limits()
     files, problems = open_all(find_audio(arguments.audio), shortest)
     check_output(formats, arguments.output_dir, files)
-    warn_of_untrained_language(arguments, description)
+    warn_of_untrained_language(arguments, config)
     prompt = inference_prompt(
-        description,
+        config,
         prompt=arguments.prompt,
         language=arguments.language,
         hotwords=arguments.hotwords,
     )
-    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
-    segment_samples = round(segment_seconds(arguments, description) * RATE)
-    segmentation = Segmentation(detector=detector, longest=min(longest, segment_samples))
-    engine = load_engine(arguments)
+    segmentation = make_segmentation(arguments, config)
+    engine = load_engine(arguments.model, arguments)
     several = len(files) + len(problems) > 1
     began = time.monotonic()
     with audio_progress(files) as bar:
@@ -156,11 +155,11 @@ def _open_usable(path: str, shortest: int) -> AudioFile:
     return file
 
 
-def warn_of_untrained_language(arguments: argparse.Namespace, description: AsrLlmConfig) -> None:
+def warn_of_untrained_language(arguments: argparse.Namespace, config: AsrLlmConfig) -> None:
     """Warn if --language would choose the prompt, but no training prompt is for that language."""
     if arguments.prompt is not None or not arguments.language:
         return
-    if prompt_of_language(description, arguments.language) is None:
+    if prompt_of_language(config, arguments.language) is None:
         logger.warning(
             "no training prompt is for --language %s alone. The first prompt is used, as for any "
             "language.",
@@ -168,13 +167,13 @@ def warn_of_untrained_language(arguments: argparse.Namespace, description: AsrLl
         )
 
 
-def segment_seconds(arguments: argparse.Namespace, description: AsrLlmConfig) -> float:
+def segment_seconds(arguments: argparse.Namespace, config: AsrLlmConfig) -> float:
     """Return the longest segment in seconds.
 
     Raises:
         UserError: --max-segment is out of range.
     """
-    trained = description.trained_seconds
+    trained = config.trained_seconds
     requested = arguments.max_segment
     if requested is None:
         return _default_segment_seconds(trained, vad=arguments.vad)
@@ -204,18 +203,36 @@ def _default_segment_seconds(trained: float | None, *, vad: bool) -> float:
     return min(longest, max(trained, SHORTEST))
 
 
-def load_engine(arguments: argparse.Namespace) -> BatchEngine:
-    """Load the model with the decoding options of the command line."""
+def make_segmentation(arguments: argparse.Namespace, config: AsrLlmConfig) -> Segmentation:
+    """Return how audio is cut into segments.
+
+    Args:
+        arguments: --vad, --max-segment and --engine are read.
+        config: configuration of the model.
+
+    Raises:
+        UserError: --max-segment is out of range.
+    """
+    detector = functools.partial(Silero, load_silero()) if arguments.vad else Loudness
+    seconds = segment_seconds(arguments, config)
+    longest = config.sample_limits()[1]
     if arguments.engine == "vllm":
-        return vllm_engine(arguments)
-    return torch_engine(arguments)
+        longest = longest_samples(config)
+    return Segmentation(detector=detector, longest=min(longest, round(seconds * RATE)))
 
 
-def torch_engine(arguments: argparse.Namespace) -> TorchEngine:
+def load_engine(path: str, arguments: argparse.Namespace) -> BatchEngine:
+    """Load the model in a directory with the decoding options of the command line."""
+    if arguments.engine == "vllm":
+        return vllm_engine(path, arguments)
+    return torch_engine(path, arguments)
+
+
+def torch_engine(path: str, arguments: argparse.Namespace) -> TorchEngine:
     """Load the model in this process."""
-    with waiting(f"loading {arguments.model}"):
+    with waiting(f"loading {path}"):
         model = AutoModel.from_pretrained(
-            arguments.model,
+            path,
             weights=arguments.weights,
             dtype=chosen_dtype(arguments),
             base_models=arguments.base_models,
@@ -223,13 +240,13 @@ def torch_engine(arguments: argparse.Namespace) -> TorchEngine:
     return TorchEngine(model.to(default_device()), decoding_options(arguments))
 
 
-def vllm_engine(arguments: argparse.Namespace) -> BatchEngine:
+def vllm_engine(path: str, arguments: argparse.Namespace) -> BatchEngine:
     """Load the model in vLLM."""
     from asrllm.evaluation.vllm.engine import load_vllm_engine
 
-    with waiting(f"loading {arguments.model} in vLLM"):
+    with waiting(f"loading {path} in vLLM"):
         return load_vllm_engine(
-            arguments.model,
+            path,
             decoding_options(arguments),
             dtype=chosen_dtype(arguments),
             weights=arguments.weights,

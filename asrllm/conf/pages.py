@@ -260,7 +260,8 @@ def hydra_table(parser: argparse.ArgumentParser) -> list[str]:
 
 def argument_table(actions: Sequence[argparse.Action]) -> list[str]:
     """Return the table of arguments."""
-    rows = [(argument_name(action), argument_help(action)) for action in actions]
+    shown = [action for action in actions if action.help is not argparse.SUPPRESS]
+    rows = [(argument_name(action), argument_help(action)) for action in shown]
     return table_lines(("Argument", "Meaning"), rows)
 
 

@@ -78,6 +78,19 @@ def describe_run(config: TrainRun) -> DescribedRun:
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     check_settings(config.trainer, ds)
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
+    processor, data = read_model_and_data(config)
+    return DescribedRun(ds=ds, processor=processor, data=data)
+
+
+def read_model_and_data(config: TrainRun) -> tuple[AsrLlmProcessor, TrainingData]:
+    """Read the prompts, the models' files and the indexes of the data.
+
+    Returns:
+        Tokenizer, chat and description of the model, and the training and validation data.
+
+    Raises:
+        UserError: the models or the data cannot be used.
+    """
     prompts = read_prompts(config.prompt_file)
     processor = describe_model(
         config.model,
@@ -92,7 +105,7 @@ def describe_run(config: TrainRun) -> DescribedRun:
     check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
     describe_prompts(processor.config, [*prompts, *corpus_prompts])
     describe_data(processor.config, config, data)
-    return DescribedRun(ds=ds, processor=processor, data=data)
+    return processor, data
 
 
 def prepare(config: TrainRun) -> PreparedRun:

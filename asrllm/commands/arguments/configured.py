@@ -8,6 +8,13 @@ from asrllm.conf import help_text
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
 KEYS_TITLE = "keys, defaults and meanings:"  # precedes the keys of a configuration in the help
 HYDRA_TITLE = "Hydra's options, see https://hydra.cc"
+OTHER_OPTIONS = {  # of Hydra, and what to use instead
+    "--config-path": "--config-dir DIR",
+    "-cp": "--config-dir DIR",
+    "--info": "--cfg all",
+    "-i": "--cfg all",
+    "--hydra-help": "--help",
+}
 COMPARE_HELP = f"""
 asrllm evaluate {COMPARE} A B: compare two results on the same utterances, with a paired bootstrap
 interval and a permutation test. A and B are exp_dir/greedy_search directories, or files
@@ -50,19 +57,38 @@ def add_hydra_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of Hydra that have an effect in asrllm."""
     options = parser.add_argument_group(HYDRA_TITLE)
     options.add_argument(
-        "--config-dir", metavar="DIR", help="a directory with your own YAML files and groups"
+        "-cd", "--config-dir", metavar="DIR", help="a directory with your own YAML files and groups"
     )
     options.add_argument(
+        "-cn",
         "--config-name",
         metavar="NAME",
         help="read NAME.yaml instead; for a run's config.yaml use --config-dir EXP "
         "--config-name config",
     )
     options.add_argument(
-        "--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit"
+        "-c", "--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit"
     )
-    options.add_argument("--package", metavar="KEY", help="with --cfg: print this part only")
+    options.add_argument("-p", "--package", metavar="KEY", help="with --cfg: print this part only")
     options.add_argument("--resolve", action="store_true", help="with --cfg: resolve ${...}")
     options.add_argument(
         "-m", "--multirun", action="store_true", help="run a job for each of key=value1,value2,..."
     )
+    for option, ours in OTHER_OPTIONS.items():
+        options.add_argument(
+            option, action=UseAnother, nargs="?", const=ours, help=argparse.SUPPRESS
+        )
+
+
+class UseAnother(argparse.Action):
+    """An option of Hydra that has another name here."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Print which option to use, and exit with status 2."""
+        parser.error(f"{option_string} is not supported. Use {self.const}.")
