@@ -6,6 +6,8 @@ REPETITION_GUARD = 32  # tokens of a repetition before decoding stops
 BEAM_SIZE = 4  # hypotheses of a beam search
 BATCH_SECONDS = 240.0  # seconds of audio in a decoded batch, padding included
 WHISPER_WINDOW = 30.0  # seconds to which Whisper pads
+HOTWORDS_TEMPLATE = "Hotwords: {words}."
+MAX_SHARD_SIZE = "5GB"  # of each weight file in a directory
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
 RATE = 16000  # Hz; every waveform reaches the model at this rate
 # configuration keys with the paths of the pretrained models, by part

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrllm.atomic import new_file, sync
+from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
 from asrllm.integrity import NO_SHA256, SHA256_KEY
 from asrllm.progress import ProgressBar
@@ -109,7 +110,7 @@ def write_sharded(
     source: TensorSource,
     folder: Path,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     what: str = "safetensors",
 ) -> None:
     """Write weights to a directory in the format of transformers.

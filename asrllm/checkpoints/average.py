@@ -18,6 +18,7 @@ from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.weight_files import main_weight_file
+from asrllm.models.auto import has_saved_weights
 from asrllm.progress import waiting
 from asrllm.tensor_files import PIECE, Spec, TensorSource, read_about, write_file
 from asrllm.text_files import JsonObject
@@ -498,7 +499,7 @@ def is_exported(exp_dir: Path) -> bool:
     """Return whether a directory is a whole model of save_pretrained and not a run."""
     if (exp_dir / "pretrained.pt").is_file() or complete_checkpoints(exp_dir):
         return False
-    return any(exp_dir.glob("model*.safetensors"))
+    return has_saved_weights(exp_dir)
 
 
 def _named_file(exp_dir: Path, filename: str) -> Path:

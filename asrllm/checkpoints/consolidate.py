@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asrllm.atomic import new_folder
+from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
 from asrllm.models.state_dict import check_finite, is_finite
 from asrllm.tensor_files import PIECE, Spec, TensorSource, write_file, write_sharded
@@ -40,7 +41,7 @@ OTHER_SUFFIXES = (
 
 
 def consolidate(
-    checkpoint: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB"
+    checkpoint: str | Path, output: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> Path:
     """Write the trained weights of a checkpoint, using less than 100 MB of memory beside imports.
 

@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from asrllm.atomic import new_folder
+from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
@@ -17,7 +18,7 @@ from asrllm.models.asr_llm.merging import merged_names, weight_source
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.network import PARTS
 from asrllm.models.asr_llm.saving import write_generation_config
-from asrllm.models.auto import AutoModel, default_weights, model_folder
+from asrllm.models.auto import AutoModel, chosen_weights, model_folder
 from asrllm.models.base_models import BasePaths, public_name
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
 from asrllm.text_files import JsonObject, read_json_object, read_yaml
@@ -75,7 +76,7 @@ def export(
     merge_adapter: bool = True,
     separate_adapter: bool = False,
     parts: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     repository: str | None = None,
     base_models: BasePaths | None = None,
 ) -> None:
@@ -100,7 +101,7 @@ def export(
         UserError: the model cannot be loaded, or the output is not empty.
     """
     folder = source.parent if source.is_file() else model_folder(source)
-    chosen = _weights_file(source, folder, weights)
+    chosen = chosen_weights(source if source.is_file() else folder, weights)
     with new_folder(output) as partial:
         model = AutoModel.from_pretrained(
             folder, weights=chosen, dtype=dtype, base_models=base_models
@@ -126,14 +127,6 @@ def export(
         if parts:
             save_parts(model, partial, max_shard_size)
         (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def _weights_file(source: Path, folder: Path, weights: str | Path | None) -> Path | None:
-    if source.is_file():
-        return source
-    if weights:
-        return Path(weights)
-    return default_weights(folder)
 
 
 def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> None:

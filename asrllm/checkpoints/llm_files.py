@@ -22,7 +22,7 @@ from asrllm.models.asr_llm.merging import is_base_layer, merged_names
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.placement import as_dtype
 from asrllm.models.asr_llm.weight_files import open_tensors, weight_files
-from asrllm.models.auto import load_state, newest_weights, read_state
+from asrllm.models.auto import chosen_weights, load_state, read_state
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.fingerprint import pretrained_weight_files, resolve_pretrained
 from asrllm.models.meta_device import parameters_on_meta
@@ -126,7 +126,7 @@ class LlmFiles:
                 f"{str(source)!r} has no adapters on its LLM, so there is nothing to merge. "
                 "Use 'asrllm export' to write it as it is."
             )
-        self.weights = _weights_of_run(source, weights)
+        self.weights = chosen_weights(source, weights)
         self.tensors = self._own_tensors()
         self.model = self._empty_model()
         expected = {
@@ -234,17 +234,6 @@ class LlmFiles:
             state[name] = self.tensors.read(full_name)
         layer.load_state_dict(state, assign=True)
         return layer
-
-
-def _weights_of_run(source: Path, weights: Path | None) -> Path | None:
-    """Return the weights file of a run; None for an exported directory."""
-    if source.is_file():
-        return source
-    if weights is not None:
-        return weights
-    if any(source.glob("model*.safetensors*")):
-        return None
-    return newest_weights(source)
 
 
 def stored_name(key: str) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from asrllm.atomic import new_folder
 from asrllm.checkpoints.llm_files import LLM, LlmFiles
 from asrllm.checkpoints.parity import Parity, check_layers, check_parity
+from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
@@ -58,7 +59,7 @@ def merge_lora(
     output: Path,
     *,
     dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     check: bool = True,
 ) -> Parity | None:
     """Write the merged LLM as a directory that transformers loads without this package.

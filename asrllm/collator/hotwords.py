@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import Field
 
+from asrllm.defaults import HOTWORDS_TEMPLATE
 from asrllm.errors import UserError
 from asrllm.schema import Ratio, RatioBelowOne, component
 from asrllm.text_files import read_text
@@ -35,7 +36,7 @@ class HotwordConfig:
     """longest list"""
     distractor_rate: RatioBelowOne = 0.5
     """ratio of words in the list that are not in the utterance"""
-    template: str = f"Hotwords: {PLACE}."
+    template: str = HOTWORDS_TEMPLATE
     """text of the list, which is appended to the prompt"""
 
     def __post_init__(self) -> None:

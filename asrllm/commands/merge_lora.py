@@ -7,6 +7,7 @@ from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora, save_adapter
 from asrllm.checkpoints.parity import Parity
 from asrllm.commands.export import source_of
+from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.saving import check_shard_size
 
@@ -14,20 +15,20 @@ from asrllm.models.asr_llm.saving import check_shard_size
 def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm merge-lora`."""
     size = arguments.max_shard_size
-    check_shard_size(size or "5GB")
+    check_shard_size(size or MAX_SHARD_SIZE)
     check_merge_options(arguments)
     source = source_of(arguments)
     output = Path(arguments.output)
     weights = Path(arguments.weights) if arguments.weights else None
     files = LlmFiles(source, weights, base_models=arguments.base_models)
     if arguments.adapter_only:
-        write_adapter(files, output)
+        save_and_describe(files, output)
         return
     parity = merge_lora(
         files,
         output,
         dtype=arguments.dtype,
-        max_shard_size=size or "5GB",
+        max_shard_size=size or MAX_SHARD_SIZE,
         check=not arguments.no_check,
     )
     if parity:
@@ -59,7 +60,7 @@ def check_merge_options(arguments: argparse.Namespace) -> None:
             )
 
 
-def write_adapter(files: LlmFiles, output: Path) -> None:
+def save_and_describe(files: LlmFiles, output: Path) -> None:
     """Write the adapters in PEFT's format, and print how to load them."""
     save_adapter(files, output)
     print(f"Wrote {output}. Load it with peft.PeftModel.from_pretrained(LLM, {str(output)!r}).")

@@ -11,11 +11,10 @@ from asrllm.data.prompts import (
     check_prompts,
     for_transcripts,
 )
+from asrllm.defaults import HOTWORDS_TEMPLATE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.text_files import read_text
-
-TEMPLATE = "Hotwords: {words}."  # if training had none
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def inference_prompt(
             "The model may ignore hotwords: its training did not use them, as far as is known. "
             "Set data.hotwords in training."
         )
-    context = filled(config.hotwords_template or TEMPLATE, words)
+    context = filled(config.hotwords_template or HOTWORDS_TEMPLATE, words)
     prompt = with_context(prompt, context)
     check_prompts([prompt], config.audio_token)
     return prompt

@@ -77,7 +77,7 @@ class AutoModel:
         if is_auden(folder):
             move_base_models(read_auden_config(folder), base_models, where=str(folder))
             return load_auden(folder, weights=weights, dtype=dtype).to(device)
-        file = Path(weights) if weights else default_weights(folder)
+        file = chosen_weights(folder, weights)
         if file is None:
             model = AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
             return model.to(device)
@@ -99,11 +99,25 @@ def model_folder(path: str | Path) -> Path:
     return resolve_pretrained(path)
 
 
-def default_weights(folder: Path) -> Path | None:
-    """Return the weights of a run's exp_dir, or None if the directory is a complete model."""
-    if is_auden(folder) or any(folder.glob("model*.safetensors*")):
+def chosen_weights(source: Path, weights: str | Path | None = None) -> Path | None:
+    """Return the weights file of a run, or None if a directory is a complete model.
+
+    Args:
+        source: a run's exp_dir, a weights file in it, or an exported directory.
+        weights: the file that the user chose.
+    """
+    if source.is_file():
+        return source
+    if weights:
+        return Path(weights)
+    if is_auden(source) or has_saved_weights(source):
         return None
-    return newest_weights(folder)
+    return newest_weights(source)
+
+
+def has_saved_weights(folder: Path) -> bool:
+    """Return whether save_pretrained wrote weights to a directory."""
+    return any(folder.glob("model*.safetensors*"))
 
 
 def is_auden(folder: Path) -> bool:

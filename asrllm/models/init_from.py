@@ -13,7 +13,7 @@ from asrllm.errors import UserError
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
-from asrllm.models.auto import newest_weights, read_state
+from asrllm.models.auto import has_saved_weights, newest_weights, read_state
 from asrllm.models.state_dict import WEIGHT_DTYPES, StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _renamed(state: StateDict, names: Mapping[str, str]) -> StateDict:
 
 def _read_run(exp_dir: Path, where: str) -> tuple[AsrLlmConfig, StateDict]:
     """Return the configuration of a run and its weights."""
-    if not (exp_dir / "config.json").is_file() or any(exp_dir.glob("model*.safetensors")):
+    if not (exp_dir / "config.json").is_file() or has_saved_weights(exp_dir):
         raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
     try:
         return read_config(exp_dir), read_state(newest_weights(exp_dir))

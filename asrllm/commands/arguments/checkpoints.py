@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from asrllm.commands.arguments.base_models import add_base_models
 from asrllm.commands.arguments.values import not_empty, positive
+from asrllm.defaults import MAX_SHARD_SIZE
 
 DTYPE_CHOICES = ("bfloat16", "float16", "float32")
 
@@ -71,7 +72,7 @@ def add_consolidate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        help="maximum size of each file in the directory; default: 5GB",
+        help=f"maximum size of each file in the directory; default: {MAX_SHARD_SIZE}",
     )
 
 
@@ -110,7 +111,7 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--max-shard-size",
-        default="5GB",
+        default=MAX_SHARD_SIZE,
         metavar="SIZE",
         help="maximum size of each file; default: %(default)s",
     )
@@ -165,7 +166,9 @@ def add_merge_lora(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         "that it trained",
     )
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="maximum size of each file; default: 5GB"
+        "--max-shard-size",
+        metavar="SIZE",
+        help=f"maximum size of each file; default: {MAX_SHARD_SIZE}",
     )
     parser.add_argument(
         "--no-check",

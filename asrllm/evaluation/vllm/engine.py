@@ -21,7 +21,7 @@ from asrllm.models.asr_llm.answers import MAX_LOOP_TOKENS, copies_of_loop, token
 from asrllm.models.asr_llm.generation import Answer, make_answer
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.asr_llm.saving import is_portable
-from asrllm.models.auto import AutoModel, default_weights, load_model_config, model_folder
+from asrllm.models.auto import AutoModel, chosen_weights, load_model_config, model_folder
 from asrllm.models.base_models import BasePaths
 from asrllm.progress import waiting
 
@@ -259,7 +259,7 @@ def load_vllm_engine(
     """
     check_vllm(options)  # before a model is loaded
     folder = model_folder(path)
-    is_whole = weights is None and default_weights(folder) is None
+    is_whole = chosen_weights(folder, weights) is None
     if is_whole and is_portable(load_model_config(folder, base_models)):
         return VllmEngine(folder, options, dtype)
     with tempfile.TemporaryDirectory(prefix="asrllm-vllm-") as exported:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from asrllm.audio.waves import as_list
 from asrllm.collator.chat import Messages
-from asrllm.defaults import BATCH_SECONDS, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
+from asrllm.defaults import BATCH_SECONDS, MAX_SHARD_SIZE, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
 from asrllm.errors import refuse_unknown
 from asrllm.models.asr_llm.checks import check_given_config
 from asrllm.models.asr_llm.generation import AudioInputs, generate
@@ -113,7 +113,7 @@ class AsrLlmModel(AsrLlmNetwork):
         *,
         merge_adapter: bool = False,
         separate_adapter: bool = False,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str = MAX_SHARD_SIZE,
         **unknown: Any,
     ) -> None:
         """Write a self-contained directory.

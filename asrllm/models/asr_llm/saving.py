@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import GenerationConfig
 
+from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
 from asrllm.integrity import write_checksums
 from asrllm.models.asr_llm.adapter_files import ADAPTER, check_separable, write_adapter
@@ -47,7 +48,7 @@ def save_model(
     *,
     merge_adapter: bool = False,
     separate_adapter: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Save a model. The arguments are those of `AsrLlmModel.save_pretrained`.
 

@@ -14,11 +14,9 @@ from asrllm.collator.batch import pad_left
 from asrllm.collator.chat import ChatRenderer, Messages, plain_messages
 from asrllm.collator.hotwords import filled, with_context
 from asrllm.data.text import language_tag
-from asrllm.defaults import RATE
+from asrllm.defaults import HOTWORDS_TEMPLATE, RATE
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.projectors import count_audio_tokens
-
-HOTWORDS = "Hotwords: {words}."
 
 
 class AsrLlmFeatureExtractor(SequenceFeatureExtractor):
@@ -273,7 +271,7 @@ class AsrLlmHubProcessor(ProcessorMixin):
         """
         if prompt is None:
             prompt = self._prompt_of(language)
-        context = filled(self.hotwords_template or HOTWORDS, list(hotwords or []))
+        context = filled(self.hotwords_template or HOTWORDS_TEMPLATE, list(hotwords or []))
         content = f"{self.audio_token} {with_context(prompt, context)}".strip()
         chats = [[{"role": "user", "content": content}]] * len(features["num_samples"])
         return self.encode_chats(chats, features)
