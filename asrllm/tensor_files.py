@@ -186,7 +186,7 @@ def _safetensors_header(source: TensorSource, names: Sequence[str]) -> bytes:
 def _empty_tensors(
     source: TensorSource, names: Iterable[str], device: str = "cpu"
 ) -> OrderedDict[str, Tensor]:
-    """Return uninitialised tensors with the shapes and dtypes of the weights."""
+    """Return uninitialized tensors with the shapes and dtypes of the weights."""
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name in names:
         spec = source.specs[name]

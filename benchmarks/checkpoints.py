@@ -29,7 +29,7 @@ from saving import make_world, train
 from asrllm.training.checkpoint.manifest import manifest_text, read_manifest
 
 STEPS = 2
-AVERAGE = "from asrllm.checkpoints.average import Average, average"
+AVERAGE = "from asrllm.checkpoints.average import CheckpointSelection, average"
 MERGE = """
 from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.checkpoints.merge import merge_lora
@@ -44,10 +44,16 @@ TOOLS = {
         "convert_zero_checkpoint_to_fp32_state_dict as convert",
         "convert(str(exp), str(out), tag='checkpoint-2', max_shard_size='100GB')",
     ),
-    "average 2": (AVERAGE, "average(exp, Average(iteration=10, avg=2), out)"),
-    "average 10": (AVERAGE, "average(exp, Average(iteration=10, avg=10), out)"),
-    "average 2, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=2), out)"),
-    "average 10, adapters": (AVERAGE, "average(lora, Average(iteration=10, avg=10), out)"),
+    "average 2": (AVERAGE, "average(exp, CheckpointSelection(iteration=10, avg=2), out)"),
+    "average 10": (AVERAGE, "average(exp, CheckpointSelection(iteration=10, avg=10), out)"),
+    "average 2, adapters": (
+        AVERAGE,
+        "average(lora, CheckpointSelection(iteration=10, avg=2), out)",
+    ),
+    "average 10, adapters": (
+        AVERAGE,
+        "average(lora, CheckpointSelection(iteration=10, avg=10), out)",
+    ),
     "merge": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard, check=False)"),
     "merge, checked": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
 }

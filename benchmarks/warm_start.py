@@ -4,7 +4,7 @@
         [--output FILE]
 
 COMMAND_FILE has the overrides of `asrllm train` of one run, one a line, with a validation set; see
-the command that the quickstart prints. Each round trains with both initialisations and one seed, in
+the command that the quickstart prints. Each round trains with both initializations and one seed, in
 one process. The ratio of steps is the first validation of the fitted run whose loss is at most the
 last one of the random run, divided by all steps. Both runs have the same schedule."""
 

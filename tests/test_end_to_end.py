@@ -281,23 +281,28 @@ def test_evaluation_averages_checkpoints_and_writes_its_files(world, own):
 
 def test_averaged_file_is_written_again_if_its_checkpoints_changed(own):
     finished = own
-    from asrllm.checkpoints.average import Average, resolve_weights
+    from asrllm.checkpoints.average import CheckpointSelection, resolve_weights
 
-    last = Average(iteration=8, avg=1)
-    path = resolve_weights(finished, filename=None, what=last)
+    last = CheckpointSelection(iteration=8, avg=1)
+    path = resolve_weights(finished, filename=None, selection=last)
     made = path.stat().st_mtime_ns
-    assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns == made
+    assert resolve_weights(finished, filename=None, selection=last).stat().st_mtime_ns == made
     manifest = finished / "checkpoint-8" / "asrllm.json"
     os.utime(manifest)
-    assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns == made
+    assert resolve_weights(finished, filename=None, selection=last).stat().st_mtime_ns == made
     manifest.write_text(manifest.read_text() + "\n")  # a manifest of other files would differ too
-    assert resolve_weights(finished, filename=None, what=last).stat().st_mtime_ns > made
+    assert resolve_weights(finished, filename=None, selection=last).stat().st_mtime_ns > made
     with pytest.raises(
         asrllm.errors.UserError, match=rf"avg=3 .* 3 .* iter=8, .*'{finished}' .* 2"
     ):
-        resolve_weights(finished, filename=None, what=Average(iteration=8, avg=3))
-    assert resolve_weights(finished, filename="pretrained.pt", what=last).name == "pretrained.pt"
-    assert resolve_weights(finished, filename=None, what=Average(avg=0)).name == "pretrained.pt"
+        resolve_weights(finished, filename=None, selection=CheckpointSelection(iteration=8, avg=3))
+    assert (
+        resolve_weights(finished, filename="pretrained.pt", selection=last).name == "pretrained.pt"
+    )
+    assert (
+        resolve_weights(finished, filename=None, selection=CheckpointSelection(avg=0)).name
+        == "pretrained.pt"
+    )
 
 
 def test_export_transcribe_and_consolidate(world, own, tmp_path, capsys):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, WHISPER_WINDOW
 
 WHISPER_HOP = 160  # samples: 10 ms
 WHISPER_FFT = 400  # samples: 25 ms
@@ -54,9 +54,9 @@ class WhisperFeatures(nn.Module):
         true_frames = whisper_frames(lengths)
         frames = true_frames
         if self.pad_to_30s:
-            waves = waves[:, : 30 * RATE]
-            waves = nn.functional.pad(waves, (0, 30 * RATE - waves.shape[1]))
-            lengths = torch.full_like(lengths, 30 * RATE)
+            samples = round(WHISPER_WINDOW * RATE)
+            waves = nn.functional.pad(waves[:, :samples], (0, max(0, samples - waves.shape[1])))
+            lengths = torch.full_like(lengths, samples)
             frames = whisper_frames(lengths)
         window = torch.hann_window(WHISPER_FFT, device=waves.device)
         padded = reflect_at_end(waves, lengths, WHISPER_FFT // 2)

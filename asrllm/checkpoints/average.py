@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Average:
+class CheckpointSelection:
     """The choice of the checkpoints to average, and how to average them.
 
     Attributes:
@@ -321,12 +321,12 @@ def mean_between(start: Path | None, end: Path) -> TensorSource:
     return TensorSource(specs, pieces, about, _check_all(parts))
 
 
-def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:
+def average(exp_dir: Path, selection: CheckpointSelection, output: Path | None = None) -> Path:
     """Write averaged weights to a file that names its source checkpoints.
 
     Args:
         exp_dir: the run's directory.
-        what: the checkpoints, and how to average them.
+        selection: the checkpoints, and how to average them.
         output: the file; default: exp_dir/averaged-{iter|epoch}-N-avg-K.pt.
 
     Returns:
@@ -337,25 +337,27 @@ def average(exp_dir: Path, what: Average, output: Path | None = None) -> Path:
             made again.
     """
     if output:
-        return write_file(what.weights(exp_dir), output)
-    return averaged_file(exp_dir, what, again=True)
+        return write_file(selection.weights(exp_dir), output)
+    return averaged_file(exp_dir, selection, overwrite=True)
 
 
-def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
+def averaged_file(
+    exp_dir: Path, selection: CheckpointSelection, *, overwrite: bool = False
+) -> Path:
     """Return exp_dir/averaged-{suffix}.pt, and write it if it is absent or outdated.
 
     Args:
         exp_dir: the run's directory.
-        what: the checkpoints, and how to average them.
-        again: write it even if it is up to date.
+        selection: the checkpoints, and how to average them.
+        overwrite: write it even if it is up to date.
 
     Raises:
         UserError: the checkpoints cannot be averaged, or the file could not be made again.
     """
-    path = exp_dir / f"averaged-{what.suffix}.pt"
+    path = exp_dir / f"averaged-{selection.suffix}.pt"
     try:
         with waiting("reading the checkpoints to average"):
-            weights = what.weights(exp_dir)
+            weights = selection.weights(exp_dir)
     except UserError as error:
         if not path.is_file():
             raise
@@ -366,7 +368,7 @@ def averaged_file(exp_dir: Path, what: Average, *, again: bool = False) -> Path:
         ) from error
     with FileLock(exp_dir / ".averaging.lock"):  # the first of several ranks averages
         existing = read_about(path)
-        if existing == weights.about and not again:
+        if existing == weights.about and not overwrite:
             return path
         check_replaceable(path, existing, weights.about)
         with sigterm_raises():
@@ -424,7 +426,7 @@ def _checkpoint_names(about: Mapping[str, object]) -> list[str]:
     return [source["checkpoint"] for source in sources]
 
 
-def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Path:
+def resolve_weights(exp_dir: Path, *, filename: str | None, selection: CheckpointSelection) -> Path:
     """Return the weights file of an evaluation. An averaged file is written if it is outdated.
 
     The first of these that is given is used: `filename`; the average by step or by epoch; the
@@ -433,14 +435,14 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
     Args:
         exp_dir: a run's directory, or an exported directory.
         filename: a weights file, absolute or relative to exp_dir.
-        what: the checkpoints to average.
+        selection: the checkpoints to average.
 
     Raises:
         UserError: the choice is incomplete or contradictory, or the file does not exist.
     """
     check_exp_dir(exp_dir)
     if filename:
-        if what.iteration or what.epoch or what.avg or what.running:
+        if selection.iteration or selection.epoch or selection.avg or selection.running:
             logger.warning(
                 "checkpoint.model.iter, epoch, avg and use_averaged_model are not used, because "
                 "checkpoint.model.filename=%r comes first. Remove one of the two choices.",
@@ -448,18 +450,18 @@ def resolve_weights(exp_dir: Path, *, filename: str | None, what: Average) -> Pa
             )
         return _named_file(exp_dir, filename)
     if is_exported(exp_dir):
-        if what.iteration or what.epoch or what.avg or what.running:
+        if selection.iteration or selection.epoch or selection.avg or selection.running:
             raise UserError(
                 f"exp_dir={str(exp_dir)!r} is an exported model, which has no checkpoints. "
                 "Leave out checkpoint.model.iter, epoch, avg and use_averaged_model, or give the "
                 "exp_dir of the run."
             )
         return main_weight_file(exp_dir)
-    if (what.iteration > 0 or what.epoch > 0) != (what.avg > 0):
-        raise UserError(_incomplete_choice(exp_dir, what))
-    if what.avg > 0:
-        return averaged_file(exp_dir, what)
-    if what.running:
+    if (selection.iteration > 0 or selection.epoch > 0) != (selection.avg > 0):
+        raise UserError(_incomplete_choice(exp_dir, selection))
+    if selection.avg > 0:
+        return averaged_file(exp_dir, selection)
+    if selection.running:
         raise UserError(
             "checkpoint.model.use_averaged_model=true needs the checkpoints to average. "
             "Set checkpoint.model.avg, and checkpoint.model.iter or checkpoint.model.epoch."
@@ -479,15 +481,15 @@ def _pretrained_file(exp_dir: Path) -> Path:
     return path
 
 
-def _incomplete_choice(exp_dir: Path, what: Average) -> str:
+def _incomplete_choice(exp_dir: Path, selection: CheckpointSelection) -> str:
     """Return a message about a choice of checkpoints with only the last one or only the number."""
-    if what.avg > 0:
+    if selection.avg > 0:
         return (
-            f"checkpoint.model.avg={what.avg} needs checkpoint.model.iter or "
+            f"checkpoint.model.avg={selection.avg} needs checkpoint.model.iter or "
             "checkpoint.model.epoch. Set one of them to the last checkpoint to average."
         )
-    key = "iter" if what.iteration > 0 else "epoch"
-    number = what.iteration if what.iteration > 0 else what.epoch
+    key = "iter" if selection.iteration > 0 else "epoch"
+    number = selection.iteration if selection.iteration > 0 else selection.epoch
     return (
         f"checkpoint.model.{key}={number} needs checkpoint.model.avg, the number of checkpoints to "
         f"average. Use checkpoint.model.avg=1 for this checkpoint alone, or leave out {key} to "

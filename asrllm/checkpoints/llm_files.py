@@ -128,6 +128,9 @@ class LlmFiles:
             )
         self.weights = chosen_weights(source, weights)
         self.tensors = self._own_tensors()
+        self.averaged_checkpoints = self._count_averaged()
+        self.config = with_rank_multiple(self.config, self.averaged_checkpoints)
+        self.config.exclude_from_checkpoint = None
         self.model = self._empty_model()
         expected = {
             stored_name(key): tensor
@@ -179,16 +182,13 @@ class LlmFiles:
             llm = pretrained_llm(str(base), dtype)
             self.tensors.add(llm.state_dict(), lambda key: LLM + key)
 
+    def _count_averaged(self) -> int:
+        """Return of how many averaged checkpoints the file has the factors of the adapters."""
+        return rank_multiple(self._empty_model(), self.tensors.meta)
+
     def _empty_model(self) -> AsrLlmModel:
-        """Return the model on the meta device. Its adapters have the rank of those in the file."""
+        """Return the model of the configuration on the meta device."""
         with parameters_on_meta():
-            llm = empty_llm(self.config.llm or {}, where=self.folder)
-            # an averaged file has the factors of several checkpoints
-            self.averaged_checkpoints = rank_multiple(
-                AsrLlmModel(self.config, llm=llm), self.tensors.meta
-            )
-            self.config = with_rank_multiple(self.config, self.averaged_checkpoints)
-            self.config.exclude_from_checkpoint = None
             llm = empty_llm(self.config.llm or {}, where=self.folder)
             return AsrLlmModel(self.config, llm=llm)
 

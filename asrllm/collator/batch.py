@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asrllm.audio.reader import Sample
-from asrllm.collator.chat import NO_LABEL, ChatRenderer
+from asrllm.collator.chat import IGNORE_INDEX, ChatRenderer
 from asrllm.collator.hotwords import Hotwords, with_context
 from asrllm.data.prompts import Prompt, choose_prompt
 from asrllm.defaults import RATE
@@ -104,10 +104,10 @@ class Collator:
         for sample, prompt in zip(samples, prompts, strict=True):
             row, labels = self._encode(sample, prompt)
             ids.append(torch.tensor(row))
-            shifted.append(torch.tensor([*labels[1:], NO_LABEL]))
+            shifted.append(torch.tensor([*labels[1:], IGNORE_INDEX]))
         lengths = torch.tensor([len(row) for row in ids])
         labels_of_all = torch.cat(shifted)
-        positions = torch.nonzero(labels_of_all != NO_LABEL).flatten()
+        positions = torch.nonzero(labels_of_all != IGNORE_INDEX).flatten()
         # becomes int32 below, which the kernels of FlashAttention require
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         trained = [(s, p) for s, p in zip(samples, prompts, strict=True) if s.weight]
@@ -157,7 +157,7 @@ class Collator:
         messages = self.renderer.user_messages(prompt)
         ids, labels = self.renderer.encode_training(messages, sample.text, [audio])
         if not sample.weight:
-            labels = [NO_LABEL] * len(ids)
+            labels = [IGNORE_INDEX] * len(ids)
         return ids, labels
 
 

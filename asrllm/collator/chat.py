@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from asrllm.collator.template_trial import TemplateTooSlowError, try_template
+from asrllm.collator.template_trial import TemplateLimitError, try_template
 from asrllm.errors import UserError
 from asrllm.text_files import first_words
 
@@ -20,9 +20,9 @@ CHATML = (
 )
 # precedes a template that writes today's date, so that decoding has the prompts of training
 CONSTANT_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-NO_LABEL = -100
+IGNORE_INDEX = -100
 MAX_WRITTEN = 200_000  # characters that a template may write around the messages
-REPLACE = "Correct the template, or set model.llm.chat_template=chatml."
+TEMPLATE_FIX = "Correct the template, or set model.llm.chat_template=chatml."
 MAX_CACHED = 1000  # rendered chats
 _PROBE = "asrllm probe"
 _MARK = "\ufdd0{}\ufdd1"  # noncharacters, which no text contains
@@ -146,11 +146,11 @@ class ChatRenderer:
 
         Returns:
             Tokens and labels of the same length. The labels are the tokens of the answer and of the
-            end of its turn, and NO_LABEL elsewhere.
+            end of its turn, and IGNORE_INDEX elsewhere.
         """
         prompt = self.encode_prompt(messages, audio_tokens)
         target = self._ids(answer, plain=True) + self.end_ids
-        return prompt + target, [NO_LABEL] * len(prompt) + target
+        return prompt + target, [IGNORE_INDEX] * len(prompt) + target
 
     def _special_tokens(self) -> re.Pattern[str]:
         """Return a pattern for the special tokens except the audio token, and for the marks."""
@@ -229,27 +229,29 @@ class ChatRenderer:
             text = render()
         except TemplateSyntaxError as error:
             raise UserError(
-                f"{where} does not compile: line {error.lineno}: {error.message}. {REPLACE}"
+                f"{where} does not compile: line {error.lineno}: {error.message}. {TEMPLATE_FIX}"
             ) from error
         except TemplateError as error:
             roles = [message["role"] for message in messages]
-            fix = REPLACE
+            fix = TEMPLATE_FIX
             if not set(roles) <= {"user", "assistant"}:
                 fix = "Move the text of a refused turn into the user's turn."
             refused = f"refuses turns of the roles {', '.join(roles)}"
             raise UserError(f"{where} {refused}: {first_words(error)}. {fix}") from error
-        except (TemplateTooSlowError, MemoryError, RecursionError, OverflowError) as error:
+        except (TemplateLimitError, MemoryError, RecursionError, OverflowError) as error:
             raise UserError(
-                f"{where} loops or writes too much: {first_words(error)}. {REPLACE}"
+                f"{where} loops or writes too much: {first_words(error)}. {TEMPLATE_FIX}"
             ) from error
         except Exception as error:  # a template is a program, which may raise anything
             kind = type(error).__name__
             raise UserError(
-                f"{where} fails with {kind}: {first_words(error)}. {REPLACE}"
+                f"{where} fails with {kind}: {first_words(error)}. {TEMPLATE_FIX}"
             ) from error
         written = len(text) - sum(len(str(message.get("content"))) for message in messages)
         if written > MAX_WRITTEN:
-            raise UserError(f"{where} writes {written} characters around the messages. {REPLACE}")
+            raise UserError(
+                f"{where} writes {written} characters around the messages. {TEMPLATE_FIX}"
+            )
         return text
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:

@@ -19,7 +19,7 @@ MAX_MEMORY = 1 << 30  # bytes beyond those that this process has mapped already
 _tried: set[tuple[str, bool]] = set()
 
 
-class TemplateTooSlowError(Exception):
+class TemplateLimitError(Exception):
     """A template did not end in time, or crashed for lack of memory."""
 
 
@@ -33,7 +33,7 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
         render: what renders it.
 
     Raises:
-        TemplateTooSlowError: it did not end within RENDERING_SECONDS or needs more than MAX_MEMORY.
+        TemplateLimitError: it did not end within RENDERING_SECONDS or needs more than MAX_MEMORY.
     """
     if key in _tried:
         return
@@ -53,7 +53,7 @@ def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
             os.kill(child, signal.SIGKILL)
     if answer != b"ended":
         within = f"{RENDERING_SECONDS} s and {MAX_MEMORY >> 20} MiB"
-        raise TemplateTooSlowError(f"it does not end within {within}")
+        raise TemplateLimitError(f"it does not end within {within}")
     _tried.add(key)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from asrllm.checkpoints.average import Average, average
+from asrllm.checkpoints.average import CheckpointSelection, average
 from asrllm.errors import UserError
 from asrllm.models.auto import load_model_config
 
@@ -15,7 +15,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--lora {arguments.lora} has no effect with --use-averaged-model, which always "
             "averages adapters factor by factor. Leave out one of the two."
         )
-    choice = Average(
+    choice = CheckpointSelection(
         iteration=arguments.iter,
         epoch=arguments.epoch,
         avg=arguments.avg,

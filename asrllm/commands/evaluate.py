@@ -49,7 +49,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     if config.model.paths:
         load_model_config(exp_dir, config.model.paths)
     read_entries(config.data.test_data_config or "", "data.test_data_config")
-    weights = resolve_weights(exp_dir, filename=choice.filename, what=choice.average)
+    weights = resolve_weights(exp_dir, filename=choice.filename, selection=choice.average)
     cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
         config.data.test_data_config or "",

@@ -255,11 +255,13 @@ def write_run_files(
     if distributed.rank() == 0:
         exp_dir.mkdir(parents=True, exist_ok=True)
         write_whole(exp_dir / "config.yaml", as_yaml(config))
-        write_description(processor, dict(stored), exp_dir)
+        write_processor_files(processor, dict(stored), exp_dir)
     distributed.barrier()
 
 
-def write_description(processor: AsrLlmProcessor, stored: dict[str, int], exp_dir: Path) -> None:
+def write_processor_files(
+    processor: AsrLlmProcessor, stored: dict[str, int], exp_dir: Path
+) -> None:
     """Write config.json, the tokenizer's files and their checksums, which come last.
 
     If the process dies on the way, the directory has no checksums, and nothing is compared.

@@ -8,7 +8,7 @@ import torch
 
 from asrllm.atomic import check_output_folder
 from asrllm.audio.reader import Sample
-from asrllm.collator.chat import NO_LABEL
+from asrllm.collator.chat import IGNORE_INDEX
 from asrllm.data.corpora import HIGH_DROP_RATIO, Corpus, read_entries
 from asrllm.defaults import ENCODER_KEY, LLM_KEY
 from asrllm.doctor.findings import Finding, ok, problem, warning
@@ -100,7 +100,7 @@ def check_texts(processor: AsrLlmProcessor, examples: Examples) -> list[Finding]
         messages = decoding.renderer.user_messages(prompt)
         (decoded,) = decoding.encode_prompts([messages], [1], [audio])
         if tokens[: len(decoded)] != decoded or any(
-            label != NO_LABEL for label in labels[: len(decoded)]
+            label != IGNORE_INDEX for label in labels[: len(decoded)]
         ):
             text = f"the prompt {prompt!r} has other tokens in decoding than in training"
             fix = "Compare the tokenizer's files with those of the original model."
@@ -130,7 +130,7 @@ def check_labels(processor: AsrLlmProcessor, examples: Examples) -> list[Finding
     """Check that the labels decode to the transcripts."""
     for sample, prompt in examples:
         _, labels = training_tokens(processor, sample, prompt)
-        answer = [label for label in labels if label != NO_LABEL]
+        answer = [label for label in labels if label != IGNORE_INDEX]
         answer = answer[: -len(processor.renderer.end_ids)]
         text = processor.tokenizer.decode(answer, clean_up_tokenization_spaces=False)
         if text.strip() != sample.text.strip():

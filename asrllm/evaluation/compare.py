@@ -416,7 +416,7 @@ def _parse_recogs(lines: Sequence[str]) -> list[ResultRow]:
             rows.append(last_of[key])
         last_of[key][what] = " ".join(_parse_units(units, number))
     for row in rows:
-        if len(row) < len(("key", "ref", "hyp")):
+        if not {"ref", "hyp"} <= row.keys():
             raise ValueError(f"{row['key']!r} has no {'hyp' if 'ref' in row else 'ref'}")
     return [row | {"duration": 0.0} for row in rows]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from asrllm.checkpoints.average import Average
+from asrllm.checkpoints.average import CheckpointSelection
 from asrllm.data.config import CacheConfig
 from asrllm.data.text import normalizer
 from asrllm.defaults import (
@@ -50,9 +50,9 @@ class ModelChoice:
             )
 
     @property
-    def average(self) -> Average:
+    def average(self) -> CheckpointSelection:
         """The average over checkpoints."""
-        return Average(
+        return CheckpointSelection(
             iteration=self.iter,
             epoch=self.epoch,
             avg=self.avg,

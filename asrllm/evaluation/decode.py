@@ -104,7 +104,7 @@ def decode_corpus(
         utterances += of_rank
     utterances.sort(key=lambda utterance: utterance.row)
     transcripts = [make_transcript(utterance, normalize) for utterance in utterances]
-    return Decoded(transcripts, real_time_factor(utterances))
+    return Decoded(transcripts, rtfx(utterances))
 
 
 def batches_of_rank(
@@ -120,7 +120,7 @@ def batches_of_rank(
     return batches[distributed.rank() :: ranks]
 
 
-def real_time_factor(utterances: Sequence[DecodedUtterance]) -> float:
+def rtfx(utterances: Sequence[DecodedUtterance]) -> float:
     """Return the seconds of audio per second of decoding, of the slowest rank."""
     audio = sum(utterance.duration for utterance in utterances)
     seconds: dict[int, float] = {}

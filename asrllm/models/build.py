@@ -37,7 +37,7 @@ MAX_SAMPLED_EMBEDDINGS = 4096
 def describe_model(
     config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]
 ) -> AsrLlmProcessor:
-    """Return everything of a model except its weights.
+    """Return the processor of the configured model.
 
     Args:
         config: the `model` part of the run's configuration.

@@ -14,6 +14,7 @@ from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.auto import has_saved_weights, newest_weights, read_state
+from asrllm.models.model_args import PRETRAINED_PARTS
 from asrllm.models.state_dict import WEIGHT_DTYPES, StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _check_same_meaning(
                 f"{where} was trained with {key}={there}, but this run has {here}. Use the same "
                 "value."
             )
-    for part in ("audio_encoder", "llm"):
+    for part in PRETRAINED_PARTS:
         base_there = (earlier.base_models or {}).get(part, {})
         base_here = (now.base_models or {}).get(part, {})
         if base_there.get("fingerprint") != base_here.get("fingerprint"):

@@ -161,12 +161,12 @@ def _chunk(
         logits *= scale
     if softcap:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    normaliser = logits.logsumexp(1)
+    normalizer = logits.logsumexp(1)
     picked = logits.gather(1, targets[:, None]).squeeze(1)
-    losses = normaliser - picked
+    losses = normalizer - picked
     loss = losses.sum()
     if smoothing:  # the target distribution is (1 - smoothing) one-hot + smoothing uniform
-        uniform_losses = normaliser - logits.mean(1)
+        uniform_losses = normalizer - logits.mean(1)
         loss = (1 - smoothing) * loss + smoothing * uniform_losses.sum()
         losses = torch.lerp(losses, uniform_losses, smoothing)
     correct = (logits.argmax(1) == targets).sum().float()
@@ -177,7 +177,7 @@ def _chunk(
         # derivative of the soft cap, from the capped logits before they are overwritten
         slope = 1 - (logits / softcap).square()
     # The gradient is softmax - (1 - smoothing) * one-hot - smoothing / vocabulary.
-    grad = logits.sub_(normaliser[:, None]).exp_()
+    grad = logits.sub_(normalizer[:, None]).exp_()
     if smoothing:
         grad -= smoothing / logits.shape[1]
     at_target = grad.new_full((len(targets), 1), smoothing - 1)

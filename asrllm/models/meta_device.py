@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 def parameters_on_meta() -> Iterator[None]:
     """Create parameters on the meta device inside the block; buffers are created as usual.
 
-    The parameters take no memory and no time to initialise.
+    The parameters take no memory and no time to initialize.
     """
 
     def to_meta(

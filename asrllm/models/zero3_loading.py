@@ -66,7 +66,7 @@ def _keys(file: Path) -> set[str]:
 def _uninitialized_llm(
     config: PreTrainedConfig, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:
-    """Build the LLM as transformers does before loading: partitioned and not initialised."""
+    """Build the LLM as transformers does before loading: partitioned and not initialized."""
     family = AutoModelForCausalLM._model_mapping[type(config)]
     config._attn_implementation = attention
     config.dtype = dtype

@@ -255,7 +255,7 @@ def evaluate(paths: Paths) -> None:
         f"exp_dir={paths.exp}",
         f"checkpoint.model.iter={paths.steps}",
         f"checkpoint.model.avg={checkpoints_to_average(paths.steps)}",
-        # Whisper's normaliser joins a string of digits into one word, and Whisper writes figures
+        # Whisper's normalizer joins a string of digits into one word, and Whisper writes figures
         "normalizer=basic",
         "whisper_baseline=false",
         f"data.test_data_config={paths.work / 'test.yaml'}",

@@ -10,7 +10,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from asrllm.checkpoints.average import Average, average, mean_between, mean_weights, resolve_weights
+from asrllm.checkpoints.average import (
+    CheckpointSelection,
+    average,
+    mean_between,
+    mean_weights,
+    resolve_weights,
+)
 from asrllm.checkpoints.consolidate import consolidate
 from asrllm.errors import CorruptedError, UserError
 from asrllm.models.auto import read_state
@@ -186,7 +192,9 @@ def exp(tmp_path, monkeypatch):
 
 
 def resolve(exp, avg=3, **how):
-    return resolve_weights(exp, filename=None, what=Average(iteration=8, avg=avg, **how))
+    return resolve_weights(
+        exp, filename=None, selection=CheckpointSelection(iteration=8, avg=avg, **how)
+    )
 
 
 def test_product_and_factors_have_separate_files(exp):
@@ -219,7 +227,9 @@ def test_reason_for_averaging_again_is_logged(exp, caplog):
     assert "incomplete" in caplog.text
 
 
-@pytest.mark.parametrize("make", [resolve, lambda exp: average(exp, Average(iteration=8, avg=3))])
+@pytest.mark.parametrize(
+    "make", [resolve, lambda exp: average(exp, CheckpointSelection(iteration=8, avg=3))]
+)
 def test_average_that_cannot_be_made_again_is_not_overwritten(exp, make):
     content = resolve(exp).read_bytes()
     (exp / "checkpoint-4").rename(exp / "aside")
@@ -272,7 +282,9 @@ def test_renamed_checkpoints_are_named_wherever_they_are_read(exp, change):
     unit, _, last = name.rpartition("-")
     key = {"checkpoint": "iteration", "epoch": "epoch"}[unit]
     uses = (
-        lambda: resolve_weights(exp, filename=None, what=Average(**{key: int(last)}, avg=1)),
+        lambda: resolve_weights(
+            exp, filename=None, selection=CheckpointSelection(**{key: int(last)}, avg=1)
+        ),
         lambda: consolidate(find_checkpoint(exp, name), exp / "w.pt"),
         lambda: corruption(exp / name),  # how a run verifies the checkpoint to resume from
     )
@@ -291,7 +303,7 @@ def test_renamed_checkpoints_are_named_wherever_they_are_read(exp, change):
 def test_averaging_waits_for_another_averaging_process(exp):
     with FileLock(exp / ".averaging.lock"):
         thread = threading.Thread(
-            target=average, args=(exp, Average(iteration=8, avg=3)), daemon=True
+            target=average, args=(exp, CheckpointSelection(iteration=8, avg=3)), daemon=True
         )
         thread.start()
         thread.join(0.5)
@@ -303,7 +315,9 @@ def test_averaging_waits_for_another_averaging_process(exp):
 def test_choices_that_are_not_weights_files_are_rejected(exp, tmp_path):
     def message_of(folder, filename=None, **what):
         with pytest.raises(UserError) as error:
-            resolve_weights(folder, filename=filename, what=Average(**{"avg": 0} | what))
+            resolve_weights(
+                folder, filename=filename, selection=CheckpointSelection(**{"avg": 0} | what)
+            )
         return str(error.value)
 
     message = message_of(exp, "checkpoint-8")
@@ -322,7 +336,7 @@ def test_choices_that_are_not_weights_files_are_rejected(exp, tmp_path):
         assert f"exp_dir={str(tmp_path / 'exported')!r}" in message
         assert "checkpoint.model.iter" in message
     assert (
-        resolve_weights(tmp_path / "exported", filename=None, what=Average(avg=0))
+        resolve_weights(tmp_path / "exported", filename=None, selection=CheckpointSelection(avg=0))
         == tmp_path / "exported" / "model.safetensors"
     )
     with pytest.raises(
@@ -345,14 +359,16 @@ def test_dora_has_no_exact_mean(tmp_path):
 
 def test_checkpoints_that_a_named_file_makes_useless_are_named_in_a_warning(exp, caplog):
     (exp / "pretrained.pt").touch()
-    resolve_weights(exp, filename="pretrained.pt", what=Average(iteration=8, avg=3))
+    resolve_weights(
+        exp, filename="pretrained.pt", selection=CheckpointSelection(iteration=8, avg=3)
+    )
     assert "checkpoint.model.iter" in caplog.text
     assert "'pretrained.pt'" in caplog.text
     caplog.clear()
-    resolve_weights(exp, filename="pretrained.pt", what=Average(avg=0))
+    resolve_weights(exp, filename="pretrained.pt", selection=CheckpointSelection(avg=0))
     assert not caplog.text
 
 
 def test_checkpoint_given_as_the_run_is_answered_with_the_run(exp):
     with pytest.raises(UserError, match=f"'{exp}/checkpoint-8' .* '{exp}'"):
-        resolve_weights(exp / "checkpoint-8", filename=None, what=Average(avg=0))
+        resolve_weights(exp / "checkpoint-8", filename=None, selection=CheckpointSelection(avg=0))

@@ -116,7 +116,7 @@ def test_tables_missing_from_the_card_are_logged(exp, tmp_path, caplog, text):
 def test_invalid_list_of_training_data_is_left_out(exp, tmp_path, caplog, text):
     (tmp_path / "train.yaml").write_text(text)
     assert training_data(exp) == []
-    assert "train.yaml" in caplog.text
+    assert "config.yaml" in caplog.text
 
 
 def test_exported_parts_can_be_loaded(world, exp, tmp_path):

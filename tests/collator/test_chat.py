@@ -3,7 +3,7 @@ import re
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from asrllm.collator.chat import NO_LABEL, ChatRenderer
+from asrllm.collator.chat import IGNORE_INDEX, ChatRenderer
 from asrllm.errors import UserError
 from asrllm.testing import tiny_tokenizer
 
@@ -98,7 +98,7 @@ def test_templates_of_public_models_render_training_and_decoding_alike(name, add
         prompt = renderer.encode_prompt(messages, audios)
         ids, labels = renderer.encode_training(messages, "two one", audios)
         assert ids[: len(prompt)] == prompt
-        assert labels == [NO_LABEL] * len(prompt) + ids[len(prompt) :]
+        assert labels == [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
         assert tokenizer.decode(ids[len(prompt) :]) == "two one" + end
         assert prompt.count(tokenizer.bos_token_id) == (bos or adds_bos)
         assert (prompt[0] == tokenizer.bos_token_id) == bool(bos or adds_bos)
@@ -206,11 +206,11 @@ def test_labels_are_the_answer_and_the_end_of_its_turn(template, end):
     renderer = make_renderer(template)
     answer = f"assistant user one <|im_start|> {AUDIO} two"  # would break a search for the role
     ids, labels = renderer.encode_training(renderer.user_messages("Say assistant."), answer, [3])
-    supervised = [label for label in labels if label != NO_LABEL]
+    supervised = [label for label in labels if label != IGNORE_INDEX]
     assert renderer.tokenizer.decode(supervised) == answer + end
     assert ids[-len(supervised) :] == supervised
     assert ids.count(renderer.audio_token_id) == 3
-    assert labels[: -len(supervised)] == [NO_LABEL] * (len(ids) - len(supervised))
+    assert labels[: -len(supervised)] == [IGNORE_INDEX] * (len(ids) - len(supervised))
     assert supervised[-1] in renderer.stop_ids
     special = set(renderer.tokenizer.all_special_ids) - set(renderer.end_ids)
     assert not special & set(supervised), "what looks like a special token in a transcript is text"

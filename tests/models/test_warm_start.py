@@ -1,4 +1,4 @@
-"""The closed-form initialisation of a projector agrees with exhaustive and public solvers."""
+"""The closed-form initialization of a projector agrees with exhaustive and public solvers."""
 
 import itertools
 

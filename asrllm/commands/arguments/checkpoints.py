@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from asrllm.commands.arguments.base_models import add_base_models
 from asrllm.commands.arguments.values import not_empty, positive
-from asrllm.defaults import MAX_SHARD_SIZE
+from asrllm.defaults import ICEFALL_LORA_ALPHA, ICEFALL_PROMPT, MAX_SHARD_SIZE
 
 DTYPE_CHOICES = ("bfloat16", "float16", "float32")
 
@@ -210,13 +210,13 @@ def add_import_icefall(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
     parser.add_argument(
         "--lora-alpha",
         type=int,
-        default=16,
+        default=ICEFALL_LORA_ALPHA,
         metavar="N",
         help="LoRA alpha of that training; default: %(default)s",
     )
     parser.add_argument(
         "--prompt",
-        default="请转写音频为文字",
+        default=ICEFALL_PROMPT,
         metavar="TEXT",
         help="prompt of that training; default: %(default)s",
     )

@@ -488,7 +488,7 @@ def _required_column(
 
 
 def _ljspeech(path: Path) -> TableRows:
-    """Yield the rows of a table without a header: id|text or id|text|normalised text.
+    """Yield the rows of a table without a header: id|text or id|text|normalized text.
 
     The last text is the one that is spoken.
     """
@@ -498,5 +498,5 @@ def _ljspeech(path: Path) -> TableRows:
         if texts:
             yield where, _TableRow(name.strip(), texts[-1] or texts[0], {})
         else:
-            problem = f"{where} is not 'id|text' or 'id|text|normalised text'"
+            problem = f"{where} is not 'id|text' or 'id|text|normalized text'"
             yield where, RejectedError("bad_row", problem)

@@ -96,7 +96,7 @@ def indexed_files(index: Path) -> list[Path]:
     """Return the weight files that an index names (transformers' *.index.json).
 
     Raises:
-        UserError: the index is damaged, or names a file outside of its directory.
+        UserError: the index is corrupted, or names a file outside of its directory.
     """
     weight_map = read_json_object(index, "the index of the weights").get("weight_map")
     values = weight_map.values() if isinstance(weight_map, dict) else [None]

@@ -18,6 +18,7 @@ from asrllm.models.asr_llm.weight_files import read_tensors, weight_files
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.hub_files import load_generation_config
 from asrllm.models.meta_device import parameters_on_meta
+from asrllm.models.model_args import PRETRAINED_PARTS
 from asrllm.models.pretrained import (
     empty_llm,
     pretrained_encoder,
@@ -42,7 +43,7 @@ def load_directory(
     base_models: BasePaths | None = None,
 ) -> ModelT:
     """Load a directory that `save_model` wrote. See `AsrLlmModel.from_pretrained`."""
-    config, processor = read_description(path, base_models)
+    config, processor = read_config_and_processor(path, base_models)
     state: StateDict = {}
     for file in weight_files(Path(path)):
         state.update(read_tensors(file, as_dtype(dtype)))
@@ -79,19 +80,19 @@ def load_model(
         UserError: a key is missing, unexpected or has another shape, or a base model is missing
             or is not the one used in training.
     """
-    config, processor = read_description(path, base_models)
+    config, processor = read_config_and_processor(path, base_models)
     return assemble(
         model_class,
         config,
         processor,
         state,
-        from_base=("audio_encoder", "llm"),
+        from_base=PRETRAINED_PARTS,
         dtype=dtype,
         where=str(path),
     )
 
 
-def read_description(
+def read_config_and_processor(
     path: str | Path,
     base_models: BasePaths | None = None,
 ) -> tuple[AsrLlmConfig, AsrLlmProcessor]:
@@ -125,7 +126,7 @@ def assemble(
 ) -> ModelT:
     """Build a model from its weights, in eval mode.
 
-    The parameters are the tensors of `state`, not copies of them, and none is initialised first.
+    The parameters are the tensors of `state`, not copies of them, and none is initialized first.
 
     Args:
         model_class: class of the model.

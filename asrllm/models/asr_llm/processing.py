@@ -1,4 +1,4 @@
-"""Everything of a model except its weights: tokenizer, chat template and prompts."""
+"""The processor of a model: its tokenizer, chat template and prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

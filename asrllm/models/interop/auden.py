@@ -38,6 +38,7 @@ from asrllm.models.encoders.zipformer.configuration import ZIPFORMER_FIELDS, Zip
 from asrllm.models.encoders.zipformer.modeling import plain_fields
 from asrllm.models.encoders.zipformer.weights import load_tensors, read_zipformer, without_dead_keys
 from asrllm.models.hub_files import load_tokenizer
+from asrllm.models.model_args import PRETRAINED_PARTS
 from asrllm.models.state_dict import StateDict
 from asrllm.text_files import JsonObject, first_words
 
@@ -52,7 +53,6 @@ AUDEN_KEYS = {
     # (2, width): the embeddings before and after the audio
     "audio_tag_embedding": "projector.boundary",
 }
-SHARED_PARTS = ("audio_encoder", "llm")  # their keys are the same in both formats
 USED_FIELDS = {
     "model_type",
     "audio_encoder_config",
@@ -243,7 +243,7 @@ def read_weights(folder: Path, file: Path | None, fields: JsonObject) -> StateDi
             "Give the file with weights=."
         )
     state = from_auden_names(load_tensors(file), str(file))
-    for part in SHARED_PARTS:
+    for part in PRETRAINED_PARTS:
         is_in_file = any(key.startswith(f"{part}.") for key in state)
         is_beside = (folder / part).is_dir()
         if is_in_file == is_beside:
@@ -262,7 +262,7 @@ def _default_file(folder: Path) -> Path | None:
 
 
 def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
-    """Rename Auden's keys by AUDEN_KEYS. Those of SHARED_PARTS do not change.
+    """Rename Auden's keys by AUDEN_KEYS. Those of pretrained parts are the same here.
 
     Args:
         state: the weights.
@@ -279,7 +279,7 @@ def from_auden_names(state: Mapping[str, Tensor], where: str) -> StateDict:
                 f"{where!r} contains adapters ({key!r}), but Auden's config.json does not contain "
                 "their scale. Merge them into the LLM first."
             )
-        if key not in AUDEN_KEYS and key.partition(".")[0] not in SHARED_PARTS:
+        if key not in AUDEN_KEYS and key.partition(".")[0] not in PRETRAINED_PARTS:
             raise UserError(
                 f"{where!r}: the key {key!r} of Auden's lalm is not supported. Give a file that "
                 "Auden's training wrote."

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from asrllm.atomic import new_folder
+from asrllm.defaults import ICEFALL_LORA_ALPHA, ICEFALL_PROMPT
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.loading import is_base_weight
@@ -24,7 +25,7 @@ from asrllm.models.build import describe_model
 from asrllm.models.encoders.whisper_weights import from_openai
 from asrllm.models.interop.auden import AUDEN_KEYS
 from asrllm.models.meta_device import parameters_on_meta
-from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, ModelConfig
+from asrllm.models.model_args import PRETRAINED_PARTS, EncoderPart, LlmPart, LoraPart, ModelConfig
 from asrllm.models.pretrained import empty_llm
 from asrllm.models.state_dict import StateDict, check_state, is_adapter, without_second_names
 from asrllm.tensor_files import write_file
@@ -35,8 +36,6 @@ ICEFALL_KEYS = {
 }
 POSITIONS = "audio_encoder.embed_positions.weight"
 ICEFALL_AUDIO_TOKEN = "<speech>"
-PROMPT = "请转写音频为文字"
-LORA_ALPHA = 16
 
 
 def import_icefall(
@@ -45,8 +44,8 @@ def import_icefall(
     *,
     encoder: str,
     llm: str,
-    lora_alpha: int = LORA_ALPHA,
-    prompt: str = PROMPT,
+    lora_alpha: int = ICEFALL_LORA_ALPHA,
+    prompt: str = ICEFALL_PROMPT,
 ) -> None:
     """Write a directory like that of a run, with pretrained.pt.
 
@@ -130,9 +129,7 @@ def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> St
     state = without_second_names(model, state, where)
     found = state.keys() - {POSITIONS}
     based = [
-        part
-        for part in ("audio_encoder", "llm")
-        if not any(is_base_weight(key, part) for key in found)
+        part for part in PRETRAINED_PARTS if not any(is_base_weight(key, part) for key in found)
     ]
     expected = model.weights()
     needed = [

@@ -19,8 +19,8 @@ class ValidationSample:
     Attributes:
         key: key of the utterance.
         corpus: name of the validation set.
-        reference: normalised reference.
-        hypothesis: normalised hypothesis.
+        reference: normalized reference.
+        hypothesis: normalized hypothesis.
         errors: word errors between the two.
     """
 
@@ -49,7 +49,7 @@ class Decoder:
 
         Args:
             subsets: utterances to decode, by validation set.
-            normalize: normalises a hypothesis. References are normalised already.
+            normalize: normalizes a hypothesis. References are normalized already.
         """
         self.subsets = subsets
         self.normalize = normalize
@@ -81,7 +81,7 @@ class Decoder:
         return samples
 
     def _transcribe(self, trainer: Trainer, batch: Sequence[tuple[Sample, str]]) -> list[str]:
-        """Return the normalised hypotheses of (utterance, prompt) pairs."""
+        """Return the normalized hypotheses of (utterance, prompt) pairs."""
         model = trainer.engine.module
         messages = [model.processor.renderer.user_messages(prompt) for _, prompt in batch]
         texts = model.generate(

@@ -276,7 +276,7 @@ def test_merging_is_rejected_without_adapters_and_with_excluded_parts(world, tmp
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT warns of it
 def test_adapter_of_tied_embeddings_is_not_merged(world, tmp_path):
     model = lora_model(world, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UserError, match=r"^merge_adapter=True: .*embeddings .*head"):
+    with pytest.raises(UserError, match=r"embeddings .*head"):
         model.save_pretrained(tmp_path / "merged", merge_adapter=True)
     assert not (tmp_path / "merged").exists()
 

@@ -431,7 +431,7 @@ def test_evaluation_always_uses_the_largest_chunk():
 
 
 def random_again(encoder, seed=1):
-    """Draw all parameters again as in the parity files: the default initialisation is too small."""
+    """Draw all parameters again as in the parity files: the default initialization is too small."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in encoder.parameters():

@@ -246,7 +246,7 @@ class FrontEnd(Scheduled):
 class ConvNeXt(nn.Module):
     """The block of Liu et al., "A ConvNet for the 2020s" (2022).
 
-    It has SwooshL and no normalisation.
+    It has SwooshL and no normalization.
     """
 
     def __init__(self, width: int) -> None:
