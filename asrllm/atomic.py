@@ -116,7 +116,7 @@ def check_output_file(path: Path) -> None:
 
     Raises:
         UserError: the path is a directory, a special file or a symbolic link that leads nowhere, or
-            its directory does not exist.
+            its directory does not exist or is not writable.
     """
     with writable_path(path):
         if _is_special(path):
@@ -129,6 +129,7 @@ def check_output_file(path: Path) -> None:
             f"{str(path)!r} cannot be written: {str(path.parent)!r} is not a directory. "
             "Create it, or use another path."
         )
+    _check_writable(path.parent, repr(str(path)))
 
 
 def check_text_output(path: Path) -> None:
@@ -178,12 +179,22 @@ def check_writable_folder(path: Path, name: str = "") -> None:
         UserError: the path cannot be a directory, or is not writable.
     """
     check_output_folder(path, name)
-    nearest = _nearest(path)
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{name}{str(path)!r} is not writable. "
-            f"Change the permissions of {str(nearest)!r}, or use another directory."
-        )
+    _check_writable(_nearest(path), f"{name}{str(path)!r}")
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    """Raise UserError if files cannot be added to a directory.
+
+    Args:
+        folder: a directory that exists.
+        what: what is to be written there, for the message.
+    """
+    if os.access(folder, os.W_OK | os.X_OK):
+        return
+    fix = f"Change the permissions of {str(folder)!r}, or use another path."
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        fix = PATH_FIXES[errno.EROFS]
+    raise UserError(f"{what} is not writable. {fix}")
 
 
 def _nearest(path: Path) -> Path:

@@ -18,6 +18,7 @@ from asrllm.atomic import (
     check_output_file,
     check_output_folder,
     check_text_output,
+    check_writable_folder,
     new_file,
     new_folder,
     sigterm_raises,
@@ -244,3 +245,10 @@ def test_text_for_an_open_file_does_not_replace_what_was_printed(tmp_path):
         command = [sys.executable, "-c", program]
         subprocess.run(command, stdout=file, check=True, cwd=REPOSITORY, timeout=30)
     assert (tmp_path / "printed").read_text() == "table\ntext"
+
+
+def test_directory_without_permission_is_reported_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    for check in (check_output_file, check_text_output, check_writable_folder):
+        with pytest.raises(UserError, match=f"'{tmp_path}/new' .* '{tmp_path}'"):
+            check(tmp_path / "new")
