@@ -25,6 +25,9 @@ from asrllm.models.encoders.zipformer.modeling import (
     ZipformerEncoder,
     ZipformerStack,
 )
+from asrllm.models.projectors import AudioProjector
+from asrllm.models.projectors.conv import ConvProjector
+from asrllm.models.projectors.qformer import QformerProjector
 
 # Dense bfloat16 (V100, T4: float16) by a word or words of the device's name. The figures are the
 # manufacturers'.
@@ -119,8 +122,8 @@ def count_flops(model: AsrLlmModel) -> Flops:
     if needs_gradient:
         frame_pair *= 3
     audio_token = 0.0
-    for module in linear_layers(model.projector):
-        audio_token += weight_flops(module, input_gradient=needs_gradient)
+    for module, positions in projector_positions(model.projector):
+        audio_token += positions * weight_flops(module, input_gradient=needs_gradient)
         needs_gradient |= any(p.requires_grad for p in module.parameters())
     head = llm.get_output_embeddings()
     layers = [module for module in linear_layers(model.llm) if module is not head]
@@ -202,6 +205,29 @@ def stacks(encoder: ZipformerEncoder) -> Iterator[tuple[ZipformerStack, int]]:
             yield stack.encoder, stack.rate
         else:
             yield stack, 1
+
+
+def projector_positions(projector: AudioProjector) -> Iterator[tuple[nn.Module, float]]:
+    """Yield the layers with weights in the order of the forward pass.
+
+    Each comes with the number of positions to which it is applied, per audio token. The attention
+    within the short windows of a Q-Former is not counted.
+    """
+    positions: dict[nn.Module, float] = {}
+    if isinstance(projector.mlp, QformerProjector):
+        for layer in projector.mlp.layers:
+            positions[layer.cross_attention.key] = projector.rate
+            positions[layer.cross_attention.value] = projector.rate
+    if isinstance(projector.mlp, ConvProjector):
+        positions[projector.mlp.linear1] = projector.rate
+        for number, convolution in enumerate(projector.mlp.convolutions, 1):
+            positions[convolution] = projector.rate / 2**number
+    for module in projector.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            yield module, positions.get(module, 1)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            # It is not counted, but if it is trained, the input of the next layer needs a gradient.
+            yield module, 0
 
 
 def pair_flops(encoder: Encoder) -> float:

@@ -10,6 +10,7 @@ from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
 from asrllm.models.fingerprint import is_hub_id
+from asrllm.models.projectors import check_projector
 from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, RatioBelowOne, component
 
 # Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
@@ -162,9 +163,9 @@ class ModelConfig:
 
     audio_encoder: EncoderPart = EncoderPart()
     llm: LlmPart = LlmPart()
-    projector: Literal["mlp", "normed"] = "mlp"
+    projector: Literal["mlp", "normed", "voxtral", "swiglu", "conv", "qformer"] = "mlp"
     """mlp: linear, ReLU, linear; normed: LayerNorm, linear, GELU, linear, LayerNorm at the LLM's
-    embedding size"""
+    embedding size; voxtral, swiglu (Ultravox), conv, qformer: see docs/training.md"""
     projector_hidden_size: PositiveInt = 2048
     """width of the projector's hidden layer"""
     projector_init: Literal["random", "aligned"] = "random"
@@ -174,7 +175,7 @@ class ModelConfig:
     """hours of speech that aligned reads on all ranks together; 0.1 to 0.5 GB of host memory an
     hour"""
     audio_encoder_projector_ds_rate: PositiveInt = 8
-    """encoder frames that are stacked into one token of the LLM"""
+    """encoder frames that make one token of the LLM"""
     audio_token: str = "<|AUDIO|>"
     """added to the tokenizer; marks the place of the audio in the prompt"""
     tag_audio_boundary: bool = False
@@ -203,6 +204,12 @@ class ModelConfig:
                 raise UserError(f"{key} is not set. {fix}")
 
     def __post_init__(self) -> None:
+        check_projector(
+            self.projector,
+            rate=self.audio_encoder_projector_ds_rate,
+            hidden_size=self.projector_hidden_size,
+            aligned=self.projector_init == "aligned",
+        )
         if self.projector_init == "aligned" and self.projector_hidden_size < 2:
             raise UserError(
                 f"model.projector_hidden_size={self.projector_hidden_size} is too small for "

@@ -23,6 +23,7 @@ from asrllm.models.loss import LOGITS
 from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.model_args import ModelConfig
 from asrllm.models.pretrained import empty_llm
+from asrllm.models.projectors.base import StackProjector
 from asrllm.training.ds_keys import DsConfig
 
 MASTER = 4  # bytes of a trained weight in float32
@@ -289,11 +290,15 @@ def _without_packing_check() -> Iterator[None]:
 def _audio_bytes(model: AsrLlmModel, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
     """Return the bytes that the projector, and an encoder that is trained, save."""
     rate = model.projector.rate
-    width = rate * model.audio_encoder.output_dim
-    frames = torch.empty(tokens, width, dtype=dtype, device="meta", requires_grad=True)
+    width = model.audio_encoder.output_dim
+    frames = torch.empty(1, tokens * rate, width, dtype=dtype, device="meta", requires_grad=True)
     counter = SavedBytes(model)
     with counter:
-        model.projector.mlp(frames)
+        if isinstance(model.projector.mlp, StackProjector):
+            model.projector.mlp(frames.view(tokens, rate * width))
+        else:
+            lengths = torch.full((1,), tokens * rate, device="meta")
+            model.projector.mlp(frames, lengths)
     total = counter.total
     if any(p.requires_grad for p in model.audio_encoder.parameters()):
         total += int(tokens * rate * _encoder_bytes(model.config, dtype, recompute))

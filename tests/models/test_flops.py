@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.flops import count_flops, peak_tflops
+from asrllm.models.projectors import PROJECTORS
 from asrllm.testing import TINY_ZIPFORMER
 
 WHISPER = {
@@ -36,13 +37,16 @@ LLM = {
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-def make_model(kind: str, lora: dict | None, frozen: tuple[str, ...]) -> AsrLlmModel:
+def make_model(
+    kind: str, lora: dict | None, frozen: tuple[str, ...], **changes: object
+) -> AsrLlmModel:
     torch.manual_seed(0)
     more = {
         "audio_token_id": 301,
         "projector_hidden_size": 48,
         "audio_encoder_projector_ds_rate": 4,
     }
+    more |= changes
     model = AsrLlmModel(AsrLlmConfig(audio_encoder=ENCODERS[kind], llm=LLM, lora=lora, **more))
     model.freeze(*frozen)
     return model.train()
@@ -79,7 +83,19 @@ def make_batch(model: AsrLlmModel) -> dict[str, torch.Tensor]:
     ],
 )
 def test_count_matches_torchs_counter(kind, lora, frozen):
-    model = make_model(kind, lora, frozen)
+    check_count(make_model(kind, lora, frozen))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_count_of_a_projector_matches_torchs_counter(projector):
+    # wide, so that the projector has most of the operations
+    changes = {"projector": projector, "projector_hidden_size": 256}
+    check_count(make_model("whisper", None, ("audio_encoder", "llm"), **changes))
+
+
+def check_count(model: AsrLlmModel) -> None:
+    """Compare the operations of a step, forward and backward, with torch's count."""
     batch = make_batch(model)
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward}

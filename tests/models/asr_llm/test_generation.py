@@ -89,9 +89,8 @@ def make_model(world, llm, encoder="whisper", model_type="qwen2", projector="mlp
     processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
     torch.manual_seed(0)
     model = build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).eval()
-    torch.nn.init.normal_(
-        model.projector.mlp.linear2.weight, std=1.0
-    )  # large enough for the audio to change the text
+    *_, last = (m for m in model.projector.modules() if isinstance(m, torch.nn.Linear))
+    torch.nn.init.normal_(last.weight, std=1.0)  # large enough for the audio to change the text
     return model
 
 

@@ -14,6 +14,7 @@ from asrllm.errors import UserError
 from asrllm.models.build import build_model, describe_model
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, ModelConfig
+from asrllm.models.projectors import PROJECTORS
 from asrllm.testing import tiny_llm, tone_sentences
 from asrllm.training.trainer import MODEL_INPUTS
 
@@ -88,7 +89,7 @@ def test_base_models_are_stored_by_absolute_path(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("boundary", [False, True])
-@pytest.mark.parametrize("projector", ["mlp", "normed"])
+@pytest.mark.parametrize("projector", PROJECTORS)
 def test_packed_loss_and_gradients_are_the_sum_over_single_utterances(world, boundary, projector):
     model = make_model(world, tag_audio_boundary=boundary, projector=projector)
     together = model(**batch_of(model, samples()))

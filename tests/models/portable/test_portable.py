@@ -82,9 +82,10 @@ print(json.dumps({"before": before, "after": model(**inputs).logits[0, -1].tolis
 """
 
 
-@pytest.fixture(params=["whisper", "zipformer"])
+@pytest.fixture(params=[("whisper", "mlp"), ("zipformer", "qformer")], ids=" ".join)
 def model(world, request):
-    return make_model(world, world.llm, encoder=request.param)
+    encoder, projector = request.param
+    return make_model(world, world.llm, encoder=encoder, projector=projector)
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
-"""Projectors from encoder frames to LLM embeddings at a lower rate.
+"""The projectors by name, and the projector of a model.
 
-To add one, write a class and add a line to PROJECTORS.
+To add one, write a class like those in stacked.py or conv.py, add a line to PROJECTORS, and write a
+test like those in tests/models/test_projectors.py.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,83 +10,47 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from asrllm.errors import UserError, nearest
+from asrllm.models.projectors.base import FrameProjector, StackProjector
+from asrllm.models.projectors.conv import ConvProjector
+from asrllm.models.projectors.lengths import count_audio_tokens, first_frames
+from asrllm.models.projectors.qformer import QformerProjector
+from asrllm.models.projectors.stacked import (
+    MlpProjector,
+    NormedProjector,
+    SwigluProjector,
+    VoxtralProjector,
+)
 
-
-class MlpProjector(nn.Module):
-    """Stacked frames, linear, ReLU, linear: the projector of SLAM-ASR (Ma et al., 2024)."""
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        rate: int,
-        hidden_size: int,
-    ) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(input_size * rate, hidden_size)
-        self.linear2 = nn.Linear(hidden_size, output_size)
-
-    def forward(self, stacked: Tensor) -> Tensor:
-        """Map (M, rate x input_size) to (M, output_size)."""
-        return self.linear2(F.relu(self.linear1(stacked)))
-
-
-class NormedProjector(nn.Module):
-    """Stacked frames, LayerNorm, linear, GELU, linear, LayerNorm.
-
-    The gain of the last LayerNorm starts at the standard deviation of the LLM's embeddings.
-    Training thus starts near the input that the LLM expects, and a frozen LLM responds to the audio
-    within a hundred steps.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        rate: int,
-        hidden_size: int,
-    ) -> None:
-        super().__init__()
-        self.norm_in = nn.LayerNorm(input_size * rate)
-        self.linear1 = nn.Linear(input_size * rate, hidden_size)
-        self.linear2 = nn.Linear(hidden_size, output_size)
-        self.norm_out = nn.LayerNorm(output_size)
-
-    def forward(self, stacked: Tensor) -> Tensor:
-        """Map (M, rate x input_size) to (M, output_size)."""
-        hidden = F.gelu(self.linear1(self.norm_in(stacked)))
-        return self.norm_out(self.linear2(hidden))
-
-    def fit_embeddings(self, embeddings: Tensor) -> None:
-        """Set the output's gain to the standard deviation of embeddings (rows, output_size)."""
-        nn.init.constant_(self.norm_out.weight, embeddings.float().std().item())
-
-
-PROJECTORS: dict[str, type[MlpProjector] | type[NormedProjector]] = {
+PROJECTORS: dict[str, type[StackProjector] | type[FrameProjector]] = {
     "mlp": MlpProjector,
     "normed": NormedProjector,
+    "voxtral": VoxtralProjector,
+    "swiglu": SwigluProjector,
+    "conv": ConvProjector,
+    "qformer": QformerProjector,
 }
 
 
-def first_frames(x: Tensor, lengths: Tensor) -> Tensor:
-    """Return a mask (N, T) of the first `lengths` (N,) frames of x (N, T, C)."""
-    positions = torch.arange(x.shape[1], device=x.device)
-    return positions < lengths[:, None]
-
-
-def count_audio_tokens(
-    frames: Any, rate: int, *, drop_ragged: bool = False, tag_boundary: bool = False
-) -> Any:
-    """Return how many tokens of the LLM some encoder frames take.
+def check_projector(kind: str, *, rate: int, hidden_size: int, aligned: bool) -> None:
+    """Check the configuration of a projector.
 
     Args:
-        frames: number of frames, as an int, an array or a tensor.
-        rate: number of frames that make one token.
-        drop_ragged: drop the frames after the last full stack instead of padding with zeros.
-        tag_boundary: count an embedding before and after the audio.
+        kind: a name in PROJECTORS.
+        rate: number of frames that make one audio token.
+        hidden_size: width of the projector's hidden layer.
+        aligned: whether models/warm_start.py is to fit it.
+
+    Raises:
+        UserError: the projector does not support the values.
     """
-    tokens = frames // rate if drop_ragged else -(-frames // rate)
-    return tokens + 2 if tag_boundary else tokens
+    PROJECTORS[kind].check_sizes(rate, hidden_size)
+    if aligned and not PROJECTORS[kind].can_be_aligned:
+        able = [name for name, other in PROJECTORS.items() if other.can_be_aligned]
+        raise UserError(
+            f"model.projector_init=aligned cannot fit model.projector={kind}, because no setting "
+            f"of its weights computes a given affine map. Use {' or '.join(able)}, or "
+            "model.projector_init=random."
+        )
 
 
 class AudioProjector(nn.Module):
@@ -160,8 +123,14 @@ class AudioProjector(nn.Module):
         Returns:
             (sum of AsrLlmConfig.num_audio_tokens, output_size).
         """
-        stacked, counts = self.stack(frames, lengths)
-        tokens = self.mlp(stacked)
+        if isinstance(self.mlp, StackProjector):
+            stacked, counts = self.stack(frames, lengths)
+            tokens = self.mlp(stacked)
+        else:
+            frames = frames * first_frames(frames, lengths)[..., None]
+            counts = self._count(lengths)
+            padded = self.mlp(frames, lengths)
+            tokens = padded[first_frames(padded, counts)]
         if self.boundary is None:
             return tokens
         begin, end = self.boundary.to(tokens.dtype).split(1)
@@ -185,6 +154,10 @@ class AudioProjector(nn.Module):
         frames = frames * first_frames(frames, lengths)[..., None]
         missing = -frames.shape[1] % self.rate
         frames = F.pad(frames, (0, 0, 0, missing))
-        counts = count_audio_tokens(lengths, self.rate, drop_ragged=self.drop_ragged)
+        counts = self._count(lengths)
         stacked = frames.reshape(len(frames), -1, self.rate * frames.shape[2])
         return stacked[first_frames(stacked, counts)], counts
+
+    def _count(self, lengths: Tensor) -> Tensor:
+        """Return the number of tokens for numbers of frames (N,), without the boundaries."""
+        return count_audio_tokens(lengths, self.rate, drop_ragged=self.drop_ragged)
