@@ -148,7 +148,7 @@ def test_disk_too_small_for_the_checkpoints_is_a_problem(examine, monkeypatch):
 
 def test_audio_tokens_that_differ_from_the_encoders_frames_are_a_problem(examine, monkeypatch):
     right = WhisperEncoder.frame_lengths
-    monkeypatch.setattr(WhisperEncoder, "frame_lengths", staticmethod(lambda n: right(n) + 1))
+    monkeypatch.setattr(WhisperEncoder, "frame_lengths", staticmethod(lambda *n: right(*n) + 1))
     assert examine().keys() == {"audio tokens"}
 
 

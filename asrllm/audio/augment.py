@@ -424,7 +424,8 @@ def _fast_size(least: int) -> int:
 def mask_features(features: Tensor, lengths: Tensor, masks: Tensor, time_masks: int) -> Tensor:
     """Replace masked frames and bins by the mean of their utterance's true frames.
 
-    Padding is unchanged. Nothing waits for the device.
+    Padding is unchanged. Waveforms, which have one bin, are masked in time only. Nothing waits for
+    the device.
 
     Args:
         features: (N, T, F).
@@ -439,7 +440,10 @@ def mask_features(features: Tensor, lengths: Tensor, masks: Tensor, time_masks: 
     in_time = _inside(frame_ratios, masks[:, :time_masks])  # (N, T)
     bin_ratios = ((bins + 0.5) / len(bins)).expand(len(masks), -1)
     in_bins = _inside(bin_ratios, masks[:, time_masks:])  # (N, F)
-    masked = (in_time[:, :, None] | in_bins[:, None]) & real[..., None]
+    masked = in_time[:, :, None]
+    if len(bins) > 1:
+        masked = masked | in_bins[:, None]
+    masked = masked & real[..., None]
     without_padding = features.masked_fill(~real[..., None], 0)
     total = without_padding.sum((1, 2), dtype=torch.float32)
     mean = total / (lengths * len(bins)).clamp(min=1)

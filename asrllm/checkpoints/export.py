@@ -20,13 +20,14 @@ from asrllm.models.asr_llm.network import PARTS
 from asrllm.models.asr_llm.saving import write_generation_config
 from asrllm.models.auto import AutoModel, chosen_weights, model_folder
 from asrllm.models.base_models import BasePaths, public_name
+from asrllm.models.encoders.hf_weights import PREPROCESSOR
 from asrllm.tensor_files import TensorSource, read_about, write_sharded
 from asrllm.text_files import JsonObject, read_json_object, read_yaml
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("asrllm", "torch", "transformers", "peft", "deepspeed")
-# how the names of an encoder's weights begin in its own framework
-ENCODER_PREFIXES = {"whisper": "model.encoder."}
+# how the names of an encoder's weights begin here, and in its own framework
+ENCODER_PREFIXES = {"whisper": ("", "model.encoder."), "hf": ("model.", "")}
 PIPELINE_EXAMPLE = """\
 ```python
 from transformers import pipeline
@@ -151,12 +152,16 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
     }
     for part in PARTS:
         (folder / part).mkdir()
-        prefix = ""
+        prefixes = ("", "")
         if part == "audio_encoder":
-            prefix = ENCODER_PREFIXES.get(encoder["model_type"], "")
-        source = part_weights(model, part, prefix)
+            prefixes = ENCODER_PREFIXES.get(encoder["model_type"], prefixes)
+        source = part_weights(model, part, *prefixes)
         write_sharded(source, folder / part, max_shard_size=max_shard_size, what=part)
-    (folder / "audio_encoder" / "config.json").write_text(json.dumps(encoder, indent=2) + "\n")
+    described = {"config.json": encoder}
+    if encoder["model_type"] == "hf":
+        described = {"config.json": encoder["config"], PREPROCESSOR: encoder["preprocessor"]}
+    for name, fields in described.items():
+        (folder / "audio_encoder" / name).write_text(json.dumps(fields, indent=2) + "\n")
     (folder / "projector" / "config.json").write_text(json.dumps(projector, indent=2) + "\n")
     model.causal_lm.config.save_pretrained(folder / "llm")
     write_generation_config(model.llm.generation_config, folder / "llm")
@@ -166,12 +171,13 @@ def save_parts(model: AsrLlmModel, folder: Path, max_shard_size: int | str) -> N
         write_checksums(folder / part)
 
 
-def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
+def part_weights(model: AsrLlmModel, part: str, own: str, prefix: str) -> TensorSource:
     """Return the weights of a part. Adapters are merged into their layers one at a time.
 
     Args:
         model: the model.
         part: its part.
+        own: removed from the beginning of every name.
         prefix: prepended to every name.
     """
     state = model.weights()
@@ -181,7 +187,7 @@ def part_weights(model: AsrLlmModel, part: str, prefix: str) -> TensorSource:
     names: dict[str, str] = {}
     for key in state:
         if key.startswith(f"{part}."):
-            names[key] = prefix + key.removeprefix(f"{part}.")
+            names[key] = prefix + key.removeprefix(f"{part}.{own}")
     return weight_source(
         {name: state[key] for key, name in names.items()},
         {name: adapted[key] for key, name in names.items() if key in adapted},

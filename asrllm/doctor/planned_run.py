@@ -16,6 +16,7 @@ from asrllm.doctor.overlap import check_overlap
 from asrllm.doctor.system import amount
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.pretrained import pretrained_encoder, pretrained_llm
 from asrllm.training.memory_estimate import count_sizes, on_meta
 from asrllm.training.prepare import DescribedRun, describe_run, warmup_of
@@ -171,11 +172,12 @@ def check_audio_tokens(
 ) -> Finding:
     """Compare the frames that the encoder gives with those that the prompts have tokens for."""
     features_of = encoder.get_submodule("features")
-    kind = type(encoder)
+    fields = processor.config.audio_encoder or {}
+    frame_lengths = encoder_class(fields["model_type"]).frame_lengths
     for sample, _ in examples:
         wave = torch.from_numpy(sample.wave)[None]
         _, lengths = encoder(*features_of(wave, torch.tensor([wave.shape[1]])))
-        expected = int(kind.frame_lengths(wave.shape[1]))  # type: ignore[attr-defined]
+        expected = int(frame_lengths(wave.shape[1], fields))
         if int(lengths[0]) != expected:
             text = (
                 f"{sample.key!r} has {int(lengths[0])} encoder frames, but {expected} are expected"

@@ -9,14 +9,20 @@ Only true frames and tokens count: padding and the recomputation of gradient che
 Embeddings, norms and features are not counted, and sliding windows are ignored.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from asrllm.defaults import RATE
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.encoders.hf import HfEncoder
+from asrllm.models.encoders.hf_families import WHISPER_30S
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.models.encoders.zipformer.layers import ZipformerLayer
 from asrllm.models.encoders.zipformer.modeling import (
@@ -28,6 +34,7 @@ from asrllm.models.encoders.zipformer.modeling import (
 from asrllm.models.projectors import AudioProjector
 from asrllm.models.projectors.conv import ConvProjector
 from asrllm.models.projectors.qformer import QformerProjector
+from asrllm.models.state_dict import is_adapter
 
 # Dense bfloat16 (V100, T4: float16) by a word or words of the device's name. The figures are the
 # manufacturers'.
@@ -56,7 +63,8 @@ PEAK_TFLOPS = {
     "MI250X": 383,
     "MI300X": 1307,
 }
-Encoder = WhisperEncoder | ZipformerEncoder
+Encoder = WhisperEncoder | ZipformerEncoder | HfEncoder
+PROBE_SECONDS = (10, 20)  # of audio, with which an encoder of transformers is measured
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -113,14 +121,8 @@ def count_flops(model: AsrLlmModel) -> Flops:
     """Count the operations of a model's training step."""
     encoder = model.audio_encoder
     llm = model.causal_lm
-    frame = 0.0
-    needs_gradient = False
-    for module, positions in encoder_positions(encoder):
-        frame += positions * weight_flops(module, input_gradient=needs_gradient)
-        needs_gradient |= any(p.requires_grad for p in module.parameters())
-    frame_pair = pair_flops(encoder)
-    if needs_gradient:
-        frame_pair *= 3
+    frame, frame_pair = encoder_flops(encoder)
+    needs_gradient = any(p.requires_grad for p in encoder.parameters())
     audio_token = 0.0
     for module, positions in projector_positions(model.projector):
         audio_token += positions * weight_flops(module, input_gradient=needs_gradient)
@@ -137,9 +139,55 @@ def count_flops(model: AsrLlmModel) -> Flops:
         pair=text.num_hidden_layers * 3 * 4 * text.num_attention_heads * head_width,
         target=weight_flops(head, input_gradient=True),
         config=model.config,
-        frame_lengths=encoder.frame_lengths,
+        frame_lengths=functools.partial(
+            encoder.frame_lengths, values=model.config.audio_encoder or {}
+        ),
         pad_to=encoder.max_frames if getattr(encoder, "pad_to_30s", False) else 0,
     )
+
+
+def encoder_flops(encoder: Encoder) -> tuple[float, float]:
+    """Return an encoder's operations per frame of its output, and per pair of frames."""
+    if isinstance(encoder, HfEncoder):
+        return hf_flops(encoder)
+    frame = 0.0
+    needs_gradient = False
+    for module, positions in encoder_positions(encoder):
+        frame += positions * weight_flops(module, input_gradient=needs_gradient)
+        needs_gradient |= any(p.requires_grad for p in module.parameters())
+    frame_pair = pair_flops(encoder)
+    if needs_gradient:
+        frame_pair *= 3
+    return frame, frame_pair
+
+
+def hf_flops(encoder: HfEncoder) -> tuple[float, float]:
+    """Measure the forward pass of an encoder of transformers on the meta device.
+
+    Gradients of its input are counted like a forward pass, and those of its weights like another.
+    """
+    with torch.device("meta"):
+        copy = HfEncoder(config=encoder.config, preprocessor={}).eval()
+    values = {"config": encoder.config}
+    width, hop = HfEncoder.feature_shape(values)
+    measured: list[tuple[int, int]] = []
+    for seconds in PROBE_SECONDS:
+        samples = seconds * RATE
+        length = WHISPER_30S if encoder.pad_to_30s else samples // hop
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            output = copy.run_one(torch.empty(length, width, device="meta"))
+        measured.append((len(output), counter.get_total_flops()))
+    (few, less), (many, more) = measured
+    passes = 1
+    if any(p.requires_grad for p in encoder.parameters()):
+        passes += 1
+    if any(p.requires_grad and not is_adapter(n) for n, p in encoder.named_parameters()):
+        passes += 1
+    if few == many:
+        return passes * less / few, 0.0
+    pair = (more / many - less / few) / (many - few)
+    return passes * (less / few - pair * few), passes * pair
 
 
 def linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
@@ -159,7 +207,9 @@ def weight_flops(module: nn.Module, *, input_gradient: bool) -> float:
     return float(size * (2 + 2 * input_gradient + 2 * weight.requires_grad))
 
 
-def encoder_positions(encoder: Encoder) -> Iterator[tuple[nn.Module, float]]:
+def encoder_positions(
+    encoder: WhisperEncoder | ZipformerEncoder,
+) -> Iterator[tuple[nn.Module, float]]:
     """Yield the layers with weights in the order of the forward pass.
 
     Each comes with the number of positions to which it is applied, per frame of the encoder's
@@ -230,7 +280,7 @@ def projector_positions(projector: AudioProjector) -> Iterator[tuple[nn.Module, 
             yield module, 0
 
 
-def pair_flops(encoder: Encoder) -> float:
+def pair_flops(encoder: WhisperEncoder | ZipformerEncoder) -> float:
     """Return the operations of all attention layers in the forward pass.
 
     They are counted per pair of frames of the encoder's output.

@@ -91,7 +91,8 @@ class EncoderPart:
     """The audio encoder."""
 
     model_type: str = "whisper"
-    """whisper | zipformer | directory or hub id whose config.json names the type"""
+    """whisper | zipformer | hf: wavlm, hubert and others of transformers, see docs/encoders.md |
+    directory or hub id whose config.json names the type"""
     pretrained_model: str | None = None
     """directory or hub id; zipformer: of icefall or Auden, or a checkpoint file"""
     frozen: bool = True

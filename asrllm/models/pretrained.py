@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +204,7 @@ def add_lora(
     options: JsonObject,
     *,
     key: str,
+    not_called: Collection[str] = (),
 ) -> None:
     """Add adapters to a module that is not a transformers model, without a wrapper.
 
@@ -211,11 +212,22 @@ def add_lora(
         module: the module; changed in place.
         options: options of PEFT's LoraConfig.
         key: their configuration key, for error messages.
+        not_called: names of layers on which adapters would have no effect.
+
+    Raises:
+        UserError: the options are not valid, or adapt such a layer.
     """
     from peft import inject_adapter_in_model
 
     with _converted_errors(key):
         inject_adapter_in_model(lora_config(options), module)
+    for name, layer in module.named_modules():
+        if name.rpartition(".")[2] in not_called and hasattr(layer, "lora_A"):
+            raise UserError(
+                f"{key}.target_modules adapts {name!r}, but the model reads the weights of that "
+                "layer without calling it, so that the adapter has no effect. Name other layers, "
+                "for example those of the feed-forward part."
+            )
 
 
 def lora_config(options: JsonObject, **more: Any) -> "LoraConfig":

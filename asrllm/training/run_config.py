@@ -234,7 +234,7 @@ class TrainRun:
             "whisper_fbank": self.data.whisper_fbank not in (None, uses_whisper),
             "pad_to_30s": self.data.pad_to_30s and not uses_whisper,
         }
-        features = "Whisper features" if uses_whisper else "Kaldi filter banks"
+        features = "Whisper features" if uses_whisper else "other features"
         for key, mismatch in mismatches.items():
             if mismatch:
                 value = str(getattr(self.data, key)).lower()

@@ -74,7 +74,8 @@ class AsrLlmConfig(PreTrainedConfig):
         Returns:
             The number of tokens, in the type of `samples`.
         """
-        frames = encoder_class((self.audio_encoder or {})["model_type"]).frame_lengths(samples)
+        fields = self.audio_encoder or {}
+        frames = encoder_class(fields["model_type"]).frame_lengths(samples, fields)
         return count_audio_tokens(
             frames,
             self.audio_encoder_projector_ds_rate,

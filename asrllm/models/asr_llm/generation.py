@@ -25,7 +25,7 @@ from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
 from asrllm.models.asr_llm.greedy_search import AnswerRow, DynamicCacheDecoder, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
-from asrllm.models.asr_llm.processing import HOP, check_finite_features
+from asrllm.models.asr_llm.processing import check_finite_features, feature_shape
 from asrllm.schema import build
 
 # Features (x, x_lens), or a list of audios.
@@ -93,7 +93,7 @@ def generate(
     waves: list[np.ndarray] = []
     if is_features(inputs):
         features = processor.check_features(*inputs)
-        samples = features[1].cpu() * HOP
+        samples = features[1].cpu() * feature_shape(model.config)[1]
     else:
         waves = processor.read_waves(inputs)
         samples = torch.tensor([len(wave) for wave in waves])

@@ -91,7 +91,12 @@ class AsrLlmNetwork(PreTrainedModel):
         self.audio_encoder: nn.Module = audio_encoder
         self.llm = llm
         if config.audio_encoder_lora:
-            add_lora(self.audio_encoder, config.audio_encoder_lora, key="model.audio_encoder.lora")
+            add_lora(
+                self.audio_encoder,
+                config.audio_encoder_lora,
+                key="model.audio_encoder.lora",
+                not_called=getattr(self.audio_encoder, "not_called", ()),
+            )
         if config.lora:
             self.llm = with_lora(self.llm, config.lora)
         self.projector = AudioProjector.from_config(

@@ -16,10 +16,10 @@ from asrllm.defaults import RATE
 from asrllm.errors import UserError, refuse_unknown
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.hub_files import load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-HOP = 160  # samples per feature frame, both for Whisper's and for Kaldi's features
 MAX_SHOWN_COUNTS = 20
 # Keywords of transformers' Auto classes that do not change what is read from a local directory
 # without code. Every call of an Auto class passes _from_auto, _commit_hash, adapter_kwargs,
@@ -152,7 +152,8 @@ class AsrLlmProcessor:
         return x, x_lens
 
     def _check_feature_lengths(self, x: Tensor, x_lens: Tensor) -> None:
-        low, high = (max(1, round(n / HOP)) for n in self.config.sample_limits())
+        _, hop = feature_shape(self.config)
+        low, high = (max(1, round(n / hop)) for n in self.config.sample_limits())
         for i, length in enumerate(x_lens.tolist()):
             if not 1 <= length <= x.shape[1]:
                 raise UserError(
@@ -166,7 +167,7 @@ class AsrLlmProcessor:
                 )
 
     def _check_feature_shapes(self, x: Tensor, x_lens: Tensor) -> None:
-        width = feature_width(self.config)
+        width, _ = feature_shape(self.config)
         if x.dim() != 3 or not x.is_floating_point() or x.shape[2] != width:
             raise UserError(
                 f"the features have the shape {tuple(x.shape)} and the dtype {x.dtype}. Give a "
@@ -258,10 +259,10 @@ def _in_chat(
         raise UserError(f"chat {i}: {error}") from error
 
 
-def feature_width(config: AsrLlmConfig) -> int:
-    """Return the number of features in a frame: 80, unless the encoder's fields define it."""
+def feature_shape(config: AsrLlmConfig) -> tuple[int, int]:
+    """Return the width of a frame of the features, and how many samples there are for each."""
     fields = config.audio_encoder or {}
-    return fields.get("num_mel_bins") or fields.get("feature_dim") or 80
+    return encoder_class(fields["model_type"]).feature_shape(fields)
 
 
 def check_finite_features(features: Tensor, names: Sequence[str], problem: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from asrllm.errors import UserError, nearest
+from asrllm.models.encoders.hf import HfEncoder
+from asrllm.models.encoders.hf_families import HF_FAMILIES, HF_PARTS
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.models.encoders.zipformer.modeling import ZipformerEncoder
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
@@ -71,11 +73,21 @@ class AudioEncoder(Protocol):
         ...
 
     @staticmethod
-    def frame_lengths(samples: Any) -> Any:
+    def feature_shape(values: JsonObject) -> tuple[int, int]:
+        """Return the width of a frame of the features, and how many samples there are for each.
+
+        Args:
+            values: the encoder's fields.
+        """
+        ...
+
+    @staticmethod
+    def frame_lengths(samples: Any, values: JsonObject) -> Any:
         """Return how many frames the encoder gives for a waveform.
 
         Args:
             samples: length of the waveform in samples, as an int, an array or a tensor.
+            values: the encoder's fields.
         """
         ...
 
@@ -94,7 +106,11 @@ class AudioEncoder(Protocol):
         ...
 
 
-ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": WhisperEncoder, "zipformer": ZipformerEncoder}
+ENCODERS: dict[str, type[AudioEncoder]] = {
+    "whisper": WhisperEncoder,
+    "zipformer": ZipformerEncoder,
+    "hf": HfEncoder,
+}
 
 
 def build_encoder(fields: JsonObject, *, pad_to_30s: bool) -> AudioEncoder:
@@ -129,10 +145,12 @@ def encoder_kind(model_type: str) -> str:
         return model_type
     config = resolve_pretrained(model_type) / "config.json"
     kind = read_json_object(config, "the encoder's configuration").get("model_type")
+    if kind in HF_FAMILIES or kind in HF_PARTS:
+        return "hf"
     if kind not in ENCODERS:
         raise UserError(
             f"{str(config)!r} has model_type={kind!r}, which is not supported. "
-            f"Available: {', '.join(ENCODERS)}."
+            f"Available: {', '.join([*ENCODERS, *HF_FAMILIES, *HF_PARTS])}."
         )
     return str(kind)
 

@@ -148,7 +148,12 @@ class WhisperEncoder(ExtractsFeatures):
         return WhisperFeatures(values["num_mel_bins"], values.get("pad_to_30s", False))
 
     @staticmethod
-    def frame_lengths(samples: Any) -> Any:
+    def feature_shape(values: JsonObject) -> tuple[int, int]:
+        """See AudioEncoder."""
+        return values["num_mel_bins"], WHISPER_HOP
+
+    @staticmethod
+    def frame_lengths(samples: Any, values: JsonObject) -> Any:
         """See AudioEncoder."""
         return (whisper_frames(samples) + 1) // 2
 

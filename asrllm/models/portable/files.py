@@ -40,6 +40,7 @@ DROPPED = (
     "AsrLlmConfig.num_audio_tokens",
     "AsrLlmConfig.sample_limits",
     "ChatRenderer.encode_training",
+    "HfEncoder.read_pretrained",
     "WhisperEncoder.read_pretrained",
     "ZipformerEncoder.read_pretrained",
     "ZipformerEncoder.from_pretrained",

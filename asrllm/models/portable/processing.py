@@ -228,9 +228,9 @@ class AsrLlmHubProcessor(ProcessorMixin):
 
     def num_audio_tokens(self, samples: Any) -> Any:
         """Return how many tokens of the LLM a waveform takes, in the type of `samples`."""
-        kind = encoder_class(self.feature_extractor.audio_encoder["model_type"])
+        fields = self.feature_extractor.audio_encoder
         return count_audio_tokens(
-            kind.frame_lengths(samples),
+            encoder_class(fields["model_type"]).frame_lengths(samples, fields),
             self.frames_per_token,
             drop_ragged=self.drop_ragged_frames,
             tag_boundary=self.tag_audio_boundary,

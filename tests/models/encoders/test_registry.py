@@ -57,8 +57,8 @@ def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
         UserError, match=f"'{tmp_path}/config.json' .*encoder_layers=7, .*'{world.whisper}' .* 2\\."
     ):
         make_model(world, audio_encoder=part(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "wav2vec2"}))
-    with pytest.raises(UserError, match=f"'{tmp_path}/config.json' .*model_type='wav2vec2'"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "clap"}))
+    with pytest.raises(UserError, match=f"'{tmp_path}/config.json' .*model_type='clap'"):
         part(tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_frame_lengths_match_the_output_lengths(world):
         waves = torch.randn(1, samples)
         x, lengths = encoder.features(waves, torch.tensor([samples]))
         out, out_lengths = encoder(x, lengths)
-        assert out.shape[1] == out_lengths[0] == encoder.frame_lengths(samples)
+        assert out.shape[1] == out_lengths[0] == encoder.frame_lengths(samples, {})
 
 
 def test_bfloat16_is_near_float32(world):

@@ -297,7 +297,7 @@ def test_frame_lengths_of_waveforms_match_the_output_lengths():
     for samples in (shortest, shortest + 1, 5000, 16000, 47999):
         x, lengths = encoder.features(torch.randn(1, samples), torch.tensor([samples]))
         out, out_lengths = encoder(x, lengths)
-        assert out.shape[1] == out_lengths[0] == encoder.frame_lengths(samples)
+        assert out.shape[1] == out_lengths[0] == encoder.frame_lengths(samples, {})
     _, lengths = encoder.features(torch.randn(1, shortest - 1), torch.tensor([shortest - 1]))
     assert lengths.tolist() == [8]
 

@@ -175,7 +175,12 @@ class ZipformerEncoder(ExtractsFeatures):
         return KaldiFeatures(values.get("feature_dim", 80))
 
     @staticmethod
-    def frame_lengths(samples: Any) -> Any:
+    def feature_shape(values: JsonObject) -> tuple[int, int]:
+        """See AudioEncoder."""
+        return values.get("feature_dim", 80), KALDI_HOP
+
+    @staticmethod
+    def frame_lengths(samples: Any, values: JsonObject) -> Any:
         """See AudioEncoder."""
         return (kaldi_frames(samples) - 5) // 4
 
