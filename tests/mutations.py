@@ -86,7 +86,9 @@ TESTS = {
     "warm start": ["tests/models/test_warm_start.py", "tests/test_warm_start_end_to_end.py"],
 }
 
-PLAN, BATCH, CHAT = "asrllm/data/plan.py", "asrllm/collator/batch.py", "asrllm/collator/chat.py"
+PLAN, BATCHING = "asrllm/data/plan.py", "asrllm/data/batching.py"
+CORPUS_STREAM = "asrllm/data/corpus_stream.py"
+BATCH, CHAT = "asrllm/collator/batch.py", "asrllm/collator/chat.py"
 LOSS, TRAINER = "asrllm/models/loss.py", "asrllm/training/trainer.py"
 ZERO, PARTITIONS = (
     "asrllm/training/checkpoint/zero_files.py",
@@ -130,14 +132,14 @@ FAULTS = [
     Fault(
         "plan",
         "every pass has the same order of shards",
-        PLAN,
+        CORPUS_STREAM,
         "rng = np.random.default_rng([*self.seed, pass_index])",
         "rng = np.random.default_rng(self.seed)",
     ),
     Fault(
         "plan",
         "batches exceed their budget",
-        PLAN,
+        BATCHING,
         "(self.limit - slack) * ranks",
         "self.limit * ranks",
     ),

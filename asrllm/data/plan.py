@@ -17,22 +17,17 @@ from fractions import Fraction
 
 import numpy as np
 
+from asrllm.data.batching import Budget, split_batches, split_over_ranks
 from asrllm.data.config import SamplerConfig
 from asrllm.data.corpora import Corpus
-from asrllm.data.repeats import (
-    copies_share_group,
-    copies_share_rank,
-    excess_copies,
-    has_copies,
-    spread_copies,
-)
+from asrllm.data.corpus_stream import CorpusStream
+from asrllm.data.repeats import copies_share_group, excess_copies, has_copies, spread_copies
 from asrllm.data.storage import RemoteFile, is_url
 from asrllm.defaults import RATE
 
 # Lengths are scaled by up to this ratio before sorting, so that an utterance shares its batch
 # with other utterances in every epoch.
 LENGTH_JITTER = 0.05
-BLOCK_ROWS = 1024  # largest number of rows of a shard that are shuffled together
 SPARES = 3  # replacement candidates for an utterance that cannot be read
 ENTRY = np.dtype(
     [
@@ -171,7 +166,7 @@ class Plan:
         self.shuffle = shuffle
         self.endless = endless
         self._streams = [
-            _CorpusStream(corpus, [seed, number], shuffle)  # one seed per corpus
+            CorpusStream(corpus, [seed, number], shuffle)  # one seed per corpus
             for number, corpus in enumerate(corpora)
         ]
         # utterances per epoch and corpus
@@ -325,11 +320,11 @@ class Plan:
             return size
         return max(1, int(is_excess.argmax()) // ranks)
 
-    def _budgets(self, entries: np.ndarray, ranks: int) -> list["_Budget"]:
-        budgets = [_Budget(entries["tokens"], self.config.max_tokens, ranks)]
+    def _budgets(self, entries: np.ndarray, ranks: int) -> list[Budget]:
+        budgets = [Budget(entries["tokens"], self.config.max_tokens, ranks)]
         if self.config.max_duration is not None:
             max_samples = int(self.config.max_duration * RATE)
-            budgets.append(_Budget(entries["samples"], max_samples, ranks))
+            budgets.append(Budget(entries["samples"], max_samples, ranks))
         return budgets
 
     def steps(
@@ -483,194 +478,6 @@ def planned_steps(
             position = step.after
         if position.epoch == epoch:  # a weight far below 1 can leave an epoch empty
             position = Position(epoch=epoch + 1)
-
-
-class _Budget:
-    """One limit on a batch: the sum of a per-utterance cost.
-
-    Attributes:
-        costs: (n,) cost of each utterance, in the order of their lengths.
-        limit: largest sum of costs in a batch.
-        cumulative: (n + ranks,) sums of the costs of the first utterances. The largest cost is
-            appended `ranks - 1` times, so that a last row of fewer utterances than ranks counts as
-            if it were full.
-    """
-
-    def __init__(
-        self,
-        costs: np.ndarray,
-        limit: int,
-        ranks: int,
-    ) -> None:
-        self.costs: np.ndarray = costs.astype(np.int64)
-        self.limit = limit
-        padding = np.full(ranks - 1, self.costs.max(initial=0))
-        self.cumulative = np.cumsum(np.concatenate([[0], self.costs, padding]))
-
-    def batch_size(self, start: int, ranks: int) -> int:
-        """Return how many utterances from `start` on each of `ranks` batches can hold, at least 1.
-
-        Distributing a group over ranks can leave a difference as large as that between its most
-        and least expensive utterances. The limit leaves room for it.
-        """
-        count = self._count_within(start, self.limit * ranks)
-        costs = self.costs[start : start + max(count, ranks)]
-        # This is how far two batches of equal size may be apart, see `split_over_ranks`.
-        slack = int(costs.max() - costs.min()) if ranks > 1 else 0
-        count = self._count_within(start, (self.limit - slack) * ranks)
-        return max(1, count // ranks)
-
-    def _count_within(self, start: int, limit: int) -> int:
-        """Return how many utterances from `start` on have a total cost of at most `limit`."""
-        end = int(np.searchsorted(self.cumulative, self.cumulative[start] + limit, "right"))
-        return end - 1 - start
-
-
-class _CorpusStream:
-    """A corpus as an endless sequence of rows: one complete pass after another.
-
-    Each shard is divided into blocks of at most BLOCK_ROWS rows. A pass shuffles the shards, the
-    blocks within each shard, and the rows within each block.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        seed: Sequence[int],
-        shuffle: bool,
-    ) -> None:
-        self.size = len(corpus.index)
-        self.seed = list(seed)
-        self.shuffle = shuffle
-        starts = corpus.index.starts
-        counts = -(-np.diff(starts) // BLOCK_ROWS)  # blocks per shard
-        self._shard: np.ndarray = np.repeat(np.arange(len(counts)), counts)
-        first_blocks: np.ndarray = np.repeat(np.cumsum(counts) - counts, counts)
-        block_in_shard = np.arange(len(self._shard)) - first_blocks
-        self._begin = starts[self._shard] + block_in_shard * BLOCK_ROWS
-        self._end = np.minimum(self._begin + BLOCK_ROWS, starts[self._shard + 1])
-
-    def rows(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (pass index, row numbers) of the span [begin, end), one part per pass."""
-        while begin < end:
-            pass_index, first = divmod(begin, self.size)
-            last = min(first + end - begin, self.size)
-            yield pass_index, self._rows_of_pass(pass_index, first, last)
-            begin += last - first
-
-    def _rows_of_pass(
-        self,
-        pass_index: int,
-        first: int,
-        last: int,
-    ) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(first, last)
-        rng = np.random.default_rng([*self.seed, pass_index])
-        shard_order = rng.permutation(int(self._shard[-1]) + 1)
-        # shard by shard, with the blocks of a shard in random order
-        block_order = rng.random(len(self._shard))
-        order = np.lexsort((block_order, shard_order[self._shard]))
-        sizes = (self._end - self._begin)[order]
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
-        # Only the rows of blocks that overlap the span are shuffled.
-        first_block = int(np.searchsorted(bounds, first, "right")) - 1
-        last_block = int(np.searchsorted(bounds, last, "left"))
-        parts = []
-        for i in range(first_block, last_block):
-            rows = self._shuffled_block(pass_index, int(order[i]))
-            begin = max(0, first - bounds[i])
-            end = last - bounds[i]
-            parts.append(rows[begin:end])
-        return np.concatenate(parts)
-
-    def _shuffled_block(self, pass_index: int, block: int) -> np.ndarray:
-        # A generator for each block lets a resumed run start in the middle of a pass.
-        rng = np.random.default_rng([*self.seed, pass_index, block])
-        return rng.permutation(np.arange(self._begin[block], self._end[block]))
-
-
-def split_over_ranks(
-    entries: np.ndarray, ranks: int, *, repeated: bool = False
-) -> list[np.ndarray]:
-    """Divide the utterances of a group into one batch per rank.
-
-    The batch sizes differ by at most one utterance. The costs of two batches of equal size differ
-    by no more than those of two utterances of the group.
-
-    Args:
-        entries: (n,) of ENTRY.
-        ranks: the number of batches.
-        repeated: whether an utterance may occur more than once.
-    """
-    if ranks == 1:
-        return [entries]
-    contains_copies = repeated and copies_share_group(entries, [(0, len(entries))])
-    by_cost = _by_falling_cost(entries, adjacent_copies=contains_copies)
-    owner = _balance(entries["tokens"], by_cost, ranks)
-    if contains_copies and copies_share_rank(entries, owner):
-        # Dealing in turn separates up to `ranks` adjacent copies.
-        owner[by_cost] = np.arange(len(entries)) % ranks
-    order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(1, ranks))
-    return np.split(entries[order], bounds)
-
-
-def _by_falling_cost(entries: np.ndarray, *, adjacent_copies: bool) -> np.ndarray:
-    """Return the indices (n,) of entries from the most to the least expensive one.
-
-    Adjacent copies of an utterance go to different ranks.
-    """
-    costs: np.ndarray = entries["tokens"].astype(np.int64)
-    if adjacent_copies:
-        return np.lexsort((entries["row"], entries["corpus"], -costs))
-    return np.argsort(-costs, kind="stable")
-
-
-def _balance(
-    tokens: np.ndarray,
-    by_cost: np.ndarray,
-    ranks: int,
-) -> np.ndarray:
-    """Assign utterances to ranks: the largest of the next `ranks` go to the least loaded ranks.
-
-    Args:
-        tokens: (n,) cost of each utterance.
-        by_cost: (n,) indices of the utterances by decreasing cost.
-        ranks: world size.
-
-    Returns:
-        (n,) rank of each utterance.
-    """
-    loads: np.ndarray = np.zeros(ranks, np.int64)
-    owner: np.ndarray = np.empty(len(tokens), np.int64)
-    for i in range(0, len(tokens), ranks):
-        chosen = by_cost[i : i + ranks]
-        # All ranks must order equal loads alike. Without "stable" the order depends on the CPU.
-        targets = np.argsort(loads, kind="stable")[: len(chosen)]
-        owner[chosen] = targets
-        loads[targets] += tokens[chosen]
-    return owner
-
-
-def split_batches(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """Halve the largest batches until there are `count` batches.
-
-    A batch of one utterance cannot be halved, which leaves the remaining batches empty.
-    """
-    batches = list(batches)
-
-    def splittable_tokens(i: int) -> int:
-        batch = batches[i]
-        return int(batch["tokens"].sum()) if len(batch) > 1 else 0
-
-    while len(batches) < count:
-        largest = max(range(len(batches)), key=splittable_tokens)
-        whole = batches[largest]
-        # every other utterance, so that the halves have similar costs
-        batches[largest] = whole[::2]
-        batches.append(whole[1::2])
-    return batches
 
 
 def _item(
