@@ -18,8 +18,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from asrllm.data.audio_files import FORMATS, list_audio, open_audio, read_stretch, warn_of_skipped
+from asrllm.data.audio_file import FORMATS
+from asrllm.data.audio_files import open_audio, read_segment
+from asrllm.data.find_audio import list_audio, warn_of_skipped
 from asrllm.data.sources import Utterance, read_cuts
+from asrllm.data.waveforms import resample
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.schema import NonNegativeInt, Ratio, component
@@ -308,9 +311,7 @@ class Clips:
             raise UserError(f"{self.key}: {name!r} has no samples. Remove it.")
         if not np.isfinite(wave).all():
             raise UserError(f"{self.key}: {name!r} has NaN or infinite values. Remove it.")
-        if rate == RATE:
-            return wave
-        return soxr.resample(wave, rate, RATE)
+        return resample(wave, rate)
 
 
 def _cuts(manifest: str, key: str) -> list[str | Utterance]:
@@ -336,7 +337,7 @@ def _read_file(path: str, seconds: float, start: float) -> tuple[np.ndarray, int
     if file.seconds is not None and file.seconds > seconds:
         begin = start * (file.seconds - seconds)
         end = begin + seconds + ROUNDING
-    wave, rate = read_stretch(file, begin, end)
+    wave, rate = read_segment(file, begin, end)
     return wave[: math.ceil(seconds * rate), 0], rate
 
 

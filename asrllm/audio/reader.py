@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
-import soxr
 
 from asrllm.audio.augment import NO_MASKS, Augmenter
-from asrllm.data.audio_files import decoder_error, open_audio, read_blocks
+from asrllm.data.audio_file import decoder_error
+from asrllm.data.audio_files import open_audio, read_blocks
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import MAX_DURATION_ERROR, Index
@@ -24,6 +24,7 @@ from asrllm.data.plan import Item
 from asrllm.data.prompts import Prompt
 from asrllm.data.storage import is_url
 from asrllm.data.tars import BLOCK, TarSample, read_sample
+from asrllm.data.waveforms import resample, to_mono
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
@@ -194,15 +195,7 @@ def decode_audio(file: BinaryIO | str | Path) -> np.ndarray:
         OSError, RuntimeError: soundfile cannot read it.
     """
     wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(1)
-    return resample(mono, rate)
-
-
-def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Resample (samples,) from a rate in Hz to RATE."""
-    if rate == RATE:
-        return wave
-    return soxr.resample(wave, rate, RATE)
+    return resample(to_mono(wave), rate)
 
 
 def read_audio(path: str | Path) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asrllm.audio.reader import read_audio, resample
+from asrllm.audio.reader import read_audio
+from asrllm.data.waveforms import resample
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 

@@ -15,7 +15,9 @@ from asrllm.atomic import (
     write_whole,
 )
 from asrllm.audio.vad import Loudness, Silero, load_silero
-from asrllm.data.audio_files import AudioFile, find_audio, open_audio
+from asrllm.data.audio_file import AudioFile
+from asrllm.data.audio_files import open_audio
+from asrllm.data.find_audio import find_audio
 from asrllm.defaults import RATE
 from asrllm.distributed import default_device
 from asrllm.errors import UserError, nearest

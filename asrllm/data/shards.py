@@ -33,7 +33,7 @@ import soundfile
 from filelock import Timeout
 
 from asrllm.atomic import replaceable_folder, write_error
-from asrllm.data.audio_files import OutsideError, decoder_error
+from asrllm.data.audio_file import OutsideError, decoder_error
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
     ROW,

@@ -20,7 +20,7 @@ from asrllm.atomic import (
     write_error,
     write_whole,
 )
-from asrllm.data.audio_files import open_audio, read_stretch
+from asrllm.data.audio_files import open_audio, read_segment
 from asrllm.data.index import (
     MAX_DURATION_ERROR,
     MAX_TEXT_LENGTH,
@@ -477,7 +477,7 @@ def _check_text(text: str, row: np.void) -> tuple[str, str]:
 def _check_audio(sample: TarSample, row: np.void) -> tuple[str, str]:
     """Return (reason, detail) of what is wrong with the audio, or empty texts."""
     try:
-        wave, rate = read_stretch(open_audio(f"{sample.key}.{sample.extension}", sample.audio))
+        wave, rate = read_segment(open_audio(f"{sample.key}.{sample.extension}", sample.audio))
     except UserError as error:
         return "unreadable_audio", str(error)
     seconds = len(wave) / rate

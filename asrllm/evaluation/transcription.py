@@ -8,7 +8,8 @@ import numpy as np
 
 from asrllm.audio.segments import Segment, cut_segments
 from asrllm.audio.vad import Detector
-from asrllm.data.audio_files import AudioFile, read_blocks
+from asrllm.data.audio_file import AudioFile
+from asrllm.data.audio_files import read_blocks
 from asrllm.data.text import join_texts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError

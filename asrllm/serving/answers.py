@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from asrllm.data.audio_files import AudioFile
+from asrllm.data.audio_file import AudioFile
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
 from asrllm.evaluation.prompt import prompt_of_language

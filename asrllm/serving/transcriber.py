@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from asrllm.audio.segments import Segment
-from asrllm.data.audio_files import AudioFile, open_audio
+from asrllm.data.audio_file import AudioFile
+from asrllm.data.audio_files import open_audio
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import BatchEngine

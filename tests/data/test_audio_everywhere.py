@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.data.audio_files import find_audio, open_audio, read_stretch
+from asrllm.data.audio_files import open_audio, read_segment
+from asrllm.data.find_audio import find_audio
 from asrllm.data.index import open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_folder, read_kaldi, read_nemo
@@ -254,7 +255,7 @@ def test_a_fifo_is_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[encoded()], daemon=True)
     writer.start()
-    wave, rate = read_stretch(open_audio(str(tmp_path / "fifo")))
+    wave, rate = read_segment(open_audio(str(tmp_path / "fifo")))
     assert (len(wave), rate) == (SECONDS * 16000, 16000)
 
 
@@ -264,7 +265,7 @@ def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
         file.write(encoded())
     with open(name.replace(".wav", ".txt"), "w") as file:
         file.write("one")
-    assert len(read_stretch(open_audio(name))[0]) == SECONDS * 16000
+    assert len(read_segment(open_audio(name))[0]) == SECONDS * 16000
     assert write_shards(tmp_path / "out", read_folder(tmp_path)).rejected == {}
     (sample,) = scan_tar(tmp_path / "out" / "shard-000000.tar")
     assert sample.key == r"caf\xe9"
@@ -309,6 +310,6 @@ def test_malformed_kaldi_segments_are_rejected(tmp_path, segment):
 
 def test_a_truncated_sphere_file_is_rejected(tmp_path):
     whole = encoded("NIST")
-    assert len(read_stretch(open_audio("a.sph", whole))[0]) == SECONDS * 16000
+    assert len(read_segment(open_audio("a.sph", whole))[0]) == SECONDS * 16000
     with pytest.raises(UserError, match=r"'a\.sph' .*truncated"):
         open_audio("a.sph", whole[: len(whole) // 2])

@@ -12,7 +12,8 @@ import soundfile
 
 from asrllm.audio.reader import decode_audio
 from asrllm.data import audio_files
-from asrllm.data.audio_files import find_audio, open_audio, read_blocks, read_stretch
+from asrllm.data.audio_files import open_audio, read_blocks, read_segment
+from asrllm.data.find_audio import find_audio
 from asrllm.errors import UserError
 from asrllm.testing import vowels
 
@@ -94,7 +95,7 @@ def test_blocks_contain_the_whole_file(tmp_path, monkeypatch, ending, rate, how)
     assert found.dtype == np.float32
     n = min(len(found), len(whole))
     np.testing.assert_allclose(found[:n], whole[:n], atol=2e-4)
-    monkeypatch.setattr(audio_files, "BLOCK", 999)
+    monkeypatch.setattr(audio_files, "BLOCK_SAMPLES", 999)
     np.testing.assert_allclose(read(path), found, atol=1e-6)
 
 
@@ -484,9 +485,9 @@ def test_padding_of_the_last_block_is_not_audio(tmp_path, subtype, samples):
     file = open_audio(str(path))
     assert file.seconds == samples / 16000
     assert sum(map(len, read_blocks(file))) == samples
-    wave, rate = read_stretch(file)
+    wave, rate = read_segment(file)
     assert (len(wave), rate) == (samples, 16000)
-    assert len(read_stretch(file, samples / 16000 - 0.1)[0]) == 1600
+    assert len(read_segment(file, samples / 16000 - 0.1)[0]) == 1600
 
 
 @pytest.mark.parametrize("count", [0, 1, 7000, 1 << 31])

@@ -10,7 +10,8 @@ import soundfile
 
 from asrllm.audio.vad import Loudness, Silero, load_silero
 from asrllm.commands.transcribe import check_output
-from asrllm.data.audio_files import AudioFile, open_audio
+from asrllm.data.audio_file import AudioFile
+from asrllm.data.audio_files import open_audio
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
 from asrllm.evaluation.transcription import Segmentation, TextSegment, transcribe_files

@@ -16,7 +16,8 @@ from lhotse.audio.backend import (
 )
 from lhotse.cut import Cut, MixedCut
 
-from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
+from asrllm.data.audio_file import AudioFile
+from asrllm.data.audio_files import open_audio, read_segment
 from asrllm.data.sources.cut_fields import channel_list
 from asrllm.data.sources.kaldi import run_command
 from asrllm.data.sources.utterance import RejectedError, open_cached
@@ -87,7 +88,7 @@ class CutAudioBackend(AudioBackend):
         """
         end = None if duration is None else offset + duration
         file = _open(path_or_fd)
-        wave, rate = read_stretch(file, offset, end)
+        wave, rate = read_segment(file, offset, end)
         if isinstance(path_or_fd, str):
             self._check_channels(path_or_fd, file, wave.shape[1])
         return wave.T, rate

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from asrllm.data.audio_files import MAX_RATE, MIN_RATE
+from asrllm.data.audio_file import MAX_RATE, MIN_RATE
 from asrllm.data.sources.files import LONGEST_RECORDING, Row
 from asrllm.data.sources.utterance import RejectedError
 from asrllm.data.tars import SHOWN_FIELD

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from asrllm.data.audio_files import FORMATS, has_audio_extension, list_audio, warn_of_skipped
+from asrllm.data.audio_file import FORMATS
+from asrllm.data.find_audio import has_audio_extension, list_audio, warn_of_skipped
 from asrllm.data.sources.files import (
     SAMPLE_FIELDS,
     count_lines,

@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from asrllm.data.audio_files import AudioFile, open_audio, read_stretch
+from asrllm.data.audio_file import AudioFile
+from asrllm.data.audio_files import open_audio, read_segment
+from asrllm.data.waveforms import to_mono
 from asrllm.errors import UserError
 from asrllm.text_files import missing_problem
 
@@ -89,10 +91,10 @@ class AudioSegment:
     channel: int | None = None
 
     def __call__(self) -> tuple[np.ndarray, int]:
-        wave, rate = read_stretch(self._open(), self.start, self.end)
-        channels = wave.shape[1]
+        wave, rate = read_segment(self._open(), self.start, self.end)
         if self.channel is None:
-            return wave[:, 0] if channels == 1 else wave.mean(1), rate
+            return to_mono(wave), rate
+        channels = wave.shape[1]
         if self.channel >= channels:
             raise RejectedError(
                 "missing_channel",

@@ -52,7 +52,9 @@ REPLACEMENTS: dict[Definition, str] = {
     \"\"\"An encoder that computes the features of raw audio.\"\"\"
 
     features: nn.Module""",
-    ("asrllm.audio.reader", "resample"): """def resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    ("asrllm.data.waveforms", "resample"): """def resample(
+    wave: np.ndarray, rate: int
+) -> np.ndarray:
     \"\"\"Return the samples unchanged: their rate is checked before.\"\"\"
     return wave""",
     ("asrllm.models.attention", "BACKENDS"): """BACKENDS = {"sdpa": _sdpa}""",

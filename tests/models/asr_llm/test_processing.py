@@ -3,7 +3,7 @@ import pytest
 import soundfile
 import torch
 
-from asrllm.audio.reader import resample
+from asrllm.data.waveforms import resample
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
