@@ -10,7 +10,7 @@ from asrllm.atomic import new_folder, replaceable_folder
 from asrllm.commands.arguments.setup import INIT_FLAGS, Flag
 from asrllm.commands.experiment_files import PROMPTS, DataSource, Experiment
 from asrllm.commands.libraries import import_transformers
-from asrllm.data.shards import make_sample
+from asrllm.data.samples import make_sample
 from asrllm.data.sources import SOURCES, RejectedError
 from asrllm.data.sources.detect import detect_source
 from asrllm.errors import UserError

@@ -19,7 +19,7 @@ from asrllm.escape import escape
 from asrllm.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from asrllm.data.shards import ShardSummary
+    from asrllm.data.shard_summary import ShardSummary
 
 SHOWN_PROBLEMS = 20
 
@@ -62,7 +62,7 @@ def make_shards(arguments: argparse.Namespace) -> None:
             codec=arguments.codec,
             seed=arguments.seed,
             advance=bar.advance,
-            keep=skip_finished,
+            advance_reused=skip_finished,
         )
     if summary.reused:
         print(f"shards reused from the interrupted run: {summary.reused}")

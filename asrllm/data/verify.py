@@ -30,8 +30,10 @@ from asrllm.data.index import (
     scan_shard,
     write_index,
 )
+from asrllm.data.keys import SeenKeys, hash_keys
 from asrllm.data.parallel import Advance, run_parallel
-from asrllm.data.shards import SeenKeys, ShardSummary, hash_keys, rejected_line
+from asrllm.data.rejects import Rejected, rejected_line
+from asrllm.data.shard_summary import ShardSummary
 from asrllm.data.storage import RemoteFile, is_url
 from asrllm.data.tars import BLOCK, BadSample, TarSample, iterate_rows, nul_problem
 from asrllm.defaults import RATE
@@ -145,7 +147,7 @@ def _write_rejected(path: Path, scans: Sequence["_Scan"]) -> None:
     for scan in scans:
         for sample in scan.bad:
             detail = f"{scan.record.name}: {sample.detail}"
-            lines.append(rejected_line(sample.key, sample.reason, detail))
+            lines.append(rejected_line(Rejected(sample.key, sample.reason, detail)))
     write_whole(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 

@@ -17,8 +17,10 @@ import soundfile
 import webdataset
 
 from asrllm.data.index import open_index
+from asrllm.data.keys import SeenKeys, hash_keys
 from asrllm.data.parallel import run_parallel
-from asrllm.data.shards import SeenKeys, hash_keys, make_sample, write_sample, write_shards
+from asrllm.data.samples import make_sample, write_sample
+from asrllm.data.shards import write_shards
 from asrllm.data.sources import Utterance, read_kaldi, read_nemo
 from asrllm.data.sources.utterance import AudioSegment
 from asrllm.data.tars import scan_tar
@@ -264,7 +266,7 @@ def test_an_error_leaves_only_finished_shards(tmp_path, caplog, error):
         tones(7),
         utterances_per_shard=2,
         advance=advanced.append,
-        keep=kept.append,
+        advance_reused=kept.append,
     )
     assert (summary.reused, sum(advanced), kept) == (2, 3, [2, 2])
     write_shards(tmp_path / "whole", tones(7), utterances_per_shard=2)

@@ -13,7 +13,8 @@ from lhotse import CutSet, MonoCut, MultiCut, Recording, SupervisionSegment
 
 from asrllm.data.corpora import read_corpora
 from asrllm.data.index import open_index
-from asrllm.data.shards import make_sample, write_shards
+from asrllm.data.samples import make_sample
+from asrllm.data.shards import write_shards
 from asrllm.data.sources import SOURCES, RejectedError, Utterance, read_cuts, read_kaldi
 from asrllm.data.sources import kaldi as kaldi_module
 from asrllm.data.tars import scan_tar
