@@ -1,8 +1,5 @@
 """Compare two results on the same utterances: is one better, and by how much?"""
 
-import ast
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ import numpy as np
 from asrllm.data.text import normalizer
 from asrllm.errors import UserError
 from asrllm.escape import escape
+from asrllm.evaluation.result_files import ResultRow, find_sets, is_recogs, read_rows
 from asrllm.evaluation.score import (
     Errors,
     Transcript,
@@ -23,15 +21,8 @@ from asrllm.evaluation.score import (
     groups_of,
     sum_by,
 )
-from asrllm.text_files import parse_json, read_json_object, read_text
 
 PERMUTATIONS = 10_000
-RECOGS_LINE = re.compile(
-    r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])"
-)
-RESULT_FILES = "generations-*.jsonl or recogs-*.txt"
-
-ResultRow = dict[str, Any]  # an utterance of a result file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +137,6 @@ def p_value(a: Errors, b: Errors, groups: np.ndarray | None) -> float:
     return (at_least + 1) / (PERMUTATIONS + 1)
 
 
-# --- results on disk ---
-
-
 def compare_results(a: Path, b: Path) -> dict[str, Comparison]:
     """Compare two results on every test set that both have.
 
@@ -171,51 +159,6 @@ def compare_results(a: Path, b: Path) -> dict[str, Comparison]:
             "have no test set in common. Evaluate both on the same sets."
         )
     return {name: compare_files(sets_a[name], sets_b[name]) for name in names}
-
-
-def find_sets(path: Path, *, like: Path | None = None) -> dict[str, Path]:
-    """Return the result files by test set.
-
-    Args:
-        path: a directory, or a file, which is one set.
-        like: the directory whose set has the name of the file.
-    """
-    if not path.exists():
-        raise UserError(f"{str(path)!r} does not exist. Check the path.")
-    if path.is_file():
-        name = re.sub("^(generations|recogs)-", "", path.stem)
-        known = find_sets(like) if like is not None else {}
-        return {_known_name(name, known): path}
-    folders = [path, *sorted(file.parent for file in path.glob("*/results.json"))]
-    found = [newest_sets(folder) for folder in folders]
-    found = [sets for sets in found if sets]
-    if len(found) != 1:
-        problem = "has several decodings" if found else "has no generations-*.jsonl"
-        raise UserError(
-            f"{str(path)!r} {problem}. Use a directory like EXP/greedy_search, "
-            f"or a file {RESULT_FILES}."
-        )
-    return found[0]
-
-
-def _known_name(name: str, known: Mapping[str, Path]) -> str:
-    """Return the test set whose name a file name begins with, or the file name."""
-    for test_set in known:
-        if name == test_set or name.startswith(f"{test_set}-"):
-            return test_set
-    return name
-
-
-def newest_sets(folder: Path) -> dict[str, Path]:
-    """Return the result files of the evaluation that wrote results.json, by test set."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return {}
-    sets = {}
-    for name, entry in read_json_object(path, "the results").items():
-        if isinstance(entry, dict) and isinstance(entry.get("generations"), str):
-            sets[name] = folder / entry["generations"]
-    return sets
 
 
 def compare_files(a: Path, b: Path) -> Comparison:
@@ -334,111 +277,6 @@ def transcripts(rows: Sequence[ResultRow], name: str) -> list[Transcript]:
         )
         found.append(transcript)
     return found
-
-
-def read_rows(path: Path) -> list[ResultRow]:
-    """Read a generations-*.jsonl or a recogs-*.txt, which icefall may have written.
-
-    Returns:
-        One {"key", "ref", "hyp", "duration", ...} per utterance.
-
-    Raises:
-        UserError: the file is not of this kind, has no utterance or repeats a key.
-    """
-    lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may have U+2028
-    try:
-        if is_recogs(path):
-            rows = _parse_recogs(lines)
-        else:
-            rows = _parse_generations(lines)
-    except ValueError as error:
-        raise UserError(
-            f"{str(path)!r} is not a {RESULT_FILES} file: {error}. Choose such a file."
-        ) from error
-    _check_unique_keys(rows, path)
-    if not rows:
-        raise UserError(f"{str(path)!r} has no utterances. Choose another {RESULT_FILES} file.")
-    return rows
-
-
-def _check_unique_keys(rows: Sequence[ResultRow], path: Path) -> None:
-    """Raise UserError if two utterances have the same key."""
-    counts = Counter(row["key"] for row in rows)
-    repeated = [key for key, count in counts.items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{str(path)!r} has {len(repeated)} repeated keys, for example {repeated[0]!r}. "
-            "Make the keys of the utterances unique, and evaluate again."
-        )
-
-
-def _parse_generations(lines: Sequence[str]) -> list[ResultRow]:
-    """Return the rows of a generations-*.jsonl.
-
-    Raises:
-        ValueError: a line is not an object with key, ref and hyp.
-    """
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON, or not all of it") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-        for name in ("key", "ref", "hyp"):
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"line {number} has no text {name!r}")
-        duration = row.get("duration", 0)
-        if not isinstance(duration, (int, float)):
-            raise ValueError(f"line {number} has the duration {duration!r}, which is not a number")
-        rows.append(row | {"duration": float(duration)})
-    return rows
-
-
-def _parse_recogs(lines: Sequence[str]) -> list[ResultRow]:
-    """Return a row for each reference with its hypothesis. A repeated key has several rows."""
-    rows: list[ResultRow] = []
-    last_of: dict[str, ResultRow] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        match = RECOGS_LINE.fullmatch(line)
-        if not match:
-            raise ValueError(f"{line[:80]!r} is neither a reference nor a hypothesis")
-        key, what, units = match.group("key", "what", "units")
-        if what.startswith("timestamp"):
-            continue
-        if key not in last_of or what in last_of[key]:
-            last_of[key] = {"key": key}
-            rows.append(last_of[key])
-        last_of[key][what] = " ".join(_parse_units(units, number))
-    for row in rows:
-        if not {"ref", "hyp"} <= row.keys():
-            raise ValueError(f"{row['key']!r} has no {'hyp' if 'ref' in row else 'ref'}")
-    return [row | {"duration": 0.0} for row in rows]
-
-
-def _parse_units(text: str, number: int) -> list[str]:
-    """Return the units of a line.
-
-    Raises:
-        ValueError: they are not a list of texts.
-    """
-    try:
-        units = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise ValueError(f"line {number} is not a list of texts") from error
-    if not isinstance(units, list) or not all(isinstance(unit, str) for unit in units):
-        raise ValueError(f"line {number} is not a list of texts")
-    return units
-
-
-def is_recogs(path: Path) -> bool:
-    """Return whether a result file is a recogs-*.txt."""
-    return path.name.startswith("recogs")
 
 
 def comparison_text(name: str, found: Comparison) -> str:

@@ -19,7 +19,7 @@ import soundfile
 from asrllm.atomic import write_whole
 from asrllm.defaults import RATE
 from asrllm.evaluation.compare import compare_transcripts
-from asrllm.evaluation.files import count_confusions
+from asrllm.evaluation.result_files import count_confusions
 from asrllm.evaluation.score import UNSPACED, Errors
 from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Entry, Pairs, Scored, score
 

@@ -22,11 +22,11 @@ from asrllm.evaluation.compare import compare_transcripts, comparison_text
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.decode import CorpusOptions, Decoded, decode_corpus
 from asrllm.evaluation.engine import Engine
-from asrllm.evaluation.files import result_files, write_results, write_summary
 from asrllm.evaluation.journal import Journal
 from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
+from asrllm.evaluation.result_files import result_files, write_results, write_summary
 from asrllm.evaluation.score import UNITS
 from asrllm.evaluation.summary import Entry, Scored, score
 from asrllm.evaluation.wandb_report import log_to_wandb

@@ -14,7 +14,7 @@ from asrllm.data.text import en
 from asrllm.errors import UserError
 from asrllm.evaluation import compare as module
 from asrllm.evaluation.compare import compare_files, compare_results
-from asrllm.evaluation.files import write_results, write_summary
+from asrllm.evaluation.result_files import write_results, write_summary
 from asrllm.evaluation.summary import score
 from tests.conftest import clean_environment
 from tests.evaluation.test_score import transcript

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asrllm.evaluation.compare import compare_transcripts
-from asrllm.evaluation.files import write_results, write_summary
 from asrllm.evaluation.metric_names import EVALUATION_METRICS
+from asrllm.evaluation.result_files import write_results, write_summary
 from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
 from asrllm.evaluation.summary import hallucination_flags, score
 from asrllm.evaluation.wandb_report import numbers
