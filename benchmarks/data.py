@@ -416,7 +416,7 @@ def _first_batch(folder: Path) -> dict[str, float]:
     dealt = sum(
         len(step.micro_batches(0))
         for step in itertools.takewhile(
-            lambda step: step.after.window == 0, fresh.steps(Position(), ranks=1)
+            lambda step: step.next_position.window == 0, fresh.steps(Position(), ranks=1)
         )
     )
     planned = time.perf_counter()

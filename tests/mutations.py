@@ -147,8 +147,8 @@ FAULTS = [
         "plan",
         "fillers are trained on",
         PLAN,
-        "_item(entry, filler=True)",
-        "_item(entry, filler=False)",
+        "_item(entry, is_filler=True)",
+        "_item(entry, is_filler=False)",
     ),
     Fault(
         "packing",
@@ -346,8 +346,8 @@ FAULTS = [
         "resume",
         "a step is trained on twice",
         "asrllm/collator/loader.py",
-        "position=step.after",
-        "position=position",
+        "next_position=step.next_position",
+        "next_position=position",
     ),
     Fault("score", "intervals are of 90 %", SCORE, "[2.5, 97.5]", "[5, 95]"),
     Fault(

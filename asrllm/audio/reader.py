@@ -45,7 +45,7 @@ class Sample:
         prompts: the prompts of its corpus.
         corpus: the number of its corpus in the reader.
         pass_index: how many passes over its corpus precede this one.
-        weight: 0 for a filler, else 1.
+        is_filler: whether it only prevents an empty batch, and has no loss.
         masks: (masks, 2) float32 from Augmenter.masks, or (0, 2).
     """
 
@@ -57,7 +57,7 @@ class Sample:
     prompts: tuple[Prompt, ...] = ()
     corpus: int = 0
     pass_index: int = 0
-    weight: int = 1
+    is_filler: bool = False
     masks: np.ndarray = field(default_factory=lambda: NO_MASKS)
 
 
@@ -135,7 +135,7 @@ class Reader:
             prompts=corpus.prompts,
             corpus=item.corpus,
             pass_index=item.pass_index,
-            weight=0 if item.filler else 1,
+            is_filler=item.is_filler,
             masks=masks,
         )
 

@@ -110,7 +110,7 @@ class Collator:
         positions = torch.nonzero(labels_of_all != IGNORE_INDEX).flatten()
         # becomes int32 below, which the kernels of FlashAttention require
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        trained = [(s, p) for s, p in zip(samples, prompts, strict=True) if s.weight]
+        trained = [(s, p) for s, p in zip(samples, prompts, strict=True) if not s.is_filler]
         return PackedBatch(
             waves=torch.from_numpy(pad_waves([sample.wave for sample in samples], out)),
             wave_lengths=torch.tensor([len(sample.wave) for sample in samples]),
@@ -152,11 +152,11 @@ class Collator:
         return with_context(prompt, context)
 
     def _encode(self, sample: Sample, prompt: str) -> tuple[list[int], list[int]]:
-        """Return tokens and labels. A filler, whose weight is 0, has no label."""
+        """Return tokens and labels. A filler has no label."""
         audio = self.num_audio_tokens(len(sample.wave))
         messages = self.renderer.user_messages(prompt)
         ids, labels = self.renderer.encode_training(messages, sample.text, [audio])
-        if not sample.weight:
+        if sample.is_filler:
             labels = [IGNORE_INDEX] * len(ids)
         return ids, labels
 

@@ -45,14 +45,14 @@ class LoadedStep:
 
     Attributes:
         micro_batches: batches in the order of their accumulation.
-        position: where the data continues after the step.
-        before: epochs that were done when the step began.
+        next_position: where the data continues after the step.
+        epochs_done: epochs that were done when the step began.
         epoch: the number of the epoch, from 0.
     """
 
     micro_batches: list[PackedBatch]
-    position: Position
-    before: float
+    next_position: Position
+    epochs_done: float
     epoch: int
 
 
@@ -94,7 +94,7 @@ class PlannedDataset(Dataset):
         """
         for candidate in (item, *item.spares):
             try:
-                return self.reader.read(replace(candidate, filler=item.filler))
+                return self.reader.read(replace(candidate, is_filler=item.is_filler))
             except SampleError as error:
                 if candidate is item:
                     bad.append(str(error))
@@ -194,8 +194,8 @@ def steps(
         for position, step, micro_batches in loaded:
             yield LoadedStep(
                 micro_batches=micro_batches,
-                position=step.after,
-                before=step.before,
+                next_position=step.next_position,
+                epochs_done=step.epochs_done,
                 epoch=position.epoch,
             )
 

@@ -70,14 +70,14 @@ class Item:
         corpus: index of its corpus in the plan.
         row: its row in the corpus's index.
         pass_index: how many complete passes over the corpus came before this one.
-        filler: whether it only prevents an empty batch of its rank. A filler has no loss.
+        is_filler: whether it only prevents an empty batch of its rank. A filler has no loss.
         spares: utterances to read instead if this one cannot be read.
     """
 
     corpus: int
     row: int
     pass_index: int = 0
-    filler: bool = False
+    is_filler: bool = False
     spares: tuple["Item", ...] = ()
 
 
@@ -93,15 +93,15 @@ class Step:
             (utterances,) of ENTRY and may be empty.
         ranks: world size.
         next_batch: a non-empty batch of a later step, as a source of spares.
-        before: epochs that are complete when the step begins, as a fractional number.
-        after: position after the step.
+        epochs_done: epochs that are complete when the step begins, as a fractional number.
+        next_position: position after the step.
     """
 
     batches: list[np.ndarray]
     ranks: int
     next_batch: np.ndarray
-    before: float
-    after: Position
+    epochs_done: float
+    next_position: Position
 
     def micro_batches(self, rank: int) -> list[Batch]:
         """Return the micro-batches of one rank."""
@@ -118,7 +118,7 @@ class Step:
         candidates = next(other for other in others if len(other))
         if not len(batch):
             # It runs through the model like an utterance, so that no rank misses a collective.
-            return [_item(entry, filler=True) for entry in candidates[:1]]
+            return [_item(entry, is_filler=True) for entry in candidates[:1]]
         spares = [_item(entry) for entry in candidates[: len(batch) + SPARES]]
         items = []
         for i, entry in enumerate(batch):
@@ -368,23 +368,23 @@ class Plan:
         filled = [i for i, batch in enumerate(batches) if len(batch)]
         at = start.batch
         while filled and at <= filled[-1]:
-            before = epoch + (window + at / len(batches)) / (self.windows or 1)
+            epochs_done = epoch + (window + at / len(batches)) / (self.windows or 1)
             step_batches = batches[at : at + step_size]
             at += len(step_batches)
             # all are empty in parts of a window that was cut for more ranks
             if not any(map(len, step_batches)):
                 continue
-            after = replace(start, batch=at)
+            next_position = replace(start, batch=at)
             if at > filled[-1]:
-                after = self._next_filled_window(epoch, window, ranks)
+                next_position = self._next_filled_window(epoch, window, ranks)
             # the next non-empty batch; after the last one, the first of the window
             following = filled[bisect.bisect_left(filled, at) % len(filled)]
             yield Step(
                 batches=split_batches(step_batches, step_size),
                 ranks=ranks,
                 next_batch=batches[following],
-                before=before,
-                after=after,
+                epochs_done=epochs_done,
+                next_position=next_position,
             )
 
     def next_window(self, epoch: int, window: int) -> tuple[int, int]:
@@ -475,7 +475,7 @@ def planned_steps(
         epoch = position.epoch
         for step in plan.steps(position, ranks=ranks, accumulation=accumulation):
             yield position, step
-            position = step.after
+            position = step.next_position
         if position.epoch == epoch:  # a weight far below 1 can leave an epoch empty
             position = Position(epoch=epoch + 1)
 
@@ -483,13 +483,13 @@ def planned_steps(
 def _item(
     entry: np.void,
     *,
-    filler: bool = False,
+    is_filler: bool = False,
     spares: tuple[Item, ...] = (),
 ) -> Item:
     return Item(
         corpus=int(entry["corpus"]),
         row=int(entry["row"]),
         pass_index=int(entry["pass_index"]),
-        filler=filler,
+        is_filler=is_filler,
         spares=spares,
     )

@@ -169,7 +169,7 @@ class Trainer:
                 "no utterance is left to train on in these epochs. "
                 "Raise trainer.num_epochs or the weights of the corpora, or widen data.filter."
             )
-        self.position = loaded.position
+        self.position = loaded.next_position
         waited = time.monotonic() - wait_start
         keys: list[str] = []
         for batch in loaded.micro_batches:
@@ -220,7 +220,7 @@ class Trainer:
         epochs = self.config.last_epoch
         if epochs is None or self.step < self.config.warmup_steps:
             return self.step
-        fraction = loaded.before / epochs
+        fraction = loaded.epochs_done / epochs
         if self.config.num_steps is not None:
             fraction = max(fraction, self.step / self.config.num_steps)
         return fraction * self.total_steps
@@ -234,7 +234,7 @@ class Trainer:
             warmup=self.config.warmup_steps,
             floor=self.config.min_lr_ratio,
             batch=self.step,
-            epoch=loaded.before,
+            epoch=loaded.epochs_done,
         )
         return self.config.lr * factor
 

@@ -31,11 +31,11 @@ def test_every_utterance_is_read_at_16_khz(tmp_path, rate):
         sample = reader.read(Item(corpus=0, row=i))
         assert sample.key == f"utt{i:04d}"
         assert sample.text == words
-        assert sample.weight == 1
+        assert not sample.is_filler
         assert sample.wave.dtype == np.float32
         assert abs(len(sample.wave) - len(wave) * 16000 / rate) <= 1
         assert abs(sample.wave.std() - wave.std()) < 0.01
-    assert reader.read(Item(corpus=0, row=0, filler=True)).weight == 0
+    assert reader.read(Item(corpus=0, row=0, is_filler=True)).is_filler
 
 
 def test_corrupted_sample_is_reported_with_its_shard(tmp_path):

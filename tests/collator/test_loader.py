@@ -85,7 +85,11 @@ def only(corpus, count):
 
 def assert_same(a, b):
     for x, y in zip(a, b, strict=True):
-        assert (x.position, x.epoch, x.before) == (y.position, y.epoch, y.before)
+        assert (x.next_position, x.epoch, x.epochs_done) == (
+            y.next_position,
+            y.epoch,
+            y.epochs_done,
+        )
         for m, n in zip(x.micro_batches, y.micro_batches, strict=True):
             assert (m.keys, m.prompts) == (n.keys, n.prompts)
             assert torch.equal(m.input_ids, n.input_ids)
@@ -114,7 +118,7 @@ def test_batch_larger_than_its_slot_and_errors_of_workers_are_received(corpora, 
 def test_resuming_yields_the_remaining_steps(corpora):
     whole = make(corpora, epochs=2)
     for stop in (1, len(whole) // 2, len(whole) - 1):
-        assert_same(make(corpora, start=whole[stop - 1].position, epochs=2), whole[stop:])
+        assert_same(make(corpora, start=whole[stop - 1].next_position, epochs=2), whole[stop:])
 
 
 def test_ctrl_c_during_the_fork_of_workers_is_raised_after_it(corpora):
@@ -146,14 +150,14 @@ def test_all_ranks_together_read_each_utterance_once(corpora):
 def test_resuming_on_another_world_size_reads_the_rest_of_the_epoch_once(corpora, workers):
     """Three ranks stop after two steps, and two ranks resume."""
     first = [make(corpora, rank=rank, ranks=3, num_workers=workers)[:2] for rank in range(3)]
-    position = first[0][-1].position
+    position = first[0][-1].next_position
     rest = [
         make(corpora, rank=rank, ranks=2, num_workers=workers, start=position) for rank in range(2)
     ]
     assert sorted(key for rank in first + rest for key in keys_of(rank)) == [
         f"utt{i:04d}" for i in range(60)
     ]
-    assert all(rank[-1].position == Position(epoch=1) for rank in rest)
+    assert all(rank[-1].next_position == Position(epoch=1) for rank in rest)
 
 
 def test_batch_is_one_row_without_padding(corpora):

@@ -68,7 +68,7 @@ def items(step):
     found = []
     for rank in range(step.ranks):
         for batch in step.micro_batches(rank):
-            found += [(item.corpus, item.row) for item in batch if not item.filler]
+            found += [(item.corpus, item.row) for item in batch if not item.is_filler]
     return found
 
 
@@ -109,7 +109,7 @@ def test_an_epoch_has_every_utterance_once_and_equal_batch_counts_per_rank(
             assert all(batches)
         seen += items(step)
     assert sorted(seen) == [(0, i) for i in range(len(lengths))]
-    assert step.after == Position(epoch=epoch + 1)
+    assert step.next_position == Position(epoch=epoch + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,7 +135,7 @@ def test_resume_on_other_world_sizes_neither_loses_nor_repeats_utterances(
             stop = data.draw(st.integers(0, len(rest)))
         done += rest[:stop]
         if stop:
-            position = rest[stop - 1].after
+            position = rest[stop - 1].next_position
     if position.epoch == 0:
         done += plan.steps(position, ranks=2)
     assert all_items(done) == [(0, i) for i in range(len(lengths))]
@@ -159,11 +159,11 @@ def test_resume_from_any_step_gives_the_same_remaining_steps(
         return [step for _, step in itertools.islice(planned, count)]
 
     def content(steps):
-        return [(step.before, step.after, step.micro_batches(0)) for step in steps]
+        return [(step.epochs_done, step.next_position, step.micro_batches(0)) for step in steps]
 
     steps = first_steps(Position(), 60)
     stop = data.draw(st.integers(1, len(steps)))
-    rest = first_steps(steps[stop - 1].after, len(steps) - stop)
+    rest = first_steps(steps[stop - 1].next_position, len(steps) - stop)
     assert content(rest) == content(steps[stop:])
 
 
@@ -313,7 +313,7 @@ def test_a_window_without_kept_utterances_is_skipped():
     plan = make_plan([corpus(lengths, filters=FILTERS)], window=5, shuffle=False)
     steps = list(plan.steps(Position(), ranks=1))
     assert all_items(steps) == [(0, row) for row in range(10, 20)]
-    assert steps[-1].after == Position(epoch=1, window=2)
+    assert steps[-1].next_position == Position(epoch=1, window=2)
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])
@@ -336,7 +336,7 @@ def test_a_window_with_fewer_utterances_than_ranks_resumes_on_fewer_ranks(at):
     remaining = plan.batches(0, 0, 16)[at:]
     rows = [int(entry["row"]) for entry in itertools.chain.from_iterable(remaining)]
     assert all_items(rest) == [(0, row) for row in sorted(rows)]
-    assert not rest or rest[-1].after == Position(epoch=1)
+    assert not rest or rest[-1].next_position == Position(epoch=1)
 
 
 def test_spares_are_other_utterances():

@@ -50,7 +50,7 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
                 dtypes[name] = str(value.dtype)
     return {
         "step": trainer.step + 1,
-        "position in the data": loaded.position.as_dict(),
+        "position in the data": loaded.next_position.as_dict(),
         "number of micro-batches": len(loaded.micro_batches),
         "micro-batches with audio": with_audio,
         "micro-batches that lack targets": without_targets,

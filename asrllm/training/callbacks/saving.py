@@ -42,8 +42,8 @@ class Checkpoints(Callback):
             self.average.update(trainer.step)
         self.saver.publish_if_written(trainer.device)
         tags = []
-        if loaded.position.epoch != loaded.epoch:
-            tags.append(f"epoch-{loaded.position.epoch}")
+        if loaded.next_position.epoch != loaded.epoch:
+            tags.append(f"epoch-{loaded.next_position.epoch}")
         if trainer.step % self.every == 0 or trainer.stopping:
             tags.append(f"checkpoint-{trainer.step}")
         if tags:

@@ -30,7 +30,7 @@ def fake_step(*, targets: int = 3, keys: tuple[str, ...] = ("a",)) -> SimpleName
     batch = SimpleNamespace(
         waves=torch.zeros(1, 9), targets=torch.zeros(targets).long(), keys=[*keys]
     )
-    return SimpleNamespace(micro_batches=[batch], position=Position(batch=1))
+    return SimpleNamespace(micro_batches=[batch], next_position=Position(batch=1))
 
 
 def test_ranks_that_differ_are_named_with_their_values():
