@@ -75,8 +75,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grads = _Gradients(
             hidden=torch.empty_like(hidden) if needs_hidden else None,
-            weight=_zeros(weight) if needs_weight else None,
-            bias=_zeros(bias) if needs_bias else None,
+            weight=torch.zeros_like(weight) if needs_weight else None,
+            bias=torch.zeros_like(bias) if needs_bias else None,
         )
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
@@ -103,10 +103,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The loss is the only output with a gradient.
         scaled = [None if grad is None else grad * outer[0] for grad in ctx.saved_tensors]
         return (*scaled, None, None)
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter)
 
 
 class _Gradients(NamedTuple):

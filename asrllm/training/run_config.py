@@ -20,7 +20,7 @@ from asrllm.schema import (
     component,
 )
 from asrllm.training.preemption import check_signals
-from asrllm.training.schedules import ScheduleConfig, check_read
+from asrllm.training.schedules import ScheduleConfig, check_schedule_keys
 
 DTYPE_OF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -171,7 +171,7 @@ class TrainerConfig:
         for key, default in vars(ScheduleConfig()).items():
             values[f"schedule.{key}"] = getattr(self.schedule, key)
             defaults[f"schedule.{key}"] = default
-        check_read(self.schedule.name, values, defaults)
+        check_schedule_keys(self.schedule.name, values, defaults)
 
     @property
     def last_epoch(self) -> int | None:

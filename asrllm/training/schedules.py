@@ -8,7 +8,7 @@ from asrllm.errors import UserError
 from asrllm.schema import NonNegativeFloat, PositiveFloat, Ratio, component
 
 # The keys that each schedule reads. A changed key that the chosen schedule ignores is an error.
-READ = {
+SCHEDULE_KEYS = {
     "constant": {"warmup_steps"},
     "linear": {"warmup_steps", "min_lr_ratio"},
     "cosine": {"warmup_steps", "min_lr_ratio"},
@@ -41,17 +41,19 @@ class ScheduleConfig:
     """eden: learning rate at the first step, as a ratio of its value after warm-up"""
 
 
-def check_read(schedule: str, values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+def check_schedule_keys(
+    schedule: str, values: Mapping[str, object], defaults: Mapping[str, object]
+) -> None:
     """Raise UserError for a changed key that the schedule does not use.
 
     Args:
         schedule: name of the schedule.
-        values: values by key below `trainer`, at least for the keys in READ.
+        values: values by key below `trainer`, at least for the keys in SCHEDULE_KEYS.
         defaults: their default values.
     """
-    for key in sorted(set().union(*READ.values())):
-        if key not in READ[schedule] and values[key] != defaults[key]:
-            readers = ", ".join(name for name, keys in READ.items() if key in keys)
+    for key in sorted(set().union(*SCHEDULE_KEYS.values())):
+        if key not in SCHEDULE_KEYS[schedule] and values[key] != defaults[key]:
+            readers = ", ".join(name for name, keys in SCHEDULE_KEYS.items() if key in keys)
             raise UserError(
                 f"trainer.{key}={values[key]} is not used with trainer.schedule.name={schedule}. "
                 f"Remove it, or use a schedule that reads it. Available: {readers}."
@@ -81,50 +83,29 @@ def lr_factor(
     """
     if schedule.name == "eden":
         return eden(batch, epoch, schedule)
-    if schedule.name == "wsd":
-        return warmup_stable_decay(
-            step, total=total, warmup=warmup, floor=floor, decay_ratio=schedule.decay_ratio
-        )
+    if step < warmup:  # it rises from 1 / warmup at step 0 to 1
+        return (step + 1) / warmup
     if schedule.name == "constant":
-        return warmup_linear(step, total=total, warmup=warmup, floor=1.0)
-    if schedule.name == "linear":
-        return warmup_linear(step, total=total, warmup=warmup, floor=floor)
-    return warmup_cosine(step, total=total, warmup=warmup, floor=floor)
+        return 1.0
+    if schedule.name == "wsd":
+        decay = late_linear(step, total=total, decay_ratio=schedule.decay_ratio)
+    else:
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        decay = 1 - progress if schedule.name == "linear" else half_cosine(progress)
+    return floor + (1 - floor) * decay
 
 
-def warmup_cosine(step: float, *, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Return the factor of a linear warm-up and half a cosine down to `floor`.
-
-    The warm-up rises from 1/warmup at step 0 to 1.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+def half_cosine(progress: float) -> float:
+    """Return the value of half a cosine that falls from 1 at progress 0 to 0 at progress 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def warmup_linear(step: float, *, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Return the factor of the warm-up of `warmup_cosine` and a linear decay to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * (1 - progress)
-
-
-def warmup_stable_decay(
-    step: float, *, total: int, warmup: int, floor: float = 0.0, decay_ratio: float
-) -> float:
-    """Return the factor of the warm-up of `warmup_cosine`, a constant rate and a linear decay.
-
-    The decay to `floor` takes the last `decay_ratio` of all steps.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
+def late_linear(step: float, *, total: int, decay_ratio: float) -> float:
+    """Return 1, and in the last `decay_ratio` of all steps a linear decay to 0."""
     decay = decay_ratio * total
-    progress = 0.0
-    if decay:
-        progress = min(1.0, max(0.0, step - (total - decay)) / decay)
-    return floor + (1 - floor) * (1 - progress)
+    if not decay:
+        return 1.0
+    return 1 - min(1.0, max(0.0, step - (total - decay)) / decay)
 
 
 def eden(batch: float, epoch: float, schedule: ScheduleConfig) -> float:

@@ -24,7 +24,6 @@ from asrllm.training.ds_keys import (
 )
 from asrllm.training.optimizers import part_of
 from asrllm.training.run_config import OptimizerConfig, TrainerConfig
-from asrllm.training.schedules import warmup_cosine
 from tests.conftest import REPOSITORY
 from tests.processes import assert_done, run_script
 
@@ -652,15 +651,6 @@ def test_fp16_is_rejected_on_a_device_without_it(tmp_path):
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(UserError, match=r"trainer\.precision=fp16 .*\(cpu\)"):
         read_ds_config(make_config(tmp_path / "mine.json", precision="fp16"), world_size=1)
-
-
-def test_schedule_warms_up_and_decays():
-    factors = [warmup_cosine(step, total=110, warmup=10, floor=0.1) for step in range(120)]
-    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert factors[10] == 1.0
-    assert factors[60] == pytest.approx(0.55)
-    assert factors[110:] == pytest.approx([0.1] * 10)
-    assert warmup_cosine(0, total=10, warmup=0) == 1.0
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])

@@ -6,7 +6,7 @@ import pytest
 from asrllm.errors import UserError
 from asrllm.schema import build
 from asrllm.training.run_config import TrainerConfig
-from asrllm.training.schedules import READ, eden, lr_factor, warmup_cosine
+from asrllm.training.schedules import SCHEDULE_KEYS, eden, lr_factor
 
 CONFIG = TrainerConfig()
 
@@ -23,14 +23,14 @@ def factors(name, steps, *, total=110, warmup=10, floor=0.1, **keys):
 
 def test_every_key_that_a_schedule_reads_exists():
     keys = {*vars(CONFIG), *(f"schedule.{key}" for key in vars(CONFIG.schedule))}
-    assert set().union(*READ.values()) <= keys
+    assert set().union(*SCHEDULE_KEYS.values()) <= keys
 
 
-def test_cosine_is_warmup_cosine():
-    steps = [0, 5, 9, 10, 10.5, 60, 109, 110, 200]
-    assert factors("cosine", steps) == [
-        warmup_cosine(step, total=110, warmup=10, floor=0.1) for step in steps
-    ]
+def test_cosine_falls_from_the_peak_to_the_floor_in_half_a_period():
+    steps = [10, 10.5, 35, 60, 85, 109, 110, 200]
+    angles = [min(1.0, (step - 10) / 100) * math.pi for step in steps]
+    expected = [0.1 + 0.9 * (1 + math.cos(angle)) / 2 for angle in angles]
+    assert factors("cosine", steps) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
