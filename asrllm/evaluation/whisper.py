@@ -16,7 +16,7 @@ from asrllm.errors import UserError
 from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.hub_files import load_tokenizer
-from asrllm.text_files import read_text, reading
+from asrllm.text_files import read_json_object, reading
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -40,7 +40,8 @@ def find_whisper(path: str | Path | None) -> Path:
     folder = resolve_pretrained(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a Hugging Face directory")
-    if '"whisper"' not in read_text(folder / "config.json", "the encoder's configuration"):
+    config = read_json_object(folder / "config.json", "the encoder's configuration")
+    if config.get("model_type") != "whisper":
         raise UserError(f"the audio encoder {str(path)!r} is not a Whisper model")
     if not any((folder / name).is_file() for name in WHISPER_TOKENIZER_FILES):
         raise UserError(f"{str(path)!r} has no tokenizer, which Whisper's decoder needs")

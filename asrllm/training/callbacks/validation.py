@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from asrllm import distributed
 from asrllm.collator.batch import PackedBatch
@@ -87,8 +88,12 @@ class Validation(Callback):
         return record, samples
 
     def _sums(self, trainer: Trainer, name: str) -> StepSums:
-        """Return the sums of a validation set over all ranks."""
+        """Return the sums of a validation set over all ranks.
+
+        Losses are read once, after the loop, because reading waits for the device.
+        """
         sums = StepSums()
+        counts: list[Tensor] = []
         first_rank = distributed.rank() == 0
         size = self.sizes.get(name)
         with ProgressBar(f"validation on {name}", size, enabled=first_rank, brief=True) as bar:
@@ -98,6 +103,11 @@ class Validation(Callback):
                     raise ValidationInterrupted
                 batch = batch.to(trainer.device)
                 output = trainer.engine(**{key: getattr(batch, key) for key in MODEL_INPUTS})
-                sums += count(batch, output.loss.item(), output.correct.item())
+                counts.append(torch.stack([output.loss.float(), output.correct.float()]))
+                sums += count(batch, 0.0, 0.0)
                 bar.advance()
+        if counts:
+            for loss, correct in torch.stack(counts).tolist():
+                sums.loss += loss
+                sums.correct += correct
         return sums.over_ranks(trainer.device)
