@@ -168,7 +168,9 @@ def test_utterances_are_chosen_up_to_the_hours(world, tmp_path, ratio):
     """Corpora are read in proportion to their hours."""
     shards = [str(world.root / "shards" / name) for name in ("train", "valid")]
     data_config(tmp_path / "data.yaml", [{"shards": path} for path in shards])
-    corpora = read_corpora(str(tmp_path / "data.yaml"), filters=None, made=tmp_path, cache=None)
+    corpora = read_corpora(
+        str(tmp_path / "data.yaml"), filters=None, shards_dir=tmp_path, cache=None
+    )
     total = sum(corpus.usable_hours for corpus in corpora)
     items = choose_utterances(corpora, ratio * total)
     assert len(set(items)) == len(items)

@@ -92,10 +92,10 @@ def checkpoint_weights(checkpoint: Path, key: str = MASTERS) -> TensorSource:
     manifest = read_manifest(checkpoint)
     files = ZeroFiles(checkpoint, manifest)
     # An average opens many checkpoints at once.
-    files.keep_weights_alone()
+    files.drop_optimizer_states()
     inherited = read_inherited(checkpoint, manifest)
     dtype = DTYPE_OF_STATE[key]
-    specs = {name: Spec(files.places[name].shape, dtype) for name in manifest["trainable"]}
+    specs = {name: Spec(files.locations[name].shape, dtype) for name in manifest["trainable"]}
     for name, tensor in inherited.items():
         specs[name] = Spec(tensor.shape, dtype)
 

@@ -54,7 +54,7 @@ def evaluate(config: EvaluationRun) -> dict[str, Any]:
     corpora = read_corpora(
         config.data.test_data_config or "",
         filters=None,
-        made=exp_dir / "shards",
+        shards_dir=exp_dir / "shards",
         cache=cache,
         what="data.test_data_config",
     )

@@ -172,7 +172,7 @@ def read_corpora(
     path: str | Path,
     *,
     filters: FilterConfig | None,
-    made: Path,
+    shards_dir: Path,
     cache: ShardCache | None = None,
     what: str = "the data config",
 ) -> list[Corpus]:
@@ -181,8 +181,8 @@ def read_corpora(
     Args:
         path: the YAML file.
         filters: which utterances are used; None uses all.
-        made: directory for shards made from a `manifest` (Lhotse cuts). They are written once and
-            reused by later runs.
+        shards_dir: directory for shards made from a `manifest` (Lhotse cuts). They are written
+            once and reused by later runs.
         cache: cache for shards at URLs.
         what: what the file is, as the beginning of messages.
 
@@ -190,7 +190,7 @@ def read_corpora(
         UserError: an entry is invalid. The message names the file and the entry.
     """
     # Shards may be made from a manifest for hours, so later entries are checked first.
-    return [_open_entry(entry, filters, made, cache) for entry in read_entries(path, what)]
+    return [_open_entry(entry, filters, shards_dir, cache) for entry in read_entries(path, what)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,10 +247,10 @@ def _check_entry(values: Any, where: str) -> NamedEntry:
 
 
 def _open_entry(
-    named: NamedEntry, filters: FilterConfig | None, made: Path, cache: ShardCache | None
+    named: NamedEntry, filters: FilterConfig | None, shards_dir: Path, cache: ShardCache | None
 ) -> Corpus:
     entry = named.entry
-    index = _entry_index(entry, made, cache)
+    index = _entry_index(entry, shards_dir, cache)
     if entry.hours is not None:
         _check_hours(entry.hours, index, named.where)
     corpus = make_corpus(
@@ -303,11 +303,11 @@ def _entry_name(entry: CorpusEntry, where: str) -> str:
     return name
 
 
-def _entry_index(entry: CorpusEntry, made: Path, cache: ShardCache | None) -> Index:
+def _entry_index(entry: CorpusEntry, shards_dir: Path, cache: ShardCache | None) -> Index:
     if entry.shards is not None:
         return open_index(entry.shards, cache)
     assert entry.manifest is not None
-    return _manifest_index(Path(entry.manifest), made)
+    return _manifest_index(Path(entry.manifest), shards_dir)
 
 
 def _check_hours(stated: float, index: Index, where: str) -> None:
@@ -322,7 +322,7 @@ def _check_hours(stated: float, index: Index, where: str) -> None:
         )
 
 
-def _manifest_index(manifest: Path, made: Path) -> Index:
+def _manifest_index(manifest: Path, shards_dir: Path) -> Index:
     """Return the index of shards made from a cuts manifest.
 
     The first process that holds the lock writes the shards; later ones reuse them.
@@ -332,8 +332,8 @@ def _manifest_index(manifest: Path, made: Path) -> Index:
     stat = manifest.stat()
     version = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     digest = hashlib.sha256(version.encode()).hexdigest()[:12]
-    folder = made / f"{manifest.name.partition('.')[0]}-{digest}"
-    made.mkdir(parents=True, exist_ok=True)
+    folder = shards_dir / f"{manifest.name.partition('.')[0]}-{digest}"
+    shards_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             _write_manifest_shards(manifest, folder)

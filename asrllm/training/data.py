@@ -115,7 +115,7 @@ class TrainingData:
         return read_corpora(
             path,
             filters=self.config.data.filter,
-            made=Path(self.config.exp_dir or "") / "shards",
+            shards_dir=Path(self.config.exp_dir or "") / "shards",
             cache=self.cache,
             what=key,
         )

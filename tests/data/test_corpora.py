@@ -20,7 +20,7 @@ FILTERS = FilterConfig(min_duration=0.0, max_duration=30.0, max_chars_per_second
 
 def read(tmp_path, *entries, filters=FILTERS):
     return read_corpora(
-        data_config(tmp_path / "data.yaml", entries), filters=filters, made=tmp_path / "made"
+        data_config(tmp_path / "data.yaml", entries), filters=filters, shards_dir=tmp_path / "made"
     )
 
 
@@ -127,13 +127,13 @@ def test_an_invalid_data_config_is_reported(tmp_path, world, entries, message):
 
 def test_a_missing_or_malformed_data_config_is_reported(tmp_path):
     with pytest.raises(UserError, match=rf"'{tmp_path}/no\.yaml'"):
-        read_corpora(tmp_path / "no.yaml", filters=None, made=tmp_path)
+        read_corpora(tmp_path / "no.yaml", filters=None, shards_dir=tmp_path)
     (tmp_path / "broken.yaml").write_text("- {shards: ")
     with pytest.raises(UserError, match=r"broken\.yaml:1:12"):
-        read_corpora(tmp_path / "broken.yaml", filters=None, made=tmp_path)
+        read_corpora(tmp_path / "broken.yaml", filters=None, shards_dir=tmp_path)
     (tmp_path / "twice.yaml").write_text("- name: a\n  shards: x\n  shards: y\n")
     with pytest.raises(UserError, match=r"twice\.yaml:3:3.*'shards'"):
-        read_corpora(tmp_path / "twice.yaml", filters=None, made=tmp_path)
+        read_corpora(tmp_path / "twice.yaml", filters=None, shards_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -745,7 +745,7 @@ def test_commands_and_urls_of_cuts_are_rejected_by_default(tmp_path, kind, wrap)
         list(read_cuts(path))
     with pytest.raises(UserError, match=shown):
         read_corpora(
-            data_config(tmp_path, manifest=str(path)), filters=None, made=tmp_path / "made"
+            data_config(tmp_path, manifest=str(path)), filters=None, shards_dir=tmp_path / "made"
         )
     assert not (tmp_path / "ran").exists()
 

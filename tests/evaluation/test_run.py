@@ -99,7 +99,7 @@ def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
     )
     cache = ShardCache.from_config(config.data.cache)
     corpora = read_corpora(
-        config.data.test_data_config, filters=None, made=exp / "shards", cache=cache
+        config.data.test_data_config, filters=None, shards_dir=exp / "shards", cache=cache
     )
     return Evaluation(
         config, corpora, cache, weights=exp / "pretrained.pt", device=torch.device("cpu")

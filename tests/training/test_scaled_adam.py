@@ -143,7 +143,7 @@ def train_all(out: str, stages: list, precision: str, source: str = "", steps: i
         if distributed.rank() == 0:
             checkpoint = folder / f"checkpoint-{steps}"
             files = ZeroFiles(checkpoint, read_manifest(checkpoint))
-            torch.save({name: files.read(name) for name in files.places}, folder / "weights.pt")
+            torch.save({name: files.read(name) for name in files.locations}, folder / "weights.pt")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ def make_callbacks(
         callbacks.append(RankCheck())
     if options.gc_every:
         callbacks.append(GarbageCollection(every=options.gc_every))
-    callbacks.append(NonFiniteGuard(most=options.max_nonfinite_steps))
+    callbacks.append(NonFiniteGuard(max_steps=options.max_nonfinite_steps))
     if config.data.trace:
         callbacks.append(Trace(exp_dir, step))
     if data.valid:

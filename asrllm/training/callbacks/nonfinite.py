@@ -49,14 +49,14 @@ def _step_if_finite(optimizer: torch.optim.Optimizer, step: Callable[[], object]
 
 
 class NonFiniteGuard(Callback):
-    """Reports the utterances of skipped steps, and stops the run after `most` such steps in a row.
+    """Reports the utterances of skipped steps, and stops after `max_steps` such steps in a row.
 
     Steps that fp16's loss scaling skips do not count as long as the losses are finite: that is how
     it finds its scale.
     """
 
-    def __init__(self, *, most: int) -> None:
-        self.most = most
+    def __init__(self, *, max_steps: int) -> None:
+        self.max_steps = max_steps
         self.in_row = 0
 
     def after_step(self, trainer: Trainer, loaded: LoadedStep, sums: StepSums) -> None:
@@ -82,7 +82,7 @@ class NonFiniteGuard(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-        if self.in_row >= self.most:
+        if self.in_row >= self.max_steps:
             raise self._error(what, trainer.step, keys_by_rank)
 
     def _error(self, what: str, step: int, keys_by_rank: Sequence[Sequence[str]]) -> UserError:
@@ -95,7 +95,7 @@ class NonFiniteGuard(Callback):
             named += f" and {len(keys) - MAX_NAMED} more"
         return UserError(
             f"the {what} was not finite in {self.in_row} steps in a row "
-            f"(trainer.max_nonfinite_steps={self.most}). "
+            f"(trainer.max_nonfinite_steps={self.max_steps}). "
             f"The last one, step {step}, had the utterances {named}. "
             "Check these utterances, lower trainer.lr, or resume from an earlier checkpoint."
         )

@@ -59,8 +59,8 @@ class Checkpoints(Callback):
             position=trainer.position,
             averaged=self.average is not None,
         )
-        more = self.average.files() if self.average else None
-        self.saver.begin(trainer.engine, tags, manifest, more)
+        extra_files = self.average.files() if self.average else None
+        self.saver.begin(trainer.engine, tags, manifest, extra_files)
 
     def at_end(self, trainer: Trainer) -> None:
         """Wait until the last checkpoint is written."""

@@ -36,7 +36,7 @@ from asrllm.training.checkpoint.zero_files import (
     check_files,
     file_digest,
     load_file,
-    trusted_unpickling,
+    restricted_unpickling,
 )
 
 # Frozen weights that no base model has. All checkpoints of a run use the same file.
@@ -81,7 +81,7 @@ class CheckpointSaver:
         engine: deepspeed.DeepSpeedEngine,
         tags: Sequence[str],
         manifest: Manifest,
-        more: Mapping[str, object] | None = None,
+        extra_files: Mapping[str, object] | None = None,
     ) -> None:
         """Copy the content of a checkpoint and start to write it.
 
@@ -89,7 +89,7 @@ class CheckpointSaver:
             engine: DeepSpeed engine.
             tags: one or several names of the checkpoint.
             manifest: manifest without the digests of the files.
-            more: contents of further files of this rank, by file name.
+            extra_files: contents of further files of this rank, by file name.
         """
         # The staging directory and the host copies serve one checkpoint at a time.
         self.finish()
@@ -98,7 +98,7 @@ class CheckpointSaver:
             engine.save_checkpoint(
                 str(self.staging), tag=tags[0], save_latest=False, exclude_frozen_parameters=True
             )
-        for name, state in (more or {}).items():
+        for name, state in (extra_files or {}).items():
             self.writer.save(state, str(self.staging / tags[0] / name))
         self.pending = Pending(tags, manifest)
         self.writer.start()
@@ -350,7 +350,7 @@ def load_checkpoint(
     check_files(checkpoint, manifest)
     # DeepSpeed looks for the file by a pattern, in which [1] of a directory's name means 1
     engine._get_all_ckpt_names = lambda folder, tag: [engine._get_ckpt_name(folder, tag)]
-    with trusted_unpickling():
+    with restricted_unpickling():
         # not strict, because the checkpoint does not contain the frozen weights
         loaded, _ = engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False

@@ -45,7 +45,7 @@ SavedState = dict[str, Any]  # content of a file of DeepSpeed
 WeightGroup = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of the weights in a group
 
 
-class Place(NamedTuple):
+class WeightLocation(NamedTuple):
     """Where a parameter starts.
 
     Attributes:
@@ -74,7 +74,7 @@ class ZeroFiles:
         model: content of the model file without the weights.
         optimizers: optimizer state by rank.
         masters: flat float32 vectors by rank; at stage 0 whole weights.
-        places: where each trained weight is, by name.
+        locations: where each trained weight is, by name.
     """
 
     def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
@@ -96,7 +96,7 @@ class ZeroFiles:
         self.masters = [self._masters_of(saved, working, manifest) for saved in self.optimizers]
         self.averages: list[Sequence[Tensor]] = []
         self._check_dtypes(working, manifest)
-        self.places = self._places(manifest)
+        self.locations = self._locate_weights(manifest)
 
     def _optimizers(self) -> list[SavedState]:
         """Return the optimizer states of all ranks in order."""
@@ -156,7 +156,7 @@ class ZeroFiles:
                     f"{vector.dtype} instead of torch.float32. Choose another one."
                 )
 
-    def _places(self, manifest: Manifest) -> dict[str, Place]:
+    def _locate_weights(self, manifest: Manifest) -> dict[str, WeightLocation]:
         """Return where the trained weights are, and check them against the manifest."""
         shapes = {name: tuple(info["shape"]) for name, info in manifest["trainable"].items()}
         groups: list[WeightGroup] = []
@@ -169,7 +169,7 @@ class ZeroFiles:
         saved = dict(itertools.chain.from_iterable(groups))
         self._check_shapes(saved, shapes)
         vectors = tuple(vector.numel() for vector in self.masters[0])
-        return places(self.stage, self.ranks, tuple(groups), vectors)
+        return locate_weights(self.stage, self.ranks, tuple(groups), vectors)
 
     def _check_shapes(
         self, saved: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]
@@ -187,7 +187,7 @@ class ZeroFiles:
                     f"but its manifest says {list(shapes[name])}. Choose another one."
                 )
 
-    def keep_weights_alone(self) -> None:
+    def drop_optimizer_states(self) -> None:
         """Free the optimizer states, which add up if many checkpoints are open at once."""
         self.model = {}
         self.optimizers = []
@@ -266,17 +266,17 @@ class ZeroFiles:
         Raises:
             UserError: the file has another number of values.
         """
-        place = self.places[name]
-        values = self.read_range(name, 0, place.numel, key)
-        self._check_numel(name, values.numel(), place.numel)
-        return values.view(place.shape)
+        location = self.locations[name]
+        values = self.read_range(name, 0, location.numel, key)
+        self._check_numel(name, values.numel(), location.numel)
+        return values.view(location.shape)
 
     def pieces(self, name: str, key: str = MASTERS, size: int = PIECE) -> Iterator[Tensor]:
         """Yield the values of `read`, flattened, in pieces of `size` elements.
 
         The pieces are mapped to the file, so the caller must not change them.
         """
-        numel = self.places[name].numel
+        numel = self.locations[name].numel
         for start in range(0, max(numel, 1), size):
             yield self._piece(name, start, min(size, numel - start), key)
 
@@ -288,7 +288,7 @@ class ZeroFiles:
     def _check_numel(self, name: str, numel: int, expected: int) -> None:
         """Raise UserError if a file does not have the expected number of values."""
         if numel != expected:
-            shape = list(self.places[name].shape)
+            shape = list(self.locations[name].shape)
             raise UserError(
                 f"{str(self.checkpoint)!r} is corrupted: {name!r} has {numel} values, "
                 f"but its manifest says {shape}. Choose another one."
@@ -306,24 +306,24 @@ class ZeroFiles:
         Returns:
             (numel,), or fewer elements if the files end before.
         """
-        group, offset, shape = self.places[name]
+        group, offset, shape = self.locations[name]
         if self.stage == 0:
             vector = self._vector(key, 0, group)
-            self._check_numel(name, vector.numel(), self.places[name].numel)
+            self._check_numel(name, vector.numel(), self.locations[name].numel)
             return vector.flatten()[start : start + numel]
         parts = []
         if self.stage == 3:
             part = stride(3, self.ranks, shape)
-            for rank, begin, end in self._stretches(start, numel, part):
+            for rank, begin, end in self._rank_ranges(start, numel, part):
                 parts.append(self._vector(key, rank, group)[offset + begin : offset + end])
         else:
             # saved without the padding, which rank 0 only has if it holds the whole group
             part = self.masters[0][group].numel()
-            for rank, begin, end in self._stretches(offset + start, numel, part):
+            for rank, begin, end in self._rank_ranges(offset + start, numel, part):
                 parts.append(self._vector(key, rank, group)[begin:end])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _stretches(self, start: int, numel: int, part: int) -> Iterator[tuple[int, int, int]]:
+    def _rank_ranges(self, start: int, numel: int, part: int) -> Iterator[tuple[int, int, int]]:
         """Yield (rank, begin, end): where each rank has elements of a range.
 
         Args:
@@ -337,9 +337,9 @@ class ZeroFiles:
 
 # Checkpoints of one run have the same layout: one copy suffices, however many are averaged.
 @functools.lru_cache(maxsize=1)
-def places(
+def locate_weights(
     stage: int, ranks: int, groups: tuple[WeightGroup, ...], vectors: tuple[int, ...]
-) -> dict[str, Place]:
+) -> dict[str, WeightLocation]:
     """Return where every weight is, by name.
 
     Args:
@@ -348,7 +348,7 @@ def places(
         groups: parameter groups in DeepSpeed's order.
         vectors: number of elements of each flat vector of one rank.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, WeightLocation] = {}
     group = 0
     offset = 0
     for number, weights in enumerate(groups):
@@ -363,7 +363,7 @@ def places(
             elif stage == 3 and offset >= vectors[group]:
                 group = group + 1
                 offset = 0
-            found[name] = Place(group, offset, shape)
+            found[name] = WeightLocation(group, offset, shape)
             offset += stride(stage, ranks, shape)
     return found
 
@@ -440,7 +440,7 @@ def load_file(path: Path) -> SavedState:
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
                     archive.read(name)
-        with trusted_unpickling():
+        with restricted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (*BAD_ARCHIVE, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise UserError(
@@ -504,7 +504,7 @@ def zero_stage_by_name(kind: object, name: str) -> object:
 
 
 @contextlib.contextmanager
-def trusted_unpickling() -> Iterator[None]:
+def restricted_unpickling() -> Iterator[None]:
     """Let torch.load accept nothing but tensors and DeepSpeed's plain classes in the block."""
     safe = [*plain_classes(), (zero_stage_by_name, "builtins.getattr")]
     with switched_on("TORCH_FORCE_WEIGHTS_ONLY_LOAD"), torch.serialization.safe_globals(safe):

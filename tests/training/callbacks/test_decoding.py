@@ -37,7 +37,9 @@ class Prompts:
 
 @pytest.fixture
 def corpus(world):
-    (corpus,) = read_corpora(str(world.root / "train.yaml"), filters=None, made=world.root / "made")
+    (corpus,) = read_corpora(
+        str(world.root / "train.yaml"), filters=None, shards_dir=world.root / "made"
+    )
     return corpus
 
 

@@ -53,7 +53,7 @@ def assert_reported(capsys, step: int, what: str, keys: str) -> None:
 
 
 def test_too_many_skipped_steps_in_a_row_raise_an_error_with_the_keys(capsys):
-    guard = NonFiniteGuard(most=2)
+    guard = NonFiniteGuard(max_steps=2)
     run_guard(guard, 1, skipped=True, bad=["a", "b"])
     assert_reported(capsys, 1, "loss", "a b")
     run_guard(guard, 2, skipped=False, bad=[])
@@ -66,7 +66,7 @@ def test_too_many_skipped_steps_in_a_row_raise_an_error_with_the_keys(capsys):
 
 
 def test_steps_that_fp16_loss_scaling_skips_do_not_count(capsys):
-    guard = NonFiniteGuard(most=2)
+    guard = NonFiniteGuard(max_steps=2)
     for step in range(5):
         run_guard(guard, step, skipped=True, bad=[], precision="fp16")
     assert capsys.readouterr().err == ""

@@ -95,7 +95,7 @@ def state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return every weight and moment. This raises if a file is not complete."""
     files = ZeroFiles(checkpoint, read_manifest(checkpoint))
     tensors = {}
-    for name in files.places:
+    for name in files.locations:
         for key in ("fp32", *files.state_keys()):
             tensors[f"{name}/{key}"] = files.read(name, key).clone()
     return tensors

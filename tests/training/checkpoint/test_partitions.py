@@ -74,7 +74,7 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     assert {"exp_avg", "exp_avg_sq"} <= set(keys)
     steps = {f"step/{g}": files.shared_state(g)["step"] for g in range(2)}
     tensors = {}
-    for name in files.places:
+    for name in files.locations:
         for key in keys:
             tensors[f"{name}/{key}"] = files.read(name, key)
     return tensors | steps

@@ -13,7 +13,7 @@ from asrllm.models.build import describe_model
 from asrllm.training.checkpoint.manifest import check_same_model
 from asrllm.training.checkpoint.resume import resume_fingerprint
 from asrllm.training.checkpoint.saver import CheckpointSaver, read_inherited, write_inherited
-from asrllm.training.checkpoint.zero_files import load_file, trusted_unpickling
+from asrllm.training.checkpoint.zero_files import load_file, restricted_unpickling
 from asrllm.training.run_config import TrainRun
 from tests.checkpoints.made import write_checkpoint
 from tests.models.asr_llm.test_modeling import make_config
@@ -32,7 +32,7 @@ def test_stage_is_read_from_the_pickles_of_every_python(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"old": Reduced(ZeroStageEnum, "weights"), "new": ZeroStageEnum.weights}, path)
     expected = {"old": ZeroStageEnum.weights, "new": ZeroStageEnum.weights}
-    with trusted_unpickling():
+    with restricted_unpickling():
         assert torch.load(path) == expected
     assert load_file(path) == expected
 
@@ -40,7 +40,7 @@ def test_stage_is_read_from_the_pickles_of_every_python(tmp_path):
 @pytest.mark.parametrize("arguments", [(LossScaler, "__init__"), (ZeroStageEnum, "__class__")])
 def test_other_uses_of_getattr_in_a_pickle_are_rejected(tmp_path, arguments):
     torch.save({"x": Reduced(*arguments)}, tmp_path / "x.pt")
-    with trusted_unpickling(), pytest.raises(pickle.UnpicklingError):
+    with restricted_unpickling(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pt")
     with pytest.raises(UserError, match=repr(arguments[1])):
         load_file(tmp_path / "x.pt")
