@@ -212,6 +212,7 @@ def _read_here(planned: Planned, rank: int, dataset: PlannedDataset) -> Loaded:
 def _read_in_processes(
     planned: Planned, rank: int, shared: SharedSlots, workers: int, accumulation: int
 ) -> Loaded:
+    """Yield the steps with the micro-batches of a rank, which workers read ahead."""
     # steps that were given to the workers and not received yet, with their slots
     pending: collections.deque[tuple[Position, Step, list[int]]] = collections.deque()
 
@@ -223,21 +224,10 @@ def _read_in_processes(
                 slots.append(shared.free.popleft())
                 yield slots[-1], items
 
-    _kill_workers_at_exit()
-    readers = DataLoader(
-        shared,
-        batch_size=None,
-        sampler=tasks(),  # type: ignore[arg-type]
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-        collate_fn=_unchanged,
-        worker_init_fn=functools.partial(_begin_worker, parent_of_worker()),
-        multiprocessing_context="fork",  # the index and the slots are mapped, not copied
-    )
     loader: Any = None
     try:
         with _interrupt_later():
-            loader = iter(readers)
+            loader = _start_workers(shared, tasks(), workers)
         for first in loader:
             position, step, slots = pending.popleft()
             sent = [first, *itertools.islice(loader, accumulation - 1)]
@@ -251,6 +241,24 @@ def _read_in_processes(
         # queues are closed already, and it would wait 5 s for each worker.
         if loader is not None:
             loader._shutdown_workers()
+
+
+def _start_workers(
+    shared: SharedSlots, tasks: Iterator[tuple[int, Batch]], workers: int
+) -> Iterator[Any]:
+    """Fork the workers, and return the iterator over what they read, in the order of the tasks."""
+    _kill_workers_at_exit()
+    readers = DataLoader(
+        shared,
+        batch_size=None,
+        sampler=tasks,  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        collate_fn=_unchanged,
+        worker_init_fn=functools.partial(_begin_worker, parent_of_worker()),
+        multiprocessing_context="fork",  # the index and the slots are mapped, not copied
+    )
+    return iter(readers)
 
 
 def _unchanged(batch: Any) -> Any:
