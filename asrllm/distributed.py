@@ -19,7 +19,7 @@ from torch import Tensor
 from asrllm import siblings
 from asrllm.defaults import MIN_DESCRIPTORS
 from asrllm.errors import UserError
-from asrllm.launchers import free_port, whole_number
+from asrllm.launchers import free_port, non_negative_integer
 from asrllm.progress import waiting
 
 logger = logging.getLogger(__name__)
@@ -28,17 +28,17 @@ RESOLVE_WITHIN = 120.0  # seconds; the name of a pod in Kubernetes appears once 
 
 def rank() -> int:
     """Return the number of this process among all processes of the run."""
-    return whole_number(os.environ, "RANK", 0)
+    return non_negative_integer(os.environ, "RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes of the run."""
-    return whole_number(os.environ, "WORLD_SIZE", 1)
+    return non_negative_integer(os.environ, "WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Return the number of this process among those on its node."""
-    return whole_number(os.environ, "LOCAL_RANK", 0)
+    return non_negative_integer(os.environ, "LOCAL_RANK", 0)
 
 
 def start() -> torch.device:

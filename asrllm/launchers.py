@@ -92,7 +92,7 @@ def find_launcher(environment: Mapping[str, str]) -> Names | None:
     if "SLURM_STEP_ID" in environment:
         launchers = (SLURM, *MPI)
     for names in launchers:
-        if names.rank in environment and whole_number(environment, names.world_size, 1) > 1:
+        if names.rank in environment and non_negative_integer(environment, names.world_size, 1) > 1:
             return names
     return None
 
@@ -123,7 +123,7 @@ def check_ranks(environment: MutableMapping[str, str]) -> None:
     Raises:
         UserError: a variable is missing or is not a number, or they contradict each other.
     """
-    size = whole_number(environment, "WORLD_SIZE", 1)
+    size = non_negative_integer(environment, "WORLD_SIZE", 1)
     if size < 1:
         raise UserError(f"WORLD_SIZE={size} is not above 0. Set it to the number of processes.")
     if size == 1 and "RANK" not in environment:
@@ -140,19 +140,19 @@ def check_ranks(environment: MutableMapping[str, str]) -> None:
                 "or deepspeed, or unset WORLD_SIZE to run a single process."
             )
     for name in ("RANK", "LOCAL_RANK"):
-        number = whole_number(environment, name, 0)
+        number = non_negative_integer(environment, name, 0)
         if number >= size:
             raise UserError(
                 f"{name}={number} is not below WORLD_SIZE={size}. "
                 "Number the processes from 0, or raise WORLD_SIZE."
             )
-    port = whole_number(environment, "MASTER_PORT", DEFAULT_PORT)
+    port = non_negative_integer(environment, "MASTER_PORT", DEFAULT_PORT)
     if not 0 < port <= MAX_PORT:
         raise UserError(f"MASTER_PORT={port} is not a port. Use a number from 1 to {MAX_PORT}.")
 
 
-def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """Return the whole number in an environment variable.
+def non_negative_integer(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Return the integer from 0 on in an environment variable.
 
     Args:
         environment: environment of the process.
@@ -160,12 +160,13 @@ def whole_number(environment: Mapping[str, str], name: str, default: int) -> int
         default: value if the variable is not set.
 
     Raises:
-        UserError: the variable is not a whole number.
+        UserError: the variable is not a non-negative integer.
     """
     text = environment.get(name, str(default))
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
         raise UserError(
-            f"the environment variable {name}={text!r} is not a whole number. Correct or unset it."
+            f"the environment variable {name}={text!r} is not a non-negative integer. "
+            "Correct or unset it."
         )
     return int(text)
 

@@ -31,8 +31,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 WorkerCount = Annotated[int, Field(ge=0, le=MAX_WORKERS)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-# how to respect a bound, and what a value must be, by pydantic's name of the error
-OPERATORS = {
+# how to respect a bound, by pydantic's type of the error
+BOUND_FIXES = {
     "greater_than": "Use a value above {gt}.",
     "greater_than_equal": "Use a value of at least {ge}.",
     "less_than": "Use a value below {lt}.",
@@ -42,19 +42,18 @@ OPERATORS = {
     "too_long": "Give at most {max_length} items.",
     "string_pattern_mismatch": "It must match {pattern}.",
 }
+# what a value must be, by the beginning of pydantic's type of the error, for example "int_parsing"
 EXPECTED_TYPES = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a group of keys",
-    "dataclass_type": "a group of keys",
-    "dataclass_exact_type": "a group of keys",
-    "tuple_type": "a list",
-    "none_required": "null",
-    "literal_error": "one of its choices",
+    "int": "an integer",
+    "float": "a number",
+    "string": "a string",
+    "bool": "true or false",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a group of keys",
+    "dataclass": "a group of keys",
+    "none": "null",
+    "literal": "one of its choices",
 }
 
 
@@ -159,22 +158,31 @@ def _as_user_error(
         return UserError(f"{name}={shown(value)} is not a valid choice. {nearest(value, choices)}")
     if kind == "string_too_short":
         return UserError(f"{name} is empty. Set it, or remove it.")
-    if kind in OPERATORS:
-        limits = first.get("ctx", {})
-        bound = OPERATORS[kind].format(**{name: _plain(limit) for name, limit in limits.items()})
+    fix = bound_fix(first)
+    if fix is not None:
         if type(None) in typing.get_args(hints[key]):
-            bound = f"{bound.removesuffix('.')}, or null."
-        return UserError(f"{name}={shown(value)} is out of range. {bound}")
+            fix = f"{fix.removesuffix('.')}, or null."
+        return UserError(f"{name}={shown(value)} is out of range. {fix}")
     expected: list[str] = []
     for problem in problems:
         if problem["loc"][0] == key:
-            expected.append(EXPECTED_TYPES.get(problem["type"], "another type"))
+            prefix = problem["type"].partition("_")[0]
+            expected.append(EXPECTED_TYPES.get(prefix, "another type"))
     wanted = " or ".join(dict.fromkeys(expected))
     message = f"{name}={shown(value)} has the wrong type. Expected: {wanted}."
     inner = nested_component(hints[key])
     if inner is not None:
         message += f" Its keys are: {', '.join(keys_and_types(inner))}."
     return UserError(message)
+
+
+def bound_fix(problem: ErrorDetails) -> str | None:
+    """Return how to respect the bound that a value violates, or None for another problem."""
+    fix = BOUND_FIXES.get(problem["type"])
+    if fix is None:
+        return None
+    limits = problem.get("ctx", {})
+    return fix.format(**{name: _plain(limit) for name, limit in limits.items()})
 
 
 def _path_within(value: Any, parts: Sequence[int | str]) -> str:

@@ -160,7 +160,7 @@ class Entry:
         ({"name": "a", "sise": 1}, ["'sise'", "'size'"]),
         ({"name": "a", "size": 0}, ["size=0", "1", "null"]),
         ({"name": "a", "size": True}, ["size=true", "integer"]),
-        ({"name": "a", "tags": 1}, ["tags=1", "list", "text"]),
+        ({"name": "a", "tags": 1}, ["tags=1", "list", "string"]),
         ({"name": "a", "tags": ["b", 2]}, ["tags[1]=2"]),
     ],
 )

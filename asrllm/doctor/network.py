@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asrllm.doctor.findings import Finding, ok, problem, warning
 from asrllm.errors import UserError
-from asrllm.launchers import whole_number
+from asrllm.launchers import non_negative_integer
 from asrllm.text_files import read_text
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -103,9 +103,9 @@ def check_launcher_variables(environment: Mapping[str, str]) -> list[Finding]:
     values = ", ".join(f"{name}={environment[name]!r}" for name in present)
     fix = f"Run 'unset {' '.join(present)}', unless a launcher has set them."
     try:
-        size = whole_number(environment, "WORLD_SIZE", 1)
+        size = non_negative_integer(environment, "WORLD_SIZE", 1)
     except UserError:
-        return [problem("launcher", f"{values}: WORLD_SIZE is not a whole number", fix)]
+        return [problem("launcher", f"{values}: WORLD_SIZE is not a non-negative integer", fix)]
     if size != 1:
         text = f"{values}: a process waits for {size} processes, which no launcher starts"
         return [problem("launcher", text, fix)]

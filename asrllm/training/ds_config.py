@@ -16,8 +16,8 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from asrllm.errors import UserError
 from asrllm.text_files import first_words, read_text
 from asrllm.training.ds_keys import (
+    BOOLEAN,
     NUMBER,
-    SWITCH,
     DsConfig,
     Kinds,
     check_keys,
@@ -55,20 +55,12 @@ OPTIMIZER_PARAMS: dict[str, Kinds] = {
     "betas": (list,),
     "eps": NUMBER,
     "weight_decay": NUMBER,
-    "bias_correction": SWITCH,
-    "amsgrad": SWITCH,
-    "adam_w_mode": SWITCH,
-    "torch_adam": SWITCH,
-    "fp32_optimizer_states": SWITCH,
+    "bias_correction": BOOLEAN,
+    "amsgrad": BOOLEAN,
+    "adam_w_mode": BOOLEAN,
+    "torch_adam": BOOLEAN,
+    "fp32_optimizer_states": BOOLEAN,
 }
-# Options that change the layout of weights in checkpoints, so that they could not be read.
-UNREADABLE_LAYOUTS = ("round_robin_gradients", "parameter_alignment")
-# Options of ZeRO++, which no run of this project has used yet.
-ZERO_PLUS_PLUS = (
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-)
 
 
 def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
@@ -101,8 +93,6 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
     check_ds_dtypes(ds, config, path)
     check_optimizer(ds.pop("optimizer", None), config, path)
     choose_optimizer_checks(ds, config, path)
-    check_layout(ds, path)
-    refuse_zero_plus_plus(ds, path)
     check_device(ds, config, path)
     ds.setdefault("steps_per_print", NO_PRINTS)
     unfilled = next(_autos(ds), None)
@@ -365,26 +355,6 @@ def _autos(value: object, name: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _autos(item, f"{name}.{key}" if name else key)
-
-
-def check_layout(ds: DsConfig, path: Path) -> None:
-    """Raise UserError for options that change where weights are in checkpoints."""
-    for key in UNREADABLE_LAYOUTS:
-        if ds["zero_optimization"].get(key):
-            raise UserError(
-                f"{path}: zero_optimization.{key} writes checkpoints that could not be read again. "
-                "Remove it."
-            )
-
-
-def refuse_zero_plus_plus(ds: DsConfig, path: Path) -> None:
-    """Raise UserError for options of ZeRO++."""
-    zero = ds["zero_optimization"]
-    used = [key for key in ZERO_PLUS_PLUS if zero.get(key)]
-    if zero.get("zero_hpz_partition_size", 1) != 1:
-        used.append("zero_hpz_partition_size")
-    if used:
-        raise UserError(f"{path}: zero_optimization.{used[0]} is not supported. Remove it.")
 
 
 def check_device(ds: DsConfig, config: TrainerConfig, path: Path) -> None:

@@ -19,74 +19,73 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from asrllm.errors import UserError
-from asrllm.schema import shown
+from asrllm.schema import EXPECTED_TYPES, bound_fix, shown
 
 DsConfig = dict[str, Any]  # content of a DeepSpeed JSON
 Block = Mapping[str, Any]  # an object in a DeepSpeed JSON
 Kinds = tuple[type, ...]  # types that a value may have
-WHOLE: Kinds = (int,)
+INTEGER: Kinds = (int,)
 NUMBER: Kinds = (int, float)
-SWITCH: Kinds = (bool,)
-TEXT: Kinds = (str,)
+BOOLEAN: Kinds = (bool,)
+STRING: Kinds = (str,)
 OBJECT: Kinds = (dict,)
-KIND_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "an object",
-    list: "a list",
+# names of JSON types, by the beginning of pydantic's type of the error, or by Python's type
+JSON_TYPES = EXPECTED_TYPES | {
+    "dict": "an object",
+    "model": "an object",
+    "path": "a string",
+    "str": "a string",
 }
 
 # DeepSpeed reads these keys with dict.get, so it detects neither a typing error nor a wrong type.
 SCALARS: dict[str, Kinds] = {
-    "train_batch_size": WHOLE,
-    "train_micro_batch_size_per_gpu": WHOLE,
-    "gradient_accumulation_steps": WHOLE,
-    "managed_gradient_accumulation": SWITCH,
+    "train_batch_size": INTEGER,
+    "train_micro_batch_size_per_gpu": INTEGER,
+    "gradient_accumulation_steps": INTEGER,
+    "managed_gradient_accumulation": BOOLEAN,
     "gradient_clipping": NUMBER,
     "gradient_predivide_factor": NUMBER,
-    "gradient_allreduce_op": TEXT,
-    "prescale_gradients": SWITCH,
+    "gradient_allreduce_op": STRING,
+    "prescale_gradients": BOOLEAN,
     "communication_data_type": (str, type(None)),
     "seq_parallel_communication_data_type": (str, type(None)),
-    "disable_allgather": SWITCH,
-    "zero_allow_untested_optimizer": SWITCH,
-    "zero_force_ds_cpu_optimizer": SWITCH,
+    "disable_allgather": BOOLEAN,
+    "zero_allow_untested_optimizer": BOOLEAN,
+    "zero_force_ds_cpu_optimizer": BOOLEAN,
     "steps_per_print": (int, type(None)),
-    "wall_clock_breakdown": SWITCH,
-    "memory_breakdown": SWITCH,
-    "dump_state": SWITCH,
-    "disable_python_gc": SWITCH,
-    "dataloader_drop_last": SWITCH,
+    "wall_clock_breakdown": BOOLEAN,
+    "memory_breakdown": BOOLEAN,
+    "dump_state": BOOLEAN,
+    "disable_python_gc": BOOLEAN,
+    "dataloader_drop_last": BOOLEAN,
     "log_level": (str, type(None)),
     "vocabulary_size": (int, type(None)),
-    "use_data_before_expert_parallelism": SWITCH,
+    "use_data_before_expert_parallelism": BOOLEAN,
 }
 PLAIN_BLOCKS: dict[str, dict[str, Kinds]] = {
-    "optimizer": {"type": TEXT, "params": OBJECT, "legacy_fusion": SWITCH},
-    "scheduler": {"type": TEXT, "params": OBJECT},
+    "optimizer": {"type": STRING, "params": OBJECT, "legacy_fusion": BOOLEAN},
+    "scheduler": {"type": STRING, "params": OBJECT},
     "activation_checkpointing": {
-        "partition_activations": SWITCH,
+        "partition_activations": BOOLEAN,
         "number_checkpoints": (int, type(None)),
-        "contiguous_memory_optimization": SWITCH,
-        "synchronize_checkpoint_boundary": SWITCH,
-        "profile": SWITCH,
-        "cpu_checkpointing": SWITCH,
+        "contiguous_memory_optimization": BOOLEAN,
+        "synchronize_checkpoint_boundary": BOOLEAN,
+        "profile": BOOLEAN,
+        "cpu_checkpointing": BOOLEAN,
     },
     "aio": {
-        "block_size": WHOLE,
-        "queue_depth": WHOLE,
-        "intra_op_parallelism": WHOLE,
-        "single_submit": SWITCH,
-        "overlap_events": SWITCH,
-        "use_gds": SWITCH,
+        "block_size": INTEGER,
+        "queue_depth": INTEGER,
+        "intra_op_parallelism": INTEGER,
+        "single_submit": BOOLEAN,
+        "overlap_events": BOOLEAN,
+        "use_gds": BOOLEAN,
     },
     "checkpoint": {
-        "tag_validation": TEXT,
-        "checkpoint_serialization": SWITCH,
-        "load_universal": SWITCH,
-        "use_node_local_storage": SWITCH,
+        "tag_validation": STRING,
+        "checkpoint_serialization": BOOLEAN,
+        "load_universal": BOOLEAN,
+        "use_node_local_storage": BOOLEAN,
         "parallel_write": OBJECT,
         "writer": OBJECT,
     },
@@ -97,12 +96,12 @@ PLAIN_BLOCKS: dict[str, dict[str, Kinds]] = {
         "keep_in_fp32_modules": (str, list),
     },
     "flops_profiler": {
-        "enabled": SWITCH,
+        "enabled": BOOLEAN,
         "recompute_fwd_factor": NUMBER,
-        "profile_step": WHOLE,
-        "module_depth": WHOLE,
-        "top_modules": WHOLE,
-        "detailed": SWITCH,
+        "profile_step": INTEGER,
+        "module_depth": INTEGER,
+        "top_modules": INTEGER,
+        "detailed": BOOLEAN,
         "output_file": (str, type(None)),
     },
     "timers": {"throughput": OBJECT},
@@ -119,29 +118,8 @@ MODELS: dict[str, type[BaseModel]] = {
 }
 # of blocks within those for which DeepSpeed has no pydantic model
 NESTED_MODELS: dict[str, type[BaseModel]] = {"timers.throughput": DeepSpeedThroughputTimerConfig}
-# what is wrong with a value and how to correct it, by pydantic's type of the error
-BOUNDS = {
-    "greater_than": ("is not above {gt:g}", "Use a larger value."),
-    "greater_than_equal": ("is below {ge:g}", "Use a value of at least {ge:g}."),
-    "less_than": ("is not below {lt:g}", "Use a smaller value."),
-    "less_than_equal": ("is above {le:g}", "Use a value of at most {le:g}."),
-    "enum": ("is unknown", "Choose {expected}."),
-    "literal_error": ("is unknown", "Choose {expected}."),
-    "missing": ("is missing", "Add it."),
-    "finite_number": ("is not finite", "Use a number."),
-}
-# names of the types of JSON by the beginning of pydantic's type of the error
-JSON_TYPES = {
-    "bool": "true or false",
-    "dict": "an object",
-    "float": "a number",
-    "int": "an integer",
-    "list": "a list",
-    "model": "an object",
-    "path": "a text",
-    "string": "a text",
-}
 MASTER_WEIGHTS = "Remove it: checkpoints have master weights and optimizer states in float32."
+UNREADABLE = "Remove it: its checkpoints could not be read again."
 # Features of DeepSpeed that runs do not support, and what to do instead.
 UNSUPPORTED = {
     "activation_checkpointing": "Remove it, and set trainer.gradient_checkpointing=true.",
@@ -176,8 +154,14 @@ UNSUPPORTED = {
     "zero_optimization.legacy_stage1": "Remove it.",
     "zero_optimization.module_granularity_threshold": "Remove it.",
     "zero_optimization.offload_optimizer.super_offload": "Remove it.",
+    "zero_optimization.parameter_alignment": UNREADABLE,
+    "zero_optimization.round_robin_gradients": UNREADABLE,
     "zero_optimization.stage3_module_granularity_threshold": "Remove it.",
     "zero_optimization.zenflow": "Remove it.",
+    # options of ZeRO++, which no run of this project has used yet
+    "zero_optimization.zero_quantized_gradients": "Remove it.",
+    "zero_optimization.zero_quantized_nontrainable_weights": "Remove it.",
+    "zero_optimization.zero_quantized_weights": "Remove it.",
 }
 DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 # Values that would change what a step computes.
@@ -268,6 +252,12 @@ def check_supported(ds: Block, path: Path) -> None:
     for place in used:
         if place in UNSUPPORTED:
             raise UserError(f"{path}: {place!r} is not supported. {UNSUPPORTED[place]}")
+    partition_size = zero.get("zero_hpz_partition_size", 1)
+    if partition_size != 1:  # of ZeRO++
+        raise UserError(
+            f"{path}: zero_optimization.zero_hpz_partition_size={partition_size!r} is not "
+            "supported. Remove it."
+        )
     for key, name in ds.get("data_types", {}).items():
         if key.endswith("_dtype") and name is not None and name not in DTYPE_NAMES:
             raise UserError(
@@ -394,10 +384,13 @@ def invalid_value(error: ValidationError, place: str, path: Path) -> UserError:
     is_plain = isinstance(first["input"], (str, int, float, list, type(None)))
     value = f"={shown(first['input'])}" if is_plain else ""  # else a whole block
     kind = first["type"]
-    if kind in BOUNDS:
-        problem, fix = (text.format(**first.get("ctx", {})) for text in BOUNDS[kind])
-        value = "" if kind == "missing" else value
-        return UserError(f"{path}: {name}{value} {problem}. {fix}")
+    fix = bound_fix(first)
+    if fix is not None:
+        return UserError(f"{path}: {name}{value} is out of range. {fix}")
+    if kind in ("enum", "literal_error"):
+        return UserError(f"{path}: {name}{value} is unknown. Choose {first['ctx']['expected']}.")
+    if kind == "missing":
+        return UserError(f"{path}: {name} is missing. Add it.")
     expected = JSON_TYPES.get(kind.partition("_")[0])
     if expected:
         return UserError(
@@ -463,7 +456,7 @@ def check_type(value: object, kinds: Kinds, place: str, path: Path) -> None:
 
 def has_type(value: object, kinds: Kinds) -> bool:
     """Return whether a JSON value has one of the types."""
-    if isinstance(value, bool):  # which Python counts as a whole number
+    if isinstance(value, bool):  # which Python counts as an integer
         return bool in kinds
     if isinstance(value, kinds):
         return True
@@ -478,8 +471,8 @@ def type_names(kinds: Kinds) -> list[str]:
     for kind in kinds:
         if kind is type(None):
             names.append("null")
-        elif kind is not int or kinds != NUMBER:  # "a number" includes whole numbers
-            names.append(KIND_NAMES[kind])
+        elif kind is not int or kinds != NUMBER:  # "a number" includes integers
+            names.append(JSON_TYPES[kind.__name__])
     return names
 
 

@@ -115,7 +115,7 @@ def zero(**keys):
         (
             "mine.json",
             zero(round_robin_gradients=True),
-            r"zero_optimization\.round_robin_gradients ",
+            r"zero_optimization\.round_robin_gradients",
         ),
         (
             "mine.json",
