@@ -373,7 +373,7 @@ def variants(shape: Shape, device: torch.device) -> dict[str, Callable[[], Step]
         made[f"padded to the longest, bf16{how}"] = lambda recompute=recompute: padded_step(
             shape, device, half, False, recompute
         )
-        for name in [name for name, why_not in backends().items() if not why_not]:
+        for name in [name for name, reason in backends().items() if not reason]:
             made[f"packed, bf16, {name}{how}"] = lambda name=name, recompute=recompute: packed_step(
                 shape, device, half, name, recompute
             )

@@ -135,7 +135,7 @@ def check_models(encoder: str, llm: str) -> str:
         The name of the encoder in ENCODERS.
 
     Raises:
-        UserError: a directory is not a supported model, or its files are damaged.
+        UserError: a directory is not a supported model, or its files are corrupted.
     """
     import_transformers()
     from asrllm.models.build import describe_model

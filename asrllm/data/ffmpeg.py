@@ -26,7 +26,7 @@ CONTAINERS = (
 )
 SELF_CONTAINED = (*LOCAL_ONLY, "-format_whitelist", ",".join(CONTAINERS))
 PROBE_SECONDS = 60  # how long ffprobe may take
-# what ffmpeg 5, 6 and 7 write about a packet that is damaged
+# what ffmpeg 5, 6 and 7 write about a packet that is corrupted
 NOT_DECODED = (
     *("Error while decoding", "Error submitting packet", "CRC error", "CRC mismatch"),
     "corrupt input packet",
@@ -40,7 +40,7 @@ PROBED = "stream=codec_name,duration,sample_rate:format=format_name,nb_streams,d
 
 # ffmpeg runs as a process, so that a hostile file cannot crash training, and PyAV 18 is a wheel of
 # 36 MB for formats that are rare in corpora. PyAV is faster: it takes 7 ms instead of 175 ms
-# for a file of 10 s. With the same check of the length, ffmpeg rejects 43 and PyAV 44 of 54 damaged
+# for a file of 10 s. With the same check of the length, ffmpeg rejects 43 and PyAV 44 of 54 corrupted
 # files.
 def open_by_ffmpeg(file: AudioFile, reason: str) -> AudioFile:
     """Read the header with ffprobe.

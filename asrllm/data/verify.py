@@ -115,13 +115,13 @@ def _warn_of_changes(folder: Path, scans: Sequence["_Scan"]) -> None:
         return
     try:
         before = open_index(folder)
-    except UserError:  # a damaged index, which the new one replaces
+    except UserError:  # a corrupted index, which the new one replaces
         return
     changed = _count_changes(before, scans)
     if changed:
         logger.warning(
             "%d samples in %s have other bytes than when they were indexed before. If you did not "
-            "change the tars, they are damaged: copy them again, and index them again.",
+            "change the tars, they are corrupted: copy them again, and index them again.",
             changed,
             folder,
         )

@@ -33,8 +33,8 @@ MAX_UNFUSED_SCORES = 1 << 22
 _derived = WeakTensorKeyDictionary()
 
 
-class Options(NamedTuple):
-    """What attention computes. The fields are arguments of `packed`."""
+class AttentionOptions(NamedTuple):
+    """What attention computes. The fields are arguments of `varlen_attention`."""
 
     causal: bool
     longest: int
@@ -44,7 +44,7 @@ class Options(NamedTuple):
     softcap: float | None
 
 
-def packed(
+def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -88,11 +88,11 @@ def packed(
     # A window that covers every utterance changes nothing, and the fastest kernels have none.
     if window is not None and window >= longest:
         window = None
-    options = Options(causal, longest, scale, dropout, window, softcap)
+    options = AttentionOptions(causal, longest, scale, dropout, window, softcap)
     if backend == "auto":
-        backend = choose(query, value, options)
+        backend = choose_backend(query, value, options)
     else:
-        reason = why_not(backend, query, value, options)
+        reason = unsupported_reason(backend, query, value, options)
         if reason:
             raise UserError(
                 f"the attention backend {backend!r} cannot run here: {reason}. Use 'auto' or "
@@ -119,24 +119,24 @@ def _cached(cu_seqlens: Tensor, name: Hashable, make: Callable[[], Any]) -> Any:
 # --- choice of the backend ---
 
 
-def choose(query: Tensor, value: Tensor, options: Options) -> str:
+def choose_backend(query: Tensor, value: Tensor, options: AttentionOptions) -> str:
     """Return the name of the fastest backend that can compute this."""
     if not query.is_cuda or query.dtype not in HALF:
         return "sdpa"
     for name in ("flash", "varlen"):
-        if not why_not(name, query, value, options):
+        if not unsupported_reason(name, query, value, options):
             return name
     return "sdpa"
 
 
-def why_not(
+def unsupported_reason(
     backend: str,
     query: Tensor,
     value: Tensor,
-    options: Options,
+    options: AttentionOptions,
 ) -> str:
     """Return why a backend cannot compute this, or "" if it can."""
-    reason = missing(backend)
+    reason = unavailable_reason(backend)
     if reason:
         return reason
     if backend in ("flash", "varlen"):
@@ -163,11 +163,11 @@ def _kernel_limits(query: Tensor, value: Tensor) -> str:
 
 def backends() -> dict[str, str]:
     """Return, for each backend's name, "" if it works on this machine, or else why not."""
-    return {name: missing(name) for name in BACKENDS}
+    return {name: unavailable_reason(name) for name in BACKENDS}
 
 
 @functools.cache
-def missing(backend: str) -> str:
+def unavailable_reason(backend: str) -> str:
     """Return what a backend lacks on this machine, or "" if nothing."""
     if backend not in BACKENDS:
         hint = nearest(backend, ["auto", *BACKENDS])
@@ -209,7 +209,7 @@ def _missing_import(backend: str) -> str:
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: AttentionOptions
 ) -> Tensor:
     lengths = row_lengths(cu_seqlens)
     if query.is_cuda and query.shape[1] != key.shape[1]:
@@ -225,7 +225,7 @@ def _sdpa(
     return torch.cat(outputs, 1)
 
 
-def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """Map query (1, heads, L, d), key and value (1, kv heads, L, d) to (1, L, heads, d)."""
     heads, length = query.shape[1:3]
     if query.is_meta:
@@ -237,7 +237,9 @@ def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: Options) 
     is_half_on_cpu = not query.is_cuda and query.dtype in HALF
     if options.softcap is not None or (is_half_on_cpu and is_small):
         bias = causal_bias(length, window, query) if options.causal else None
-        return explicit(query, key, value, bias, options.scale, options.dropout, options.softcap)
+        return eager_attention(
+            query, key, value, bias, options.scale, options.dropout, options.softcap
+        )
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -294,7 +296,7 @@ def causal_bias(length: int, window: int | None, like: Tensor) -> Tensor:
     return lowest.triu(1) + lowest.tril(-window)
 
 
-def explicit(
+def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -336,7 +338,7 @@ def explicit(
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: AttentionOptions
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
@@ -361,7 +363,7 @@ def _flash(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: Options
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, options: AttentionOptions
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -384,7 +386,7 @@ def _varlen(
     return output[None]
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Options], Tensor]] = {
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, AttentionOptions], Tensor]] = {
     "sdpa": _sdpa,
     "flash": _flash,
     "varlen": _varlen,
@@ -419,9 +421,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Compute the attention of an LLM's layer, as transformers calls it.
 
-    With cu_seq_lens_q it is `packed`. Its backend is `asrllm_attention` in the LLM's configuration,
-    or "auto" if that is not set. Without cu_seq_lens_q (decoding, query (N, heads, Q, d)) it is
-    transformers' own attention with the given mask.
+    With cu_seq_lens_q it is `varlen_attention`. Its backend is `asrllm_attention` in the LLM's
+    configuration, or "auto" if that is not set. Without cu_seq_lens_q (decoding, query
+    (N, heads, Q, d)) it is transformers' own attention with the given mask.
 
     Raises:
         UserError: the LLM uses a kind of attention that packed rows do not support.
@@ -436,10 +438,10 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        options = Options(causal, query.shape[2], scale, dropout, sliding_window, softcap)
+        options = AttentionOptions(causal, query.shape[2], scale, dropout, sliding_window, softcap)
         return _padded(module, query, key, value, attention_mask, scaling, options), None
     config = getattr(module, "config", None)
-    output = packed(
+    output = varlen_attention(
         query,
         key,
         value,
@@ -462,7 +464,7 @@ def _padded(
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    options: Options,
+    options: AttentionOptions,
 ) -> Tensor:
     """Compute the attention of a padded batch.
 
@@ -498,10 +500,10 @@ def _padded(
             is_causal=options.causal,
         )[0]
     if mask is not None and mask.dtype == torch.bool:
-        # `explicit` adds the mask to the scores.
+        # `eager_attention` adds the mask to the scores.
         zeros = torch.zeros_like(mask, dtype=query.dtype)
         mask = zeros.masked_fill(~mask, torch.finfo(query.dtype).min)
-    return explicit(query, key, value, mask, options.scale, options.dropout, options.softcap)
+    return eager_attention(query, key, value, mask, options.scale, options.dropout, options.softcap)
 
 
 def _padding_mask(

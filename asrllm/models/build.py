@@ -92,7 +92,7 @@ def _check_base_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> No
 
     Raises:
         UserError: the family is not the configured one or is not supported, config.json has values
-            from which the LLM cannot be built, or generation_config.json is damaged.
+            from which the LLM cannot be built, or generation_config.json is corrupted.
     """
     expected = config.llm.model_type
     if expected and is_directory_or_hub_id(expected):
@@ -123,7 +123,7 @@ def _check_base_encoder(
     """Return the fields of the audio encoder at `path`.
 
     Raises:
-        UserError: its files are damaged, or its weights do not fit its configuration.
+        UserError: its files are corrupted, or its weights do not fit its configuration.
     """
     kind = config.audio_encoder.kind
     fields, state = encoder_class(kind).read_pretrained(path)

@@ -12,7 +12,7 @@ from asrllm.errors import UserError
 from asrllm.schema import shown
 from asrllm.text_files import JsonObject
 
-# Limits far above any model, so that a damaged size does not take all memory or run for hours.
+# Limits far above any model, so that a corrupted size does not take all memory or run for hours.
 MAX_LAYERS = 1000
 MAX_WIDTH = 1 << 20  # also of heads and channels
 MAX_VOCABULARY = 1 << 28

@@ -1,7 +1,7 @@
 """Read configurations and tokenizers from directories in the layout of the Hugging Face hub.
 
 Every call of transformers that reads a user's directory is in this module. A directory that is
-damaged or of another kind causes a UserError that names the file. Code in a directory is never
+corrupted or of another kind causes a UserError that names the file. Code in a directory is never
 executed.
 """
 
@@ -33,7 +33,7 @@ from asrllm.text_files import (
     reading,
 )
 
-# Files that transformers reads as JSON objects. It ignores some of them if they are damaged.
+# Files that transformers reads as JSON objects. It ignores some of them if they are corrupted.
 JSON_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -85,7 +85,7 @@ def check_directory(folder: str | Path, key: str) -> None:
         key: the configuration key that names it, for the error message.
 
     Raises:
-        UserError: a file is damaged or is a git-LFS pointer, or the directory is of another kind.
+        UserError: a file is corrupted or is a git-LFS pointer, or the directory is of another kind.
     """
     folder = Path(folder)
     verify_folder(folder)
@@ -103,7 +103,7 @@ def check_directory(folder: str | Path, key: str) -> None:
 def check_stored_dtypes(file: Path) -> None:
     """Raise UserError if a weight is sparse, or quantized.
 
-    transformers would convert a quantized weight without its scale. A damaged file passes:
+    transformers would convert a quantized weight without its scale. A corrupted file passes:
     `verify_weights` reports it.
     """
     for name, dtype in _dtypes(file):
@@ -165,7 +165,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def check_text_files(folder: Path) -> None:
-    """Raise UserError if a JSON file or a chat template is damaged or a git-LFS pointer."""
+    """Raise UserError if a JSON file or a chat template is corrupted or a git-LFS pointer."""
     for name in JSON_FILES:
         if (folder / name).exists():
             read_json_object(folder / name, "the file")
@@ -194,7 +194,7 @@ def load_hf_config(folder: str | Path, key: str) -> PreTrainedConfig:
         key: the configuration key that names it, for the error message.
 
     Raises:
-        UserError: config.json is damaged, or does not describe a causal LLM that transformers
+        UserError: config.json is corrupted, or does not describe a causal LLM that transformers
             knows.
     """
     path = Path(folder) / "config.json"
@@ -251,7 +251,7 @@ def load_tokenizer(
         config: the model's configuration. It is needed if transformers does not know its kind.
 
     Raises:
-        UserError: a file of the tokenizer is damaged.
+        UserError: a file of the tokenizer is corrupted.
     """
     folder = Path(folder)
     check_text_files(folder)
@@ -306,7 +306,7 @@ def load_generation_config(folder: str | Path) -> GenerationConfig:
     """Return the LLM's own settings in a directory.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is corrupted.
     """
     path = Path(folder) / LLM_SETTINGS
     if not path.is_file():

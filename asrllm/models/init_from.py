@@ -42,7 +42,7 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
         The names of the loaded weights.
 
     Raises:
-        UserError: the run has no weights, they are damaged or not finite, or they do not fit this
+        UserError: the run has no weights, they are corrupted or not finite, or they do not fit this
             model.
     """
     where = f"init_from={str(exp_dir)!r}"

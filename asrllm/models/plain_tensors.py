@@ -40,7 +40,7 @@ def load_plain_tensors(file: Path, what: str, fix: str, *, mapped: bool = False)
             read when it is used.
 
     Raises:
-        UserError: the file is damaged, or contains more than tensors.
+        UserError: the file is corrupted, or contains more than tensors.
     """
     try:
         verify_weights(file)

@@ -11,7 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from asrllm.errors import UserError
 from asrllm.models import attention
-from asrllm.models.attention import backends, packed, register_packed_attention, row_lengths
+from asrllm.models.attention import (
+    backends,
+    register_packed_attention,
+    row_lengths,
+    varlen_attention,
+)
 
 LENGTHS = [7, 1, 30, 12, 1]
 CASES = [
@@ -56,7 +61,7 @@ def dense(query, key, value, cu_seqlens, *, causal, scale=None, window=None, sof
 
 
 def check(inputs, grad, cu_seqlens, backend, tolerance, **options):
-    output = packed(*inputs, cu_seqlens, backend=backend, **options)
+    output = varlen_attention(*inputs, cu_seqlens, backend=backend, **options)
     grads = torch.autograd.grad(output, inputs, grad)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = dense(*exact, cu_seqlens, **options)
@@ -89,8 +94,10 @@ def test_outputs_and_gradients_on_a_gpu_in_bfloat16(backend, options):
     inputs, grad, cu_seqlens = row(
         [70, 1, 300, 129, 1], heads=(8, 2), width=64, dtype=torch.bfloat16, device="cuda"
     )
-    given = attention.Options(True, 300, 1.0, 0.0, options.get("window"), options.get("softcap"))
-    if reason := attention.why_not(backend, inputs[0], inputs[2], given):
+    given = attention.AttentionOptions(
+        True, 300, 1.0, 0.0, options.get("window"), options.get("softcap")
+    )
+    if reason := attention.unsupported_reason(backend, inputs[0], inputs[2], given):
         pytest.skip(reason)
     check(inputs, grad, cu_seqlens, backend, 4e-2, **options)
 
@@ -111,7 +118,9 @@ def test_utterances_do_not_attend_to_each_other(options, dtype):
     for x in others:
         x[:, :, 8:38] += 3.0  # the third utterance
     with torch.no_grad():
-        one, two = (packed(*x, cu_seqlens, backend="sdpa", **options) for x in (inputs, others))
+        one, two = (
+            varlen_attention(*x, cu_seqlens, backend="sdpa", **options) for x in (inputs, others)
+        )
     assert torch.equal(one[:, :8], two[:, :8])
     assert torch.equal(one[:, 38:], two[:, 38:])
     assert not torch.equal(one[:, 8:38], two[:, 8:38])
@@ -140,7 +149,9 @@ def test_no_tensor_of_the_squared_row_length_is_built(options, dtype):
     lengths = [40] * 50
     inputs, grad, cu_seqlens = row(lengths, dtype=dtype)
     with Largest() as largest:
-        torch.autograd.grad(packed(*inputs, cu_seqlens, backend="sdpa", **options), inputs, grad)
+        torch.autograd.grad(
+            varlen_attention(*inputs, cu_seqlens, backend="sdpa", **options), inputs, grad
+        )
     assert inputs[0].numel() <= largest.elements < sum(lengths) ** 2 / 20
 
 
@@ -149,7 +160,7 @@ def test_dropout_keeps_the_mean():
     with torch.no_grad():
         value = torch.ones_like(inputs[2])
         for softcap in (None, 5.0):
-            output = packed(
+            output = varlen_attention(
                 *inputs[:2], value, cu_seqlens, causal=False, dropout=0.5, softcap=softcap
             )
             assert output.std() > 0.01
@@ -160,7 +171,7 @@ def test_lengths_are_read_once_per_row(monkeypatch):
     inputs, _, cu_seqlens = row(LENGTHS)
     assert row_lengths(cu_seqlens) is row_lengths(cu_seqlens)
     kept = len(attention._derived)
-    packed(*inputs, cu_seqlens, causal=True)
+    varlen_attention(*inputs, cu_seqlens, causal=True)
     assert len(attention._derived) == kept
     del cu_seqlens
     assert len(attention._derived) == kept - 1
@@ -173,9 +184,9 @@ def test_unavailable_backend_is_rejected():
             UserError,
             match=rf"'{backend}' .*CUDA",
         ):
-            packed(*inputs, cu_seqlens, causal=True, backend=backend)
+            varlen_attention(*inputs, cu_seqlens, causal=True, backend=backend)
     with pytest.raises(UserError, match=r"'flahs' .*'flash'"):
-        packed(*inputs, cu_seqlens, causal=True, backend="flahs")
+        varlen_attention(*inputs, cu_seqlens, causal=True, backend="flahs")
 
 
 def test_backends_reports_what_works_here():

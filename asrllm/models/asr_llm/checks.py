@@ -37,7 +37,7 @@ from asrllm.text_files import (
 )
 
 TYPES = get_annotations(AsrLlmConfig)
-# Limits far above any model, so that a damaged size does not take all memory or run for hours.
+# Limits far above any model, so that a corrupted size does not take all memory or run for hours.
 MAX_PROJECTOR_WIDTH = 1 << 17
 MAX_DOWNSAMPLING = 1000
 BOUNDED_TYPES = {
@@ -117,7 +117,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
     """Return the configuration of a run's exp_dir or of an exported directory.
 
     Raises:
-        UserError: config.json is missing, is damaged, or has a wrong field.
+        UserError: config.json is missing, is corrupted, or has a wrong field.
     """
     path = Path(folder) / "config.json"
     fields = read_config_fields(folder)

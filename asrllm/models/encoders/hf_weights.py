@@ -59,7 +59,7 @@ def read_hf(path: str) -> tuple[JsonObject, StateDict]:
         path: the directory of the encoder, or of a model that contains it.
 
     Raises:
-        UserError: the files are damaged, or the encoder is not supported.
+        UserError: the files are corrupted, or the encoder is not supported.
     """
     folder = Path(path)
     config = _read_config(folder)

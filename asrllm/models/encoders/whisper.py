@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
 from asrllm.audio.waves import ExtractsFeatures
 from asrllm.errors import UserError
-from asrllm.models.attention import packed
+from asrllm.models.attention import varlen_attention
 from asrllm.models.encoders.whisper_weights import check_sizes, read_whisper
 from asrllm.text_files import JsonObject
 
@@ -213,7 +213,7 @@ class WhisperAttention(nn.Module):
         query = self._split_heads(self.q_proj(x))
         key = self._split_heads(self.k_proj(x))
         value = self._split_heads(self.v_proj(x))
-        output = packed(query, key, value, cu_seqlens, causal=False, longest=longest)
+        output = varlen_attention(query, key, value, cu_seqlens, causal=False, longest=longest)
         return self.out_proj(output.flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:

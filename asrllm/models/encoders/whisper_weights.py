@@ -69,7 +69,7 @@ def read_whisper(path: Path) -> tuple[JsonObject, StateDict]:
         path: a Hugging Face directory, or OpenAI's .pt file.
 
     Raises:
-        UserError: the files are damaged, or are not a Whisper model.
+        UserError: the files are corrupted, or are not a Whisper model.
     """
     if path.is_file():
         return read_openai(path)

@@ -58,13 +58,13 @@ REPLACEMENTS: dict[Definition, str] = {
     \"\"\"Return the samples unchanged: their rate is checked before.\"\"\"
     return wave""",
     ("asrllm.models.attention", "BACKENDS"): """BACKENDS = {"sdpa": _sdpa}""",
-    ("asrllm.models.attention", "choose"): """def choose(
-    query: Tensor, value: Tensor, options: Options
+    ("asrllm.models.attention", "choose_backend"): """def choose_backend(
+    query: Tensor, value: Tensor, options: AttentionOptions
 ) -> str:
     \"\"\"Return the backend that every machine has.\"\"\"
     return "sdpa\"""",
-    ("asrllm.models.attention", "why_not"): """def why_not(
-    backend: str, query: Tensor, value: Tensor, options: Options
+    ("asrllm.models.attention", "unsupported_reason"): """def unsupported_reason(
+    backend: str, query: Tensor, value: Tensor, options: AttentionOptions
 ) -> str:
     \"\"\"Return "": the backend works everywhere.\"\"\"
     return \"\"""",

@@ -59,7 +59,7 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
         path: a file, or a directory with weights and optionally a config.json.
 
     Raises:
-        UserError: the file is damaged, or has no Zipformer encoder.
+        UserError: the file is corrupted, or has no Zipformer encoder.
     """
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
@@ -117,7 +117,7 @@ def load_tensors(file: Path) -> StateDict:
     No code in the file is executed.
 
     Raises:
-        UserError: the file is damaged, contains more than tensors, or has a sparse tensor.
+        UserError: the file is corrupted, contains more than tensors, or has a sparse tensor.
     """
     fix = "Save only its state dict, with torch.save or as safetensors."
     content = load_plain_tensors(file, repr(str(file)), fix)
