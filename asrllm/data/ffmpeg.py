@@ -40,8 +40,8 @@ PROBED = "stream=codec_name,duration,sample_rate:format=format_name,nb_streams,d
 
 # ffmpeg runs as a process, so that a hostile file cannot crash training, and PyAV 18 is a wheel of
 # 36 MB for formats that are rare in corpora. PyAV is faster: it takes 7 ms instead of 175 ms
-# for a file of 10 s. With the same check of the length, ffmpeg rejects 43 and PyAV 44 of 54 corrupted
-# files.
+# for a file of 10 s. With the same check of the length, ffmpeg rejects 43 and PyAV 44 of 54
+# corrupted files.
 def open_by_ffmpeg(file: AudioFile, reason: str) -> AudioFile:
     """Read the header with ffprobe.
 

@@ -361,8 +361,8 @@ def field_problem(fields: Mapping[str, object]) -> str:
 def nul_problem(fields: Mapping[str, object]) -> str:
     """Return which text of a sample's JSON has a NUL character, or "".
 
-    A NUL is the sign of a corrupted file or of UTF-16. Tokenizers and scoring tools written in C end
-    a text there. Other control characters are ignored in scoring.
+    A NUL is the sign of a corrupted file or of UTF-16. Tokenizers and scoring tools written in C
+    end a text there. Other control characters are ignored in scoring.
     """
     for name in ("text", *TEXT_FIELDS, "hotwords"):
         value = fields.get(name)

@@ -162,7 +162,7 @@ def read_state(path: Path) -> StateDict:
         path: a file, an index of several files, or a directory with either.
 
     Raises:
-        UserError: the weights do not exist, are corrupted, are not finite, or are a ZeRO checkpoint.
+        UserError: the weights are missing, corrupted or not finite, or are a ZeRO checkpoint.
     """
     if path.is_dir():
         path = _weights_in(path)

@@ -99,7 +99,8 @@ def read_config_and_processor(
     """Return the configuration and the processor in a directory.
 
     Raises:
-        UserError: a file is missing or corrupted, or the tokenizer does not match the configuration.
+        UserError: a file is missing or corrupted, or the tokenizer and the configuration contradict
+            each other.
     """
     processor = AsrLlmProcessor.from_pretrained(path)
     config = processor.config
