@@ -417,7 +417,7 @@ def test_a_tar_that_was_cut_between_two_members_is_reported(tmp_path, members):
     with open(tar, "rb") as file:
         begins = [info.offset for info in tar_files(file)]
     os.truncate(tar, begins[members])
-    with pytest.raises(UserError, match=f"{str(tar)!r} .*end mark"):
+    with pytest.raises(UserError, match=re.escape(repr(str(tar)))):
         index_tars([str(tar)])
 
 

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import signal
-import time
 
 import httpx
 import numpy as np
@@ -208,12 +207,20 @@ def test_committed_audio_has_the_text_of_the_same_file(url, engine):  # noqa: F8
     assert not of(events, "input_audio_buffer.speech_started")
 
 
-def test_partial_texts_appear_during_speech(counting):
-    url, _, _ = counting
+def test_partial_texts_appear_during_speech(counting, monkeypatch):
+    url, transcriber, _ = counting
+    answers = []
+    submit = transcriber.batcher.submit
+
+    def submit_and_note(wave, prompt):
+        answers.append(submit(wave, prompt))
+        return answers[-1]
+
+    monkeypatch.setattr(transcriber.batcher, "submit", submit_and_note)
     with live(url) as session:
         session.append(pcm(1.3))
         started = session.next("input_audio_buffer.speech_started")
-        time.sleep(0.1)  # the answer to the first partial text
+        wait_for(lambda: answers and answers[0].done(), 20)  # the first partial text
         session.append(pcm(1.4))
         first = session.next(f"{TRANSCRIPTION}.delta")  # of two agreeing texts, before any pause
         assert first["delta"] == "w0 w1"

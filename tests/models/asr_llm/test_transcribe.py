@@ -143,7 +143,7 @@ def test_each_segment_gets_the_text_of_the_model(model, tmp_path, speech, capsys
         )
         captured = capsys.readouterr()
         outputs.append(captured.out)
-        assert "s of audio in" in captured.err
+        assert "15.0 s" in captured.err  # two files of 7.5 s
     assert outputs[0] == outputs[1] == outputs[2]
     row, again = outputs[0].splitlines()
     assert row == again
