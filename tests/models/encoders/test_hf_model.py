@@ -20,7 +20,15 @@ from asrllm.training.memory_estimate import SavedBytes, _encoder_bytes
 from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
 from tests.models.encoders.test_hf import CASES, write
 
-CHOSEN = ["wav2vec2", "wavlm large", "wav2vec2-bert adapter", "parakeet", "moonshine", "voxtral"]
+CHOSEN = [
+    "wav2vec2",
+    "wavlm large",
+    "wav2vec2-bert adapter",
+    "parakeet",
+    "moonshine",
+    "qwen3_asr",
+    "voxtral",
+]
 
 
 def model_of(world, folder, case, *, lora=None, **changes):
@@ -110,7 +118,7 @@ def test_code_of_a_saved_directory_needs_no_package():
         assert "asrllm." not in text.replace("transformers_modules", ""), name
 
 
-@pytest.mark.parametrize("case", ["wavlm", "parakeet", "voxtral"])
+@pytest.mark.parametrize("case", ["wavlm", "parakeet", "qwen3_asr", "voxtral"])
 def test_exported_encoder_is_a_directory_of_transformers(world, tmp_path, case):
     lora = LoraPart(r=2, target_modules=["fc1"]) if case == "voxtral" else None
     model = model_of(world, tmp_path / "encoder", case, lora=lora)
@@ -131,6 +139,17 @@ def test_exported_encoder_is_a_directory_of_transformers(world, tmp_path, case):
                 changed.append(name)
     assert all(".fc1." in name for name in changed)
     assert bool(changed) == (lora is not None)
+
+
+def test_exported_encoder_of_an_encoder_and_decoder_is_read_again(world, tmp_path):
+    model = model_of(world, tmp_path / "encoder", "moonshine")
+    model.save_pretrained(tmp_path / "saved")
+    export(tmp_path / "saved", tmp_path / "exported", dtype="float32", parts=True)
+    values, state = HfEncoder.read_pretrained(str(tmp_path / "exported" / "audio_encoder"))
+    assert values["config"] == model.config.audio_encoder["config"]
+    own = model.audio_encoder.state_dict()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[name], own[name]) for name in own)
 
 
 def test_adapters_of_the_encoder_are_trained(world, tmp_path):
