@@ -253,6 +253,19 @@ def test_lengths_match_the_frames_for_every_remainder(tmp_path, case):
     assert array.tolist() == [encoder.frame_lengths(n, values) for n in lengths]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_changes_frames_by_its_rounding_only(tmp_path, case):
+    write(tmp_path, case)
+    encoder, _ = load(tmp_path)
+    features = encoder.features(*padded(waves_of((16000, 9000))))
+    expected = encoder(*features)[0]
+    frames = encoder.bfloat16()(*features)[0]
+    assert frames.dtype == torch.bfloat16
+    difference = (frames.float() - expected).square().mean().sqrt()
+    assert difference < 0.1 * expected.square().mean().sqrt()
+    frames.float().sum().backward()
+
+
 @pytest.mark.parametrize("case", ["wav2vec2", "wavlm large", "wav2vec2-bert", "parakeet"])
 def test_recomputed_activations_have_the_same_gradients(tmp_path, case):
     write(tmp_path, case)
