@@ -19,6 +19,11 @@ class ExtractsFeatures(nn.Module):
 
     features: nn.Module
 
+    @staticmethod
+    def frame_lengths(samples: Any) -> Any:
+        """Return the number of output frames for numbers of samples at 16 kHz."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def extract_feature(self, audio: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Compute the features that `generate` takes instead of audio.
@@ -30,10 +35,19 @@ class ExtractsFeatures(nn.Module):
             Features (N, T, F) and the number of frames of each (N,), on the encoder's device.
 
         Raises:
-            UserError: an audio cannot be read. The message gives its index in the list.
+            UserError: an audio cannot be read, or is too short for one frame. The message gives its
+                index in the list.
         """
-        items = as_list(audio)
-        waves, lengths = padded([read_wave(item, i) for i, item in enumerate(items)])
+        found = []
+        for i, item in enumerate(as_list(audio)):
+            wave = read_wave(item, i)
+            if self.frame_lengths(len(wave)) < 1:
+                raise UserError(
+                    f"{audio_name(item, i)} is too short: it has {len(wave)} samples at 16 kHz. "
+                    "Give a longer recording."
+                )
+            found.append(wave)
+        waves, lengths = padded(found)
         device = next(self.parameters()).device
         features, frames = self.features(waves.to(device), lengths.to(device))
         return features, frames

@@ -42,6 +42,8 @@ def test_features_are_extracted_from_files_and_arrays(tmp_path, make):
     assert not torch.allclose(x[0], x[2])
     with pytest.raises(UserError, match="audio 1"):
         encoder.extract_feature([wave, wave.reshape(2, -1)])
+    with pytest.raises(UserError, match="audio 1 is too short"):
+        encoder.extract_feature([wave, wave[:5]])
 
 
 def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
