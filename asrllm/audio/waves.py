@@ -15,14 +15,15 @@ from asrllm.errors import UserError
 
 
 class ExtractsFeatures(nn.Module):
-    """An encoder that computes the features of raw audio."""
+    """An encoder that computes the features of raw audio.
+
+    Attributes:
+        features: see `AudioEncoder`.
+        shortest: the smallest number of samples at 16 kHz that it accepts.
+    """
 
     features: nn.Module
-
-    @staticmethod
-    def frame_lengths(samples: Any) -> Any:
-        """Return the number of output frames for numbers of samples at 16 kHz."""
-        raise NotImplementedError
+    shortest: int = 1
 
     @torch.no_grad()
     def extract_feature(self, audio: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ class ExtractsFeatures(nn.Module):
         found = []
         for i, item in enumerate(as_list(audio)):
             wave = read_wave(item, i)
-            if self.frame_lengths(len(wave)) < 1:
+            if len(wave) < self.shortest:
                 raise UserError(
                     f"{audio_name(item, i)} is too short: it has {len(wave)} samples at 16 kHz. "
                     "Give a longer recording."

@@ -56,6 +56,7 @@ class HfEncoder(ExtractsFeatures):
         self.family = hf_family(config)
         self.not_called = self.family.not_called
         self.output_dim = output_width(config)
+        self.shortest, _ = self.sample_limits({"config": config})
         self.pad_to_30s = self.family.features == "mel of 30 s"
         self.max_frames = self.family.count_frames(WHISPER_30S, config)
         self.features = hf_features(config, preprocessor)

@@ -53,6 +53,7 @@ class WhisperEncoder(ExtractsFeatures):
         """
         super().__init__()
         self.output_dim = d_model
+        self.shortest = WHISPER_HOP
         self.max_frames = max_source_positions
         self.pad_to_30s = pad_to_30s
         self.recompute = False
