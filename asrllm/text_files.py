@@ -124,7 +124,7 @@ def check_no_pointer(path: str | Path) -> None:
     open_regular(path).close()
 
 
-def check_no_mark(path: str | Path) -> None:
+def check_no_bom(path: str | Path) -> None:
     """Check that a file which another library reads does not begin with a byte-order mark.
 
     transformers rejects it in JSON, and would make it a part of every prompt in a chat template.

@@ -131,7 +131,7 @@ def tiny(folder: Path) -> tuple[Path, Path]:
     """Write a model with random weights and a few tones, and return their directories."""
     from asrllm.data.shards import write_shards
     from asrllm.data.sources import read_kaldi
-    from asrllm.models.build import build_model, describe_model
+    from asrllm.models.build import build_model, build_processor
     from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
     from asrllm.testing import kaldi_directory, tiny_llm, tiny_whisper, tone_sentences
 
@@ -156,7 +156,7 @@ def tiny(folder: Path) -> tuple[Path, Path]:
         frozen_parameters=[],
         exclude_from_checkpoint=[],
     )
-    processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
+    processor = build_processor(config, pad_to_30s=False, prompts=("Transcribe.",))
     build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).save_pretrained(
         folder / "model"
     )

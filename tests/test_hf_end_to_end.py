@@ -8,7 +8,7 @@ import torch
 import asrllm
 from asrllm.commands.plan import plan
 from asrllm.config import load_config
-from asrllm.models.build import build_model, describe_model
+from asrllm.models.build import build_model, build_processor
 from asrllm.models.encoders.hf import HfEncoder
 from asrllm.testing import tone_sentences
 from asrllm.training.run_config import PlanRun
@@ -95,7 +95,7 @@ def test_adapters_of_a_frozen_encoder_train_alike_with_zero_1_and_3(world, tmp_p
 def test_plan_counts_the_parameters(world, tmp_path, projector):
     more = settings(tmp_path / "encoder", "parakeet", model__projector=projector)
     config = load_config("plan", world.overrides(tmp_path / "exp", **more), PlanRun)
-    processor = describe_model(config.model, pad_to_30s=False, prompts=("Transcribe.",))
+    processor = build_processor(config.model, pad_to_30s=False, prompts=("Transcribe.",))
     model = build_model(processor, frozen=config.model.frozen_parts, dtype=torch.float32)
     sizes = [p.numel() for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]

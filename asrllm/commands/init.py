@@ -138,7 +138,7 @@ def check_models(encoder: str, llm: str) -> str:
         UserError: a directory is not a supported model, or its files are corrupted.
     """
     import_transformers()
-    from asrllm.models.build import describe_model
+    from asrllm.models.build import build_processor
     from asrllm.models.encoders.registry import encoder_kind
     from asrllm.models.fingerprint import resolve_pretrained
     from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
@@ -150,5 +150,5 @@ def check_models(encoder: str, llm: str) -> str:
         audio_encoder=EncoderPart(model_type=kind, pretrained_model=encoder),
         llm=LlmPart(pretrained_model=llm),
     )
-    describe_model(config, pad_to_30s=False, prompts=PROMPTS)
+    build_processor(config, pad_to_30s=False, prompts=PROMPTS)
     return kind

@@ -6,7 +6,7 @@ from asrllm import distributed
 from asrllm.data.prompts import read_prompts
 from asrllm.errors import UserError
 from asrllm.hydra_app import run_app
-from asrllm.models.build import build_model, describe_model
+from asrllm.models.build import build_model, build_processor
 from asrllm.progress import waiting
 from asrllm.training.data import TrainingData
 from asrllm.training.run_config import TrainRun
@@ -30,7 +30,7 @@ def fit_and_show(config: TrainRun) -> None:
             "to fit. Remove it."
         )
     prompts = read_prompts(config.prompt_file)
-    processor = describe_model(
+    processor = build_processor(
         config.model,
         pad_to_30s=config.data.pad_to_30s,
         prompts=tuple(prompt.text for prompt in prompts),

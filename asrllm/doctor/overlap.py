@@ -34,7 +34,7 @@ def compare(data: TrainingData, valid: Corpus) -> list[Finding]:
     """
     rows = np.flatnonzero(valid.passes(valid.index.rows[:]))[:MAX_VALID]
     samples = list(read(data.reader([valid]), 0, rows))
-    audio = {digest(sample.audio): sample.key for sample in samples}
+    audio = {audio_hash(sample.audio): sample.key for sample in samples}
     texts = [str(sample.fields["text"]).strip() for sample in samples]
     chosen = valid.index.rows[rows]
     reader = data.reader(data.corpora)
@@ -50,7 +50,7 @@ def compare(data: TrainingData, valid: Corpus) -> list[Finding]:
         candidates = candidates[:remaining]
         remaining -= len(candidates)
         for sample in read(reader, number, candidates):
-            key = audio.get(digest(sample.audio))
+            key = audio.get(audio_hash(sample.audio))
             if key is not None:
                 same_audio[key] = sample.key
             same_text.add(str(sample.fields["text"]).strip())
@@ -69,7 +69,7 @@ def read(reader: Reader, corpus: int, rows: np.ndarray) -> Iterator[TarSample]:
             continue
 
 
-def digest(audio: bytes) -> bytes:
+def audio_hash(audio: bytes) -> bytes:
     """Return a hash of the bytes of an audio file."""
     return hashlib.sha256(audio).digest()
 

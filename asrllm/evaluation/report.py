@@ -90,7 +90,7 @@ def page(title: str, data: Data) -> str:
     script = "".join((folder / name).read_text(encoding="utf-8") for name in PAGE_SCRIPTS)
     policy = (
         "default-src 'none'; img-src data:; media-src data:; "
-        f"style-src {digest(style)}; script-src {digest(script)}"
+        f"style-src {csp_hash(style)}; script-src {csp_hash(script)}"
     )
     parts = {
         "title": html.escape(title),
@@ -103,7 +103,7 @@ def page(title: str, data: Data) -> str:
     return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)
 
 
-def digest(text: str) -> str:
+def csp_hash(text: str) -> str:
     """Return the hash of a script or style in the syntax of a content security policy."""
     sha256 = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(sha256).decode()}'"

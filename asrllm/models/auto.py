@@ -7,13 +7,13 @@ import torch
 import transformers
 
 from asrllm.errors import UserError, refuse_unknown
-from asrllm.models.asr_llm.checks import indexed_files, read_config, read_config_fields
+from asrllm.models.asr_llm.checks import read_config, read_config_fields
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.loading import load_model, set_generation_config
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.placement import DeviceMap, Dtype, device_of_map
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.asr_llm.weight_files import read_tensors
+from asrllm.models.asr_llm.weight_files import indexed_files, read_tensors
 from asrllm.models.base_models import BasePaths, move_base_models
 from asrllm.models.fingerprint import is_hub_id, resolve_pretrained
 from asrllm.models.interop.auden import MODEL_TYPES, load_auden, read_auden_config

@@ -34,7 +34,7 @@ from asrllm.text_files import JsonObject, read_json_object, reading
 MAX_SAMPLED_EMBEDDINGS = 4096
 
 
-def describe_model(
+def build_processor(
     config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]
 ) -> AsrLlmProcessor:
     """Return the processor of the configured model.
@@ -237,7 +237,7 @@ def build_model(
     """Return a model with its pretrained parts.
 
     Args:
-        processor: the description of the model, from `describe_model`.
+        processor: the description of the model, from `build_processor`.
         frozen: parts that are not trained.
         patterns: glob patterns of the names of further parameters that are not trained.
         init_from: exp_dir of an earlier run whose trained weights are loaded.

@@ -26,7 +26,7 @@ from asrllm.models.state_dict import check_dense
 from asrllm.tensor_files import CORRUPTED, SAFETENSORS
 from asrllm.text_files import (
     JsonObject,
-    check_no_mark,
+    check_no_bom,
     check_no_pointer,
     read_json_object,
     read_text,
@@ -175,11 +175,11 @@ def check_text_files(folder: Path) -> None:
                 check_no_pointer(folder / name)
     for name in TEXT_FILES:
         if (folder / name).exists():
-            check_no_mark(folder / name)
+            check_no_bom(folder / name)
     for file in [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
         if file.exists():
             read_text(file, "the chat template")
-            check_no_mark(file)
+            check_no_bom(file)
     if (folder / TEMPLATE_FOLDER).is_file():
         raise UserError(
             f"{str(folder / TEMPLATE_FOLDER)!r} is a file, but must be a directory. Remove it."

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrllm.errors import UserError
 
-LOGITS = 1 << 26  # maximum number of logits in a chunk: 256 MB in float32
+MAX_CHUNK_LOGITS = 1 << 26  # maximum number of logits in a chunk: 256 MB in float32
 
 
 class HeadOptions(NamedTuple):
@@ -81,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        size = max(1, LOGITS // len(weight))
+        size = max(1, MAX_CHUNK_LOGITS // len(weight))
         backward = any(ctx.needs_input_grad)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.weight_files import indexed_files
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import pretrained_weight_files

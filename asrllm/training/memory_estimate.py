@@ -19,7 +19,7 @@ from asrllm.defaults import RATE
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.encoders.registry import build_encoder
-from asrllm.models.loss import LOGITS
+from asrllm.models.loss import MAX_CHUNK_LOGITS
 from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.model_args import ModelConfig
 from asrllm.models.pretrained import empty_llm
@@ -232,7 +232,7 @@ def measure_activations(
     return Activations(
         fixed=low - each * TRIAL_TOKENS[0],
         each=each,
-        chunk=CHUNKS * min(LOGITS, vocabulary * TRIAL_TOKENS[1]) * MASTER,
+        chunk=CHUNKS * min(MAX_CHUNK_LOGITS, vocabulary * TRIAL_TOKENS[1]) * MASTER,
     )
 
 

@@ -14,7 +14,7 @@ from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
-from asrllm.models.build import describe_model, describe_prompts
+from asrllm.models.build import build_processor, describe_prompts
 from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
 from asrllm.training.callbacks.agreement import Signature, flat_settings
@@ -92,7 +92,7 @@ def read_model_and_data(config: TrainRun) -> tuple[AsrLlmProcessor, TrainingData
         UserError: the models or the data cannot be used.
     """
     prompts = read_prompts(config.prompt_file)
-    processor = describe_model(
+    processor = build_processor(
         config.model,
         pad_to_30s=config.data.pad_to_30s,
         prompts=tuple(prompt.text for prompt in prompts),

@@ -158,7 +158,7 @@ def test_adapters_of_the_head_are_rejected():
 
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_is_built(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 8 * 20_000)
+    monkeypatch.setattr(loss, "MAX_CHUNK_LOGITS", 8 * 20_000)
     monkeypatch.setitem(FAMILIES, "llama", {"vocab_size": 20_000})
     model, rows = make_model("llama", True), list(chats((3.0, 2.0, 4.0)))
     inputs = packed(rows)

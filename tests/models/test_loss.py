@@ -32,7 +32,7 @@ def plain(hidden, head, targets, options):
 )
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_loss_and_gradients_match_the_unchunked_loss(monkeypatch, bias, options, rows_at_once):
-    monkeypatch.setattr(loss, "LOGITS", rows_at_once * 50)
+    monkeypatch.setattr(loss, "MAX_CHUNK_LOGITS", rows_at_once * 50)
     hidden, head, targets = inputs(bias=bias)
     mine, correct, losses = SupervisedLoss()(hidden, head, targets, options)
     (3 * mine).backward()
@@ -101,7 +101,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 4 * 152_000)
+    monkeypatch.setattr(loss, "MAX_CHUNK_LOGITS", 4 * 152_000)
     hidden, head, targets = inputs(rows=64, width=8, vocabulary=152_000, dtype=torch.float32)
     head.requires_grad_(False)
     with Largest() as largest:

@@ -78,7 +78,7 @@ def parts(tmp_path_factory):
 
 def described(parts, **changes):
     from asrllm.config import load_config
-    from asrllm.models.build import describe_model
+    from asrllm.models.build import build_processor
     from asrllm.training.run_config import TrainRun
 
     keys = {
@@ -92,7 +92,7 @@ def described(parts, **changes):
         "trainer.precision": "fp32",
     } | changes
     config = load_config("train", [f"{key}={value}" for key, value in keys.items()], TrainRun)
-    return config, describe_model(config.model, pad_to_30s=False, prompts=("Transcribe.",))
+    return config, build_processor(config.model, pad_to_30s=False, prompts=("Transcribe.",))
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from asrllm.schema import (
 )
 from asrllm.text_files import (
     JsonObject,
-    check_no_mark,
+    check_no_bom,
     first_words,
     missing_problem,
     read_json_object,
@@ -92,27 +92,6 @@ def read_config_fields(folder: str | Path) -> JsonObject:
     return read_json_object(path, "the model's configuration")
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """Return the weight files that an index names (transformers' *.index.json).
-
-    Raises:
-        UserError: the index is corrupted, or names a file outside of its directory.
-    """
-    weight_map = read_json_object(index, "the index of the weights").get("weight_map")
-    values = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) for name in values):
-        raise UserError(f"{str(index)!r} has no 'weight_map' of file names. Copy it again.")
-    names = sorted(set(values))
-    for name in names:
-        is_outside = Path(name).is_absolute() or ".." in Path(name).parts
-        if is_outside or name.endswith(".json"):
-            raise UserError(
-                f"{str(index)!r} names {name!r}, which is not a weight file in the directory of "
-                "the index. Copy it again."
-            )
-    return [index.parent / name for name in names]
-
-
 def read_config(folder: str | Path) -> AsrLlmConfig:
     """Return the configuration of a run's exp_dir or of an exported directory.
 
@@ -133,7 +112,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             f"{str(folder)!r} has the LLM's adapter in its subdirectory 'adapter', for vLLM and "
             "PEFT. Give the run, or export it without --separate-adapter."
         )
-    check_no_mark(path)
+    check_no_bom(path)
     fix = "Copy the config.json that was saved with the model."
     with reading(path, "the model's configuration", fix):
         return AsrLlmConfig.from_pretrained(folder)

@@ -10,17 +10,37 @@ from torch import Tensor
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_weights
-from asrllm.models.asr_llm.checks import indexed_files
 from asrllm.models.state_dict import (
     StateDict,
     check_finite,
 )
-from asrllm.text_files import first_words
+from asrllm.text_files import first_words, read_json_object
 
 # A directory with neither of these files does not contain a complete model.
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REOPEN_BYTES = 1 << 26  # bytes read from a file before its memory-mapped pages are released
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Return the weight files that an index names (transformers' *.index.json).
+
+    Raises:
+        UserError: the index is corrupted, or names a file outside of its directory.
+    """
+    weight_map = read_json_object(index, "the index of the weights").get("weight_map")
+    values = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in values):
+        raise UserError(f"{str(index)!r} has no 'weight_map' of file names. Copy it again.")
+    names = sorted(set(values))
+    for name in names:
+        is_outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if is_outside or name.endswith(".json"):
+            raise UserError(
+                f"{str(index)!r} names {name!r}, which is not a weight file in the directory of "
+                "the index. Copy it again."
+            )
+    return [index.parent / name for name in names]
 
 
 def weight_files(folder: Path) -> list[Path]:

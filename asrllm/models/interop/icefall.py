@@ -21,7 +21,7 @@ from asrllm.models.asr_llm.merging import weight_source
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.auto import read_state
-from asrllm.models.build import describe_model
+from asrllm.models.build import build_processor
 from asrllm.models.encoders.whisper_weights import from_openai
 from asrllm.models.interop.auden import AUDEN_KEYS
 from asrllm.models.meta_device import parameters_on_meta
@@ -63,7 +63,7 @@ def import_icefall(
         UserError: a key is unknown, or the weights do not fit the base models.
     """
     state = from_icefall_names(read_state(file), str(file))
-    processor = build_processor(
+    processor = icefall_processor(
         state, encoder=encoder, llm=llm, lora_alpha=lora_alpha, prompt=prompt
     )
     state = checked(processor.config, state, str(file))
@@ -143,7 +143,7 @@ def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> St
     return state
 
 
-def build_processor(
+def icefall_processor(
     state: Mapping[str, Tensor],
     *,
     encoder: str,
@@ -182,7 +182,7 @@ def build_processor(
         frozen_parameters=[],
         exclude_from_checkpoint=[],
     )
-    processor = describe_model(config, pad_to_30s=False, prompts=(prompt,))
+    processor = build_processor(config, pad_to_30s=False, prompts=(prompt,))
     width = (processor.config.audio_encoder or {})["d_model"]
     if stacked % width:
         raise UserError(

@@ -70,9 +70,9 @@ WRONG_ZIPFORMER = {
 @pytest.fixture
 def fields(world):
     """The content of a run's config.json."""
-    from asrllm.models.build import describe_model
+    from asrllm.models.build import build_processor
 
-    processor = describe_model(make_config(world), pad_to_30s=False, prompts=("Transcribe.",))
+    processor = build_processor(make_config(world), pad_to_30s=False, prompts=("Transcribe.",))
     return json.loads(processor.config.to_json_string(use_diff=False))
 
 
@@ -128,7 +128,7 @@ def test_defaults_of_every_llm_are_in_range(name):
     [("head_dim", 10**9), ("rope_theta", 0), ("rms_norm_eps", -1.0), ("num_key_value_heads", 0)],
 )
 def test_wrong_number_in_the_base_llm_is_named_with_its_file(world, tmp_path, name, value):
-    from asrllm.models.build import describe_model
+    from asrllm.models.build import build_processor
 
     config = make_config(world)
     shutil.copytree(world.llm, tmp_path / "llm")
@@ -140,7 +140,7 @@ def test_wrong_number_in_the_base_llm_is_named_with_its_file(world, tmp_path, na
     llm = dataclasses.replace(config.llm, pretrained_model=str(tmp_path / "llm"))
     config = dataclasses.replace(config, llm=llm)
     with pytest.raises(UserError) as caught:
-        describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
+        build_processor(config, pad_to_30s=False, prompts=("Transcribe.",))
     message = str(caught.value)
     assert repr(str(file)) in message
     assert f"{name}={value}" in message

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_loop, token_limit
 from asrllm.models.asr_llm.decoding_options import decoding_config
-from asrllm.models.build import build_model, describe_model
+from asrllm.models.build import build_model, build_processor
 from asrllm.models.model_args import EncoderPart, LlmPart, ModelConfig
 from asrllm.testing import tiny_llm, tiny_tokenizer, tone_sentences
 
@@ -86,7 +86,7 @@ def make_model(world, llm, encoder="whisper", model_type="qwen2", projector="mlp
         frozen_parameters=[],
         exclude_from_checkpoint=[],
     )
-    processor = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",))
+    processor = build_processor(config, pad_to_30s=False, prompts=("Transcribe.",))
     torch.manual_seed(0)
     model = build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).eval()
     *_, last = (m for m in model.projector.modules() if isinstance(m, torch.nn.Linear))

@@ -11,7 +11,7 @@ from asrllm.audio.reader import Sample
 from asrllm.collator.batch import Collator
 from asrllm.data.prompts import Prompt
 from asrllm.errors import UserError
-from asrllm.models.build import build_model, describe_model
+from asrllm.models.build import build_model, build_processor
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, ModelConfig
 from asrllm.models.projectors import PROJECTORS
@@ -45,7 +45,7 @@ def make_config(world, **changes):
 
 
 def make_model(world, frozen=("audio_encoder", "llm"), patterns=(), init_from=None, **changes):
-    processor = describe_model(
+    processor = build_processor(
         make_config(world, **changes), pad_to_30s=False, prompts=("Transcribe.", "Write.")
     )
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_base_models_are_stored_by_absolute_path(world, tmp_path, monkeypatch):
     monkeypatch.chdir(world.root)
     encoder = EncoderPart(model_type="whisper", pretrained_model="whisper", frozen=True, lora=None)
     config = make_config(world, audio_encoder=encoder, llm={"pretrained_model": "llm"})
-    described = describe_model(config, pad_to_30s=False, prompts=("Transcribe.",)).config
+    described = build_processor(config, pad_to_30s=False, prompts=("Transcribe.",)).config
     assert {part: base["path"] for part, base in described.base_models.items()} == {
         "audio_encoder": str(world.whisper),
         "llm": str(world.llm),
@@ -241,7 +241,7 @@ def test_invalid_generation_input_is_rejected(world):
 
 def test_invalid_configuration_is_reported_before_weights_are_loaded(world, tmp_path):
     def describe(**changes):
-        return describe_model(make_config(world, **changes), pad_to_30s=False, prompts=("x",))
+        return build_processor(make_config(world, **changes), pad_to_30s=False, prompts=("x",))
 
     shutil.copytree(world.llm, tmp_path / "llm")
     for file in (tmp_path / "llm").glob("token*"):

@@ -24,7 +24,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.placement import as_dtype
 from asrllm.models.asr_llm.weight_files import read_tensors, weight_files
 from asrllm.models.auto import load_model_config, read_state
-from asrllm.models.build import build_model, describe_model
+from asrllm.models.build import build_model, build_processor
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.meta_device import parameters_on_meta
 from asrllm.models.pretrained import empty_llm, pretrained_llm
@@ -73,7 +73,7 @@ def family_llm(folder, family, *, tied=True):
 
 def lora_model(world, **options):
     """Return a model whose LoraConfig has options that the run's configuration does not support."""
-    processor = describe_model(make_config(world), pad_to_30s=False, prompts=("Transcribe.",))
+    processor = build_processor(make_config(world), pad_to_30s=False, prompts=("Transcribe.",))
     processor.config.lora |= options
     torch.manual_seed(0)
     model = build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32)

@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from asrllm.config import load_config
 from asrllm.errors import UserError
-from asrllm.models.build import describe_model
+from asrllm.models.build import build_processor
 from asrllm.training.checkpoint.manifest import check_same_model
 from asrllm.training.checkpoint.resume import resume_fingerprint
 from asrllm.training.checkpoint.saver import CheckpointSaver, read_inherited, write_inherited
@@ -55,7 +55,7 @@ def test_run_resumes_with_other_paths_of_the_same_base_models(world, tmp_path, m
     descriptions = []
     for path in ("llm", world.llm, tmp_path / "linked"):
         model = make_config(world, llm={"pretrained_model": str(path)})
-        descriptions.append(describe_model(model, pad_to_30s=False, prompts=("Transcribe.",)))
+        descriptions.append(build_processor(model, pad_to_30s=False, prompts=("Transcribe.",)))
     settings = [resume_fingerprint(config, processor, data) for processor in descriptions]
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", {"projector.a": torch.ones(1)})
     manifest = json.loads((checkpoint / "asrllm.json").read_text())
