@@ -192,6 +192,16 @@ def test_tokens_and_gradients_do_not_depend_on_padding(kind, drop_ragged):
         torch.testing.assert_close(own[name], gradient, atol=1e-4, rtol=1e-4)
 
 
+def test_qformer_attends_to_no_frame_beyond_the_end():
+    projector = make_projector("qformer")
+    frames = torch.randn(1, 7, INPUT)
+    x = projector.mlp.norm(projector.mlp.query)[None]
+    for layer in projector.mlp.layers:
+        x = layer(x, frames, torch.ones(1, 7, dtype=torch.bool))
+    expected = projector.mlp.linear(x)[0, :2]
+    torch.testing.assert_close(projector(frames, torch.tensor([7])), expected)
+
+
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_a_batch_without_tokens_reaches_every_weight(kind):
     """A rank whose batch has no audio takes part in the reduction of gradients."""
