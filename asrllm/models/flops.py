@@ -260,8 +260,8 @@ def stacks(encoder: ZipformerEncoder) -> Iterator[tuple[ZipformerStack, int]]:
 def projector_positions(projector: AudioProjector) -> Iterator[tuple[nn.Module, float]]:
     """Yield the layers with weights in the order of the forward pass.
 
-    Each comes with the number of positions to which it is applied, per audio token. The attention
-    within the short windows of a Q-Former is not counted.
+    Each comes with the number of positions to which it is applied, per audio token. Attention among
+    the few tokens of an utterance or a window is not counted.
     """
     positions: dict[nn.Module, float] = {}
     if isinstance(projector.mlp, QformerProjector):

@@ -164,9 +164,12 @@ class ModelConfig:
 
     audio_encoder: EncoderPart = EncoderPart()
     llm: LlmPart = LlmPart()
-    projector: Literal["mlp", "normed", "voxtral", "swiglu", "conv", "qformer"] = "mlp"
+    projector: Literal["mlp", "normed", "voxtral", "swiglu", "conv", "qformer", "transformer"] = (
+        "mlp"
+    )
     """mlp: linear, ReLU, linear; normed: LayerNorm, linear, GELU, linear, LayerNorm at the LLM's
-    embedding size; voxtral, swiglu (Ultravox), conv, qformer: see docs/training.md"""
+    embedding size; voxtral, swiglu (Ultravox), conv, qformer, transformer: see
+    docs/training.md"""
     projector_hidden_size: PositiveInt = 2048
     """width of the projector's hidden layer"""
     projector_init: Literal["random", "aligned"] = "random"

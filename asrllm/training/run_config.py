@@ -234,7 +234,8 @@ class TrainRun:
             "whisper_fbank": self.data.whisper_fbank not in (None, uses_whisper),
             "pad_to_30s": self.data.pad_to_30s and not uses_whisper,
         }
-        features = "Whisper features" if uses_whisper else "other features"
+        named = {"whisper": "Whisper features", "zipformer": "Kaldi filter banks"}
+        features = named.get(kind, "features of its own")
         for key, mismatch in mismatches.items():
             if mismatch:
                 value = str(getattr(self.data, key)).lower()

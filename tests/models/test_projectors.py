@@ -1,5 +1,6 @@
 """Projectors against implementations of others, and against padding."""
 
+import re
 import typing
 from types import SimpleNamespace
 
@@ -173,6 +174,58 @@ def test_qformer_matches_granite_speech():
     check_parity("qformer", GraniteSpeechEncoderProjector(config), names, stack=1)
 
 
+class TorchProjector(nn.Module):
+    """A projector of torch's Transformer layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(INPUT * RATE, HIDDEN)
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(HIDDEN, HIDDEN // 64, 4 * HIDDEN, **options)
+        self.encoder = nn.TransformerEncoder(
+            layer, 2, nn.LayerNorm(HIDDEN), enable_nested_tensor=False
+        )
+        self.linear2 = nn.Linear(HIDDEN, OUTPUT)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1])[:, None]
+        angles = positions / 10000 ** (torch.arange(HIDDEN // 2) / (HIDDEN // 2))
+        x = self.linear1(x) + torch.cat([angles.sin(), angles.cos()], 1)
+        return self.linear2(self.encoder(x))
+
+
+def test_transformer_matches_the_layers_of_torch():
+    projector = make_projector("transformer").mlp
+    theirs = TorchProjector()
+    state = {}
+    for key, tensor in projector.state_dict().items():
+        new = key.replace("layers.", "encoder.layers.").replace("attention_norm", "norm1")
+        new = new.replace("attention.out", "self_attn.out_proj")
+        new = new.replace("fc1", "linear1").replace("fc2", "linear2")
+        new = re.sub(r"(layers\.\d\.)norm\.", r"\1norm2.", new)
+        state[re.sub(r"^norm", "encoder.norm", new)] = tensor
+    for number in range(2):
+        for kind in ("weight", "bias"):
+            part = f"encoder.layers.{number}."
+            names = [f"{part}attention.{name}.{kind}" for name in ("query", "key", "value")]
+            state[f"{part}self_attn.in_proj_{kind}"] = torch.cat([state.pop(n) for n in names])
+    theirs.load_state_dict(state)
+    frames = torch.randn(1, 24, INPUT)
+    ours = projector(frames, torch.tensor([24]))
+    expected = theirs(frames.reshape(1, 6, INPUT * RATE))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    own = gradients(ours, projector)
+    other = gradients(expected, theirs)
+    names = ("linear1.weight", "linear2.weight", "layers.1.fc1.weight", "layers.0.fc2.bias")
+    for name in names:
+        key = name.replace("layers.", "encoder.layers.") if "layers" in name else name
+        key = key.replace("fc1", "linear1").replace("fc2", "linear2")
+        torch.testing.assert_close(own[name], other[key], atol=1e-5, rtol=1e-4)
+    query = own["layers.0.attention.query.weight"]
+    packed = other["encoder.layers.0.self_attn.in_proj_weight"]
+    torch.testing.assert_close(query, packed[:HIDDEN], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", PROJECTORS)
 @pytest.mark.parametrize("drop_ragged", [False, True])
 def test_tokens_and_gradients_do_not_depend_on_padding(kind, drop_ragged):
@@ -268,6 +321,7 @@ def test_the_configuration_accepts_every_projector():
         ("conv", {"audio_encoder_projector_ds_rate": 5}, "audio_encoder_projector_ds_rate=5"),
         ("conv", {"audio_encoder_projector_ds_rate": 1}, "audio_encoder_projector_ds_rate=1"),
         ("qformer", {"projector_hidden_size": 200}, "projector_hidden_size=200"),
+        ("transformer", {"projector_hidden_size": 63}, "projector_hidden_size=63"),
         ("voxtral", {"projector_init": "aligned"}, "mlp or normed"),
         ("qformer", {"projector_init": "aligned"}, "mlp or normed"),
     ],

@@ -4,13 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asrllm.errors import UserError
+from asrllm.models.projectors.attention import HeadAttention, check_heads
 from asrllm.models.projectors.base import FrameProjector
 from asrllm.models.projectors.lengths import first_frames
 
 QUERIES = 3  # audio tokens of a window, as in Granite Speech
-LAYERS = 2
-HEAD_WIDTH = 64
+QFORMER_LAYERS = 2
 NORM_EPSILON = 1e-12  # as in BERT
 
 
@@ -26,17 +25,15 @@ class QformerProjector(FrameProjector):
         self.window = QUERIES * rate
         self.query = nn.Parameter(torch.randn(QUERIES, hidden_size))
         self.norm = nn.LayerNorm(hidden_size, NORM_EPSILON)
-        self.layers = nn.ModuleList(QformerLayer(hidden_size, input_size) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(
+            QformerLayer(hidden_size, input_size) for _ in range(QFORMER_LAYERS)
+        )
         self.linear = nn.Linear(hidden_size, output_size)
 
     @staticmethod
     def check_sizes(rate: int, hidden_size: int) -> None:
         """See Projector."""
-        if hidden_size % head_count(hidden_size):
-            raise UserError(
-                f"model.projector_hidden_size={hidden_size} is not a multiple of {HEAD_WIDTH}, the "
-                "width of a head of model.projector=qformer. Use such a multiple, for example 1024."
-            )
+        check_heads("qformer", hidden_size)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """See FrameProjector."""
@@ -56,9 +53,9 @@ class QformerLayer(nn.Module):
 
     def __init__(self, width: int, frame_width: int) -> None:
         super().__init__()
-        self.self_attention = QueryAttention(width, width)
+        self.self_attention = HeadAttention(width, width)
         self.self_norm = nn.LayerNorm(width, NORM_EPSILON)
-        self.cross_attention = QueryAttention(width, frame_width)
+        self.cross_attention = HeadAttention(width, frame_width)
         self.cross_norm = nn.LayerNorm(width, NORM_EPSILON)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
@@ -75,38 +72,3 @@ class QformerLayer(nn.Module):
         x = self.self_norm(x + self.self_attention(x, x, None))
         x = self.cross_norm(x + self.cross_attention(x, windows, valid[:, None, None]))
         return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
-
-
-class QueryAttention(nn.Module):
-    """Attention from queries to other vectors."""
-
-    def __init__(self, width: int, source_width: int) -> None:
-        super().__init__()
-        self.heads = head_count(width)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Compute the attention.
-
-        Args:
-            x: queries (windows, Q, width).
-            source: vectors to attend to (windows, W, source_width).
-            mask: which of them are attended to (windows, 1, 1, W); None for all.
-        """
-        query = self._split_heads(self.query(x))
-        key = self._split_heads(self.key(source))
-        value = self._split_heads(self.value(source))
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(output.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """Map (windows, W, width) to (windows, heads, W, width / heads)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-
-def head_count(width: int) -> int:
-    """Return the number of heads: one for each 64 channels, at least one."""
-    return max(width // HEAD_WIDTH, 1)

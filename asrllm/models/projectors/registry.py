@@ -20,6 +20,7 @@ from asrllm.models.projectors.stacked import (
     SwigluProjector,
     VoxtralProjector,
 )
+from asrllm.models.projectors.transformer import TransformerProjector
 
 PROJECTORS: dict[str, type[StackProjector] | type[FrameProjector]] = {
     "mlp": MlpProjector,
@@ -28,6 +29,7 @@ PROJECTORS: dict[str, type[StackProjector] | type[FrameProjector]] = {
     "swiglu": SwigluProjector,
     "conv": ConvProjector,
     "qformer": QformerProjector,
+    "transformer": TransformerProjector,
 }
 
 
