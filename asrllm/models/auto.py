@@ -7,7 +7,11 @@ import torch
 import transformers
 
 from asrllm.errors import UserError, refuse_unknown
-from asrllm.models.asr_llm.checks import read_config, read_config_fields
+from asrllm.models.asr_llm.checks import (
+    check_not_a_checkpoint,
+    read_config,
+    read_config_fields,
+)
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.loading import load_model, set_generation_config
 from asrllm.models.asr_llm.modeling import AsrLlmModel
@@ -181,11 +185,7 @@ def read_state(path: Path) -> StateDict:
 
 
 def _weights_in(folder: Path) -> Path:
-    if any(folder.glob("*mp_rank_*_states.pt")):
-        raise UserError(
-            f"{str(folder)!r} is a ZeRO checkpoint. Convert it to weights with "
-            f"'asrllm consolidate {folder.parent} --tag {folder.name}'."
-        )
+    check_not_a_checkpoint(folder)
     for name in WEIGHT_NAMES:
         if (folder / name).exists():
             return folder / name

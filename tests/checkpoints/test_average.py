@@ -19,6 +19,7 @@ from asrllm.checkpoints.average import (
 )
 from asrllm.checkpoints.consolidate import consolidate
 from asrllm.errors import CorruptedError, UserError
+from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.auto import read_state
 from asrllm.tensor_files import PIECE
 from asrllm.training.checkpoint.manifest import find_checkpoint, newest_checkpoint
@@ -372,3 +373,8 @@ def test_checkpoints_that_a_named_file_makes_useless_are_named_in_a_warning(exp,
 def test_checkpoint_given_as_the_run_is_answered_with_the_run(exp):
     with pytest.raises(UserError, match=f"'{exp}/checkpoint-8' .* '{exp}'"):
         resolve_weights(exp / "checkpoint-8", filename=None, selection=CheckpointSelection(avg=0))
+
+
+def test_checkpoint_given_as_a_model_is_answered_with_its_conversion(exp):
+    with pytest.raises(UserError, match=f"'asrllm consolidate {exp} --tag checkpoint-8'"):
+        read_config(exp / "checkpoint-8")

@@ -85,11 +85,22 @@ def read_config_fields(folder: str | Path) -> JsonObject:
     verify_folder(Path(folder))
     path = Path(folder) / "config.json"
     if not path.exists():
+        check_not_a_checkpoint(Path(folder))
         raise UserError(
             f"{str(folder)!r} has no config.json. Give a directory written by training or by "
             "'asrllm export'."
         )
     return read_json_object(path, "the model's configuration")
+
+
+def check_not_a_checkpoint(folder: Path) -> None:
+    """Raise UserError if a directory is a ZeRO checkpoint, which is neither a model nor weights."""
+    if any(folder.glob("*mp_rank_*_states.pt")):
+        raise UserError(
+            f"{str(folder)!r} is a ZeRO checkpoint. Convert it to weights with "
+            f"'asrllm consolidate {folder.parent} --tag {folder.name}', and give them with the "
+            "directory of the run."
+        )
 
 
 def read_config(folder: str | Path) -> AsrLlmConfig:
