@@ -23,6 +23,7 @@ from asrllm.models.pretrained import with_lora
 from asrllm.testing import data_config, tiny_llm, tone_sentences
 from tests.conftest import REPOSITORY
 from tests.models.asr_llm.test_generation import make_model
+from tests.models.encoders.test_hf_model import model_of
 from tests.models.portable.environments import DONE, name_of, requirements
 from tests.processes import descendants, free_port, wait_for
 from tests.test_cli import does, fails
@@ -143,7 +144,9 @@ def with_adapters(world, llm):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["whisper with boundaries", "zipformer with adapters"])
+@pytest.mark.parametrize(
+    "kind", ["whisper with boundaries", "zipformer with adapters", "wav2vec2-bert with Q-Former"]
+)
 class TestEngine:
     pytestmark = vllm_test
 
@@ -151,6 +154,12 @@ class TestEngine:
         model, folder = tiny.model, tiny.folder
         if kind == "zipformer with adapters":  # which the engine merges
             model, folder = with_adapters(world, tiny.llm), tmp_path / "adapted"
+            model.save_pretrained(folder)
+        if kind == "wav2vec2-bert with Q-Former":
+            parts = {"projector": "qformer", "projector_hidden_size": 64}
+            parts["llm"] = {"pretrained_model": str(tiny.llm), "lora": None}
+            case = "wav2vec2-bert adapter"
+            model, folder = model_of(world, tmp_path / "encoder", case, **parts), tmp_path / "hf"
             model.save_pretrained(folder)
         waves = [wave for _, wave in tone_sentences(UTTERANCES, seed=7)]
         np.savez(tmp_path / "waves.npz", *waves)
