@@ -1,19 +1,23 @@
 """Write and read the result files of an evaluation, which have icefall's formats."""
 
+from __future__ import annotations
+
 import ast
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asrllm.atomic import write_whole
 from asrllm.errors import UserError
 from asrllm.escape import escape
 from asrllm.evaluation.score import NOTHING, UNITS, Transcript
-from asrllm.evaluation.summary import Entry, Pairs, Scored
 from asrllm.text_files import parse_json, read_json_object, read_text
+
+if TYPE_CHECKING:  # it imports torch, which comparing results does not need
+    from asrllm.evaluation.summary import Entry, Pairs, Scored
 
 MISSING_UNIT = "*"  # marks an insertion or deletion in errs-*.txt
 UNIT_NAMES = {"wer": "words", "cer": "characters", "mer": "words and characters"}
