@@ -94,6 +94,20 @@ def composition_error(
         config_dir: the user's directory of configuration files.
     """
     cause = root_cause(error)
+    found = _file_error(cause, config_dir) or _override_error(error, cause, overrides, known)
+    if found:
+        return found
+    if isinstance(cause, ConfigKeyError) and cause.full_key:
+        return unknown_key(str(cause.full_key), known)
+    problem = " ".join(str(cause).partition("full_key:")[0].split())  # OmegaConf appends internals
+    return UserError(
+        f"the configuration cannot be composed: {problem.rstrip('.')}. "
+        "Correct the overrides or the configuration files."
+    )
+
+
+def _file_error(cause: BaseException, config_dir: str | None) -> UserError | None:
+    """Return the error of a configuration file, if that is the cause."""
     if isinstance(cause, yaml.YAMLError):
         return UserError(f"{yaml_problem(cause)}. Correct it.")
     if isinstance(cause, RecursionError):
@@ -113,6 +127,13 @@ def composition_error(
                 return UserError(
                     f"the configuration file {str(path)!r} is not UTF-8 text. Convert it to UTF-8."
                 )
+    return None
+
+
+def _override_error(
+    error: Exception, cause: BaseException, overrides: Sequence[str], known: Collection[str]
+) -> UserError | None:
+    """Return the error of one of the overrides, if that is the cause."""
     for text in overrides:
         key, _, value = text.partition("=")
         key = key.lstrip("+~")
@@ -129,13 +150,7 @@ def composition_error(
                 f"{key}={value} is not possible, because {key} has keys of its own. "
                 f"Set those, for example {key}.KEY=VALUE."
             )
-    if isinstance(cause, ConfigKeyError) and cause.full_key:
-        return unknown_key(str(cause.full_key), known)
-    problem = " ".join(str(cause).partition("full_key:")[0].split())  # OmegaConf appends internals
-    return UserError(
-        f"the configuration cannot be composed: {problem.rstrip('.')}. "
-        "Correct the overrides or the configuration files."
-    )
+    return None
 
 
 def _keys_of(tree: object, prefix: str) -> list[str]:

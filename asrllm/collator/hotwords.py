@@ -8,18 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import Field
 
+from asrllm.data.scripts import JOINED
 from asrllm.defaults import HOTWORDS_TEMPLATE
 from asrllm.errors import UserError
 from asrllm.schema import Ratio, RatioBelowOne, component
 from asrllm.text_files import read_text
 
 PLACE = "{words}"
-# Scripts without spaces between words, and Hangul, whose particles are written onto the word: any
-# character may begin or end a hotword.
-JOINED_SCRIPTS = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
-    "\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 # An apostrophe within a word belongs to it ("don't"), except in "'s": McDonald's names McDonald.
 APART = re.compile(r"(?<!\w)'|'(?!\w)|'(?=s\b)")
 
@@ -211,7 +206,7 @@ class _Spacing(dict[int, str]):
     def __missing__(self, code: int) -> str:
         char = chr(code)
         is_sign = unicodedata.category(char)[0] in "PS" and char != "'"
-        is_unit = is_sign or JOINED_SCRIPTS.match(char)
+        is_unit = is_sign or re.match(f"[{JOINED}]", char)
         self[code] = f" {char} " if is_unit else char
         return self[code]
 

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 import kaldialign
 
+from asrllm.data.scripts import EAST_ASIAN, HAN
 from asrllm.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from opencc import OpenCC
-
-HAN = "[\u3400-\u9fff\U00020000-\U0003ffff]"
-# Chinese and Japanese characters and punctuation
-NO_SPACE_BETWEEN = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uff9f\U00020000-\U0003ffff]")
-
 
 # Whisper's patterns in Whisper's order: words in <> or [], then words in ()
 TAGS = (re.compile(r"[<\[][^>\]]*[>\]]"), re.compile(r"\([^)]+?\)"))
@@ -95,7 +91,7 @@ def zh(text: str) -> str:
 
 
 def _simplify(text: str) -> str:
-    return re.sub(rf"(?<={HAN})\s+(?={HAN})", "", _simplifier().convert(text))
+    return re.sub(rf"(?<=[{HAN}])\s+(?=[{HAN}])", "", _simplifier().convert(text))
 
 
 def zh_numbers(text: str) -> str:
@@ -161,7 +157,7 @@ def join_texts(texts: Iterable[str]) -> str:
     """Join consecutive texts with spaces, except between Chinese or Japanese characters."""
     joined = ""
     for text in texts:
-        no_space = NO_SPACE_BETWEEN.match(joined[-1:]) and NO_SPACE_BETWEEN.match(text)
+        no_space = re.match(f"[{EAST_ASIAN}]", joined[-1:]) and re.match(f"[{EAST_ASIAN}]", text)
         if joined and text and not no_space:
             joined += " "
         joined += text

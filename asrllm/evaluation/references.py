@@ -9,12 +9,13 @@ from asrllm.audio.reader import Reader
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
-from asrllm.data.text import HAN, normalizer_of
+from asrllm.data.scripts import HAN
+from asrllm.data.text import normalizer_of
 from asrllm.errors import UserError
 
 ANOTHER_SCRIPT = 0.5  # ratio of references in another script that shows a wrong normalizer
 # letters of the languages of normalizers; the other normalizers accept any script
-NORMALIZER_SCRIPTS = {"en": "[A-Za-z]", "zh": HAN, "zh-numbers": HAN}
+NORMALIZER_SCRIPTS = {"en": "[A-Za-z]", "zh": f"[{HAN}]", "zh-numbers": f"[{HAN}]"}
 
 
 def language_of(corpus: Corpus) -> str | None:

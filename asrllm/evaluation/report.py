@@ -17,10 +17,11 @@ import numpy as np
 import soundfile
 
 from asrllm.atomic import write_whole
+from asrllm.data.scripts import UNSPACED
 from asrllm.defaults import RATE
 from asrllm.evaluation.compare import compare_transcripts
 from asrllm.evaluation.result_files import count_confusions
-from asrllm.evaluation.score import UNSPACED, Errors
+from asrllm.evaluation.score import Errors
 from asrllm.evaluation.summary import HALLUCINATION_FLAGS, Entry, Pairs, Scored, score
 
 DESCRIBING_FIELDS = ("normalizer", "rtfx", "prompt", "weights", "lang")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import kaldialign
 import numpy as np
 
+from asrllm.data.scripts import UNSPACED
+
 BOOTSTRAP_SAMPLES = 1000
 FEWEST_GROUPS = 5  # speakers or recordings; intervals over fewer are meaningless
 NOTHING = ""  # the missing unit of an insertion or deletion in an alignment
 STRAY = 0.02  # ratio of units in another script up to which they do not change the metric
-# kana, Chinese characters, Thai, Lao, Myanmar, Khmer
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 
 
 @dataclass(frozen=True, kw_only=True)

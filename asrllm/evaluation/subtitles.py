@@ -8,9 +8,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
+from asrllm.data.scripts import UNSPACED
 from asrllm.defaults import TRANSCRIPT_FORMATS
 from asrllm.escape import escape
-from asrllm.evaluation.score import UNSPACED
 from asrllm.evaluation.transcription import FileTranscript, TextSegment
 
 LINE = 42  # columns; a Chinese character has two

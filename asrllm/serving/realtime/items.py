@@ -5,10 +5,10 @@ import re
 import uuid
 from dataclasses import dataclass, field
 
-from asrllm.data.text import NO_SPACE_BETWEEN, join_texts
+from asrllm.data.scripts import EAST_ASIAN
+from asrllm.data.text import join_texts
 
-CHARACTERS = NO_SPACE_BETWEEN.pattern[1:-1]  # each is a word
-WORD = re.compile(rf"\s*(?:[{CHARACTERS}]|[^\s{CHARACTERS}]+)")
+WORD = re.compile(rf"\s*(?:[{EAST_ASIAN}]|[^\s{EAST_ASIAN}]+)")
 
 
 @dataclass(kw_only=True)

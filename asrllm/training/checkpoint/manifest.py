@@ -196,19 +196,21 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps(manifest | {SHA256: manifest_sha256(manifest)}, indent=1)
 
 
-def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: Settings) -> Manifest:
-    """Return the manifest of a checkpoint that a run wants to resume from.
+def check_same_model(
+    checkpoint: Path, manifest: Manifest, config: AsrLlmConfig, settings: Settings
+) -> None:
+    """Check that a run can resume from a checkpoint.
 
     Args:
         checkpoint: directory of the checkpoint.
-        description: configuration of the run's model.
+        manifest: its manifest.
+        config: configuration of the run's model.
         settings: settings that the run and the checkpoint must have in common.
 
     Raises:
         UserError: the checkpoint has different base models or settings.
     """
-    manifest = read_manifest(checkpoint)
-    _check_same_base_models(checkpoint, manifest, description)
+    _check_same_base_models(checkpoint, manifest, config)
     for key, value in settings.items():
         written = manifest["settings"].get(key)
         if written != value:
@@ -216,14 +218,11 @@ def check_same_model(checkpoint: Path, description: AsrLlmConfig, settings: Sett
                 f"{str(checkpoint)!r} was written with {key}={written}, but this run has {value}. "
                 "Use the same value, or choose another exp_dir."
             )
-    return manifest
 
 
-def _check_same_base_models(
-    checkpoint: Path, manifest: Manifest, description: AsrLlmConfig
-) -> None:
+def _check_same_base_models(checkpoint: Path, manifest: Manifest, config: AsrLlmConfig) -> None:
     """Raise UserError if a base model has other weights than the one of the checkpoint."""
-    for part, base in (description.base_models or {}).items():
+    for part, base in (config.base_models or {}).items():
         trained_on = manifest["base_models"][part]
         if trained_on["fingerprint"] != base["fingerprint"]:
             raise UserError(

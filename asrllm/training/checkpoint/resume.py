@@ -163,11 +163,13 @@ def checked_manifest(checkpoint: Path, processor: AsrLlmProcessor, settings: Set
         CorruptedError: the manifest is corrupted.
         UserError: the checkpoint has another model or was written with other settings.
     """
-    if read_manifest(checkpoint)["world_size"] != distributed.world_size():
+    manifest = read_manifest(checkpoint)
+    if manifest["world_size"] != distributed.world_size():
         settings = settings.copy()
         # It may make up for the other number of ranks.
         settings.pop("gradient_accumulation_steps", None)
-    return check_same_model(checkpoint, processor.config, settings)
+    check_same_model(checkpoint, manifest, processor.config, settings)
+    return manifest
 
 
 def find_intact(

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from asrllm.config import load_config
 from asrllm.errors import UserError
 from asrllm.models.build import build_processor
-from asrllm.training.checkpoint.manifest import check_same_model
+from asrllm.training.checkpoint.manifest import check_same_model, read_manifest
 from asrllm.training.checkpoint.resume import resume_fingerprint
 from asrllm.training.checkpoint.saver import CheckpointSaver, read_inherited, write_inherited
 from asrllm.training.checkpoint.zero_files import load_file, restricted_unpickling
@@ -66,8 +66,11 @@ def test_run_resumes_with_other_paths_of_the_same_base_models(world, tmp_path, m
         json.dumps(manifest | {"base_models": bases, "settings": settings[0]})
     )
     for processor, now in zip(descriptions, settings, strict=True):
-        found = check_same_model(checkpoint, processor.config, json.loads(json.dumps(now)))
-        assert found["base_models"] == bases
+        same = json.loads(json.dumps(now))
+        check_same_model(checkpoint, read_manifest(checkpoint), processor.config, same)
+        other = same | {"seed": 7}
+        with pytest.raises(UserError, match=r"checkpoint-1'.*seed=.*7"):
+            check_same_model(checkpoint, read_manifest(checkpoint), processor.config, other)
 
 
 def test_inherited_weights_must_be_those_of_the_checkpoint(tmp_path):
