@@ -10,7 +10,8 @@ decodes one utterance at a time, or batches of a fixed size; it takes the uttera
 the shards and pads each batch to its longest. Ours is the method of `asrllm evaluate`: batches of
 similar durations within a budget of seconds, the next batch is read during decoding, and finished
 rows leave the batch. The texts are compared. With --vllm, in an environment with vLLM, its engine
-decodes in the same way, in one batch.
+decodes in the same way, in one batch. "ours, busy" is ours while another process keeps one core
+busy. Peak memory is what a method adds to the loaded models, in its process and in those below it.
 
 With --tokens-per-second no text ends by itself. Each has the length that its audio allows, plus
 ten tokens. This measures long texts with a model that writes short ones. With torchrun, ours
@@ -18,17 +19,21 @@ distributes the utterances over the ranks, as in an evaluation, and generate get
 as there are ranks, so that every method has the whole machine. """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from asrllm import AutoModel, distributed
@@ -94,6 +99,12 @@ def decode(engine: Engine, corpus: Corpus, prompt: str, batch_seconds: float) ->
     return [t.raw_hypothesis for t in transcripts]
 
 
+def busy_decode(engine: Engine, corpus: Corpus, prompt: str) -> list[str]:
+    """Decode like `asrllm evaluate` beside a busy core."""
+    with busy_core():
+        return decode(engine, corpus, prompt, 240.0)
+
+
 def never_end(model: Any) -> None:
     """Prevent the model from ending a text."""
 
@@ -104,27 +115,66 @@ def never_end(model: Any) -> None:
     model.causal_lm.register_forward_hook(forward)
 
 
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy with another process."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+class PeakMemory:
+    """The largest memory of this process and of those below it since it was made, in GB."""
+
+    def __init__(self) -> None:
+        self.processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for process in self.processes:
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets VmHWM
+        self.before = self._sum("VmRSS")
+
+    def growth(self) -> float:
+        """Return by how much the memory has grown at most."""
+        return (self._sum("VmHWM") - self.before) / 1e6
+
+    def _sum(self, field: str) -> int:
+        """Return the sum of a field of /proc/PID/status, in kB."""
+        lines = [Path(f"/proc/{process.pid}/status").read_text() for process in self.processes]
+        return sum(int(text.partition(f"{field}:")[2].split()[0]) for text in lines)
+
+
 def measure(
     ways: dict[str, Callable[[], list[str]]], rounds: int
-) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """Return the median seconds and the texts of each method. The methods take turns.
+) -> tuple[dict[str, float], dict[str, list[str]], dict[str, float]]:
+    """Return the median seconds, the texts and the peak GB of each method.
 
-    All ranks run ours. The first rank runs the other methods, with the threads of all ranks.
+    The methods take turns. All ranks run ours. The first rank runs the other methods, with the
+    threads of all ranks.
     """
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     texts: dict[str, list[str]] = {}
+    peaks: dict[str, list[float]] = {way: [] for way in ways}
     threads = torch.get_num_threads()
     for way, run in list(ways.items()) * rounds:
         distributed.gather_objects(None)  # the other ranks wait here
+        memory = PeakMemory()
         began = time.perf_counter()
-        if way == "ours":
+        if way.startswith("ours"):
             texts[way] = run()
         elif distributed.rank() == 0:
             torch.set_num_threads(threads * distributed.world_size())
             texts[way] = run()
             torch.set_num_threads(threads)
         seconds[way].append(time.perf_counter() - began)
-    return {way: round(statistics.median(values), 3) for way, values in seconds.items()}, texts
+        peaks[way].append(memory.growth())
+    return medians(seconds), texts, medians(peaks)
+
+
+def medians(values: dict[str, list[float]]) -> dict[str, float]:
+    """Return the median of each list, rounded."""
+    return {name: round(statistics.median(numbers), 3) for name, numbers in values.items()}
 
 
 def tiny(folder: Path) -> tuple[Path, Path]:
@@ -232,6 +282,7 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
     torch_engine = TorchEngine(model, options)
     ways: dict[str, Callable[[], list[str]]] = {
         "ours": lambda: decode(torch_engine, corpus, prompt, 240.0),
+        "ours, busy": lambda: busy_decode(torch_engine, corpus, prompt),
         fixed: lambda: plain(*given, arguments.batch_size),
         "one by one": lambda: plain(*given, 1),
     }
@@ -240,7 +291,7 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
 
         vllm = load_vllm_engine(where, options, dtype=arguments.dtype, weights=arguments.weights)
         ways["vLLM"] = lambda: decode(vllm, corpus, prompt, math.inf)
-    seconds, texts = measure(ways, arguments.rounds)
+    seconds, texts, peaks = measure(ways, arguments.rounds)
     if distributed.rank() != 0:
         return {}
     audio = corpus.index.hours * 3600
@@ -256,6 +307,7 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         "seconds of audio": round(audio, 1),
         "seconds": seconds,
         "RTFx": {way: round(audio / s, 2) for way, s in seconds.items()},
+        "peak GB": peaks,
         "speed to others": {
             way: round(other / seconds["ours"], 2) for way, other in seconds.items()
         },
