@@ -37,15 +37,15 @@ def address(log):
 @pytest.mark.slow
 def test_sigterm_loses_no_request(model, tmp_path):
     script = REPOSITORY / "launch" / "serve.py"
-    command = [script, model, "--port", 0, "--batch-size", 2, "--max-new-tokens", 20]
+    command = [script, model, "--port", 0, "--batch-size", 1, "--max-new-tokens", 40]
     with started(tmp_path / "logs", command) as (server,):
         log = tmp_path / "logs" / "0"
         wait_for(lambda: address(log) or server.poll() is not None)
         url = address(log)
         assert url, log.read_text()
         assert [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]] == ["tiny"]
-        with ThreadPoolExecutor(8) as threads:
-            answers = [threads.submit(send, url, audio(3, seed=i)) for i in range(8)]
+        with ThreadPoolExecutor(32) as threads:
+            answers = [threads.submit(send, url, audio(3, seed=i)) for i in range(32)]
             queued = re.compile(r"^asrllm_queued_audio_seconds [1-9]", re.M)
             wait_for(lambda: queued.search(httpx.get(f"{url}/metrics").text), 30)
             server.send_signal(signal.SIGTERM)

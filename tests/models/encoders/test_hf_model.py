@@ -90,6 +90,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.longest(60, reason="imports transformers' classes of seven encoders in a new process")
 def test_saved_directories_have_the_same_texts_without_the_package(world, tmp_path):
     waves = waves_of(3)
     np.savez(tmp_path / "waves.npz", *waves)
@@ -207,6 +208,8 @@ def test_a_new_run_names_the_encoder_by_its_directory(world, tmp_path):
     assert model.config.audio_encoder["config"]["model_type"] == "wavlm"
 
 
+@pytest.mark.slow
+@pytest.mark.longest(60, reason="encodes 9 s of audio with gradients")
 @pytest.mark.parametrize("case", ["wav2vec2", "wav2vec2-bert", "parakeet"])
 def test_the_estimate_of_memory_is_what_the_encoder_saves_for_9_s(world, tmp_path, case):
     model = model_of(world, tmp_path, case, frozen=("llm",)).train()

@@ -28,6 +28,7 @@ from asrllm.data.corpora import make_corpus
 from asrllm.data.index import open_index
 from asrllm.data.plan import Item
 from asrllm.defaults import RATE
+from asrllm.models.asr_llm.processing import AsrLlmProcessor
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -77,22 +78,14 @@ model = PeftModel.from_pretrained(model, folder + "/adapter")
 """
 VLLM_ALONE = """
 from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-from asrllm.models.asr_llm.processing import AsrLlmProcessor
-renderer = AsrLlmProcessor.from_pretrained(folder).renderer
-prompt = AsrLlmProcessor.from_pretrained(folder).default_prompt
-tokens = renderer.encode_prompt(renderer.user_messages(prompt), [1])
+tokens = json.loads(sys.argv[4])
 options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048}
-adapter = None
-if IS_SEPARATE:
-    adapter = LoRARequest("speech", 1, folder + "/adapter")
-    options |= {"enable_lora": True, "max_lora_rank": 64}
 llm = LLM(folder, dtype=sys.argv[3], **options)
 requests = [
     {"prompt_token_ids": tokens, "multi_modal_data": {"audio": wave}} for wave in waves
 ]
 greedy = SamplingParams(temperature=0, max_tokens=200)
-outputs = llm.generate(requests, greedy, use_tqdm=False, lora_request=adapter)
+outputs = llm.generate(requests, greedy, use_tqdm=False)
 texts = [output.outputs[0].text.strip() for output in outputs]
 """
 VLLM_ENGINE = """
@@ -126,19 +119,33 @@ WAYS = {
     "transformers 5.24, `pipeline`": Way(f"{PORTABLE}5.24.0", PIPELINE),
     "PEFT, `--separate-adapter`": Way(None, PEFT + BATCHES, separate=True),
     "vLLM 0.32, `LLM.generate`": Way(VLLM, VLLM_ALONE),
-    "vLLM 0.32, `LLM.generate` with `LoRARequest`": Way(VLLM, VLLM_ALONE, separate=True),
     "vLLM 0.32, `asrllm ... engine=vllm`": Way(VLLM, VLLM_ENGINE),
 }
 
 
-def texts_of(way: Way, dtype: str, model: Path, waves: Path) -> list[str]:
-    """Return the texts of a way to run a model. Its process ends with a traceback if it fails."""
+def prompt_tokens(model: Path) -> list[int]:
+    """Return the tokens of a model's default prompt, with one token for the audio."""
+    processor = AsrLlmProcessor.from_pretrained(model)
+    messages = processor.renderer.user_messages(processor.default_prompt)
+    return processor.renderer.encode_prompt(messages, [1])
+
+
+def texts_of(way: Way, dtype: str, model: Path, waves: Path, tokens: list[int]) -> list[str]:
+    """Return the texts of a way to run a model. Its process ends with a traceback if it fails.
+
+    Args:
+        way: the way.
+        dtype: dtype of the model.
+        model: an exported directory.
+        waves: a file of np.savez.
+        tokens: the prompt, for vLLM.
+    """
     python = Path(sys.executable)
     if way.environment is not None:
         python = REPOSITORY / way.environment / "bin" / "python"
-    program = f"IS_SEPARATE = {way.separate}" + BEGIN + way.program + END
+    program = BEGIN + way.program + END
     done = subprocess.run(
-        [str(word) for word in (python, "-c", program, model, waves, dtype)],
+        [str(word) for word in (python, "-c", program, model, waves, dtype, json.dumps(tokens))],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -168,6 +175,7 @@ def measure(merged: Path, separate: Path, shards: Path) -> dict[str, Any]:
     waves = [reader.read(Item(corpus=0, row=row)).wave for row in range(UTTERANCES)]
     same: dict[str, dict[str, int]] = {}
     reference: list[str] = []
+    tokens = prompt_tokens(merged)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "waves.npz"
         np.savez(path, *waves)
@@ -175,7 +183,8 @@ def measure(merged: Path, separate: Path, shards: Path) -> dict[str, Any]:
             same[name] = {}
             for dtype in DTYPES:
                 began = time.monotonic()
-                texts = texts_of(way, dtype, separate if way.separate else merged, path)
+                model = separate if way.separate else merged
+                texts = texts_of(way, dtype, model, path, tokens)
                 reference = reference or texts
                 same[name][dtype] = sum(map(str.__eq__, texts, reference))
                 seconds = time.monotonic() - began

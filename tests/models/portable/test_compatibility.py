@@ -22,5 +22,5 @@ def test_texts_of_a_saved_model_are_those_of_the_package(world, tmp_path):
     waves = waves_of(3)
     np.savez(tmp_path / "waves.npz", *waves)
     way = WAYS["PEFT, `--separate-adapter`"]
-    found = texts_of(way, "float32", tmp_path / "model", tmp_path / "waves.npz")
+    found = texts_of(way, "float32", tmp_path / "model", tmp_path / "waves.npz", [])
     assert found == model.transcribe(waves)
