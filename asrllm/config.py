@@ -162,8 +162,10 @@ def _keys_of(tree: object, prefix: str) -> list[str]:
     return keys
 
 
-def check_config_files(config_dir: str | None, config_name: str | None) -> None:
-    """Check the files that --config-dir and --config-name choose.
+def read_config_file(config_dir: str | None, config_name: str | None) -> JsonObject:
+    """Return the content of the file that --config-name chooses, without its defaults list.
+
+    It is empty if there is none.
 
     Raises:
         UserError: one of them does not exist, or the primary one cannot be read.
@@ -185,10 +187,13 @@ def check_config_files(config_dir: str | None, config_name: str | None) -> None:
                 f"--config-name {config_name!r} was not found in {', '.join(map(str, folders))}. "
                 f"{nearest(name, names)}"
             )
-        if not isinstance(read_yaml(path, "the configuration file"), dict):
+        fields = read_yaml(path, "the configuration file")
+        if not isinstance(fields, dict):
             raise UserError(
                 f"the configuration file {str(path)!r} has no keys. Write lines of KEY: VALUE."
             )
+        return fields
+    return {}
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from asrllm.config import PACKAGED, check_config_files, composition_error, quoted_override
+from asrllm.config import PACKAGED, composition_error, quoted_override, read_config_file
 from asrllm.errors import UserError
 from asrllm.schema import all_keys, build
 from asrllm.text_files import JsonObject
@@ -66,7 +66,7 @@ def run_app(
             if own_exp_dirs and HydraConfig.get().mode == RunMode.MULTIRUN:
                 check_exp_dirs(config, overrides)
             values = resolved(config)
-            check_kind(values, cls, name)
+            check_not_of_training(values, cls, name)
             return task(build(cls, values))
         except (Exception, SystemExit) as error:
             if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
@@ -75,7 +75,9 @@ def run_app(
             failures.append(error)
             return None
 
-    check_config_files(arguments.config_dir, arguments.config_name)
+    check_options(arguments)
+    fields = read_config_file(arguments.config_dir, arguments.config_name)
+    check_not_of_training(fields, cls, name)
     if arguments.config_name is not None:
         accepted = [forced(text, all_keys(cls)) for text in overrides]
     else:
@@ -98,6 +100,16 @@ def run_app(
         raise failures.pop()
 
 
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options of Hydra that exclude one another or have no effect."""
+    if arguments.cfg and arguments.multirun:
+        raise UserError(
+            "--cfg prints one configuration, and --multirun has several. Use one of both."
+        )
+    if arguments.package and not arguments.cfg:
+        raise UserError("--package has no effect without --cfg. Add --cfg job, or leave it out.")
+
+
 def resolved(config: DictConfig) -> dict[str, Any]:
     """Return a configuration as plain containers with its ${...} replaced.
 
@@ -115,7 +127,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     return values
 
 
-def check_kind(config: JsonObject, cls: type, verb: str) -> None:
+def check_not_of_training(config: JsonObject, cls: type, verb: str) -> None:
     """Raise UserError if a training's configuration was given to a verb with another one."""
     if "trainer" in config and "trainer" not in all_keys(cls):
         raise UserError(
@@ -127,15 +139,15 @@ def check_kind(config: JsonObject, cls: type, verb: str) -> None:
 def forced(override: str, keys: Collection[str]) -> str:
     """Return an override that also sets a key which a user's configuration leaves out.
 
-    Hydra refuses to set a key that the configuration does not have. Those of the groups model, data
-    and trainer are there; a configuration made for `train` lacks the keys of `plan`.
+    Hydra refuses to set a key that the configuration does not have.
 
     Args:
         override: an override of the command line.
         keys: all keys of the configuration.
     """
     key = override.partition("=")[0]
-    return f"++{override}" if key in keys and "." not in key else override
+    is_group = any(name.startswith(f"{key}.") for name in keys)
+    return f"++{override}" if key in keys and not is_group else override
 
 
 def hydra_options(arguments: argparse.Namespace) -> list[str]:

@@ -153,9 +153,24 @@ def test_verbs_that_read_a_run_may_sweep_over_one():
 
 def test_configuration_of_a_training_is_named_by_other_verbs(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nexp_dir: e/x\n")
-    argv = ["evaluate", "--config-dir", str(tmp_path), "--config-name", "mine"]
-    with pytest.raises(UserError, match=r"'asrllm evaluate exp_dir=e/x'"):
-        run_app("evaluate", parse(argv), EvaluationRun, list)
+    (tmp_path / "config.yaml").write_text("exp_dir: e/x\ntrainer: {lr: 1}\n")  # as in a run
+    for name in ("mine", "config"):
+        argv = ["evaluate", "--config-dir", str(tmp_path), "--config-name", name]
+        argv.append("checkpoint.model.avg=1")
+        with pytest.raises(UserError, match=r"'asrllm evaluate exp_dir=e/x'"):
+            run_app("evaluate", parse(argv), EvaluationRun, list)
+
+
+def test_file_without_a_group_takes_its_keys_from_the_command_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("trainer: {num_steps: 5}\n")
+    mine = ["--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN]
+    assert job(*mine, "trainer.lr=0.5") == load("trainer.num_steps=5", "trainer.lr=0.5")
+
+
+def test_options_that_exclude_each_other_are_reported():
+    for options in (["-m", "--cfg", "job"], ["--package", "trainer"]):
+        with pytest.raises(UserError, match="--cfg"):
+            jobs(*options, *GIVEN)
 
 
 def test_stored_configuration_can_be_used_again(tmp_path):

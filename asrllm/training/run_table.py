@@ -75,7 +75,10 @@ def run_rows(
     total = sum(size.total for size in sizes)
     rows.append(("all parameters", f"{millions(trained)} of {millions(total)} trained"))
     rows.append(("processes", f"{ranks}, ZeRO stage {stage}, {config.precision}"))
-    rows.append(("steps", f"{step} of {total_steps} done"))
+    steps = f"{step} of {total_steps} done"
+    if step >= total_steps:
+        steps = f"{step} done, {total_steps} wanted: the training is complete"
+    rows.append(("steps", steps))
     tokens = max_tokens * config.gradient_accumulation_steps * ranks
     rows.append(("tokens per step", f"at most {tokens}, prompts not counted"))
     rows.append(("starts from", _starting_point(checkpoint, init_from)))
