@@ -26,6 +26,13 @@ TRAINING_STRINGS = 3000
 VALID_STRINGS = 48
 TEST_STRINGS = 100
 VOICE_SETTINGS = 30  # calls of Piper, each with its own pace and noise, which it takes per call
+# Piper draws its noise from ONNX Runtime, whose seed is an argument of no command
+SEEDED_PIPER = """
+import runpy, sys
+import onnxruntime
+onnxruntime.set_seed(int(sys.argv.pop(1)))
+runpy.run_module("piper", run_name="__main__", alter_sys=True)
+"""
 STRINGS_PER_SETTING = 25
 SINGLES_PER_SETTING = 20
 
@@ -38,6 +45,7 @@ class VoiceJob(NamedTuple):
     """What Piper reads in one call.
 
     Attributes:
+        seed: seed of the voice's noise.
         lines: texts to read.
         words: the words of each line.
         length: length scale; above 1 is slower.
@@ -45,6 +53,7 @@ class VoiceJob(NamedTuple):
         width: noise width.
     """
 
+    seed: int
     lines: list[str]
     words: list[str]
     length: float
@@ -94,8 +103,8 @@ def write_kaldi(folder: Path, spoken: list[Spoken]) -> None:
 def synthesise(progress: Progress) -> tuple[list[Spoken], list[Spoken]]:
     """Return strings of digits in random order, and single digits, as the voice reads them."""
     rng = np.random.default_rng(0)
-    jobs = [string_job(rng) for _ in range(VOICE_SETTINGS)]
-    jobs += [single_job(rng) for _ in range(VOICE_SETTINGS)]
+    jobs = [string_job(rng, seed) for seed in range(VOICE_SETTINGS)]
+    jobs += [single_job(rng, VOICE_SETTINGS + seed) for seed in range(VOICE_SETTINGS)]
     advance = progress("synthesising speech", len(jobs))
     strings: list[Spoken] = []
     singles: list[Spoken] = []
@@ -111,20 +120,20 @@ def synthesise(progress: Progress) -> tuple[list[Spoken], list[Spoken]]:
     return [strings[i] for i in order], singles
 
 
-def string_job(rng: np.random.Generator) -> VoiceJob:
+def string_job(rng: np.random.Generator, seed: int) -> VoiceJob:
     """Draw strings of one to six digits, and how to read them."""
     words: list[list[str]] = []
     for _ in range(STRINGS_PER_SETTING):
         words.append(rng.choice(DIGITS, rng.integers(1, 7)).tolist())
     lines = [rng.choice(SEPARATORS).join(line_words) for line_words in words]
     texts = [" ".join(line_words) for line_words in words]
-    return VoiceJob(lines, texts, *voice_settings(rng, 1.8))
+    return VoiceJob(seed, lines, texts, *voice_settings(rng, 1.8))
 
 
-def single_job(rng: np.random.Generator) -> VoiceJob:
+def single_job(rng: np.random.Generator, seed: int) -> VoiceJob:
     """Draw single digits, and how to read them."""
     words = [str(w) for w in rng.permutation(DIGITS * (SINGLES_PER_SETTING // len(DIGITS)))]
-    return VoiceJob(words, words, *voice_settings(rng, 2.1))
+    return VoiceJob(seed, words, words, *voice_settings(rng, 2.1))
 
 
 def voice_settings(rng: np.random.Generator, slowest: float) -> tuple[float, float, float]:
@@ -142,7 +151,7 @@ def run_piper(job: VoiceJob) -> list[Spoken]:
     voice = Path(spec.origin).parent / "data" / "en_US-joe-medium.onnx"
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "lines").write_text("\n".join(job.lines))
-        command = [sys.executable, "-m", "piper", "-m", str(voice)]
+        command = [sys.executable, "-c", SEEDED_PIPER, str(job.seed), "-m", str(voice)]
         command += ["-i", f"{scratch}/lines", "-d", f"{scratch}/wavs"]
         command += ["--length-scale", str(job.length)]
         command += ["--noise-scale", str(job.noise)]
