@@ -42,6 +42,7 @@ def job(*words):
     return found
 
 
+@pytest.mark.slow
 def test_app_composes_like_the_compose_api_and_writes_nothing(empty_directory):
     assert job(*GIVEN, "trainer.lr=3", "model.audio_token=<|A B|>") == load(
         "trainer.lr=3", "model.audio_token=<|A B|>"
@@ -49,6 +50,7 @@ def test_app_composes_like_the_compose_api_and_writes_nothing(empty_directory):
     assert list(empty_directory.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_config_dir_adds_groups_and_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "big.yaml").write_text(
@@ -58,6 +60,7 @@ def test_config_dir_adds_groups_and_experiments(tmp_path):
     assert found == load("trainer.lr=0.5", "model.llm.lora.r=99", "trainer.num_steps=7")
 
 
+@pytest.mark.slow
 def test_experiment_in_the_users_defaults_list_is_selected_without_a_plus_sign(tmp_path):
     (tmp_path / "experiment").mkdir()
     for name, lr in (("small", 0.5), ("big", 0.75)):
@@ -77,12 +80,14 @@ def test_experiment_is_found_on_the_search_path(tmp_path):
     assert found.trainer.lr == 0.5
 
 
+@pytest.mark.slow
 def test_config_name_selects_the_users_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
     found = job("--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN)
     assert found == load("trainer.lr=0.25")
 
 
+@pytest.mark.slow
 def test_users_configuration_may_have_the_name_of_a_packaged_one(tmp_path):
     groups = "defaults: [model: default, data: default, trainer: default, _self_]"
     (tmp_path / "train.yaml").write_text(f"{groups}\ntrainer: {{lr: 0.25}}\n")
@@ -103,6 +108,7 @@ def test_data_config_with_a_packaged_name_does_not_replace_that_one(tmp_path):
     assert found == load("trainer.lr=0.25")
 
 
+@pytest.mark.slow
 def test_configuration_of_train_takes_the_keys_of_plan(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
     mine = ["--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN]
@@ -134,6 +140,7 @@ def test_unknown_options_are_reported_with_the_usage_of_the_verb(capsys):
         assert "--nope" in last
 
 
+@pytest.mark.slow
 def test_short_options_are_those_of_hydra(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ntrainer: {lr: 0.25}\n")
     mine = ["-cd", str(tmp_path), "-cn", "mine", *GIVEN]
@@ -151,6 +158,7 @@ def test_verbs_that_read_a_run_may_sweep_over_one():
     assert [config.checkpoint.model.avg for config in found] == [1, 2]
 
 
+@pytest.mark.slow
 def test_configuration_of_a_training_is_named_by_other_verbs(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nexp_dir: e/x\n")
     (tmp_path / "config.yaml").write_text("exp_dir: e/x\ntrainer: {lr: 1}\n")  # as in a run
@@ -173,6 +181,7 @@ def test_options_that_exclude_each_other_are_reported():
             jobs(*options, *GIVEN)
 
 
+@pytest.mark.slow
 def test_stored_configuration_can_be_used_again(tmp_path):
     stored = load("trainer.lr=0.125", "model.audio_token=<|X|>", "prompt_file=p.txt")
     (tmp_path / "config.yaml").write_text(as_yaml(stored))
@@ -181,6 +190,7 @@ def test_stored_configuration_can_be_used_again(tmp_path):
     assert job(*given_back, "trainer.lr=2").trainer.lr == 2
 
 
+@pytest.mark.slow
 def test_keys_can_be_forced_and_deleted():
     assert job(*GIVEN, "++trainer.lr=3") == load("trainer.lr=3")
     assert job(*GIVEN, "~trainer.lr") == load()

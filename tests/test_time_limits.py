@@ -67,6 +67,7 @@ def test_long_tests_fail_by_name_unless_they_are_marked(tmp_path):
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.mark.slow
 def test_mark_without_a_reason_is_a_usage_error(tmp_path):
     code = "import pytest\n@pytest.mark.longest(60)\ndef test_marked(): pass\n"
     done = run_tests(tmp_path, code, "-n", "0")

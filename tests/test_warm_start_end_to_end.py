@@ -143,6 +143,7 @@ def test_wrong_settings_are_named(world, tmp_path, capsys, change, names):
         assert name in error
 
 
+@pytest.mark.slow
 def test_too_many_stacked_frames_are_reported(world, tmp_path, capsys):
     keys = world.overrides(tmp_path / "exp", model__audio_encoder_projector_ds_rate=2000)
     assert main(["warm-start", *keys]) == 2
@@ -151,6 +152,7 @@ def test_too_many_stacked_frames_are_reported(world, tmp_path, capsys):
         assert name in error
 
 
+@pytest.mark.slow
 def test_speech_without_words_is_reported(world, tmp_path, capsys):
     silent = [("...", wave) for _, wave in tone_sentences(3)]
     source = read_kaldi(kaldi_directory(tmp_path / "kaldi", silent))

@@ -43,6 +43,7 @@ def exp(world, tmp_path):
     return exp
 
 
+@pytest.mark.slow
 def test_card_states_training_data_and_error_rates(exp, tmp_path):
     export(exp / "pretrained.pt", tmp_path / "model", dtype="float32")
     card = (tmp_path / "model" / "README.md").read_text()
@@ -66,6 +67,7 @@ def test_card_states_training_data_and_error_rates(exp, tmp_path):
     assert "## Training data" not in (tmp_path / "again" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_card_describes_the_exported_weights(exp, tmp_path):
     state = OrderedDict(torch.load(exp / "pretrained.pt", weights_only=True))
     (exp / "pretrained.pt").unlink()
@@ -158,6 +160,7 @@ def test_export_writes_parts_in_float16_with_a_progress_bar_each(exp, tmp_path, 
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_weights_beyond_the_range_of_float16_are_not_exported(exp, tmp_path, capsys):
     state = torch.load(exp / "pretrained.pt", weights_only=True)
     name = max(key for key in state if key.startswith("projector.") and state[key].ndim == 2)
@@ -171,6 +174,7 @@ def test_weights_beyond_the_range_of_float16_are_not_exported(exp, tmp_path, cap
     assert load_file(out / "model.safetensors")[name][0, 0] == torch.tensor(1e5).bfloat16()
 
 
+@pytest.mark.slow
 def test_exported_zipformer_can_be_loaded(world, tmp_path):
     encoder = EncoderPart(
         model_type="zipformer", pretrained_model=str(world.zipformer), frozen=True, lora=None

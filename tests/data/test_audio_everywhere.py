@@ -129,6 +129,7 @@ def test_bad_audio_is_rejected_from_folders_and_tars(tmp_path, name):
     assert indexed.rejected == {"unreadable_audio": 1}
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_a_flac_without_a_total_has_its_full_length(tmp_path):
     for summary in shards_and_index(tmp_path, without_total(), "flac"):

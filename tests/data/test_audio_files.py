@@ -332,6 +332,7 @@ def test_git_lfs_pointer_in_memory_names_no_directory(tmp_path, monkeypatch):
     assert str(tmp_path) in error_of(tmp_path / "a.wav")
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("name", ["a.wav", "a.m3u8", "a.ts", "a.txt"])
 def test_playlist_does_not_open_another_file(tmp_path, name):
@@ -378,6 +379,7 @@ def test_flipped_bit_in_an_ogg_file_is_reported(tmp_path, subtype):
         error_of(damaged)
 
 
+@pytest.mark.slow
 def test_missing_page_of_an_ogg_file_is_reported(tmp_path):
     path = make(tmp_path / "a.ogg", seconds=9, rate=48000)
     pages = path.read_bytes().split(b"OggS")

@@ -440,6 +440,7 @@ def test_copies_of_a_small_corpus_in_an_endless_mix_never_share_a_batch(ranks):
         assert padding_ratio(batches) < 0.05
 
 
+@pytest.mark.slow
 def test_copies_of_an_utterance_share_batches_with_different_utterances():
     """Copies at exactly even distances would always share a batch with the same utterances."""
     plan = make_plan([speech_corpus(385, 1)], max_tokens=1500, window=100_000, endless=True)

@@ -666,6 +666,7 @@ def test_the_field_of_a_bad_value_is_named(tmp_path, place, name):
                 assert is_named or reason == "outside_cut" or value in ({}, [{}]), value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["resample", "normalize"])
 def test_cut_that_lhotse_changes_with_other_packages_is_read(tmp_path, change):
     pytest.importorskip("scipy")

@@ -240,6 +240,7 @@ def test_an_unreachable_server_is_reported(cache):
         cache.fetch(RemoteFile(url=url))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "message"),
     [
@@ -581,6 +582,7 @@ def test_a_fork_leaves_the_parents_connections_open(web, tmp_path):
     assert [web.gets(path) for path, _, _ in files] == [1] * 3
 
 
+@pytest.mark.slow
 def test_an_unwritable_cache_is_reported(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=f"'{tmp_path}/cache' .*data.cache.dir"):

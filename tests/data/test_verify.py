@@ -475,6 +475,7 @@ def test_an_index_may_not_name_shards_outside_its_directory(tmp_path, name):
         open_index(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["index.bin", "index.json"])
 def test_every_flipped_bit_of_an_index_is_found(shards, file):
     original = open_index(shards)

@@ -223,6 +223,7 @@ def test_icefalls_recogs_with_timestamps_are_read(tmp_path):
     assert compare_files(path, path).a == 50.0
 
 
+@pytest.mark.slow
 def test_invisible_characters_are_not_errors(tmp_path):
     transcripts = [
         transcript(
@@ -247,6 +248,7 @@ def test_invisible_characters_are_not_errors(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_second_evaluation_does_not_overwrite_the_first(tmp_path):
     folder, texts = tmp_path / "greedy_search", [noisy(0.3, 1, 20), noisy(0.2, 2, 20)]
     for suffix, transcripts in zip(("iter-4-avg-1", "iter-8-avg-1"), texts, strict=True):
@@ -286,6 +288,7 @@ def test_closed_pipe_is_not_an_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
     def error(*paths):
         return fails(capsys, "evaluate", "compare", *paths)

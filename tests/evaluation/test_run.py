@@ -273,6 +273,7 @@ def test_text_with_a_line_separator_is_recorded_completely(world, exp, tmp_path)
     assert [asdict(each) for each in journal.read()] == [stored]
 
 
+@pytest.mark.slow
 def test_only_the_corrupted_line_of_a_journal_is_decoded_again(tmp_path):
     stored = DecodedUtterance(
         key="k",
@@ -303,6 +304,7 @@ def test_only_the_corrupted_line_of_a_journal_is_decoded_again(tmp_path):
     assert Journal(tmp_path, "s", settings=2).read() == []
 
 
+@pytest.mark.slow
 def test_whisper_texts_do_not_depend_on_the_batch(exp, model):
     folder = find_whisper(model.config.base_models["audio_encoder"]["path"])
     engine = WhisperEngine(

@@ -329,6 +329,7 @@ def test_options_that_vllm_does_not_have_are_reported(tiny, capsys, tmp_path):
     assert "engine=vllm" in error
 
 
+@pytest.mark.slow
 def test_exported_adapters_are_merged_texts_do_not_change(tiny, world, tmp_path):
     """The engine of vLLM saves a model with adapters in this way."""
     model = with_adapters(world, tiny.llm)

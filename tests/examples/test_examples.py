@@ -156,6 +156,7 @@ def test_script_parses_and_stops_at_errors(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if (f / "run.sh").exists()], ids=name_of)
 def test_commands_of_run_sh_are_valid(folder, copied, stand_ins, monkeypatch):
     monkeypatch.chdir(copied / folder.name)
@@ -186,6 +187,7 @@ def test_commands_of_each_launcher_are_valid(launcher, copied, stand_ins, monkey
     check_command(command[command.index("asrllm") + 1 :])
 
 
+@pytest.mark.slow
 def test_scripts_of_asr_llm_are_valid(copied, stand_ins, monkeypatch):
     monkeypatch.chdir(copied / "asr_llm")
     for name, word in (("train", "exp_dir=exp/a"), ("evaluate", "exp_dir=exp/a")):

@@ -278,6 +278,7 @@ def test_damaged_weights_of_an_earlier_run_are_rejected(world, tmp_path, damage)
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.slow
 def test_dropout_may_differ_and_weights_must_be_complete(world, tmp_path):
     finished_run(make_model(world), tmp_path)
     state = torch.load(tmp_path / "pretrained.pt", weights_only=True)

@@ -182,6 +182,7 @@ def test_base_model_options_may_be_anywhere_among_the_arguments(moved, tmp_path,
     assert_same_weights(weights_of(tmp_path / "model"), moved.model.weights())
 
 
+@pytest.mark.slow
 def test_export_stores_the_present_paths(moved, tmp_path, capsys):
     does(
         capsys,
@@ -206,6 +207,7 @@ def test_export_stores_the_present_paths(moved, tmp_path, capsys):
     assert_same_weights(weights_of(tmp_path / "model"), moved.model.weights())
 
 
+@pytest.mark.slow
 def test_part_excluded_from_an_export_may_move(moved, tmp_path, capsys):
     config = json.loads((moved.exp / "config.json").read_text())
     (moved.exp / "config.json").write_text(
@@ -230,6 +232,7 @@ def test_part_excluded_from_an_export_may_move(moved, tmp_path, capsys):
     assert_same_weights(found, moved.model.weights())
 
 
+@pytest.mark.slow
 def test_llm_is_merged_from_its_present_path(moved, tmp_path, capsys):
     does(capsys, "merge-lora", moved.exp, "--output", tmp_path / "moved", moved.words[1])
     (tmp_path / "old").symlink_to(moved.new)

@@ -376,6 +376,7 @@ def test_models_are_listed(client):
         client.models.retrieve("other")
 
 
+@pytest.mark.slow
 def test_each_model_answers_by_its_name(engine):
     words = {}
     for name in ("one", "two"):
@@ -390,6 +391,7 @@ def test_each_model_answers_by_its_name(engine):
         assert send(url, model="three").status_code == 404
 
 
+@pytest.mark.slow
 def test_api_key_is_required_below_v1(engine):
     with running(engine, engine.model.config, api_key="secret") as (url, _):
         assert httpx.get(f"{url}/health").status_code == 200
@@ -532,6 +534,7 @@ def test_number_of_threads_does_not_depend_on_concurrent_requests(engine):
     assert set(found) == {threads}
 
 
+@pytest.mark.slow
 def test_slow_upload_is_ended(engine):
     with running(BlockedEngine(), engine.model.config, upload_seconds=0.3) as (url, _):
         host, port = url.removeprefix("http://").split(":")
@@ -547,6 +550,7 @@ def test_slow_upload_is_ended(engine):
             assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_engine_that_fails_is_a_server_error(engine):
     class Failing(BlockedEngine):
         def answer(self, waves, prompts):
@@ -562,6 +566,7 @@ def test_engine_that_fails_is_a_server_error(engine):
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_file(engine):
     blocked = BlockedEngine()
     blocked.may_answer.set()

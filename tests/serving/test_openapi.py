@@ -15,6 +15,7 @@ def url(engine):  # noqa: F811
         yield address
 
 
+@pytest.mark.slow
 def test_every_route_declares_the_error_object(url):
     document = httpx.get(f"{url}/openapi.json").json()
     for path in document["paths"].values():

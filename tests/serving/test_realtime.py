@@ -435,6 +435,7 @@ def test_full_queue_refuses_a_session(engine):  # noqa: F811
         assert len(transcriber.queue.places) == 1
 
 
+@pytest.mark.slow
 def test_audio_far_ahead_of_its_texts_is_refused(engine, monkeypatch):  # noqa: F811
     monkeypatch.setattr("asrllm.serving.realtime.session.MAX_AHEAD", 5 * 16000)
     blocked = BlockedEngine()
@@ -571,6 +572,7 @@ def test_sigterm_finishes_the_audio_that_was_received(model, tmp_path):  # noqa:
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_model_is_chosen_by_the_address_or_the_session(engine):  # noqa: F811
     class Loud(CountingEngine):
         def text(self, wave):

@@ -33,6 +33,7 @@ def translate(url, **fields):
     return client.audio.translations.create(file=("a.wav", audio()), model="tiny", **fields)
 
 
+@pytest.mark.slow
 def test_translation_uses_the_trained_prompt(translating):
     made, url = translating
     assert set(translate(url).text.split()) == {"word"}
@@ -45,6 +46,7 @@ def test_translation_uses_the_trained_prompt(translating):
     assert verbose.segments[0].text == "word"
 
 
+@pytest.mark.slow
 def test_model_without_a_prompt_for_translations_refuses_them(engine):  # noqa: F811
     with running(BlockedEngine(), engine.model.config) as (url, _):
         for fields in ({}, {"prompt": "Translate."}):

@@ -24,6 +24,7 @@ def test_signal_is_recorded_and_the_handlers_are_restored():
     assert (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.slow
 def test_signal_before_the_first_step_ends_the_process(capfd):
     with pytest.raises(SystemExit) as ended, Preemption(["SIGUSR1"]):
         signal.raise_signal(signal.SIGUSR1)

@@ -72,6 +72,7 @@ def test_changed_file_of_a_run_is_named(run, change):
         (run / name).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_commands_end_with_status_2_if_a_run_lost_its_chat_template(world, run, tmp_path, capsys):
     (run / "chat_template.jinja").unlink()
     outputs = ("--output", tmp_path / "out")
@@ -99,6 +100,7 @@ def test_run_of_an_earlier_version_needs_no_checksums(run):
     AutoModel.from_pretrained(run)
 
 
+@pytest.mark.slow
 def test_resumed_run_writes_the_files_and_their_checksums_again(world, run):
     flip(run / "chat_template.jinja")
     shutil.copyfile(run / "config.yaml", run / CHECKSUMS)

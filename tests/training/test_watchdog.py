@@ -86,6 +86,7 @@ def test_run_with_progress_or_without_a_limit_is_not_ended(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_limits_that_are_too_small_are_rejected():
     from asrllm.config import load_config
     from asrllm.training.run_config import TrainRun

@@ -243,6 +243,7 @@ def test_rank_multiple_is_read_from_adapters_of_embeddings():
     assert rank_multiple(model, {key: torch.zeros(6, 11)}) == 3
 
 
+@pytest.mark.slow
 def test_adapters_of_the_encoder_are_merged(world, tmp_path):
     from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
@@ -699,6 +700,7 @@ def test_run_is_loaded_from_a_state_dict_file(world, tmp_path):
         asrllm.AutoModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_unknown_keywords_are_rejected(world, tmp_path):
     model = make_model(world)
     for options, message in (

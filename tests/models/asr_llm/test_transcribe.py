@@ -323,6 +323,7 @@ def test_invalid_options_are_reported_before_the_model_loads(
         assert repr(str(none)) in error
 
 
+@pytest.mark.slow
 def test_unreadable_files_are_reported_and_the_others_transcribed(
     model, speech, tmp_path, capsys, monkeypatch
 ):
@@ -357,6 +358,7 @@ def test_unreadable_files_are_reported_and_the_others_transcribed(
     assert "(1)" in said.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_damage_in_the_middle_of_a_file_is_reported_at_the_end(
     model, speech, tmp_path, capsys, monkeypatch
 ):

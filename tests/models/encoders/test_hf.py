@@ -176,6 +176,7 @@ def weighted(frames):
     return (frames * torch.linspace(-1, 1, frames.numel()).view(frames.shape)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_frames_and_gradients_in_a_batch_are_those_of_transformers_alone(tmp_path, case):
     kind = CASES[case][0]
@@ -233,6 +234,7 @@ def test_features_are_those_of_the_feature_extractor(tmp_path, case):
         torch.testing.assert_close(row[:length], theirs[:length], atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_lengths_match_the_frames_for_every_remainder(tmp_path, case):
     write(tmp_path, case)
@@ -253,6 +255,7 @@ def test_lengths_match_the_frames_for_every_remainder(tmp_path, case):
     assert array.tolist() == [encoder.frame_lengths(n, values) for n in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_changes_frames_by_its_rounding_only(tmp_path, case):
     write(tmp_path, case)

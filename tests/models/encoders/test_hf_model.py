@@ -46,6 +46,7 @@ def waves_of(count):
     return [wave for _, wave in tone_sentences(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHOSEN)
 def test_texts_do_not_depend_on_the_batch(world, tmp_path, case):
     model = model_of(world, tmp_path, case)
@@ -60,6 +61,7 @@ def test_texts_do_not_depend_on_the_batch(world, tmp_path, case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHOSEN)
 def test_saved_directory_has_the_same_texts(world, tmp_path, case):
     model = model_of(world, tmp_path / "encoder", case)
