@@ -2,10 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test test-portable test-vllm environments environment-vllm soak coverage lint docs
+.PHONY: quickstart sentences test test-portable test-vllm environments environment-vllm soak coverage lint docs
 
 quickstart: $(VENV)/installed-demo
 	$(BIN)/python examples/quickstart/run.py
+
+sentences: $(VENV)/installed-demo
+	$(BIN)/python examples/sentences/sentences.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

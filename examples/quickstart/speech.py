@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +81,7 @@ def write_speech(out: Path, fsdd: Path | None, progress: Progress) -> None:
         write_kaldi(folder / "train", training_strings(strings[held_out:], singles, progress))
 
 
-def write_kaldi(folder: Path, spoken: list[Spoken]) -> None:
+def write_kaldi(folder: Path, spoken: Iterable[Spoken]) -> None:
     """Write a Kaldi data directory: wav.scp, text, utt2spk and the wav files."""
     (folder / "wav").mkdir(parents=True)
     with (

