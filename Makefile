@@ -31,7 +31,8 @@ soak: $(VENV)/installed-test
 coverage: $(VENV)/installed-test
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/coverage json --quiet -o coverage.json
+	$(BIN)/python tests/coverage_table.py coverage.json
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -10,8 +10,10 @@ another checkout. If no test detects a fault, write one.
 
 import argparse
 import concurrent.futures
+import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -590,7 +592,12 @@ def main() -> int:
     missed = sum(row["caught by"] is None for row in table)
     print(f"{len(table) - missed} of {len(table)} caught in {time.monotonic() - began:.0f} s")
     if arguments.output:
-        arguments.output.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        result = {
+            "date": f"{datetime.date.today()}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "faults": table,
+        }
+        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 1 if missed else 0
 
 
