@@ -1,7 +1,9 @@
 """Parts of the sentences example. `make sentences` runs all of it."""
 
+import io
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ from tests.conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
 sys.path.insert(0, str(REPOSITORY / "examples" / "sentences"))
 
+import fetch
 import sentences
 import texts
 import voices
@@ -132,3 +135,59 @@ def test_overrides_of_the_training_are_valid(tmp_path, monkeypatch, capsys):
     overrides = [word for word in command if "=" in word]
     assert main(["train", *overrides, "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["num_steps"] == 10
+
+
+def run_files(exp):
+    exp.mkdir()
+    for name in [*fetch.FILES, "averaged-iter-10-avg-2.pt", "pretrained.pt"]:
+        (exp / name).write_text(name)
+    return exp
+
+
+def test_packed_model_is_unpacked_with_its_averaged_weights(tmp_path):
+    exp = run_files(tmp_path / "exp")
+    fetch.pack(exp, tmp_path / "model.tar.gz")
+    (tmp_path / "out").mkdir()
+    fetch.unpack(tmp_path / "model.tar.gz", tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted([*fetch.FILES, "averaged-iter-10-avg-2.pt"])
+    assert all((tmp_path / "out" / name).read_text() == name for name in names)
+
+
+def test_run_that_is_not_complete_is_not_packed(tmp_path):
+    exp = run_files(tmp_path / "exp")
+    (exp / "config.json").unlink()
+    with pytest.raises(SystemExit, match=r"config\.json"):
+        fetch.pack(exp, tmp_path / "model.tar.gz")
+    assert not (tmp_path / "model.tar.gz").exists()
+
+
+@pytest.mark.parametrize("name", ["../config.json", "a/config.json", "/tmp/config.json"])
+def test_members_of_a_packed_model_stay_in_its_directory(tmp_path, name):
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(SystemExit, match=r"config\.json"):
+        fetch.take(str(tmp_path / "model.tar.gz"), None, tmp_path / "work")
+    assert not (tmp_path / "work" / "exp").exists()
+
+
+def test_other_or_damaged_files_are_not_taken(tmp_path):
+    packed = tmp_path / "model.tar.gz"
+    fetch.pack(run_files(tmp_path / "exp"), packed)
+    for source, digest in [
+        (str(tmp_path / "missing.tar.gz"), None),
+        (str(packed), "0" * 64),
+        ("https://localhost:1/model.tar.gz", None),  # a URL needs a SHA-256
+        ("https://localhost:1/model.tar.gz", "0" * 64),
+        ("http://localhost:1/model.tar.gz", "0" * 64),
+    ]:
+        with pytest.raises(SystemExit, match=r"model\.tar\.gz|--sha256|missing"):
+            fetch.take(source, digest, tmp_path / "work")
+    whole = packed.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-8] ^= 1  # in the checksum
+    for damaged in (whole[:-20], whole[: len(whole) // 2], bytes(flipped)):
+        packed.write_bytes(damaged)
+        with pytest.raises(SystemExit, match=r"model\.tar\.gz"):
+            fetch.take(str(packed), None, tmp_path / "work")
+    assert not (tmp_path / "work" / "exp").exists()
