@@ -49,11 +49,19 @@ class RaiseOnInterrupt:
 
 
 def exit_interrupted(number: int, frame: "FrameType | None") -> None:
-    """Exit at once, because a library may swallow or print an exception during an import."""
+    """Report the interruption and end this process by SIGINT.
+
+    An exception could be swallowed or printed by the library that is being imported, see
+    https://docs.python.org/3/library/signal.html#note-on-signal-handlers-and-exceptions
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:  # noqa: SIM105  # contextlib takes 4 ms to import
             os.write(2, b"asrllm: interrupted\n")
         except OSError:  # Ctrl-C also ended the process that reads standard error, for example tee
             pass
-    # sys.exit would only raise SystemExit, which a library may swallow just as well.
-    os._exit(INTERRUPTED)
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    _signal.raise_signal(_signal.SIGINT)
+    # The first process of a container is still there: the kernel drops signals that it does not
+    # handle (https://man7.org/linux/man-pages/man7/pid_namespaces.7.html).
+    _signal.signal(_signal.SIGINT, exit_interrupted)
+    sys.exit(INTERRUPTED)

@@ -378,7 +378,12 @@ class Siblings:
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End this process from any thread without exit handlers, in which gloo would wait or abort."""
+    """End this process from any thread without exit handlers, in which gloo would wait or abort.
+
+    sys.exit would only end the thread that calls it
+    (https://docs.python.org/3/library/sys.html#sys.exit), while the main thread may wait in a
+    collective that never returns.
+    """
     with contextlib.suppress(OSError):  # standard output may be closed
         sys.stdout.flush()
     os._exit(status)

@@ -167,7 +167,7 @@ class _WorkerPool(Generic[J, R]):
 def _worker_main(pipe: Connection, work: Callable[[J, Advance], R]) -> None:
     """Run the jobs of a worker process until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
             job = pipe.recv()
@@ -214,9 +214,9 @@ class _ProgressReporter:
         self.last_report = time.monotonic()
 
 
-def _exit_with_parent() -> None:
-    """Exit as soon as the parent is killed, even in the middle of an utterance."""
+def _end_with_parent() -> None:
+    """Kill this process as soon as the parent is killed, even in the middle of an utterance."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -84,9 +84,11 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without torch's compiler.
 
-    Building the engine takes 0.2 s with this, and 3 to 5 s without it on two busy cores.
+    The import takes 0.0 s with this, and 1.1 to 3.5 s without it on two busy cores (torch 2.13).
     deepspeed.initialize checks every optimizer against Muon, whose module has functions that are
-    decorated with torch.compile. torch reads TORCHDYNAMO_DISABLE when a function is decorated.
+    decorated with torch.compile, which imports 530 modules of the compiler
+    (https://github.com/pytorch/pytorch/issues/149872). torch reads TORCHDYNAMO_DISABLE when a
+    function is decorated.
     """
     with switched_on("TORCHDYNAMO_DISABLE"), contextlib.suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")

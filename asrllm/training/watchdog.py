@@ -115,6 +115,8 @@ class Watchdog:
                 self._write_report(file, report)
         finally:
             siblings.mine().announce(EXIT_STATUS)
+            # In this thread sys.exit would only end the thread, while the main thread hangs
+            # (https://docs.python.org/3/library/sys.html#sys.exit).
             os._exit(EXIT_STATUS)
 
     def _write_report(self, file: TextIO, report: str) -> None:
