@@ -75,7 +75,7 @@ def run_app(
             failures.append(error)
             return None
 
-    check_options(arguments)
+    check_hydra_options(arguments)
     fields = read_config_file(arguments.config_dir, arguments.config_name)
     check_not_of_training(fields, cls, name)
     if arguments.config_name is not None:
@@ -100,7 +100,7 @@ def run_app(
         raise failures.pop()
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def check_hydra_options(arguments: argparse.Namespace) -> None:
     """Raise UserError for options of Hydra that exclude one another or have no effect."""
     if arguments.cfg and arguments.multirun:
         raise UserError(

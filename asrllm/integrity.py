@@ -105,7 +105,7 @@ def _verify_safetensors(path: Path, size: int) -> None:
             raise corrupted(path, f"its header has {length} bytes")
         header = file.read(length)
         written = _written_sha256(path, header)
-        _check_length(path, header, size - 8 - length)
+        _check_tensor_bytes(path, header, size - 8 - length)
         if written is None:
             return
         digest = hashlib.sha256(length.to_bytes(8, "little"))
@@ -127,7 +127,7 @@ def _written_sha256(path: Path, header: bytes) -> str | None:
     return written
 
 
-def _check_length(path: Path, header: bytes, found: int) -> None:
+def _check_tensor_bytes(path: Path, header: bytes, found: int) -> None:
     """Check the length of a safetensors file, which also detects truncation without a checksum.
 
     Args:

@@ -21,11 +21,12 @@ from asrllm.models.asr_llm.loading import (
 from asrllm.models.asr_llm.merging import is_base_layer, merged_names
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.placement import as_dtype
-from asrllm.models.asr_llm.weight_files import open_tensors, weight_files
+from asrllm.models.asr_llm.weight_files import weight_files
 from asrllm.models.auto import chosen_weights, load_state, read_state
 from asrllm.models.base_models import BasePaths, base_paths, move_base_models
 from asrllm.models.fingerprint import pretrained_weight_files, resolve_pretrained
 from asrllm.models.meta_device import parameters_on_meta
+from asrllm.models.plain_tensors import open_tensors
 from asrllm.models.pretrained import NOT_FINITE_BASE, empty_llm, pretrained_llm
 from asrllm.models.state_dict import DIVERGED, check_finite, check_state, is_adapter, plain_name
 

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     if is_importable and (arguments.overrides or arguments.config_name):
         findings += check_planned_run(arguments)
     findings.sort(key=lambda finding: LEVELS.index(finding.level))  # keeps the order in a level
-    show(findings, as_json=arguments.json)
+    print_findings(findings, as_json=arguments.json)
     problems = sum(finding.level == "problem" for finding in findings)
     if problems:
         raise UserError(
@@ -65,7 +65,7 @@ def check_planned_run(arguments: argparse.Namespace) -> list[Finding]:
     return findings
 
 
-def show(findings: list[Finding], *, as_json: bool) -> None:
+def print_findings(findings: list[Finding], *, as_json: bool) -> None:
     """Print the findings, one line each, or as one JSON object."""
     if as_json:
         rows = [dataclasses.asdict(finding) for finding in findings]

@@ -68,7 +68,7 @@ def plan_and_show(config: PlanRun) -> None:
     if config.output:
         check_text_output(Path(config.output))  # before the work
     estimate = plan(config)
-    show(estimate)
+    print_estimate(estimate)
     if config.output:
         write_whole(Path(config.output), json.dumps(estimate, indent=1) + "\n")
 
@@ -225,7 +225,7 @@ def this_gpu_memory() -> float:
     return DEFAULT_GPU_MEMORY
 
 
-def show(estimate: JsonObject) -> None:
+def print_estimate(estimate: JsonObject) -> None:
     """Print the result of `plan`."""
     console = Console(width=130, highlight=False)
     for key, value in estimate["data"].items():

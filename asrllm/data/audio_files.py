@@ -118,7 +118,7 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
         return replace(open_by_ffmpeg(file, unreliable), seconds=None)
     if not seconds:
         return _open_without_length(file, sound_format)
-    _check_length(file, sound_format, log)
+    _check_not_truncated(file, sound_format, log)
     return replace(file, seconds=seconds, frames=frames if is_padded else None)
 
 
@@ -195,7 +195,7 @@ def _open_without_length(file: AudioFile, sound_format: str) -> AudioFile:
     raise file.error("has no samples. Copy it again.")
 
 
-def _check_length(file: AudioFile, sound_format: str, log: str) -> None:
+def _check_not_truncated(file: AudioFile, sound_format: str, log: str) -> None:
     """Raise UserError if the file is shorter than its header promises."""
     if sound_format in PROBLEMS:
         with file.open_bytes() as content:

@@ -340,7 +340,7 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
     for number, record in enumerate(records):
         record.rows["shard"] = number
     rows = np.concatenate([record.rows for record in records]) if records else np.empty(0, ROW)
-    about = _describe(rows, records)
+    about = _index_content(rows, records)
     # without index.json, the directory has no index until the new one is complete
     (folder / "index.json").unlink(missing_ok=True)
     # readers of an older index.bin keep their file
@@ -355,7 +355,7 @@ def write_index(folder: Path, records: Sequence[ShardRecord]) -> Index:
     return _open_index(str(folder), about, folder / "index.bin")
 
 
-def _describe(rows: np.ndarray, records: Sequence[ShardRecord]) -> JsonObject:
+def _index_content(rows: np.ndarray, records: Sequence[ShardRecord]) -> JsonObject:
     """Return the content of index.json."""
     tallies = merge_tallies([record.tallies for record in records])
     shards = [

@@ -81,7 +81,7 @@ def make_sample(
     if problem := field_problem(described):
         raise RejectedError("bad_field", problem)
     content = _encode_json(described)
-    extension, audio = _audio(utterance, wave, rate, codec)
+    extension, audio = _audio_member(utterance, wave, rate, codec)
     return {"__key__": key, extension: audio, "json": content}
 
 
@@ -135,7 +135,7 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
     return wave, rate
 
 
-def _audio(
+def _audio_member(
     utterance: Utterance,
     wave: np.ndarray,
     rate: int,

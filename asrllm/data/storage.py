@@ -203,7 +203,7 @@ def redact_url(url: str) -> str:
     return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", url.partition("?")[0])
 
 
-def _describe(error: BaseException, url: str) -> str:
+def _describe_error(error: BaseException, url: str) -> str:
     """Return the class and message of an error on one line, without secrets of the URL."""
     text = " ".join(str(error).split())
     text = text.replace(url, redact_url(url))[:300]
@@ -246,14 +246,15 @@ def retry(
             if attempt == attempts:
                 raise UserError(
                     f"{redact_url(url)} cannot be read: {attempts} attempts failed, the last one "
-                    f"with {_describe(error, url)}. Check the file, the server and the connection."
+                    f"with {_describe_error(error, url)}. Check the file, the server and the "
+                    "connection."
                 ) from error
             logger.warning(
                 "%s: attempt %d of %d failed (%s)",
                 redact_url(url),
                 attempt,
                 attempts,
-                _describe(error, url),
+                _describe_error(error, url),
             )
             wait = min(delay * 2 ** (attempt - 1), MAX_DELAY)
             pause(wait * _jitter.uniform(0.5, 1.5))
@@ -289,7 +290,8 @@ def _permanent_error(error: BaseException, url: str) -> UserError | None:
         or type(error).__name__ in NO_CREDENTIALS
     ):
         fix = CREDENTIALS.get(_extra(url) or "", "Provide credentials with read access.")
-        return UserError(f"access to {redact_url(url)} is denied ({_describe(error, url)}). {fix}")
+        problem = _describe_error(error, url)
+        return UserError(f"access to {redact_url(url)} is denied ({problem}). {fix}")
     # S3 sends RequestTimeout with the status 400
     if isinstance(error, TimeoutError) or status in TRANSIENT_STATUSES:
         return None
@@ -297,7 +299,7 @@ def _permanent_error(error: BaseException, url: str) -> UserError | None:
         error, (ValueError, TypeError, NotImplementedError)
     ):
         return UserError(
-            f"{redact_url(url)} cannot be read ({_describe(error, url)}). Check the address."
+            f"{redact_url(url)} cannot be read ({_describe_error(error, url)}). Check the address."
         )
     return None
 

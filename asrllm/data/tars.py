@@ -126,7 +126,7 @@ def iterate_tar(file: BinaryIO) -> Iterator[TarSample | BadSample]:
     """
     members = _members(file)
     for _, group in itertools.groupby(members, key=lambda member: sample_key(member.name)):
-        yield _sample(list(group))
+        yield _decode_sample(list(group))
 
 
 def iterate_rows(content: bytes) -> Iterator[TarSample | BadSample]:
@@ -237,7 +237,7 @@ def read_sample(content: bytes) -> TarSample:
         ValueError: the bytes are not exactly one usable sample.
     """
     members = _plain_members(content)
-    (sample,) = iterate_rows(content) if members is None else [_sample(members)]
+    (sample,) = iterate_rows(content) if members is None else [_decode_sample(members)]
     if isinstance(sample, BadSample):
         raise ValueError(f"{sample.key}: {sample.reason}: {sample.detail}")
     return sample
@@ -284,7 +284,7 @@ def sample_key(member: str) -> str:
     return (folder + "/" if folder else "") + base.partition(".")[0]
 
 
-def _sample(members: Sequence[Member]) -> TarSample | BadSample:
+def _decode_sample(members: Sequence[Member]) -> TarSample | BadSample:
     key = sample_key(members[0].name)
     files = {member.name.rpartition(".")[2].lower(): member.data for member in members}
     if len(files) < len(members):

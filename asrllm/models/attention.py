@@ -439,7 +439,7 @@ def packed_attention(
     if cu_seq_lens_q is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         options = AttentionOptions(causal, query.shape[2], scale, dropout, sliding_window, softcap)
-        return _padded(module, query, key, value, attention_mask, scaling, options), None
+        return _padded_attention(module, query, key, value, attention_mask, scaling, options), None
     config = getattr(module, "config", None)
     output = varlen_attention(
         query,
@@ -457,7 +457,7 @@ def packed_attention(
     return output, None
 
 
-def _padded(
+def _padded_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,

@@ -90,13 +90,13 @@ def check_numbers(fields: JsonObject, limit: int, prefix: str, fix: str) -> None
         elif isinstance(value, list):
             remaining += [(f"{name}[{i}]", field, inner) for i, inner in enumerate(value)]
         else:
-            problem = _problem(str(field), value, limit)
+            problem = _number_problem(str(field), value, limit)
             if problem:
                 raise UserError(f"{name}={shown(value)} is {problem} {fix}")
     _check_heads(fields, prefix, fix)
 
 
-def _problem(field: str, value: object, limit: int) -> str:
+def _number_problem(field: str, value: object, limit: int) -> str:
     """Return what is wrong with a value, and what to use instead, or "" if nothing is."""
     allowed = next((entry for entry in RANGES if re.fullmatch(entry.pattern, field)), None)
     if allowed is not None:

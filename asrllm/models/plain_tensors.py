@@ -1,13 +1,15 @@
 """Read weight files of torch.save and safetensors without executing code in them."""
 
+import contextlib
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from asrllm.errors import UserError
@@ -51,4 +53,22 @@ def load_plain_tensors(file: Path, what: str, fix: str, *, mapped: bool = False)
     except (*READ_ERRORS, OSError) as error:
         raise UserError(
             f"{what} cannot be read as plain tensors: {first_words(error)}. {fix}"
+        ) from error
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[safe_open]:
+    """Open a safetensors file as a memory map, of which single tensors can be read.
+
+    Raises:
+        UserError: the file cannot be read. Errors of reading in the block are converted too.
+    """
+    try:
+        verify_weights(file)
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (*READ_ERRORS, OSError) as error:
+        raise UserError(
+            f"the weights {str(file)!r} cannot be read: {first_words(error)}. "
+            "Copy or download the file again."
         ) from error

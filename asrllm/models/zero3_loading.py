@@ -7,7 +7,6 @@ first rank, broadcasts it weight by weight, and does not report keys that do not
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
@@ -16,7 +15,7 @@ from asrllm.defaults import LLM_KEY
 from asrllm.errors import UserError
 from asrllm.models.fingerprint import pretrained_weight_files
 from asrllm.models.hub_files import load_generation_config, load_hf_config
-from asrllm.text_files import first_words
+from asrllm.models.plain_tensors import open_tensors
 
 
 def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel | None:
@@ -43,7 +42,7 @@ def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrained
     if not all(_is_evenly_partitioned(p) for p in parameters.values()):
         return None
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with open_tensors(file) as tensors:
             for name in keys[file] & parameters.keys():
                 what = f"{name!r} in {str(file)!r}"
                 _fill_partition(parameters[name], tensors.get_slice(name), what)
@@ -54,13 +53,8 @@ def partitioned_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrained
 
 
 def _keys(file: Path) -> set[str]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            return set(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the weights {str(file)!r} cannot be read: {first_words(error)}. Download them again."
-        ) from error
+    with open_tensors(file) as tensors:
+        return set(tensors.keys())
 
 
 def _uninitialized_llm(
@@ -120,5 +114,5 @@ def _fill_buffers(llm: PreTrainedModel, file_of: dict[str, Path]) -> None:
     """Read the saved buffers, which DeepSpeed does not partition."""
     for name, buffer in llm.named_buffers():
         if name in file_of:
-            with safe_open(file_of[name], "pt") as tensors:
+            with open_tensors(file_of[name]) as tensors:
                 buffer.copy_(tensors.get_tensor(name))

@@ -12,39 +12,39 @@ from asrllm.serving.api_errors import ApiError
 Content = list[Annotated["TextPart | AudioPart", Field(discriminator="type")]]
 
 
-class _Strict(BaseModel):
+class _ChatModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TextPart(_Strict):
+class TextPart(_ChatModel):
     """Text of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class InputAudio(_Strict):
+class InputAudio(_ChatModel):
     """Audio of a message: a file in base64, and its format, which is also found in its header."""
 
     data: str
     format: str
 
 
-class AudioPart(_Strict):
+class AudioPart(_ChatModel):
     """Audio of a message."""
 
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-class UserMessage(_Strict):
+class UserMessage(_ChatModel):
     """A message of the user."""
 
     role: Literal["user"]
     content: Annotated[Content, Field(min_length=1)]
 
 
-class ChatRequest(_Strict):
+class ChatRequest(_ChatModel):
     """A request for a chat completion: one message with one audio and an instruction."""
 
     model: str

@@ -170,7 +170,8 @@ def _utterances(row: Row, where: str) -> Iterator[Utterance]:
 
     try:
         cut = deserialize_item(row)
-        utterances = [_utterance(cut, supervision) for supervision in cut.supervisions or [None]]
+        supervisions = cut.supervisions or [None]
+        utterances = [_cut_utterance(cut, supervision) for supervision in supervisions]
     except RejectedError as error:
         utterances = [_rejected(row, where, error.args)]
     except Exception as error:  # Lhotse's parsers raise many types
@@ -185,7 +186,7 @@ def _rejected(row: Row, where: str, problem: tuple[str, str]) -> Utterance:
     return Utterance(key=str(row.get("id") or where), text="", problem=problem)
 
 
-def _utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utterance:
+def _cut_utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utterance:
     problem = None
     part = cut
     text = ""

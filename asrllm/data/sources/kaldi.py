@@ -71,7 +71,7 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
     entries = _segments(folder, allow_pipes) if has_segments else _whole(folder, allow_pipes)
     for entry in entries:
         try:
-            yield _utterance(entry, keys, texts, tables)
+            yield _kaldi_utterance(entry, keys, texts, tables)
         except RejectedError as error:
             yield Utterance(
                 key=entry[0],
@@ -83,7 +83,7 @@ def read_kaldi(folder: str | Path, *, allow_pipes: bool = False) -> Iterator[Utt
         yield Utterance(key=key, text=text, problem=problem)
 
 
-def _utterance(
+def _kaldi_utterance(
     entry: KaldiEntry, keys: "_Keys", texts: "_Lookup", tables: Mapping[str, "_Lookup"]
 ) -> Utterance:
     key, recording, audio = entry
@@ -218,12 +218,12 @@ def _recordings(
     for key, value in rows:
         where = f"{folder / 'wav.scp'}: recording {key!r}"
         if value:
-            yield key, AudioSegment(_audio(where, root, value, allow_pipes))
+            yield key, AudioSegment(_audio_source(where, root, value, allow_pipes))
         else:
             yield key, RejectedError("missing_audio", f"{where} has no path")
 
 
-def _audio(
+def _audio_source(
     where: str,
     root: Path,
     value: str,

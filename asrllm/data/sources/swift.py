@@ -39,7 +39,7 @@ def read_swift(path: str | Path) -> Iterator[Utterance]:
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
     turns = [(role, text) for role, text in _turns(row, where) if role != SYSTEM]
     audios = _audios(row, where)
-    problem = _problem(row, turns, audios, where)
+    problem = _chat_problem(row, turns, audios, where)
     audio = audios[0] if audios else ""
     prompt = "" if problem else turns[0][1].replace(SWIFT_AUDIO_TAG, "").strip()
     key = _key(row, audio, prompt, where)
@@ -57,7 +57,7 @@ def _utterance(row: Row, where: str, root: Path) -> Utterance:
     )
 
 
-def _problem(
+def _chat_problem(
     row: Row,
     turns: list[Turn],
     audios: list[str],

@@ -138,7 +138,7 @@ def _samples(path: Path) -> Iterator[Utterance]:
         for info in tar_files(tar):
             stem, _, suffix = info.name.rpartition(".")
             if stem != key and parts:
-                yield _sample(path, key, parts)
+                yield _shard_utterance(path, key, parts)
                 parts = {}
             key = stem
             member = TarMember(path, info.offset_data, info.size)
@@ -147,10 +147,10 @@ def _samples(path: Path) -> Iterator[Utterance]:
             else:
                 parts[suffix.lower()] = member
         if parts:
-            yield _sample(path, key, parts)
+            yield _shard_utterance(path, key, parts)
 
 
-def _sample(
+def _shard_utterance(
     path: Path,
     key: str,
     parts: Mapping[str, bytes | TarMember],

@@ -198,7 +198,7 @@ class DynamicCacheDecoder:
             max_length_k=longest,
         )
         for layer, packed in zip(self.cache.layers, row.layers, strict=True):
-            layer.update(_padded(packed.keys, is_token), _padded(packed.values, is_token))
+            layer.update(_pad_left(packed.keys, is_token), _pad_left(packed.values, is_token))
         return logits[0]
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def _stacked(first: Tensor, second: Tensor, columns: int) -> Tensor:
     return torch.cat(padded)
 
 
-def _padded(packed: Tensor, is_token: Tensor) -> Tensor:
+def _pad_left(packed: Tensor, is_token: Tensor) -> Tensor:
     """Return the columns of packed rows (1, heads, S, D) as (N, heads, T, D).
 
     Args:

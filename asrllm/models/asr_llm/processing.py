@@ -201,7 +201,7 @@ class AsrLlmProcessor:
             )
         if sum(counts) != audios or not counts:
             raise UserError(
-                f"{len(counts)} chats contain {_shown(counts)} audio tokens, but there are "
+                f"{len(counts)} chats contain {_list_counts(counts)} audio tokens, but there are "
                 f"{audios} audios. Write {token} once for each audio."
             )
         return counts
@@ -224,7 +224,7 @@ class AsrLlmProcessor:
         return prompts
 
 
-def _shown(counts: Sequence[int]) -> str:
+def _list_counts(counts: Sequence[int]) -> str:
     shown = ", ".join(map(str, counts[:MAX_SHOWN_COUNTS]))
     if len(counts) > MAX_SHOWN_COUNTS:
         shown += ", ..."

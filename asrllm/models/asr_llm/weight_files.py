@@ -1,20 +1,17 @@
 """The weight files of a saved directory."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrllm.errors import UserError
-from asrllm.integrity import verify_weights
+from asrllm.models.plain_tensors import open_tensors
 from asrllm.models.state_dict import (
     StateDict,
     check_finite,
 )
-from asrllm.text_files import first_words, read_json_object
+from asrllm.text_files import read_json_object
 
 # A directory with neither of these files does not contain a complete model.
 SINGLE = "model.safetensors"
@@ -111,20 +108,3 @@ def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
     return tensor.to(dtype, copy=True)
-
-
-@contextlib.contextmanager
-def open_tensors(file: Path) -> Iterator[safe_open]:
-    """Open a safetensors file as a memory map.
-
-    Raises:
-        UserError: the file cannot be read. Errors inside the block are converted too.
-    """
-    try:
-        verify_weights(file)
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the weights {str(file)!r} cannot be read: {first_words(error)}. Copy the file again."
-        ) from error

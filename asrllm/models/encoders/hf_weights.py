@@ -1,25 +1,22 @@
 """Read the configuration and the weights of Hugging Face's audio encoders."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
 from asrllm.defaults import ENCODER_KEY, RATE
 from asrllm.errors import UserError
-from asrllm.integrity import verify_folder, verify_weights
+from asrllm.integrity import verify_folder
 from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, check_numbers
 from asrllm.models.encoders.hf_families import HF_PARTS, HfFamily, feature_sizes, hf_family
 from asrllm.models.encoders.zipformer.weights import load_tensors
 from asrllm.models.fingerprint import pretrained_weight_files
 from asrllm.models.hub_files import check_kind, check_not_quantized
-from asrllm.models.plain_tensors import READ_ERRORS
+from asrllm.models.plain_tensors import open_tensors
 from asrllm.models.state_dict import StateDict
-from asrllm.text_files import JsonObject, first_words, read_json_object, reading
+from asrllm.text_files import JsonObject, read_json_object, reading
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
@@ -187,17 +184,6 @@ def _read_weights(family: HfFamily, folder: Path) -> StateDict:
         if name.startswith(prefix) and name.removeprefix(prefix) != UNUSED_WEIGHT:
             state[f"model.{_present_name(name.removeprefix(prefix))}"] = tensor
     return state
-
-
-@contextlib.contextmanager
-def open_tensors(file: Path) -> Iterator[safe_open]:
-    """Open a safetensors file, and convert errors in the block to a UserError."""
-    try:
-        verify_weights(file)
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except (*READ_ERRORS, OSError) as error:
-        raise UserError(f"{str(file)!r} cannot be read: {first_words(error)}. {AGAIN}") from error
 
 
 def _present_name(name: str) -> str:

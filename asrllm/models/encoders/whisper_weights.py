@@ -8,17 +8,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from asrllm.defaults import ENCODER_KEY
 from asrllm.errors import UserError
-from asrllm.integrity import verify_folder, verify_weights
+from asrllm.integrity import verify_folder
 from asrllm.models.encoders.zipformer.weights import load_tensors
 from asrllm.models.hub_files import check_kind, check_not_quantized
-from asrllm.models.plain_tensors import READ_ERRORS, load_plain_tensors
+from asrllm.models.plain_tensors import load_plain_tensors, open_tensors
 from asrllm.models.state_dict import StateDict, check_stored_values
-from asrllm.text_files import JsonObject, first_words, read_json_object
+from asrllm.text_files import JsonObject, read_json_object
 
 AGAIN = "Download it again."
 WHISPER_FIELDS = (
@@ -237,11 +236,7 @@ def _encoder_tensors(file: Path) -> StateDict:
     """Read the tensors that may be the encoder's. The others in a safetensors file are not read."""
     if file.suffix == ".bin":
         return load_tensors(file)
-    try:
-        verify_weights(file)
-        with safe_open(file, "pt") as tensors:
-            keys = list(tensors.keys())
-            names = [key for key in keys if "encoder." in key]
-            return {key: tensors.get_tensor(key) for key in names}
-    except (*READ_ERRORS, OSError) as error:
-        raise UserError(f"{str(file)!r} cannot be read: {first_words(error)}. {AGAIN}") from error
+    with open_tensors(file) as tensors:
+        keys = list(tensors.keys())
+        names = [key for key in keys if "encoder." in key]
+        return {key: tensors.get_tensor(key) for key in names}

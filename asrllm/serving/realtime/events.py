@@ -14,18 +14,18 @@ PCM_RATE = 24000  # Hz of the audio of a client
 SHOWN = 100  # characters of an invalid value in an error message
 
 
-class _Strict(BaseModel):
+class _EventModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class PcmFormat(_Strict):
+class PcmFormat(_EventModel):
     """Format of the audio: 16-bit samples of one channel, little-endian."""
 
     type: Literal["audio/pcm"] = "audio/pcm"
     rate: Literal[24000] = 24000
 
 
-class TranscriptionSettings(_Strict):
+class TranscriptionSettings(_EventModel):
     """How to transcribe. None selects the model's default."""
 
     model: Annotated[str | None, Field(max_length=MAX_TEXT)] = None
@@ -34,7 +34,7 @@ class TranscriptionSettings(_Strict):
     keywords: list[str] | None = None
 
 
-class ServerVad(_Strict):
+class ServerVad(_EventModel):
     """Voice activity detection that ends an item at a pause."""
 
     type: Literal["server_vad"] = "server_vad"
@@ -43,7 +43,7 @@ class ServerVad(_Strict):
     silence_duration_ms: Annotated[int, Field(ge=100, le=2000)] = 500
 
 
-class AudioInput(_Strict):
+class AudioInput(_EventModel):
     """Settings of the audio. Without turn detection, items end when the client commits them."""
 
     format: PcmFormat = PcmFormat()
@@ -52,13 +52,13 @@ class AudioInput(_Strict):
     turn_detection: ServerVad | None = ServerVad()
 
 
-class AudioSettings(_Strict):
+class AudioSettings(_EventModel):
     """Settings of the audio of a session."""
 
     input: AudioInput = AudioInput()
 
 
-class SessionSettings(_Strict):
+class SessionSettings(_EventModel):
     """Settings of a live session."""
 
     type: Literal["transcription"] = "transcription"
@@ -92,7 +92,7 @@ def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     return merged
 
 
-class Event(_Strict):
+class Event(_EventModel):
     """An event of a client."""
 
     type: str
@@ -154,7 +154,9 @@ def parse_event(message: dict[str, Any]) -> Event:
     """
     kind = message.get("type")
     if not isinstance(kind, str) or kind not in EVENTS:
-        problem = f"the event type {_shown(kind)} is not supported. Use one of {', '.join(EVENTS)}."
+        problem = (
+            f"the event type {_shorten(kind)} is not supported. Use one of {', '.join(EVENTS)}."
+        )
         raise ApiError(400, problem, param="type", code="invalid_event")
     try:
         return EVENTS[kind].model_validate(message)
@@ -180,12 +182,12 @@ def parse_message(text: str | None) -> dict[str, Any]:
         problem = f"the event is not valid JSON: {str(error)[:SHOWN]}. Send a JSON object."
         raise ApiError(400, problem, code="invalid_json") from error
     if not isinstance(message, dict):
-        problem = f"the event {_shown(message)} is not an object. Send a JSON object."
+        problem = f"the event {_shorten(message)} is not an object. Send a JSON object."
         raise ApiError(400, problem, code="invalid_event")
     return message
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     return repr(value)[:SHOWN]
 
 
