@@ -139,7 +139,7 @@ def _override_error(
         key = key.lstrip("+~")
         names = known
         if key.startswith("hydra."):
-            names = _keys_of(OmegaConf.to_container(OmegaConf.structured(HydraConf)), "hydra.")
+            names = hydra_keys()
         if key not in names and repr(key) in str(error):
             return unknown_key(key, names)
         if text.startswith("+") and (f"'{key}'" in str(error) or str(error).startswith(key)):
@@ -151,6 +151,11 @@ def _override_error(
                 f"Set those, for example {key}.KEY=VALUE."
             )
     return None
+
+
+def hydra_keys() -> list[str]:
+    """Return the keys of Hydra's own configuration as dotted paths."""
+    return _keys_of(OmegaConf.to_container(OmegaConf.structured(HydraConf)), "hydra.")
 
 
 def _keys_of(tree: object, prefix: str) -> list[str]:

@@ -6,6 +6,7 @@ Hydra's features work as its users know them: the override syntax (+key, ++key, 
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,7 +19,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from asrllm.config import PACKAGED, composition_error, quoted_override, read_config_file
+from asrllm.config import (
+    PACKAGED,
+    composition_error,
+    hydra_keys,
+    quoted_override,
+    read_config_file,
+)
+from asrllm.config_keys import unknown_key
 from asrllm.errors import UserError
 from asrllm.schema import all_keys, build
 from asrllm.text_files import JsonObject
@@ -87,14 +95,14 @@ def run_app(
     try:
         if own_exp_dirs and arguments.multirun:
             check_given_exp_dir(overrides)
-        with command_line([sys.argv[0], *given]):
+        with command_line([sys.argv[0], *given]), replaced_message(arguments.package):
             app()
     except UserError:
         raise
     except Exception as error:  # from Hydra, OmegaConf or PyYAML; `failures` has the task's own
         raise composition_error(error, overrides, all_keys(cls), arguments.config_dir) from error
-    except SystemExit as exit_:
-        raise SystemExit(2) from exit_  # Hydra has printed that --package does not exist
+    except SystemExit as exit_:  # Hydra exits if --package has no value
+        raise package_error(arguments.package, all_keys(cls)) from exit_
     if failures:
         # removed from the list, which would keep the frames of the task and their objects alive
         raise failures.pop()
@@ -108,6 +116,27 @@ def check_hydra_options(arguments: argparse.Namespace) -> None:
         )
     if arguments.package and not arguments.cfg:
         raise UserError("--package has no effect without --cfg. Add --cfg job, or leave it out.")
+
+
+@contextlib.contextmanager
+def replaced_message(package: str | None) -> Iterator[None]:
+    """Drop the line that Hydra prints before it exits because --package has no value."""
+    if package is None:
+        yield
+        return
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        yield
+    sys.stderr.write(printed.getvalue())
+
+
+def package_error(package: str, known: Collection[str]) -> UserError:
+    """Return the error for a --package that has no value."""
+    if package in known:
+        return UserError(f"--package {package}: its value is null. Leave out --package.")
+    if package.startswith("hydra."):
+        known = hydra_keys()
+    return unknown_key(package, known, "--package: ")
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:

@@ -380,11 +380,28 @@ def test_configuration_that_cannot_be_composed_is_reported_with_its_file_or_key(
         assert internal not in message
 
 
-def test_package_that_does_not_exist_exits_with_status_2(capsys):
+@pytest.mark.parametrize(
+    ("part", "package", "expected"),
+    [
+        ("job", "trainer.lrr", "trainer.lr'"),
+        ("all", "hydra.sweep.dri", "hydra.sweep.dir"),
+        ("job", "trainer.deepspeed_config", "null"),
+        ("job", "nope", "nope"),
+    ],
+)
+def test_package_without_a_value_is_a_users_error(capsys, part, package, expected):
+    with pytest.raises(UserError, match=re.escape(package)) as error:
+        jobs(*GIVEN, "trainer.deepspeed_config=null", "-c", part, "-p", package)
+    assert expected in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "evaluate"])
+def test_unknown_part_of_the_configuration_exits_with_status_2(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
-        jobs(*GIVEN, "--cfg", "job", "--package", "nope")
+        parse([verb, "-c", "jop"])
     assert exit_.value.code == 2
-    assert "nope" in capsys.readouterr().err
+    assert "'job'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("code", [0, 75])

@@ -4,10 +4,12 @@ import argparse
 from collections.abc import Sequence
 
 from asrllm.conf import help_text
+from asrllm.errors import nearest
 
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
 KEYS_TITLE = "keys, defaults and meanings:"  # precedes the keys of a configuration in the help
 HYDRA_TITLE = "Hydra's options, see https://hydra.cc"
+PARTS = ("job", "hydra", "all")  # of the configuration, for --cfg
 OTHER_OPTIONS = {  # of Hydra, and what to use instead
     "--config-path": "--config-dir DIR",
     "-cp": "--config-dir DIR",
@@ -67,7 +69,11 @@ def add_hydra_options(parser: argparse.ArgumentParser) -> None:
         "--config-name config",
     )
     options.add_argument(
-        "-c", "--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit"
+        "-c",
+        "--cfg",
+        type=configuration_part,
+        metavar="{" + ",".join(PARTS) + "}",
+        help="print the configuration and exit",
     )
     options.add_argument("-p", "--package", metavar="KEY", help="with --cfg: print this part only")
     options.add_argument("--resolve", action="store_true", help="with --cfg: resolve ${...}")
@@ -78,6 +84,17 @@ def add_hydra_options(parser: argparse.ArgumentParser) -> None:
         options.add_argument(
             option, action=UseAnother, nargs="?", const=ours, help=argparse.SUPPRESS
         )
+
+
+def configuration_part(text: str) -> str:
+    """Return the argument of --cfg.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of PARTS.
+    """
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown. {nearest(text, PARTS)}")
+    return text
 
 
 class UseAnother(argparse.Action):
