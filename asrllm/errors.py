@@ -24,7 +24,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"Available: {', '.join(sorted(known)) or 'none'}."
 
 
-def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+def reject_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Check the keyword arguments of a function.
 
     Args:

@@ -168,7 +168,7 @@ def check_not_of_training(config: JsonObject, cls: type, verb: str) -> None:
 def forced(override: str, keys: Collection[str]) -> str:
     """Return an override that also sets a key which a user's configuration leaves out.
 
-    Hydra refuses to set a key that the configuration does not have.
+    Hydra rejects keys that the configuration does not have.
 
     Args:
         override: an override of the command line.

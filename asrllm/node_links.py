@@ -45,14 +45,14 @@ class Newcomer:
     Attributes:
         connection: the connection. It blocks only once `is_rank` is true.
         is_rank: whether the secret has been received.
-        refused: whether something else was received, or the connection is lost.
+        rejected: whether something else was received, or the connection is lost.
     """
 
     def __init__(self, connection: socket.socket, secret: bytes) -> None:
         connection.setblocking(False)
         self.connection = connection
         self.is_rank = False
-        self.refused = False
+        self.rejected = False
         self._secret = secret
         self._received = b""
         self._deadline = time.monotonic() + CONNECT_WITHIN
@@ -67,10 +67,10 @@ class Newcomer:
             data = b""
         self._received += data
         if not data:
-            self.refused = True
+            self.rejected = True
         elif len(self._received) == SECRET:
             self.is_rank = hmac.compare_digest(self._received, self._secret)
-            self.refused = not self.is_rank
+            self.rejected = not self.is_rank
         if self.is_rank:
             _watched(self.connection)
 

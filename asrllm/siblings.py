@@ -344,7 +344,7 @@ class Siblings:
     def _admit_newcomers(self) -> None:
         """Add the connections from ranks, and close those from strangers."""
         for connection, newcomer in list(self.newcomers.items()):
-            if newcomer.is_rank or newcomer.refused or newcomer.is_late():
+            if newcomer.is_rank or newcomer.rejected or newcomer.is_late():
                 self.selector.unregister(connection)
                 del self.newcomers[connection]
                 if newcomer.is_rank:

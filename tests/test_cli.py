@@ -44,7 +44,7 @@ def test_operating_system_error_names_its_path(number):
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
-def test_refused_processes_and_memory_are_explained(number):
+def test_rejected_processes_and_memory_are_explained(number):
     assert "num_workers" in explain(OSError(number, os.strerror(number)))
 
 
@@ -87,7 +87,7 @@ def test_every_verb_has_help(verb, capsys):
         ("import-icefall", ["x", "--audio-encoder", "a", "--llm", "b", "--output", ""]),
     ],
 )
-def test_an_empty_value_is_refused(verb, arguments, tmp_path, capsys, monkeypatch):
+def test_an_empty_value_is_rejected(verb, arguments, tmp_path, capsys, monkeypatch):
     """An unset variable of the shell would otherwise be the working directory or the default."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -293,10 +293,10 @@ def test_unwritable_output_exits_before_writing(tmp_path, capsys):
 def test_operating_system_error_is_reported_with_its_path_and_fix(monkeypatch, capsys, number):
     from asrllm.commands import transcribe
 
-    def refused(arguments):
+    def rejected(arguments):
         raise OSError(number, os.strerror(number), "out/x.txt")
 
-    monkeypatch.setattr(transcribe, "run", refused)
+    monkeypatch.setattr(transcribe, "run", rejected)
     error = fails(capsys, "transcribe", "x", "a.wav")
     assert "'out/x.txt'" in error
     assert os.strerror(number) in error

@@ -138,22 +138,22 @@ def test_run_does_not_resume_with_other_data_of_the_same_name(world, tmp_path):
         for name in "ab"
     }
     assert_done(run_script("train", *run["a"]))
-    refused = run_script("train", *run["b"])
-    assert refused.returncode == 2
-    assert "training data" in refused.stderr
+    rejected = run_script("train", *run["b"])
+    assert rejected.returncode == 2
+    assert "training data" in rejected.stderr
 
 
 def test_language_without_a_prompt_is_reported_before_model_load(world, tmp_path):
     (tmp_path / "train.yaml").write_text(
         f"- {{shards: {world.shards}, lang: en, prompts: [{{prompt: Schreib., lang: de}}]}}\n"
     )
-    refused = run_script(
+    rejected = run_script(
         "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml")
     )
-    assert refused.returncode == 2
-    assert "lang='en'" in refused.stderr
-    assert "corpus 'train'" in refused.stderr
-    assert "Loading weights" not in refused.stderr
+    assert rejected.returncode == 2
+    assert "lang='en'" in rejected.stderr
+    assert "corpus 'train'" in rejected.stderr
+    assert "Loading weights" not in rejected.stderr
 
 
 def test_infinite_dataset_needs_a_number_of_steps(world, tmp_path):
@@ -166,12 +166,12 @@ def test_infinite_dataset_needs_a_number_of_steps(world, tmp_path):
     assert_done(run_script("train", *world.overrides(tmp_path / "exp", **settings)))
     ((_, *steps),) = trace(tmp_path / "exp")
     assert len(steps) == 12
-    refused = run_script(
+    rejected = run_script(
         "train", *world.overrides(tmp_path / "no", **settings | {"trainer__num_epochs": 2})
     )
-    assert refused.returncode == 2
-    assert "data.use_infinite_dataset=true" in refused.stderr
-    assert "trainer.num_epochs" in refused.stderr
+    assert rejected.returncode == 2
+    assert "data.use_infinite_dataset=true" in rejected.stderr
+    assert "trainer.num_epochs" in rejected.stderr
     assert not (tmp_path / "no").exists()
 
 
@@ -179,10 +179,10 @@ def test_missing_shard_is_reported_before_model_load(world, tmp_path):
     shutil.copytree(world.shards, tmp_path / "shards")
     (tmp_path / "shards" / "shard-000001.tar").unlink()
     (tmp_path / "train.yaml").write_text(f"- shards: {tmp_path / 'shards'}\n")
-    refused = run_script(
+    rejected = run_script(
         "train", *world.overrides(tmp_path / "exp", data__train_data_config=tmp_path / "train.yaml")
     )
-    assert refused.returncode == 2
-    assert repr(str(tmp_path / "shards" / "shard-000001.tar")) in refused.stderr
-    assert "Loading weights" not in refused.stderr
+    assert rejected.returncode == 2
+    assert repr(str(tmp_path / "shards" / "shard-000001.tar")) in rejected.stderr
+    assert "Loading weights" not in rejected.stderr
     assert not (tmp_path / "exp").exists()

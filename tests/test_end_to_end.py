@@ -567,26 +567,26 @@ def test_checkpoints_of_another_model_are_rejected(world, own, tmp_path, monkeyp
         lambda: pytest.fail("the mistake was not found before waiting for other ranks"),
     )
 
-    def refused(message, **changes):
+    def rejected(message, **changes):
         assert message in fails(capsys, "train", *world.overrides(finished, **settings | changes))
 
-    refused(str(other), model__llm__pretrained_model=other)
-    refused("zero_stage=3", trainer__deepspeed_config="ds_configs/zero2.json")
-    refused("trainer.resume=never", trainer__resume="never")
-    refused(" lora={", model__llm__lora__lora_alpha=99)
-    refused(" precision=bf16", trainer__precision="fp32")
-    refused(" seed=42", seed=1)
+    rejected(str(other), model__llm__pretrained_model=other)
+    rejected("zero_stage=3", trainer__deepspeed_config="ds_configs/zero2.json")
+    rejected("trainer.resume=never", trainer__resume="never")
+    rejected(" lora={", model__llm__lora__lora_alpha=99)
+    rejected(" precision=bf16", trainer__precision="fp32")
+    rejected(" seed=42", seed=1)
     words = shutil.copytree(world.llm, tmp_path / "words")  # the same weights, other words
     vocabulary = json.loads((words / "tokenizer.json").read_text())
     first, second = list(vocabulary["model"]["vocab"].items())[10:12]
     vocabulary["model"]["vocab"] |= {first[0]: second[1], second[0]: first[1]}
     (words / "tokenizer.json").write_text(json.dumps(vocabulary))
-    refused(" vocabulary=", model__llm__pretrained_model=words)
-    refused(" training data=[['train', 60", data__train_data_config=world.root / "test.yaml")
+    rejected(" vocabulary=", model__llm__pretrained_model=words)
+    rejected(" training data=[['train', 60", data__train_data_config=world.root / "test.yaml")
     assert sorted(path.name for path in finished.iterdir()) == before
-    refused(f"trainer.resume={str(finished)!r} ", trainer__resume=finished)
+    rejected(f"trainer.resume={str(finished)!r} ", trainer__resume=finished)
     earlier = finished / "checkpoint-4"
-    refused(f"trainer.resume={str(earlier)!r} ", trainer__resume=earlier)
+    rejected(f"trainer.resume={str(earlier)!r} ", trainer__resume=earlier)
 
 
 def test_checkpoints_with_other_trained_parameters_are_rejected(world, own):
@@ -644,9 +644,9 @@ def test_flipped_bit_in_the_newest_checkpoint_resumes_from_the_previous_one(worl
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    refused = run_script("train", *run, f"trainer.resume={exp / 'checkpoint-4'}")
-    assert refused.returncode == 2
-    assert state.name in refused.stderr
+    rejected = run_script("train", *run, f"trainer.resume={exp / 'checkpoint-4'}")
+    assert rejected.returncode == 2
+    assert state.name in rejected.stderr
     done = assert_done(run_script("train", *run))
     assert state.name in done.stderr
     assert "checkpoint-2" in done.stderr

@@ -1,4 +1,4 @@
-"""`asrllm init`: the files that it writes, and what it refuses."""
+"""`asrllm init`: the files that it writes, and what it rejects."""
 
 import gzip
 import io
@@ -153,7 +153,7 @@ def test_given_flags_are_not_asked_for(world, tmp_path, capsys, terminal):
 @pytest.mark.parametrize(
     ("answers", "named"), [(["", "two"], "'two'"), ([""], "--gpus N"), (["", ""], "--gpus N")]
 )
-def test_bad_answers_are_refused(world, tmp_path, capsys, terminal, answers, named):
+def test_bad_answers_are_rejected(world, tmp_path, capsys, terminal, answers, named):
     terminal(*answers)
     assert named in fails(capsys, "init", tmp_path / "exp", *flags(world, gpus=None))
     assert list(tmp_path.iterdir()) == []
@@ -225,7 +225,7 @@ def test_unsuitable_models_are_named(world, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_directory_that_is_not_empty_is_refused(world, tmp_path, capsys):
+def test_directory_that_is_not_empty_is_rejected(world, tmp_path, capsys):
     (tmp_path / "exp").mkdir()
     (tmp_path / "exp" / "notes.txt").write_text("mine")
     (tmp_path / "file").touch()

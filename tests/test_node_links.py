@@ -147,15 +147,15 @@ def test_secret_may_arrive_in_pieces_and_before_a_message():
         newcomer = node_links.accept(listener, address)
         with newcomer.connection as connection:
             newcomer.receive()  # nothing has arrived
-            assert (newcomer.is_rank, newcomer.refused) == (False, False)
+            assert (newcomer.is_rank, newcomer.rejected) == (False, False)
             rank.sendall(address.secret[:5])
             select.select([connection], [], [], 5)
             newcomer.receive()
-            assert (newcomer.is_rank, newcomer.refused) == (False, False)
+            assert (newcomer.is_rank, newcomer.rejected) == (False, False)
             rank.sendall(address.secret[5:] + b"message")
             select.select([connection], [], [], 5)
             newcomer.receive()
-            assert (newcomer.is_rank, newcomer.refused) == (True, False)
+            assert (newcomer.is_rank, newcomer.rejected) == (True, False)
             assert connection.recv(7, socket.MSG_WAITALL) == b"message"
 
 

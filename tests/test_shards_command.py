@@ -142,7 +142,7 @@ def test_names_of_directories_are_escaped(tmp_path, kaldi, capsys, monkeypatch):
         ("stats", "{out}", "--output", ""),
     ],
 )
-def test_an_empty_path_is_refused(tmp_path, kaldi, capsys, monkeypatch, arguments):
+def test_an_empty_path_is_rejected(tmp_path, kaldi, capsys, monkeypatch, arguments):
     """An unset variable of the shell would otherwise be the working directory."""
     monkeypatch.chdir(kaldi / "wav")
     given = [argument.format(out=tmp_path / "out", kaldi=kaldi) for argument in arguments]

@@ -386,7 +386,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         The address of the repository.
 
     Raises:
-        UserError: the hub cannot be reached, or refuses the upload.
+        UserError: the hub cannot be reached, or rejects the upload.
     """
     from huggingface_hub import HfApi
 

@@ -74,7 +74,7 @@ class ChatRenderer:
             audio_tokens: how often to repeat the audio token of each audio.
 
         Raises:
-            UserError: the messages have another form, the template refuses a role, or the number of
+            UserError: the messages have another form, the template rejects a role, or the number of
                 audio tokens differs from the number of audios.
         """
         ids = self._prompt_ids(messages)
@@ -235,9 +235,9 @@ class ChatRenderer:
             roles = [message["role"] for message in messages]
             fix = TEMPLATE_FIX
             if not set(roles) <= {"user", "assistant"}:
-                fix = "Move the text of a refused turn into the user's turn."
-            refused = f"refuses turns of the roles {', '.join(roles)}"
-            raise UserError(f"{where} {refused}: {first_words(error)}. {fix}") from error
+                fix = "Move the text of a rejected turn into the user's turn."
+            rejected = f"rejects turns of the roles {', '.join(roles)}"
+            raise UserError(f"{where} {rejected}: {first_words(error)}. {fix}") from error
         except (TemplateLimitError, MemoryError, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{where} loops or writes too much: {first_words(error)}. {TEMPLATE_FIX}"

@@ -248,7 +248,7 @@ def explain(error: OSError) -> str:
         return f"a file cannot be locked ({error}). Use directories on a file system with locks."
     if error.errno in (errno.EAGAIN, errno.ENOMEM) and not error.filename:
         return (
-            f"the system refuses another process or more memory ({error}). Use fewer processes "
+            f"the system denies another process or more memory ({error}). Use fewer processes "
             "(data.num_workers, --workers), or raise 'ulimit -u' and the limit of memory."
         )
     if error.errno == errno.ENOENT and error.filename:

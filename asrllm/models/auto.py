@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from asrllm.errors import UserError, refuse_unknown
+from asrllm.errors import UserError, reject_unknown
 from asrllm.models.asr_llm.checks import (
     check_not_a_checkpoint,
     read_config,
@@ -74,7 +74,7 @@ class AutoModel:
                 not match.
         """
         known = ("weights", "dtype", "device_map", "base_models")
-        refuse_unknown("AutoModel.from_pretrained()", unknown, known)
+        reject_unknown("AutoModel.from_pretrained()", unknown, known)
         device = device_of_map(device_map)
         dtype = torch_dtype if dtype is None else dtype
         folder = model_folder(path)

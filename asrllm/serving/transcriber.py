@@ -41,7 +41,7 @@ class Queue:
     def __init__(self, max_seconds: float, metrics: ServerMetrics) -> None:
         """
         Args:
-            max_seconds: seconds of audio above which a further request is refused.
+            max_seconds: seconds of audio above which a further request is rejected.
             metrics: counters of the server.
         """
         self.max_samples = round(max_seconds * RATE)

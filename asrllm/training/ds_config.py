@@ -80,7 +80,7 @@ def read_ds_config(config: TrainerConfig, *, world_size: int) -> DsConfig:
     path = find_ds_config(config.deepspeed_config)
     ds = read_hjson(path)
     check_keys(ds, path)
-    refuse_scheduler(ds, path)
+    reject_scheduler(ds, path)
     zero = ds.setdefault("zero_optimization", {})
     zero["stage"] = check_stage(path, ds)
     check_offload(zero, path)
@@ -170,7 +170,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         raise UserError(f"{repeated!r} occurs twice in one object. Remove one of them.") from error
 
 
-def refuse_scheduler(ds: DsConfig, path: Path) -> None:
+def reject_scheduler(ds: DsConfig, path: Path) -> None:
     """Raise UserError for a `scheduler` block. The message names the run's equivalent settings."""
     if "scheduler" not in ds:
         return

@@ -157,8 +157,8 @@ def choose_utterances(corpora: Sequence[Corpus], hours: float) -> list[Item]:
     for number, corpus in enumerate(corpora):
         rows = corpus.index.rows
         starts = corpus.index.starts
-        share = corpus.usable_hours / total
-        count = max(round(SHARDS * share), 1)
+        ratio = corpus.usable_hours / total
+        count = max(round(SHARDS * ratio), 1)
         shards = np.unique(np.linspace(0, len(starts) - 2, count).round().astype(int))
         passing = [
             starts[shard] + np.flatnonzero(corpus.passes(rows[starts[shard] : starts[shard + 1]]))
@@ -166,7 +166,7 @@ def choose_utterances(corpora: Sequence[Corpus], hours: float) -> list[Item]:
         ]
         chosen = np.concatenate(passing)
         available = rows["samples"][chosen].sum(dtype=np.int64) / RATE / 3600
-        wanted = hours * share
+        wanted = hours * ratio
         if available > wanted:
             count = max(int(len(chosen) * wanted / available), 1)
             chosen = chosen[np.linspace(0, len(chosen) - 1, count).round().astype(int)]

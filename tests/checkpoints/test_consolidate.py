@@ -136,11 +136,11 @@ def test_checkpoint_removed_during_reading_is_reported(tmp_path, state):
 
 
 def test_unreadable_file_is_not_reported_as_corrupted(tmp_path, state, monkeypatch):
-    def refused(path):
+    def rejected(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1", state)
-    monkeypatch.setattr("asrllm.training.checkpoint.zero_files.file_digest", refused)
+    monkeypatch.setattr("asrllm.training.checkpoint.zero_files.file_digest", rejected)
     with pytest.raises(UserError, match=r"model_states\.pt' .*\(Permission denied\)"):
         checkpoint_weights(checkpoint)
 

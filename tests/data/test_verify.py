@@ -553,7 +553,7 @@ def test_rows_outside_their_shard_are_rejected(shards, column):
 
 
 def test_different_texts_in_txt_and_json_reject_the_sample(tmp_path):
-    """Case, punctuation, white space and a byte-order mark are no difference."""
+    """Case, punctuation, white space and a byte-order mark make no difference."""
     members = (
         sample("a", text="one two")
         | {"a.json": b'{"text": "one three"}'}

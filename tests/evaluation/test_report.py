@@ -57,12 +57,12 @@ def decoded(
     found = []
     for i in range(count):
         words = references.choice(WORDS, references.integers(1, 13)).tolist()
-        said = [
+        spoken = [
             str(rng.choice(WORDS)) if i < count - 1 and rng.random() < error_rate else word
             for word in words
         ]
         who = {"speaker": f"s{i % speakers}" if speakers else "", "duration": 0.5 * len(words) + 1}
-        found.append(transcript(f"utt{i:03d}", " ".join(words), " ".join(said), **who))
+        found.append(transcript(f"utt{i:03d}", " ".join(words), " ".join(spoken), **who))
     return score(found)
 
 
@@ -170,11 +170,11 @@ def test_data_matches_the_results_and_is_sorted_worst_first(tmp_path):
 
 
 def test_several_sets_are_also_pooled(tmp_path):
-    said = [
+    spoken = [
         transcript(f"z{i}", "今天天气好", "今天气真好", raw_reference="今天天气好。")
         for i in range(30)
     ]
-    english, chinese = decoded(), score(said)
+    english, chinese = decoded(), score(spoken)
     sets = [report_set("en", english), report_set("zh", chinese)]
     data = read_page(tmp_path / "report.html", *sets).data
     assert [(s["name"], s["metric"], s.get("pooled")) for s in data["sets"]] == [

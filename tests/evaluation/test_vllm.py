@@ -267,14 +267,14 @@ class TestServers:
             renderer = tiny.model.processor.renderer
             assert chat == renderer.encode_prompt(renderer.user_messages("Write this."), [count])
             assert transcribe(url, wav(waves[0][:100])).status_code == 400
-            assert "@" in refusal(transcribe(url, wav(waves[0]), hotwords="@a", language="en"))
+            assert "@" in rejection(transcribe(url, wav(waves[0]), hotwords="@a", language="en"))
             translation = httpx.post(
                 f"{url}/v1/audio/translations",
                 files={"file": ("a.wav", wav(waves[0]))},
                 data={"model": "tiny"},
                 timeout=60,
             )
-            assert "translate" in refusal(translation)
+            assert "translate" in rejection(translation)
 
     def test_our_server_runs_vllm(self, tiny, tmp_path):
         waves = [wave for _, wave in tone_sentences(8, seed=3)]
@@ -307,8 +307,8 @@ def chat_tokens(url, wave, text):
     return answer.json()["prompt_token_ids"]
 
 
-def refusal(answer):
-    """Return the message of a request that was refused."""
+def rejection(answer):
+    """Return the message of a request that was rejected."""
     assert answer.status_code == 400, answer.text
     return answer.json()["error"]["message"]
 

@@ -138,7 +138,7 @@ def text_alone(engine, content, prompt="Transcribe."):
 
 
 def send(url, content=None, **fields):
-    """Send a request without OpenAI's client, which would refuse some of them."""
+    """Send a request without OpenAI's client, which would reject some of them."""
     files = {"file": ("a.wav", audio() if content is None else content)}
     return httpx.post(
         f"{url}/v1/audio/transcriptions",
@@ -211,7 +211,7 @@ def test_chat_with_audio_has_the_text_of_its_instruction(client, engine):
         {"messages": [{"role": "system", "content": [chat_part(audio())]}]},
     ],
 )
-def test_chat_that_cannot_be_answered_is_refused(server, changes):
+def test_chat_that_cannot_be_answered_is_rejected(server, changes):
     chat = {"model": "tiny", "messages": [{"role": "user", "content": [chat_part(audio())]}]}
     answer = httpx.post(f"{server}/v1/chat/completions", json=chat | changes, timeout=60)
     assert answer.status_code == 400
@@ -253,7 +253,7 @@ def test_other_audio_formats_are_read(server, form):
         ({"language": ["en", "en"]}, 400, "language"),
     ],
 )
-def test_field_that_cannot_be_honoured_is_refused(server, fields, status, param):
+def test_field_that_cannot_be_honoured_is_rejected(server, fields, status, param):
     answer = send(server, **fields)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -335,7 +335,7 @@ def test_playlist_cannot_read_a_file_of_the_server(server, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_long_audio_and_large_files_are_refused(server, engine):
+def test_long_audio_and_large_files_are_rejected(server, engine):
     assert send(server, audio(61)).status_code == 413
     assert send(server, bytes(MAX_BYTES)).json()["error"]["code"] == "file_too_large"
 
@@ -444,7 +444,7 @@ def test_concurrent_requests_have_the_texts_of_single_ones(server, engine):
 
 
 @pytest.mark.slow
-def test_full_queue_is_refused_until_there_is_room(engine):
+def test_full_queue_is_rejected_until_there_is_room(engine):
     blocked = BlockedEngine()
     config = engine.model.config
     with (
@@ -453,10 +453,10 @@ def test_full_queue_is_refused_until_there_is_room(engine):
     ):
         first = threads.submit(send, url)
         wait_for(lambda: blocked.waves, 20)
-        refused = send(url)
-        assert refused.status_code == 429
+        rejected = send(url)
+        assert rejected.status_code == 429
         assert httpx.get(f"{url}/ready").status_code == 503
-        assert int(refused.headers["Retry-After"]) > 0
+        assert int(rejected.headers["Retry-After"]) > 0
         blocked.may_answer.set()
         assert set(first.result(20).json()["text"].split()) == {"word"}
         wait_for(lambda: httpx.get(f"{url}/ready").status_code == 200, 20)

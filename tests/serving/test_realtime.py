@@ -310,7 +310,7 @@ def test_pause_that_ends_an_item_is_as_long_as_chosen(counting):
         ({"unknown": 1}, "unknown"),
     ],
 )
-def test_setting_that_cannot_be_honoured_is_refused(counting, settings, param):
+def test_setting_that_cannot_be_honoured_is_rejected(counting, settings, param):
     with live(counting[0]) as session:
         session.update(**settings)
         assert param in session.error()["param"]
@@ -422,21 +422,21 @@ def test_client_that_vanishes_frees_its_place_at_once(engine):  # noqa: F811
     assert len(blocked.waves) < 4  # what was queued is not decoded
 
 
-def test_full_queue_refuses_a_session(engine):  # noqa: F811
+def test_full_queue_rejects_a_session(engine):  # noqa: F811
     blocked = BlockedEngine()
     with (
         serving(blocked, engine.model.config, max_queued_seconds=6.0) as (url, transcriber),
         live(url),
     ):
-        with pytest.raises(InvalidStatus) as refused, live(url):
+        with pytest.raises(InvalidStatus) as rejected, live(url):
             pass
-        assert refused.value.response.status_code == 429
-        assert json.loads(refused.value.response.body)["error"]["code"] == "queue_full"
+        assert rejected.value.response.status_code == 429
+        assert json.loads(rejected.value.response.body)["error"]["code"] == "queue_full"
         assert len(transcriber.queue.places) == 1
 
 
 @pytest.mark.slow
-def test_audio_far_ahead_of_its_texts_is_refused(engine, monkeypatch):  # noqa: F811
+def test_audio_far_ahead_of_its_texts_is_rejected(engine, monkeypatch):  # noqa: F811
     monkeypatch.setattr("asrllm.serving.realtime.session.MAX_AHEAD", 5 * 16000)
     blocked = BlockedEngine()
     with serving(blocked, engine.model.config) as (url, _), live(url) as session:
@@ -496,8 +496,8 @@ def status_of(url, query="?intent=transcription", **options):
     try:
         with live(url, query, **options):
             return 101
-    except InvalidStatus as refused:
-        return refused.response.status_code
+    except InvalidStatus as rejected:
+        return rejected.response.status_code
 
 
 def test_key_is_required_in_a_header_or_a_subprotocol(engine):  # noqa: F811
@@ -517,7 +517,7 @@ def test_key_is_required_in_a_header_or_a_subprotocol(engine):  # noqa: F811
     assert 'asrllm_requests_total{path="/v1/realtime",status="101"} 2.0' in metrics
 
 
-def test_web_page_of_another_origin_is_refused(engine):  # noqa: F811
+def test_web_page_of_another_origin_is_rejected(engine):  # noqa: F811
     options = {"origins": ["https://a.org"]}
     with serving(CountingEngine(), engine.model.config, **options) as (url, _):
         assert status_of(url, origin="https://b.org") == 403

@@ -49,9 +49,9 @@ def url(engine, request):  # noqa: F811
 @pytest.mark.slow
 def test_key_is_required_behind_a_proxy(url):
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    with pytest.raises(InvalidStatus) as refused, live(url):
+    with pytest.raises(InvalidStatus) as rejected, live(url):
         pass
-    assert refused.value.response.status_code == 401
+    assert rejected.value.response.status_code == 401
     assert httpx.get(f"{url}/health").status_code == 200
     client = OpenAI(base_url=f"{url}/v1", api_key="secret")
     answer = client.audio.transcriptions.create(file=("a.wav", audio()), model="tiny")

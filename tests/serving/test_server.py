@@ -51,7 +51,7 @@ def test_sigterm_loses_no_request(model, tmp_path):
             server.send_signal(signal.SIGTERM)
             found = [answer.exception(60) or answer.result().status_code for answer in answers]
         assert server.wait(timeout=60) == 0
-    # a request may be refused at its connection, but an accepted one is answered
+    # a request may be rejected at its connection, but an accepted one is answered
     assert found.count(200) >= 4
     assert all(status == 200 or isinstance(status, httpx.ConnectError) for status in found)
     assert "Traceback" not in log.read_text()

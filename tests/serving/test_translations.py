@@ -1,4 +1,4 @@
-"""Translations of models that were trained for them, and the refusal of others."""
+"""Translations of models that were trained for them, and the rejection of others."""
 
 import httpx
 import pytest
@@ -47,12 +47,12 @@ def test_translation_uses_the_trained_prompt(translating):
 
 
 @pytest.mark.slow
-def test_model_without_a_prompt_for_translations_refuses_them(engine):  # noqa: F811
+def test_model_without_a_prompt_for_translations_rejects_them(engine):  # noqa: F811
     with running(BlockedEngine(), engine.model.config) as (url, _):
         for fields in ({}, {"prompt": "Translate."}):
-            with pytest.raises(BadRequestError) as refused:
+            with pytest.raises(BadRequestError) as rejected:
                 translate(url, **fields)
-            assert refused.value.code == "unsupported_task"
+            assert rejected.value.code == "unsupported_task"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_model_without_a_prompt_for_translations_refuses_them(engine):  # noqa: 
         ({"model": "other"}, "model"),
     ],
 )
-def test_field_that_translations_do_not_have_is_refused(translating, fields, param):
+def test_field_that_translations_do_not_have_is_rejected(translating, fields, param):
     answer = httpx.post(
         f"{translating[1]}/v1/audio/translations",
         files={"file": ("a.wav", audio())},

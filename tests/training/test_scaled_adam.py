@@ -113,7 +113,7 @@ def train_all(out: str, stages: list, precision: str, source: str = "", steps: i
         out: directory for the checkpoints and final weights of each stage.
         stages: ZeRO stages.
         precision: "fp32" or "bf16".
-        source: `out` of a run whose checkpoints at step 6 are resumed, or "" to start anew.
+        source: `out` of a run whose checkpoints at step 6 are resumed, or "" to start at step 0.
         steps: number of steps.
     """
     from asrllm import distributed

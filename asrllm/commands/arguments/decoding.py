@@ -228,6 +228,6 @@ def add_server_limits(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=240,
         metavar="N",
-        help="audio of all requests in progress, above which a request is refused with status "
+        help="audio of all requests in progress, above which a request is rejected with status "
         "429; default: %(default)s",
     )

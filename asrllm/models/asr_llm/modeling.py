@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from asrllm.audio.waves import as_list
 from asrllm.collator.chat import Messages
 from asrllm.defaults import BATCH_SECONDS, MAX_SHARD_SIZE, MAX_TOKENS_PER_SECOND, REPETITION_GUARD
-from asrllm.errors import refuse_unknown
+from asrllm.errors import reject_unknown
 from asrllm.models.asr_llm.checks import check_given_config
 from asrllm.models.asr_llm.generation import AudioInputs, generate
 from asrllm.models.asr_llm.loading import load_directory
@@ -134,7 +134,7 @@ class AsrLlmModel(AsrLlmNetwork):
             UserError: the adapters cannot be merged, or a keyword is unknown.
         """
         known = ("merge_adapter", "separate_adapter", "max_shard_size")
-        refuse_unknown("save_pretrained()", unknown, known)
+        reject_unknown("save_pretrained()", unknown, known)
         check_shard_size(max_shard_size)
         save_model(
             self,
@@ -175,6 +175,6 @@ class AsrLlmModel(AsrLlmNetwork):
         if config is not None:
             check_given_config(config, path)
         unknown = {name: value for name, value in more.items() if name not in IGNORED_HUB_OPTIONS}
-        refuse_unknown("from_pretrained()", unknown, ("dtype", "device_map", "base_models"))
+        reject_unknown("from_pretrained()", unknown, ("dtype", "device_map", "base_models"))
         dtype = torch_dtype if dtype is None else dtype
         return load_directory(cls, path, dtype=dtype, base_models=base_models).to(device)

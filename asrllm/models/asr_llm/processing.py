@@ -13,7 +13,7 @@ from asrllm.audio.waves import as_list, audio_name, padded, read_wave
 from asrllm.collator.chat import CHATML, ChatRenderer, Messages
 from asrllm.data.prompts import for_transcripts
 from asrllm.defaults import RATE
-from asrllm.errors import UserError, refuse_unknown
+from asrllm.errors import UserError, reject_unknown
 from asrllm.models.asr_llm.checks import read_config
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.encoders.registry import encoder_class
@@ -72,7 +72,7 @@ class AsrLlmProcessor:
             more: keywords that transformers' AutoProcessor passes (see IGNORED_HUB_OPTIONS).
         """
         unknown = {k: v for k, v in more.items() if k not in IGNORED_HUB_OPTIONS}
-        refuse_unknown("AsrLlmProcessor.from_pretrained()", unknown, ())
+        reject_unknown("AsrLlmProcessor.from_pretrained()", unknown, ())
         config = read_config(path)
         cls.check_files(path)
         return cls(load_tokenizer(path, config=config), config)

@@ -116,7 +116,7 @@ def _describe_as_merged(config: AsrLlmConfig) -> None:
 
 
 def write_generation_config(settings: GenerationConfig, folder: Path) -> None:
-    """Write generation_config.json, or raise UserError if transformers refuses the settings."""
+    """Write generation_config.json, or raise UserError if transformers rejects the settings."""
     try:
         settings.save_pretrained(folder)
     except ValueError as error:

@@ -344,17 +344,17 @@ def test_every_accepted_option_works(model, options):
 
 def test_stop_strings_end_an_answer(model):
     waves, chats = waves_of(2), chats_of(model, 2)
-    said, steps = model.processor.tokenizer("one two six eight")["input_ids"], []
+    spoken, steps = model.processor.tokenizer("one two six eight")["input_ids"], []
 
     def forward(_, __, output):
-        output.logits[..., said[len(steps) % len(said)]] += 1e4
+        output.logits[..., spoken[len(steps) % len(spoken)]] += 1e4
         steps.append(1)
 
     hook = model.llm.register_forward_hook(forward)
-    assert model.generate(waves, chats, len(said)) == ["one two six eight"] * 2
+    assert model.generate(waves, chats, len(spoken)) == ["one two six eight"] * 2
     for stop in ("six", ["never said", "o six"]):
         steps.clear()
-        assert model.generate(waves, chats, len(said), stop_strings=stop) == ["one two six"] * 2
+        assert model.generate(waves, chats, len(spoken), stop_strings=stop) == ["one two six"] * 2
     hook.remove()
 
 

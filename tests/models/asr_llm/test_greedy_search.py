@@ -110,7 +110,7 @@ def test_end_reasons_of_answers(model):
 )
 def test_other_decoding_methods_use_transformers(model, monkeypatch, options):
     monkeypatch.setattr(
-        generation, "greedy", lambda *_: pytest.fail("this is no plain greedy search")
+        generation, "greedy", lambda *_: pytest.fail("this is not plain greedy search")
     )
     assert len(model.generate(waves_of(2), chats_of(model, 2), 4, **options)) == 2
 

@@ -351,11 +351,11 @@ def test_unreadable_files_are_reported_and_the_others_transcribed(
     monkeypatch.setattr(transcribe, "load_engine", loaded)
     files = [str(tmp_path / name) for name in bad]
     assert main(["transcribe", str(model), *files[:2], str(speech), *files[2:]]) == 2
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert heard.prompts
-    assert said.out.startswith(f"{speech}\t")
-    assert all(repr(file) in said.err for file in files)
-    assert "(1)" in said.err.splitlines()[-1]
+    assert printed.out.startswith(f"{speech}\t")
+    assert all(repr(file) in printed.err for file in files)
+    assert "(1)" in printed.err.splitlines()[-1]
 
 
 @pytest.mark.slow

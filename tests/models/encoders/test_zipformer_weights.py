@@ -186,35 +186,35 @@ def test_code_in_a_file_is_never_executed(encoder, tmp_path):
 
 
 def test_files_without_an_encoder_are_rejected(encoder, tmp_path):
-    def refused(*names, path=tmp_path, error=UserError):
+    def rejected(*names, path=tmp_path, error=UserError):
         with pytest.raises(error) as caught:
             ZipformerEncoder.from_pretrained(path)
         for name in names:
             assert name in str(caught.value)
 
-    refused(repr(str(tmp_path)), "*.safetensors", "pretrained.pt", "*.pth")
+    rejected(repr(str(tmp_path)), "*.safetensors", "pretrained.pt", "*.pth")
     file = tmp_path / "a.pt"
     torch.save({"decoder.weight": torch.ones(2)}, file)
-    refused("'encoder_embed.conv.0.weight'", "model.audio_encoder.pretrained_model")
+    rejected("'encoder_embed.conv.0.weight'", "model.audio_encoder.pretrained_model")
     torch.save([1, 2], file)
-    refused(repr(str(file)), "state dict")
+    rejected(repr(str(file)), "state dict")
     file.write_bytes(b"junk")
-    refused(repr(str(file)), error=CorruptedError)
+    rejected(repr(str(file)), error=CorruptedError)
     file.write_bytes(pickle.dumps({"model": 1}, protocol=2))
-    refused(repr(str(file)), "torch.save")
+    rejected(repr(str(file)), "torch.save")
     torch.save(published(encoder, "a.") | published(encoder, "b."), file)
-    refused(" 2 ", "'a.', 'b.'")
+    rejected(" 2 ", "'a.', 'b.'")
     broken = {
         name: tensor for name, tensor in published(encoder).items() if "linear_pos" not in name
     }
     torch.save(broken, file)
-    refused(
+    rejected(
         repr(str(tmp_path)), "'encoder.encoders.0.layers.0.self_attn_weights.linear_pos.weight'"
     )
     torch.save(published(encoder), tmp_path / "b.pt")
-    refused(repr(str(tmp_path)), " 2 ", "a.pt")
+    rejected(repr(str(tmp_path)), " 2 ", "a.pt")
     (tmp_path / "config.json").write_text("{")
-    refused(repr(str(tmp_path / "config.json")), "line 1 column 2", path=tmp_path / "b.pt")
+    rejected(repr(str(tmp_path / "config.json")), "line 1 column 2", path=tmp_path / "b.pt")
     with pytest.raises(
         UserError, match=r"data\.pad_to_30s=true .*zipformer.*data\.pad_to_30s=false"
     ):

@@ -40,7 +40,7 @@ both = processor.apply_chat_template([messages, messages], tokenize=True)
 BAD_CONTENTS = [None, ["x"], [{"type": "audio"}], [{"type": "audio", "audio": None}], 5]
 
 
-def refused(content):
+def rejected(content):
     try:
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
     except Exception as error:
@@ -57,7 +57,7 @@ results = {
     "same features": bool((inputs["input_features"] == chat["input_features"]).all()),
     "same inputs": all(bool((first[name] == alone[name]).all()) for name in alone),
     "rows": len(both),
-    "refused": [refused(content) for content in BAD_CONTENTS],
+    "rejected": [rejected(content) for content in BAD_CONTENTS],
     "text": processor.apply_chat_template(messages),
     "type": type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__,
 }
@@ -107,7 +107,7 @@ def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_pat
     assert found["chat"] == found["prompt"]
     assert (found["same features"], found["same inputs"], found["rows"]) == (True, True, 2)
     assert found["text"].count("<|AUDIO|>") == 1
-    assert found["refused"] == [*["UserError"] * 2, *["ValueError"] * 2, "UserError"]
+    assert found["rejected"] == [*["UserError"] * 2, *["ValueError"] * 2, "UserError"]
     logits = first_logits(model, waves[0])
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-4, rtol=1e-4)
 

@@ -62,7 +62,7 @@ def save_until_full(out: str, megabytes: int) -> None:
             )
             saver.finish()
         except UserError as error:
-            print(f"refused: {error}")
+            print(f"rejected: {error}")
         else:
             print("saved")
         if distributed.rank() == 1:
@@ -76,10 +76,10 @@ def test_write_error_of_one_rank_is_raised_on_all_and_earlier_checkpoints_remain
     save = "training.checkpoint.test_saver:save_until_full"
     for process in start(save, 2, out=str(tmp_path), megabytes=2000):
         lines = process.output.splitlines()
-        messages = [line for line in lines if line.startswith(("refused", "saved"))]
+        messages = [line for line in lines if line.startswith(("rejected", "saved"))]
         assert len(messages) == 2
         for message in messages:
-            assert message.startswith("refused: rank 1 ")
+            assert message.startswith("rejected: rank 1 ")
             assert "checkpoint-2" in message
             assert f"exp_dir={str(tmp_path)!r}" in message
             assert message.endswith("checkpoint-1.")
