@@ -19,10 +19,11 @@ from asrllm.errors import UserError
 from asrllm.text_files import check_link
 
 OTHER_PATH = "Use another path."
+PERMISSIONS = "Change its permissions, or use another path."
 # what to do about a path that the operating system rejects, by error number
 PATH_FIXES = {
-    errno.EACCES: "Change its permissions, or use another path.",
-    errno.EPERM: "Change its permissions, or use another path.",
+    errno.EACCES: PERMISSIONS,
+    errno.EPERM: PERMISSIONS,
     errno.EROFS: f"Its file system is read-only. {OTHER_PATH}",
     errno.EEXIST: f"A part of its path is a file. {OTHER_PATH}",
     errno.ENOTDIR: f"A part of its path is a file. {OTHER_PATH}",

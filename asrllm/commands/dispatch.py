@@ -251,14 +251,13 @@ def explain(error: OSError) -> str:
             f"the system denies another process or more memory ({error}). Use fewer processes "
             "(data.num_workers, --workers), or raise 'ulimit -u' and the limit of memory."
         )
-    if error.errno == errno.ENOENT and error.filename:
-        return f"{error.filename!r} cannot be read or written ({error.strerror}). Check its path."
     if error.errno in FAILING_STORAGE:
         return (
             f"a file system fails ({error}). Check the disk or the network mount, then run the "
             "same command again."
         )
-    if error.errno in PATH_FIXES and error.filename:
-        fix = PATH_FIXES[error.errno]
+    fixes = {errno.ENOENT: "Check its path.", **PATH_FIXES}
+    if error.errno in fixes and error.filename:
+        fix = fixes[error.errno]
         return f"{error.filename!r} cannot be read or written ({error.strerror}). {fix}"
     raise error

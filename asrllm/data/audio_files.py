@@ -14,6 +14,7 @@ import soxr
 
 from asrllm.data.audio_file import BLOCK_SAMPLES, AudioFile, OutsideError, decoder_error
 from asrllm.data.audio_headers import (
+    JOIN_WITH_SOX,
     UNKNOWN_SIZE,
     find_second_recording,
     has_frame_count,
@@ -140,7 +141,7 @@ def _check_content(file: AudioFile, path: str | None) -> None:
     if second is not None:
         raise file.error(
             f"has a second recording at byte {second}, which a decoder would not read. "
-            "Join recordings with sox instead of cat."
+            f"{JOIN_WITH_SOX}"
         )
     if tail:
         raise file.error(tail)

@@ -9,6 +9,7 @@ import numpy as np
 from asrllm.text_files import Buffer
 
 SHORTEST_MP3 = 0.99  # ratio of the promised bytes; encoders count the last frames differently
+JOIN_WITH_SOX = "Join recordings with sox instead of cat."
 LARGEST_TAIL = 1024  # bytes after the audio that may be anything, for example an ID3v1 tag
 INCOMPLETE = "is truncated: its last page or frame is incomplete. Copy it again."
 OGG_HEADER = 27  # bytes of a page's header before its lacing values
@@ -327,7 +328,7 @@ def problem_after(content: Buffer, end: int) -> str:
         return ""
     return (
         f"has {len(content) - end} bytes after the end of its recording at byte {end}, which a "
-        "decoder would not read. Copy it again. Join recordings with sox instead of cat."
+        f"decoder would not read. Copy it again. {JOIN_WITH_SOX}"
     )
 
 

@@ -32,6 +32,7 @@ ROWS_PER_CHUNK = 1 << 18  # rows processed together
 MAX_SAMPLED_ROWS = 100_000  # rows of a corpus from which long_utterance estimates
 # Filters that drop more than this ratio of a corpus are probably a mistake.
 HIGH_DROP_RATIO = 0.05
+WIDEN_FILTER = "Widen data.filter if you need them."
 HOURS_TOLERANCE = 0.1  # stated hours are rounded: "960 h" of LibriSpeech are 961.05
 
 
@@ -281,13 +282,13 @@ def log_dropped(corpus: Corpus) -> None:
     level = logging.WARNING if count > HIGH_DROP_RATIO * total else logging.INFO
     logger.log(
         level,
-        "%s: data.filter drops %d of %d utterances (%.1f %%): %s. "
-        "Widen data.filter if you need them.",
+        "%s: data.filter drops %d of %d utterances (%.1f %%): %s. %s",
         corpus.name,
         count,
         total,
         100 * count / total,
         reasons,
+        WIDEN_FILTER,
     )
 
 

@@ -19,6 +19,8 @@ from asrllm.defaults import STORED_EXTENSIONS
 from asrllm.errors import UserError
 
 MAX_TEXT_BYTES = 10_000
+# (reason, detail) of a waveform with such values
+NON_FINITE = ("non_finite_audio", "the audio contains NaN or infinite values")
 FIELD_ORDER = (
     "text",
     "duration",
@@ -131,7 +133,7 @@ def _load(utterance: Utterance) -> tuple[np.ndarray, int]:
     if not len(wave):
         raise RejectedError("empty_audio", "the audio has no samples")
     if not np.isfinite(wave).all():
-        raise RejectedError("non_finite_audio", "the audio contains NaN or infinite values")
+        raise RejectedError(*NON_FINITE)
     return wave, rate
 
 

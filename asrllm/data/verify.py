@@ -33,6 +33,7 @@ from asrllm.data.index import (
 from asrllm.data.keys import SeenKeys, hash_keys
 from asrllm.data.parallel import Advance, run_parallel
 from asrllm.data.rejects import Rejected, rejected_line
+from asrllm.data.samples import NON_FINITE
 from asrllm.data.shard_summary import ShardSummary
 from asrllm.data.storage import RemoteFile, is_url
 from asrllm.data.tars import BLOCK, BadSample, TarSample, iterate_rows, nul_problem
@@ -167,14 +168,12 @@ def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:
         check_file(tar, "the tar")
     if output is not None:
         return Path(os.path.abspath(output))
+    fix = "Set the directory of their index with --output DIR."
     if len(local) < len(tars):
-        raise UserError("the tars are at URLs. Set the directory of their index with --output DIR.")
+        raise UserError(f"the tars are at URLs. {fix}")
     folders = {tar.parent for tar in local}
     if len(folders) != 1:
-        raise UserError(
-            f"the tars are in {len(folders)} directories. "
-            "Set the directory of their index with --output DIR."
-        )
+        raise UserError(f"the tars are in {len(folders)} directories. {fix}")
     return folders.pop()
 
 
@@ -488,5 +487,5 @@ def _check_audio(sample: TarSample, row: np.void) -> tuple[str, str]:
         detail = f"the index says {expected:.3f} s, the audio has {seconds:.3f} s"
         return "duration_mismatch", detail
     if not np.isfinite(wave).all():
-        return "non_finite_audio", "the audio contains NaN or infinite values"
+        return NON_FINITE
     return "", ""

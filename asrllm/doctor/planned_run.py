@@ -9,7 +9,7 @@ import torch
 from asrllm.atomic import check_output_folder
 from asrllm.audio.reader import Sample
 from asrllm.collator.chat import IGNORE_INDEX
-from asrllm.data.corpora import HIGH_DROP_RATIO, Corpus, read_entries
+from asrllm.data.corpora import HIGH_DROP_RATIO, WIDEN_FILTER, Corpus, read_entries
 from asrllm.defaults import ENCODER_KEY, LLM_KEY
 from asrllm.doctor.findings import Finding, ok, problem, warning
 from asrllm.doctor.overlap import check_overlap
@@ -76,7 +76,7 @@ def check_filters(corpus: Corpus) -> Finding:
     if reasons:
         text = f"{text} ({', '.join(reasons)})"
     if dropped > HIGH_DROP_RATIO * total:
-        return warning("filter", text, "Widen data.filter if you need them.")
+        return warning("filter", text, WIDEN_FILTER)
     return ok("filter", text)
 
 

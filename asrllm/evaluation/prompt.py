@@ -17,6 +17,8 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.text_files import read_text
 
 logger = logging.getLogger(__name__)
+# A request of a server must not read a file of the server.
+NO_HOTWORDS_FILE = "hotwords must not begin with '@'. Separate words by commas."
 
 
 def inference_prompt(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from asrllm.defaults import BASE_MODEL_KEYS
 from asrllm.errors import UserError, nearest
-from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import COPY_CONFIG, AsrLlmConfig
 from asrllm.models.fingerprint import (
     check_fingerprint,
     is_hub_id,
@@ -127,8 +127,8 @@ def base_entry(config: AsrLlmConfig, part: str) -> JsonObject | None:
         return None
     if not isinstance(base, dict) or not {"path", "fingerprint"} <= base.keys():
         raise UserError(
-            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. Copy the "
-            "config.json that was saved with the model."
+            f"config.json: base_models.{part}={base!r} has no 'path' and 'fingerprint'. "
+            f"{COPY_CONFIG}"
         )
     return base
 

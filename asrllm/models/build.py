@@ -17,7 +17,12 @@ from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, MAX_LLM_NUMBER, check_numbers
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
-from asrllm.models.hub_files import check_directory, load_generation_config, load_hf_config
+from asrllm.models.hub_files import (
+    CORRECT_CONFIG,
+    check_directory,
+    load_generation_config,
+    load_hf_config,
+)
 from asrllm.models.init_from import gathered, load_initial_weights
 from asrllm.models.loss import head_of
 from asrllm.models.model_args import LoraPart, ModelConfig, is_directory_or_hub_id
@@ -30,6 +35,8 @@ from asrllm.models.pretrained import (
 )
 from asrllm.models.state_dict import is_adapter
 from asrllm.text_files import JsonObject, read_json_object, reading
+
+GIVE_TOKENIZER = "Give the tokenizer that belongs to the LLM."
 
 MAX_SAMPLED_EMBEDDINGS = 4096
 
@@ -105,7 +112,7 @@ def _check_base_llm(config: ModelConfig, llm: PreTrainedConfig, path: str) -> No
             "Correct model_type, or leave it null."
         )
     file = Path(path) / "config.json"
-    fix = "Correct it, or download it again."
+    fix = CORRECT_CONFIG
     check_numbers(llm.to_dict(), MAX_LLM_NUMBER, f"{str(file)!r}: ", fix)
     with reading(file, "the LLM's configuration", fix), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(llm, trust_remote_code=False)
@@ -169,8 +176,8 @@ def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
     if beyond:
         raise UserError(
             f"the LLM {path!r} has {size} embeddings (vocab_size in config.json), and its "
-            f"tokenizer has {len(beyond)} tokens without one (first: {beyond[0]!r}). Give the "
-            "tokenizer that belongs to the LLM."
+            f"tokenizer has {len(beyond)} tokens without one (first: {beyond[0]!r}). "
+            f"{GIVE_TOKENIZER}"
         )
     _check_chatml(tokenizer, path)
 
@@ -193,7 +200,7 @@ def _check_chat_tokens(processor: AsrLlmProcessor, size: int, path: str) -> None
             text = processor.tokenizer.convert_ids_to_tokens(token)
             raise UserError(
                 f"the LLM {path!r} has {size} embeddings, and none for the token {text!r} "
-                f"({token}) of its chat. Give the tokenizer that belongs to the LLM."
+                f"({token}) of its chat. {GIVE_TOKENIZER}"
             )
 
 

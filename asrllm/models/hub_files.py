@@ -22,7 +22,7 @@ from transformers import (
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
-from asrllm.models.state_dict import check_dense
+from asrllm.models.state_dict import NOT_QUANTIZED, check_dense
 from asrllm.tensor_files import CORRUPTED, SAFETENSORS
 from asrllm.text_files import (
     JsonObject,
@@ -34,6 +34,7 @@ from asrllm.text_files import (
 )
 
 # Files that transformers reads as JSON objects. It ignores some of them if they are corrupted.
+CORRECT_CONFIG = "Correct it, or download it again."
 JSON_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -108,10 +109,7 @@ def check_stored_dtypes(file: Path) -> None:
     """
     for name, dtype in _dtypes(file):
         if name.endswith(".weight") and dtype not in FLOATS:
-            raise UserError(
-                f"{str(file)!r}: {name!r} has the dtype {dtype}. Give weights that are not "
-                "quantized."
-            )
+            raise UserError(f"{str(file)!r}: {name!r} has the dtype {dtype}. {NOT_QUANTIZED}")
 
 
 def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
@@ -202,7 +200,7 @@ def load_hf_config(folder: str | Path, key: str) -> PreTrainedConfig:
     check_not_quantized(fields, path)
     kind = fields.get("model_type")
     _check_model_type(fields, path, key)
-    with reading(path, "the LLM's configuration", "Correct it, or download it again."):
+    with reading(path, "the LLM's configuration", CORRECT_CONFIG):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(

@@ -15,7 +15,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.auto import has_saved_weights, newest_weights, read_state
 from asrllm.models.model_args import PRETRAINED_PARTS
-from asrllm.models.state_dict import WEIGHT_DTYPES, StateDict, is_adapter, plain_name
+from asrllm.models.state_dict import NOT_QUANTIZED, WEIGHT_DTYPES, StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
 # Fields without which the trained weights of the projector have no meaning.
@@ -106,8 +106,7 @@ def _check_shapes(
             )
         if tensor.dtype not in WEIGHT_DTYPES:
             raise UserError(
-                f"{where}: {name!r} has the dtype {tensor.dtype} there. Give weights that are not "
-                "quantized."
+                f"{where}: {name!r} has the dtype {tensor.dtype} there. {NOT_QUANTIZED}"
             )
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
         is_scalar = tensor.numel() == 1 and math.prod(shape) == 1  # trained as a vector

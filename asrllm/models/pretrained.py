@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import COPY_CONFIG, AsrLlmConfig
 from asrllm.models.asr_llm.weight_files import indexed_files
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LLM_CONFIG = "the LLM's configuration (llm in config.json) of"
-COPY_CONFIG = "Copy the config.json that was saved with the model."
 NOT_FINITE_BASE = "Download it again, or choose another model."
 FIX_FAMILY = "Choose a Qwen, Llama or Gemma model."
 

@@ -14,6 +14,7 @@ DIVERGED = (
     "The training diverged. Use the weights of an earlier checkpoint, or train again with a lower "
     "trainer.lr."
 )
+NOT_QUANTIZED = "Give weights that are not quantized."
 StateDict: TypeAlias = dict[str, Tensor]
 
 
@@ -148,10 +149,7 @@ def check_state(
                 f"{tuple(expected[key].shape)}. {fix}"
             )
         if expected[key].is_floating_point() and tensor.dtype not in WEIGHT_DTYPES:
-            raise UserError(
-                f"{what}: {key!r} has the dtype {tensor.dtype}. Give weights that are not "
-                "quantized."
-            )
+            raise UserError(f"{what}: {key!r} has the dtype {tensor.dtype}. {NOT_QUANTIZED}")
 
 
 def counted(noun: str, names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fastapi import File, Form, Request, UploadFile
 
 from asrllm.errors import UserError
-from asrllm.evaluation.prompt import check_language, inference_prompt
+from asrllm.evaluation.prompt import NO_HOTWORDS_FILE, check_language, inference_prompt
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
 
@@ -137,8 +137,7 @@ def prompt_of_request(
     if language:
         _check_language(description, language)
     if hotwords and hotwords.startswith("@"):  # a file of the server
-        problem = "hotwords must not begin with '@'. Separate words by commas."
-        raise ApiError(400, problem, param="hotwords")
+        raise ApiError(400, NO_HOTWORDS_FILE, param="hotwords")
     return checked_prompt(
         description, prompt=prompt or None, language=language, hotwords=hotwords or None
     )

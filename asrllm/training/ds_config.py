@@ -39,6 +39,7 @@ SIZES = {
 STAGE_IN_NAME = re.compile(r"(?:zero|stage)[-_]?([0-3])")
 # a value that Python writes, although JSON does not have it, or a number that overflows
 NOT_A_NUMBER = re.compile(r":\s*(-?(?:NaN|Infinity|\d+e\d{3,}))\b")
+GIVE_DS_CONFIG = "Give a DeepSpeed JSON, for example ds_configs/zero3.json."
 BATCHES = "data.sampler sets the size of batches"
 EPSILON = 1e-8  # the epsilon of every AdamW that a run can choose
 NO_PRINTS = 1 << 60  # steps between DeepSpeed's own log lines, because the run has its own log
@@ -143,10 +144,7 @@ def read_hjson(path: Path) -> DsConfig:
             problem = f"{found} is not a valid JSON number"
         raise UserError(f"{name} is not valid JSON: {problem}. Correct the file.") from error
     if not isinstance(content, dict) or not text.strip():
-        raise UserError(
-            f"{name} is not a JSON object. "
-            "Give a DeepSpeed JSON, for example ds_configs/zero3.json."
-        )
+        raise UserError(f"{name} is not a JSON object. {GIVE_DS_CONFIG}")
     return dict(content)
 
 
@@ -420,10 +418,7 @@ def find_ds_config(name: str) -> Path:
     for path in (Path(name), package / name, package.parent / name):
         if path.is_file():
             return path
-    raise UserError(
-        f"trainer.deepspeed_config={name!r} does not exist. "
-        "Give a DeepSpeed JSON, for example ds_configs/zero3.json."
-    )
+    raise UserError(f"trainer.deepspeed_config={name!r} does not exist. {GIVE_DS_CONFIG}")
 
 
 def check_stage(path: Path, ds: DsConfig) -> int:

@@ -120,6 +120,9 @@ MODELS: dict[str, type[BaseModel]] = {
 NESTED_MODELS: dict[str, type[BaseModel]] = {"timers.throughput": DeepSpeedThroughputTimerConfig}
 MASTER_WEIGHTS = "Remove it: checkpoints have master weights and optimizer states in float32."
 UNREADABLE = "Remove it: its checkpoints could not be read again."
+IN_BACKGROUND = "Remove it, and set trainer.background_checkpoints=true."
+ANY_PROCESSES = "Remove it: a run resumes on any number of processes without it."
+SET_PRECISION = "Remove it, and set trainer.precision."
 # Features of DeepSpeed that runs do not support, and what to do instead.
 UNSUPPORTED = {
     "activation_checkpointing": "Remove it, and set trainer.gradient_checkpointing=true.",
@@ -127,29 +130,29 @@ UNSUPPORTED = {
     "bf16.bf16_master_weights_and_grads": MASTER_WEIGHTS,
     "bf16.bf16_optimizer_states": MASTER_WEIGHTS,
     "bfloat16": "Rename it to 'bf16'.",
-    "checkpoint.load_universal": "Remove it: a run resumes on any number of processes without it.",
-    "checkpoint.parallel_write": "Remove it, and set trainer.background_checkpoints=true.",
+    "checkpoint.load_universal": ANY_PROCESSES,
+    "checkpoint.parallel_write": IN_BACKGROUND,
     "checkpoint.use_node_local_storage": "Remove it: exp_dir is on a disk that all nodes share.",
-    "checkpoint.writer": "Remove it, and set trainer.background_checkpoints=true.",
+    "checkpoint.writer": IN_BACKGROUND,
     "comet": "Remove it, and set trainer.wandb.mode or trainer.tensorboard.",
     "compile": "Remove it, and set trainer.compile=true.",
     "csv_monitor": "Remove it: metrics are in exp_dir/metrics.jsonl.",
     "data_efficiency": "Remove it, and set data.sampler and data.filter.",
-    "datastates_ckpt": "Remove it, and set trainer.background_checkpoints=true.",
+    "datastates_ckpt": IN_BACKGROUND,
     "expert_parallel": "Remove it.",
     "flops_profiler": "Remove it, and set trainer.profile_steps.",
     "fp16.fp16_master_weights_and_grads": MASTER_WEIGHTS,
     "gradient_accumulation_dtype": "Remove it, and set data_types.grad_accum_dtype.",
     "hybrid_engine": "Remove it.",
-    "load_universal_checkpoint": "Remove it: a run resumes on any number of processes without it.",
+    "load_universal_checkpoint": ANY_PROCESSES,
     "pipeline": "Remove it.",
     "sequence_parallel_size": "Remove it.",
     "tensorboard": "Remove it, and set trainer.tensorboard=true.",
     "tensor_parallel": "Remove it, and choose ZeRO stage 3 for models that do not fit.",
-    "torch_autocast": "Remove it, and set trainer.precision.",
+    "torch_autocast": SET_PRECISION,
     "wandb": "Remove it, and set trainer.wandb.mode=online.",
     "weight_quantization": "Remove it.",
-    "zero_optimization.elastic_checkpoint": "Remove it: a run resumes on any number of processes.",
+    "zero_optimization.elastic_checkpoint": ANY_PROCESSES,
     "zero_optimization.leaf_module": "Remove it.",
     "zero_optimization.legacy_stage1": "Remove it.",
     "zero_optimization.module_granularity_threshold": "Remove it.",
@@ -229,7 +232,7 @@ def check_removed(ds: Block, path: Path) -> None:
             removed[f"zero_optimization.{key}"] = removed_zero
     for place, known in removed.items():
         if place.rpartition(".")[2] in known:
-            fix = "Remove it, and set trainer.precision." if place == "amp" else "Remove it."
+            fix = SET_PRECISION if place == "amp" else "Remove it."
             raise UserError(
                 f"{path}: {place} was removed from DeepSpeed. "
                 f"The installed version is {deepspeed.__version__}. {fix}"

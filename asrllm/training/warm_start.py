@@ -40,6 +40,7 @@ WINDOW = 256  # utterances in the order of the shards that are sorted by length
 HELD_OUT_EVERY = 10  # one of this many utterances measures the quality
 ENCODED_SECONDS = 120.0  # audio that is encoded at a time, padding included
 MAX_STACKED_WIDTH = 16384  # width of a stacked frame, for which a matrix of 2 GB is factorized
+LOWER_RATE = "Lower model.audio_encoder_projector_ds_rate, or use model.projector_init=random."
 MAX_ITERATIONS = 8
 MOVED = 0.01  # ratio of moved frames below which the alignments no longer change the fit
 
@@ -88,8 +89,7 @@ def warm_start(
     if width > MAX_STACKED_WIDTH:
         raise UserError(
             "model.projector_init=aligned supports stacked frames of at most "
-            f"{MAX_STACKED_WIDTH} numbers, but these have {width}. Lower "
-            "model.audio_encoder_projector_ds_rate, or use model.projector_init=random."
+            f"{MAX_STACKED_WIDTH} numbers, but these have {width}. {LOWER_RATE}"
         )
     model.audio_encoder.to(device).eval()
     model.projector.to(device)
@@ -108,8 +108,7 @@ def warm_start(
         raise UserError(
             f"model.projector_init=aligned found no usable utterance among {len(items)} of the "
             f"training data: {unreadable} cannot be read, and {short} have no text token or more "
-            "text tokens than audio tokens. Lower model.audio_encoder_projector_ds_rate, or use "
-            "model.projector_init=random."
+            f"text tokens than audio tokens. {LOWER_RATE}"
         )
     vocabulary = number_tokens(batches)
     embeddings = embeddings_of(model, vocabulary).to(device)

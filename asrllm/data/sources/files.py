@@ -22,6 +22,7 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 MAX_UNPACKED = 1 << 28  # bytes that any gzip file may have after unpacking
 MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests reach 50
 SHORTEST_LINE = 64  # bytes that a line of a gzip file counts at least: blank lines take time too
+UNPACK_IT = "If that is intended, unpack it, and use the unpacked file."
 LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 SAMPLE_FIELDS = {  # field of a sample: its names in manifests
@@ -63,13 +64,13 @@ def raw_lines(path: Path) -> Iterator[bytes]:
             if len(line) > MAX_UNPACKED:
                 raise UserError(
                     f"{str(path)!r} has a line of more than {MAX_UNPACKED} bytes after unpacking. "
-                    "If that is intended, unpack it, and use the unpacked file."
+                    f"{UNPACK_IT}"
                 )
             remaining -= max(len(line), SHORTEST_LINE)
             if remaining < 0:
                 raise UserError(
                     f"{str(path)!r} unpacks to more than {MAX_UNPACKED_RATIO} times its size. "
-                    "If that is intended, unpack it, and use the unpacked file."
+                    f"{UNPACK_IT}"
                 )
             yield line
 

@@ -27,7 +27,12 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.evaluation.prompt import check_language, inference_prompt, prompt_of_translation
+from asrllm.evaluation.prompt import (
+    NO_HOTWORDS_FILE,
+    check_language,
+    inference_prompt,
+    prompt_of_translation,
+)
 from asrllm.evaluation.vllm.limits import longest_samples
 from asrllm.evaluation.vllm.processing import (
     PLACEHOLDER,
@@ -211,7 +216,7 @@ def request_prompt(config: AsrLlmHubConfig, request: SpeechToTextParams) -> str:
     """Return the prompt of a request, as `asrllm serve` chooses it."""
     hotwords = request.hotwords or None
     if hotwords and hotwords.startswith("@"):  # a file of the server
-        raise ValueError("hotwords must not begin with '@'. Separate words by commas.")
+        raise ValueError(NO_HOTWORDS_FILE)
     prompt = request.request_prompt or None
     if request.task_type == "translate" and prompt is None:
         prompt = prompt_of_translation(config)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
-from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import COPY_CONFIG, AsrLlmConfig
 from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, MAX_LLM_NUMBER, check_numbers
 from asrllm.models.encoders.registry import ENCODERS, build_encoder
 from asrllm.models.hub_files import check_not_quantized
@@ -124,8 +124,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
             "PEFT. Give the run, or export it without --separate-adapter."
         )
     check_no_bom(path)
-    fix = "Copy the config.json that was saved with the model."
-    with reading(path, "the model's configuration", fix):
+    with reading(path, "the model's configuration", COPY_CONFIG):
         return AsrLlmConfig.from_pretrained(folder)
 
 

@@ -7,6 +7,10 @@ from transformers import PreTrainedConfig
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.projectors import count_audio_tokens
 
+# what to do if a file of a saved model does not fit the others
+COPY_CONFIG = "Copy the config.json that was saved with the model."
+COPY_TOKENIZER = "Copy the tokenizer files that were saved with the model."
+
 
 class AsrLlmConfig(PreTrainedConfig):
     """Configuration of an AsrLlmModel.

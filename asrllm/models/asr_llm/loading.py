@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from asrllm.errors import UserError
-from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import COPY_TOKENIZER, AsrLlmConfig
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.placement import Dtype, as_dtype, prevailing_dtype
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
@@ -109,8 +109,7 @@ def read_config_and_processor(
     if found != config.audio_token_id:
         raise UserError(
             f"the tokenizer in {str(path)!r} has the id {found} for {config.audio_token!r}, but "
-            f"config.json has {config.audio_token_id}. Copy the tokenizer files that were saved "
-            "with the model."
+            f"config.json has {config.audio_token_id}. {COPY_TOKENIZER}"
         )
     return config, processor
 

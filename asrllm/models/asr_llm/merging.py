@@ -12,6 +12,8 @@ from asrllm.models.pretrained import layer_without_bias
 from asrllm.models.state_dict import StateDict, plain_name
 from asrllm.tensor_files import Spec, TensorSource
 
+WITHOUT_MERGING = "Save without merging (asrllm export: --keep-adapters)."
+
 
 def merged_names(
     model: AsrLlmNetwork, state: Mapping[str, Tensor]
@@ -76,20 +78,19 @@ def _check_mergeable(
         if any(name.startswith(f"{part}.") for name in layers):
             raise UserError(
                 f"the adapters cannot be merged into the {part}, because "
-                f"exclude_from_checkpoint excludes the {part}. Save without merging "
-                "(asrllm export: --keep-adapters)."
+                f"exclude_from_checkpoint excludes the {part}. {WITHOUT_MERGING}"
             )
     for key in state:
         if ".modules_to_save." in key or ".token_adapter." in key:
             raise UserError(
                 f"{key!r} is trained beside the adapted layers and cannot be "
-                "merged. Save without merging (asrllm export: --keep-adapters)."
+                f"merged. {WITHOUT_MERGING}"
             )
     biased = layer_without_bias(model)
     if biased:
         raise UserError(
             f"the adapter of {biased!r} has a bias (lora_bias), but the layer "
-            "has none. Save without merging (asrllm export: --keep-adapters)."
+            f"has none. {WITHOUT_MERGING}"
         )
     _check_untied(model, layers)
 
@@ -101,7 +102,7 @@ def _check_untied(model: AsrLlmNetwork, layers: Mapping[str, nn.Module]) -> None
     if is_tied and any(layer.get_base_layer().weight is head for layer in layers.values()):
         raise UserError(
             "merging the adapter of the embeddings would change the head, which is "
-            "tied to them. Save without merging (asrllm export: --keep-adapters)."
+            f"tied to them. {WITHOUT_MERGING}"
         )
 
 

@@ -15,7 +15,7 @@ from asrllm.data.prompts import for_transcripts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError, reject_unknown
 from asrllm.models.asr_llm.checks import read_config
-from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.asr_llm.configuration import COPY_TOKENIZER, AsrLlmConfig
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.hub_files import load_tokenizer
 
@@ -90,10 +90,7 @@ class AsrLlmProcessor:
         elif not (folder / "tokenizer_config.json").exists():
             missing = "tokenizer_config.json"
         if missing:
-            raise UserError(
-                f"{str(path)!r} has no {missing}. Copy the tokenizer files that were saved with "
-                "the model."
-            )
+            raise UserError(f"{str(path)!r} has no {missing}. {COPY_TOKENIZER}")
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer's files and the chat template to a directory."""

@@ -73,6 +73,7 @@ IGNORED_FIELDS = {
     "dtype",
 }
 IGNORED_ZIPFORMER_FIELDS = {"model_type", "warmup_batches", "dropout"}
+COPY_AUDEN_CONFIG = "Copy the config.json that Auden's training wrote."
 BOTH = "is both in the weights and in a subdirectory. Remove one of them."
 NEITHER = "is neither in the weights nor in a subdirectory. Copy the directory again."
 WHISPER_CONSTANTS = {"activation_function": "gelu", "scale_embedding": False}
@@ -142,10 +143,7 @@ def config_fields(theirs: JsonObject, where: str) -> JsonObject:
         )
     for name in ("audio_encoder_config", "llm_config"):
         if not isinstance(theirs.get(name), dict):
-            raise UserError(
-                f"{where}/config.json has no {name}. Copy the config.json that Auden's training "
-                "wrote."
-            )
+            raise UserError(f"{where}/config.json has no {name}. {COPY_AUDEN_CONFIG}")
     llm = _llm_config(theirs["llm_config"], where)
     return {
         "audio_encoder": encoder_fields(theirs["audio_encoder_config"], where),
@@ -165,7 +163,7 @@ def _llm_config(theirs: JsonObject, where: str) -> PreTrainedConfig:
     except Exception as error:  # transformers raises AttributeError and KeyError as well
         raise UserError(
             f"{where}/config.json: llm_config does not describe an LLM that transformers knows: "
-            f"{first_words(error)}. Copy the config.json that Auden's training wrote."
+            f"{first_words(error)}. {COPY_AUDEN_CONFIG}"
         ) from error
 
 

@@ -35,6 +35,7 @@ ICEFALL_KEYS = {
     theirs: ours for theirs, ours in AUDEN_KEYS.items() if theirs.startswith("encoder_projector.")
 }
 POSITIONS = "audio_encoder.embed_positions.weight"
+GIVE_ICEFALL = "Give a file of icefall's ASR_LLM, for example pytorch_model.bin."
 ICEFALL_AUDIO_TOKEN = "<speech>"
 
 
@@ -94,16 +95,10 @@ def from_icefall_names(state: Mapping[str, Tensor], where: str) -> StateDict:
         elif key.startswith("llm."):
             ours[key] = tensor
         else:
-            raise UserError(
-                f"{where!r}: the key {key!r} is not supported. Give a file of icefall's ASR_LLM, "
-                "for example pytorch_model.bin."
-            )
+            raise UserError(f"{where!r}: the key {key!r} is not supported. {GIVE_ICEFALL}")
     missing = sorted(set(ICEFALL_KEYS.values()) - ours.keys())
     if missing:
-        raise UserError(
-            f"{where!r} has no {missing[0]!r} of the projector. Give a file of icefall's ASR_LLM, "
-            "for example pytorch_model.bin."
-        )
+        raise UserError(f"{where!r} has no {missing[0]!r} of the projector. {GIVE_ICEFALL}")
     for key, tensor in from_openai(encoder, where).items():
         ours[f"audio_encoder.{key}"] = tensor
     return ours

@@ -50,14 +50,9 @@ def list_checkpoints(exp_dir: Path, pattern: re.Pattern[str] = STEP_TAG) -> dict
 
 def check_exp_dir(exp_dir: Path) -> None:
     """Raise UserError if exp_dir is not a directory, or is one checkpoint of a run."""
-    if exp_dir.exists() and not exp_dir.is_dir():
-        raise UserError(
-            f"exp_dir={str(exp_dir)!r} is not a directory. Give the directory of a trained run."
-        )
     if not exp_dir.is_dir():
-        raise UserError(
-            f"exp_dir={str(exp_dir)!r} does not exist. Give the directory of a trained run."
-        )
+        problem = "is not a directory" if exp_dir.exists() else "does not exist"
+        raise UserError(f"exp_dir={str(exp_dir)!r} {problem}. Give the directory of a trained run.")
     if (exp_dir / MANIFEST).is_file():
         raise UserError(
             f"exp_dir={str(exp_dir)!r} is one checkpoint of a run. Give the directory of the run, "
