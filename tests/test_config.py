@@ -10,7 +10,6 @@ from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf import help_text
 from asrllm.conf.pages import pages
 from asrllm.conf.write import yaml_files
-from asrllm.config import compose_config, load_config
 from asrllm.errors import UserError
 from asrllm.schema import (
     PositiveInt,
@@ -21,6 +20,7 @@ from asrllm.schema import (
     shown,
 )
 from asrllm.training.run_config import TrainRun
+from tests.composing import compose_config, load_config
 
 GIVEN = [
     "exp_dir=e",

@@ -7,11 +7,11 @@ import torch
 
 import asrllm
 from asrllm.commands.plan import plan
-from asrllm.config import load_config
 from asrllm.models.build import build_model, build_processor
 from asrllm.models.encoders.hf import HfEncoder
 from asrllm.testing import tone_sentences
 from asrllm.training.run_config import PlanRun
+from tests.composing import load_config
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.models.encoders.test_hf import edited, write
 from tests.test_end_to_end import losses

@@ -17,7 +17,6 @@ from asrllm import distributed
 from asrllm.collator import template_trial
 from asrllm.commands import dispatch
 from asrllm.commands import train as train_verb
-from asrllm.config import compose_config
 from asrllm.errors import UserError
 from asrllm.hydra_app import resolved
 from asrllm.launchers import adopt_launcher
@@ -25,6 +24,7 @@ from asrllm.locks import FileLock
 from asrllm.schema import build
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import check_wandb_login
+from tests.composing import compose_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 GOOD = (

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from asrllm.config import load_config
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.integrity import write_checksums
 from asrllm.testing import data_config, kaldi_directory, tone_sentences
 from tests.checkpoints.made import write_checkpoint
 from tests.checkpoints.test_merge import run_of
+from tests.composing import load_config
 from tests.evaluation.test_run import whole_whisper
 from tests.models.asr_llm.test_modeling import make_model
 from tests.test_cli import does, fails

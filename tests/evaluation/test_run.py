@@ -14,7 +14,6 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from asrllm import distributed
-from asrllm.config import load_config
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import read_corpora
 from asrllm.data.shards import write_shards
@@ -27,6 +26,7 @@ from asrllm.evaluation.references import check_references, choose_normalizer
 from asrllm.evaluation.run import Evaluation, free_suffix
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
 from asrllm.testing import data_config, kaldi_directory, tiny_tokenizer, tone_sentences
+from tests.composing import load_config
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.models.asr_llm.test_generation import make_model, waves_of
 from tests.processes import started, wait_for

@@ -77,9 +77,9 @@ def parts(tmp_path_factory):
 
 
 def described(parts, **changes):
-    from asrllm.config import load_config
     from asrllm.models.build import build_processor
     from asrllm.training.run_config import TrainRun
+    from tests.composing import load_config
 
     keys = {
         "exp_dir": "x",
@@ -147,8 +147,8 @@ def test_activations_match_a_training_step(parts, changes, seconds):
 
 def planned(world, tmp_path, *overrides):
     from asrllm.commands.plan import plan
-    from asrllm.config import load_config
     from asrllm.training.run_config import PlanRun
+    from tests.composing import load_config
 
     common = world.overrides(tmp_path / "exp", trainer__num_epochs=1)
     return plan(load_config("plan", [*common, *overrides], PlanRun))

@@ -10,11 +10,11 @@ from asrllm import integrity
 from asrllm.checkpoints.average import adapters_with_rslora
 from asrllm.checkpoints.llm_files import LlmFiles
 from asrllm.commands.train import write_run_files
-from asrllm.config import load_config
 from asrllm.errors import CorruptedError
 from asrllm.integrity import CHECKSUMS, verify_folder, write_checksums
 from asrllm.models.auto import AutoModel, load_model_config
 from asrllm.training.run_config import TrainRun
+from tests.composing import load_config
 from tests.models.asr_llm.test_modeling import make_model
 from tests.test_cli import fails
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from asrllm.config import load_config
 from asrllm.training.run_config import TrainRun
 from asrllm.training.run_table import millions, part_sizes, print_rows, run_rows
+from tests.composing import load_config
 from tests.test_config import GIVEN
 
 COMMON = {"ranks": 2, "stage": 3, "total_steps": 900, "max_tokens": 500}

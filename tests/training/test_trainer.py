@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 
-from asrllm.config import compose_config
 from asrllm.schema import build
 from asrllm.training.prepare import warn_of_long_warmup
 from asrllm.training.run_config import TrainerConfig
 from asrllm.training.trainer import seed_step
+from tests.composing import compose_config
 from tests.processes import assert_done, run_script
 
 

@@ -88,8 +88,8 @@ def test_run_with_progress_or_without_a_limit_is_not_ended(tmp_path):
 
 @pytest.mark.slow
 def test_limits_that_are_too_small_are_rejected():
-    from asrllm.config import load_config
     from asrllm.training.run_config import TrainRun
+    from tests.composing import load_config
 
     keys = [
         "exp_dir=x",

@@ -7,7 +7,6 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from asrllm.config import load_config
 from asrllm.errors import UserError
 from asrllm.models.build import build_processor
 from asrllm.training.checkpoint.manifest import check_same_model, read_manifest
@@ -16,6 +15,7 @@ from asrllm.training.checkpoint.saver import CheckpointSaver, read_inherited, wr
 from asrllm.training.checkpoint.zero_files import load_file, restricted_unpickling
 from asrllm.training.run_config import TrainRun
 from tests.checkpoints.made import write_checkpoint
+from tests.composing import load_config
 from tests.models.asr_llm.test_modeling import make_config
 
 
