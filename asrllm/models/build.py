@@ -23,9 +23,10 @@ from asrllm.models.hub_files import (
     load_generation_config,
     load_hf_config,
 )
-from asrllm.models.init_from import gathered, load_initial_weights
+from asrllm.models.init_from import load_initial_weights
 from asrllm.models.loss import head_of
 from asrllm.models.model_args import LoraPart, ModelConfig, is_directory_or_hub_id
+from asrllm.models.partitioning import gathered
 from asrllm.models.pretrained import (
     check_encoder_state,
     check_family,

@@ -1,6 +1,5 @@
 """Training in stages: start a run with the weights at the end of an earlier one."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.auto import has_saved_weights, newest_weights, read_state
 from asrllm.models.model_args import PRETRAINED_PARTS
+from asrllm.models.partitioning import gathered
 from asrllm.models.state_dict import NOT_QUANTIZED, WEIGHT_DTYPES, StateDict, is_adapter, plain_name
 
 logger = logging.getLogger(__name__)
@@ -175,19 +175,3 @@ def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if name in state:
             with gathered(parameter, change=True), torch.no_grad():
                 parameter.copy_(state[name].reshape(parameter.shape))
-
-
-def gathered(
-    parameter: nn.Parameter, *, change: bool = False
-) -> contextlib.AbstractContextManager[None]:
-    """Gather a parameter inside the block, if ZeRO-3 partitions it.
-
-    Args:
-        parameter: the parameter.
-        change: whether changes inside the block are written to the partitions.
-    """
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if change else None)

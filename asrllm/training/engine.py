@@ -12,6 +12,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from asrllm.errors import UserError
 from asrllm.launchers import switched_on
+from asrllm.models.partitioning import is_partitioned
 from asrllm.progress import waiting
 from asrllm.training.ds_keys import DsConfig
 from asrllm.training.optimizers import make_optimizer, parameter_groups
@@ -77,7 +78,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     vectors of one element; load_model restores their shape.
     """
     for parameter in model.parameters():
-        if not hasattr(parameter, "ds_id"):
+        if not is_partitioned(parameter):
             parameter.data = torch.atleast_1d(parameter.data.to(dtype))
 
 

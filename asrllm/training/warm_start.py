@@ -16,7 +16,7 @@ from asrllm.data.plan import Item
 from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.modeling import AsrLlmModel
-from asrllm.models.init_from import gathered
+from asrllm.models.partitioning import gathered
 from asrllm.models.warm_start import (
     TOP,
     AffineMap,

@@ -26,6 +26,7 @@ from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config
 from asrllm.models.asr_llm.greedy_search import AnswerRow, DynamicCacheDecoder, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
 from asrllm.models.asr_llm.processing import check_finite_features, feature_shape
+from asrllm.models.partitioning import is_partitioned
 from asrllm.schema import build
 
 # Features (x, x_lens), or a list of audios.
@@ -151,7 +152,7 @@ def _divide(
     model: AsrLlmNetwork, requests: Sequence[Request], batch_seconds: float
 ) -> list[list[Request]]:
     """Divide requests into batches of similar length."""
-    if is_partitioned(model):  # all ranks must have equally many batches
+    if has_partitions(model):  # all ranks must have equally many batches
         return [list(requests)]
     shortest = WHISPER_WINDOW if model.config.pad_to_30s else 0.0
     seconds = np.array([max(request.seconds, shortest) for request in requests])
@@ -216,9 +217,9 @@ def device_of(model: AsrLlmNetwork) -> torch.device:
     return model.llm.get_input_embeddings().weight.device
 
 
-def is_partitioned(model: AsrLlmNetwork) -> bool:
-    """Return whether ZeRO-3 has partitioned the LLM."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.llm.parameters())
+def has_partitions(model: AsrLlmNetwork) -> bool:
+    """Return whether ZeRO-3 partitions the LLM."""
+    return any(is_partitioned(parameter) for parameter in model.llm.parameters())
 
 
 def make_batches(
@@ -287,7 +288,7 @@ def decode(
 def uses_own_search(model: AsrLlmNetwork, config: GenerationConfig) -> bool:
     """Return whether our greedy search can decode these options with this LLM."""
     has_cache = model.causal_lm._supports_default_dynamic_cache()
-    return is_greedy(config) and not is_partitioned(model) and has_cache
+    return is_greedy(config) and not has_partitions(model) and has_cache
 
 
 def make_answer(

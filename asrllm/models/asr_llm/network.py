@@ -15,6 +15,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.loss import SupervisedLoss, head_of
+from asrllm.models.partitioning import is_partitioned
 from asrllm.models.pretrained import add_lora, empty_llm, with_lora
 from asrllm.models.projectors import AudioProjector
 from asrllm.models.state_dict import is_adapter
@@ -163,8 +164,7 @@ class AsrLlmNetwork(PreTrainedModel):
         """
         parameters = list(self.audio_encoder.parameters())
         is_trained = any(p.requires_grad for p in parameters)
-        is_partitioned = any(hasattr(p, "ds_id") for p in parameters)
-        if is_trained and is_partitioned:
+        if is_trained and any(is_partitioned(p) for p in parameters):
             features = with_gradient(features)
         with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
             frames, frame_lengths = self.audio_encoder(features, lengths)

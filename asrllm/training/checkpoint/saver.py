@@ -20,7 +20,7 @@ from asrllm.atomic import sync, write_whole
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.init_from import gathered
+from asrllm.models.partitioning import gathered
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
     Manifest,
