@@ -66,7 +66,7 @@ def test_fit_is_the_same_on_two_ranks_with_zero3(world, tmp_path, kind):
     train(world, tmp_path / "two", zero3, launcher="ranks")
     one, again, two = (projector_of(tmp_path / name) for name in ("one", "again", "two"))
     random = train(world, tmp_path / "random", settings | {"model__projector_init": "random"})
-    assert "fitted" not in random.stderr
+    assert "warm start" not in random.stderr
     for name, tensor in one.items():
         assert torch.equal(again[name], tensor), name
     # components have no sign, so the maps are compared and not the weights
@@ -85,23 +85,23 @@ def apply(state, frames):
 
 @pytest.mark.slow
 @pytest.mark.longest(60, reason="trains twice")
-def test_resumed_run_keeps_its_fit_and_has_the_same_losses(world, tmp_path):
+def test_resumed_run_keeps_its_warm_start_and_has_the_same_losses(world, tmp_path):
     exp = tmp_path / "exp"
     done = train(world, exp, ALIGNED)
     assert "held-out" in done.stderr
     whole = losses(exp)
     manifest = json.loads((exp / "checkpoint-4" / "asrllm.json").read_text())
-    fit = manifest["projector_fit"]
+    fit = manifest["warm_start"]
     assert fit["utterances"] + fit["short"] == 60
     assert fit["tokens"] > 5
     assert 0 <= fit["scores"][-1]["top1"] <= fit["scores"][-1]["top5"] <= 1
     shutil.rmtree(exp / "checkpoint-8")
     (exp / "pretrained.pt").unlink()
     resumed = train(world, exp, ALIGNED)
-    assert "fitted" not in resumed.stderr
+    assert "warm start" not in resumed.stderr
     assert losses(exp) == whole
     last = json.loads((exp / "checkpoint-8" / "asrllm.json").read_text())
-    assert last["projector_fit"] == fit
+    assert last["warm_start"] == fit
 
 
 @pytest.mark.slow

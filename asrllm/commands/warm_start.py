@@ -1,4 +1,4 @@
-"""asrllm warm-start: show how well a run's projector can be fitted to its training speech."""
+"""asrllm warm-start: show the quality of a warm start of a run's projector."""
 
 import argparse
 
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def fit_and_show(config: TrainRun) -> None:
-    """Fit the projector of a run, and print the quality of the fit.
+    """Warm-start the projector of a run, and print the quality of the fit.
 
     Raises:
         UserError: init_from is set, whose projector would be used instead.

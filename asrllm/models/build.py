@@ -265,7 +265,7 @@ def build_model(
     model.processor = processor
     model.label_smoothing = label_smoothing
     model.causal_lm.config.asrllm_attention = attention
-    _fit_projector(model)
+    _scale_projector(model)
     loaded = load_initial_weights(model, Path(init_from)) if init_from else set()
     model.freeze(*frozen, patterns=patterns)
     model.inherited = _inherited_names(model, loaded)
@@ -285,16 +285,16 @@ def _check_adapter_biases(model: AsrLlmModel) -> None:
         )
 
 
-def _fit_projector(model: AsrLlmModel) -> None:
+def _scale_projector(model: AsrLlmModel) -> None:
     """Scale the projector's output to the LLM's embeddings, if the projector supports it."""
-    if not hasattr(model.projector.mlp, "fit_embeddings"):
+    if not hasattr(model.projector.mlp, "match_embeddings"):
         return
     table = model.llm.get_input_embeddings()
     count = min(MAX_SAMPLED_EMBEDDINGS, table.num_embeddings)
     with gathered(table.weight), torch.no_grad():
         # the module's output and not its weight: Gemma 3 scales the rows
         embeddings = table(torch.arange(count, device=table.weight.device))
-        model.projector.mlp.fit_embeddings(embeddings)
+        model.projector.mlp.match_embeddings(embeddings)
 
 
 def _inherited_names(model: AsrLlmModel, loaded: set[str]) -> tuple[str, ...]:

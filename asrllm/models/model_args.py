@@ -173,11 +173,11 @@ class ModelConfig:
     projector_hidden_size: PositiveInt = 2048
     """width of the projector's hidden layer"""
     projector_init: Literal["random", "aligned"] = "random"
-    """random | aligned: a least-squares fit of training speech to the LLM's token embeddings, from
-    which training starts (see docs/models.md)"""
+    """random | aligned: a warm start, which fits the projector to training speech and the LLM's
+    token embeddings (see docs/models.md)"""
     projector_init_hours: PositiveFloat = 2.0
-    """hours of speech that aligned reads on all ranks together; 0.1 to 0.5 GB of host memory an
-    hour"""
+    """hours of speech that a warm start reads on all ranks together; 0.1 to 0.5 GB of host memory
+    an hour"""
     audio_encoder_projector_ds_rate: PositiveInt = 8
     """encoder frames that make one token of the LLM"""
     audio_token: str = "<|AUDIO|>"
@@ -212,7 +212,7 @@ class ModelConfig:
             self.projector,
             rate=self.audio_encoder_projector_ds_rate,
             hidden_size=self.projector_hidden_size,
-            aligned=self.projector_init == "aligned",
+            warm_start=self.projector_init == "aligned",
         )
         if self.projector_init == "aligned" and self.projector_hidden_size < 2:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Closed-form initialization of a projector: ridge regression onto the LLM's token embeddings.
+"""Warm start of a projector in closed form: ridge regression onto the LLM's token embeddings.
 
 With random weights, a projector needs most of its first steps until the LLM responds to the audio.
 Here the tokens of a transcript are spread evenly over the utterance's stacked frames (a flat start,

@@ -1,4 +1,4 @@
-"""Read training speech, and start the projector from its closed-form fit (models/warm_start.py)."""
+"""Warm start of a projector: read training speech, and apply the fit of models/warm_start.py."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ MOVED = 0.01  # ratio of moved frames below which the alignments no longer chang
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """The result of a closed-form fit.
+    """The result of a warm start.
 
     Attributes:
         scores: scores of each iteration.
@@ -77,7 +77,7 @@ def warm_start(
 
     Args:
         model: the model with its pretrained parts. Its encoder must not be partitioned yet. Its
-            projector is changed in place, and its `projector_fit` is set.
+            projector is changed in place, and its `warm_start` is set.
         data: the run's data.
         hours: hours of speech to read on all ranks together.
         device: where to compute.
@@ -121,15 +121,15 @@ def warm_start(
         short=short,
         tokens=len(vocabulary),
     )
-    model.projector_fit = result.as_json()
+    model.warm_start = result.as_json()
     return result
 
 
 def describe_warm_start(result: WarmStart) -> str:
-    """Return lines that say how much speech was used for a fit, and how good the fit is."""
+    """Return lines that say how much speech a warm start used, and how good its fit is."""
     lines = [
-        f"projector fitted to {result.utterances} utterances with {result.tokens} different tokens "
-        f"({result.short} too short, {result.unreadable} unreadable)"
+        f"warm start: projector fitted to {result.utterances} utterances with {result.tokens} "
+        f"different tokens ({result.short} too short, {result.unreadable} unreadable)"
     ]
     for number, score in enumerate(result.scores, 1):
         quality = "no utterance is held out"

@@ -26,7 +26,7 @@ class Small(nn.Module):
         self.frozen.requires_grad_(False)
         self.config = SimpleNamespace(base_models={}, prompts=[])
         self.inherited = ()
-        self.projector_fit = None
+        self.warm_start = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.second(torch.tanh(self.first(x.to(self.scale.dtype)))))

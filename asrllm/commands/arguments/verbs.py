@@ -35,7 +35,7 @@ VERBS = {
     "doctor": Verb("check this machine before a training run", add_doctor),
     "shards": Verb("make, index, verify and describe WebDataset shards", add_shards),
     "plan": Verb("show steps, padding and memory by ZeRO stage before a run", add_plan),
-    "warm-start": Verb("show how well the projector can be fitted to speech", add_warm_start),
+    "warm-start": Verb("show the quality of a warm start of the projector", add_warm_start),
     "train": Verb("train a model", add_train),
     "evaluate": Verb("average checkpoints, decode test sets, score them", add_evaluate),
     "transcribe": Verb("transcribe audio files", add_transcribe),

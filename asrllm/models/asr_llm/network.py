@@ -59,7 +59,7 @@ class AsrLlmNetwork(PreTrainedModel):
             Generating text needs it.
         label_smoothing: label smoothing of the loss; it applies in training mode only.
         inherited: names of frozen parameters that are not in a base model.
-        projector_fit: how the projector's initial weights were fitted, or None if they were random.
+        warm_start: result of the projector's warm start, or None if its weights began random.
     """
 
     config_class = AsrLlmConfig
@@ -68,7 +68,7 @@ class AsrLlmNetwork(PreTrainedModel):
     processor: AsrLlmProcessor | None = None
     label_smoothing: float = 0.0
     inherited: tuple[str, ...] = ()
-    projector_fit: dict[str, Any] | None = None
+    warm_start: dict[str, Any] | None = None
 
     def __init__(
         self,

@@ -9,11 +9,11 @@ class Projector(nn.Module):
     """A projector that makes one audio token from `rate` frames.
 
     Attributes:
-        can_be_aligned: whether models/warm_start.py can fit it, which needs the layers of
+        can_warm_start: whether a warm start can set its weights, which needs the layers of
             `MlpProjector` or `NormedProjector`.
     """
 
-    can_be_aligned: ClassVar[bool] = False
+    can_warm_start: ClassVar[bool] = False
 
     def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
         """Build the projector.

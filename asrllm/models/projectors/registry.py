@@ -33,21 +33,21 @@ PROJECTORS: dict[str, type[StackProjector] | type[FrameProjector]] = {
 }
 
 
-def check_projector(kind: str, *, rate: int, hidden_size: int, aligned: bool) -> None:
+def check_projector(kind: str, *, rate: int, hidden_size: int, warm_start: bool) -> None:
     """Check the configuration of a projector.
 
     Args:
         kind: a name in PROJECTORS.
         rate: number of frames that make one audio token.
         hidden_size: width of the projector's hidden layer.
-        aligned: whether models/warm_start.py is to fit it.
+        warm_start: whether training begins with a warm start of it.
 
     Raises:
         UserError: the projector does not support the values.
     """
     PROJECTORS[kind].check_sizes(rate, hidden_size)
-    if aligned and not PROJECTORS[kind].can_be_aligned:
-        able = [name for name, other in PROJECTORS.items() if other.can_be_aligned]
+    if warm_start and not PROJECTORS[kind].can_warm_start:
+        able = [name for name, other in PROJECTORS.items() if other.can_warm_start]
         raise UserError(
             f"model.projector_init=aligned cannot fit model.projector={kind}, because no setting "
             f"of its weights computes a given affine map. Use {' or '.join(able)}, or "

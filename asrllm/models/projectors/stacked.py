@@ -9,7 +9,7 @@ from asrllm.models.projectors.base import StackProjector
 class MlpProjector(StackProjector):
     """Stacked frames, linear, ReLU, linear: the projector of SLAM-ASR (Ma et al., 2024)."""
 
-    can_be_aligned = True
+    can_warm_start = True
 
     def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
         super().__init__(input_size, output_size, rate, hidden_size)
@@ -29,7 +29,7 @@ class NormedProjector(StackProjector):
     within a hundred steps.
     """
 
-    can_be_aligned = True
+    can_warm_start = True
 
     def __init__(self, input_size: int, output_size: int, rate: int, hidden_size: int) -> None:
         super().__init__(input_size, output_size, rate, hidden_size)
@@ -43,7 +43,7 @@ class NormedProjector(StackProjector):
         hidden = F.gelu(self.linear1(self.norm_in(stacked)))
         return self.norm_out(self.linear2(hidden))
 
-    def fit_embeddings(self, embeddings: Tensor) -> None:
+    def match_embeddings(self, embeddings: Tensor) -> None:
         """Set the output's gain to the standard deviation of embeddings (rows, output_size)."""
         nn.init.constant_(self.norm_out.weight, embeddings.float().std().item())
 
@@ -86,6 +86,6 @@ class SwigluProjector(StackProjector):
         hidden = F.silu(self.gate(normalized)) * self.up(normalized)
         return self.norm_out(self.down(hidden))
 
-    def fit_embeddings(self, embeddings: Tensor) -> None:
+    def match_embeddings(self, embeddings: Tensor) -> None:
         """Set the output's gain to the standard deviation of embeddings (rows, output_size)."""
         nn.init.constant_(self.norm_out.weight, embeddings.float().std().item())

@@ -371,7 +371,7 @@ def _load_engine_state(
     """Load weights and optimizer from a checkpoint, after checking that it matches the run."""
     _check_matches_run(engine, config, checkpoint, manifest)
     engine.module.inherited = tuple(manifest["inherited"])
-    engine.module.projector_fit = manifest.get("projector_fit")
+    engine.module.warm_start = manifest.get("warm_start")
     same_ranks = manifest["world_size"] == distributed.world_size()
     with explain_corruption(checkpoint):
         # At stage 0 every rank reads the whole state, whatever their number.

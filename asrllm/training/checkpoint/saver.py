@@ -259,7 +259,7 @@ def make_manifest(
         "running_average": averaged,
         "inherited": list(engine.module.inherited),
         "base_models": description.base_models,
-        "projector_fit": engine.module.projector_fit,
+        "warm_start": engine.module.warm_start,
         "settings": settings,
         "prompts": description.prompts,
     }
