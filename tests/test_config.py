@@ -6,8 +6,8 @@ from typing import Annotated
 import pytest
 from pydantic import Strict
 
+from asrllm.commands.arguments.configured import help_text
 from asrllm.commands.evaluate import EvaluationRun
-from asrllm.conf import help_text
 from asrllm.conf.pages import pages
 from asrllm.conf.write import yaml_files
 from asrllm.errors import UserError
