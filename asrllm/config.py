@@ -19,6 +19,7 @@ from asrllm.text_files import JsonObject, read_yaml, yaml_problem
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+SWEEP_PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/submitit_")  # of the extra `sweep`
 PACKAGED = Path(__file__).parent / "conf"
 
 
@@ -76,6 +77,10 @@ def _file_error(cause: BaseException, config_dir: str | None) -> UserError | Non
             "'model: default', 'data: default' and 'trainer: default' instead."
         )
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+        if str(cause.missing_cfg_file).startswith(SWEEP_PLUGINS):
+            return UserError(
+                f"{cause.missing_cfg_file} is not installed. Run: pip install 'asrllm[sweep]'"
+            )
         options = ", ".join(cause.options or ()) or "none"
         return UserError(
             f"the configuration file {str(cause.missing_cfg_file) + '.yaml'!r} does not exist. "

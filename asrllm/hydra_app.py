@@ -33,6 +33,7 @@ from asrllm.text_files import JsonObject
 
 T = TypeVar("T")
 
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # takes every value
 # Without these Hydra writes a directory and a log file for each run. Ours are in exp_dir.
 DEFAULTS = (
     "hydra.run.dir=.",
@@ -75,7 +76,9 @@ def run_app(
                 check_exp_dirs(config, overrides)
             values = resolved(config)
             check_not_of_training(values, cls, name)
-            return task(build(cls, values))
+            result = task(build(cls, values))
+            check_result(result)
+            return result
         except (Exception, SystemExit) as error:
             if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
                 raise
@@ -100,12 +103,30 @@ def run_app(
     except UserError:
         raise
     except Exception as error:  # from Hydra, OmegaConf or PyYAML; `failures` has the task's own
-        raise composition_error(error, overrides, all_keys(cls), arguments.config_dir) from error
-    except SystemExit as exit_:  # Hydra exits if --package has no value
+        if not failures:  # otherwise a sweeper had no result to report
+            raise composition_error(
+                error, overrides, all_keys(cls), arguments.config_dir
+            ) from error
+    except SystemExit as exit_:
+        if arguments.package is None:
+            raise
+        # Hydra exits if the package has no value
         raise package_error(arguments.package, all_keys(cls)) from exit_
     if failures:
         # removed from the list, which would keep the frames of the task and their objects alive
         raise failures.pop()
+
+
+def check_result(result: object) -> None:
+    """Raise UserError if a job of a sweep has no number, from which the sweeper would choose."""
+    config = HydraConfig.get()
+    chooses = config.mode == RunMode.MULTIRUN and config.sweeper["_target_"] != BASIC_SWEEPER
+    if chooses and result is None:
+        raise UserError(
+            f"hydra/sweeper={HydraConfig.get().runtime.choices['hydra/sweeper']} needs a "
+            "validation loss of every job, and this one has none. Set data.valid_data_config, and "
+            "trainer.valid_every to at most trainer.num_steps."
+        )
 
 
 def check_hydra_options(arguments: argparse.Namespace) -> None:

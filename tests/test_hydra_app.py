@@ -262,6 +262,69 @@ def test_first_failure_stops_a_sweep():
     assert found == [3]
 
 
+@pytest.mark.slow
+def test_sweeper_gets_the_number_of_each_job_and_writes_the_best(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    found = []
+
+    def loss(config):
+        found.append(config.trainer.lr)
+        return (config.trainer.lr - 0.5) ** 2
+
+    sweep = optuna_sweep(tmp_path, "trainer.lr=interval(0.1,1.0)")
+    run_app("train", parse(sweep), TrainRun, loss, own_exp_dirs=True)
+    best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    assert len(set(found)) == 3
+    assert best["best_params"]["trainer.lr"] == min(found, key=lambda lr: abs(lr - 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choices", "result", "named"),
+    [("-1,-2", 1.0, r"trainer\.lr=-[12]\b"), ("1,2", None, r"data\.valid_data_config")],
+)
+def test_job_without_a_number_stops_a_sweep_with_its_error(tmp_path, choices, result, named):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    found = []
+
+    def task(config):
+        found.append(config)
+        return result
+
+    sweep = optuna_sweep(tmp_path, f"trainer.lr=choice({choices})")
+    with pytest.raises(UserError, match=named):
+        run_app("train", parse(sweep), TrainRun, task, own_exp_dirs=True)
+    assert len(found) <= 1
+
+
+def optuna_sweep(folder, *words):
+    """Return the command line of a sweep with three trials."""
+    trials = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    folders = ["exp_dir='e/${hydra:job.num}'", f"hydra.sweep.dir={folder}"]
+    return ["train", "-m", *GIVEN, *trials, *folders, *words]
+
+
+def test_plugin_that_is_not_installed_is_named_with_its_extra():
+    with pytest.raises(UserError, match=r"asrllm\[sweep\]"):
+        jobs("-m", *GIVEN, "exp_dir='e/${hydra:job.num}'", "hydra/launcher=submitit_other")
+
+
+@pytest.mark.slow
+@pytest.mark.longest(60, reason="trains in two processes of a launcher")
+def test_launcher_trains_in_processes_of_its_own(world, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    keys = world.overrides(tmp_path / "unused", trainer__num_steps=1)
+    keys = [key for key in keys if not key.startswith("exp_dir=")]
+    folder = f"exp_dir='{tmp_path}/${{hydra:job.num}}'"
+    launcher = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path / 'out'}"]
+    assert_done(run_script("train", "-m", *keys, folder, *launcher, "seed=1,2"))
+    for number in range(2):
+        assert (tmp_path / str(number) / "pretrained.pt").is_file()
+    failed = run_script("train", "-m", *keys, folder, *launcher, "trainer.lr=-1")
+    assert failed.returncode == 2
+    assert "trainer.lr=-1" in failed.stderr.splitlines()[-1]
+
+
 def test_hydra_keys_have_an_effect(tmp_path):
     job(*GIVEN, f"hydra.run.dir={tmp_path / 'out'}", "hydra.output_subdir=.hydra", "trainer.lr=3")
     stored = yaml.safe_load((tmp_path / "out" / ".hydra" / "config.yaml").read_text())
