@@ -95,23 +95,40 @@ def run_app(
         accepted = overrides
     given = [*hydra_options(arguments), *DEFAULTS, *accepted]
     app = hydra.main(version_base="1.3", config_path="pkg://asrllm.conf", config_name=name)(run_job)
-    try:
+    with explained_errors(arguments, overrides, all_keys(cls), failures):
         if own_exp_dirs and arguments.multirun:
             check_given_exp_dir(overrides)
         with command_line([sys.argv[0], *given]), replaced_message(arguments.package):
             app()
+
+
+@contextlib.contextmanager
+def explained_errors(
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
+    known: Collection[str],
+    failures: list[BaseException],
+) -> Iterator[None]:
+    """Explain errors of Hydra, OmegaConf and PyYAML in the block, and raise the task's own.
+
+    Args:
+        arguments: arguments from a parser with `add_overrides`.
+        overrides: overrides of the command line.
+        known: the keys of the configuration.
+        failures: the errors of the task, which are added inside the block.
+    """
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # from Hydra, OmegaConf or PyYAML; `failures` has the task's own
+    except Exception as error:
         if not failures:  # otherwise a sweeper had no result to report
-            raise composition_error(
-                error, overrides, all_keys(cls), arguments.config_dir
-            ) from error
+            raise composition_error(error, overrides, known, arguments.config_dir) from error
     except SystemExit as exit_:
         if arguments.package is None:
             raise
         # Hydra exits if the package has no value
-        raise package_error(arguments.package, all_keys(cls)) from exit_
+        raise package_error(arguments.package, known) from exit_
     if failures:
         # removed from the list, which would keep the frames of the task and their objects alive
         raise failures.pop()
@@ -123,7 +140,7 @@ def check_result(result: object) -> None:
     chooses = config.mode == RunMode.MULTIRUN and config.sweeper["_target_"] != BASIC_SWEEPER
     if chooses and result is None:
         raise UserError(
-            f"hydra/sweeper={HydraConfig.get().runtime.choices['hydra/sweeper']} needs a "
+            f"hydra/sweeper={config.runtime.choices['hydra/sweeper']} needs a "
             "validation loss of every job, and this one has none. Set data.valid_data_config, and "
             "trainer.valid_every to at most trainer.num_steps."
         )

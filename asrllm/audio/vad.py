@@ -14,7 +14,7 @@ from asrllm.errors import UserError
 
 FRAME = 512  # samples at 16 kHz
 CONTEXT = 64  # samples before a frame that Silero's network also receives
-GROUP = 256  # frames in one forward pass
+FRAMES_AT_ONCE = 256  # frames in one forward pass
 QUIETEST = -90.0  # dB relative to full scale
 INSTALL_SILERO = "Run pip install 'silero-vad>=6.2.3,<7', or use --no-vad."
 
@@ -129,7 +129,7 @@ class _FramewiseDetector:
     the sizes of the blocks.
     """
 
-    def __init__(self, *, group: int = GROUP) -> None:
+    def __init__(self, *, group: int = FRAMES_AT_ONCE) -> None:
         """
         Args:
             group: frames of a group. Small groups give results earlier, and are slower.
@@ -163,7 +163,7 @@ class _FramewiseDetector:
 class Silero(_FramewiseDetector):
     """Speech probabilities from Silero's network. Create one per file: it is stateful."""
 
-    def __init__(self, network: SileroNetwork, *, group: int = GROUP) -> None:
+    def __init__(self, network: SileroNetwork, *, group: int = FRAMES_AT_ONCE) -> None:
         super().__init__(group=group)
         self.network = network
         self._context: np.ndarray = np.zeros(CONTEXT, np.float32)

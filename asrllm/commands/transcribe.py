@@ -39,7 +39,7 @@ from asrllm.progress import ProgressBar, waiting
 # Seconds of the longest segment; the model may support less.
 LONGEST_WITH_VAD = 28.0
 LONGEST_WITHOUT_VAD = 30.0
-SHORTEST = 2.0  # a segment may always be this many seconds long, whatever the training data was
+SHORTEST_LIMIT = 2.0  # seconds that a segment may always have, whatever the training data was
 
 logger = logging.getLogger(__name__)
 
@@ -179,12 +179,12 @@ def segment_seconds(arguments: argparse.Namespace, config: AsrLlmConfig) -> floa
     requested = arguments.max_segment
     if requested is None:
         return _default_segment_seconds(trained, vad=arguments.vad)
-    if not SHORTEST <= requested <= LONGEST_WITHOUT_VAD:
+    if not SHORTEST_LIMIT <= requested <= LONGEST_WITHOUT_VAD:
         raise UserError(
             f"--max-segment {requested:g} is out of range. "
-            f"Use a value from {SHORTEST:g} to {LONGEST_WITHOUT_VAD:g} seconds."
+            f"Use a value from {SHORTEST_LIMIT:g} to {LONGEST_WITHOUT_VAD:g} seconds."
         )
-    if trained is not None and requested > max(trained, SHORTEST):
+    if trained is not None and requested > max(trained, SHORTEST_LIMIT):
         logger.warning(
             "--max-segment %g is longer than the training utterances (%g s). The model may omit "
             "words.",
@@ -202,7 +202,7 @@ def _default_segment_seconds(trained: float | None, *, vad: bool) -> float:
     longest = LONGEST_WITH_VAD if vad else LONGEST_WITHOUT_VAD
     if trained is None:
         return longest
-    return min(longest, max(trained, SHORTEST))
+    return min(longest, max(trained, SHORTEST_LIMIT))
 
 
 def make_segmentation(arguments: argparse.Namespace, config: AsrLlmConfig) -> Segmentation:

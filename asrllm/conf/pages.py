@@ -56,7 +56,7 @@ def pages() -> dict[Path, str]:
 
 
 def _with_table(match: re.Match[str]) -> str:
-    table = TABLES[match["name"]]()
+    table = GENERATED_TABLES[match["name"]]()
     return "\n".join([match["begin"].rstrip("\n"), "", *table, "", match["end"]])
 
 
@@ -334,7 +334,7 @@ def code_list(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-TABLES = {
+GENERATED_TABLES = {
     "corpus_keys": corpus_table,
     "sources": source_table,
     "sample_fields": sample_field_table,

@@ -22,7 +22,7 @@ APE_HEADER = 32  # bytes
 CERTAIN = 4  # consecutive frames that are not there by chance
 LARGEST_GAP = 2048  # bytes between two MP3s in one file
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")  # names of the frame that counts the others
-LAYER = 6  # its bits in the second byte of a frame of MPEG audio
+LAYER_BITS = 6  # its bits in the second byte of a frame of MPEG audio
 MP3_RATES = (44100, 48000, 32000)  # Hz, of MPEG 1
 BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 1, II": (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -79,7 +79,7 @@ FIRST_TWO: np.ndarray = np.zeros(1 << 16, bool)
 FIRST_TWO[[int.from_bytes(magic[:2], "little") for magic in BEGINNINGS]] = True
 UNKNOWN_SIZE = 0x7FFF0000  # bytes; headers of streams of unknown length promise at least this much
 SEARCHED = 1 << 20  # bytes that are searched at a time
-SHORTEST = 256  # bytes before a second recording
+SHORTEST_RECORDING = 256  # bytes before a second recording
 LARGEST_PADDING = 640  # samples, two blocks of GSM 06.10: libsndfile may write an empty one
 W64_FIRST = 40  # bytes before the first chunk of a Wave64 file
 W64_GUID = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"  # end of its chunks' names
@@ -171,10 +171,10 @@ def stream_problem(content: Buffer) -> str:
 
 def _size_of_same_layer(content: Buffer, begin: int) -> Callable[[Buffer, int], int]:
     """Return `mp3_frame_size` for frames of the layer of the first one: decoders skip others."""
-    first = content[begin + 1] & LAYER
+    first = content[begin + 1] & LAYER_BITS
 
     def size(content: Buffer, offset: int) -> int:
-        is_same = content[offset + 1] & LAYER == first
+        is_same = content[offset + 1] & LAYER_BITS == first
         return mp3_frame_size(content, offset) if is_same else 0
 
     return size
@@ -237,7 +237,7 @@ def find_second_recording(content: Buffer) -> int | None:
     within = WITHIN.get(first, ())
     if first[:1] == b"\xff":  # frames of MP3 or AAC, between which tags may be
         within = ID3
-    for place in _places_to_check(content, begin + SHORTEST):
+    for place in _places_to_check(content, begin + SHORTEST_RECORDING):
         magic = content[place : place + 4]
         if magic in within or magic not in BEGINNINGS:
             continue

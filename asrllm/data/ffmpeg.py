@@ -25,7 +25,7 @@ CONTAINERS = (
     *("rm", "sbc", "shn", "sox", "tak", "truehd", "tta", "voc", "w64", "wav", "wv", "xwma"),
 )
 SELF_CONTAINED = (*LOCAL_ONLY, "-format_whitelist", ",".join(CONTAINERS))
-PROBE_SECONDS = 60  # how long ffprobe may take
+FFPROBE_SECONDS = 60  # how long ffprobe may take
 # what ffmpeg 5, 6 and 7 write about a packet that is corrupted
 NOT_DECODED = (
     *("Error while decoding", "Error submitting packet", "CRC error", "CRC mismatch"),
@@ -77,10 +77,10 @@ def _probe(file: AudioFile) -> JsonObject:
                 capture_output=True,
                 stdin=subprocess.DEVNULL,
                 check=False,
-                timeout=PROBE_SECONDS,
+                timeout=FFPROBE_SECONDS,
             )
         except subprocess.TimeoutExpired as error:
-            problem = f"cannot be read within {PROBE_SECONDS} s by ffprobe. Convert it to WAV."
+            problem = f"cannot be read within {FFPROBE_SECONDS} s by ffprobe. Convert it to WAV."
             raise file.error(problem) from error
     if done.returncode:
         return {}

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from asrllm.doctor.findings import Finding, ok, problem, warning
+from asrllm.doctor.system import GIB
 from asrllm.models.attention import backends
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CPU_INFO = Path("/proc/cpuinfo")
 # flags of CPUs that multiply bfloat16: of x86, and of ARM
 BF16_FLAGS = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
-GIB = 1 << 30
 
 
 def check_devices(environment: Mapping[str, str] = os.environ) -> list[Finding]:

@@ -18,7 +18,7 @@ from asrllm.progress import waiting
 from asrllm.text_files import check_file, first_words
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
-PREFIX = "sha256:"
+HASH_PREFIX = "sha256:"
 CACHED_ABOVE = 1 << 26  # bytes; a smaller file is read as fast as its cache entry
 NOT_DOWNLOADED = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 
@@ -35,7 +35,7 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in pretrained_weight_files(path):
         digest.update(f"{file.name} {_content_sha256(file)}\n".encode())
-    return PREFIX + digest.hexdigest()
+    return HASH_PREFIX + digest.hexdigest()
 
 
 def _content_sha256(file: Path) -> str:
@@ -154,7 +154,7 @@ def check_fingerprint(part: str, path: str | Path, expected: str) -> None:
     """Raise UserError unless the pretrained model at `path` is the one used in training."""
     found = fingerprint(path)
     if found != expected:
-        shown = [text.removeprefix(PREFIX)[:12] for text in (found, expected)]
+        shown = [text.removeprefix(HASH_PREFIX)[:12] for text in (found, expected)]
         raise UserError(
             f"the {part} at {str(path)!r} is not the one that this model was trained on: its "
             f"weights have the SHA-256 {shown[0]}..., expected {shown[1]}.... Give the one used in "

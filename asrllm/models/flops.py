@@ -64,7 +64,7 @@ PEAK_TFLOPS = {
     "MI300X": 1307,
 }
 Encoder = WhisperEncoder | ZipformerEncoder | HfEncoder
-PROBE_SECONDS = (10, 20)  # of audio, with which an encoder of transformers is measured
+MEASURED_SECONDS = (10, 20)  # of audio, with which an encoder of transformers is measured
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -171,7 +171,7 @@ def hf_flops(encoder: HfEncoder) -> tuple[float, float]:
     values = {"config": encoder.config}
     width, hop = HfEncoder.feature_shape(values)
     measured: list[tuple[int, int]] = []
-    for seconds in PROBE_SECONDS:
+    for seconds in MEASURED_SECONDS:
         samples = seconds * RATE
         length = WHISPER_30S if encoder.pad_to_30s else samples // hop
         counter = FlopCounterMode(display=False)

@@ -34,6 +34,7 @@ from asrllm.text_files import (
 )
 
 # Files that transformers reads as JSON objects. It ignores some of them if they are corrupted.
+DOWNLOAD_AGAIN = "Download it again."
 CORRECT_CONFIG = "Correct it, or download it again."
 JSON_FILES = (
     "config.json",

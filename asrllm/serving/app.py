@@ -166,7 +166,7 @@ def _add_status(app: FastAPI, models: Models) -> None:
         status = 503 if models.queue.is_full() else 200
         return JSONResponse({"status": "full" if status == 503 else "ok"}, status)
 
-    @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
+    @app.get("/metrics", response_class=Response, responses=openapi.METRIC_RESPONSES)
     def metrics() -> Response:
         return Response(models.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -11,7 +11,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
-FIELDS = frozenset(
+REQUEST_FIELDS = frozenset(
     {
         "file",
         "model",
@@ -43,7 +43,7 @@ class TranscriptionFields:
     """The fields of a request for a transcription."""
 
     task = "transcribe"
-    supported = FIELDS
+    supported = REQUEST_FIELDS
 
     def __init__(
         self,

@@ -73,6 +73,6 @@ READINESS: Responses = {
     }
     for status, description in ((200, "There is room."), (503, "The queue is full."))
 }
-METRICS: Responses = {
+METRIC_RESPONSES: Responses = {
     200: {"description": "Metrics for Prometheus.", "content": {"text/plain": _TEXT}}
 }

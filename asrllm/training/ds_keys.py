@@ -119,7 +119,7 @@ MODELS: dict[str, type[BaseModel]] = {
 # of blocks within those for which DeepSpeed has no pydantic model
 NESTED_MODELS: dict[str, type[BaseModel]] = {"timers.throughput": DeepSpeedThroughputTimerConfig}
 MASTER_WEIGHTS = "Remove it: checkpoints have master weights and optimizer states in float32."
-UNREADABLE = "Remove it: its checkpoints could not be read again."
+NOT_READ_AGAIN = "Remove it: its checkpoints could not be read again."
 IN_BACKGROUND = "Remove it, and set trainer.background_checkpoints=true."
 ANY_PROCESSES = "Remove it: a run resumes on any number of processes without it."
 SET_PRECISION = "Remove it, and set trainer.precision."
@@ -157,8 +157,8 @@ UNSUPPORTED = {
     "zero_optimization.legacy_stage1": "Remove it.",
     "zero_optimization.module_granularity_threshold": "Remove it.",
     "zero_optimization.offload_optimizer.super_offload": "Remove it.",
-    "zero_optimization.parameter_alignment": UNREADABLE,
-    "zero_optimization.round_robin_gradients": UNREADABLE,
+    "zero_optimization.parameter_alignment": NOT_READ_AGAIN,
+    "zero_optimization.round_robin_gradients": NOT_READ_AGAIN,
     "zero_optimization.stage3_module_granularity_threshold": "Remove it.",
     "zero_optimization.zenflow": "Remove it.",
     # options of ZeRO++, which no run of this project has used yet

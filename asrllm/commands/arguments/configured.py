@@ -10,7 +10,7 @@ from asrllm.errors import nearest
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
 KEYS_TITLE = "keys, defaults and meanings:"  # precedes the keys of a configuration in the help
 HYDRA_TITLE = "Hydra's options, see https://hydra.cc"
-PARTS = ("job", "hydra", "all")  # of the configuration, for --cfg
+CONFIGURATION_PARTS = ("job", "hydra", "all")  # of the configuration, for --cfg
 OTHER_OPTIONS = {  # of Hydra, and what to use instead
     "--config-path": "--config-dir DIR",
     "-cp": "--config-dir DIR",
@@ -85,7 +85,7 @@ def add_hydra_options(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--cfg",
         type=configuration_part,
-        metavar="{" + ",".join(PARTS) + "}",
+        metavar="{" + ",".join(CONFIGURATION_PARTS) + "}",
         help="print the configuration and exit",
     )
     options.add_argument("-p", "--package", metavar="KEY", help="with --cfg: print this part only")
@@ -103,10 +103,11 @@ def configuration_part(text: str) -> str:
     """Return the argument of --cfg.
 
     Raises:
-        argparse.ArgumentTypeError: it is none of PARTS.
+        argparse.ArgumentTypeError: it is none of CONFIGURATION_PARTS.
     """
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown. {nearest(text, PARTS)}")
+    if text not in CONFIGURATION_PARTS:
+        fix = nearest(text, CONFIGURATION_PARTS)
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown. {fix}")
     return text
 
 

@@ -9,7 +9,7 @@ from asrllm.text_files import missing_problem
 
 ROLE = "the manifest"
 # fields by which the rows of a manifest differ from those of the other kinds
-FIELDS = {
+FIELDS_OF_FORMATS = {
     "cuts": ("type", "supervisions"),
     "nemo": ("audio_filepath",),
     "wenet": ("wav", "txt"),
@@ -45,7 +45,7 @@ def detect_source(path: Path) -> str:
 def _kind_of_row(path: Path) -> str:
     """Return the kind of a manifest by the first row that can be parsed."""
     row = next((row for _, row in json_rows(path, ROLE) if not isinstance(row, RejectedError)), {})
-    for name, fields in FIELDS.items():
+    for name, fields in FIELDS_OF_FORMATS.items():
         if all(field in row for field in fields):
             return name
     if any(field in row for field in SWIFT_FIELDS):

@@ -30,7 +30,7 @@ from asrllm.errors import UserError
 from asrllm.text_files import missing_problem, read_text
 
 ROLE = "the table"
-TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
+METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 AUDIO_COLUMNS = (
     "file_name",
     "path",
@@ -88,7 +88,7 @@ def count_folder(folder: str | Path, *, table: str | Path | None = None) -> int 
 def _find_table(folder: Path, table: str | Path | None) -> Path | None:
     if table:
         return Path(table)
-    for name in TABLES:
+    for name in METADATA_NAMES:
         if (folder / name).exists():
             return folder / name
     return None
@@ -101,7 +101,7 @@ def _from_text_files(folder: Path) -> Iterator[Utterance]:
     files, skipped = list_audio(folder)
     if not files:
         raise UserError(
-            f"{str(folder)!r} has neither {' nor '.join(TABLES)} nor an audio file "
+            f"{str(folder)!r} has neither {' nor '.join(METADATA_NAMES)} nor an audio file "
             f"({', '.join(FORMATS)}, m4a, ...). Set the table with --table FILE."
         )
     warn_of_skipped(folder, skipped)

@@ -10,7 +10,7 @@ from asrllm.models.state_dict import StateDict, plain_name
 from asrllm.tensor_files import write_file
 
 ADAPTER = "adapter"  # subdirectory of a saved model
-PREFIX = "base_model.model."  # begins the names of weights in PEFT's files
+PEFT_PREFIX = "base_model.model."  # begins the names of weights in PEFT's files
 
 
 def check_separable(model: AsrLlmNetwork) -> None:
@@ -38,7 +38,7 @@ def write_adapter(model: AsrLlmNetwork, folder: Path) -> None:
     folder.mkdir()
     state: StateDict = {}
     for name, tensor in get_peft_model_state_dict(model.llm, save_embedding_layers=False).items():
-        state[f"{PREFIX}llm.{name.removeprefix(PREFIX)}"] = tensor
+        state[f"{PEFT_PREFIX}llm.{name.removeprefix(PEFT_PREFIX)}"] = tensor
     write_file(weight_source(state, {}), folder / "adapter_model.safetensors")
     config = copy.deepcopy(model.llm.peft_config["default"])
     # the whole model has more layers with such names, in the encoder

@@ -13,7 +13,7 @@ from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, check_numbers
 from asrllm.models.encoders.hf_families import HF_PARTS, HfFamily, feature_sizes, hf_family
 from asrllm.models.encoders.zipformer.weights import load_tensors
 from asrllm.models.fingerprint import pretrained_weight_files
-from asrllm.models.hub_files import check_kind, check_not_quantized
+from asrllm.models.hub_files import DOWNLOAD_AGAIN, check_kind, check_not_quantized
 from asrllm.models.plain_tensors import open_tensors
 from asrllm.models.state_dict import StateDict
 from asrllm.text_files import JsonObject, read_json_object, reading
@@ -45,8 +45,7 @@ OLD_NAMES = {
     ".weight_g": ".parametrizations.weight.original0",
     ".weight_v": ".parametrizations.weight.original1",
 }
-LAYER = re.compile(r"(?:encoder\.)?layers\.(\d+)\.")
-AGAIN = "Download it again."
+LAYER_NAME = re.compile(r"(?:encoder\.)?layers\.(\d+)\.")
 
 
 def read_hf(path: str) -> tuple[JsonObject, StateDict]:
@@ -83,11 +82,11 @@ def _read_config(folder: Path) -> JsonObject:
     if part is not None:
         inner = config.get(part)
         if not isinstance(inner, dict):
-            raise UserError(f"{str(path)!r} has no {part!r}. {AGAIN}")
+            raise UserError(f"{str(path)!r} has no {part!r}. {DOWNLOAD_AGAIN}")
         config = inner
     hf_family_at(config, folder)
     config = _without_vocabulary(config)
-    fix = f"Correct it. {AGAIN}"
+    fix = f"Correct it. {DOWNLOAD_AGAIN}"
     check_numbers(config, MAX_ENCODER_NUMBER, f"{str(path)!r}: ", fix)
     with reading(path, "the encoder's configuration", fix):
         fields = AutoConfig.for_model(**config).to_dict()
@@ -195,7 +194,7 @@ def _present_name(name: str) -> str:
 
 def _check_layers(config: JsonObject, state: dict[str, Tensor], folder: Path) -> None:
     """Check the number of layers before a model is built: a million layers take minutes."""
-    layers = {int(m[1]) for name in state if (m := LAYER.match(name.removeprefix("model.")))}
+    layers = {int(m[1]) for name in state if (m := LAYER_NAME.match(name.removeprefix("model.")))}
     for field in ("encoder_num_hidden_layers", "encoder_layers", "num_hidden_layers"):
         if field in config:
             if len(layers) != config[field]:

@@ -14,12 +14,11 @@ from asrllm.defaults import ENCODER_KEY
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.encoders.zipformer.weights import load_tensors
-from asrllm.models.hub_files import check_kind, check_not_quantized
+from asrllm.models.hub_files import DOWNLOAD_AGAIN, check_kind, check_not_quantized
 from asrllm.models.plain_tensors import load_plain_tensors, open_tensors
 from asrllm.models.state_dict import StateDict, check_stored_values
 from asrllm.text_files import JsonObject, read_json_object
 
-AGAIN = "Download it again."
 WHISPER_FIELDS = (
     "num_mel_bins",
     "d_model",
@@ -78,7 +77,7 @@ def read_whisper(path: Path) -> tuple[JsonObject, StateDict]:
 def read_openai(file: Path) -> tuple[JsonObject, StateDict]:
     """Read OpenAI's .pt file. See `read_whisper`."""
     # mapped into memory, because the decoder is most of the file
-    content = load_plain_tensors(file, f"{ENCODER_KEY}={str(file)!r}", AGAIN, mapped=True)
+    content = load_plain_tensors(file, f"{ENCODER_KEY}={str(file)!r}", DOWNLOAD_AGAIN, mapped=True)
     dims = None
     state = None
     if isinstance(content, dict):
@@ -91,7 +90,9 @@ def read_openai(file: Path) -> tuple[JsonObject, StateDict]:
         )
     for name in DIMS.values():
         if name not in dims:
-            raise UserError(f"{ENCODER_KEY}={str(file)!r} has no {name!r} in its 'dims'. {AGAIN}")
+            raise UserError(
+                f"{ENCODER_KEY}={str(file)!r} has no {name!r} in its 'dims'. {DOWNLOAD_AGAIN}"
+            )
     fields = {field: dims[name] for field, name in DIMS.items()}
     check_sizes(fields, f"{str(file)!r}: ")
     fields["encoder_ffn_dim"] = 4 * fields["d_model"]
@@ -165,7 +166,7 @@ def read_directory(folder: Path) -> tuple[JsonObject, StateDict]:
     state = _read_encoder(folder)
     for field in WHISPER_FIELDS:
         if field not in config:
-            raise UserError(f"{str(path)!r} has no {field!r}. {AGAIN}")
+            raise UserError(f"{str(path)!r} has no {field!r}. {DOWNLOAD_AGAIN}")
     fields = {field: config[field] for field in WHISPER_FIELDS}
     check_sizes(fields, f"{str(path)!r}: ")
     _check_last_layer(fields, state, path)
@@ -193,7 +194,7 @@ def _read_encoder(folder: Path) -> StateDict:
     if not state:
         raise UserError(
             f"{ENCODER_KEY}={str(folder)!r} has no weights of an encoder (no key starts with "
-            f"'model.encoder.'). {AGAIN}"
+            f"'model.encoder.'). {DOWNLOAD_AGAIN}"
         )
     return state
 
@@ -228,7 +229,7 @@ def whisper_weight_files(folder: Path) -> list[Path]:
             return found
     raise UserError(
         f"{ENCODER_KEY}={str(folder)!r} has no weights (none of {', '.join(WHISPER_PATTERNS)}). "
-        f"{AGAIN}"
+        f"{DOWNLOAD_AGAIN}"
     )
 
 

@@ -9,7 +9,7 @@ from asrllm.defaults import RATE
 from asrllm.evaluation.transcription import Segmentation
 from asrllm.serving.realtime.events import PCM_RATE, ServerVad
 
-GROUP = 4  # frames whose speech probabilities are computed together, 128 ms
+LIVE_FRAMES_AT_ONCE = 4  # frames whose speech probabilities are computed together, 128 ms
 
 
 class AudioBuffer:
@@ -28,7 +28,7 @@ class AudioBuffer:
         self.offset = offset
         self.samples = 0  # that were pushed, at RATE
         self.resampler = soxr.ResampleStream(PCM_RATE, RATE, 1, dtype="float32")
-        detector = segmentation.detector(group=GROUP)
+        detector = segmentation.detector(group=LIVE_FRAMES_AT_ONCE)
         segmenter = _segmenter(shortest, segmentation.longest, turns)
         self.cutter = SegmentCutter(detector, segmenter)
 

@@ -11,7 +11,7 @@ from asrllm.serving.api_errors import ApiError
 from asrllm.serving.fields import MAX_TEXT
 
 PCM_RATE = 24000  # Hz of the audio of a client
-SHOWN = 100  # characters of an invalid value in an error message
+SHOWN_LENGTH = 100  # characters of an invalid value in an error message
 
 
 class _EventModel(BaseModel):
@@ -179,7 +179,7 @@ def parse_message(text: str | None) -> dict[str, Any]:
     try:
         message = json.loads(text)
     except (ValueError, RecursionError) as error:
-        problem = f"the event is not valid JSON: {str(error)[:SHOWN]}. Send a JSON object."
+        problem = f"the event is not valid JSON: {str(error)[:SHOWN_LENGTH]}. Send a JSON object."
         raise ApiError(400, problem, code="invalid_json") from error
     if not isinstance(message, dict):
         problem = f"the event {_shorten(message)} is not an object. Send a JSON object."
@@ -188,11 +188,11 @@ def parse_message(text: str | None) -> dict[str, Any]:
 
 
 def _shorten(value: object) -> str:
-    return repr(value)[:SHOWN]
+    return repr(value)[:SHOWN_LENGTH]
 
 
 def _invalid(error: ValidationError, prefix: str = "") -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
-    field = prefix + ".".join(map(str, first["loc"]))[:SHOWN]
+    field = prefix + ".".join(map(str, first["loc"]))[:SHOWN_LENGTH]
     problem = f"the field {field!r} is invalid: {first['msg']}. Correct it."
     return ApiError(400, problem, param=field, code=first["type"])

@@ -14,7 +14,7 @@ from asrllm.collator.loader import LoadedStep
 from asrllm.errors import UserError
 from asrllm.training.trainer import Callback, Trainer
 
-SHOWN = 200  # characters of a value in the error message
+SHOWN_OF_VALUES = 200  # characters of a value in the error message
 Signature = dict[str, object]  # what must be the same on all ranks, by description
 
 
@@ -87,7 +87,8 @@ def check_same(when: str, everywhere: Sequence[Signature]) -> None:
             ranks.setdefault(str(values.get(what)), []).append(rank)
         if len(ranks) > 1:
             found = [
-                f"{value[:SHOWN]} on rank {', '.join(map(str, ranks[value]))}" for value in ranks
+                f"{value[:SHOWN_OF_VALUES]} on rank {', '.join(map(str, ranks[value]))}"
+                for value in ranks
             ]
             differences.append(f"{what}: {'; '.join(found)}")
     if differences:

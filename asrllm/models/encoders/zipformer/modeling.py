@@ -45,7 +45,7 @@ from asrllm.models.encoders.zipformer.weights import read_zipformer, without_dea
 from asrllm.text_files import JsonObject
 
 MIN_FRAMES = 9  # feature frames that the front end's convolutions need for one frame of output
-SHORTEST = MIN_FRAMES * KALDI_HOP - KALDI_HOP // 2  # samples
+SHORTEST_INPUT = MIN_FRAMES * KALDI_HOP - KALDI_HOP // 2  # samples
 MAX_SECONDS = 3600  # the model itself has no limit but memory
 PRETRAINED_BATCHES = 100_000  # beyond the end of all schedules, which is where fine-tuning starts
 WARM_UP = 4000  # batches during which layers cease to be skipped, from the first layer to the last
@@ -70,7 +70,7 @@ class ZipformerEncoder(ExtractsFeatures):
         super().__init__()
         self.config = config
         self.output_dim = max(config.encoder_dim)
-        self.shortest = SHORTEST
+        self.shortest = SHORTEST_INPUT
         self.isolate = isolate
         self.first_batch = 0
         self.features = KaldiFeatures(config.feature_dim)
@@ -189,7 +189,7 @@ class ZipformerEncoder(ExtractsFeatures):
     @staticmethod
     def sample_limits(values: JsonObject) -> tuple[int, int]:
         """See AudioEncoder."""
-        return SHORTEST, MAX_SECONDS * RATE
+        return SHORTEST_INPUT, MAX_SECONDS * RATE
 
     @staticmethod
     def read_pretrained(path: str) -> tuple[JsonObject, dict[str, Tensor]]:
