@@ -207,7 +207,7 @@ def train(paths: Paths) -> None:
         f"data.valid_data_config={paths.work / 'valid.yaml'}",
         "data.augment.speed=[0.9,1.0,1.1]",
         "data.filter.min_duration=0.1",
-        "data.sampler.max_tokens=700",
+        "data.sampler.max_tokens=500",
         "data.sampler.max_utterances=32",
         "data.num_workers=1",
         f"prompt_file={HERE / 'prompts.txt'}",
