@@ -49,19 +49,16 @@ class RaiseOnInterrupt:
 
 
 def exit_interrupted(number: int, frame: "FrameType | None") -> None:
-    """Report the interruption and end this process by SIGINT.
+    """Report the interruption, and end this process with the status INTERRUPTED.
 
-    An exception could be swallowed or printed by the library that is being imported, see
-    https://docs.python.org/3/library/signal.html#note-on-signal-handlers-and-exceptions
+    An exception would pass through the library that is being imported, which may swallow or print
+    it (https://docs.python.org/3/library/signal.html#handlers-and-exceptions). SIGINT's default
+    action would not end the first process of a container, and callers would see a signal instead of
+    the status.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:  # noqa: SIM105  # contextlib takes 4 ms to import
             os.write(2, b"asrllm: interrupted\n")
         except OSError:  # Ctrl-C also ended the process that reads standard error, for example tee
             pass
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    _signal.raise_signal(_signal.SIGINT)
-    # The first process of a container is still there: the kernel drops signals that it does not
-    # handle (https://man7.org/linux/man-pages/man7/pid_namespaces.7.html).
-    _signal.signal(_signal.SIGINT, exit_interrupted)
-    sys.exit(INTERRUPTED)
+    os._exit(INTERRUPTED)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +123,7 @@ def test_ctrl_c_during_the_import_of_a_light_verb(module, tmp_path):
         "stats",
         tmp_path,
     )
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+    assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
 
 
@@ -140,7 +139,7 @@ def test_ctrl_c_during_the_import_of_training(module, tmp_path):
         "train",
         f"exp_dir={tmp_path / 'exp'}",
     )
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+    assert (done.returncode, done.stdout) == (130, "")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "exp").exists()
 
@@ -155,21 +154,7 @@ def test_ctrl_c_with_closed_standard_error(tmp_path):
         command, stderr=writer, timeout=60, env=clean_environment(), cwd=REPOSITORY
     )
     os.close(writer)
-    assert done.returncode == -signal.SIGINT
-
-
-def test_ctrl_c_ends_the_first_process_of_a_container(tmp_path):
-    """The kernel drops signals to it that would end other processes."""
-    namespace = ["unshare", "--user", "--pid", "--fork"]
-    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"]).returncode:
-        pytest.skip("this machine has no PID namespaces for users")
-    code = INTERRUPTED.format(handler="signal.default_int_handler")
-    command = [*namespace, sys.executable, "-c", code, "numpy", "shards", "stats", str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, timeout=60, env=clean_environment(), cwd=REPOSITORY
-    )
     assert done.returncode == 130
-    assert b"Traceback" not in done.stderr
 
 
 def test_ignored_sigint_stays_ignored(tmp_path):
