@@ -28,7 +28,7 @@ def wait_for_checks(ranks):
 """
 # a rank: prints when it is connected to all others, then reads a command and runs it
 RANK = """
-import os, sys, time
+import os, signal, sys, time
 from asrllm import siblings
 
 with siblings.watched() as ranks:
@@ -48,6 +48,10 @@ with siblings.watched() as ranks:
         ranks.end(2)
         os._exit(2)
     if what == "wait":
+        time.sleep(60)
+    if what == "miss":  # the signal arrives in another thread, which does not interrupt this one
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        print("missing", flush=True)
         time.sleep(60)
     if what == "fork":
         read, write = os.pipe()
@@ -184,6 +188,16 @@ def test_sigterm_alone_ends_a_rank_by_it_and_the_ranks_that_wait_for_it():
     text = "".join(error for _, error in results)
     assert "rank 1 " in text
     assert "killed" not in text
+
+
+@pytest.mark.slow
+def test_sigterm_that_does_not_interrupt_the_main_thread_ends_a_rank():
+    with ranks_of(RANK, 2, "joined") as ranks:
+        tell(ranks[0], "wait")
+        tell(ranks[1], "miss")
+        assert ranks[1].stdout.readline() == "missing\n"
+        ranks[1].terminate()
+        assert [status for status, _ in ended(ranks)] == [143, -signal.SIGTERM]
 
 
 @pytest.mark.slow
