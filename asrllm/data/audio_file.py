@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import soundfile
 
+from asrllm.defaults import RATE
 from asrllm.errors import UserError
 
 BLOCK_SAMPLES = 1 << 16  # samples of each channel, at the file's own rate
@@ -38,6 +39,9 @@ class AudioFile:
         decoder: "soundfile" or "ffmpeg".
         content: the bytes of a file that is not on disk.
         frames: its length at its own sampling rate, if soundfile would read padding after it.
+        codec: the name of its codec, if ffmpeg reads it.
+        rate: its sampling rate in Hz, if ffmpeg reads it.
+        channels: its number of channels, if ffmpeg reads it.
     """
 
     path: str
@@ -45,6 +49,9 @@ class AudioFile:
     decoder: str = "soundfile"
     content: bytes | None = None
     frames: int | None = None
+    codec: str = ""
+    rate: int = RATE
+    channels: int = 1
 
     def error(self, problem: str) -> UserError:
         """Return the error for a problem with this file."""

@@ -110,13 +110,13 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             if sound_format == "RAW":  # libsndfile guessed it from the name
                 _check_headerless(file, sound.subtype)
             log = sound.extra_info
-            unreliable = unreliable_length(file, sound)
+            is_reliable = has_reliable_length(file, sound)
     except (OSError, RuntimeError) as error:
         if "malformed" in str(error):
             raise file.corrupted(decoder_error(error)) from error
         return open_by_ffmpeg(file, decoder_error(error))
-    if unreliable:
-        return replace(open_by_ffmpeg(file, unreliable), seconds=None)
+    if not is_reliable:
+        return replace(open_by_ffmpeg(file, "soundfile would not read it to its end"), seconds=None)
     if not seconds:
         return _open_without_length(file, sound_format)
     _check_not_truncated(file, sound_format, log)
@@ -217,37 +217,19 @@ def _streamed(path: str) -> bytes | None:
     return None
 
 
-def unreliable_length(file: AudioFile, sound: soundfile.SoundFile) -> str:
-    """Return why soundfile may stop before the end of the file, or "" if it does not.
+def has_reliable_length(file: AudioFile, sound: soundfile.SoundFile) -> bool:
+    """Return whether soundfile reads the whole file.
 
-    soundfile reads as many samples as it derives from the header.
+    It reads as many samples as it derives from the header.
     """
-    if sound.format in ("MP3", "MPEG") and not _counts_its_frames(file):
-        return "only ffmpeg reads an MP3 without a frame count completely"
-    if sound.format in ("MP3", "MPEG") and _is_several_mp3s(file):
-        return "only ffmpeg reads a file of several MP3s completely"
-    if sound.format == "FLAC" and not 0 < sound.frames < NO_LENGTH:
-        return "only ffmpeg reads a FLAC without a sample count"
-    if sound.format == "VOC" and _has_several_voc_blocks(file):
-        return "only ffmpeg reads a VOC file of several blocks correctly"
-    if sound.format == "OGG" and is_chained(file):
-        return "only ffmpeg reads an Ogg file of several consecutive recordings completely"
-    return ""
-
-
-def _counts_its_frames(file: AudioFile) -> bool:
+    if sound.format == "FLAC":
+        return 0 < sound.frames < NO_LENGTH
     with file.open_bytes() as content:
-        return has_frame_count(content)
-
-
-def _is_several_mp3s(file: AudioFile) -> bool:
-    with file.open_bytes() as content:
-        return is_several_mp3s(content)
-
-
-def _has_several_voc_blocks(file: AudioFile) -> bool:
-    with file.open_bytes() as content:
-        return has_several_voc_blocks(content)
+        if sound.format in ("MP3", "MPEG"):
+            return has_frame_count(content) and not is_several_mp3s(content)
+        if sound.format == "VOC":
+            return not has_several_voc_blocks(content)
+    return sound.format != "OGG" or not is_chained(file)
 
 
 def is_chained(file: AudioFile) -> bool:
@@ -268,8 +250,8 @@ def read_blocks(file: AudioFile) -> Iterator[np.ndarray]:
             are not audio.
     """
     samples = 0
-    blocks = read_by_ffmpeg(file) if file.decoder == "ffmpeg" else _read_by_soundfile(file)
-    for block in blocks:
+    source = read_by_ffmpeg(file) if file.decoder == "ffmpeg" else _read_by_soundfile(file)
+    for block in _at_common_rate(source):
         loudest = np.abs(block).max(initial=0)
         if not np.isfinite(loudest):
             first = samples + int(np.isfinite(block).argmin())
@@ -279,7 +261,7 @@ def read_blocks(file: AudioFile) -> Iterator[np.ndarray]:
         yield block
     if not samples:
         raise file.error("has no samples. Copy it again.")
-    _check_all_read(file, samples)
+    _check_all_read(file, samples / RATE)
 
 
 def _check_loudness(file: AudioFile, loudest: float) -> None:
@@ -287,10 +269,10 @@ def _check_loudness(file: AudioFile, loudest: float) -> None:
         raise file.error(f"has samples as large as {loudest:.3g}. Scale them to -1 to 1.")
 
 
-def _check_all_read(file: AudioFile, samples: int) -> None:
-    """Raise UserError if fewer samples at RATE were read than the header promises."""
-    if file.seconds and samples / RATE < file.seconds - MISSING:
-        raise file.corrupted(f"it ends after {samples / RATE:.1f} s of {file.seconds:.1f} s")
+def _check_all_read(file: AudioFile, seconds: float) -> None:
+    """Raise UserError if less audio was read than the header promises."""
+    if file.seconds and seconds < file.seconds - MISSING:
+        raise file.corrupted(f"it ends after {seconds:.1f} s of {file.seconds:.1f} s")
 
 
 def read_segment(
@@ -310,25 +292,30 @@ def read_segment(
         UserError: the file is corrupted or is shorter than its header promises.
         OutsideError: the part is outside the file.
     """
-    if file.decoder == "ffmpeg":
-        wave = _read_segment_by_ffmpeg(file, start, end)
-        rate = RATE
-    else:
-        wave, rate = _read_segment_by_soundfile(file, start, end)
+    read = _read_segment_by_ffmpeg if file.decoder == "ffmpeg" else _read_segment_by_soundfile
+    wave, rate = read(file, start, end)
     loudest = np.abs(wave).max(initial=0)
     if np.isfinite(loudest):
         _check_loudness(file, loudest)
     return wave, rate
 
 
-def _read_segment_by_ffmpeg(file: AudioFile, start: float, end: float | None) -> np.ndarray:
-    """Return samples (samples, 1) at 16 kHz. The whole file is decoded to check its length."""
-    nothing: np.ndarray = np.zeros(0, np.float32)  # numpy cannot concatenate an empty list
-    samples = np.concatenate([nothing, *read_by_ffmpeg(file)])
-    whole = samples[:, None]
-    _check_all_read(file, len(whole))
-    begin, stop = _frames_of(file, start, end, RATE, len(whole))
-    return whole[begin:stop]
+def _read_segment_by_ffmpeg(
+    file: AudioFile, start: float, end: float | None
+) -> tuple[np.ndarray, int]:
+    """Read a part of a file with ffmpeg. The whole file is decoded to check its length."""
+    parts = []
+    frames = 0
+    for block, rate in read_by_ffmpeg(file):
+        begin = max(round(start * rate) - frames, 0)
+        stop = len(block) if end is None else max(round(end * rate) - frames, 0)
+        parts.append(block[begin:stop])
+        frames += len(block)
+    if not parts:
+        raise file.error("has no samples. Copy it again.")
+    _check_all_read(file, frames / rate)
+    _frames_of(file, start, end, rate, frames)
+    return np.concatenate(parts), rate
 
 
 def _read_segment_by_soundfile(
@@ -389,21 +376,27 @@ def check_end(file: AudioFile) -> None:
         read_segment(file, max(file.seconds - MISSING, 0.0))
 
 
-def _read_by_soundfile(file: AudioFile) -> Iterator[np.ndarray]:
+def _read_by_soundfile(file: AudioFile) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield samples (samples, channels) as float32, and the sampling rate in Hz."""
     try:
         with file.open_sound() as sound:
-            rate = sound.samplerate
-            resampler = None
-            if rate != RATE:
-                resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32")
             remaining = file.frames or sys.maxsize
             while len(
                 block := sound.read(min(BLOCK_SAMPLES, remaining), dtype="float32", always_2d=True)
             ):
                 remaining -= len(block)
-                mono = to_mono(block)
-                yield resampler.resample_chunk(mono) if resampler else mono
-            if resampler:
-                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+                yield block, sound.samplerate
     except (OSError, RuntimeError) as error:
         raise file.corrupted(decoder_error(error)) from error
+
+
+def _at_common_rate(blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+    """Yield the mean of the channels of blocks at RATE."""
+    resampler = None
+    for block, rate in blocks:
+        if rate != RATE and resampler is None:
+            resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32")
+        mono = to_mono(block)
+        yield resampler.resample_chunk(mono) if resampler else mono
+    if resampler:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)

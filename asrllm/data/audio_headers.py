@@ -1,4 +1,24 @@
-"""Compare the length in the header of an audio file with the file, where libsndfile does not."""
+"""Compare the length in the header of an audio file with the file, where libraries do not.
+
+Accepted files of 60 that were cut at random places and lack at least 0.1 s, by libsndfile 1.2.2 and
+by PyAV 18.1 (FFmpeg 8.1) with a check of the promised length:
+
+    format                                    libsndfile  PyAV
+    WAV, W64, AIFF, AU, SPHERE, IMA ADPCM             60     0
+    Ogg Vorbis                                        58    46
+    Opus                                              49    49
+    MP3 without a frame count                          -    54
+    AVI with MP3, .sox, DTS-HD                         -    26, 14, 11
+    FLAC, MP3 with a frame count, AC-3                 0     0
+
+Of 10 files each, PyAV accepts 10 of MP2 and TrueHD, 9 of MLP and SBC, 5 of MPEG transport streams
+and 2 of DTS. mutagen 1.48 does not show 58 to 60 of 60 cuts of Ogg, AAC and MP3 without a count.
+
+libsndfile returns the samples that are there without an error, and takes the length of Ogg from the
+last page (https://github.com/libsndfile/libsndfile/issues/989). Of two recordings in one Ogg file
+it reads the first (https://github.com/libsndfile/libsndfile/issues/277). So this module reads
+headers, pages and frames itself.
+"""
 
 import re
 import zlib
@@ -31,11 +51,6 @@ BITRATES = {  # kbit/s by the index in the header, from 1
 }
 GSM_FRAME = 33  # bytes
 GSM_MAGIC = 13  # its first four bits
-AC3_SYNC = b"\x0b\x77"
-# AC-3 (ATSC A/52, table 5.18): kbit/s by half of the frame size code
-AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, *range(160, 257, 32), *range(320, 641, 64))
-AC3_RATES = (48000, 44100, 32000)  # Hz
-AC3_SAMPLES = 1536  # samples of a frame
 DTS_SYNC = b"\x7f\xfe\x80\x01"
 SBC_SYNC, MSBC_SYNC = 0x9C, 0xAD
 MSBC_FRAME = 57  # bytes
@@ -150,8 +165,6 @@ def stream_problem(content: Buffer) -> str:
         return ""
     if content[0] == 0xFF and content[1] & 0xF6 == 0xF0:
         return _last_frame_problem(content, 0, adts_frame_size)
-    if content[:2] == AC3_SYNC:
-        return _last_frame_problem(content, 0, ac3_frame_size)
     if content[:4] == DTS_SYNC:
         return _last_frame_problem(content, 0, dts_frame_size)
     if content[4:8] in MLP_SYNC:
@@ -368,22 +381,6 @@ def is_gsm(content: Buffer) -> bool:
     """Return whether a file consists of frames of GSM 06.10, each of which begins with 13."""
     firsts = content[::GSM_FRAME]
     return len(content) % GSM_FRAME == 0 and all(byte >> 4 == GSM_MAGIC for byte in firsts)
-
-
-def ac3_frame_size(content: Buffer, offset: int) -> int:
-    """Return the bytes of a frame of AC-3 or E-AC-3 (ATSC A/52), or 0 if there is none."""
-    frame = content[offset : offset + FRAME_HEADER]
-    if frame[:2] != AC3_SYNC:
-        return 0
-    if frame[5] >> 3 > 10:  # the version of E-AC-3
-        return 2 * ((frame[2] & 7) << 8 | frame[3]) + 2
-    rate = frame[4] >> 6
-    code = frame[4] & 63
-    if rate == len(AC3_RATES) or code // 2 >= len(AC3_BITRATES):
-        return 0
-    words = AC3_BITRATES[code // 2] * 1000 * AC3_SAMPLES // 16 // AC3_RATES[rate]
-    has_padding = AC3_RATES[rate] == 44100 and code % 2
-    return 2 * (words + 1) if has_padding else 2 * words
 
 
 def dts_frame_size(content: Buffer, offset: int) -> int:

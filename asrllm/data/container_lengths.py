@@ -21,15 +21,12 @@ AVI = re.compile(rb"RIFF....AVI ", re.DOTALL)
 NUT_MAGIC = b"nut/multimedia container\0"
 NUT_INDEX = b"NX\xddg/#\xe6N"
 NUT_END = 12  # bytes from the distance to the index to the end of the file
-RM_MAGIC = b".RMF"
-RM_CHUNKS = (RM_MAGIC, b"PROP", b"MDPR", b"CONT", b"DATA", b"INDX", b"RMMD", b"RMJE", b"RMES")
-RM_SURPLUS = 10  # bytes that ffmpeg adds to the size of the chunk of audio
 DTSHD_MAGIC = b"DTSHDHDR"
 LARGEST_SIZE = 1 << 62  # bytes; a writer of a stream puts larger ones for an unknown length
 
 
 def length_problem(content: Buffer) -> str:
-    """Compare the length of VOC, .sox, ADX, AVI, NUT, RealMedia or DTS-HD with the file.
+    """Compare the length of VOC, .sox, ADX, AVI, NUT or DTS-HD with the file.
 
     Returns:
         What is wrong, or "" if nothing is, or if the file has another format.
@@ -127,19 +124,6 @@ def nut_problem(content: Buffer) -> str:
     )
 
 
-def rm_problem(content: Buffer) -> str:
-    """Walk over the chunks of a RealMedia file."""
-    offset = 0
-    while content[offset : offset + 4] in RM_CHUNKS:
-        size = int.from_bytes(content[offset + 4 : offset + 8], "big")
-        if size < 8:  # unknown
-            return ""
-        offset += size
-        if offset > len(content) + RM_SURPLUS:
-            return truncated(len(content), offset)
-    return problem_after(content, offset)
-
-
 def dtshd_problem(content: Buffer) -> str:
     """Walk over the chunks of a DTS-HD file."""
     offset = 0
@@ -169,6 +153,5 @@ CHECKS: dict[bytes, Callable[[Buffer], str]] = {
     ADX_MAGIC: adx_problem,
     b"RIFF": riff_problem,
     NUT_MAGIC: nut_problem,
-    RM_MAGIC: rm_problem,
     DTSHD_MAGIC: dtshd_problem,
 }

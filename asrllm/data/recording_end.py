@@ -7,7 +7,7 @@ would lose the second one.
 import re
 from collections.abc import Callable
 
-from asrllm.data.audio_headers import EBML, id3_size, problem_after, wav_problem
+from asrllm.data.audio_headers import EBML, id3_size, problem_after, truncated, wav_problem
 from asrllm.text_files import Buffer
 
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # in the headers of streams
@@ -24,6 +24,7 @@ MP4_BOXES = (
 NAME = re.compile(rb"[0-9A-Za-z \xa9]{4}")
 AST_HEADER = 64  # bytes
 FLV_HEADER = 13  # bytes before the first tag
+FLV_BACK = 4  # bytes of a tag's size after the tag
 FLV_TAGS = (8, 9, 18)  # audio, video and data
 TTA_HEADER = 22  # bytes
 SEGMENT = b"\x18\x53\x80\x67"  # Matroska's element
@@ -57,6 +58,8 @@ def tail_problem(content: Buffer) -> str:
     for magic, place, find_end in ENDS:
         if first[place : place + len(magic)] == magic:
             end = find_end(content, begin)
+            if end is not None and magic == b"FLV" and len(content) < end - FLV_BACK:
+                return truncated(len(content), end)  # ffmpeg takes a part of a tag for a stream
             return "" if end is None else problem_after(content, end)
     return ""
 

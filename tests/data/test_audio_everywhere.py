@@ -303,6 +303,20 @@ def test_kaldi_segments_support_channels_and_a_tolerance_at_the_end(tmp_path):
         np.testing.assert_allclose(wave, expected, atol=1e-4)
 
 
+@needs_ffmpeg
+def test_kaldi_segments_name_the_channels_of_a_file_that_ffmpeg_reads(tmp_path):
+    kaldi = kaldi_with_segments(tmp_path, ["0 1 0", "0 1 1", "0 1"])
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "r.wav", "-c:a", "pcm_s16le"]
+    subprocess.run([*command, tmp_path / "r.mka"], check=True, timeout=60, stdin=subprocess.DEVNULL)
+    (kaldi / "wav.scp").write_text("r r.mka\n")
+    assert write_shards(tmp_path / "out", read_kaldi(kaldi)).rejected == {}
+    samples = scan_tar(tmp_path / "out" / "shard-000000.tar")
+    waves = [soundfile.read(io.BytesIO(sample.audio))[0] for sample in samples]
+    one, two = tone("one", SECONDS)[:16000], tone("two", SECONDS)[:16000]
+    for wave, expected in zip(waves, [one, two, (one + two) / 2], strict=True):
+        np.testing.assert_allclose(wave, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("segment", ["0 1 C", "0 1 -1", "0 1 0 0", "0"])
 def test_malformed_kaldi_segments_are_rejected(tmp_path, segment):
     (utterance,) = read_kaldi(kaldi_with_segments(tmp_path, [segment]))

@@ -12,6 +12,7 @@ import soundfile
 
 from asrllm.audio.reader import decode_audio
 from asrllm.data import audio_files
+from asrllm.data.audio_file import OutsideError
 from asrllm.data.audio_files import open_audio, read_blocks, read_segment
 from asrllm.data.find_audio import find_audio
 from asrllm.errors import UserError
@@ -411,6 +412,75 @@ def test_zeros_within_a_stream_of_frames_are_reported(tmp_path, ending, options)
     half = len(content) // 2
     path.write_bytes(content[:half] + bytes(3000) + content[half + 3000 :])
     error_of(path)
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.flac", ["-f", "flac"]),  # written to a pipe, so that it has no sample count
+        ("a.mp3", ["-write_xing", "0", "-id3v2_version", "0"]),
+        ("a.mka", ["-c:a", "libmp3lame"]),
+        ("a.thd", ["-f", "truehd", "-strict", "-2"]),
+        ("a.dts", ["-c:a", "dca", "-strict", "-2"]),
+        ("a.mp2", []),
+        ("a.aac", []),
+        ("a.m4a", []),
+    ],
+)
+def test_damaged_bytes_that_a_decoder_notices_are_reported(tmp_path, name, options):
+    wave = make(tmp_path / "a.wav", seconds=3, rate=48000)
+    path = tmp_path / name
+    if name == "a.flac":
+        command = ["ffmpeg", "-v", "error", "-i", wave, *options, "-"]
+        path.write_bytes(subprocess.run(command, check=True, timeout=60, stdout=-1).stdout)
+    else:
+        by_ffmpeg(wave, path, *options)
+    read(path)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for share in (0.3, 0.5, 0.7):
+        place = round(share * len(content))
+        path.write_bytes(content[:place] + rng.bytes(1500) + content[place + 1500 :])
+        error_of(path)
+
+
+@needs_ffmpeg
+def test_flac_without_a_count_and_without_its_first_frames_is_reported(tmp_path):
+    """FLAC counts its frames, and ffmpeg begins with the first that it finds."""
+    wave = make(tmp_path / "a.wav", seconds=3, rate=48000)
+    command = ["ffmpeg", "-v", "error", "-i", wave, "-f", "flac", "-"]
+    content = subprocess.run(command, check=True, timeout=60, stdout=-1).stdout
+    first = content.index(b"\xff\xf8")
+    noise = np.random.default_rng(0).bytes(20_000)
+    (tmp_path / "a.flac").write_bytes(content[:first] + noise + content[first + len(noise) :])
+    error_of(tmp_path / "a.flac")
+
+
+@pytest.mark.slow
+@needs_ffmpeg
+@pytest.mark.parametrize("ending", ["m4a", "mka", "ac3"])
+def test_channels_that_ffmpeg_reads_are_averaged_as_others_are(tmp_path, ending):
+    wave = 0.3 * np.sin(np.arange(48000) / 20)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], 1), 48000)
+    path = by_ffmpeg(tmp_path / "a.wav", tmp_path / f"a.{ending}")
+    assert np.abs(read(path)[2000:-2000]).max() == pytest.approx(0.3, abs=0.02)
+
+
+@needs_ffmpeg
+def test_part_of_a_file_that_ffmpeg_reads_has_its_rate_and_channels(tmp_path):
+    rng = np.random.default_rng(0)
+    wave = rng.normal(0, 0.1, (3 * 44100, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, 44100, subtype="FLOAT")
+    file = open_audio(str(by_ffmpeg(tmp_path / "a.wav", tmp_path / "a.mka", "-c:a", "pcm_f32le")))
+    for start, end in [(0.0, None), (0.0, 0.5), (1.2345, 2.5), (2.9, 3.1)]:
+        found, rate = read_segment(file, start, end)
+        stop = None if end is None else round(end * 44100)
+        assert rate == 44100
+        np.testing.assert_array_equal(found, wave[round(start * 44100) : stop])
+    with pytest.raises(OutsideError):
+        read_segment(file, 1.0, 4.0)
 
 
 @pytest.mark.slow

@@ -124,6 +124,18 @@ def test_transport_stream_that_is_cut_between_two_packets_is_reported(tmp_path):
 
 
 @needs_ffmpeg
+def test_flv_that_is_cut_within_the_header_of_a_tag_is_reported(tmp_path):
+    """ffmpeg would take the rest for a second stream, and ignore the length of the first."""
+    path = make(tmp_path, "a.flv", ["-ar", "44100"])
+    content = path.read_bytes()
+    offset = 13
+    while offset < len(content) // 2:
+        offset += 15 + int.from_bytes(content[offset + 1 : offset + 4], "big")
+    path.write_bytes(content[: offset + 10])
+    assert is_rejected(path)
+
+
+@needs_ffmpeg
 def test_voc_of_several_blocks_has_no_headers_in_its_audio(tmp_path):
     path = make(tmp_path, "a.voc", ["-c:a", "pcm_s16le"], rate=16000)
     expected, _ = soundfile.read(tmp_path / "source.wav", dtype="float32")
@@ -246,3 +258,20 @@ def test_wav_that_is_named_raw_is_read(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.full(16000, 0.5), 16000)
     (tmp_path / "a.wav").rename(tmp_path / "a.vox")
     assert len(read(tmp_path / "a.vox")) == 16000
+
+
+def amr(bytes_of_frames):
+    """Return an AMR file of frames of these sizes, which choose its bitrate, of 20 ms each."""
+    rng = np.random.default_rng(0)
+    modes = {12: 0, 31: 7}
+    frames = [bytes([modes[size] << 3 | 4]) + rng.bytes(size) for size in bytes_of_frames]
+    return b"#!AMR\n" + b"".join(frames)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("sizes", [[31] * 100 + [12] * 100, [12] * 100 + [31] * 100])
+def test_amr_whose_bitrate_changes_is_read_completely(tmp_path, sizes):
+    """ffprobe guesses the length from the first bitrate."""
+    path = tmp_path / "a.amr"
+    path.write_bytes(amr(sizes))
+    assert len(read(path)) == pytest.approx(4 * 16000, abs=640)

@@ -5,7 +5,6 @@ name into a shell command. A file name in a manifest could then run any command.
 module imports Lhotse, which takes seconds.
 """
 
-from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
@@ -18,7 +17,6 @@ from lhotse.cut import Cut, MixedCut
 
 from asrllm.data.audio_file import AudioFile
 from asrllm.data.audio_files import open_audio, read_segment
-from asrllm.data.sources.cut_fields import channel_list
 from asrllm.data.sources.kaldi import run_command
 from asrllm.data.sources.utterance import RejectedError, open_cached
 from asrllm.data.storage import read_bytes
@@ -34,19 +32,6 @@ class Url(str):
     """The address of an audio file."""
 
 
-@dataclass
-class _Channels:
-    """The channels of an audio source, according to the cuts that read it.
-
-    Attributes:
-        counts: its possible numbers of channels.
-        are_all_read: whether the cuts read all of them.
-    """
-
-    counts: set[int] = field(default_factory=set)
-    are_all_read: bool = True
-
-
 class CutAudioBackend(AudioBackend):
     """The only reader of the audio of cuts.
 
@@ -55,14 +40,13 @@ class CutAudioBackend(AudioBackend):
     """
 
     def __init__(self, cut: Cut) -> None:
-        self.channels: dict[str, _Channels] = {}
+        self.channel_counts: dict[str, set[int]] = {}  # which the audio sources may have
         for part in [track.cut for track in getattr(cut, "tracks", [])] or [cut]:
             recording = getattr(part, "recording", None)
             for source in recording.sources if recording else []:
                 if isinstance(source.source, str):
-                    about = self.channels.setdefault(source.source, _Channels())
-                    about.counts.add(len(source.channels))
-                    about.are_all_read &= set(source.channels) <= set(channel_list(part.channel))
+                    counts = self.channel_counts.setdefault(source.source, set())
+                    counts.add(len(source.channels))
 
     def read_audio(
         self,
@@ -90,17 +74,14 @@ class CutAudioBackend(AudioBackend):
         file = _open(path_or_fd)
         wave, rate = read_segment(file, offset, end)
         if isinstance(path_or_fd, str):
-            self._check_channels(path_or_fd, file, wave.shape[1])
+            self._check_channels(path_or_fd, wave.shape[1])
         return wave.T, rate
 
-    def _check_channels(self, source: str, file: AudioFile, count: int) -> None:
-        about = self.channels.get(source)
-        if about is None or count in about.counts:
+    def _check_channels(self, source: str, count: int) -> None:
+        counts = self.channel_counts.get(source, {count})
+        if count in counts:
             return
-        # the reader of ffmpeg returns the mean of all channels
-        if file.decoder == "ffmpeg" and about.are_all_read:
-            return
-        expected = " or ".join(map(str, sorted(about.counts)))
+        expected = " or ".join(map(str, sorted(counts)))
         raise RejectedError(
             "missing_channel",
             f"{source!r} is read with {count} channels, but the 'channels' of the audio source "
