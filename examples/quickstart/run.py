@@ -288,7 +288,7 @@ def run(command: list[str], stdout: int | None = None) -> subprocess.CompletedPr
     except subprocess.CalledProcessError as error:
         raise SystemExit(
             f"The command above exited with status {error.returncode}. "
-            "Run the quickstart again to resume."
+            "Run the same program again to resume."
         ) from error
 
 

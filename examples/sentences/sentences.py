@@ -232,7 +232,7 @@ def evaluate(paths: Paths) -> None:
         f"exp_dir={paths.exp}",
         f"checkpoint.model.iter={paths.steps}",
         f"checkpoint.model.avg={min(AVERAGED, -(-paths.steps // SAVE_EVERY))}",
-        "normalizer=whisper",
+        "normalizer=en",
         "whisper_baseline=true",
         f"data.test_data_config={paths.work / 'test.yaml'}",
         "decoding_method=greedy_search",

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import soundfile
 from weights import NewDirectory, check_sha256
 
 PACKAGES = Path(__file__).with_name("packages.sha256")  # as sha256sum writes it
@@ -25,6 +26,7 @@ LIBRIVOX = "usr/share/pocketsphinx/test/data/librivox"
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 LONGEST = 22  # words of a sentence for training
 FEWEST = 3  # words of a prompt for testing
+LONGEST_PROMPT = 30.0  # seconds, the window of Whisper
 
 
 class Recording(NamedTuple):
@@ -113,7 +115,7 @@ def wordnet_sentences(root: Path) -> list[str]:
 
 
 def prompts(root: Path) -> dict[str, list[Recording]]:
-    """Return Debian's recorded Asterisk prompts, in three parts without a common text.
+    """Return Debian's recorded Asterisk prompts up to 30 s, in three parts without a common text.
 
     Returns:
         "test", one half: prompts of at least FEWEST words. "valid", a sixth, likewise. "train", the
@@ -125,7 +127,7 @@ def prompts(root: Path) -> dict[str, list[Recording]]:
         name, _, text = line.partition(": ")
         words = plain_words(text)
         path = root / PROMPTS / f"{name}.wav"
-        if words is None or not path.is_file():
+        if words is None or not path.is_file() or soundfile.info(path).duration > LONGEST_PROMPT:
             continue
         part = part_of(words)
         if part == "train" or len(words.split()) >= FEWEST:

@@ -6,6 +6,7 @@ import sys
 import tarfile
 
 import pytest
+import soundfile
 import yaml
 
 from asrllm.commands.dispatch import main
@@ -61,7 +62,9 @@ def test_parts_of_the_prompts_have_no_common_text(tmp_path):
         name = ["a", "b", "c"][i % 3] * (i // 6 + 1)
         text = name if i % 3 == 0 else f"this is {name}"
         lines.append(f"p{i}: {text}\n")
-        (sounds / f"p{i}.wav").touch()
+        soundfile.write(sounds / f"p{i}.wav", [0.0] * 80, 8000)
+    soundfile.write(sounds / "long.wav", [0.0] * 31_000, 1000)
+    lines += ["long: longer than the window of whisper\n"]
     lines += ["; a comment\n", "beep: [a beep]\n", "missing: without a recording\n"]
     doc = tmp_path / "usr/share/doc/asterisk-core-sounds-en"
     doc.mkdir(parents=True)
@@ -75,6 +78,9 @@ def test_parts_of_the_prompts_have_no_common_text(tmp_path):
     assert any(" " not in text for text in words["train"])
     assert all(" " in text for text in words["test"] | words["valid"])
     assert len(words["test"]) > 2 * len(words["valid"]) > 0
+    assert (
+        "longer than the window of whisper" not in words["train"] | words["test"] | words["valid"]
+    )
     assert texts.prompts(tmp_path) == parts
 
 
