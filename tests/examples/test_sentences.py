@@ -1,6 +1,7 @@
 """Parts of the sentences example. `make sentences` runs all of it."""
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from tests.conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
 sys.path.insert(0, str(REPOSITORY / "examples" / "sentences"))
 
+import curve
 import fetch
 import sentences
 import texts
@@ -197,3 +199,26 @@ def test_other_or_damaged_files_are_not_taken(tmp_path):
         with pytest.raises(SystemExit, match=r"model\.tar\.gz"):
             fetch.take(str(packed), None, tmp_path / "work")
     assert not (tmp_path / "work" / "exp").exists()
+
+
+def test_curve_has_the_minutes_of_a_resumed_run(tmp_path):
+    records = [
+        {"step": 0, "dropped/too_long": 4},
+        {"step": 10, "seconds_per_step": 6.0},
+        {"step": 10, "valid/prompts/loss": 2.0, "valid/prompts/wer": 70.0},
+        {"step": 20, "seconds_per_step": 60.0},  # repeated after the run resumed
+        {"step": 20, "seconds_per_step": 12.0},
+        {"step": 20, "valid/prompts/wer": 50.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert curve.curve(tmp_path) == [(1.0, 70.0), (3.0, 50.0)]
+    curve.draw({"run": curve.curve(tmp_path)}, tmp_path / "curve.svg")
+    assert "</svg>" in (tmp_path / "curve.svg").read_text()
+
+
+def test_curve_of_a_run_without_validation_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl"):
+        curve.curve(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "seconds_per_step": 1.0}\n')
+    with pytest.raises(SystemExit, match=r"trainer\.valid_decode"):
+        curve.curve(tmp_path)
