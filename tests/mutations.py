@@ -85,11 +85,16 @@ TESTS = {
         "tests/data/test_shards.py",
         "tests/data/test_verify.py",
     ],
+    "prompts": ["tests/data/test_prompts.py"],
+    "augment": ["tests/audio/test_augment.py"],
+    "segments": ["tests/audio/test_segments.py"],
+    "export": ["tests/checkpoints/test_export.py"],
     "warm start": ["tests/models/test_warm_start.py", "tests/test_warm_start_end_to_end.py"],
 }
 
 PLAN, BATCHING = "asrllm/data/plan.py", "asrllm/data/batching.py"
-CORPUS_STREAM = "asrllm/data/corpus_stream.py"
+CORPORA, CORPUS_STREAM = "asrllm/data/corpora.py", "asrllm/data/corpus_stream.py"
+AUGMENT, SEGMENTS = "asrllm/audio/augment.py", "asrllm/audio/segments.py"
 BATCH, CHAT = "asrllm/collator/batch.py", "asrllm/collator/chat.py"
 LOSS, TRAINER = "asrllm/models/loss.py", "asrllm/training/trainer.py"
 ZERO, PARTITIONS = (
@@ -151,6 +156,13 @@ FAULTS = [
         PLAN,
         "_item(entry, is_filler=True)",
         "_item(entry, is_filler=False)",
+    ),
+    Fault(
+        "plan",
+        "utterances without text pass the filters",
+        CORPORA,
+        '"empty_text": characters == 0',
+        '"empty_text": characters < 0',
     ),
     Fault(
         "packing",
@@ -426,6 +438,41 @@ FAULTS = [
         INDEX,
         "MAX_DURATION_ERROR = 0.1",
         "MAX_DURATION_ERROR = 10.0",
+    ),
+    Fault(
+        "prompts",
+        "prompts are drawn without their weights",
+        "asrllm/data/prompts.py",
+        "rng.choices(fitting, weights)",
+        "rng.choices(fitting)",
+    ),
+    Fault(
+        "augment",
+        "noise begins at the start of its clip",
+        AUGMENT,
+        "start = draws.random()",
+        "start = 0.0",
+    ),
+    Fault(
+        "augment",
+        "masks do not reach the end",
+        AUGMENT,
+        "begin = draws.random(len(widest)) * (1 - width)",
+        "begin = draws.random(len(widest)) * width",
+    ),
+    Fault(
+        "segments",
+        "segments overlap",
+        SEGMENTS,
+        "max(begin - self.prefix, self.previous_end)",
+        "begin - self.prefix",
+    ),
+    Fault(
+        "export",
+        "exported parts lack their adapters",
+        "asrllm/checkpoints/export.py",
+        "{name: adapted[key] for key, name in names.items() if key in adapted}",
+        "{}",
     ),
     Fault(
         "warm start",

@@ -257,6 +257,27 @@ def test_short_noise_is_repeated(tmp_path):
     assert set(np.diff(clicks)) == {1600}
 
 
+def test_noise_begins_anywhere_in_its_clip(tmp_path):
+    click = np.zeros(1600)
+    click[0] = 0.5
+    long = np.linspace(0, 1, 48000)  # its values are ratios of its length
+    wave = make_wave()
+    begins = {}
+    for name, noise in (("short", click), ("long", long)):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "noise.wav", noise, 16000, subtype="FLOAT")
+        augment = augmenter(with_noise(tmp_path / name, prob=1.0))
+        added = [augment(wave, key=str(i), pass_index=0) - wave for i in range(100)]
+        if name == "short":
+            begins[name] = [np.abs(noise[:1600]).argmax() / 1600 for noise in added]
+        else:  # the clip has 32,000 places for 16,000 samples
+            begins[name] = [noise[0] / (noise[-1] - noise[0]) / 2 for noise in added]
+    for ratios in begins.values():
+        np.testing.assert_allclose(
+            np.quantile(ratios, [0.05, 0.5, 0.95]), [0.05, 0.5, 0.95], atol=0.1
+        )
+
+
 def test_noise_can_come_from_lhotse_cuts(tmp_path, noises):
     from lhotse import CutSet, Recording
 
@@ -345,6 +366,14 @@ def test_masks_are_at_most_the_widest_and_half_of_it_on_average():
     assert width[:, :4].max() <= 0.1 + 1e-6
     assert width[:, 4:].max() <= 0.3 + 1e-6
     np.testing.assert_allclose(width.mean(0), [0.05] * 4 + [0.15] * 2, rtol=0.05)
+
+
+def test_masks_begin_anywhere():
+    augment = augmenter(with_masks(prob=1.0, time_mask_share=0.4))
+    begin, end = np.stack([augment.masks(str(key), 0) for key in range(1000)]).T
+    places = begin / (1 - (end - begin))  # 0: first possible place, 1: last one
+    for ratio in (0.05, 0.5, 0.95):
+        np.testing.assert_allclose(np.quantile(places, ratio, 1), ratio, atol=0.05)
 
 
 def test_masks_are_drawn_with_their_probability():

@@ -306,6 +306,8 @@ def test_filters_drop_utterances_and_count_reasons():
     two = corpus([8000, 16000, 31 * 16000, 16000], text=30, filters=FILTERS)
     assert (two.usable, two.dropped) == (2, {"too_short": 1, "too_long": 1})
     assert sorted(entries(make_plan([two]))["row"].tolist()) == [1, 3]
+    empty = corpus([8000, 16000], text=0, filters=FILTERS)
+    assert (empty.usable, empty.dropped) == (0, {"too_short": 1, "empty_text": 1})
 
 
 def test_a_window_without_kept_utterances_is_skipped():
