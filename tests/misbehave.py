@@ -16,12 +16,12 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 from asrllm.commands import train
 from asrllm.commands.dispatch import main
 from asrllm.models.asr_llm.modeling import AsrLlmModel
+from tests.processes import wait_for
 
 
 def misbehave(what: str, steps: list[int], ranks: list[int]) -> None:
@@ -58,9 +58,7 @@ def wait_before_building(exp: Path) -> None:
 
     def build_model(*arguments, **options):
         (exp / f"building-{os.environ.get('RANK', '0')}").touch()
-        deadline = time.monotonic() + 60
-        while not (exp / "go").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)  # waits for a condition, bounded
+        wait_for((exp / "go").exists, 60)
         return make(*arguments, **options)
 
     train.build_model = build_model

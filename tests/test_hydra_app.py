@@ -15,7 +15,7 @@ from asrllm.evaluation.config import EvaluationRun
 from asrllm.hydra_app import run_app
 from asrllm.schema import all_keys
 from asrllm.training.run_config import PlanRun, TrainRun
-from tests.processes import assert_done, run_script
+from tests.processes import assert_done, both_cores, run_script
 from tests.test_config import GIVEN, load
 
 pytestmark = pytest.mark.usefixtures("empty_directory")
@@ -317,7 +317,8 @@ def test_launcher_trains_in_processes_of_its_own(world, tmp_path):
     keys = [key for key in keys if not key.startswith("exp_dir=")]
     folder = f"exp_dir='{tmp_path}/${{hydra:job.num}}'"
     launcher = ["hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path / 'out'}"]
-    assert_done(run_script("train", "-m", *keys, folder, *launcher, "seed=1,2"))
+    with both_cores():  # both jobs run at once
+        assert_done(run_script("train", "-m", *keys, folder, *launcher, "seed=1,2"))
     for number in range(2):
         assert (tmp_path / str(number) / "pretrained.pt").is_file()
     failed = run_script("train", "-m", *keys, folder, *launcher, "trainer.lr=-1")
