@@ -1,6 +1,7 @@
 """The benchmarks run; their results are not asserted.
 
-`make soak` runs each benchmark completely. Otherwise their parts run once with the smallest sizes.
+`make soak` runs each benchmark but startup.py, whose commands are those of tests/test_startup.py.
+Otherwise parts of them run once with the smallest sizes.
 """
 
 import json
@@ -175,3 +176,14 @@ def test_warm_start_benchmark_runs(world, tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     for kind in ("random", "aligned"):
         assert [point["step"] for point in results["curves"][kind][0]] == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.soak(only=True)
+def test_encoders_benchmark_runs(tmp_path):
+    arguments = ["--rounds", 1, "--layers", 1, "--output", tmp_path / "r.json"]
+    run_benchmark("encoders.py", *arguments)
+    results = json.loads((tmp_path / "r.json").read_text())
+    for name, encoder in results["encoders"].items():
+        assert encoder["leak of ours"] < 1e-4, name
+        assert encoder["seconds of ours"] > 0, name
