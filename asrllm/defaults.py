@@ -5,6 +5,7 @@ MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per secon
 REPETITION_GUARD = 32  # tokens of a repetition before decoding stops
 BEAM_SIZE = 4  # hypotheses of a beam search
 BATCH_SECONDS = 240.0  # seconds of audio in a decoded batch, padding included
+STEP_TIMEOUT = 1800.0  # seconds without progress after which a run or an evaluation stops
 WHISPER_WINDOW = 30.0  # seconds to which Whisper pads
 HOTWORDS_TEMPLATE = "Hotwords: {words}."
 ICEFALL_PROMPT = "请转写音频为文字"  # of icefall's recipes, as their LoRA alpha

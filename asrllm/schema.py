@@ -6,6 +6,7 @@ in the docstring below the field. `asrllm.conf.write` makes the YAML files from 
 
 import dataclasses
 import json
+import threading
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,6 +30,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+TimeLimit = Annotated[float, Field(ge=0, lt=threading.TIMEOUT_MAX)]  # seconds
 WorkerCount = Annotated[int, Field(ge=0, le=MAX_WORKERS)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 # how to respect a bound, by pydantic's type of the error
@@ -153,9 +155,10 @@ def _as_user_error(
     name = f"{where}{group}{key}" + _path_within(given.get(key), first["loc"][1:])
     if kind == "missing":
         return _missing_error(first, where, group, name)
-    if kind == "literal_error" and isinstance(value, str):
-        choices = [str(choice) for choice in _choices(hints[key])]
-        return UserError(f"{name}={shown(value)} is not a valid choice. {nearest(value, choices)}")
+    choices = [str(choice) for choice in _choices(hints[key])]
+    if kind == "literal_error" and len(problems) == 1:
+        hint = nearest("" if value is None else str(value), choices)
+        return UserError(f"{name}={shown(value)} is not a valid choice. {hint}")
     if kind == "string_too_short":
         return UserError(f"{name} is empty. Set it, or remove it.")
     fix = bound_fix(first)

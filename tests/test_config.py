@@ -1,5 +1,6 @@
 import dataclasses
 import typing
+from collections.abc import Iterator
 from importlib import resources
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from pydantic import Strict
 
 from asrllm.commands.arguments.configured import help_text
 from asrllm.commands.evaluate import EvaluationRun
+from asrllm.conf.fields import field_docs
 from asrllm.conf.pages import pages
 from asrllm.conf.write import yaml_files
 from asrllm.errors import UserError
@@ -59,6 +61,26 @@ def test_yaml_keys_match_dataclass_fields_and_have_help(name, cls):
         assert f"{key.rpartition('.')[2]}:" in text
 
 
+def components(cls: type) -> Iterator[type]:
+    """Yield a component and those in it."""
+    yield cls
+    for hint in keys_and_types(cls).values():
+        inner = nested_component(hint)
+        if inner is not None:
+            yield from components(inner)
+
+
+@pytest.mark.parametrize("cls", [TrainRun, EvaluationRun])
+def test_meaning_of_a_key_names_each_of_its_choices(cls):
+    for component_ in components(cls):
+        meanings = field_docs(component_)
+        for key, hint in keys_and_types(component_).items():
+            for alternative in (hint, *typing.get_args(hint)):
+                if typing.get_origin(alternative) is typing.Literal:
+                    for choice in typing.get_args(alternative):
+                        assert choice in meanings[key], key
+
+
 @pytest.mark.slow
 def test_overrides_set_dataclass_fields():
     config = load(
@@ -103,6 +125,13 @@ def test_overrides_set_dataclass_fields():
         (
             "trainer.precision=bf17",
             r"trainer\.precision='bf17' .* 'bf16'",
+        ),
+        ("trainer.precision=16", r"trainer\.precision=16 .*'fp16'"),
+        ("trainer.precision=null", r"trainer\.precision=null .*bf16, fp16, fp32"),
+        ("model.llm.lora.target_modules=[]", r"model\.llm\.lora\.target_modules "),
+        (
+            "model.audio_encoder.lora.options={lora_bia: true}",
+            r"model\.audio_encoder\.lora\.options.*'lora_bias'",
         ),
         ("model.audio_encoder.model_type=wisper", "'whisper'"),
         (

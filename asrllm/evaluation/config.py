@@ -1,6 +1,5 @@
 """The configuration of an evaluation."""
 
-import threading
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +15,11 @@ from asrllm.defaults import (
     MAX_NEW_TOKENS,
     MAX_TOKENS_PER_SECOND,
     REPETITION_GUARD,
+    STEP_TIMEOUT,
 )
 from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
-from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, component
+from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, TimeLimit, component
 from asrllm.training.run_config import WandbConfig
 
 
@@ -142,7 +142,7 @@ class EvaluationRun:
     results are stored in exp_dir/whisper"""
     report_audio: NonNegativeInt = 50
     """number of the worst utterances of each test set with audio in report.html"""
-    step_timeout: float | None = Field(default=1800.0, ge=0, lt=threading.TIMEOUT_MAX)
+    step_timeout: TimeLimit | None = STEP_TIMEOUT
     """seconds; if a batch, the scoring or the report takes longer, the evaluation writes its stacks
     and exits with status 75; 0 or null: no limit"""
     wandb: WandbConfig = WandbConfig()

@@ -52,23 +52,6 @@ class LoraPart:
     """further keys of PEFT (exclude_modules, layers_to_transform, lora_bias, ...), for example
     {rank_pattern: {q_proj: 8}}"""
 
-    def __post_init__(self) -> None:
-        if self.r and not self.target_modules:
-            raise UserError(
-                "lora.target_modules is empty. Name the layers to adapt, for example "
-                "[q_proj,v_proj]."
-            )
-        for key, value in (self.options or {}).items():
-            if key not in PEFT_OPTIONS:
-                raise UserError(
-                    f"lora.options: {key!r} is not supported. {nearest(key, PEFT_OPTIONS)}"
-                )
-            if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
-                raise UserError(
-                    f"lora.options.init_lora_weights={value!r} changes the base weights. Use "
-                    "true, false, gaussian or orthogonal."
-                )
-
     def as_peft(self) -> dict[str, Any] | None:
         """Return the options for PEFT without those that are off, or None without adapters."""
         if not self.r:
@@ -150,8 +133,26 @@ def check_lora(
     *,
     frozen: bool,
 ) -> None:
-    """Raise UserError if a part has adapters although it is trained in full."""
-    if lora is not None and lora.r and not frozen:
+    """Raise UserError if a part's adapters have wrong options, or it is trained in full as well."""
+    if lora is None:
+        return
+    group = f"model.{part}.lora"
+    if lora.r and not lora.target_modules:
+        raise UserError(
+            f"{group}.target_modules is empty. Name the layers to adapt, for example "
+            "[q_proj,v_proj]."
+        )
+    for key, value in (lora.options or {}).items():
+        if key not in PEFT_OPTIONS:
+            raise UserError(
+                f"{group}.options: {key!r} is not supported. {nearest(key, PEFT_OPTIONS)}"
+            )
+        if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
+            raise UserError(
+                f"{group}.options.init_lora_weights={value!r} changes the base weights. Use "
+                "true, false, gaussian or orthogonal."
+            )
+    if lora.r and not frozen:
         raise UserError(
             f"model.{part}.frozen=false trains all weights of the {part}, but model.{part}.lora.r="
             f"{lora.r} adds adapters to it. Set model.{part}.lora.r=0 or model.{part}.frozen=true."

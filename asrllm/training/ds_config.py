@@ -14,6 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, Dtyp
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from asrllm.errors import UserError
+from asrllm.schema import shown
 from asrllm.text_files import first_words, read_text
 from asrllm.training.ds_keys import (
     BOOLEAN,
@@ -254,7 +255,7 @@ def choose_optimizer_checks(ds: DsConfig, config: TrainerConfig, path: Path) -> 
         return
     if ds.get("zero_force_ds_cpu_optimizer") is True and offloads:
         raise UserError(
-            f"{path}: zero_force_ds_cpu_optimizer=True contradicts trainer.optimizer.name={name}. "
+            f"{path}: zero_force_ds_cpu_optimizer=true contradicts trainer.optimizer.name={name}. "
             "Set trainer.optimizer.name=deepspeed_adamw, or remove the key."
         )
     ds["zero_force_ds_cpu_optimizer"] = False
@@ -464,14 +465,15 @@ def _fill(
     if current not in ("auto", value):
         name = f"{place}.{key}" if place else key
         if source.startswith("trainer.") and "=" not in source:
-            reason = f"{source}={value!r}"
-            fix = f"or set {source}={str(current).replace(' ', '')}"
+            reason = f"{source}={shown(value)}"
+            fix = f"or set {source}={shown(current).replace(' ', '')}"
             if isinstance(current, (int, float)) and current <= 0:
                 fix = "or remove it"
         else:
-            reason = f"the run's {value!r} ({source})"
+            reason = f"the run's {shown(value)} ({source})"
             fix = "or remove it"
         raise UserError(
-            f'{path}: {name}={current!r} contradicts {reason}. Write "auto" in the file, {fix}.'
+            f"{path}: {name}={shown(current)} contradicts {reason}. "
+            f'Write "auto" in the file, {fix}.'
         )
     block[key] = value

@@ -1,13 +1,13 @@
 """Configuration of a training run, and its `trainer` part."""
 
 import dataclasses
-import threading
 from typing import Literal
 
 import torch
 from pydantic import Field
 
 from asrllm.collator.config import DataConfig
+from asrllm.defaults import STEP_TIMEOUT
 from asrllm.errors import UserError
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.model_args import ModelConfig
@@ -17,6 +17,7 @@ from asrllm.schema import (
     PositiveFloat,
     PositiveInt,
     RatioBelowOne,
+    TimeLimit,
     component,
 )
 from asrllm.training.preemption import check_signals
@@ -127,7 +128,7 @@ class TrainerConfig:
     checkpoint"""
     preemption_signals: list[str] = Field(default=["SIGTERM", "SIGUSR1"])
     """when any rank receives one, all ranks save after the next step and exit with status 0"""
-    step_timeout: float | None = Field(default=1800.0, ge=0, lt=threading.TIMEOUT_MAX)
+    step_timeout: TimeLimit | None = STEP_TIMEOUT
     """seconds; if a step, reading or saving takes longer, the run writes its stacks to
     hang-rank*.txt and exits with status 75; 0 or null: no limit"""
     max_nonfinite_steps: PositiveInt = 10

@@ -7,7 +7,7 @@ import torch
 
 from asrllm.errors import UserError
 from asrllm.models.init_from import load_initial_weights
-from asrllm.models.model_args import EncoderPart, LoraPart
+from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
 
@@ -88,18 +88,20 @@ def test_options_are_passed_to_peft(world, tmp_path, options):
 
 
 def test_invalid_lora_options_are_rejected(world):
-    with pytest.raises(UserError, match=r"lora\.options: 'rank_patern' .*'rank_pattern'"):
-        llm_lora(options={"rank_patern": {}})
+    with pytest.raises(
+        UserError, match=r"model\.llm\.lora\.options: 'rank_patern' .*'rank_pattern'"
+    ):
+        LlmPart(**llm_lora(options={"rank_patern": {}}))
     for options in (
         {"r": 3},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"inference_mode": True},
     ):
-        with pytest.raises(UserError, match=f"lora.options: {next(iter(options))!r} "):
-            llm_lora(options=options)
-    with pytest.raises(UserError, match=r"lora\.options\.init_lora_weights='pissa' "):
-        llm_lora(options={"init_lora_weights": "pissa"})
+        with pytest.raises(UserError, match=f"model.llm.lora.options: {next(iter(options))!r} "):
+            LlmPart(**llm_lora(options=options))
+    with pytest.raises(UserError, match=r"model\.llm\.lora\.options\.init_lora_weights='pissa' "):
+        LlmPart(**llm_lora(options={"init_lora_weights": "pissa"}))
     lora = LoraPart(**WHISPER_LORA | {"target_modules": ["nothing"]})
     with pytest.raises(UserError, match=r"model\.audio_encoder\.lora .*nothing"):
         make_model(world, audio_encoder=encoder_part(world, "whisper", lora=lora))
