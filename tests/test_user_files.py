@@ -439,6 +439,24 @@ def test_exp_dir_that_is_a_file_is_rejected_and_kept(world, tmp_path, monkeypatc
     assert (tmp_path / "exp").read_bytes() == b""
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("init_from", "{dir}/none", "'{dir}/none'"),
+        ("model__llm__lora__target_modules", "[none_proj]", "none_proj"),
+        ("model__frozen_parameters", "[none.*]", "'none.*'"),
+    ],
+)
+def test_run_or_name_that_does_not_exist_is_reported_before_the_weights_load(
+    key, value, named, world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("asrllm.commands.train.build_model", None)  # would raise another error
+    assert train(world, tmp_path, monkeypatch, **{key: value.format(dir=tmp_path)}) == 2
+    error = capsys.readouterr().err
+    assert key.replace("__", ".").removesuffix(".target_modules") in error
+    assert named.format(dir=tmp_path) in error
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "latest", "pretrained.pt"])
 def test_file_of_a_run_that_cannot_be_replaced_is_reported(

@@ -1,8 +1,9 @@
 """Training in stages: start a run with the weights at the end of an earlier one."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -31,6 +32,25 @@ LORA_FIELDS = {"audio_encoder": "audio_encoder_lora", "llm": "lora"}
 COMPLETE_GROUPS = ("projector", "llm adapters", "audio_encoder adapters")
 
 
+def check_earlier_run(exp_dir: Path, description: AsrLlmConfig) -> None:
+    """Check that a model can start from an earlier run. The weights themselves are not read.
+
+    Args:
+        exp_dir: the earlier run.
+        description: configuration of the model.
+
+    Raises:
+        UserError: it is not a run, has no weights, or its model differs.
+    """
+    where = f"init_from={str(exp_dir)!r}"
+    if not (exp_dir / "config.json").is_file() or has_saved_weights(exp_dir):
+        raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
+    with _explained(where):
+        newest_weights(exp_dir)
+        earlier = read_config(exp_dir)
+    _check_same_meaning(earlier, description, where)
+
+
 def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     """Load all weights that an earlier run trained. Parts that it did not train do not change.
 
@@ -46,9 +66,11 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
             model.
     """
     where = f"init_from={str(exp_dir)!r}"
-    earlier, state = _read_run(exp_dir, where)
+    check_earlier_run(exp_dir, model.config)
+    with _explained(where):
+        earlier = read_config(exp_dir)
+        state = read_state(newest_weights(exp_dir))
     _check_trained_groups(earlier, state, where)
-    _check_same_meaning(earlier, model.config, state, where)
     parameters = dict(model.named_parameters())
     # a part that was trained in full may have adapters in the next stage
     names = {plain_name(name): name for name in parameters}
@@ -84,12 +106,11 @@ def _renamed(state: StateDict, names: Mapping[str, str]) -> StateDict:
     return renamed
 
 
-def _read_run(exp_dir: Path, where: str) -> tuple[AsrLlmConfig, StateDict]:
-    """Return the configuration of a run and its weights."""
-    if not (exp_dir / "config.json").is_file() or has_saved_weights(exp_dir):
-        raise UserError(f"{where} is not a run. Give the exp_dir of a completed training.")
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Put the run before the message of a UserError in the block."""
     try:
-        return read_config(exp_dir), read_state(newest_weights(exp_dir))
+        yield
     except UserError as error:
         raise type(error)(f"{where}: {error}") from error
 
@@ -137,13 +158,10 @@ def _group_of(name: str) -> str:
     return f"{part} adapters" if is_adapter(name) else part
 
 
-def _check_same_meaning(
-    earlier: AsrLlmConfig, now: AsrLlmConfig, state: Mapping[str, Tensor], where: str
-) -> None:
+def _check_same_meaning(earlier: AsrLlmConfig, now: AsrLlmConfig, where: str) -> None:
     """Check the options that give the weights their meaning, and the base models below them."""
     keys = list(PROJECTOR_FIELDS)
-    groups = {_group_of(name) for name in state}
-    keys += [field for part, field in LORA_FIELDS.items() if f"{part} adapters" in groups]
+    keys += [field for field in LORA_FIELDS.values() if getattr(earlier, field)]
     for key in keys:
         there = _without_dropout(getattr(earlier, key))
         here = _without_dropout(getattr(now, key))

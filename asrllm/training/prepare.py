@@ -15,12 +15,14 @@ from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_processor, describe_prompts
+from asrllm.models.init_from import check_earlier_run
 from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
 from asrllm.training.callbacks.agreement import Signature, flat_settings
 from asrllm.training.checkpoint.resume import find_resume, lock_exp_dir, resume_fingerprint
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import check_settings, read_ds_config
+from asrllm.training.memory_estimate import on_meta
 from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.wandb_login import check_wandb_login
 
@@ -79,6 +81,8 @@ def describe_run(config: TrainRun) -> DescribedRun:
     check_settings(config.trainer, ds)
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
     processor, data = read_model_and_data(config)
+    # fails if the layers to adapt or the parameters to freeze do not exist
+    on_meta(processor.config, config.model, config.trainer.dtype)
     return DescribedRun(ds=ds, processor=processor, data=data)
 
 
@@ -126,6 +130,8 @@ def prepare(config: TrainRun) -> PreparedRun:
         **resume_fingerprint(config, run.processor, run.data),
     }
     checkpoint, _ = find_resume(config, run.processor, fingerprint)
+    if config.init_from and checkpoint is None:
+        check_earlier_run(Path(config.init_from), run.processor.config)
     return PreparedRun(
         config=config,
         exp_dir=exp_dir,

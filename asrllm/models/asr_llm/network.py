@@ -231,7 +231,7 @@ class AsrLlmNetwork(PreTrainedModel):
                 closest = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
                 raise UserError(
                     f"model.frozen_parameters: {pattern!r} matches no parameter. "
-                    f"The nearest name is {closest!r}."
+                    f"Correct it. The nearest name is {closest!r}."
                 )
         prefixes = tuple(f"{part}." for part in parts)
         for name, parameter in self.named_parameters():
