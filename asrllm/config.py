@@ -1,7 +1,7 @@
 """Read configuration files and overrides, and explain errors of Hydra and OmegaConf."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
-from asrllm.config_keys import unknown_key
+from asrllm.config_keys import dotted_keys, unknown_key
 from asrllm.errors import UserError, nearest
 from asrllm.text_files import JsonObject, read_yaml, yaml_problem
 
@@ -30,7 +30,7 @@ def quoted_override(text: str) -> str:
         UserError: the text is not key=value or ~key.
     """
     key, equals, value = text.partition("=")
-    if not equals and not key.startswith("~"):
+    if not key or not (equals or key.startswith("~")):
         raise UserError(f"{text!r} is not an override. Write key=value.")
     try:
         OverridesParser.create().parse_override(text)
@@ -59,6 +59,10 @@ def composition_error(
     if found:
         return found
     if isinstance(cause, ConfigKeyError) and cause.full_key:
+        if f"~{cause.full_key}" in overrides:
+            return UserError(
+                f"~{cause.full_key} deletes a group that another override changes. Leave it out."
+            )
         return unknown_key(str(cause.full_key), known)
     problem = " ".join(str(cause).partition("full_key:")[0].split())  # OmegaConf appends internals
     return UserError(
@@ -107,6 +111,13 @@ def _override_error(
             names = hydra_keys()
         if key not in names and repr(key) in str(error):
             return unknown_key(key, names)
+        if text.startswith("~") and "Could not delete" in str(cause):
+            return UserError(f"{key} has no value to delete. Leave out {text}.")
+        if "Ambiguous value for argument" in str(cause) and repr(text) in str(cause):
+            return UserError(
+                f"{text} has several values. Write {key}=[{value}] for a list, or add --multirun "
+                "for a job with each of them."
+            )
         if text.startswith("+") and (f"'{key}'" in str(error) or str(error).startswith(key)):
             return UserError(f"{text} adds a key that exists. Write {text.lstrip('+')}.")
         is_group = any(name.startswith(f"{key}.") for name in known)
@@ -120,16 +131,7 @@ def _override_error(
 
 def hydra_keys() -> list[str]:
     """Return the keys of Hydra's own configuration as dotted paths."""
-    return _keys_of(OmegaConf.to_container(OmegaConf.structured(HydraConf)), "hydra.")
-
-
-def _keys_of(tree: object, prefix: str) -> list[str]:
-    """Return the keys of nested mappings as dotted paths."""
-    keys: list[str] = []
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            keys += [f"{prefix}{key}", *_keys_of(value, f"{prefix}{key}.")]
-    return keys
+    return dotted_keys(OmegaConf.to_container(OmegaConf.structured(HydraConf)), "hydra.")
 
 
 def read_config_file(config_dir: str | None, config_name: str | None) -> JsonObject:

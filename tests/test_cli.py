@@ -55,6 +55,25 @@ def test_too_many_workers_are_rejected(capsys):
     assert "100000" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "ours"),
+    [
+        ("train", "--learning-rate=1e-3", "trainer.lr"),
+        ("plan", "--max-duration", "data.sampler.max_duration"),
+        ("train", "--exp-dir", "exp_dir=VALUE"),
+        ("train", "--model", "model.KEY=VALUE"),
+        ("evaluate", "--beam-size", "num_beams"),
+    ],
+)
+def test_option_of_another_framework_is_answered_with_the_key(verb, word, ours, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, word])
+    assert stopped.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert word in last_line
+    assert ours in last_line
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as stopped:

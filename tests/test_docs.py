@@ -13,7 +13,7 @@ import soundfile
 import yaml
 
 from asrllm.collator.hotwords import HotwordConfig
-from asrllm.config_keys import ALIASES
+from asrllm.config_keys import ALIASES, unknown_key
 from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.sources import SOURCES
 from asrllm.data.sources.detect import detect_source
@@ -333,6 +333,21 @@ def test_migration_agrees_with_the_keys_that_errors_translate():
         if alias and alias[0] not in ours:
             different.append((theirs, ours, alias[0]))
     assert not different
+
+
+def test_errors_name_our_key_for_every_key_of_the_migration_tables():
+    keys = known_keys()["train"]
+    unanswered = []
+    for theirs, ours in migration_rows("Their key"):
+        name = theirs[0].removeprefix("--").replace("-", "_")
+        is_group = any(key.startswith(f"{name}.") for key in keys)
+        # several keys, our own, or a name that has another meaning elsewhere
+        if " " in name or name in keys or is_group or name.endswith(".type"):
+            continue
+        message = str(unknown_key(name, keys))
+        if not any(key.partition("=")[0] in message for key in ours):
+            unanswered.append((name, message))
+    assert not unanswered
 
 
 def test_quoted_messages_occur_in_the_source():

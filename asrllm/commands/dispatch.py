@@ -17,9 +17,10 @@ import asrllm
 from asrllm import siblings
 from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
 from asrllm.commands.arguments.base_models import split_base_models
-from asrllm.commands.arguments.configured import COMPARE
+from asrllm.commands.arguments.configured import COMPARE, documented_keys
 from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.libraries import import_transformers
+from asrllm.config_keys import unknown_option
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
@@ -198,7 +199,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments, rest = build_parser(argv).parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
-        arguments.parser.error(f"unknown option {unknown[0]}")
+        problem = f"unknown option {unknown[0]}"
+        if hasattr(arguments, "overrides"):
+            problem = unknown_option(unknown[0], documented_keys(arguments.configuration))
+        arguments.parser.error(problem)
     if rest and not hasattr(arguments, "overrides"):
         arguments.parser.error(f"unexpected argument {rest[0]!r}")
     if rest:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
+from asrllm.config_keys import dotted_keys
 from asrllm.errors import nearest
 
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
@@ -51,6 +52,7 @@ def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a configuration key and its new value"
     )
+    parser.set_defaults(configuration=config)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{KEYS_TITLE}\n\n{help_text(config)}"
     add_hydra_options(parser)
@@ -66,6 +68,13 @@ def help_text(name: str) -> str:
         indented = [f"  {line}\n" if line else "\n" for line in lines]
         parts.append(f"{group}:\n" + "".join(indented))
     return "\n".join(parts)
+
+
+def documented_keys(name: str) -> list[str]:
+    """Return every key of `NAME.yaml` and its groups as a dotted path."""
+    import yaml  # takes 40 ms, which only an error needs
+
+    return dotted_keys(yaml.safe_load(help_text(name)))
 
 
 def add_hydra_options(parser: argparse.ArgumentParser) -> None:
