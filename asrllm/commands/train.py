@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import logging
 import re
 import sys
@@ -25,6 +24,7 @@ from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model
 from asrllm.progress import waiting
+from asrllm.text_files import parse_json
 from asrllm.training.callbacks.agreement import check_same
 from asrllm.training.callbacks.build import make_callbacks
 from asrllm.training.callbacks.nonfinite import skip_nonfinite
@@ -230,7 +230,7 @@ def last_validation_loss(exp_dir: Path) -> float | None:
     lines = path.read_text().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             logger.warning("line %d of %s is corrupted and is not used", number, path)
             continue

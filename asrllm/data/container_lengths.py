@@ -5,14 +5,16 @@ ffmpeg stops at the end of a truncated file of these formats without an error.
 
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from asrllm.data.audio_headers import INCOMPLETE, UNKNOWN_SIZE, problem_after, truncated
 from asrllm.text_files import Buffer
 
+ByteOrder = Literal["little", "big"]
 VOC_MAGIC = b"Creative Voice File\x1a"
 VOC_AUDIO = (1, 2, 9)  # types of VOC blocks: audio, more audio, audio with another header
 VOC_GAPS = {3: "silence", 6: "repetition"}  # types that ffmpeg skips
-SOX_MAGIC = {b".SoX": "little", b"XoS.": "big"}  # byte order
+SOX_MAGIC: dict[bytes, ByteOrder] = {b".SoX": "little", b"XoS.": "big"}  # byte order
 SOX_SAMPLE = 4  # bytes
 ADX_MAGIC = b"\x80\0"
 ADX_HEADER = 20  # bytes of its fields
@@ -81,7 +83,7 @@ def has_several_voc_blocks(content: Buffer) -> bool:
 
 def sox_problem(content: Buffer) -> str:
     """Compare the size of a .sox file with the number of samples of all channels in its header."""
-    order = "little" if content[:4] == b".SoX" else "big"
+    order = SOX_MAGIC[content[:4]]
     header = 4 + _number(content[4:8], order)
     samples = _number(content[8:16], order)
     return _size_problem(content, header, SOX_SAMPLE * samples)
@@ -104,7 +106,7 @@ def is_adx(content: Buffer) -> bool:
     return end >= ADX_HEADER and content[:2] == ADX_MAGIC and content[end - 6 : end] == b"(c)CRI"
 
 
-def riff_problem(content: Buffer) -> str:
+def avi_problem(content: Buffer) -> str:
     """Compare the size of an AVI file with that in its header."""
     if not AVI.match(content):
         return ""
@@ -113,7 +115,7 @@ def riff_problem(content: Buffer) -> str:
 
 
 def nut_problem(content: Buffer) -> str:
-    """Return whether a NUT file lacks the index at its end."""
+    """Return what is wrong with a NUT file that lacks the index at its end, or ""."""
     distance = int.from_bytes(content[-NUT_END : -NUT_END + 8], "big")
     index = len(content) - distance
     if index > 0 and content[index : index + len(NUT_INDEX)] == NUT_INDEX:
@@ -135,8 +137,8 @@ def dtshd_problem(content: Buffer) -> str:
     return ""
 
 
-def _number(data: bytes, order: str) -> int:
-    return int.from_bytes(data, "little" if order == "little" else "big")
+def _number(data: bytes, order: ByteOrder) -> int:
+    return int.from_bytes(data, order)
 
 
 def _size_problem(content: Buffer, header: int, size: int) -> str:
@@ -151,7 +153,7 @@ CHECKS: dict[bytes, Callable[[Buffer], str]] = {
     VOC_MAGIC: voc_problem,
     **dict.fromkeys(SOX_MAGIC, sox_problem),
     ADX_MAGIC: adx_problem,
-    b"RIFF": riff_problem,
+    b"RIFF": avi_problem,
     NUT_MAGIC: nut_problem,
     DTSHD_MAGIC: dtshd_problem,
 }

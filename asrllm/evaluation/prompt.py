@@ -55,7 +55,7 @@ def inference_prompt(
     words = [] if hotwords is None else read_hotwords(hotwords)
     if warn and words and not config.hotwords_template:
         logger.warning(
-            "The model may ignore hotwords: its training did not use them, as far as is known. "
+            "The model may ignore hotwords, because its configuration has none from training. "
             "Set data.hotwords in training."
         )
     context = filled(config.hotwords_template or HOTWORDS_TEMPLATE, words)
@@ -92,7 +92,7 @@ def prompt_of_translation(config: AsrLlmConfig) -> str | None:
 
 
 def read_hotwords(given: str) -> list[str]:
-    """Return the distinct words of --hotwords.
+    """Return the distinct words of a list of hotwords.
 
     Args:
         given: words separated by commas, or @FILE with one word per line.
@@ -102,12 +102,11 @@ def read_hotwords(given: str) -> list[str]:
     """
     if given.startswith("@"):
         lines = read_text(given[1:], "--hotwords").splitlines()
+        fix = "Write one word per line."
     else:
         lines = re.split("[,，、\n]", given)
+        fix = "Separate words by commas."
     words = [line.strip() for line in lines if line.strip()]
     if not words:
-        raise UserError(
-            f"--hotwords {given!r} has no word. "
-            "Separate words by commas, or use @FILE with one word per line."
-        )
+        raise UserError(f"hotwords={given!r} contains no word. {fix}")
     return list(dict.fromkeys(words))

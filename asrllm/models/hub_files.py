@@ -33,9 +33,9 @@ from asrllm.text_files import (
     reading,
 )
 
-# Files that transformers reads as JSON objects. It ignores some of them if they are corrupted.
 DOWNLOAD_AGAIN = "Download it again."
 CORRECT_CONFIG = "Correct it, or download it again."
+# Files that transformers reads as JSON objects. It ignores some of them if they are corrupted.
 JSON_FILES = (
     "config.json",
     "tokenizer_config.json",

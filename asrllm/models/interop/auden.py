@@ -62,7 +62,7 @@ USED_FIELDS = {
     "audio_token",
     "exclude_from_checkpoint",
 }
-# JsonObject that do not change what the model computes.
+# fields that do not change what the model computes.
 IGNORED_FIELDS = {
     "use_flash_attn",
     "max_total_length",

@@ -1,11 +1,11 @@
 """Logs of JSON lines to which a resumed run appends."""
 
-import json
 import logging
 from pathlib import Path
 from typing import TextIO
 
 from asrllm.atomic import write_whole
+from asrllm.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ def reopen_log(path: Path, step: int) -> TextIO:
 def _step_of(line: bytes) -> int | None:
     """Return the step of a log record, or None if the line is not a record."""
     try:
-        record = json.loads(line.decode())
+        record = parse_json(line)
         step = record["step"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return None
     return step if isinstance(step, int) else None

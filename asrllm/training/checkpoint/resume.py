@@ -202,7 +202,7 @@ def find_intact(
     for candidate in candidates:
         problem = corruption(candidate)
         if problem is None:
-            # Only now: without an intact checkpoint nothing is renamed.
+            # not earlier, because nothing is renamed if no checkpoint is intact
             distributed.first_rank_does(functools.partial(set_aside, problems, candidate))
             return candidate, checked_manifest(candidate, processor, settings)
         problems[candidate] = problem
