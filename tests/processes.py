@@ -26,6 +26,8 @@ from pathlib import Path
 
 import psutil
 
+from asrllm.processes import die_with_parent
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRELOADED = [
     "asrllm.commands.average",
@@ -181,8 +183,9 @@ def start_from_server(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def become(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """Turn a forked process into `python WORDS...`, in a new session."""
+    """Turn a forked process into `python WORDS...` in a new session that ends with the server."""
     os.setsid()
+    die_with_parent(os.getppid())
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(REPOSITORY)
