@@ -7,7 +7,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -23,7 +23,9 @@ from asrllm.launchers import free_port, non_negative_integer
 from asrllm.progress import waiting
 
 logger = logging.getLogger(__name__)
+SHOWN_OF_VALUES = 200  # characters of a value in the error message
 RESOLVE_WITHIN = 120.0  # seconds; the name of a pod in Kubernetes appears once it runs
+Signature = dict[str, object]  # what must be the same on all ranks, by description
 
 
 def rank() -> int:
@@ -238,3 +240,42 @@ def default_device() -> torch.device:
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     return torch.device(accelerator.device_name(0))
+
+
+def flat_settings(settings: Mapping[str, object], prefix: str = "") -> Signature:
+    """Return nested settings as one object, in which "a.b" is the name of `b` in `a`."""
+    flat: Signature = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_same(when: str, everywhere: Sequence[Signature]) -> None:
+    """Compare the signatures of all ranks.
+
+    Args:
+        when: when they are compared, for the error message.
+        everywhere: signatures by rank.
+
+    Raises:
+        UserError: they differ. The message names what differs, the values and their ranks.
+    """
+    differences = []
+    for what in sorted(set().union(*everywhere)):
+        ranks: dict[str, list[int]] = {}
+        for rank, values in enumerate(everywhere):
+            ranks.setdefault(str(values.get(what)), []).append(rank)
+        if len(ranks) > 1:
+            found = [
+                f"{value[:SHOWN_OF_VALUES]} on rank {', '.join(map(str, ranks[value]))}"
+                for value in ranks
+            ]
+            differences.append(f"{what}: {'; '.join(found)}")
+    if differences:
+        raise UserError(
+            f"the ranks differ {when} in {' | '.join(differences)}. "
+            "Start all of them with the same command, code and data."
+        )

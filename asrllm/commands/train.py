@@ -25,7 +25,6 @@ from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import build_model
 from asrllm.progress import waiting
 from asrllm.text_files import parse_json
-from asrllm.training.callbacks.agreement import check_same
 from asrllm.training.callbacks.build import make_callbacks
 from asrllm.training.callbacks.nonfinite import skip_nonfinite
 from asrllm.training.callbacks.saving import Checkpoints
@@ -41,7 +40,7 @@ from asrllm.training.running_average import RunningAverage
 from asrllm.training.startup import Startup
 from asrllm.training.trainer import Trainer
 from asrllm.training.warm_start import describe_warm_start, warm_start
-from asrllm.training.watchdog import Watchdog
+from asrllm.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -66,7 +65,9 @@ def train(config: TrainRun) -> float | None:
         startup.finish("data")
         preemption.defer_to_step_boundary()
         device = distributed.start()
-        check_same("in their settings", distributed.gather_objects(shared_settings(prepared)))
+        distributed.check_same(
+            "in their settings", distributed.gather_objects(shared_settings(prepared))
+        )
         startup.finish("ranks")
         with open_trainer(prepared, device, preemption, startup) as trainer:
             initial_step = trainer.step

@@ -20,7 +20,7 @@ from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.score import Transcript
 from asrllm.models.asr_llm.generation import Answer, make_batches
 from asrllm.progress import ProgressBar
-from asrllm.training.watchdog import Watchdog
+from asrllm.watchdog import Watchdog
 
 # about this many batches per rank; with fewer, one rank may have twice the work of another
 FEWEST_BATCHES = 4

@@ -37,8 +37,7 @@ from asrllm.models.auto import load_model_config
 from asrllm.models.base_models import base_entry, base_paths
 from asrllm.progress import waiting
 from asrllm.text_files import read_json_object
-from asrllm.training.callbacks.agreement import Signature, check_same, flat_settings
-from asrllm.training.watchdog import Watchdog
+from asrllm.watchdog import Watchdog
 
 BASELINE = "whisper"  # directory of the baseline's journals, next to those of decoding methods
 
@@ -102,7 +101,9 @@ class Evaluation:
             UserError: the ranks have different settings, a test set cannot be scored, the results
                 cannot be written, or another evaluation writes to the directory.
         """
-        check_same("in their settings", distributed.gather_objects(self.shared_settings()))
+        distributed.check_same(
+            "in their settings", distributed.gather_objects(self.shared_settings())
+        )
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
             distributed.first_rank_does(
@@ -110,7 +111,7 @@ class Evaluation:
             )
         distributed.first_rank_does(self._lock_folder)  # creates the directory
 
-    def shared_settings(self) -> Signature:
+    def shared_settings(self) -> distributed.Signature:
         """Return the settings that all ranks must share. Paths may differ from node to node."""
         settings = {
             "engine": self.config.engine,
@@ -124,7 +125,7 @@ class Evaluation:
             "normalizers": self.normalizers,
             "test sets": {corpus.name: corpus_digest(corpus) for corpus in self.corpora},
         }
-        return flat_settings(settings)
+        return distributed.flat_settings(settings)
 
     def _lock_folder(self) -> None:
         check_writable_folder(self.folder)

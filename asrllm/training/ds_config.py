@@ -367,10 +367,17 @@ def check_device(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
             f"trainer.precision=fp16 is not supported on this device "
             f"({accelerator.device_name()}). Set trainer.precision to bf16 or fp32."
         )
+    uses_nvme = False
     for part in ("offload_optimizer", "offload_param"):
         offload = ds["zero_optimization"].get(part) or {}
         if offload.get("device") == "nvme":
             check_nvme(part, offload, config, path)
+            uses_nvme = True
+    if config.nvme_path and not uses_nvme:
+        raise UserError(
+            f"trainer.nvme_path={config.nvme_path!r} has no effect, because {path} offloads "
+            "nothing to NVMe. Remove it, or use ds_configs/zero3_nvme.json."
+        )
 
 
 def _require_nvme_path(part: str, config: TrainerConfig, path: Path) -> str:

@@ -87,8 +87,8 @@ def import_muon_uncompiled() -> None:
 
     The import takes 0.0 s with this, and 1.1 to 3.5 s without it on two busy cores (torch 2.13).
     deepspeed.initialize checks every optimizer against Muon, whose module has functions that are
-    decorated with torch.compile, which imports 530 modules of the compiler
-    (https://github.com/pytorch/pytorch/issues/149872). torch reads TORCHDYNAMO_DISABLE when a
+    decorated with torch.compile, which imports 530 modules of the compiler; others avoid that, too
+    (https://github.com/huggingface/accelerate/pull/3947). torch reads TORCHDYNAMO_DISABLE when a
     function is decorated.
     """
     with switched_on("TORCHDYNAMO_DISABLE"), contextlib.suppress(ImportError):

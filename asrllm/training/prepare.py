@@ -18,7 +18,6 @@ from asrllm.models.build import build_processor, describe_prompts
 from asrllm.models.init_from import check_earlier_run
 from asrllm.progress import waiting
 from asrllm.text_files import JsonObject
-from asrllm.training.callbacks.agreement import Signature, flat_settings
 from asrllm.training.checkpoint.resume import find_resume, lock_exp_dir, resume_fingerprint
 from asrllm.training.data import TrainingData
 from asrllm.training.ds_config import check_settings, read_ds_config
@@ -144,7 +143,7 @@ def prepare(config: TrainRun) -> PreparedRun:
     )
 
 
-def shared_settings(prepared: PreparedRun) -> Signature:
+def shared_settings(prepared: PreparedRun) -> distributed.Signature:
     """Return the settings that all ranks must share. Paths may differ from node to node."""
     trainer = dataclasses.asdict(prepared.config.trainer)
     del trainer["wandb"], trainer["deepspeed_config"]
@@ -155,7 +154,7 @@ def shared_settings(prepared: PreparedRun) -> Signature:
         "steps": prepared.data.total_steps(),
         "checkpoint": prepared.checkpoint and prepared.checkpoint.name,
     }
-    return flat_settings(settings)
+    return distributed.flat_settings(settings)
 
 
 def describe_data(description: AsrLlmConfig, config: TrainRun, data: TrainingData) -> None:

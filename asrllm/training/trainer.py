@@ -21,7 +21,7 @@ from asrllm.training.engine import set_lr
 from asrllm.training.preemption import Preemption
 from asrllm.training.run_config import TrainerConfig
 from asrllm.training.schedules import lr_factor
-from asrllm.training.watchdog import Watchdog
+from asrllm.watchdog import Watchdog
 
 MODEL_INPUTS = (
     "waves",

@@ -663,3 +663,8 @@ def test_division_of_gradients_can_be_changed_without_zero(tmp_path):
     keys = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
     found = read(tmp_path, {"zero_optimization": {"stage": 0}} | keys)
     assert found.items() >= keys.items()
+
+
+def test_directory_for_nvme_without_offload_to_it_is_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.nvme_path='/disk' .*mine\.json"):
+        read(tmp_path, {"zero_optimization": {"stage": 1}}, nvme_path="/disk")

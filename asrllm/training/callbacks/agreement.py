@@ -4,18 +4,14 @@ If they are not, collectives hang, or mix up data and weights, without an error.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from asrllm import distributed
 from asrllm.collator.loader import LoadedStep
-from asrllm.errors import UserError
+from asrllm.distributed import Signature
 from asrllm.training.trainer import Callback, Trainer
-
-SHOWN_OF_VALUES = 200  # characters of a value in the error message
-Signature = dict[str, object]  # what must be the same on all ranks, by description
 
 
 class RankCheck(Callback):
@@ -24,7 +20,7 @@ class RankCheck(Callback):
     def before_step(self, trainer: Trainer, loaded: LoadedStep) -> None:
         """Raise UserError on all ranks if they differ."""
         when = f"before step {trainer.step + 1}"
-        check_same(when, distributed.gather_objects(signature(trainer, loaded)))
+        distributed.check_same(when, distributed.gather_objects(signature(trainer, loaded)))
 
 
 def _digest_of_training_modules(model: nn.Module) -> str:
@@ -57,42 +53,3 @@ def signature(trainer: Trainer, loaded: LoadedStep) -> Signature:
         "dtypes of the tensors": dtypes,
         "modules in training mode": _digest_of_training_modules(trainer.engine.module),
     }
-
-
-def flat_settings(settings: Mapping[str, object], prefix: str = "") -> Signature:
-    """Return nested settings as one object, in which "a.b" is the name of `b` in `a`."""
-    flat: Signature = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def check_same(when: str, everywhere: Sequence[Signature]) -> None:
-    """Compare the signatures of all ranks.
-
-    Args:
-        when: when they are compared, for the error message.
-        everywhere: signatures by rank.
-
-    Raises:
-        UserError: they differ. The message names what differs, the values and their ranks.
-    """
-    differences = []
-    for what in sorted(set().union(*everywhere)):
-        ranks: dict[str, list[int]] = {}
-        for rank, values in enumerate(everywhere):
-            ranks.setdefault(str(values.get(what)), []).append(rank)
-        if len(ranks) > 1:
-            found = [
-                f"{value[:SHOWN_OF_VALUES]} on rank {', '.join(map(str, ranks[value]))}"
-                for value in ranks
-            ]
-            differences.append(f"{what}: {'; '.join(found)}")
-    if differences:
-        raise UserError(
-            f"the ranks differ {when} in {' | '.join(differences)}. "
-            "Start all of them with the same command, code and data."
-        )

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from asrllm.data.plan import Position
+from asrllm.distributed import check_same
 from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
-from asrllm.training.callbacks.agreement import check_same, signature
+from asrllm.training.callbacks.agreement import signature
 from asrllm.training.callbacks.garbage import GarbageCollection
 from asrllm.training.callbacks.metric_names import METRICS
 from asrllm.training.callbacks.profiling import Profiler

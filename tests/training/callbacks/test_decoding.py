@@ -21,7 +21,7 @@ from asrllm.training.callbacks.decoding import (
 from asrllm.training.callbacks.validation import Validation
 from asrllm.training.subset import BATCH_SIZE, PADDING_KEY, DecodingSubset
 from asrllm.training.trainer import StepSums
-from asrllm.training.watchdog import Watchdog
+from asrllm.watchdog import Watchdog
 from tests.conftest import assert_done, run_script
 from tests.test_end_to_end import losses, metrics
 

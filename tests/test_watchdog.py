@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from asrllm.errors import UserError
-from asrllm.training.watchdog import EXIT_STATUS, Watchdog
+from asrllm.watchdog import EXIT_STATUS, Watchdog
 from tests.conftest import clean_environment
 
 HANG = """
 import ctypes, multiprocessing, sys, threading
 from pathlib import Path
-from asrllm.training.watchdog import Watchdog
+from asrllm.watchdog import Watchdog
 
 def stuck_here(how):
     if how == "lock":
