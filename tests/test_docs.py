@@ -31,6 +31,7 @@ PAGES = [
     *sorted(ROOT.glob("examples/*/README.md")),
     ROOT / "benchmarks" / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "RESULTS.md",
     ROOT / "SECURITY.md",
 ]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,8 @@ class WhisperEngine:
         """
         from transformers import WhisperFeatureExtractor
 
+        # generate() warns in each batch that its own default length and ours are both set
+        logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)
         model = _load_model(folder, dtype)
         self.tokenizer = load_tokenizer(folder)
         self.model: Any = model.to(device).eval()

@@ -307,7 +307,7 @@ def test_invalid_options_are_reported_before_the_model_loads(
             [repr(str(speech)), repr(str(other / "speech.flac")), " speech.txt "],
         ),
         ([none], [repr(str(none))]),
-        (["--hotwords", ","], ["--hotwords ','"]),
+        (["--hotwords", ","], ["hotwords=','"]),
         (["--hotwords", f"@{tmp_path / 'no.txt'}"], [repr(str(tmp_path / "no.txt"))]),
         (["--prompt", "Hear <|AUDIO|>"], ["'Hear <|AUDIO|>'", "'<|AUDIO|>'"]),
         (["--repetition-guard", "-1"], ["--repetition-guard -1 "]),
