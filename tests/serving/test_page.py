@@ -155,7 +155,8 @@ def test_wrong_settings_of_the_microphone_are_shown(page):
     page.find_element("id", "record").click()
     wait_for(lambda: status(page) == "Recording", 20)
     page.find_element("id", "record").click()
-    wait_for(lambda: status(page) == "Done", 30)
+    # the microphone may not have had a sound yet
+    wait_for(lambda: status(page) in ("Done", "No speech was found"), 30)
 
 
 @pytest.mark.parametrize("key", ["secret", "wrong"])
