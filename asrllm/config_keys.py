@@ -1,135 +1,94 @@
 """Names of configuration keys: those of other frameworks, and hints for unknown ones."""
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
+from importlib import resources
 
 from asrllm.errors import UserError
 
-USE = "Use {}: {}."  # our key, its meaning
-BATCH_BUDGET = (
-    "data.sampler.max_tokens",
-    "audio and text tokens in a micro-batch of one rank, for any number of utterances",
-)
-BATCH_DURATION = ("data.sampler.max_duration", "seconds of audio in a micro-batch of one rank")
-ACCUMULATION = ("trainer.gradient_accumulation_steps", "micro-batches of an optimizer step")
-ENCODER_PATH = ("model.audio_encoder.pretrained_model", "a directory, file or hub id")
-PRECISION = ("trainer.precision", "the number format of weights and activations")
-ATTENTION = ("model.llm.attention", "the implementation of attention over packed rows")
-CLIPPING = ("trainer.gradient_clipping", "the largest norm of a step's gradient")
-BETAS = ("trainer.betas", "a list of both decay rates, for example [0.9,0.98]")
-DEEPSPEED = ("trainer.deepspeed_config", "a DeepSpeed JSON, for example ds_configs/zero2.json")
-RESUME = ("trainer.resume", "auto, never or the path of a checkpoint")
-SAVE_EVERY = ("trainer.save_every", "steps between checkpoints")
-WANDB = ("trainer.wandb.mode", "whether Weights & Biases logs the run")
-TRAINING_DATA = ("data.train_data_config", "a YAML list of corpora")
-VALIDATION_DATA = ("data.valid_data_config", "a YAML list of corpora")
-NOISE = ("data.augment.noise.source", "a directory of audio files, with data.augment.noise.prob")
-LORA_RANK = ("model.llm.lora.r", "the rank of the LLM's adapters, 0 without them")
-PROJECTOR = ("model.projector", "the kind of projector")
 MAX_LISTED = 12  # keys of a group in a message
-# keys of Hugging Face, NeMo, icefall and SLAM-LLM, with our key and its meaning
-ALIASES = {
-    "learning_rate": ("trainer.lr", "the peak learning rate"),
-    "base_lr": ("trainer.lr", "the peak learning rate"),
-    "num_train_epochs": ("trainer.num_epochs", "passes over the data"),
-    "max_epochs": ("trainer.num_epochs", "passes over the data"),
-    "epochs": ("trainer.num_epochs", "passes over the data"),
-    "max_steps": ("trainer.num_steps", "optimizer steps"),
-    "total_steps": ("trainer.num_steps", "optimizer steps"),
-    "batch_size": BATCH_BUDGET,
-    "per_device_train_batch_size": BATCH_BUDGET,
-    "train_micro_batch_size_per_gpu": BATCH_BUDGET,
-    "batch_size_training": BATCH_BUDGET,
-    "max_duration": BATCH_DURATION,
-    "batch_duration": BATCH_DURATION,
-    "gradient_accumulation": ACCUMULATION,
-    "gradient_accumulation_steps": ACCUMULATION,
-    "accumulate_grad_batches": ACCUMULATION,
-    "accum_grad": ACCUMULATION,
-    "max_grad_norm": CLIPPING,
-    "grad_clip": CLIPPING,
-    "gradient_clip_val": CLIPPING,
-    "warmup_ratio": ("trainer.warmup_steps", "steps of linear warm-up, as a number"),
-    "lr_scheduler_type": ("trainer.schedule.name", "the learning-rate schedule"),
-    "optim": ("trainer.optimizer.name", "the optimizer"),
-    "bf16": PRECISION,
-    "fp16": PRECISION,
-    "use_fp16": PRECISION,
-    "deepspeed": DEEPSPEED,
-    "output_dir": ("exp_dir", "the directory that the run writes to"),
-    "save_steps": SAVE_EVERY,
-    "save_every_n": SAVE_EVERY,
-    "save_total_limit": ("trainer.keep_last_k", "checkpoints to keep"),
-    "keep_last_k": ("trainer.keep_last_k", "checkpoints to keep"),
-    "logging_steps": ("trainer.log_every", "steps between log records"),
-    "eval_steps": ("trainer.valid_every", "steps between validations"),
-    "resume_from_checkpoint": RESUME,
-    "dataloader_num_workers": ("data.num_workers", "reading processes of each rank"),
-    "lora_r": LORA_RANK,
-    "rank": LORA_RANK,
-    "lora_rank": LORA_RANK,
-    "lora_alpha": ("model.llm.lora.lora_alpha", "the scale of the LLM's adapters times their rank"),
-    "lora_dropout": ("model.llm.lora.lora_dropout", "the dropout before the LLM's adapters"),
-    "freeze_encoder": ("model.audio_encoder.frozen", "true: train only its adapters, if any"),
-    "freeze_llm": ("model.llm.frozen", "true: train only its adapters, if any"),
-    "encoder_name": ("model.audio_encoder.model_type", "the kind of audio encoder"),
-    "llm_path": ("model.llm.pretrained_model", "a directory or hub id"),
-    "model_name_or_path": ("model.llm.pretrained_model", "a directory or hub id"),
-    "train_data_path": TRAINING_DATA,
-    "beam_size": ("num_beams", "hypotheses of beam search"),
-    "ckpt_path": ("checkpoint.model.filename", "a state dict file"),
-    "speech_encoder_path_or_name": ENCODER_PATH,
-    "encoder_path": ENCODER_PATH,
-    "pretrained_asr": ENCODER_PATH,
-    "llm_path_or_name": ("model.llm.pretrained_model", "a directory or hub id"),
-    "pretrained_llm": ("model.llm.pretrained_model", "a directory or hub id"),
-    "encoder_projector": PROJECTOR,
-    "encoder_projector_ds_rate": (
-        "model.audio_encoder_projector_ds_rate",
-        "encoder frames that make one audio token",
-    ),
-    "audio_locator_tag": ("model.audio_token", "the text that marks the place of an audio"),
-    "prompt_format": ("model.llm.chat_template", "null for the LLM's own, or chatml"),
-    "log_interval": ("trainer.log_every", "steps between log records"),
-    "log_every_n_steps": ("trainer.log_every", "steps between log records"),
-    "valid_interval": ("trainer.valid_every", "steps between validations"),
-    "validation_interval": ("trainer.valid_every", "steps between validations"),
-    "val_check_interval": ("trainer.valid_every", "steps between validations"),
-    "save_top_k": ("trainer.keep_last_k", "checkpoints to keep, the newest ones"),
-    "num_workers_dataloader": ("data.num_workers", "reading processes of each rank"),
-    "val_data_path": VALIDATION_DATA,
-    "freeze_vit": ("model.audio_encoder.frozen", "true: train only its adapters, if any"),
-    "vit_lr": ("trainer.lr_of.audio_encoder", "the peak learning rate of the audio encoder"),
-    "aligner_lr": ("trainer.lr_of.projector", "the peak learning rate of the projector"),
-    "torch_dtype": PRECISION,
-    "attn_impl": ATTENTION,
-    "attn_implementation": ATTENTION,
-    "use_flash_attn": ATTENTION,
-    "start_epoch": RESUME,
-    "resume_if_exists": RESUME,
-    "manifest_dir": TRAINING_DATA,
-    "dataset": TRAINING_DATA,
-    "val_dataset": VALIDATION_DATA,
-    "enable_spec_aug": ("data.augment.spec_augment.prob", "the probability of SpecAugment"),
-    "enable_musan": NOISE,
-    "musan": NOISE,
-    "enable_speed_perturb": ("data.augment.speed", "a list of factors, for example [0.9,1.0,1.1]"),
-    "use_lora": LORA_RANK,
-    "use_peft": LORA_RANK,
-    "unfreeze_llm": ("model.llm.frozen", "false: train the whole LLM"),
-    "use_wandb": WANDB,
-    "create_wandb_logger": WANDB,
-    "report_to": WANDB,
-    "modality_adapter": PROJECTOR,
-    "min_lr": ("trainer.min_lr_ratio", "the last learning rate as a ratio of its peak"),
-    "strategy": DEEPSPEED,
-    "every_n_train_steps": SAVE_EVERY,
-    "freeze_aligner": ("model.frozen_parameters", "[projector.*]: do not train the projector"),
-    "adam_beta1": BETAS,
-    "adam_beta2": BETAS,
-    "max_length": ("data.filter.max_duration", "seconds; longer utterances are dropped"),
-    "clip_grad_norm": CLIPPING,
+# our keys, and what they are called in Hugging Face, NeMo, icefall, SLAM-LLM and ms-swift
+NAMES_ELSEWHERE = {
+    "trainer.lr": ["learning_rate", "base_lr"],
+    "trainer.num_epochs": ["num_train_epochs", "max_epochs", "epochs"],
+    "trainer.num_steps": ["max_steps", "total_steps"],
+    "data.sampler.max_tokens": [
+        "batch_size",
+        "per_device_train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "batch_size_training",
+    ],
+    "data.sampler.max_duration": ["max_duration", "batch_duration"],
+    "trainer.gradient_accumulation_steps": [
+        "gradient_accumulation",
+        "gradient_accumulation_steps",
+        "accumulate_grad_batches",
+        "accum_grad",
+    ],
+    "trainer.gradient_clipping": [
+        "max_grad_norm",
+        "grad_clip",
+        "gradient_clip_val",
+        "clip_grad_norm",
+    ],
+    "trainer.warmup_steps": ["warmup_ratio"],
+    "trainer.schedule.name": ["lr_scheduler_type"],
+    "trainer.optimizer.name": ["optim"],
+    "trainer.precision": ["bf16", "fp16", "use_fp16", "torch_dtype"],
+    "trainer.deepspeed_config": ["deepspeed", "strategy"],
+    "exp_dir": ["output_dir"],
+    "trainer.save_every": ["save_steps", "save_every_n", "every_n_train_steps"],
+    "trainer.keep_last_k": ["save_total_limit", "keep_last_k", "save_top_k"],
+    "trainer.log_every": ["logging_steps", "log_interval", "log_every_n_steps"],
+    "trainer.valid_every": [
+        "eval_steps",
+        "valid_interval",
+        "validation_interval",
+        "val_check_interval",
+    ],
+    "trainer.resume": ["resume_from_checkpoint", "start_epoch", "resume_if_exists"],
+    "data.num_workers": ["dataloader_num_workers", "num_workers_dataloader"],
+    "model.llm.lora.r": ["lora_r", "rank", "lora_rank", "use_lora", "use_peft"],
+    "model.llm.lora.lora_alpha": ["lora_alpha"],
+    "model.llm.lora.lora_dropout": ["lora_dropout"],
+    "model.audio_encoder.frozen": ["freeze_encoder", "freeze_vit"],
+    "model.llm.frozen": ["freeze_llm", "unfreeze_llm"],
+    "model.audio_encoder.model_type": ["encoder_name"],
+    "model.llm.pretrained_model": [
+        "llm_path",
+        "model_name_or_path",
+        "llm_path_or_name",
+        "pretrained_llm",
+    ],
+    "data.train_data_config": ["train_data_path", "manifest_dir", "dataset"],
+    "num_beams": ["beam_size"],
+    "checkpoint.model.filename": ["ckpt_path"],
+    "model.audio_encoder.pretrained_model": [
+        "speech_encoder_path_or_name",
+        "encoder_path",
+        "pretrained_asr",
+    ],
+    "model.projector": ["encoder_projector", "modality_adapter"],
+    "model.audio_encoder_projector_ds_rate": ["encoder_projector_ds_rate"],
+    "model.audio_token": ["audio_locator_tag"],
+    "model.llm.chat_template": ["prompt_format"],
+    "data.valid_data_config": ["val_data_path", "val_dataset"],
+    "trainer.lr_of.audio_encoder": ["vit_lr"],
+    "trainer.lr_of.projector": ["aligner_lr"],
+    "model.llm.attention": ["attn_impl", "attn_implementation", "use_flash_attn"],
+    "data.augment.spec_augment.prob": ["enable_spec_aug"],
+    "data.augment.noise.source": ["enable_musan", "musan"],
+    "data.augment.speed": ["enable_speed_perturb"],
+    "trainer.wandb.mode": ["use_wandb", "create_wandb_logger", "report_to"],
+    "trainer.min_lr_ratio": ["min_lr"],
+    "model.frozen_parameters": ["freeze_aligner"],
+    "trainer.betas": ["adam_beta1", "adam_beta2"],
+    "data.filter.max_duration": ["max_length"],
 }
+ALIASES = {alias: ours for ours, aliases in NAMES_ELSEWHERE.items() for alias in aliases}
+# a line of a packaged YAML file: a key, its value and the beginning of its meaning
+KEY_LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):.*?(  # (?P<meaning>.*))?")
 
 
 def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
@@ -169,13 +128,45 @@ def dotted_keys(tree: object, prefix: str = "") -> list[str]:
     return keys
 
 
+def help_text(name: str) -> str:
+    """Return every key of `asrllm/conf/NAME.yaml` and its groups with its default and meaning."""
+    root = resources.files("asrllm.conf")
+    main = (root / f"{name}.yaml").read_text()
+    parts = [main.partition("\n\n")[2]]
+    for group, choice in re.findall(r"^  - (?:/)?(\w+): (\w+)$", main, flags=re.M):
+        lines = (root / group / f"{choice}.yaml").read_text().splitlines()
+        indented = [f"  {line}\n" if line else "\n" for line in lines]
+        parts.append(f"{group}:\n" + "".join(indented))
+    return "\n".join(parts)
+
+
+def meanings(name: str) -> dict[str, str]:
+    """Return the meaning of every key of `asrllm/conf/NAME.yaml` and its groups, by dotted path."""
+    found: dict[str, str] = {}
+    path: list[str] = []
+    for line in filter(None, help_text(name).splitlines()):
+        if match := KEY_LINE.fullmatch(line):
+            depth = len(match["indent"]) // 2  # spaces
+            path = [*path[:depth], match["key"]]
+            found[".".join(path)] = match["meaning"] or ""
+        else:
+            found[".".join(path)] += line.strip().replace("#", "", 1)
+    return found
+
+
+def _use(key: str) -> str:
+    """Return the advice to use a key, with its meaning."""
+    meaning = (meanings("evaluate") | meanings("train"))[key]
+    return f"Use {key}: {meaning.rstrip('.')}."
+
+
 def _hint(key: str, known: Collection[str]) -> str:
     """Return what to write instead of an unknown key."""
-    ours, meaning = ALIASES.get(key.rpartition(".")[2], ("", ""))
+    ours = ALIASES.get(key.rpartition(".")[2], "")
     if key == "experiment":
         return "Write +experiment=NAME, which reads experiment/NAME.yaml in --config-dir."
     if ours in known:
-        return USE.format(ours, meaning)
+        return _use(ours)
     return _similar_key(key, known)
 
 
@@ -195,8 +186,8 @@ def _similar_key(key: str, known: Collection[str]) -> str:
     if found:
         return f"Did you mean {' or '.join(map(repr, found))}?"
     for alias in difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.8):
-        if ALIASES[alias][0] in known:
-            return USE.format(*ALIASES[alias])
+        if ALIASES[alias] in known:
+            return _use(ALIASES[alias])
     if group and len(siblings) > MAX_LISTED:
         return f"--help lists the keys of {group}."
     if group and siblings:

@@ -7,11 +7,11 @@ from typing import Annotated
 import pytest
 from pydantic import Strict
 
-from asrllm.commands.arguments.configured import help_text
 from asrllm.commands.evaluate import EvaluationRun
 from asrllm.conf.fields import field_docs
 from asrllm.conf.pages import pages
 from asrllm.conf.write import yaml_files
+from asrllm.config_keys import help_text
 from asrllm.errors import UserError
 from asrllm.schema import (
     PositiveInt,

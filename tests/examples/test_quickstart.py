@@ -6,13 +6,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from asrllm.commands.dispatch import main
 from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
+sys.path.insert(0, str(REPOSITORY / "examples" / "sentences"))
 
 import run
+import sentences
 import speech
+import steps
 import weights
 
 
@@ -139,10 +144,31 @@ def test_training_strings_are_reproducible_and_within_bounds():
 
 
 def test_finished_step_is_skipped(tmp_path, capsys):
-    times = run.Times()
+    times = steps.Times()
     done = []
     assert times.step("a", tmp_path / "result", lambda: done.append(1)) is None
     (tmp_path / "result").touch()
     times.step("a", tmp_path / "result", lambda: done.append(2))
     assert done == [1]
     assert "a reused" in times.text()
+
+
+@pytest.mark.parametrize("example", [run, sentences])
+def test_overrides_of_the_training_are_valid(tmp_path, monkeypatch, capsys, example):
+    commands = []
+    monkeypatch.setattr("steps.run", commands.append)
+    experiment = steps.Experiment(work=tmp_path, steps=10, save_every=50, keep_last_k=5)
+    assert experiment.checkpoints == 1
+    example.train(experiment)
+    (command,) = commands
+    overrides = [word for word in command if "=" in word]
+    assert main(["train", *overrides, "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["num_steps"] == 10
+
+
+def test_next_commands_use_the_weights_that_were_scored(tmp_path, capsys):
+    experiment = steps.Experiment(work=tmp_path, steps=110, save_every=10, keep_last_k=3)
+    steps.print_next_commands(experiment)
+    transcribe, export, _ = capsys.readouterr().out.splitlines()[1:]
+    assert str(experiment.exp / "averaged-iter-110-avg-3.pt") in transcribe
+    assert str(experiment.averaged) in export

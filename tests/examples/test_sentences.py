@@ -8,9 +8,7 @@ import tarfile
 
 import pytest
 import soundfile
-import yaml
 
-from asrllm.commands.dispatch import main
 from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
@@ -18,7 +16,6 @@ sys.path.insert(0, str(REPOSITORY / "examples" / "sentences"))
 
 import curve
 import fetch
-import sentences
 import texts
 import voices
 
@@ -133,16 +130,6 @@ def test_recordings_of_a_finished_call_are_used_again(tmp_path, monkeypatch):
     assert [path.name for path in first] == ["000.wav", "001.wav"]
     monkeypatch.setattr("voices.piper", lambda call: pytest.fail("read again"))
     assert voices.read_aloud(call) == first
-
-
-def test_overrides_of_the_training_are_valid(tmp_path, monkeypatch, capsys):
-    commands = []
-    monkeypatch.setattr("run.run", commands.append)
-    sentences.train(sentences.Paths(work=tmp_path, steps=10))
-    (command,) = commands
-    overrides = [word for word in command if "=" in word]
-    assert main(["train", *overrides, "--cfg", "job"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["num_steps"] == 10
 
 
 def run_files(exp):

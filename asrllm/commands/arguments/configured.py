@@ -1,11 +1,9 @@
 """Arguments of the verbs with a configuration: `key=value`, and the options of Hydra."""
 
 import argparse
-import re
 from collections.abc import Sequence
-from importlib import resources
 
-from asrllm.config_keys import dotted_keys
+from asrllm.config_keys import help_text
 from asrllm.errors import nearest
 
 COMPARE = "compare"  # the only action of `asrllm evaluate` without key=value arguments
@@ -56,25 +54,6 @@ def add_overrides(parser: argparse.ArgumentParser, config: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{KEYS_TITLE}\n\n{help_text(config)}"
     add_hydra_options(parser)
-
-
-def help_text(name: str) -> str:
-    """Return every key of `NAME.yaml` and its groups with its default and comment."""
-    root = resources.files("asrllm.conf")
-    main = (root / f"{name}.yaml").read_text()
-    parts = [main.partition("\n\n")[2]]
-    for group, choice in re.findall(r"^  - (?:/)?(\w+): (\w+)$", main, flags=re.M):
-        lines = (root / group / f"{choice}.yaml").read_text().splitlines()
-        indented = [f"  {line}\n" if line else "\n" for line in lines]
-        parts.append(f"{group}:\n" + "".join(indented))
-    return "\n".join(parts)
-
-
-def documented_keys(name: str) -> list[str]:
-    """Return every key of `NAME.yaml` and its groups as a dotted path."""
-    import yaml  # takes 40 ms, which only an error needs
-
-    return dotted_keys(yaml.safe_load(help_text(name)))
 
 
 def add_hydra_options(parser: argparse.ArgumentParser) -> None:
