@@ -22,13 +22,20 @@ from torch import Tensor
 from asrllm.atomic import new_file, sync
 from asrllm.defaults import MAX_SHARD_SIZE
 from asrllm.errors import UserError
-from asrllm.integrity import NO_SHA256, SHA256_KEY
+from asrllm.integrity import BAD_ARCHIVE, NO_SHA256, SHA256_KEY
 from asrllm.progress import ProgressBar
 from asrllm.text_files import JsonObject
 
 PIECE = 1 << 17  # elements; small enough for the allocator to reuse the memory of earlier pieces
-# what torch.load raises for a corrupted file
-CORRUPTED = (RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+# what torch.load and safetensors raise for files that are corrupted, of another kind, or contain
+# more than tensors
+BAD_TENSORS = (
+    *BAD_ARCHIVE,
+    pickle.UnpicklingError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
 DESCRIPTOR = b"PK\x07\x08"  # begins the data descriptor that follows a record's bytes in a zip file
 PROVENANCE_KEY = "about"  # attribute of a .pt file's dict, and key of a safetensors file's metadata
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -325,7 +332,7 @@ def read_about(path: Path) -> JsonObject:
     """
     if not path.is_file():  # a FIFO would be waited for
         return {}
-    with contextlib.suppress(*CORRUPTED, OSError, TypeError, SafetensorError):
+    with contextlib.suppress(*BAD_TENSORS, OSError):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as tensors:
                 metadata = tensors.metadata() or {}

@@ -89,7 +89,7 @@ TESTS = {
     "augment": ["tests/audio/test_augment.py"],
     "segments": ["tests/audio/test_segments.py"],
     "export": ["tests/checkpoints/test_export.py"],
-    "warm start": ["tests/models/test_warm_start.py", "tests/test_warm_start_end_to_end.py"],
+    "warm start": ["tests/models/test_projector_fit.py", "tests/test_warm_start_end_to_end.py"],
 }
 
 PLAN, BATCHING = "asrllm/data/plan.py", "asrllm/data/batching.py"
@@ -105,7 +105,7 @@ AVERAGE, RUNNING = "asrllm/checkpoints/average.py", "asrllm/training/running_ave
 SCORE, TEXT = "asrllm/evaluation/score.py", "asrllm/data/text.py"
 CACHE, INDEX, READER = "asrllm/data/cache.py", "asrllm/data/index.py", "asrllm/audio/reader.py"
 TARS = "asrllm/data/tars.py"
-WARM_START, SPEECH = "asrllm/models/warm_start.py", "asrllm/training/warm_start.py"
+WARM_START, SPEECH = "asrllm/models/projector_fit.py", "asrllm/training/warm_start.py"
 
 FAULTS = [
     Fault(

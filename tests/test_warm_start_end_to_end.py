@@ -10,7 +10,7 @@ from asrllm.commands.dispatch import main
 from asrllm.data.corpora import read_corpora
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
-from asrllm.models.warm_start import SpeechBatch
+from asrllm.models.projector_fit import SpeechBatch
 from asrllm.testing import data_config, kaldi_directory, tone_sentences
 from asrllm.training.warm_start import choose_utterances, number_tokens
 from tests.conftest import REPOSITORY, assert_done, run_script

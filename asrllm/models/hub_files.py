@@ -23,7 +23,7 @@ from transformers import (
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.state_dict import NOT_QUANTIZED, check_dense
-from asrllm.tensor_files import CORRUPTED, SAFETENSORS
+from asrllm.tensor_files import BAD_TENSORS, SAFETENSORS
 from asrllm.text_files import (
     JsonObject,
     check_no_bom,
@@ -122,7 +122,7 @@ def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
         return
     try:
         state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except CORRUPTED:
+    except BAD_TENSORS:
         return
     for name, tensor in state.items() if isinstance(state, dict) else ():
         if isinstance(tensor, torch.Tensor):

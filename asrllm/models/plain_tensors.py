@@ -1,34 +1,19 @@
 """Read weight files of torch.save and safetensors without executing code in them."""
 
 import contextlib
-import pickle
-import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from asrllm.errors import UserError
 from asrllm.integrity import verify_weights
+from asrllm.tensor_files import BAD_TENSORS
 from asrllm.text_files import first_words
-
-# What torch and safetensors raise for files that are truncated, of another kind, or contain more
-# than tensors.
-READ_ERRORS = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    struct.error,
-)
 
 
 def load_plain_tensors(file: Path, what: str, fix: str, *, mapped: bool = False) -> Any:
@@ -50,7 +35,7 @@ def load_plain_tensors(file: Path, what: str, fix: str, *, mapped: bool = False)
             return load_file(file)
         mapped = mapped and zipfile.is_zipfile(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (*READ_ERRORS, OSError) as error:
+    except (*BAD_TENSORS, OSError) as error:
         raise UserError(
             f"{what} cannot be read as plain tensors: {first_words(error)}. {fix}"
         ) from error
@@ -67,7 +52,7 @@ def open_tensors(file: Path) -> Iterator[safe_open]:
         verify_weights(file)
         with safe_open(file, "pt") as tensors:
             yield tensors
-    except (*READ_ERRORS, OSError) as error:
+    except (*BAD_TENSORS, OSError) as error:
         raise UserError(
             f"the weights {str(file)!r} cannot be read: {first_words(error)}. "
             "Copy or download the file again."

@@ -1,4 +1,4 @@
-"""Warm start of a projector: read training speech, and apply the fit of models/warm_start.py."""
+"""Warm start of a projector: read training speech, and apply the fit of models/projector_fit.py."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.partitioning import gathered
-from asrllm.models.warm_start import (
+from asrllm.models.projector_fit import (
     TOP,
     AffineMap,
     AlignmentScore,

@@ -13,6 +13,7 @@ from asrllm.progress import ProgressBar
 from asrllm.training.callbacks.decoding import ValidationSample
 from asrllm.training.callbacks.json_log import reopen_log
 from asrllm.training.callbacks.metric_names import METRICS, describe_metric
+from asrllm.training.checkpoint.manifest import newest_checkpoint
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb
 
@@ -155,7 +156,7 @@ class WandbSink(Sink):
 
         self.wandb = wandb
         self.exp_dir = exp_dir
-        self.checkpoint = newest_tag(exp_dir)
+        self.checkpoint = newest_checkpoint(exp_dir)
         # A parent's service outlives a killed run. It would report that the run's id is in use.
         os.environ.pop("WANDB_SERVICE", None)
         metrics = {name: describe_metric(name) for name in METRICS}
@@ -194,26 +195,21 @@ class WandbSink(Sink):
 
         The files are neither read nor uploaded.
         """
-        tag = newest_tag(self.exp_dir)
-        if tag is None or tag == self.checkpoint:
+        checkpoint = newest_checkpoint(self.exp_dir)
+        if checkpoint is None or checkpoint == self.checkpoint:
             return
-        self.checkpoint = tag
+        self.checkpoint = checkpoint
+        tag = checkpoint.name
         artifact = self.wandb.Artifact(
             f"checkpoints-{self.run.id}", type="model", metadata={"tag": tag}
         )
-        artifact.add_reference(f"file://{(self.exp_dir / tag).resolve()}", name=tag, checksum=False)
+        artifact.add_reference(f"file://{checkpoint.resolve()}", name=tag, checksum=False)
         self.run.log_artifact(artifact, aliases=["latest", tag])
 
     def close(self) -> None:
         """Log the last checkpoint and finish the W&B run."""
         self._log_new_checkpoint()
         self.run.finish()
-
-
-def newest_tag(exp_dir: Path) -> str | None:
-    """Return the name of the newest complete checkpoint, or None."""
-    latest = exp_dir / "latest"
-    return latest.read_text().strip() if latest.is_file() else None
 
 
 def full_name(name: str) -> str:

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import pickle
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +19,7 @@ from asrllm.data.plan import Position
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.partitioning import gathered
+from asrllm.tensor_files import BAD_TENSORS
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -364,16 +363,7 @@ def explain_corruption(checkpoint: Path) -> Iterator[None]:
     """Raise UserError for the errors that a corrupted checkpoint causes in the block."""
     try:
         yield
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        AssertionError,
-        KeyError,
-        ValueError,
-        struct.error,
-        pickle.UnpicklingError,
-    ) as error:
+    except (*BAD_TENSORS, OSError, AssertionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"the checkpoint {str(checkpoint)!r} is corrupted ({reason}). "

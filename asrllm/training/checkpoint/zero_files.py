@@ -28,7 +28,7 @@ from torch import Tensor
 from asrllm.errors import CorruptedError, UserError
 from asrllm.integrity import BAD_ARCHIVE, corrupted
 from asrllm.launchers import switched_on
-from asrllm.tensor_files import PIECE
+from asrllm.tensor_files import BAD_TENSORS, PIECE
 from asrllm.text_files import check_file, check_no_pointer, first_words, open_regular
 from asrllm.training.checkpoint.manifest import Manifest
 
@@ -442,7 +442,7 @@ def load_file(path: Path) -> SavedState:
                     archive.read(name)
         with restricted_unpickling():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (*BAD_ARCHIVE, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (*BAD_TENSORS, OSError) as error:
         raise UserError(
             f"the checkpoint file {str(path)!r} is corrupted: {first_words(error)}. Copy it again."
         ) from error

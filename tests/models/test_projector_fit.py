@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from asrllm.models.projectors import PROJECTORS
-from asrllm.models.warm_start import (
+from asrllm.models.projector_fit import (
     RIDGE,
     Regression,
     flat_alignment,
@@ -18,6 +17,7 @@ from asrllm.models.warm_start import (
     target_text,
     viterbi,
 )
+from asrllm.models.projectors import PROJECTORS
 from asrllm.training.warm_start import alternate, speech_batch
 
 WIDTH = 24
