@@ -1,6 +1,8 @@
 """Names of configuration keys: those of other frameworks, and hints for unknown ones."""
 
 import difflib
+import functools
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from importlib import resources
@@ -62,6 +64,7 @@ NAMES_ELSEWHERE = {
         "pretrained_llm",
     ],
     "data.train_data_config": ["train_data_path", "manifest_dir", "dataset"],
+    "data.max_batch_duration": ["max_duration", "batch_size"],  # in evaluation
     "num_beams": ["beam_size"],
     "checkpoint.model.filename": ["ckpt_path"],
     "model.audio_encoder.pretrained_model": [
@@ -86,7 +89,6 @@ NAMES_ELSEWHERE = {
     "trainer.betas": ["adam_beta1", "adam_beta2"],
     "data.filter.max_duration": ["max_length"],
 }
-ALIASES = {alias: ours for ours, aliases in NAMES_ELSEWHERE.items() for alias in aliases}
 # a line of a packaged YAML file: a key, its value and the beginning of its meaning
 KEY_LINE = re.compile(r"(?P<indent> *)(?P<key>\w+):.*?(  # (?P<meaning>.*))?")
 
@@ -140,6 +142,7 @@ def help_text(name: str) -> str:
     return "\n".join(parts)
 
 
+@functools.cache
 def meanings(name: str) -> dict[str, str]:
     """Return the meaning of every key of `asrllm/conf/NAME.yaml` and its groups, by dotted path."""
     found: dict[str, str] = {}
@@ -154,20 +157,32 @@ def meanings(name: str) -> dict[str, str]:
     return found
 
 
+def meaning(name: str, key: str) -> str:
+    """Return the meaning of a key of `asrllm/conf/NAME.yaml` or its groups, without a last stop."""
+    return meanings(name)[key].removesuffix(".")
+
+
 def _use(key: str) -> str:
-    """Return the advice to use a key, with its meaning."""
-    meaning = (meanings("evaluate") | meanings("train"))[key]
-    return f"Use {key}: {meaning.rstrip('.')}."
+    """Return the advice to use a key of training or else of evaluation, with its meaning."""
+    name = "train" if key in meanings("train") else "evaluate"
+    return f"Use {key}: {meaning(name, key)}."
 
 
 def _hint(key: str, known: Collection[str]) -> str:
     """Return what to write instead of an unknown key."""
-    ours = ALIASES.get(key.rpartition(".")[2], "")
     if key == "experiment":
         return "Write +experiment=NAME, which reads experiment/NAME.yaml in --config-dir."
-    if ours in known:
+    if ours := our_key(key.rpartition(".")[2], known):
         return _use(ours)
     return _similar_key(key, known)
+
+
+def our_key(name: str, known: Collection[str]) -> str | None:
+    """Return our key for a name in other frameworks, or None if there is none in `known`."""
+    for key, names in NAMES_ELSEWHERE.items():
+        if key in known and name in names:
+            return key
+    return None
 
 
 def _similar_key(key: str, known: Collection[str]) -> str:
@@ -185,9 +200,10 @@ def _similar_key(key: str, known: Collection[str]) -> str:
         found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if found:
         return f"Did you mean {' or '.join(map(repr, found))}?"
-    for alias in difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.8):
-        if ALIASES[alias] in known:
-            return _use(ALIASES[alias])
+    elsewhere = list(itertools.chain.from_iterable(NAMES_ELSEWHERE.values()))
+    for alias in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
+        if ours := our_key(alias, known):
+            return _use(ours)
     if group and len(siblings) > MAX_LISTED:
         return f"--help lists the keys of {group}."
     if group and siblings:

@@ -1,4 +1,9 @@
-"""Defaults that the command line shows and the models apply. This module imports nothing."""
+"""Defaults and choices that the command line shows and the models apply.
+
+This module imports nothing of the package.
+"""
+
+from typing import Literal
 
 MAX_NEW_TOKENS = 200  # tokens of one answer
 MAX_TOKENS_PER_SECOND = 15.0  # an answer has at most this many tokens per second of audio, plus ten
@@ -12,6 +17,8 @@ ICEFALL_PROMPT = "请转写音频为文字"  # of icefall's recipes, as their Lo
 ICEFALL_LORA_ALPHA = 16
 MAX_SHARD_SIZE = "5GB"  # of each weight file in a directory
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
+LoraMean = Literal["product", "factors"]  # how adapters are averaged
+EngineName = Literal["torch", "vllm"]  # what decodes
 RATE = 16000  # Hz; every waveform reaches the model at this rate
 # configuration keys with the paths of the pretrained models, by part
 ENCODER_KEY = "model.audio_encoder.pretrained_model"

@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from asrllm.atomic import sigterm_raises
 from asrllm.checkpoints.consolidate import checkpoint_weights
+from asrllm.defaults import LoraMean
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.checks import read_config
@@ -33,7 +33,6 @@ from asrllm.training.checkpoint.manifest import (
 )
 from asrllm.training.checkpoint.zero_files import AVERAGE
 
-LoraMean = Literal["product", "factors"]
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
 RANK_DIMENSION = {"A": 0, "B": 1}  # the dimension of PEFT's factors that has the rank
 logger = logging.getLogger(__name__)

@@ -28,13 +28,9 @@ class DataConfig:
     zh (basic, and simplified characters)"""
     sampler: SamplerConfig = SamplerConfig()
     filter: FilterConfig = FilterConfig()
-    """filters of training and validation data; the log counts removed utterances by reason"""
     augment: AugmentConfig = AugmentConfig()
-    """augmentation of training audio; every draw depends only on (seed, epoch, key)"""
     hotwords: HotwordConfig = HotwordConfig()
-    """a list in the prompt with words of the utterance and other words"""
     cache: CacheConfig = CacheConfig()
-    """cache of shards at URLs; the processes of a node share it"""
     num_workers: WorkerCount = 2
     """reading processes of each rank; 0: the training process reads"""
     max_bad_share: Ratio = 0.01

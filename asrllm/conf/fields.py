@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from asrllm.schema import keys_and_types, nested_component
+
 
 def default_values(cls: type) -> dict[str, Any]:
     """Return the default value of every key of a component."""
@@ -23,9 +25,14 @@ def values_of(group: Any) -> dict[str, Any]:
 def field_docs(cls: type) -> dict[str, str]:
     """Return the docstrings below the fields of a class and of the classes it inherits from.
 
-    The description of a field whose meaning contains a constant precedes its docstring.
+    The description of a field whose meaning contains a constant precedes its docstring. A component
+    in a field without either is described by the first line of its own docstring.
     """
     docs: dict[str, str] = {}
+    for name, hint in keys_and_types(cls).items():
+        inner = nested_component(hint)
+        if inner is not None and inner.__doc__:
+            docs[name] = inner.__doc__.partition("\n")[0].removesuffix(".")
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue

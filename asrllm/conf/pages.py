@@ -13,6 +13,7 @@ from asrllm.commands.arguments.configured import HYDRA_TITLE, KEYS_TITLE
 from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.dispatch import build_parser
 from asrllm.conf.fields import as_yaml_value, default_values, field_docs, values_of
+from asrllm.config_keys import NAMES_ELSEWHERE
 from asrllm.data.corpora import CorpusEntry
 from asrllm.data.sources import SOURCES
 from asrllm.data.sources.files import SAMPLE_FIELDS
@@ -334,9 +335,18 @@ def code_list(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def names_elsewhere_table() -> list[str]:
+    """Return the table of our keys with their names in other frameworks."""
+    rows = []
+    for key, names in sorted(NAMES_ELSEWHERE.items()):
+        rows.append((f"`{key}`", ", ".join(f"`{name}`" for name in names)))
+    return table_lines(("Our key", "Names elsewhere"), rows)
+
+
 GENERATED_TABLES = {
     "corpus_keys": corpus_table,
     "sources": source_table,
     "sample_fields": sample_field_table,
     "table_columns": column_table,
+    "names_elsewhere": names_elsewhere_table,
 }

@@ -24,7 +24,7 @@ class SamplerConfig:
 
 @component
 class FilterConfig:
-    """Which utterances training and validation use."""
+    """Filters of training and validation data. The log counts removed utterances by reason."""
 
     min_duration: NonNegativeFloat = 1.0
     """seconds; shorter utterances are dropped"""
@@ -44,7 +44,7 @@ class FilterConfig:
 
 @component
 class CacheConfig:
-    """The local cache of remote shards."""
+    """Cache of shards at URLs, which the processes of a node share."""
 
     dir: str = "~/.cache/asrllm/shards"
     """directory on a local disk"""

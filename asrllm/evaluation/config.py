@@ -16,6 +16,8 @@ from asrllm.defaults import (
     MAX_TOKENS_PER_SECOND,
     REPETITION_GUARD,
     STEP_TIMEOUT,
+    EngineName,
+    LoraMean,
 )
 from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
@@ -25,7 +27,7 @@ from asrllm.training.run_config import WandbConfig
 
 @component
 class ModelChoice:
-    """Which weights of a run to evaluate."""
+    """A file of the run, or an average over checkpoints."""
 
     filename: str | None = None
     """state dict file, or directory of several; absolute or relative to exp_dir"""
@@ -39,7 +41,7 @@ class ModelChoice:
     use_averaged_model: bool = False
     """average over all steps since the checkpoint before them; requires a run with
     trainer.use_averaged_model=true"""
-    lora: Literal["product", "factors"] = "product"
+    lora: LoraMean = "product"
     """how adapters are averaged: product (of B A, exactly) | factors (factor by factor)"""
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class ModelChoice:
 
 @component
 class CheckpointChoice:
-    """The `checkpoint` part of the configuration."""
+    """Which weights are evaluated."""
 
     model: ModelChoice = ModelChoice()
 
@@ -102,7 +104,6 @@ class TestData:
     max_batch_duration: PositiveFloat = BATCH_SECONDS
     """seconds of audio that a rank decodes in one batch, padding included"""
     cache: CacheConfig = CacheConfig()
-    """cache of shards at URLs; the processes of a node share it"""
 
 
 @component
@@ -112,13 +113,12 @@ class EvaluationRun:
     exp_dir: str | None = None
     """run or exported directory to evaluate; results go to exp_dir/decoding_method"""
     model: BaseModels = BaseModels()
-    """base models that moved after training; their weights must match those of training"""
     checkpoint: CheckpointChoice = CheckpointChoice()
     data: TestData = TestData()
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: EngineName = "torch"
     """what decodes: torch: this package, on all ranks | vllm: vLLM, in one process"""
     decoding_method: Literal["greedy_search", "beam_search"] = "greedy_search"
-    """greedy_search | beam_search"""
+    """greedy_search: the most probable token at each position | beam_search"""
     num_beams: PositiveInt | None = Field(
         default=None, description=f"beam size of beam_search; null: {BEAM_SIZE}"
     )

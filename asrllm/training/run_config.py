@@ -31,7 +31,7 @@ class WandbConfig:
     """Options of Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    """disabled | offline | online"""
+    """whether the run is logged: disabled | offline (below exp_dir/wandb) | online"""
     project: str = "asrllm"
     """W&B project"""
     name: str | None = None
@@ -40,7 +40,7 @@ class WandbConfig:
 
 @component
 class PeakRates:
-    """Peak learning rates of the model's parts."""
+    """Peak learning rates of the model's parts; null: trainer.lr."""
 
     projector: PositiveFloat | None = None
     """peak learning rate of the projector"""
@@ -70,7 +70,7 @@ class TrainerConfig:
     nvme_path: str | None = None
     """directory on a local disk, for ds_configs/zero3_nvme.json"""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """bf16 | fp16 | fp32"""
+    """number format of weights and activations: bf16 | fp16 (with a dynamic loss scale) | fp32"""
     num_epochs: PositiveInt | None = None
     """passes over the data; null: 1, or no limit with num_steps"""
     num_steps: PositiveInt | None = None
@@ -89,7 +89,6 @@ class TrainerConfig:
     lr: PositiveFloat = 1e-4
     """peak learning rate; for scaled_adam use about 0.03"""
     lr_of: PeakRates = PeakRates()
-    """peak learning rate of a part; null: trainer.lr"""
     betas: list[RatioBelowOne] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     """decay rates of AdamW's two moments"""
     weight_decay: NonNegativeFloat = 0.0

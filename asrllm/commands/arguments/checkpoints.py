@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import get_args
 
 from asrllm.commands.arguments.base_models import add_base_models
 from asrllm.commands.arguments.values import not_empty, positive
-from asrllm.defaults import ICEFALL_LORA_ALPHA, ICEFALL_PROMPT, MAX_SHARD_SIZE
+from asrllm.config_keys import meaning
+from asrllm.defaults import ICEFALL_LORA_ALPHA, ICEFALL_PROMPT, MAX_SHARD_SIZE, LoraMean
 
 DTYPE_CHOICES = ("bfloat16", "float16", "float32")
 
@@ -17,14 +19,12 @@ def add_average(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--use-averaged-model",
         action="store_true",
-        help="average over all steps since the checkpoint before these; requires a run with "
-        "trainer.use_averaged_model=true",
+        help=meaning("evaluate", "checkpoint.model.use_averaged_model"),
     )
     parser.add_argument(
         "--lora",
-        choices=("product", "factors"),
-        help="how adapters are averaged. product (default): the products B A, exactly, with "
-        "factors of a higher rank; factors: factor by factor",
+        choices=get_args(LoraMean),
+        help=f"{meaning('evaluate', 'checkpoint.model.lora')}; default: product",
     )
     parser.add_argument(
         "--output", type=not_empty, metavar="FILE", help="default: EXP/averaged-iter-N-avg-K.pt"

@@ -3,14 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from asrllm.commands.arguments.base_models import add_base_models
 from asrllm.commands.arguments.values import not_empty, port_number, positive
+from asrllm.config_keys import meaning
 from asrllm.defaults import (
     MAX_NEW_TOKENS,
     MAX_TOKENS_PER_SECOND,
     REPETITION_GUARD,
     TRANSCRIPT_FORMATS,
+    EngineName,
 )
 
 
@@ -126,7 +129,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     parser.add_argument(
         "--engine",
-        choices=("torch", "vllm"),
+        choices=get_args(EngineName),
         default="torch",
         help="what decodes: torch: this package; vllm: vLLM, for throughput, if it is installed; "
         "default: %(default)s",
@@ -195,7 +198,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=MAX_TOKENS_PER_SECOND,
         metavar="N",
-        help="maximum number of tokens per second of audio, plus ten; default: %(default)g",
+        help=f"{meaning('evaluate', 'max_tokens_per_second')}; default: %(default)g",
     )
     parser.add_argument(
         "--repetition-guard",
