@@ -96,7 +96,7 @@ def link_checkpoints(exp: Path, count: int) -> None:
         if step == STEPS:
             continue
         copy = shutil.copytree(made, exp / f"checkpoint-{step}", copy_function=os.link)
-        manifest = read_manifest(copy) | {"step": step}
+        manifest = read_manifest(made) | {"step": step}
         (copy / "asrllm.json").unlink()  # a hard link, which must not be written through
         (copy / "asrllm.json").write_text(manifest_text(manifest))
 

@@ -9,7 +9,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "acc": ("ratio", "token accuracy on supervised positions"),
     "loss/{corpus}": ("nats", "mean per supervised token of a corpus, with several corpora"),
     "lr": ("", "learning rate of the step"),
-    "grad_norm": ("", "global gradient norm before clipping"),
+    "grad_norm": (
+        "",
+        "global gradient norm before clipping; null: unknown (ZeRO 0 in fp32), or a skipped step",
+    ),
     "utterances": ("utterances", "trained on since the previous record"),
     "audio_seconds": ("s", "audio trained on since the previous record"),
     "text_tokens": ("tokens", "supervised tokens since the previous record"),
