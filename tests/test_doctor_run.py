@@ -16,7 +16,7 @@ from tests.test_cli import fails
 
 pytestmark = pytest.mark.slow
 # warnings about the machine, and of a corpus with few words, are not faults of the run
-MACHINE = {"accelerator", "bfloat16", "async_io", "operators", "ffmpeg", "disk", "attention"}
+MACHINE = {"accelerator", "bfloat16", "operators", "ffmpeg", "disk", "attention"}
 USUAL = MACHINE | {"overlap of text", "temporary files", "shared memory", "launcher"}
 
 

@@ -49,9 +49,9 @@ def check_libraries() -> list[Finding]:
     if findings:
         return findings
     from asrllm.doctor.devices import check_attention, check_devices
-    from asrllm.doctor.operators import check_operators
+    from asrllm.doctor.operators import check_compilers
 
-    return [*check_devices(), *check_attention(), *check_operators()]
+    return [*check_devices(), *check_attention(), check_compilers()]
 
 
 def check_planned_run(arguments: argparse.Namespace) -> list[Finding]:

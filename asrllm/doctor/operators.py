@@ -9,17 +9,11 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import CUDA_HOME
 
 from asrllm.doctor.findings import Finding, ok, warning
-from asrllm.training.ds_config import async_io_works
 
 OPTIMIZER = "trainer.optimizer.name=deepspeed_adamw"
 
 
-def check_operators(environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Check what compiling DeepSpeed's AdamW needs, and whether async_io works."""
-    return [check_compilers(environment), check_async_io()]
-
-
-def check_compilers(environment: Mapping[str, str]) -> Finding:
+def check_compilers(environment: Mapping[str, str] = os.environ) -> Finding:
     """Look for ninja, a C++ compiler, and on a CUDA device nvcc."""
     compiler = environment.get("CXX", "c++")
     missing = [name for name in ("ninja", compiler) if not shutil.which(name)]
@@ -33,15 +27,4 @@ def check_compilers(environment: Mapping[str, str]) -> Finding:
         "operators",
         f"{', '.join(missing)} not found, so {OPTIMIZER} cannot be compiled",
         "Install ninja, a C++ compiler and, on a GPU, the CUDA toolkit to use that optimizer.",
-    )
-
-
-def check_async_io() -> Finding:
-    """Check the operator that offloads to NVMe."""
-    if async_io_works():
-        return ok("async_io", "DeepSpeed can compile async_io for ds_configs/zero3_nvme.json")
-    return warning(
-        "async_io",
-        "DeepSpeed cannot compile async_io, so ds_configs/zero3_nvme.json cannot be used",
-        "Install libaio-dev to offload to NVMe.",
     )

@@ -280,12 +280,19 @@ def check_offload(zero: DsConfig, path: Path) -> None:
     """Remove offload blocks whose device is "none".
 
     Raises:
-        UserError: the ZeRO stage does not support an offload, or only a part would be offloaded.
+        UserError: the ZeRO stage does not support an offload, only a part would be offloaded, or
+            the device is NVMe: DeepSpeed's checkpoints lack what is on the disk, so that a resumed
+            run had other losses (DeepSpeed 0.19).
     """
     for key, lowest_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(key) or {}).get("device", "none")
         if device in (None, "none"):
             zero.pop(key, None)
+        elif device == "nvme":
+            raise UserError(
+                f"{path}: zero_optimization.{key}.device='nvme' is not supported, because "
+                "checkpoints would be incomplete. Use 'cpu', as in ds_configs/zero3_offload.json."
+            )
         elif zero["stage"] < lowest_stage:
             stages = "3" if lowest_stage == 3 else "1, 2 or 3"
             raise UserError(
@@ -357,7 +364,7 @@ def _autos(value: object, name: str = "") -> Iterator[str]:
 
 
 def check_device(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
-    """Raise UserError for what this machine does not support, and fill in the NVMe paths.
+    """Raise UserError for what this machine does not support.
 
     Without this check DeepSpeed would fail with a traceback when the model is loaded.
     """
@@ -367,57 +374,6 @@ def check_device(ds: DsConfig, config: TrainerConfig, path: Path) -> None:
             f"trainer.precision=fp16 is not supported on this device "
             f"({accelerator.device_name()}). Set trainer.precision to bf16 or fp32."
         )
-    uses_nvme = False
-    for part in ("offload_optimizer", "offload_param"):
-        offload = ds["zero_optimization"].get(part) or {}
-        if offload.get("device") == "nvme":
-            check_nvme(part, offload, config, path)
-            uses_nvme = True
-    if config.nvme_path and not uses_nvme:
-        raise UserError(
-            f"trainer.nvme_path={config.nvme_path!r} has no effect, because {path} offloads "
-            "nothing to NVMe. Remove it, or use ds_configs/zero3_nvme.json."
-        )
-
-
-def _require_nvme_path(part: str, config: TrainerConfig, path: Path) -> str:
-    if not config.nvme_path:
-        raise UserError(
-            f"{path}: {part} writes to NVMe, but no directory is given. "
-            "Set trainer.nvme_path=/local/disk."
-        )
-    return config.nvme_path
-
-
-def check_nvme(part: str, offload: DsConfig, config: TrainerConfig, path: Path) -> None:
-    """Raise UserError if offloading to NVMe cannot work, and fill in its path.
-
-    Args:
-        part: "offload_optimizer" or "offload_param".
-        offload: the block of that name.
-        config: `trainer` part of the run's configuration.
-        path: path of the DeepSpeed JSON, for the messages.
-    """
-    if offload.get("nvme_path", "auto") == "auto":
-        offload["nvme_path"] = _require_nvme_path(part, config, path)
-    supported = config.optimizer.name == "deepspeed_adamw" and not config.use_averaged_model
-    if part == "offload_optimizer" and not supported:
-        raise UserError(
-            f"{path}: {part} to NVMe needs DeepSpeed's AdamW without a running average. "
-            "Set trainer.optimizer.name=deepspeed_adamw and trainer.use_averaged_model=false."
-        )
-    if not async_io_works():
-        raise UserError(
-            f"{path}: {part} to NVMe needs DeepSpeed's async_io, which needs libaio. "
-            "Install libaio-dev, or set trainer.deepspeed_config=ds_configs/zero3_offload.json."
-        )
-
-
-def async_io_works() -> bool:
-    """Return whether DeepSpeed can compile and load its async_io operator."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def find_ds_config(name: str) -> Path:

@@ -67,8 +67,6 @@ class TrainerConfig:
 
     deepspeed_config: str = "ds_configs/zero1.json"
     """DeepSpeed JSON; its "auto" values come from the keys below"""
-    nvme_path: str | None = None
-    """directory on a local disk, for ds_configs/zero3_nvme.json"""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """number format of weights and activations: bf16 | fp16 (with a dynamic loss scale) | fp32"""
     num_epochs: PositiveInt | None = None
