@@ -57,6 +57,13 @@ EXPECTED_TYPES = {
     "none": "null",
     "literal": "one of its choices",
 }
+# names of JSON types, by the beginning of pydantic's type of the error, or by Python's type
+JSON_TYPES = EXPECTED_TYPES | {
+    "dict": "an object",
+    "model": "an object",
+    "path": "a string",
+    "str": "a string",
+}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))

@@ -153,6 +153,21 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def json_problem(error: Exception, path: str | Path) -> str:
+    """Return where and why a file is not JSON: `FILE:LINE:COLUMN is not valid JSON: PROBLEM`.
+
+    Args:
+        error: error of json or hjson, or of `parse_json`.
+        path: the file.
+    """
+    line = getattr(error, "lineno", None)
+    if line is None:
+        return f"{str(path)!r} is not valid JSON: {first_words(error)}"
+    column = getattr(error, "colno", 1)
+    problem = escape(str(getattr(error, "msg", "")))
+    return f"{path}:{line}:{column} is not valid JSON: {problem}"
+
+
 def check_file(path: str | Path, what: str) -> None:
     """Check that a path is a regular file, which can be read more than once.
 
@@ -269,9 +284,7 @@ def read_json_object(path: str | Path, what: str) -> JsonObject:
     try:
         content = parse_json(read_text(path, what))
     except ValueError as error:
-        raise UserError(
-            f"{what} {str(path)!r} is not valid JSON: {error}. Copy it again."
-        ) from error
+        raise UserError(f"{what} {json_problem(error, path)}. Copy it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {str(path)!r} is not a JSON object. Copy it again.")
     return content

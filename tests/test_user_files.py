@@ -161,7 +161,7 @@ LLM = {
         "config.json",
         "*.safetensors",
     ),
-    "config cut": (cut("config.json"), "'{model}/config.json'", "line "),
+    "config cut": (cut("config.json"), "{model}/config.json:"),
     "config list": (write("config.json", "[1]"), "'{model}/config.json'", "JSON"),
     "config pointer": (write("config.json", POINTER), "'{model}/config.json'", "git lfs pull"),
     "config type": (fields("config.json", hidden_size="x"), "hidden_size"),
@@ -176,7 +176,7 @@ LLM = {
         "'own'",
         "auto_map in config.json",
     ),
-    "tokenizer cut": (cut("tokenizer.json"), "'{model}/tokenizer.json'", "line "),
+    "tokenizer cut": (cut("tokenizer.json"), "{model}/tokenizer.json:"),
     "tokenizer pointer": (
         write("tokenizer.json", POINTER),
         "'{model}/tokenizer.json'",
@@ -184,7 +184,7 @@ LLM = {
     ),
     "tokenizer_config list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json'"),
     "tokenizer_config type": (fields("tokenizer_config.json", eos_token=5), "eos_token"),
-    "generation_config cut": (cut("generation_config.json"), "generation_config.json'"),
+    "generation_config cut": (cut("generation_config.json"), "generation_config.json:"),
     "templates without default": (
         template([{"name": "a", "template": GOOD}]),
         " a, ",
@@ -197,7 +197,7 @@ LLM = {
     "template huge": (template("{{ 'x' * 10000000000 }}"), " 5 s ", "1024 MiB"),
     "template long": (template("x" * 300_000), " 299987 "),
     "template jinja": (write("chat_template.jinja", "{% for"), "line 1: ", "chat_template=chatml"),
-    "template json": (write("chat_template.json", "{"), "'{model}/chat_template.json'", "line 1"),
+    "template json": (write("chat_template.json", "{"), "{model}/chat_template.json:1:2 "),
     "template folder": (
         write("additional_chat_templates/a.jinja", GOOD),
         " a, ",

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from asrllm import distributed
+from asrllm.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Journal:
         for line in lines:
             checksum, _, content = line.partition(b" ")
             if checksum == self._checksum(content):
-                found.append(DecodedUtterance(**json.loads(content)))
+                found.append(DecodedUtterance(**parse_json(content)))
             elif line and line is not lines[-1]:  # the last line may be incomplete after a kill
                 corrupted += 1
         if found and corrupted:

@@ -1,11 +1,24 @@
 """Errors in the form of OpenAI's API."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic_core import ErrorDetails
+
 from asrllm.errors import UserError
+from asrllm.schema import JSON_TYPES, bound_fix, shown
 
 Headers = Mapping[str, str]
+SHOWN_LENGTH = 100  # characters of an invalid value or of its field in an error message
+# what is wrong with a field and the fix, by pydantic's type of the error
+FIELD_PROBLEMS = {
+    "missing": "is missing. Add it.",
+    "extra_forbidden": "is not supported. Leave it out.",
+    "union_tag_not_found": "has no {discriminator}. Add it.",
+    "union_tag_invalid": "is not a valid choice of {discriminator}. Available: {expected_tags}.",
+    "literal_error": "is not a valid choice. Available: {expected}.",
+    "string_too_long": "is too long. Use at most {max_length} characters.",
+}
 
 
 class ApiError(Exception):
@@ -46,6 +59,36 @@ class ApiError(Exception):
             "code": self.code,
         }
         return {"error": error}
+
+
+def invalid_field(problem: ErrorDetails, path: Sequence[int | str]) -> ApiError:
+    """Return the error for a field of a request that pydantic rejects.
+
+    Args:
+        problem: what pydantic found.
+        path: names and positions that lead to the field.
+    """
+    kind = problem["type"]
+    limits = problem.get("ctx", {})
+    if kind == "json_invalid":
+        reason = f"the body is not valid JSON: {limits['error']}. Correct it."
+        return ApiError(400, reason, param="body", code=kind)
+    field = ".".join(map(str, path))[:SHOWN_LENGTH] or "body"
+    value = problem["input"]
+    reason = f"the field {field!r} "
+    if isinstance(value, (bool, int, float, str)):  # not a whole object
+        reason = f"{field}={shown(value)[:SHOWN_LENGTH]} "
+    expected = JSON_TYPES.get(kind.partition("_")[0])
+    fix = bound_fix(problem)
+    if kind in FIELD_PROBLEMS:
+        reason += FIELD_PROBLEMS[kind].format(**limits)
+    elif fix is not None:
+        reason += f"is out of range. {fix}"
+    elif expected is not None:
+        reason += f"has the wrong type. Expected: {expected}."
+    else:
+        reason += "is invalid. Correct it."
+    return ApiError(400, reason, param=field, code=kind)
 
 
 def invalid_audio(error: UserError) -> ApiError:

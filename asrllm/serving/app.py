@@ -19,7 +19,7 @@ import asrllm
 from asrllm.errors import UserError
 from asrllm.serving import openapi
 from asrllm.serving.answers import EventStream, chat_answer, transcription, unless_disconnected
-from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
+from asrllm.serving.api_errors import ApiError, invalid_audio, invalid_field, server_error
 from asrllm.serving.chat import ChatRequest
 from asrllm.serving.fields import (
     TranscriptionFields,
@@ -190,9 +190,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"][1:])) or "body"
-        problem = f"the field {field!r} is invalid: {first['msg']}. Correct it."
-        return answer_of(ApiError(400, problem, param=field, code=first["type"]))
+        return answer_of(invalid_field(first, first["loc"][1:]))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

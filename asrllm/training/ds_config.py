@@ -15,7 +15,7 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from asrllm.errors import UserError
 from asrllm.schema import shown
-from asrllm.text_files import first_words, read_text
+from asrllm.text_files import json_problem, read_text
 from asrllm.training.ds_keys import (
     BOOLEAN,
     NUMBER,
@@ -140,10 +140,10 @@ def read_hjson(path: Path) -> DsConfig:
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except (ValueError, RecursionError, OverflowError) as error:
-        problem = first_words(error)
+        problem = json_problem(error, path)
         if found := _not_a_number(text):
-            problem = f"{found} is not a valid JSON number"
-        raise UserError(f"{name} is not valid JSON: {problem}. Correct the file.") from error
+            problem = f"{str(path)!r} is not valid JSON: {found} is not a number"
+        raise UserError(f"trainer.deepspeed_config {problem}. Correct the file.") from error
     if not isinstance(content, dict) or not text.strip():
         raise UserError(f"{name} is not a JSON object. {GIVE_DS_CONFIG}")
     return dict(content)

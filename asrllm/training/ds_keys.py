@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from asrllm.errors import UserError
-from asrllm.schema import EXPECTED_TYPES, bound_fix, shown
+from asrllm.schema import JSON_TYPES, bound_fix, shown
 
 DsConfig = dict[str, Any]  # content of a DeepSpeed JSON
 Block = Mapping[str, Any]  # an object in a DeepSpeed JSON
@@ -29,13 +29,6 @@ NUMBER: Kinds = (int, float)
 BOOLEAN: Kinds = (bool,)
 STRING: Kinds = (str,)
 OBJECT: Kinds = (dict,)
-# names of JSON types, by the beginning of pydantic's type of the error, or by Python's type
-JSON_TYPES = EXPECTED_TYPES | {
-    "dict": "an object",
-    "model": "an object",
-    "path": "a string",
-    "str": "a string",
-}
 
 # DeepSpeed reads these keys with dict.get, so it detects neither a typing error nor a wrong type.
 SCALARS: dict[str, Kinds] = {

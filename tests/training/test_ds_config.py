@@ -436,7 +436,7 @@ def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1 column 2"),
+        ("{", ":1:2 "),
         ("", r"JSON .*zero3\.json"),
         ("[]", r"JSON .*zero3\.json"),
         ('"zero3"', r"JSON .*zero3\.json"),
@@ -445,11 +445,11 @@ def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(tmp_path)
             "'gradient_clipping' .*twice",
         ),
         ('{"zero_optimization": {"stage": 3, "stage": 1}}', "'stage' .*twice"),
-        ("[" * 100_000, "JSON: .*nested"),
+        ("[" * 100_000, "nested"),
     ],
 )
 def test_invalid_json_is_rejected(tmp_path, text, message):
-    with pytest.raises(UserError, match=rf"trainer\.deepspeed_config='.*mine\.json'.*{message}"):
+    with pytest.raises(UserError, match=rf"trainer\.deepspeed_config.*mine\.json.*{message}"):
         read(tmp_path, text)
 
 

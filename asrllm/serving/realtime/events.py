@@ -1,17 +1,16 @@
 """The events that a client of a live session sends, and the settings of the session."""
 
 import base64
-import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from asrllm.serving.api_errors import ApiError
+from asrllm.serving.api_errors import SHOWN_LENGTH, ApiError, invalid_field
 from asrllm.serving.fields import MAX_TEXT
+from asrllm.text_files import parse_json
 
 PCM_RATE = 24000  # Hz of the audio of a client
-SHOWN_LENGTH = 100  # characters of an invalid value in an error message
 
 
 class _EventModel(BaseModel):
@@ -81,7 +80,7 @@ class SessionSettings(_EventModel):
         try:
             return SessionSettings.model_validate(_merged(self.model_dump(), changes))
         except ValidationError as error:
-            raise _invalid(error, "session.") from error
+            raise _invalid(error, "session") from error
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -177,8 +176,8 @@ def parse_message(text: str | None) -> dict[str, Any]:
         problem = "the frame is binary. Send events as text, with the audio in base64."
         raise ApiError(400, problem, code="invalid_event")
     try:
-        message = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        message = parse_json(text)
+    except ValueError as error:
         problem = f"the event is not valid JSON: {str(error)[:SHOWN_LENGTH]}. Send a JSON object."
         raise ApiError(400, problem, code="invalid_json") from error
     if not isinstance(message, dict):
@@ -191,8 +190,6 @@ def _shorten(value: object) -> str:
     return repr(value)[:SHOWN_LENGTH]
 
 
-def _invalid(error: ValidationError, prefix: str = "") -> ApiError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    field = prefix + ".".join(map(str, first["loc"]))[:SHOWN_LENGTH]
-    problem = f"the field {field!r} is invalid: {first['msg']}. Correct it."
-    return ApiError(400, problem, param=field, code=first["type"])
+def _invalid(error: ValidationError, *parents: str) -> ApiError:
+    first = error.errors()[0]
+    return invalid_field(first, [*parents, *first["loc"]])

@@ -214,7 +214,7 @@ def test_files_without_an_encoder_are_rejected(encoder, tmp_path):
     torch.save(published(encoder), tmp_path / "b.pt")
     rejected(repr(str(tmp_path)), " 2 ", "a.pt")
     (tmp_path / "config.json").write_text("{")
-    rejected(repr(str(tmp_path / "config.json")), "line 1 column 2", path=tmp_path / "b.pt")
+    rejected(f"{tmp_path / 'config.json'}:1:2 ", path=tmp_path / "b.pt")
     with pytest.raises(
         UserError, match=r"data\.pad_to_30s=true .*zipformer.*data\.pad_to_30s=false"
     ):
