@@ -82,7 +82,7 @@ def run_app(
         except (Exception, SystemExit) as error:
             if os.getpid() != process:  # a process of a Hydra launcher, which reports the error
                 raise
-            # raised after Hydra has returned, because Hydra prints lines of its own about it
+            # raised after Hydra has returned, because Hydra also prints a report of it
             failures.append(error)
             return None
 

@@ -24,7 +24,7 @@ class TemplateLimitError(Exception):
 
 
 def try_template(key: tuple[str, bool], render: Callable[[], str]) -> None:
-    """Render a template in a process of its own, unless that was done before.
+    """Render a template in a separate process, unless this process has already done so.
 
     Exceptions of the template are not reported: the caller's own rendering raises them again.
 

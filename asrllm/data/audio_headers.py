@@ -74,15 +74,15 @@ BEGINNINGS = {
     b"NIST": re.compile(rb"NIST_1A\n"),
     b"TTA1": re.compile(rb"TTA1[\x01-\x03]\0"),
     b"FLV\x01": re.compile(rb"FLV\x01.\0\0\0\t", re.DOTALL),
-    # a block of WavPack with samples, of which the first has the index 0
+    # a block of WavPack whose first sample has the index 0
     b"wvpk": re.compile(rb"wvpk....[\x02-\x10]\x04......\0{4}(?!\0{4})", re.DOTALL),
     b"ftyp": re.compile(rb"(?<=\0\0\0.)ftyp[ -~]{4}", re.DOTALL),  # MP4 and its relatives
     b"OggS": re.compile(rb"OggS\0\x02\0{8}"),
-    b"0&\xb2u": re.compile(rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),  # ASF, of which WMA is one
+    b"0&\xb2u": re.compile(rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),  # ASF, the container of WMA
     EBML: re.compile(EBML + rb".{,40}(?:matroska|webm)", re.DOTALL),
     **{tag: re.compile(tag + rb"\0.[\0-\x7f]{4}", re.DOTALL) for tag in ID3},
 }
-# What may begin within one recording: codecs have headers of their own in containers, and decoders
+# What may begin within one recording: codecs have their own headers in containers, and decoders
 # read all parts of MP3, Ogg and Matroska. `wav_problem` checks WAV.
 WITHIN = {
     b"RIFF": (b"OggS", *ID3),

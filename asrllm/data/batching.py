@@ -102,7 +102,7 @@ def _balance(
     owner: np.ndarray = np.empty(len(tokens), np.int64)
     for i in range(0, len(tokens), ranks):
         chosen = by_cost[i : i + ranks]
-        # All ranks must order equal loads alike. Without "stable" the order depends on the CPU.
+        # "stable" orders equal loads in the same way on all ranks, whatever their CPUs.
         targets = np.argsort(loads, kind="stable")[: len(chosen)]
         owner[chosen] = targets
         loads[targets] += tokens[chosen]

@@ -1,6 +1,6 @@
 """A bounded cache of remote files on a node's disk, shared by all processes of the node.
 
-The cache needs no process of its own:
+The cache needs no separate process:
 
 - A file appears under its name only when it is complete.
 - A lock file lets one process download a file while the others wait.

@@ -123,7 +123,7 @@ def _promised_seconds(stream: dict[str, Any], container: dict[str, Any]) -> floa
     if not seconds:
         return None
     if container.get("format_name") == "caf":
-        # ffprobe counts whole packets, of which ALAC's, the longest, have 4096 samples
+        # ffprobe counts whole packets. ALAC's are the longest, with 4096 samples
         return max(float(seconds) - ALAC_PACKET / int(stream["sample_rate"]), 0.0)
     return float(seconds)
 

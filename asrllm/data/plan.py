@@ -229,7 +229,7 @@ class Plan:
             return int(window * size), int((window + 1) * size)
         total = self._epoch_sizes[corpus]
         windows = self.windows or 1
-        # Both ends are rounded alike, so every row is in exactly one window of an epoch.
+        # Both ends are rounded in the same way, so every row is in exactly one window of an epoch.
         begin = epoch * total + window * total // windows
         end = epoch * total + (window + 1) * total // windows
         return begin, end

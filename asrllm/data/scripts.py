@@ -4,7 +4,7 @@ HAN = "\u3400-\u9fff\U00020000-\U0003ffff"
 KANA = "\u3040-\u30ff"
 SOUTHEAST_ASIAN = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
 HANGUL = "\uac00-\ud7a3"
-# scripts without spaces between words, of which scores count characters
+# scripts without spaces between words. Scores count their characters
 UNSPACED = SOUTHEAST_ASIAN + KANA + HAN
 # Chinese and Japanese, with their punctuation and full-width forms: joined without a space
 EAST_ASIAN = f"\u3000-\u303f{KANA}{HAN}\uff00-\uff9f"

@@ -204,7 +204,7 @@ def _checked_files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]
     """
     end = 0
     for info in tar:
-        # tarfile would hold all headers, of which a shard can have millions
+        # tarfile would hold the headers of all files, and a shard can have millions
         tar.members.clear()  # type: ignore[attr-defined]
         if info.issparse():
             raise tarfile.ReadError(f"{info.name!r} is a sparse file")

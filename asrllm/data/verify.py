@@ -447,7 +447,7 @@ def _check_sample(content: bytes, row: np.void) -> tuple[str, str, str]:
     try:
         samples = list(iterate_rows(content))
     except (tarfile.TarError, ValueError, OSError) as error:
-        return "", "unreadable_tar", f"there is no sample at block {row['offset']}: {error}"
+        return "", "unreadable_tar", f"no sample was found at block {row['offset']}: {error}"
     if len(samples) != 1:
         detail = f"there are {len(samples)} samples at block {row['offset']} instead of one"
         return "", "unreadable_tar", detail

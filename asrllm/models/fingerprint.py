@@ -81,8 +81,8 @@ def pretrained_weight_files(path: str | Path) -> list[Path]:
     """Return the weight files of a pretrained model that its fingerprint covers.
 
     Args:
-        path: a directory, of which the files of the first pattern that matches are returned; a hub
-            id; or a single file.
+        path: a directory, a hub id, or a single file. In a directory, the first pattern that
+            matches chooses the files.
 
     Raises:
         UserError: there are no weights.

@@ -87,7 +87,7 @@ def check_directory(folder: str | Path, key: str) -> None:
         key: the configuration key that names it, for the error message.
 
     Raises:
-        UserError: a file is corrupted or is a git-LFS pointer, or the directory is of another kind.
+        UserError: a file is corrupted or is a git-LFS pointer, or the directory has another format.
     """
     folder = Path(folder)
     verify_folder(folder)

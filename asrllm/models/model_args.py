@@ -13,8 +13,8 @@ from asrllm.models.fingerprint import is_hub_id
 from asrllm.models.projectors import check_projector
 from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, RatioBelowOne, component
 
-# Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights besides the
-# adapters nor change the weights below them.
+# Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights other than
+# those of the adapters nor change the weights below them.
 PEFT_OPTIONS = (
     "exclude_modules",
     "layers_to_transform",

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO-3 partitions a parameter, of which this rank has only a part."""
+    """Return whether ZeRO-3 partitions a parameter, so that this rank has only a part of it."""
     return hasattr(parameter, "ds_id")
 
 

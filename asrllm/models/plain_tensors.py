@@ -43,7 +43,7 @@ def load_plain_tensors(file: Path, what: str, fix: str, *, mapped: bool = False)
 
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[safe_open]:
-    """Open a safetensors file as a memory map, of which single tensors can be read.
+    """Open a safetensors file as a memory map, from which single tensors can be read.
 
     Raises:
         UserError: the file cannot be read. Errors of reading in the block are converted too.

@@ -86,7 +86,7 @@ def _fill_partition(parameter: nn.Parameter, source: Tensor, what: str) -> None:
 
     Args:
         parameter: the partitioned parameter. A partition is a range of the flattened weight.
-        source: the whole weight in the file, of which slices can be read.
+        source: the whole weight in the file, from which slices can be read.
         what: a name of the weight, for error messages.
     """
     shape = list(source.get_shape())

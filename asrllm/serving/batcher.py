@@ -36,7 +36,7 @@ class _Task:
 
 
 class Batcher:
-    """Decodes segments in a thread of its own, as many together as there is room for.
+    """Decodes segments in its own thread, as many together as fit in the batch.
 
     Segments join the batch between two steps, in the order in which they were submitted, and leave
     it when they are done or their future is cancelled.

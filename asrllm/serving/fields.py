@@ -97,7 +97,7 @@ class TranslationFields(TranscriptionFields):
 
 
 async def check_fields(request: Request, fields: TranscriptionFields) -> None:
-    """Raise ApiError for a field that this server does not know, or cannot honour."""
+    """Raise ApiError for a field that is unknown or not supported."""
     given = [field for field, _ in (await request.form()).multi_items()]
     for field in [*given, *request.query_params]:
         if field not in fields.supported or field in request.query_params:
@@ -128,7 +128,7 @@ def _unsupported(param: str, problem: str) -> ApiError:
 def prompt_of_request(
     description: AsrLlmConfig, *, language: str | None, prompt: str | None, hotwords: str | None
 ) -> str:
-    """Return the prompt of a request, of which empty fields have no effect.
+    """Return the prompt of a request. Empty fields have no effect.
 
     Raises:
         ApiError: the language, the prompt or the hotwords cannot be used.
@@ -162,10 +162,11 @@ def checked_prompt(
     language: str | None = None,
     hotwords: str | None = None,
 ) -> str:
-    """Return the prompt, or raise ApiError if it cannot be used.
+    """Return the prompt.
 
-    That is so if it contains the audio token or half a character, or if the list of hotwords is
-    empty.
+    Raises:
+        ApiError: the prompt contains the audio token or half a character, or the list of hotwords
+            is empty.
     """
     param = "prompt" if prompt else "hotwords"
     if any("\ud800" <= c <= "\udfff" for c in f"{prompt}{hotwords}"):  # JSON may contain them

@@ -308,7 +308,8 @@ def _audio_bytes(model: AsrLlmModel, tokens: int, dtype: torch.dtype, recompute:
 def _encoder_bytes(config: AsrLlmConfig, dtype: torch.dtype, recompute: bool) -> float:
     """Return the bytes that the encoder saves per output frame.
 
-    The layers of a Whisper encoder are alike, so it is measured with one and with two of them.
+    The layers of a Whisper encoder have the same size, so it is measured
+    with one and with two of them.
     """
     fields = config.audio_encoder or {}
     if "encoder_layers" not in fields:

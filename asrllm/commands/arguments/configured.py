@@ -91,7 +91,7 @@ def configuration_part(text: str) -> str:
     """Return the argument of --cfg.
 
     Raises:
-        argparse.ArgumentTypeError: it is none of CONFIGURATION_PARTS.
+        argparse.ArgumentTypeError: it is not one of CONFIGURATION_PARTS.
     """
     if text not in CONFIGURATION_PARTS:
         fix = nearest(text, CONFIGURATION_PARTS)

@@ -119,8 +119,8 @@ def _check_size(cut: Cut) -> None:
     if largest > MAX_MIXED:
         raise RejectedError(
             "bad_field",
-            f"the mixed cut {cut.id!r} has {largest} samples, of which at most {MAX_MIXED} are "
-            "read. Correct the offsets and the padding of its tracks, or split it",
+            f"the mixed cut {cut.id!r} has {largest} samples, more than {MAX_MIXED}. "
+            "Correct the offsets and the padding of its tracks, or split it",
         )
 
 

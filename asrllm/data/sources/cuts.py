@@ -202,10 +202,10 @@ def _cut_utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utte
             problem = error.args
     file = _whole_file(part)
     fields = _fields(cut, supervision)
-    recording = getattr(part, "recording", None)  # a mixed cut has none of its own
+    recording = getattr(part, "recording", None)  # a mixed cut has none
     if file is None and recording is not None:
         fields["recording"] = recording.id
-    # a key of its own only for one of several supervisions
+    # a supervision has its own key only if the cut has several
     named = supervision if supervision and len(cut.supervisions) > 1 else cut
     return Utterance(
         key=str(named.id),

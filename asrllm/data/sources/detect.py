@@ -25,7 +25,7 @@ def detect_source(path: Path) -> str:
     files. The kind of a manifest follows from the fields of its first row.
 
     Raises:
-        UserError: the path does not exist, or is of no known kind.
+        UserError: the path does not exist, or its format is unknown.
     """
     if path.is_dir():
         return "kaldi" if (path / "wav.scp").exists() else "folder"

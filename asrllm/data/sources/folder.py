@@ -324,7 +324,7 @@ def _split_rows(
 
 
 class _CsvLines:
-    """Lines of a csv file, of which all but the first of a row can be read again.
+    """Lines of a csv file. All lines of the current row but its first can be read again.
 
     Attributes:
         row: numbered lines of the current row.
@@ -402,7 +402,7 @@ def _unclosed_cell(opening: int, is_too_long: bool) -> str:
 def _is_one_row(
     cells: Sequence[str], lines: Sequence[str], delimiter: str, shape: _Shape | None
 ) -> bool:
-    """Return whether several lines are one row, and none of them is a row of its own.
+    """Return whether several lines are one row, and none of them is a whole row.
 
     Args:
         cells: the cells of all lines together.

@@ -25,7 +25,7 @@ PIPE_TIMEOUT = 300  # seconds for one command of wav.scp
 # with 16 bits, or 1.5 h of 48 kHz stereo.
 MAX_PIPE_OUTPUT = 1 << 30
 PIPE_BLOCK = 1 << 16  # bytes, the capacity of a pipe on Linux
-SHOWN_ERRORS = 4096  # bytes of a command's standard error, of which the last line is shown
+SHOWN_ERRORS = 4096  # last bytes of a command's standard error, whose last line is shown
 # Run the command $1, and kill its process group when standard input ends. The other end of that
 # pipe is in the process that runs this script, so it also ends when that process is killed.
 WATCHED = """

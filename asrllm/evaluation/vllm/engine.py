@@ -27,7 +27,7 @@ from asrllm.progress import waiting
 
 MAX_PROMPT = 1024  # tokens of a prompt without its audio
 CPU_CACHE = 2 << 30  # bytes of keys and values on a CPU
-INSTALL = f"Install vLLM {TESTED} in an environment of its own, as docs/vllm.md describes."
+INSTALL = f"Install vLLM {TESTED} in a separate environment, as docs/vllm.md describes."
 
 
 class VllmEngine:

@@ -70,7 +70,7 @@ class TransformerLayer(nn.Module):
 
 
 def sines(count: int, width: int, device: torch.device) -> Tensor:
-    """Return sines and cosines of the positions (count, width), of which `width` is even."""
+    """Return sines and cosines of the positions (count, width). `width` must be even."""
     steps = torch.arange(width // 2, device=device) / (width // 2)
     rates = torch.exp(-math.log(LONGEST_PERIOD) * steps)
     angles = torch.arange(count, device=device)[:, None] * rates

@@ -73,7 +73,7 @@ class SessionSettings(_EventModel):
         """Return the settings with those of a session.update.
 
         Raises:
-            ApiError: a setting is unknown, or cannot be honoured.
+            ApiError: a setting is unknown or not supported.
         """
         if "type" not in changes:
             raise ApiError(400, "session.type is missing. Use 'transcription'.", param="session")

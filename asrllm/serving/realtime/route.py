@@ -24,7 +24,7 @@ def add_realtime(app: FastAPI, models: Models, origins: Sequence[str]) -> None:
     Args:
         app: the application, whose state gets the set of the running sessions.
         models: the models.
-        origins: origins of web pages that may connect besides the server's own; "*" allows all.
+        origins: origins of web pages that may connect, not only the server's own; "*" allows all.
     """
     sessions: set[Session] = set()
     app.state.sessions = sessions

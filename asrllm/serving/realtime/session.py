@@ -190,7 +190,7 @@ class Session:
         await self._send("session.updated", session=self._description())
 
     def _prompt_of(self, settings: SessionSettings, transcriber: Transcriber) -> str:
-        """Return the prompt of a session, or raise ApiError if a setting cannot be honoured."""
+        """Return the prompt of a session, or raise ApiError if a setting is not supported."""
         chosen = settings.audio.input.transcription
         hotwords = ",".join(chosen.keywords or [])
         if len(hotwords) > MAX_TEXT:

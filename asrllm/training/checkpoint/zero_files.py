@@ -483,7 +483,7 @@ def verify_storages(path: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def plain_classes() -> list[type]:
-    """Return the classes whose objects DeepSpeed's checkpoints hold besides tensors."""
+    """Return the classes whose objects DeepSpeed's checkpoints contain in addition to tensors."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

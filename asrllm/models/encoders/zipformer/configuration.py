@@ -77,7 +77,8 @@ class ZipformerConfig:
         causal: whether the encoder attends only to past chunks and the current one.
         chunk_size: chunk sizes of a causal encoder in frames at 50 Hz; -1 means everything.
             Training draws from them, and evaluation uses the largest.
-        left_context_frames: left contexts of a causal encoder in frames at 50 Hz, used alike.
+        left_context_frames: left contexts of a causal encoder in frames at 50 Hz, used in
+            the same way.
     """
 
     num_encoder_layers: tuple[int, ...]

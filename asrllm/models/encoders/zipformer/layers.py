@@ -120,7 +120,7 @@ class BiasNorm(Scheduled):
         self.bias = nn.Parameter(torch.randn(width) * 1e-4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., C)."""
+        """Normalize x (..., C)."""
         log_scale = self.log_scale
         if self.training:
             log_scale = limit_value(log_scale, -1.5, 1.5)

@@ -132,7 +132,7 @@ class ZipformerEncoder(ExtractsFeatures):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights, ignoring what public files contain besides them (see without_dead_keys)."""
+        """Load weights. Unused entries of public files are ignored (see without_dead_keys)."""
         return super().load_state_dict(without_dead_keys(state_dict), strict=strict, assign=assign)
 
     @classmethod

@@ -71,7 +71,7 @@ def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
 
 
 def _complete_config(state: StateDict, given: JsonObject, path: Path) -> ZipformerConfig:
-    """Return the configuration of weights, of which some fields are given."""
+    """Return the configuration of weights. `given` has some of its fields."""
     folder = path if path.is_dir() else path.parent
     try:
         return ZipformerConfig(**fields_of_shapes(state, given, folder / "config.json"))
