@@ -160,6 +160,11 @@ def test_overrides_set_dataclass_fields():
         ("seed=-1", "seed=-1 .* 0"),
         ("data.whisper_fbank=false", r"data\.whisper_fbank=false .*Whisper"),
         ("model.llm.lora.r=-1", r"lora\.r=-1 "),
+        ("trainer.lr_of.llm=1e-5", r"trainer\.lr_of\.llm=1e-05 .*model\.llm\.frozen=true"),
+        (
+            "trainer.lr_of.audio_encoder=1e-5",
+            r"trainer\.lr_of\.audio_encoder=1e-05 .*model\.audio_encoder\.frozen=true",
+        ),
         (
             "model.exclude_from_checkpoint=[projector]",
             r"model\.exclude_from_checkpoint.*'projector'",
@@ -173,6 +178,19 @@ def test_wrong_override_is_reported_in_one_line_with_the_key(override, message):
     with pytest.raises(UserError, match=message) as raised:
         load(override)
     assert "\n" not in str(raised.value)
+
+
+def test_rate_of_the_adapters_needs_adapters():
+    rate = "trainer.lr_of.lora=1e-5"
+    with pytest.raises(UserError, match=r"lr_of\.lora=1e-05 .*llm\.lora\.r=0 .*encoder\.lora\.r=0"):
+        load(rate, "model.llm.lora.r=0")
+    for overrides in ([], ["model.llm.lora=null", "model.audio_encoder.lora.r=8"]):
+        assert load(rate, *overrides).trainer.lr_of.lora == 1e-5
+
+
+def test_rate_of_a_part_needs_its_training():
+    rate = "trainer.lr_of.audio_encoder=1e-5"
+    assert load(rate, "model.audio_encoder.frozen=false").trainer.lr_of.audio_encoder == 1e-5
 
 
 @component

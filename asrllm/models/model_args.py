@@ -197,6 +197,12 @@ class ModelConfig:
         """Names of the parts that are not trained."""
         return [name for name in PRETRAINED_PARTS if getattr(self, name).frozen]
 
+    @property
+    def adapted_parts(self) -> list[str]:
+        """Names of the parts that have adapters."""
+        adapters = {name: getattr(self, name).lora for name in PRETRAINED_PARTS}
+        return [name for name, lora in adapters.items() if lora is not None and lora.r]
+
     def check_pretrained(self) -> None:
         """Raise UserError if a part has no pretrained model."""
         for name in PRETRAINED_PARTS:

@@ -57,7 +57,7 @@ def parameter_groups(
         if rate is not None and not by_kind[part, True] and not by_kind[part, False]:
             raise UserError(
                 f"trainer.lr_of.{part}={rate} has no effect, because nothing of {part} is trained. "
-                "Remove it, or train that part."
+                "Remove it, or shorten model.frozen_parameters."
             )
     groups = []
     for (part, decays), group in by_kind.items():

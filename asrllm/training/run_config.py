@@ -222,7 +222,24 @@ class TrainRun:
                 "data.use_infinite_dataset=true has no epochs. "
                 "Set trainer.num_steps=N and leave trainer.num_epochs out."
             )
+        self._check_rates()
         self._check_features()
+
+    def _check_rates(self) -> None:
+        """Raise UserError for the learning rate of a part that is not trained."""
+        rates = self.trainer.lr_of
+        for part in self.model.frozen_parts:
+            rate = getattr(rates, part)
+            if rate is not None:
+                raise UserError(
+                    f"trainer.lr_of.{part}={rate} has no effect, because model.{part}.frozen=true. "
+                    f"Set model.{part}.frozen=false, or trainer.lr_of.lora for its adapters."
+                )
+        if rates.lora is not None and not self.model.adapted_parts:
+            raise UserError(
+                f"trainer.lr_of.lora={rates.lora} has no effect, because model.llm.lora.r=0 and "
+                "model.audio_encoder.lora.r=0. Remove it, or add adapters to one of them."
+            )
 
     def _check_features(self) -> None:
         """Raise UserError for data options that do not fit the encoder's features."""
