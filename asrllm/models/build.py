@@ -15,7 +15,7 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, MAX_LLM_NUMBER, check_numbers
-from asrllm.models.encoders.registry import build_encoder, encoder_class
+from asrllm.models.encoders.registry import build_encoder, check_encoder_kind, encoder_class
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.hub_files import (
     CORRECT_CONFIG,
@@ -134,6 +134,7 @@ def _check_base_encoder(
         UserError: its files are corrupted, or its weights do not fit its configuration.
     """
     kind = config.audio_encoder.kind
+    check_encoder_kind(kind, Path(path))
     fields, state = encoder_class(kind).read_pretrained(path)
     what = f"the configuration of {ENCODER_KEY}"
     fix = "Correct config.json, or download it again."

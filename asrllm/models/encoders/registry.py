@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from asrllm.defaults import ENCODER_KEY
 from asrllm.errors import UserError, nearest
 from asrllm.models.encoders.hf import HfEncoder
 from asrllm.models.encoders.hf_families import HF_FAMILIES, HF_PARTS
@@ -144,15 +145,44 @@ def encoder_kind(model_type: str) -> str:
         encoder_class(model_type)
         return model_type
     config = resolve_pretrained(model_type) / "config.json"
-    kind = read_json_object(config, "the encoder's configuration").get("model_type")
-    if kind in HF_FAMILIES or kind in HF_PARTS:
-        return "hf"
-    if kind not in ENCODERS:
+    stated = read_json_object(config, "the encoder's configuration").get("model_type")
+    kind = _known_kind(stated)
+    if kind is None:
         raise UserError(
-            f"{str(config)!r} has model_type={kind!r}, which is not supported. "
+            f"{str(config)!r} has model_type={stated!r}, which is not supported. "
             f"Available: {', '.join([*ENCODERS, *HF_FAMILIES, *HF_PARTS])}."
         )
-    return str(kind)
+    return kind
+
+
+def _known_kind(stated: object) -> str | None:
+    """Return the name in ENCODERS for the model_type of a config.json, or None if unknown."""
+    if not isinstance(stated, str):
+        return None
+    if stated in HF_FAMILIES or stated in HF_PARTS:
+        return "hf"
+    return stated if stated in ENCODERS else None
+
+
+def check_encoder_kind(kind: str, path: Path) -> None:
+    """Check that the encoder at a path is of the configured kind, if its config.json names one.
+
+    Args:
+        kind: name in ENCODERS.
+        path: directory or checkpoint file.
+
+    Raises:
+        UserError: the config.json names another encoder.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        return
+    found = _known_kind(read_json_object(config, "the encoder's configuration").get("model_type"))
+    if found not in (None, kind):
+        raise UserError(
+            f"model.audio_encoder.model_type={kind} does not match {ENCODER_KEY}={str(path)!r}. "
+            f"Set model.audio_encoder.model_type={found}."
+        )
 
 
 def encoder_class(model_type: str) -> type[AudioEncoder]:

@@ -64,6 +64,13 @@ def test_model_type_may_be_a_directory_with_a_config(world, tmp_path):
         part(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["hf", "zipformer"])
+def test_model_type_of_another_encoder_is_reported_with_the_right_one(world, kind):
+    encoder = EncoderPart(model_type=kind, pretrained_model=str(world.whisper))
+    with pytest.raises(UserError, match=f"model_type={kind} .*'{world.whisper}'.*=whisper"):
+        make_model(world, audio_encoder=encoder)
+
+
 def test_wrong_hub_id_of_an_encoder_is_reported():
     with pytest.raises(UserError, match="'whisper/'"):
         encoder_kind("whisper/")

@@ -51,7 +51,7 @@ def without_dead_keys(state: Mapping[str, Any]) -> dict[str, Any]:
 def read_zipformer(path: Path) -> tuple[ZipformerConfig, StateDict]:
     """Return an encoder's configuration and its weights, without a prefix.
 
-    JsonObject that config.json does not contain are derived from the weights' shapes. Without a
+    Fields that config.json does not contain are derived from the weights' shapes. Without a
     config.json, the heads are assumed to have 4 position channels each, and a causal encoder to be
     trained like icefall's.
 
