@@ -207,9 +207,10 @@ def embed_prompts(
         Embeddings, padded on the left (N, T, LLM width), and their attention mask (N, T).
     """
     device = device_of(model)
-    input_ids, mask = (x.to(device) for x in pad_left([request.prompt for request in batch]))
+    input_ids, mask = pad_left([request.prompt for request in batch])
     frames, lengths = features
-    return model.embed(input_ids, model.encode(frames.to(device), lengths.to(device))), mask
+    encoded = model.encode(frames.to(device), lengths.to(device))
+    return model.embed(input_ids.to(device), encoded), mask.to(device)
 
 
 def device_of(model: AsrLlmNetwork) -> torch.device:

@@ -1,7 +1,7 @@
 """Load a model from a directory or a state dict, with strict checks of its keys."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -147,10 +147,9 @@ def assemble(
     state = without_second_names(model, state, where)
     for part in config.stored or {}:
         own = state.keys() & model.weights().keys()
-        found = [key for key in own if is_base_weight(key, part)]
-        check_stored(config, part, len(found), where)
+        check_stored(config, part, len(base_weights(own, [part])), where)
     missing = model.weights().keys() - state.keys()
-    based = [part for part in from_base if any(is_base_weight(key, part) for key in missing)]
+    based = [part for part in from_base if base_weights(missing, [part])]
     if based:
         model = _with_base_parts(model_class, config, based, chosen)
     set_generation_config(model.causal_lm, Path(where))
@@ -179,7 +178,7 @@ def _check_complete(
 ) -> None:
     """Check keys and shapes of `state`, which may lack the base weights of the `based` parts."""
     expected = model.weights()
-    needed = [key for key in expected if not any(is_base_weight(key, part) for part in based)]
+    needed = expected.keys() - base_weights(expected, based)
     what = f"the weights of {where!r}"
     check_state(state, expected, what, _mismatch_reason("model", where), needed=needed)
 
@@ -243,6 +242,14 @@ def with_rank_multiple(config: AsrLlmConfig, multiple: int) -> AsrLlmConfig:
             pattern = options.get("rank_pattern") or {}
             options["rank_pattern"] = {name: rank * multiple for name, rank in pattern.items()}
     return config
+
+
+def base_weights(keys: Iterable[str], parts: Sequence[str]) -> set[str]:
+    """Return the keys of the weights that these parts of the model share with their base models."""
+    found: set[str] = set()
+    for part in parts:
+        found |= {key for key in keys if is_base_weight(key, part)}
+    return found
 
 
 def is_base_weight(key: str, part: str) -> bool:

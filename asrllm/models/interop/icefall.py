@@ -16,7 +16,7 @@ from asrllm.atomic import new_folder
 from asrllm.defaults import ICEFALL_LORA_ALPHA, ICEFALL_PROMPT
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
-from asrllm.models.asr_llm.loading import is_base_weight
+from asrllm.models.asr_llm.loading import base_weights
 from asrllm.models.asr_llm.merging import weight_source
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
@@ -123,15 +123,9 @@ def checked(config: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> St
         model = AsrLlmModel(config, llm=empty_llm(config.llm or {}))
     state = without_second_names(model, state, where)
     found = state.keys() - {POSITIONS}
-    based = [
-        part for part in PRETRAINED_PARTS if not any(is_base_weight(key, part) for key in found)
-    ]
+    based = [part for part in PRETRAINED_PARTS if not base_weights(found, [part])]
     expected = model.weights()
-    needed = [
-        key
-        for key in expected
-        if key != POSITIONS and not any(is_base_weight(key, part) for part in based)
-    ]
+    needed = expected.keys() - {POSITIONS} - base_weights(expected, based)
     what = f"the weights of {where!r}"
     fix = "Give the encoder and the LLM of that training."
     check_state(state, expected, what, fix, needed=needed)
