@@ -130,8 +130,8 @@ def test_overrides_set_dataclass_fields():
         ("trainer.precision=null", r"trainer\.precision=null .*bf16, fp16, fp32"),
         ("model.llm.lora.target_modules=[]", r"model\.llm\.lora\.target_modules "),
         (
-            "model.audio_encoder.lora.options={lora_bia: true}",
-            r"model\.audio_encoder\.lora\.options.*'lora_bias'",
+            "model.audio_encoder.lora.options.lora_bia=true",
+            r"model\.audio_encoder\.lora\.options\.lora_bia'.*lora_bias'",
         ),
         ("model.audio_encoder.model_type=wisper", "'whisper'"),
         (

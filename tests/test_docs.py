@@ -18,7 +18,7 @@ from asrllm.data.prompts import Prompt, parse_prompts
 from asrllm.data.sources import SOURCES
 from asrllm.data.sources.detect import detect_source
 from asrllm.models.encoders.registry import ENCODERS
-from asrllm.models.model_args import PEFT_OPTIONS, LoraPart
+from asrllm.models.model_args import LoraPart, PeftOptions
 from asrllm.models.projectors import PROJECTORS
 from asrllm.schema import keys_and_types
 from asrllm.training.checkpoint.zero_files import plain_classes
@@ -225,7 +225,7 @@ def test_pages_list_all_choices():
     assert set(first_column("prompts.md", "Setting")) == hotwords
     models = set(CODE.findall(prose_of(DOCS / "models.md")))
     lora = {key for key in keys_and_types(LoraPart) if key != "options"}
-    assert {*PEFT_OPTIONS, *lora} <= models
+    assert {*keys_and_types(PeftOptions), *lora} <= models
     assert f"{numeral(len(plain_classes()))} of its plain classes" in prose_of(ROOT / "SECURITY.md")
 
 

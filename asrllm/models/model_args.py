@@ -1,12 +1,14 @@
 """The `model` part of a run's configuration."""
 
 import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError
 from asrllm.models.attention import backends
 from asrllm.models.encoders.registry import encoder_kind
 from asrllm.models.fingerprint import is_hub_id
@@ -15,16 +17,31 @@ from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, RatioBelow
 
 # Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights other than
 # those of the adapters nor change the weights below them.
-PEFT_OPTIONS = (
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "init_lora_weights",
-    "lora_bias",
-)
 PRETRAINED_PARTS = ("audio_encoder", "llm")
+
+
+@component
+class PeftOptions:
+    """Further options of PEFT's LoraConfig; null: PEFT's default."""
+
+    exclude_modules: list[str] | str | None = None
+    """names of layers, or a regular expression: not adapted, although target_modules names them"""
+    layers_to_transform: list[NonNegativeInt] | None = None
+    """numbers of the layers to adapt, from 0"""
+    layers_pattern: list[str] | str | None = None
+    """name of the list of layers, for layers_to_transform"""
+    rank_pattern: dict[str, PositiveInt] | None = None
+    """ranks of some layers, for example {q_proj: 8}; a key is a name or a regular expression"""
+    alpha_pattern: dict[str, PositiveInt] | None = None
+    """values of lora_alpha for some layers, as in rank_pattern"""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] | None = None
+    """initial values: true | false (random) | gaussian | orthogonal; others change base weights"""
+    lora_bias: bool | None = None
+    """give the factor B a bias"""
+
+    def as_peft(self) -> dict[str, Any]:
+        """Return the options that are not null."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @component
@@ -48,9 +65,7 @@ class LoraPart:
     """scale by lora_alpha / sqrt(r)"""
     use_dora: bool = False
     """train magnitude and direction separately"""
-    options: dict[str, Any] | None = None
-    """further keys of PEFT (exclude_modules, layers_to_transform, lora_bias, ...), for example
-    {rank_pattern: {q_proj: 8}}"""
+    options: PeftOptions = PeftOptions()
 
     def as_peft(self) -> dict[str, Any] | None:
         """Return the options for PEFT without those that are off, or None without adapters."""
@@ -66,7 +81,7 @@ class LoraPart:
             options["use_rslora"] = True
         if self.use_dora:
             options["use_dora"] = True
-        return options | (self.options or {})
+        return options | self.options.as_peft()
 
 
 @component
@@ -142,21 +157,32 @@ def check_lora(
             f"{group}.target_modules is empty. Name the layers to adapt, for example "
             "[q_proj,v_proj]."
         )
-    for key, value in (lora.options or {}).items():
-        if key not in PEFT_OPTIONS:
+    for key, pattern in _regular_expressions(lora):
+        try:
+            re.compile(pattern)
+        except re.error as error:
             raise UserError(
-                f"{group}.options: {key!r} is not supported. {nearest(key, PEFT_OPTIONS)}"
-            )
-        if key == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal"):
-            raise UserError(
-                f"{group}.options.init_lora_weights={value!r} changes the base weights. Use "
-                "true, false, gaussian or orthogonal."
-            )
+                f"{group}.{key}: {pattern!r} is not a regular expression: {error}. Correct it."
+            ) from error
     if lora.r and not frozen:
         raise UserError(
             f"model.{part}.frozen=false trains all weights of the {part}, but model.{part}.lora.r="
             f"{lora.r} adds adapters to it. Set model.{part}.lora.r=0 or model.{part}.frozen=true."
         )
+
+
+def _regular_expressions(lora: LoraPart) -> Iterator[tuple[str, str]]:
+    """Yield the keys and values of options that PEFT uses as regular expressions."""
+    options = lora.options
+    for key, value in (
+        ("target_modules", lora.target_modules),
+        ("options.exclude_modules", options.exclude_modules),
+    ):
+        if isinstance(value, str):
+            yield key, value
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(options, name) or {}:
+            yield f"options.{name}", pattern
 
 
 @component

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from asrllm.errors import UserError
+from asrllm.errors import UserError, nearest
 from asrllm.models.asr_llm.configuration import COPY_CONFIG, AsrLlmConfig
 from asrllm.models.asr_llm.weight_files import indexed_files
 from asrllm.models.attention import PACKED, register_packed_attention
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 LLM_CONFIG = "the LLM's configuration (llm in config.json) of"
+# PEFT's warnings about rank_pattern, alpha_pattern and exclude_modules
+IGNORED_BY_PEFT = ".*(did not match any targeted module|no modules were excluded)"
 NOT_FINITE_BASE = "Download it again, or choose another model."
 FIX_FAMILY = "Choose a Qwen, Llama or Gemma model."
 
@@ -192,7 +194,7 @@ def with_lora(llm: PreTrainedModel, options: JsonObject) -> nn.Module:
     """
     from peft import get_peft_model
 
-    with _converted_errors("model.llm.lora"), warnings.catch_warnings():
+    with _checked_lora(llm, options, "model.llm.lora"), warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5 renames
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(llm, lora_config(options, task_type="CAUSAL_LM"))
@@ -218,7 +220,7 @@ def add_lora(
     """
     from peft import inject_adapter_in_model
 
-    with _converted_errors(key):
+    with _checked_lora(module, options, key):
         inject_adapter_in_model(lora_config(options), module)
     for name, layer in module.named_modules():
         if name.rpartition(".")[2] in not_called and hasattr(layer, "lora_A"):
@@ -250,11 +252,51 @@ def layer_without_bias(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def _converted_errors(key: str) -> Iterator[None]:
-    """Convert what PEFT raises for wrong options to a UserError."""
+def _checked_lora(module: nn.Module, options: JsonObject, key: str) -> Iterator[None]:
+    """Add adapters in the block, and check that each of the options has an effect.
+
+    PEFT accepts names of layers that do not exist if another name does.
+
+    Args:
+        module: the module that gets the adapters.
+        options: options of PEFT's LoraConfig.
+        key: their configuration key, for error messages.
+
+    Raises:
+        UserError: PEFT rejects or ignores an option, or a layer does not exist.
+    """
+    names: list[str] = []
+    layers: set[str] = set()
+    for name, layer in module.named_modules():
+        names.append(name)
+        if isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
+            layers.add(name.rpartition(".")[2])
+    targets = options["target_modules"]
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UserError(
+                f"{key}.target_modules: the model has no layer {target!r}. "
+                f"{nearest(target, layers)}"
+            )
+    _check_layer_numbers(names, options.get("layers_to_transform", ()), key)
     try:
-        yield
-    except (ValueError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", IGNORED_BY_PEFT)
+            yield
+    except (ValueError, TypeError, Warning) as error:
         raise UserError(
             f"{key} is not valid for this model: {first_words(error)}. Correct its options."
         ) from error
+
+
+def _check_layer_numbers(names: Iterable[str], numbers: Iterable[int], key: str) -> None:
+    """Raise UserError if a number in layers_to_transform is not part of a module's name."""
+    found: set[str] = set()
+    for name in names:
+        found.update(name.split("."))
+    missing = [number for number in numbers if str(number) not in found]
+    if missing:
+        raise UserError(
+            f"{key}.options.layers_to_transform: the model has no layer {missing[0]}. "
+            "Layers are numbered from 0."
+        )

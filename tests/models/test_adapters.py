@@ -7,7 +7,8 @@ import torch
 
 from asrllm.errors import UserError
 from asrllm.models.init_from import load_initial_weights
-from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart
+from asrllm.models.model_args import EncoderPart, LlmPart, LoraPart, PeftOptions
+from asrllm.schema import build
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_modeling import batch_of, make_model, samples
 
@@ -67,14 +68,15 @@ def test_adapters_of_the_encoder_are_trained_saved_and_loaded(world, tmp_path, k
         {"use_dora": True},
         {"target_modules": "all-linear"},
         {"target_modules": r".*layers\.1\..*q_proj"},
-        {"options": {"rank_pattern": {"q_proj": 2}}},
+        {"options": PeftOptions(rank_pattern={"q_proj": 2})},
     ],
 )
 def test_options_are_passed_to_peft(world, tmp_path, options):
     model = make_model(world, llm=llm_lora(**options))
     given = model.llm.peft_config["default"]
-    for key, value in (options | options.get("options", {})).items():
-        assert key in ("options", "target_modules") or getattr(given, key) == value
+    for key, value in LoraPart(**options).as_peft().items():
+        if (key in options and key != "target_modules") or key == "rank_pattern":
+            assert getattr(given, key) == value
     counts = {"all-linear": 14, r".*layers\.1\..*q_proj": 1}
     targets = [name for name, _ in model.llm.named_parameters() if "lora_A" in name]
     assert len(targets) == counts.get(options.get("target_modules"), 4)
@@ -87,23 +89,46 @@ def test_options_are_passed_to_peft(world, tmp_path, options):
     ) == model.transcribe(waves, max_new_tokens=8)
 
 
-def test_invalid_lora_options_are_rejected(world):
-    with pytest.raises(
-        UserError, match=r"model\.llm\.lora\.options: 'rank_patern' .*'rank_pattern'"
-    ):
-        LlmPart(**llm_lora(options={"rank_patern": {}}))
-    for options in (
-        {"r": 3},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"inference_mode": True},
-    ):
-        with pytest.raises(UserError, match=f"model.llm.lora.options: {next(iter(options))!r} "):
-            LlmPart(**llm_lora(options=options))
-    with pytest.raises(UserError, match=r"model\.llm\.lora\.options\.init_lora_weights='pissa' "):
-        LlmPart(**llm_lora(options={"init_lora_weights": "pissa"}))
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rank_patern": {}}, r"'model\.llm\.lora\.options\.rank_patern'.*rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, r"'model\.llm\.lora\.options\.modules_to_save'"),
+        ({"init_lora_weights": "pissa"}, r"options\.init_lora_weights='pissa' "),
+        ({"rank_pattern": [1]}, r"options\.rank_pattern=\[1\] "),
+        ({"rank_pattern": {"q_proj": 0}}, r"options\.rank_pattern\.q_proj=0 "),
+        ({"lora_bias": 3}, r"options\.lora_bias=3 "),
+        ({"alpha_pattern": {"(q": 1}}, r"lora\.options\.alpha_pattern: '\(q' "),
+        ({"exclude_modules": "(q"}, r"lora\.options\.exclude_modules: '\(q' "),
+    ],
+)
+def test_invalid_options_of_peft_are_rejected(options, named):
+    with pytest.raises(UserError, match=named):
+        build(LlmPart, {"lora": {"options": options}}, group="model.llm.")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["q_proj", "v_porj"]}, r"lora\.target_modules: .*'v_porj'.*'v_proj'"),
+        ({"target_modules": ["nothing"]}, r"lora\.target_modules: .*'nothing'.*q_proj"),
+        ({"options": PeftOptions(rank_pattern={"k_proj": 2})}, r"lora .*rank_pattern.*k_proj"),
+        ({"options": PeftOptions(exclude_modules=["o_porj"])}, r"lora .*exclude_modules.*o_porj"),
+        (
+            {"options": PeftOptions(layers_to_transform=[0, 70])},
+            r"lora\.options\.layers_to_transform: .* 70",
+        ),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_rejected(world, options, named):
+    """PEFT trains the other layers without a word, or with a warning."""
+    with pytest.raises(UserError, match=f"model.llm.{named}"):
+        make_model(world, llm=llm_lora(**options))
+
+
+def test_adapters_on_an_encoder_without_such_layers_or_that_is_trained_are_rejected(world):
     lora = LoraPart(**WHISPER_LORA | {"target_modules": ["nothing"]})
-    with pytest.raises(UserError, match=r"model\.audio_encoder\.lora .*nothing"):
+    with pytest.raises(UserError, match=r"model\.audio_encoder\.lora.*'nothing'"):
         make_model(world, audio_encoder=encoder_part(world, "whisper", lora=lora))
     with pytest.raises(
         UserError, match=r"model\.audio_encoder\.frozen=false .*model\.audio_encoder\.lora\.r=0"

@@ -529,7 +529,7 @@ DAMAGES = {
         lambda f: set_config(f, model_type="qwen2"),
         "'qwen2' .*'asrllm'",
     ),
-    "no json": (lambda f: (f / "config.json").write_text("{"), r"/config\.json' .*line 1"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), r"/config\.json:1:2 "),
     "no object": (lambda f: (f / "config.json").write_text("[]"), r"/config\.json' .*JSON"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json, "),
     "no tokenizer settings": (
@@ -542,7 +542,7 @@ DAMAGES = {
     ),
     "no generation settings": (
         lambda f: (f / "generation_config.json").write_text("{"),
-        r"/generation_config\.json' .*line 1",
+        r"/generation_config\.json:1:2 ",
     ),
     "no encoder": (
         lambda f: set_config(f, audio_encoder=None),
