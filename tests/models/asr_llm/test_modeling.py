@@ -256,7 +256,7 @@ def test_invalid_configuration_is_reported_before_weights_are_loaded(world, tmp_
         describe(audio_token="<|im_end|>")
     with pytest.raises(UserError, match=r"model\.llm\.frozen=false .*model\.llm\.lora\.r=0"):
         describe(llm={"frozen": False})
-    with pytest.raises(UserError, match=r"model\.llm\.lora .*'nothing'"):
+    with pytest.raises(UserError, match=r"model\.llm\.lora\..*'nothing'"):
         make_model(
             world,
             llm={"lora": LoraPart(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["nothing"])},
