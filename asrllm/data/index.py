@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,14 @@ from asrllm.data.storage import (
     read_bytes,
     remote_sizes,
 )
-from asrllm.data.tars import BLOCK, BadSample, TarSample, nul_problem, scan_tar
+from asrllm.data.tars import (
+    BLOCK,
+    SHOWN_FIELD,
+    BadSample,
+    TarSample,
+    nul_problem,
+    scan_tar,
+)
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.integrity import file_sha256
@@ -56,6 +63,7 @@ ROW = np.dtype(
 )
 MAX_DURATION_ERROR = 0.1  # seconds between the stated duration and that of the audio
 MAX_SAMPLES = np.iinfo(np.uint32).max  # samples of an utterance
+MAX_COUNT = 1 << 62  # of utterances, bytes or hours in index.json
 MAX_TEXT_LENGTH = 65535  # bytes and characters; longer texts are counted as this
 TALLIED = ("corpus", "lang", "speaker")
 
@@ -189,7 +197,7 @@ def _open_remote(url: str, cache: "ShardCache | None") -> tuple[JsonObject, Path
         about = parse_json(text)
         file = RemoteFile(
             url=join_url(url, "index.bin"),
-            size=about["utterances"] * ROW.itemsize,
+            size=_check_about(url, about) * ROW.itemsize,
             sha256=about["rows_sha256"],
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -227,7 +235,12 @@ def _open_index(where: str, about: JsonObject, rows_file: Path) -> Index:
 
 
 def _check_about(where: str, about: JsonObject) -> int:
-    """Check the format and checksum of an index.json, and return its number of utterances."""
+    """Check the content of an index.json, and return its number of utterances.
+
+    Raises:
+        UserError: its format is another one, or it has no utterance.
+        KeyError, TypeError, ValueError: an entry is missing or wrong.
+    """
     if about["format"] != FORMAT:
         raise UserError(
             f"the index in {where!r} has format {about['format']!r}, but this version reads "
@@ -235,12 +248,58 @@ def _check_about(where: str, about: JsonObject) -> int:
         )
     if about.get("sha256") != _about_sha256(about):
         raise ValueError("index.json does not match its own sha256")
-    count = about["utterances"]
+    _check_entries(about)
+    count: int = about["utterances"]
     if not count:
         raise UserError(
             f"the shards in {where!r} have no utterance. See rejected.jsonl there for the reasons."
         )
     return count
+
+
+def _check_entries(about: JsonObject) -> None:
+    """Raise an error if an entry of an index.json is missing or has an unexpected value."""
+    _check_entry(about, "utterances", _is_count)
+    _check_entry(about, "speakers", _is_count)
+    for name in ("corpora", "languages"):
+        _check_entry(about, name, _is_object)
+        for tally in about[name].values():
+            _check_entry(tally, "utterances", _is_count)
+            _check_entry(tally, "hours", _is_hours)
+    for shard in about["shards"]:
+        _check_entry(shard, "name", _is_file_name)
+        _check_entry(shard, "bytes", _is_count)
+        _check_entry(shard, "sha256", _is_text)
+        _check_entry(shard, "utterances", _is_count)
+
+
+def _check_entry(entries: JsonObject, name: str, is_valid: Callable[[Any], bool]) -> None:
+    if not is_valid(entries[name]):
+        raise ValueError(f"{name!r} is {repr(entries[name])[:SHOWN_FIELD]}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+
+
+def _is_hours(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value < MAX_COUNT
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_file_name(value: Any) -> bool:
+    try:
+        return bool(value) and b"\0" not in os.fsencode(value)
+    except (TypeError, UnicodeEncodeError):
+        return False
 
 
 def _check_rows(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from asrllm.data.index import (
 )
 from asrllm.data.keys import SeenKeys, hash_keys
 from asrllm.data.parallel import Advance, run_parallel
-from asrllm.data.rejects import Rejected, rejected_line
+from asrllm.data.rejects import Rejected, RejectedExamples, rejected_line
 from asrllm.data.samples import NON_FINITE
 from asrllm.data.shard_summary import ShardSummary
 from asrllm.data.storage import RemoteFile, is_url
@@ -77,20 +77,24 @@ def index_tars(
         for name in ("index.bin", "index.json", "rejected.jsonl"):
             check_output_file(folder / name)
     scans = _scan_all(tars, folder, workers, advance)
-    reasons = Counter(sample.reason for scan in scans for sample in scan.bad)
+    rejects = _rejects(scans)
     if not any(len(scan.record.rows) for scan in scans):
-        raise UserError(_no_sample_message(tars, scans, reasons))
+        _raise_no_sample(tars, folder, rejects)
     _warn_of_changes(folder, scans)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for tar, scan in zip(tars, scans, strict=True):
             _link(tar, folder / scan.record.name)
-        if reasons:
-            _write_rejected(folder / "rejected.jsonl", scans)
+        if rejects:
+            _write_rejected(folder / "rejected.jsonl", rejects)
         index = write_index(folder, [scan.record for scan in scans])
     except OSError as error:
         raise write_error(folder, error) from error
-    return ShardSummary(index=index, rejected=dict(reasons))
+    return ShardSummary(
+        index=index,
+        rejected=dict(Counter(row.reason for row in rejects)),
+        examples=_examples(rejects),
+    )
 
 
 def _count_changes(before: Index, scans: Sequence["_Scan"]) -> int:
@@ -134,22 +138,44 @@ def _absolute(tar: str) -> str:
     return tar if is_url(tar) else os.path.abspath(tar)
 
 
-def _no_sample_message(tars: Sequence[str], scans: Sequence["_Scan"], reasons: Counter[str]) -> str:
+def _rejects(scans: Sequence["_Scan"]) -> list[Rejected]:
+    """Return the samples that cannot be used, with the tars that contain them."""
+    return [
+        Rejected(sample.key, sample.reason, f"{scan.record.name}: {sample.detail}")
+        for scan in scans
+        for sample in scan.bad
+    ]
+
+
+def _examples(rejects: Sequence[Rejected]) -> tuple[str, ...]:
+    examples = RejectedExamples()
+    for row in rejects:
+        examples.add(row)
+    return tuple(examples.lines())
+
+
+def _raise_no_sample(tars: Sequence[str], folder: Path, rejects: Sequence[Rejected]) -> NoReturn:
+    """Raise UserError with the reasons, and list the rejects where the index would be."""
     problem = f"the tars have no usable utterance (the first tar is {tars[0]!r})"
-    if not reasons:
-        return f"{problem}: they are empty. Give tars with samples."
+    if not rejects:
+        raise UserError(f"{problem}: they are empty. Give tars with samples.")
+    path = folder / "rejected.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_rejected(path, rejects)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    reasons = Counter(row.reason for row in rejects)
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-    first = next(sample for scan in scans for sample in scan.bad)
-    return f"{problem}: {counts}; the first: {escape(first.key)}: {escape(first.detail)}"
+    lines = [f"{problem}: {counts}", *_examples(rejects)]
+    if {"no_audio", "no_transcript"} <= reasons.keys():
+        lines.append("The files of a sample must follow each other in the tar: sort them by name.")
+    raise UserError("\n".join([*lines, f"All are listed in {str(path)!r}."]))
 
 
-def _write_rejected(path: Path, scans: Sequence["_Scan"]) -> None:
-    lines = []
-    for scan in scans:
-        for sample in scan.bad:
-            detail = f"{scan.record.name}: {sample.detail}"
-            lines.append(rejected_line(Rejected(sample.key, sample.reason, detail)))
-    write_whole(path, "".join(lines).encode("utf-8", "backslashreplace"))
+def _write_rejected(path: Path, rejects: Sequence[Rejected]) -> None:
+    content = "".join(map(rejected_line, rejects))
+    write_whole(path, content.encode("utf-8", "backslashreplace"))
 
 
 def _index_folder(tars: Sequence[str], output: str | Path | None) -> Path:

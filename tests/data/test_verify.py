@@ -193,9 +193,31 @@ def test_byte_order_marks_are_removed_from_transcripts(tmp_path):
 
 def test_a_tar_without_transcripts_is_reported(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a.wav": wav()})
-    with pytest.raises(UserError, match=r"1 no_transcript.* a: .*a\.txt.*a\.json"):
+    with pytest.raises(UserError, match=r"1 no_transcript\n  a: .*a\.txt.*a\.json"):
         index_tars([tar])
-    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+    assert rejected(tmp_path) == [("a", "no_transcript")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rejected.jsonl", "x.tar"]
+
+
+def test_reasons_and_examples_are_reported_if_no_sample_of_tars_is_usable(tmp_path):
+    names = ("a.wav", "b.wav", "c.wav", "a.txt", "b.txt")
+    members = {name: wav() if name.endswith("wav") else b"two" for name in names}
+    tar = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError) as error:
+        index_tars([tar], tmp_path / "index")
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith(": 2 no_audio, 3 no_transcript")
+    assert [line.split(":")[0] for line in lines[1:4]] == ["  a", "  a", "  b"]
+    assert "follow each other" in lines[4]
+    reasons = [reason for _, reason in rejected(tmp_path / "index")]
+    assert sorted(reasons) == 2 * ["no_audio"] + 3 * ["no_transcript"]
+
+
+def test_examples_are_reported_if_most_samples_of_a_tar_are_rejected(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", sample("a") | {"b.wav": wav(), "c.wav": wav()})
+    summary = index_tars([tar])
+    assert summary.rejected == {"no_transcript": 2}
+    assert [line.split(":")[0] for line in summary.examples] == ["  b", "  c"]
 
 
 # --- verifying ---
@@ -475,6 +497,54 @@ def test_an_index_may_not_name_shards_outside_its_directory(tmp_path, name):
     change_about(tmp_path, shards=[shard | {"name": name}])
     with pytest.raises(UserError, match=re.escape(name)):
         open_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"utterances": "5"},
+        {"utterances": 1.5},
+        {"utterances": -1},
+        {"utterances": True},
+        {"speakers": "many"},
+        {"speakers": None},
+        {"corpora": []},
+        {"corpora": {"a": None}},
+        {"languages": {"en": {"utterances": 5}}},
+        {"languages": {"en": {"utterances": 5, "hours": "1"}}},
+        {"languages": {"en": {"utterances": 5, "hours": float("nan")}}},
+        {"rows_sha256": {"x": 1}},
+        {"shards": None},
+        {"shards": ["shard-000000.tar"]},
+    ],
+    ids=str,
+)
+def test_an_index_with_an_entry_of_another_type_is_rejected(shards, changes):
+    change_about(shards, **changes)
+    with pytest.raises(UserError, match=r"out' is corrupted"):
+        open_index(shards)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": ""},
+        {"name": "a\0b"},
+        {"name": "\ud800"},
+        {"name": 5},
+        {"bytes": "many"},
+        {"bytes": 1e308},
+        {"utterances": [3]},
+        {"sha256": None},
+    ],
+    ids=str,
+)
+def test_an_index_with_an_invalid_shard_is_rejected(shards, entry):
+    about = json.loads((shards / "index.json").read_text())
+    first, *others = about["shards"]
+    change_about(shards, shards=[first | entry, *others])
+    with pytest.raises(UserError, match=r"out' is corrupted"):
+        open_index(shards)
 
 
 @pytest.mark.slow
