@@ -113,6 +113,15 @@ def fields(name, **values):
     return change
 
 
+def without_token(token):
+    def change(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        del content["model"]["vocab"][token]
+        write("tokenizer.json", json.dumps(content))(folder)
+
+    return change
+
+
 def template(value):
     return fields("tokenizer_config.json", chat_template=value)
 
@@ -184,6 +193,8 @@ LLM = {
     ),
     "tokenizer_config list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json'"),
     "tokenizer_config type": (fields("tokenizer_config.json", eos_token=5), "eos_token"),
+    "special token empty": (fields("tokenizer_config.json", unk_token=""), "empty 'unk_token'"),
+    "token missing": (without_token("a"), "id 292 of 'Ġthree'"),
     "generation_config cut": (cut("generation_config.json"), "generation_config.json:"),
     "templates without default": (
         template([{"name": "a", "template": GOOD}]),

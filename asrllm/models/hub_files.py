@@ -77,6 +77,10 @@ OTHER_KINDS = {
 # The LLM's own generation settings in a saved directory, whose generation_config.json has those of
 # transcription.
 LLM_SETTINGS = "llm_generation_config.json"
+# Settings of a config.json that change only what transformers returns. Other values would give
+# outputs without names, or need an attention that returns its weights.
+PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def check_directory(folder: str | Path, key: str) -> None:
@@ -202,7 +206,7 @@ def load_hf_config(folder: str | Path, key: str) -> PreTrainedConfig:
     kind = fields.get("model_type")
     _check_model_type(fields, path, key)
     with reading(path, "the LLM's configuration", CORRECT_CONFIG):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **PLAIN_OUTPUTS)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"{key}={str(folder)!r} is a {kind!r} model, which is not a causal LLM. Give a causal "
@@ -260,12 +264,24 @@ def load_tokenizer(
     try:
         with reading(folder, "the tokenizer in", COPY_AGAIN):
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            _check_special_tokens(tokenizer, folder)
             tokenizer("a", add_special_tokens=False)  # fails if a setting has a wrong type
     except UserError:
         _check_large_files(folder)
         raise
     tokenizer.chat_template = default_template(tokenizer.chat_template, folder)
     return tokenizer
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError for an empty special token, with which every text is tokenized wrongly."""
+    tokens = tokenizer.special_tokens_map
+    empty = [name for name in SPECIAL_TOKENS if str(tokens.get(name, name)) == ""]
+    if empty:
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} has an empty {empty[0]!r}. Correct it in "
+            "tokenizer_config.json, or set it to null."
+        )
 
 
 def _check_large_files(folder: Path) -> None:

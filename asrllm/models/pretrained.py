@@ -18,6 +18,7 @@ from asrllm.models.asr_llm.weight_files import indexed_files
 from asrllm.models.attention import PACKED, register_packed_attention
 from asrllm.models.encoders.registry import build_encoder, encoder_class
 from asrllm.models.fingerprint import pretrained_weight_files
+from asrllm.models.hub_files import PLAIN_OUTPUTS
 from asrllm.models.state_dict import check_finite, check_state, counted, is_finite
 from asrllm.models.zero3_loading import partitioned_llm
 from asrllm.text_files import JsonObject, first_words, reading
@@ -122,6 +123,7 @@ def _load_llm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            **PLAIN_OUTPUTS,
         )
     _check_loading_report(report, path)
     return llm
@@ -180,7 +182,7 @@ def empty_llm(
     if dtype is not None:
         options["dtype"] = dtype
     with reading(where, LLM_CONFIG, COPY_CONFIG):
-        config = AutoConfig.for_model(**fields)
+        config = AutoConfig.for_model(**(fields | PLAIN_OUTPUTS))
         llm = AutoModelForCausalLM.from_config(config, **options)
     return check_family(llm)
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hjson
 import torch
@@ -24,6 +25,7 @@ from asrllm.training.ds_keys import (
     check_keys,
     check_type,
     correction,
+    has_type,
 )
 from asrllm.training.run_config import TrainerConfig
 
@@ -238,6 +240,18 @@ def check_optimizer_keys(params: DsConfig, path: Path) -> None:
                 f"{correction(key, OPTIMIZER_PARAMS)}"
             )
         check_type(value, OPTIMIZER_PARAMS[key], place, path)
+    betas = params.get("betas", "auto")
+    if betas != "auto" and not _are_betas(betas):
+        raise UserError(
+            f"{path}: optimizer.params.betas={shown(betas)} are not two numbers of 0 to 1. "
+            "Correct them, or remove the key."
+        )
+
+
+def _are_betas(values: list[Any]) -> bool:
+    if not all(has_type(value, NUMBER) for value in values):
+        return False
+    return len(values) == 2 and all(0 <= value < 1 for value in values)
 
 
 def choose_optimizer_checks(ds: DsConfig, config: TrainerConfig, path: Path) -> None:

@@ -447,7 +447,7 @@ def check_type(value: object, kinds: Kinds, place: str, path: Path) -> None:
     fix = f"Give {expected}, or remove the key."
     if isinstance(value, str) and looks_unquoted(value):
         fix = "Remove the quotes."
-    raise UserError(f"{path}: {place}={value!r} is not {expected}. {fix}")
+    raise UserError(f"{path}: {place}={shown(value)} is not {expected}. {fix}")
 
 
 def has_type(value: object, kinds: Kinds) -> bool:
@@ -479,7 +479,7 @@ def check_choice(value: object, kinds: Iterable[type], place: str, path: Path) -
             choices = [member.value for member in kind]
             if value not in (*choices, "auto", None):
                 raise UserError(
-                    f"{path}: {place}={value!r} is not a choice. "
+                    f"{path}: {place}={shown(value)} is not a choice. "
                     f"Available: {', '.join(map(str, choices))}."
                 )
 

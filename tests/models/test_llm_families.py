@@ -1,5 +1,7 @@
 """The packed step of every LLM family against transformers on each utterance."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from asrllm.models import loss
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.loss import head_of
-from asrllm.models.pretrained import empty_llm
+from asrllm.models.pretrained import empty_llm, pretrained_llm
+from asrllm.testing import tiny_llm
 from tests.models.test_loss import Largest
 
 SIZE = {
@@ -195,3 +198,21 @@ def test_unknown_scale_of_the_logits_is_rejected():
     llm = empty_llm({"model_type": "llama", "logits_scaling": 3.0} | SIZE)
     with pytest.raises(UserError, match=r"'llama' .*logits_scaling=3"):
         head_of(llm)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}]
+)
+def test_settings_of_the_outputs_have_no_effect(tmp_path, setting):
+    tiny_llm(tmp_path)
+    path = tmp_path / "config.json"
+    expected = pretrained_llm(str(tmp_path), torch.float32)
+    fields = json.loads(path.read_text()) | setting
+    path.write_text(json.dumps(fields))
+    llm = pretrained_llm(str(tmp_path), torch.float32)
+    tokens = torch.tensor([[3, 4, 5]])
+    outputs = llm(input_ids=tokens)
+    assert torch.equal(outputs.logits, expected(input_ids=tokens).logits)
+    assert outputs.attentions is None
+    assert outputs.hidden_states is None
+    assert empty_llm(fields).config.return_dict

@@ -291,7 +291,7 @@ def load_llm_tokenizer(
         chat_template: "chatml" replaces the tokenizer's own chat template.
 
     Raises:
-        UserError: there is no tokenizer, or it already has the audio token.
+        UserError: there is no tokenizer, it already has the audio token, or it has no free id.
     """
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         raise UserError(
@@ -305,6 +305,25 @@ def load_llm_tokenizer(
             "text."
         )
     tokenizer.add_tokens([audio_token], special_tokens=True)
+    _check_own_id(tokenizer, audio_token, path)
     if chat_template == "chatml" or not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def _check_own_id(tokenizer: PreTrainedTokenizerBase, audio_token: str, path: str) -> None:
+    """Raise UserError if the audio token has the id of another token.
+
+    The new id is the number of tokens, which is in use if smaller ids are not.
+    """
+    own = tokenizer.convert_tokens_to_ids(audio_token)
+    vocabulary = tokenizer.get_vocab()
+    others = [word for word, i in vocabulary.items() if i == own and word != audio_token]
+    if others:
+        used = set(vocabulary.values())
+        unused = next(i for i in range(own) if i not in used)
+        raise UserError(
+            f"the tokenizer of {path!r} has no token with the id {unused}, so the audio token "
+            f"would get the id {own} of {others[0]!r}. Download the tokenizer again, or choose "
+            "another LLM."
+        )
