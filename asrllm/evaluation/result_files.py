@@ -29,6 +29,7 @@ HEADINGS = {
 RECOGS_LINE = re.compile(
     r"(?P<key>.*):\t(?P<what>ref|hyp|timestamp_ref|timestamp_hyp)=(?P<units>\[.*\])"
 )
+RECOGS_BEGIN = re.compile(r"[^{].*:\t(?:timestamp_)?(?:ref|hyp)=")
 RESULT_FILES = "generations-*.jsonl or recogs-*.txt"
 ResultRow = dict[str, Any]  # an utterance of a result file
 
@@ -237,6 +238,7 @@ def read_rows(path: Path) -> list[ResultRow]:
         UserError: the file is not of this kind, has no utterance or repeats a key.
     """
     lines = read_text(path, "the results").split("\n")  # not splitlines(): texts may have U+2028
+    lines = [line.removesuffix("\r") for line in lines]
     try:
         if is_recogs(path):
             rows = _parse_recogs(lines)
@@ -244,7 +246,8 @@ def read_rows(path: Path) -> list[ResultRow]:
             rows = _parse_generations(lines)
     except ValueError as error:
         raise UserError(
-            f"{str(path)!r} is not a {RESULT_FILES} file: {error}. Choose such a file."
+            f"{str(path)!r} is not a {RESULT_FILES} file: {error}. Choose such a file, or "
+            "copy it again."
         ) from error
     _check_unique_keys(rows, path)
     if not rows:
@@ -328,5 +331,9 @@ def _parse_units(text: str, number: int) -> list[str]:
 
 
 def is_recogs(path: Path) -> bool:
-    """Return whether a result file is a recogs-*.txt."""
-    return path.name.startswith("recogs")
+    """Return whether a result file is a recogs-*.txt, by its name or its first line."""
+    if path.name.startswith("recogs"):
+        return True
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    return RECOGS_BEGIN.match(first) is not None

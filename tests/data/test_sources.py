@@ -389,6 +389,25 @@ def test_a_cut_of_several_supervisions_gives_one_utterance_each(tmp_path):
         assert rate == 16000
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"text": ["one"]}, "bad_field"),
+        ({"duration": 0}, "outside_cut"),
+        ({"start": 0, "duration": 1e-6}, "broken_cut"),  # Lhotse rounds it to 0
+        ({"start": 1.5}, "outside_cut"),
+    ],
+)
+def test_an_odd_supervision_is_rejected_without_the_others_of_its_cut(tmp_path, changes, reason):
+    path = write_cuts(tmp_path, "cuts.jsonl")
+    row = json.loads(path.read_text().splitlines()[0])
+    row["supervisions"][0] |= changes
+    path.write_text(json.dumps(row) + "\n")
+    odd, other = read_cuts(path)
+    assert (odd.key, odd.problem[0]) == ("x", reason)
+    assert (other.key, other.problem, other.text) == ("y", None, "two")
+
+
 def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
     soundfile.write(tmp_path / "r.wav", np.stack([tone("one", 1.0), tone("two", 1.0)], 1), 16000)
     recording = Recording.from_file(tmp_path / "r.wav")

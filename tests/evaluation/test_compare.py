@@ -14,7 +14,7 @@ from asrllm.data.text import en
 from asrllm.errors import UserError
 from asrllm.evaluation import compare as module
 from asrllm.evaluation.compare import compare_files, compare_results
-from asrllm.evaluation.result_files import write_results, write_summary
+from asrllm.evaluation.result_files import read_rows, write_results, write_summary
 from asrllm.evaluation.summary import score
 from tests.conftest import clean_environment
 from tests.evaluation.test_score import transcript
@@ -209,6 +209,14 @@ def test_repeated_keys_are_rejected(tmp_path, kind):
     (path,) = folder.glob(f"{kind}-test*")
     with pytest.raises(UserError, match=rf"'{path}' .* 1 .*'u1'"):
         compare_files(path, path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_recogs_are_recognized_by_their_content(tmp_path, end):
+    lines = ["k:\tref=['a', 'b']", "k:\thyp=['a']", ""]
+    (tmp_path / "mine.txt").write_text(end.join(lines), newline="")
+    rows = read_rows(tmp_path / "mine.txt")
+    assert [(row["key"], row["ref"], row["hyp"]) for row in rows] == [("k", "a b", "a")]
 
 
 def test_icefalls_recogs_with_timestamps_are_read(tmp_path):

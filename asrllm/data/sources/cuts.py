@@ -168,18 +168,29 @@ def _restrict(
 def _utterances(row: Row, where: str) -> Iterator[Utterance]:
     from lhotse.serialization import deserialize_item
 
+    key = str(row.get("id") or where)
     try:
         cut = deserialize_item(row)
         supervisions = cut.supervisions or [None]
-        utterances = [_cut_utterance(cut, supervision) for supervision in supervisions]
-    except RejectedError as error:
-        utterances = [_rejected(row, where, error.args)]
     except Exception as error:  # Lhotse's parsers raise many types
-        check_installed(error, f"{ROLE} {where}")
-        detail = f"{where} is not a cut that Lhotse reads ({type(error).__name__}: {error})"
-        reason = ("broken_cut", detail)
-        utterances = [_rejected(row, where, reason)]
-    yield from utterances
+        yield Utterance(key=key, text="", problem=_problem(error, where))
+        return
+    for supervision in supervisions:
+        try:
+            utterance = _cut_utterance(cut, supervision)
+        except Exception as error:
+            named = supervision.id if len(supervisions) > 1 else key
+            utterance = Utterance(key=str(named), text="", problem=_problem(error, where))
+        yield utterance
+
+
+def _problem(error: Exception, where: str) -> tuple[str, str]:
+    """Return the reason of an error in a cut, unless it is a missing package."""
+    if isinstance(error, RejectedError):
+        return error.args
+    check_installed(error, f"{ROLE} {where}")
+    detail = f"{where} is not a cut that Lhotse reads ({type(error).__name__}: {error})"
+    return ("broken_cut", detail)
 
 
 def _rejected(row: Row, where: str, problem: tuple[str, str]) -> Utterance:
@@ -255,7 +266,8 @@ def _trim(cut: "Cut", supervision: "SupervisionSegment") -> "Cut":
 
     start = supervision.start
     end = supervision.start + supervision.duration
-    if start < -TOLERANCE or end > cut.duration + OVERSHOOT or start >= cut.duration:
+    is_outside = start < -TOLERANCE or end > cut.duration + OVERSHOOT or start >= cut.duration
+    if is_outside or end <= max(start, 0.0):
         span = f"{start:.3f} s to {end:.3f} s of a cut of {cut.duration:.3f} s"
         raise RejectedError("outside_cut", f"the supervision {supervision.id!r} spans {span}")
     start = max(start, 0.0)
