@@ -25,6 +25,9 @@ Buffer = bytes | mmap.mmap
 LFS_POINTER = (
     b"version https://git-lfs"  # begins the file that git-LFS puts in place of a large one
 )
+# A YAML file whose aliases expand to more values, and to ten times those in the file, is rejected:
+# 300 bytes can be gigabytes for whatever copies or prints them
+MAX_EXPANDED = 10_000
 # errors that the file does not cause; `explain` in asrllm/commands/dispatch.py names the fix
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
 
@@ -236,13 +239,39 @@ def read_yaml(path: str | Path, what: str) -> Any:
     import yaml  # takes 40 ms, which most verbs do not need
 
     try:
-        return yaml.load(read_text(path, what), Loader=_unique_keys_loader())
+        content = yaml.load(read_text(path, what), Loader=_unique_keys_loader())
     except RecursionError as error:
         raise UserError(
             f"{what} {str(path)!r} is nested too deeply. Write it with fewer levels."
         ) from error
     except yaml.YAMLError as error:
         raise UserError(f"{what} {yaml_problem(error, path)}. Correct it.") from error
+    if _expands(content):
+        raise UserError(
+            f"{what} {str(path)!r} has aliases (*name) that expand to more than {MAX_EXPANDED} "
+            "values. Write it without them."
+        )
+    return content
+
+
+def _expands(content: object) -> bool:
+    """Return whether most values of a YAML file are repetitions by aliases."""
+    seen: set[int] = set()
+    own = 0  # number of values that the file contains
+    expanded = 0
+    remaining = [content]
+    while remaining:
+        value = remaining.pop()
+        if not isinstance(value, (dict, list)):
+            continue
+        expanded += len(value)
+        if id(value) not in seen:
+            seen.add(id(value))
+            own += len(value)
+        if expanded > MAX_EXPANDED and expanded > 10 * own:
+            return True
+        remaining += value.values() if isinstance(value, dict) else value
+    return False
 
 
 @functools.cache

@@ -109,6 +109,26 @@ def test_deeply_nested_configurations_are_reported(tmp_path):
             read(path, "the file")
 
 
+def test_yaml_whose_aliases_expand_exponentially_is_rejected(tmp_path):
+    lines = ["- &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"- &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]" for i in range(1, 30)]
+    path = tmp_path / "file.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"file\.yaml' has aliases"):
+        read_yaml(path, "the file")
+    path.write_text("&a [*a]")
+    with pytest.raises(UserError, match=r"file\.yaml' has aliases"):
+        read_yaml(path, "the file")
+
+
+def test_yaml_with_many_values_or_a_few_aliases_is_read(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("a: &a [x, y]\nb: *a\nc: {d: *a}\n")
+    assert read_yaml(path, "the file") == {"a": ["x", "y"], "b": ["x", "y"], "c": {"d": ["x", "y"]}}
+    path.write_text("- [x]\n" * 11_000)
+    assert len(read_yaml(path, "the file")) == 11_000
+
+
 # --- pipes and git-LFS pointers ---
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
