@@ -47,6 +47,8 @@ PROBLEMS = {
     "WAV": wav_problem,
     "WAVEX": wav_problem,
 }
+# Formats of soundfile whose length is not in the header or not compared with the file
+UNKNOWN_LENGTH = ("AVR", "IRCAM", "MAT4", "MAT5", "MPC2K", "PAF", "PVF", "WVE", "XI")
 HEADERS = (b"RIFF", b"fLaC", b"OggS", b"FORM", b".snd", b"ID3")
 SOX_RAW = "sox -t raw -r 16000 -e signed -b 16 IN OUT.wav"
 FFMPEG_RAW = "ffmpeg -f {} -i IN -c:a pcm_s16le OUT.wav"
@@ -109,6 +111,11 @@ def open_audio(path: str, content: bytes | None = None) -> AudioFile:
             sound_format = sound.format
             if sound_format == "RAW":  # libsndfile guessed it from the name
                 _check_headerless(file, sound.subtype)
+            if sound_format in UNKNOWN_LENGTH:
+                raise file.error(
+                    f"has the format {sound_format}, which does not show whether the file is "
+                    "complete. Convert it to WAV: sox IN OUT.wav"
+                )
             log = sound.extra_info
             is_reliable = has_reliable_length(file, sound)
     except (OSError, RuntimeError) as error:

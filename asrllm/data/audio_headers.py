@@ -21,6 +21,7 @@ headers, pages and frames itself.
 """
 
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -49,6 +50,8 @@ BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 1, III": (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     "MPEG 2": (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+WAV_SAMPLES = (1, 3, 6, 7, 0xFFFE)  # tags of integers, floats, A-law, mu-law; extensible
+COMMON_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)  # Hz
 GSM_FRAME = 33  # bytes
 GSM_MAGIC = 13  # its first four bits
 DTS_SYNC = b"\x7f\xfe\x80\x01"
@@ -510,11 +513,14 @@ def wav_sample_count(content: Buffer, blocks: int) -> int:
 
 
 def wav_problem(content: Buffer) -> str:
-    """Look for audio after the end that the header of a WAV file gives.
+    """Look for a header of a WAV file that contradicts itself, and for audio after its end.
 
     Returns:
         What is wrong, or "" if nothing is.
     """
+    contradiction = _wav_contradiction(content)
+    if contradiction:
+        return contradiction
     found = wav_data(content)
     if found is None:
         return ""
@@ -525,6 +531,36 @@ def wav_problem(content: Buffer) -> str:
         f"has {len(content) - begin} bytes of audio, but {size} in its header. "
         "Correct the header: sox --ignore-length IN.wav OUT.wav"
     )
+
+
+def _wav_contradiction(content: Buffer) -> str:
+    """Look for a damaged number of channels, rate or sample size in a WAV file's header.
+
+    libsndfile reads such a file with another length. Some writers give a wrong number of bytes per
+    second, so the rate is checked only if no recording has it.
+    """
+    found = _wav_chunk(content, b"fmt ")
+    if found is None or found[1] < 16:
+        return ""
+    fields = content[found[0] : found[0] + 16]
+    if len(fields) < 16:
+        return ""
+    tag, channels, rate, byte_rate, block, bits = struct.unpack("<HHIIHH", fields)
+    if tag not in WAV_SAMPLES or not channels or not block:
+        return ""
+    size = -(-bits // 8)  # bytes of a sample
+    is_wider = bits == 24 and block == 4 * channels  # which libsndfile reads, unlike 20 bits
+    if block != size * channels and not is_wider:
+        return (
+            f"has a header that contradicts itself: {channels} channels of {bits} bits, but "
+            f"{block} bytes for a sample of all channels. Copy it again."
+        )
+    if rate not in COMMON_RATES and byte_rate / block in COMMON_RATES:
+        return (
+            f"has a header that contradicts itself: {rate} Hz, but {byte_rate} bytes per second "
+            f"and {block} bytes for a sample of all channels. Copy it again."
+        )
+    return ""
 
 
 def w64_problem(content: Buffer) -> str:

@@ -20,7 +20,7 @@ LOCAL_ONLY = ("-protocol_whitelist", "file")
 # would open: a manifest or an upload could read any file of this machine.
 CONTAINERS = (
     *("aac", "ac3", "adx", "aiff", "amr", "amrnb", "amrwb", "ape", "asf", "ast", "au", "avi"),
-    *("caf", "dts", "dtshd", "eac3", "flac", "flv", "ircam", "loas", "matroska"),
+    *("caf", "dts", "dtshd", "eac3", "flac", "flv", "loas", "matroska"),
     *("mlp", "mov", "mp3", "mpc", "mpc8", "mpeg", "mpegts", "nistsphere", "nut", "ogg", "oma"),
     *("rm", "sbc", "shn", "sox", "tak", "truehd", "tta", "voc", "w64", "wav", "wv", "xwma"),
 )
@@ -161,7 +161,8 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
         messages = log.read().decode(errors="replace")
         errors = _errors_in(messages, file)
         if status or errors:
-            first = LEVEL.sub("", ADDRESS.sub("", errors[0] if errors else messages[:200]))
+            found = errors or [line for line in messages.splitlines() if line.strip()]
+            first = LEVEL.sub("", ADDRESS.sub("", found[0])) if found else f"status {status}"
             raise file.corrupted(f"ffmpeg: {first[:200]}")
 
 

@@ -237,6 +237,55 @@ def test_truncated_file_is_reported(tmp_path, ending):
     error_of(path)
 
 
+@pytest.mark.parametrize(
+    "kind", ["AVR", "IRCAM", "MAT4", "MAT5", "MPC2K", "PAF", "PVF", "WVE", "XI"]
+)
+def test_format_without_a_reliable_length_is_rejected(tmp_path, kind):
+    path = tmp_path / "a.x"
+    samples = vowels(1, rate=8000)
+    subtype = {"WVE": "ALAW", "XI": "DPCM_16"}.get(kind, "PCM_16")
+    soundfile.write(path, samples, 8000, format=kind, subtype=subtype)
+    assert kind in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "subtype"),
+    [(16000, 1, "PCM_16"), (48000, 2, "PCM_24"), (8000, 1, "ULAW"), (44100, 2, "FLOAT")],
+)
+def test_flipped_bits_in_the_format_of_a_wav_file_change_no_length(
+    tmp_path, rate, channels, subtype
+):
+    path = make(tmp_path / "a.wav", 1, rate=rate, channels=channels, subtype=subtype)
+    length = len(read(path))
+    content = path.read_bytes()
+    place = content.index(b"fmt ") + 8
+    accepted = 0
+    for bit in range(16, 128):  # of the channels, rates and sizes
+        changed = bytearray(content)
+        changed[place + bit // 8] ^= 1 << bit % 8
+        try:
+            file = open_audio("a.wav", bytes(changed))
+            samples = sum(map(len, read_blocks(file)))
+        except UserError:
+            continue
+        accepted += 1
+        assert samples == length, bit
+    assert accepted >= 16  # bytes per second may be wrong
+
+
+@pytest.mark.parametrize("bits", [20, 24])
+def test_wav_samples_in_four_bytes_each_are_read_or_rejected(tmp_path, bits):
+    path = make(tmp_path / "a.wav", 1, rate=16000, channels=1, subtype="PCM_32")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"fmt ") + 8
+    content[place + 14] = bits
+    path.write_bytes(content)
+    if bits == 24:
+        assert len(read(path)) == 16000
+    else:  # libsndfile would read 21333 samples of noise
+        assert "20 bits" in error_of(path)
+
+
 def joined_file(folder, ending):
     """Write a file of two recordings, and return it with the place of the second one."""
     first = folder / f"first.{ending}"
