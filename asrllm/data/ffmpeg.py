@@ -1,6 +1,8 @@
 """Read the audio formats that soundfile does not read, with ffmpeg."""
 
+import os
 import re
+import select
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +15,7 @@ import numpy as np
 from asrllm.data.audio_file import ADDRESS, BLOCK_SAMPLES, FORMATS, AudioFile
 from asrllm.data.container_lengths import is_adx
 from asrllm.defaults import RATE
+from asrllm.errors import UserError
 from asrllm.text_files import JsonObject, parse_json
 
 LOCAL_ONLY = ("-protocol_whitelist", "file")
@@ -26,6 +29,7 @@ CONTAINERS = (
 )
 SELF_CONTAINED = (*LOCAL_ONLY, "-format_whitelist", ",".join(CONTAINERS))
 FFPROBE_SECONDS = 60  # how long ffprobe may take
+STALLED_SECONDS = 300  # how long ffmpeg may take for a block: audio can follow gigabytes of video
 # what ffmpeg 5, 6 and 7 write about a packet that is corrupted
 NOT_DECODED = (
     r"\[(?:error|fatal|panic)\] .*(?:Error while decoding|Error submitting packet|CRC error"
@@ -150,10 +154,10 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
     ) as process:
         assert process.stdout is not None
         try:
-            while data := process.stdout.read(size * BLOCK_SAMPLES):
+            while data := _read_block(process.stdout, size * BLOCK_SAMPLES, file):
                 whole = data[: len(data) // size * size]
                 yield np.frombuffer(whole, "<f4").reshape(-1, file.channels)
-        except GeneratorExit:  # the caller needs no more samples
+        except (GeneratorExit, UserError):  # the caller needs no more samples, or ffmpeg hangs
             process.kill()
             raise
         status = process.wait()
@@ -164,6 +168,27 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
             found = errors or [line for line in messages.splitlines() if line.strip()]
             first = LEVEL.sub("", ADDRESS.sub("", found[0])) if found else f"status {status}"
             raise file.corrupted(f"ffmpeg: {first[:200]}")
+
+
+def _read_block(pipe: IO[bytes], size: int, file: AudioFile) -> bytes:
+    """Return the next `size` bytes of a pipe, or fewer at its end.
+
+    Raises:
+        UserError: nothing was written for STALLED_SECONDS.
+    """
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    block = bytearray()
+    while len(block) < size:
+        if not poll.poll(1000 * STALLED_SECONDS):
+            raise file.error(
+                f"cannot be read: ffmpeg wrote nothing for {STALLED_SECONDS} s. Convert it to WAV."
+            )
+        part = os.read(pipe.fileno(), size - len(block))
+        if not part:
+            break
+        block += part
+    return bytes(block)
 
 
 def _errors_in(messages: str, file: AudioFile) -> list[str]:

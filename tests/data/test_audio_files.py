@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from asrllm.audio.reader import decode_audio
-from asrllm.data import audio_files
+from asrllm.data import audio_files, ffmpeg
 from asrllm.data.audio_file import OutsideError
 from asrllm.data.audio_files import open_audio, read_blocks, read_segment
 from asrllm.data.find_audio import find_audio
@@ -129,6 +129,30 @@ def test_ffmpeg_reads_other_formats(tmp_path, ending):
     cut = tmp_path / f"cut.{ending}"
     cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     error_of(cut)
+
+
+@needs_ffmpeg
+def test_ffmpeg_that_writes_nothing_is_ended(tmp_path, monkeypatch):
+    path = by_ffmpeg(make(tmp_path / "a.wav", 1), tmp_path / "a.m4a")
+    program = tmp_path / "bin" / "ffmpeg"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 1000\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(ffmpeg, "STALLED_SECONDS", 0.5)
+    assert "0.5 s" in error_of(path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@needs_ffmpeg
+def test_wav_of_an_unknown_codec_is_reported(tmp_path):
+    path = make(tmp_path / "a.wav", 1, rate=16000, channels=1)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"fmt ") + 8
+    content[place : place + 2] = b"\x99\x09"
+    path.write_bytes(content)
+    error_of(path)
 
 
 @needs_ffmpeg
