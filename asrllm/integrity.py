@@ -11,6 +11,7 @@ A saved directory has the SHA-256 of its other files in asrllm.sha256, and a run
 of config.json and of the tokenizer's files.
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -29,6 +30,8 @@ NOT_LISTED = (CHECKSUMS, "README.md")  # people edit the model card, which chang
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as in the safetensors library
+# of a record's attributes; torch.load fills the tensor of such a record with arbitrary values
+DIRECTORY = 0x10
 PICKLE = b"\x80"  # begins a pickle
 HASHED_BYTES = 1 << 20  # bytes
 # what zipfile raises for a corrupted file
@@ -77,11 +80,34 @@ def _verify_archive(path: Path, size: int) -> None:
                 # torch.save does not compress; a compressed record could unpack to any size
                 if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
                     raise zipfile.BadZipFile(f"the record {record.filename!r} is compressed")
+                if record.external_attr & DIRECTORY:
+                    raise zipfile.BadZipFile(f"the record {record.filename!r} is a directory")
+            # zipfile would check one of two records with the same name
+            if len(set(archive.namelist())) < len(records):
+                raise zipfile.BadZipFile("two records have the same name")
             bad = archive.testzip()
+        _check_directory(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a place before the beginning of the file
+            raise
+        raise corrupted(path, "a record is outside the file") from error
     except BAD_ARCHIVE as error:
         raise corrupted(path, str(error)) from error
     if bad is not None:
         raise corrupted(path, f"the record {bad!r} does not match its CRC-32")
+
+
+def _check_directory(path: Path) -> None:
+    """Read all headers of an archive as torch.load does, which rejects more than zipfile does.
+
+    Raises:
+        RuntimeError: torch.load would not read the archive.
+    """
+    import torch  # the other checksums do not need it
+
+    reader = torch._C.PyTorchFileReader(str(path))
+    for name in reader.get_all_records():
+        reader.get_record_offset(name)
 
 
 def _check_pickle(path: Path) -> None:

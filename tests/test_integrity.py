@@ -10,7 +10,7 @@ import torch
 
 from asrllm.checkpoints.consolidate import consolidate
 from asrllm.errors import CorruptedError, UserError
-from asrllm.integrity import verify_weights
+from asrllm.integrity import _verify, verify_weights
 from asrllm.models import fingerprint as fingerprint_module
 from asrllm.models.auto import read_state
 from asrllm.models.fingerprint import fingerprint
@@ -47,6 +47,29 @@ def test_flipped_bit_is_detected_or_changes_nothing(tmp_path, name):
             continue
         assert state.keys() == STATE.keys(), place
         assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items()), place
+
+
+def test_archive_that_torch_would_not_read_is_rejected(tmp_path):
+    """zipfile and torch.load differ in what they ignore of the directory at the end."""
+    path = tmp_path / "w.pt"
+    torch.save({"state": STATE, "step": 8}, path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.start_dir
+    rejected = 0
+    for bit in range(8 * begin, 8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        _verify.cache_clear()  # the time of the change may be the same
+        try:
+            verify_weights(path)
+        except CorruptedError:
+            rejected += 1
+            continue
+        state = torch.load(path, weights_only=True)["state"]
+        assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items()), bit
+    assert rejected > 1000
 
 
 def test_changed_file_is_verified_again(tmp_path):
