@@ -424,6 +424,9 @@ def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
     ("content", "message"),
     [
         ('{"id": "a"}', r"cuts\.jsonl:1 .*lhotse cut simple"),
+        ('{"audio_filepath": "a", "text": "b"}', r"cuts\.jsonl:1 .*--nemo"),
+        ('{"key": "a", "wav": "b", "txt": "c"}', r"cuts\.jsonl:1 .*--wenet"),
+        ('{"key": "a", "source": "b", "target": "c"}', r"cuts\.jsonl:1 .*--slam"),
         ("", r"cuts\.jsonl' .*empty"),
         ("\n\n", r"cuts\.jsonl'"),
         (None, r"cuts\.jsonl' "),

@@ -10,6 +10,7 @@ import numpy as np
 
 from asrllm.data.audio_files import OVERSHOOT
 from asrllm.data.sources.cut_fields import channel_list, check_cut, check_source, fill_channels
+from asrllm.data.sources.detect import FIELDS_OF_FORMATS
 from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
@@ -56,10 +57,12 @@ def read_cuts(
     first, rows = peek(json_rows(Path(path), ROLE))
     objects = [(where, row) for where, row in first if isinstance(row, dict)]
     if objects and all("type" not in row for _, row in objects):
-        raise UserError(
-            f"{ROLE} {objects[0][0]} is not a cut. "
-            "Combine recordings and supervisions with 'lhotse cut simple'."
-        )
+        place, other = objects[0]
+        fix = "Combine recordings and supervisions with 'lhotse cut simple'."
+        for kind, fields in FIELDS_OF_FORMATS.items():
+            if other.keys() >= set(fields):
+                fix = f"Read it with --{kind}."
+        raise UserError(f"{ROLE} {place} is not a cut. {fix}")
     folders = [Path.cwd(), Path(path).absolute().parent]
     root = find_root(_file_names(objects), folders)
     for where, row in rows:
