@@ -172,7 +172,7 @@ def hf_family(config: JsonObject) -> HfFamily:
         UserError: the family is not supported.
     """
     kind = config.get("model_type")
-    if kind not in HF_FAMILIES:
+    if not isinstance(kind, str) or kind not in HF_FAMILIES:
         raise UserError(
             f"model_type={kind!r} is not a supported audio encoder: it has no formula for the "
             f"number of its frames. Available: {', '.join([*HF_FAMILIES, *HF_PARTS])}."

@@ -385,6 +385,7 @@ def edited(folder, name, **changes):
         ("hubert", "config.json", {"num_hidden_layers": 3}, "num_hidden_layers=3"),
         ("hubert", "config.json", {"num_hidden_layers": 1}, "num_hidden_layers=1"),
         ("hubert", "config.json", {"model_type": "clap"}, "'clap'"),
+        ("hubert", "config.json", {"model_type": {"a": 1}}, "{'a': 1}"),
         ("hubert", "config.json", {"model_type": "audio-spectrogram-transformer"}, "wavlm"),
         ("hubert", "config.json", {"hidden_size": -4}, "hidden_size=-4"),
         ("hubert", "config.json", {"conv_dim": [8]}, "config.json"),
