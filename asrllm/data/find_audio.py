@@ -10,6 +10,7 @@ from asrllm.defaults import AUDIO_EXTENSIONS
 from asrllm.errors import UserError
 
 SHOWN_SKIPPED = 5  # names of skipped files in a warning
+NO_AUDIO = "have no audio extension or are FIFOs"
 logger = logging.getLogger(__name__)
 
 
@@ -62,16 +63,18 @@ def has_audio_extension(name: str) -> bool:
     return name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS
 
 
-def warn_of_skipped(folder: str | Path, skipped: Sequence[Path]) -> None:
-    """Warn of the files of a directory that are skipped: of other extensions, and FIFOs."""
+def warn_of_skipped(folder: str | Path, skipped: Sequence[Path], reason: str = NO_AUDIO) -> None:
+    """Warn of the files of a directory that are skipped.
+
+    Args:
+        folder: the directory.
+        skipped: paths of files in it.
+        reason: the end of "Skipped N files in FOLDER that ...".
+    """
     if not skipped:
         return
     names = ", ".join(str(path.relative_to(folder)) for path in skipped[:SHOWN_SKIPPED])
     more = ", ..." if len(skipped) > SHOWN_SKIPPED else ""
     logger.warning(
-        "Skipped %d files in %s that have no audio extension or are FIFOs: %s%s",
-        len(skipped),
-        folder,
-        names,
-        more,
+        "Skipped %d files in %s that %s: %s%s", len(skipped), folder, reason, names, more
     )

@@ -215,6 +215,19 @@ def test_skipped_files_of_a_folder_are_counted_and_named(tmp_path, caplog):
         assert "more/b.pdf" in record.getMessage()
 
 
+def test_audio_that_the_folders_own_table_does_not_list_is_counted(tmp_path, caplog):
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(1600), 16000)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one\n./b.wav,two\n")
+    assert [utterance.key for utterance in read_folder(tmp_path)] == ["a", "b"]
+    assert "c.wav" in caplog.text
+    assert "a.wav" not in caplog.text
+    caplog.clear()
+    table = tmp_path / "metadata.csv"
+    assert len(list(read_folder(tmp_path, table=table))) == 2
+    assert not caplog.text
+
+
 def test_symbolic_links_are_followed_once(tmp_path):
     (tmp_path / "corpus").mkdir()
     soundfile.write(tmp_path / "corpus" / "a.wav", tone("one", SECONDS), 16000)

@@ -1,6 +1,7 @@
 """A directory of audio files, with a table of transcripts or with KEY.txt beside each file."""
 
 import csv
+import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,7 +73,15 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
     if not folder.is_dir():
         raise UserError(f"the audio directory {str(folder)!r} {missing_problem(folder)}")
     found = _find_table(folder, table)
-    yield from _from_table(folder, found) if found else _from_text_files(folder)
+    if found is None:
+        yield from _from_text_files(folder)
+        return
+    listed: set[str] = set()
+    yield from _from_table(folder, found, listed)
+    if table is None:  # another table may be one of several, like Common Voice's train.tsv
+        files, _ = list_audio(folder)
+        missing = [path for path in files if os.path.normpath(path) not in listed]
+        warn_of_skipped(folder, missing, f"{found.name} does not list")
 
 
 def count_folder(folder: str | Path, *, table: str | Path | None = None) -> int | None:
@@ -127,7 +136,8 @@ def _read_transcript(path: Path) -> tuple[str, tuple[str, str] | None]:
 # --- tables ---
 
 
-def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
+def _from_table(folder: Path, table: Path, listed: set[str]) -> Iterator[Utterance]:
+    """Yield the utterances of a table, and add the paths of its audio files to `listed`."""
     read_rows = _json_table if table.suffix == ".jsonl" else _column_table
     first, rows = peek(read_rows(table))
     names = [row.name for _, row in first if isinstance(row, _TableRow) and row.name]
@@ -141,6 +151,7 @@ def _from_table(folder: Path, table: Path) -> Iterator[Utterance]:
             if not row.name:
                 raise RejectedError("missing_audio", f"{where} names no audio file")
             name = row.name + suffix
+            listed.add(os.path.normpath(root / name))
             yield Utterance(
                 key=key_from_path(name),
                 text=re.sub(r"\s*[\r\n]\s*", " ", row.text),  # cells may have line breaks
