@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from asrllm.serving.transcriber import Queue, Transcriber
 
 MEBIBYTE = 1 << 20
+HEADER_SECONDS = 20.0  # how long a client may take to send a request's headers
 UPLOAD_SECONDS = 120.0  # a slow client must not hold a connection longer
 SHUTDOWN_SECONDS = 600  # how long requests in progress may take after SIGTERM
 API_KEY = "ASRLLM_API_KEY"  # environment variable
@@ -38,9 +39,12 @@ API_KEY = "ASRLLM_API_KEY"  # environment variable
 def run(arguments: argparse.Namespace) -> None:
     """Run `asrllm serve` until SIGINT or SIGTERM."""
     try:
-        import uvicorn
-
         from asrllm.serving.app import create_app
+        from asrllm.serving.connections import (
+            ConnectionLimits,
+            LimitedConfig,
+            connections_by_open_files,
+        )
         from asrllm.serving.realtime.route import LiveServer
     except ImportError as error:
         raise UserError(
@@ -54,8 +58,15 @@ def run(arguments: argparse.Namespace) -> None:
     with open_listener(arguments.host, arguments.port) as listener:
         models = load_models(arguments, paths)
         app = create_app(models, options)
-        config = uvicorn.Config(
+        limits = ConnectionLimits(
+            count=connections_by_open_files(),
+            header_seconds=HEADER_SECONDS,
+            upload_seconds=UPLOAD_SECONDS,
+        )
+        config = LimitedConfig(
             app,
+            limits,
+            models.metrics,
             root_path=arguments.root_path,
             log_config=None,
             access_log=False,

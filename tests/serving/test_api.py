@@ -31,6 +31,7 @@ from asrllm.models.asr_llm.generation import Answer
 from asrllm.models.build import describe_prompts
 from asrllm.serving.api_errors import ApiError
 from asrllm.serving.app import ServerOptions, create_app
+from asrllm.serving.connections import ConnectionLimits, LimitedConfig
 from asrllm.serving.metrics import ServerMetrics
 from asrllm.serving.models import Models
 from asrllm.serving.transcriber import Queue, Transcriber
@@ -55,6 +56,11 @@ def running(engine, description, segmentation=SEGMENTATION, others=None, **optio
         "origins": [],
         "access_log": None,
     }
+    connections = ConnectionLimits(
+        count=options.pop("max_connections", 100),
+        header_seconds=options.pop("header_seconds", 20.0),
+        upload_seconds=options.get("upload_seconds", 20.0),
+    )
     for name, value in options.items():
         (gate if name in gate else limits)[name] = value
     transcriber = Transcriber("tiny", engine, description, segmentation, queue, **limits)
@@ -64,7 +70,8 @@ def running(engine, description, segmentation=SEGMENTATION, others=None, **optio
     ]
     models = Models([transcriber, *others])
     app = create_app(models, ServerOptions(**gate))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    config = LimitedConfig(app, connections, models.metrics, port=0, log_level="error")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,0 +1,134 @@
+"""Limit the number of connections, and how long they may wait for a request."""
+
+import asyncio
+import json
+import resource
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from asrllm.serving.api_errors import ApiError
+from asrllm.serving.metrics import ServerMetrics
+
+MAX_CONNECTIONS = 1000
+
+
+def connections_by_open_files() -> int:
+    """Return how many connections the limit on open files (`ulimit -n`) allows.
+
+    A connection may need a second file for its upload. As many again may be accepted before they
+    are rejected, and the rest is for the model and ffmpeg.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(files // 4, MAX_CONNECTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """Limits of connections.
+
+    Attributes:
+        count: number of open connections, above which a further one is rejected.
+        header_seconds: how long a request line with its headers may take.
+        upload_seconds: how long the rest of an upload may take after its request was answered.
+    """
+
+    count: int
+    header_seconds: float
+    upload_seconds: float
+
+
+class LimitedConfig(uvicorn.Config):
+    """Configuration of a server with limited connections."""
+
+    def __init__(
+        self, app: ASGIApp, limits: ConnectionLimits, metrics: ServerMetrics, **options: Any
+    ) -> None:
+        """
+        Args:
+            app: the application.
+            limits: limits of its connections.
+            metrics: counts the connections that are rejected.
+            options: options of uvicorn.
+        """
+        # asyncio accepts as many connections as the backlog has before it starts the first one
+        super().__init__(app, http=LimitedConnection, backlog=limits.count, **options)
+        self.limits = limits
+        self.metrics = metrics
+
+
+class LimitedConnection(H11Protocol):
+    """A connection that is closed if it does not send a request in time.
+
+    uvicorn has a limit between two requests only, which ends with the first byte of the second one.
+    `limit_concurrency` of uvicorn rejects requests, but not connections without a request.
+    """
+
+    config: LimitedConfig
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Reject the connection if there are too many, and otherwise wait for its request."""
+        super().connection_made(transport)
+        limit = self.config.limits.count
+        if len(self.connections) > limit:
+            problem = f"the server has {limit} connections. Try again later."
+            self._reject(ApiError(503, problem, code="too_many_connections"))
+        else:
+            self._update_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Handle data of the client."""
+        super().data_received(data)
+        self._update_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _update_timer(self) -> None:
+        """Run the timer while no request is in progress."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        is_http = self in self.connections  # it is removed when it becomes a WebSocket
+        if not (is_answered and is_http):
+            self._stop_timer()
+        elif self.timer is None:
+            limits = self.config.limits
+            seconds = limits.upload_seconds if self._has_upload() else limits.header_seconds
+            self.timer = self.loop.call_later(seconds, self._end_wait, seconds)
+
+    def _stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def _has_upload(self) -> bool:
+        """Return whether the client still sends the body of a request that was answered."""
+        return self.conn.their_state is h11.SEND_BODY
+
+    def _end_wait(self, seconds: float) -> None:
+        if self._has_upload():
+            self.transport.close()
+        else:
+            problem = f"the headers took more than {seconds:g} s. Send the request again."
+            self._reject(ApiError(408, problem, code="request_too_slow"))
+
+    def _reject(self, error: ApiError) -> None:
+        """Send an error without a request, and close the connection."""
+        self.config.metrics.requests.labels("other", error.status).inc()
+        body = json.dumps(error.body())
+        lines = [
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Retry-After: 1",
+            "Connection: close",
+        ]
+        self.transport.write("\r\n".join([*lines, "", body]).encode())
+        self.transport.close()
