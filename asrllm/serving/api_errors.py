@@ -10,6 +10,7 @@ from asrllm.schema import JSON_TYPES, bound_fix, shown
 
 Headers = Mapping[str, str]
 SHOWN_LENGTH = 100  # characters of an invalid value or of its field in an error message
+MESSAGE_LENGTH = 1000  # characters; only a long value of a client makes a message longer
 # what is wrong with a field and the fix, by pydantic's type of the error
 FIELD_PROBLEMS = {
     "missing": "is missing. Add it.",
@@ -43,10 +44,13 @@ class ApiError(Exception):
             code: what is wrong, as one word that programs compare.
             headers: further headers of the answer.
         """
+        if len(message) > MESSAGE_LENGTH:  # the fix is at the end
+            half = MESSAGE_LENGTH // 2
+            message = f"{message[:half]}...{message[-half:]}"
         super().__init__(message)
         self.status = status
         self.kind = kind
-        self.param = param
+        self.param = param[:SHOWN_LENGTH] if param else param
         self.code = code
         self.headers = dict(headers or {})
 

@@ -359,6 +359,28 @@ def test_garbage_is_answered_with_an_error_event_and_the_session_continues(count
         assert completed(session.until(f"{TRANSCRIPTION}.completed")) == ["w0 g9600"]
 
 
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"\x81\x82\0\0\0\0\xff\xfe", 1007),  # a text that is not UTF-8
+        (b"\x81\x01a", 1002),  # without a mask
+        (b"\x83\x80\0\0\0\0", 1002),  # an unknown kind of frame
+        (b"\x81\xff" + b"\x7f" + b"\xff" * 7 + bytes(4), 1009),  # 2**63 - 1 bytes
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 1002),
+        (b"\xff" * 1000, 1002),
+    ],
+)
+def test_bytes_that_are_not_a_frame_end_only_their_session(counting, sent, code):
+    with live(counting[0]) as other:
+        with live(counting[0]) as session:
+            session.socket.socket.sendall(sent)
+            with pytest.raises(ConnectionClosed) as closed:
+                session.receive()
+            assert closed.value.rcvd.code == code
+        other.update()
+        other.next("session.updated")
+
+
 def test_message_that_is_too_large_ends_only_its_session(counting):
     with live(counting[0]) as session:
         session.socket.send("x" * (17 << 20))
