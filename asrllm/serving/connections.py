@@ -25,6 +25,8 @@ def connections_by_open_files() -> int:
     are rejected, and the rest is for the model and ffmpeg.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
     return min(files // 4, MAX_CONNECTIONS)
 
 

@@ -136,7 +136,13 @@ def wait_for_answer(url):
 
 
 @pytest.mark.parametrize(
-    ("files", "connections"), [(256, 64), (1024, 256), (1 << 20, MAX_CONNECTIONS)]
+    ("files", "connections"),
+    [
+        (256, 64),
+        (1024, 256),
+        (1 << 20, MAX_CONNECTIONS),
+        (resource.RLIM_INFINITY, MAX_CONNECTIONS),
+    ],
 )
 def test_number_of_connections_follows_the_limit_on_open_files(monkeypatch, files, connections):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
