@@ -104,6 +104,22 @@ def unknown_key(key: str, known: Collection[str], where: str = "") -> UserError:
     return UserError(f"{where}unknown key {key!r}. {_hint(key, known)}")
 
 
+def check_override(override: str, known: Collection[str]) -> None:
+    """Raise UserError if an override sets an unknown key of a known group.
+
+    Hydra finds the others: `name=...` may choose a group of --config-dir.
+
+    Args:
+        override: a word of the command line: trainer.lr=1e-4.
+        known: the keys of the configuration.
+    """
+    key = override.partition("=")[0]
+    group = key.rpartition(".")[0]
+    is_plain = all(part.isidentifier() for part in key.split("."))  # not +KEY, ~KEY or KEY@PACKAGE
+    if group and is_plain and key not in known and _keys_in(group, known):
+        raise unknown_key(key, known)
+
+
 def unknown_option(word: str, known: Collection[str]) -> str:
     """Return the message about an option that may be a key written with dashes.
 

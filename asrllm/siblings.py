@@ -56,6 +56,7 @@ class Siblings:
 
     Attributes:
         rank: this rank, or -1 without other ranks.
+        on_node: number of ranks on this node, or None if the launcher does not say it.
         run: name of the run, from `run_key`.
         connections: the other rank of each connection, or -1 until it has sent its number.
         address: where this rank listens for other nodes, if it is the first one.
@@ -68,6 +69,7 @@ class Siblings:
 
     def __init__(self) -> None:
         self.rank = -1
+        self.on_node: int | None = None
         self.run = ""
         self.connections: dict[socket.socket, int] = {}
         self.listener: socket.socket | None = None
@@ -121,6 +123,7 @@ class Siblings:
 
     def _connect_to_all(self, environment: Mapping[str, str]) -> None:
         self.rank = int(environment["RANK"])
+        self.on_node = ranks_on_node(environment)
         self.run = run_key(environment)
         self.listener = self._listen()
         self.selector.register(self.listener, selectors.EVENT_READ)
@@ -232,6 +235,12 @@ class Siblings:
             self.changed.wait_for(self._all_ended, seconds)
 
     def _all_ended(self) -> bool:
+        """Return whether the other ranks on the node have ended, those included that start later.
+
+        Ranks that start later are unknown without their number.
+        """
+        if self.on_node is not None and len(self.statuses) < self.on_node - 1:
+            return False
         return all(rank in self.statuses for rank in self.connections.values() if rank >= 0)
 
     def close(self) -> None:
@@ -396,6 +405,14 @@ class Siblings:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(AFTER_LAUNCHER)
         self.leave(f"asrllm: the launcher was killed. {RUN_AGAIN}")
+
+
+def ranks_on_node(environment: Mapping[str, str]) -> int | None:
+    """Return the number of ranks on this node from torchrun's or DeepSpeed's variable, or None."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if environment.get(name, "").isdecimal():
+            return int(environment[name])
+    return None
 
 
 def _interrupt_main() -> None:

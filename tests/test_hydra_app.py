@@ -365,7 +365,9 @@ def test_names_of_other_frameworks_belong_to_existing_keys():
     assert set(NAMES_ELSEWHERE) <= {*all_keys(TrainRun), *all_keys(EvaluationRun)}
 
 
-@pytest.mark.parametrize(("name", "run"), [("train", TrainRun), ("evaluate", EvaluationRun)])
+@pytest.mark.parametrize(
+    ("name", "run"), [("train", TrainRun), ("plan", PlanRun), ("evaluate", EvaluationRun)]
+)
 def test_every_key_has_a_meaning(name, run):
     found = meanings(name)
     assert sorted(found) == sorted(all_keys(run))

@@ -10,6 +10,7 @@ import pytest
 
 import asrllm
 from asrllm.commands.arguments.verbs import VERBS
+from asrllm.config_keys import check_override, meanings
 from asrllm.training.startup import Startup, process_age
 from tests.conftest import REPOSITORY
 from tests.processes import clean_environment, descendants, started, wait_for
@@ -57,9 +58,9 @@ def run_python(code, *arguments, timeout=60):
     )
 
 
-def imported(*arguments):
+def imported(*arguments, status=0):
     done = run_python(IMPORTED, *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return set(done.stdout.rpartition("imported:")[2].split())
 
 
@@ -68,6 +69,27 @@ def imported(*arguments):
 )
 def test_help_imports_nothing_heavy(arguments):
     assert not imported(*arguments) & {*HEAVY, "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        ("train", "trainer.lrr=1"),
+        ("plan", "model.llm.lora.rank=8"),
+        ("evaluate", "checkpoint.model.avgs=2"),
+        ("warm-start", "data.sampler.batch_size=8"),
+    ],
+)
+def test_unknown_key_is_reported_before_anything_heavy_is_imported(verb, key):
+    assert not imported(verb, key, status=2) & HEAVY
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["trainer.lr=1", "mine=a", "+a.b=1", "~trainer.lr", "trainer@a=b", "hydra.x=1", "a.b=1", "c"],
+)
+def test_words_that_hydra_may_understand_are_left_to_it(word):
+    check_override(word, meanings("train"))
 
 
 @pytest.mark.parametrize("action", ["make", "index", "verify", "stats"])

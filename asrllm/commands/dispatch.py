@@ -20,7 +20,7 @@ from asrllm.commands.arguments.base_models import split_base_models
 from asrllm.commands.arguments.configured import COMPARE
 from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.libraries import import_transformers
-from asrllm.config_keys import meanings, unknown_option
+from asrllm.config_keys import check_override, meanings, unknown_option
 from asrllm.errors import UserError
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
@@ -29,6 +29,7 @@ from asrllm.progress import waiting
 
 # modules that import torch late or never: doctor reports it if that fails, init checks data first
 WITHOUT_TORCH = ("shards", "doctor", "init", "compare")
+CONFIGURED = ("train", "plan", "evaluate", "warm_start")  # modules with key=value arguments
 WITH_RANKS = ("train", "evaluate", "warm-start")  # verbs that run as one process or as several
 WITH_BASE_MODELS = (
     "transcribe",
@@ -136,7 +137,11 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     """Run a verb and return its exit status. The user's mistakes are reported once per node."""
     try:
         set_up_logging()
-        run = load_module(module_name(arguments))
+        name = module_name(arguments)
+        # without that number each rank would print, because it ends before the others start
+        if name in CONFIGURED and (ranks.rank < 0 or ranks.on_node is not None):
+            check_overrides(arguments)
+        run = load_module(name)
         cleanup: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if arguments.verb in WRITE_LARGE_FILES:
             cleanup = sigterm_raises()
@@ -165,6 +170,13 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
         ranks.report(f"asrllm {arguments.verb}: {TOO_MANY_FILES}")
         return 2
     return 0
+
+
+def check_overrides(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an unknown key before libraries are imported, which takes seconds."""
+    known = meanings(arguments.configuration)
+    for override in arguments.overrides:
+        check_override(override, known)
 
 
 def set_up_logging() -> None:
