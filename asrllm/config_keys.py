@@ -178,10 +178,10 @@ def meaning(name: str, key: str) -> str:
     return meanings(name)[key].removesuffix(".")
 
 
-def _use(key: str) -> str:
-    """Return the advice to use a key of training or else of evaluation, with its meaning."""
-    name = "train" if key in meanings("train") else "evaluate"
-    return f"Use {key}: {meaning(name, key)}."
+def _use(key: str, known: Collection[str]) -> str:
+    """Return the advice to use a key, with its meaning in the configuration with `known` keys."""
+    names = [name for name in ("train", "evaluate") if meanings(name).keys() >= set(known)]
+    return f"Use {key}: {meaning(names[0] if names else 'train', key)}."
 
 
 def _hint(key: str, known: Collection[str]) -> str:
@@ -189,7 +189,7 @@ def _hint(key: str, known: Collection[str]) -> str:
     if key == "experiment":
         return "Write +experiment=NAME, which reads experiment/NAME.yaml in --config-dir."
     if ours := our_key(key.rpartition(".")[2], known):
-        return _use(ours)
+        return _use(ours, known)
     return _similar_key(key, known)
 
 
@@ -219,7 +219,7 @@ def _similar_key(key: str, known: Collection[str]) -> str:
     elsewhere = list(itertools.chain.from_iterable(NAMES_ELSEWHERE.values()))
     for alias in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
         if ours := our_key(alias, known):
-            return _use(ours)
+            return _use(ours, known)
     if group and len(siblings) > MAX_LISTED:
         return f"--help lists the keys of {group}."
     if group and siblings:

@@ -30,8 +30,8 @@ NOT_LISTED = (CHECKSUMS, "README.md")  # people edit the model card, which chang
 SHA256_KEY = "sha256"  # in the metadata of a safetensors file
 NO_SHA256 = "0" * 64
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as in the safetensors library
-# of a record's attributes; torch.load fills the tensor of such a record with arbitrary values
-DIRECTORY = 0x10
+# MS-DOS bit of a record's attributes: torch.load fills the tensor of a directory with anything
+DIRECTORY_BIT = 0x10
 PICKLE = b"\x80"  # begins a pickle
 HASHED_BYTES = 1 << 20  # bytes
 # what zipfile raises for a corrupted file
@@ -80,15 +80,15 @@ def _verify_archive(path: Path, size: int) -> None:
                 # torch.save does not compress; a compressed record could unpack to any size
                 if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
                     raise zipfile.BadZipFile(f"the record {record.filename!r} is compressed")
-                if record.external_attr & DIRECTORY:
+                if record.external_attr & DIRECTORY_BIT:
                     raise zipfile.BadZipFile(f"the record {record.filename!r} is a directory")
             # zipfile would check one of two records with the same name
             if len(set(archive.namelist())) < len(records):
                 raise zipfile.BadZipFile("two records have the same name")
             bad = archive.testzip()
-        _check_directory(path)
+        _check_central_directory(path)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a place before the beginning of the file
+        if error.errno != errno.EINVAL:  # a seek before the beginning of the file
             raise
         raise corrupted(path, "a record is outside the file") from error
     except BAD_ARCHIVE as error:
@@ -97,7 +97,7 @@ def _verify_archive(path: Path, size: int) -> None:
         raise corrupted(path, f"the record {bad!r} does not match its CRC-32")
 
 
-def _check_directory(path: Path) -> None:
+def _check_central_directory(path: Path) -> None:
     """Read all headers of an archive as torch.load does, which rejects more than zipfile does.
 
     Raises:
@@ -105,9 +105,10 @@ def _check_directory(path: Path) -> None:
     """
     import torch  # the other checksums do not need it
 
-    reader = torch._C.PyTorchFileReader(str(path))
-    for name in reader.get_all_records():
-        reader.get_record_offset(name)
+    with open(path, "rb") as file:  # a path must be UTF-8
+        reader = torch._C.PyTorchFileReader(file)
+        for name in reader.get_all_records():
+            reader.get_record_offset(name)
 
 
 def _check_pickle(path: Path) -> None:

@@ -10,7 +10,7 @@ Values of `what`:
     build      building the model waits for exp_dir/go
     trace      trainer.compile traces the layers, but does not compile them
     nodes      each rank considers itself the only one on its node
-    float16    the processor is said to multiply float16, which torch also does without instructions
+    float16    DeepSpeed assumes that the processor supports float16
 """
 
 import json

@@ -31,6 +31,13 @@ def flipped(content: bytes, place: int) -> bytes:
     return bytes(changed)
 
 
+def test_path_may_have_bytes_that_are_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"w\xff.pt")
+    with open(path, "wb") as file:
+        torch.save({"a": torch.ones(2)}, file)
+    verify_weights(path)
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_flipped_bit_is_detected_or_changes_nothing(tmp_path, name):
     path = consolidate(write_checkpoint(tmp_path / "checkpoint-1", STATE), tmp_path / name)

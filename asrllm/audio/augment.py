@@ -61,7 +61,7 @@ class NoiseConfig:
     """Additive noise."""
 
     source: str | None = None
-    """directory of audio files, for example of MUSAN, or Lhotse cuts"""
+    """directory of audio files, for example of MUSAN, or Lhotse cuts; set prob too"""
     prob: Ratio = 0.0
     """ratio of utterances with noise"""
     snr_min: float = Field(default=10.0, ge=-100)

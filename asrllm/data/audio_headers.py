@@ -51,7 +51,11 @@ BITRATES = {  # kbit/s by the index in the header, from 1
     "MPEG 2": (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 WAV_SAMPLES = (1, 3, 6, 7, 0xFFFE)  # tags of integers, floats, A-law, mu-law; extensible
-COMMON_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)  # Hz
+COMMON_RATES = (  # Hz
+    *(8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000),
+    *(176400, 192000, 352800, 384000),
+)
+LAW_TAGS = (6, 7)  # A-law and mu-law, whose samples have 8 bits whatever the header says
 GSM_FRAME = 33  # bytes
 GSM_MAGIC = 13  # its first four bits
 DTS_SYNC = b"\x7f\xfe\x80\x01"
@@ -548,7 +552,7 @@ def _wav_contradiction(content: Buffer) -> str:
     tag, channels, rate, byte_rate, block, bits = struct.unpack("<HHIIHH", fields)
     if tag not in WAV_SAMPLES or not channels or not block:
         return ""
-    size = -(-bits // 8)  # bytes of a sample
+    size = 1 if tag in LAW_TAGS else -(-bits // 8)  # bytes of a sample
     is_wider = bits == 24 and block == 4 * channels  # which libsndfile reads, unlike 20 bits
     if block != size * channels and not is_wider:
         return (

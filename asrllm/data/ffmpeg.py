@@ -15,7 +15,6 @@ import numpy as np
 from asrllm.data.audio_file import ADDRESS, BLOCK_SAMPLES, FORMATS, AudioFile
 from asrllm.data.container_lengths import is_adx
 from asrllm.defaults import RATE
-from asrllm.errors import UserError
 from asrllm.text_files import JsonObject, parse_json
 
 LOCAL_ONLY = ("-protocol_whitelist", "file")
@@ -29,7 +28,7 @@ CONTAINERS = (
 )
 SELF_CONTAINED = (*LOCAL_ONLY, "-format_whitelist", ",".join(CONTAINERS))
 FFPROBE_SECONDS = 60  # how long ffprobe may take
-STALLED_SECONDS = 300  # how long ffmpeg may take for a block: audio can follow gigabytes of video
+STALLED_SECONDS = 300  # how long ffmpeg may write nothing: audio can follow gigabytes of video
 # what ffmpeg 5, 6 and 7 write about a packet that is corrupted
 NOT_DECODED = (
     r"\[(?:error|fatal|panic)\] .*(?:Error while decoding|Error submitting packet|CRC error"
@@ -157,7 +156,7 @@ def _output_of(command: list[str], file: AudioFile, log: IO[bytes]) -> Iterator[
             while data := _read_block(process.stdout, size * BLOCK_SAMPLES, file):
                 whole = data[: len(data) // size * size]
                 yield np.frombuffer(whole, "<f4").reshape(-1, file.channels)
-        except (GeneratorExit, UserError):  # the caller needs no more samples, or ffmpeg hangs
+        except BaseException:  # Popen would wait for an ffmpeg that hangs, also after SIGTERM
             process.kill()
             raise
         status = process.wait()

@@ -15,14 +15,15 @@ from asrllm.models.fingerprint import is_hub_id
 from asrllm.models.projectors import check_projector
 from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, RatioBelowOne, component
 
-# Further options of PEFT's LoraConfig that LoraPart accepts. They neither train weights other than
-# those of the adapters nor change the weights below them.
 PRETRAINED_PARTS = ("audio_encoder", "llm")
 
 
 @component
 class PeftOptions:
-    """Further options of PEFT's LoraConfig; null: PEFT's default."""
+    """Further options of PEFT's LoraConfig; null: PEFT's default.
+
+    They neither train weights other than those of the adapters nor change the weights below them.
+    """
 
     exclude_modules: list[str] | str | None = None
     """names of layers, or a regular expression: not adapted, although target_modules names them"""
@@ -32,7 +33,7 @@ class PeftOptions:
     """name of the list of layers, for layers_to_transform"""
     rank_pattern: dict[str, PositiveInt] | None = None
     """ranks of some layers, for example {q_proj: 8}; a key is a name or a regular expression"""
-    alpha_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, PositiveFloat] | None = None
     """values of lora_alpha for some layers, as in rank_pattern"""
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] | None = None
     """initial values: true | false (random) | gaussian | orthogonal; others change base weights"""
@@ -65,7 +66,7 @@ class LoraPart:
     """scale by lora_alpha / sqrt(r)"""
     use_dora: bool = False
     """train magnitude and direction separately"""
-    options: PeftOptions = PeftOptions()
+    options: PeftOptions | None = PeftOptions()
 
     def as_peft(self) -> dict[str, Any] | None:
         """Return the options for PEFT without those that are off, or None without adapters."""
@@ -81,7 +82,7 @@ class LoraPart:
             options["use_rslora"] = True
         if self.use_dora:
             options["use_dora"] = True
-        return options | self.options.as_peft()
+        return options | (self.options.as_peft() if self.options else {})
 
 
 @component
@@ -94,7 +95,7 @@ class EncoderPart:
     pretrained_model: str | None = None
     """directory or hub id; zipformer: of icefall or Auden, or a checkpoint file"""
     frozen: bool = True
-    """adapters are trained nevertheless; false: fine-tune the whole encoder"""
+    """true: train only its adapters, if any; false: fine-tune the whole encoder"""
     lora: LoraPart | None = LoraPart(r=0)
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ class LlmPart:
     pretrained_model: str | None = None
     """directory or hub id of a causal LLM with its tokenizer"""
     frozen: bool = True
-    """adapters are trained nevertheless; false: fine-tune the whole LLM"""
+    """true: train only its adapters, if any; false: fine-tune the whole LLM"""
     chat_template: Literal["chatml"] | None = None
     """null: that of the tokenizer, or ChatML if it has none; chatml: plain ChatML without a default
     system turn"""
@@ -159,7 +160,7 @@ def check_lora(
         )
     for key, pattern in _regular_expressions(lora):
         try:
-            re.compile(pattern)
+            re.compile(f"({pattern})")  # PEFT puts more before and after it
         except re.error as error:
             raise UserError(
                 f"{group}.{key}: {pattern!r} is not a regular expression: {error}. Correct it."
@@ -173,10 +174,11 @@ def check_lora(
 
 def _regular_expressions(lora: LoraPart) -> Iterator[tuple[str, str]]:
     """Yield the keys and values of options that PEFT uses as regular expressions."""
-    options = lora.options
+    options = lora.options or PeftOptions()
     for key, value in (
         ("target_modules", lora.target_modules),
         ("options.exclude_modules", options.exclude_modules),
+        ("options.layers_pattern", options.layers_pattern),
     ):
         if isinstance(value, str):
             yield key, value

@@ -1,6 +1,7 @@
 """Build the parts of a model: encoder and LLM, with or without pretrained weights, and adapters."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -222,6 +223,8 @@ def add_lora(
     """
     from peft import inject_adapter_in_model
 
+    if "layers_to_transform" in options:  # PEFT's own pattern needs a name before that of the list
+        options = {"layers_pattern": "layers"} | options
     with _checked_lora(module, options, key):
         inject_adapter_in_model(lora_config(options), module)
     for name, layer in module.named_modules():
@@ -273,32 +276,34 @@ def _checked_lora(module: nn.Module, options: JsonObject, key: str) -> Iterator[
         names.append(name)
         if isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)):
             layers.add(name.rpartition(".")[2])
-    targets = options["target_modules"]
-    for target in [] if isinstance(targets, str) else targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise UserError(
-                f"{key}.target_modules: the model has no layer {target!r}. "
-                f"{nearest(target, layers)}"
-            )
-    _check_layer_numbers(names, options.get("layers_to_transform", ()), key)
+    for option, place in (("target_modules", key), ("exclude_modules", f"{key}.options")):
+        given = options.get(option, ())
+        for wanted in () if isinstance(given, str) else given:
+            if not any(f".{name}".endswith(f".{wanted}") for name in names):
+                raise UserError(
+                    f"{place}.{option}: the model has no layer {wanted!r}. "
+                    f"{nearest(wanted, layers)}"
+                )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", IGNORED_BY_PEFT)
             yield
-    except (ValueError, TypeError, Warning) as error:
+    except (ValueError, TypeError, re.error, Warning) as error:
         raise UserError(
             f"{key} is not valid for this model: {first_words(error)}. Correct its options."
         ) from error
+    _check_layer_numbers(module, options.get("layers_to_transform", ()), key)
 
 
-def _check_layer_numbers(names: Iterable[str], numbers: Iterable[int], key: str) -> None:
-    """Raise UserError if a number in layers_to_transform is not part of a module's name."""
-    found: set[str] = set()
-    for name in names:
-        found.update(name.split("."))
-    missing = [number for number in numbers if str(number) not in found]
+def _check_layer_numbers(module: nn.Module, numbers: Iterable[int], key: str) -> None:
+    """Raise UserError if a layer in layers_to_transform has no adapter."""
+    adapted: set[str] = set()
+    for name, layer in module.named_modules():
+        if hasattr(layer, "lora_A"):
+            adapted.update(name.split("."))
+    missing = [number for number in numbers if str(number) not in adapted]
     if missing:
         raise UserError(
-            f"{key}.options.layers_to_transform: the model has no layer {missing[0]}. "
+            f"{key}.options.layers_to_transform: no layer {missing[0]} has one of target_modules. "
             "Layers are numbered from 0."
         )

@@ -18,8 +18,11 @@ FIELD_PROBLEMS = {
     "union_tag_not_found": "has no {discriminator}. Add it.",
     "union_tag_invalid": "is not a valid choice of {discriminator}. Available: {expected_tags}.",
     "literal_error": "is not a valid choice. Available: {expected}.",
+    "string_too_short": "is too short. Use at least {min_length} characters.",
     "string_too_long": "is too long. Use at most {max_length} characters.",
 }
+# ends of pydantic's types of errors about a value of another type
+TYPE_FAULTS = ("type", "parsing", "parsing_size", "from_float", "unicode")
 
 
 class ApiError(Exception):
@@ -82,7 +85,8 @@ def invalid_field(problem: ErrorDetails, path: Sequence[int | str]) -> ApiError:
     reason = f"the field {field!r} "
     if isinstance(value, (bool, int, float, str)):  # not a whole object
         reason = f"{field}={shown(value)[:SHOWN_LENGTH]} "
-    expected = JSON_TYPES.get(kind.partition("_")[0])
+    type_name, _, fault = kind.partition("_")
+    expected = JSON_TYPES.get(type_name) if fault in TYPE_FAULTS else None
     fix = bound_fix(problem)
     if kind in FIELD_PROBLEMS:
         reason += FIELD_PROBLEMS[kind].format(**limits)

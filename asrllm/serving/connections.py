@@ -16,6 +16,8 @@ from asrllm.serving.api_errors import ApiError
 from asrllm.serving.metrics import ServerMetrics
 
 MAX_CONNECTIONS = 1000
+MIN_REJECTED = 8  # rejected connections that may wait for LINGER_SECONDS at once
+LINGER_SECONDS = 2.0  # for a client to read why it was rejected
 
 
 def connections_by_open_files() -> int:
@@ -58,10 +60,11 @@ class LimitedConfig(uvicorn.Config):
             metrics: counts the connections that are rejected.
             options: options of uvicorn.
         """
-        # asyncio accepts as many connections as the backlog has before it starts the first one
+        # asyncio accepts a whole backlog of connections before it starts the first one
         super().__init__(app, http=LimitedConnection, backlog=limits.count, **options)
         self.limits = limits
         self.metrics = metrics
+        self.rejected: set[LimitedConnection] = set()  # that are still open
 
 
 class LimitedConnection(H11Protocol):
@@ -73,6 +76,7 @@ class LimitedConnection(H11Protocol):
 
     config: LimitedConfig
     timer: asyncio.TimerHandle | None = None
+    is_rejected = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Reject the connection if there are too many, and otherwise wait for its request."""
@@ -85,14 +89,16 @@ class LimitedConnection(H11Protocol):
             self._update_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Handle data of the client."""
-        super().data_received(data)
-        self._update_timer()
+        """Handle data of the client, unless it was rejected."""
+        if not self.is_rejected:
+            super().data_received(data)
+            self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timer."""
         super().connection_lost(exc)
         self._stop_timer()
+        self.config.rejected.discard(self)
 
     def _update_timer(self) -> None:
         """Run the timer while no request is in progress."""
@@ -122,7 +128,14 @@ class LimitedConnection(H11Protocol):
             self._reject(ApiError(408, problem, code="request_too_slow"))
 
     def _reject(self, error: ApiError) -> None:
-        """Send an error without a request, and close the connection."""
+        """Send an error without a request, and close the connection a little later.
+
+        If data of the client is not read before, the kernel resets the connection, and the answer
+        is lost. In a flood of connections most are closed at once.
+        """
+        self.is_rejected = True
+        self._stop_timer()
+        self.connections.discard(self)  # does not count towards the limit any more
         self.config.metrics.requests.labels("other", error.status).inc()
         body = json.dumps(error.body())
         lines = [
@@ -133,4 +146,10 @@ class LimitedConnection(H11Protocol):
             "Connection: close",
         ]
         self.transport.write("\r\n".join([*lines, "", body]).encode())
-        self.transport.close()
+        rejected = self.config.rejected
+        if len(rejected) < max(MIN_REJECTED, self.config.limits.count // 4):
+            rejected.add(self)
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()

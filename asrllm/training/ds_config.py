@@ -20,6 +20,7 @@ from asrllm.text_files import json_problem, read_text
 from asrllm.training.ds_keys import (
     BOOLEAN,
     NUMBER,
+    NVME,
     DsConfig,
     Kinds,
     check_keys,
@@ -243,8 +244,8 @@ def check_optimizer_keys(params: DsConfig, path: Path) -> None:
     betas = params.get("betas", "auto")
     if betas != "auto" and not _are_betas(betas):
         raise UserError(
-            f"{path}: optimizer.params.betas={shown(betas)} are not two numbers of 0 to 1. "
-            "Correct them, or remove the key."
+            f"{path}: optimizer.params.betas={shown(betas)} is not a list of two numbers of at "
+            "least 0 and below 1. Correct it, or remove the key."
         )
 
 
@@ -302,7 +303,7 @@ def check_offload(zero: DsConfig, path: Path) -> None:
         device = (zero.get(key) or {}).get("device", "none")
         if device in (None, "none"):
             zero.pop(key, None)
-        elif device == "nvme":
+        elif device == NVME:
             raise UserError(
                 f"{path}: zero_optimization.{key}.device='nvme' is not supported, because "
                 "checkpoints would be incomplete. Use 'cpu', as in ds_configs/zero3_offload.json."

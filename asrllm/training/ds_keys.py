@@ -66,14 +66,6 @@ PLAIN_BLOCKS: dict[str, dict[str, Kinds]] = {
         "profile": BOOLEAN,
         "cpu_checkpointing": BOOLEAN,
     },
-    "aio": {
-        "block_size": INTEGER,
-        "queue_depth": INTEGER,
-        "intra_op_parallelism": INTEGER,
-        "single_submit": BOOLEAN,
-        "overlap_events": BOOLEAN,
-        "use_gds": BOOLEAN,
-    },
     "checkpoint": {
         "tag_validation": STRING,
         "checkpoint_serialization": BOOLEAN,
@@ -111,6 +103,8 @@ MODELS: dict[str, type[BaseModel]] = {
 }
 # of blocks within those for which DeepSpeed has no pydantic model
 NESTED_MODELS: dict[str, type[BaseModel]] = {"timers.throughput": DeepSpeedThroughputTimerConfig}
+NVME = "nvme"  # device of an offload, see check_offload in ds_config.py
+NO_NVME = "Remove it: offload to NVMe is not supported."
 MASTER_WEIGHTS = "Remove it: checkpoints have master weights and optimizer states in float32."
 NOT_READ_AGAIN = "Remove it: its checkpoints could not be read again."
 IN_BACKGROUND = "Remove it, and set trainer.background_checkpoints=true."
@@ -119,6 +113,7 @@ SET_PRECISION = "Remove it, and set trainer.precision."
 # Features of DeepSpeed that runs do not support, and what to do instead.
 UNSUPPORTED = {
     "activation_checkpointing": "Remove it, and set trainer.gradient_checkpointing=true.",
+    "aio": NO_NVME,
     "autotuning": "Remove it, and run 'asrllm plan' for sizes that fit.",
     "bf16.bf16_master_weights_and_grads": MASTER_WEIGHTS,
     "bf16.bf16_optimizer_states": MASTER_WEIGHTS,
@@ -147,6 +142,8 @@ UNSUPPORTED = {
     "weight_quantization": "Remove it.",
     "zero_optimization.elastic_checkpoint": ANY_PROCESSES,
     "zero_optimization.leaf_module": "Remove it.",
+    "zero_optimization.offload_optimizer.nvme_path": NO_NVME,
+    "zero_optimization.offload_param.nvme_path": NO_NVME,
     "zero_optimization.legacy_stage1": "Remove it.",
     "zero_optimization.module_granularity_threshold": "Remove it.",
     "zero_optimization.offload_optimizer.super_offload": "Remove it.",
@@ -480,7 +477,7 @@ def check_choice(value: object, kinds: Iterable[type], place: str, path: Path) -
             if value not in (*choices, "auto", None):
                 raise UserError(
                     f"{path}: {place}={shown(value)} is not a choice. "
-                    f"Available: {', '.join(map(str, choices))}."
+                    f"Available: {', '.join(str(name) for name in choices if name != NVME)}."
                 )
 
 

@@ -24,13 +24,14 @@ TEST_SETS = {
 def main() -> None:
     """Run all steps, and print a summary."""
     arguments = parse_arguments()
-    steps.use_the_processor()
+    steps.use_cpu()
     digits = Experiment(
         work=arguments.work.resolve(),
         steps=arguments.steps,
         save_every=SAVE_EVERY,
         keep_last_k=AVERAGED,
     )
+    steps.check_steps(digits)
     digits.work.mkdir(parents=True, exist_ok=True)
     fsdd = arguments.fsdd if (arguments.fsdd / "wav.scp").is_file() else None
     times = steps.Times()

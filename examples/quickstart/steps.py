@@ -87,6 +87,16 @@ class Experiment:
         return self.exp / "greedy_search" / "results.json"
 
 
+def check_steps(experiment: Experiment) -> None:
+    """Exit if a finished run has another number of steps: its results would be taken for these."""
+    last = experiment.exp / f"checkpoint-{experiment.steps}"
+    if experiment.pretrained.exists() and not last.exists():
+        raise SystemExit(
+            f"{experiment.exp} was trained with another number of steps. Remove it, or choose "
+            "another --work."
+        )
+
+
 class Times:
     """Runs the steps whose results do not exist, and records how long each took."""
 
@@ -290,6 +300,6 @@ def executable(name: str) -> str:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or name
 
 
-def use_the_processor() -> None:
+def use_cpu() -> None:
     """Set the environment of the commands that the example runs."""
     os.environ.update(ENVIRONMENT)

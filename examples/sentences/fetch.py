@@ -96,7 +96,7 @@ def take(source: str, expected: str | None, work: Path) -> None:
         file = local_file(source, expected, Path(scratch))
         with NewDirectory(exp) as folder:
             unpack(file, folder)
-    steps.use_the_processor()
+    steps.use_cpu()
     weights = work / "weights"
     if not weights.exists():
         steps.prepare_weights(weights)

@@ -37,7 +37,7 @@ TEST_SETS = {
 def main() -> None:
     """Run all steps, and print a summary."""
     arguments = parse_arguments()
-    steps.use_the_processor()
+    steps.use_cpu()
     sentences = Experiment(
         work=arguments.work.resolve(),
         steps=arguments.steps,
@@ -45,6 +45,7 @@ def main() -> None:
         keep_last_k=AVERAGED,
     )
     packages = sentences.work / "packages"
+    steps.check_steps(sentences)
     sentences.work.mkdir(parents=True, exist_ok=True)
     times = steps.Times()
     times.step("weights", sentences.weights, lambda: steps.prepare_weights(sentences.weights))
@@ -159,7 +160,7 @@ def train(sentences: Experiment) -> None:
 
 
 def evaluate(sentences: Experiment) -> None:
-    """Average the last checkpoints, and decode and score the test sets beside Whisper itself."""
+    """Average the last checkpoints, and score their texts and those of Whisper alone."""
     steps.evaluate(sentences, "en", whisper_baseline=True)
 
 

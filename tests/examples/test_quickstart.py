@@ -172,3 +172,15 @@ def test_next_commands_use_the_weights_that_were_scored(tmp_path, capsys):
     transcribe, export, _ = capsys.readouterr().out.splitlines()[1:]
     assert str(experiment.exp / "averaged-iter-110-avg-3.pt") in transcribe
     assert str(experiment.averaged) in export
+
+
+def test_results_of_another_number_of_steps_are_not_taken_for_these(tmp_path):
+    experiment = steps.Experiment(work=tmp_path, steps=20, save_every=10, keep_last_k=3)
+    steps.check_steps(experiment)
+    (experiment.exp / "checkpoint-10").mkdir(parents=True)
+    steps.check_steps(experiment)  # interrupted
+    experiment.pretrained.touch()
+    with pytest.raises(SystemExit, match=str(experiment.exp)):
+        steps.check_steps(experiment)
+    (experiment.exp / "checkpoint-20").mkdir()
+    steps.check_steps(experiment)

@@ -100,6 +100,8 @@ def test_options_are_passed_to_peft(world, tmp_path, options):
         ({"lora_bias": 3}, r"options\.lora_bias=3 "),
         ({"alpha_pattern": {"(q": 1}}, r"lora\.options\.alpha_pattern: '\(q' "),
         ({"exclude_modules": "(q"}, r"lora\.options\.exclude_modules: '\(q' "),
+        ({"layers_pattern": "("}, r"lora\.options\.layers_pattern: '\(' "),
+        ({"rank_pattern": {"(?i)q_proj": 8}}, r"lora\.options\.rank_pattern: '\(\?i\)q_proj' "),
     ],
 )
 def test_invalid_options_of_peft_are_rejected(options, named):
@@ -113,7 +115,10 @@ def test_invalid_options_of_peft_are_rejected(options, named):
         ({"target_modules": ["q_proj", "v_porj"]}, r"lora\.target_modules: .*'v_porj'.*'v_proj'"),
         ({"target_modules": ["nothing"]}, r"lora\.target_modules: .*'nothing'.*q_proj"),
         ({"options": PeftOptions(rank_pattern={"k_proj": 2})}, r"lora .*rank_pattern.*k_proj"),
-        ({"options": PeftOptions(exclude_modules=["o_porj"])}, r"lora .*exclude_modules.*o_porj"),
+        (
+            {"options": PeftOptions(exclude_modules=["o_porj"])},
+            r"lora\.options\.exclude_modules: .*'o_porj'.*'o_proj'",
+        ),
         (
             {"options": PeftOptions(layers_to_transform=[0, 70])},
             r"lora\.options\.layers_to_transform: .* 70",
@@ -121,9 +126,17 @@ def test_invalid_options_of_peft_are_rejected(options, named):
     ],
 )
 def test_layers_that_the_model_does_not_have_are_rejected(world, options, named):
-    """PEFT trains the other layers without a word, or with a warning."""
+    """PEFT trains the other layers, at most with a warning."""
     with pytest.raises(UserError, match=f"model.llm.{named}"):
         make_model(world, llm=llm_lora(**options))
+
+
+def test_layers_of_an_encoder_are_chosen_by_number(world):
+    lora = LoraPart(**WHISPER_LORA, options=PeftOptions(layers_to_transform=[1]))
+    model = make_model(world, audio_encoder=encoder_part(world, "whisper", lora=lora))
+    names = [name for name in trained_names(model) if name.startswith("audio_encoder.")]
+    assert names
+    assert all(name.startswith("audio_encoder.layers.1.") for name in names)
 
 
 def test_adapters_on_an_encoder_without_such_layers_or_that_is_trained_are_rejected(world):

@@ -80,8 +80,8 @@ def read_folder(folder: str | Path, *, table: str | Path | None = None) -> Itera
     yield from _from_table(folder, found, listed)
     if table is None:  # another table may be one of several, like Common Voice's train.tsv
         files, _ = list_audio(folder)
-        missing = [path for path in files if os.path.normpath(path) not in listed]
-        warn_of_skipped(folder, missing, f"{found.name} does not list")
+        missing = [path for path in files if os.path.realpath(path) not in listed]
+        warn_of_skipped(folder, missing, f"have no usable row in {found.name}")
 
 
 def count_folder(folder: str | Path, *, table: str | Path | None = None) -> int | None:
@@ -151,7 +151,7 @@ def _from_table(folder: Path, table: Path, listed: set[str]) -> Iterator[Utteran
             if not row.name:
                 raise RejectedError("missing_audio", f"{where} names no audio file")
             name = row.name + suffix
-            listed.add(os.path.normpath(root / name))
+            listed.add(os.path.realpath(root / name))
             yield Utterance(
                 key=key_from_path(name),
                 text=re.sub(r"\s*[\r\n]\s*", " ", row.text),  # cells may have line breaks

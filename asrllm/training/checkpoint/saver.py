@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from asrllm import distributed
 from asrllm.atomic import sync, write_whole
 from asrllm.data.plan import Position
 from asrllm.errors import UserError
+from asrllm.integrity import BAD_ARCHIVE
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.partitioning import gathered
-from asrllm.tensor_files import BAD_TENSORS
 from asrllm.training.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -363,7 +364,7 @@ def explain_corruption(checkpoint: Path) -> Iterator[None]:
     """Raise UserError for the errors that a corrupted checkpoint causes in the block."""
     try:
         yield
-    except (*BAD_TENSORS, OSError, AssertionError) as error:
+    except (*BAD_ARCHIVE, OSError, AssertionError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"the checkpoint {str(checkpoint)!r} is corrupted ({reason}). "
