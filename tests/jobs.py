@@ -1,6 +1,7 @@
 """Runs that each launcher starts like a user does, and of which a process is killed."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from asrllm.processes import die_with_parent
 from tests.processes import REPOSITORY, clean_environment, free_port, wait_for
 
 BINARIES = Path(sys.executable).parent
@@ -126,6 +128,7 @@ def job(launcher: str, folder: Path, arguments: list[str], *, ranks: int = 2) ->
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
+                    preexec_fn=functools.partial(die_with_parent, os.getpid()),
                 )
             run.started.append(process)
         yield run
