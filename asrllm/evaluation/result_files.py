@@ -217,14 +217,24 @@ def _known_name(name: str, known: Mapping[str, Path]) -> str:
 
 
 def newest_sets(folder: Path) -> dict[str, Path]:
-    """Return the result files of the evaluation that wrote results.json, by test set."""
+    """Return the result files of the evaluation that wrote results.json, by test set.
+
+    Raises:
+        UserError: results.json is corrupted, or names a file in another directory.
+    """
     path = folder / "results.json"
     if not path.is_file():
         return {}
     sets = {}
     for name, entry in read_json_object(path, "the results").items():
         if isinstance(entry, dict) and isinstance(entry.get("generations"), str):
-            sets[name] = folder / entry["generations"]
+            file = entry["generations"]
+            if Path(file).name != file:
+                raise UserError(
+                    f"{str(path)!r} names the result file {file!r}, which is not in its directory. "
+                    "Evaluate again."
+                )
+            sets[name] = folder / file
     return sets
 
 

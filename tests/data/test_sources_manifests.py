@@ -146,9 +146,9 @@ def without(source, key):
         ("nemo", GOOD["nemo"] | {"audio_filepath": ""}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": None}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": "file:///a.wav"}, "missing_audio", "file:///a"),
-        ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2 .*'wav'"),
+        ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2: 'wav'"),
         ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 .*'key'"),
-        ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2 .*'source'"),
+        ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2: 'source'"),
         ("slam", GOOD["slam"] | {"key": ""}, "bad_key", ":2 .*'key'"),
         ("swift", GOOD["swift"] | {"audios": [""]}, "missing_audio", ":2 "),
         ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", r"m\.jsonl:2 "),
@@ -422,6 +422,7 @@ def test_missing_audio_of_a_table_is_rejected(tmp_path):
             r"metadata\.csv' .*path, words, .*text, sentence",
         ),
         ("", r"metadata\.csv' .*empty"),
+        ("path,text\n", r"metadata\.csv' .*no utterance"),
         ('path,"text\nx,y\n', r"metadata\.csv' .*unexpected end of data"),
         ("path,Text,TEXT\nx,y,z\n", r"metadata\.csv' .*'text'"),
         ("path,text,lang,lang\nx,y,z,z\n", r"metadata\.csv' .*'lang'"),
@@ -634,6 +635,57 @@ def test_audiofolder_jsonl_becomes_shards(tmp_path):
     samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
     assert samples == {"data/a": about("one", speaker="s"), "data/b": about("2")}
     assert rejected == [("metadata.jsonl:3", "missing_field"), ("data/c", "missing_audio")]
+
+
+def test_audio_of_a_table_may_be_an_object_with_a_path(tmp_path):
+    """Hugging Face's datasets write their audio columns so."""
+    audio(tmp_path / "d", "data/a.wav")
+    lines(
+        tmp_path / "d" / "metadata.jsonl",
+        {"audio": {"path": "data/a.wav", "bytes": None}, "text": "one"},
+        {"audio": {"path": None, "bytes": None}, "text": "two"},
+        {"audio": {"array": [0.0]}, "text": "three"},
+    )
+    samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
+    assert samples == {"data/a": about("one")}
+    assert rejected == [
+        ("metadata.jsonl:2", "missing_audio"),
+        ("metadata.jsonl:3", "bad_field"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("metadata.csv", "file_name,text\nhttps://host/a.wav,one\n"),
+        ("metadata.jsonl", '{"file_name": "https://host/a.wav", "text": "one"}\n'),
+    ],
+)
+def test_url_of_a_table_is_rejected_unchanged(tmp_path, name, table):
+    (tmp_path / name).write_text(table)
+    ((reason, detail),) = problems(read_folder(tmp_path))
+    assert reason == "missing_audio"
+    assert "'https://host/a.wav'" in detail
+
+
+@pytest.mark.parametrize(
+    ("layout", "hint"),
+    [
+        ('{"audio": "a.wav", "text": "a"}\r{"audio": "b.wav", "text": "b"}\r', "carriage return"),
+        ('{\n "audio": "a.wav",\n "text": "a"\n}\n', "jq -c"),
+    ],
+)
+def test_json_that_is_not_one_object_a_line_is_explained(tmp_path, layout, hint):
+    (tmp_path / "metadata.jsonl").write_text(layout, newline="")
+    (reason, detail), *_ = problems(read_folder(tmp_path))
+    assert reason == "bad_json"
+    assert hint in detail
+
+
+def test_empty_json_list_is_reported(tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match=r"data\.json' .*no utterance"):
+        list(read_slam(tmp_path / "data.json"))
 
 
 def test_an_empty_folder_is_reported(tmp_path):

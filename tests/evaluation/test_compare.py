@@ -345,3 +345,14 @@ def test_results_that_cannot_be_compared_are_reported(tmp_path, capsys):
     message = error(path, path)
     assert repr(str(path)) in message
     assert "line 2" in message
+
+
+def test_result_file_in_another_directory_is_not_read(tmp_path):
+    results(tmp_path / "other", noisy(0.3, 1))
+    folder = results(tmp_path / "a", noisy(0.3, 1))
+    path = folder / "results.json"
+    summary = json.loads(path.read_text())
+    summary["test"]["generations"] = "../other/generations-test-s.jsonl"
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        compare_results(folder, folder)

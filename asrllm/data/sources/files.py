@@ -165,6 +165,8 @@ def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]
                 raise
             lines = iter(apart)
         else:
+            if not rows:
+                raise UserError(f"{role} {str(path)!r} has no utterance. Make it again.")
             for number, row in enumerate(rows, 1):
                 where = f"{path}, entry {number}"
                 yield where, _checked_object(row, f"{role} {where}")
@@ -174,7 +176,20 @@ def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]
         try:
             yield where, _checked_object(parse_json(text), f"{role} {where}")
         except ValueError as error:
-            yield where, RejectedError("bad_json", f"{role} {where} is not valid JSON: {error}")
+            problem = f"{role} {where} is not valid JSON: {error}{_layout_hint(text)}"
+            yield where, RejectedError("bad_json", problem)
+
+
+def _layout_hint(line: str) -> str:
+    """Return what to do about a line that is invalid because of its file's layout, or ""."""
+    if "\r" in line:
+        return (
+            ". The file ends its lines with a carriage return alone. Convert it, for example with "
+            "\"tr '\\r' '\\n'\""
+        )
+    if line.strip() in ("{", "[", "}", "},"):
+        return ". Write each object in one line, for example with 'jq -c .'"
+    return ""
 
 
 def _checked_object(row: object, where: str) -> Row | RejectedError:
@@ -269,19 +284,42 @@ def text_or_int_field(row: Mapping[str, object], where: str, *names: str) -> str
     return text_field(converted, where, *names)
 
 
-def audio_field(row: Mapping[str, object], where: str, name: str) -> str:
-    """Return the audio file that a row names.
+def audio_field(row: Mapping[str, object], where: str, *names: str) -> str:
+    """Return the audio file of the first of the names that a row has.
+
+    Args:
+        row: the row.
+        where: its place, as the beginning of messages.
+        names: alternative names of the field, which is a path or, as in JSON of Hugging Face
+            datasets, {"path": path, ...}.
 
     Raises:
         RejectedError: the row names no audio file.
     """
-    file = text_field(row, where, name)
-    if not file:
-        raise RejectedError("missing_audio", f"{where} names no audio: {name!r} is empty")
-    if is_url(file):
-        problem = f"{where}: {name!r} is the URL {file!r}. Download it, and name the file"
-        raise RejectedError("missing_audio", problem)
+    paths = dict(row)
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, dict) and "path" in value:
+            paths[name] = value["path"]
+    file = text_field(paths, where, *names)
+    field = next(name for name in names if name in row)
+    check_audio_name(file, f"{where}: {field!r}")
     return file
+
+
+def check_audio_name(name: str, place: str) -> None:
+    """Raise RejectedError if the name of an audio file is empty or a URL.
+
+    Args:
+        name: the name.
+        place: the field that has it, as the beginning of messages.
+    """
+    if not name:
+        raise RejectedError("missing_audio", f"{place} names no audio file: it is empty")
+    if is_url(name):
+        raise RejectedError(
+            "missing_audio", f"{place} is the URL {name!r}. Download it, and name the file"
+        )
 
 
 def key_field(row: Mapping[str, object], where: str, name: str) -> str:

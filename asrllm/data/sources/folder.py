@@ -13,6 +13,8 @@ from asrllm.data.audio_file import FORMATS
 from asrllm.data.find_audio import has_audio_extension, list_audio, warn_of_skipped
 from asrllm.data.sources.files import (
     SAMPLE_FIELDS,
+    audio_field,
+    check_audio_name,
     count_lines,
     find_root,
     json_rows,
@@ -22,7 +24,6 @@ from asrllm.data.sources.files import (
     rejected_utterance,
     sample_fields,
     seconds_field,
-    text_field,
     text_lines,
     text_or_int_field,
 )
@@ -140,6 +141,8 @@ def _from_table(folder: Path, table: Path, listed: set[str]) -> Iterator[Utteran
     """Yield the utterances of a table, and add the paths of its audio files to `listed`."""
     read_rows = _json_table if table.suffix == ".jsonl" else _column_table
     first, rows = peek(read_rows(table))
+    if not first:
+        raise UserError(f"{ROLE} {str(table)!r} has no utterance. Make it again.")
     names = [row.name for _, row in first if isinstance(row, _TableRow) and row.name]
     has_extensions = any(has_audio_extension(name) for name in names)
     suffix = "" if has_extensions else ".wav"  # LJSpeech writes no extensions
@@ -148,8 +151,7 @@ def _from_table(folder: Path, table: Path, listed: set[str]) -> Iterator[Utteran
         try:
             if isinstance(row, RejectedError):
                 raise row
-            if not row.name:
-                raise RejectedError("missing_audio", f"{where} names no audio file")
+            check_audio_name(row.name, f"{where}: its audio")
             name = row.name + suffix
             listed.add(os.path.realpath(root / name))
             yield Utterance(
@@ -191,7 +193,7 @@ def _json_table(path: Path) -> TableRows:
             continue
         fields = {name.lower(): value for name, value in row.items()}
         try:
-            name = text_field(fields, where, *AUDIO_COLUMNS).strip()
+            name = audio_field(fields, where, *AUDIO_COLUMNS).strip()
             text = text_or_int_field(fields, where, *TEXT_COLUMNS)
             yield where, _TableRow(name, text, fields)
         except RejectedError as error:
