@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import steps
-from steps import Experiment, asrllm
+from steps import Experiment
 
 STEPS = 110
 SAVE_EVERY = 10  # steps
@@ -41,27 +41,18 @@ def main() -> None:
     times.step("training", digits.pretrained, lambda: train(digits))
     times.step("evaluation", digits.results, lambda: evaluate(digits))
     recording = next((digits.speech / "recorded" / "wav").glob("*.wav"))
-    text = times.step("transcription", None, lambda: transcribe(digits, recording))
-    summarise(digits, recording, str(text), times)
+    text = times.always("transcription", lambda: transcribe(digits, recording))
+    summarise(digits, recording, text, times)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("quickstart"),
-        help="directory for everything (default: %(default)s)",
-    )
+    parser = steps.argument_parser(__doc__ or "", "quickstart", STEPS)
     parser.add_argument(
         "--fsdd",
         type=Path,
         default=steps.REPOSITORY.parent / "shared" / "data" / "fsdd",
         help="Kaldi directory of a further test set",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)"
     )
     return parser.parse_args()
 
@@ -77,19 +68,8 @@ def prepare_speech(out: Path, fsdd: Path | None) -> None:
 def make_shards(digits: Experiment) -> None:
     """Write shards, and the YAML files that list them."""
     tests = [name for name in TEST_SETS if (digits.speech / name).is_dir()]
-    for name in ["train", "valid", *tests]:
-        out = digits.shards / name
-        if not out.exists():
-            source = ["--kaldi", str(digits.speech / name)]
-            asrllm(
-                "shards", "make", str(out), *source, "--lang", "en", "--corpus", f"digits-{name}"
-            )
-    train_data = f"- {{shards: {digits.shards / 'train'}, lang: en}}\n"
-    (digits.work / "train.yaml").write_text(train_data)
-    valid_data = f"- {{name: synthesised, shards: {digits.shards / 'valid'}}}\n"
-    (digits.work / "valid.yaml").write_text(valid_data)
-    test_data = [f"- {{name: {name}, shards: {digits.shards / name}}}\n" for name in tests]
-    digits.test_data.write_text("".join(test_data))
+    sources = {name: digits.speech / name for name in ("train", "valid", *tests)}
+    steps.make_shards(digits, sources, corpus="digits", valid_name="synthesised")
 
 
 def train(digits: Experiment) -> None:

@@ -1,5 +1,6 @@
 """Steps that the quickstart and the sentences example share."""
 
+import argparse
 import json
 import os
 import shlex
@@ -10,11 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from asrllm.launchers import free_port
 from asrllm.progress import ProgressBar
 
+T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",  # two processes on the processor, on every machine
@@ -87,6 +89,30 @@ class Experiment:
         return self.exp / "greedy_search" / "results.json"
 
 
+def argument_parser(description: str, work: str, optimizer_steps: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that the examples share.
+
+    Args:
+        description: text above the options.
+        work: default directory of everything.
+        optimizer_steps: default length of the training.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(work),
+        help="directory for everything (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=optimizer_steps,
+        help="optimizer steps (default: %(default)s)",
+    )
+    return parser
+
+
 def check_steps(experiment: Experiment) -> None:
     """Exit if a finished run has another number of steps: its results would be taken for these."""
     last = experiment.exp / f"checkpoint-{experiment.steps}"
@@ -103,21 +129,22 @@ class Times:
     def __init__(self) -> None:
         self.rows: list[tuple[str, float | None]] = []
 
-    def step(self, name: str, result: Path | None, work: Callable[[], object]) -> object:
+    def step(self, name: str, result: Path, work: Callable[[], None]) -> None:
         """Run a step unless its result exists.
 
         Args:
             name: name of the step.
-            result: file or directory that the step writes last; None to run it in any case.
+            result: file or directory that the step writes last.
             work: runs the step.
-
-        Returns:
-            What `work` returns; None if the step is skipped.
         """
-        if result is not None and result.exists():
+        if result.exists():
             print(f"== {name}: {result} exists", flush=True)
             self.rows.append((name, None))
-            return None
+        else:
+            self.always(name, work)
+
+    def always(self, name: str, work: Callable[[], T]) -> T:
+        """Run a step that writes no result, and return what `work` returns."""
         print(f"== {name}", flush=True)
         began = time.monotonic()
         done = work()
@@ -173,6 +200,35 @@ def prepare_weights(out: Path) -> None:
     with NewDirectory(out) as folder:
         write_whisper(folder / "whisper-tiny.en")
         write_smollm2(folder / "smollm2-135m-instruct")
+
+
+def make_shards(
+    experiment: Experiment,
+    sources: Mapping[str, Path],
+    *,
+    corpus: str,
+    valid_name: str,
+) -> None:
+    """Write shards, and the YAML files that list them.
+
+    Args:
+        experiment: directories of the experiment.
+        sources: Kaldi directories by name: train, valid, and the test sets.
+        corpus: beginning of the names of the corpora.
+        valid_name: name of the validation set.
+    """
+    shards = experiment.shards
+    for name, source in sources.items():
+        if not (shards / name).exists():
+            about = ["--lang", "en", "--corpus", f"{corpus}-{name}"]
+            asrllm("shards", "make", str(shards / name), "--kaldi", str(source), *about)
+    train_data = f"- {{shards: {shards / 'train'}, lang: en}}\n"
+    (experiment.work / "train.yaml").write_text(train_data)
+    valid_data = f"- {{name: {valid_name}, shards: {shards / 'valid'}}}\n"
+    (experiment.work / "valid.yaml").write_text(valid_data)
+    tests = [name for name in sources if name not in ("train", "valid")]
+    test_data = [f"- {{name: {name}, shards: {shards / name}}}\n" for name in tests]
+    experiment.test_data.write_text("".join(test_data))
 
 
 def train(experiment: Experiment, zero_stage: int, *overrides: str) -> None:

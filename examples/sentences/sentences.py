@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
 import steps
 from speech import Spoken, distort, read, write_kaldi
-from steps import Experiment, asrllm
+from steps import Experiment
 from texts import Recording, librivox, prompts, unpack_packages, without, wordnet_sentences
 from voices import draw_texts, synthesise
 from weights import NewDirectory
@@ -63,21 +63,12 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("sentences"),
-        help="directory for everything (default: %(default)s)",
-    )
+    parser = steps.argument_parser(__doc__ or "", "sentences", STEPS)
     parser.add_argument(
         "--texts",
         type=int,
         default=TEXTS,
         help="texts that the synthetic voices read (default: %(default)s, about 5 hours of speech)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)"
     )
     parser.add_argument(
         "--own", type=Path, help="Kaldi directory of your own recordings, as a further test set"
@@ -133,17 +124,7 @@ def make_shards(sentences: Experiment, own: Path | None) -> None:
     sources = {name: sentences.speech / name for name in ("train", "valid", "prompts", "librivox")}
     if own is not None:
         sources["own"] = own
-    shards = sentences.shards
-    for name, source in sources.items():
-        if not (shards / name).exists():
-            corpus = ["--lang", "en", "--corpus", f"sentences-{name}"]
-            asrllm("shards", "make", str(shards / name), "--kaldi", str(source), *corpus)
-    (sentences.work / "train.yaml").write_text(f"- {{shards: {shards / 'train'}, lang: en}}\n")
-    valid_data = f"- {{name: prompts, shards: {shards / 'valid'}}}\n"
-    (sentences.work / "valid.yaml").write_text(valid_data)
-    tests = [name for name in TEST_SETS if name in sources]
-    test_data = [f"- {{name: {name}, shards: {shards / name}}}\n" for name in tests]
-    sentences.test_data.write_text("".join(test_data))
+    steps.make_shards(sentences, sources, corpus="sentences", valid_name="prompts")
 
 
 def train(sentences: Experiment) -> None:
