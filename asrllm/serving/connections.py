@@ -109,7 +109,7 @@ class LimitedConnection(H11Protocol):
         elif self.timer is None:
             limits = self.config.limits
             seconds = limits.upload_seconds if self._has_upload() else limits.header_seconds
-            self.timer = self.loop.call_later(seconds, self._end_wait, seconds)
+            self.timer = self.loop.call_later(seconds, self._end_wait)
 
     def _stop_timer(self) -> None:
         if self.timer is not None:
@@ -120,11 +120,11 @@ class LimitedConnection(H11Protocol):
         """Return whether the client still sends the body of a request that was answered."""
         return self.conn.their_state is h11.SEND_BODY
 
-    def _end_wait(self, seconds: float) -> None:
+    def _end_wait(self) -> None:
         if self._has_upload():
             self.transport.close()
         else:
-            problem = f"the headers took more than {seconds:g} s. Send the request again."
+            problem = "the headers did not arrive in time. Send the request again."
             self._reject(ApiError(408, problem, code="request_too_slow"))
 
     def _reject(self, error: ApiError) -> None:
@@ -142,9 +142,10 @@ class LimitedConnection(H11Protocol):
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
-            "Retry-After: 1",
             "Connection: close",
         ]
+        if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            lines.append("Retry-After: 1")
         self.transport.write("\r\n".join([*lines, "", body]).encode())
         rejected = self.config.rejected
         if len(rejected) < max(MIN_REJECTED, self.config.limits.count // 4):

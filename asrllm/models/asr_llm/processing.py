@@ -291,7 +291,7 @@ def load_llm_tokenizer(
         chat_template: "chatml" replaces the tokenizer's own chat template.
 
     Raises:
-        UserError: there is no tokenizer, it already has the audio token, or it has no free id.
+        UserError: there is no tokenizer, it already has the audio token, or all ids are in use.
     """
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         raise UserError(
