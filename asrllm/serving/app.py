@@ -27,6 +27,7 @@ from asrllm.serving.fields import (
     checked_prompt,
     prompt_of_request,
 )
+from asrllm.serving.forms import FormRoute
 from asrllm.serving.gate import PROBLEM, Gate
 from asrllm.serving.models import Models
 from asrllm.serving.realtime.route import add_realtime
@@ -71,6 +72,7 @@ def create_app(models: Models, options: ServerOptions) -> FastAPI:
         redoc_url=None,
         responses=openapi.ERRORS,
     )
+    app.router.route_class = FormRoute
     app.add_middleware(
         Gate,
         api_key=options.api_key,

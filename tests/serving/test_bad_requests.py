@@ -77,11 +77,24 @@ def test_malformed_form_is_an_error_object(answering, leftovers, name):
     assert len(answer.text) < 2000  # a long value is not repeated
 
 
-def test_text_that_is_not_utf8_is_read_as_latin1(answering, leftovers):
+@pytest.mark.parametrize("kind", ["", "; charset=latin-1"])
+@pytest.mark.parametrize("text", [b"na\xefve", "naïve".encode("utf-16"), b"\xed\xa0\x80"])
+def test_text_that_is_not_utf8_is_rejected(answering, leftovers, text, kind):
     made, url = answering
-    prompt = part(b'name="prompt"', b"na\xefve")
-    assert post(url, FILE + MODEL + prompt + END).status_code == 200
-    assert made.prompts[-1] == "na\u00efve"
+    before = len(made.prompts)
+    body = FILE + MODEL + part(b'name="prompt"', text) + END
+    answer = post(url, body, f"multipart/form-data; boundary=x{kind}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+    assert len(made.prompts) == before
+
+
+@pytest.mark.parametrize("kind", ["", "; charset=latin-1", "; charset=none"])
+def test_utf8_text_is_read(answering, leftovers, kind):
+    made, url = answering
+    body = FILE + MODEL + part(b'name="prompt"', "naïve 你好".encode()) + END
+    assert post(url, body, f"multipart/form-data; boundary=x{kind}").status_code == 200
+    assert made.prompts[-1] == "naïve 你好"
 
 
 @pytest.mark.parametrize("kind", ["", "multipart/form-data", "application/json", "\xff", "text/x"])
