@@ -18,9 +18,10 @@ from asrllm.commands.transcribe import load_engine, make_segmentation
 from asrllm.defaults import RATE
 from asrllm.distributed import default_device
 from asrllm.errors import UserError
-from asrllm.evaluation.engine import Engine
+from asrllm.evaluation.engine import BatchEngine, Engine, TorchEngine
 from asrllm.evaluation.prompt import inference_prompt
 from asrllm.models.auto import load_model_config
+from asrllm.models.shared_weights import share_weights
 from asrllm.progress import waiting
 from asrllm.text_files import read_text
 
@@ -125,19 +126,34 @@ def load_models(arguments: argparse.Namespace, paths: Mapping[str, str]) -> "Mod
     requests = Queue(arguments.max_queued_minutes * 60.0, ServerMetrics())
     transcribers: list[Transcriber] = []
     for name, path in paths.items():
-        transcribers.append(load_transcriber(name, path, arguments, requests))
+        engines = [transcriber.batcher.engine for transcriber in transcribers]
+        transcribers.append(load_transcriber(name, path, arguments, requests, engines))
     return Models(transcribers)
 
 
 def load_transcriber(
-    name: str, path: str, arguments: argparse.Namespace, requests: "Queue"
+    name: str,
+    path: str,
+    arguments: argparse.Namespace,
+    requests: "Queue",
+    engines: Sequence[BatchEngine],
 ) -> "Transcriber":
-    """Load a model, and decode once, so that the first request is as fast as others."""
+    """Load a model, and decode once, so that the first request is as fast as others.
+
+    Args:
+        name: name of the model for clients.
+        path: its directory.
+        arguments: options of the command line.
+        requests: the requests in progress.
+        engines: engines of other models, whose weights the model shares.
+    """
     from asrllm.serving.transcriber import Transcriber
 
     config = load_model_config(path, arguments.base_models)
     segmentation = make_segmentation(arguments, config)
     engine = load_engine(path, arguments)
+    if isinstance(engine, TorchEngine):
+        share_weights(engine.model, [e.model for e in engines if isinstance(e, TorchEngine)])
     prompt = inference_prompt(config, prompt=None, language=None, hotwords=None)
     with waiting("warming up"):
         warm_up(engine, prompt)

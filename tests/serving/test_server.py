@@ -1,5 +1,6 @@
 """`asrllm serve` as a process."""
 
+import contextlib
 import re
 import shutil
 import signal
@@ -11,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from asrllm.commands.serve import model_paths, read_api_key
+from asrllm.commands.dispatch import build_parser
+from asrllm.commands.serve import load_models, model_paths, read_api_key
+from asrllm.models.state_dict import is_adapter
 from tests.conftest import REPOSITORY
 from tests.models.asr_llm.test_modeling import make_model
 from tests.processes import started, wait_for
@@ -65,6 +68,22 @@ def test_models_are_named_by_their_directory_or_as_chosen(tmp_path, monkeypatch)
         "other": "exp/run/",
         "a=b": "a=b",
     }
+
+
+def test_models_share_the_llm_and_keep_their_adapters(world, tmp_path):
+    made = make_model(world)
+    made.config.prompts = ["Transcribe."]
+    name, adapter = next((n, w) for n, w in made.named_parameters() if is_adapter(n))
+    for folder in ("a", "b"):
+        made.save_pretrained(tmp_path / folder)
+        adapter.data.mul_(2)
+    command = ["serve", str(tmp_path / "a"), str(tmp_path / "b")]
+    arguments = build_parser(command).parse_args(command)
+    arguments.base_models = {}
+    with contextlib.closing(load_models(arguments, model_paths(arguments.models))) as models:
+        first, second = (dict(m.batcher.engine.model.named_parameters()) for m in models)
+    own = [n for n in first if first[n].data_ptr() != second[n].data_ptr()]
+    assert own == [name]
 
 
 def test_models_of_one_name_are_reported(model, capsys):
