@@ -131,11 +131,12 @@ def count_flops(model: AsrLlmModel) -> Flops:
     layers = [module for module in linear_layers(model.llm) if module is not head]
     text = llm.config.get_text_config()
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = sum(weight_flops(module, input_gradient=True) for module in layers)
     return Flops(
         frame=frame,
         frame_pair=frame_pair,
         audio_token=audio_token,
-        token=sum(weight_flops(module, input_gradient=True) for module in layers),
+        token=token + expert_flops(model.llm),
         pair=text.num_hidden_layers * 3 * 4 * text.num_attention_heads * head_width,
         target=weight_flops(head, input_gradient=True),
         config=model.config,
@@ -195,14 +196,34 @@ def linear_layers(module: nn.Module) -> Iterator[nn.Linear]:
     return (m for m in module.modules() if isinstance(m, nn.Linear))
 
 
+def expert_flops(llm: nn.Module) -> float:
+    """Return the operations of an LLM's mixtures of experts per token.
+
+    transformers stores the weights of all experts of a layer as one tensor (experts, out, in), of
+    which a token uses some experts.
+    """
+    text = llm.config.get_text_config()
+    used = getattr(text, "num_experts_per_tok", 0)
+    total = 0.0
+    for weight in llm.parameters():
+        shape = getattr(weight, "ds_shape", weight.shape)  # of a weight that ZeRO-3 partitions
+        if used and len(shape) == 3:
+            total += size_flops(weight, input_gradient=True) * used / shape[0]
+    return total
+
+
 def weight_flops(module: nn.Module, *, input_gradient: bool) -> float:
     """Return the operations of a layer at one position.
 
     Args:
-        module: the layer. Its weight may be partitioned by ZeRO-3, which stores its size.
+        module: the layer.
         input_gradient: whether the layer's input needs a gradient.
     """
-    weight = module.weight
+    return size_flops(module.weight, input_gradient=input_gradient)
+
+
+def size_flops(weight: Tensor, *, input_gradient: bool) -> float:
+    """Return the operations of a product with a weight, which ZeRO-3 may have partitioned."""
     size = getattr(weight, "ds_numel", weight.numel())
     return float(size * (2 + 2 * input_gradient + 2 * weight.requires_grad))
 

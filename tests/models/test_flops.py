@@ -54,8 +54,17 @@ LLM = {
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
+EXPERTS = LLM | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "head_dim": 16,
+}
+
+
 def make_model(
-    kind: str, lora: dict | None, frozen: tuple[str, ...], **changes: object
+    kind: str, lora: dict | None, frozen: tuple[str, ...], llm: dict = LLM, **changes: object
 ) -> AsrLlmModel:
     torch.manual_seed(0)
     more = {
@@ -64,7 +73,7 @@ def make_model(
         "audio_encoder_projector_ds_rate": 4,
     }
     more |= changes
-    model = AsrLlmModel(AsrLlmConfig(audio_encoder=ENCODERS[kind], llm=LLM, lora=lora, **more))
+    model = AsrLlmModel(AsrLlmConfig(audio_encoder=ENCODERS[kind], llm=llm, lora=lora, **more))
     model.freeze(*frozen)
     return model.train()
 
@@ -109,6 +118,20 @@ def test_count_of_a_projector_matches_torchs_counter(projector):
     # wide, so that the projector has most of the operations
     changes = {"projector": projector, "projector_hidden_size": 256}
     check_count(make_model("whisper", None, ("audio_encoder", "llm"), **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lora", "frozen"),
+    [
+        (LORA | {"target_modules": ["q_proj", "v_proj"]}, ("audio_encoder", "llm")),
+        (None, ("audio_encoder",)),
+    ],
+)
+def test_count_of_a_mixture_of_experts_matches_torchs_counter(lora, frozen):
+    model = make_model("whisper", lora, frozen, llm=EXPERTS)
+    model.llm.set_experts_implementation("eager")  # torch does not count grouped products
+    check_count(model)
 
 
 def check_count(model: AsrLlmModel) -> None:

@@ -52,6 +52,8 @@ FAMILIES = {
         "attention_multiplier": 0.2,
     },
     "cohere": {"logit_scale": 0.3},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 AUDIO = 200  # a token beyond the vocabulary: the embeddings are not resized
 
