@@ -5,11 +5,13 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from asrllm.collator.chat import CHATML
 from asrllm.commands.dispatch import main
 from asrllm.doctor import planned_run
+from asrllm.doctor.adapters import fault_of_gradients
 from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.testing import data_config
 from tests.test_cli import fails
@@ -174,3 +176,51 @@ def test_labels_that_decode_to_another_text_are_a_warning(examine, monkeypatch):
 
     monkeypatch.setattr(planned_run, "training_tokens", shortened)
     assert examine().keys() == {"labels"}
+
+
+def test_adapters_before_layers_of_zeros_are_a_problem(world, examine, tmp_path):
+    llm = shutil.copytree(world.llm, tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    for name, weight in weights.items():
+        if "o_proj" in name:
+            weight.zero_()
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    faults = examine(model__llm__pretrained_model=llm)
+    assert faults.keys() == {"adapters"}
+    assert faults["adapters"]["level"] == "problem"
+
+
+# --- adapters ---
+
+
+def test_only_adapters_and_the_projector_get_a_gradient(examine, monkeypatch):
+    models = []
+    check = planned_run.check_adapters
+
+    def recorded(model, batch):
+        models.append(model)
+        return check(model, batch)
+
+    monkeypatch.setattr(planned_run, "check_adapters", recorded)
+    assert examine(model__llm__lora__r=0, model__llm__frozen="false") == {}
+    (model,) = models
+    reached = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"projector"}
+
+
+@pytest.mark.parametrize(
+    ("gradients", "named"),
+    [
+        ({"llm.lora_A": [0.0, 1.0], "projector.a": [0.0], "projector.b": [1.0]}, ""),
+        ({"llm.lora_A": [0.0, 0.0], "projector.a": [1.0]}, "'llm.lora_A'"),
+        ({"llm.lora_A": None, "projector.a": [1.0]}, "'llm.lora_A'"),
+        ({"llm.lora_A": [1.0], "projector.a": [float("nan")]}, "'projector.a'"),
+        ({"llm.lora_A": [1.0], "projector.a": [0.0], "projector.b": None}, "the projector"),
+        ({}, ""),
+    ],
+)
+def test_faults_of_gradients(gradients, named):
+    tensors = {name: value and torch.tensor(value) for name, value in gradients.items()}
+    fault = fault_of_gradients(tensors)
+    assert named in fault
+    assert bool(fault) == bool(named)

@@ -8,22 +8,27 @@ import torch
 
 from asrllm.atomic import check_output_folder
 from asrllm.audio.reader import Sample
+from asrllm.collator.batch import PackedBatch
 from asrllm.collator.chat import IGNORE_INDEX
 from asrllm.data.corpora import HIGH_DROP_RATIO, WIDEN_FILTER, Corpus, read_entries
-from asrllm.defaults import ENCODER_KEY, LLM_KEY
+from asrllm.defaults import ENCODER_KEY, LLM_KEY, RATE
+from asrllm.doctor.adapters import check_adapters
 from asrllm.doctor.findings import Finding, ok, problem, warning
 from asrllm.doctor.overlap import check_overlap
 from asrllm.doctor.system import amount
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.build import assemble_model
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.pretrained import pretrained_encoder, pretrained_llm
+from asrllm.training.data import TrainingData
 from asrllm.training.memory_estimate import count_sizes, on_meta
 from asrllm.training.prepare import DescribedRun, describe_run, warmup_of
 from asrllm.training.run_config import TrainRun
 from asrllm.training.subset import PADDING_KEY
 
 EXAMPLES = 3  # utterances of each corpus that are read
+SMALL_BATCH = 2 * RATE  # samples of the example that runs through the model
 OPTIMIZER_BYTES = 12  # of a trained weight in a checkpoint: float32 master weight and two moments
 
 Examples = list[tuple[Sample, str]]  # with their prompts
@@ -46,7 +51,7 @@ def check_run(config: TrainRun) -> list[Finding]:
         findings.append(check_readable(corpus, found))
         examples += [example for example in found if example[0].key != PADDING_KEY]
     findings += check_texts(run.processor, examples)
-    findings += check_base_models(config, run.processor, examples)
+    findings += check_base_models(config, run, examples)
     findings += check_overlap(data)
     total = data.total_steps(ranks=max(torch.accelerator.device_count(), 1))
     return [*findings, check_schedule(config, total), check_checkpoints(config, run, total)]
@@ -146,12 +151,11 @@ def check_labels(processor: AsrLlmProcessor, examples: Examples) -> list[Finding
 # --- base models ---
 
 
-def check_base_models(
-    config: TrainRun, processor: AsrLlmProcessor, examples: Examples
-) -> list[Finding]:
-    """Load both base models, and compare the audio tokens with the encoder's frames."""
+def check_base_models(config: TrainRun, run: DescribedRun, examples: Examples) -> list[Finding]:
+    """Load both base models, and check them with the examples."""
+    processor = run.processor
     paths = {part: base["path"] for part, base in (processor.config.base_models or {}).items()}
-    findings = []
+    findings: list[Finding] = []
     try:
         encoder = pretrained_encoder(processor.config, paths["audio_encoder"]).eval()
         findings.append(ok("encoder", f"{ENCODER_KEY}: every weight is present and finite"))
@@ -159,11 +163,34 @@ def check_base_models(
     except UserError as error:
         findings.append(problem("encoder", str(error), ""))
     try:
-        pretrained_llm(paths["llm"], config.trainer.dtype)
+        llm = pretrained_llm(paths["llm"], config.trainer.dtype)
         findings.append(ok("llm", f"{LLM_KEY}: every weight is present and finite"))
     except UserError as error:
         findings.append(problem("llm", str(error), ""))
-    return findings
+    if not examples or any(finding.level == "problem" for finding in findings):
+        return findings
+    try:
+        model = assemble_model(
+            processor,
+            encoder,
+            llm,
+            frozen=config.model.frozen_parts,
+            patterns=config.model.frozen_parameters,
+            init_from=config.init_from,
+        )
+    except UserError as error:
+        return [*findings, problem("model", str(error), "")]
+    return [*findings, check_adapters(model, small_batch(run.data, examples))]
+
+
+def small_batch(data: TrainingData, examples: Examples) -> PackedBatch:
+    """Return a batch of one example.
+
+    A long one takes time. In a very short one, attention has a single frame and no gradient.
+    """
+    samples = [sample for sample, _ in examples]
+    sample = min(samples, key=lambda sample: abs(len(sample.wave) - SMALL_BATCH))
+    return data.subset(data.corpora[0], 1).collator([sample])
 
 
 @torch.no_grad()

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt, check_prompts
@@ -261,11 +266,39 @@ def build_model(
     assert description.base_models is not None
     encoder = pretrained_encoder(description, description.base_models["audio_encoder"]["path"])
     llm = pretrained_llm(description.base_models["llm"]["path"], dtype)
-    model = AsrLlmModel(description, audio_encoder=encoder, llm=llm)
-    _check_adapter_biases(model)
-    model.processor = processor
+    model = assemble_model(
+        processor, encoder, llm, frozen=frozen, patterns=patterns, init_from=init_from
+    )
     model.label_smoothing = label_smoothing
     model.causal_lm.config.asrllm_attention = attention
+    return model
+
+
+def assemble_model(
+    processor: AsrLlmProcessor,
+    encoder: nn.Module,
+    llm: PreTrainedModel,
+    *,
+    frozen: Sequence[str],
+    patterns: Sequence[str] = (),
+    init_from: str | None = None,
+) -> AsrLlmModel:
+    """Return a model of loaded parts, with adapters and a projector.
+
+    Args:
+        processor: the description of the model, from `build_processor`.
+        encoder: the encoder; changed in place.
+        llm: the LLM; changed in place.
+        frozen: see `build_model`, as for the other arguments.
+        patterns: see there.
+        init_from: see there.
+
+    Raises:
+        UserError: the adapters or the earlier run do not fit.
+    """
+    model = AsrLlmModel(processor.config, audio_encoder=encoder, llm=llm)
+    _check_adapter_biases(model)
+    model.processor = processor
     _scale_projector(model)
     loaded = load_initial_weights(model, Path(init_from)) if init_from else set()
     model.freeze(*frozen, patterns=patterns)
