@@ -1,198 +1,108 @@
 """`asrllm doctor key=value ...`: checks of a planned run, with planted faults."""
 
 import json
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from asrllm.collator.chat import CHATML
 from asrllm.commands.dispatch import main
 from asrllm.doctor import planned_run
 from asrllm.doctor.adapters import fault_of_gradients
-from asrllm.models.encoders.whisper import WhisperEncoder
 from asrllm.testing import data_config
+from tests.doctor_cases import FAULTS, GOOD, PAGE, Bench, english, make_shards, page, plain
 from tests.test_cli import fails
+from tests.test_doctor import LAUNCHER_VARIABLES
 
-pytestmark = pytest.mark.slow
-# warnings about the machine, and of a corpus with few words, are not faults of the run
+# warnings about the machine
 MACHINE = {"accelerator", "bfloat16", "operators", "ffmpeg", "disk", "attention"}
-USUAL = MACHINE | {"overlap of text", "temporary files", "shared memory", "launcher"}
+MACHINE |= {"temporary files", "shared memory", "launcher"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Return a directory of shards in English."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder / "train", plain(english(60)), seed=1)
+    make_shards(folder / "valid", plain(english(8, seed=1)), seed=2)
+    for name in ("train", "valid"):
+        data_config(folder / f"{name}.yaml", [{"name": name, "shards": str(folder / name)}])
+    return folder
 
 
 @pytest.fixture
-def examine(world, tmp_path, capsys):
-    """Return a function that checks a run, and returns the findings that are not ok by check."""
+def bench(world, shards, tmp_path, monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "case"
+    folder.mkdir()
+    return Bench(world=world, shards=shards, folder=folder, patch=monkeypatch)
 
-    def run(**changed):
+
+@pytest.fixture
+def examine(bench, capsys):
+    """Return a function that runs `asrllm doctor`, and returns the findings that are not ok.
+
+    It takes what `Fault.plant` returns. Findings about the machine are left out for a run.
+    """
+
+    def run(planted):
+        arguments = planted
+        exp = bench.folder / "exp"
+        if isinstance(planted, dict):
+            data = {
+                f"data.{name}_data_config": bench.shards / f"{name}.yaml"
+                for name in ("train", "valid")
+            }
+            changed = {key.replace(".", "__"): value for key, value in (data | planted).items()}
+            arguments = bench.world.overrides(exp, **changed)
         capsys.readouterr()
-        exp = tmp_path / "exp"
-        status = main(["doctor", "--json", *map(str, world.overrides(exp, **changed))])
+        status = main(["doctor", "--json", *map(str, arguments)])
         rows = json.loads(capsys.readouterr().out)["findings"]
-        faults = {row["check"]: row for row in rows if row["level"] != "ok"}
-        is_problem = any(row["level"] == "problem" for row in faults.values())
-        assert status == (2 if is_problem else 0)
+        faults = [row for row in rows if row["level"] != "ok"]
+        assert status == (2 if any(row["level"] == "problem" for row in faults) else 0)
         assert not exp.exists()
-        return {name: row for name, row in faults.items() if name not in USUAL}
+        if isinstance(planted, dict):
+            faults = [row for row in faults if row["check"] not in MACHINE]
+        return faults
 
     return run
 
 
-@pytest.mark.parametrize("encoder", ["whisper", "zipformer"])
-def test_good_runs_have_no_fault(world, examine, encoder):
-    path = world.root / encoder
-    changed = {
-        "model__audio_encoder__model_type": encoder,
-        "model__audio_encoder__pretrained_model": path,
-    }
-    assert examine(**changed) == {}
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_planted_faults_are_named(bench, examine, fault):
+    planted = fault.plant(bench)
+    files = sorted(bench.folder.rglob("*"))
+    found = examine(planted)
+    assert sorted(bench.folder.rglob("*")) == files
+    named = [row for row in found if row["check"] == fault.check]
+    assert {row["level"] for row in named} == {fault.level}, found
+    assert fault.says in f"{named[0]['text']} {named[0]['fix']}"
+    assert found == named or isinstance(planted, list)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"data__valid_data_config": "null"},
-        {"data__pad_to_30s": "true"},
-        {"data__text_normalization": "basic"},
-        {"data__augment__speed": "[0.9,1.0,1.1]", "data__augment__spec_augment__prob": 1},
-        {"prompt_file": "PROMPTS"},
-        {"model__projector": "normed", "model__tag_audio_boundary": "true"},
-        {"model__llm__lora__r": 0},
-        {"model__llm__lora__r": 0, "model__llm__frozen": "false"},
-        {"model__llm__chat_template": "chatml"},
-        {"trainer__precision": "fp32", "trainer__deepspeed_config": "ds_configs/zero3.json"},
-        {"trainer__num_steps": "null", "trainer__num_epochs": 2},
-        {"trainer__keep_last_k": 1, "trainer__schedule__name": "wsd"},
-        {"data__use_infinite_dataset": "true"},
-    ],
-    ids=lambda changed: ",".join(changed),
-)
-def test_other_good_runs_have_no_fault(world, examine, changed):
-    files = {"PROMPTS": world.root / "prompts.txt"}
-    assert examine(**{key: files.get(value, value) for key, value in changed.items()}) == {}
+@pytest.mark.slow
+@pytest.mark.parametrize("good", GOOD, ids=lambda good: good.what)
+def test_good_runs_have_no_fault(bench, examine, good):
+    assert examine({**good.keys, **good.make(bench)}) == []
 
 
+def test_page_has_the_table_of_these_cases():
+    assert len(FAULTS) >= 25
+    assert len(GOOD) >= 20
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.doctor_cases"
+
+
+@pytest.mark.slow
 def test_unknown_key_is_an_error(world, tmp_path, capsys):
     overrides = world.overrides(tmp_path / "exp", trainer__lrr=1)
     assert "'trainer.lrr'" in fails(capsys, "doctor", *overrides)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_a_problem(world, examine, tmp_path, value):
-    llm = shutil.copytree(world.llm, tmp_path / "llm")
-    weights = load_file(llm / "model.safetensors")
-    name = next(iter(weights))
-    weights[name].view(-1)[0] = value
-    save_file(weights, llm / "model.safetensors", {"format": "pt"})
-    faults = examine(model__llm__pretrained_model=llm)
-    assert faults.keys() == {"llm"}
-    assert faults["llm"]["level"] == "problem"
-    assert name in faults["llm"]["text"]
-
-
-def test_missing_model_is_a_problem(examine, tmp_path):
-    faults = examine(model__llm__pretrained_model=tmp_path / "no" / "llm")
-    assert faults.keys() == {"configuration"}
-    assert str(tmp_path / "no" / "llm") in faults["configuration"]["text"]
-
-
-def test_manifest_without_shards_is_a_problem_and_is_not_written(examine, tmp_path):
-    (tmp_path / "cuts.jsonl").write_text("{}\n")
-    data = data_config(tmp_path / "data.yaml", [{"manifest": str(tmp_path / "cuts.jsonl")}])
-    faults = examine(data__train_data_config=data)
-    assert faults.keys() == {"configuration"}
-    assert "cuts.jsonl" in faults["configuration"]["text"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cuts.jsonl", "data.yaml"]
-
-
-def test_filters_that_drop_much_are_a_warning_with_the_reason(examine):
-    faults = examine(data__filter__min_duration=0.6)
-    assert faults.keys() == {"filter"}
-    assert "too_short" in faults["filter"]["text"]
-
-
-def test_corrupted_audio_is_a_problem(world, examine, tmp_path):
-    shards = shutil.copytree(world.root / "shards" / "valid", tmp_path / "valid")
-    tar = shards / "shard-000000.tar"
-    content = bytearray(tar.read_bytes())
-    for place in range(600, len(content) - 10240, 512):
-        content[place] ^= 0xFF
-    tar.write_bytes(content)
-    data = data_config(tmp_path / "valid.yaml", [{"name": "dev", "shards": str(shards)}])
-    faults = examine(data__valid_data_config=data)
-    assert faults.keys() == {"audio"}
-    assert faults["audio"]["text"].startswith("dev: 0 of 3")
-
-
-def test_validation_audio_in_the_training_data_is_a_warning(world, examine, tmp_path):
-    shards = [str(world.root / "shards" / name) for name in ("train", "valid")]
-    data = data_config(tmp_path / "train.yaml", [{"shards": path} for path in shards])
-    faults = examine(data__train_data_config=data)
-    assert faults.keys() == {"overlap of audio"}
-    assert "7 of 7" in faults["overlap of audio"]["text"]
-
-
-def test_long_warmup_is_a_warning(examine):
-    faults = examine(trainer__warmup_steps=9)
-    assert faults.keys() == {"schedule"}
-    assert "trainer.warmup_steps" in faults["schedule"]["fix"]
-
-
-def test_disk_too_small_for_the_checkpoints_is_a_problem(examine, monkeypatch):
-    full = SimpleNamespace(total=1 << 40, used=1 << 40, free=0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    faults = examine()
-    assert faults.keys() == {"checkpoints"}
-    assert faults["checkpoints"]["level"] == "problem"
-
-
-def test_audio_tokens_that_differ_from_the_encoders_frames_are_a_problem(examine, monkeypatch):
-    right = WhisperEncoder.frame_lengths
-    monkeypatch.setattr(WhisperEncoder, "frame_lengths", staticmethod(lambda *n: right(*n) + 1))
-    assert examine().keys() == {"audio tokens"}
-
-
-def test_other_prompt_in_decoding_is_a_problem(examine, monkeypatch):
-    read = planned_run.as_decoding_reads
-
-    def changed(processor):
-        decoding = read(processor)
-        decoding.tokenizer.chat_template = f"Listen. {CHATML}"
-        return type(decoding)(decoding.tokenizer, decoding.config)
-
-    monkeypatch.setattr(planned_run, "as_decoding_reads", changed)
-    assert examine().keys() == {"prompts"}
-
-
-def test_labels_that_decode_to_another_text_are_a_warning(examine, monkeypatch):
-    right = planned_run.training_tokens
-
-    def shortened(*arguments):
-        tokens, labels = right(*arguments)
-        labels[next(i for i, label in enumerate(labels) if label >= 0)] = -100
-        return tokens, labels
-
-    monkeypatch.setattr(planned_run, "training_tokens", shortened)
-    assert examine().keys() == {"labels"}
-
-
-def test_adapters_before_layers_of_zeros_are_a_problem(world, examine, tmp_path):
-    llm = shutil.copytree(world.llm, tmp_path / "llm")
-    weights = load_file(llm / "model.safetensors")
-    for name, weight in weights.items():
-        if "o_proj" in name:
-            weight.zero_()
-    save_file(weights, llm / "model.safetensors", {"format": "pt"})
-    faults = examine(model__llm__pretrained_model=llm)
-    assert faults.keys() == {"adapters"}
-    assert faults["adapters"]["level"] == "problem"
-
-
 # --- adapters ---
 
 
+@pytest.mark.slow
 def test_only_adapters_and_the_projector_get_a_gradient(examine, monkeypatch):
     models = []
     check = planned_run.check_adapters
@@ -202,7 +112,7 @@ def test_only_adapters_and_the_projector_get_a_gradient(examine, monkeypatch):
         return check(model, batch)
 
     monkeypatch.setattr(planned_run, "check_adapters", recorded)
-    assert examine(model__llm__lora__r=0, model__llm__frozen="false") == {}
+    assert examine({"model.llm.lora.r": 0, "model.llm.frozen": "false"}) == []
     (model,) = models
     reached = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"projector"}

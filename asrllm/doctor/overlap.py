@@ -8,7 +8,6 @@ import numpy as np
 from asrllm.audio.reader import Reader
 from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
-from asrllm.data.storage import is_url
 from asrllm.data.tars import TarSample
 from asrllm.doctor.findings import Finding, ok, warning
 from asrllm.training.data import TrainingData
@@ -20,9 +19,6 @@ HIGH_TEXT_RATIO = 0.5  # small vocabularies, for example digits, reach it withou
 
 def check_overlap(data: TrainingData) -> list[Finding]:
     """Compare each validation set with the training data, by audio and by text."""
-    corpora = data.corpora + data.valid
-    if any(is_url(shard) for corpus in corpora for shard in corpus.index.shards):
-        return [ok("overlap", "shards at URLs are not compared with the validation data")]
     return [finding for corpus in data.valid for finding in compare(data, corpus)]
 
 
@@ -61,7 +57,7 @@ def compare(data: TrainingData, valid: Corpus) -> list[Finding]:
 
 
 def read(reader: Reader, corpus: int, rows: np.ndarray) -> Iterator[TarSample]:
-    """Yield the samples of index rows, except those that cannot be read."""
+    """Yield the samples of some rows of a corpus, except those that cannot be read."""
     for row in rows.tolist():
         try:
             yield reader.tar_sample(Item(corpus=corpus, row=row))

@@ -11,10 +11,13 @@ from asrllm.audio.reader import Sample
 from asrllm.collator.batch import PackedBatch
 from asrllm.collator.chat import IGNORE_INDEX
 from asrllm.data.corpora import HIGH_DROP_RATIO, WIDEN_FILTER, Corpus, read_entries
+from asrllm.data.storage import is_url
 from asrllm.defaults import ENCODER_KEY, LLM_KEY, RATE
 from asrllm.doctor.adapters import check_adapters
 from asrllm.doctor.findings import Finding, ok, problem, warning
+from asrllm.doctor.order import check_order
 from asrllm.doctor.overlap import check_overlap
+from asrllm.doctor.style import check_styles
 from asrllm.doctor.system import amount
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
@@ -52,7 +55,7 @@ def check_run(config: TrainRun) -> list[Finding]:
         examples += [example for example in found if example[0].key != PADDING_KEY]
     findings += check_texts(run.processor, examples)
     findings += check_base_models(config, run, examples)
-    findings += check_overlap(data)
+    findings += check_local_data(data)
     total = data.total_steps(ranks=max(torch.accelerator.device_count(), 1))
     return [*findings, check_schedule(config, total), check_checkpoints(config, run, total)]
 
@@ -92,6 +95,14 @@ def check_readable(corpus: Corpus, examples: Examples) -> Finding:
     if unreadable:
         return problem("audio", text, "Run 'asrllm shards verify' on its shards.")
     return ok("audio", text)
+
+
+def check_local_data(data: TrainingData) -> list[Finding]:
+    """Check samples of all data, unless that would download shards."""
+    corpora = data.corpora + data.valid
+    if any(is_url(shard) for corpus in corpora for shard in corpus.index.shards):
+        return [ok("data", "overlap, style and order of shards at URLs are not checked")]
+    return [*check_overlap(data), *check_styles(data), check_order(data)]
 
 
 # --- texts ---
