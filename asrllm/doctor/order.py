@@ -13,8 +13,9 @@ from asrllm.training.data import TrainingData
 MAX_WINDOWS = 16  # windows that are compared
 PER_WINDOW = 64  # utterances of each window that are read
 MIN_PER_WINDOW = 32  # ratios in fewer utterances differ too much by chance
-# Largest difference between the ratios of a value in two windows. In windows of 20 random shards
-# of one language each, the ratios of two languages differ by 0.4.
+# Largest difference between the ratios of a value in two windows. In 16 windows of random shards of
+# one language each, the ratios of two languages differ by 0.8 (5 shards), 0.6 (10) or 0.45 (20),
+# and by 0.2 if each shard has both.
 MAX_DIFFERENCE = 0.6
 FIELDS = ("lang", "corpus", "task", "text")  # equal texts are the labels of commands or sounds
 
