@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from asrllm.collator.chat import CHATML
 from asrllm.conf.pages import table_lines
@@ -23,9 +25,10 @@ from asrllm.data.shards import write_shards
 from asrllm.data.sources import Utterance
 from asrllm.doctor import planned_run
 from asrllm.models.encoders.whisper import WhisperEncoder
-from asrllm.testing import data_config
+from asrllm.testing import data_config, tiny_tokenizer
 from tests.conftest import REPOSITORY, World
 from tests.models.encoders.test_hf import write
+from tests.models.test_llm_families import FAMILIES, SIZE
 
 PAGE = REPOSITORY / "docs" / "doctor.md"
 TABLE = re.compile(r"(<!-- cases: (\w+) -->\n)(.*?)(\n<!-- end of cases -->)", re.S)
@@ -356,6 +359,22 @@ def encoder_of_transformers(bench: Bench) -> Keys:
     path = bench.folder / "encoder"
     encoder = {"model_type": "hf", "pretrained_model": path}
     return {f"model.audio_encoder.{key}": value for key, value in encoder.items()}
+
+
+def family(kind: str) -> Callable[[Bench], Keys]:
+    """Return a function that writes an LLM of a family with random weights."""
+
+    def make(bench: Bench) -> Keys:
+        path = bench.folder / kind
+        tokenizer = tiny_tokenizer()
+        ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        config = AutoConfig.for_model(kind, **SIZE | FAMILIES[kind] | ids)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return {"model.llm.model_type": kind, "model.llm.pretrained_model": path}
+
+    return make
 
 
 def hotwords(bench: Bench) -> Keys:
@@ -732,6 +751,9 @@ GOOD = [
         zipformer,
     ),
     Good("an encoder of transformers (wav2vec2)", make=encoder_of_transformers),
+    Good("an LLM of the family Llama", make=family("llama")),
+    Good("an LLM of the family Gemma 2", make=family("gemma2")),
+    Good("a mixture of experts (Qwen3-MoE)", make=family("qwen3_moe")),
     Good("adapters of the encoder", {"model.audio_encoder.lora.r": 4}),
     Good(
         "the whole encoder is trained",
