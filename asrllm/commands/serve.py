@@ -85,7 +85,7 @@ def server_options(arguments: argparse.Namespace) -> "ServerOptions":
     from asrllm.serving.app import ServerOptions
 
     return ServerOptions(
-        api_key=read_api_key(arguments.api_key_file),
+        api_key=read_api_key(arguments.api_key, arguments.api_key_file),
         max_bytes=arguments.max_megabytes * MEBIBYTE,
         upload_seconds=UPLOAD_SECONDS,
         origins=arguments.cors,
@@ -184,23 +184,27 @@ def print_address(
     )
 
 
-def read_api_key(path: str | None) -> str | None:
+def read_api_key(key: str | None, path: str | None) -> str | None:
     """Return the key that clients must send, or None.
 
     Args:
-        path: a file with the key; None reads the environment variable ASRLLM_API_KEY.
+        key: the key, or None.
+        path: a file with the key. If both are None, the environment variable ASRLLM_API_KEY may
+            have it.
 
     Raises:
-        UserError: the file cannot be read, or its key is not one word of printable ASCII.
+        UserError: the file cannot be read, or the key is not one word of printable ASCII.
     """
-    if path is None:
+    if key is not None:
+        where = "--api-key"
+    elif path is not None:
+        where = f"--api-key-file {path!r}"
+        key = read_text(path, "--api-key-file").strip()
+    else:
         where = API_KEY
         key = os.environ.get(API_KEY, "").strip()
         if not key:
             return None
-    else:
-        where = f"--api-key-file {path!r}"
-        key = read_text(path, "--api-key-file").strip()
     if not (key and key.isascii() and key.isprintable() and " " not in key):
         raise UserError(
             f"{where} is not a key. Use one word of printable ASCII characters without spaces."

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from asrllm.commands.dispatch import build_parser
-from asrllm.commands.serve import load_models, model_paths, read_api_key
+from asrllm.commands.serve import load_models, model_paths, read_api_key, server_options
 from asrllm.models.state_dict import is_adapter
 from tests.conftest import REPOSITORY
 from tests.models.asr_llm.test_modeling import make_model
@@ -106,13 +106,21 @@ def test_bad_key_is_reported(model, tmp_path, capsys, monkeypatch, content):
     error = fails(capsys, "serve", model, "--api-key-file", tmp_path / "key")
     assert str(tmp_path / "key") in error
     if content:
+        assert "--api-key " in fails(capsys, "serve", model, "--api-key", content)
         monkeypatch.setenv("ASRLLM_API_KEY", content)
         assert "ASRLLM_API_KEY" in fails(capsys, "serve", model)
 
 
 def test_spaces_around_a_key_are_ignored(monkeypatch):
     monkeypatch.setenv("ASRLLM_API_KEY", " secret\n")
-    assert read_api_key(None) == "secret"
+    assert read_api_key(None, None) == "secret"
+
+
+def test_key_of_the_command_is_used_before_that_of_the_environment(monkeypatch):
+    monkeypatch.setenv("ASRLLM_API_KEY", "other")
+    command = ["serve", "model", "--api-key", "secret"]
+    options = server_options(build_parser(command).parse_args(command))
+    assert options.api_key == "secret"
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 70])

@@ -58,7 +58,14 @@ def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--port", type=port_number, default=8000, metavar="N", help="0: any; default: %(default)s"
     )
-    parser.add_argument(
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--api-key",
+        type=not_empty,
+        metavar="KEY",
+        help="key that clients must send; other users of the machine can see it in the command",
+    )
+    keys.add_argument(
         "--api-key-file",
         type=not_empty,
         metavar="FILE",
