@@ -1,4 +1,4 @@
-"""Parents of this process, and what a forked process must release."""
+"""Parents of this process, and what a process must release."""
 
 import ctypes
 import os
@@ -29,6 +29,17 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps freed blocks of less than 32 MiB between others that are in use. After a second
+    model gave up its 558 MiB of weights, the process still had 400 MiB of them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def release_sockets() -> None:

@@ -22,6 +22,7 @@ from asrllm.evaluation.engine import BatchEngine, Engine, TorchEngine
 from asrllm.evaluation.prompt import inference_prompt
 from asrllm.models.auto import load_model_config
 from asrllm.models.shared_weights import share_weights
+from asrllm.processes import release_freed_memory
 from asrllm.progress import waiting
 from asrllm.text_files import read_text
 
@@ -154,6 +155,7 @@ def load_transcriber(
     engine = load_engine(path, arguments)
     if isinstance(engine, TorchEngine):
         share_weights(engine.model, [e.model for e in engines if isinstance(e, TorchEngine)])
+        release_freed_memory()
     prompt = inference_prompt(config, prompt=None, language=None, hotwords=None)
     with waiting("warming up"):
         warm_up(engine, prompt)
@@ -171,14 +173,15 @@ def load_transcriber(
 def print_address(
     listener: socket.socket, arguments: argparse.Namespace, names: Sequence[str]
 ) -> None:
-    """Print the URL, the models and the limits."""
+    """Print the URL, the models, the engine and the limits."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     served = ", ".join(map(repr, names))
     print(
-        f"asrllm serve: http://{shown}:{port} serves {served} on {default_device()}, batches of "
-        f"{arguments.batch_size}, files of at most {arguments.max_megabytes} MiB and "
-        f"{arguments.max_minutes} minutes",
+        f"asrllm serve: http://{shown}:{port} serves {served} with {arguments.engine} on "
+        f"{default_device()}, batches of {arguments.batch_size}, files of at most "
+        f"{arguments.max_megabytes} MiB and {arguments.max_minutes} minutes, a queue of "
+        f"{arguments.max_queued_minutes} minutes",
         file=sys.stderr,
         flush=True,
     )
