@@ -1,4 +1,4 @@
-"""Limit the number of connections, and how long they may wait for a request."""
+"""Limit the number of connections, how long they may wait for a request, and what they log."""
 
 import asyncio
 import json
@@ -10,7 +10,9 @@ from typing import Any
 import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from asrllm.serving.api_errors import ApiError
 from asrllm.serving.metrics import ServerMetrics
@@ -18,6 +20,7 @@ from asrllm.serving.metrics import ServerMetrics
 MAX_CONNECTIONS = 1000
 MIN_REJECTED = 8  # rejected connections that may wait for LINGER_SECONDS at once
 LINGER_SECONDS = 2.0  # for a client to read why it was rejected
+NOT_UTF8 = 1007  # closing code
 
 
 def connections_by_open_files() -> int:
@@ -61,7 +64,9 @@ class LimitedConfig(uvicorn.Config):
             options: options of uvicorn.
         """
         # asyncio accepts a whole backlog of connections before it starts the first one
-        super().__init__(app, http=LimitedConnection, backlog=limits.count, **options)
+        super().__init__(
+            app, http=LimitedConnection, ws=LiveConnection, backlog=limits.count, **options
+        )
         self.limits = limits
         self.metrics = metrics
         self.rejected: set[LimitedConnection] = set()  # that are still open
@@ -154,3 +159,24 @@ class LimitedConnection(H11Protocol):
             self.loop.call_later(LINGER_SECONDS, self.transport.close)
         else:
             self.transport.close()
+
+
+class LiveConnection(WebSocketsSansIOProtocol):
+    """A WebSocket whose client does not cause errors in the log of the server."""
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a message of the application."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # uvicorn logs a rejection as a fault otherwise
+
+    def send_receive_event_to_app(self) -> None:
+        """Pass on a message, or close the connection if it is text and not UTF-8."""
+        if self.curr_msg_data_type == "text":
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:  # uvicorn logs its traceback
+                self.conn.send_close(NOT_UTF8)
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import signal
 
 import httpx
@@ -48,6 +49,16 @@ def wav(content):
     """Return PCM as the samples that a file of 16 kHz has."""
     wave = np.frombuffer(content, "<i2").astype(np.float32) / 32768
     return soxr.resample(wave, PCM_RATE, 16000)
+
+
+@pytest.fixture
+def no_errors(caplog):
+    """Fail if the server logs an error."""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+    assert caplog.get_records("call") == []
 
 
 class Live:
@@ -370,7 +381,7 @@ def test_garbage_is_answered_with_an_error_event_and_the_session_continues(count
         (b"\xff" * 1000, 1002),
     ],
 )
-def test_bytes_that_are_not_a_frame_end_only_their_session(counting, sent, code):
+def test_bytes_that_are_not_a_frame_end_only_their_session(counting, no_errors, sent, code):
     with live(counting[0]) as other:
         with live(counting[0]) as session:
             session.socket.socket.sendall(sent)
@@ -557,7 +568,7 @@ def test_web_page_of_another_origin_is_rejected(engine):  # noqa: F811
         ("?x=1", 400),
     ],
 )
-def test_query_is_checked(counting, query, status):
+def test_query_is_checked(counting, no_errors, query, status):
     assert status_of(counting[0], query) == status
 
 
