@@ -20,6 +20,8 @@ FIELD_PROBLEMS = {
     "literal_error": "is not a valid choice. Available: {expected}.",
     "string_too_short": "is too short. Use at least {min_length} characters.",
     "string_too_long": "is too long. Use at most {max_length} characters.",
+    # only FastAPI's type of files has this error
+    "value_error": "is text. Send the file itself, as 'curl -F file=@PATH' does.",
 }
 # ends of pydantic's types of errors about a value of another type
 TYPE_FAULTS = ("type", "parsing", "parsing_size", "from_float", "unicode")

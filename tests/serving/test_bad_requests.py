@@ -77,6 +77,15 @@ def test_malformed_form_is_an_error_object(answering, leftovers, name):
     assert len(answer.text) < 2000  # a long value is not repeated
 
 
+def test_path_instead_of_a_file_is_rejected_with_the_fix(answering, leftovers):
+    answer = post(answering[1], part(b'name="file"', b"a.wav") + MODEL + END)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "file"
+    assert "a.wav" in error["message"]
+    assert "-F file=@" in error["message"]
+
+
 @pytest.mark.parametrize("kind", ["", "; charset=latin-1"])
 @pytest.mark.parametrize("text", [b"na\xefve", "naïve".encode("utf-16"), b"\xed\xa0\x80"])
 def test_text_that_is_not_utf8_is_rejected(answering, leftovers, text, kind):
