@@ -80,8 +80,10 @@ def test_text_of_a_file_appears_and_its_segments_play(page, url, tmp_path):
     texts = [segment["text"] for segment in expected["segments"]]
     assert shown(page) == texts
     assert len(texts) > 1
-    page.find_elements("css selector", "#segments button")[1].click()
+    second = page.find_elements("css selector", "#segments button")[1]
     start = expected["segments"][1]["start"]
+    assert second.accessible_name.split()[0] == f"00:00:{int(start):02}"
+    second.click()
     player = page.find_element("id", "player")
     wait_for(lambda: float(player.get_property("currentTime")) >= start, 20)
     module = "const {asFile} = await import('/page/formats.js');"
@@ -92,6 +94,22 @@ def test_text_of_a_file_appears_and_its_segments_play(page, url, tmp_path):
         answer = send(url, audio(4), response_format=form).text
         assert made.split("\n\n")[0].splitlines()[0] == answer.splitlines()[0]
         assert made.count("-->") == len([text for text in texts if text.strip()])
+
+
+def test_page_fits_a_phone(page):
+    metrics = {"width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.execute_script("document.querySelector('details').open = true")
+    code = """
+        const edge = (part) => part.getBoundingClientRect().right;
+        const inputs = [...document.querySelectorAll("input")];
+        return [edge(document.querySelector("form")), inputs.map(edge)];
+    """
+    try:
+        width, inputs = page.execute_script(code)
+        assert max(inputs) <= width < 360
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def keep_recording(page):

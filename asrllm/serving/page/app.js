@@ -250,7 +250,7 @@ function add(segment) {
   time.textContent = clock(segment.start).slice(0, -4);
   const button = document.createElement("button");
   button.type = "button";
-  button.append(time, "");
+  button.append(time, " ", ""); // a screen reader reads the space
   segment.shown = button.lastChild;
   setText(segment, segment.text);
   button.addEventListener("click", () => {
