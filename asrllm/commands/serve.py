@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     paths = model_paths(arguments.models)
     if arguments.weights and len(paths) > 1:
         raise UserError("--weights is for one model. Export the runs, and serve the exports.")
+    if arguments.log_texts and not arguments.access_log:
+        raise UserError("--log-texts has no effect without --access-log. Add it.")
     options = server_options(arguments)
     with open_listener(arguments.host, arguments.port) as listener:
         models = load_models(arguments, paths)
@@ -91,6 +93,7 @@ def server_options(arguments: argparse.Namespace) -> "ServerOptions":
         upload_seconds=UPLOAD_SECONDS,
         origins=arguments.cors,
         access_log=functools.partial(print, flush=True) if arguments.access_log else None,
+        logs_texts=arguments.log_texts,
     )
 
 

@@ -48,6 +48,7 @@ class ServerOptions:
         upload_seconds: how long an upload may take.
         origins: origins of web pages that may use the API; "*" allows all.
         access_log: called with a line of JSON for each request; None logs nothing.
+        logs_texts: whether the line has the answer.
     """
 
     api_key: str | None
@@ -55,6 +56,7 @@ class ServerOptions:
     upload_seconds: float
     origins: Sequence[str] = ()
     access_log: Callable[[str], None] | None = None
+    logs_texts: bool = False
 
 
 def create_app(models: Models, options: ServerOptions) -> FastAPI:
@@ -80,6 +82,7 @@ def create_app(models: Models, options: ServerOptions) -> FastAPI:
         upload_seconds=options.upload_seconds,
         metrics=models.metrics,
         access_log=options.access_log,
+        logs_texts=options.logs_texts,
     )
     if options.origins:  # added last, it sees requests first: preflights have no key
         app.add_middleware(

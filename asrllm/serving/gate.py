@@ -17,6 +17,7 @@ from asrllm.serving.api_errors import ApiError
 from asrllm.serving.metrics import ServerMetrics
 
 PROBLEM = "asrllm.problem"  # key of the scope
+COMPLETED = "conversation.item.input_audio_transcription.completed"
 KEY_PROTOCOL = "openai-insecure-api-key."  # OpenAI's name of the subprotocol with the key
 
 
@@ -32,6 +33,7 @@ class Gate:
         upload_seconds: float,
         metrics: ServerMetrics,
         access_log: Callable[[str], None] | None,
+        logs_texts: bool,
     ) -> None:
         """
         Args:
@@ -41,6 +43,7 @@ class Gate:
             upload_seconds: how long the upload of a body may take.
             metrics: counts the requests.
             access_log: called with a line of JSON for each request, without its content.
+            logs_texts: whether the line has what the API answers, and thereby the texts.
         """
         self.app = app
         self.api_key = api_key
@@ -48,6 +51,7 @@ class Gate:
         self.upload_seconds = upload_seconds
         self.metrics = metrics
         self.access_log = access_log
+        self.logs_texts = logs_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or reject it."""
@@ -56,6 +60,7 @@ class Gate:
             return
         began = time.monotonic()
         status = 500  # of an error that the application does not answer itself
+        answered = bytearray()
 
         async def noted_send(message: Message) -> None:
             nonlocal status
@@ -64,6 +69,8 @@ class Gate:
             elif message["type"] == "websocket.close" and status == 500:
                 status = 403
             status = message.get("status", status)  # of the start of a response
+            if self.logs_texts and _is_api(scope):
+                answered.extend(_content(message))
             await send(message)
 
         try:
@@ -73,9 +80,9 @@ class Gate:
         except ApiError as error:
             await JSONResponse(error.body(), error.status)(scope, receive, noted_send)
         finally:
-            self._note(scope, status, time.monotonic() - began)
+            self._note(scope, status, time.monotonic() - began, answered)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, status: int, seconds: float, answered: bytearray) -> None:
         """Count and log a request that has been answered."""
         route = scope.get("route")  # absent for unknown paths, which must not be labels
         self.metrics.requests.labels(route.path if route else "other", status).inc()
@@ -87,13 +94,14 @@ class Gate:
                 "status": status,
                 "seconds": round(seconds, 3),
             }
+            if self.logs_texts and _is_api(scope):
+                line["answer"] = answered.decode("utf-8", "replace")
             self.access_log(json.dumps(line))
 
     def _check_headers(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # the router does the same
         is_right = secrets.compare_digest(_given_key(scope), (self.api_key or "").encode())
-        if self.api_key is not None and path.startswith("/v1/") and not is_right:
+        if self.api_key is not None and _is_api(scope) and not is_right:
             raise ApiError(
                 401,
                 "the API key is missing or wrong. Send the header 'Authorization: Bearer KEY'.",
@@ -135,6 +143,23 @@ class Gate:
             return message
 
         return limited_receive
+
+
+def _is_api(scope: Scope) -> bool:
+    """Return whether a request is for the API, not for the page or the state of the server."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))  # as the router does
+    return path.startswith("/v1/")
+
+
+def _content(message: Message) -> bytes:
+    """Return the body in a message of a response, or a complete transcript of a live session."""
+    if message["type"] == "http.response.body":
+        return bytes(message.get("body", b""))
+    if message["type"] == "websocket.send":
+        event = json.loads(message["text"])
+        if event["type"] == COMPLETED:
+            return str(event["transcript"]).encode() + b"\n"
+    return b""
 
 
 def _given_key(scope: Scope) -> bytes:

@@ -55,6 +55,7 @@ def running(engine, description, segmentation=SEGMENTATION, others=None, **optio
         "upload_seconds": 20.0,
         "origins": [],
         "access_log": None,
+        "logs_texts": False,
     }
     connections = ConnectionLimits(
         count=options.pop("max_connections", 100),
@@ -434,6 +435,20 @@ def test_requests_are_logged_without_their_content(engine, caplog):
     path = "/v1/audio/transcriptions"
     assert f'asrllm_requests_total{{path="{path}",status="200"}} 1.0' in metrics
     assert 'asrllm_requests_total{path="other",status="404"} 1.0' in metrics
+
+
+@pytest.mark.slow
+def test_texts_are_logged_if_the_option_is_set(engine):
+    lines = []
+    options = {"access_log": lines.append, "logs_texts": True}
+    with running(engine, engine.model.config, **options) as (url, _):
+        text = send(url, prompt="A secret.").json()["text"]
+        httpx.get(f"{url}/metrics")
+        wait_for(lambda: len(lines) == 2, 20)
+    first, second = map(json.loads, lines)
+    assert json.loads(first["answer"])["text"] == text
+    assert "answer" not in second
+    assert "secret" not in "".join(lines)
 
 
 @pytest.mark.slow

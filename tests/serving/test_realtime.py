@@ -550,6 +550,20 @@ def test_key_is_required_in_a_header_or_a_subprotocol(engine):  # noqa: F811
     assert 'asrllm_requests_total{path="/v1/realtime",status="101"} 2.0' in metrics
 
 
+def test_texts_of_a_session_are_logged_if_the_option_is_set(engine):  # noqa: F811
+    lines = []
+    options = {"access_log": lines.append, "logs_texts": True}
+    with serving(CountingEngine(), engine.model.config, **options) as (url, _):
+        with live(url) as session:
+            session.update(turn_detection=None)
+            session.next("session.updated")
+            session.append(pcm(1.0))
+            session.commit()
+            texts = completed(session.until(f"{TRANSCRIPTION}.completed"))
+        wait_for(lambda: lines, 20)
+    assert json.loads(lines[0])["answer"].splitlines() == texts
+
+
 def test_web_page_of_another_origin_is_rejected(engine):  # noqa: F811
     options = {"origins": ["https://a.org"]}
     with serving(CountingEngine(), engine.model.config, **options) as (url, _):

@@ -90,6 +90,7 @@ def test_models_of_one_name_are_reported(model, capsys):
     error = fails(capsys, "serve", model, f"{model.name}={model}")
     assert repr(model.name) in error
     assert "--weights" in fails(capsys, "serve", model, f"other={model}", "--weights", "a.pt")
+    assert "--access-log" in fails(capsys, "serve", model, "--log-texts")
 
 
 def test_port_in_use_is_reported_before_the_model_loads(model, capsys):

@@ -88,6 +88,9 @@ def add_serve(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         action="store_true",
         help="print a line of JSON for each request, without its content",
     )
+    parser.add_argument(
+        "--log-texts", action="store_true", help="with --access-log: add the answer to each line"
+    )
     add_server_limits(parser)
     add_decoding(parser)
     add_base_models(parser)
