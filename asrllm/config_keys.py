@@ -83,6 +83,7 @@ NAMES_ELSEWHERE = {
     "data.augment.spec_augment.prob": ["enable_spec_aug"],
     "data.augment.noise.source": ["enable_musan", "musan"],
     "data.augment.speed": ["enable_speed_perturb"],
+    "trainer.sinks": ["tensorboard"],
     "trainer.wandb.mode": ["use_wandb", "create_wandb_logger", "report_to"],
     "trainer.min_lr_ratio": ["min_lr"],
     "model.frozen_parameters": ["freeze_aligner"],

@@ -88,7 +88,7 @@ def train(folder: Path, exp: Path, *launcher: str, **others: Any) -> None:
         "trainer.num_epochs": "null",
         "trainer.precision": "fp32",  # faster than bf16 on a processor
         "trainer.log_every": 1,
-        "trainer.tensorboard": "false",
+        "trainer.sinks": "[]",
     } | {key.replace("__", "."): value for key, value in others.items()}
     command = [
         *(launcher or [sys.executable]),

@@ -216,7 +216,7 @@ class World:
             "trainer.valid_decode": 0,
             "trainer.warmup_steps": 2,
             "trainer.lr": 0.001,
-            "trainer.tensorboard": "false",
+            "trainer.sinks": "[wandb]",
         }
         keys |= {key.replace("__", "."): value for key, value in more.items()}
         return [f"{key}={value}" for key, value in keys.items() if value is not None]

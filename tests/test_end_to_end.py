@@ -3,9 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +74,7 @@ def train_finished(world: World, exp: Path) -> None:
     overrides = world.overrides(
         exp,
         trainer__deepspeed_config="ds_configs/zero3.json",
-        trainer__tensorboard="true",
+        trainer__sinks="[wandb,tensorboard]",
         trainer__wandb__mode="offline",
         trainer__valid_decode=32,
         prompt_file=world.root / "prompts.txt",
@@ -533,16 +536,31 @@ def test_killed_run_resumes_from_the_last_complete_checkpoint(world, tmp_path):
     assert 9 in saved or saved[-1] > 9
     assert len(saved) <= 3
     end = saved[-1] + 2
-    assert_done(
-        run_script(
-            "train", *(o for o in overrides if "num_steps" not in o), f"trainer.num_steps={end}"
-        )
+    resumed = run_script(
+        "train", *(o for o in overrides if "num_steps" not in o), f"trainer.num_steps={end}"
     )
+    assert_done(resumed)
     steps = [record["step"] for record in metrics(exp)]
     assert steps == list(range(1, end + 1))
     runs = [path.name.rpartition("-")[2] for path in (exp / "wandb").rglob("offline-run-*")]
     assert len(runs) == 2
     assert len(set(runs)) == 1, "a resumed run is the same W&B run"
+    assert runs_to_sync(resumed.stderr) == 2
+
+
+def runs_to_sync(log: str) -> int:
+    """Return how many local runs the only command `wandb sync` of a log would upload."""
+    (paths,) = re.findall(r"wandb sync (.*)", log)
+    done = subprocess.run(
+        f"{sys.executable} -m wandb sync --dry-run {paths}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean_environment(WANDB_API_KEY="0" * 40),
+    )
+    assert_done(done)
+    return done.stderr.count(".wandb\n")
 
 
 def test_checkpoints_of_another_model_are_rejected(world, own, tmp_path, monkeypatch, capsys):

@@ -347,6 +347,7 @@ def test_parse_error_names_file_line_and_column(tmp_path):
         (["++trainer.num_train_epochs=2"], ["trainer.num_epochs"]),
         (["trainer.learing_rate=1"], ["trainer.learing_rate", "Use trainer.lr"]),
         (["trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
+        (["trainer.tensorboard=false"], ["trainer.tensorboard", "Use trainer.sinks"]),
         (["+trainer.lrr=1"], ["trainer.lrr", "trainer.lr"]),
         (["--config-dir", "missing"], ["missing"]),
         (["--config-name", "missing"], ["missing"]),

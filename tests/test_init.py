@@ -31,7 +31,7 @@ SMALL = (
     "trainer.num_epochs=null",
     "trainer.warmup_steps=1",
     "trainer.valid_decode=0",
-    "trainer.tensorboard=false",
+    "trainer.sinks=[]",
 )
 
 

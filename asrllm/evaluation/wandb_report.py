@@ -8,7 +8,7 @@ from typing import Any
 from asrllm.evaluation.report import ReportSet, worst_first
 from asrllm.evaluation.summary import Entry
 from asrllm.training.run_config import WandbConfig
-from asrllm.training.wandb_login import explained_wandb
+from asrllm.training.wandb_login import explained_wandb, print_sync_command
 
 TABLE_COLUMNS = (
     "key",
@@ -61,6 +61,7 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
             rows = table_rows(report_set, Path(folder) / str(i))
             logged[f"{report_set.name}/table"] = wandb.Table(columns=list(TABLE_COLUMNS), data=rows)
         run.log(logged)
+    print_sync_command(run)
 
 
 def settings(entry: Entry) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Everything that a training run reads before its weights, so that mistakes are found early."""
 
 import dataclasses
+import importlib.util
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from asrllm.training.run_config import TrainerConfig, TrainRun
 from asrllm.training.wandb_login import check_wandb_login
 
 logger = logging.getLogger(__name__)
+OPTIONAL_SINKS = ("trackio", "mlflow")  # names of their packages and of our extras
 # files of exp_dir that are written after the model has loaded, some of them at the end
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "latest", "pretrained.pt")
 
@@ -78,11 +81,22 @@ def describe_run(config: TrainRun) -> DescribedRun:
     """
     ds = read_ds_config(config.trainer, world_size=distributed.world_size())
     check_settings(config.trainer, ds)
+    check_sinks(config.trainer.sinks)
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
     processor, data = read_model_and_data(config)
     # fails if the layers to adapt or the parameters to freeze do not exist
     on_meta(processor.config, config.model, config.trainer.dtype)
     return DescribedRun(ds=ds, processor=processor, data=data)
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise UserError for one of trainer.sinks whose package is not installed."""
+    for name in names:
+        if name in OPTIONAL_SINKS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"trainer.sinks has {name}, which is not installed. "
+                f"Run: pip install 'asrllm[{name}]'"
+            )
 
 
 def read_model_and_data(config: TrainRun) -> tuple[AsrLlmProcessor, TrainingData]:

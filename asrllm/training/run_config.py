@@ -28,14 +28,14 @@ DTYPE_OF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": tor
 
 @component
 class WandbConfig:
-    """Options of Weights & Biases."""
+    """Options of Weights & Biases. Other trackers use its project and name."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     """whether the run is logged: disabled | offline (below exp_dir/wandb) | online"""
     project: str = "asrllm"
-    """W&B project"""
+    """project, or experiment in MLflow"""
     name: str | None = None
-    """name of the W&B run; null: that of exp_dir, with -evaluate for evaluations"""
+    """name of the run; null: that of exp_dir, with -evaluate for evaluations"""
 
 
 @component
@@ -139,12 +139,20 @@ class TrainerConfig:
     check_ranks: bool = False
     """before every step, all ranks compare what they are about to do and exit if they differ; for
     debugging"""
-    tensorboard: bool = True
-    """write TensorBoard logs to exp_dir/tensorboard"""
+    sinks: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
+        default=["wandb", "tensorboard"]
+    )
+    """where metrics go besides exp_dir/metrics.jsonl: wandb (see mode) | tensorboard | trackio |
+    mlflow. Their files are below exp_dir, unless TRACKIO_DIR or MLFLOW_TRACKING_URI is set."""
     wandb: WandbConfig = WandbConfig()
 
     def __post_init__(self) -> None:
         check_signals(self.preemption_signals)
+        if self.wandb.mode != "disabled" and "wandb" not in self.sinks:
+            raise UserError(
+                f"trainer.wandb.mode={self.wandb.mode} has no effect, because trainer.sinks does "
+                "not have wandb. Add it."
+            )
         steps = self.profile_steps
         if steps is not None and not (len(steps) == 2 and steps[0] <= steps[1]):
             raise UserError(

@@ -3,13 +3,19 @@
 import contextlib
 import netrc
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from asrllm.errors import UserError
 from asrllm.text_files import first_words
 from asrllm.training.run_config import WandbConfig
+
+if TYPE_CHECKING:
+    import wandb
 
 DEFAULT_HOST = "api.wandb.ai"
 LOGIN_VARIABLES = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
@@ -75,3 +81,15 @@ def explained_wandb(key: str) -> Iterator[None]:
         raise UserError(
             f"{key}: W&B could not start a run: {first_words(error)}. {LOG_IN}"
         ) from error
+
+
+def print_sync_command(run: "wandb.Run") -> None:
+    """Print the command that uploads a finished run of mode=offline, with its resumed parts."""
+    if not run.offline:
+        return
+    folder = shlex.quote(str(Path(run.dir).parents[1]))  # DIR/wandb/offline-run-*/files
+    print(
+        f"Upload the W&B run with: wandb sync {folder}/offline-run-*-{run.id}",
+        file=sys.stderr,
+        flush=True,
+    )

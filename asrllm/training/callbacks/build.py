@@ -9,11 +9,12 @@ from deepspeed.accelerator import get_accelerator
 
 from asrllm import distributed
 from asrllm.models.flops import count_flops, peak_tflops
-from asrllm.training.callbacks import sinks
+from asrllm.training.callbacks import sinks, trackers
 from asrllm.training.callbacks.agreement import RankCheck
 from asrllm.training.callbacks.decoding import Decoder
 from asrllm.training.callbacks.first_step import FirstStep
 from asrllm.training.callbacks.garbage import GarbageCollection
+from asrllm.training.callbacks.json_log import last_steps
 from asrllm.training.callbacks.meters import CorpusLosses, Meter, PeakMemory, Rate, Stragglers
 from asrllm.training.callbacks.metrics import Metrics
 from asrllm.training.callbacks.nonfinite import NonFiniteGuard
@@ -89,16 +90,26 @@ def make_sinks(config: TrainRun, data: TrainingData, step: int) -> list[sinks.Si
         return []
     options = config.trainer
     exp_dir = Path(config.exp_dir or "")
+    logged = last_steps(exp_dir / "metrics.jsonl")
+    sampled = last_steps(exp_dir / "samples.jsonl").get("step", -1)
     made: list[sinks.Sink] = [
         sinks.MetricsFile(exp_dir, step),
         sinks.ConsoleSink(data.total_steps(), step),
     ]
     if data.valid and options.valid_decode:
         made.append(sinks.SamplesFile(exp_dir, step))
-    if options.tensorboard:
-        made.append(sinks.TensorBoardSink(exp_dir))
-    if options.wandb.mode != "disabled":
-        made.append(sinks.WandbSink(options.wandb, exp_dir, dataclasses.asdict(config)))
+    if "tensorboard" in options.sinks:
+        made.append(sinks.TensorBoardSink(exp_dir, step))
+    values = dataclasses.asdict(config)
+    if "trackio" in options.sinks:
+        trackio = trackers.TrackioSink(options.wandb, exp_dir, values)
+        made.append(trackers.NewRecords(trackio, logged, sampled))
+    if "mlflow" in options.sinks:
+        mlflow = trackers.MlflowSink(options.wandb, exp_dir, values)
+        new = trackers.NewRecords(mlflow, logged, sampled)
+        made.append(trackers.Background("MLflow", new))
+    if "wandb" in options.sinks and options.wandb.mode != "disabled":
+        made.append(sinks.WandbSink(options.wandb, exp_dir, values))
     return made
 
 

@@ -32,6 +32,17 @@ def reopen_log(path: Path, step: int) -> TextIO:
     return open(path, "a", encoding="utf-8")
 
 
+def last_steps(path: Path) -> dict[str, int]:
+    """Return the last step that a log of JSON lines has of each name; empty if it is missing."""
+    steps: dict[str, int] = {}
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for line in lines:
+        step = _step_of(line)
+        if step is not None:
+            steps.update(dict.fromkeys(parse_json(line), step))
+    return steps
+
+
 def _step_of(line: bytes) -> int | None:
     """Return the step of a log record, or None if the line is not a record."""
     try:

@@ -3,6 +3,8 @@
 {corpus} and {set} are names from the data configs, {reason} is the name of a filter.
 """
 
+import re
+
 METRICS: dict[str, tuple[str, str]] = {
     "epoch": ("epochs", "passes over the data that are complete"),
     "loss": ("nats", "mean per supervised token over all ranks"),
@@ -39,3 +41,13 @@ def describe_metric(name: str) -> str:
     """Return the unit and the meaning of a metric."""
     unit, meaning = METRICS[name]
     return f"{unit} {meaning}".strip()
+
+
+def full_name(name: str) -> str:
+    """Return a metric's name with its group. Metrics without a group belong to "train"."""
+    return name if "/" in name else f"train/{name}"
+
+
+def wandb_name(name: str) -> str:
+    """Return W&B's pattern for a name in METRICS: a star replaces the variable part."""
+    return re.sub(r"{\w+}.*", "*", full_name(name))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,10 @@ from asrllm.escape import escape
 from asrllm.progress import ProgressBar
 from asrllm.training.callbacks.decoding import ValidationSample
 from asrllm.training.callbacks.json_log import reopen_log
-from asrllm.training.callbacks.metric_names import METRICS, describe_metric
+from asrllm.training.callbacks.metric_names import METRICS, describe_metric, full_name, wandb_name
 from asrllm.training.checkpoint.manifest import newest_checkpoint
 from asrllm.training.run_config import WandbConfig
-from asrllm.training.wandb_login import explained_wandb
+from asrllm.training.wandb_login import explained_wandb, print_sync_command
 
 Record = dict[str, float | int | None]  # values of a step by metric
 TABLE_HEADER = ["| key | reference | hypothesis | errors |", "| --- | --- | --- | --- |"]
@@ -112,10 +111,12 @@ class ConsoleSink(Sink):
 class TensorBoardSink(Sink):
     """exp_dir/tensorboard."""
 
-    def __init__(self, exp_dir: Path) -> None:
+    def __init__(self, exp_dir: Path, step: int) -> None:
+        """Open a file whose events replace those after the step from which the run resumes."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(exp_dir / "tensorboard"))
+        first_step = step + 1 if step else 0  # a new run logs step 0
+        self.writer = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: Record) -> None:
         """Write the metrics as scalars."""
@@ -165,7 +166,7 @@ class WandbSink(Sink):
                 mode=config.mode,
                 project=config.project,
                 name=config.name or exp_dir.name,
-                id=_run_id(exp_dir),
+                id=run_id(exp_dir / "wandb"),
                 resume="allow",
                 dir=str(exp_dir),
                 config={**run_config, "metrics": metrics},
@@ -210,21 +211,16 @@ class WandbSink(Sink):
         """Log the last checkpoint and finish the W&B run."""
         self._log_new_checkpoint()
         self.run.finish()
+        print_sync_command(self.run)
 
 
-def full_name(name: str) -> str:
-    """Return a metric's name with its group. Metrics without a group belong to "train"."""
-    return name if "/" in name else f"train/{name}"
+def run_id(directory: Path) -> str:
+    """Return the id of a tracker's run, which stays the same after a resume.
 
-
-def wandb_name(name: str) -> str:
-    """Return W&B's pattern for a name in METRICS: a star replaces the variable part."""
-    return re.sub(r"{\w+}.*", "*", full_name(name))
-
-
-def _run_id(exp_dir: Path) -> str:
-    """Return the id of exp_dir's W&B run, which stays the same after a resume."""
-    path = exp_dir / "wandb" / "run-id"
+    Args:
+        directory: the tracker's directory in exp_dir.
+    """
+    path = directory / "run-id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))

@@ -19,9 +19,9 @@ from asrllm.errors import UserError
 from asrllm.progress import ProgressBar
 from asrllm.training.callbacks.agreement import signature
 from asrllm.training.callbacks.garbage import GarbageCollection
-from asrllm.training.callbacks.metric_names import METRICS
+from asrllm.training.callbacks.metric_names import METRICS, wandb_name
 from asrllm.training.callbacks.profiling import Profiler
-from asrllm.training.callbacks.sinks import ConsoleSink, wandb_name
+from asrllm.training.callbacks.sinks import ConsoleSink
 from tests.conftest import REPOSITORY, assert_done, run_script
 from tests.processes import run_forked
 from tests.test_end_to_end import metrics, wandb_records

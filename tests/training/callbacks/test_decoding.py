@@ -160,7 +160,7 @@ def test_decoding_does_not_change_the_losses(world, tmp_path, launcher, stage):
             "trainer__valid_every": 2,
             "trainer__valid_decode": count,
             "model__llm__lora__lora_dropout": 0.1,
-            "trainer__tensorboard": "true",
+            "trainer__sinks": "[wandb,tensorboard]",
         }
         if launcher == "python" and count:  # the service takes several seconds to start
             settings["trainer__wandb__mode"] = "offline"
