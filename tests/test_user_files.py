@@ -1,5 +1,6 @@
 """Corrupted files and wrong environments exit with one message and status 2 before model load."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -23,7 +24,7 @@ from asrllm.launchers import adopt_launcher
 from asrllm.locks import FileLock
 from asrllm.schema import build
 from asrllm.training.run_config import WandbConfig
-from asrllm.training.wandb_login import check_wandb_login
+from asrllm.training.wandb_login import check_login, check_wandb_login
 from tests.composing import compose_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
@@ -415,6 +416,30 @@ def test_wandb_without_login_is_rejected(monkeypatch, tmp_path):
         check_wandb_login(online, "trainer.wandb")
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check_wandb_login(online, "trainer.wandb")
+
+
+@pytest.mark.parametrize(
+    ("server", "machine"),
+    [
+        (None, "api.wandb.ai"),
+        (None, "api.forge.coreweave.com"),
+        ("https://api.wandb.ai", "api.forge.coreweave.com"),
+        ("http://own:8080", "own:8080"),
+        ("http://own:8080", "own"),
+    ],
+)
+def test_stored_login_of_wandb_is_found(monkeypatch, tmp_path, server, machine):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    for stored, found in (("another.host", False), (machine, True)):
+        (tmp_path / "netrc").write_text(f"machine {stored} login user password key")
+        raised = contextlib.nullcontext() if found else pytest.raises(UserError, match="login")
+        with raised:
+            check_login("this", "Log in.")
 
 
 def test_file_system_without_locks_is_reported_with_the_file(monkeypatch, tmp_path):

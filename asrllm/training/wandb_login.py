@@ -5,7 +5,7 @@ import netrc
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -17,7 +17,7 @@ from asrllm.training.run_config import WandbConfig
 if TYPE_CHECKING:
     import wandb
 
-DEFAULT_HOST = "api.wandb.ai"
+DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the second one is that of wandb 0.31
 LOGIN_VARIABLES = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 LOG_IN = "Run 'wandb login', set WANDB_API_KEY, or choose the mode offline."
 
@@ -32,21 +32,41 @@ def check_wandb_login(config: WandbConfig, key: str) -> None:
     Raises:
         UserError: no credentials were found.
     """
-    if config.mode != "online" or any(os.environ.get(name) for name in LOGIN_VARIABLES):
+    if config.mode == "online":
+        check_login(f"{key}.mode=online", LOG_IN)
+
+
+def check_login(what: str, fix: str) -> None:
+    """Check that credentials of W&B exist.
+
+    Args:
+        what: what needs them, for the error message.
+        fix: how to log in.
+
+    Raises:
+        UserError: no credentials were found.
+    """
+    if any(os.environ.get(name) for name in LOGIN_VARIABLES):
         return
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or DEFAULT_HOST
+    hosts = login_hosts()
     for file in netrc_files():
         # wandb reads files that Python's parser rejects, so such a file counts as credentials
         with contextlib.suppress(OSError):
             try:
-                hosts = netrc.netrc(file).hosts
+                found = netrc.netrc(file).hosts
             except netrc.NetrcParseError:
                 return
-            if host in hosts or has_other_server():
+            if found.keys() & hosts or has_other_server():
                 return
-    raise UserError(
-        f"{key}.mode=online needs a login for W&B at {host!r}, but none was found. {LOG_IN}"
-    )
+    raise UserError(f"{what} needs a login for W&B at {hosts[0]!r}, but none was found. {fix}")
+
+
+def login_hosts() -> Sequence[str]:
+    """Return the names under which `wandb login` may have stored the credentials."""
+    url = urlparse(os.environ.get("WANDB_BASE_URL", ""))
+    if url.hostname is None or url.hostname in DEFAULT_HOSTS:
+        return DEFAULT_HOSTS
+    return (url.netloc, url.hostname)  # newer versions of wandb store the port
 
 
 def netrc_files() -> list[Path]:
