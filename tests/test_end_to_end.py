@@ -17,6 +17,7 @@ import torch
 
 import asrllm
 from asrllm.checkpoints.consolidate import checkpoint_weights
+from asrllm.commands.dashboard import SAMPLES, training_plot
 from asrllm.escape import escape
 from asrllm.models.auto import read_state
 from asrllm.testing import tiny_llm
@@ -213,6 +214,12 @@ def test_wandb_run_has_config_and_losses(finished):
     assert config["model"]["llm"]["lora"]["r"] == 4
     assert [row["train/loss"] for row in logged if "train/loss" in row] == losses(finished)
     assert any("valid/valid/loss" in row for row in logged)
+    names = {name.partition(".")[0] for row in logged for name in row if name[0] != "_"}
+    without_panel = set(names)
+    for plot in map(training_plot, METRICS, METRICS):
+        without_panel.difference_update(plot.names)
+        without_panel -= {name for name in names if re.search(plot.pattern or "^$", name)}
+    assert without_panel == {SAMPLES}
 
 
 @pytest.mark.longest(60, reason="evaluates with a real launcher")

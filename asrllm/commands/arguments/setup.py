@@ -1,4 +1,4 @@
-"""Arguments of `asrllm doctor` and `asrllm init`."""
+"""Arguments of `asrllm doctor`, `asrllm init` and `asrllm dashboard`."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -73,3 +73,24 @@ def add_doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     add_overrides(parser, "train")
     parser.epilog = f"{DOCTOR_HELP}\n{parser.epilog}"
+
+
+def add_dashboard(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the arguments of `asrllm dashboard`."""
+    parser.epilog = (
+        "Saves a new view of the project, with sections for training, data, speed, validation, "
+        "evaluation and the comparison of runs. Every logged value has a panel with its unit. "
+        "Prints the address of the view."
+    )
+    parser.add_argument("project", type=not_empty, metavar="PROJECT", help="trainer.wandb.project")
+    parser.add_argument(
+        "--entity",
+        type=not_empty,
+        metavar="NAME",
+        help="user or team of the project; default: that of the login",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the view as JSON instead, which needs no network and no login",
+    )

@@ -13,7 +13,7 @@ from asrllm.commands.arguments.checkpoints import (
 )
 from asrllm.commands.arguments.configured import add_evaluate, add_plan, add_train, add_warm_start
 from asrllm.commands.arguments.decoding import add_serve, add_transcribe
-from asrllm.commands.arguments.setup import add_doctor, add_init
+from asrllm.commands.arguments.setup import add_dashboard, add_doctor, add_init
 from asrllm.commands.arguments.shards import add_shards
 
 
@@ -37,6 +37,7 @@ VERBS = {
     "plan": Verb("show steps, padding and memory by ZeRO stage before a run", add_plan),
     "warm-start": Verb("show the quality of a warm start of the projector", add_warm_start),
     "train": Verb("train a model", add_train),
+    "dashboard": Verb("make a W&B workspace with a panel for every metric", add_dashboard),
     "evaluate": Verb("average checkpoints, decode test sets, score them", add_evaluate),
     "transcribe": Verb("transcribe audio files", add_transcribe),
     "serve": Verb("transcribe over HTTP, in the form of OpenAI's audio API", add_serve),

@@ -10,9 +10,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "loss": ("nats", "mean per supervised token over all ranks"),
     "acc": ("ratio", "token accuracy on supervised positions"),
     "loss/{corpus}": ("nats", "mean per supervised token of a corpus, with several corpora"),
-    "lr": ("", "learning rate of the step"),
+    "lr": ("factor", "learning rate of the step"),
     "grad_norm": (
-        "",
+        "nats",
         "global gradient norm before clipping; null: unknown (ZeRO 0 in fp32), or a skipped step",
     ),
     "utterances": ("utterances", "trained on since the previous record"),
@@ -40,7 +40,7 @@ METRICS: dict[str, tuple[str, str]] = {
 def describe_metric(name: str) -> str:
     """Return the unit and the meaning of a metric."""
     unit, meaning = METRICS[name]
-    return f"{unit} {meaning}".strip()
+    return f"{unit} {meaning}"
 
 
 def full_name(name: str) -> str:

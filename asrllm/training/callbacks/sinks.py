@@ -179,7 +179,7 @@ class WandbSink(Sink):
         """Log the metrics, and a new checkpoint if there is one."""
         values = {}
         for name, value in record.items():
-            if value is not None:
+            if value is not None and name != "step":
                 values[full_name(name)] = value
         self.run.log(values, step=record["step"])
         self._log_new_checkpoint()
