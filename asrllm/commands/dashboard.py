@@ -124,7 +124,7 @@ def line_plot(plot: Plot) -> Any:
         x="Step",
         title_x="optimizer steps",
         title_y=plot.unit,
-        y=plot.names,
+        y=[*plot.names],
         metric_regex=plot.pattern,
     )
 

@@ -170,6 +170,7 @@ def load_transcriber(
         requests,
         batch_size=arguments.batch_size,
         max_seconds=arguments.max_minutes * 60.0,
+        max_decoding_seconds=arguments.max_decoding_minutes * 60.0,
     )
 
 

@@ -135,6 +135,7 @@ class Transcriber:
         *,
         batch_size: int,
         max_seconds: float,
+        max_decoding_seconds: float,
     ) -> None:
         """
         Args:
@@ -145,6 +146,7 @@ class Transcriber:
             queue: the requests in progress, of all models of the server.
             batch_size: maximum number of segments that are decoded together.
             max_seconds: maximum duration of a request's audio.
+            max_decoding_seconds: how long a request may take.
         """
         self.name = name
         self.description = description
@@ -153,6 +155,7 @@ class Transcriber:
         self.segmentation = segmentation
         self.shortest = engine.limits[0]
         self.max_seconds = max_seconds
+        self.max_decoding_seconds = max_decoding_seconds
         self.batcher = Batcher(engine, batch_size=batch_size, metrics=queue.metrics)
         self.readers = ThreadPoolExecutor(READERS, "reader")
         self.is_closed = threading.Event()
@@ -191,6 +194,24 @@ class Transcriber:
                 code="audio_too_long",
             )
 
+    async def _before(self, deadline: float, answer: "Future[Answer]") -> Answer:
+        """Wait for an answer until the event loop's time is `deadline`.
+
+        Raises:
+            ApiError: it is not there by then, and will not be decoded.
+        """
+        remaining = deadline - asyncio.get_running_loop().time()
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer), remaining)
+        except asyncio.TimeoutError as error:
+            raise ApiError(
+                503,
+                f"the texts took longer than {self.max_decoding_seconds:g} s. Send a part of the "
+                "audio, or send it when the server has less to do.",
+                code="decoding_too_slow",
+                headers={"x-should-retry": "false"},  # OpenAI's client tries again otherwise
+            ) from error
+
     async def segments(
         self, file: AudioFile, place: QueuePlace, prompt: str
     ) -> AsyncIterator[TextSegment | EndOfFile]:
@@ -201,7 +222,7 @@ class Transcriber:
 
         Raises:
             UserError: the audio is corrupted.
-            ApiError: it is too long.
+            ApiError: it is too long, or the texts take too long.
         """
         is_abandoned = threading.Event()
 
@@ -213,6 +234,7 @@ class Transcriber:
 
         stream = segments_of(file, self.shortest, self.segmentation, check)
         loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.max_decoding_seconds
         pending: collections.deque[tuple[Segment, Future[Answer]]] = collections.deque()
         end: EndOfFile | None = None
         try:
@@ -225,7 +247,7 @@ class Transcriber:
                         pending.append((item, self.batcher.submit(item.wave, prompt)))
                     continue
                 segment, answer = pending.popleft()
-                yield text_segment(segment, await asyncio.wrap_future(answer))
+                yield text_segment(segment, await self._before(deadline, answer))
             if end.problem:
                 raise UserError(end.problem)
             self.metrics.audio_seconds.inc(end.duration)

@@ -47,7 +47,7 @@ SEGMENTATION = Segmentation(detector=Loudness, longest=32000)
 @contextlib.contextmanager
 def running(engine, description, segmentation=SEGMENTATION, others=None, **options):
     """Serve an engine named tiny and others, and yield the address and tiny's transcriber."""
-    limits = {"batch_size": 8, "max_seconds": 60.0}
+    limits = {"batch_size": 8, "max_seconds": 60.0, "max_decoding_seconds": 60.0}
     queue = Queue(options.pop("max_queued_seconds", 600.0), ServerMetrics())
     gate = {
         "api_key": None,
@@ -435,6 +435,20 @@ def test_requests_are_logged_without_their_content(engine, caplog):
     path = "/v1/audio/transcriptions"
     assert f'asrllm_requests_total{{path="{path}",status="200"}} 1.0' in metrics
     assert 'asrllm_requests_total{path="other",status="404"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": "true"}])
+def test_request_that_takes_too_long_ends(engine, fields):
+    blocked = BlockedEngine()
+    options = {"max_decoding_seconds": 0.2}
+    with running(blocked, engine.model.config, **options) as (url, transcriber):
+        answer = send(url, **fields)
+        blocked.may_answer.set()
+        wait_for(lambda: not transcriber.queue.places, 20)
+    assert "decoding_too_slow" in answer.text
+    if not fields:
+        assert answer.status_code == 503
+        assert answer.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def url(engine, request):  # noqa: F811
         Queue(600.0, ServerMetrics()),
         batch_size=1,
         max_seconds=60.0,
+        max_decoding_seconds=60.0,
     )
     options = ServerOptions(api_key="secret", max_bytes=1 << 20, upload_seconds=20.0)
     app = create_app(Models([transcriber]), options)

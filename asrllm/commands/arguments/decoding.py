@@ -237,6 +237,14 @@ def add_server_limits(parser: argparse.ArgumentParser) -> None:
         help="maximum duration of a request's audio; default: %(default)s",
     )
     parser.add_argument(
+        "--max-decoding-minutes",
+        type=positive,
+        default=60,
+        metavar="N",
+        help="time that a request may take, above which it ends with status 503; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
         "--max-queued-minutes",
         type=positive,
         default=240,

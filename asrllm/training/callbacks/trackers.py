@@ -263,10 +263,11 @@ class MlflowSink(Sink):
     def write(self, record: Record) -> None:
         """Log the metrics."""
         now = time.time_ns() // 1_000_000
+        step = int(record["step"] or 0)
         metrics = []
         for name, value in record.items():
             if value is not None and name != "step":
-                metric = self.mlflow.entities.Metric(mlflow_name(name), value, now, record["step"])
+                metric = self.mlflow.entities.Metric(mlflow_name(name), value, now, step)
                 metrics.append(metric)
         self.client.log_batch(self.run, metrics=metrics)
 
