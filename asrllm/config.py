@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from asrllm.config_keys import dotted_keys, unknown_key
-from asrllm.errors import UserError, nearest
+from asrllm.errors import UserError, error_chain, nearest
 from asrllm.text_files import JsonObject, read_yaml, yaml_problem
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def composition_error(
         known: the keys of the configuration.
         config_dir: the user's directory of configuration files.
     """
-    cause = root_cause(error)
+    *_, cause = error_chain(error)
     found = _file_error(cause, config_dir) or _override_error(error, cause, overrides, known)
     if found:
         return found
@@ -166,13 +166,6 @@ def read_config_file(config_dir: str | None, config_name: str | None) -> JsonObj
             )
         return fields
     return {}
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Return the first exception in the chain of causes."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def as_yaml(config: "DataclassInstance") -> str:

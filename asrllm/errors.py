@@ -1,7 +1,7 @@
 """Errors caused by user input."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -13,6 +13,23 @@ class UserError(Exception):
 
 class CorruptedError(UserError):
     """The bytes of a file are not those that were written."""
+
+
+def error_chain(error: BaseException, *, contexts: bool = False) -> Iterator[BaseException]:
+    """Yield an error, its cause, the cause of that, ..., each once.
+
+    OmegaConf makes errors their own causes under a debugger.
+
+    Args:
+        error: the error.
+        contexts: whether the error that was handled counts as the cause of one without a cause.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (link.__context__ if contexts else None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

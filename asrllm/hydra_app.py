@@ -251,6 +251,7 @@ def command_line(words: Sequence[str]) -> Iterator[None]:
     environment = dict(os.environ)
     sys.argv = list(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["OC_CAUSE"] = "0"  # under a debugger OmegaConf's errors would have other causes
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from asrllm.commands.dispatch import parse
 from asrllm.commands.train import last_validation_loss
 from asrllm.config import as_yaml
 from asrllm.config_keys import NAMES_ELSEWHERE, meanings
-from asrllm.errors import UserError
+from asrllm.errors import UserError, error_chain
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.hydra_app import run_app
 from asrllm.schema import all_keys
@@ -227,6 +228,38 @@ def test_sweep_into_one_directory_is_rejected_before_the_first_job(tmp_path, emp
     mine = ["--config-dir", str(tmp_path), "--config-name", "mine", *GIVEN[1:]]
     with pytest.raises(UserError, match="exp_dir"):
         jobs("-m", *mine, "trainer.lr=1,2")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("words", [["exp_dir='e/${'"], ["trainer.schedule.nam=cosine"]])
+def test_errors_are_the_same_under_a_debugger(monkeypatch, words):
+    """There, or with OC_CAUSE=1, OmegaConf raises errors that are their own causes."""
+
+    def message():
+        with pytest.raises(UserError) as raised:
+            job(*GIVEN, *words)
+        return str(raised.value)
+
+    expected = message()
+    monkeypatch.setenv("OC_CAUSE", "1")
+    assert message() == expected
+    monkeypatch.delenv("OC_CAUSE")
+    tracer = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        assert message() == expected
+    finally:
+        sys.settrace(tracer)
+
+
+def test_error_that_is_its_own_cause_is_yielded_once():
+    error, other = ValueError(), KeyError()
+    error.__cause__ = other
+    other.__cause__ = error
+    assert list(error_chain(error)) == [error, other]
+    other.__cause__ = None
+    other.__context__ = TypeError()
+    assert list(error_chain(error, contexts=True)) == [error, other, other.__context__]
 
 
 @pytest.mark.parametrize("value", ["${nope}", "${oc.env:NOPE_NOT_SET}", "${trainer.nope}"])

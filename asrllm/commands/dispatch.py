@@ -21,7 +21,7 @@ from asrllm.commands.arguments.configured import COMPARE
 from asrllm.commands.arguments.verbs import VERBS
 from asrllm.commands.libraries import import_transformers
 from asrllm.config_keys import check_override, meanings, unknown_option
-from asrllm.errors import UserError
+from asrllm.errors import UserError, error_chain
 from asrllm.escape import EscapingFormatter
 from asrllm.interrupts import INTERRUPTED, RaiseOnInterrupt
 from asrllm.launchers import adopt_launcher
@@ -189,13 +189,9 @@ def set_up_logging() -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def lacks_descriptors(error: BaseException | None) -> bool:
+def lacks_descriptors(error: BaseException) -> bool:
     """Return whether an error, or one that caused it, comes from the limit of open files."""
-    while error is not None:
-        if os.strerror(errno.EMFILE) in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(os.strerror(errno.EMFILE) in str(link) for link in error_chain(error, contexts=True))
 
 
 def drop_launcher_arguments(argv: list[str]) -> list[str]:

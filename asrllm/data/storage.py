@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
-from asrllm.errors import UserError
+from asrllm.errors import UserError, error_chain
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -304,13 +304,12 @@ def _permanent_error(error: BaseException, url: str) -> UserError | None:
     return None
 
 
-def _status(error: BaseException | None) -> int | None:
+def _status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error of aiohttp, botocore, gcsfs, Azure or requests."""
-    while error is not None:
-        for status in _status_candidates(error):
+    for link in error_chain(error):
+        for status in _status_candidates(link):
             if isinstance(status, int):
                 return status
-        error = error.__cause__
     return None
 
 

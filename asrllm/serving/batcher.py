@@ -13,9 +13,11 @@ import torch
 
 from asrllm.evaluation.engine import BatchEngine, HalvingEngine, PendingRow, is_out_of_memory
 from asrllm.models.asr_llm.generation import Answer
+from asrllm.processes import release_freed_memory
 from asrllm.serving.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
+TRIM_SECONDS = 10.0  # between releases of memory, which take milliseconds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +60,7 @@ class Batcher:
         self.is_open = True
         self.batch = engine.open_batch()
         self.running: dict[PendingRow, _Task] = {}
+        self.trimmed = time.monotonic()
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
 
@@ -100,12 +103,21 @@ class Batcher:
             is_full = len(self.running) + len(found) >= self.batch_size
             if is_full or (is_busy and self.tasks.empty()):
                 break
+            if self.tasks.empty():
+                self._trim()
             task = self.tasks.get()
             if task is None:
                 self.is_open = False
             elif not task.answer.cancelled():
                 found.append(task)
         return found
+
+    def _trim(self) -> None:
+        """Return the memory of earlier batches to the system, when there is nothing to decode."""
+        now = time.monotonic()
+        if now - self.trimmed > TRIM_SECONDS:
+            self.trimmed = now
+            release_freed_memory()
 
     def _step(self, newcomers: Sequence[_Task]) -> None:
         if newcomers:

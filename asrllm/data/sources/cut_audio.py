@@ -20,6 +20,7 @@ from asrllm.data.audio_files import open_audio, read_segment
 from asrllm.data.sources.kaldi import run_command
 from asrllm.data.sources.utterance import RejectedError, open_cached
 from asrllm.data.storage import read_bytes
+from asrllm.errors import error_chain
 
 MAX_MIXED = 1 << 28  # samples of a mixed cut, 1 GiB
 
@@ -126,9 +127,7 @@ def _check_size(cut: Cut) -> None:
 
 def _original(error: BaseException) -> BaseException:
     """Return the error that Lhotse replaced by others of the same class with longer messages."""
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
+    chain = list(error_chain(error, contexts=True))
     rejected = [link for link in chain if isinstance(link, RejectedError)]
     return rejected[-1] if rejected else chain[-1]
 

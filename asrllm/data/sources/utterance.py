@@ -13,7 +13,7 @@ import numpy as np
 from asrllm.data.audio_file import AudioFile
 from asrllm.data.audio_files import open_audio, read_segment
 from asrllm.data.waveforms import to_mono
-from asrllm.errors import UserError
+from asrllm.errors import UserError, error_chain
 from asrllm.text_files import missing_problem
 
 ARCHIVE_PLACE = re.compile(r"(.*\.ark):\d+", re.DOTALL)
@@ -33,8 +33,7 @@ def check_installed(error: BaseException, where: str) -> None:
         error: the error of the audio's reader.
         where: what was read, as the beginning of the message.
     """
-    link: BaseException | None = error
-    while link is not None:
+    for link in error_chain(error):
         text = " ".join(str(link).split())
         # Lhotse raises RuntimeError for a missing torchaudio
         if isinstance(link, ImportError) or "install torchaudio" in text:
@@ -42,7 +41,6 @@ def check_installed(error: BaseException, where: str) -> None:
                 f"{where} needs a package that is not installed: {text}. For scipy and pyloudnorm "
                 "use pip install 'asrllm[cuts]'; torchaudio must have the version of torch."
             ) from error
-        link = link.__cause__
 
 
 def no_audio() -> tuple[np.ndarray, int]:
