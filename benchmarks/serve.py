@@ -108,7 +108,8 @@ class Server:
         return Answer(answer.json()["text"], time.perf_counter() - began)
 
     def megabytes(self) -> float:
-        """Return its resident memory."""
+        """Return its resident memory a second after its last answer."""
+        time.sleep(1.0)
         return self.process.memory_info().rss / 1e6
 
 
