@@ -30,7 +30,6 @@ __all__ = ["REPOSITORY", "World", "assert_done", "clean_environment", "free_port
 
 LONGEST = 20.0  # seconds that one test may take
 SECONDS_OF_LOOP = 0.022  # of the loop in `slowness`, on the machine that LONGEST is chosen for
-COVERAGE = "COVERAGE_PROCESS_CONFIG"  # environment variable of processes that coverage measures
 COUNTED = pytest.StashKey[float]()  # seconds of a test so far
 
 
@@ -65,9 +64,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if (mark := item.get_closest_marker("soak")) and mark.kwargs.get("only"):
             item.add_marker(pytest.mark.skip(reason="make soak"))
-        mark = item.get_closest_marker("uninstrumented")
-        if mark and COVERAGE in os.environ:
-            item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
 
 
 @pytest.fixture
