@@ -32,7 +32,7 @@ coverage: $(VENV)/installed-test
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --longest 300 --timeout 1800  # the tracer is slow
 	$(BIN)/coverage combine --quiet
-	# a test compiles an example of CONTRIBUTING.md as a module of the package, which is no file
+	# a test compiles an example of CONTRIBUTING.md as a module of the package, which is not a file
 	$(BIN)/coverage json --ignore-errors --quiet -o coverage.json
 	$(BIN)/python tests/coverage_table.py coverage.json
 

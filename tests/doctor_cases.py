@@ -541,7 +541,7 @@ FAULTS = [
         ),
     ),
     Fault(
-        "`init_from` is no earlier run",
+        "`init_from` is not an earlier run",
         "model",
         "problem",
         "init_from",

@@ -51,6 +51,7 @@ def mixtures(found):
         (has_digits, "mit fünfundzwanzig Leuten", False),
         (has_digits, "二零一五年", False),
         (has_digits, "two of them play MP3 files", None),
+        (has_digits, "two of them play H264 files", None),
         (has_digits, "他一个人看了三天", None),
     ],
 )

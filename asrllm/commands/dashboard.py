@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from asrllm.errors import UserError
 from asrllm.evaluation.metric_names import EVALUATION_METRICS
 from asrllm.text_files import first_words
-from asrllm.training.callbacks.metric_names import METRICS, full_name
+from asrllm.training.callbacks.metric_names import METRICS, SAMPLES, full_name
 from asrllm.training.wandb_login import check_login
 
 DATA = (
@@ -31,7 +31,6 @@ SPEED = (
     "mfu",
     "memory_gb",
 )
-SAMPLES = "valid/samples"  # the table of WandbSink
 COMPARED_SETTINGS = ("trainer.lr", "trainer.num_steps", "data.sampler.max_tokens")
 COMPARED_METRICS = ("loss", "acc", "audio_hours_per_hour")
 INSTALL = "Run: pip install 'asrllm[dashboard]'"

@@ -141,7 +141,7 @@ def metrics_page() -> str:
         "## Training",
         "",
         "A line of `metrics.jsonl` is one record: `step`, the optimizer steps done, and these",
-        "values over all ranks. `trainer.sinks` put `train/` before a name without a slash.",
+        "values over all ranks. Trackers put `train/` before a name without a slash.",
         "`{corpus}` and `{set}` are names from the data configurations, and `{reason}` is the name",
         "of a filter. [Training](training.md#metrics) says when records are written.",
         "",

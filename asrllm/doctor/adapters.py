@@ -49,8 +49,13 @@ def check_adapters(model: AsrLlmModel, batch: PackedBatch) -> Finding:
         fault = fault_of_gradients({name: weight.grad for name, weight in trained.items()})
     if fault:
         return problem("adapters", f"{batch.keys[0]!r}: {fault}", FIX)
+    if not trained:
+        return ok("adapters", "the loss is finite; no adapters and no projector are trained")
+    if not adapters:
+        return ok("adapters", "there are no trained adapters, and gradients reach the projector")
+    reached = "them" if len(adapters) == len(trained) else "them and the projector"
     changed = f"{len(adapters)} weights of adapters change the logits"
-    return ok("adapters", f"{changed}, and gradients reach {len(trained)} trained weights")
+    return ok("adapters", f"{changed}, and gradients reach {reached}")
 
 
 def add_noise(weights: Iterable[Tensor]) -> None:

@@ -210,8 +210,8 @@ def check_audio_tokens(
 ) -> Finding:
     """Compare the frames that the encoder gives with those that the prompts have tokens for.
 
-    Only the shortest, the longest and a third example are encoded: a Whisper of 0.3 billion weights
-    takes a second for each second of audio on two cores.
+    Only the shortest, the median and the longest example are encoded: a Whisper of 0.3 billion
+    weights takes a second for each second of audio on two cores.
     """
     features_of = encoder.get_submodule("features")
     fields = processor.config.audio_encoder or {}

@@ -103,21 +103,22 @@ class Batcher:
             is_full = len(self.running) + len(found) >= self.batch_size
             if is_full or (is_busy and self.tasks.empty()):
                 break
-            if self.tasks.empty():
-                self._trim()
-            task = self.tasks.get()
+            task = self._next_task()
             if task is None:
                 self.is_open = False
             elif not task.answer.cancelled():
                 found.append(task)
         return found
 
-    def _trim(self) -> None:
-        """Return the memory of earlier batches to the system, when there is nothing to decode."""
-        now = time.monotonic()
-        if now - self.trimmed > TRIM_SECONDS:
-            self.trimmed = now
+    def _next_task(self) -> _Task | None:
+        """Wait for a task. If there is none for a while, return freed memory to the system."""
+        remaining = self.trimmed + TRIM_SECONDS - time.monotonic()
+        try:
+            return self.tasks.get(timeout=max(remaining, 0.0))
+        except queue.Empty:
             release_freed_memory()
+            self.trimmed = time.monotonic()
+            return self.tasks.get()
 
     def _step(self, newcomers: Sequence[_Task]) -> None:
         if newcomers:

@@ -33,7 +33,7 @@ class WandbConfig:
     mode: Literal["disabled", "offline", "online"] = "disabled"
     """whether the run is logged: disabled | offline (below exp_dir/wandb) | online"""
     project: str = "asrllm"
-    """project, or experiment in MLflow"""
+    """W&B project; in training also that of Trackio, and the experiment of MLflow"""
     name: str | None = None
     """name of the run; null: that of exp_dir, with -evaluate for evaluations"""
 

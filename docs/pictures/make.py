@@ -13,11 +13,15 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-REPORT_SIZE = (1200, 690)  # pixels; the report goes on below
+REPORT_SIZE = (1200, 690)  # pixels; the report continues below
 # lines of progress, paths, and times, which are those of another machine
-HIDDEN = ("importing ", "loading ", "transcribing", "weights ", "speech ", "shards ", "run ")
-HIDDEN += ("times: ", "next:", "  ")
-ADVANCE, LINE, MARGIN = 8.4, 20, 14  # pixels of a character of 14 px, of a line, and around
+HIDDEN = (
+    *("importing ", "loading ", "transcribing", "weights ", "speech ", "shards ", "run "),
+    *("times: ", "next:", "  "),
+)
+ADVANCE = 8.4  # width of a character of 14 px, in pixels
+LINE = 20  # height of a line in pixels
+MARGIN = 14  # pixels around the text
 FONT = "14px 'DejaVu Sans Mono', Menlo, Consolas, monospace"
 
 

@@ -144,7 +144,7 @@ class Times:
             self.always(name, work)
 
     def always(self, name: str, work: Callable[[], T]) -> T:
-        """Run a step that writes no result, and return what `work` returns."""
+        """Run a step, whether its result exists or not, and return what `work` returns."""
         print(f"== {name}", flush=True)
         began = time.monotonic()
         done = work()

@@ -315,7 +315,7 @@ def check_audio_name(name: str, place: str) -> None:
         place: the field that has it, as the beginning of messages.
     """
     if not name:
-        raise RejectedError("missing_audio", f"{place} names no audio file: it is empty")
+        raise RejectedError("missing_audio", f"{place} is empty. Name an audio file")
     if is_url(name):
         raise RejectedError(
             "missing_audio", f"{place} is the URL {name!r}. Download it, and name the file"

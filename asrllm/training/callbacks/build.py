@@ -90,8 +90,11 @@ def make_sinks(config: TrainRun, data: TrainingData, step: int) -> list[sinks.Si
         return []
     options = config.trainer
     exp_dir = Path(config.exp_dir or "")
-    logged = last_steps(exp_dir / "metrics.jsonl")
-    sampled = last_steps(exp_dir / "samples.jsonl").get("step", -1)
+    logged: dict[str, int] = {}
+    sampled = -1
+    if "trackio" in options.sinks or "mlflow" in options.sinks:
+        logged = last_steps(exp_dir / "metrics.jsonl")
+        sampled = last_steps(exp_dir / "samples.jsonl").get("step", -1)
     made: list[sinks.Sink] = [
         sinks.MetricsFile(exp_dir, step),
         sinks.ConsoleSink(data.total_steps(), step),

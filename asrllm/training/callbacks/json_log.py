@@ -1,5 +1,6 @@
 """Logs of JSON lines to which a resumed run appends."""
 
+import json
 import logging
 from pathlib import Path
 from typing import TextIO
@@ -33,13 +34,22 @@ def reopen_log(path: Path, step: int) -> TextIO:
 
 
 def last_steps(path: Path) -> dict[str, int]:
-    """Return the last step that a log of JSON lines has of each name; empty if it is missing."""
+    """Return the last step that a log of JSON lines has, or had before a resume, of each name.
+
+    `reopen_log` removes lines, therefore the steps are kept in a file beside the log.
+    """
+    kept = path.with_suffix(".steps.json")
     steps: dict[str, int] = {}
+    if kept.is_file():
+        steps.update(parse_json(kept.read_bytes()))
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for line in lines:
         step = _step_of(line)
         if step is not None:
-            steps.update(dict.fromkeys(parse_json(line), step))
+            for name in parse_json(line):
+                steps[name] = max(step, steps.get(name, step))
+    if steps:
+        write_whole(kept, json.dumps(steps))
     return steps
 
 

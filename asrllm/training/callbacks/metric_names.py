@@ -5,6 +5,7 @@
 
 import re
 
+SAMPLES = "valid/samples"  # name of the table of decoded utterances
 METRICS: dict[str, tuple[str, str]] = {
     "epoch": ("epochs", "passes over the data that are complete"),
     "loss": ("nats", "mean per supervised token over all ranks"),

@@ -11,7 +11,13 @@ from asrllm.escape import escape
 from asrllm.progress import ProgressBar
 from asrllm.training.callbacks.decoding import ValidationSample
 from asrllm.training.callbacks.json_log import reopen_log
-from asrllm.training.callbacks.metric_names import METRICS, describe_metric, full_name, wandb_name
+from asrllm.training.callbacks.metric_names import (
+    METRICS,
+    SAMPLES,
+    describe_metric,
+    full_name,
+    wandb_name,
+)
 from asrllm.training.checkpoint.manifest import newest_checkpoint
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb, print_sync_command
@@ -177,11 +183,7 @@ class WandbSink(Sink):
 
     def write(self, record: Record) -> None:
         """Log the metrics, and a new checkpoint if there is one."""
-        values = {}
-        for name, value in record.items():
-            if value is not None and name != "step":
-                values[full_name(name)] = value
-        self.run.log(values, step=record["step"])
+        self.run.log(full_values(record), step=record["step"])
         self._log_new_checkpoint()
 
     def write_samples(self, step: int, samples: Sequence[ValidationSample]) -> None:
@@ -189,7 +191,7 @@ class WandbSink(Sink):
         columns = list(vars(samples[0]))
         rows = [list(vars(sample).values()) for sample in samples]
         table = self.wandb.Table(columns=columns, data=rows)
-        self.run.log({"valid/samples": table}, step=step)
+        self.run.log({SAMPLES: table}, step=step)
 
     def _log_new_checkpoint(self) -> None:
         """Log a new complete checkpoint as an artifact that refers to its path.
@@ -212,6 +214,15 @@ class WandbSink(Sink):
         self._log_new_checkpoint()
         self.run.finish()
         print_sync_command(self.run)
+
+
+def full_values(record: Record) -> Record:
+    """Return the known values of a record by their full names, without the step."""
+    values: Record = {}
+    for name, value in record.items():
+        if value is not None and name != "step":
+            values[full_name(name)] = value
+    return values
 
 
 def run_id(directory: Path) -> str:

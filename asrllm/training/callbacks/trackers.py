@@ -19,8 +19,8 @@ from asrllm.errors import UserError
 from asrllm.progress import waiting
 from asrllm.text_files import first_words
 from asrllm.training.callbacks.decoding import ValidationSample
-from asrllm.training.callbacks.metric_names import full_name
-from asrllm.training.callbacks.sinks import Record, Sink, run_id
+from asrllm.training.callbacks.metric_names import SAMPLES, full_name
+from asrllm.training.callbacks.sinks import Record, Sink, full_values, run_id
 from asrllm.training.run_config import WandbConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ MAX_PARAM_LENGTH = 6000  # characters, of MLflow
 
 
 class NewRecords(Sink):
-    """Passes on what a killed run has not logged yet.
+    """A sink that passes on what a killed run has not logged yet.
 
     The run resumes from an earlier step, and trackers cannot delete the steps after it.
     """
@@ -69,7 +69,7 @@ class NewRecords(Sink):
 
 
 class Background(Sink):
-    """Calls a sink in a thread, so that its errors and a slow network do not stop the training."""
+    """A sink that calls another in a thread: errors and a slow network do not stop training."""
 
     def __init__(self, name: str, sink: Sink, close_timeout: float = CLOSE_TIMEOUT) -> None:
         """Start the thread.
@@ -161,16 +161,12 @@ class TrackioSink(Sink):
 
     def write(self, record: Record) -> None:
         """Log the metrics."""
-        values = {}
-        for name, value in record.items():
-            if value is not None and name != "step":
-                values[full_name(name)] = value
-        self.run.log(values, step=record["step"])
+        self.run.log(full_values(record), step=record["step"])
 
     def write_samples(self, step: int, samples: Sequence[ValidationSample]) -> None:
         """Log a table of the decoded utterances."""
         table = self.trackio.Table(**columns_and_rows(samples))
-        self.run.log({"valid/samples": table}, step=step)
+        self.run.log({SAMPLES: table}, step=step)
 
     def close(self) -> None:
         """Finish the run."""
@@ -191,14 +187,14 @@ def import_trackio(folder: Path) -> Any:
     os.environ["TRACKIO_DIR"] = given or str(folder.resolve())
     try:
         used = importlib.import_module("trackio.utils").TRACKIO_DIR
-        if str(used) != os.environ["TRACKIO_DIR"]:
+        if Path(used) != Path(os.environ["TRACKIO_DIR"]):
             raise UserError(
                 f"Trackio writes to {str(used)!r} in this process, because an earlier job of "
                 "--multirun did. Set TRACKIO_DIR to a directory for all jobs."
             )
         return importlib.import_module("trackio")
     finally:
-        if given is None:
+        if not given:
             del os.environ["TRACKIO_DIR"]
 
 
@@ -225,7 +221,8 @@ class MlflowSink(Sink):
         self.mlflow = mlflow
         folder = exp_dir / "mlruns"
         uri = os.environ.get("MLFLOW_TRACKING_URI") or folder.resolve().as_uri()
-        tracker = f"MLflow at {uri}"
+        shown = re.sub("//[^/@]*@", "//", uri)  # without a user and a password
+        tracker = f"MLflow at {shown}"
         with waiting(f"starting {tracker}"), explained_start(tracker, "MLFLOW_TRACKING_URI"):
             self.client = mlflow.MlflowClient(tracking_uri=uri)
             experiment = self._find_experiment(config.project)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from asrllm.errors import UserError
 from asrllm.training.callbacks.decoding import ValidationSample
-from asrllm.training.callbacks.json_log import last_steps
+from asrllm.training.callbacks.json_log import last_steps, reopen_log
 from asrllm.training.callbacks.sinks import Sink, TensorBoardSink
 from asrllm.training.callbacks.trackers import Background, MlflowSink, NewRecords, TrackioSink
 from asrllm.training.prepare import check_sinks
@@ -114,6 +114,14 @@ def test_last_steps_are_those_of_each_name(tmp_path):
     assert last_steps(log) == {}
     log.write_text('{"step": 2, "loss": 1}\n{"step": 4, "valid/a": 1}\ndamaged\n{"step": 6, "lo')
     assert last_steps(log) == {"step": 4, "loss": 2, "valid/a": 4}
+
+
+def test_last_steps_stay_when_a_resume_removes_lines(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 2, "loss": 1}\n{"step": 9, "loss": 1}\n')
+    assert last_steps(log)["loss"] == 9
+    reopen_log(log, 4).close()
+    assert last_steps(log)["loss"] == 9
 
 
 def test_resumed_tensorboard_log_has_every_step_once(tmp_path):
@@ -288,7 +296,7 @@ def test_trackio_run_has_metrics_configuration_and_samples(trackio, tmp_path, ca
 
 
 def test_resumed_trackio_run_is_the_same_run(trackio, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "shared"))
+    monkeypatch.setenv("TRACKIO_DIR", f"{tmp_path}/shared/")
     for logged in ({}, {"loss": 4, "valid/dev/wer": 3}):
         forget_trackio(monkeypatch)  # as in the next process
         sink = TrackioSink(OPTIONS, tmp_path / "exp", {})
