@@ -12,8 +12,10 @@ import torch
 from filelock import FileLock
 
 from asrllm.atomic import PATH_FIXES
+from asrllm.commands import dispatch
 from asrllm.commands.arguments.verbs import VERBS
-from asrllm.commands.dispatch import explain, main
+from asrllm.commands.dispatch import explain, main, parse
+from asrllm.siblings import Siblings
 from asrllm.training.checkpoint import resume
 from tests.checkpoints.made import write_checkpoint
 from tests.conftest import REPOSITORY
@@ -362,3 +364,15 @@ def test_full_disk_exits_with_the_file(monkeypatch, capsys):
     error = fails(capsys, "transcribe", "x", "a.wav")
     assert os.strerror(errno.ENOSPC) in error
     assert "'out.txt'" in error
+
+
+@pytest.mark.parametrize("statuses", [{}, {1: 0}, {1: 130}])
+def test_rank_says_that_it_was_interrupted_unless_another_one_did(monkeypatch, capsys, statuses):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dispatch, "load_module", lambda name: interrupted)
+    ranks = Siblings()
+    ranks.statuses.update(statuses)
+    assert dispatch.run_verb(parse(["plan", "exp"]), ranks) == 130
+    assert capsys.readouterr().err.count("interrupted") == (130 not in statuses.values())

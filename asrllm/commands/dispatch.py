@@ -152,7 +152,8 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        ranks.report(f"asrllm {arguments.verb}: interrupted")
+        if INTERRUPTED not in ranks.statuses.values():  # otherwise another rank has printed it
+            ranks.report(f"asrllm {arguments.verb}: interrupted")
         return INTERRUPTED
     except Terminated as exit_:
         text = f"asrllm {arguments.verb}: interrupted by SIGTERM. Run the same command again."

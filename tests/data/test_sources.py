@@ -54,6 +54,8 @@ def test_kaldi_segments_are_cut_out_of_recordings(tmp_path):
         ("text", "\n", "k/text'"),
         ("wav.scp", "utt0000 cat x.wav |\n", r"wav\.scp: recording 'utt0000' .*--allow-pipes"),
         ("text", "utt0000 one\n".encode("utf-16"), r"k/text' .*UTF-16.*UTF-8"),
+        ("wav.scp", "utt0000 a.wav\rutt0001 b.wav\r", r"k/wav\.scp' .*carriage return"),
+        ("text", "utt0000 one\rutt0001 one\r", r"k/text' .*carriage return"),
     ],
 )
 def test_an_invalid_kaldi_directory_is_reported(tmp_path, file, content, message):
@@ -110,6 +112,13 @@ def test_an_invalid_kaldi_directory_is_reported(tmp_path, file, content, message
             "bad_segment",
             "0 to nan s",
         ),
+        (
+            "wav.scp",
+            "utt0000 https://host/a.wav\nutt0001 {folder}/wav/utt0001.wav\n",
+            "missing_audio",
+            "'https://host/a.wav'",
+        ),
+        ("text", "utt0001 one\nutt0000 one\rutt0002 two\n", "bad_row", "k/text has a carriage"),
         ("utt2spk", "utt0000 \xff\nutt0001 s\n", "broken_text", "UTF-8"),
         ("text", "utt0000 \xff\nutt0001 one\n", "broken_text", "UTF-8"),
     ],

@@ -150,7 +150,10 @@ def without(source, key):
         ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 .*'key'"),
         ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2: 'source'"),
         ("slam", GOOD["slam"] | {"key": ""}, "bad_key", ":2 .*'key'"),
-        ("swift", GOOD["swift"] | {"audios": [""]}, "missing_audio", ":2 "),
+        ("swift", GOOD["swift"] | {"audios": [""]}, "missing_audio", ":2: .* empty"),
+        ("swift", GOOD["swift"] | {"audios": ["https://h/a.wav"]}, "missing_audio", "'https://h/"),
+        ("swift", GOOD["swift"] | {"audios": [{"path": ""}]}, "missing_audio", ":2: .* empty"),
+        ("swift", GOOD["swift"] | {"audios": [{"bytes": ""}]}, "bad_field", ":2: 'audios'"),
         ("nemo", '{"audio_filepath": "a.wav", "text": ', "bad_json", r"m\.jsonl:2 "),
         ("nemo", '"x"', "bad_json", r"m\.jsonl:2 "),
         ("nemo", "\udcff", "bad_json", r"m\.jsonl:2 "),
@@ -728,7 +731,7 @@ def test_chat_manifest_becomes_shards(tmp_path):
         chat(
             ("human", "Write: <audio>"), ("gpt", "three"), names=("conversations", "from", "value")
         ),
-        {"query": "<audio>Say", "response": "four", "audios": ["a.wav"]},
+        {"query": "<audio>Say", "response": "four", "audios": [{"path": "a.wav"}]},
         chat(("user", "x"), ("assistant", "y"), ("user", "x"), ("assistant", "y"), id="turns"),
         chat(("assistant", "y"), ("user", "x"), id="order"),
         chat(("user", "x"), ("assistant", "y"), audios=["a.wav", "a.wav"], id="audios"),

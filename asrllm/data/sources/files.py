@@ -116,6 +116,24 @@ def text_lines(
         ) from error
 
 
+def check_line_ends(line: str, path: Path, role: str) -> None:
+    """Check the first line of a file whose lines are rows.
+
+    Args:
+        line: the line without its end.
+        path: the file.
+        role: what the file is, as the beginning of messages.
+
+    Raises:
+        UserError: the line has carriage returns, and is therefore several lines.
+    """
+    if "\r" in line:
+        raise UserError(
+            f"{role} {str(path)!r} ends its lines with a carriage return alone. "
+            "Convert it, for example with \"tr '\\r' '\\n'\"."
+        )
+
+
 def read_lines(
     path: Path,
     role: str,
@@ -290,21 +308,26 @@ def audio_field(row: Mapping[str, object], where: str, *names: str) -> str:
     Args:
         row: the row.
         where: its place, as the beginning of messages.
-        names: alternative names of the field, which is a path or, as in JSON of Hugging Face
-            datasets, {"path": path, ...}.
+        names: alternative names of the field, whose value is as in `audio_path`.
 
     Raises:
         RejectedError: the row names no audio file.
     """
-    paths = dict(row)
-    for name in names:
-        value = row.get(name)
-        if isinstance(value, dict) and "path" in value:
-            paths[name] = value["path"]
+    paths = {name: audio_path(value) if name in names else value for name, value in row.items()}
     file = text_field(paths, where, *names)
     field = next(name for name in names if name in row)
     check_audio_name(file, f"{where}: {field!r}")
     return file
+
+
+def audio_path(value: object) -> object:
+    """Return the path of {"path": path, ...}, as datasets of Hugging Face name audio in JSON.
+
+    Other values are returned unchanged.
+    """
+    if isinstance(value, dict) and "path" in value:
+        return value["path"]
+    return value
 
 
 def check_audio_name(name: str, place: str) -> None:

@@ -15,6 +15,7 @@ from asrllm.data.sources.files import (
     SAMPLE_FIELDS,
     audio_field,
     check_audio_name,
+    check_line_ends,
     count_lines,
     find_root,
     json_rows,
@@ -207,11 +208,7 @@ def _column_table(path: Path) -> TableRows:
     if header is None:
         raise UserError(f"{ROLE} {str(path)!r} is empty. Make it again.")
     header = header.rstrip("\r\n")
-    if "\r" in header:
-        raise UserError(
-            f"{ROLE} {str(path)!r} ends its lines with a carriage return alone. "
-            "Convert it, for example with \"tr '\\r' '\\n'\"."
-        )
+    check_line_ends(header, path, ROLE)
     delimiter = _delimiter(path, header)
     if delimiter == "|" and not _find_column(header.split("|"), AUDIO_COLUMNS):
         yield from _ljspeech(path)

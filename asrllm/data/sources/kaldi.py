@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from asrllm.data.sources.files import LONGEST_RECORDING, count_lines, find_root, peek, read_lines
+from asrllm.data.sources.files import (
+    LONGEST_RECORDING,
+    check_audio_name,
+    check_line_ends,
+    count_lines,
+    find_root,
+    peek,
+    read_lines,
+)
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
 from asrllm.text_files import check_link, open_regular
@@ -40,6 +48,7 @@ exit "$status"
 """
 ARK_OFFSET = r"(?<=\.ark):(\d+)$"
 OPTIONAL_TABLES = {"speaker": "utt2spk", "lang": "utt2lang"}  # field of a sample: table
+ROLE = "the Kaldi table"
 # an utterance's key, its recording if it is a segment, and its audio or why it has none
 KaldiEntry = tuple[str, str | None, AudioSegment | RejectedError]
 
@@ -123,7 +132,10 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
             f"{str(path.parent)!r} is not a Kaldi data directory: it has no file {path.name}. "
             "Give the directory with wav.scp and text."
         )
-    for _, line in read_lines(path, "the Kaldi table", strict=False):
+    lines = read_lines(path, ROLE, strict=False)
+    first = next(lines)
+    check_line_ends(first[1], path, ROLE)
+    for _, line in itertools.chain([first], lines):
         key, *value = line.split(maxsplit=1)
         yield key, value[0].strip() if value else ""
 
@@ -189,13 +201,18 @@ class _Lookup:
         """Return the value of a key, or None if it has no line.
 
         Raises:
-            RejectedError: the key has several lines.
+            RejectedError: the key has several lines, or a line that may be several.
         """
         while self.next is not None and self.next[0] <= key:
             self.held[self.next[0]] = self.next[1]
             self.next = next(self.rows, None)
         value = self.held.pop(key, None)
         self.keys.check(key)
+        if value is not None and "\r" in value:
+            path = self.keys.path
+            raise RejectedError(
+                "bad_row", f"{path} has a carriage return within the line of {key!r}. Remove it"
+            )
         return value
 
     def rest(self) -> Iterator[tuple[str, str]]:
@@ -217,10 +234,12 @@ def _recordings(
     root = find_root(files, [folder, Path.cwd()])
     for key, value in rows:
         where = f"{folder / 'wav.scp'}: recording {key!r}"
-        if value:
-            yield key, AudioSegment(_audio_source(where, root, value, allow_pipes))
+        try:
+            audio = _audio_source(where, root, value, allow_pipes)
+        except RejectedError as error:
+            yield key, error
         else:
-            yield key, RejectedError("missing_audio", f"{where} has no path")
+            yield key, AudioSegment(audio)
 
 
 def _audio_source(
@@ -236,6 +255,7 @@ def _audio_source(
                 "or run its command with --allow-pipes if you trust it."
             )
         return _Pipe(value[:-1].strip())
+    check_audio_name(value, where)
     offset = re.search(ARK_OFFSET, value)
     if offset:
         return _ArkEntry(root / value[: offset.start()], int(offset[1]))

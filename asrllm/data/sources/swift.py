@@ -7,6 +7,8 @@ from typing import Any
 
 from asrllm.data.sources.files import (
     Row,
+    audio_path,
+    check_audio_name,
     key_from_path,
     read_json_manifest,
     sample_fields,
@@ -37,54 +39,42 @@ def read_swift(path: str | Path) -> Iterator[Utterance]:
 
 
 def _utterance(row: Row, where: str, root: Path) -> Utterance:
-    turns = [(role, text) for role, text in _turns(row, where) if role != SYSTEM]
-    audios = _audios(row, where)
-    problem = _chat_problem(row, turns, audios, where)
-    audio = audios[0] if audios else ""
-    prompt = "" if problem else turns[0][1].replace(SWIFT_AUDIO_TAG, "").strip()
-    key = _key(row, audio, prompt, where)
-    if problem:
-        return Utterance(key=key, text="", problem=problem)
+    question, answer = _question_and_answer(row, where)
+    audio = _only_audio(row, where)
+    prompt = question.replace(SWIFT_AUDIO_TAG, "").strip()
     fields = sample_fields(row)
     if prompt:
         fields["prompt"] = prompt
     return Utterance(
-        key=key,
-        text=turns[1][1],
+        key=_key(row, audio, prompt),
+        text=answer,
         load=AudioSegment(root / audio),
         fields=fields,
         file=root / audio,
     )
 
 
-def _chat_problem(
-    row: Row,
-    turns: list[Turn],
-    audios: list[str],
-    where: str,
-) -> tuple[str, str] | None:
-    """Return (reason, detail) unless a chat is one question with one audio file and one answer."""
-    if len(audios) != 1:
-        return "not_one_audio", f"{where} has {len(audios)} audio files"
-    if not audios[0]:
-        return "missing_audio", f"{where} names no audio: the path is empty"
+def _question_and_answer(row: Row, where: str) -> tuple[str, str]:
+    """Return the texts of a chat.
+
+    Raises:
+        RejectedError: it is not one question about one audio file, and one answer.
+    """
     if row.get("history"):
-        return "not_one_turn", f"{where} is a chat with a history"
+        raise RejectedError("not_one_turn", f"{where} is a chat with a history")
+    turns = [(role, text) for role, text in _turns(row, where) if role != SYSTEM]
     roles = [role for role, _ in turns]
     if len(roles) != 2 or roles[0] not in USERS or roles[1] not in ASSISTANTS:
-        return "not_one_turn", f"{where} is a chat of {', '.join(roles) or 'nobody'}"
-    if turns[0][1].count(SWIFT_AUDIO_TAG) > 1:
-        return "not_one_audio", f"{where} has one audio file, but several {SWIFT_AUDIO_TAG}"
-    return None
+        raise RejectedError("not_one_turn", f"{where} is a chat of {', '.join(roles) or 'nobody'}")
+    question, answer = (text for _, text in turns)
+    if question.count(SWIFT_AUDIO_TAG) > 1:
+        problem = f"{where} has several {SWIFT_AUDIO_TAG} in its question"
+        raise RejectedError("not_one_audio", problem)
+    return question, answer
 
 
-def _key(
-    row: Row,
-    audio: str,
-    prompt: str,
-    where: str,
-) -> str:
-    """Return the row's id, or a key made of the audio file and the prompt, or the row's place.
+def _key(row: Row, audio: str, prompt: str) -> str:
+    """Return the row's id, or a key made of the audio file and the prompt.
 
     A manifest may contain the same audio file with several prompts.
     """
@@ -93,7 +83,7 @@ def _key(
     key = key_from_path(audio)
     if prompt:
         key += f"-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
-    return key or where.rpartition("/")[2]
+    return key
 
 
 def _chat_field(row: Row, where: str) -> str:
@@ -130,12 +120,21 @@ def _turns(row: Row, where: str) -> list[Turn]:
     ]
 
 
+def _only_audio(row: Row, where: str) -> str:
+    """Return the audio file of a chat, or raise RejectedError."""
+    audios = _audios(row, where)
+    if len(audios) != 1:
+        raise RejectedError("not_one_audio", f"{where} has {len(audios)} audio files")
+    check_audio_name(audios[0], f"{where}: the audio")
+    return audios[0]
+
+
 def _audios(row: Row, where: str) -> list[str]:
-    """Return the audio files of a chat."""
+    """Return the audio files that a chat names: one, or a list."""
     values = (row.get(name) for name in ("audios", "audio"))
     audios: Any = next((value for value in values if value is not None), [])
-    if isinstance(audios, str):
-        return [audios]
-    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
+    paths = [audio_path(audio) for audio in (audios if isinstance(audios, list) else [audios])]
+    names = [path for path in paths if isinstance(path, str)]
+    if len(names) < len(paths):
         raise RejectedError("bad_field", f"{where}: 'audios' is {audios!r}, not a list of paths")
-    return audios
+    return names

@@ -12,6 +12,7 @@ from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
     audio_field,
+    check_line_ends,
     count_lines,
     find_root,
     key_field,
@@ -44,6 +45,7 @@ def read_wenet(path: str | Path) -> Iterator[Utterance]:
     if line.lstrip().startswith("{"):
         yield from read_json_manifest(path, ROLE, names=_names, make=_utterance)
     else:
+        check_line_ends(line, path, ROLE)
         yield from _tar_utterances(path)
 
 

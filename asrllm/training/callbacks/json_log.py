@@ -36,12 +36,11 @@ def reopen_log(path: Path, step: int) -> TextIO:
 def last_steps(path: Path) -> dict[str, int]:
     """Return the last step that a log of JSON lines has, or had before a resume, of each name.
 
-    `reopen_log` removes lines, therefore the steps are kept in a file beside the log.
+    `reopen_log` removes lines, therefore the steps are kept in a file beside the log. If it is
+    corrupted, a warning is logged, and the steps are those of the log.
     """
     kept = path.with_suffix(".steps.json")
-    steps: dict[str, int] = {}
-    if kept.is_file():
-        steps.update(parse_json(kept.read_bytes()))
+    steps = _kept_steps(kept) if kept.is_file() else {}
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for line in lines:
         step = _step_of(line)
@@ -51,6 +50,19 @@ def last_steps(path: Path) -> dict[str, int]:
     if steps:
         write_whole(kept, json.dumps(steps))
     return steps
+
+
+def _kept_steps(path: Path) -> dict[str, int]:
+    try:
+        steps = parse_json(path.read_bytes())
+        if all(isinstance(step, int) for step in steps.values()):
+            return dict(steps)
+    except (ValueError, AttributeError):
+        pass
+    logger.warning(
+        "%s is corrupted and is made again. Trackers may get records of repeated steps twice.", path
+    )
+    return {}
 
 
 def _step_of(line: bytes) -> int | None:

@@ -124,6 +124,18 @@ def test_last_steps_stay_when_a_resume_removes_lines(tmp_path):
     assert last_steps(log)["loss"] == 9
 
 
+@pytest.mark.parametrize("damage", [b'{"loss": 9, "st', b"\xff", b"[9]", b'{"loss": "9"}'])
+def test_damaged_file_of_last_steps_is_reported_and_made_again(tmp_path, caplog, damage):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 2, "loss": 1}\n')
+    (tmp_path / "metrics.steps.json").write_bytes(damage)
+    assert last_steps(log) == {"step": 2, "loss": 2}
+    assert "metrics.steps.json" in caplog.text
+    caplog.clear()
+    assert last_steps(log) == {"step": 2, "loss": 2}
+    assert not caplog.text
+
+
 def test_resumed_tensorboard_log_has_every_step_once(tmp_path):
     for first, last in ((0, 4), (2, 6)):
         sink = TensorBoardSink(tmp_path, first)
