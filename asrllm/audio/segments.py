@@ -28,10 +28,12 @@ class Segment:
     Attributes:
         start: its first sample in the file.
         wave: (samples,) float32 at RATE.
+        speech: highest probability of speech in its frames.
     """
 
     start: int
     wave: np.ndarray
+    speech: float
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -218,19 +220,21 @@ class SegmentCutter:
         self.segmenter = segmenter
         self.buffer: np.ndarray = np.zeros(0, np.float32)
         self.offset = 0  # first sample of the buffer in the stream
+        self.probabilities: np.ndarray = np.zeros(0, np.float32)  # of the frames in the buffer
 
     def push(self, block: np.ndarray) -> list[Segment]:
         """Take the next samples, (samples,) float32 at RATE, and return the complete segments."""
         self.buffer = np.concatenate([self.buffer, block])
-        segments = self._cut(self.segmenter.push(self.detector(block)))
+        segments = self._cut(self._spans(self.detector(block)))
         unneeded = min(self.segmenter.needed * FRAME - self.offset, len(self.buffer))
         self.offset += unneeded
         self.buffer = self.buffer[unneeded:]
+        self.probabilities = self.probabilities[unneeded // FRAME :]
         return segments
 
     def finish(self) -> list[Segment]:
         """Return the remaining segments at the end of the stream."""
-        spans = self.segmenter.push(self.detector.finish())
+        spans = self._spans(self.detector.finish())
         return self._cut(spans + self.segmenter.finish())
 
     def open_segment(self) -> Segment | None:
@@ -238,11 +242,17 @@ class SegmentCutter:
         span = self.segmenter.open_span
         return None if span is None else self._cut([span])[0]
 
+    def _spans(self, probabilities: np.ndarray) -> list[Span]:
+        self.probabilities = np.concatenate([self.probabilities, probabilities])
+        return self.segmenter.push(probabilities)
+
     def _cut(self, spans: list[Span]) -> list[Segment]:
         segments = []
+        first = self.offset // FRAME
         for begin, end in spans:
             wave = self.buffer[begin * FRAME - self.offset : end * FRAME - self.offset].copy()
-            segments.append(Segment(start=begin * FRAME, wave=wave))
+            speech = float(self.probabilities[begin - first : end - first].max())
+            segments.append(Segment(start=begin * FRAME, wave=wave, speech=speech))
         return segments
 
 

@@ -17,8 +17,6 @@ from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.text_files import read_text
 
 logger = logging.getLogger(__name__)
-# A request of a server must not read a file of the server.
-NO_HOTWORDS_FILE = "hotwords must not begin with '@'. Separate words by commas."
 
 
 def inference_prompt(
@@ -75,14 +73,37 @@ def prompt_of_language(config: AsrLlmConfig, language: str | None) -> str | None
     return None
 
 
-def check_language(config: AsrLlmConfig, language: str) -> None:
-    """Raise UserError if every training prompt for transcripts is for another language."""
+def check_language(config: AsrLlmConfig, language: str, prompt: str | None) -> None:
+    """Raise UserError if the language in a request to a server would have no effect.
+
+    Args:
+        config: configuration of the model.
+        language: the language.
+        prompt: the prompt in the request.
+    """
+    if prompt_of_language(config, language) is None:
+        known = ", ".join(prompt_languages(config))
+        fix = f"Use one of {known}, or leave it out" if known else "Leave it out"
+        raise UserError(f"the model has no training prompt for language={language!r} alone. {fix}.")
+    if prompt is not None:
+        raise UserError("the language selects a prompt. Set the language or a prompt, not both.")
+
+
+def prompt_languages(config: AsrLlmConfig) -> list[str]:
+    """Return the languages for which the model has training prompts, sorted."""
     languages = config.prompt_languages or {}
     prompts = for_transcripts(config.prompts or [], config.prompt_tasks)
-    is_trained = prompt_of_language(config, language) is not None
-    if languages and not is_trained and set(prompts) <= languages.keys():
-        names = ", ".join(sorted(set(languages.values())))
-        raise UserError(f"the model was not trained for language={language!r}. Use one of {names}.")
+    return sorted({languages[prompt] for prompt in prompts if prompt in languages})
+
+
+def check_hotwords(config: AsrLlmConfig, hotwords: str) -> None:
+    """Raise UserError if the hotwords in a request to a server cannot be used."""
+    if hotwords.startswith("@"):  # a request must not read a file of the server
+        raise UserError("hotwords must not begin with '@'. Separate words by commas.")
+    if config.hotwords_template is None:
+        raise UserError(
+            "the model was not trained with hotwords. Leave them out, or name them in the prompt."
+        )
 
 
 def prompt_of_translation(config: AsrLlmConfig) -> str | None:

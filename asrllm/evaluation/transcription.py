@@ -1,7 +1,7 @@
 """Transcribe files of any length: decode the segments of all files in batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,18 @@ class TextSegment:
         end: end in the file, in seconds.
         text: what was recognized.
         end_reason: what ended the text, see generation.Answer.
+        tokens: see generation.Answer.
+        logprob: see generation.Answer.
+        speech: see audio.segments.Segment.
     """
 
     start: float
     end: float
     text: str
     end_reason: str = "stop"
+    tokens: Sequence[int] = ()
+    logprob: float | None = None
+    speech: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +151,15 @@ def transcribe_files(
 def text_segment(segment: Segment, answer: Answer) -> TextSegment:
     """Combine a segment with its answer."""
     start, end = segment.seconds
-    return TextSegment(start=start, end=end, text=answer.text, end_reason=answer.end)
+    return TextSegment(
+        start=start,
+        end=end,
+        text=answer.text,
+        end_reason=answer.end,
+        tokens=answer.tokens,
+        logprob=answer.logprob,
+        speech=segment.speech,
+    )
 
 
 def segments_of(

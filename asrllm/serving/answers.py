@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from asrllm.data.audio_file import AudioFile
 from asrllm.data.text import join_texts
 from asrllm.errors import UserError
-from asrllm.evaluation.prompt import prompt_of_language
 from asrllm.evaluation.subtitles import TRANSCRIPT_WRITERS
 from asrllm.evaluation.transcription import EndOfFile, FileTranscript, TextSegment
 from asrllm.serving.api_errors import ApiError, invalid_audio, server_error
@@ -22,6 +22,7 @@ from asrllm.serving.chat import completion
 from asrllm.serving.fields import TranscriptionFields
 from asrllm.serving.transcriber import QueuePlace, Transcriber
 
+UNDETERMINED = "und"  # ISO 639 code of an unknown language
 logger = logging.getLogger(__name__)
 
 
@@ -63,12 +64,7 @@ async def transcription(
         usage = _usage(transcript.duration)
         return JSONResponse({"text": transcript.text, "usage": usage})
     if form == "verbose_json":
-        if fields.task == "translate":
-            return JSONResponse(_verbose(transcript, fields.task, "english"))
-        chosen = fields.language
-        if fields.prompt or prompt_of_language(transcriber.description, chosen) is None:
-            chosen = None  # it had no effect on the text
-        return JSONResponse(_verbose(transcript, fields.task, chosen))
+        return JSONResponse(_verbose(transcript, fields))
     if form == "text":
         return PlainTextResponse(transcript.text + "\n")
     return PlainTextResponse(TRANSCRIPT_WRITERS[form](transcript, fields.language))
@@ -78,8 +74,9 @@ def _usage(seconds: float) -> dict[str, Any]:
     return {"type": "duration", "seconds": round(seconds, 3)}
 
 
-def _verbose(transcript: FileTranscript, task: str, language: str | None) -> dict[str, Any]:
-    """Return a transcript as OpenAI's verbose_json. What is not computed is null."""
+def _verbose(transcript: FileTranscript, fields: TranscriptionFields) -> dict[str, Any]:
+    """Return a transcript as OpenAI's verbose_json."""
+    language = "english" if fields.task == "translate" else fields.language
     segments: list[dict[str, Any]] = [
         {
             "id": number,
@@ -87,22 +84,28 @@ def _verbose(transcript: FileTranscript, task: str, language: str | None) -> dic
             "start": round(segment.start, 3),
             "end": round(segment.end, 3),
             "text": segment.text,
-            "tokens": None,
+            "tokens": list(segment.tokens),
             "temperature": 0.0,
-            "avg_logprob": None,
-            "compression_ratio": None,
-            "no_speech_prob": None,
+            "avg_logprob": None if segment.logprob is None else round(segment.logprob, 4),
+            "compression_ratio": _compression_ratio(segment.text),
+            "no_speech_prob": round(1 - segment.speech, 4),
         }
         for number, segment in enumerate(transcript.segments)
     ]
     return {
-        "task": task,
-        "language": language,
+        "task": fields.task,
+        "language": language or UNDETERMINED,
         "duration": round(transcript.duration, 3),
         "text": transcript.text,
         "segments": segments,
         "usage": _usage(transcript.duration),
     }
+
+
+def _compression_ratio(text: str) -> float:
+    """Return how many times zlib shortens a text, as Whisper's decoder measures repetitions."""
+    content = text.encode()
+    return round(len(content) / len(zlib.compress(content)), 4)
 
 
 class EventStream(StreamingResponse):

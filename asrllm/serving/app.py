@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 import asrllm
 from asrllm.errors import UserError
+from asrllm.evaluation.prompt import prompt_languages
 from asrllm.serving import openapi
 from asrllm.serving.answers import EventStream, chat_answer, transcription, unless_disconnected
 from asrllm.serving.api_errors import ApiError, invalid_audio, invalid_field, server_error
@@ -150,6 +151,8 @@ def _add_models(app: FastAPI, models: Models) -> None:
             "object": "model",
             "created": created,
             "owned_by": "asrllm",
+            "languages": prompt_languages(transcriber.description),
+            "hotwords": transcriber.description.hotwords_template is not None,
         }
 
     @app.get("/v1/models")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fastapi import File, Form, Request, UploadFile
 
 from asrllm.errors import UserError
-from asrllm.evaluation.prompt import NO_HOTWORDS_FILE, check_language, inference_prompt
+from asrllm.evaluation.prompt import check_hotwords, check_language, inference_prompt
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.serving.api_errors import ApiError
 
@@ -135,21 +135,24 @@ def prompt_of_request(
     """
     language = (language or "").strip().lower() or None
     if language:
-        _check_language(description, language)
-    if hotwords and hotwords.startswith("@"):  # a file of the server
-        raise ApiError(400, NO_HOTWORDS_FILE, param="hotwords")
+        _check_language(description, language, prompt or None)
+    if hotwords:
+        try:
+            check_hotwords(description, hotwords)
+        except UserError as error:
+            raise _unsupported("hotwords", str(error)) from error
     return checked_prompt(
         description, prompt=prompt or None, language=language, hotwords=hotwords or None
     )
 
 
-def _check_language(description: AsrLlmConfig, language: str) -> None:
-    """Raise ApiError if a language is malformed, or every training prompt is for another one."""
+def _check_language(description: AsrLlmConfig, language: str, prompt: str | None) -> None:
+    """Raise ApiError if a language is malformed, or would have no effect."""
     if not LANGUAGE.fullmatch(language):
         problem = f"language={language!r} is not a language code. Use for example 'en'."
         raise ApiError(400, problem, param="language", code="invalid_language")
     try:
-        check_language(description, language)
+        check_language(description, language, prompt)
     except UserError as error:
         code = "unsupported_language"
         raise ApiError(400, str(error), param="language", code=code) from error

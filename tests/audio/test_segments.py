@@ -131,6 +131,7 @@ def test_segments_do_not_depend_on_the_block_size(probabilities, size, more, sho
         assert (segment.wave == same.wave).all()
         assert (segment.wave == wave[segment.start : segment.start + len(segment.wave)]).all()
         assert min(shortest, len(wave)) <= len(segment.wave) <= LONGEST * FRAME
+        assert segment.speech == same.speech == segment.wave[::FRAME].max()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -19,6 +20,7 @@ import soundfile
 import torch
 import uvicorn
 from openai import OpenAI
+from openai.types.audio import TranscriptionVerbose
 
 from asrllm.audio.vad import Loudness
 from asrllm.data.audio_files import open_audio
@@ -91,6 +93,7 @@ def engine(world):
     model = make_model(world)
     prompts = [Prompt(text="Transcribe."), Prompt(text="Write.", lang="en")]
     describe_prompts(model.config, prompts)
+    model.config.hotwords_template = "Names: {words}."
     return TorchEngine(model.eval(), {"max_new_tokens": 12})
 
 
@@ -169,10 +172,16 @@ def test_every_format_has_the_text_of_transcribe(client, engine):
 
     assert create("json").text == expected
     assert create("text") == expected + "\n"
-    verbose = create("verbose_json")
-    assert verbose.text == expected
+    verbose = TranscriptionVerbose.model_validate(create("verbose_json").model_dump())
+    assert (verbose.text, verbose.language) == (expected, "und")
     assert verbose.duration == pytest.approx(5, abs=0.01)
-    assert verbose.segments[0].start < verbose.segments[0].end <= 5
+    first = verbose.segments[0]
+    assert first.start < first.end <= 5
+    assert engine.model.processor.tokenizer.decode(first.tokens).strip() == first.text
+    assert first.avg_logprob < 0
+    assert 0 <= first.no_speech_prob <= 0.5
+    text = first.text.encode()
+    assert first.compression_ratio == pytest.approx(len(text) / len(zlib.compress(text)), abs=1e-4)
     assert create("srt").startswith("1\n00:00:0")
     assert create("vtt").startswith("WEBVTT\n\n1\n00:00:0")
 
@@ -253,6 +262,8 @@ def test_other_audio_formats_are_read(server, form):
         ({"include[]": "logprobs"}, 400, "include[]"),
         ({"stream": "true", "response_format": "srt"}, 400, "stream"),
         ({"language": "../en"}, 400, "language"),
+        ({"language": "de"}, 400, "language"),
+        ({"language": "en", "prompt": "Write it."}, 400, "language"),
         ({"hotwords": "@/etc/hostname"}, 400, "hotwords"),
         ({"hotwords": ","}, 400, "hotwords"),
         ({"prompt": "<|AUDIO|>"}, 400, "prompt"),
@@ -379,9 +390,22 @@ def test_unknown_requests_get_an_error_object(server, method, path, status):
 
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").id == "tiny"
+    tiny = client.models.retrieve("tiny")
+    assert (tiny.id, tiny.languages, tiny.hotwords) == ("tiny", ["en"], True)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+@pytest.mark.slow
+def test_field_that_the_model_was_not_trained_with_is_rejected(world):
+    plain = make_model(world).config
+    with running(BlockedEngine(), plain) as (url, _):
+        for field, value in (("language", "en"), ("hotwords", "one")):
+            answer = send(url, **{field: value})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == field
+        (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
+        assert (listed["languages"], listed["hotwords"]) == ([], False)
 
 
 @pytest.mark.slow

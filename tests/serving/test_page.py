@@ -14,6 +14,7 @@ from selenium.webdriver.chrome.service import Service
 
 from asrllm.testing import vowels
 from tests.evaluation.test_report_browser import FLAGS
+from tests.models.asr_llm.test_modeling import make_model
 from tests.processes import wait_for
 from tests.serving.test_api import audio, engine, running, send  # noqa: F401 (a fixture)
 from tests.serving.test_realtime import PCM_RATE, CountingEngine, completed, live, of
@@ -175,6 +176,13 @@ def test_wrong_settings_of_the_microphone_are_shown(page):
     page.find_element("id", "record").click()
     # the microphone may not have had a sound yet
     wait_for(lambda: status(page) in ("Done", "No speech was found"), 30)
+
+
+def test_fields_that_the_model_cannot_use_are_disabled(browser, world):
+    with running(CountingEngine(), make_model(world).config) as (address, _):
+        browser.get(address)
+        fields = [browser.find_element("id", name) for name in ("language", "hotwords", "prompt")]
+        wait_for(lambda: [field.is_enabled() for field in fields] == [False, False, True], 20)
 
 
 @pytest.mark.parametrize("key", ["secret", "wrong"])

@@ -174,13 +174,17 @@ class VllmBatch:
         """Return the answer in an output of vLLM, or raise UserError if its logits are NaN."""
         engine = self.engine
         tokens = list(completion.token_ids)
-        if math.isnan(completion.logprobs[0][tokens[0]].logprob):
+        logprobs = [
+            of_step[token].logprob
+            for of_step, token in zip(completion.logprobs, tokens, strict=True)
+        ]
+        if math.isnan(logprobs[0]):
             raise UserError(
                 "the model's logits are NaN: its weights contain NaN, or numbers too large for "
                 f"{engine.dtype}. Load other weights, or use float32."
             )
         renderer = engine.renderer
-        return make_answer(renderer.tokenizer, tokens, renderer.stop_ids, engine.guard)
+        return make_answer(renderer.tokenizer, tokens, renderer.stop_ids, engine.guard, logprobs)
 
 
 def check_vllm(options: dict[str, Any]) -> None:

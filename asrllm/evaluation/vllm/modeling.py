@@ -28,7 +28,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.prompt import (
-    NO_HOTWORDS_FILE,
+    check_hotwords,
     check_language,
     inference_prompt,
     prompt_of_translation,
@@ -215,8 +215,6 @@ def check_exported(config: AsrLlmHubConfig, path: str) -> None:
 def request_prompt(config: AsrLlmHubConfig, request: SpeechToTextParams) -> str:
     """Return the prompt of a request, as `asrllm serve` chooses it."""
     hotwords = request.hotwords or None
-    if hotwords and hotwords.startswith("@"):  # a file of the server
-        raise ValueError(NO_HOTWORDS_FILE)
     prompt = request.request_prompt or None
     if request.task_type == "translate" and prompt is None:
         prompt = prompt_of_translation(config)
@@ -224,7 +222,9 @@ def request_prompt(config: AsrLlmHubConfig, request: SpeechToTextParams) -> str:
             raise ValueError("the model was not trained to translate. Give a prompt for it.")
     try:
         if request.language:
-            check_language(config, request.language)
+            check_language(config, request.language, prompt)
+        if hotwords:
+            check_hotwords(config, hotwords)
         return inference_prompt(
             config, prompt=prompt, language=request.language, hotwords=hotwords, warn=False
         )

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,15 @@ class Answer:
         text: the text, without special tokens.
         end: why it ended: "stop" at a stop token, "loop" for a repetition of which one copy
             remains, "limit" at its maximum length.
+        tokens: tokens of the text.
+        logprob: mean natural logarithm of the probabilities of these tokens, and of the stop token
+            if one ended them; None if they were not computed, or there is no token.
     """
 
     text: str
     end: str = "stop"
+    tokens: Sequence[int] = ()
+    logprob: float | None = field(default=None, compare=False)  # its last digits vary with a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,9 +298,21 @@ def uses_own_search(model: AsrLlmNetwork, config: GenerationConfig) -> bool:
 
 
 def make_answer(
-    tokenizer: PreTrainedTokenizerBase, row: list[int], stop_ids: Sequence[int], guard: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    row: list[int],
+    stop_ids: Sequence[int],
+    guard: int | None,
+    logprobs: Sequence[float] = (),
 ) -> Answer:
-    """Return the answer in the new tokens of a row."""
+    """Return the answer in the new tokens of a row.
+
+    Args:
+        tokenizer: decodes the tokens.
+        row: the new tokens.
+        stop_ids: tokens that end an answer.
+        guard: as in `answers.LoopDetector`.
+        logprobs: logarithm of the probability of each token, if it is known.
+    """
     length = first_stop(row, stop_ids)
     tokens = answer_tokens(row, stop_ids, guard)
     end = "limit"
@@ -304,7 +321,13 @@ def make_answer(
     elif length < len(row):
         end = "stop"
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Answer(text=text.strip(), end=end)
+    counted = logprobs[: len(tokens) + (end == "stop")]
+    return Answer(
+        text=text.strip(),
+        end=end,
+        tokens=tokens,
+        logprob=sum(counted) / len(counted) if counted else None,
+    )
 
 
 def is_features(inputs: AudioInputs) -> bool:

@@ -21,6 +21,7 @@ class AnswerRow:
 
     Attributes:
         tokens: its new tokens, with the token that ended it.
+        logprobs: natural logarithm of the probability of each token.
         is_done: whether it has ended. Setting it removes the row from its batch.
     """
 
@@ -33,13 +34,15 @@ class AnswerRow:
         self.limit = limit
         self.loops = LoopDetector(guard) if guard else None
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
         self.is_done = False
 
-    def add(self, token: int, stop_ids: Container[int]) -> None:
+    def add(self, token: int, logprob: float, stop_ids: Container[int]) -> None:
         """Append the next token, unless the row is done."""
         if self.is_done:
             return
         self.tokens.append(token)
+        self.logprobs.append(logprob)
         is_loop = self.loops is not None and self.loops.add(token) is not None
         self.is_done = is_loop or token in stop_ids or len(self.tokens) >= self.limit
 
@@ -93,8 +96,10 @@ class GreedyBatch:
     def step(self) -> None:
         """Append the most probable token to each row."""
         chosen = self.logits.argmax(-1)
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
-            row.add(token, self.stop_ids)
+        logprobs = self.logits.gather(-1, chosen[:, None])[:, 0] - self.logits.logsumexp(-1)
+        chosen_ones = zip(self.rows, chosen.tolist(), logprobs.tolist(), strict=True)
+        for row, token, logprob in chosen_ones:
+            row.add(token, logprob, self.stop_ids)
         running = [i for i, row in enumerate(self.rows) if not row.is_done]
         if not running:
             self.rows = []

@@ -85,4 +85,6 @@ class RunningBatch:
 
     def _answer(self, row: AnswerRow) -> Answer:
         tokenizer = self.model.require_processor().tokenizer
-        return make_answer(tokenizer, row.tokens, self.config.eos_token_id, self.repetition_guard)
+        return make_answer(
+            tokenizer, row.tokens, self.config.eos_token_id, self.repetition_guard, row.logprobs
+        )

@@ -7,6 +7,7 @@ import { startRecording } from "./recorder.js";
 const find = (id) => document.getElementById(id);
 const status = find("status");
 const player = find("player");
+let served = []; // the models of the server
 let segments = [];
 let live = null; // the connection of the microphone
 let stopRecording = null;
@@ -86,11 +87,11 @@ async function abandon() {
 }
 
 function liveSettings() {
-  const keywords = find("hotwords").value.split(",").map((word) => word.trim()).filter(Boolean);
+  const keywords = entered("hotwords").split(",").map((word) => word.trim()).filter(Boolean);
   return {
     model: find("model").value,
-    language: find("language").value.trim() || null,
-    prompt: find("prompt").value.trim() || null,
+    language: entered("language") || null,
+    prompt: entered("prompt") || null,
     keywords: keywords.length ? keywords : null,
   };
 }
@@ -185,13 +186,29 @@ function authorization() {
 async function model(signal) {
   const listed = await fetch("v1/models", { headers: authorization(), signal });
   await check(listed);
-  const names = (await listed.json()).data.map((served) => served.id);
+  served = (await listed.json()).data;
+  const names = served.map((one) => one.id);
   const choice = find("model");
   if (names.join() !== [...choice.options].map((option) => option.value).join()) {
     choice.replaceChildren(...names.map((name) => new Option(name)));
   }
   find("models").hidden = names.length === 1;
+  offerFields();
   return choice.value;
+}
+
+find("model").addEventListener("change", offerFields);
+
+// Disable the fields that the chosen model cannot use.
+function offerFields() {
+  const { languages, hotwords } = served.find((one) => one.id === find("model").value);
+  find("language").disabled = languages.length === 0;
+  find("language").placeholder = languages.join(", ");
+  find("hotwords").disabled = !hotwords;
+}
+
+function entered(name) {
+  return find(name).disabled ? "" : find(name).value.trim();
 }
 
 async function stream(file, signal) {
@@ -200,8 +217,8 @@ async function stream(file, signal) {
   form.append("model", await model(signal));
   form.append("stream", "true");
   for (const name of ["language", "prompt", "hotwords"]) {
-    if (find(name).value.trim()) {
-      form.append(name, find(name).value.trim());
+    if (entered(name)) {
+      form.append(name, entered(name));
     }
   }
   const answer = await fetch("v1/audio/transcriptions", {

@@ -1,9 +1,12 @@
 """Chats that join a batch while others are decoded have the texts that they have alone."""
 
+import numpy as np
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from asrllm.evaluation.engine import TorchEngine, WholeBatch
+from asrllm.models.asr_llm import generation
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_generation import FAMILIES, llm_of, make_model, waves_of
 
@@ -125,3 +128,25 @@ def test_batch_of_beams_admits_nobody_while_it_is_decoded(model):
     expected = engine.answer([waves[0], waves[2]], [prompt_of(0), prompt_of(2)])
     assert [answer for _, answer in batch.step()] == expected
     assert batch.can_join
+
+
+def test_logprobs_match_transformers(model):
+    engine = engine_of(model)
+    waves = waves_of(4)
+    answers, _ = decode_in_turns(engine, waves)
+    for i, answer in enumerate(answers):
+        config = generation.decoding_config(None, 24, model.processor.renderer.stop_ids)
+        config.output_logits = config.return_dict_in_generate = True
+        chats = [model.processor.renderer.user_messages(prompt_of(i))]
+        samples = torch.tensor([len(waves[i])])
+        requests = generation.make_requests(model, chats, samples, config, None)
+        features = generation.make_features(model, [waves[i]], [waves[i]], [0])
+        embeddings, mask = generation.embed_prompts(model, features, requests)
+        theirs = model.llm.generate(
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=config
+        )
+        scores = model.causal_lm.compute_transition_scores(
+            theirs.sequences, theirs.logits, normalize_logits=True
+        )
+        assert answer.tokens == theirs.sequences[0, : len(answer.tokens)].tolist() != []
+        np.testing.assert_allclose(answer.logprob, scores.mean(), rtol=1e-4)
