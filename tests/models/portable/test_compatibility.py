@@ -15,12 +15,16 @@ def test_page_shows_the_newest_results_of_all_ways():
 
 
 @pytest.mark.slow
-def test_texts_of_a_saved_model_are_those_of_the_package(world, tmp_path):
-    """A way that needs no other environment."""
+@pytest.mark.parametrize(
+    "name", ["PEFT, `--separate-adapter`", "transformers 5.24, `transformers serve`"]
+)
+def test_texts_of_a_saved_model_are_those_of_the_package(world, tmp_path, name):
+    """The ways that need no other environment."""
+    way = WAYS[name]
     model = lora_model(world)
-    model.save_pretrained(tmp_path / "model", separate_adapter=True)
+    separate = way.separate
+    model.save_pretrained(tmp_path / "model", merge_adapter=not separate, separate_adapter=separate)
     waves = waves_of(3)
     np.savez(tmp_path / "waves.npz", *waves)
-    way = WAYS["PEFT, `--separate-adapter`"]
     found = texts_of(way, "float32", tmp_path / "model", tmp_path / "waves.npz", [])
     assert found == model.transcribe(waves)
