@@ -6,6 +6,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=CORES benchmarks/decode.py ...
 
 All methods decode the same waveforms from the shards with the same model, and take turns. generate
+has the linear layers of torch, ours on the CPU those of oneDNN (asrllm/models/cpu_linear.py). It
 decodes one utterance at a time, or batches of a fixed size; it takes the utterances in the order of
 the shards and pads each batch to its longest. Ours is the method of `asrllm evaluate`: batches of
 similar durations within a budget of seconds, the next batch is read during decoding, and finished
@@ -20,6 +21,7 @@ as there are ranks, so that every method has the whole machine. """
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -49,6 +51,8 @@ from asrllm.evaluation.decode import CorpusOptions, decode_corpus
 from asrllm.evaluation.engine import Engine, TorchEngine
 from asrllm.evaluation.journal import Journal
 from asrllm.models.asr_llm.generation import token_limit
+from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.cpu_linear import CpuLinear
 
 MAX_NEW_TOKENS = 100
 Rate = float | None  # tokens per second
@@ -103,6 +107,15 @@ def busy_decode(engine: Engine, corpus: Corpus, prompt: str) -> list[str]:
     """Decode like `asrllm evaluate` beside a busy core."""
     with busy_core():
         return decode(engine, corpus, prompt, 240.0)
+
+
+def with_torch_layers(model: AsrLlmModel) -> AsrLlmModel:
+    """Return a copy of a model whose linear layers are those of torch."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if type(module) is CpuLinear:
+            module.__class__ = torch.nn.Linear
+    return copied
 
 
 def never_end(model: Any) -> None:
@@ -268,13 +281,15 @@ def compare(where: Path, shards: Path, arguments: argparse.Namespace) -> dict[st
         distributed.start()
     model = AutoModel.from_pretrained(where, weights=arguments.weights, dtype=arguments.dtype)
     corpus = make_corpus("test", open_index(shards), None)
+    theirs = with_torch_layers(model)
     prompt, fixed = (
         (model.config.prompts or ["Transcribe."])[0],
         f"batches of {arguments.batch_size}",
     )
-    given = model, corpus, prompt, arguments.tokens_per_second
+    given = theirs, corpus, prompt, arguments.tokens_per_second
     if arguments.tokens_per_second:
         never_end(model)
+        never_end(theirs)
     options = {
         "max_new_tokens": MAX_NEW_TOKENS,
         "max_tokens_per_second": arguments.tokens_per_second,

@@ -77,22 +77,25 @@ class AutoModel:
         reject_unknown("AutoModel.from_pretrained()", unknown, known)
         device = device_of_map(device_map)
         dtype = torch_dtype if dtype is None else dtype
-        folder = model_folder(path)
-        if is_auden(folder):
-            move_base_models(read_auden_config(folder), base_models, where=str(folder))
-            return load_auden(folder, weights=weights, dtype=dtype).to(device)
-        file = chosen_weights(folder, weights)
-        if file is None:
-            model = AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
-            return model.to(device)
-        model = load_model(
-            AsrLlmModel, folder, read_state(file), dtype=dtype, base_models=base_models
-        )
-        if not (folder / "generation_config.json").is_file():
-            # training writes none: an LLM that is trained in full keeps the one of its base model
-            base = (model.config.base_models or {}).get("llm", {})
-            set_generation_config(model.causal_lm, Path(base.get("path", folder)))
-        return model.to(device)
+        return _load(model_folder(path), weights, dtype, base_models).to(device)
+
+
+def _load(
+    folder: Path, weights: str | Path | None, dtype: Dtype, base_models: BasePaths | None
+) -> AsrLlmModel:
+    """Return the model of a directory. The arguments are those of AutoModel."""
+    if is_auden(folder):
+        move_base_models(read_auden_config(folder), base_models, where=str(folder))
+        return load_auden(folder, weights=weights, dtype=dtype)
+    file = chosen_weights(folder, weights)
+    if file is None:
+        return AsrLlmModel.from_pretrained(folder, dtype=dtype, base_models=base_models)
+    model = load_model(AsrLlmModel, folder, read_state(file), dtype=dtype, base_models=base_models)
+    if not (folder / "generation_config.json").is_file():
+        # training writes none: an LLM that is trained in full keeps the one of its base model
+        base = (model.config.base_models or {}).get("llm", {})
+        set_generation_config(model.causal_lm, Path(base.get("path", folder)))
+    return model
 
 
 def model_folder(path: str | Path) -> Path:

@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrllm.errors import UserError
+from asrllm.models.cpu_linear import CpuLinear
 
 MAX_CHUNK_LOGITS = 1 << 26  # maximum number of logits in a chunk: 256 MB in float32
 
@@ -197,7 +198,7 @@ def head_of(llm: PreTrainedModel, label_smoothing: float = 0.0) -> tuple[nn.Line
     """
     head = llm.get_output_embeddings()
     config = llm.config.get_text_config()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, CpuLinear):
         raise UserError(
             "the adapters' target_modules include the LLM's head, which the loss does not support. "
             "Leave it out of target_modules."

@@ -13,6 +13,7 @@ from asrllm.audio.augment import mask_features
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
+from asrllm.models.cpu_linear import use_onednn
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.loss import SupervisedLoss, head_of
 from asrllm.models.partitioning import is_partitioned
@@ -106,6 +107,7 @@ class AsrLlmNetwork(PreTrainedModel):
             output_size=self.llm.config.get_text_config().hidden_size,
         )
         self.loss = SupervisedLoss()
+        use_onednn(self)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from transformers import (
 
 from asrllm.defaults import MAX_TOKENS_PER_SECOND, RATE, REPETITION_GUARD
 from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, token_limit
+from asrllm.models.cpu_linear import use_onednn
 from asrllm.models.encoders.registry import build_encoder
 from asrllm.models.portable.configuration import AsrLlmHubConfig
 from asrllm.models.projectors import AudioProjector
@@ -41,6 +42,7 @@ class AsrLlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_size=self.audio_encoder.output_dim,
             output_size=text_config.hidden_size,
         )
+        use_onednn(self)
         self.post_init()
 
     def get_input_embeddings(self) -> torch.nn.Module:
