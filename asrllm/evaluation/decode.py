@@ -19,10 +19,11 @@ from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.evaluation.journal import DecodedUtterance, Journal
 from asrllm.evaluation.score import Transcript
 from asrllm.models.asr_llm.generation import Answer, make_batches
+from asrllm.models.asr_llm.parallel_batches import map_batches
 from asrllm.progress import ProgressBar
 from asrllm.watchdog import Watchdog
 
-# about this many batches per rank; with fewer, one rank may have twice the work of another
+# about this many batches per rank and thread; with fewer, one may have twice the work of another
 FEWEST_BATCHES = 4
 
 
@@ -37,6 +38,9 @@ class CorpusOptions:
 
     prompt: str
     max_batch_duration: float
+
+
+Batch = tuple[list[int], list[Sample]]  # rows in the index, and what is read from them
 
 
 class Decoded(NamedTuple):
@@ -86,10 +90,15 @@ def decode_corpus(
     with bar, journal:
         start = time.monotonic()
         watchdog.beat(f"reading {corpus.name}")
-        for rows, samples in read_ahead(reader, batches):
+
+        def decode(batch: Batch) -> tuple[Batch, list[Answer]]:
+            _, samples = batch
             watchdog.beat(f"decoding {corpus.name}", [sample.key for sample in samples])
             waves = [sample.wave for sample in samples]
-            answers = engine.answer(waves, [options.prompt] * len(samples))
+            return batch, engine.answer(waves, [options.prompt] * len(samples))
+
+        read = read_ahead(reader, batches)
+        for (rows, samples), answers in map_batches(decode, read, engine.parallel):
             took = (time.monotonic() - start) / len(rows)
             batch = []
             for row, sample, answer in zip(rows, samples, answers, strict=True):
@@ -114,8 +123,9 @@ def batches_of_rank(
     seconds = np.maximum(corpus.index.rows["samples"] / RATE, engine.padded_to)
     max_duration = options.max_batch_duration
     ranks = distributed.world_size()
-    if ranks > 1:
-        max_duration = min(max_duration, float(seconds.sum()) / ranks / FEWEST_BATCHES)
+    decoders = ranks * engine.parallel
+    if decoders > 1:
+        max_duration = min(max_duration, float(seconds.sum()) / decoders / FEWEST_BATCHES)
     batches = make_batches(seconds, max_duration, skip=skip)
     return batches[distributed.rank() :: ranks]
 
@@ -129,9 +139,7 @@ def rtfx(utterances: Sequence[DecodedUtterance]) -> float:
     return audio / max(*seconds.values(), 1e-9)
 
 
-def read_ahead(
-    reader: Reader, batches: Sequence[list[int]]
-) -> Iterator[tuple[list[int], list[Sample]]]:
+def read_ahead(reader: Reader, batches: Sequence[list[int]]) -> Iterator[Batch]:
     """Yield the rows and samples of each batch, and read the next batch in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(read_batch, reader, rows) for rows in batches[:1]]

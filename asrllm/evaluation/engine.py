@@ -14,8 +14,9 @@ import torch
 from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.decoding_options import decoding_config
-from asrllm.models.asr_llm.generation import Answer, generate, uses_own_search
+from asrllm.models.asr_llm.generation import Answer, device_of, generate, uses_own_search
 from asrllm.models.asr_llm.modeling import AsrLlmModel
+from asrllm.models.asr_llm.parallel_batches import parallel_batches
 from asrllm.models.asr_llm.running_batch import RunningBatch
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,12 @@ class Engine(Protocol):
     Attributes:
         limits: minimum and maximum number of samples of a waveform at 16 kHz.
         padded_to: seconds to which shorter audio is padded.
+        parallel: number of batches that it decodes at the same time, in threads.
     """
 
     limits: tuple[int, int]
     padded_to: float
+    parallel: int
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         """Decode a batch.
@@ -96,6 +99,7 @@ class TorchEngine:
         self.options |= options
         self.limits = model.config.sample_limits()
         self.padded_to = WHISPER_WINDOW if model.config.pad_to_30s else 0.0
+        self.parallel = parallel_batches(device_of(model))
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         """Decode a batch, see Engine.answer."""
@@ -164,6 +168,7 @@ class HalvingEngine:
         self.engine = engine
         self.limits = engine.limits
         self.padded_to = engine.padded_to
+        self.parallel = engine.parallel
         self.too_large = float("inf")  # samples of a batch, padding included
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:

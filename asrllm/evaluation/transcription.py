@@ -15,6 +15,7 @@ from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.models.asr_llm.generation import Answer
+from asrllm.models.asr_llm.parallel_batches import map_batches
 
 SORTED = 2  # batches whose segments are sorted by length
 
@@ -233,10 +234,13 @@ def decode_segments(
     """Return the answers in the order of the segments, decoded in batches of similar length."""
     lengths = [len(segment.wave) for segment in segments]
     order = sorted(range(len(segments)), key=lambda i: -lengths[i])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def decode(batch: list[int]) -> list[Answer]:
+        return engine.answer([segments[i].wave for i in batch], [prompt] * len(batch))
+
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        waves = [segments[i].wave for i in batch]
-        found = engine.answer(waves, [prompt] * len(batch))
+    parallel = min(engine.parallel, len(batches))
+    for batch, found in zip(batches, map_batches(decode, batches, parallel), strict=True):
         answers |= zip(batch, found, strict=True)
     return [answers[i] for i in range(len(segments))]

@@ -15,6 +15,7 @@ from asrllm.data.text import language_tag
 from asrllm.defaults import RATE, WHISPER_WINDOW
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.generation import Answer
+from asrllm.models.cpu_linear import use_onednn
 from asrllm.models.fingerprint import resolve_pretrained
 from asrllm.models.hub_files import load_tokenizer
 from asrllm.text_files import read_json_object, reading
@@ -72,6 +73,7 @@ class WhisperEngine:
 
     limits = LIMITS
     padded_to = WHISPER_WINDOW
+    parallel = 1
 
     def __init__(
         self, folder: Path, *, dtype: torch.dtype, device: torch.device, max_new_tokens: int
@@ -91,6 +93,7 @@ class WhisperEngine:
         # generate() warns in each batch that its own default length and ours are both set
         logging.getLogger("transformers.generation.utils").setLevel(logging.ERROR)
         model = _load_model(folder, dtype)
+        use_onednn(model)
         self.tokenizer = load_tokenizer(folder)
         self.model: Any = model.to(device).eval()
         self.folder = folder

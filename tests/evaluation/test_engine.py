@@ -18,6 +18,7 @@ class SmallEngine:
 
     limits = (0, 100)
     padded_to = 0.0
+    parallel = 1
 
     def __init__(self, most, error):
         self.most = most

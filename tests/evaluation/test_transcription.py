@@ -27,6 +27,7 @@ class Stub:
 
     limits = (160, 30 * 16000)
     padded_to = 0.0
+    parallel = 1
 
     def __init__(self):
         self.batches = []
@@ -136,6 +137,7 @@ from asrllm.testing import vowels
 class Stub:
     limits = (160, 30 * 16000)
     padded_to = 0.0
+    parallel = 1
     def answer(self, waves, prompts):
         return [Answer(text="x") for _ in waves]
 

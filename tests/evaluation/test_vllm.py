@@ -267,7 +267,9 @@ class TestServers:
             renderer = tiny.model.processor.renderer
             assert chat == renderer.encode_prompt(renderer.user_messages("Write this."), [count])
             assert transcribe(url, wav(waves[0][:100])).status_code == 400
-            assert "@" in rejection(transcribe(url, wav(waves[0]), hotwords="@a", language="en"))
+            for fields in ({"hotwords": "@a"}, {"hotwords": "a"}, {"language": "en"}):
+                (name,) = fields
+                assert name in rejection(transcribe(url, wav(waves[0]), **fields))
             translation = httpx.post(
                 f"{url}/v1/audio/translations",
                 files={"file": ("a.wav", wav(waves[0]))},

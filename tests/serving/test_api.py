@@ -113,6 +113,7 @@ class BlockedEngine:
 
     limits = (1600, 480_000)
     padded_to = 0.0
+    parallel = 1
 
     def __init__(self):
         self.waves = []

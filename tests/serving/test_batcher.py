@@ -51,6 +51,7 @@ class SteppedEngine:
 
     limits = (0, 1 << 20)
     padded_to = 0.0
+    parallel = 1
 
     def __init__(self, bad=(), most=99):
         self.bad = bad

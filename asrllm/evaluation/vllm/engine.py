@@ -33,6 +33,8 @@ INSTALL = f"Install vLLM {TESTED} in a separate environment, as docs/vllm.md des
 class VllmEngine:
     """Runs an exported model in vLLM, greedily. Its attributes are those of Engine."""
 
+    parallel = 1
+
     def __init__(self, folder: Path, options: dict[str, Any], dtype: str) -> None:
         """Load the model.
 

@@ -25,6 +25,7 @@ from asrllm.models.asr_llm.answers import RowStopping, answer_tokens, first_stop
 from asrllm.models.asr_llm.decoding_options import AnswerLimits, decoding_config, is_greedy
 from asrllm.models.asr_llm.greedy_search import AnswerRow, DynamicCacheDecoder, greedy
 from asrllm.models.asr_llm.network import AsrLlmNetwork
+from asrllm.models.asr_llm.parallel_batches import map_batches, parallel_batches
 from asrllm.models.asr_llm.processing import check_finite_features, feature_shape
 from asrllm.models.partitioning import is_partitioned
 from asrllm.schema import build
@@ -108,11 +109,17 @@ def generate(
     if waves and batch_seconds is not None:
         batches = _divide(model, requests, batch_seconds)
     answers: dict[int, Answer] = {}
+
+    @torch.no_grad()
+    def answer(batch: Sequence[Request]) -> list[list[int]]:
+        audios = [i for request in batch for i in request.audios]
+        own = features or make_features(model, [waves[i] for i in audios], inputs, audios)
+        return _answer(model, own, batch, config, repetition_guard)
+
+    parallel = parallel_batches(device_of(model)) if len(batches) > 1 else 1
     with eval_mode(model):
-        for batch in batches:
-            audios = [i for request in batch for i in request.audios]
-            own = features or make_features(model, [waves[i] for i in audios], inputs, audios)
-            rows = _answer(model, own, batch, config, repetition_guard)
+        found = map_batches(answer, batches, parallel)
+        for batch, rows in zip(batches, found, strict=True):
             for request, row in zip(batch, rows, strict=True):
                 answers[request.number] = make_answer(
                     processor.tokenizer, row[: request.limit], config.eos_token_id, repetition_guard
