@@ -102,7 +102,8 @@ class TestData:
     test_data_config: str | None = None
     """YAML list of {name, shards: DIR | URL | manifest: CUTS}"""
     max_batch_duration: PositiveFloat = BATCH_SECONDS
-    """seconds of audio that a rank decodes in one batch, padding included"""
+    """seconds of audio that a rank decodes in one batch, padding included; a CPU with two cores or
+    more decodes two batches at the same time"""
     cache: CacheConfig = CacheConfig()
 
 
