@@ -35,7 +35,7 @@ from lhotse.dataset import DynamicBucketingSampler, IterableDatasetWrapper
 from lhotse.dataset.collation import collate_audio
 from torch.utils.data import DataLoader, Dataset
 
-from asrllm.audio.reader import Reader, decode_audio
+from asrllm.audio.reader import Reader
 from asrllm.collator.batch import Collator
 from asrllm.collator.chat import ChatRenderer
 from asrllm.collator.loader import PlannedDataset, steps
@@ -46,6 +46,7 @@ from asrllm.data.plan import Plan, Position
 from asrllm.data.prompts import DEFAULT_PROMPTS
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import Utterance
+from asrllm.data.waveforms import resample, to_mono
 from asrllm.testing import tiny_tokenizer
 
 RATE, SECONDS, FIXED = (
@@ -138,7 +139,8 @@ def make_corpus_files(folder: Path, count: int) -> None:
 def bare(folder: Path, workers: int, start: float) -> Iterator[Batch]:
     """Decode one file after the other with soundfile in this process."""
     for path in sorted((folder / "flac").iterdir()):
-        wave = decode_audio(path)
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        wave = resample(to_mono(samples), rate)
         yield Batch(1, len(wave), len(wave))
 
 

@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import soundfile
 
 from asrllm.audio.augment import NO_MASKS, Augmenter
-from asrllm.data.audio_file import decoder_error
-from asrllm.data.audio_files import open_audio, read_blocks
+from asrllm.data.audio_files import LOUDEST, PADDED, open_audio, read_blocks
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.index import MAX_DURATION_ERROR, Index
@@ -112,9 +111,9 @@ class Reader:
                 f"utterance {item.row} of {corpus.name} in {shard}: {error}"
             ) from error
         try:
-            wave = decode_audio(BytesIO(found.audio))
-        except (OSError, RuntimeError) as error:
-            raise SampleError(f"{found.key} in {shard}: {decoder_error(error)}") from error
+            wave = decode_sample(found, int(row["samples"]))
+        except UserError as error:
+            raise SampleError(f"{found.key} in {shard}: {error}") from error
         text = self.normalize(found.fields["text"])
         problem = self._problem(wave, int(row["samples"]), text, found)
         if problem:
@@ -188,14 +187,32 @@ class Reader:
         )
 
 
-def decode_audio(file: BinaryIO | str | Path) -> np.ndarray:
-    """Decode audio as (samples,) float32 at RATE; channels are averaged.
+def decode_sample(sample: TarSample, expected: int) -> np.ndarray:
+    """Decode the audio of a sample as (samples,) float32 at RATE; channels are averaged.
+
+    The audio was checked when it was indexed, and its bytes have not changed. If soundfile finds
+    the length of the index in it, it is decoded at once, and else as every other audio file.
+
+    Args:
+        sample: the sample.
+        expected: its number of samples at RATE in the index.
 
     Raises:
-        OSError, RuntimeError: soundfile cannot read it.
+        UserError: the audio cannot be read, or has values that are not audio.
     """
-    wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    return resample(to_mono(wave), rate)
+    with (
+        contextlib.suppress(OSError, RuntimeError),
+        soundfile.SoundFile(BytesIO(sample.audio)) as sound,
+    ):
+        rate = sound.samplerate
+        difference = abs(sound.frames * RATE - expected * rate)
+        has_length = difference <= MAX_DURATION_ERROR * RATE * rate
+        if has_length and not sound.subtype.startswith(PADDED):
+            wave = to_mono(sound.read(dtype="float32", always_2d=True))
+            if np.abs(wave).max(initial=0) <= LOUDEST:
+                return resample(wave, rate)
+    file = open_audio(f"{sample.key}.{sample.extension}", sample.audio)
+    return np.concatenate(list(read_blocks(file)))
 
 
 def read_audio(path: str | Path) -> np.ndarray:

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.data.audio_files import open_audio, read_segment
+from asrllm.audio.reader import Reader, SampleError
+from asrllm.data.audio_files import open_audio, read_blocks, read_segment
+from asrllm.data.corpora import make_corpus
 from asrllm.data.find_audio import find_audio
 from asrllm.data.index import open_index
+from asrllm.data.plan import Item
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_folder, read_kaldi, read_nemo
 from asrllm.data.tars import scan_tar
@@ -119,6 +122,46 @@ def test_readable_audio_has_its_full_length(tmp_path, name):
         )
 
 
+def read_by_training(index):
+    """Return the waveform of each row of an index as a training reads it, or its error."""
+    reader = Reader([make_corpus("c", index, None)])
+    found = []
+    for row in range(len(index)):
+        try:
+            found.append(reader.read(Item(corpus=0, row=row)).wave)
+        except SampleError as error:
+            found.append(str(error))
+    return found
+
+
+def check_training(index, content, ending):
+    """Check that a training reads the first row of an index as `asrllm transcribe` reads a file."""
+    expected = np.concatenate(list(read_blocks(open_audio(f"a.{ending}", content))))
+    wave, good = read_by_training(index)
+    assert len(wave) == len(expected)
+    np.testing.assert_allclose(wave, expected, atol=1e-3)
+    assert len(good) == SECONDS * 16000
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_training_reads_the_audio_that_is_indexed(tmp_path, name):
+    ending = name if name in ("flac", "ogg", "mp3") else "wav"
+    _, indexed = shards_and_index(tmp_path, VALID[name], name)
+    check_training(indexed.index, VALID[name], ending)
+
+
+def test_training_rejects_values_that_are_not_audio(tmp_path):
+    for i, value in enumerate((30_000.0, np.nan)):
+        wave = tone("one", SECONDS)
+        wave[1000] = value  # indexing reads only the end
+        content = encoded(wave=wave, subtype="FLOAT")
+        (tmp_path / str(i)).mkdir()
+        _, indexed = shards_and_index(tmp_path / str(i), content, "wav")
+        error, good = read_by_training(indexed.index)
+        assert "a.wav" in error
+        assert len(good) == SECONDS * 16000
+
+
 @pytest.mark.parametrize("name", INVALID)
 def test_bad_audio_is_rejected_from_folders_and_tars(tmp_path, name):
     made, indexed = shards_and_index(tmp_path, INVALID[name], name)
@@ -137,6 +180,7 @@ def test_a_flac_without_a_total_has_its_full_length(tmp_path):
         assert summary.index.rows["samples"].tolist() == pytest.approx(
             [SECONDS * 16000] * 2, abs=1600
         )
+    check_training(summary.index, without_total(), "flac")
 
 
 @needs_ffmpeg
@@ -198,6 +242,7 @@ def test_m4a_is_read_from_folders_and_tars(tmp_path):
         assert summary.index.rows["samples"].tolist() == pytest.approx(
             [SECONDS * 16000] * 2, abs=1600
         )
+    check_training(summary.index, content, "m4a")
 
 
 def test_skipped_files_of_a_folder_are_counted_and_named(tmp_path, caplog):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrllm.audio.reader import decode_audio
 from asrllm.data import audio_files, ffmpeg
 from asrllm.data.audio_file import OutsideError
 from asrllm.data.audio_files import open_audio, read_blocks, read_segment
 from asrllm.data.find_audio import find_audio
+from asrllm.data.waveforms import resample, to_mono
 from asrllm.errors import UserError
 from asrllm.testing import vowels
 
@@ -88,7 +88,8 @@ def test_a_sampling_rate_that_only_ffmpeg_reads_is_checked(tmp_path):
 )
 def test_blocks_contain_the_whole_file(tmp_path, monkeypatch, ending, rate, how):
     path = make(tmp_path / f"a.{ending}", rate=rate, **how)
-    whole = decode_audio(path)
+    samples, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    whole = resample(to_mono(samples), own_rate)
     found = read(path)
     tolerance = 0.1 if ending in ("mp3", "opus") else 1e-3
     assert open_audio(str(path)).seconds == pytest.approx(9, abs=tolerance)
