@@ -64,6 +64,48 @@ def test_other_calls_are_those_of_torch():
         assert onednn_calls(fast, x.double()) == 0
 
 
+def test_bias_is_trained_beside_a_frozen_weight():
+    plain, fast = twins(16, 8, True)
+    x = torch.randn(3, 16)
+    for layer in (plain, fast):
+        layer.weight.requires_grad_(False)
+        layer(x).sum().backward()
+    assert fast.bias.grad.equal(plain.bias.grad)
+
+
+class OtherTensor(torch.Tensor):
+    """A tensor that only has the operators of torch, as quantized weights do."""
+
+
+def test_other_kinds_of_tensors_are_computed_by_torch():
+    plain, fast = twins(16, 8, True)
+    x = torch.randn(3, 16)
+    for layer in (plain, fast):
+        layer.requires_grad_(False)
+    assert fast(x.to_sparse()).equal(plain(x.to_sparse()))
+    fast.weight = nn.Parameter(fast.weight.as_subclass(OtherTensor), requires_grad=False)
+    assert onednn_calls(fast, x) == 0
+    assert fast(x).equal(plain(x))
+
+
+@torch.no_grad()
+def test_compiled_and_exported_graphs_have_only_operators_of_torch():
+    plain, fast = twins(16, 8, True)
+    x = torch.randn(3, 16)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.graph))
+        return graph
+
+    assert torch.compile(fast, backend=keep)(x).equal(plain(x))
+    graphs.append(str(torch.export.export(fast, (x,)).graph))
+    traced = torch.jit.trace(fast, x)
+    graphs.append(str(traced.inlined_graph))
+    assert all("linear" in graph and "mkldnn" not in graph for graph in graphs)
+    assert traced(x).equal(plain(x))
+
+
 def test_layers_are_still_those_of_torch():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.MultiheadAttention(4, 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
