@@ -99,7 +99,9 @@ class TorchEngine:
         self.options |= options
         self.limits = model.config.sample_limits()
         self.padded_to = WHISPER_WINDOW if model.config.pad_to_30s else 0.0
-        self.parallel = parallel_batches(device_of(model))
+        self.parallel = parallel_batches(
+            device_of(model), samples=self.options.get("do_sample", False)
+        )
 
     def answer(self, waves: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Answer]:
         """Decode a batch, see Engine.answer."""

@@ -1,6 +1,7 @@
 """Text generation: greedy search, beam search or sampling for a batch of audios."""
 
 import contextlib
+import copy
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,9 +117,9 @@ def generate(
         own = features or make_features(model, [waves[i] for i in audios], inputs, audios)
         return _answer(model, own, batch, config, repetition_guard)
 
-    parallel = parallel_batches(device_of(model)) if len(batches) > 1 else 1
+    parallel = parallel_batches(device_of(model), samples=config.do_sample)
     with eval_mode(model):
-        found = map_batches(answer, batches, parallel)
+        found = map_batches(answer, batches, min(parallel, len(batches)))
         for batch, rows in zip(batches, found, strict=True):
             for request, row in zip(batch, rows, strict=True):
                 answers[request.number] = make_answer(
@@ -284,6 +285,7 @@ def decode(
         decoder = DynamicCacheDecoder(model.llm, model.causal_lm)
         rows = [AnswerRow(limit, stopping.guard) for limit in stopping.limits.tolist()]
         return greedy(decoder, embeddings, mask, config.eos_token_id, rows, first_logits.check)
+    config = copy.deepcopy(config)  # batches that are decoded at the same time share it
     set_length(config, max_tokens, mask.shape[1], model.llm.generation_config)
     keywords = {}
     if config.stop_strings:

@@ -96,7 +96,8 @@ class GreedyBatch:
     def step(self) -> None:
         """Append the most probable token to each row."""
         chosen = self.logits.argmax(-1)
-        logprobs = self.logits.gather(-1, chosen[:, None])[:, 0] - self.logits.logsumexp(-1)
+        logits = self.logits.float()
+        logprobs = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
         chosen_ones = zip(self.rows, chosen.tolist(), logprobs.tolist(), strict=True)
         for row, token, logprob in chosen_ones:
             row.add(token, logprob, self.stop_ids)

@@ -17,9 +17,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def parallel_batches(device: torch.device) -> int:
-    """Return how many batches a model on a device decodes at the same time."""
-    return PARALLEL if device.type == "cpu" and torch.get_num_threads() >= PARALLEL else 1
+def parallel_batches(device: torch.device, *, samples: bool) -> int:
+    """Return how many batches a model decodes at the same time.
+
+    Args:
+        device: its device.
+        samples: whether tokens are drawn at random. Then it is one batch, because threads take
+            numbers from the random generator in any order.
+    """
+    has_cores = device.type == "cpu" and torch.get_num_threads() >= PARALLEL
+    # torch.autocast holds for one thread
+    return PARALLEL if has_cores and not samples and not torch.is_autocast_enabled("cpu") else 1
 
 
 def map_batches(

@@ -59,10 +59,10 @@ def test_error_of_a_batch_ends_the_others(cores):
 
 
 def test_only_batches_on_several_cores_of_the_cpu_are_parallel(cores):
-    assert parallel_batches(torch.device("cpu")) == PARALLEL
-    assert parallel_batches(torch.device("cuda")) == 1
+    assert parallel_batches(torch.device("cpu"), samples=False) == PARALLEL
+    assert parallel_batches(torch.device("cuda"), samples=False) == 1
     torch.set_num_threads(1)
-    assert parallel_batches(torch.device("cpu")) == 1
+    assert parallel_batches(torch.device("cpu"), samples=False) == 1
 
 
 @pytest.mark.slow
@@ -83,3 +83,41 @@ def test_texts_do_not_depend_on_the_threads(world, tmp_path, cores, monkeypatch)
     torch.set_num_threads(1)
     assert model.transcribe(waves, 12, batch_seconds=3.0) == together
     assert len(set(together)) > 6
+
+
+@pytest.mark.slow
+def test_state_of_the_thread_holds_for_every_batch(world, tmp_path, cores, monkeypatch):
+    model = make_model(world, tiny_llm(tmp_path / "llm", tied=False))
+    waves = waves_of(12)
+
+    def sampled():
+        torch.manual_seed(0)
+        return model.transcribe(waves, 12, batch_seconds=3.0, do_sample=True)
+
+    dtypes = set()
+    decode = generation.decode
+
+    def noted(model, embeddings, *arguments):
+        dtypes.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return decode(model, embeddings, *arguments)
+
+    assert sampled() == sampled() == sampled()
+    monkeypatch.setattr(generation, "decode", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.transcribe(waves, 12, batch_seconds=3.0)
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_batches_do_not_share_options_that_they_change(world, tmp_path, cores, monkeypatch):
+    model = make_model(world, tiny_llm(tmp_path / "llm", tied=False))
+    configs = []
+    generate = model.llm.generate
+
+    def noted(**arguments):
+        configs.append(arguments["generation_config"])
+        return generate(**arguments)
+
+    monkeypatch.setattr(model.llm, "generate", noted)
+    model.transcribe(waves_of(12), 12, batch_seconds=3.0, num_beams=2)
+    assert len({id(config) for config in configs}) == len(configs) > PARALLEL

@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from asrllm.evaluation.engine import TorchEngine, WholeBatch
 from asrllm.models.asr_llm import generation
+from asrllm.models.asr_llm.greedy_search import AnswerRow, greedy
 from asrllm.testing import tiny_llm
 from tests.models.asr_llm.test_generation import FAMILIES, llm_of, make_model, waves_of
 
@@ -150,3 +151,19 @@ def test_logprobs_match_transformers(model):
         )
         assert answer.tokens == theirs.sequences[0, : len(answer.tokens)].tolist() != []
         np.testing.assert_allclose(answer.logprob, scores.mean(), rtol=1e-4)
+
+
+class FixedLogits:
+    """A decoder whose logits are always the same."""
+
+    def prompt(self, embeddings, mask):
+        return torch.tensor([[15.0, 10.0]], dtype=torch.bfloat16)
+
+    def with_empty_cache(self):
+        return self
+
+
+def test_logprobs_are_not_rounded_to_bfloat16():
+    row = AnswerRow(limit=1, guard=None)
+    greedy(FixedLogits(), torch.zeros(1, 1, 1), torch.ones(1, 1), [9], [row], lambda _: None)
+    np.testing.assert_allclose(row.logprobs, [-np.log1p(np.exp(-5))], rtol=1e-3)
