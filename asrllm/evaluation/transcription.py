@@ -207,8 +207,8 @@ def segments_of(
 def too_short(file: AudioFile, seconds: float, shortest: int) -> UserError:
     """Return the error for a file with fewer samples than the model accepts."""
     return UserError(
-        f"{file.path!r} has {seconds:.2f} s of audio, but the model needs at least "
-        f"{shortest / RATE:.2f} s. Remove it."
+        f"{file.path!r} has {1000 * seconds:.0f} ms of audio, but the model needs at least "
+        f"{1000 * shortest / RATE:.0f} ms. Remove it."
     )
 
 

@@ -130,8 +130,7 @@ async def _events(items: AsyncIterator[TextSegment | EndOfFile]) -> AsyncIterato
     try:
         async for item in items:
             if isinstance(item, EndOfFile):
-                usage = _usage(item.duration)
-                yield _event({"type": "transcript.text.done", "text": text, "usage": usage})
+                yield _event({"type": "transcript.text.done", "text": text})
                 continue
             texts.append(item.text)
             longer = join_texts(texts)

@@ -197,6 +197,8 @@ def test_streamed_events_join_to_the_text(client, engine):
     assert events[-1].type == "transcript.text.done"
     assert "".join(event.delta for event in events[:-1]) == events[-1].text
     assert events[-1].text == text_alone(engine, content)
+    for event in events:  # the client itself does not validate
+        type(event).model_validate_json(event.to_json())
 
 
 def chat_part(content):
