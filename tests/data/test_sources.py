@@ -119,6 +119,14 @@ def test_an_invalid_kaldi_directory_is_reported(tmp_path, file, content, message
             "'https://host/a.wav'",
         ),
         ("text", "utt0001 one\nutt0000 one\rutt0002 two\n", "bad_row", "k/text has a carriage"),
+        ("text", "utt0001 one\nutt0000\rutt0002 two\n", "empty_text", ""),
+        ("text", "utt0001 one\nutt0000\xc2\x85utt0002 two\n", "empty_text", ""),
+        (
+            "wav.scp",
+            "utt0000 a\0.wav\nutt0001 {folder}/wav/utt0001.wav\n",
+            "missing_audio",
+            r"'a\x00.wav'",
+        ),
         ("utt2spk", "utt0000 \xff\nutt0001 s\n", "broken_text", "UTF-8"),
         ("text", "utt0000 \xff\nutt0001 one\n", "broken_text", "UTF-8"),
     ],
@@ -127,10 +135,10 @@ def test_a_bad_line_of_a_kaldi_table_rejects_one_utterance(tmp_path, file, conte
     kaldi = kaldi_directory(tmp_path / "k", tone_sentences(2))
     (kaldi / file).write_bytes(content.replace("{folder}", str(kaldi)).encode("latin-1"))
     write_shards(tmp_path / "out", read_kaldi(kaldi))
-    (row,) = [
-        json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    ]
-    assert (row["key"], row["reason"]) == ("utt0000", reason)
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().strip()
+    rows = [json.loads(line) for line in rejected.split("\n")]
+    (row,) = [row for row in rows if row["key"] == "utt0000"]
+    assert row["reason"] == reason
     assert detail in row["detail"]
     assert len(open_index(tmp_path / "out")) == 1
 
@@ -661,6 +669,13 @@ def test_field_of_another_type_rejects_its_cut(tmp_path, changes, shown):
     (utterance,) = read_cuts(write_row(tmp_path / "cuts.jsonl", **changes))
     assert utterance.problem[0] == "bad_field"
     assert shown in utterance.problem[1]
+
+
+@pytest.mark.parametrize("name", ["", "a\0.wav", "\ud800.wav"])
+def test_cut_whose_audio_no_file_can_be_named_is_rejected(tmp_path, name):
+    source = {"type": "file", "channels": [0], "source": name}
+    (utterance,) = read_cuts(write_row(tmp_path / "cuts.jsonl", recording={"sources": [source]}))
+    assert utterance.problem[0] == "missing_audio"
 
 
 CUT_FIELDS = [

@@ -146,6 +146,14 @@ def without(source, key):
         ("nemo", GOOD["nemo"] | {"audio_filepath": ""}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": None}, "missing_audio", "'audio_filepath'"),
         ("nemo", GOOD["nemo"] | {"audio_filepath": "file:///a.wav"}, "missing_audio", "file:///a"),
+        (
+            "nemo",
+            json.dumps(GOOD["nemo"] | {"audio_filepath": "\ud800"}),
+            "missing_audio",
+            r":2: .*'\\ud800'",
+        ),
+        ("slam", GOOD["slam"] | {"source": "a\0"}, "missing_audio", r":2: 'source' .*'a\\x00'"),
+        ("swift", GOOD["swift"] | {"audios": ["a\0"]}, "missing_audio", r":2: .*'a\\x00'"),
         ("wenet", GOOD["wenet"] | {"wav": None}, "missing_audio", ":2: 'wav'"),
         ("wenet", GOOD["wenet"] | {"key": None}, "bad_key", ":2 .*'key'"),
         ("slam", GOOD["slam"] | {"source": ""}, "missing_audio", ":2: 'source'"),
@@ -305,6 +313,14 @@ def test_wenet_json_lines_become_shards(tmp_path):
     samples, rejected = shards(tmp_path, read_wenet(path))
     assert samples == {"A": about("一"), "B": about("二", pytest.approx(0.3), speaker="s")}
     assert rejected == []
+
+
+def test_wenet_rows_may_be_a_json_list(tmp_path):
+    audio(tmp_path, "a.wav")
+    path = tmp_path / "data.list"
+    path.write_text(json.dumps([GOOD["wenet"]]))
+    (utterance,) = read_wenet(path)
+    assert (utterance.key, utterance.file) == (GOOD["wenet"]["key"], tmp_path / "a.wav")
 
 
 def wenet_tar(path, members):
@@ -669,6 +685,33 @@ def test_url_of_a_table_is_rejected_unchanged(tmp_path, name, table):
     ((reason, detail),) = problems(read_folder(tmp_path))
     assert reason == "missing_audio"
     assert "'https://host/a.wav'" in detail
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ("path,text\na.wav,a\nb\0.wav,b\n", "missing_audio"),
+        ("a|a\nb\0|b\n", "missing_audio"),
+        ("a|a\nb|b\rc|c\n", "bad_row"),
+        ("a|a\nb.mp3|b\n", "missing_audio"),
+    ],
+)
+def test_bad_row_of_a_table_is_rejected_alone(tmp_path, table, reason):
+    audio(tmp_path, "a.wav")
+    (tmp_path / "metadata.csv").write_text(table, newline="")
+    samples, rejects = shards(tmp_path, read_folder(tmp_path))
+    assert list(samples) == ["a"]
+    assert [reason for _, reason in rejects] == [reason]
+
+
+def test_odd_rows_do_not_hide_where_paths_start(tmp_path, monkeypatch):
+    audio(tmp_path, "here/a.wav", "absolute.wav")
+    monkeypatch.chdir(tmp_path / "here")
+    names = [".", "", str(tmp_path / "absolute.wav"), "a.wav"]
+    (tmp_path / "elsewhere").mkdir()
+    rows = [{"audio_filepath": name, "text": "a"} for name in names]
+    manifest = lines(tmp_path / "elsewhere" / "m.jsonl", *rows)
+    assert list(read_nemo(manifest))[-1].file == tmp_path / "here" / "a.wav"
 
 
 @pytest.mark.parametrize(

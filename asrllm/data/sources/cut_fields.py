@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from asrllm.data.audio_file import MAX_RATE, MIN_RATE
-from asrllm.data.sources.files import LONGEST_RECORDING, Row
+from asrllm.data.sources.files import LONGEST_RECORDING, Row, check_encodable
 from asrllm.data.sources.utterance import RejectedError
 from asrllm.data.tars import SHOWN_FIELD
 
@@ -267,6 +267,7 @@ def check_source(source: Row, where: str) -> None:
         _check(source, place, "source", _is_text, "a text")
         if source.get("source") == "":
             raise RejectedError("missing_audio", f"{place}: 'source' is empty")
+        check_encodable(source.get("source", ""), f"{place}: 'source'")
     if source.get("type") == "memory":
         problem = f"{place} has the type 'memory', whose audio cannot be stored as JSON"
         raise RejectedError("bad_field", f"{problem}. Write the cut with a file")

@@ -331,7 +331,7 @@ def audio_path(value: object) -> object:
 
 
 def check_audio_name(name: str, place: str) -> None:
-    """Raise RejectedError if the name of an audio file is empty or a URL.
+    """Raise RejectedError if the name of an audio file is empty, a URL, or no name of a file.
 
     Args:
         name: the name.
@@ -343,6 +343,22 @@ def check_audio_name(name: str, place: str) -> None:
         raise RejectedError(
             "missing_audio", f"{place} is the URL {name!r}. Download it, and name the file"
         )
+    check_encodable(name, place)
+
+
+def check_encodable(name: str, place: str) -> None:
+    """Raise RejectedError for a name with a NUL, or half a character, which JSON may contain.
+
+    Args:
+        name: the name of a file.
+        place: the field that has it, as the beginning of messages.
+    """
+    try:
+        is_encodable = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        is_encodable = False
+    if not is_encodable:
+        raise RejectedError("missing_audio", f"{place} is {name!r}, which no file can be named")
 
 
 def key_field(row: Mapping[str, object], where: str, name: str) -> str:
@@ -472,10 +488,11 @@ def rejected_utterance(
 def find_root(names: Sequence[str], roots: Sequence[Path]) -> Path:
     """Return the first directory that contains one of the files, or else the first directory.
 
-    Callers pass only the first files of a manifest: on network disks, looking for each of millions
-    of files would take hours.
+    Absolute paths are left out, because they do not show where the others start. Callers pass only
+    the first files of a manifest: on network disks, looking for each of millions of files would
+    take hours.
     """
     for root in roots:
-        if any(os.path.exists(root / name) for name in names):
+        if any(os.path.isfile(root / name) for name in names if not os.path.isabs(name)):
             return root
     return roots[0]

@@ -145,15 +145,17 @@ def _from_table(folder: Path, table: Path, listed: set[str]) -> Iterator[Utteran
     if not first:
         raise UserError(f"{ROLE} {str(table)!r} has no utterance. Make it again.")
     names = [row.name for _, row in first if isinstance(row, _TableRow) and row.name]
-    has_extensions = any(has_audio_extension(name) for name in names)
-    suffix = "" if has_extensions else ".wav"  # LJSpeech writes no extensions
-    root = find_root([name + suffix for name in names], [folder / name for name in ROOTS])
+    # LJSpeech writes no extensions
+    suffix = "" if 2 * sum(map(has_audio_extension, names)) > len(names) else ".wav"
+    root = find_root(
+        [_file_name(name, suffix) for name in names], [folder / name for name in ROOTS]
+    )
     for where, row in rows:
         try:
             if isinstance(row, RejectedError):
                 raise row
             check_audio_name(row.name, f"{where}: its audio")
-            name = row.name + suffix
+            name = _file_name(row.name, suffix)
             listed.add(os.path.realpath(root / name))
             yield Utterance(
                 key=key_from_path(name),
@@ -165,6 +167,11 @@ def _from_table(folder: Path, table: Path, listed: set[str]) -> Iterator[Utteran
             )
         except RejectedError as error:
             yield rejected_utterance({}, where, error)
+
+
+def _file_name(name: str, suffix: str) -> str:
+    """Return the name of an audio file in a table, with the suffix if it has none."""
+    return name if has_audio_extension(name) else name + suffix
 
 
 @dataclass(frozen=True)
@@ -506,7 +513,9 @@ def _ljspeech(path: Path) -> TableRows:
     for number, line in read_lines(path, ROLE, strict=False):
         where = f"{ROLE} {path}:{number}"
         name, *texts = line.split("|")
-        if texts:
+        if "\r" in line:
+            yield where, RejectedError("bad_row", f"{where} has a carriage return. Remove it")
+        elif texts:
             yield where, _TableRow(name.strip(), texts[-1] or texts[0], {})
         else:
             problem = f"{where} is not 'id|text' or 'id|text|normalized text'"

@@ -49,6 +49,7 @@ exit "$status"
 ARK_OFFSET = r"(?<=\.ark):(\d+)$"
 OPTIONAL_TABLES = {"speaker": "utt2spk", "lang": "utt2lang"}  # field of a sample: table
 ROLE = "the Kaldi table"
+SPACES = re.compile(r"[ \t\f\v]+")  # those of Kaldi without carriage returns, which merge lines
 # an utterance's key, its recording if it is a segment, and its audio or why it has none
 KaldiEntry = tuple[str, str | None, AudioSegment | RejectedError]
 
@@ -136,8 +137,8 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
     first = next(lines)
     check_line_ends(first[1], path, ROLE)
     for _, line in itertools.chain([first], lines):
-        key, *value = line.split(maxsplit=1)
-        yield key, value[0].strip() if value else ""
+        key, *value = SPACES.split(line.strip(), 1)
+        yield key, value[0] if value else ""
 
 
 @dataclass(frozen=True)

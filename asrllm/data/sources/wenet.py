@@ -42,7 +42,7 @@ def read_wenet(path: str | Path) -> Iterator[Utterance]:
     """
     path = Path(path)
     _, line = next(read_lines(path, ROLE, strict=False))
-    if line.lstrip().startswith("{"):
+    if line.lstrip().startswith(("{", "[")):
         yield from read_json_manifest(path, ROLE, names=_names, make=_utterance)
     else:
         check_line_ends(line, path, ROLE)
