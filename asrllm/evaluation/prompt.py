@@ -11,6 +11,7 @@ from asrllm.data.prompts import (
     check_prompts,
     for_transcripts,
 )
+from asrllm.data.text import language_tag
 from asrllm.defaults import HOTWORDS_TEMPLATE
 from asrllm.errors import UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
@@ -90,10 +91,10 @@ def check_language(config: AsrLlmConfig, language: str, prompt: str | None) -> N
 
 
 def prompt_languages(config: AsrLlmConfig) -> list[str]:
-    """Return the languages for which the model has training prompts, sorted."""
+    """Return the codes of the languages for which the model has training prompts, sorted."""
     languages = config.prompt_languages or {}
     prompts = for_transcripts(config.prompts or [], config.prompt_tasks)
-    return sorted({languages[prompt] for prompt in prompts if prompt in languages})
+    return sorted({language_tag(languages[prompt]) for prompt in prompts if prompt in languages})
 
 
 def check_hotwords(config: AsrLlmConfig, hotwords: str) -> None:

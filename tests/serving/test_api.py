@@ -91,7 +91,7 @@ def running(engine, description, segmentation=SEGMENTATION, others=None, **optio
 @pytest.fixture(scope="module")
 def engine(world):
     model = make_model(world)
-    prompts = [Prompt(text="Transcribe."), Prompt(text="Write.", lang="en")]
+    prompts = [Prompt(text="Transcribe."), Prompt(text="Write.", lang="English")]
     describe_prompts(model.config, prompts)
     model.config.hotwords_template = "Names: {words}."
     return TorchEngine(model.eval(), {"max_new_tokens": 12})
