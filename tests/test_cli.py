@@ -376,3 +376,12 @@ def test_rank_says_that_it_was_interrupted_unless_another_one_did(monkeypatch, c
     ranks.statuses.update(statuses)
     assert dispatch.run_verb(parse(["plan", "exp"]), ranks) == 130
     assert capsys.readouterr().err.count("interrupted") == (130 not in statuses.values())
+
+
+@pytest.mark.parametrize("argument", ["--local_rank=1", "--local-rank=1"])
+def test_rank_that_a_launcher_appends_is_dropped(argument, capsys):
+    assert main(["train", argument, "trainer.nonsense=1"]) == 2
+    dropped = capsys.readouterr().err
+    assert main(["train", "trainer.nonsense=1"]) == 2
+    assert dropped == capsys.readouterr().err
+    assert "nonsense" in dropped

@@ -357,10 +357,12 @@ def _check_shards(index: Index) -> None:
         if size != expected:
             if not is_url(name):
                 check_no_pointer(name)
-            state = "is truncated" if size < expected else "has changed"
+            state, fix = "is truncated", "Copy the shard again"
+            if size > expected:
+                state, fix = "has changed", f"{fix}, or index it again if you changed it"
             raise UserError(
                 f"the shard {name!r} {state}: it has {size} bytes, but its index says {expected}. "
-                "Copy the shard again, or index it again if it was changed on purpose."
+                f"{fix}."
             )
 
 

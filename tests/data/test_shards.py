@@ -446,7 +446,14 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
         (lambda out: (out / "index.json").write_text("{"), r"index\.json:1:2 .*JSON"),
         (lambda out: (out / "index.json").write_text("{}"), "out'.*KeyError"),
         (lambda out: (out / "index.bin").write_bytes(b"x"), "out'.*index.bin .* 1 bytes"),
-        (lambda out: (out / "shard-000000.tar").write_bytes(b"x"), "shard-000000.tar'.* 1 bytes"),
+        (
+            lambda out: (out / "shard-000000.tar").write_bytes(b"x"),
+            r"shard-000000.tar' is truncated.* 1 bytes.*Copy the shard again\.$",
+        ),
+        (
+            lambda out: (out / "shard-000000.tar").write_bytes(bytes(1 << 20)),
+            "shard-000000.tar' has changed.* index it again",
+        ),
         (shutil.rmtree, "out' .*'asrllm shards make "),
     ],
 )
