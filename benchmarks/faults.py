@@ -10,8 +10,8 @@ Each trial has one of these outcomes:
     traceback   an exception instead of a message
     lost        files that were intact before cannot be used any more
 
-The campaign passes without silent, traceback and lost, and without remaining processes and
-temporary files."""
+Leftovers are the processes that are alive 15 s after a kill, and the temporary files. The campaign
+passes without silent, traceback, lost and leftovers."""
 
 import argparse
 import contextlib
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from asrllm.audio.reader import Reader
@@ -54,8 +55,10 @@ from asrllm.training.checkpoint.zero_files import file_digest
 
 ASRLLM = [sys.executable, "-m", "asrllm.cli"]
 OUTCOMES = ("detected", "harmless", "silent", "traceback", "lost")
+COLUMNS = (*OUTCOMES, "leftovers")
 MEMORY = 3 << 30  # bytes of address space beyond the imports for reading a hostile file
 TIME = 60  # seconds for reading a hostile file
+END_TIME = 15  # seconds for the workers of a killed process to end
 
 
 # --- corrupted files ---
@@ -376,7 +379,11 @@ def try_hostile(command: list[str], canary: Path) -> str:
 
 
 def kills(count: int, seed: int, folder: Path) -> Counter[str]:
-    """Kill `shards make` at random times. The next run must write the bytes of an intact one."""
+    """Kill `shards make` at random times. The next run must write the bytes of an intact one.
+
+    Returns:
+        The number of each outcome, and of leftovers.
+    """
     kaldi = kaldi_directory(folder / "kaldi-kills", tone_sentences(60, seed=seed))
     command = [
         *ASRLLM,
@@ -403,8 +410,10 @@ def kills(count: int, seed: int, folder: Path) -> Counter[str]:
             start_new_session=True,
         )
         time.sleep(float(rng.uniform(0.2, 3.0)))  # the time of the kill is random on purpose
+        workers = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        outcomes["leftovers"] += len(psutil.wait_procs(workers, END_TIME)[1])
         if not out.exists():
             subprocess.run([*command, str(out)], check=False, capture_output=True)
         found = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
@@ -420,6 +429,9 @@ def campaign(damage_count: int, kill_count: int, seed: int) -> dict[str, Any]:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         folder = Path(name)
+        temporary = folder / "temporary"
+        temporary.mkdir()
+        os.environ["TMPDIR"] = str(temporary)  # of the commands
         table = {
             f"damaged: {what}": counts
             for what, counts in damages(damage_count, seed, folder).items()
@@ -429,8 +441,9 @@ def campaign(damage_count: int, kill_count: int, seed: int) -> dict[str, Any]:
             table[f"hostile: {what}"] = Counter([try_hostile(command, folder / "hostile" / "ran")])
         if kill_count:
             table["killed: shards make"] = kills(kill_count, seed, folder)
+        table["temporary files"] = Counter(leftovers=len(list(temporary.iterdir())))
     return {
-        what: {"trials": sum(counts.values())} | {o: counts[o] for o in OUTCOMES}
+        what: {"trials": sum(counts[o] for o in OUTCOMES)} | {o: counts[o] for o in COLUMNS}
         for what, counts in table.items()
     }
 
@@ -472,7 +485,7 @@ def main() -> None:
     for table in tables:
         for what, row in table.items():
             print(f"{what:45} {row}")
-            bad += row["silent"] + row["traceback"] + row["lost"]
+            bad += row["silent"] + row["traceback"] + row["lost"] + row["leftovers"]
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     sys.exit(1 if bad else 0)

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from asrllm.errors import UserError
 
+SOCKET_DIR = "ASRLLM_FORKSERVER_DIR"  # environment variable with the directory of its socket
 REPORT_INTERVAL = 0.2  # seconds between progress reports of a worker
 Advance = Callable[[int], object]  # receives the number of utterances that were completed
 J = TypeVar("J")
@@ -94,7 +96,7 @@ class _WorkerPool(Generic[J, R]):
         # A fork of this process could inherit locks that its threads hold. The fork server has no
         # threads, and has imported everything that workers need.
         self.context = multiprocessing.get_context("forkserver")
-        preload = [__name__]
+        preload = [__name__, "asrllm.data.forkserver_cleanup"]
         if "lhotse" in sys.modules:
             preload.append("lhotse")
         self.context.set_forkserver_preload(preload)
@@ -120,6 +122,7 @@ class _WorkerPool(Generic[J, R]):
         )
         # Otherwise process.start() starts the tracker, which unblocks SIGINT.
         multiprocessing.resource_tracker.ensure_running()
+        os.environ[SOCKET_DIR] = multiprocessing.util.get_temp_dir()
         # Ctrl-C is for this process alone. The fork server inherits the mask.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -386,7 +386,7 @@ def start_making(kaldi, out, workers):
         [*map(str, command)],
         stderr=subprocess.PIPE,
         text=True,
-        env=clean_environment(),
+        env=clean_environment(TMPDIR=str(kaldi.parent / "temporary")),
         preexec_fn=listen,
     )
 
@@ -407,6 +407,7 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat {kaldi}/wav/utt0004.wav |"
     (kaldi / "wav.scp").write_text((kaldi / "wav.scp").read_text().replace("wav/utt0004.wav", wait))
 
+    (tmp_path / "temporary").mkdir()
     process = start_making(kaldi, out, workers=1)
     wait_for(records / "shard-000001.json", process)
     with pytest.raises(UserError, match=f"process .*'{out}'"):
@@ -423,6 +424,7 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     # until the last worker has noticed and closed its standard error
     process.communicate(timeout=60)
     assert not out.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
 
     (tmp_path / "go").touch()
     fields = {"corpus": "out"}
