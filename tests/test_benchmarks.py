@@ -63,11 +63,25 @@ def test_compared_data_pipelines_read_the_same_utterances(benchmark, tmp_path):
 
 @pytest.mark.slow
 def test_no_corruption_is_silent_or_a_traceback(benchmark, tmp_path):
-    """A short fault campaign."""
+    """A part of the fault campaign."""
     table = benchmark("faults").damages(12, 0, tmp_path)
     assert len(table) == 6
     for what, outcomes in table.items():
         assert outcomes.keys() <= {"detected", "harmless"}, (what, outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(13))
+def test_hostile_files_of_the_campaign_are_detected(benchmark, tmp_path, number):
+    module = benchmark("faults")
+    commands = [command for _, command in module.hostile(tmp_path)]
+    assert len(commands) == 13
+    assert module.try_hostile(commands[number], tmp_path / "ran") == "detected"
+
+
+@pytest.mark.slow
+def test_kill_of_the_campaign_is_harmless(benchmark, tmp_path):
+    assert +benchmark("faults").kills(1, 0, tmp_path) == {"harmless": 1}
 
 
 @pytest.mark.slow
