@@ -277,6 +277,7 @@ def own_example(name: str, is_portable: bool) -> str:
 
 def parts_table(config: AsrLlmConfig) -> list[str]:
     """Return a table of the model's parts and what they were trained from."""
+    unknown = "random weights" if config.stored else "see above"  # of a run, or exported again
     bases: dict[str, str] = {}
     for part, base in (config.base_models or {}).items():
         bases[part] = public_name(base["path"])
@@ -286,7 +287,7 @@ def parts_table(config: AsrLlmConfig) -> list[str]:
     return [
         "| part | kind | trained from |",
         "| --- | --- | --- |",
-        f"| audio_encoder | {encoder} | {bases.get('audio_encoder', 'see above')} |",
+        f"| audio_encoder | {encoder} | {bases.get('audio_encoder', unknown)} |",
         f"| llm | {llm} | {bases.get('llm', 'see above')} |",
         f"| projector | {config.projector}, {frames} frames per token | |",
     ]

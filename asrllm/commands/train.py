@@ -143,6 +143,7 @@ def model_loader(
         attention=config.model.llm.attention,
         init_from=None if resumed else config.init_from,
         label_smoothing=config.trainer.label_smoothing,
+        random_encoder=config.has_random_encoder,
         dtype=config.trainer.dtype,
     )
 

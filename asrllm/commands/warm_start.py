@@ -22,8 +22,15 @@ def fit_and_show(config: TrainRun) -> None:
     """Warm-start the projector of a run, and print the quality of the fit.
 
     Raises:
-        UserError: init_from is set, whose projector would be used instead.
+        UserError: init_from is set, whose projector would be used instead; or the encoder has
+            random weights, whose frames say nothing about the speech.
     """
+    if config.has_random_encoder:
+        raise UserError(
+            f"model.audio_encoder.size={config.model.audio_encoder.size} starts with random "
+            "weights, so there are no trained frames to fit the projector to. Give "
+            "model.audio_encoder.pretrained_model."
+        )
     if config.init_from:
         raise UserError(
             f"init_from={config.init_from!r} has weights for the projector, so there is nothing "

@@ -23,7 +23,7 @@ from asrllm.errors import UserError
 from asrllm.models.asr_llm.processing import AsrLlmProcessor
 from asrllm.models.build import assemble_model
 from asrllm.models.encoders.registry import encoder_class
-from asrllm.models.pretrained import pretrained_encoder, pretrained_llm
+from asrllm.models.pretrained import initial_encoder, pretrained_llm
 from asrllm.training.data import TrainingData
 from asrllm.training.memory_estimate import count_sizes, on_meta
 from asrllm.training.prepare import DescribedRun, describe_run, warmup_of
@@ -163,18 +163,22 @@ def check_labels(processor: AsrLlmProcessor, examples: Examples) -> list[Finding
 
 
 def check_base_models(config: TrainRun, run: DescribedRun, examples: Examples) -> list[Finding]:
-    """Load both base models, and check them with the examples."""
+    """Load the base models, and check them with the examples."""
     processor = run.processor
-    paths = {part: base["path"] for part, base in (processor.config.base_models or {}).items()}
+    bases = processor.config.base_models or {}
+    encoder_text = f"{ENCODER_KEY}: every weight is present and finite"
+    if "audio_encoder" not in bases:
+        start = "the weights of init_from" if config.init_from else "random weights"
+        encoder_text = f"model.audio_encoder.size={config.model.audio_encoder.size}: {start}"
     findings: list[Finding] = []
     try:
-        encoder = pretrained_encoder(processor.config, paths["audio_encoder"]).eval()
-        findings.append(ok("encoder", f"{ENCODER_KEY}: every weight is present and finite"))
+        encoder = initial_encoder(processor.config, is_random=config.has_random_encoder).eval()
+        findings.append(ok("encoder", encoder_text))
         findings.append(check_audio_tokens(encoder, processor, examples))
     except UserError as error:
         findings.append(problem("encoder", str(error), ""))
     try:
-        llm = pretrained_llm(paths["llm"], config.trainer.dtype)
+        llm = pretrained_llm(bases["llm"]["path"], config.trainer.dtype)
         findings.append(ok("llm", f"{LLM_KEY}: every weight is present and finite"))
     except UserError as error:
         findings.append(problem("llm", str(error), ""))

@@ -15,12 +15,17 @@ from transformers import (
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt, check_prompts
 from asrllm.defaults import ENCODER_KEY, LLM_KEY
-from asrllm.errors import UserError
+from asrllm.errors import UserError, nearest
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.asr_llm.processing import AsrLlmProcessor, load_llm_tokenizer
 from asrllm.models.config_numbers import MAX_ENCODER_NUMBER, MAX_LLM_NUMBER, check_numbers
-from asrllm.models.encoders.registry import build_encoder, check_encoder_kind, encoder_class
+from asrllm.models.encoders.registry import (
+    build_encoder,
+    check_encoder_kind,
+    encoder_class,
+    encoder_sizes,
+)
 from asrllm.models.fingerprint import fingerprint, resolve_pretrained
 from asrllm.models.hub_files import (
     CORRECT_CONFIG,
@@ -30,17 +35,22 @@ from asrllm.models.hub_files import (
 )
 from asrllm.models.init_from import load_initial_weights
 from asrllm.models.loss import head_of
-from asrllm.models.model_args import LoraPart, ModelConfig, is_directory_or_hub_id
+from asrllm.models.model_args import (
+    EncoderPart,
+    LoraPart,
+    ModelConfig,
+    is_directory_or_hub_id,
+)
 from asrllm.models.partitioning import gathered
 from asrllm.models.pretrained import (
     check_encoder_state,
     check_family,
+    initial_encoder,
     layer_without_bias,
-    pretrained_encoder,
     pretrained_llm,
 )
 from asrllm.models.state_dict import is_adapter
-from asrllm.text_files import JsonObject, read_json_object, reading
+from asrllm.text_files import JsonObject, first_words, read_json_object, reading
 
 GIVE_TOKENIZER = "Give the tokenizer that belongs to the LLM."
 
@@ -61,22 +71,28 @@ def build_processor(
         UserError: for every mistake that can be found without loading the weights.
     """
     check_prompts(prompts, config.audio_token)
-    encoder_path = str(
-        resolve_pretrained(config.audio_encoder.pretrained_model or "", file=True, what=ENCODER_KEY)
-    )
+    encoder = config.audio_encoder
+    paths: dict[str, str] = {}
+    if encoder.size is None:
+        found = resolve_pretrained(encoder.pretrained_model or "", file=True, what=ENCODER_KEY)
+        paths["audio_encoder"] = str(found)
     llm_path = str(resolve_pretrained(config.llm.pretrained_model or "", what=LLM_KEY))
+    paths["llm"] = llm_path
     check_directory(llm_path, LLM_KEY)
     llm = load_hf_config(llm_path, LLM_KEY)
     tokenizer = load_llm_tokenizer(
         llm_path, audio_token=config.audio_token, chat_template=config.llm.chat_template
     )
     _check_base_llm(config, llm, llm_path)
-    fields = _check_base_encoder(config, encoder_path, pad_to_30s=pad_to_30s)
+    if encoder.size is None:
+        fields = _check_base_encoder(config, paths["audio_encoder"], pad_to_30s=pad_to_30s)
+    else:
+        fields = _fields_of_size(encoder, encoder.size, pad_to_30s=pad_to_30s)
     description = AsrLlmConfig(
-        audio_encoder={"model_type": config.audio_encoder.kind} | fields,
+        audio_encoder={"model_type": encoder.kind} | fields,
         llm=llm.to_dict(),
         lora=_peft_options(config.llm.lora),
-        audio_encoder_lora=_peft_options(config.audio_encoder.lora),
+        audio_encoder_lora=_peft_options(encoder.lora),
         projector=config.projector,
         projector_hidden_size=config.projector_hidden_size,
         audio_encoder_projector_ds_rate=config.audio_encoder_projector_ds_rate,
@@ -86,8 +102,7 @@ def build_processor(
         pad_to_30s=pad_to_30s,
         exclude_from_checkpoint=config.exclude_from_checkpoint,
         base_models={
-            "audio_encoder": {"path": encoder_path, "fingerprint": fingerprint(encoder_path)},
-            "llm": {"path": llm_path, "fingerprint": fingerprint(llm_path)},
+            part: {"path": path, "fingerprint": fingerprint(path)} for part, path in paths.items()
         },
         prompts=list(prompts),
     )
@@ -163,6 +178,33 @@ def _check_same_encoder(model_type: str, fields: JsonObject, path: str) -> None:
                 f"{ENCODER_KEY}={path!r} has {value}. Set model_type={stated['model_type']} to use "
                 "the fields of the pretrained model."
             )
+
+
+def _fields_of_size(part: EncoderPart, size: str, *, pad_to_30s: bool) -> JsonObject:
+    """Return the fields of an encoder without pretrained weights.
+
+    Raises:
+        UserError: a changed field is unknown, or no encoder can be built with it.
+    """
+    fields = encoder_sizes(part.kind)[size]
+    changes = part.fields or {}
+    where = "model.audio_encoder.fields"
+    for name in changes:
+        if name not in fields:
+            raise UserError(f"{where}: {part.kind} has no field {name}. {nearest(name, fields)}")
+    fields = fields | changes
+    check_numbers(fields, MAX_ENCODER_NUMBER, f"{where}.", "See docs/models.md.")
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder({"model_type": part.kind} | fields, pad_to_30s=pad_to_30s)
+            encoder.start_from_scratch()
+    except UserError as error:
+        raise UserError(f"{where}={changes}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{where}={changes} does not describe a {part.kind}: {first_words(error)}. Correct it."
+        ) from error
+    return fields
 
 
 def check_vocabulary(processor: AsrLlmProcessor, size: int, path: str) -> None:
@@ -246,6 +288,7 @@ def build_model(
     init_from: str | None = None,
     attention: str = "auto",
     label_smoothing: float = 0.0,
+    random_encoder: bool = True,
     dtype: torch.dtype,
 ) -> AsrLlmModel:
     """Return a model with its pretrained parts.
@@ -257,6 +300,7 @@ def build_model(
         init_from: exp_dir of an earlier run whose trained weights are loaded.
         attention: backend of the LLM's attention over packed sequences.
         label_smoothing: label smoothing of the loss in training.
+        random_encoder: see `initial_encoder`.
         dtype: dtype of the LLM's weights.
 
     Raises:
@@ -264,7 +308,7 @@ def build_model(
     """
     description = processor.config
     assert description.base_models is not None
-    encoder = pretrained_encoder(description, description.base_models["audio_encoder"]["path"])
+    encoder = initial_encoder(description, is_random=random_encoder)
     llm = pretrained_llm(description.base_models["llm"]["path"], dtype)
     model = assemble_model(
         processor, encoder, llm, frozen=frozen, patterns=patterns, init_from=init_from
@@ -339,8 +383,9 @@ def _inherited_names(model: AsrLlmModel, loaded: set[str]) -> tuple[str, ...]:
         loaded: names of the parameters from an earlier run.
     """
     names: list[str] = []
+    bases = model.config.base_models or {}
     for name, parameter in model.named_parameters():
-        is_new = name.startswith("projector.") or is_adapter(name)
+        is_new = name.partition(".")[0] not in bases or is_adapter(name)
         if not parameter.requires_grad and (name in loaded or is_new):
             names.append(name)
     return tuple(names)

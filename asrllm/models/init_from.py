@@ -17,6 +17,7 @@ from asrllm.models.auto import has_saved_weights, newest_weights, read_state
 from asrllm.models.model_args import PRETRAINED_PARTS
 from asrllm.models.partitioning import gathered
 from asrllm.models.state_dict import NOT_QUANTIZED, WEIGHT_DTYPES, StateDict, is_adapter, plain_name
+from asrllm.text_files import JsonObject
 
 logger = logging.getLogger(__name__)
 # Fields without which the trained weights of the projector have no meaning.
@@ -77,15 +78,19 @@ def load_initial_weights(model: AsrLlmModel, exp_dir: Path) -> set[str]:
     state = _renamed(state, names)
     _check_shapes(parameters, state, where)
     groups = {_group_of(name) for name in state}
-    _check_complete_groups(groups, parameters, state, where)
+    complete = {*COMPLETE_GROUPS, *_new_parts(earlier)} & groups
+    _check_complete_groups(complete, parameters, state, where)
     copy_into(model, state)
     logger.info("%s: loaded %d weights of %s", exp_dir, len(state), ", ".join(sorted(groups)))
     return set(state)
 
 
 def _check_trained_groups(earlier: AsrLlmConfig, state: Mapping[str, Tensor], where: str) -> None:
-    """Check that a run's weights have its projector and its adapters, which it always stores."""
-    expected = ["projector"]
+    """Check that a run's weights have the groups that it always stores.
+
+    They are its projector, its adapters, and an encoder without a base model.
+    """
+    expected = ["projector", *_new_parts(earlier)]
     for part, field in LORA_FIELDS.items():
         if getattr(earlier, field):
             expected.append(f"{part} adapters")
@@ -146,7 +151,7 @@ def _check_complete_groups(
 ) -> None:
     for name in parameters:
         group = _group_of(name)
-        if group in groups and group in COMPLETE_GROUPS and name not in state:
+        if group in groups and name not in state:
             raise UserError(
                 f"{where} has no {name!r}, which this run has. Use the same "
                 "configuration in both runs."
@@ -162,6 +167,7 @@ def _check_same_meaning(earlier: AsrLlmConfig, now: AsrLlmConfig, where: str) ->
     """Check the options that give the weights their meaning, and the base models below them."""
     keys = list(PROJECTOR_FIELDS)
     keys += [field for field in LORA_FIELDS.values() if getattr(earlier, field)]
+    keys += [part for part in _new_parts(earlier) if part in _new_parts(now)]
     for key in keys:
         there = _without_dropout(getattr(earlier, key))
         here = _without_dropout(getattr(now, key))
@@ -170,14 +176,36 @@ def _check_same_meaning(earlier: AsrLlmConfig, now: AsrLlmConfig, where: str) ->
                 f"{where} was trained with {key}={there}, but this run has {here}. Use the same "
                 "value."
             )
+    problem = base_difference(earlier.base_models or {}, now.base_models or {})
+    if problem:
+        raise UserError(f"{where} was trained on another model. {problem} Use the same.")
+
+
+def base_difference(there: JsonObject, here: JsonObject) -> str:
+    """Return a sentence about the first part that has other weights at the start, or "".
+
+    Args:
+        there: base models of an earlier run or a checkpoint: {part: {"path", "fingerprint"}}.
+        here: those of this run.
+    """
     for part in PRETRAINED_PARTS:
-        base_there = (earlier.base_models or {}).get(part, {})
-        base_here = (now.base_models or {}).get(part, {})
-        if base_there.get("fingerprint") != base_here.get("fingerprint"):
-            raise UserError(
-                f"{where} was trained on another {part}, {base_there.get('path')!r}; this run has "
-                f"{base_here.get('path')!r}. Give the same pretrained model."
+        earlier = there.get(part, {})
+        now = here.get(part, {})
+        if earlier.get("fingerprint") != now.get("fingerprint"):
+            return (
+                f"Its {part} began with other weights ({_origin(earlier)}) than that of this run "
+                f"({_origin(now)})."
             )
+    return ""
+
+
+def _origin(base: JsonObject) -> str:
+    return repr(base["path"]) if base else "random"
+
+
+def _new_parts(config: AsrLlmConfig) -> list[str]:
+    """Return the parts of a run that have no base model, so that it stores all their weights."""
+    return [part for part in PRETRAINED_PARTS if part not in (config.base_models or {})]
 
 
 def _without_dropout(value: object) -> object:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from asrllm.errors import UserError
+from asrllm.defaults import ENCODER_KEY
+from asrllm.errors import UserError, nearest
 from asrllm.models.attention import backends
-from asrllm.models.encoders.registry import encoder_kind
+from asrllm.models.encoders.registry import ENCODERS, encoder_kind, encoder_sizes
 from asrllm.models.fingerprint import is_hub_id
 from asrllm.models.projectors import check_projector
 from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, RatioBelowOne, component
@@ -93,14 +94,47 @@ class EncoderPart:
     """whisper | zipformer | hf: wavlm, hubert and others of transformers, see docs/encoders.md |
     directory or hub id whose config.json names the type"""
     pretrained_model: str | None = None
-    """directory or hub id; zipformer: of icefall or Auden, or a checkpoint file"""
+    """directory or hub id; zipformer: of icefall or Auden, or a checkpoint file; null: random
+    weights of the given size"""
+    size: str | None = None
+    """of an encoder without pretrained weights: tiny | base | small | medium | large-v3 for
+    whisper; small | medium | large (icefall's) for zipformer"""
+    fields: dict[str, bool | int | list[int]] | None = None
+    """changes to the fields of that size, for example {encoder_layers: 6}"""
     frozen: bool = True
-    """true: train only its adapters, if any; false: fine-tune the whole encoder"""
+    """true: train only its adapters, if any; false: train the whole encoder"""
     lora: LoraPart | None = LoraPart(r=0)
 
     def __post_init__(self) -> None:
+        if self.size is not None or self.fields is not None:
+            self._check_size()
         encoder_kind(self.model_type)
         check_lora("audio_encoder", self.lora, frozen=self.frozen)
+
+    def _check_size(self) -> None:
+        """Raise UserError unless `size` and `fields` describe an encoder without a base model."""
+        key = f"model.audio_encoder.size={self.size}"
+        if self.size is None:
+            raise UserError(
+                f"model.audio_encoder.fields={self.fields} changes the fields of a size, but "
+                "model.audio_encoder.size is null. Set the size, or remove the fields."
+            )
+        if self.pretrained_model:
+            raise UserError(
+                f"{key} is for an encoder with random weights, but {ENCODER_KEY}="
+                f"{self.pretrained_model!r} has weights. Remove one of them."
+            )
+        sizes = encoder_sizes(self.model_type)
+        if not sizes:
+            known = [name for name in ENCODERS if encoder_sizes(name)]
+            raise UserError(
+                f"{key} has no meaning for model.audio_encoder.model_type={self.model_type!r}. Use "
+                f"model_type={' or '.join(known)}, or {ENCODER_KEY} instead of a size."
+            )
+        if self.size not in sizes:
+            raise UserError(
+                f"{key} is not a size of {self.model_type}. {nearest(self.size, sizes)}"
+            )
 
     @functools.cached_property
     def kind(self) -> str:
@@ -232,15 +266,19 @@ class ModelConfig:
         return [name for name, lora in adapters.items() if lora is not None and lora.r]
 
     def check_pretrained(self) -> None:
-        """Raise UserError if a part has no pretrained model."""
+        """Raise UserError if a part has neither a pretrained model nor a size."""
         for name in PRETRAINED_PARTS:
-            if not getattr(self, name).pretrained_model:
-                key = f"model.{name}.pretrained_model"
-                fix = "Give the directory of a pretrained model."
-                model_type = getattr(self, name).model_type
-                if model_type and is_directory_or_hub_id(model_type):
-                    fix = f"To start from that model, set {key}={model_type} too."
-                raise UserError(f"{key} is not set. {fix}")
+            part = getattr(self, name)
+            if part.pretrained_model or (name == "audio_encoder" and part.size):
+                continue
+            key = f"model.{name}.pretrained_model"
+            fix = "Give the directory of a pretrained model."
+            if part.model_type and is_directory_or_hub_id(part.model_type):
+                fix = f"To start from that model, set {key}={part.model_type} too."
+            elif name == "audio_encoder" and encoder_sizes(part.model_type):
+                sizes = ", ".join(encoder_sizes(part.model_type))
+                fix += f" To start from random weights, set model.audio_encoder.size ({sizes})."
+            raise UserError(f"{key} is not set. {fix}")
 
     def __post_init__(self) -> None:
         check_projector(
@@ -267,6 +305,12 @@ class ModelConfig:
             raise UserError(
                 f"model.exclude_from_checkpoint: {name!r} is not a part. Available: "
                 f"{', '.join(PRETRAINED_PARTS)}."
+            )
+        if name == "audio_encoder" and self.audio_encoder.size:
+            raise UserError(
+                f"model.exclude_from_checkpoint=[{name}], but an encoder of model.audio_encoder."
+                f"size={self.audio_encoder.size} has no base model from which it could be loaded. "
+                "Remove it from the list."
             )
         if not getattr(self, name).frozen:
             raise UserError(

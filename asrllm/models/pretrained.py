@@ -35,6 +35,27 @@ NOT_FINITE_BASE = "Download it again, or choose another model."
 FIX_FAMILY = "Choose a Qwen, Llama or Gemma model."
 
 
+def initial_encoder(config: AsrLlmConfig, *, is_random: bool = True) -> nn.Module:
+    """Return the encoder with which a training starts.
+
+    Args:
+        config: the model's configuration.
+        is_random: whether an encoder without a base model starts from random weights. Otherwise
+            its weights come from an earlier run.
+
+    Raises:
+        UserError: the base model does not fit.
+    """
+    base = (config.base_models or {}).get("audio_encoder")
+    if base is not None:
+        return pretrained_encoder(config, base["path"])
+    encoder = build_encoder(config.audio_encoder or {}, pad_to_30s=config.pad_to_30s)
+    if is_random:
+        encoder.start_from_scratch()
+    assert isinstance(encoder, nn.Module)
+    return encoder
+
+
 def pretrained_encoder(config: AsrLlmConfig, path: str) -> nn.Module:
     """Return the encoder with a base model's weights.
 

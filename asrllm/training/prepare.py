@@ -85,7 +85,13 @@ def describe_run(config: TrainRun) -> DescribedRun:
     check_wandb_login(config.trainer.wandb, "trainer.wandb")
     processor, data = read_model_and_data(config)
     # fails if the layers to adapt or the parameters to freeze do not exist
-    on_meta(processor.config, config.model, config.trainer.dtype)
+    model = on_meta(processor.config, config.model, config.trainer.dtype)
+    encoder_weights = model.audio_encoder.parameters()
+    if config.has_random_encoder and not any(weight.requires_grad for weight in encoder_weights):
+        raise UserError(
+            f"model.frozen_parameters={config.model.frozen_parameters} freezes the whole encoder, "
+            "which starts with random weights. Leave out some of its weights."
+        )
     return DescribedRun(ds=ds, processor=processor, data=data)
 
 

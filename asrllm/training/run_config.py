@@ -232,6 +232,12 @@ class TrainRun:
             )
         self._check_rates()
         self._check_features()
+        self._check_random_encoder()
+
+    @property
+    def has_random_encoder(self) -> bool:
+        """Whether the encoder's weights are random at the first step."""
+        return self.model.audio_encoder.size is not None and not self.init_from
 
     def _check_rates(self) -> None:
         """Raise UserError for the learning rate of a part that is not trained."""
@@ -266,6 +272,29 @@ class TrainRun:
                     f"data.{key}={value} does not match model.audio_encoder.model_type={kind}, "
                     f"which uses {features}. Remove data.{key}."
                 )
+
+    def _check_random_encoder(self) -> None:
+        """Raise UserError for options that need an encoder with trained weights."""
+        if not self.has_random_encoder:
+            return
+        encoder = self.model.audio_encoder
+        start = f"model.audio_encoder.size={encoder.size} starts with random weights"
+        if "audio_encoder" in self.model.adapted_parts:
+            assert encoder.lora is not None
+            raise UserError(
+                f"{start}, but model.audio_encoder.lora.r={encoder.lora.r} trains only adapters. "
+                "Set model.audio_encoder.lora.r=0 and model.audio_encoder.frozen=false."
+            )
+        if encoder.frozen:
+            raise UserError(
+                f"{start}, but model.audio_encoder.frozen=true does not train them. Set "
+                "model.audio_encoder.frozen=false."
+            )
+        if self.model.projector_init != "random":
+            raise UserError(
+                f"{start}, but model.projector_init={self.model.projector_init} fits the projector "
+                "to the frames of a trained encoder. Use model.projector_init=random."
+            )
 
 
 @component

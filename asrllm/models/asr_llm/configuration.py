@@ -31,7 +31,7 @@ class AsrLlmConfig(PreTrainedConfig):
         pad_to_30s: pad Whisper's features to 30 s.
         exclude_from_checkpoint: parts that a saved directory does not contain.
         base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a
-            checkpoint does not contain.
+            checkpoint does not contain. A part that started from random weights has none.
         stored: for a run, the number of weights of each part in its checkpoints, without adapters.
         prompts: prompts that training mixed. The first that is not for translations is the
             default of transcribe().

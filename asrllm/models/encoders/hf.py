@@ -203,6 +203,14 @@ class HfEncoder(ExtractsFeatures):
         """Read a Hugging Face directory. See AudioEncoder."""
         return read_hf(path)
 
+    @staticmethod
+    def sizes() -> dict[str, JsonObject]:
+        """Return {}: the encoder needs pretrained weights. See AudioEncoder."""
+        return {}
+
+    def start_from_scratch(self) -> None:
+        """Do nothing: the constructor has drawn the weights."""
+
 
 @contextlib.contextmanager
 def _unpartitioned() -> Iterator[None]:

@@ -106,12 +106,33 @@ class AudioEncoder(Protocol):
         """Return the fields and the state dict in a pretrained model's directory or file."""
         ...
 
+    @staticmethod
+    def sizes() -> dict[str, JsonObject]:
+        """Return all fields of the published sizes, which train without pretrained weights.
+
+        {}: the encoder needs pretrained weights.
+        """
+        ...
+
+    def start_from_scratch(self) -> None:
+        """Draw new weights, and begin the training schedules."""
+        ...
+
 
 ENCODERS: dict[str, type[AudioEncoder]] = {
     "whisper": WhisperEncoder,
     "zipformer": ZipformerEncoder,
     "hf": HfEncoder,
 }
+
+
+def encoder_sizes(model_type: str) -> dict[str, JsonObject]:
+    """Return the fields of an encoder's sizes, or {} if it needs pretrained weights.
+
+    Args:
+        model_type: its name in ENCODERS. Any other text has no sizes.
+    """
+    return ENCODERS[model_type].sizes() if model_type in ENCODERS else {}
 
 
 def build_encoder(fields: JsonObject, *, pad_to_30s: bool) -> AudioEncoder:

@@ -6,6 +6,7 @@ masked in the convolutions, and the layers run on one packed row of all utteranc
 state dict has transformers' key names below `model.encoder.`.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from asrllm.errors import UserError
 from asrllm.models.attention import varlen_attention
 from asrllm.models.encoders.whisper_weights import check_sizes, read_whisper
 from asrllm.text_files import JsonObject
+
+# mel bins, width, layers and heads
+WHISPER_SIZES = {
+    "tiny": (80, 384, 4, 6),
+    "base": (80, 512, 6, 8),
+    "small": (80, 768, 12, 12),
+    "medium": (80, 1024, 24, 16),
+    "large-v3": (128, 1280, 32, 20),
+}
+INITIAL_STD = 0.02  # of the weights, as in transformers
+LONGEST_PERIOD = 10000  # of the sinusoidal positions, in frames / (2 pi)
 
 
 class WhisperEncoder(ExtractsFeatures):
@@ -167,6 +179,45 @@ class WhisperEncoder(ExtractsFeatures):
     def read_pretrained(path: str) -> tuple[JsonObject, dict[str, Tensor]]:
         """Read a Hugging Face Whisper directory or OpenAI's own file. See AudioEncoder."""
         return read_whisper(Path(path))
+
+    @staticmethod
+    def sizes() -> dict[str, JsonObject]:
+        """See AudioEncoder."""
+        sizes: dict[str, JsonObject] = {}
+        for name, (bins, width, layers, heads) in WHISPER_SIZES.items():
+            sizes[name] = {
+                "num_mel_bins": bins,
+                "d_model": width,
+                "encoder_layers": layers,
+                "encoder_attention_heads": heads,
+                "encoder_ffn_dim": 4 * width,
+                "max_source_positions": 1500,
+            }
+        return sizes
+
+    @torch.no_grad()
+    def start_from_scratch(self) -> None:
+        """Draw new weights as transformers does: normal, with sinusoidal positions."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.embed_positions.weight.copy_(sinusoids(self.max_frames, self.output_dim))
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Return sinusoidal positions (length, width): the sines, then the cosines.
+
+    Raises:
+        UserError: the width is not an even number of at least 4.
+    """
+    if width % 2 or width < 4:
+        raise UserError(f"d_model={width} is not an even number of at least 4. Use one.")
+    step = math.log(LONGEST_PERIOD) / (width // 2 - 1)
+    frequencies = torch.exp(-step * torch.arange(width // 2))
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _pad_frames(x: Tensor, length: int) -> Tensor:

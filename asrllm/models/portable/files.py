@@ -40,9 +40,11 @@ DROPPED = (
     "AsrLlmConfig.num_audio_tokens",
     "AsrLlmConfig.sample_limits",
     "ChatRenderer.encode_training",
-    "HfEncoder.read_pretrained",
-    "WhisperEncoder.read_pretrained",
-    "ZipformerEncoder.read_pretrained",
+    *(
+        f"{encoder.__name__}.{name}"
+        for encoder in ENCODERS.values()
+        for name in ("read_pretrained", "sizes", "start_from_scratch")
+    ),
     "ZipformerEncoder.from_pretrained",
     "ZipformerEncoder.load_state_dict",
 )

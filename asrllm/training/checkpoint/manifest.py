@@ -9,6 +9,7 @@ from typing import Any
 
 from asrllm.errors import CorruptedError, UserError
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
+from asrllm.models.init_from import base_difference
 from asrllm.text_files import read_json_object
 
 Manifest = dict[str, Any]  # content of asrllm.json
@@ -217,14 +218,11 @@ def check_same_model(
 
 def _check_same_base_models(checkpoint: Path, manifest: Manifest, config: AsrLlmConfig) -> None:
     """Raise UserError if a base model has other weights than the one of the checkpoint."""
-    for part, base in (config.base_models or {}).items():
-        trained_on = manifest["base_models"][part]
-        if trained_on["fingerprint"] != base["fingerprint"]:
-            raise UserError(
-                f"{str(checkpoint)!r} does not match the model. Its {part} was "
-                f"{trained_on['path']!r}, but {base['path']!r} has other weights. "
-                "Choose another exp_dir."
-            )
+    problem = base_difference(manifest["base_models"], config.base_models or {})
+    if problem:
+        raise UserError(
+            f"{str(checkpoint)!r} does not match the model. {problem} Choose another exp_dir."
+        )
 
 
 def check_same_parameters(

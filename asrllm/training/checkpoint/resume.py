@@ -77,12 +77,16 @@ def resume_fingerprint(
     These are the model, the order of the data and the arithmetic, as plain JSON values.
     """
     description = processor.config
+    is_new = "audio_encoder" not in (description.base_models or {})
     vocabulary = repr(sorted(processor.tokenizer.get_vocab().items()))
     return {
         "audio_token_id": description.audio_token_id,
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         "chat_template": processor.tokenizer.chat_template,
         **{key: getattr(description, key) for key in MODEL_FIELDS},
+        # null in checkpoints from before an encoder could start without a base model
+        "audio_encoder": description.audio_encoder if is_new else None,
+        "random weights of the encoder at the start": config.has_random_encoder or None,
         "seed": config.seed,
         "precision": config.trainer.precision,
         "trainer.optimizer.name": config.trainer.optimizer.name,

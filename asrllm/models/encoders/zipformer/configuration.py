@@ -5,7 +5,8 @@ from typing import Any
 
 from asrllm.errors import UserError, nearest
 
-CORRECT_ENCODER_CONFIG = "Correct the encoder's config.json."
+CORRECT_ENCODER_CONFIG = "Correct the fields of the encoder."
+ICEFALL_SIZES = ("small", "medium", "large")
 PUBLIC_SIZES: dict[str, dict[str, list[int]]] = {
     "icefall-small": {
         "encoder_dim": [192, 256, 256, 256, 256, 256],

@@ -20,7 +20,7 @@ from asrllm.audio.features import KALDI_HOP, KaldiFeatures, kaldi_frames
 from asrllm.audio.waves import ExtractsFeatures
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
-from asrllm.models.encoders.zipformer.configuration import ZipformerConfig
+from asrllm.models.encoders.zipformer.configuration import ICEFALL_SIZES, ZipformerConfig
 from asrllm.models.encoders.zipformer.layers import (
     DROPOUT,
     POSITION_DROPOUT,
@@ -50,6 +50,7 @@ MAX_SECONDS = 3600  # the model itself has no limit but memory
 PRETRAINED_BATCHES = 100_000  # beyond the end of all schedules, which is where fine-tuning starts
 WARM_UP = 4000  # batches during which layers cease to be skipped, from the first layer to the last
 FEATURE_SKIP = 0.125
+CONVNEXT_SCALE = 0.01  # of the initial weights of a ConvNeXt block's output
 
 
 class ZipformerEncoder(ExtractsFeatures):
@@ -160,7 +161,7 @@ class ZipformerEncoder(ExtractsFeatures):
     def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "ZipformerEncoder":
         """Return the encoder of an AsrLlmModel. See AudioEncoder.
 
-        These encoders are pretrained, and encode an utterance alone as in a batch.
+        It encodes an utterance alone as in a batch, and its schedules are at their ends.
         """
         if pad_to_30s:
             raise UserError(
@@ -196,6 +197,25 @@ class ZipformerEncoder(ExtractsFeatures):
         """Read an icefall or Auden file or directory. See AudioEncoder."""
         config, state = read_zipformer(Path(path))
         return plain_fields(config), state
+
+    @staticmethod
+    def sizes() -> dict[str, JsonObject]:
+        """See AudioEncoder."""
+        sizes: dict[str, JsonObject] = {}
+        for name in ICEFALL_SIZES:
+            sizes[name] = plain_fields(ZipformerConfig.public(f"icefall-{name}"))
+        return sizes
+
+    def start_from_scratch(self) -> None:
+        """Begin the schedules. The constructor has drawn the weights, except one bias.
+
+        The published code draws that bias from a smaller range than PyTorch.
+        """
+        bias = self.encoder_embed.convnext.pointwise_conv2.bias
+        assert bias is not None
+        nn.init.uniform_(bias, -0.1 * CONVNEXT_SCALE, 0.1 * CONVNEXT_SCALE)
+        self.first_batch = 0
+        self.set_batch_count(0)
 
 
 def plain_fields(config: ZipformerConfig) -> JsonObject:
@@ -262,7 +282,7 @@ class ConvNeXt(nn.Module):
         self.pointwise_conv1 = nn.Conv2d(width, 3 * width, 1)
         self.pointwise_conv2 = nn.Conv2d(3 * width, width, 1)
         with torch.no_grad():
-            self.pointwise_conv2.weight.mul_(0.01)  # starts near the identity
+            self.pointwise_conv2.weight.mul_(CONVNEXT_SCALE)  # starts near the identity
         self.balance_hidden = Balancer(
             1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0
         )
