@@ -50,6 +50,8 @@ class ChatRequest(_ChatModel):
     model: str
     messages: Annotated[list[UserMessage], Field(min_length=1, max_length=1)]
     temperature: Literal[0] | None = None
+    n: Literal[1] | None = None
+    stream: Literal[False] | None = None
 
     def audio_and_prompt(self) -> tuple[bytes, str | None]:
         """Return the audio file, and the instruction or None.
