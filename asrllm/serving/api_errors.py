@@ -15,6 +15,7 @@ MESSAGE_LENGTH = 1000  # characters; only a long value of a client makes a messa
 FIELD_PROBLEMS = {
     "missing": "is missing. Add it.",
     "extra_forbidden": "is not supported. Leave it out.",
+    "none_required": "is not supported. Leave it out.",
     "union_tag_not_found": "has no {discriminator}. Add it.",
     "union_tag_invalid": "is not a valid choice of {discriminator}. Available: {expected_tags}.",
     "literal_error": "is not a valid choice. Available: {expected}.",

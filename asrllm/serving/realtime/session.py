@@ -33,6 +33,7 @@ from asrllm.serving.transcriber import QueuePlace, Transcriber
 IDLE_SECONDS = 120.0  # without an event, after which a session is closed
 MAX_AHEAD = 300 * RATE  # samples that a client may send before they are transcribed
 EVENT_COST = RATE // 100  # samples as which an event counts at least
+TRANSCRIPTION = "session.audio.input.transcription"  # the settings of texts
 GOING_AWAY = 1001  # closing code of a server that stops
 
 
@@ -195,13 +196,18 @@ class Session:
         hotwords = ",".join(chosen.keywords or [])
         if len(hotwords) > MAX_TEXT:
             problem = f"the keywords have {len(hotwords)} characters. Use at most {MAX_TEXT}."
-            raise ApiError(400, problem, param="session.audio.input.transcription.keywords")
-        return prompt_of_request(
-            transcriber.description,
-            language=chosen.language,
-            prompt=chosen.prompt,
-            hotwords=hotwords,
-        )
+            raise ApiError(400, problem, param=f"{TRANSCRIPTION}.keywords")
+        try:
+            return prompt_of_request(
+                transcriber.description,
+                language=chosen.language,
+                prompt=chosen.prompt,
+                hotwords=hotwords,
+            )
+        except ApiError as error:
+            field = "keywords" if error.param == "hotwords" else error.param
+            error.param = f"{TRANSCRIPTION}.{field}"
+            raise
 
     def _description(self) -> dict[str, Any]:
         """Return the settings in the form of OpenAI's API."""
