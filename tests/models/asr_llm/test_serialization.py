@@ -605,8 +605,10 @@ def test_damaged_directory_is_reported(world, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path):
-    make_model(world).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("size", "weights"), [("5GB", 1), ("20KB", 5)])
+def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path, size, weights):
+    make_model(world).save_pretrained(tmp_path, max_shard_size=size)
+    assert len(list(tmp_path.glob("model*.safetensors"))) >= weights
     (tmp_path / "notes.txt").write_text("added later")
     asrllm.AutoModel.from_pretrained(tmp_path)
     saved = [path for path in tmp_path.iterdir() if path.name not in (CHECKSUMS, "notes.txt")]
