@@ -45,7 +45,7 @@ def map_batches(
         yield from map(function, items)
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads // parallel)
+    torch.set_num_threads(max(1, threads // parallel))
     pending: collections.deque[Future[Result]] = collections.deque()
     try:
         with ThreadPoolExecutor(parallel, "decoder") as pool:

@@ -32,6 +32,12 @@ def test_batches_run_at_the_same_time_and_results_are_in_order(cores):
     assert torch.get_num_threads() == PARALLEL
 
 
+def test_batches_may_be_more_than_the_cores_that_are_left(cores):
+    torch.set_num_threads(1)  # since the engine chose how many batches
+    assert list(map_batches(str, range(3), PARALLEL)) == ["0", "1", "2"]
+    assert torch.get_num_threads() == 1
+
+
 def test_few_batches_are_taken_ahead(cores):
     taken = []
     results = map_batches(str, iter(lambda: taken.append(0) or len(taken), 100), PARALLEL)
