@@ -693,6 +693,7 @@ def test_url_of_a_table_is_rejected_unchanged(tmp_path, name, table):
         ("path,text\na.wav,a\nb\0.wav,b\n", "missing_audio"),
         ("a|a\nb\0|b\n", "missing_audio"),
         ("a|a\nb|b\rc|c\n", "bad_row"),
+        ("path,text\na.wav,a\nb.wav,b\rc.wav,c\n", "bad_row"),
         ("a|a\nb.mp3|b\n", "missing_audio"),
     ],
 )

@@ -391,6 +391,8 @@ def _split_csv(
             return
         except csv.Error as error:
             problem = f"is not valid CSV: {error}"
+            if "new-line character" in str(error):  # csv advises how to open the file
+                problem = "has a carriage return within a cell without quotation marks. Remove it"
         number = lines.row[0][0]
         texts = [line for _, line in lines.row]
         if len(texts) > 1 and (problem or not _is_one_row(cells, texts, delimiter, shape)):
