@@ -2,15 +2,13 @@
 
 Each utterance attends only to itself. The backends are:
 
-sdpa    one torch call for adjacent utterances of one length; works everywhere, and is the choice on
-        the CPU
+sdpa    one torch call per utterance; works everywhere, and is the choice on the CPU
 flash   flash_attn's kernel for sequences of different lengths; CUDA, float16 or bfloat16
 varlen  the same kernel in torch; CUDA, float16 or bfloat16, without soft cap and dropout
 """
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -219,22 +217,16 @@ def _sdpa(
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
-    outputs: list[Tensor] = []
-    begin = 0
-    for length, run in itertools.groupby(lengths):
-        count = len(list(run))
-        columns = slice(begin, begin + count * length)
-        begin = columns.stop
-        q, k, v = (
-            x[0, :, columns].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
-        )
-        outputs.append(_same_length(q, k, v, options).flatten(0, 1))
-    return torch.cat(outputs)[None]
+    queries = query.split(lengths, 2)
+    keys = key.split(lengths, 2)
+    values = value.split(lengths, 2)
+    parts = zip(queries, keys, values, strict=True)
+    outputs = [_one_utterance(q, k, v, options) for q, k, v in parts]
+    return torch.cat(outputs, 1)
 
 
-def _same_length(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-    """Map query (N, heads, L, d), key and value (N, kv heads, L, d) to (N, L, heads, d)."""
+def _one_utterance(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    """Map query (1, heads, L, d), key and value (1, kv heads, L, d) to (1, L, heads, d)."""
     heads, length = query.shape[1:3]
     if query.is_meta:
         return _MetaAttention.apply(query, key, value).transpose(1, 2)

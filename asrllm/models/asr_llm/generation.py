@@ -171,7 +171,7 @@ def _divide(
     seconds = np.array([max(request.seconds, shortest) for request in requests])
     batches: list[list[Request]] = []
     for rows in make_batches(seconds, batch_seconds):
-        batches.append([requests[i] for i in rows])
+        batches.append([requests[i] for i in sorted(rows)])
     return batches
 
 
