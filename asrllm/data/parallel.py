@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 from asrllm.errors import UserError
 
 SOCKET_DIR = "ASRLLM_FORKSERVER_DIR"  # environment variable with the directory of its socket
+LONGEST_SOCKET_DIR = 107 - len("/listener-12345678")  # bytes, of the 107 of unix(7)
 REPORT_INTERVAL = 0.2  # seconds between progress reports of a worker
 Advance = Callable[[int], object]  # receives the number of utterances that were completed
 J = TypeVar("J")
@@ -122,7 +123,7 @@ class _WorkerPool(Generic[J, R]):
         )
         # Otherwise process.start() starts the tracker, which unblocks SIGINT.
         multiprocessing.resource_tracker.ensure_running()
-        os.environ[SOCKET_DIR] = multiprocessing.util.get_temp_dir()
+        os.environ[SOCKET_DIR] = _socket_dir()
         # Ctrl-C is for this process alone. The fork server inherits the mask.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -165,6 +166,21 @@ class _WorkerPool(Generic[J, R]):
         for pipe, process in self.processes.items():
             process.join()
             pipe.close()
+
+
+def _socket_dir() -> str:
+    """Return the directory of the fork server's socket.
+
+    Raises:
+        UserError: the names of sockets in it would be too long.
+    """
+    folder = multiprocessing.util.get_temp_dir()
+    if len(os.fsencode(folder)) > LONGEST_SOCKET_DIR:
+        raise UserError(
+            f"{folder!r} is too long for sockets in it (unix(7)). Set TMPDIR to a directory with a "
+            "shorter name, or use one worker."
+        )
+    return folder
 
 
 def _worker_main(pipe: Connection, work: Callable[[J, Advance], R]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,7 +369,7 @@ def divide(number, advance):
     return 1 / number
 
 
-def start_making(kaldi, out, workers):
+def start_making(kaldi, out, workers, temporary):
     command = [
         sys.executable,
         REPOSITORY / "launch" / "make_shards.py",
@@ -386,7 +387,7 @@ def start_making(kaldi, out, workers):
         [*map(str, command)],
         stderr=subprocess.PIPE,
         text=True,
-        env=clean_environment(TMPDIR=str(kaldi.parent / "temporary")),
+        env=clean_environment(TMPDIR=temporary),
         preexec_fn=listen,
     )
 
@@ -407,8 +408,8 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat {kaldi}/wav/utt0004.wav |"
     (kaldi / "wav.scp").write_text((kaldi / "wav.scp").read_text().replace("wav/utt0004.wav", wait))
 
-    (tmp_path / "temporary").mkdir()
-    process = start_making(kaldi, out, workers=1)
+    temporary = tempfile.mkdtemp()  # short, because a socket has at most 107 characters
+    process = start_making(kaldi, out, 1, temporary)
     wait_for(records / "shard-000001.json", process)
     with pytest.raises(UserError, match=f"process .*'{out}'"):
         write_shards(out, read_kaldi(kaldi, allow_pipes=True), utterances_per_shard=2)
@@ -418,13 +419,14 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     assert re.search(rf"\b2 .*{tmp_path}/\.out\.partial", errors)
     assert not out.exists()
 
-    process = start_making(kaldi, out, workers=2)
+    process = start_making(kaldi, out, 2, temporary)
     wait_for(records / "shard-000003.json", process)  # made by the other worker
     process.kill()
     # until the last worker has noticed and closed its standard error
     process.communicate(timeout=60)
     assert not out.exists()
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert os.listdir(temporary) == []
+    os.rmdir(temporary)
 
     (tmp_path / "go").touch()
     fields = {"corpus": "out"}
@@ -435,6 +437,13 @@ def test_writing_resumes_after_an_interruption_and_after_a_kill(tmp_path):
     write_shards(tmp_path / "whole", read_kaldi(kaldi, allow_pipes=True), **source)
     assert contents(out) == contents(tmp_path / "whole")
     assert keys(out) == [f"utt{i:04d}" for i in range(9)]
+
+
+def test_temporary_directory_that_is_too_long_for_sockets_is_reported(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: str(long))
+    with pytest.raises(UserError, match=f"'{long}' .*TMPDIR"):
+        list(run_parallel(str, range(4), 2, lambda _: None))
 
 
 # --- opening ---
