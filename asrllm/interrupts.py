@@ -13,6 +13,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType, TracebackType
 
 INTERRUPTED = 130  # exit status that shells report for a process ended by SIGINT
@@ -24,6 +25,13 @@ class RaiseOnInterrupt:
     Python drops an exception that is raised in a finalizer. If it drops a KeyboardInterrupt, the
     process exits.
     """
+
+    def __init__(self, before_exit: "Callable[[], None]") -> None:
+        """
+        Args:
+            before_exit: called before that exit; it reports the interruption.
+        """
+        self.before_exit = before_exit
 
     def __enter__(self) -> None:
         self.before = _signal.getsignal(_signal.SIGINT)
@@ -44,7 +52,10 @@ class RaiseOnInterrupt:
     def exit_on_dropped_interrupt(self, dropped: "sys.UnraisableHookArgs") -> None:
         """Exit if the dropped exception is a KeyboardInterrupt; see sys.unraisablehook."""
         if isinstance(dropped.exc_value, KeyboardInterrupt):
-            exit_interrupted(_signal.SIGINT, None)
+            try:
+                self.before_exit()
+            finally:
+                os._exit(INTERRUPTED)
         self.hook(dropped)
 
 

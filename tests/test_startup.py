@@ -248,3 +248,28 @@ def test_closed_standard_streams_are_no_error(world, verb, closed):
     )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+def test_interruption_that_python_drops_in_a_finalizer_ends_the_process():
+    code = """
+import signal
+from asrllm.interrupts import RaiseOnInterrupt, exit_interrupted
+
+class Finalized:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, exit_interrupted)
+with RaiseOnInterrupt(lambda: print("reported", flush=True)):
+    Finalized()
+    print("continued")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=REPOSITORY,
+        env=clean_environment(),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "reported\n", "")

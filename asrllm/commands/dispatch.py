@@ -133,8 +133,19 @@ def exit_after_lost_connection(error: RuntimeError, ranks: siblings.Siblings) ->
     ranks.leave(f"asrllm: the connection to another rank{where} was lost. {siblings.RUN_AGAIN}")
 
 
+def report_interruption(arguments: argparse.Namespace, ranks: siblings.Siblings) -> None:
+    """Report Ctrl-C once per node."""
+    if INTERRUPTED not in ranks.statuses.values():  # otherwise another rank has reported it
+        ranks.report(f"asrllm {arguments.verb}: interrupted")
+
+
 def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
     """Run a verb and return its exit status. The user's mistakes are reported once per node."""
+
+    def leave() -> None:
+        report_interruption(arguments, ranks)
+        ranks.end(INTERRUPTED, siblings.WAIT_TO_LEAVE)
+
     try:
         set_up_logging()
         name = module_name(arguments)
@@ -145,15 +156,14 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
         cleanup: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if arguments.verb in WRITE_LARGE_FILES:
             cleanup = sigterm_raises()
-        with RaiseOnInterrupt(), cleanup:
+        with RaiseOnInterrupt(leave), cleanup:
             run(arguments)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of standard output, for example `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        if INTERRUPTED not in ranks.statuses.values():  # otherwise another rank has printed it
-            ranks.report(f"asrllm {arguments.verb}: interrupted")
+        report_interruption(arguments, ranks)
         return INTERRUPTED
     except Terminated as exit_:
         text = f"asrllm {arguments.verb}: interrupted by SIGTERM. Run the same command again."
