@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # otherwise every process that the tests start compiles asrllm again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import shutil
 import sys
 import timeit
@@ -64,6 +65,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if (mark := item.get_closest_marker("soak")) and mark.kwargs.get("only"):
             item.add_marker(pytest.mark.skip(reason="make soak"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Do not look for garbage among the modules that the tests import, which takes 5 s."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
