@@ -14,7 +14,7 @@ from asrllm.data.index import MAX_DURATION_ERROR
 from asrllm.data.keys import tar_key
 from asrllm.data.sources import RejectedError, Utterance
 from asrllm.data.sources.utterance import check_installed
-from asrllm.data.tars import field_problem, nul_problem
+from asrllm.data.tars import field_problem, nul_problem, unify_line_ends
 from asrllm.defaults import STORED_EXTENSIONS
 from asrllm.errors import UserError
 
@@ -68,7 +68,7 @@ def make_sample(
         RejectedError: the utterance cannot be used.
     """
     key = tar_key(utterance.key)
-    text = utterance.text.strip()
+    text = unify_line_ends(utterance.text).strip()
     _check_without_audio(utterance, key, text)
     wave, rate = _load(utterance)
     duration = len(wave) / rate

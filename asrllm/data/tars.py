@@ -388,4 +388,11 @@ def _sample_fields(files: Mapping[str, bytes]) -> Any:
         json.dumps(fields, ensure_ascii=False).encode()
     if isinstance(fields, dict) and "text" not in fields and "txt" in files:
         fields["text"] = files["txt"].decode("utf-8-sig").strip()
+    if isinstance(fields, dict) and isinstance(fields.get("text"), str):
+        fields["text"] = unify_line_ends(fields["text"])
     return fields
+
+
+def unify_line_ends(text: str) -> str:
+    """Replace carriage returns, with or without a line feed, by line feeds."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -98,16 +98,24 @@ def test_field_of_the_wrong_type_is_rejected(tmp_path):
     assert "'lang'" in bad[0].detail
 
 
-def test_txt_supplies_the_text_that_json_lacks(tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "text", "expected"),
+    [
+        (b'{"lang": "en"}', b"one\n", {"lang": "en", "text": "one"}),
+        (b"{}", b"one\r\ntwo\rthree\r", {"text": "one\ntwo\nthree"}),
+        (b'{"text": "one\\r\\ntwo\\rthree"}', b"one two three", {"text": "one\ntwo\nthree"}),
+    ],
+)
+def test_txt_supplies_the_text_that_json_lacks(tmp_path, fields, text, expected):
     write_tar(tmp_path / "x.tar", ["a"], "gnu")
     with tarfile.open(tmp_path / "y.tar", "w") as tar, tarfile.open(tmp_path / "x.tar") as old:
         tar.addfile(old.getmember("a.flac"), old.extractfile("a.flac"))
-        for name, data in (("a.json", b'{"lang": "en"}'), ("a.txt", b"one\n")):
+        for name, data in (("a.json", fields), ("a.txt", text)):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     (sample,) = scan_tar(tmp_path / "y.tar")
-    assert sample.fields == {"lang": "en", "text": "one"}
+    assert sample.fields == expected
 
 
 @pytest.mark.parametrize("damage", ["header", "truncated", "two", "other"])

@@ -366,11 +366,11 @@ def test_an_invalid_wenet_list_is_reported(tmp_path):
 
 def test_a_folder_with_text_files_becomes_shards(tmp_path):
     audio(tmp_path / "d", "b.flac", "sub.1/a.WAV", "c.wav")
-    (tmp_path / "d" / "b.txt").write_text("b\n")
+    (tmp_path / "d" / "b.txt").write_bytes(b"b\rb\r\nb\r\n")
     (tmp_path / "d" / "sub.1" / "a.txt").write_text("\ufeffa")
     assert SOURCES["folder"].count(tmp_path / "d") == 3
     samples, rejected = shards(tmp_path, read_folder(tmp_path / "d"))
-    assert samples == {"b": about("b"), "sub_1/a": about("a")}
+    assert samples == {"b": about("b\nb\nb"), "sub_1/a": about("a")}
     assert rejected == [("c", "no_transcript")]
 
 
@@ -839,8 +839,8 @@ def test_bad_line_of_a_json_list_is_rejected_alone(tmp_path, bad, begin):
     first, second, third = SOURCES["nemo"].read(path)
     assert [first.text, third.text] == ["a", "c"]
     assert second.problem[0] == "bad_json"
-    number = begin.count("\n") + 2
-    assert f"{path}:{number}" in second.problem[1]
+    first_line = begin.count("\n") + 2
+    assert any(f"{path}:{number}:" in second.problem[1] for number in (first_line, first_line + 1))
 
 
 @pytest.mark.parametrize("text", [ROW.format("a"), f"{ROW.format('a')},\n{{"])
@@ -854,5 +854,49 @@ def test_json_list_without_its_end_is_reported(tmp_path, text):
 def test_syntax_error_in_an_indented_json_list_has_its_line_and_column(tmp_path):
     path = tmp_path / "list.json"
     path.write_text('[\n\n  {\n    "audio_filepath": "a.wav",\n    "text" "a"\n  }\n]\n')
-    with pytest.raises(UserError, match=r"list\.json:5:12 "):
+    ((reason, detail),) = problems(SOURCES["nemo"].read(path))
+    assert reason == "bad_json"
+    assert f"{path}:5:12 " in detail
+
+
+# damages of the second of three objects; each contains objects and lists of its own
+DAMAGES = [
+    ('"b": [', '"b" ['),
+    ('"x"}', '"x"'),
+    ('{"audio_filepath": "b.wav"', '{"audio_filepath": "b.wav'),
+    ('{"audio_filepath": "b.wav"', '"audio_filepath": "b.wav"'),
+    ("]}", "]}}"),
+    ("]}", "]}]"),
+    ("]}", "}"),
+    ("]}", ""),
+    ('"x"', "x"),
+    ('"x"', "9" * 5000),
+    ('"x"', "[" * 100_000),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), DAMAGES)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_damage_in_a_json_list_costs_one_entry_in_any_layout(tmp_path, old, new, indent):
+    rows = [{"audio_filepath": f"{name}.wav", "text": name} for name in "abc"]
+    rows[1]["b"] = [{"audio_filepath": "x"}, 1]
+    text = json.dumps(rows)
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+    if indent is not None:
+        text = text.replace("{", "\n{\n").replace(", ", ",\n ")
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    first, second, third = SOURCES["nemo"].read(path)
+    assert [first.text, third.text] == ["a", "c"]
+    assert second.problem[0] == "bad_json"
+
+
+def test_json_list_with_many_syntax_errors_is_reported_at_once(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(f"[{'{x},' * 500_000}{ROW.format('a')}]")
+    with pytest.raises(UserError, match="list"):
+        list(SOURCES["nemo"].read(path))
+    path.write_text("[x" + '{"a":' * 500_000 + "]")
+    with pytest.raises(UserError, match="list"):
         list(SOURCES["nemo"].read(path))

@@ -1,5 +1,6 @@
 """Lhotse cuts."""
 
+import base64
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -51,8 +52,7 @@ def read_cuts(
         allow_urls: download recordings whose source has `type: url`.
 
     Raises:
-        UserError: the file is not a manifest of cuts, or a recording is a command or a URL that
-            is not allowed.
+        UserError: the file is not a manifest of cuts.
     """
     first, rows = peek(json_rows(Path(path), ROLE))
     objects = [(where, row) for where, row in first if isinstance(row, dict)]
@@ -139,30 +139,46 @@ def _restrict(
     command without a time limit, and would treat a URL that begins with `pipe:` as a command.
 
     Raises:
-        UserError: the source is a command or a URL that is not allowed.
+        RejectedError: the source is a command or a URL that is not allowed, or is not audio in
+            base64.
     """
     kind = _without_bar(source)
     content = source.get("source")
     shown = repr(str(content)[:SHOWN_LENGTH])
     if kind == "command" and not allow_pipes:
-        raise UserError(
+        raise RejectedError(
+            "not_allowed",
             f"{where}: a recording's source is a shell command ({shown}). Use a file, or run "
-            "'asrllm shards make --cuts' with --allow-pipes if you trust the manifest."
+            "'asrllm shards make --cuts' with --allow-pipes if you trust the manifest",
         )
     if kind == "url" and not allow_urls:
-        raise UserError(
+        raise RejectedError(
+            "not_allowed",
             f"{where}: a recording's source is a URL ({shown}). Use a file, or run "
-            "'asrllm shards make --cuts' with --allow-urls if you trust the manifest."
+            "'asrllm shards make --cuts' with --allow-urls if you trust the manifest",
         )
     if kind == "file" and isinstance(content, str):
         source["source"] = str(root / content)
+    if kind == "memory":
+        try:
+            source["source"] = base64.b64decode(str(content), validate=True)
+        except ValueError as error:
+            problem = f"{where}: a recording's source in memory is {shown}, not a file in base64"
+            raise RejectedError("bad_field", problem) from error
     if kind in ("command", "url"):
         from asrllm.data.sources.cut_audio import Command, Url
 
         if kind == "url":
-            check_scheme(str(content))
+            _check_scheme(str(content), where)
         source["type"] = "file"
         source["source"] = Command(content) if kind == "command" else Url(content)
+
+
+def _check_scheme(url: str, where: str) -> None:
+    try:
+        check_scheme(url)
+    except UserError as error:
+        raise RejectedError("not_allowed", f"{where}: {error}") from error
 
 
 # --- utterances ---

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -25,6 +25,9 @@ MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests 
 # list of 64 million empty objects, 192 MiB of JSON or 0.2 MB of gzip, takes 5 GB
 SMALLEST_VALUE = 64
 UNPACK_IT = "If that is intended, unpack it, and use the unpacked file."
+MAX_SYNTAX_ERRORS = 1000  # in a JSON list; finding the place of each takes a while
+MAX_REPARSED = 16  # how often each character of a damaged JSON list may be parsed
+SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 SAMPLE_FIELDS = {  # field of a sample: its names in manifests
@@ -163,8 +166,8 @@ def read_lines(
 def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]]:
     """Yield (FILE:LINE, object) of a file of JSON lines, or of one JSON list, which is held whole.
 
-    A row that is not an object is yielded as the reason for its rejection. So is a row with a
-    syntax error if each line of the list has one object.
+    A row that is not an object, or that has a syntax error, is yielded as the reason for its
+    rejection.
 
     Args:
         path: the file.
@@ -174,21 +177,8 @@ def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]
     first = next(lines)
     lines = itertools.chain([first], lines)
     if first[1].lstrip().startswith("["):
-        numbered = list(lines)
-        try:
-            rows = _parse_list(numbered, f"{role} {path}")
-        except UserError:
-            apart = _object_lines(numbered)
-            if apart is None:
-                raise
-            lines = iter(apart)
-        else:
-            if not rows:
-                raise UserError(f"{role} {str(path)!r} has no utterance. Make it again.")
-            for number, row in enumerate(rows, 1):
-                where = f"{path}, entry {number}"
-                yield where, _checked_object(row, f"{role} {where}")
-            return
+        yield from _list_rows(list(lines), path, role)
+        return
     for number, text in lines:
         where = f"{path}:{number}"
         try:
@@ -216,41 +206,137 @@ def _checked_object(row: object, where: str) -> Row | RejectedError:
     return RejectedError("bad_json", f"{where} is not a JSON object")
 
 
-def _parse_list(lines: Sequence[tuple[int, str]], where: str) -> list[object]:
-    try:
-        value = parse_json("\n".join(text for _, text in lines))
-    except json.JSONDecodeError as error:
-        number = lines[error.lineno - 1][0]
-        raise UserError(
-            f"{where}:{number}:{error.colno} is not valid JSON: {error.msg}. Correct it."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {error}. Correct it.") from error
-    if not isinstance(value, list):
-        raise UserError(f"{where} is not a JSON list. Make it again.")
-    return value
+def _list_rows(
+    lines: Sequence[tuple[int, str]], path: Path, role: str
+) -> Iterator[tuple[str, Row | RejectedError]]:
+    """Yield (place, object) of the entries of a JSON list.
 
-
-def _object_lines(lines: Sequence[tuple[int, str]]) -> list[tuple[int, str]] | None:
-    """Return the lines of a JSON list without brackets and commas.
-
-    Returns:
-        None if the list has no end, or if not every line begins like an object, so that the
-        lines are not the rows.
+    Raises:
+        UserError: the list has no end or no entry.
     """
-    if not lines[-1][1].rstrip().endswith("]"):
-        return None
-    found: list[tuple[int, str]] = []
-    for number, line in lines:
-        text = line.strip()
-        if not found:
-            text = text.removeprefix("[").lstrip()
-        if number == lines[-1][0]:
-            text = text.removesuffix("]").rstrip()
-        if text:
-            found.append((number, text.removesuffix(",").rstrip()))
-    is_split = all(text.startswith("{") and text != "{" for _, text in found)
-    return found if is_split and len(found) > 1 else None
+    text = "\n".join(line for _, line in lines).rstrip()
+    entries: Iterable[object]
+    try:
+        entries = parse_json(text)
+    except ValueError as error:
+        if not text.endswith("]"):
+            place, problem = _json_error(error, lines, path)
+            raise UserError(f"{role} {place} is not valid JSON: {problem}. Correct it.") from error
+        entries = _Entries(text, lines, path, role)
+    number = 0
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}, entry {number}"
+        if isinstance(entry, RejectedError):
+            yield where, entry
+        else:
+            yield where, _checked_object(entry, f"{role} {where}")
+    if not number:
+        raise UserError(f"{role} {str(path)!r} has no utterance. Make it again.")
+
+
+def _json_error(error: Exception, lines: Sequence[tuple[int, str]], path: Path) -> tuple[str, str]:
+    """Return the place and the description of a syntax error in a JSON list."""
+    if isinstance(error, json.JSONDecodeError):
+        number = lines[error.lineno - 1][0]
+        return f"{path}:{number}:{error.colno}", error.msg
+    return str(path), "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+class _Entries:
+    """The entries of a JSON list with syntax errors.
+
+    An entry with an error is a RejectedError. The next entry is the first object after its
+    beginning that has the fields which all entries so far have, because the objects within an
+    entry, such as the turns of a chat, have others.
+    """
+
+    def __init__(self, text: str, lines: Sequence[tuple[int, str]], path: Path, role: str) -> None:
+        """
+        Args:
+            text: the list, with an end.
+            lines: its lines with their numbers.
+            path: its file.
+            role: what the file is, as the beginning of messages.
+        """
+        self.text = text
+        self.lines = lines
+        self.path = path
+        self.role = role
+        self.decode = json.JSONDecoder().raw_decode
+        self.last = len(text) - 1  # position of the bracket at its end
+        self.fields: set[str] | None = None
+        # characters that may be parsed in search of an entry; nested objects are parsed repeatedly
+        self.remaining = MAX_REPARSED * len(text)
+        self.errors = 0
+
+    def __iter__(self) -> Iterator[object]:
+        position = _after_space(self.text, self.text.index("[") + 1)
+        while position < self.last:
+            try:
+                entry, end = self._entry(self.text, position)
+            except (ValueError, RecursionError) as error:
+                place, problem = _json_error(error, self.lines, self.path)
+                yield RejectedError(
+                    "bad_json", f"{self.role} {place} is not valid JSON: {problem}. Correct it"
+                )
+                position = self._next(position)
+            else:
+                if isinstance(entry, dict):
+                    fields = self.fields
+                    self.fields = set(entry) if fields is None else fields & entry.keys()
+                yield entry
+                position = end
+
+    def _entry(self, text: str, position: int) -> tuple[object, int]:
+        """Return the entry at a position, and the position of the next one or of the list's end.
+
+        Raises:
+            ValueError, RecursionError: there is no entry, or something other than an entry follows.
+        """
+        entry, end = self.decode(text, position)
+        end = _after_space(text, end)
+        following = text[end : end + 1]
+        if following == ",":
+            return entry, _after_space(text, end + 1)
+        is_last = end == len(text) - 1
+        if following == "{" or (following == "]" and is_last):  # a comma may be missing
+            return entry, end
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+
+    def _next(self, start: int) -> int:
+        """Return the position of the entry after the one that starts at a position, or the end.
+
+        Raises:
+            UserError: the list has too many errors.
+        """
+        self.errors += 1
+        if self.errors > MAX_SYNTAX_ERRORS:
+            raise self._too_many_errors()
+        rest = self.text[start:]  # an error counts the lines before it
+        position = 0
+        while (position := rest.find("{", position + 1)) > 0:
+            try:
+                entry, end = self._entry(rest, position)
+                if isinstance(entry, dict) and entry.keys() >= (self.fields or set()):
+                    return start + position
+            except (ValueError, RecursionError) as error:
+                end = getattr(error, "pos", position)
+            self.remaining -= end
+            if self.remaining < 0:
+                raise self._too_many_errors()
+        return self.last
+
+    def _too_many_errors(self) -> UserError:
+        return UserError(
+            f"{self.role} {str(self.path)!r} has too many syntax errors. Make it again."
+        )
+
+
+def _after_space(text: str, position: int) -> int:
+    """Return the first position from this one on that is not white space."""
+    match = SPACE.match(text, position)
+    assert match is not None
+    return match.end()
 
 
 def count_lines(path: str | Path) -> int | None:

@@ -251,9 +251,10 @@ def _audio_source(
 ) -> "Path | _ArkEntry | _Pipe":
     if value.endswith("|"):
         if not allow_pipes:
-            raise UserError(
+            raise RejectedError(
+                "not_allowed",
                 f"{where} is a pipe. Use a file path, "
-                "or run its command with --allow-pipes if you trust it."
+                "or run its command with --allow-pipes if you trust it",
             )
         return _Pipe(value[:-1].strip())
     check_audio_name(value, where)
