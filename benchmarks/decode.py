@@ -94,13 +94,13 @@ def plain(model: Any, corpus: Corpus, prompt: str, rate: Rate, batch_size: int) 
 
 def decode(engine: Engine, corpus: Corpus, prompt: str, batch_seconds: float) -> list[str]:
     """Decode like `asrllm evaluate`."""
-    options = CorpusOptions(prompt=prompt, max_batch_duration=batch_seconds)
+    options = CorpusOptions(prompt=prompt, max_batch_duration=batch_seconds, max_bad_share=0)
     with tempfile.TemporaryDirectory() as folder:
         cache = ShardCache.from_config(CacheConfig(dir=folder, max_gb=1.0))
-        transcripts, _ = decode_corpus(
+        decoded = decode_corpus(
             engine, corpus, options, str, cache, Journal(Path(folder), corpus.name, settings=None)
         )
-    return [t.raw_hypothesis for t in transcripts]
+    return [transcript.raw_hypothesis for transcript in decoded.transcripts]
 
 
 def busy_decode(engine: Engine, corpus: Corpus, prompt: str) -> list[str]:

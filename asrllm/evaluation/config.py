@@ -21,7 +21,7 @@ from asrllm.defaults import (
 )
 from asrllm.distributed import multiplies_bfloat16
 from asrllm.errors import UserError
-from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, TimeLimit, component
+from asrllm.schema import NonNegativeInt, PositiveFloat, PositiveInt, Ratio, TimeLimit, component
 from asrllm.training.run_config import WandbConfig
 
 
@@ -104,6 +104,9 @@ class TestData:
     max_batch_duration: PositiveFloat = BATCH_SECONDS
     """seconds of audio that a rank decodes in one batch, padding included; a CPU with two cores or
     more decodes two batches at the same time"""
+    max_bad_share: Ratio = 0.01
+    """maximum ratio of utterances of a test set that cannot be read, though always one; they are
+    counted as unreadable in results.json, and are not in the error rates; 0: none"""
     cache: CacheConfig = CacheConfig()
 
 

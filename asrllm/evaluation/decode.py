@@ -1,5 +1,6 @@
 """Decode a test set on all ranks, in batches of similar length, and resume after a kill."""
 
+import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
 from asrllm.defaults import RATE
-from asrllm.errors import UserError
+from asrllm.escape import escape
 from asrllm.evaluation.engine import Engine, HalvingEngine
 from asrllm.evaluation.journal import DecodedUtterance, Journal
+from asrllm.evaluation.references import check_unreadable
 from asrllm.evaluation.score import Transcript
 from asrllm.models.asr_llm.generation import Answer, make_batches
 from asrllm.models.asr_llm.parallel_batches import map_batches
@@ -34,13 +36,26 @@ class CorpusOptions:
     Attributes:
         prompt: prompt of every utterance.
         max_batch_duration: seconds of audio in a batch, padding included.
+        max_bad_share: largest ratio of utterances that cannot be read.
     """
 
     prompt: str
     max_batch_duration: float
+    max_bad_share: float
 
 
-Batch = tuple[list[int], list[Sample]]  # rows in the index, and what is read from them
+class Batch(NamedTuple):
+    """Utterances that are decoded together.
+
+    Attributes:
+        rows: rows in the index of the utterances that could be read.
+        samples: what was read from them.
+        problems: why the others could not be read.
+    """
+
+    rows: list[int]
+    samples: list[Sample]
+    problems: list[str]
 
 
 class Decoded(NamedTuple):
@@ -49,10 +64,12 @@ class Decoded(NamedTuple):
     Attributes:
         transcripts: transcripts in the order of the corpus.
         rtfx: seconds of audio per second of decoding, of the slowest rank.
+        unreadable: number of utterances that could not be read, and have no transcript.
     """
 
     transcripts: list[Transcript]
     rtfx: float
+    unreadable: int
 
 
 def decode_corpus(
@@ -77,6 +94,9 @@ def decode_corpus(
 
     Returns:
         The whole test set, on every rank.
+
+    Raises:
+        UserError: more utterances than options.max_bad_share cannot be read.
     """
     watchdog = watchdog or Watchdog()
     engine = HalvingEngine(engine)
@@ -84,6 +104,7 @@ def decode_corpus(
     batches = batches_of_rank(engine, corpus, options, skip=done)
     reader = Reader([corpus], limits=engine.limits, cache=cache)
     decoded: list[DecodedUtterance] = []
+    problems: list[str] = []
     total = sum(map(len, batches))
     shows_progress = distributed.rank() == 0 and bool(batches)
     bar = ProgressBar(f"decoding {corpus.name}", total, enabled=shows_progress)
@@ -92,28 +113,36 @@ def decode_corpus(
         watchdog.beat(f"reading {corpus.name}")
 
         def decode(batch: Batch) -> tuple[Batch, list[Answer]]:
-            _, samples = batch
-            watchdog.beat(f"decoding {corpus.name}", [sample.key for sample in samples])
-            waves = [sample.wave for sample in samples]
-            return batch, engine.answer(waves, [options.prompt] * len(samples))
+            if not batch.samples:
+                return batch, []
+            watchdog.beat(f"decoding {corpus.name}", [sample.key for sample in batch.samples])
+            waves = [sample.wave for sample in batch.samples]
+            return batch, engine.answer(waves, [options.prompt] * len(waves))
 
         read = read_ahead(reader, batches)
-        for (rows, samples), answers in map_batches(decode, read, engine.parallel):
-            took = (time.monotonic() - start) / len(rows)
-            batch = []
-            for row, sample, answer in zip(rows, samples, answers, strict=True):
-                batch.append(make_utterance(row, sample, answer, took))
-            journal.write(batch)
-            decoded += batch
-            bar.advance(len(rows))
+        for batch, answers in map_batches(decode, read, engine.parallel):
+            took = (time.monotonic() - start) / max(len(answers), 1)
+            new = []
+            for row, sample, answer in zip(batch.rows, batch.samples, answers, strict=True):
+                new.append(make_utterance(row, sample, answer, took))
+            journal.write(new)
+            decoded += new
+            for problem in batch.problems:
+                print(escape(f"unreadable: {problem}"), file=sys.stderr, flush=True)
+            problems += batch.problems
+            check_unreadable(corpus, problems, options.max_bad_share)
+            bar.advance(len(new) + len(batch.problems))
             start = time.monotonic()
     watchdog.beat(f"waiting for the other ranks to decode {corpus.name}")
     utterances = list(done.values())
-    for of_rank in distributed.gather_objects(decoded):
+    unreadable: list[str] = []
+    for of_rank, problems_of_rank in distributed.gather_objects((decoded, problems)):
         utterances += of_rank
+        unreadable += problems_of_rank
+    check_unreadable(corpus, unreadable, options.max_bad_share)
     utterances.sort(key=lambda utterance: utterance.row)
     transcripts = [make_transcript(utterance, normalize) for utterance in utterances]
-    return Decoded(transcripts, rtfx(utterances))
+    return Decoded(transcripts, rtfx(utterances), len(unreadable))
 
 
 def batches_of_rank(
@@ -140,28 +169,38 @@ def rtfx(utterances: Sequence[DecodedUtterance]) -> float:
 
 
 def read_ahead(reader: Reader, batches: Sequence[list[int]]) -> Iterator[Batch]:
-    """Yield the rows and samples of each batch, and read the next batch in a thread meanwhile."""
+    """Yield the batches, and read the next batch in a thread meanwhile.
+
+    Args:
+        reader: reads the utterances.
+        batches: rows of each batch.
+    """
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(read_batch, reader, rows) for rows in batches[:1]]
-        for i, rows in enumerate(batches):
-            samples = pending.pop().result()
+        for i in range(len(batches)):
+            batch = pending.pop().result()
             if i + 1 < len(batches):
                 pending.append(pool.submit(read_batch, reader, batches[i + 1]))
-            yield rows, samples
+            yield batch
 
 
-def read_batch(reader: Reader, rows: Sequence[int]) -> list[Sample]:
+def read_batch(reader: Reader, rows: Sequence[int]) -> Batch:
     """Read utterances.
 
-    Raises:
-        UserError: one cannot be read.
+    Args:
+        reader: reads them.
+        rows: their rows in the index.
     """
-    try:
-        return [reader.read(Item(corpus=0, row=row)) for row in rows]
-    except SampleError as error:
-        raise UserError(
-            f"an utterance of the test set cannot be read: {error}. Remove it from the set."
-        ) from error
+    batch = Batch([], [], [])
+    for row in rows:
+        try:
+            sample = reader.read(Item(corpus=0, row=row))
+        except SampleError as error:
+            batch.problems.append(str(error))
+        else:
+            batch.rows.append(row)
+            batch.samples.append(sample)
+    return batch
 
 
 def make_utterance(row: int, sample: Sample, answer: Answer, took: float) -> DecodedUtterance:

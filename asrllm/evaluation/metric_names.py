@@ -41,6 +41,7 @@ EVALUATION_METRICS: dict[str, tuple[str, str]] = {
     "insertions": ("words", "inserted"),
     "deletions": ("words", "deleted"),
     "substitutions": ("words", "substituted"),
+    "unreadable": ("utterances", "that could not be read, and are not in the rates"),
     "empty_references": ("utterances", "with an empty reference"),
     "rtfx": RTFX,
     **{f"hallucinations/{f}": ("utterances", why) for f, why in HALLUCINATION_FLAGS.items()},

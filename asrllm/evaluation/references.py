@@ -35,8 +35,34 @@ def choose_normalizer(name: str, corpus: Corpus) -> str:
     return name
 
 
+def check_unreadable(corpus: Corpus, problems: Sequence[str], max_share: float) -> None:
+    """Check that few utterances of a test set cannot be read. One may, unless none may.
+
+    Args:
+        corpus: the test set.
+        problems: why each of them cannot be read.
+        max_share: largest ratio of them.
+
+    Raises:
+        UserError: there are more, or no other utterance is left.
+    """
+    count = len(problems)
+    total = len(corpus.index)
+    most = max(max_share * total, 1) if max_share else 0
+    if count and (count > most or count == total):
+        raise UserError(
+            f"{count} of {total} utterances of the test set {corpus.name!r} cannot be read, more "
+            f"than data.max_bad_share={max_share:g} allows. The first one: {problems[0]}. "
+            "Copy the shards again, or remove these utterances."
+        )
+
+
 def check_test_set(
-    corpus: Corpus, cache: ShardCache, name: str, normalize: Callable[[str], str]
+    corpus: Corpus,
+    cache: ShardCache,
+    name: str,
+    normalize: Callable[[str], str],
+    max_bad_share: float,
 ) -> None:
     """Check the keys and references of a test set. No audio is decoded.
 
@@ -45,23 +71,26 @@ def check_test_set(
         cache: cache of remote shards.
         name: name of the normalizer.
         normalize: the normalizer.
+        max_bad_share: largest ratio of utterances that cannot be read.
 
     Raises:
-        UserError: keys are repeated, or the references give no error rate or a wrong one.
+        UserError: keys are repeated, the references give no error rate or a wrong one, or too many
+            utterances cannot be read.
     """
     reader = Reader([corpus], cache=cache)
     keys: Counter[str] = Counter()
     references = []
+    problems = []
     for row in range(len(corpus.index)):
         try:
             sample = reader.tar_sample(Item(corpus=0, row=row))
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(
-                f"utterance {row} of the test set {corpus.name!r} cannot be read: {error}. "
-                "Copy its shard again."
-            ) from error
+            shard = corpus.index.shards[corpus.index.rows[row]["shard"]]
+            problems.append(f"utterance {row} in {shard}: {error}")
+            continue
         keys[sample.key] += 1
         references.append(sample.fields["text"])
+    check_unreadable(corpus, problems, max_bad_share)
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:
         raise UserError(

@@ -145,7 +145,7 @@ def _worst_first(row: Data) -> tuple[float, float]:
 def pooled_data(sets: Sequence[ReportSet]) -> Data:
     """Return the data of all sets together. The metric may differ from that of each set."""
     scored = _pool([report_set.scored for report_set in sets])
-    entry = scored.entry()
+    entry = scored.entry() | {"unreadable": sum(each.entry["unreadable"] for each in sets)}
     baseline = None
     baselines = [s.baseline for s in sets if s.baseline is not None]
     if len(baselines) == len(sets):
@@ -190,6 +190,7 @@ def set_data(name: str, scored: Scored, entry: Entry, baseline: Scored | None) -
         "comparison": comparison,
         "utterances": entry["utterances"],
         "hours": entry["hours"],
+        "unreadable": entry["unreadable"],
         "empty_references": entry["empty_references"],
         "units": int(scored.main.units.sum()),
         "by_duration": rows["by_duration"],

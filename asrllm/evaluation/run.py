@@ -12,7 +12,7 @@ from filelock import Timeout
 
 from asrllm import distributed
 from asrllm.atomic import check_output_file, check_writable_folder, new_file
-from asrllm.audio.reader import Reader
+from asrllm.audio.reader import Reader, SampleError
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import Corpus
 from asrllm.data.plan import Item
@@ -27,7 +27,7 @@ from asrllm.evaluation.prompt import inference_prompt
 from asrllm.evaluation.references import check_test_set, choose_normalizer, language_of
 from asrllm.evaluation.report import ReportSet, choose_audio, encode_audio, write_report
 from asrllm.evaluation.result_files import result_files, write_results, write_summary
-from asrllm.evaluation.score import UNITS
+from asrllm.evaluation.score import UNITS, Transcript
 from asrllm.evaluation.summary import Entry, Scored, score
 from asrllm.evaluation.wandb_report import log_to_wandb
 from asrllm.evaluation.whisper import WhisperEngine, find_whisper
@@ -107,7 +107,14 @@ class Evaluation:
         for corpus in self.corpora:
             name = self.normalizers[corpus.name]
             distributed.first_rank_does(
-                functools.partial(check_test_set, corpus, self.cache, name, normalizer(name))
+                functools.partial(
+                    check_test_set,
+                    corpus,
+                    self.cache,
+                    name,
+                    normalizer(name),
+                    self.config.data.max_bad_share,
+                )
             )
         distributed.first_rank_does(self._lock_folder)  # creates the directory
 
@@ -117,6 +124,7 @@ class Evaluation:
             "engine": self.config.engine,
             "decoding_method": self.config.decoding_method,
             "max_batch_duration": self.config.data.max_batch_duration,
+            "max_bad_share": self.config.data.max_bad_share,
             "whisper_baseline": self.config.whisper_baseline,
             "precision": str(self.dtype),
             "weights": self.weights.name,
@@ -166,8 +174,11 @@ class Evaluation:
                 self._write(corpus, decoded)
 
     def _decode(self, engine: Engine, corpus: Corpus, journal: Journal) -> Decoded:
+        data = self.config.data
         options = CorpusOptions(
-            prompt=self.prompts[corpus.name], max_batch_duration=self.config.data.max_batch_duration
+            prompt=self.prompts[corpus.name],
+            max_batch_duration=data.max_batch_duration,
+            max_bad_share=data.max_bad_share,
         )
         normalize = normalizer(self.normalizers[corpus.name])
         return decode_corpus(engine, corpus, options, normalize, self.cache, journal, self.watchdog)
@@ -178,6 +189,7 @@ class Evaluation:
         about = {
             "normalizer": self.normalizers[name],
             "rtfx": round(decoded.rtfx, 2),
+            "unreadable": decoded.unreadable,
             "prompt": self.prompts[name],
             "weights": str(self.weights),
             "lang": language_of(corpus),
@@ -236,7 +248,7 @@ class Evaluation:
 
     def _add_baseline(self, name: str, decoded: Decoded) -> None:
         self.watchdog.beat(f"scoring the baseline on {name}")
-        baseline = score(decoded.transcripts)
+        baseline = score(self._same_utterances(name, decoded))
         comparison = compare_transcripts(
             baseline.transcripts, self.scored[name].transcripts, normalizer=self.normalizers[name]
         )
@@ -249,6 +261,17 @@ class Evaluation:
             f"  compared with the encoder's Whisper: {comparison_text(name, comparison)}",
             flush=True,
         )
+
+    def _same_utterances(self, name: str, decoded: Decoded) -> list[Transcript]:
+        """Return the baseline's transcripts of the utterances that the model has decoded."""
+        rows = {transcript.row for transcript in self.scored[name].transcripts}
+        same = [transcript for transcript in decoded.transcripts if transcript.row in rows]
+        if len(same) < len(rows):
+            raise UserError(
+                f"{len(rows) - len(same)} utterances of the test set {name!r} could be read for "
+                "the model, but not for the baseline. Evaluate again."
+            )
+        return same
 
     def report(self) -> None:
         """Write the summary and the report, log to W&B and release the lock, on the first rank."""
@@ -275,8 +298,9 @@ class Evaluation:
         audio = {}
         for i in choose_audio(scored, self.config.report_audio):
             transcript = scored.transcripts[i]
-            sample = reader.read(Item(corpus=0, row=transcript.row))
-            audio[transcript.key] = encode_audio(sample.wave)
+            with contextlib.suppress(SampleError):  # the utterance was read before it was damaged
+                sample = reader.read(Item(corpus=0, row=transcript.row))
+                audio[transcript.key] = encode_audio(sample.wave)
         return ReportSet(
             name=corpus.name,
             scored=scored,
@@ -291,9 +315,10 @@ def entry_text(entry: Entry) -> str:
     metric = entry["metric"]
     low, high = entry[f"{metric}_ci95"]
     others = [f"{other.upper()} {entry[other]:.2f} %" for other in UNITS if other != metric]
+    unreadable = f" ({entry['unreadable']} unreadable)" if entry["unreadable"] else ""
     return (
         f"{metric.upper()} {entry[metric]:.2f} % (95 % CI {low:.2f} to {high:.2f}), "
-        f"{', '.join(others)}, {entry['utterances']} utterances, "
+        f"{', '.join(others)}, {entry['utterances']} utterances{unreadable}, "
         f"{entry['rtfx']:g}x real time, normalizer {entry['normalizer']}"
     )
 

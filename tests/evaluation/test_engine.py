@@ -79,6 +79,30 @@ def test_padding_of_the_engine_counts_in_batches(world, tmp_path):
         engine.padded_to = padded_to
         engine.limits = (1, 1 << 40)
         journal = Journal(tmp_path / str(padded_to), "test", settings=None)
-        options = CorpusOptions(prompt="", max_batch_duration=240.0)
+        options = CorpusOptions(prompt="", max_batch_duration=240.0, max_bad_share=0)
         decode_corpus(engine, corpus, options, str, None, journal)
         assert engine.batches == sizes
+
+
+def test_utterances_that_cannot_be_read_are_counted_up_to_a_limit(world, tmp_path, capsys):
+    corpus = make_corpus("test", open_index(world.root / "shards" / "test"), None)
+    lengths = sorted(corpus.index.rows["samples"].tolist())
+    assert lengths[-3] < lengths[-2]
+
+    def decode(longest, share, batch_seconds=240.0):
+        engine = SmallEngine(100, None)
+        engine.limits = (1, longest)
+        options = CorpusOptions(prompt="", max_batch_duration=batch_seconds, max_bad_share=share)
+        name = f"{longest} {share} {batch_seconds}"
+        return decode_corpus(
+            engine, corpus, options, str, None, Journal(tmp_path / name, "test", 0)
+        )
+
+    for batch_seconds in (240.0, 0.1):  # in one batch, and each alone
+        decoded = decode(lengths[-2], 0.01, batch_seconds)
+        assert (len(decoded.transcripts), decoded.unreadable) == (8, 1)
+        assert capsys.readouterr().err.count("unreadable: ") == 1
+    assert decode(lengths[-3], 0.25).unreadable == 2
+    for longest, share in ((lengths[-2], 0), (lengths[-3], 0.01), (1, 1)):
+        with pytest.raises(UserError, match=r"of 9 .*data\.max_bad_share"):
+            decode(longest, share)

@@ -33,6 +33,7 @@ ATTACK = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(2)>{{
 ABOUT = {
     "normalizer": "english",
     "rtfx": 40.0,
+    "unreadable": 2,
     "prompt": "Repeat <it>.",
     "weights": "exp/averaged-iter-9-avg-2.pt",
     "lang": "en",
@@ -148,7 +149,7 @@ def test_data_matches_the_results_and_is_sorted_worst_first(tmp_path):
     for key in ("wer", "wer_ci95", "cer", "mer_ci95", "hallucinations", "ci95_by"):
         assert shown["model"][key] == s.entry[key]
         assert shown["baseline"][key] == theirs.entry()[key]
-    assert shown["about"] == ABOUT
+    assert shown["about"] | {"unreadable": shown["unreadable"]} == ABOUT
     assert [row["name"] for row in shown["by_speaker"]] == list(s.entry["by_speaker"])
     assert {row["name"]: row["baseline"] for row in shown["by_duration"]} == {
         n: of["wer"] for n, of in theirs.by_duration().items()
@@ -182,6 +183,7 @@ def test_several_sets_are_also_pooled(tmp_path):
         ("zh", "cer", None),
         ("all sets", "mer", True),
     ]
+    assert [s["unreadable"] for s in data["sets"]] == [2, 2, 4]
     total = english.errors["mer"].total.sum() + chinese.errors["mer"].total.sum()
     units = english.errors["mer"].units.sum() + chinese.errors["mer"].units.sum()
     assert data["sets"][2]["model"]["mer"] == pytest.approx(100 * total / units, abs=1e-3)

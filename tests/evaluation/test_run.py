@@ -16,8 +16,10 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from asrllm import distributed
 from asrllm.data.cache import ShardCache
 from asrllm.data.corpora import read_corpora
+from asrllm.data.index import open_index
 from asrllm.data.shards import write_shards
 from asrllm.data.sources import read_kaldi
+from asrllm.data.tars import BLOCK
 from asrllm.errors import UserError
 from asrllm.evaluation.config import EvaluationRun
 from asrllm.evaluation.engine import TorchEngine
@@ -221,6 +223,45 @@ def test_whisper_baseline_is_reported_and_decoded_once(world, exp, model, capsys
     page = (run.folder / "report.html").read_text()
     assert page.count("SUQz") >= 3 or page.count('"audio":"') == 3  # MP3 files in base64
     assert "Whisper" in page
+
+
+@pytest.mark.slow
+def test_damaged_utterance_is_logged_and_counted_and_not_scored(world, exp, tmp_path):
+    def evaluate(tests, *overrides):
+        return run_script(
+            "evaluate",
+            f"exp_dir={exp}",
+            f"data.test_data_config={tests}",
+            "precision=fp32",
+            "max_new_tokens=12",
+            *overrides,
+            launcher="ranks",
+        )
+
+    assert_done(evaluate(world.root / "train.yaml"))
+    folder = exp / "greedy_search"
+    expected = generations(folder)
+    shutil.copytree(world.root / "shards" / "train", tmp_path / "train")
+    index = open_index(tmp_path / "train")
+    row = index.rows[7]
+    with open(index.shards[row["shard"]], "r+b") as file:
+        file.seek((int(row["offset"]) + 1) * BLOCK + 700)
+        damaged = bytes(byte ^ 1 for byte in file.read(1))
+        file.seek(-1, 1)
+        file.write(damaged)
+    data_config(tmp_path / "tests.yaml", [{"name": "train", "shards": str(tmp_path / "train")}])
+    done = assert_done(evaluate(tmp_path / "tests.yaml"))
+    lost = expected.pop(7)
+    assert generations(folder) == expected
+    results = json.loads((folder / "results.json").read_text())["train"]
+    assert (results["utterances"], results["unreadable"]) == (59, 1)
+    assert "1 unreadable" in done.stdout
+    assert f"unreadable: utterance 7 of train in {index.shards[row['shard']]}" in done.stderr
+    assert '"unreadable":1' in (folder / "report.html").read_text()
+    assert lost["key"] not in (folder / "recogs-train-pretrained.txt").read_text()
+    refused = evaluate(tmp_path / "tests.yaml", "data.max_bad_share=0")
+    assert refused.returncode == 2
+    assert "1 of 60 utterances of the test set 'train'" in refused.stderr
 
 
 def test_second_evaluation_of_a_directory_is_rejected(world, exp):

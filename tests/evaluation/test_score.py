@@ -270,6 +270,6 @@ def test_metrics_of_an_evaluation_have_a_unit_and_a_meaning():
     scored = score(transcripts)
     comparison = compare_transcripts(transcripts, transcripts, normalizer="none")
     baseline = scored.rates() | {"rtfx": 1.0, "paired": comparison.entry()}
-    entry = scored.entry() | {"rtfx": 1.0, "baseline": baseline}
+    entry = scored.entry() | {"rtfx": 1.0, "unreadable": 0, "baseline": baseline}
     assert numbers(entry).keys() == EVALUATION_METRICS.keys()
     assert all(unit and meaning for unit, meaning in EVALUATION_METRICS.values())

@@ -125,7 +125,8 @@ function lengthRatio(set) {
   const ratio = (side) => side.hallucinations.length_ratio.toFixed(3);
   const other = set.baseline ? ` (Whisper: ${ratio(set.baseline)})` : "";
   const empty = set.empty_references ? ` ${plural(set.empty_references, "utterance")} had an empty reference.` : "";
-  return `Hypothesis units per reference unit: ${ratio(set.model)}${other}.${empty}`;
+  const lost = set.unreadable ? ` ${plural(set.unreadable, "utterance")} could not be read, and ${set.unreadable === 1 ? "is" : "are"} not in the rates.` : "";
+  return `Hypothesis units per reference unit: ${ratio(set.model)}${other}.${empty}${lost}`;
 }
 
 function wrongLists(set) {
