@@ -4,6 +4,7 @@
 
 Consolidation is compared with DeepSpeed's own converter, averages of 2 checkpoints with averages of
 10, and merging without the comparison of logits with merging and comparing, which loads the LLM.
+Verifying a checkpoint and the fingerprint of an LLM are measured per GB, from the page cache.
 
 The checkpoint comes from a run of two processes with ZeRO-2: an LLM of SmolLM2-135M's shape with
 random weights, fully trained in float32 with AdamW. The adapters (rank 16, every linear layer) come
@@ -56,6 +57,14 @@ TOOLS = {
     ),
     "merge": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard, check=False)"),
     "merge, checked": (MERGE, "merge_lora(LlmFiles(lora), out, max_shard_size=shard)"),
+    "verify": (
+        "import torch; from asrllm.integrity import verify_weights",
+        "for file in (exp / 'checkpoint-2').glob('*.pt'): verify_weights(file)",
+    ),
+    "fingerprint": (
+        "from asrllm.models.fingerprint import fingerprint",
+        "fingerprint(exp.parent / 'llm')",
+    ),
 }
 SCRIPT = """
 import sys, time, warnings
@@ -101,6 +110,11 @@ def link_checkpoints(exp: Path, count: int) -> None:
         (copy / "asrllm.json").write_text(manifest_text(manifest))
 
 
+def bytes_of(folder: Path, pattern: str) -> int:
+    """Return the size of the files in a directory whose names match a pattern."""
+    return sum(file.stat().st_size for file in folder.glob(pattern))
+
+
 def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tuple[float, float]:
     """Return the peak memory in MiB beyond the imports, and the seconds of a tool."""
     imports, call = TOOLS[tool]
@@ -111,12 +125,13 @@ def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tupl
         SCRIPT.format(imports=imports, call=call),
         *map(str, (exp, lora, output, shard)),
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    # an empty cache, because fingerprints are cached
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(scratch / "out")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{tool}: {done.stderr[-3000:]}")
     peak, seconds = map(float, done.stdout.split()[-2:])
-    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
     return peak, seconds
 
 
@@ -138,7 +153,9 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for tool, values in measured.items():
                 values.append(measure(tool, exp, lora, shard, Path(name)))
-        size = sum(file.stat().st_size for file in (exp / f"checkpoint-{STEPS}").glob("*"))
+        size = bytes_of(exp / f"checkpoint-{STEPS}", "*")
+        verified = bytes_of(exp / f"checkpoint-{STEPS}", "*.pt")
+        hashed = bytes_of(Path(name) / "llm", "*.safetensors")
     peaks = {
         tool: round(statistics.median(peak for peak, _ in values), 1)
         for tool, values in measured.items()
@@ -154,6 +171,10 @@ def main() -> None:
         "LLM shard MiB": round(shard / 2**20, 1),
         "peak MiB": peaks,
         "seconds": seconds,
+        "seconds per GB": {
+            "verify": round(seconds["verify"] / verified * 1e9, 3),
+            "fingerprint": round(seconds["fingerprint"] / hashed * 1e9, 3),
+        },
         "ratios": {
             "consolidate to deepspeed, peak": round(peaks["consolidate"] / peaks["deepspeed"], 3),
             "consolidate to deepspeed, seconds": round(
