@@ -28,8 +28,8 @@ def fit_and_show(config: TrainRun) -> None:
     if config.has_random_encoder:
         raise UserError(
             f"model.audio_encoder.size={config.model.audio_encoder.size} starts with random "
-            "weights, so there are no trained frames to fit the projector to. Give "
-            "model.audio_encoder.pretrained_model."
+            "weights, whose frames say nothing about the speech. A projector can be fitted only "
+            "to a trained encoder: set model.audio_encoder.pretrained_model."
         )
     if config.init_from:
         raise UserError(

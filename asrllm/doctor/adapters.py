@@ -52,7 +52,7 @@ def check_adapters(model: AsrLlmModel, batch: PackedBatch) -> Finding:
     if not trained:
         return ok("adapters", "the loss is finite; no adapters and no projector are trained")
     if not adapters:
-        return ok("adapters", "there are no trained adapters, and gradients reach the projector")
+        return ok("adapters", "gradients reach the projector; no adapters are trained")
     reached = "them" if len(adapters) == len(trained) else "them and the projector"
     changed = f"{len(adapters)} weights of adapters change the logits"
     return ok("adapters", f"{changed}, and gradients reach {reached}")

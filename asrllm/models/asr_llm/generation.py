@@ -46,7 +46,7 @@ class Answer:
             remains, "limit" at its maximum length.
         tokens: tokens of the text.
         logprob: mean natural logarithm of the probabilities of these tokens, and of the stop token
-            if one ended them; None if they were not computed, or there is no token.
+            if one ended them; None if it was not computed or the text has no token.
     """
 
     text: str
