@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import soundfile
+from lhotse import Recording
 
 from asrllm.commands.dispatch import main
 from asrllm.data.index import open_index
@@ -242,6 +243,35 @@ def test_a_late_error_leaves_finished_shards_to_resume_from(tmp_path, capsys, ca
     output = capsys.readouterr().out
     assert finished in output.splitlines()[0]
     assert "299 duplicate_key" in output
+
+
+def test_command_in_a_manifest_is_not_run_without_the_option(tmp_path, kaldi, capsys):
+    """Cuts and Kaldi's pipes; the other rows are used."""
+    wav = kaldi / "wav" / "utt0000.wav"
+    command = f"touch {tmp_path}/ran; cat {wav}"
+    rows = []
+    for kind, source in (("command", command), ("file", f"{command} |"), ("file", str(wav))):
+        recording = Recording.from_file(wav).to_cut().to_dict()
+        recording["id"] = f"c{len(rows)}"
+        recording["recording"]["sources"][0] |= {"type": kind, "source": source}
+        recording["supervisions"] = [
+            {"id": "s", "recording_id": "r", "start": 0.0, "duration": 0.5, "text": "one"}
+        ]
+        rows.append(json.dumps(recording) + "\n")
+    (tmp_path / "cuts.jsonl").write_text("".join(rows))
+    scp = kaldi / "wav.scp"
+    scp.write_text(re.sub("^utt0000 .*", f"utt0000 {command} |", scp.read_text()))
+    for option, source, count in (("--cuts", tmp_path / "cuts.jsonl", 2), ("--kaldi", kaldi, 1)):
+        out = tmp_path / option
+        assert shards("make", out, option, source) == 0
+        rejected = [json.loads(line) for line in (out / "rejected.jsonl").open()]
+        assert [row["reason"] for row in rejected] == ["not_allowed"] * count
+        assert all("--allow-pipes" in row["detail"] for row in rejected)
+        assert not (tmp_path / "ran").exists()
+        capsys.readouterr()
+        assert shards("make", tmp_path / f"all{option}", option, source, "--allow-pipes") == 0
+        assert (tmp_path / "ran").exists()
+        (tmp_path / "ran").unlink()
 
 
 def test_help_lists_every_source(capsys):

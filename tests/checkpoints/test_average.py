@@ -228,6 +228,26 @@ def test_reason_for_averaging_again_is_logged(exp, caplog):
     assert "incomplete" in caplog.text
 
 
+@pytest.mark.parametrize("choice", [{"iteration": 8}, {"epoch": 2}])
+def test_last_checkpoint_without_their_number_is_rejected_with_both_ways_out(exp, choice):
+    with pytest.raises(UserError) as error:
+        resolve_weights(exp, filename=None, selection=CheckpointSelection(avg=0, **choice))
+    (key, number), *_ = choice.items()
+    for part in (f"{key[:4]}", f"={number} ", "avg=1 ", f"{exp / 'pretrained.pt'}"):
+        assert part in str(error.value)
+
+
+def test_flipped_bit_of_an_averaged_file_is_reported(exp):
+    made = resolve(exp)
+    content = bytearray(made.read_bytes())
+    place = content.index(torch.full((2, 3), 6.0).numpy().tobytes())
+    content[place + 3] ^= 1
+    made.write_bytes(content)
+    assert resolve(exp) == made
+    with pytest.raises(CorruptedError, match=made.name):
+        read_state(made)
+
+
 @pytest.mark.parametrize(
     "make", [resolve, lambda exp: average(exp, CheckpointSelection(iteration=8, avg=3))]
 )

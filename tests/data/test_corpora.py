@@ -125,6 +125,13 @@ def test_an_invalid_data_config_is_reported(tmp_path, world, entries, message):
         read(tmp_path, *entries)
 
 
+def test_a_data_config_may_begin_with_a_byte_order_mark(tmp_path, world):
+    text = f"\ufeff- {{name: a, shards: {world.shards}}}\r\n"
+    (tmp_path / "data.yaml").write_text(text, encoding="utf-8", newline="")
+    (corpus,) = read_corpora(tmp_path / "data.yaml", filters=None, shards_dir=tmp_path)
+    assert corpus.name == "a"
+
+
 def test_a_missing_or_malformed_data_config_is_reported(tmp_path):
     with pytest.raises(UserError, match=rf"'{tmp_path}/no\.yaml'"):
         read_corpora(tmp_path / "no.yaml", filters=None, shards_dir=tmp_path)

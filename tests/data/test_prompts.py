@@ -22,6 +22,8 @@ def draw(prompts, count=3000, *, seed=1, pass_index=0, **sample):
     ("name", "text"),
     [
         ("p.txt", "Transcribe: all.\n\n 写下来。 \n"),
+        ("p.txt", "\ufeffTranscribe: all.\r\n写下来。\r\n"),
+        ("p.yaml", "\ufeff- 'Transcribe: all.'\n- 写下来。\n"),
         ("p.txt", "- 'Transcribe: all.'\n- 写下来。\n"),
         ("p.yaml", "# comments are not prompts\n- 'Transcribe: all.'\n- prompt: 写下来。\n"),
         ("p.yml", "['Transcribe: all.', 写下来。]"),

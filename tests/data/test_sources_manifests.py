@@ -290,13 +290,18 @@ def test_a_utf_16_manifest_is_reported(tmp_path):
         list(read_nemo(tmp_path / "m.json"))
 
 
-def test_paths_may_start_at_the_current_directory(tmp_path, monkeypatch):
-    audio(tmp_path, "wav/a.wav")
-    (tmp_path / "data").mkdir()
-    path = lines(tmp_path / "data" / "m.json", {"audio_filepath": "wav/a.wav", "text": "one"})
+@pytest.mark.parametrize("source", ["nemo", "wenet", "slam", "swift"])
+@pytest.mark.parametrize("place", [".", "data"])
+def test_paths_start_at_the_manifest_or_at_the_current_directory(
+    tmp_path, monkeypatch, source, place
+):
+    audio(tmp_path / place, "wav/a.wav")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    row = json.loads(json.dumps(GOOD[source]).replace("a.wav", "wav/a.wav"))
+    path = lines(tmp_path / "data" / "m.json", row)
     monkeypatch.chdir(tmp_path)
-    (utterance,) = read_nemo(path)
-    assert utterance.file == tmp_path / "wav/a.wav"
+    (utterance,) = SOURCES[source].read(path)
+    assert utterance.file == tmp_path / place / "wav/a.wav"
 
 
 # --- wenet ---

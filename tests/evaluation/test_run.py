@@ -84,7 +84,7 @@ def model(exp):
     return AutoModel.from_pretrained(exp)
 
 
-def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
+def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False, weights="pretrained.pt"):
     config = load_config(
         "evaluate",
         [
@@ -103,9 +103,7 @@ def evaluation(world, exp, *overrides, tests="train.yaml", whisper=False):
     corpora = read_corpora(
         config.data.test_data_config, filters=None, shards_dir=exp / "shards", cache=cache
     )
-    return Evaluation(
-        config, corpora, cache, weights=exp / "pretrained.pt", device=torch.device("cpu")
-    )
+    return Evaluation(config, corpora, cache, weights=exp / weights, device=torch.device("cpu"))
 
 
 class CountingEngine(TorchEngine):
@@ -201,6 +199,22 @@ def test_texts_do_not_depend_on_the_batch_size(world, exp, model):
         run.report()
         texts.append(generations(run.folder))
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.slow
+def test_report_is_the_newest_and_those_of_other_weights_are_kept(world, exp, model, tmp_path):
+    run = shutil.copytree(exp, tmp_path / "run", ignore=shutil.ignore_patterns("*_search"))
+    shutil.copyfile(run / "pretrained.pt", run / "other.pt")
+    pages = {}
+    for name in ("pretrained", "other"):
+        each = evaluation(world, run, tests="test.yaml", weights=f"{name}.pt")
+        each.decode(TorchEngine(model, each.config.generation))
+        each.report()
+        pages[name] = (each.folder / f"report-{name}.html").read_text()
+        assert (each.folder / "report.html").read_text() == pages[name]
+    assert (each.folder / "report-pretrained.html").read_text() == pages["pretrained"]
+    assert "run, other" in pages["other"]
+    assert "run, other" not in pages["pretrained"]
 
 
 @pytest.mark.slow

@@ -71,6 +71,14 @@ def test_model_type_of_another_encoder_is_reported_with_the_right_one(world, kin
         make_model(world, audio_encoder=encoder)
 
 
+def test_hub_id_names_an_encoder_by_its_configuration(world, monkeypatch):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo_id, **_: world.whisper if repo_id == "someone/speech" else None,
+    )
+    assert encoder_kind("someone/speech") == "whisper"
+
+
 def test_wrong_hub_id_of_an_encoder_is_reported():
     with pytest.raises(UserError, match="'whisper/'"):
         encoder_kind("whisper/")
