@@ -230,6 +230,7 @@ def test_sweep_into_one_directory_is_rejected_before_the_first_job(tmp_path, emp
         jobs("-m", *mine, "trainer.lr=1,2")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("words", [["exp_dir='e/${'"], ["trainer.schedule.nam=cosine"]])
 def test_errors_are_the_same_under_a_debugger(monkeypatch, words):

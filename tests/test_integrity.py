@@ -56,6 +56,7 @@ def test_flipped_bit_is_detected_or_changes_nothing(tmp_path, name):
         assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items()), place
 
 
+@pytest.mark.slow
 def test_archive_that_torch_would_not_read_is_rejected(tmp_path):
     """zipfile and torch.load differ in what they ignore of the directory at the end."""
     path = tmp_path / "w.pt"

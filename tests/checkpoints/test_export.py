@@ -121,6 +121,7 @@ def test_invalid_list_of_training_data_is_left_out(exp, tmp_path, caplog, text):
     assert "config.yaml" in caplog.text
 
 
+@pytest.mark.slow
 def test_exported_parts_can_be_loaded(world, exp, tmp_path):
     export(exp, tmp_path / "model", dtype="float32", parts=True)
     model = lora_model(world)

@@ -132,6 +132,7 @@ def test_ffmpeg_reads_other_formats(tmp_path, ending):
     error_of(cut)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_ffmpeg_that_writes_nothing_is_ended(tmp_path, monkeypatch):
     path = by_ffmpeg(make(tmp_path / "a.wav", 1), tmp_path / "a.m4a")
@@ -542,6 +543,7 @@ def test_channels_that_ffmpeg_reads_are_averaged_as_others_are(tmp_path, ending)
     assert np.abs(read(path)[2000:-2000]).max() == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_part_of_a_file_that_ffmpeg_reads_has_its_rate_and_channels(tmp_path):
     rng = np.random.default_rng(0)

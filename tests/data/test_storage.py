@@ -259,6 +259,7 @@ def test_permanent_errors_are_not_retried(server, cache, status, message):
     assert server.gets(path) <= 1
 
 
+@pytest.mark.slow
 def test_a_missing_bucket_and_missing_credentials_are_reported(s3, cache, monkeypatch):
     with pytest.raises(UserError, match=r"s3://nowhere/x\.tar "):
         cache.fetch(RemoteFile(url="s3://nowhere/x.tar"))

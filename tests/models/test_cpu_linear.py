@@ -88,6 +88,7 @@ def test_other_kinds_of_tensors_are_computed_by_torch():
     assert fast(x).equal(plain(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_and_exported_graphs_have_only_operators_of_torch():
     plain, fast = twins(16, 8, True)

@@ -467,6 +467,7 @@ def test_requests_are_logged_without_their_content(engine, caplog):
     assert 'asrllm_requests_total{path="other",status="404"} 1.0' in metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"stream": "true"}])
 def test_request_that_takes_too_long_ends(engine, fields):
     blocked = BlockedEngine()

@@ -61,6 +61,7 @@ def test_table_has_the_start_of_the_run_and_the_size_of_a_step(tmp_path, capsys)
         assert value in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("init_from", "start"),
     [(None, "new weights"), ("exp/earlier", "the weights of exp/earlier")],

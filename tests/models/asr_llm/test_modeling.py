@@ -129,6 +129,7 @@ def test_loss_matches_transformers(world):
     torch.testing.assert_close(model(**inputs).loss, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_adapters_and_projector_are_trained_and_frozen_parts_stay_in_eval_mode(world):
     model = make_model(world).train()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}

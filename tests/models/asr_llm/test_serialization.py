@@ -605,6 +605,7 @@ def test_damaged_directory_is_reported(world, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "weights"), [("5GB", 1), ("20KB", 5)])
 def test_every_file_of_a_saved_directory_has_a_checksum(world, tmp_path, size, weights):
     make_model(world).save_pretrained(tmp_path, max_shard_size=size)

@@ -269,6 +269,7 @@ def test_bfloat16_changes_frames_by_its_rounding_only(tmp_path, case):
     frames.float().sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["wav2vec2", "wavlm large", "wav2vec2-bert", "parakeet"])
 def test_recomputed_activations_have_the_same_gradients(tmp_path, case):
     write(tmp_path, case)

@@ -48,6 +48,7 @@ def test_whisper_has_the_published_sizes(size):
     assert count(empty("whisper", fields)) == count(theirs.encoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ZIPFORMER)
 def test_zipformer_has_the_published_sizes(size):
     """The published count includes an unused parameter per layer, which is not built here."""
@@ -69,6 +70,7 @@ def sized(kind="whisper", size="tiny", **more):
     return EncoderPart(model_type=kind, size=size, fields=fields, frozen=False, **more)
 
 
+@pytest.mark.slow
 def test_whisper_starts_like_transformers(world):
     torch.manual_seed(0)
     config = WhisperConfig(**encoder_sizes("whisper")["tiny"], decoder_layers=1, vocab_size=60000)

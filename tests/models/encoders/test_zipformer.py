@@ -302,6 +302,7 @@ def test_frame_lengths_of_waveforms_match_the_output_lengths():
     assert lengths.tolist() == [8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 1, 8])
 def test_too_short_utterance_is_rejected(length):
     with pytest.raises(
