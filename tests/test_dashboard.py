@@ -67,8 +67,9 @@ def test_sections_have_samples_and_a_comparison(sections):
         "Comparison of runs",
     ]
     assert all(sections.values())
-    tables = [panel for panel in sections["Validation"] if panel["viewType"] == "Weave"]
-    assert '"val": "valid/samples"' in json.dumps(tables)
+    for name, table in (("Validation", "valid/samples"), ("Evaluation", "evaluation/samples")):
+        panels = [panel for panel in sections[name] if panel["viewType"] == "Weave"]
+        assert f'"val": "{table}"' in json.dumps(panels)
     kinds = [panel["viewType"] for panel in sections["Comparison of runs"]]
     assert kinds == ["Run Comparer", "Parallel Coordinates Plot"]
 

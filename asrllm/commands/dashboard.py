@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from asrllm.errors import UserError
-from asrllm.evaluation.metric_names import EVALUATION_METRICS
+from asrllm.evaluation.metric_names import EVALUATED_SAMPLES, EVALUATION_METRICS
 from asrllm.text_files import first_words
 from asrllm.training.callbacks.metric_names import METRICS, SAMPLES, full_name
 from asrllm.training.wandb_login import check_login
@@ -31,6 +31,7 @@ SPEED = (
     "mfu",
     "memory_gb",
 )
+TABLES = {"Validation": SAMPLES, "Evaluation": EVALUATED_SAMPLES}  # by section
 COMPARED_SETTINGS = ("trainer.lr", "trainer.num_steps", "data.sampler.max_tokens")
 COMPARED_METRICS = ("loss", "acc", "audio_hours_per_hour")
 INSTALL = "Run: pip install 'asrllm[dashboard]'"
@@ -101,8 +102,8 @@ def build_workspace(project: str, entity: str) -> Any:
     sections = []
     for name, plots in metric_sections().items():
         panels = [line_plot(plot) for plot in plots]
-        if name == "Validation":
-            panels.append(reports.WeavePanelSummaryTable(table_name=SAMPLES))
+        if name in TABLES:
+            panels.append(reports.WeavePanelSummaryTable(table_name=TABLES[name]))
         sections.append(workspaces.Section(name=name, panels=panels, is_open=True))
     comparison = workspaces.Section(name="Comparison of runs", panels=comparison_panels())
     return workspaces.Workspace(

@@ -5,6 +5,7 @@ results.json has the same numbers, with intervals as lists and groups as objects
 
 from asrllm.evaluation.summary import HALLUCINATION_FLAGS
 
+EVALUATED_SAMPLES = "evaluation/samples"  # name of the table of the utterances of all test sets
 RATE_NAMES = {
     "wer": "word error rate",
     "cer": "character error rate",

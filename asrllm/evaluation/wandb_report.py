@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asrllm.evaluation.metric_names import EVALUATED_SAMPLES
 from asrllm.evaluation.report import ReportSet, worst_first
 from asrllm.evaluation.summary import Entry
 from asrllm.training.run_config import WandbConfig
 from asrllm.training.wandb_login import explained_wandb, print_sync_command
 
 TABLE_COLUMNS = (
+    "set",
     "key",
     "speaker",
     "duration",
@@ -24,7 +26,7 @@ TABLE_COLUMNS = (
 
 
 def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) -> None:
-    """Log the numbers of results.json and a table of each test set.
+    """Log the numbers of results.json, and a table of the utterances of all test sets.
 
     They are logged to a new run, because the steps of the training run must not change.
 
@@ -55,11 +57,14 @@ def log_to_wandb(config: WandbConfig, exp_dir: Path, sets: Sequence[ReportSet]) 
         )
     with tempfile.TemporaryDirectory() as folder, run:
         logged: dict[str, Any] = {}
+        rows: list[list[Any]] = []
         for i, report_set in enumerate(sets):
             for key, value in numbers(report_set.entry).items():
                 logged[f"{report_set.name}/{key}"] = value
-            rows = table_rows(report_set, Path(folder) / str(i))
-            logged[f"{report_set.name}/table"] = wandb.Table(columns=list(TABLE_COLUMNS), data=rows)
+            rows += table_rows(report_set, Path(folder) / str(i))
+        # W&B shows only the first 10 000 rows
+        rows.sort(key=lambda row: -row[TABLE_COLUMNS.index("errors")])
+        logged[EVALUATED_SAMPLES] = wandb.Table(columns=list(TABLE_COLUMNS), data=rows)
         run.log(logged)
     print_sync_command(run)
 
@@ -89,7 +94,7 @@ def numbers(entry: Entry) -> dict[str, float]:
 
 
 def table_rows(report_set: ReportSet, folder: Path) -> list[list[Any]]:
-    """Return the table of utterances, worst first because W&B shows only the first 10 000.
+    """Return the rows of the table of utterances, worst first.
 
     Args:
         report_set: the test set.
@@ -108,6 +113,7 @@ def table_rows(report_set: ReportSet, folder: Path) -> list[list[Any]]:
             path.write_bytes(report_set.audio[transcript.key])
             audio = wandb.Audio(str(path), caption=transcript.key)
         row = [
+            report_set.name,
             transcript.key,
             transcript.speaker,
             transcript.duration,

@@ -261,7 +261,8 @@ def test_wandb_run_has_numbers_and_tables(tmp_path, monkeypatch):
         "paired": {"difference": -3.0, "by": "speaker"},
     }
     exp.mkdir()
-    log_to_wandb(WandbConfig(mode="offline", project="p", name=None), exp, [s])
+    other = report_set("other", decoded(seed=1, error_rate=0.5))
+    log_to_wandb(WandbConfig(mode="offline", project="p", name=None), exp, [s, other])
     (path,) = (exp / "wandb").rglob("run-*.wandb")
     wait_for(
         lambda: any(record.HasField("exit") for record in wandb_records(path))
@@ -294,6 +295,14 @@ def test_wandb_run_has_numbers_and_tables(tmp_path, monkeypatch):
     (table,) = (path.parent / "files" / "media").rglob("*.table.json")
     rows = json.loads(table.read_text())
     assert rows["columns"] == list(TABLE_COLUMNS)
-    assert [row[0] for row in rows["data"]] == [
-        s.scored.transcripts[i].key for i in choose_audio(s.scored, 40)
-    ]
+    errors = [row[TABLE_COLUMNS.index("errors")] for row in rows["data"]]
+    assert errors == sorted(errors, reverse=True)
+    for each in (s, other):
+        assert [row[1] for row in rows["data"] if row[0] == each.name] == [
+            each.scored.transcripts[i].key for i in choose_audio(each.scored, 40)
+        ]
+    assert len(errors) == len(s.scored.transcripts) + len(other.scored.transcripts)
+    names = {
+        "/".join(key.split("/")[:2]) for key in logged if not key.startswith(("test/", "other/"))
+    }
+    assert {name for name in names if not name.startswith("_")} == {"evaluation/samples"}
