@@ -19,7 +19,7 @@ from asrllm.atomic import PATH_FIXES, Terminated, sigterm_raises
 from asrllm.commands.arguments.base_models import split_base_models
 from asrllm.commands.arguments.configured import COMPARE
 from asrllm.commands.arguments.verbs import VERBS
-from asrllm.commands.libraries import import_transformers
+from asrllm.commands.libraries import import_transformers, without_collections
 from asrllm.config_keys import check_override, meanings, unknown_option
 from asrllm.errors import UserError, error_chain
 from asrllm.escape import EscapingFormatter
@@ -253,7 +253,7 @@ def module_name(arguments: argparse.Namespace) -> str:
 
 def load_module(name: str) -> Callable[[argparse.Namespace], None]:
     """Import a module of asrllm.commands, which takes seconds if it needs torch."""
-    with waiting("importing libraries"):
+    with waiting("importing libraries"), without_collections():
         if name not in WITHOUT_TORCH:
             import_transformers()
         module = importlib.import_module(f"asrllm.commands.{name}")

@@ -1,6 +1,25 @@
 """Imports of the large libraries, with their settings."""
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Do not look for garbage in the block.
+
+    Imports make a million objects, nearly all of which stay. Python would search them again each
+    time their number has grown by a quarter: 1.2 of the 6.5 s in which a training run is imported.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def import_torch() -> None:
