@@ -17,6 +17,9 @@ ICEFALL_PROMPT = "请转写音频为文字"  # of icefall's recipes, as their Lo
 ICEFALL_LORA_ALPHA = 16
 MAX_SHARD_SIZE = "5GB"  # of each weight file in a directory
 TRANSCRIPT_FORMATS = ("txt", "json", "srt", "vtt")
+KEEP_SILENCE = "keep_silence"
+# whether Whisper's features are padded to 30 s; "keep_silence": the LLM reads the padding too
+PadTo30s = bool | Literal["keep_silence"]
 LoraMean = Literal["product", "factors"]  # how adapters are averaged
 EngineName = Literal["torch", "vllm"]  # what decodes
 RATE = 16000  # Hz; every waveform reaches the model at this rate

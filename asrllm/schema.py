@@ -177,9 +177,10 @@ def _as_user_error(
     for problem in problems:
         if problem["loc"][0] == key:
             prefix = problem["type"].partition("_")[0]
-            expected.append(EXPECTED_TYPES.get(prefix, "another type"))
-    wanted = " or ".join(dict.fromkeys(expected))
-    message = f"{name}={shown(value)} has the wrong type. Expected: {wanted}."
+            kinds = EXPECTED_TYPES | {"literal": " or ".join(choices)}
+            expected.append(kinds.get(prefix, "another type"))
+    alternatives = " or ".join(dict.fromkeys(expected))
+    message = f"{name}={shown(value)} has the wrong type. Expected: {alternatives}."
     inner = nested_component(hints[key])
     if inner is not None:
         message += f" Its keys are: {', '.join(keys_and_types(inner))}."

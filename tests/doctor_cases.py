@@ -783,6 +783,10 @@ GOOD = [
     Good("`swiglu`, ChatML", {"model.projector": "swiglu", "model.llm.chat_template": "chatml"}),
     Good("Whisper padded to 30 s", {"data.pad_to_30s": "true"}),
     Good(
+        "Whisper with its silence",
+        {"data.pad_to_30s": "keep_silence", "data.sampler.max_tokens": 800},
+    ),
+    Good(
         "fp32, ZeRO-3",
         {"trainer.precision": "fp32", "trainer.deepspeed_config": "ds_configs/zero3.json"},
     ),

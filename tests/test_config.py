@@ -264,6 +264,18 @@ def test_whisper_feature_options_need_a_whisper_encoder(key):
     load("model.audio_encoder.model_type=zipformer", f"data.{key}=false")
 
 
+@pytest.mark.slow
+def test_kept_silence_needs_whisper_and_a_projector_without_a_warm_start():
+    keep = "data.pad_to_30s=keep_silence"
+    assert load(keep).data.pad_to_30s == "keep_silence"
+    with pytest.raises(UserError, match=rf"{keep} .*model_type=zipformer"):
+        load(keep, "model.audio_encoder.model_type=zipformer")
+    with pytest.raises(UserError, match=rf"model\.projector_init=aligned .*{keep}"):
+        load(keep, "model.projector_init=aligned")
+    with pytest.raises(UserError, match=r"'keep'.*true or false or keep_silence"):
+        load("data.pad_to_30s=keep")
+
+
 @component
 class Collections:
     pair: Annotated[tuple[int, float], Strict(False)] | None = None

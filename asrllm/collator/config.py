@@ -5,6 +5,7 @@ from typing import Literal
 from asrllm.audio.augment import AugmentConfig
 from asrllm.collator.hotwords import HotwordConfig
 from asrllm.data.config import CacheConfig, FilterConfig, SamplerConfig
+from asrllm.defaults import PadTo30s
 from asrllm.schema import Ratio, WorkerCount, component
 
 
@@ -21,8 +22,9 @@ class DataConfig:
     a corpus"""
     whisper_fbank: bool | None = None
     """true: log-mel features of Whisper; false: of Kaldi; null: those of the encoder"""
-    pad_to_30s: bool = False
-    """Whisper: attend to silence up to 30 s, as in the published code (slower)"""
+    pad_to_30s: PadTo30s = False
+    """Whisper: attend to silence up to 30 s, as in the published code (slower); keep_silence:
+    the LLM reads 30 s of audio tokens too, as in Voxtral"""
     text_normalization: Literal["none", "basic", "zh"] = "none"
     """normalization of transcripts: none | basic (lower case, without punctuation and [tags]) |
     zh (basic, and simplified characters)"""

@@ -218,7 +218,8 @@ def check_audio_tokens(
     weights takes a second for each second of audio on two cores.
     """
     features_of = encoder.get_submodule("features")
-    fields = processor.config.audio_encoder or {}
+    config = processor.config
+    fields = (config.audio_encoder or {}) | {"pad_to_30s": config.pad_to_30s}
     frame_lengths = encoder_class(fields["model_type"]).frame_lengths
     by_length = sorted((sample for sample, _ in examples), key=lambda sample: len(sample.wave))
     last = len(by_length) - 1

@@ -14,7 +14,7 @@ from transformers import (
 
 from asrllm.collator.chat import CHATML
 from asrllm.data.prompts import Prompt, check_prompts
-from asrllm.defaults import ENCODER_KEY, LLM_KEY
+from asrllm.defaults import ENCODER_KEY, LLM_KEY, PadTo30s
 from asrllm.errors import UserError, nearest
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
@@ -58,13 +58,13 @@ MAX_SAMPLED_EMBEDDINGS = 4096
 
 
 def build_processor(
-    config: ModelConfig, *, pad_to_30s: bool, prompts: tuple[str, ...]
+    config: ModelConfig, *, pad_to_30s: PadTo30s, prompts: tuple[str, ...]
 ) -> AsrLlmProcessor:
     """Return the processor of the configured model.
 
     Args:
         config: the `model` part of the run's configuration.
-        pad_to_30s: whether Whisper's features are padded to 30 s.
+        pad_to_30s: whether Whisper's features are padded to 30 s, see WhisperEncoder.
         prompts: prompts that training mixes.
 
     Raises:
@@ -146,7 +146,7 @@ def _check_base_encoder(
     config: ModelConfig,
     path: str,
     *,
-    pad_to_30s: bool,
+    pad_to_30s: PadTo30s,
 ) -> JsonObject:
     """Return the fields of the audio encoder at `path`.
 
@@ -180,7 +180,7 @@ def _check_same_encoder(model_type: str, fields: JsonObject, path: str) -> None:
             )
 
 
-def _fields_of_size(part: EncoderPart, size: str, *, pad_to_30s: bool) -> JsonObject:
+def _fields_of_size(part: EncoderPart, size: str, *, pad_to_30s: PadTo30s) -> JsonObject:
     """Return the fields of an encoder without pretrained weights.
 
     Raises:

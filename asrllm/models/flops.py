@@ -141,7 +141,8 @@ def count_flops(model: AsrLlmModel) -> Flops:
         target=weight_flops(head, input_gradient=True),
         config=model.config,
         frame_lengths=functools.partial(
-            encoder.frame_lengths, values=model.config.audio_encoder or {}
+            encoder.frame_lengths,
+            values=(model.config.audio_encoder or {}) | {"pad_to_30s": model.config.pad_to_30s},
         ),
         pad_to=encoder.max_frames if getattr(encoder, "pad_to_30s", False) else 0,
     )

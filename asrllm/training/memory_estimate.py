@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, PadTo30s
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.models.asr_llm.modeling import AsrLlmModel
 from asrllm.models.encoders.registry import build_encoder
@@ -322,7 +322,9 @@ def _encoder_bytes(config: AsrLlmConfig, dtype: torch.dtype, recompute: bool) ->
     return one + (fields["encoder_layers"] - 1) * layer
 
 
-def _bytes_per_frame(fields: Mapping[str, object], pad_to_30s: bool, dtype: torch.dtype) -> float:
+def _bytes_per_frame(
+    fields: Mapping[str, object], pad_to_30s: PadTo30s, dtype: torch.dtype
+) -> float:
     """Measure an encoder with new weights on the CPU, with 10 s of audio."""
     encoder = cast(Any, build_encoder(dict(fields), pad_to_30s=pad_to_30s))
     encoder = encoder.to(dtype).train()

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from asrllm.collator.config import DataConfig
-from asrllm.defaults import STEP_TIMEOUT
+from asrllm.defaults import KEEP_SILENCE, STEP_TIMEOUT
 from asrllm.errors import UserError
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.model_args import ModelConfig
@@ -272,6 +272,12 @@ class TrainRun:
                     f"data.{key}={value} does not match model.audio_encoder.model_type={kind}, "
                     f"which uses {features}. Remove data.{key}."
                 )
+        if self.data.pad_to_30s == KEEP_SILENCE and self.model.projector_init != "random":
+            raise UserError(
+                f"model.projector_init={self.model.projector_init} fits the projector to speech, "
+                f"but data.pad_to_30s={KEEP_SILENCE} keeps the silence after it. Use "
+                "model.projector_init=random."
+            )
 
     def _check_random_encoder(self) -> None:
         """Raise UserError for options that need an encoder with trained weights."""

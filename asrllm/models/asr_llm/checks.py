@@ -11,6 +11,7 @@ import transformers
 from pydantic import Field
 from transformers import PreTrainedConfig
 
+from asrllm.defaults import PadTo30s
 from asrllm.errors import UserError
 from asrllm.integrity import verify_folder
 from asrllm.models.asr_llm.configuration import COPY_CONFIG, AsrLlmConfig
@@ -197,7 +198,7 @@ def _check_base_models(bases: JsonObject, where: str) -> None:
                 )
 
 
-def _check_encoder_fields(fields: JsonObject, pad_to_30s: bool, where: str) -> None:
+def _check_encoder_fields(fields: JsonObject, pad_to_30s: PadTo30s, where: str) -> None:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ENCODERS:
         raise UserError(

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from asrllm.defaults import PadTo30s
 from asrllm.models.encoders.registry import encoder_class
 from asrllm.models.projectors import count_audio_tokens
 
@@ -28,7 +29,7 @@ class AsrLlmConfig(PreTrainedConfig):
         audio_token: text that marks the place of an audio in a chat.
         audio_token_id: its token id.
         tag_audio_boundary: put a learned embedding before and after each audio.
-        pad_to_30s: pad Whisper's features to 30 s.
+        pad_to_30s: pad Whisper's features to 30 s; "keep_silence": the LLM reads the silence too.
         exclude_from_checkpoint: parts that a saved directory does not contain.
         base_models: {part: {"path", "fingerprint"}} of the pretrained parts, for weights that a
             checkpoint does not contain. A part that started from random weights has none.
@@ -56,7 +57,7 @@ class AsrLlmConfig(PreTrainedConfig):
     audio_token: str = "<|AUDIO|>"
     audio_token_id: int | None = None
     tag_audio_boundary: bool = False
-    pad_to_30s: bool = False
+    pad_to_30s: PadTo30s = False
     exclude_from_checkpoint: list[str] | None = None
     base_models: dict[str, Any] | None = None
     stored: dict[str, int] | None = None
@@ -78,7 +79,7 @@ class AsrLlmConfig(PreTrainedConfig):
         Returns:
             The number of tokens, in the type of `samples`.
         """
-        fields = self.audio_encoder or {}
+        fields = (self.audio_encoder or {}) | {"pad_to_30s": self.pad_to_30s}
         frames = encoder_class(fields["model_type"]).frame_lengths(samples, fields)
         return count_audio_tokens(
             frames,

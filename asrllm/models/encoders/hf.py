@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, AutoConfig
 from transformers.integrations import deepspeed
 
 from asrllm.audio.waves import ExtractsFeatures
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, PadTo30s
 from asrllm.errors import UserError
 from asrllm.models.encoders.hf_families import (
     WHISPER_30S,
@@ -154,7 +154,7 @@ class HfEncoder(ExtractsFeatures):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @classmethod
-    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "HfEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: PadTo30s) -> "HfEncoder":
         """See AudioEncoder."""
         if pad_to_30s:
             raise UserError(

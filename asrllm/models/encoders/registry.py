@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from asrllm.defaults import ENCODER_KEY
+from asrllm.defaults import ENCODER_KEY, PadTo30s
 from asrllm.errors import UserError, nearest
 from asrllm.models.encoders.hf import HfEncoder
 from asrllm.models.encoders.hf_families import HF_FAMILIES, HF_PARTS
@@ -52,12 +52,12 @@ class AudioEncoder(Protocol):
         ...
 
     @classmethod
-    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "AudioEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: PadTo30s) -> "AudioEncoder":
         """Return an encoder without its weights.
 
         Args:
             values: the encoder's fields.
-            pad_to_30s: whether features are padded to 30 s.
+            pad_to_30s: whether features are padded to 30 s, see WhisperEncoder.
 
         Raises:
             UserError: a field is wrong, or the encoder does not support pad_to_30s.
@@ -88,7 +88,7 @@ class AudioEncoder(Protocol):
 
         Args:
             samples: length of the waveform in samples, as an int, an array or a tensor.
-            values: the encoder's fields.
+            values: the encoder's fields, and `pad_to_30s`.
         """
         ...
 
@@ -135,12 +135,12 @@ def encoder_sizes(model_type: str) -> dict[str, JsonObject]:
     return ENCODERS[model_type].sizes() if model_type in ENCODERS else {}
 
 
-def build_encoder(fields: JsonObject, *, pad_to_30s: bool) -> AudioEncoder:
+def build_encoder(fields: JsonObject, *, pad_to_30s: PadTo30s) -> AudioEncoder:
     """Return an encoder without its weights.
 
     Args:
         fields: the `audio_encoder` part of AsrLlmConfig.
-        pad_to_30s: whether features are padded to 30 s.
+        pad_to_30s: whether features are padded to 30 s, see WhisperEncoder.
     """
     kind = encoder_class(fields["model_type"])
     values = {name: value for name, value in fields.items() if name != "model_type"}

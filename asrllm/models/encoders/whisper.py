@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import WHISPER_HOP, WhisperFeatures, whisper_frames
 from asrllm.audio.waves import ExtractsFeatures
+from asrllm.defaults import KEEP_SILENCE, PadTo30s
 from asrllm.errors import UserError
 from asrllm.models.attention import varlen_attention
 from asrllm.models.encoders.whisper_weights import check_sizes, read_whisper
@@ -30,6 +31,7 @@ WHISPER_SIZES = {
     "medium": (80, 1024, 24, 16),
     "large-v3": (128, 1280, 32, 20),
 }
+WHISPER_FRAMES = 1500  # of 30 s, at 50 Hz
 INITIAL_STD = 0.02  # of the weights, as in transformers
 LONGEST_PERIOD = 10000  # of the sinusoidal positions, in frames / (2 pi)
 
@@ -49,7 +51,7 @@ class WhisperEncoder(ExtractsFeatures):
         encoder_attention_heads: int,
         encoder_ffn_dim: int,
         max_source_positions: int = 1500,
-        pad_to_30s: bool = False,
+        pad_to_30s: PadTo30s = False,
     ) -> None:
         """Build an encoder. The arguments are fields of transformers' WhisperConfig.
 
@@ -61,15 +63,25 @@ class WhisperEncoder(ExtractsFeatures):
             encoder_ffn_dim: width of the feed-forward layers.
             max_source_positions: maximum number of frames of an utterance.
             pad_to_30s: attend to the silence after an utterance, as the published code does. The
-                frames that are returned are the true ones in either case.
+                frames that are returned are the true ones in either case, except that
+                "keep_silence" returns those of all 30 s.
+
+        Raises:
+            UserError: pad_to_30s is set, and there are no positions for 30 s.
         """
         super().__init__()
+        if pad_to_30s and max_source_positions < WHISPER_FRAMES:
+            raise UserError(
+                f"max_source_positions={max_source_positions} is too small for "
+                f"data.pad_to_30s={str(pad_to_30s).lower()}, which needs {WHISPER_FRAMES}. Set "
+                "data.pad_to_30s=false."
+            )
         self.output_dim = d_model
         self.shortest = WHISPER_HOP
         self.max_frames = max_source_positions
         self.pad_to_30s = pad_to_30s
         self.recompute = False
-        self.features = WhisperFeatures(num_mel_bins, pad_to_30s)
+        self.features = WhisperFeatures(num_mel_bins, bool(pad_to_30s))
         self.conv1 = nn.Conv1d(num_mel_bins, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(max_source_positions, d_model)
@@ -87,10 +99,12 @@ class WhisperEncoder(ExtractsFeatures):
             lengths: number of frames of each utterance (N,).
 
         Returns:
-            Frames (N, T', d_model) at 50 Hz, and their numbers (N,) = (lengths + 1) // 2.
+            Frames (N, T', d_model) at 50 Hz, and their numbers (N,) = (lengths + 1) // 2, or T' if
+            the silence is kept.
 
         Raises:
-            UserError: an utterance has no frame, or lasts more than 30 s.
+            UserError: an utterance has no frame, or lasts more than 30 s, or the silence is kept
+                and the features are not those of 30 s.
         """
         frames = (lengths + 1) // 2
         if int(lengths.min()) < 1 or int(frames.max()) > self.max_frames:
@@ -99,10 +113,14 @@ class WhisperEncoder(ExtractsFeatures):
                 f"batch has {lengths.min() / 100:g} s to {lengths.max() / 100:g} s. Cut longer "
                 "recordings, and drop shorter ones."
             )
+        if self.pad_to_30s == KEEP_SILENCE:
+            _check_padded(features)
         x = self._convolve(features, lengths)
         positions = torch.arange(x.shape[1], device=x.device)
         x = x + self.embed_positions(positions)
         attended = torch.full_like(frames, x.shape[1]) if self.pad_to_30s else frames
+        if self.pad_to_30s == KEEP_SILENCE:
+            frames = attended
         return self._transform(x, attended), frames
 
     def _convolve(self, features: Tensor, lengths: Tensor) -> Tensor:
@@ -149,7 +167,7 @@ class WhisperEncoder(ExtractsFeatures):
         self.recompute = True
 
     @classmethod
-    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "WhisperEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: PadTo30s) -> "WhisperEncoder":
         """See AudioEncoder."""
         encoder = cls(pad_to_30s=pad_to_30s, **values)
         check_sizes(values)
@@ -158,7 +176,7 @@ class WhisperEncoder(ExtractsFeatures):
     @staticmethod
     def make_features(values: JsonObject) -> WhisperFeatures:
         """See AudioEncoder."""
-        return WhisperFeatures(values["num_mel_bins"], values.get("pad_to_30s", False))
+        return WhisperFeatures(values["num_mel_bins"], bool(values.get("pad_to_30s")))
 
     @staticmethod
     def feature_shape(values: JsonObject) -> tuple[int, int]:
@@ -168,7 +186,10 @@ class WhisperEncoder(ExtractsFeatures):
     @staticmethod
     def frame_lengths(samples: Any, values: JsonObject) -> Any:
         """See AudioEncoder."""
-        return (whisper_frames(samples) + 1) // 2
+        frames = (whisper_frames(samples) + 1) // 2
+        if values.get("pad_to_30s") == KEEP_SILENCE:
+            return frames * 0 + WHISPER_FRAMES
+        return frames
 
     @staticmethod
     def sample_limits(values: JsonObject) -> tuple[int, int]:
@@ -218,6 +239,15 @@ def sinusoids(length: int, width: int) -> Tensor:
     frequencies = torch.exp(-step * torch.arange(width // 2))
     angles = torch.arange(length)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def _check_padded(features: Tensor) -> None:
+    """Raise UserError unless features (N, T, num_mel_bins) at 100 Hz are those of 30 s."""
+    if features.shape[1] != 2 * WHISPER_FRAMES:
+        raise UserError(
+            f"the features have {features.shape[1]} frames, but data.pad_to_30s={KEEP_SILENCE} "
+            f"needs {2 * WHISPER_FRAMES}. Compute them with audio_encoder.extract_feature()."
+        )
 
 
 def _pad_frames(x: Tensor, length: int) -> Tensor:

@@ -66,7 +66,9 @@ def llm_of(folder, model_type):
     return tiny_llm(folder, tied=False) if model_type == "qwen2" else family(folder, model_type)
 
 
-def make_model(world, llm, encoder="whisper", model_type="qwen2", projector="mlp"):
+def make_model(
+    world, llm, encoder="whisper", model_type="qwen2", projector="mlp", pad_to_30s=False
+):
     config = ModelConfig(
         audio_encoder=EncoderPart(
             model_type=encoder, pretrained_model=str(getattr(world, encoder)), frozen=True
@@ -86,7 +88,7 @@ def make_model(world, llm, encoder="whisper", model_type="qwen2", projector="mlp
         frozen_parameters=[],
         exclude_from_checkpoint=[],
     )
-    processor = build_processor(config, pad_to_30s=False, prompts=("Transcribe.",))
+    processor = build_processor(config, pad_to_30s=pad_to_30s, prompts=("Transcribe.",))
     torch.manual_seed(0)
     model = build_model(processor, frozen=("audio_encoder", "llm"), dtype=torch.float32).eval()
     *_, last = (m for m in model.projector.modules() if isinstance(m, torch.nn.Linear))

@@ -44,9 +44,16 @@ def make_config(world, **changes):
     return ModelConfig(**whole | changes)
 
 
-def make_model(world, frozen=("audio_encoder", "llm"), patterns=(), init_from=None, **changes):
+def make_model(
+    world,
+    frozen=("audio_encoder", "llm"),
+    patterns=(),
+    init_from=None,
+    pad_to_30s=False,
+    **changes,
+):
     processor = build_processor(
-        make_config(world, **changes), pad_to_30s=False, prompts=("Transcribe.", "Write.")
+        make_config(world, **changes), pad_to_30s=pad_to_30s, prompts=("Transcribe.", "Write.")
     )
     torch.manual_seed(0)
     model = build_model(
@@ -86,6 +93,24 @@ def test_base_models_are_stored_by_absolute_path(world, tmp_path, monkeypatch):
     }
     (tmp_path / "link.pt").symlink_to(world.llm / "model.safetensors")
     assert resolve_pretrained(tmp_path / "link.pt", file=True) == tmp_path / "link.pt"
+
+
+@torch.no_grad()
+def test_kept_silence_takes_375_tokens_in_training_and_decoding(world):
+    model = make_model(world, pad_to_30s="keep_silence", projector="voxtral")
+    chosen = samples()
+    batch = batch_of(model, chosen)
+    is_audio = batch["input_ids"] == model.config.audio_token_id
+    assert is_audio.sum() == 375 * len(chosen)
+    together = model(**batch)
+    alone = [model(**batch_of(model, [sample])).loss for sample in chosen]
+    torch.testing.assert_close(together.loss, sum(alone), rtol=1e-5, atol=1e-4)
+    waves = [sample.wave for sample in chosen]
+    chats = [model.processor.renderer.user_messages("Transcribe.")] * len(waves)
+    texts = model.generate(waves, chats, 6)
+    assert texts == [model.generate([wave], [chats[0]], 6)[0] for wave in waves]
+    features = model.audio_encoder.features(*model.processor.load_waves(waves))
+    assert model.generate(features, chats, 6) == texts
 
 
 @pytest.mark.parametrize("boundary", [False, True])

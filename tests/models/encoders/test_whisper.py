@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,36 @@ def test_padded_audio_matches_transformers_with_pad_to_30s(world):
     mine, out_lengths = load(world.whisper, pad_to_30s=True)(x, torch.tensor([211]))
     assert out_lengths.tolist() == [106]
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_kept_silence_has_the_frames_of_transformers(world):
+    x, _ = features(3000)
+    theirs = (
+        WhisperModel.from_pretrained(world.whisper).encoder(x.transpose(1, 2)).last_hidden_state
+    )
+    encoder = load(world.whisper, pad_to_30s="keep_silence")
+    mine, out_lengths = encoder(x, torch.tensor([211]))
+    assert out_lengths.tolist() == [1500]
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="211 frames"):
+        encoder(x[:, :211], torch.tensor([211]))
+
+
+def test_kept_silence_is_counted_for_every_length():
+    values = {"pad_to_30s": "keep_silence"}
+    assert WhisperEncoder.frame_lengths(160, values) == 1500
+    for samples in (np.array([160, 480000]), torch.tensor([160, 480000])):
+        counts = WhisperEncoder.frame_lengths(samples, values)
+        assert type(counts) is type(samples)
+        assert counts.tolist() == [1500, 1500]
+
+
+@pytest.mark.parametrize("pad_to_30s", [True, "keep_silence"])
+def test_padding_needs_positions_for_30_seconds(world, pad_to_30s):
+    fields, _ = WhisperEncoder.read_pretrained(str(world.whisper))
+    with pytest.raises(UserError, match=r"max_source_positions=1499 .*data\.pad_to_30s=false"):
+        WhisperEncoder(**fields | {"max_source_positions": 1499}, pad_to_30s=pad_to_30s)
 
 
 @torch.no_grad()

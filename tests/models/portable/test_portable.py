@@ -89,6 +89,19 @@ def model(world, request):
 
 
 @pytest.mark.slow
+def test_kept_silence_gives_the_same_texts_without_the_package(world, tmp_path):
+    model = make_model(world, world.llm, projector="voxtral", pad_to_30s="keep_silence")
+    waves = waves_of(2)
+    model.save_pretrained(tmp_path / "saved")
+    np.savez(tmp_path / "waves.npz", *waves)
+    done = run_without_package(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["texts"] == model.transcribe(waves, max_new_tokens=10, max_tokens_per_second=None)
+    assert found["prompt"].count(model.config.audio_token_id) == 375
+
+
+@pytest.mark.slow
 def test_saved_directory_gives_the_same_texts_without_the_package(model, tmp_path):
     waves = waves_of(5)
     model.save_pretrained(tmp_path / "saved")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asrllm.audio.features import KALDI_HOP, KaldiFeatures, kaldi_frames
 from asrllm.audio.waves import ExtractsFeatures
-from asrllm.defaults import RATE
+from asrllm.defaults import RATE, PadTo30s
 from asrllm.errors import UserError
 from asrllm.models.encoders.zipformer.configuration import ICEFALL_SIZES, ZipformerConfig
 from asrllm.models.encoders.zipformer.layers import (
@@ -158,7 +158,7 @@ class ZipformerEncoder(ExtractsFeatures):
         self.set_batch_count(0)
 
     @classmethod
-    def from_fields(cls, values: JsonObject, *, pad_to_30s: bool) -> "ZipformerEncoder":
+    def from_fields(cls, values: JsonObject, *, pad_to_30s: PadTo30s) -> "ZipformerEncoder":
         """Return the encoder of an AsrLlmModel. See AudioEncoder.
 
         It encodes an utterance alone as in a batch, and its schedules are at their ends.
