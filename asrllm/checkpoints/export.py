@@ -111,13 +111,16 @@ def export(
         has_adapters = bool(model.config.lora or model.config.audio_encoder_lora)
         merges = merge_adapter and has_adapters and not separate_adapter
         excluded = model.config.exclude_from_checkpoint
+        is_portable = not excluded and (merges or not has_adapters)
+        name = repository or output.name
+        example = PEFT_EXAMPLE.format(name) if separate_adapter else own_example(name, is_portable)
         card = model_card(
             model.config,
             folder,
-            repository or output.name,
+            name,
             weights=chosen,
-            is_portable=not excluded and (merges or not has_adapters),
-            separate_adapter=separate_adapter,
+            example=example,
+            library="transformers" if is_portable or separate_adapter else "asrllm",
         )
         model.save_pretrained(
             partial,
@@ -200,8 +203,8 @@ def model_card(
     name: str,
     *,
     weights: Path | None,
-    is_portable: bool,
-    separate_adapter: bool,
+    example: str,
+    library: str,
 ) -> str:
     """Return README.md in the format of Hugging Face's model cards.
 
@@ -213,12 +216,11 @@ def model_card(
         source: the run's directory, or an exported directory.
         name: the name to load the model by.
         weights: the run's weights file. Error rates of other weights are left out.
-        is_portable: whether transformers loads the model without this package.
-        separate_adapter: whether the LLM's adapter has a subdirectory.
+        example: how to load the model, in Markdown.
+        library: the package that loads it.
     """
-    example = PEFT_EXAMPLE.format(name) if separate_adapter else own_example(name, is_portable)
     lines = [
-        *card_head(name, library="transformers" if is_portable or separate_adapter else "asrllm"),
+        *card_head(name, library=library),
         *example.splitlines(),
         "",
         *parts_table(config),

@@ -36,8 +36,14 @@ TINY_ZIPFORMER = {
 }
 
 
-def tiny_whisper(folder: Path, *, seed: int = 0, num_mel_bins: int = 80) -> Path:
+def tiny_whisper(folder: Path, *, seed: int = 0, num_mel_bins: int = 80, ffn_dim: int = 32) -> Path:
     """Write a Hugging Face Whisper directory with random weights: 2 encoder layers of width 16.
+
+    Args:
+        folder: the directory to write.
+        seed: seed of the weights.
+        num_mel_bins: features per frame.
+        ffn_dim: width of the encoder's feed-forward layers; 64 in Whisper's proportions.
 
     Returns:
         The directory.
@@ -53,7 +59,7 @@ def tiny_whisper(folder: Path, *, seed: int = 0, num_mel_bins: int = 80) -> Path
         num_mel_bins=num_mel_bins,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
-        encoder_ffn_dim=32,
+        encoder_ffn_dim=ffn_dim,
         decoder_ffn_dim=32,
         pad_token_id=0,
         bos_token_id=1,

@@ -9,6 +9,7 @@ from asrllm.commands.arguments.values import not_empty, positive
 from asrllm.config_keys import meaning
 from asrllm.defaults import ICEFALL_LORA_ALPHA, ICEFALL_PROMPT, MAX_SHARD_SIZE, LoraMean
 
+EXPORT_FORMS = ("asrllm", "voxtral")
 DTYPE_CHOICES = ("bfloat16", "float16", "float32")
 
 
@@ -85,6 +86,14 @@ def add_export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="a run's exp_dir, a weights file in it, an exported directory, or one of Auden",
     )
     add_output_and_weights(parser)
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=EXPORT_FORMS,
+        default="asrllm",
+        help="asrllm: with the code that transformers needs; voxtral: as transformers' own "
+        "VoxtralForConditionalGeneration, for a model of that shape; default: %(default)s",
+    )
     adapters = parser.add_mutually_exclusive_group()
     adapters.add_argument(
         "--keep-adapters",
