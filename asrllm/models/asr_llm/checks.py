@@ -116,7 +116,7 @@ def read_config(folder: str | Path) -> AsrLlmConfig:
     if kind != AsrLlmConfig.model_type:
         raise UserError(
             f"{str(folder)!r} is a {kind!r} model, not {AsrLlmConfig.model_type!r}. Give a "
-            "directory written by 'asrllm export'."
+            "directory written by 'asrllm export' without --as."
         )
     check_config_fields(fields, str(path))
     if fields.get("separate_adapter"):
