@@ -897,6 +897,46 @@ def test_damage_in_a_json_list_costs_one_entry_in_any_layout(tmp_path, old, new,
     assert second.problem[0] == "bad_json"
 
 
+@pytest.mark.parametrize("damaged", [0, 1, 4])
+@pytest.mark.parametrize(("old", "new"), DAMAGES)
+def test_damage_in_a_json_list_costs_no_row_with_fewer_fields(tmp_path, old, new, damaged):
+    rows = [{"audio_filepath": f"{name}.wav", "text": name, "lang": "en"} for name in "aabcd"]
+    del rows[1]["lang"], rows[3]["lang"]
+    rows[damaged] |= {"audio_filepath": "b.wav", "text": "lost"}
+    rows[damaged]["b"] = [{"audio_filepath": "x"}, 1]
+    parts = [json.dumps(row) for row in rows]
+    assert parts[damaged].count(old) == 1
+    parts[damaged] = parts[damaged].replace(old, new)
+    path = tmp_path / "list.json"
+    path.write_text(f"[{', '.join(parts)}]")
+    utterances = list(SOURCES["nemo"].read(path))
+    expected = [row["text"] for row in rows if row is not rows[damaged]]
+    assert [utterance.text for utterance in utterances if not utterance.problem] == expected
+    assert len(utterances) == len(rows)
+
+
+def test_damage_costs_one_entry_of_a_json_list_without_common_fields(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(f'[{ROW.format("a")}, {{"x": 1}}, {{"x" 1}}, {ROW.format("d")}]')
+    utterances = list(SOURCES["nemo"].read(path))
+    assert [u.problem and u.problem[0] for u in utterances] == [
+        None,
+        "missing_field",
+        "bad_json",
+        None,
+    ]
+
+
+def test_syntax_error_in_a_json_list_names_where_reading_resumes(tmp_path):
+    path = tmp_path / "list.json"
+    rows = [ROW.format(name) for name in "abc"]
+    rows[1] = rows[1].replace(":", "")
+    path.write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    _, damaged, _ = SOURCES["nemo"].read(path)
+    assert f"{path}:3:" in damaged.problem[1]
+    assert f"{path}:4:1 " in damaged.problem[1]
+
+
 def test_json_list_with_many_syntax_errors_is_reported_at_once(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(f"[{'{x},' * 500_000}{ROW.format('a')}]")

@@ -27,6 +27,7 @@ SMALLEST_VALUE = 64
 UNPACK_IT = "If that is intended, unpack it, and use the unpacked file."
 MAX_SYNTAX_ERRORS = 1000  # in a JSON list; finding the place of each takes a while
 MAX_REPARSED = 16  # how often each character of a damaged JSON list may be parsed
+MAX_COMPARED = 100  # objects among which the first entry after a damaged one is looked for
 SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
@@ -184,7 +185,11 @@ def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]
         try:
             yield where, _checked_object(parse_json(text), f"{role} {where}")
         except ValueError as error:
-            problem = f"{role} {where} is not valid JSON: {error}{_layout_hint(text)}"
+            # a JSONDecodeError counts lines within this one
+            description = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                description = f"{error.msg} in column {error.colno}"
+            problem = f"{role} {where} is not valid JSON: {description}{_layout_hint(text)}"
             yield where, RejectedError("bad_json", problem)
 
 
@@ -246,8 +251,8 @@ class _Entries:
     """The entries of a JSON list with syntax errors.
 
     An entry with an error is a RejectedError. The next entry is the first object after its
-    beginning that has the fields which all entries so far have, because the objects within an
-    entry, such as the turns of a chat, have others.
+    beginning that has most of the fields which all entries so far have, because the objects within
+    an entry, such as the turns of a chat, have others.
     """
 
     def __init__(self, text: str, lines: Sequence[tuple[int, str]], path: Path, role: str) -> None:
@@ -276,10 +281,13 @@ class _Entries:
                 entry, end = self._entry(self.text, position)
             except (ValueError, RecursionError) as error:
                 place, problem = _json_error(error, self.lines, self.path)
-                yield RejectedError(
-                    "bad_json", f"{self.role} {place} is not valid JSON: {problem}. Correct it"
-                )
                 position = self._next(position)
+                where = self._place(position)
+                yield RejectedError(
+                    "bad_json",
+                    f"{self.role} {place} is not valid JSON: {problem}. All before {where} is "
+                    "skipped. Correct it",
+                )
             else:
                 if isinstance(entry, dict):
                     fields = self.fields
@@ -312,19 +320,55 @@ class _Entries:
         self.errors += 1
         if self.errors > MAX_SYNTAX_ERRORS:
             raise self._too_many_errors()
+        if self.fields is None:
+            self.fields = self._fields_of_longest(start)
         rest = self.text[start:]  # an error counts the lines before it
         position = 0
         while (position := rest.find("{", position + 1)) > 0:
             try:
                 entry, end = self._entry(rest, position)
-                if isinstance(entry, dict) and entry.keys() >= (self.fields or set()):
+                if isinstance(entry, dict) and self._is_like_entries(entry):
                     return start + position
             except (ValueError, RecursionError) as error:
                 end = getattr(error, "pos", position)
-            self.remaining -= end
-            if self.remaining < 0:
-                raise self._too_many_errors()
+            self._count(end)
         return self.last
+
+    def _is_like_entries(self, entry: Row) -> bool:
+        fields = self.fields or set()
+        return not fields or 2 * len(fields & entry.keys()) > len(fields)
+
+    def _fields_of_longest(self, start: int) -> set[str]:
+        """Return the fields of the longest of the next objects, which is not within an entry."""
+        fields: set[str] = set()
+        longest = 0
+        position = start
+        for _ in range(MAX_COMPARED):
+            position = self.text.find("{", position + 1)
+            if position < 0:
+                break
+            try:
+                entry, end = self.decode(self.text, position)
+            except (ValueError, RecursionError) as error:
+                self._count(getattr(error, "pos", position) - position)
+                continue
+            self._count(end - position)
+            if isinstance(entry, dict) and end - position > longest:
+                longest = end - position
+                fields = set(entry)
+            position = end - 1
+        return fields
+
+    def _count(self, characters: int) -> None:
+        """Count characters that were parsed in search of an entry, up to the limit."""
+        self.remaining -= characters
+        if self.remaining < 0:
+            raise self._too_many_errors()
+
+    def _place(self, position: int) -> str:
+        line = self.text.count("\n", 0, position)
+        column = position - self.text.rfind("\n", 0, position)
+        return f"{self.path}:{self.lines[line][0]}:{column}"
 
     def _too_many_errors(self) -> UserError:
         return UserError(
