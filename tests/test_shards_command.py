@@ -304,6 +304,19 @@ def test_trust_audio_ignores_the_stated_duration(tmp_path):
     assert open_index(tmp_path / "out").rows["samples"].tolist() == [8000]
 
 
+def test_trust_audio_applies_to_cuts(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone("one", 0.5), 16000)
+    source = {"type": "file", "channels": [0], "source": "a.wav"}
+    recording = {"id": "a", "sources": [source], "sampling_rate": 16000, "num_samples": 48000}
+    text = {"id": "a", "recording_id": "a", "start": 0.0, "duration": 3.0, "text": "one"}
+    row = {"id": "a", "type": "MonoCut", "start": 0.0, "duration": 3.0, "channel": 0}
+    row |= {"recording": recording | {"duration": 3.0}, "supervisions": [text]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    assert shards("make", tmp_path / "no", "--cuts", tmp_path / "m.jsonl") == 2
+    assert shards("make", tmp_path / "out", "--cuts", tmp_path / "m.jsonl", "--trust-audio") == 0
+    assert open_index(tmp_path / "out").rows["samples"].tolist() == [8000]
+
+
 @pytest.mark.parametrize(
     ("action", "path", "named"),
     [

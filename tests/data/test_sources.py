@@ -443,6 +443,67 @@ def test_a_cut_that_is_a_whole_file_names_it(tmp_path):
     assert [u.file for u in read_cuts(tmp_path / "cuts.jsonl")] == [tmp_path / "r.wav", None, None]
 
 
+def cut_of(tmp_path, seconds, *, stated, rate=16000, stated_rate=16000, span=None, transforms=()):
+    """Return the utterance of a cut whose recording states other values than its file has.
+
+    Args:
+        seconds: of the file.
+        stated: of the recording.
+        rate: of the file.
+        stated_rate: of the recording.
+        span: start and duration of the cut; None is the whole recording.
+        transforms: of the recording.
+    """
+    time = np.arange(round(seconds * rate)) / rate
+    soundfile.write(tmp_path / "r.wav", 0.5 * np.sin(2 * np.pi * 440 * time), rate)
+    recording = Recording.from_file(tmp_path / "r.wav").to_dict() | {
+        "sampling_rate": stated_rate,
+        "num_samples": round(stated * stated_rate),
+        "duration": stated,
+        "transforms": list(transforms),
+    }
+    start, duration = span or (0.0, stated)
+    row = {"id": "a", "type": "MonoCut", "start": start, "duration": duration, "channel": 0}
+    text = {"id": "a", "recording_id": "r", "start": 0.0, "duration": duration, "text": "one"}
+    row |= {"recording": recording, "supervisions": [text]}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(row))
+    (utterance,) = read_cuts(tmp_path / "cuts.jsonl")
+    return utterance
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stated", "stated_rate"), [(1.6, 2.0, 16000), (2.4, 2.0, 16000), (2.0, 4.0, 8000)]
+)
+@pytest.mark.parametrize("transforms", [(), [{"name": "Volume", "kwargs": {"factor": 0.5}}]])
+def test_length_of_a_recording_that_is_not_that_of_its_file_is_rejected(
+    tmp_path, seconds, stated, stated_rate, transforms
+):
+    """Lhotse repeats or cuts off up to half a second without a word."""
+    utterance = cut_of(
+        tmp_path, seconds, stated=stated, stated_rate=stated_rate, transforms=transforms
+    )
+    with pytest.raises(RejectedError) as found:
+        make_sample(utterance, {})
+    assert found.value.args[0] == "duration_mismatch"
+    assert f"{seconds:.3f} s" in found.value.args[1]
+
+
+def test_length_before_a_change_of_speed_is_that_of_the_file(tmp_path):
+    speed = {"name": "Speed", "kwargs": {"factor": 1.25}}
+    utterance = cut_of(tmp_path, 2.0, stated=1.6, transforms=[speed])
+    wave, rate = utterance.load()
+    assert (len(wave), rate) == (25600, 16000)
+
+
+@pytest.mark.parametrize("stated_rate", [8000, 22050])
+def test_part_of_a_file_has_the_sampling_rate_that_the_recording_states(tmp_path, stated_rate):
+    """Lhotse would take the samples of another rate, and cut off or repeat the rest."""
+    utterance = cut_of(tmp_path, 2.0, stated=2.0, stated_rate=stated_rate, span=(1.0, 0.5))
+    wave, rate = utterance.load()
+    assert (len(wave), rate) == (stated_rate // 2, stated_rate)
+    assert np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave) == 440
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -27,7 +27,7 @@ from asrllm.data.storage import check_scheme, is_url
 from asrllm.errors import UserError
 
 if TYPE_CHECKING:
-    from lhotse import SupervisionSegment
+    from lhotse import AudioSource, SupervisionSegment
     from lhotse.cut import Cut
 
 ROLE = "the cuts manifest"
@@ -230,7 +230,8 @@ def _cut_utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utte
             part = _trim(cut, supervision)
         except RejectedError as error:
             problem = error.args
-    file = _whole_file(part)
+    source = _whole_source(part)
+    file = _file(source)
     fields = _fields(cut, supervision)
     recording = getattr(part, "recording", None)  # a mixed cut has none
     if file is None and recording is not None:
@@ -240,7 +241,7 @@ def _cut_utterance(cut: "Cut", supervision: "SupervisionSegment | None") -> Utte
     return Utterance(
         key=str(named.id),
         text=text,
-        load=_CutAudio(part),
+        load=_SourceAudio(source) if source else _CutAudio(part),
         duration=part.duration,
         fields=sample_fields(fields),
         file=file,
@@ -301,19 +302,36 @@ def _trim(cut: "Cut", supervision: "SupervisionSegment") -> "Cut":
     return part
 
 
-def _whole_file(cut: "Cut") -> Path | None:
-    """Return the cut's file if the cut is all of it, with every channel and without transforms."""
+def _whole_source(cut: "Cut") -> "AudioSource | None":
+    """Return the cut's audio source if the cut is all of it, with every channel and as it is."""
     recording = getattr(cut, "recording", None)
     if recording is None or recording.transforms or len(recording.sources) != 1:
         return None
     source = recording.sources[0]
-    # exactly str: commands and URLs are subclasses
-    if source.type != "file" or type(source.source) is not str:
-        return None
     if channel_list(cut.channel) != recording.channel_ids:
         return None
     is_whole = cut.start == 0 and math.isclose(cut.duration, recording.duration, abs_tol=1e-3)
-    return Path(source.source) if is_whole else None
+    return source if is_whole and source.type in ("file", "memory") else None
+
+
+def _file(source: "AudioSource | None") -> Path | None:
+    """Return the path of an audio source that is a file."""
+    if source is None or source.type != "file":
+        return None
+    # exactly str: commands and URLs are subclasses
+    return Path(source.source) if type(source.source) is str else None
+
+
+@dataclass(frozen=True)
+class _SourceAudio:
+    """A `load` that reads a whole audio source. Its length need not be that of the manifest."""
+
+    source: "AudioSource"
+
+    def __call__(self) -> tuple[np.ndarray, int]:
+        from asrllm.data.sources.cut_audio import load_source
+
+        return load_source(self.source.source, len(self.source.channels))
 
 
 @dataclass(frozen=True)
