@@ -76,8 +76,10 @@ def first_words(error: BaseException, limit: int = 200) -> str:
     if TORCH_REASON in text:  # torch.load puts it between pieces of advice to trust the file
         text = re.split("Please use|Check the documentation", text.rpartition(TORCH_REASON)[2])[0]
     text = escape(" ".join(text.split()))
-    if isinstance(error, KeyError):
-        text = f"{text} is missing"
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        key = str(error.args[0])
+        is_sentence = " " in key  # transformers raises KeyError with one
+        text = escape(" ".join(key.split())) if is_sentence else f"{text} is missing"
     text = text or type(error).__name__
     if len(text) > limit:  # between two words
         return f"{text[:limit].rpartition(' ')[0] or text[:limit]} [...]"

@@ -19,6 +19,11 @@ def test_long_messages_are_marked_as_cut(text):
     assert first_words(ValueError("short.")) == "short"
 
 
+def test_missing_key_is_named():
+    assert first_words(KeyError("a")) == "'a' is missing"
+    assert first_words(KeyError("Missing keys in x: {'a'}")) == "Missing keys in x: {'a'}"
+
+
 @pytest.mark.parametrize("content", ["object", "garbage"])
 def test_advice_to_trust_a_file_of_weights_is_not_repeated(tmp_path, content):
     path = tmp_path / "x.pt"

@@ -79,6 +79,13 @@ class ChatRenderer:
         """
         ids = self._prompt_ids(messages)
         found = ids.count(self.audio_token_id)
+        plain = plain_messages(messages, self.audio_token)
+        written = sum(message["content"].count(self.audio_token) for message in plain)
+        if written == len(audio_tokens) != found:
+            raise UserError(
+                f"{self._template_name()} turns {written} audio tokens ({self.audio_token}) of the "
+                f"messages into {found}. {TEMPLATE_FIX}"
+            )
         if found != len(audio_tokens):
             raise UserError(
                 f"the chat {list(messages)!r} has {found} audio tokens for {len(audio_tokens)} "
@@ -221,7 +228,7 @@ class ChatRenderer:
                 add_generation_prompt=add_generation_prompt,
             )
 
-        where = f"the chat template of the tokenizer in {self.tokenizer.name_or_path!r}"
+        where = self._template_name()
         try:
             if template != CHATML:
                 # A template is a program, possibly of a stranger, and may never end.
@@ -253,6 +260,9 @@ class ChatRenderer:
                 f"{where} writes {written} characters around the messages. {TEMPLATE_FIX}"
             )
         return text
+
+    def _template_name(self) -> str:
+        return f"the chat template of the tokenizer in {self.tokenizer.name_or_path!r}"
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:
         """Return the tokens of a text; with `plain`, special tokens in it are plain text."""

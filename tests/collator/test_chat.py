@@ -239,3 +239,15 @@ def test_each_audio_token_is_expanded_to_the_length_of_its_audio():
 def test_wrong_number_of_audio_tokens_is_reported(content, count):
     with pytest.raises(UserError, match=rf"{re.escape(repr(content))}.* {count} .* 1 "):
         make_renderer().encode_prompt([{"role": "user", "content": content}], [2])
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [("{{ 'x' }}", 0), ("{{ m.content[:5] }}", 0), ("{{ m.content }}{{ m.content }}", 2)],
+)
+def test_template_that_loses_or_repeats_the_audio_is_named(written, count):
+    template = f"{{% for m in messages %}}{written}<|im_end|>{{% endfor %}}"
+    renderer = make_renderer()
+    renderer.tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"template .* 1 audio .* {count}\."):
+        renderer.encode_prompt(renderer.user_messages("Transcribe."), [2])
