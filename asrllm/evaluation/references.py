@@ -50,10 +50,13 @@ def check_unreadable(corpus: Corpus, problems: Sequence[str], max_share: float) 
     total = len(corpus.index)
     most = max(max_share * total, 1) if max_share else 0
     if count and (count > most or count == total):
+        limit = f"more than data.max_bad_share={max_share:g} allows"
+        if count <= most:
+            limit = "so none is left to score"
+        first = problems[0].removesuffix(".")
         raise UserError(
-            f"{count} of {total} utterances of the test set {corpus.name!r} cannot be read, more "
-            f"than data.max_bad_share={max_share:g} allows. The first one: {problems[0]}. "
-            "Copy the shards again, or remove these utterances."
+            f"{count} of {total} utterances of the test set {corpus.name!r} cannot be read, "
+            f"{limit}. The first one: {first}. Copy the shards again, or remove these utterances."
         )
 
 
