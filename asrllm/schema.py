@@ -6,6 +6,7 @@ in the docstring below the field. `asrllm.conf.write` makes the YAML files from 
 
 import dataclasses
 import json
+import re
 import threading
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,17 @@ from asrllm.errors import UserError, nearest
 
 T = TypeVar("T")
 # Values are not converted, except an integer to a float: 1.5 steps or the text "no" are mistakes.
+# keys that are paths; of the other paths, `~` is expanded
+PATH_KEYS = (
+    "exp_dir",
+    "init_from",
+    "train_data_config",
+    "valid_data_config",
+    "test_data_config",
+    "deepspeed_config",
+    "shards",
+    "manifest",
+)
 SETTINGS = ConfigDict(strict=True, allow_inf_nan=False, validate_by_name=True)
 Ratio = Annotated[float, Field(ge=0, le=1)]
 RatioBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -105,12 +117,23 @@ def build(
         inner = nested_component(hints[key])
         if inner is not None and isinstance(value, Mapping):
             value = build(inner, value, where=where, group=f"{group}{key}.", known=known)
+        if key in PATH_KEYS:
+            _check_expanded(value, f"{where}{group}{key}")
         given[key] = value
     try:
         return cls(**given)
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
     raise _as_user_error(hints, given, problems, where, group)
+
+
+def _check_expanded(value: object, key: str) -> None:
+    """Raise UserError for a path with ~ or $NAME, which would be a directory of that name."""
+    if isinstance(value, str) and (found := re.match(r"(~|\$\w+|\$\{\w+\})(?=/)|~$", value)):
+        raise UserError(
+            f"{key}={value!r} begins with {found.group()!r}, which only a shell expands, and only "
+            "at the beginning of a word. Write the whole path."
+        )
 
 
 def keys_and_types(cls: type) -> dict[str, Any]:

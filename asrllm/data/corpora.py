@@ -297,9 +297,19 @@ def _entry_name(entry: CorpusEntry, where: str) -> str:
     source = Path(entry.shards or entry.manifest or "")
     name = entry.name or source.name.partition(".")[0]
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        key = "name" if entry.name else "shards" if entry.shards else "manifest"
+        shown = getattr(entry, key)
+        if set(shown) & set("*?[") and key != "name":
+            raise UserError(
+                f"{where}: {key}={shown!r} is a pattern. Name one directory or manifest in each "
+                "entry; a directory with an index includes all its tars."
+            )
+        subject = f"name={shown!r}"
+        if key != "name":
+            subject = f"the name {name!r} of {key}={shown!r}"
         raise UserError(
-            f"{where}: name={name!r} cannot be part of a file name. "
-            "Use letters, digits, '-', '_', '.' and '+', and do not begin with '.'."
+            f"{where}: {subject} cannot be part of a file name. Set 'name' to letters, digits, "
+            "'-', '_', '.' and '+', and do not begin with '.'."
         )
     return name
 
