@@ -73,12 +73,13 @@ class AudioFile:
     def open_sound(self) -> Iterator[soundfile.SoundFile]:
         """Open the file with soundfile."""
         with contextlib.ExitStack() as stack:
-            source: str | BinaryIO = self.path
+            source: str | int | BinaryIO = self.path
             if self.content is not None:
                 source = BytesIO(self.content)
-            elif not is_utf8(self.path):  # soundfile rejects such a name
-                source = stack.enter_context(open(self.path, "rb"))
-            yield stack.enter_context(soundfile.SoundFile(source))
+            elif not is_utf8(self.path) or self.path.lower().endswith(".raw"):
+                # soundfile rejects such a name, even of a file with a header
+                source = stack.enter_context(open(self.path, "rb")).fileno()
+            yield stack.enter_context(soundfile.SoundFile(source, closefd=False))
 
     @contextlib.contextmanager
     def open_bytes(self) -> Iterator["bytes | mmap.mmap"]:

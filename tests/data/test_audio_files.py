@@ -657,3 +657,12 @@ def test_content_that_is_not_audio_is_not_called_a_missing_file(tmp_path, name, 
         list(read_blocks(open_audio(str(tmp_path / name))))
     assert "exist" not in str(error.value)
     assert "0x" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.raw", "A.RAW", "a.pcm", "a.mp3", os.fsdecode(b"\xe9.raw")])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+def test_file_with_a_header_is_read_under_any_name(tmp_path, name, kind):
+    wave = vowels(0.5, rate=16000)
+    soundfile.write(tmp_path / "a.tmp", wave, 16000, format=kind)
+    os.rename(tmp_path / "a.tmp", tmp_path / name)
+    np.testing.assert_allclose(read(tmp_path / name), wave, atol=1e-3)
