@@ -9,8 +9,9 @@ Verifying a checkpoint and the fingerprint of an LLM are measured per GB, from t
 The checkpoint comes from a run of two processes with ZeRO-2: an LLM of SmolLM2-135M's shape with
 random weights, fully trained in float32 with AdamW. The adapters (rank 16, every linear layer) come
 from another run. The ten averaged checkpoints of each run are hard links with other step numbers.
-Every tool runs in its own process, and the tools take turns. A peak is the process's peak resident
-memory (VmHWM, which includes pages of mapped files) minus its memory after the imports.
+Every tool runs in its own process, and the tools take turns. A peak is the largest anonymous memory
+of the process (RssAnon, read every 2 ms) minus that after the imports. Pages of mapped files are
+not in it, because the kernel drops them when memory is needed.
 """
 
 import argparse
@@ -67,17 +68,28 @@ TOOLS = {
     ),
 }
 SCRIPT = """
-import sys, time, warnings
+import sys, threading, time, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 exp, lora, out, shard = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 {imports}
-def peak():
-    lines = open("/proc/self/status")
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-before, began = peak(), time.perf_counter()
+def anonymous():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+peak = before = anonymous()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+began = time.perf_counter()
 {call}
-print(); print(peak() - before, time.perf_counter() - began)
+seconds = time.perf_counter() - began
+done.set()
+watcher.join()
+print(); print(max(peak, anonymous()) - before, seconds)
 """
 
 
@@ -125,8 +137,9 @@ def measure(tool: str, exp: Path, lora: Path, shard: int, scratch: Path) -> tupl
         SCRIPT.format(imports=imports, call=call),
         *map(str, (exp, lora, output, shard)),
     ]
-    # an empty cache, because fingerprints are cached
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(scratch / "out")}
+    cache = scratch / "cache"
+    shutil.rmtree(cache, ignore_errors=True)  # it has fingerprints
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(cache)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{tool}: {done.stderr[-3000:]}")
