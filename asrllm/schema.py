@@ -23,7 +23,6 @@ from asrllm.defaults import MAX_WORKERS
 from asrllm.errors import UserError, nearest
 
 T = TypeVar("T")
-# Values are not converted, except an integer to a float: 1.5 steps or the text "no" are mistakes.
 # keys that are paths; of the other paths, `~` is expanded
 PATH_KEYS = (
     "exp_dir",
@@ -35,6 +34,7 @@ PATH_KEYS = (
     "shards",
     "manifest",
 )
+# Values are not converted, except an integer to a float: 1.5 steps or the text "no" are mistakes.
 SETTINGS = ConfigDict(strict=True, allow_inf_nan=False, validate_by_name=True)
 Ratio = Annotated[float, Field(ge=0, le=1)]
 RatioBelowOne = Annotated[float, Field(ge=0, lt=1)]

@@ -158,6 +158,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON file, as the `object_pairs_hook` of json or hjson.
+
+    Raises:
+        ValueError: a key is repeated, so that one of its values would be lost.
+    """
+    keys = [key for key, _ in pairs]
+    content = dict(pairs)
+    if len(content) < len(keys):
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{repeated!r} occurs twice in one object")
+    return content
+
+
 def json_problem(error: Exception, path: str | Path) -> str:
     """Return where and why a file is not JSON: `FILE:LINE:COLUMN is not valid JSON: PROBLEM`.
 

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from asrllm import distributed
-from asrllm.collator import template_trial
 from asrllm.commands import dispatch
 from asrllm.commands import train as train_verb
 from asrllm.errors import UserError
@@ -207,7 +206,7 @@ LLM = {
     "template raises": (template("{{ raise_exception('no') }}"), "user, assistant", " no."),
     "template fails": (template("{{ 1 / 0 }}"), "ZeroDivisionError"),
     "template huge": (template("{{ 'x' * 10000000000 }}"), " 5 s ", "1024 MiB"),
-    "template long": (template("x" * 300_000), " 299987 "),
+    "template long": (template("x" * 300_000), "200000"),
     "template jinja": (write("chat_template.jinja", "{% for"), "line 1: ", "chat_template=chatml"),
     "template json": (write("chat_template.json", "{"), "{model}/chat_template.json:1:2 "),
     "template folder": (
@@ -358,17 +357,6 @@ def test_pipe_is_rejected_with_its_path(key, world, tmp_path, monkeypatch, capsy
     os.mkfifo(tmp_path / "pipe")
     assert train(world, tmp_path, monkeypatch, **{key: tmp_path / "pipe"}) == 2
     assert f"'{tmp_path}/pipe'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_endless_template_is_stopped(monkeypatch):
-    def loop():
-        while True:
-            pass
-
-    monkeypatch.setattr(template_trial, "RENDERING_SECONDS", 1)
-    with pytest.raises(template_trial.TemplateLimitError):
-        template_trial.try_template(("a loop", True), loop)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The one renderer of chats, for training and decoding: messages to tokens and labels."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from asrllm.collator.template_trial import TemplateLimitError, try_template
+from asrllm.collator.template_process import TemplateLimitError, TemplateProcess
 from asrllm.errors import UserError
 from asrllm.text_files import first_words
 
@@ -47,6 +48,8 @@ class ChatRenderer:
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self._cache: dict[str, list[int]] = {}
+        # a template is a program, possibly of a stranger
+        self._render_limited = TemplateProcess(functools.partial(_render_chat, tokenizer))
         self._special = self._special_tokens()
         self._first_ids = self._ids_before_text()
         self.end_of_turn = self._find_end_of_turn()
@@ -220,20 +223,12 @@ class ChatRenderer:
         if "strftime_now" in template:
             template = CONSTANT_DATE + template
 
-        def render() -> str:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-
         where = self._template_name()
         try:
-            if template != CHATML:
-                # A template is a program, possibly of a stranger, and may never end.
-                try_template((template, add_generation_prompt), render)
-            text = render()
+            if template == CHATML:
+                text = _render_chat(self.tokenizer, messages, template, add_generation_prompt)
+            else:
+                text = self._render_limited(messages, template, add_generation_prompt)
         except TemplateSyntaxError as error:
             raise UserError(
                 f"{where} does not compile: line {error.lineno}: {error.message}. {TEMPLATE_FIX}"
@@ -254,10 +249,10 @@ class ChatRenderer:
             raise UserError(
                 f"{where} fails with {kind}: {first_words(error)}. {TEMPLATE_FIX}"
             ) from error
-        written = len(text) - sum(len(str(message.get("content"))) for message in messages)
-        if written > MAX_WRITTEN:
+        if len(text) > _max_length(messages):
             raise UserError(
-                f"{where} writes {written} characters around the messages. {TEMPLATE_FIX}"
+                f"{where} writes more than {MAX_WRITTEN} characters around the messages. "
+                f"{TEMPLATE_FIX}"
             )
         return text
 
@@ -268,6 +263,24 @@ class ChatRenderer:
         """Return the tokens of a text; with `plain`, special tokens in it are plain text."""
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
         return encoded["input_ids"]
+
+
+def _render_chat(
+    tokenizer: Any, messages: Messages, template: str, add_generation_prompt: bool
+) -> str:
+    """Return the text of a chat. It ends one character after `_max_length`."""
+    text = tokenizer.apply_chat_template(
+        list(messages),
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return text[: _max_length(messages) + 1]
+
+
+def _max_length(messages: Messages) -> int:
+    """Return how many characters a template may write for messages."""
+    return MAX_WRITTEN + sum(len(str(message.get("content"))) for message in messages)
 
 
 def plain_messages(messages: Messages, audio_token: str) -> list[dict[str, Any]]:

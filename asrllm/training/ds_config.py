@@ -12,11 +12,10 @@ import hjson
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from asrllm.errors import UserError
 from asrllm.schema import shown
-from asrllm.text_files import json_problem, read_text
+from asrllm.text_files import json_problem, object_with_unique_keys, read_text
 from asrllm.training.ds_keys import (
     BOOLEAN,
     NUMBER,
@@ -165,11 +164,9 @@ def _not_a_number(text: str) -> str:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return an object of the file, or raise UserError if a key is repeated."""
     try:
-        return dict_raise_error_on_duplicate_keys(pairs)
+        return object_with_unique_keys(pairs)
     except ValueError as error:
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{repeated!r} occurs twice in one object. Remove one of them.") from error
+        raise UserError(f"{error}. Remove one of them.") from error
 
 
 def reject_scheduler(ds: DsConfig, path: Path) -> None:

@@ -13,7 +13,7 @@ import soundfile
 from asrllm.data.audio_files import open_audio
 from asrllm.data.index import open_index
 from asrllm.data.shards import write_shards
-from asrllm.data.sources import SOURCES, RejectedError
+from asrllm.data.sources import SOURCES, RejectedError, json_rows
 from asrllm.data.sources import files as files_module
 from asrllm.data.sources.files import count_lines
 from asrllm.data.verify import index_tars
@@ -73,7 +73,7 @@ def test_a_gzip_file_of_many_small_values_is_rejected_before_it_is_parsed(
     tmp_path, monkeypatch, begin, value, end
 ):
     monkeypatch.setattr(files_module, "MAX_UNPACKED", 1 << 20)
-    monkeypatch.setattr(files_module, "parse_json", None)
+    monkeypatch.setattr(json_rows, "DECODER", None)
     path = tmp_path / "manifest.jsonl.gz"
     path.write_bytes(gzip.compress((begin + 100_000 * value + end).encode()))
     with pytest.raises(UserError, match=r"manifest\.jsonl\.gz' .* memory"):

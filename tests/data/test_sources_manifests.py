@@ -725,6 +725,7 @@ def test_odd_rows_do_not_hide_where_paths_start(tmp_path, monkeypatch):
     [
         ('{"audio": "a.wav", "text": "a"}\r{"audio": "b.wav", "text": "b"}\r', "carriage return"),
         ('{\n "audio": "a.wav",\n "text": "a"\n}\n', "jq -c"),
+        ('{"audio": "a.wav", "text": "a", "audio": "b.wav"}\n', "'audio' occurs twice"),
     ],
 )
 def test_json_that_is_not_one_object_a_line_is_explained(tmp_path, layout, hint):
@@ -913,6 +914,29 @@ def test_damage_in_a_json_list_costs_no_row_with_fewer_fields(tmp_path, old, new
     expected = [row["text"] for row in rows if row is not rows[damaged]]
     assert [utterance.text for utterance in utterances if not utterance.problem] == expected
     assert len(utterances) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        # parts of the entry are valid entries, with fields that the others do not have
+        '{"messages": "user", "content": "a"}, {"role": "x", "content": "y"}], "audios": ["a"]}',
+        # the entry is valid without its end, and has more fields than the others
+        '{"messages": [], "audios": ["a"], "lang": "en", "speaker": "x", "task": "y"}, "n": 1}',
+        # two entries are merged
+        '{"messages": [], "audios": ["a"], "messages": [], "audios": ["b"]}',
+    ],
+)
+def test_damaged_first_entry_of_a_json_list_costs_no_other(tmp_path, first):
+    rows = []
+    for name in "bcd":
+        messages = [{"role": "user", "content": "<audio>"}, {"role": "assistant", "content": name}]
+        rows.append(json.dumps({"messages": messages, "audios": [f"{name}.wav"], "x": 1}))
+    path = tmp_path / "list.json"
+    path.write_text(f"[{', '.join([first, *rows])}]")
+    *bad, b, c, d = SOURCES["swift"].read(path)
+    assert [b.text, c.text, d.text] == ["b", "c", "d"]
+    assert "bad_json" in [utterance.problem[0] for utterance in bad]
 
 
 def test_damage_costs_one_entry_of_a_json_list_without_common_fields(tmp_path):

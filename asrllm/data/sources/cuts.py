@@ -16,12 +16,12 @@ from asrllm.data.sources.files import (
     UNREADABLE,
     Row,
     find_root,
-    json_rows,
     peek,
     raw_lines,
     sample_fields,
     text_or_int_field,
 )
+from asrllm.data.sources.json_rows import json_rows
 from asrllm.data.sources.utterance import RejectedError, Utterance, check_installed
 from asrllm.data.storage import check_scheme, is_url
 from asrllm.errors import UserError

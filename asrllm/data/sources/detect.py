@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from asrllm.data.sources.files import json_rows, read_lines
+from asrllm.data.sources.files import read_lines
+from asrllm.data.sources.json_rows import json_rows
 from asrllm.data.sources.utterance import RejectedError
 from asrllm.errors import UserError
 from asrllm.text_files import missing_problem

@@ -1,20 +1,18 @@
 """Manifests read line by line, and the different names that they use for the same fields."""
 
-import contextlib
 import gzip
 import itertools
-import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from asrllm.data.sources.utterance import RejectedError, Utterance
 from asrllm.data.storage import is_url
 from asrllm.errors import UserError
-from asrllm.text_files import check_file, open_regular, parse_json
+from asrllm.text_files import check_file, open_regular
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -25,10 +23,6 @@ MAX_UNPACKED_RATIO = 200  # unpacked to packed size of a larger file; manifests 
 # list of 64 million empty objects, 192 MiB of JSON or 0.2 MB of gzip, takes 5 GB
 SMALLEST_VALUE = 64
 UNPACK_IT = "If that is intended, unpack it, and use the unpacked file."
-MAX_SYNTAX_ERRORS = 1000  # in a JSON list; finding the place of each takes a while
-MAX_REPARSED = 16  # how often each character of a damaged JSON list may be parsed
-MAX_COMPARED = 100  # objects among which the first entry after a damaged one is looked for
-SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 LONGEST_RECORDING = 1e7  # four months
 UNREADABLE = (OSError, EOFError, zlib.error, UserError)  # what raw_lines raises
 SAMPLE_FIELDS = {  # field of a sample: its names in manifests
@@ -159,228 +153,6 @@ def read_lines(
     if not found:
         problem = "has no utterance" if path.stat().st_size else "is empty"
         raise UserError(f"{role} {str(path)!r} {problem}. Make it again.")
-
-
-# --- JSON ---
-
-
-def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]]:
-    """Yield (FILE:LINE, object) of a file of JSON lines, or of one JSON list, which is held whole.
-
-    A row that is not an object, or that has a syntax error, is yielded as the reason for its
-    rejection.
-
-    Args:
-        path: the file.
-        role: what the file is, as the beginning of messages.
-    """
-    lines = read_lines(path, role, strict=False)
-    first = next(lines)
-    lines = itertools.chain([first], lines)
-    if first[1].lstrip().startswith("["):
-        yield from _list_rows(list(lines), path, role)
-        return
-    for number, text in lines:
-        where = f"{path}:{number}"
-        try:
-            yield where, _checked_object(parse_json(text), f"{role} {where}")
-        except ValueError as error:
-            # a JSONDecodeError counts lines within this one
-            description = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                description = f"{error.msg} in column {error.colno}"
-            problem = f"{role} {where} is not valid JSON: {description}{_layout_hint(text)}"
-            yield where, RejectedError("bad_json", problem)
-
-
-def _layout_hint(line: str) -> str:
-    """Return what to do about a line that is invalid because of its file's layout, or ""."""
-    if "\r" in line:
-        return (
-            ". The file ends its lines with a carriage return alone. Convert it, for example with "
-            "\"tr '\\r' '\\n'\""
-        )
-    if line.strip() in ("{", "[", "}", "},"):
-        return ". Write each object in one line, for example with 'jq -c .'"
-    return ""
-
-
-def _checked_object(row: object, where: str) -> Row | RejectedError:
-    if isinstance(row, dict):
-        return row
-    return RejectedError("bad_json", f"{where} is not a JSON object")
-
-
-def _list_rows(
-    lines: Sequence[tuple[int, str]], path: Path, role: str
-) -> Iterator[tuple[str, Row | RejectedError]]:
-    """Yield (place, object) of the entries of a JSON list.
-
-    Raises:
-        UserError: the list has no end or no entry.
-    """
-    text = "\n".join(line for _, line in lines).rstrip()
-    entries: Iterable[object]
-    try:
-        entries = parse_json(text)
-    except ValueError as error:
-        if not text.endswith("]"):
-            place, problem = _json_error(error, lines, path)
-            raise UserError(f"{role} {place} is not valid JSON: {problem}. Correct it.") from error
-        entries = _Entries(text, lines, path, role)
-    number = 0
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}, entry {number}"
-        if isinstance(entry, RejectedError):
-            yield where, entry
-        else:
-            yield where, _checked_object(entry, f"{role} {where}")
-    if not number:
-        raise UserError(f"{role} {str(path)!r} has no utterance. Make it again.")
-
-
-def _json_error(error: Exception, lines: Sequence[tuple[int, str]], path: Path) -> tuple[str, str]:
-    """Return the place and the description of a syntax error in a JSON list."""
-    if isinstance(error, json.JSONDecodeError):
-        number = lines[error.lineno - 1][0]
-        return f"{path}:{number}:{error.colno}", error.msg
-    return str(path), "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-class _Entries:
-    """The entries of a JSON list with syntax errors.
-
-    An entry with an error is a RejectedError. The next entry is the first object after its
-    beginning that has most of the fields which all entries so far have, because the objects within
-    an entry, such as the turns of a chat, have others.
-    """
-
-    def __init__(self, text: str, lines: Sequence[tuple[int, str]], path: Path, role: str) -> None:
-        """
-        Args:
-            text: the list, with an end.
-            lines: its lines with their numbers.
-            path: its file.
-            role: what the file is, as the beginning of messages.
-        """
-        self.text = text
-        self.lines = lines
-        self.path = path
-        self.role = role
-        self.decode = json.JSONDecoder().raw_decode
-        self.last = len(text) - 1  # position of the bracket at its end
-        self.fields: set[str] | None = None
-        # characters that may be parsed in search of an entry; nested objects are parsed repeatedly
-        self.remaining = MAX_REPARSED * len(text)
-        self.errors = 0
-
-    def __iter__(self) -> Iterator[object]:
-        position = _after_space(self.text, self.text.index("[") + 1)
-        while position < self.last:
-            try:
-                entry, end = self._entry(self.text, position)
-            except (ValueError, RecursionError) as error:
-                place, problem = _json_error(error, self.lines, self.path)
-                position = self._next(position)
-                where = self._place(position)
-                yield RejectedError(
-                    "bad_json",
-                    f"{self.role} {place} is not valid JSON: {problem}. All before {where} is "
-                    "skipped. Correct it",
-                )
-            else:
-                if isinstance(entry, dict):
-                    fields = self.fields
-                    self.fields = set(entry) if fields is None else fields & entry.keys()
-                yield entry
-                position = end
-
-    def _entry(self, text: str, position: int) -> tuple[object, int]:
-        """Return the entry at a position, and the position of the next one or of the list's end.
-
-        Raises:
-            ValueError, RecursionError: there is no entry, or something other than an entry follows.
-        """
-        entry, end = self.decode(text, position)
-        end = _after_space(text, end)
-        following = text[end : end + 1]
-        if following == ",":
-            return entry, _after_space(text, end + 1)
-        is_last = end == len(text) - 1
-        if following == "{" or (following == "]" and is_last):  # a comma may be missing
-            return entry, end
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-
-    def _next(self, start: int) -> int:
-        """Return the position of the entry after the one that starts at a position, or the end.
-
-        Raises:
-            UserError: the list has too many errors.
-        """
-        self.errors += 1
-        if self.errors > MAX_SYNTAX_ERRORS:
-            raise self._too_many_errors()
-        if self.fields is None:
-            self.fields = self._fields_of_longest(start)
-        rest = self.text[start:]  # an error counts the lines before it
-        position = 0
-        while (position := rest.find("{", position + 1)) > 0:
-            try:
-                entry, end = self._entry(rest, position)
-                if isinstance(entry, dict) and self._is_like_entries(entry):
-                    return start + position
-            except (ValueError, RecursionError) as error:
-                end = getattr(error, "pos", position)
-            self._count(end)
-        return self.last
-
-    def _is_like_entries(self, entry: Row) -> bool:
-        fields = self.fields or set()
-        return not fields or 2 * len(fields & entry.keys()) > len(fields)
-
-    def _fields_of_longest(self, start: int) -> set[str]:
-        """Return the fields of the longest of the next objects, which is not within an entry."""
-        fields: set[str] = set()
-        longest = 0
-        position = start
-        for _ in range(MAX_COMPARED):
-            position = self.text.find("{", position + 1)
-            if position < 0:
-                break
-            try:
-                entry, end = self.decode(self.text, position)
-            except (ValueError, RecursionError) as error:
-                self._count(getattr(error, "pos", position) - position)
-                continue
-            self._count(end - position)
-            if isinstance(entry, dict) and end - position > longest:
-                longest = end - position
-                fields = set(entry)
-            position = end - 1
-        return fields
-
-    def _count(self, characters: int) -> None:
-        """Count characters that were parsed in search of an entry, up to the limit."""
-        self.remaining -= characters
-        if self.remaining < 0:
-            raise self._too_many_errors()
-
-    def _place(self, position: int) -> str:
-        line = self.text.count("\n", 0, position)
-        column = position - self.text.rfind("\n", 0, position)
-        return f"{self.path}:{self.lines[line][0]}:{column}"
-
-    def _too_many_errors(self) -> UserError:
-        return UserError(
-            f"{self.role} {str(self.path)!r} has too many syntax errors. Make it again."
-        )
-
-
-def _after_space(text: str, position: int) -> int:
-    """Return the first position from this one on that is not white space."""
-    match = SPACE.match(text, position)
-    assert match is not None
-    return match.end()
 
 
 def count_lines(path: str | Path) -> int | None:
@@ -566,39 +338,6 @@ def peek(rows: Iterator[T], count: int = 100) -> tuple[list[T], Iterator[T]]:
     """Return the first rows, and an iterator over all rows."""
     first = list(itertools.islice(rows, count))
     return first, itertools.chain(first, rows)
-
-
-def read_json_manifest(
-    path: Path,
-    role: str,
-    *,
-    names: Callable[[Row, str], Sequence[str]],
-    make: Callable[[Row, str, Path], Utterance],
-) -> Iterator[Utterance]:
-    """Yield the utterances of a JSON manifest. A bad row becomes an utterance with a problem.
-
-    Args:
-        path: the manifest.
-        role: what it is, as the beginning of messages.
-        names: returns the audio files that a row names, from the row and its place.
-        make: returns a row's utterance, from the row, its place, and the directory at which
-            relative paths start.
-    """
-    first, rows = peek(json_rows(path, role))
-    files: list[str] = []
-    for place, row in first:
-        with contextlib.suppress(RejectedError):
-            if not isinstance(row, RejectedError):
-                files += names(row, f"{role} {place}")
-    root = find_root(files, [path.parent, Path.cwd()])
-    for place, row in rows:
-        if isinstance(row, RejectedError):
-            yield rejected_utterance({}, place, row)
-            continue
-        try:
-            yield make(row, f"{role} {place}", root)
-        except RejectedError as error:
-            yield rejected_utterance(row, place, error)
 
 
 def rejected_utterance(

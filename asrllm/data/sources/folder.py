@@ -18,7 +18,6 @@ from asrllm.data.sources.files import (
     check_line_ends,
     count_lines,
     find_root,
-    json_rows,
     key_from_path,
     peek,
     read_lines,
@@ -28,6 +27,7 @@ from asrllm.data.sources.files import (
     text_lines,
     text_or_int_field,
 )
+from asrllm.data.sources.json_rows import json_rows
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.errors import UserError
 from asrllm.text_files import missing_problem, read_text

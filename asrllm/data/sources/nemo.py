@@ -7,11 +7,11 @@ from asrllm.data.sources.files import (
     Row,
     audio_field,
     key_from_path,
-    read_json_manifest,
     sample_fields,
     seconds_field,
     text_or_int_field,
 )
+from asrllm.data.sources.json_rows import read_json_manifest
 from asrllm.data.sources.utterance import AudioSegment, Utterance
 
 ROLE = "the NeMo manifest"

@@ -3,14 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from asrllm.data.sources.files import (
-    Row,
-    audio_field,
-    key_field,
-    read_json_manifest,
-    sample_fields,
-    text_or_int_field,
-)
+from asrllm.data.sources.files import Row, audio_field, key_field, sample_fields, text_or_int_field
+from asrllm.data.sources.json_rows import read_json_manifest
 from asrllm.data.sources.utterance import AudioSegment, Utterance
 
 ROLE = "the SLAM-LLM manifest"

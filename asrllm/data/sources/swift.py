@@ -10,11 +10,11 @@ from asrllm.data.sources.files import (
     audio_path,
     check_audio_name,
     key_from_path,
-    read_json_manifest,
     sample_fields,
     text_field,
     text_or_int_field,
 )
+from asrllm.data.sources.json_rows import read_json_manifest
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 
 ROLE = "the chat manifest"

@@ -18,12 +18,12 @@ from asrllm.data.sources.files import (
     key_field,
     open_manifest,
     peek,
-    read_json_manifest,
     read_lines,
     sample_fields,
     seconds_field,
     text_or_int_field,
 )
+from asrllm.data.sources.json_rows import read_json_manifest
 from asrllm.data.sources.utterance import AudioSegment, RejectedError, Utterance
 from asrllm.data.tars import explain_tar, tar_files
 from asrllm.defaults import AUDIO_EXTENSIONS

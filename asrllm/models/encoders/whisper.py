@@ -67,7 +67,7 @@ class WhisperEncoder(ExtractsFeatures):
                 "keep_silence" returns those of all 30 s.
 
         Raises:
-            UserError: pad_to_30s is set, and there are no positions for 30 s.
+            UserError: pad_to_30s is set, and max_source_positions is less than 30 s.
         """
         super().__init__()
         if pad_to_30s and max_source_positions < WHISPER_FRAMES:

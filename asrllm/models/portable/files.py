@@ -70,10 +70,11 @@ REPLACEMENTS: dict[Definition, str] = {
 ) -> str:
     \"\"\"Return "": the backend works everywhere.\"\"\"
     return \"\"""",
-    ("asrllm.collator.template_trial", "try_template"): """def try_template(
-    key: object, render: Callable[[], str]
-) -> None:
-    \"\"\"Accept a chat template: that of a saved model was tried in training.\"\"\"""",
+    ("asrllm.collator.template_process", "TemplateProcess"): """def TemplateProcess(
+    render: Callable[..., str]
+) -> Callable[..., str]:
+    \"\"\"Return the function: the chat template of a saved model was used in training.\"\"\"
+    return render""",
 }
 
 
