@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from asrllm.data.sources.files import Row, find_root, peek, read_lines, rejected_utterance
 from asrllm.data.sources.utterance import RejectedError, Utterance
@@ -81,7 +82,7 @@ def json_rows(path: Path, role: str) -> Iterator[tuple[str, Row | RejectedError]
             yield where, RejectedError("bad_json", problem)
 
 
-def _parse(text: str) -> object:
+def _parse(text: str) -> Any:
     """Parse a JSON text in which no object has a key twice.
 
     Raises:
