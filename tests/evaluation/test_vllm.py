@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,23 @@ found = [tokens_of(None), tokens_of(LoRARequest("speech", 1, folder + "/adapter"
 del llm  # whose processes print as they end
 print("\\n" + json.dumps(found))
 """
+DIVIDED = """
+import json, sys
+import numpy as np
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":  # vLLM starts a process for each rank with this file
+    folder, waves, tokens = sys.argv[1:]
+    llm = LLM(folder, dtype="float32", max_model_len=512, tensor_parallel_size=2)
+    requests = [
+        {"prompt_token_ids": json.loads(tokens), "multi_modal_data": {"audio": (wave, 16000)}}
+        for wave in np.load(waves).values()
+    ]
+    answers = llm.generate(requests, SamplingParams(temperature=0, max_tokens=12))
+    found = [list(answer.outputs[0].token_ids) for answer in answers]
+    del llm  # whose processes print as they end
+    print("\\n" + json.dumps(found))
+"""
 in_vllm = pytest.mark.skipif(
     not (ENVIRONMENT / DONE).exists(), reason="make test-vllm makes the environment"
 )
@@ -103,7 +121,7 @@ def with_boundary(model):
     return boundary
 
 
-def environment(tmp_path):
+def environment(tmp_path, **more):
     """Return the environment variables of a process with vLLM."""
     return {
         "PATH": "/usr/bin:/bin",
@@ -114,17 +132,18 @@ def environment(tmp_path):
         "VLLM_CACHE_ROOT": str(ENVIRONMENT / "cache"),  # what vLLM learned about the model's class
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        **more,
     }
 
 
-def run(tmp_path, *words):
+def run(tmp_path, *words, **more):
     """Run a Python command with vLLM, and return its standard output."""
     done = subprocess.run(
         [str(word) for word in (PYTHON, *words)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env=environment(tmp_path, **more),
         timeout=LOADING,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -171,6 +190,36 @@ class TestEngine:
         assert len({end for _, end in expected}) > 1
         same = sum(map(list.__eq__, found, expected))
         assert same >= 0.99 * UTTERANCES  # float32 sums in another order may swap equal logits
+
+
+class TestTensorParallel:
+    pytestmark = vllm_test
+
+    def test_llm_of_a_model_that_keeps_silence_is_divided_over_two_ranks(
+        self, world, tiny, tmp_path
+    ):
+        model = make_model(world, tiny.llm, pad_to_30s="keep_silence")
+        model.save_pretrained(tmp_path / "model")
+        # 12 s or more each: with less the text would be that of the silence
+        sentences = [wave for _, wave in tone_sentences(200, seed=7)]
+        waves = [np.concatenate(sentences[i : i + 20]) for i in range(0, 200, 20)]
+        np.savez(tmp_path / "waves.npz", *waves)
+        renderer = model.processor.renderer
+        tokens = renderer.encode_prompt(renderer.user_messages("Transcribe."), [1])
+        (tmp_path / "divided.py").write_text(DIVIDED)
+        arguments = [tmp_path / "model", tmp_path / "waves.npz", json.dumps(tokens)]
+        # by default vLLM puts each rank on a memory node of its own
+        cores = "|".join(map(str, (sorted(os.sched_getaffinity(0)) * 2)[:2]))
+        output = run(
+            tmp_path, tmp_path / "divided.py", *arguments, VLLM_CPU_OMP_THREADS_BIND=cores
+        )
+        found = json.loads(output.splitlines()[-1])
+        options = {"max_new_tokens": 12, "max_tokens_per_second": None, "repetition_guard": None}
+        expected = model.transcribe(waves, **options)
+        assert len(set(expected)) > len(waves) // 5
+        texts = model.processor.tokenizer.batch_decode(found, skip_special_tokens=True)
+        same = sum(text.strip() == own for text, own in zip(texts, expected, strict=True))
+        assert same >= len(waves) - 1  # float32 sums in another order may swap equal logits
 
 
 class TestEvaluation:
