@@ -27,6 +27,9 @@ from asrllm.watchdog import Watchdog
 
 # about this many batches per rank and thread; with fewer, one may have twice the work of another
 FEWEST_BATCHES = 4
+# Prompt and answer of an utterance take about as long as these seconds of audio. Without them the
+# last batches, of many short utterances, would be the longest.
+TEXT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +156,10 @@ def batches_of_rank(
     max_duration = options.max_batch_duration
     ranks = distributed.world_size()
     decoders = ranks * engine.parallel
-    if decoders > 1:
-        max_duration = min(max_duration, float(seconds.sum()) / decoders / FEWEST_BATCHES)
+    work = seconds + TEXT_SECONDS
+    even = float(work.sum()) / decoders / FEWEST_BATCHES
+    if decoders > 1 and even < max_duration:
+        seconds, max_duration = work, even
     batches = make_batches(seconds, max_duration, skip=skip)
     return batches[distributed.rank() :: ranks]
 
