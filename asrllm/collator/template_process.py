@@ -45,6 +45,10 @@ class TemplateProcess:
         self._parent = 0  # the process that has started the process, or 0
         self._end: Callable[[], object] | None = None  # ends it, also with this object
 
+    def __reduce__(self) -> tuple[type, tuple[Callable[..., str]]]:
+        """Copy or pickle the function; a copy starts its own process."""
+        return TemplateProcess, (self.render,)
+
     def __call__(self, *arguments: Any) -> str:
         """Return what the function returns, or raise what it raises.
 

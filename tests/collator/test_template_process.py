@@ -1,6 +1,8 @@
 """Chat templates run in a process with bounded time and memory, whatever they are given."""
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -90,6 +92,14 @@ def test_process_is_used_again_and_ends_with_its_owner():
     del process
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_copies_have_processes_of_their_own():
+    process = TemplateProcess(process_id)
+    own = process()
+    for other in (copy.deepcopy(process), pickle.loads(pickle.dumps(process))):
+        assert other() != own
+    assert process() == own
 
 
 def test_process_starts_again_after_the_thread_that_started_it_has_ended():
