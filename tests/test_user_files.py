@@ -339,6 +339,20 @@ def test_chat_templates_of_every_format_are_accepted(change, world, tmp_path, mo
         train(world, tmp_path, monkeypatch, model__llm__pretrained_model=llm)
 
 
+def test_chat_template_that_fails_for_one_prompt_exits_before_the_ranks_start(
+    world, tmp_path, monkeypatch, capsys
+):
+    fault = "{% if 'bad' in m.content %}{{ raise_exception('no bad words') }}{% endif %}"
+    llm = copy_of(
+        world.llm, tmp_path, write("chat_template.jinja", GOOD.replace("{{", fault + "{{", 1))
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Transcribe.\nTranscribe the bad audio.\n")
+    more = {"model__llm__pretrained_model": llm, "prompt_file": prompts}
+    assert train(world, tmp_path, monkeypatch, **more) == 2
+    assert "no bad words" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "key",

@@ -229,6 +229,9 @@ class ChatRenderer:
                 text = _render_chat(self.tokenizer, messages, template, add_generation_prompt)
             else:
                 text = self._render_limited(messages, template, add_generation_prompt)
+            text.encode()  # a template may write half of a surrogate pair
+        except OSError:  # the system denies the process
+            raise
         except TemplateSyntaxError as error:
             raise UserError(
                 f"{where} does not compile: line {error.lineno}: {error.message}. {TEMPLATE_FIX}"

@@ -14,6 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn
 
@@ -22,6 +23,19 @@ from asrllm.processes import die_with_parent, release_sockets
 RENDERING_SECONDS = 5  # limit on the CPU time of a rendering
 MAX_WAIT = 60.0  # seconds, for a machine that is busy
 MAX_MEMORY = 1 << 30  # bytes beyond those that the process has mapped when it starts
+# While the process lives, each page of memory that its parent changes is copied: after an idle
+# process was started in training, the weights would be held twice.
+IDLE_SECONDS = 1.0
+# exit codes of a process that was idle, or was killed with the thread that started it
+RESTARTABLE = (None, 0, -signal.SIGKILL)
+FATAL = (
+    signal.SIGXCPU,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGABRT,
+)
 
 
 class TemplateLimitError(Exception):
@@ -29,10 +43,10 @@ class TemplateLimitError(Exception):
 
 
 class TemplateProcess:
-    """A function that renders a template, each time in the same limited process.
+    """A function that renders a template, in a limited process that serves several calls.
 
-    The process starts with the first call in about 10 ms. A call takes 0.15 ms more than the
-    function. A forked process, such as a reading worker, starts its own.
+    The process starts with a call in about 10 ms and ends when it is idle. A call takes 0.15 ms
+    more than the function. A forked process, such as a reading worker, starts its own.
     """
 
     def __init__(self, render: Callable[..., str]) -> None:
@@ -41,9 +55,7 @@ class TemplateProcess:
             render: the function. Its arguments must be picklable.
         """
         self.render = render
-        self._lock = threading.Lock()
-        self._parent = 0  # the process that has started the process, or 0
-        self._end: Callable[[], object] | None = None  # ends it, also with this object
+        self._process = _Process(render)
 
     def __reduce__(self) -> tuple[type, tuple[Callable[..., str]]]:
         """Copy or pickle the function; a copy starts its own process."""
@@ -55,15 +67,12 @@ class TemplateProcess:
         Raises:
             TemplateLimitError: it did not end within RENDERING_SECONDS, or needs more than
                 MAX_MEMORY.
+            OSError: the system denies the process.
         """
-        with self._lock:
-            answer = self._call(arguments) if self._parent == os.getpid() else None
-            if answer is None:
-                # A process that had run before may have ended with the thread that started it.
-                self._start()
-                answer = self._call(arguments)
-            if answer is None:
-                self._stop()
+        if self._process.owner != os.getpid():
+            # the lock of the process that forked this one may be locked forever
+            self._process = _Process(self.render)
+        answer = self._process.call(arguments)
         if answer is None:
             within = f"{RENDERING_SECONDS} s and {MAX_MEMORY >> 20} MiB"
             raise TemplateLimitError(f"it does not end within {within}")
@@ -71,78 +80,129 @@ class TemplateProcess:
             raise answer
         return answer
 
-    def _call(self, arguments: tuple[Any, ...]) -> str | Exception | None:
+
+class _Process:
+    """The process of a TemplateProcess. Only the process that creates this object may use it."""
+
+    def __init__(self, render: Callable[..., str]) -> None:
+        self.render = render
+        self.owner = os.getpid()
+        self._lock = threading.Lock()
+        self._end: Callable[[], int | None] | None = None  # ends the process if one was started
+
+    def call(self, arguments: tuple[Any, ...]) -> str | Exception | None:
+        """Return the result or the exception of the function, or None if it exceeds a limit."""
+        with self._lock:
+            is_new = self._end is None
+            if is_new:
+                self._start()
+            answer = self._exchange(arguments)
+            if answer is None and self._stop() in RESTARTABLE and not is_new:
+                self._start()
+                answer = self._exchange(arguments)
+                if answer is None:
+                    self._stop()
+            return answer
+
+    def _exchange(self, arguments: tuple[Any, ...]) -> str | Exception | None:
         """Return the answer of the process, or None if it has ended or gives none."""
+        is_complete = False
+        answer: str | Exception | None = None
         try:
             self._requests.send(arguments)
-            return self._answers.recv() if self._answers.poll(MAX_WAIT) else None
+            if self._answers.poll(MAX_WAIT):
+                answer = self._answers.recv()
+                is_complete = True
         except (EOFError, OSError):
-            return None
+            is_complete = True
+        finally:
+            # After an interrupt or a timeout, the next call would receive the answer to this one.
+            if not is_complete:
+                self._stop()
+        return answer
 
     def _start(self) -> None:
-        """Start the process, in place of one that runs."""
-        self._stop()
+        """Start the process.
+
+        Raises:
+            OSError: the system denies it.
+        """
         child_requests, requests = Pipe(duplex=False)
         answers, child_answers = Pipe(duplex=False)
         parent = os.getpid()
-        with warnings.catch_warnings():
-            # fork warns of other threads, which the child does not use
-            warnings.simplefilter("ignore")
-            child = os.fork()
-        if child == 0:
-            requests.close()
-            answers.close()
-            _serve(self.render, child_requests, child_answers, parent)
+        # A signal handler that raises before `_serve` would run the caller's code in the child.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            with warnings.catch_warnings():
+                # fork warns of other threads, which the child does not use
+                warnings.simplefilter("ignore")
+                child = os.fork()
+            if child == 0:
+                requests.close()
+                answers.close()
+                _serve(self.render, child_requests, child_answers, parent)
+            self._requests = requests
+            self._answers = answers
+            self._end = weakref.finalize(self, _end, child, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         child_requests.close()
         child_answers.close()
-        self._parent = parent
-        self._requests = requests
-        self._answers = answers
-        self._end = weakref.finalize(self, _end, child, parent)
 
-    def _stop(self) -> None:
-        self._parent = 0
-        if self._end is not None:
-            self._end()
+    def _stop(self) -> int | None:
+        """End the process if it runs, and return its exit code, or None if it is unknown."""
+        end = self._end
+        self._end = None
+        return end() if end is not None else None
 
 
-def _end(child: int, parent: int) -> None:
-    """End a process if this one has started it."""
-    if os.getpid() == parent:
+def _end(child: int, parent: int) -> int | None:
+    """End a process if this one has started it, and return its exit code if it is known."""
+    if os.getpid() != parent:
+        return None
+    # With SIGCHLD ignored, the system reaps the process, and the number may be another's.
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+    return None
 
 
 def _serve(
     render: Callable[..., str], requests: Connection, answers: Connection, parent: int
 ) -> NoReturn:
-    """Answer requests until the parent ends; a rendering beyond the limits ends this process.
+    """Answer requests until there is none; a rendering beyond the limits ends this process.
+
+    All signals are blocked except those that end it. Launchers and terminals signal all processes;
+    the parent decides when this one ends.
 
     The process ends with os._exit, because after a fork sys.exit would run the exit handlers of the
     parent (https://docs.python.org/3/library/os.html#os._exit).
     """
+    code = 1
     try:
-        # Launchers and terminals signal all processes; the parent decides when this one ends.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FATAL)
         die_with_parent(parent)
         release_sockets()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
         _limit(resource.RLIMIT_AS, mapped + MAX_MEMORY)
-        while True:
+        while requests.poll(IDLE_SECONDS):
             arguments = requests.recv()
             _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + RENDERING_SECONDS)
             try:
                 answer: str | Exception = render(*arguments)
-            except MemoryError:
-                break
             except Exception as error:
+                if isinstance(error, MemoryError):
+                    raise
                 answer = _picklable(error)
             answers.send(answer)
+        code = 0
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _limit(kind: int, value: int) -> None:

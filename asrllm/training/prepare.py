@@ -9,8 +9,9 @@ from pathlib import Path
 
 from asrllm import distributed
 from asrllm.atomic import check_output_file
+from asrllm.collator.chat import MAX_CACHED
 from asrllm.data.corpora import long_utterance
-from asrllm.data.prompts import check_prompts, read_prompts
+from asrllm.data.prompts import Prompt, check_prompts, read_prompts
 from asrllm.defaults import RATE
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
@@ -126,9 +127,17 @@ def read_model_and_data(config: TrainRun) -> tuple[AsrLlmProcessor, TrainingData
         data.total_steps()  # plans the first window, which takes the longest
     corpus_prompts = [prompt for corpus in data.corpora for prompt in corpus.prompts]
     check_prompts([prompt.text for prompt in corpus_prompts], config.model.audio_token)
+    check_chats(processor, [*prompts, *corpus_prompts])
     describe_prompts(processor.config, [*prompts, *corpus_prompts])
     describe_data(processor.config, config, data)
     return processor, data
+
+
+def check_chats(processor: AsrLlmProcessor, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError if the chat template fails for one of the first prompts."""
+    renderer = processor.renderer
+    for prompt in prompts[:MAX_CACHED]:
+        renderer.encode_prompt(renderer.user_messages(prompt.text), [1])
 
 
 def prepare(config: TrainRun) -> PreparedRun:

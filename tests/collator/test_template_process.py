@@ -1,15 +1,18 @@
 """Chat templates run in a process with bounded time and memory, whatever they are given."""
 
 import copy
+import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 from asrllm.collator import template_process
@@ -17,6 +20,7 @@ from asrllm.collator.chat import ChatRenderer
 from asrllm.collator.template_process import TemplateLimitError, TemplateProcess
 from asrllm.errors import UserError
 from asrllm.testing import tiny_tokenizer
+from tests.processes import wait_for
 
 AUDIO = "<|AUDIO|>"
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -118,7 +122,7 @@ def test_a_fork_starts_its_own_process_and_leaves_that_of_its_parent():
 
     def work():
         answers.put(process())
-        process._stop()
+        process._process._stop()
 
     fork = context.Process(target=work)
     fork.start()
@@ -126,6 +130,105 @@ def test_a_fork_starts_its_own_process_and_leaves_that_of_its_parent():
     fork.join(30)
     assert fork.exitcode == 0
     assert process() == mine
+
+
+def test_a_fork_is_not_blocked_by_a_call_of_its_parent(tmp_path):
+    begun = tmp_path / "begun"
+    released = tmp_path / "released"
+
+    def render(waits):
+        begun.touch()
+        while waits and not released.exists():
+            time.sleep(0.01)
+        return "text"
+
+    process = TemplateProcess(render)
+    thread = threading.Thread(target=process, args=(True,))
+    thread.start()
+    wait_for(begun.exists)
+    fork = get_context("fork").Process(target=process, args=(False,))
+    fork.start()
+    fork.join(30)
+    assert fork.exitcode == 0
+    assert thread.is_alive()
+    released.touch()
+    thread.join()
+
+
+def test_interrupted_call_does_not_answer_the_next_one():
+    def render(text, seconds):
+        time.sleep(seconds)
+        return text
+
+    process = TemplateProcess(render)
+    assert process("first", 0) == "first"
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            process("interrupted", 30)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert process("next", 0) == "next"
+
+
+def test_idle_process_ends_and_the_next_call_starts_another(monkeypatch):
+    monkeypatch.setattr(template_process, "IDLE_SECONDS", 0.1)
+    process = TemplateProcess(process_id)
+    first = int(process())
+    wait_for(lambda: psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
+    assert int(process()) != first
+
+
+@pytest.mark.slow  # a loop is stopped by the second
+def test_loop_is_not_tried_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(template_process, "RENDERING_SECONDS", 1)
+    calls = tmp_path / "calls"
+
+    def render(*, loops):
+        with open(calls, "a") as file:
+            file.write("x")
+        while loops:
+            pass
+        return ""
+
+    process = TemplateProcess(lambda loops: render(loops=loops))
+    process(False)
+    with pytest.raises(TemplateLimitError):
+        process(True)
+    assert calls.read_text() == "xx"
+
+
+def test_process_ends_where_children_are_reaped_by_the_system():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = TemplateProcess(process_id)
+        child = int(process())
+        process._process._stop()
+        assert not psutil.pid_exists(child)
+        assert int(process()) != child
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_template_is_not_blamed_for_a_denied_process(monkeypatch):
+    def fork():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(template_process.os, "fork", fork)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AUDIO], special_tokens=True)
+    tokenizer.chat_template = "{{ messages[0].content }}<|im_end|>"
+    with pytest.raises(BlockingIOError):
+        ChatRenderer(tokenizer, AUDIO)
+
+
+def test_template_that_writes_half_a_character_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AUDIO], special_tokens=True)
+    tokenizer.chat_template = r"{{ messages[0].content }}{{ '\ud800' }}<|im_end|>"
+    with pytest.raises(UserError, match=r"chat template .* surrogates"):
+        ChatRenderer(tokenizer, AUDIO)
 
 
 def test_process_ends_with_a_parent_that_is_killed():

@@ -210,9 +210,7 @@ class TestTensorParallel:
         arguments = [tmp_path / "model", tmp_path / "waves.npz", json.dumps(tokens)]
         # by default vLLM puts each rank on a memory node of its own
         cores = "|".join(map(str, (sorted(os.sched_getaffinity(0)) * 2)[:2]))
-        output = run(
-            tmp_path, tmp_path / "divided.py", *arguments, VLLM_CPU_OMP_THREADS_BIND=cores
-        )
+        output = run(tmp_path, tmp_path / "divided.py", *arguments, VLLM_CPU_OMP_THREADS_BIND=cores)
         found = json.loads(output.splitlines()[-1])
         options = {"max_new_tokens": 12, "max_tokens_per_second": None, "repetition_guard": None}
         expected = model.transcribe(waves, **options)
