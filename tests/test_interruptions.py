@@ -235,6 +235,20 @@ def test_other_ranks_end_when_one_stops_responding(world, settings, tmp_path):
     assert all(pids.isdisjoint(name.split("_")) for name in os.listdir("/dev/shm"))
 
 
+def test_killed_worker_is_reported_and_all_ranks_may_try_again(world, settings, tmp_path):
+    exp = tmp_path / "exp"
+    command = train_command(*world.overrides(exp, **settings | {"trainer__num_steps": 4000}))
+    with started(tmp_path / "logs", command, command) as ranks:
+        wait_for(lambda: len(losses(exp)) >= 3)
+        workers = workers_of(ranks)
+        descendants(ranks[0].pid)[0].kill()
+        assert [rank.wait(30) for rank in ranks] == [75, 75]
+        wait_for(lambda: not any(worker.is_running() for worker in workers), 5)
+    logs = "".join((tmp_path / "logs" / str(rank)).read_text() for rank in range(2))
+    assert "data.num_workers" in logs
+    assert "Traceback" not in logs
+
+
 def workers_of(ranks: Sequence[subprocess.Popen]) -> list[psutil.Process]:
     workers = []
     for process in ranks:

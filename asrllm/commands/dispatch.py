@@ -51,6 +51,10 @@ TOO_MANY_FILES = (
     "too many files are open. Raise the limit with 'ulimit -n 4096', then run the same command "
     "again."
 )
+KILLED_WORKER = (
+    "a reading process was killed. If memory ran out, lower data.num_workers. Run the same command "
+    "again."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status. 0: done, or interrupted by a signal and saved. 2: the user's mistake.
-        75: a rank hung or was killed, and the same command may succeed (see Watchdog, Siblings).
+        75: a rank hung, or it or its reading process was killed, and the same command may succeed
+        (see Watchdog, Siblings).
         130, 141, 143: ended by SIGINT, SIGPIPE, SIGTERM. A bug exits with a traceback and status 1.
     """
     if argv is None:
@@ -176,10 +181,13 @@ def run_verb(arguments: argparse.Namespace, ranks: siblings.Siblings) -> int:
         ranks.report(f"asrllm {arguments.verb}: {explain(error)}")
         return 2
     except Exception as error:
-        if not lacks_descriptors(error):
+        if lacks_descriptors(error):
+            ranks.report(f"asrllm {arguments.verb}: {TOO_MANY_FILES}")
+            return 2
+        if not lost_a_worker(error):
             raise
-        ranks.report(f"asrllm {arguments.verb}: {TOO_MANY_FILES}")
-        return 2
+        ranks.report(f"asrllm {arguments.verb}: {KILLED_WORKER}")
+        return siblings.MAY_SUCCEED
     return 0
 
 
@@ -203,6 +211,14 @@ def set_up_logging() -> None:
 def lacks_descriptors(error: BaseException) -> bool:
     """Return whether an error, or one that caused it, comes from the limit of open files."""
     return any(os.strerror(errno.EMFILE) in str(link) for link in error_chain(error, contexts=True))
+
+
+def lost_a_worker(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, is torch's for a reading process that ended.
+
+    torch raises it in a handler of SIGCHLD, within whatever runs at the moment.
+    """
+    return any("DataLoader worker (pid" in str(link) for link in error_chain(error, contexts=True))
 
 
 def drop_launcher_arguments(argv: list[str]) -> list[str]:
