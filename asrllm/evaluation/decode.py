@@ -27,6 +27,8 @@ from asrllm.watchdog import Watchdog
 
 # about this many batches per rank and thread; with fewer, one may have twice the work of another
 FEWEST_BATCHES = 4
+# factors of the batches' size, tried until there are equally many for each rank and thread
+LARGER = np.linspace(1, 1.25, 11)
 # Prompt and answer of an utterance take about as long as these seconds of audio. Without them the
 # last batches, of many short utterances, would be the longest.
 TEXT_SECONDS = 2.0
@@ -159,8 +161,12 @@ def batches_of_rank(
     work = seconds + TEXT_SECONDS
     even = float(work.sum()) / decoders / FEWEST_BATCHES
     if decoders > 1 and even < max_duration:
-        seconds, max_duration = work, even
-    batches = make_batches(seconds, max_duration, skip=skip)
+        for factor in LARGER:
+            batches = make_batches(work, min(even * factor, max_duration), skip=skip)
+            if len(batches) % decoders == 0:
+                break
+    else:
+        batches = make_batches(seconds, max_duration, skip=skip)
     return batches[distributed.rank() :: ranks]
 
 

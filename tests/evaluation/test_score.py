@@ -1,6 +1,7 @@
 """Error rates, confidence intervals, hallucination flags and result files."""
 
 import json
+from types import SimpleNamespace
 
 import jiwer
 import kaldialign
@@ -10,6 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asrllm.evaluation.compare import compare_transcripts
+from asrllm.evaluation.decode import (
+    FEWEST_BATCHES,
+    TEXT_SECONDS,
+    CorpusOptions,
+    batches_of_rank,
+)
 from asrllm.evaluation.metric_names import EVALUATION_METRICS
 from asrllm.evaluation.result_files import write_results, write_summary
 from asrllm.evaluation.score import Transcript, errors, fitting_metric, groups_of, mixed
@@ -263,6 +270,23 @@ def test_decoding_batches_have_similar_lengths_within_the_budget():
     assert sorted(row for batch in make_batches(seconds, 60.0, skip={3, 5}) for row in batch) == [
         r for r in range(200) if r not in (3, 5)
     ]
+
+
+@pytest.mark.parametrize("parallel", [2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_threads_get_equally_many_batches_of_similar_work(parallel, seed):
+    seconds = np.random.default_rng(seed).gamma(4.0, 0.6, 400)
+    rows = {"samples": (seconds * 16000).astype(int)}
+    corpus = SimpleNamespace(index=SimpleNamespace(rows=rows))
+    engine = SimpleNamespace(parallel=parallel, padded_to=0.0)
+    options = CorpusOptions(prompt="", max_batch_duration=1000.0, max_bad_share=0)
+    batches = batches_of_rank(engine, corpus, options, skip={7})
+    assert sorted(row for batch in batches for row in batch) == [
+        row for row in range(400) if row != 7
+    ]
+    assert len(batches) == parallel * FEWEST_BATCHES
+    work = [float((seconds[batch].max() + TEXT_SECONDS) * len(batch)) for batch in batches]
+    assert sum(work) / parallel > 0.85 * FEWEST_BATCHES * max(work)
 
 
 def test_metrics_of_an_evaluation_have_a_unit_and_a_meaning():
