@@ -12,7 +12,7 @@ from asrllm.atomic import check_output_file
 from asrllm.collator.chat import MAX_CACHED
 from asrllm.data.corpora import long_utterance
 from asrllm.data.prompts import Prompt, check_prompts, read_prompts
-from asrllm.defaults import RATE
+from asrllm.defaults import KEEP_SILENCE, RATE
 from asrllm.errors import UserError
 from asrllm.locks import FileLock
 from asrllm.models.asr_llm.configuration import AsrLlmConfig
@@ -149,6 +149,7 @@ def prepare(config: TrainRun) -> PreparedRun:
     exp_dir = Path(config.exp_dir or "")
     run = describe_run(config)
     warn_of_long_warmup(config.trainer, run.data.total_steps())
+    warn_of_projector_width(run.processor.config)
     lock = lock_exp_dir(exp_dir)
     if distributed.rank() == 0:  # the others may be here before exp_dir exists
         for name in RUN_FILES:
@@ -226,6 +227,19 @@ def warn_of_long_warmup(trainer: TrainerConfig, total: int) -> None:
             total,
             trainer.lr,
             key,
+        )
+
+
+def warn_of_projector_width(description: AsrLlmConfig) -> None:
+    """Warn if a model that keeps silence as Voxtral does cannot be exported as Voxtral."""
+    width = (description.llm or {}).get("hidden_size")
+    is_meant = description.projector == "voxtral" and description.pad_to_30s == KEEP_SILENCE
+    if is_meant and description.projector_hidden_size != width:
+        logger.warning(
+            "model.projector_hidden_size=%d is not the width of the LLM, so the model cannot be "
+            "exported with --as voxtral. Set model.projector_hidden_size=%s.",
+            description.projector_hidden_size,
+            width,
         )
 
 

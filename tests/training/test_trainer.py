@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
+from asrllm.models.asr_llm.configuration import AsrLlmConfig
 from asrllm.schema import build
-from asrllm.training.prepare import warn_of_long_warmup
+from asrllm.training.prepare import warn_of_long_warmup, warn_of_projector_width
 from asrllm.training.run_config import TrainerConfig
 from asrllm.training.trainer import seed_step
 from tests.composing import compose_config
@@ -63,6 +64,24 @@ def test_run_with_more_steps_than_an_epoch_does_all_steps(world, tmp_path):
     assert records[-1]["step"] == 6
     assert records[-1]["epoch"] > 1, "the epoch is longer than the run: nothing is shown"
     assert done.stderr.count("trainer.warmup_steps=7 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("projector", "hidden", "is_named"),
+    [("voxtral", 2048, True), ("voxtral", 64, False), ("mlp", 2048, False)],
+)
+def test_warning_for_a_model_that_cannot_be_exported_as_voxtral(
+    caplog, projector, hidden, is_named
+):
+    description = AsrLlmConfig(
+        llm={"hidden_size": 64},
+        projector=projector,
+        projector_hidden_size=hidden,
+        pad_to_30s="keep_silence",
+    )
+    with caplog.at_level(logging.WARNING):
+        warn_of_projector_width(description)
+    assert ("projector_hidden_size=64" in caplog.text) == is_named
 
 
 @pytest.mark.parametrize(
